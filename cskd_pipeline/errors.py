@@ -1,0 +1,155 @@
+"""What can go wrong, worded for the person who must act.
+
+    CskdError                exit code 1 unless said otherwise
+    |-- UsageError           the call contradicts itself (exit code 2)
+    |-- RecipeError          a recipe's key or value
+    |-- ManifestError        a data set's or cache's description of itself; carries every problem
+    |-- DataError            shards and what is in them
+    |   |-- ShardError       a tar: not one, cut short, a sample without image or label
+    |   |-- ImageError       bytes that are no image, or one too large to be honest
+    |   `-- JoinError        the shards at hand and the cache's data set differ
+    |-- ViewDriftError       a replayed view is not the recorded one
+    |-- CacheError           a cache: incomplete, damaged, or of another kind than asked for
+    |-- WeightsError         a checkpoint or teacher file that cannot be loaded safely
+    |-- TeacherError         a model that cannot give spatial logits
+    |-- StudentError         a model that cannot take them
+    |-- TrainingError        a run that cannot go on: a loss that is not finite
+    |-- OutputError          a folder that holds something else, a full disk
+    `-- MissingPackageError  an optional package that this command needs
+"""
+
+from __future__ import annotations
+
+
+def printable(text: object, limit: int = 300) -> str:
+    """``text`` on one line, with control characters (terminal escapes too) spelled out."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+class CskdError(Exception):
+    """One problem: where it is, what was found, what was expected, and what to do next.
+
+    Args:
+        problem: one sentence without a full stop.
+        where: the file, array, sample or recipe key.
+        found, expected: values, already readable.
+        action: what the user can do; a command where there is one.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        where: object = None,
+        found: object = None,
+        expected: object = None,
+        action: str | None = None,
+    ) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.where = where
+        self.found = found
+        self.expected = expected
+        self.action = action
+
+    def __str__(self) -> str:
+        lines = [printable(self.problem, 2000)]
+        for name in ("where", "found", "expected"):
+            value = getattr(self, name)
+            if value is not None:
+                lines.append(f"  {name + ':':<10}{printable(value, 2000)}")
+        if self.action is not None:
+            lines.append(f"  {'to do:':<10}{printable(self.action, 2000)}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Loader processes send exceptions by pickle; the default would lose the keyword fields.
+        return (_rebuild, (type(self), dict(self.__dict__)))
+
+
+def _rebuild(kind: type[CskdError], fields: dict[str, object]) -> CskdError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, fields["problem"])
+    error.__dict__.update(fields)
+    return error
+
+
+class UsageError(CskdError):
+    """The call contradicts itself."""
+
+    exit_code = 2
+
+
+class RecipeError(CskdError):
+    """A recipe's key or value."""
+
+
+class ManifestError(CskdError):
+    """A document that does not fit its schema.
+
+    Args:
+        problems: one line each: JSON path, found, expected.
+    """
+
+    def __init__(self, where: object, problems: list[str], action: str | None = None) -> None:
+        shown = problems[:20]
+        if len(problems) > len(shown):
+            shown.append(f"and {len(problems) - len(shown)} more")
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{count} in a manifest", where=where, action=action)
+        self.problems = problems
+        self._shown = shown
+
+    def __str__(self) -> str:
+        return "\n".join([super().__str__(), *(f"  - {printable(p)}" for p in self._shown)])
+
+
+class DataError(CskdError):
+    """Shards and what is in them."""
+
+
+class ShardError(DataError):
+    """A tar that is not one, is cut short, or holds a sample without image or label."""
+
+
+class ImageError(DataError):
+    """Bytes that are no image, or one too large to be honest."""
+
+
+class JoinError(DataError):
+    """The shards at hand and the cache's data set differ."""
+
+
+class ViewDriftError(CskdError):
+    """A replayed view is not the recorded one."""
+
+
+class CacheError(CskdError):
+    """A cache that is incomplete, damaged, or of another kind than asked for."""
+
+
+class WeightsError(CskdError):
+    """A checkpoint or teacher file that cannot be loaded safely."""
+
+
+class TeacherError(CskdError):
+    """A model that cannot give spatial logits."""
+
+
+class StudentError(CskdError):
+    """A model that cannot take spatial targets."""
+
+
+class TrainingError(CskdError):
+    """A run that cannot go on."""
+
+
+class OutputError(CskdError):
+    """A folder that holds something else, or a full disk."""
+
+
+class MissingPackageError(CskdError):
+    """An optional package that this command needs."""

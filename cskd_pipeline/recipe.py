@@ -1,0 +1,154 @@
+"""What a user asks for: TOML recipes as frozen dataclasses, one per stage.
+
+A recipe holds everything; flags and ``--set section.key=value`` override it. Each field says with
+``result=False`` when it cannot change a result (worker counts, folders): only the others enter
+:func:`result_digest`, which a resumed run must match.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cskd_pipeline.views.policy import ViewPolicy
+
+
+def _free(default: Any = None) -> Any:
+    """A field that cannot change results."""
+    return field(default=default, metadata={"result": False})
+
+
+@dataclass(frozen=True)
+class DumpData:
+    shards: str = _free("")  # path, folder, brace pattern, glob, comma list, _info.json or manifest
+    split: str = _free("")  # of an _info.json with several splits
+    name: str = ""  # of the data set, for the manifest; empty: taken from the shards
+    num_classes: int = 0  # 0: from the class names, or the teacher's own head
+
+
+@dataclass(frozen=True)
+class TeacherSection:
+    name: str = ""  # timm name or package.module:factory
+    weights: str = "hub"  # hub, random, or a .safetensors/.pth file
+    kwargs: dict[str, Any] = field(default_factory=dict)  # for the model's constructor
+    precision: str = "float32"  # of the backbone: float32, bfloat16, float16; the head is float32
+    seed: int = 0  # of weights = "random"
+
+
+@dataclass(frozen=True)
+class CacheSection:
+    path: str = _free("")
+    encodings: tuple[str, ...] = ("dense",)
+    views: int = 1
+    view_block: int = 0  # views per unit of work; 0: the largest divisor of views up to 10 that fits
+    root_seed: int = 0
+    license: str = ""
+    notes: str = ""
+
+
+@dataclass(frozen=True)
+class DumpLoop:
+    batch_size: int = _free(128)  # views per teacher forward
+    workers: int = _free(-1)  # -1: one per core but one
+    device: str = _free("auto")
+    channels_last: bool = _free(False)
+    compile: bool = _free(False)
+
+
+@dataclass(frozen=True)
+class DumpRecipe:
+    """Stage one."""
+
+    data: DumpData = DumpData()
+    views: ViewPolicy = ViewPolicy()
+    teacher: TeacherSection = TeacherSection()
+    cache: CacheSection = CacheSection()
+    dump: DumpLoop = DumpLoop()
+
+
+@dataclass(frozen=True)
+class TrainData:
+    shards: str = _free("")
+    val_shards: str = _free("")
+    cache: str = _free("")
+    split: str = _free("")
+    val_split: str = _free("")
+    num_classes: int = 0  # 0: from the cache, the class names, or an error
+    missing: str = "error"  # samples of the cache that the shards lack: error or skip
+    drift: str = "error"  # views that do not replay bit for bit: error or warn
+
+
+@dataclass(frozen=True)
+class StudentSection:
+    name: str = "deit_tiny_distilled_patch16_224"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    drop_path: float = 0.0
+
+
+@dataclass(frozen=True)
+class DistillSection:
+    method: str = "cskd"  # none, deit, cskd
+    kind: str = "hard"  # hard, soft
+    encoding: str = "auto"  # auto: the smallest in the cache that serves the kind
+    alpha: float = 0.5  # weight of the global distillation term
+    spatial_weight: float = 1.0  # lambda, weight of the spatial term
+    temperature: float = 1.0
+    scaling: str = "reference"  # of the soft terms: reference or mean
+    schedule: str = "linear"  # of the CKF ratio: linear, x2, cos
+    step: str = "epoch"  # when the ratio moves: epoch or update
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    name: str = "adamw"
+    lr: float = 1e-3  # at a batch of 1024, scaled linearly
+    weight_decay: float = 0.05
+    betas: tuple[float, ...] = (0.9, 0.999)
+    clip_grad: float = 0.0  # global norm; 0: off
+    smoothing: float = 0.1
+
+
+@dataclass(frozen=True)
+class ScheduleSection:
+    epochs: int = 300
+    warmup_epochs: int = 5
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+
+
+@dataclass(frozen=True)
+class BatchSection:
+    batch_size: int = 1024  # global, per optimizer update
+    accumulation: int = 1  # micro-batches per update
+    repeats: int = 3  # views of one image in an epoch (repeated augmentation); 1: off
+    shuffle_shards: int = 16  # samples are shuffled within blocks of this many shards
+
+
+@dataclass(frozen=True)
+class RunSection:
+    out: str = _free("")
+    seed: int = 0
+    amp: str = "off"  # off, bf16, fp16
+    ema: float = 0.99996  # decay of the weight average; 0: off
+    device: str = _free("auto")
+    workers: int = _free(-1)
+    compile: bool = _free(False)
+    channels_last: bool = _free(False)
+    eval_batch_size: int = _free(256)
+    eval_every: int = 1  # epochs; the last epoch is always evaluated
+    log_every: int = _free(50)  # updates between TensorBoard points
+    checkpoint_every: int = _free(0)  # updates between checkpoints within an epoch; 0: epochs only
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """Stage two. ``views`` may be absent (None): the cache's policy, or deit-v1 without a cache."""
+
+    data: TrainData = TrainData()
+    views: ViewPolicy | None = None
+    student: StudentSection = StudentSection()
+    distill: DistillSection = DistillSection()
+    optim: OptimSection = OptimSection()
+    schedule: ScheduleSection = ScheduleSection()
+    batch: BatchSection = BatchSection()
+    run: RunSection = RunSection()

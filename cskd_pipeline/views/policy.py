@@ -1,0 +1,118 @@
+"""The augmentation policy: every number that decides what a view looks like."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+
+from cskd_pipeline.errors import RecipeError
+
+Range = tuple[float, float]
+RGB = tuple[float, float, float]
+
+# ``version`` names the code that draws and applies: another meaning of any field is another version.
+VERSIONS = ("deit-v1",)
+
+
+@dataclass(frozen=True)
+class ViewPolicy:
+    """DeiT's training augmentation (arXiv 2012.12877, table 9), which the CSKD paper uses unchanged.
+
+    ``version`` freezes how draws are made and applied; the other fields are its parameters. Lengths
+    are in pixels, areas and probabilities are fractions, ``mean`` and ``std`` are in [0, 1] units and
+    serve erasing and the fill colour only: networks normalise with their own.
+    """
+
+    version: str = "deit-v1"
+    size: int = 224
+    crop_area: Range = (0.08, 1.0)
+    crop_ratio: Range = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    randaugment_ops: int = 2
+    randaugment_prob: float = 0.5
+    randaugment_magnitude: float = 9.0
+    randaugment_std: float = 0.5
+    erase: float = 0.25
+    erase_area: Range = (0.02, 1 / 3)
+    erase_ratio: Range = (0.3, 1 / 0.3)
+    mean: RGB = (0.485, 0.456, 0.406)
+    std: RGB = (0.229, 0.224, 0.225)
+    mix: float = 1.0  # probability that a pair is mixed at all
+    mixup_alpha: float = 0.8
+    cutmix_alpha: float = 1.0
+    cutmix_switch: float = 0.5  # probability of CutMix where both are possible
+    window: int = 64  # partners come from the same window of consecutive samples of a tar shard
+    repeats: int = 3  # views that share one matching, so that repeated augmentation decodes once
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # JSON and TOML give lists
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(float(v) for v in value))
+        problems = list(self._problems())
+        if problems:
+            raise RecipeError(
+                "the view policy is not usable", where="[views]", found="; ".join(problems)
+            )
+
+    def _problems(self) -> list[str]:
+        problems = []
+        if self.version not in VERSIONS:
+            problems.append(f"version {self.version!r} is unknown, known: {', '.join(VERSIONS)}")
+        for name in ("flip", "randaugment_prob", "erase", "mix", "cutmix_switch"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                problems.append(f"{name} = {getattr(self, name)} is not a probability")
+        for name in ("crop_area", "erase_area", "crop_ratio", "erase_ratio"):
+            low, high = getattr(self, name)
+            top = 1.0 if name.endswith("area") else float("inf")
+            if not 0.0 < low <= high <= top:
+                problems.append(f"{name} = [{low}, {high}] is not a range within (0, {top}]")
+        for name, low in (("size", 8), ("randaugment_ops", 0), ("window", 2), ("repeats", 1)):
+            if getattr(self, name) < low:
+                problems.append(f"{name} = {getattr(self, name)} is below {low}")
+        if not 0.0 <= self.randaugment_magnitude <= 10.0:
+            problems.append(f"randaugment_magnitude = {self.randaugment_magnitude} is not in [0, 10]")
+        for name in ("randaugment_std", "mixup_alpha", "cutmix_alpha"):
+            if getattr(self, name) < 0.0:
+                problems.append(f"{name} = {getattr(self, name)} is negative")
+        if self.mix > 0.0 and self.mixup_alpha == 0.0 and self.cutmix_alpha == 0.0:
+            problems.append("mix > 0 needs mixup_alpha or cutmix_alpha above 0")
+        if any(s <= 0.0 for s in self.std):
+            problems.append(f"std = {list(self.std)} is not positive")
+        return problems
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a view may contain a partner's pixels."""
+        return self.mix > 0.0
+
+    def to_json(self) -> dict[str, object]:
+        """The policy as a JSON object, in field order."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_json(cls, document: dict[str, object]) -> ViewPolicy:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            RecipeError: an unknown field, or a value out of range.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(document) - known)
+        if unknown:
+            raise RecipeError("unknown view policy fields", where="[views]", found=", ".join(unknown))
+        return cls(**document)  # type: ignore[arg-type]  # values are checked in __post_init__
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the canonical JSON: equal digests mean equal views."""
+        canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def difference(self, other: ViewPolicy) -> list[str]:
+        """One line per field that differs, ``name: ours, theirs``."""
+        mine, theirs = self.to_json(), other.to_json()
+        return [f"{k}: {mine[k]} and {theirs[k]}" for k in mine if mine[k] != theirs[k]]
