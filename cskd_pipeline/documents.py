@@ -1,0 +1,109 @@
+"""JSON documents from strangers: read within bounds, checked against a schema, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cskd_pipeline import resources
+from cskd_pipeline.errors import ManifestError
+
+if TYPE_CHECKING:
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import ValidationError
+
+MAX_BYTES = 64 * 2**20  # the manifest of ImageNet's 1,024 shards takes 0.4 MB
+MAX_PROBLEMS = 1000
+
+
+def sha256(document: object) -> str:
+    """SHA-256 (hex) of ``document`` as canonical JSON: sorted keys, no spaces, ASCII."""
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def read(path: Path) -> Any:
+    """The JSON document in a file of at most 64 MiB.
+
+    Raises:
+        ManifestError: too large, not JSON, or nested too deeply; FileNotFoundError.
+    """
+    with open(path, "rb") as file:
+        return parse(file.read(MAX_BYTES + 1), path)
+
+
+def parse(data: bytes, where: object) -> Any:
+    """``data`` as JSON; see :func:`read`."""
+    if len(data) > MAX_BYTES:
+        raise ManifestError(
+            where, [f"$: found a larger document, expected at most {MAX_BYTES >> 20} MiB"]
+        )
+    try:
+        return json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(where, [f"$: found {error}, expected a JSON document"]) from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def schema_problems(document: object, schema: str) -> list[str]:
+    """Where ``document`` does not fit ``manifests/{schema}.schema.json``: path, found, expected."""
+    lines = chain.from_iterable(map(_explain, _validator(schema).iter_errors(document)))
+    return list(islice(lines, MAX_PROBLEMS))
+
+
+@lru_cache
+def _validator(schema: str) -> Draft202012Validator:
+    from jsonschema import Draft202012Validator
+    from referencing import Registry, Resource
+
+    documents = {
+        name: json.loads((resources.manifests() / f"{name}.schema.json").read_bytes())
+        for name in ("dataset", "cache")
+    }
+    registry: Registry[Any] = Registry().with_resources(
+        (document["$id"], Resource.from_contents(document)) for document in documents.values()
+    )
+    return Draft202012Validator(documents[schema], registry=registry)
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    path, rule, value = error.json_path, str(error.validator), error.validator_value
+    assert isinstance(error.schema, Mapping)
+    if rule == "required":
+        missing = next(name for name in value if error.message.startswith(repr(name)))
+        yield f"{path}.{missing}: found nothing, expected a value"
+    elif rule == "additionalProperties" and value is False:
+        known = error.schema["properties"]
+        for name in sorted(set(error.instance) - set(known)):
+            yield f"{path}.{name}: found an unknown field, expected one of {', '.join(known)}"
+    else:
+        expected = {
+            "type": lambda: " or ".join([value] if isinstance(value, str) else value),
+            "const": lambda: json.dumps(value),
+            "enum": lambda: "one of " + ", ".join(map(json.dumps, value)),
+            "minimum": lambda: f"at least {value}",
+            "maximum": lambda: f"at most {value}",
+            "pattern": lambda: f"text like {value}",
+            "minLength": lambda: f"at least {value} characters",
+            "maxLength": lambda: f"at most {value} characters",
+            "minItems": lambda: f"at least {value} entries",
+            "maxItems": lambda: f"at most {value} entries",
+            "maxProperties": lambda: f"at most {value} fields",
+            "uniqueItems": lambda: "no entry twice",
+        }.get(rule, lambda: f"what {rule} allows")()
+        yield f"{path}: found {_shown(error.instance)}, expected {expected}"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict | list):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
