@@ -20,6 +20,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+MAX_PROBLEMS = 20  # shown at once; the exception holds them all
+
 
 def printable(text: object, limit: int = 300) -> str:
     """``text`` on one line, with control characters (terminal escapes too) spelled out."""
@@ -35,6 +39,7 @@ class CskdError(Exception):
         where: the file, array, sample or recipe key.
         found, expected: values, already readable.
         action: what the user can do; a command where there is one.
+        problems: one line each where there may be several: path, found, expected.
     """
 
     exit_code = 1
@@ -47,6 +52,7 @@ class CskdError(Exception):
         found: object = None,
         expected: object = None,
         action: str | None = None,
+        problems: Sequence[str] = (),
     ) -> None:
         super().__init__(problem)
         self.problem = problem
@@ -54,6 +60,7 @@ class CskdError(Exception):
         self.found = found
         self.expected = expected
         self.action = action
+        self.problems = list(problems)
 
     def __str__(self) -> str:
         lines = [printable(self.problem, 2000)]
@@ -63,6 +70,9 @@ class CskdError(Exception):
                 lines.append(f"  {name + ':':<10}{printable(value, 2000)}")
         if self.action is not None:
             lines.append(f"  {'to do:':<10}{printable(self.action, 2000)}")
+        lines += [f"  - {printable(problem)}" for problem in self.problems[:MAX_PROBLEMS]]
+        if len(self.problems) > MAX_PROBLEMS:
+            lines.append(f"  - and {len(self.problems) - MAX_PROBLEMS} more")
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -84,7 +94,7 @@ class UsageError(CskdError):
 
 
 class RecipeError(CskdError):
-    """A recipe's key or value."""
+    """A recipe's keys or values."""
 
 
 class ManifestError(CskdError):
@@ -95,16 +105,8 @@ class ManifestError(CskdError):
     """
 
     def __init__(self, where: object, problems: list[str], action: str | None = None) -> None:
-        shown = problems[:20]
-        if len(problems) > len(shown):
-            shown.append(f"and {len(problems) - len(shown)} more")
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{count} in a manifest", where=where, action=action)
-        self.problems = problems
-        self._shown = shown
-
-    def __str__(self) -> str:
-        return "\n".join([super().__str__(), *(f"  - {printable(p)}" for p in self._shown)])
+        super().__init__(f"{count} in a manifest", where=where, action=action, problems=problems)
 
 
 class DataError(CskdError):
