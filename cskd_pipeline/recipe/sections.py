@@ -1,8 +1,7 @@
-"""What a user asks for: TOML recipes as frozen dataclasses, one per stage.
+"""The sections of a recipe: every field, its default and what it means.
 
-A recipe holds everything; flags and ``--set section.key=value`` override it. Each field says with
-``result=False`` when it cannot change a result (worker counts, folders): only the others enter
-:func:`result_digest`, which a resumed run must match.
+A field that cannot change a result (worker counts, folders, notes) is made by ``_free``: only the
+others enter :func:`cskd_pipeline.recipe.result_digest`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ def _free(default: Any = None) -> Any:
 class DumpData:
     shards: str = _free("")  # path, folder, brace pattern, glob, comma list, _info.json or manifest
     split: str = _free("")  # of an _info.json with several splits
-    name: str = ""  # of the data set, for the manifest; empty: taken from the shards
+    name: str = _free("")  # of the data set, for the manifest; empty: taken from the shards
     num_classes: int = 0  # 0: from the class names, or the teacher's own head
 
 
@@ -40,10 +39,10 @@ class CacheSection:
     path: str = _free("")
     encodings: tuple[str, ...] = ("dense",)
     views: int = 1
-    view_block: int = 0  # views per unit of work; 0: the largest divisor of views up to 10 that fits
+    view_block: int = _free(0)  # views per unit; 0: the largest divisor of views up to 10 that fits
     root_seed: int = 0
-    license: str = ""
-    notes: str = ""
+    license: str = _free("")
+    notes: str = _free("")
 
 
 @dataclass(frozen=True)

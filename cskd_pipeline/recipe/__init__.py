@@ -1,0 +1,49 @@
+"""What a user asks for: TOML recipes as frozen dataclasses, one per stage.
+
+A recipe holds everything; ``--set section.key=value`` and flags override it. ``sections`` says what
+can be asked, ``checks`` which values make sense, ``convert`` and ``reading`` turn TOML into a recipe
+and report every problem at once, ``writing`` turns it back, and into the digest that a resumed run
+must match.
+"""
+
+from cskd_pipeline.recipe.checks import CHOICES, validate
+from cskd_pipeline.recipe.reading import find_recipe, load_recipe, recipe_names
+from cskd_pipeline.recipe.sections import (
+    BatchSection,
+    CacheSection,
+    DistillSection,
+    DumpData,
+    DumpLoop,
+    DumpRecipe,
+    OptimSection,
+    RunSection,
+    ScheduleSection,
+    StudentSection,
+    TeacherSection,
+    TrainData,
+    TrainRecipe,
+)
+from cskd_pipeline.recipe.writing import result_digest, to_toml
+
+__all__ = [
+    "CHOICES",
+    "BatchSection",
+    "CacheSection",
+    "DistillSection",
+    "DumpData",
+    "DumpLoop",
+    "DumpRecipe",
+    "OptimSection",
+    "RunSection",
+    "ScheduleSection",
+    "StudentSection",
+    "TeacherSection",
+    "TrainData",
+    "TrainRecipe",
+    "find_recipe",
+    "load_recipe",
+    "recipe_names",
+    "result_digest",
+    "to_toml",
+    "validate",
+]

@@ -1,0 +1,164 @@
+"""Recipes from files, names and the command line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cskd_pipeline import resources
+from cskd_pipeline.errors import RecipeError, UsageError
+from cskd_pipeline.recipe.checks import check
+from cskd_pipeline.recipe.convert import Problems, build, field_types, shown
+from cskd_pipeline.recipe.sections import DumpRecipe, TrainRecipe
+
+R = TypeVar("R", DumpRecipe, TrainRecipe)
+
+_FOLDERS: dict[type, str] = {DumpRecipe: "dump_teacher", TrainRecipe: "train"}
+_MAX_BYTES = 2**20
+
+
+def load_recipe(
+    kind: type[R],
+    source: str | Path | None = None,
+    sets: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> R:
+    """A checked recipe: the defaults, then the file, then ``sets``, then ``flags``.
+
+    Args:
+        kind: ``DumpRecipe`` or ``TrainRecipe``.
+        source: a file, or a name in ``stages/``; see :func:`find_recipe`. None: defaults alone.
+        sets: ``section.key=value`` with a TOML value; a bare word is a string.
+        flags: dotted name to value; None means that the flag was not given.
+
+    Raises:
+        RecipeError: a file that is missing or not TOML; else every unknown key, wrong type and
+            senseless value at once.
+        UsageError: ``sets`` that are not ``section.key=value``, or that contradict ``flags``.
+    """
+    path = None if source is None else find_recipe(kind, source)
+    document = {} if path is None else _read(path)
+    overrides = _parse_sets(kind, sets)
+    for name, value in (flags or {}).items():
+        if value is None:
+            continue
+        if overrides.get(name, value) != value:
+            raise UsageError(
+                "a flag and --set disagree",
+                where=name,
+                found=f"{shown(value)} and {shown(overrides[name])}",
+                action="give one of the two",
+            )
+        overrides[name] = value
+    problems = Problems(kind, overrides)
+    for name, value in overrides.items():
+        _put(document, name, value)
+    recipe = build(kind, document, problems)
+    for name, text in check(recipe):
+        problems.add(name, text)
+    if problems.lines:
+        raise RecipeError(
+            "the recipe is not usable",
+            where=path or "the command line",
+            problems=problems.lines,
+        )
+    return recipe
+
+
+def find_recipe(kind: type, source: str | Path) -> Path:
+    """The file that ``--recipe`` means: a path, or a name in ``stages/`` (``paper_tiny_cskd``).
+
+    A name without its method means the method this project is for: ``paper_tiny``.
+
+    Raises:
+        RecipeError: there is no such file, or no recipe of that name.
+    """
+    given = str(source)
+    if given.endswith(".toml") or os.sep in given:
+        return Path(given)
+    folder = resources.stages() / _FOLDERS[kind]
+    for name in (given, f"{given}_cskd"):
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    if Path(given).is_file():
+        return Path(given)
+    known = recipe_names(kind)
+    near = difflib.get_close_matches(given, known, 1)
+    raise RecipeError(
+        "no recipe of that name",
+        where=folder,
+        found=given,
+        expected="a .toml file or one of " + ", ".join(known),
+        action=f"--recipe {near[0]}" if near else None,
+    )
+
+
+def recipe_names(kind: type) -> list[str]:
+    """The names of the recipes in ``stages/`` for this kind."""
+    return sorted(path.stem for path in (resources.stages() / _FOLDERS[kind]).glob("*.toml"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise RecipeError("too large for a recipe", where=path, expected="at most 1 MiB")
+        return tomllib.loads(data.decode())
+    except OSError as error:
+        raise RecipeError(
+            "the recipe cannot be read", where=path, found=error.strerror, expected="a TOML file"
+        ) from error
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError too
+        raise RecipeError("the recipe is not TOML", where=path, found=error) from error
+
+
+def _parse_sets(kind: type, sets: Sequence[str]) -> dict[str, Any]:
+    values = {}
+    for text in sets:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or "." not in name or not all(name.split(".")):
+            raise UsageError(
+                "--set takes section.key=value",
+                found=text,
+                action="for example --set optim.lr=5e-4",
+            )
+        values[name] = _parse_value(kind, name, value)
+    return values
+
+
+def _parse_value(kind: type, name: str, text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    if set(parsed) != {"value"}:  # a line break, then another key
+        return text
+    # Where a string is wanted, `--set run.device=0` and `--set data.split=true` mean their text.
+    wanted = _wanted(kind, name)
+    return text if wanted is str and not isinstance(parsed["value"], str) else parsed["value"]
+
+
+def _wanted(kind: type, name: str) -> Any:
+    """The type of the field called ``name``, or None."""
+    wanted: Any = kind
+    for part in name.split("."):
+        if not (isinstance(wanted, type) and is_dataclass(wanted)):
+            return None
+        wanted = field_types(wanted).get(part)
+    return wanted
+
+
+def _put(document: dict[str, Any], name: str, value: Any) -> None:
+    *parents, key = name.split(".")
+    for part in parents:
+        inner = document.setdefault(part, {})
+        if not isinstance(inner, dict):  # reported as what it is when the document is converted
+            return
+        document = inner
+    document[key] = value
