@@ -1,21 +1,22 @@
 """What can go wrong, worded for the person who must act.
 
-    CskdError                exit code 1 unless said otherwise
-    |-- UsageError           the call contradicts itself (exit code 2)
-    |-- RecipeError          a recipe's key or value
-    |-- ManifestError        a data set's or cache's description of itself; carries every problem
-    |-- DataError            shards and what is in them
-    |   |-- ShardError       a tar: not one, cut short, a sample without image or label
-    |   |-- ImageError       bytes that are no image, or one too large to be honest
-    |   `-- JoinError        the shards at hand and the cache's data set differ
-    |-- ViewDriftError       a replayed view is not the recorded one
-    |-- CacheError           a cache: incomplete, damaged, or of another kind than asked for
-    |-- WeightsError         a checkpoint or teacher file that cannot be loaded safely
-    |-- TeacherError         a model that cannot give spatial logits
-    |-- StudentError         a model that cannot take them
-    |-- TrainingError        a run that cannot go on: a loss that is not finite
-    |-- OutputError          a folder that holds something else, a full disk
-    `-- MissingPackageError  an optional package that this command needs
+CskdError                exit code 1 unless said otherwise
+|-- UsageError           the call contradicts itself (exit code 2)
+|-- RecipeError          a recipe's key or value
+|-- ManifestError        a data set's or cache's description of itself; carries every problem
+|-- DataError            shards and what is in them
+|   |-- ShardError       a tar: not one, cut short, a sample without image or label
+|   |-- ImageError       bytes that are no image, or one too large to be honest
+|   `-- JoinError        the shards at hand and the cache's data set differ
+|-- ViewDriftError       a replayed view is not the recorded one
+|-- CacheError           a cache: incomplete, damaged, or of another kind than asked for
+|-- WeightsError         a checkpoint or teacher file that cannot be loaded safely
+|-- TeacherError         a model that cannot give spatial logits
+|-- StudentError         a model that cannot take them
+|-- TrainingError        a run that cannot go on: a loss that is not finite
+|-- OutputError          a folder that holds something else, a full disk
+|-- MissingPackageError  an optional package that this command needs
+`-- Interrupted          Ctrl-C or SIGTERM, told at the end (exit code 130)
 """
 
 from __future__ import annotations
@@ -155,3 +156,9 @@ class OutputError(CskdError):
 
 class MissingPackageError(CskdError):
     """An optional package that this command needs."""
+
+
+class Interrupted(CskdError):
+    """Ctrl-C or SIGTERM; ``action`` says how to go on."""
+
+    exit_code = 130
