@@ -13,14 +13,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from cskd_pipeline.errors import CskdError, printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
 _LONGEST = 2000  # characters of a line
@@ -117,18 +118,17 @@ class Terminal:
         """One line about something that is not as it should be, yet no reason to stop."""
         _print(self._err, f"warning: {printable(text, _LONGEST)}", "yellow")
 
-    def table(
-        self, columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = ""
-    ) -> None:
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """A result in rows, numbers to the right. With ``json`` nothing."""
         if self.json:
             return
         values = [list(row) for row in rows]
         right = [_is_numeric(column) for column in zip(*values, strict=True)]
         cells = [[printable(format_value(value), _LONGEST) for value in row] for row in values]
-        if title:
-            _print(self._out, printable(title), "bold")
+        _print(self._out, printable(title), "bold")
         if self._out.is_terminal:
+            from rich.table import Table
+
             table = Table(box=None, pad_edge=False, header_style="bold")
             for name, numeric in zip(columns, right or [False] * len(columns), strict=True):
                 table.add_column(Text(name), justify="right" if numeric else "left")
@@ -158,9 +158,9 @@ class Terminal:
         """Why a command stopped, on stderr, and with ``json`` as ``{"error": {...}}`` on stdout."""
         _print(self._err, f"error: {error}", "red")
         if self.json:
-            fields = {name: value for name, value in vars(error).items() if value is not None}
+            names = ("problem", "where", "found", "expected", "action", "problems")
             kind = {"kind": type(error).__name__, "exit_code": error.exit_code}
-            self._print_json({"error": kind | fields})
+            self._print_json({"error": kind | {name: getattr(error, name) for name in names}})
 
     @contextmanager
     def progress(
@@ -185,6 +185,8 @@ class Terminal:
 
     @contextmanager
     def _bar(self, total: int | None, unit: str, description: str, done: int) -> Iterator[Meter]:
+        from rich.progress import BarColumn, Progress, TextColumn
+
         if self._bars is None:  # one live display, however deep the bars are nested
             self._bars = Progress(
                 TextColumn("{task.description}", markup=False),
@@ -196,7 +198,7 @@ class Terminal:
             self._bars.start()
         bars = self._bars
         meter = Meter(total, unit, done, self._clock, lambda m: bars.update(bar, completed=m.count))
-        bar: TaskID = bars.add_task(description, total=total, completed=done, meter=meter)
+        bar = bars.add_task(description, total=total, completed=done, meter=meter)
         try:
             yield meter
         finally:
@@ -229,7 +231,7 @@ class Terminal:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON has it: paths as text, numpy scalars as numbers, NaN and infinity as null."""
+    """``value`` as JSON has it: paths as text, numpy scalars as numbers, NaN, infinity as null."""
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,8 +1,8 @@
 """What a user asks for: TOML recipes as frozen dataclasses, one per stage.
 
 A recipe holds everything; ``--set section.key=value`` and flags override it. ``sections`` says what
-can be asked, ``checks`` which values make sense, ``convert`` and ``reading`` turn TOML into a recipe
-and report every problem at once, ``writing`` turns it back, and into the digest that a resumed run
+can be asked, ``checks`` which values make sense; ``convert`` and ``reading`` turn TOML into a recipe
+and report every problem at once; ``writing`` turns it back, and into the digest that a resumed run
 must match.
 """
 

@@ -1,0 +1,62 @@
+# make demo, make test, make check: each sets up .venv first, once. make PYTHON=python3.12 picks a Python;
+# PIP_ARGS reaches pip, say for torch's smaller CPU build:
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+SHELL := /bin/sh
+
+# A new stamp for other requirements or another folder (an editable install points to its folder).
+KEY := $(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d' ' -f1)
+STAMP := .venv/installed-$(KEY)
+BIN := .venv/bin
+
+.PHONY: demo test lint types check format clean distclean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	rm -rf demo-out
+	$(BIN)/cskd-pipeline demo --out demo-out
+
+test: $(STAMP)
+	$(BIN)/python -m pytest --cov --cov-report=term $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/python -m mypy
+
+check: lint types test
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The stamp comes last, so a set-up that was interrupted is gone through again, and pip keeps what it
+# had finished. A .venv of another Python than one named with PYTHON=..., or without pip, is made anew.
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "cskd-pipeline needs Python 3.11 or newer: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "setting up .venv; with torch this takes minutes and some GB, once"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 $(same_python) || \
+		{ rm -rf .venv && $(PYTHON) -m venv .venv; }
+	@rm -f .venv/installed-*
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+		-c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+ifeq ($(origin PYTHON),command line)
+version_of = $$($(1) -c 'import sys; print(sys.version)' 2>/dev/null)
+same_python = && test "$(call version_of,$(PYTHON))" = "$(call version_of,$(BIN)/python)"
+endif
+
+clean:
+	rm -rf demo-out build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache \
+		.hypothesis
+	find cskd_pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv
