@@ -1,0 +1,231 @@
+"""Cumulative knowledge fusion (CKF): its schedules, its hard labels, and their upper envelope.
+
+Legend: B samples, K classes, h x w the teacher's grid; ``spatial`` d (B, K, h, w) and ``global_``
+g (B, K), both float16: the teacher's answer.
+
+CKF fuses ``r * d + (1 - r) * g`` with r falling from 1 to 0. At one location class k is thus a line
+in r from g_k to d_k, and the hard label is the line on top. Among several lines on top the larger g
+wins, then the larger d, then the lower index: the class that is on top before a crossing keeps it.
+
+Exactness. A float16 is an integer multiple of 2**-24 below 2**16, and r is rounded to a multiple t
+of 1/N, N = 65535. Then ``t * d + (N - t) * g`` is an integer below 2**57 in these units: labels and
+crossings are computed in int64 without any rounding, so that a live teacher, a dense cache and an
+envelope cache give the same label on every device at every r. The label at r itself can differ from
+it only where a crossing lies between r and that multiple, at most half of 1/N away, and never at
+r = 0 and r = 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from cskd_pipeline.errors import RecipeError, TeacherError
+
+QUANTUM = 65535
+"""N: crossings and r are known to 1/N."""
+UNUSED = 65535
+"""Fills planes that a location has no line for; neither a class nor a crossing can reach it."""
+
+_UNITS_PER_ONE = 2.0**24  # the smallest float16 step is 2**-24
+_LOWEST = -(1 << 62)  # below every key, as int64 and as float32
+_SLACK = 1.0 + 2.0**-20  # more than four float32 roundings
+_CHUNK = 1 << 22  # logits per piece of upper_envelope: scratch memory stays below 300 MB
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda t: 1.0 - t,
+    "x2": lambda t: (1.0 - t) ** 2,
+    "cos": lambda t: math.cos(math.pi / 2.0 * t),
+}
+"""The CKF ratio r by progress t, the paper's three (arXiv 2307.08500, its decay functions)."""
+
+
+def ckf_ratio(schedule: str, progress: float) -> float:
+    """The share r of the spatial response, in [0, 1].
+
+    Args:
+        progress: t = epoch / epochs (or update / updates), in [0, 1].
+
+    Raises:
+        RecipeError: an unknown schedule.
+    """
+    if schedule not in SCHEDULES:
+        raise RecipeError(
+            "unknown CKF schedule",
+            where="distill.schedule",
+            found=schedule,
+            expected=", ".join(SCHEDULES),
+        )
+    assert 0.0 <= progress <= 1.0, progress
+    return SCHEDULES[schedule](progress)
+
+
+def fuse(spatial: Tensor, global_: Tensor, r: float) -> Tensor:
+    """``r * d + (1 - r) * g`` in float32, (B, K, h, w): the target of the soft loss."""
+    return r * spatial.float() + (1.0 - r) * global_.float()[:, :, None, None]
+
+
+def hard_global_labels(global_: Tensor) -> Tensor:
+    """The class of the largest global logit, the lowest index among equals, (B,) int64."""
+    return global_.argmax(dim=1)
+
+
+def hard_labels(spatial: Tensor, global_: Tensor, r: float) -> Tensor:
+    """The class on top at the multiple of 1/N nearest to r, by the tie rule; no host sync.
+
+    Returns:
+        (B, h, w) int64.
+    """
+    t = _nearest_multiple(r)
+    d = _units(spatial)
+    g = _units(global_)[:, :, None, None].expand_as(d)
+    return _first_of_largest(t * d + (QUANTUM - t) * g, g, d, dim=1)
+
+
+def envelope_labels(planes: Tensor, r: float) -> Tensor:
+    """:func:`hard_labels` from :func:`upper_envelope`'s planes, equal at every r; no host sync.
+
+    Args:
+        planes: (B, P, h, w) uint16, P odd; trailing planes that are all unused may be left out.
+
+    Returns:
+        (B, h, w) int64.
+    """
+    assert planes.shape[1] % 2 == 1, planes.shape
+    passed = planes[:, 1::2].to(torch.int32) < _nearest_multiple(r)
+    line = passed.sum(dim=1, keepdim=True)
+    return planes[:, 0::2].to(torch.int64).gather(1, line).squeeze(1)
+
+
+def upper_envelope(spatial: Tensor, global_: Tensor) -> Tensor:
+    """Every class that is on top at some multiple of 1/N, and where each hands over to the next.
+
+    From the label at r = 0 the march goes to the nearest crossing with a steeper line, whose place
+    is ``floor(N * a / (a + b))`` for lines a apart at r = 0 and, the other way, b apart at r = 1.
+    At the next multiple of 1/N the new label is found as :func:`hard_labels` finds it; so a class
+    whose two crossings share a quantum is never listed, and the last class is the label at r = 1.
+
+    Args:
+        spatial: (B, K, h, w) float16, K <= 65535.
+        global_: (B, K) float16.
+
+    Returns:
+        planes (B, P, h, w) uint16: ``c0, q1, c1, q2, c2, ...`` where class ``c1`` takes over from
+        ``c0`` at ``r = (q1 + 0.5) / N`` and so on, ``q`` rising in 0..65534; the rest of the P
+        planes holds 65535. P = 2 * (most lines at any location of this batch) - 1.
+
+    Raises:
+        TeacherError: a logit is NaN or infinite.
+    """
+    samples, classes, height, width = spatial.shape
+    assert spatial.dtype == global_.dtype == torch.float16, (spatial.dtype, global_.dtype)
+    assert global_.shape == (samples, classes), (spatial.shape, global_.shape)
+    assert 0 < classes <= UNUSED, classes
+    if not all_finite(spatial, global_):
+        raise TeacherError("the teacher's answer holds NaN or infinite logits")
+    rows = max(1, _CHUNK // (classes * height * width))
+    pieces = []
+    for d, g in zip(spatial.split(rows), global_.split(rows), strict=True):
+        d = d.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format)
+        pieces.append(_march(d.flatten(1, 2), g.float()[:, None]))
+    count = max(piece.shape[1] for piece in pieces)
+    padded = [pad(piece, (0, count - piece.shape[1]), value=UNUSED) for piece in pieces]
+    planes = torch.cat(padded).reshape(samples, height, width, count)
+    return planes.permute(0, 3, 1, 2).contiguous().to(torch.uint16)
+
+
+def all_finite(*logits: Tensor) -> bool:
+    """Whether float16 tensors are free of NaN and infinities; waits for the device.
+
+    Finite ones have a finite float32 sum, however many they are: one pass and no mask.
+    """
+    return all(bool(values.sum(dtype=torch.float32).isfinite()) for values in logits)
+
+
+def _march(d: Tensor, g: Tensor) -> Tensor:
+    """The planes (n, P) int32 of n = b * l locations; d (b, l, K), g (b, 1, K) float32."""
+    start = _first_of_largest(g, d, dim=-1)
+    lines, count = _candidates(d, g.expand_as(d), start)
+    top_d, top_g = _units(_pick(d, start)), _units(_pick(g.expand_as(d), start))
+    planes = torch.full(
+        (len(count), 2 * lines.shape[2] + 1), UNUSED, dtype=torch.int32, device=d.device
+    )
+    planes[:, 0] = start.flatten()
+    step, rows = 0, count.nonzero().squeeze(1)
+    lines, top = lines[:, rows], torch.stack([top_d, top_g]).flatten(1)[:, rows]
+    while len(rows):  # only locations whose label still changes
+        step += 1
+        crossing, line = _next_line(lines[1], lines[2], *top)
+        label, *on_top = (_pick(values, line) for values in lines)
+        planes[rows, 2 * step - 1] = crossing.int()
+        planes[rows, 2 * step] = label.int()
+        active = (lines[1] > on_top[0][:, None]).any(dim=1).nonzero().squeeze(1)
+        rows, lines, top = rows[active], lines[:, active], torch.stack(on_top)[:, active]
+    return planes[:, : 2 * step + 1]
+
+
+def _candidates(d: Tensor, g: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """The lines that may follow ``start``: class, d and g, packed (3, n, C) int64; how many, (n,).
+
+    No line is on top that stays below both the label at r = 0 and the label at r = 1. Their maximum
+    is convex and bends where they cross, so a line rises above it there or nowhere: where the
+    line's point (g, d) lies on or above the chord between theirs. float32 decides that with room to
+    spare.
+    """
+    end = _first_of_largest(d, g, dim=-1)
+    d_start, g_start = _pick(d, start)[..., None], _pick(g, start)[..., None]
+    d_end, g_end = _pick(d, end)[..., None], _pick(g, end)[..., None]
+    rise = d - d_start
+    above = (g_start - g) * (d_end - d_start) <= rise * ((g_start - g_end) * _SLACK)
+    above &= rise > 0
+    place = above.nonzero(as_tuple=True)
+    above = above.flatten(0, 1)
+    count = above.sum(dim=1)
+    row = place[0] * d.shape[1] + place[1]
+    slot = torch.arange(len(row), device=d.device) - (count.cumsum(0) - count)[row]
+    lines = torch.zeros(3, len(count), int(count.max()), dtype=torch.int64, device=d.device)
+    lines[1] = _units(d_start).flatten(0, 1)  # padding that never rises above the start
+    lines[:, row, slot] = torch.stack([place[2], _units(d[place]), _units(g[place])])
+    return lines, count
+
+
+def _next_line(d: Tensor, g: Tensor, d_top: Tensor, g_top: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the label changes next and to which line: q and a column of d and g (m, C), (m,)."""
+    rise = d - d_top[:, None]
+    steeper = rise > 0
+    fall = (g_top[:, None] - g).where(steeper, 1)
+    crossing = fall * QUANTUM // (fall + rise.where(steeper, 0))  # N for lines that never overtake
+    first = crossing.amin(dim=1, keepdim=True)
+    t = first + 1
+    fused = (t * d + (QUANTUM - t) * g).where(crossing == first, _LOWEST)
+    return first.squeeze(1), _first_of_largest(fused, g, dim=1)
+
+
+def _nearest_multiple(r: float) -> int:
+    """t, where t/N is the multiple of 1/N nearest to r, the lower one of two."""
+    assert 0.0 <= r <= 1.0, r
+    return math.ceil(Fraction(r) * QUANTUM - Fraction(1, 2))
+
+
+def _units(logits: Tensor) -> Tensor:
+    """Logits that float16 can hold, as integer multiples of 2**-24, int64."""
+    return (logits.float() * _UNITS_PER_ONE).long()
+
+
+def _first_of_largest(key: Tensor, *ties: Tensor, dim: int) -> Tensor:
+    """The index of the largest ``key`` along ``dim``; ties by ``ties`` in turn, then the lowest."""
+    on_top = key == key.amax(dim, keepdim=True)
+    for tie in ties:
+        tie = tie.where(on_top, _LOWEST)
+        on_top = on_top & (tie == tie.amax(dim, keepdim=True))
+    return on_top.to(torch.uint8).argmax(dim)
+
+
+def _pick(values: Tensor, index: Tensor) -> Tensor:
+    """``values[..., index]`` along the last dimension, which goes."""
+    return values.gather(-1, index[..., None]).squeeze(-1)

@@ -1,0 +1,81 @@
+"""timm models by name; every way of not getting one is a clear error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+from torch import nn
+
+from cskd_pipeline.errors import CskdError
+
+HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's own
+
+
+def create_timm(
+    name: str,
+    *,
+    num_classes: int | None,
+    size: int,
+    kwargs: Mapping[str, Any],
+    error: type[CskdError],
+    pretrained: bool = False,
+) -> nn.Module:
+    """``timm.create_model`` at an input size, whether the model must be told it or not.
+
+    Args:
+        num_classes: None leaves the model's own.
+        kwargs: for the model's constructor; an ``img_size`` there must be ``size``.
+        error: what to raise.
+
+    Raises:
+        error: an unknown name, arguments the model does not take, weights that cannot be fetched.
+    """
+    if not name.startswith(HUB_PREFIXES) and not timm.is_model(name):
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=4)
+        raise error(
+            "timm has no model of this name",
+            where=name,
+            found=f"timm {timm.__version__}" + (f", which has {', '.join(close)}" if close else ""),
+        )
+    arguments = dict(kwargs)
+    if _fixes_its_size(name):
+        arguments.setdefault("img_size", size)
+    if arguments.get("img_size", size) != size:
+        raise error(
+            "the model's img_size is not the views' size",
+            where=name,
+            found=arguments["img_size"],
+            expected=size,
+        )
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
+    except Exception as problem:  # bad arguments fail inside the model, fetching in many libraries
+        found = f"{type(problem).__name__}: {problem}"
+        if pretrained:
+            raise error(
+                "the pretrained weights could not be had",
+                where=name,
+                found=found,
+                action="check the name's tag and the network, or fetch model.safetensors of "
+                f"timm/{name} elsewhere and pass that file as the weights",
+            ) from problem
+        raise error(
+            "the model cannot be made with these arguments",
+            where=name,
+            found=found,
+            expected=f"arguments of timm's {name}, got {arguments}",
+        ) from problem
+    return model
+
+
+def _fixes_its_size(name: str) -> bool:
+    """Whether the model is built for one input size and must be told it (``img_size``)."""
+    if name.startswith(HUB_PREFIXES):
+        return False
+    config = timm.models.get_pretrained_cfg(name.split(".")[0])
+    return bool(config is not None and config.fixed_input_size)

@@ -1,0 +1,134 @@
+"""A checkpoint's tensors, read without running anything that is in it."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cskd_pipeline.errors import WeightsError
+
+_NESTINGS = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: averages first
+_WRAPPERS = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel
+
+
+def load_state(path: Path | str) -> dict[str, Tensor]:
+    """Parameters and buffers by name, on the CPU.
+
+    ``.safetensors``, or anything that ``torch.save`` wrote (``.pth``, ``.pt``, ``.bin``) as long as
+    it holds tensors and plain values only. What training scripts wrap around the tensors is
+    removed; of a model and its moving average the average is taken, as timm does.
+
+    Raises:
+        WeightsError: no such file, no checkpoint, or objects in it that only running code could
+        make.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError("there is no such weights file", where=path)
+    try:
+        if path.suffix == ".safetensors":
+            checkpoint: object = load_file(path)
+        else:
+            # Training scripts store their arguments beside the weights: a Namespace is only a
+            # record.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile file can fail in any way
+        raise WeightsError(
+            "the weights file does not load as plain tensors",
+            where=path,
+            found=f"{type(error).__name__}: {error}".splitlines()[0],
+            expected="a .safetensors file, or a torch checkpoint of tensors and plain values",
+            action="nothing in it was run; ask whoever made it for a .safetensors file",
+        ) from error
+    state = _unwrap(checkpoint)
+    if not isinstance(state, dict) or not state or not _only_tensors(state):
+        raise WeightsError(
+            "the weights file holds no state dict",
+            where=path,
+            found=_describe(state),
+            expected=f"tensors by name, bare or under {', '.join(_NESTINGS)}",
+        )
+    return {_bare(name): tensor for name, tensor in state.items()}
+
+
+def load_into(model: nn.Module, state: Mapping[str, Tensor], where: object) -> None:
+    """Load ``state`` into ``model``; every name and every shape must agree.
+
+    Raises:
+        WeightsError: counts and examples of what is missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    problems = {
+        "missing": [name for name in own if name not in state and not _optional(name)],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+            for name in own
+            if name in state and state[name].shape != own[name].shape
+        ],
+    }
+    found = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
+    if found:
+        raise WeightsError(
+            "the weights do not fit the model",
+            where=where,
+            found="; ".join(found),
+            expected=f"the {len(own)} tensors of {type(model).__name__}",
+            action="check the model's name, its arguments and the class count",
+        )
+    model.load_state_dict(dict(state), strict=False)  # strict but for what _optional lets through
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over names, dtypes, shapes and bytes in the order of the names.
+
+    Says whether two models are the same whatever file they came in.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _unwrap(checkpoint: object) -> object:
+    while isinstance(checkpoint, dict):
+        inner = [checkpoint[key] for key in _NESTINGS if isinstance(checkpoint.get(key), dict)]
+        if not inner:
+            break
+        checkpoint = inner[0]
+    return checkpoint
+
+
+def _only_tensors(state: dict[object, object]) -> bool:
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+
+
+def _bare(name: str) -> str:
+    while name.startswith(_WRAPPERS):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def _optional(name: str) -> bool:
+    """Batch norm's step counter: absent from old checkpoints, without effect at inference."""
+    return name.endswith("num_batches_tracked")
+
+
+def _describe(state: object) -> str:
+    if not isinstance(state, dict):
+        return type(state).__name__
+    return f"a dict with {_some([str(key) for key in state])}" if state else "an empty dict"
+
+
+def _some(names: Collection[str]) -> str:
+    shown = list(names)[:3]
+    return ", ".join(shown) + (", …" if len(names) > len(shown) else "")
