@@ -415,11 +415,12 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     terminal = Terminal(json="--json" in arguments)
     try:
-        outcome = _run(arguments or ["--help"], terminal)
-        if isinstance(outcome, int):
-            return outcome
-        if outcome is not None:
-            terminal.result(outcome)
+        with _explained_os_errors():
+            outcome = _run(arguments or ["--help"], terminal)
+            if isinstance(outcome, int):
+                return outcome
+            if outcome is not None:
+                terminal.result(outcome)
     except CskdError as error:
         terminal.error(error)
         return error.exit_code
@@ -427,7 +428,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str], terminal: Terminal) -> Outcome | int:
-    """What the command returned; whatever can be explained is raised as a :class:`CskdError`."""
+    """What the command returned; wrong usage and interruptions become a :class:`CskdError`."""
     # With --json, what libraries print must not reach the one object on stdout.
     away = contextlib.redirect_stdout(sys.stderr) if terminal.json else contextlib.nullcontext()
     try:
@@ -439,11 +440,6 @@ def _run(arguments: list[str], terminal: Terminal) -> Outcome | int:
         context = getattr(error, "ctx", None)
         path = PROGRAM if context is None else context.command_path
         raise UsageError(error.format_message(), action=f"see {path} --help") from error
-    except OSError as error:
-        explained = _explain(error)
-        if explained is None:
-            raise
-        raise explained from error
     if outcome == Interrupted.exit_code:  # typer has its own way with KeyboardInterrupt
         raise Interrupted("interrupted", action=_how_to_go_on(arguments))
     return outcome
@@ -484,14 +480,20 @@ def _how_to_go_on(arguments: list[str]) -> str:
     return f"start again with: {line}"
 
 
-def _explain(error: OSError) -> CskdError | None:
-    """The message for a full disk, or for a file that is not there or not ours; None for a bug."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(
-            "no space left on the device",
-            where=error.filename,
-            action="free some space and run the same command again: finished parts are kept",
-        )
-    if error.filename is not None and error.errno in _FILE_ERRORS:
-        return CskdError("a file cannot be used", where=error.filename, found=error.strerror)
-    return None
+@contextlib.contextmanager
+def _explained_os_errors() -> Iterator[None]:
+    """Tell of a full disk, or of a file that is not there or not ours; other OS errors are bugs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                "no space left on the device",
+                where=error.filename,
+                action="free some space and run the same command again: finished parts are kept",
+            ) from error
+        if error.filename is not None and error.errno in _FILE_ERRORS:
+            raise CskdError(
+                "a file cannot be used", where=error.filename, found=error.strerror
+            ) from error
+        raise

@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
@@ -160,7 +160,8 @@ class Terminal:
         if self.json:
             names = ("problem", "where", "found", "expected", "action", "problems")
             kind = {"kind": type(error).__name__, "exit_code": error.exit_code}
-            self._print_json({"error": kind | {name: getattr(error, name) for name in names}})
+            with suppress(OSError):  # where stdout itself is what failed, stderr has told it
+                self._print_json({"error": kind | {name: getattr(error, name) for name in names}})
 
     @contextmanager
     def progress(

@@ -1,9 +1,9 @@
 """What a user asks for: TOML recipes as frozen dataclasses, one per stage.
 
 A recipe holds everything; ``--set section.key=value`` and flags override it. ``sections`` says what
-can be asked, ``checks`` which values make sense; ``convert`` and ``reading`` turn TOML into a recipe
-and report every problem at once; ``writing`` turns it back, and into the digest that a resumed run
-must match.
+can be asked, ``checks`` which values make sense; ``convert`` and ``reading`` turn TOML into recipes
+and report every problem at once; ``writing`` turns them back, and into the digest that a resumed
+run must match.
 """
 
 from cskd_pipeline.recipe.checks import CHOICES, validate

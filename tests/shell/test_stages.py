@@ -1,0 +1,180 @@
+"""The recipes in stages/: complete, honest, and the paper's."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cskd_pipeline import resources
+from cskd_pipeline.recipe import (
+    DistillSection,
+    DumpRecipe,
+    TrainRecipe,
+    load_recipe,
+    recipe_names,
+)
+from cskd_pipeline.views.policy import ViewPolicy
+
+KINDS = {"dump_teacher": DumpRecipe, "train": TrainRecipe}
+FILES = sorted(resources.stages().glob("*/*.toml"))
+PAPER = {
+    "paper_tiny": "deit_tiny_distilled_patch16_224",
+    "paper_small": "deit_small_distilled_patch16_224",
+    "paper_base": "deit_base_distilled_patch16_224",
+}
+
+
+def test_the_stages_folder_has_the_promised_recipes() -> None:
+    assert recipe_names(DumpRecipe) == ["demo", "paper_regnety_160"]
+    assert recipe_names(TrainRecipe) == sorted(
+        [f"demo_{kind}" for kind in ("none", "deit", "cskd", "teacher")]
+        + [f"{size}_{method}" for size in PAPER for method in ("cskd", "deit", "none")]
+    )
+    assert len(FILES) == 15  # and every one is checked below
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_recipe_is_valid_names_every_field_and_says_what_it_is(path: Path) -> None:
+    kind = KINDS[path.parent.name]
+    recipe = load_recipe(kind, path)
+    text = path.read_text(encoding="utf-8")
+    document = tomllib.loads(text)
+    assert set(document) == {section.name for section in fields(kind)}
+    for section in fields(kind):
+        expected = {field.name for field in fields(getattr(recipe, section.name))}
+        assert set(document[section.name]) == expected, section.name
+    comment = text.partition("\n\n[")[0]
+    assert all(line.startswith("#") for line in comment.splitlines())
+    command = "dump-teacher" if kind is DumpRecipe else "train"
+    assert f"# Command  cskd-pipeline {command} --recipe {path.stem}" in comment
+    assert "# Cost " in comment
+    assert "# Result " in comment
+
+
+def flat(recipe: TrainRecipe, *sections: str) -> dict[str, Any]:
+    return {
+        f"{name}.{field.name}": getattr(getattr(recipe, name), field.name)
+        for name in sections
+        for field in fields(getattr(recipe, name))
+    }
+
+
+@pytest.mark.parametrize("size", PAPER)
+@pytest.mark.parametrize("method", ["cskd", "deit", "none"])
+def test_the_papers_values_stand_in_its_recipes(size: str, method: str) -> None:
+    """DESIGN's list of the paper's training recipe, value by value."""
+    recipe = load_recipe(TrainRecipe, f"{size}_{method}")
+    assert recipe.student.name == PAPER[size]
+    assert recipe.student.drop_path == 0.0
+    assert recipe.views == ViewPolicy(
+        version="deit-v1",
+        size=224,
+        crop_area=(0.08, 1.0),
+        crop_ratio=(3 / 4, 4 / 3),
+        flip=0.5,
+        randaugment_ops=2,
+        randaugment_prob=0.5,
+        randaugment_magnitude=9.0,
+        randaugment_std=0.5,
+        erase=0.25,
+        erase_area=(0.02, 1 / 3),
+        erase_ratio=(0.3, 1 / 0.3),
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        mix=1.0,
+        mixup_alpha=0.8,
+        cutmix_alpha=1.0,
+        cutmix_switch=0.5,
+        window=64,
+        repeats=3,
+    )
+    assert recipe.distill == DistillSection(
+        method=method,
+        kind="hard",
+        alpha=0.5,
+        spatial_weight=1.0,
+        schedule="linear",
+        step="epoch",
+        scaling="reference",
+        temperature=1.0,
+        encoding="auto",
+    )
+    assert flat(recipe, "optim", "schedule", "batch") == {
+        "optim.name": "adamw",
+        "optim.lr": 1e-3,
+        "optim.weight_decay": 0.05,
+        "optim.betas": (0.9, 0.999),
+        "optim.clip_grad": 0.0,
+        "optim.smoothing": 0.1,
+        "schedule.epochs": 300,
+        "schedule.warmup_epochs": 5,
+        "schedule.warmup_lr": 1e-6,
+        "schedule.min_lr": 1e-5,
+        "batch.batch_size": 1024,
+        "batch.accumulation": 1,
+        "batch.repeats": 3,
+        "batch.shuffle_shards": 16,
+    }
+    assert recipe.run.ema == 0.99996
+    assert recipe.data.num_classes == 1000
+
+
+def test_the_papers_cache_is_regnety_160_in_300_envelope_views() -> None:
+    recipe = load_recipe(DumpRecipe, "paper_regnety_160")
+    assert recipe.teacher.name == "regnety_160.deit_in1k"
+    assert recipe.teacher.weights == "hub"
+    assert recipe.cache.encodings == ("envelope",)
+    assert recipe.cache.views == 300
+    assert recipe.views == load_recipe(TrainRecipe, "paper_tiny").views
+    text = (resources.stages() / "dump_teacher/paper_regnety_160.toml").read_text()
+    assert "# Why encodings" in text
+
+
+@pytest.mark.parametrize("family", [*PAPER, "demo"])
+def test_baselines_differ_in_one_word(family: str) -> None:
+    cskd = load_recipe(TrainRecipe, f"{family}_cskd")
+    for method in ("deit", "none"):
+        other = load_recipe(TrainRecipe, f"{family}_{method}")
+        assert replace(other, distill=replace(other.distill, method="cskd")) == cskd
+
+
+@pytest.mark.parametrize(("size", "cskd", "deit"), [
+    ("tiny", "76.3", "74.5"), ("small", "82.3", "81.2"), ("base", "83.8", "83.4"),
+])  # fmt: skip
+def test_published_figures_are_called_the_papers(size: str, cskd: str, deit: str) -> None:
+    folder = resources.stages() / "train"
+    text = {m: (folder / f"paper_{size}_{m}.toml").read_text() for m in ("cskd", "deit", "none")}
+    assert f"the paper reports {cskd} %" in text["cskd"]
+    assert f"the paper reports {deit} %" in text["deit"]
+    assert "top-1" not in text["none"]
+    for method in ("cskd", "deit"):
+        assert "not yet reproduced with this code" in text[method]
+
+
+def test_the_demos_recipes_see_the_same_views_of_the_same_teacher() -> None:
+    dump = load_recipe(DumpRecipe, "demo")
+    teacher = load_recipe(TrainRecipe, "demo_teacher")
+    assert dump.cache.encodings == ("dense", "envelope")
+    assert (dump.teacher.name, dump.teacher.kwargs) == (
+        teacher.student.name,
+        teacher.student.kwargs,
+    )
+    for name in ("teacher", "none", "deit", "cskd"):
+        recipe = load_recipe(TrainRecipe, f"demo_{name}")
+        assert recipe.views == dump.views
+        assert recipe.data.num_classes == dump.data.num_classes == 10
+
+
+def test_timm_has_every_model_that_recipes_name() -> None:
+    import timm
+
+    assert "regnety_160.deit_in1k" in timm.list_pretrained("regnety_160*")
+    known = set(timm.list_models())
+    for name in recipe_names(TrainRecipe):
+        assert load_recipe(TrainRecipe, name).student.name in known
+    for name in recipe_names(DumpRecipe):
+        assert load_recipe(DumpRecipe, name).teacher.name.partition(".")[0] in known
