@@ -130,7 +130,12 @@ def make_shards(
     from cskd_pipeline.loading import make
 
     return make.make_shards(
-        image_folder, out, shard_size=shard_size, seed=seed, split=split, terminal=terminal
+        image_folder,
+        out,
+        shard_size=shard_size,
+        seed=seed,
+        split=split,
+        progress=terminal.progress,
     )
 
 
@@ -153,7 +158,9 @@ def index(
     terminal = Terminal(quiet=quiet, json=json)
     from cskd_pipeline.loading import index as indexing
 
-    dataset = indexing.index_shards(shards, name=name, num_classes=num_classes, split=split)
+    dataset = indexing.index_shards(
+        shards, name=name, num_classes=num_classes, split=split, progress=terminal.progress
+    )
     dataset.save(out)
     return {
         "manifest": out,

@@ -122,6 +122,7 @@ class Terminal:
         """A result in rows, numbers to the right. With ``json`` nothing."""
         if self.json:
             return
+        columns = [printable(name) for name in columns]
         values = [list(row) for row in rows]
         right = [_is_numeric(column) for column in zip(*values, strict=True)]
         cells = [[printable(format_value(value), _LONGEST) for value in row] for row in values]
@@ -137,7 +138,7 @@ class Terminal:
             self._out.print(table)
             return
         widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-        for row in [list(columns), *cells]:
+        for row in [columns, *cells]:
             padded = [
                 cell.rjust(width) if numeric else cell.ljust(width)
                 for cell, width, numeric in zip(
@@ -174,7 +175,7 @@ class Terminal:
             unit: their name in the plural: ``views``.
             done: how many of them earlier runs have finished.
         """
-        description = printable(description)
+        description, unit = printable(description), printable(unit)
         if self.quiet:
             yield Meter(total, unit, done, self._clock)
         elif self._err.is_terminal:
@@ -227,8 +228,12 @@ class Terminal:
             _print(self._err, f"{description}: {meter}, {duration(meter.seconds)} in all")
 
     def _print_json(self, document: Mapping[str, Any]) -> None:
-        self._out.file.write(json_module.dumps(plain(document), allow_nan=False) + "\n")
-        self._out.file.flush()
+        text = json_module.dumps(plain(document), allow_nan=False) + "\n"
+        try:
+            self._out.file.write(text)
+            self._out.file.flush()
+        except BrokenPipeError:
+            self._out.on_broken_pipe()  # as rich does: whoever read it has seen enough, exit 1
 
 
 def plain(value: Any) -> Any:
