@@ -363,3 +363,18 @@ def test_every_named_recipe_survives_writing(tmp_path: Path) -> None:
         for name in recipe_names(kind):
             recipe = load_recipe(kind, name)
             assert load_recipe(kind, write(tmp_path, to_toml(recipe))) == recipe
+
+
+def test_the_choices_are_those_of_the_rooms_that_know_them() -> None:
+    from cskd_pipeline import machine
+    from cskd_pipeline.distill import ckf, losses, teacher
+
+    assert {name: CHOICES[name] for name in CHOICES if not name.startswith("data.")} == {
+        "teacher.precision": tuple(teacher.PRECISIONS),
+        "distill.method": losses.METHODS,
+        "distill.kind": losses.KINDS,
+        "distill.scaling": losses.SCALINGS,
+        "distill.schedule": tuple(ckf.SCHEDULES),
+        "distill.step": ("epoch", "update"),
+        "run.amp": tuple(machine.AMP),
+    }
