@@ -1,4 +1,4 @@
-"""The loss of each method, hard and soft: CSKD, arXiv 2307.08500, section 3, and the authors' code.
+"""The loss of each method, hard and soft, as in CSKD (arXiv 2307.08500) and its authors' code.
 
 ``total = (1 - alpha) * base + alpha * global + spatial_weight * spatial``: ``base`` compares the
 class head with the labels, ``global`` the distillation head with the teacher's global response,

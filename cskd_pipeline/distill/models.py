@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
-from torch import nn
+from timm.models import PretrainedCfg, get_pretrained_cfg
+from torch import Tensor, nn
 
 from cskd_pipeline.errors import CskdError
 
@@ -41,7 +42,7 @@ def create_timm(
             found=f"timm {timm.__version__}" + (f", which has {', '.join(close)}" if close else ""),
         )
     arguments = dict(kwargs)
-    if _fixes_its_size(name):
+    if getattr(_config(name), "fixed_input_size", False):
         arguments.setdefault("img_size", size)
     if arguments.get("img_size", size) != size:
         raise error(
@@ -68,14 +69,22 @@ def create_timm(
             "the model cannot be made with these arguments",
             where=name,
             found=found,
-            expected=f"arguments of timm's {name}, got {arguments}",
+            expected=f"arguments that timm's {name} takes, not {arguments}",
         ) from problem
     return model
 
 
-def _fixes_its_size(name: str) -> bool:
-    """Whether the model is built for one input size and must be told it (``img_size``)."""
+def classes_in(state: Mapping[str, Tensor], name: str) -> int | None:
+    """The class count of a state dict: the rows of what the model ``name`` calls its classifier."""
+    classifier = getattr(_config(name), "classifier", None)
+    for layer in (classifier,) if isinstance(classifier, str) else classifier or ():
+        if f"{layer}.weight" in state:
+            return len(state[f"{layer}.weight"])
+    return None
+
+
+def _config(name: str) -> PretrainedCfg | None:
+    """What timm says of the architecture; None for models that only the hub knows."""
     if name.startswith(HUB_PREFIXES):
-        return False
-    config = timm.models.get_pretrained_cfg(name.split(".")[0])
-    return bool(config is not None and config.fixed_input_size)
+        return None
+    return get_pretrained_cfg(name.split(".")[0])

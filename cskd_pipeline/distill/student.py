@@ -38,7 +38,7 @@ class Heads(NamedTuple):
 
 
 def inference_logits(heads: Heads, names: Sequence[str]) -> Tensor:
-    """The mean of the named heads' logits, (B, K): the student's answer (CSKD, section 4)."""
+    """The mean of the named heads' logits, (B, K): the student's answer (arXiv 2307.08500)."""
     logits = heads.logits()
     return torch.stack([logits[name] for name in names]).mean(dim=0)
 

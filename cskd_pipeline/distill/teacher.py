@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from cskd_pipeline.distill.ckf import all_finite
-from cskd_pipeline.distill.models import HUB_PREFIXES, create_timm
+from cskd_pipeline.distill.models import HUB_PREFIXES, classes_in, create_timm
 from cskd_pipeline.distill.weights import load_into, load_state, state_digest
-from cskd_pipeline.errors import TeacherError, WeightsError
+from cskd_pipeline.errors import TeacherError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -105,7 +105,7 @@ def head_per_location(model: Any, features: Tensor) -> Tensor:
     """The model's own head at each location: (B, C, h, w) -> (B, K, h, w).
 
     For a head that averages and then applies a linear layer this is a 1x1 convolution, and its mean
-    over locations is the global answer (CSKD, section 3.2; the authors' code).
+    over locations is the global answer (arXiv 2307.08500 and the authors' code).
     """
     samples, channels, height, width = features.shape
     places = features.permute(0, 2, 3, 1).reshape(-1, channels, 1, 1)
@@ -196,14 +196,18 @@ def _build(
     if ":" in name and not name.startswith(HUB_PREFIXES):
         model = _call_factory(name, num_classes, kwargs)
         source = "random" if weights == "random" else "factory"
+    elif weights == "hub":
+        model = create_timm(
+            name, num_classes=None, size=size, kwargs=kwargs, error=TeacherError, pretrained=True
+        )
+        source = "hub"
     else:
-        options: dict[str, Any] = {"size": size, "kwargs": kwargs, "error": TeacherError}
-        if weights == "hub":
-            return create_timm(name, num_classes=None, pretrained=True, **options), "hub"
-        if state is not None and num_classes is None:
-            default = create_timm(name, num_classes=None, **options)
-            num_classes = _classes_of(state, default, weights)
-        model, source = create_timm(name, num_classes=num_classes, **options), "random"
+        if state is not None:
+            num_classes = classes_in(state, name) or num_classes
+        model = create_timm(
+            name, num_classes=num_classes, size=size, kwargs=kwargs, error=TeacherError
+        )
+        source = "random"
     if state is not None:
         load_into(model, state, weights)
         source = "file"
@@ -230,20 +234,6 @@ def _call_factory(name: str, num_classes: int | None, kwargs: Mapping[str, Any])
     return model
 
 
-def _classes_of(state: Mapping[str, Tensor], model: nn.Module, where: object) -> int:
-    """A weights file's class count: the rows of what the model calls its classifier."""
-    classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
-    for layer in (classifier,) if isinstance(classifier, str) else classifier or ():
-        if f"{layer}.weight" in state:
-            return len(state[f"{layer}.weight"])
-    raise WeightsError(
-        "the weights file has no classifier to take the class count from",
-        where=where,
-        expected=f"{classifier}.weight",
-        action="give the class count, or check the model's name",
-    )
-
-
 def _probe(model: Any, name: str, size: int) -> tuple[int, tuple[int, int]]:
     """Class count and grid, after showing on random features that the head works per location.
 
@@ -261,7 +251,7 @@ def _probe(model: Any, name: str, size: int) -> tuple[int, tuple[int, int]]:
             shuffled = model.forward_head(moved.view_as(features))
             spatial = head_per_location(model, features)
         except Exception as error:  # heads are free to fail in any way
-            raise _refusal(name, f"its head fails on 1x1 features: {error}") from error
+            raise _refusal(name, f"its head fails: {type(error).__name__} {error}") from error
     if whole.ndim != 2 or spatial.shape != (2, whole.shape[1], height, width):
         raise _refusal(name, f"its head gives {tuple(whole.shape)} for 2 feature maps")
     if (whole - shuffled).abs().max() > 1e-3 * whole.abs().max():
@@ -278,7 +268,8 @@ def _features(model: Any, name: str, x: Tensor) -> Tensor:
         with torch.inference_mode():
             features = model.forward_features(x)
     except Exception as error:  # an input size that a model cannot take fails anywhere inside it
-        raise _refusal(name, f"it fails at {x.shape[-1]} px: {error}") from error
+        problem = f"it fails at {x.shape[-1]} px: {type(error).__name__} {error}"
+        raise _refusal(name, problem) from error
     if not isinstance(features, Tensor):
         raise _refusal(name, f"its features are a {type(features).__name__}")
     width = getattr(model, "num_features", None)

@@ -67,7 +67,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], where: object) -> N
     own = model.state_dict()
     problems = {
         "missing": [name for name in own if name not in state and not _optional(name)],
-        "unexpected": [name for name in state if name not in own],
+        "unexpected": [name for name in state if name not in own and not _optional(name)],
         "of another shape": [
             f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
             for name in own
@@ -119,7 +119,7 @@ def _bare(name: str) -> str:
 
 
 def _optional(name: str) -> bool:
-    """Batch norm's step counter: absent from old checkpoints, without effect at inference."""
+    """Batch norm's step counter: absent from old checkpoints, of no effect at inference."""
     return name.endswith("num_batches_tracked")
 
 

@@ -1,0 +1,50 @@
+"""One interface to the teacher's answers: whichever way they were stored, the same labels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cskd_pipeline.distill import ckf
+from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets
+from cskd_pipeline.errors import CacheError
+
+
+def answer(classes: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    # coarse values, so that many locations tie
+    spatial = torch.randn(6, classes, 7, 7, generator=generator).mul(8).round().div(8)
+    return spatial.half(), spatial.mean((2, 3)).half()
+
+
+def test_the_envelope_gives_the_labels_of_the_logits_at_every_ratio() -> None:
+    spatial, global_ = answer()
+    logits = LogitTargets(spatial, global_)
+    planes = ckf.upper_envelope(spatial, global_)
+    labels = ckf.hard_global_labels(global_)
+    for stored in (labels, labels.to(torch.uint16), labels.to(torch.int32)):
+        assert torch.equal(EnvelopeTargets(planes, stored).hard_global(), logits.hard_global())
+    envelope = EnvelopeTargets(planes, labels)
+    for epoch in range(301):
+        for schedule in ckf.SCHEDULES:
+            r = ckf.ckf_ratio(schedule, epoch / 300)
+            assert torch.equal(envelope.hard_spatial(r), logits.hard_spatial(r))
+
+
+def test_logits_come_back_in_float32() -> None:
+    spatial, global_ = answer()
+    logits = LogitTargets(spatial, global_)
+    assert torch.equal(logits.global_logits(), global_.float())
+    assert torch.equal(logits.fused_logits(1.0), spatial.float())
+    assert torch.equal(
+        logits.fused_logits(0.0), global_.float()[:, :, None, None].expand(6, 100, 7, 7)
+    )
+
+
+def test_an_envelope_asked_for_logits_says_what_to_do() -> None:
+    spatial, global_ = answer(5)
+    envelope = EnvelopeTargets(ckf.upper_envelope(spatial, global_), global_.argmax(1))
+    for ask in (envelope.global_logits, lambda: envelope.fused_logits(0.5)):
+        with pytest.raises(CacheError, match="soft distillation needs") as caught:
+            ask()
+        assert "--encoding dense" in str(caught.value.action)
