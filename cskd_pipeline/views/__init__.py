@@ -1,0 +1,11 @@
+"""What a network sees: a view is a pure function of (image bytes, seed, policy) and its partner's.
+
+1. ``policy`` -- every number that decides what views look like.
+2. ``bits`` -- a counter-based bit stream, and seeds derived from names.
+3. ``draw`` -- seed to parameters: crop, flip, RandAugment operations, erase boxes.
+4. ``decode`` -- file bytes to upright RGB.
+5. ``apply``, ``ops`` -- image and parameters to uint8 pixels, their digest, and the erase noise.
+6. ``mixing`` -- who is mixed with whom, and how.
+
+Numpy and Pillow only; no global random state is read or seeded.
+"""

@@ -11,17 +11,17 @@ from cskd_pipeline.errors import RecipeError
 Range = tuple[float, float]
 RGB = tuple[float, float, float]
 
-# ``version`` names the code that draws and applies: another meaning of any field is another version.
+# ``version`` names the code that draws and applies: another meaning of a field, another version.
 VERSIONS = ("deit-v1",)
 
 
 @dataclass(frozen=True)
 class ViewPolicy:
-    """DeiT's training augmentation (arXiv 2012.12877, table 9), which the CSKD paper uses unchanged.
+    """DeiT's training augmentation (arXiv 2012.12877, table 9), unchanged in the CSKD paper.
 
     ``version`` freezes how draws are made and applied; the other fields are its parameters. Lengths
-    are in pixels, areas and probabilities are fractions, ``mean`` and ``std`` are in [0, 1] units and
-    serve erasing and the fill colour only: networks normalise with their own.
+    are in pixels, areas and probabilities are fractions, ``mean`` and ``std`` are in [0, 1] units
+    and serve erasing and the fill colour only: networks normalise with their own.
     """
 
     version: str = "deit-v1"
@@ -72,7 +72,9 @@ class ViewPolicy:
             if getattr(self, name) < low:
                 problems.append(f"{name} = {getattr(self, name)} is below {low}")
         if not 0.0 <= self.randaugment_magnitude <= 10.0:
-            problems.append(f"randaugment_magnitude = {self.randaugment_magnitude} is not in [0, 10]")
+            problems.append(
+                f"randaugment_magnitude = {self.randaugment_magnitude} is not in [0, 10]"
+            )
         for name in ("randaugment_std", "mixup_alpha", "cutmix_alpha"):
             if getattr(self, name) < 0.0:
                 problems.append(f"{name} = {getattr(self, name)} is negative")
@@ -104,7 +106,9 @@ class ViewPolicy:
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(document) - known)
         if unknown:
-            raise RecipeError("unknown view policy fields", where="[views]", found=", ".join(unknown))
+            raise RecipeError(
+                "unknown view policy fields", where="[views]", found=", ".join(unknown)
+            )
         return cls(**document)  # type: ignore[arg-type]  # values are checked in __post_init__
 
     def digest(self) -> str:

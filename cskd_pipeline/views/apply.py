@@ -1,0 +1,79 @@
+"""From an image and parameters to a view's pixels."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+from PIL import Image
+
+from cskd_pipeline.views.bits import NORMAL_UNITS, BitStream
+from cskd_pipeline.views.draw import ViewParams
+from cskd_pipeline.views.mixing import Mix
+from cskd_pipeline.views.ops import apply_op
+from cskd_pipeline.views.policy import ViewPolicy
+
+
+def render(image: Image.Image, params: ViewParams, policy: ViewPolicy) -> np.ndarray:
+    """The view before erasing and mixing: uint8 (size, size, 3), contiguous.
+
+    Args:
+        image: RGB, of the size that ``params`` was drawn for.
+    """
+    top, left, height, width = params.crop
+    view = image.crop((left, top, left + width, top + height))
+    view = view.resize((policy.size, policy.size), Image.Resampling.BICUBIC)
+    if params.flip:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if params.ops:
+        red, green, blue = (round(255 * value) for value in policy.mean)
+        for op, argument in params.ops:
+            view = apply_op(view, op, argument, (red, green, blue))
+    return np.array(view)
+
+
+def digest(pixels: np.ndarray) -> int:
+    """CRC-32 of a view's uint8 pixels, row by row: what a replay must reproduce."""
+    return zlib.crc32(pixels)
+
+
+def erase_noise(params: ViewParams) -> np.ndarray:
+    """The noise of the erased boxes: int16 standard normals times 256, flat.
+
+    Box after box, row by row, three channels a pixel; empty without boxes.
+    """
+    count = sum(3 * box.height * box.width for box in params.erase)
+    return BitStream(params.noise_seed).normals(count) if count else np.empty(0, np.int16)
+
+
+# -- what a device computes from the above, in numpy: the reference for it ---------------------
+
+
+def to_float(pixels: np.ndarray, params: ViewParams, policy: ViewPolicy) -> np.ndarray:
+    """The view with its erased boxes: float32 (size, size, 3) in [0, 1] but for the noise.
+
+    ``pixels / 255``, and ``mean + std * z`` inside the boxes.
+    """
+    view = pixels.astype(np.float32) / np.float32(255)
+    mean, std = np.float32(policy.mean), np.float32(policy.std)
+    noise = erase_noise(params)
+    start = 0
+    for top, left, height, width in params.erase:
+        count = 3 * height * width
+        z = noise[start : start + count].reshape(height, width, 3)
+        z = z.astype(np.float32) / np.float32(NORMAL_UNITS)
+        view[top : top + height, left : left + width] = mean + std * z
+        start += count
+    return view
+
+
+def mix_pixels(own: np.ndarray, partner: np.ndarray, mix: Mix) -> np.ndarray:
+    """A member of a pair after mixing, float32 (size, size, 3)."""
+    if mix.cutmix:
+        top, left, height, width = mix.box
+        mixed = own.copy()
+        inside = slice(top, top + height), slice(left, left + width)
+        mixed[inside] = partner[inside]
+        return mixed
+    lam = np.float32(mix.lam)
+    return own * lam + partner * (np.float32(1) - lam)

@@ -1,0 +1,112 @@
+"""Randomness that is the same for years: a counter-based bit stream and our own few maps from it.
+
+numpy promises the raw stream of ``Philox`` and nothing of how its ``Generator`` maps it, so the maps
+to floats, integers, normals and betas are written out here. Integers and table look-ups wherever
+possible; where a logarithm is needed its result is rounded far above the last bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import zlib
+from functools import cache
+from statistics import NormalDist
+
+import numpy as np
+
+NORMAL_UNITS = 256
+"""Normals are multiples of 1/256: exact in float16, int16 and float32."""
+BETA_UNITS = 65536
+_CHUNK = 16  # 64-bit draws fetched at a time; most views need fewer
+
+
+def derive_seed(*parts: int | str | bytes) -> int:
+    """64 bits that depend on every part, its type and its place.
+
+    The first 8 bytes (little endian) of BLAKE2b over, for each part, a type letter, the length of
+    its bytes as 8 bytes, and its bytes: UTF-8 of a string, the decimal digits of an integer.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        kind = "b" if isinstance(part, bytes) else "s" if isinstance(part, str) else "i"
+        data = part if isinstance(part, bytes) else str(part).encode()
+        digest.update(kind.encode() + len(data).to_bytes(8, "little") + data)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def view_seed(root_seed: int, key: str, view: int) -> int:
+    """The seed of one view of one sample: never of worker, rank or order."""
+    return derive_seed("view", root_seed, key, view)
+
+
+@cache
+def normal_table() -> np.ndarray:
+    """(65536,) int16: entry i is the standard normal's (i + 0.5)/65536 quantile times 256, rounded.
+
+    Rounding takes away what platforms' logarithms may differ by; a test pins the CRC-32.
+    """
+    quantile = NormalDist().inv_cdf
+    upper = [round(NORMAL_UNITS * quantile((i + 0.5) / 65536)) for i in range(32768, 65536)]
+    return np.array([-z for z in reversed(upper)] + upper, np.int16)
+
+
+def normal_table_crc32() -> int:
+    return zlib.crc32(normal_table().astype("<i2").tobytes())
+
+
+class BitStream:
+    """Draws from the Philox4x64 stream of ``seed`` (an unsigned 64-bit key), counter from 0.
+
+    One 64-bit word per draw unless said otherwise, in the order of the calls.
+    """
+
+    __slots__ = ("_philox", "_words")
+
+    def __init__(self, seed: int) -> None:
+        self._philox = np.random.Philox(key=seed, counter=0)
+        self._words: list[int] = []  # fetched and not yet used, in reverse
+
+    def uint64(self) -> int:
+        """The next 64 bits."""
+        if not self._words:
+            self._words = self._philox.random_raw(_CHUNK).tolist()[::-1]
+        return self._words.pop()
+
+    def raw(self, count: int) -> np.ndarray:
+        """The next ``count`` words, (count,) uint64."""
+        kept = [self._words.pop() for _ in range(min(count, len(self._words)))]
+        fresh = self._philox.random_raw(count - len(kept))
+        return np.concatenate([np.array(kept, np.uint64), fresh])
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        """Uniform in [low, high) from the word's upper 53 bits."""
+        return low + (high - low) * ((self.uint64() >> 11) * 2.0**-53)
+
+    def log_uniform(self, low: float, high: float) -> float:
+        """exp of a uniform draw between the logarithms."""
+        return math.exp(self.uniform(math.log(low), math.log(high)))
+
+    def below(self, bound: int) -> int:
+        """An integer in [0, bound), by multiply and shift; its bias is below bound / 2**64."""
+        return (self.uint64() * bound) >> 64
+
+    def chance(self, probability: float) -> bool:
+        """True with ``probability``; 0 never, 1 always."""
+        return self.uniform() < probability
+
+    def normal(self) -> float:
+        """A standard normal, a multiple of 1/256 within 4.4, from the word's upper 16 bits."""
+        return int(normal_table()[self.uint64() >> 48]) / NORMAL_UNITS
+
+    def normals(self, count: int) -> np.ndarray:
+        """(count,) int16 standard normals times 256, four from each word, lowest bits first."""
+        words = self.raw(-(-count // 4)).astype("<u8")
+        return normal_table()[words.view("<u2")[:count]]
+
+    def beta(self, a: float, b: float) -> float:
+        """Beta(a, b) as a multiple of 1/65536, by Jöhnk's rejection: two words a try."""
+        while True:
+            x, y = self.uniform() ** (1.0 / a), self.uniform() ** (1.0 / b)
+            if 0.0 < x + y <= 1.0:
+                return round(x / (x + y) * BETA_UNITS) / BETA_UNITS

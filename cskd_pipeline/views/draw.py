@@ -1,0 +1,146 @@
+"""From a seed to the parameters of a view. Nothing here looks at pixels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cskd_pipeline.views.bits import BitStream
+from cskd_pipeline.views.policy import Range, ViewPolicy
+
+ATTEMPTS = 10  # at a crop or an erase box, as torchvision and timm have it
+MAX_LEVEL = 10.0  # of RandAugment magnitudes
+
+Op = tuple[str, float]
+"""A RandAugment operation and its argument; operations without one have 0."""
+
+
+class Box(NamedTuple):
+    """Pixels ``top:top+height, left:left+width``."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class ViewParams:
+    """All that is random about a view but for its mixing.
+
+    ``crop`` is in the decoded image's pixels, ``erase`` in the view's. ``ops`` are the RandAugment
+    operations that are applied, in order. ``noise_seed`` begins the erased boxes' noise.
+    """
+
+    crop: Box
+    flip: bool
+    ops: tuple[Op, ...]
+    erase: tuple[Box, ...]
+    noise_seed: int
+
+
+def draw(seed: int, policy: ViewPolicy, width: int, height: int) -> ViewParams:
+    """The parameters of the view that ``seed`` names, of an image of ``width`` x ``height`` pixels.
+
+    Distributed as timm's ``RandomResizedCropAndInterpolation``, flip, ``rand-m9-mstd0.5-inc1`` and
+    ``RandomErasing`` in pixel mode.
+    """
+    bits = BitStream(seed)
+    crop = _draw_crop(bits, policy, width, height)
+    flip = bits.chance(policy.flip)
+    ops = _draw_ops(bits, policy)
+    erase = _draw_erase(bits, policy)
+    return ViewParams(crop, flip, ops, erase, bits.uint64())
+
+
+def _draw_crop(bits: BitStream, policy: ViewPolicy, width: int, height: int) -> Box:
+    for _ in range(ATTEMPTS):
+        area = bits.uniform(*policy.crop_area) * width * height
+        ratio = bits.log_uniform(*policy.crop_ratio)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return Box(bits.below(height - h + 1), bits.below(width - w + 1), h, w)
+    return _central_crop(policy.crop_ratio, width, height)
+
+
+def _central_crop(ratios: Range, width: int, height: int) -> Box:
+    """The largest central box whose ratio is in range."""
+    low, high = ratios
+    w, h = width, height
+    if width / height < low:
+        h = min(height, max(1, round(width / low)))
+    elif width / height > high:
+        w = min(width, max(1, round(height * high)))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def _draw_ops(bits: BitStream, policy: ViewPolicy) -> tuple[Op, ...]:
+    ops = []
+    for _ in range(policy.randaugment_ops):
+        name = OPS[bits.below(len(OPS))]
+        applied = bits.chance(policy.randaugment_prob)
+        level = policy.randaugment_magnitude + policy.randaugment_std * bits.normal()
+        sign = -1.0 if bits.chance(0.5) else 1.0
+        if applied:
+            ops.append((name, argument(name, min(max(level, 0.0), MAX_LEVEL), sign)))
+    return tuple(ops)
+
+
+OPS = (
+    "auto_contrast",
+    "equalize",
+    "invert",
+    "rotate",
+    "posterize",
+    "solarize",
+    "solarize_add",
+    "color",
+    "contrast",
+    "brightness",
+    "sharpness",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+)
+"""timm's "increasing" set: a higher level changes more. The order is part of ``deit-v1``."""
+
+
+def argument(op: str, level: float, sign: float) -> float:
+    """An operation's argument at ``level`` in [0, 10], as timm's increasing levels have it.
+
+    Degrees of a rotation; bits kept by posterize; threshold of solarize and what solarize_add adds,
+    in [0, 256]; factor of an enhancement (1 changes nothing); shear per pixel; translation as a
+    fraction of the side. ``sign`` decides the direction of those that have one.
+    """
+    share = level / MAX_LEVEL
+    match op:
+        case "rotate":
+            return sign * share * 30.0
+        case "posterize":
+            return float(4 - int(share * 4))
+        case "solarize":
+            return float(256 - int(share * 256))
+        case "solarize_add":
+            return float(int(share * 110))
+        case "color" | "contrast" | "brightness" | "sharpness":
+            return max(0.1, 1.0 + sign * share * 0.9)
+        case "shear_x" | "shear_y":
+            return sign * share * 0.3
+        case "translate_x" | "translate_y":
+            return sign * share * 0.45
+    return 0.0
+
+
+def _draw_erase(bits: BitStream, policy: ViewPolicy) -> tuple[Box, ...]:
+    if not bits.chance(policy.erase):
+        return ()
+    side = policy.size
+    for _ in range(ATTEMPTS):
+        area = bits.uniform(*policy.erase_area) * side * side
+        ratio = bits.log_uniform(*policy.erase_ratio)
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < h < side and 0 < w < side:
+            return (Box(bits.below(side - h + 1), bits.below(side - w + 1), h, w),)
+    return ()

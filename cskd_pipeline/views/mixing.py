@@ -1,0 +1,86 @@
+"""Partners: which neighbour a view is mixed with, and how."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from cskd_pipeline.views.bits import BitStream, derive_seed
+from cskd_pipeline.views.draw import Box
+from cskd_pipeline.views.policy import ViewPolicy
+
+NO_BOX = Box(0, 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """How both members of a pair are mixed. ``lam`` is the share of a member's own pixels.
+
+    CutMix replaces ``box`` by the partner's pixels; mixup is ``lam * own + (1 - lam) * partner``.
+    """
+
+    cutmix: bool
+    lam: float
+    box: Box
+
+
+UNMIXED = Mix(cutmix=False, lam=1.0, box=NO_BOX)
+
+
+def matching(
+    root_seed: int, shard_id: str, count: int, view: int, policy: ViewPolicy
+) -> np.ndarray:
+    """The partner of each of a tar shard's ``count`` samples in ``view``: (count,) int64 offsets.
+
+    Partners are drawn within windows of ``policy.window`` consecutive samples: each window is
+    sorted by one random word per sample and neighbours in that order are paired. Who is left over
+    in an odd window, and everybody where the policy does not mix, is its own partner. The matching
+    is shared by ``policy.repeats`` views, and is its own inverse.
+
+    Args:
+        shard_id: the SHA-256 of the shard's keys in order.
+    """
+    samples = np.arange(count)
+    if not policy.mixes:
+        return samples
+    bits = BitStream(derive_seed("matching", root_seed, shard_id, view // policy.repeats))
+    window = samples // policy.window
+    order = np.lexsort((bits.raw(count), window))  # windows stay together, in place
+    place = samples % policy.window
+    other = np.where(place % 2 == 0, samples + 1, samples - 1)
+    alone = (other >= count) | (window[np.minimum(other, count - 1)] != window)
+    other = np.where(alone, samples, other)
+    partner = np.empty(count, np.int64)
+    partner[order] = order[other]
+    return partner
+
+
+def draw_mix(seed_a: int, seed_b: int, policy: ViewPolicy) -> Mix:
+    """How a pair with these view seeds is mixed; the order of the two does not matter.
+
+    Distributed as timm's ``Mixup``, pair by pair: with probability ``mix``, CutMix or mixup by
+    ``cutmix_switch`` where both are possible; CutMix's ``lam`` is that of the box after clipping.
+    """
+    if seed_a == seed_b or not policy.mixes:
+        return UNMIXED
+    bits = BitStream(derive_seed("mix", min(seed_a, seed_b), max(seed_a, seed_b)))
+    if not bits.chance(policy.mix):
+        return UNMIXED
+    switched = bits.chance(policy.cutmix_switch)
+    cutmix = policy.cutmix_alpha > 0 and (policy.mixup_alpha == 0 or switched)
+    alpha = policy.cutmix_alpha if cutmix else policy.mixup_alpha
+    lam = bits.beta(alpha, alpha)
+    if not cutmix:
+        return Mix(cutmix=False, lam=lam, box=NO_BOX)
+    box = _cut_box(bits, lam, policy.size)
+    return Mix(cutmix=True, lam=1.0 - box.height * box.width / policy.size**2, box=box)
+
+
+def _cut_box(bits: BitStream, lam: float, side: int) -> Box:
+    """A box of share ``1 - lam``, its centre anywhere, clipped to the view (CutMix, eq. 2)."""
+    half = int(side * math.sqrt(1.0 - lam)) // 2
+    row, column = bits.below(side), bits.below(side)
+    top, left = max(0, row - half), max(0, column - half)
+    return Box(top, left, min(side, row + half) - top, min(side, column + half) - left)
