@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import chain, islice
@@ -44,13 +45,16 @@ def parse(data: bytes, where: object) -> Any:
             where, [f"$: found a larger document, expected at most {MAX_BYTES >> 20} MiB"]
         )
     try:
-        return json.loads(data, parse_constant=_refuse_constant)
+        return json.loads(data, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         raise ManifestError(where, [f"$: found {error}, expected a JSON document"]) from error
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text}, which is no finite number")
+    return number
 
 
 def schema_problems(document: object, schema: str) -> list[str]:
@@ -75,14 +79,16 @@ def _validator(schema: str) -> Draft202012Validator:
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
-    path, rule, value = error.json_path, str(error.validator), error.validator_value
+    path, rule = error.json_path, str(error.validator)
+    value: Any = error.validator_value
+    instance: Any = error.instance
     assert isinstance(error.schema, Mapping)
     if rule == "required":
         missing = next(name for name in value if error.message.startswith(repr(name)))
         yield f"{path}.{missing}: found nothing, expected a value"
     elif rule == "additionalProperties" and value is False:
-        known = error.schema["properties"]
-        for name in sorted(set(error.instance) - set(known)):
+        known: Any = error.schema["properties"]
+        for name in sorted(set(instance) - set(known)):
             yield f"{path}.{name}: found an unknown field, expected one of {', '.join(known)}"
     else:
         expected = {
@@ -99,7 +105,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
             "maxProperties": lambda: f"at most {value} fields",
             "uniqueItems": lambda: "no entry twice",
         }.get(rule, lambda: f"what {rule} allows")()
-        yield f"{path}: found {_shown(error.instance)}, expected {expected}"
+        yield f"{path}: found {_shown(instance)}, expected {expected}"
 
 
 def _shown(value: object) -> str:

@@ -1,0 +1,14 @@
+"""The ways of storing a teacher's answer, by name: one file each, one interface (``base``).
+
+A way is added by a file and an entry here. ``dense`` keeps the logits and serves every loss;
+``envelope`` keeps exactly what hard CKF labels need, at any ratio, in 1/400 of the space.
+"""
+
+from cskd_pipeline.cache.encodings.base import AnswerShape, ArraySpec, Encoding, Rows
+from cskd_pipeline.cache.encodings.dense import Dense
+from cskd_pipeline.cache.encodings.envelope import Envelope
+
+_ALL: tuple[Encoding, ...] = (Dense(), Envelope())
+ENCODINGS: dict[str, Encoding] = {encoding.name: encoding for encoding in _ALL}
+
+__all__ = ["ENCODINGS", "AnswerShape", "ArraySpec", "Encoding", "Rows"]

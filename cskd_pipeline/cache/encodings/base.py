@@ -1,0 +1,105 @@
+"""What an encoding of the teacher's answer is: arrays, and the way from logits to them and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cskd_pipeline.distill.targets import Targets
+
+Rows = dict[str, np.ndarray]
+"""Array name -> values, one row per sample."""
+
+
+class AnswerShape(NamedTuple):
+    """Shape of a teacher's spatial logits for one view: (classes, height, width)."""
+
+    classes: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of an encoding, on the axes (view, shard, offset) followed by its own.
+
+    Args:
+        name: its path in the cache.
+        axes, tail: names and lengths of its own axes.
+        fill: stands where nothing was written; no written row consists of it.
+        level: of zstd.
+        rows: samples in one chunk, for encodings read row by row; None: all samples of a tar
+            shard, for encodings that readers decode, and keep, shard by shard. All arrays of an
+            encoding are read in one of the two ways.
+        tail_chunk: the part of ``tail`` in one chunk; None: all of it.
+        order: all axes, view, shard and offset first, as a chunk lays them out; None: as they are.
+        ragged: the first own axis may end early, in rows given and rows returned; beyond it all is
+            fill, and chunks that hold only fill are not written.
+        file_per_view: one file per (view, tar shard), for arrays so large that a file per unit
+            would need too much memory.
+    """
+
+    name: str
+    dtype: str
+    axes: tuple[str, ...]
+    tail: tuple[int, ...]
+    fill: int | float
+    level: int
+    rows: int | None = None
+    tail_chunk: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None = None
+    ragged: bool = False
+    file_per_view: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one sample in memory; of a ragged array, its first chunk along the ragged axis."""
+        tail = self.tail_chunk if self.ragged and self.tail_chunk else self.tail
+        return int(np.prod(tail)) * np.dtype(self.dtype).itemsize
+
+
+class Encoding(Protocol):
+    """A way of storing the teacher's answer; a file and an entry in ``ENCODINGS`` add another."""
+
+    name: str
+    serves: tuple[str, ...]
+    """Kinds of loss: ``hard``, ``soft``."""
+
+    def arrays(self, shape: AnswerShape) -> tuple[ArraySpec, ...]:
+        """What is stored.
+
+        Raises:
+            CacheError: the encoding cannot hold answers of this shape.
+        """
+        ...
+
+    def encode(self, spatial: Tensor, global_: Tensor) -> dict[str, Tensor]:
+        """Rows from logits, on their device: array name -> (B, ...).
+
+        Args:
+            spatial: (B, K, h, w) float16.
+            global_: (B, K) float16.
+        """
+        ...
+
+    def targets(self, arrays: Mapping[str, Tensor]) -> Targets:
+        """What the losses ask for, from rows as :meth:`encode` gave them, on any device."""
+        ...
+
+    def pack(self, rows: Rows) -> Rows:
+        """Rows as they are stored: same names and shapes, values rearranged for compression."""
+        ...
+
+    def unpack(self, rows: Rows, shape: AnswerShape) -> Rows:
+        """The inverse of :meth:`pack`.
+
+        Raises:
+            ValueError: values that no answer of this shape has.
+        """
+        ...

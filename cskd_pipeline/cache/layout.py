@@ -1,0 +1,193 @@
+"""The cache as a zarr v3 group: which arrays, which files, and the documents that describe them.
+
+Everything follows from the manifest: two writers, and a reader years later, derive the same layout.
+A unit of work is (block of views, tar shard); every per-view array has its own file, or files, for
+each unit. ``manifests/cache-format.md`` is the specification.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cskd_pipeline import documents
+from cskd_pipeline.cache.arrays import StoredArray
+from cskd_pipeline.cache.encodings import ENCODINGS, AnswerShape, ArraySpec, Encoding
+from cskd_pipeline.errors import CacheError
+from cskd_pipeline.manifest import CacheManifest
+
+GROUP = "zarr.json"
+ATTRIBUTE = "cskd"
+PER_SHARD = ("key", "label", "image_crc32")
+MAX_VIEW_BLOCK = 10
+MAX_UNIT_BYTES = 2**30
+
+
+def encodings_of(manifest: CacheManifest) -> dict[str, Encoding]:
+    """The manifest's encodings, by name.
+
+    Raises:
+        CacheError: one that this version does not know.
+    """
+    unknown = [name for name in manifest.encodings if name not in ENCODINGS]
+    if unknown:
+        raise CacheError(
+            "unknown encoding",
+            found=", ".join(unknown),
+            expected=", ".join(ENCODINGS),
+            action="install a newer cskd-pipeline",
+        )
+    return {name: ENCODINGS[name] for name in manifest.encodings}
+
+
+def answer_shape(manifest: CacheManifest) -> AnswerShape:
+    return AnswerShape(manifest.teacher.num_classes, *manifest.grid)
+
+
+def specs(manifest: CacheManifest) -> dict[str, ArraySpec]:
+    """The arrays of all encodings, by name."""
+    shape = answer_shape(manifest)
+    found = (
+        spec for encoding in encodings_of(manifest).values() for spec in encoding.arrays(shape)
+    )
+    return {spec.name: spec for spec in found}
+
+
+def choose_view_block(
+    views: int, largest_shard: int, encodings: Iterable[str], shape: AnswerShape
+) -> int:
+    """The largest divisor of ``views``, up to 10, whose units take at most 1 GiB of memory.
+
+    Args:
+        largest_shard: samples in the longest tar shard.
+    """
+    arrays = [spec for name in encodings for spec in ENCODINGS[name].arrays(shape)]
+    view_bytes = largest_shard * sum(spec.row_bytes for spec in arrays)
+    fitting = min(MAX_VIEW_BLOCK, max(1, MAX_UNIT_BYTES // view_bytes))
+    return max(n for n in range(1, fitting + 1) if views % n == 0)
+
+
+def stored_arrays(manifest: CacheManifest) -> dict[str, StoredArray]:
+    """Every array of the cache, by name."""
+    dataset, block = manifest.dataset, manifest.view_block
+    shards, longest = len(dataset.shards), max(dataset.counts)
+    key_bytes = max(shard.key_bytes for shard in dataset.shards)
+    views = manifest.views
+    per_shard, per_view = ("shard", "offset"), ("view", "shard", "offset")
+    arrays = [
+        StoredArray(
+            "key", "uint8", (*per_shard, "byte"), (shards, longest, key_bytes),
+            (1, longest, key_bytes), fill=0,
+        ),
+        StoredArray("label", "int32", per_shard, (shards, longest), (1, longest), fill=-1),
+        StoredArray("image_crc32", "uint32", per_shard, (shards, longest), (1, longest), fill=0),
+        StoredArray(
+            "seed", "uint64", per_view, (views, shards, longest), (block, 1, longest), fill=0
+        ),
+        StoredArray(
+            "view_digest", "uint32", per_view, (views, shards, longest), (block, 1, longest), fill=0
+        ),
+        StoredArray(
+            "top1", "uint32", ("view", "shard", "correct_and_counted"), (views, shards, 2),
+            (block, 1, 2), fill=0,
+        ),
+        StoredArray("done", "uint8", ("block", "shard"), (views // block, shards), (1, 1), fill=0),
+    ]  # fmt: skip
+    arrays += [_stored(spec, manifest, longest) for spec in specs(manifest).values()]
+    return {array.name: array for array in arrays}
+
+
+def _stored(spec: ArraySpec, manifest: CacheManifest, longest: int) -> StoredArray:
+    file_views = 1 if spec.file_per_view else manifest.view_block
+    rows = min(spec.rows or longest, longest)
+    tail_chunk = spec.tail_chunk or spec.tail
+    chunk = None
+    if spec.rows is not None or spec.tail_chunk is not None:
+        chunk = (1, 1, rows, *tail_chunk)
+    in_file = (_round_up(longest, rows), *map(_round_up, spec.tail, tail_chunk))
+    return StoredArray(
+        name=spec.name,
+        dtype=spec.dtype,
+        axes=("view", "shard", "offset", *spec.axes),
+        shape=(manifest.views, len(manifest.dataset.shards), longest, *spec.tail),
+        file_shape=(file_views, 1, *in_file),
+        fill=spec.fill,
+        chunk_shape=chunk,
+        order=spec.order,
+        level=spec.level,
+    )
+
+
+def _round_up(length: int, step: int) -> int:
+    return -(-length // step) * step
+
+
+def array_documents(manifest: CacheManifest) -> dict[str, bytes]:
+    """``zarr.json`` of every array and of the groups above it, without the cache's own; by key."""
+    arrays = stored_arrays(manifest)
+    groups = {name.rpartition("/")[0] for name in arrays} - {""}
+    found = {f"{name}/zarr.json": array.document() for name, array in arrays.items()}
+    found |= {f"{name}/zarr.json": group_document({}) for name in sorted(groups)}
+    return {key: to_bytes(document) for key, document in found.items()}
+
+
+def manifest_document(manifest: CacheManifest) -> bytes:
+    """The cache's own ``zarr.json``: the manifest and its SHA-256 in the attribute ``cskd``."""
+    content = {"manifest": manifest.to_json(), "sha256": manifest.digest()}
+    return to_bytes(group_document({ATTRIBUTE: content}))
+
+
+def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+
+
+def to_bytes(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def parse_manifest(data: bytes, where: object) -> CacheManifest:
+    """The manifest in a cache's ``zarr.json``.
+
+    Raises:
+        CacheError: the group is no cache, or its manifest was altered.
+        ManifestError: it does not fit the schema; says everything that does not.
+    """
+    document = documents.parse(data, where)
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    content = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
+    if not isinstance(content, dict) or "manifest" not in content:
+        raise CacheError(
+            "not a teacher cache",
+            where=where,
+            found="no manifest in the group's attributes",
+            expected="a folder made by cskd-pipeline dump-teacher",
+        )
+    manifest = CacheManifest.from_json(content["manifest"], where)
+    if content.get("sha256") != documents.sha256(content["manifest"]):
+        raise CacheError(
+            "the manifest is not what was written",
+            where=where,
+            found=f"sha256 {documents.sha256(content['manifest'])}",
+            expected=f"sha256 {content.get('sha256')}",
+            action="copy the file again from where the cache came from",
+        )
+    return manifest
+
+
+def key_matrix(keys: Sequence[str], array: StoredArray) -> np.ndarray:
+    """Keys as the array ``key`` stores them: (count, key_bytes) uint8, UTF-8 padded with zeros."""
+    width = array.shape[2]
+    padded = b"".join(key.encode().ljust(width, b"\0") for key in keys)
+    return np.frombuffer(padded, np.uint8).reshape(len(keys), width)
+
+
+def keys_of(matrix: np.ndarray) -> list[str]:
+    """The inverse of :func:`key_matrix`.
+
+    Raises:
+        ValueError: a key that is not UTF-8.
+    """
+    return [bytes(row).rstrip(b"\0").decode() for row in matrix]

@@ -1,0 +1,260 @@
+"""Reading a cache: nothing that is not done, nothing that was altered or lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.encodings import Rows
+from cskd_pipeline.cache.lru import BytesLRU
+from cskd_pipeline.cache.store import FINISH, CacheStore
+from cskd_pipeline.errors import CacheError
+from cskd_pipeline.manifest import CacheManifest
+
+
+class CacheReader:
+    """The finished units of the cache in the folder ``path``, as they are when it is opened.
+
+    A unit is a block of ``view_block`` views of one tar shard; what is not done does not exist.
+    Cheap to open, and to pickle: a copy in another process opens its own files. One reader serves
+    one thread.
+
+    Args:
+        memory: bytes of decoded slabs to keep; a slab is all rows of one (view, tar shard).
+
+    Raises:
+        CacheError: no cache, one cut off while it was created, metadata that was altered, or an
+            encoding this version does not know. Reading raises it for units that are not done and
+            for files that are missing or damaged; it names array, views, shard and file.
+        ManifestError: the manifest does not fit its schema.
+    """
+
+    def __init__(self, path: Path | str, *, memory: int = 128 * 2**20) -> None:
+        store = CacheStore(path)
+        store.check_metadata()
+        self._start(store, store.done(), memory)
+
+    def _start(self, store: CacheStore, done: np.ndarray, memory: int) -> None:
+        self.path = store.path
+        self.manifest: CacheManifest = store.manifest
+        self.encodings = layout.encodings_of(self.manifest)
+        self._store, self._done, self._memory = store, done, memory
+        self._specs = layout.specs(self.manifest)
+        self._shape = layout.answer_shape(self.manifest)
+        self._slabs: BytesLRU[tuple[str, int, int], Rows] = BytesLRU(memory)
+        self._checked: set[tuple[int, int]] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"store": self._store, "done": self._done, "memory": self._memory}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._start(**state)
+
+    @property
+    def views(self) -> int:
+        return self.manifest.views
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Samples of each tar shard."""
+        return self.manifest.dataset.counts
+
+    @property
+    def shard_ids(self) -> tuple[str, ...]:
+        return self.manifest.dataset.shard_ids
+
+    def done(self) -> np.ndarray:
+        """Which units are finished: (blocks, shards) bool."""
+        return self._done.copy()
+
+    def require_done(
+        self, views: Iterable[int] | None = None, shards: Iterable[int] | None = None
+    ) -> None:
+        """Check that these views (default: all) of these shards (default: all) can be read.
+
+        Raises:
+            CacheError: how many units are missing, which, and what makes them.
+        """
+        wanted = sorted(set(range(self.views) if views is None else views))
+        if wanted and not 0 <= wanted[0] <= wanted[-1] < self.views:
+            raise CacheError(
+                "the cache has fewer views than asked for",
+                where=self.path,
+                found=f"views 0-{self.views - 1}",
+                expected=f"views {wanted[0]}-{wanted[-1]}",
+                action="extend it: dump-teacher with more --views",
+            )
+        blocks = sorted({view // self.manifest.view_block for view in wanted})
+        chosen = range(len(self.counts)) if shards is None else sorted(set(shards))
+        missing = [(b, s) for b in blocks for s in chosen if not self._done[b, s]]
+        if missing:
+            raise CacheError(
+                "the cache is not finished",
+                where=self.path,
+                found=f"{len(missing)} of {len(blocks) * len(chosen)} units missing",
+                expected="all of them",
+                action=FINISH,
+                problems=[f"missing: {self._store.unit_name(b, s)}" for b, s in missing],
+            )
+
+    def keys(self, shard: int) -> list[str]:
+        """Sample keys in the tar's order."""
+        matrix = self._per_shard("key", shard)
+        with self._store.explained("key", None, shard):
+            return layout.keys_of(matrix)
+
+    def labels(self, shard: int) -> np.ndarray:
+        """(count,) int32."""
+        return self._per_shard("label", shard)
+
+    def image_crc32(self, shard: int) -> np.ndarray:
+        """CRC-32 of every image's bytes: (count,) uint32."""
+        return self._per_shard("image_crc32", shard)
+
+    def seeds(self, view: int, shard: int) -> np.ndarray:
+        """(count,) uint64, not to be written to."""
+        return self._small_slab("seed", view, shard)
+
+    def view_digests(self, view: int, shard: int) -> np.ndarray:
+        """CRC-32 of every view's uint8 pixels before mixing: (count,) uint32, read-only."""
+        return self._small_slab("view_digest", view, shard)
+
+    def top1(self) -> tuple[int, int]:
+        """(correct, counted) of the teacher's global response, over all finished units."""
+        total = np.zeros(2, np.int64)
+        for block, shard in np.argwhere(self._done).tolist():
+            view = block * self.manifest.view_block
+            self._require(view, shard)
+            total += self._store.chunk("top1", view, shard)[:, 0].sum(axis=0, dtype=np.int64)
+        return int(total[0]), int(total[1])
+
+    def rows(
+        self, encoding: str, view: int, shard: int, offsets: np.ndarray | Sequence[int]
+    ) -> Rows:
+        """The teacher's answers to one view of one tar shard, as ``Encoding.encode`` gave them.
+
+        Args:
+            offsets: (n,) places in the shard, in any order.
+
+        Returns:
+            Array name -> (n, ...), copies.
+        """
+        offsets = np.asarray(offsets, np.int64)
+        self._require(view, shard)
+        specs = self.encodings[encoding].arrays(self._shape)
+        if specs[0].rows is None:
+            slab = self._slab(encoding, view, shard)
+            return {name: values[offsets] for name, values in slab.items()}
+        packed = {spec.name: self._random(spec.name, view, shard, offsets) for spec in specs}
+        return self._unpacked(encoding, packed, view, shard)
+
+    def gather(self, encoding: str, index: np.ndarray) -> Rows:
+        """The teacher's answers to any samples in any views.
+
+        Args:
+            index: (n, 3) view, shard, offset; n > 0.
+
+        Returns:
+            Array name -> (n, ...) in ``index``'s order; ragged arrays are as long as the longest.
+        """
+        index = np.asarray(index, np.int64)
+        order = np.lexsort((index[:, 1], index[:, 0]))
+        changes = np.diff(index[order, :2], axis=0).any(axis=1)
+        parts = []
+        for group in np.split(order, np.flatnonzero(changes) + 1):
+            view, shard = index[group[0], :2].tolist()
+            parts.append((group, self.rows(encoding, view, shard, index[group, 2])))
+        return {name: self._joined(name, len(index), parts) for name in parts[0][1]}
+
+    def _joined(self, name: str, count: int, parts: list[tuple[np.ndarray, Rows]]) -> np.ndarray:
+        """The parts' rows of one array at their places in the batch."""
+        spec = self._specs[name]
+        tail = np.max([rows[name].shape[1:] for _, rows in parts], axis=0).astype(int)
+        if not spec.ragged:
+            out = np.empty((count, *tail), spec.dtype)
+            for group, rows in parts:
+                out[group] = rows[name]
+            return out
+        out = np.full((count, *tail), spec.fill, spec.dtype)
+        for group, rows in parts:
+            out[group, : rows[name].shape[1]] = rows[name]
+        return out
+
+    def _random(self, name: str, view: int, shard: int, offsets: np.ndarray) -> np.ndarray:
+        array = self._store.arrays[name]
+        assert array.chunk_shape is not None
+        step = array.chunk_shape[2]
+        assert offsets.size == 0 or offsets.max() < self.counts[shard], (shard, offsets.max())
+        out = np.empty((len(offsets), *array.shape[3:]), array.dtype)
+        for chunk in np.unique(offsets // step).tolist():
+            here = np.flatnonzero(offsets // step == chunk)
+            rows = self._store.chunk(name, view, shard, chunk * step)[0, 0]
+            out[here] = rows[offsets[here] % step]
+        return out
+
+    def _slab(self, encoding: str, view: int, shard: int) -> Rows:
+        """All rows of the encoding's arrays, decoded and kept."""
+        slab = self._slabs.get((encoding, view, shard))
+        if slab is None:
+            specs = self.encodings[encoding].arrays(self._shape)
+            packed = {spec.name: self._whole(spec.name, view, shard) for spec in specs}
+            slab = self._unpacked(encoding, packed, view, shard)
+            self._slabs.put((encoding, view, shard), slab, sum(r.nbytes for r in slab.values()))
+        return slab
+
+    def _unpacked(self, encoding: str, packed: Rows, view: int, shard: int) -> Rows:
+        with self._store.explained(next(iter(packed)), view, shard):
+            return self.encodings[encoding].unpack(packed, self._shape)
+
+    def _whole(self, name: str, view: int, shard: int) -> np.ndarray:
+        """(count, ...) of one view; a ragged axis ends with the last entry in use."""
+        array, count = self._store.arrays[name], self.counts[shard]
+        if array.chunk_shape is None:
+            return self._store.chunk(name, view, shard)[view % array.file_shape[0], 0, :count]
+        pieces = [self._store.chunk(name, view, shard)[0, 0, :count]]
+        if not self._specs[name].ragged:
+            return pieces[0]
+        for start in range(array.chunk_shape[3], array.shape[3], array.chunk_shape[3]):
+            piece = self._store.chunk_if_written(name, view, shard, 0, start)
+            if piece is None:
+                break
+            pieces.append(piece[0, 0, :count])
+        whole = np.concatenate(pieces, axis=1)[:, : array.shape[3]]
+        used = (whole != array.fill).any(axis=(0, *range(2, whole.ndim)))
+        return whole[:, : max(1, int(used.sum()))]
+
+    def _small_slab(self, name: str, view: int, shard: int) -> np.ndarray:
+        self._require(view, shard)
+        slab = self._slabs.get((name, view, shard))
+        if slab is None:
+            slab = {name: np.ascontiguousarray(self._whole(name, view, shard))}
+            self._slabs.put((name, view, shard), slab, slab[name].nbytes)
+        return slab[name]
+
+    def _per_shard(self, name: str, shard: int) -> np.ndarray:
+        if not self._done[:, shard].any():
+            raise self._not_done(0, shard)
+        return self._store.shard_chunk(name, shard)
+
+    def _require(self, view: int, shard: int) -> None:
+        """A unit's ``done`` is read at its first use: opening looked only at which files exist."""
+        assert 0 <= view < self.views, view
+        unit = (view // self.manifest.view_block, shard)
+        if unit in self._checked:
+            return
+        if not self._done[unit]:
+            raise self._not_done(*unit)
+        self._store.check_done(*unit)
+        self._checked.add(unit)
+
+    def _not_done(self, block: int, shard: int) -> CacheError:
+        return CacheError(
+            "this part of the cache is not made yet",
+            where=self.path,
+            found=f"no {self._store.unit_name(block, shard)}",
+            action=FINISH,
+        )

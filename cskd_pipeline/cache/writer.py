@@ -1,0 +1,339 @@
+"""Writing a cache, unit by unit: arrays first, ``done`` last.
+
+A unit is (block of views, tar shard). No two units share a file, so any number of processes may
+write different units of one cache at once. A unit that was cut off is not done: it is written
+again, whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cskd_pipeline import files
+from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.chunks import encode_file
+from cskd_pipeline.cache.durable import DurableFolder, exclusive, sweep
+from cskd_pipeline.cache.store import CacheStore
+from cskd_pipeline.errors import CacheError, OutputError, UsageError
+from cskd_pipeline.manifest import CacheManifest, keys_sha256
+
+_DONE = np.ones((1, 1), np.uint8)
+
+
+class Unit(NamedTuple):
+    """What is made, and committed, at once: these views of this tar shard."""
+
+    block: int
+    shard: int
+    views: range
+
+
+@dataclass
+class UnitData:
+    """Everything of one unit of V views and n samples, in the tar's order.
+
+    Args:
+        keys: n sample keys.
+        labels: (n,) int32.
+        image_crc32: (n,) uint32, of the images' bytes.
+        seeds: (V, n) uint64.
+        view_digests: (V, n) uint32.
+        arrays: name -> (V, n, ...), rows as the encodings' ``encode`` gave them; the first own axis
+            of a ragged array may end early.
+        top1: (V, 2) uint32, of each view: samples whose label the teacher's global response has on
+            top, and samples that were counted.
+    """
+
+    keys: Sequence[str]
+    labels: np.ndarray
+    image_crc32: np.ndarray
+    seeds: np.ndarray
+    view_digests: np.ndarray
+    arrays: Mapping[str, np.ndarray]
+    top1: np.ndarray
+
+
+class CacheWriter:
+    """The cache in a folder, for writing; make one with :meth:`create` or :meth:`open`."""
+
+    def __init__(self, store: CacheStore) -> None:
+        self._start(store)
+
+    def _start(self, store: CacheStore) -> None:
+        self.path = store.path
+        self.manifest: CacheManifest = store.manifest
+        self._store = store
+        self._specs = layout.specs(store.manifest)
+        self._files = DurableFolder(store.path)
+
+    @classmethod
+    def create(
+        cls, path: Path | str, manifest: CacheManifest, *, accept_versions: bool = False
+    ) -> CacheWriter:
+        """Make a cache, or go on with the one that is there if it is of the same making.
+
+        Its views may be other than asked for: see :meth:`extend`.
+
+        Args:
+            accept_versions: go on though library versions that decide pixels or answers differ
+                from those recorded; the manifest then lists both.
+
+        Raises:
+            OutputError: the folder holds something else.
+            CacheError: it holds a cache of another data set, teacher, policy, seed or set of
+                encodings, or of other library versions; says everything that differs.
+            ManifestError: ``manifest`` does not fit its schema.
+        """
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise OutputError("the output is a file", where=path, expected="a folder")
+        CacheManifest.from_json(manifest.to_json())  # what could not be read is not written
+        layout.stored_arrays(manifest)
+        if not (path / layout.GROUP).exists():
+            with exclusive(path):
+                _require_free(path)
+                if not (path / layout.GROUP).exists():
+                    sweep(path / layout.GROUP)
+                    _write(path / layout.GROUP, layout.manifest_document(manifest))
+        writer = cls.open(path)
+        writer._require_same(manifest)
+        writer._join_versions(manifest.versions, accept_versions)
+        return writer
+
+    @classmethod
+    def open(cls, path: Path | str) -> CacheWriter:
+        """Go on with an existing cache; one whose creation was cut off is completed.
+
+        Raises:
+            CacheError: there is none, or its metadata was altered; ManifestError.
+        """
+        store = CacheStore(path)
+        for key, document in layout.array_documents(store.manifest).items():
+            if not store.has_file(key):
+                _write(store.path / key, document)
+        store.check_metadata()
+        return cls(store)
+
+    def extend(self, views: int) -> None:
+        """Let the cache hold ``views`` views of each sample in all; fewer than now changes nothing.
+
+        One extension at a time: two at once to different lengths may both be asked for again.
+
+        Raises:
+            CacheError: not a multiple of the view block, which was fixed when the cache was made.
+        """
+        block = self.manifest.view_block
+        if views % block:
+            raise CacheError(
+                "views come in whole blocks",
+                where=self.path,
+                found=f"{views} views",
+                expected=f"a multiple of {block}, the block this cache was made with",
+                action=f"ask for {-(-views // block) * block}",
+            )
+        with exclusive(self.path):
+            present = CacheStore(self.path).manifest
+            if views > present.views:
+                extended = replace(present, views=views)
+                for key, document in layout.array_documents(extended).items():
+                    _write(self.path / key, document)
+                self._write_manifest(extended)
+            else:
+                self._start(CacheStore(self.path, present))
+
+    def done(self) -> np.ndarray:
+        """Which units are finished, at this moment: (blocks, shards) bool."""
+        return self._store.done()
+
+    def todo(
+        self, shards: Iterable[int] | None = None, views: Iterable[int] | None = None
+    ) -> list[Unit]:
+        """The units that are not done, block by block.
+
+        Args:
+            shards, views: only these; views must make up whole blocks.
+
+        Raises:
+            UsageError: shards or views that the cache does not have, or parts of blocks.
+        """
+        size, manifest = self.manifest.view_block, self.manifest
+        wanted = set(range(manifest.views) if views is None else views)
+        blocks = sorted({view // size for view in wanted})
+        whole = {view for block in blocks for view in range(block * size, (block + 1) * size)}
+        if wanted != whole or not whole <= set(range(manifest.views)):
+            raise UsageError(
+                "views are made in whole blocks",
+                where=self.path,
+                found=f"views {_ranges(wanted)}",
+                expected=f"blocks of {size} (0-{size - 1} and so on) up to {manifest.views - 1}",
+            )
+        chosen = sorted(set(range(len(manifest.dataset.shards)) if shards is None else shards))
+        if chosen and not 0 <= chosen[0] <= chosen[-1] < len(manifest.dataset.shards):
+            raise UsageError(
+                "the cache has no such tar shard",
+                where=self.path,
+                found=f"shards {_ranges(chosen)}",
+                expected=f"shards of 0-{len(manifest.dataset.shards) - 1}",
+            )
+        done = self.done()
+        return [
+            Unit(block, shard, range(block * size, (block + 1) * size))
+            for block in blocks
+            for shard in chosen
+            if not done[block, shard]
+        ]
+
+    def write_unit(self, unit: Unit, data: UnitData) -> bool:
+        """Store a unit and mark it done; False if another writer finished it meanwhile.
+
+        When this returns, the unit survives a power cut.
+
+        Raises:
+            CacheError: keys are not the manifest's, or labels or image CRCs are not those that an
+                earlier unit of the same tar shard recorded; names both.
+            OutputError: no space left; the unit stays undone.
+        """
+        self._check(unit, data)
+        values = self._per_view(data)
+        done = self._file("done", unit.block, unit.shard)
+        own_folder = self._file("seed", unit.views[0], unit.shard).parent
+        with files.explained_os_errors(self.path), exclusive(own_folder):
+            if done.exists():
+                return False
+            self._write_shard(unit.shard, data)
+            for name, array in values.items():
+                self._write_views(name, unit, array)
+            self._files.flush()
+            done_array = self._store.arrays["done"]
+            self._write(done_array.key(unit.block, unit.shard), encode_file(done_array, _DONE))
+            self._files.flush()
+        return True
+
+    def _check(self, unit: Unit, data: UnitData) -> None:
+        shard = self.manifest.dataset.shards[unit.shard]
+        views, count = len(unit.views), shard.count
+        if len(data.keys) != count or keys_sha256(data.keys) != shard.keys_sha256:
+            raise CacheError(
+                "the samples are not those of the cache's data set",
+                where=f"shard {unit.shard} ({shard.name})",
+                found=f"{len(data.keys)} samples, keys_sha256 {keys_sha256(data.keys)}",
+                expected=f"{count} samples, keys_sha256 {shard.keys_sha256}",
+                action="use the shards that the cache was begun with",
+            )
+        assert unit.views == range(views * unit.block, views * (unit.block + 1)), unit
+        assert data.labels.shape == data.image_crc32.shape == (count,)
+        assert data.seeds.shape == data.view_digests.shape == (views, count)
+        assert data.top1.shape == (views, 2)
+        for name, spec in self._specs.items():
+            found = data.arrays[name]
+            tail = found.shape[2:]
+            assert found.dtype == np.dtype(spec.dtype), (name, found.dtype)
+            assert found.shape[:2] == (views, count), (name, found.shape)
+            assert tail == spec.tail or (
+                spec.ragged and tail[1:] == spec.tail[1:] and tail[0] <= spec.tail[0]
+            ), (name, tail)
+
+    def _per_view(self, data: UnitData) -> dict[str, np.ndarray]:
+        values = {"seed": data.seeds, "view_digest": data.view_digests, "top1": data.top1}
+        for encoding in layout.encodings_of(self.manifest).values():
+            specs = encoding.arrays(layout.answer_shape(self.manifest))
+            values |= encoding.pack({spec.name: data.arrays[spec.name] for spec in specs})
+        return values
+
+    def _write_views(self, name: str, unit: Unit, values: np.ndarray) -> None:
+        array = self._store.arrays[name]
+        step = array.file_shape[0]
+        for start in range(0, len(values), step):
+            part = np.expand_dims(values[start : start + step], 1)  # the axis of tar shards
+            self._write(array.key(unit.views[start], unit.shard), encode_file(array, part))
+
+    def _write_shard(self, shard: int, data: UnitData) -> None:
+        """Keys, labels and image CRCs: the first unit of a tar shard writes, later ones compare."""
+        matrix = layout.key_matrix(data.keys, self._store.arrays["key"])
+        values = {"key": matrix, "label": data.labels, "image_crc32": data.image_crc32}
+        with exclusive(self._file("key", shard).parent):
+            for name in layout.PER_SHARD:
+                array = self._store.arrays[name]
+                if self._file(name, shard).exists():
+                    self._compare(name, shard, values[name], data.keys)
+                else:
+                    self._write(array.key(shard), encode_file(array, values[name][None]))
+
+    def _write(self, key: str, data: bytes) -> None:
+        sweep(self.path / key)
+        self._files.write(key, data)
+
+    def _compare(self, name: str, shard: int, values: np.ndarray, keys: Sequence[str]) -> None:
+        recorded = self._store.shard_chunk(name, shard)
+        differing = np.flatnonzero((recorded != values).reshape(len(values), -1).any(axis=1))
+        if differing.size:
+            first = int(differing[0])
+            found, expected = values[first], recorded[first]
+            if name == "key":
+                found, expected = layout.keys_of(np.stack([found, expected]))
+            raise CacheError(
+                f"{name} is not what an earlier unit of the same tar shard recorded",
+                where=f"shard {shard} ({self.manifest.dataset.shards[shard].name})",
+                found=f"{found} for sample {keys[first]}; {differing.size} samples differ",
+                expected=f"{expected}, in {self._file(name, shard)}",
+                action="use the shards that the cache was begun with",
+            )
+
+    def _require_same(self, manifest: CacheManifest) -> None:
+        differences = self.manifest.differences(manifest)
+        if differences:
+            raise CacheError(
+                "the folder holds a cache of another making (what it records, what was asked for)",
+                where=self.path,
+                action="choose another folder, or ask for what this cache holds",
+                problems=differences,
+            )
+
+    def _join_versions(self, versions: Mapping[str, str], accept: bool) -> None:
+        differences = self.manifest.version_differences(versions)
+        if differences and not accept:
+            raise CacheError(
+                "the cache was begun with other library versions (recorded, present)",
+                where=self.path,
+                action="install the recorded versions, or accept that its units differ in them",
+                problems=differences,
+            )
+        if differences:
+            with exclusive(self.path):
+                present = CacheStore(self.path).manifest
+                if present.version_differences(versions):
+                    others = (*present.other_versions, dict(versions))
+                    self._write_manifest(replace(present, other_versions=others))
+
+    def _write_manifest(self, manifest: CacheManifest) -> None:
+        _write(self.path / layout.GROUP, layout.manifest_document(manifest))
+        self._start(CacheStore(self.path, manifest))
+
+    def _file(self, name: str, *at: int) -> Path:
+        return self.path / self._store.arrays[name].key(*at)
+
+
+def _write(path: Path, data: bytes) -> None:
+    files.atomic_write(path, lambda partial: partial.write_bytes(data))
+
+
+def _require_free(path: Path) -> None:
+    names = sorted(e.name for e in path.iterdir() if not e.name.startswith(f".{layout.GROUP}."))
+    if names and layout.GROUP not in names:
+        raise OutputError(
+            "the output folder holds something else",
+            where=path,
+            found=", ".join(names[:5]) + (" …" if len(names) > 5 else ""),
+            expected="an empty or new folder, or a cache",
+            action="choose another folder for the cache",
+        )
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    numbers = sorted(numbers)
+    return f"{numbers[0]}-{numbers[-1]} ({len(numbers)})" if numbers else "none"
