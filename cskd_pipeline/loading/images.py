@@ -1,0 +1,153 @@
+"""Images, labels and keys of a layout's samples, wherever the user's tars hold them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.errors import JoinError
+from cskd_pipeline.loading.shards import TarShard
+
+NOWHERE = -1
+SHOWN = 20  # examples in a message
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the samples of one layout shard are: ``tar`` numbers and ``row`` in that tar.
+
+    Both are (count,) int32; ``tar`` is ``NOWHERE`` for samples that are in no tar.
+    """
+
+    tar: np.ndarray
+    row: np.ndarray
+
+
+class ImageSource:
+    """Reads samples by their place (shard, offset) in a layout.
+
+    Samples are given as (n, 2) arrays of shard and offset.
+
+    Args:
+        shards: the user's tars.
+        places: per layout shard, where its samples are: the number of a tar with the same keys in
+            the same order, or a place for each. None: the tars are the layout.
+        cache: what must agree with the tars: labels, and every image's CRC-32.
+        strict: an image with another CRC is an error; otherwise :meth:`read` passes it on.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[TarShard],
+        *,
+        places: Sequence[Places | int] | None = None,
+        cache: CacheReader | None = None,
+        strict: bool = True,
+    ) -> None:
+        self.shards = tuple(shards)
+        self.cache = cache
+        self.strict = strict
+        self._places = tuple(range(len(shards)) if places is None else places)
+        self._crcs: dict[int, np.ndarray] = {}
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tar numbers and rows in them, (n,) int64 each; ``NOWHERE`` for what no tar has."""
+        tars, rows = samples[:, 0].astype(np.int64), samples[:, 1].astype(np.int64)
+        for shard in np.unique(samples[:, 0]).tolist():
+            here = samples[:, 0] == shard
+            places = self._places[shard]
+            if isinstance(places, int):
+                tars[here] = places
+            else:
+                tars[here], rows[here] = places.tar[rows[here]], places.row[rows[here]]
+        return tars, rows
+
+    def labels(self, samples: np.ndarray) -> np.ndarray:
+        """(n,) int64 class numbers, as the tars have them.
+
+        Raises:
+            JoinError: the cache has other labels.
+        """
+        if self.cache is not None:
+            for shard in np.unique(samples[:, 0]).tolist():
+                self._checked(shard)
+        return self._labels(samples)
+
+    def keys(self, samples: np.ndarray) -> list[str]:
+        tars, rows = self.locate(samples)
+        pairs = zip(tars.tolist(), rows.tolist(), strict=True)
+        return [self.shards[tar].key(row) for tar, row in pairs]
+
+    def where(self, shard: int, offset: int) -> str:
+        """A sample for an error message."""
+        tars, rows = self.locate(np.array([[shard, offset]]))
+        return self.shards[int(tars[0])].where(int(rows[0]))
+
+    def read(self, samples: np.ndarray) -> Iterator[tuple[int, bytes, int]]:
+        """Index into ``samples``, image bytes and their CRC-32; tar by tar, front to back.
+
+        Raises:
+            ShardError: a tar cannot be read.
+            JoinError: an image is not the one the cache was made from.
+        """
+        tars, rows = self.locate(samples)
+        assert (tars != NOWHERE).all(), "a sample that no tar has was asked for"
+        order = np.lexsort((rows, tars))
+        for part in np.split(order, np.flatnonzero(np.diff(tars[order])) + 1):
+            images = self.shards[int(tars[part[0]])].read_images(rows[part].tolist())
+            for i, data in zip(part.tolist(), images, strict=True):
+                crc = zlib.crc32(data)
+                if self.cache is not None and self.strict:
+                    self._compare(crc, *samples[i].tolist())
+                yield i, data, crc
+
+    def _labels(self, samples: np.ndarray) -> np.ndarray:
+        tars, rows = self.locate(samples)
+        labels = np.empty(len(samples), np.int64)
+        for tar in np.unique(tars).tolist():
+            here = tars == tar
+            labels[here] = self.shards[tar].index.label[rows[here]]
+        return labels
+
+    def _checked(self, shard: int) -> np.ndarray:
+        """The cache's image CRCs of a layout shard, (count,) uint32, after comparing labels."""
+        if shard not in self._crcs:
+            assert self.cache is not None
+            recorded = self.cache.labels(shard)
+            samples = np.stack(np.broadcast_arrays(shard, np.arange(len(recorded))), axis=1)
+            samples = samples[self.locate(samples)[0] != NOWHERE]
+            found = self._labels(samples)
+            wrong = np.flatnonzero(found != recorded[samples[:, 1]])
+            if len(wrong):
+                raise JoinError(
+                    f"{len(wrong)} of {len(samples)} samples have other labels than in the cache",
+                    where=self.where(*samples[wrong[0]].tolist()),
+                    expected="classes numbered as in the cache's data set",
+                    problems=[
+                        f"{key}: label {label}, in the cache {recorded[offset]}"
+                        for key, label, (_, offset) in zip(
+                            self.keys(samples[wrong[:SHOWN]]),
+                            found[wrong[:SHOWN]],
+                            samples[wrong[:SHOWN]],
+                            strict=True,
+                        )
+                    ],
+                )
+            self._crcs[shard] = self.cache.image_crc32(shard)
+        return self._crcs[shard]
+
+    def _compare(self, crc: int, shard: int, offset: int) -> None:
+        recorded = int(self._checked(shard)[offset])
+        if crc != recorded:
+            raise JoinError(
+                "an image is not the one the cache was made from",
+                where=self.where(shard, offset),
+                found=f"CRC-32 {crc:08x}",
+                expected=f"{recorded:08x}",
+                action="use the original files: from copies that were resized or compressed again "
+                "come other views than the teacher saw",
+            )

@@ -1,0 +1,247 @@
+"""A data set: its tars in order, its classes, and the manifest that describes both."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import takewhile
+from pathlib import Path
+
+from cskd_pipeline import documents
+from cskd_pipeline.errors import DataError, ShardError
+from cskd_pipeline.loading.listing import INFO, Spec, list_shards
+from cskd_pipeline.loading.progress import Progress, silent
+from cskd_pipeline.loading.shards import TarShard
+from cskd_pipeline.manifest import DatasetManifest, ShardInfo
+
+CLASSES = "classes.json"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled tars in the order that numbers them.
+
+    ``num_classes`` and ``class_names`` are None where nothing tells them. ``manifest`` is the one
+    the data set was opened by, or None.
+    """
+
+    name: str
+    shards: tuple[TarShard, ...]
+    num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
+    manifest: DatasetManifest | None = None
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Samples of each tar."""
+        return tuple(map(len, self.shards))
+
+    @cached_property
+    def shard_ids(self) -> tuple[str, ...]:
+        """What identifies each tar's samples and their order: the SHA-256 of its keys."""
+        return tuple(shard.keys_sha256 for shard in self.shards)
+
+    @property
+    def samples(self) -> int:
+        return sum(self.counts)
+
+    def with_classes(self, num_classes: int) -> Dataset:
+        """The same with a known number of classes; labels are checked against it.
+
+        Raises:
+            DataError: another number is known already, or a label lies outside.
+        """
+        if self.num_classes == num_classes:
+            return self
+        classes = _agreed(num_classes, self.num_classes, self.name)
+        shards = tuple(shard.with_classes(num_classes) for shard in self.shards)
+        return replace(self, shards=shards, num_classes=classes)
+
+
+def load_dataset(
+    spec: Spec,
+    *,
+    split: str | None = None,
+    prefer: Sequence[str] = ("train",),
+    num_classes: int | None = None,
+    progress: Progress = silent,
+) -> Dataset:
+    """Open shards, or a ``manifest.json`` beside them.
+
+    With a manifest only the tars' sizes are looked at, and their headers when they are first used;
+    without one every header is read now.
+
+    Args:
+        spec, split, prefer: see :func:`cskd_pipeline.loading.listing.expand_shards`.
+        num_classes: None or 0: the manifest's, or as many as there are class names.
+
+    Raises:
+        DataError: shards that are missing, damaged or not those of the manifest; class counts that
+            contradict each other.
+        ManifestError: a manifest that does not fit its schema.
+    """
+    listing = list_shards(spec, split=split, prefer=prefer)
+    manifest = listing.manifest
+    if manifest is not None:
+        names: tuple[str, ...] | None = manifest.class_names
+        classes = _agreed(num_classes, manifest.num_classes, "the manifest")
+    else:
+        names = find_class_names(listing.paths[0].parent)
+        classes = _agreed(num_classes, len(names) if names else None, "the class names")
+    infos = manifest.shards if manifest else (None,) * len(listing.paths)
+    shards = tuple(
+        TarShard(path, info=info, num_classes=classes)
+        for path, info in zip(listing.paths, infos, strict=True)
+    )
+    if manifest is not None:
+        _check_sizes(shards)
+    else:
+        with progress(len(shards), "shards", "reading tar headers") as meter:
+            for shard in shards:
+                _ = shard.index
+                meter.advance()
+        _check_counts(shards, listing.counts)
+    name = manifest.name if manifest else name_of(listing.paths)
+    return Dataset(name, shards, classes, names, manifest)
+
+
+def index_shards(
+    spec: Spec,
+    *,
+    name: str | None = None,
+    num_classes: int | None = None,
+    split: str | None = None,
+    progress: Progress = silent,
+) -> DatasetManifest:
+    """Read every byte of the shards once, and describe them.
+
+    Raises:
+        DataError: as :func:`load_dataset`; also if nothing tells the number of classes.
+    """
+    dataset = load_dataset(spec, split=split, num_classes=num_classes, progress=progress)
+    if name:
+        dataset = replace(dataset, name=name)
+    return describe(dataset, progress=progress)
+
+
+def describe(dataset: Dataset, *, progress: Progress = silent) -> DatasetManifest:
+    """The manifest of ``dataset``: the one it was opened by, or made by reading every byte.
+
+    Raises:
+        DataError: nothing tells the number of classes; two tars hold the same keys.
+    """
+    if dataset.manifest is not None:
+        return dataset.manifest
+    if dataset.num_classes is None:
+        raise DataError(
+            "nothing tells how many classes there are",
+            where=dataset.name,
+            expected=f"a list of names in {CLASSES} beside the shards, or a number",
+            action="pass --num-classes N",
+        )
+    _refuse_equal_shards(dataset)
+    names = _relative_names([shard.path for shard in dataset.shards])
+    infos = []
+    with progress(sum(map(_size, dataset.shards)), "bytes", "hashing shards") as meter:
+        for shard, relative in zip(dataset.shards, names, strict=True):
+            digest, size = hashlib.sha256(), 0
+            with open(shard.path, "rb") as file:
+                while piece := file.read(2**20):
+                    digest.update(piece)
+                    size += len(piece)
+                    meter.advance(len(piece))
+            infos.append(ShardInfo.of(relative, shard.keys, size, digest.hexdigest()))
+    return DatasetManifest(dataset.name, dataset.num_classes, tuple(infos), dataset.class_names)
+
+
+def find_class_names(folder: Path) -> tuple[str, ...] | None:
+    """Class names in label order, from ``classes.json`` or ``_info.json`` in ``folder``."""
+    for file, field in ((CLASSES, None), (INFO, "class_names")):
+        path = folder / file
+        if not path.is_file():
+            continue
+        names = documents.read(path)
+        if field is not None:
+            names = names.get(field) if isinstance(names, dict) else None
+        if names is None:
+            continue
+        if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+            raise DataError(
+                "class names that cannot be used", where=path, expected="a list of names, in order"
+            )
+        return tuple(names)
+    return None
+
+
+def name_of(paths: Sequence[Path]) -> str:
+    """What the tars' names have in common, without numbers: ``imagenet1k-train-0000.tar`` …"""
+    first, last = min(path.stem for path in paths), max(path.stem for path in paths)
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    common = "".join(character for character, _ in alike).rstrip("0123456789").rstrip("-_. ")
+    return common or paths[0].resolve().parent.name or "shards"
+
+
+def _agreed(asked: int | None, found: int | None, source: str) -> int | None:
+    if asked and found and asked != found:
+        raise DataError(
+            "two numbers of classes contradict each other",
+            found=f"{found}, by {source}",
+            expected=asked,
+        )
+    return asked or found or None
+
+
+def _check_counts(shards: Sequence[TarShard], counts: Sequence[int] | None) -> None:
+    wrong = [
+        f"{shard.path}: {len(shard)} samples, expected {count}"
+        for shard, count in zip(shards, counts or map(len, shards), strict=True)
+        if len(shard) != count
+    ]
+    if wrong:
+        raise ShardError(
+            f"{len(wrong)} of {len(shards)} shards are not as long as {INFO} says",
+            problems=wrong,
+            action=f"download them again, or correct {INFO}",
+        )
+
+
+def _check_sizes(shards: Sequence[TarShard]) -> None:
+    wrong = [
+        f"{shard.path}: {_size(shard)} bytes, expected {shard.info.bytes}"
+        for shard in shards
+        if shard.info is not None and _size(shard) != shard.info.bytes
+    ]
+    if wrong:
+        raise ShardError(
+            f"{len(wrong)} of {len(shards)} shards are not those of the manifest",
+            problems=wrong,
+            action="copy or download them again, or describe what is there: cskd-pipeline index",
+        )
+
+
+def _size(shard: TarShard) -> int:
+    return shard.path.stat().st_size
+
+
+def _relative_names(paths: Sequence[Path]) -> list[str]:
+    """Paths below the innermost folder that holds them all; links keep their own names."""
+    absolute = [Path(os.path.abspath(path)) for path in paths]
+    folder = os.path.commonpath([path.parent for path in absolute])
+    return [path.relative_to(folder).as_posix() for path in absolute]
+
+
+def _refuse_equal_shards(dataset: Dataset) -> None:
+    twice = [key for key, count in Counter(dataset.shard_ids).items() if count > 1]
+    if twice:
+        same = [s.path.name for s in dataset.shards if s.keys_sha256 == twice[0]]
+        raise DataError(
+            "two shards hold samples with the same keys",
+            where=dataset.name,
+            found=" and ".join(same[:2]),
+            expected="keys that are unique in the data set, as the cache joins by them",
+            action="write the shards again with other keys; cskd-pipeline make-shards does",
+        )

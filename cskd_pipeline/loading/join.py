@@ -1,0 +1,170 @@
+"""A cache's samples found in the user's tars, by key: never by position, never silently short."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.errors import JoinError
+from cskd_pipeline.loading.images import NOWHERE, SHOWN, ImageSource, Places
+from cskd_pipeline.loading.index import Dataset
+from cskd_pipeline.loading.plan import SampleSet
+
+PROBED = 16  # images whose CRC is compared before anything starts
+
+
+@dataclass(frozen=True)
+class Join:
+    """Where every sample of a cache lies in the user's tars.
+
+    Args:
+        samples: the cache's layout, over which training is planned.
+        images: reads samples by their place in that layout.
+        allowed: per shard (count,) bool, samples the user has; None: all.
+        same_shards: shards whose tar holds the same keys in the same order.
+        missing: samples that the user's tars lack.
+        unused: the user's samples that the cache does not know.
+    """
+
+    samples: SampleSet
+    images: ImageSource
+    allowed: tuple[np.ndarray, ...] | None
+    same_shards: int
+    missing: int
+    unused: int
+
+
+def join(
+    dataset: Dataset,
+    cache: CacheReader,
+    *,
+    missing: str = "error",
+    drift: str = "error",
+    probed: int = PROBED,
+) -> Join:
+    """Find the cache's samples among the user's.
+
+    Tars that hold the same keys in the same order are taken as a whole, by their manifest where
+    there is one; only what is left is looked up key by key.
+
+    Args:
+        missing: ``error``, or ``skip``: train without the samples that are missing, and their
+            partners.
+        drift: ``error``, or ``warn``: images that are not byte for byte the cache's are not
+            refused.
+        probed: images, spread over the data set, whose CRC is compared now; the others are when
+            read.
+
+    Raises:
+        JoinError: samples missing, keys that fit twice, other labels, or other images.
+    """
+    places = _places(dataset, cache)
+    absent = [_absent(place) for place in places]
+    count = int(sum(mask.sum() for mask in absent if mask is not None))
+    total = sum(cache.counts)
+    if count and (missing == "error" or count == total):
+        raise _missing_error(dataset, cache, absent, count)
+    images = ImageSource(dataset.shards, places=places, cache=cache, strict=drift == "error")
+    allowed = None
+    if count:
+        allowed = tuple(
+            np.ones(n, bool) if mask is None else ~mask
+            for n, mask in zip(cache.counts, absent, strict=True)
+        )
+    found = Join(
+        samples=SampleSet.of(cache),
+        images=images,
+        allowed=allowed,
+        same_shards=sum(isinstance(place, int) for place in places),
+        missing=count,
+        unused=dataset.samples - (total - count),
+    )
+    _probe(found, probed)
+    return found
+
+
+def _places(dataset: Dataset, cache: CacheReader) -> list[Places | int]:
+    tars: dict[str, int] = {}
+    for tar, shard_id in enumerate(dataset.shard_ids):
+        if shard_id in tars and shard_id in cache.shard_ids:
+            raise _twice(dataset, dataset.shards[tar].key(0), tars[shard_id], tar)
+        tars[shard_id] = tar
+    same = [tars.get(shard_id) for shard_id in cache.shard_ids]
+    looked_up = _look_up(dataset, cache, same)
+    return [next(looked_up) if tar is None else tar for tar in same]
+
+
+def _look_up(dataset: Dataset, cache: CacheReader, same: Sequence[int | None]) -> Iterator[Places]:
+    """Places of the layout shards that are None in ``same``, in tars that are not in it."""
+    if None not in same:
+        return
+    tars = sorted(set(range(len(dataset.shards))) - set(same))
+    keys = [dataset.shards[tar].index.keys for tar in tars] or [np.empty(0, "S1")]
+    tar = np.repeat(tars, [len(part) for part in keys]).astype(np.int32)
+    row = np.concatenate([np.arange(len(part), dtype=np.int32) for part in keys])
+    every = np.concatenate(keys)
+    order = np.argsort(every, kind="stable")
+    every, tar, row = every[order], tar[order], row[order]
+    for shard in (number for number, known in enumerate(same) if known is None):
+        sought = np.array([key.encode() for key in cache.keys(shard)])
+        first = np.searchsorted(every, sought, side="left")
+        count = np.searchsorted(every, sought, side="right") - first
+        if (count > 1).any():
+            i = int(np.argmax(count > 1))
+            at = int(first[i])
+            raise _twice(dataset, sought[i].decode(), int(tar[at]), int(tar[at + 1]))
+        found = count == 1
+        places = np.full((2, len(sought)), NOWHERE, np.int32)
+        places[:, found] = tar[first[found]], row[first[found]]
+        yield Places(tar=places[0], row=places[1])
+
+
+def _twice(dataset: Dataset, key: str, first: int, second: int) -> JoinError:
+    return JoinError(
+        "a key of the cache is there more than once",
+        where=f"{dataset.shards[first].path} and {dataset.shards[second].path}",
+        found=key,
+        expected="keys that are unique in the data set",
+        action="leave one of the two out",
+    )
+
+
+def _absent(place: Places | int) -> np.ndarray | None:
+    return None if isinstance(place, int) else place.tar == NOWHERE
+
+
+def _missing_error(
+    dataset: Dataset, cache: CacheReader, absent: Sequence[np.ndarray | None], count: int
+) -> JoinError:
+    examples: list[str] = []
+    for shard, mask in enumerate(absent):
+        if mask is not None and mask.any() and len(examples) < SHOWN:
+            keys = cache.keys(shard)
+            examples += [f"missing: {keys[i]}" for i in np.flatnonzero(mask)[:SHOWN].tolist()]
+    total = sum(cache.counts)
+    return JoinError(
+        f"{count} of the cache's {total} samples are not in the shards",
+        where=dataset.name,
+        found=f"{dataset.samples} samples, for example {dataset.shards[0].key(0)}",
+        expected=f"the keys of {cache.manifest.dataset.name}",
+        action="give all shards of that data set"
+        + ("" if count == total else ", or train without these: --set data.missing=skip"),
+        problems=examples[:SHOWN],
+    )
+
+
+def _probe(found: Join, probed: int) -> None:
+    """Compare labels and images of samples spread evenly over the data set."""
+    total = found.samples.total
+    starts = np.cumsum((0, *found.samples.counts))
+    numbers = np.unique(np.linspace(0, total - 1, min(probed, total)).astype(np.int64))
+    shards = np.searchsorted(starts, numbers, side="right") - 1
+    samples = np.stack([shards, numbers - starts[shards]], axis=1)
+    there = samples[found.images.locate(samples)[0] != NOWHERE]
+    if len(there):
+        found.images.labels(there)
+        for _ in found.images.read(there):
+            pass

@@ -1,0 +1,240 @@
+"""Which sample in which view comes when: a pure function of layout, seed and epoch.
+
+The order is global. Ranks, micro-batches and loader processes only cut it, so a run is described by
+its recipe and not by the machines it happens to have.
+
+Epochs come in cycles of R (``repeats``, repeated augmentation). A cycle shows every image in R
+views, its rows ordered once and cut into R epochs of equal length: an epoch shows 1/R of the
+images, each in R views. What shares pixels stays together: the members of a pair (their views mix)
+and an image's R views are neighbours, so that a batch decodes and renders nearly nothing twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from cskd_pipeline.errors import CacheError, DataError, UsageError
+from cskd_pipeline.views.bits import BitStream, derive_seed
+from cskd_pipeline.views.mixing import matching
+from cskd_pipeline.views.policy import ViewPolicy
+
+NOBODY = -1  # stands for the partner of a sample that has none
+
+
+class Layout(Protocol):
+    """Something with tar shards in order: a :class:`Dataset`, a :class:`CacheReader`."""
+
+    @property
+    def counts(self) -> tuple[int, ...]: ...
+    @property
+    def shard_ids(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """The layout that shard and offset refer to: each tar's samples, and its keys' SHA-256."""
+
+    counts: tuple[int, ...]
+    shard_ids: tuple[str, ...]
+
+    @classmethod
+    def of(cls, layout: Layout) -> SampleSet:
+        return cls(tuple(layout.counts), tuple(layout.shard_ids))
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """``rows``: (steps * batch_size, 3) int32 view, shard, offset in the order of training."""
+
+    rows: np.ndarray
+    steps: int
+
+
+class EpochPlan:
+    """The order of training.
+
+    Args:
+        samples: the cache's layout, or the shards' where there is no cache.
+        root_seed: of the views; it decides who is whose partner.
+        views: how many there are, reused in turn; None: as many as epochs need.
+        repeats: R, views of an image in one epoch.
+        batch_size: rows in one optimizer update, over all ranks and micro-batches.
+        seed: of the order.
+        shuffle_shards: samples are shuffled within blocks of so many shards; shards over all.
+        allowed: per shard (count,) bool, samples that can be read; None: all. A sample is left out
+            together with those whose view would contain its pixels.
+
+    Raises:
+        CacheError: fewer views than repeats.
+        DataError: fewer samples than one batch.
+    """
+
+    def __init__(
+        self,
+        samples: SampleSet,
+        policy: ViewPolicy,
+        root_seed: int,
+        *,
+        views: int | None,
+        repeats: int,
+        batch_size: int,
+        seed: int,
+        shuffle_shards: int = 16,
+        allowed: Sequence[np.ndarray] | None = None,
+    ) -> None:
+        self.samples, self.policy, self.root_seed = samples, policy, root_seed
+        self.views, self.repeats, self.batch_size = views, repeats, batch_size
+        self.seed, self.shuffle_shards = seed, shuffle_shards
+        self.allowed = allowed
+        counts = np.array(samples.counts, np.int64)
+        self._shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        self._start = np.cumsum(counts) - counts
+        if views is not None and views < repeats:
+            raise CacheError(
+                "the cache has fewer views than an epoch shows of an image",
+                found=f"{views} views",
+                expected=f"at least {repeats}",
+                action="extend the cache with more views, or set batch.repeats=1",
+            )
+        self.steps = self._usable() // batch_size
+        if self.steps == 0:
+            raise DataError(
+                "fewer samples than one batch",
+                found=f"{self._usable()} samples",
+                expected=f"at least batch_size = {batch_size}",
+            )
+        self._last: tuple[int, Epoch] | None = None
+
+    def cycle_views(self, cycle: int) -> list[int]:
+        """The R views in which cycle number ``cycle`` shows every image."""
+        every = [cycle * self.repeats + j for j in range(self.repeats)]
+        return [view % self.views for view in every] if self.views else every
+
+    def used_views(self, epochs: int) -> list[int]:
+        """All views that the first ``epochs`` epochs show, sorted."""
+        cycles = range(-(-epochs // self.repeats))
+        return sorted({view for cycle in cycles for view in self.cycle_views(cycle)})
+
+    def epoch(self, number: int) -> Epoch:
+        """The rows of epoch ``number`` (from 0); what does not fill a batch is dropped."""
+        if self._last is None or self._last[0] != number:
+            self._last = (number, self._build(number))
+        return self._last[1]
+
+    def batch(
+        self,
+        epoch: int,
+        step: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        micro: int = 0,
+        accumulation: int = 1,
+    ) -> np.ndarray:
+        """(n, 3) view, shard, offset: what one rank reads for one micro-batch of an update.
+
+        A rank has a contiguous part of the global batch, a micro-batch a contiguous part of that.
+        """
+        size = part_size(self.batch_size, world=world, accumulation=accumulation)
+        assert 0 <= step < self.steps
+        assert 0 <= rank < world
+        assert 0 <= micro < accumulation
+        start = step * self.batch_size + (rank * accumulation + micro) * size
+        return self.epoch(epoch).rows[start : start + size]
+
+    # -- how an epoch comes to be ------------------------------------------------------------------
+
+    def _usable(self) -> int:
+        """Rows that every epoch has at least; exact when every sample can be read."""
+        if self.allowed is None:
+            return self.samples.total
+        if not self.policy.mixes:
+            return int(sum(mask.sum() for mask in self.allowed))
+        total = 0
+        for mask in self.allowed:  # each missing sample costs its window at most one other
+            edges = np.arange(0, len(mask), self.policy.window)
+            sizes = np.add.reduceat(np.ones(len(mask), np.int64), edges)
+            missing = np.add.reduceat(~mask, edges, dtype=np.int64)
+            total += int(np.maximum(sizes - 2 * missing, 0).sum())
+        return total
+
+    def _build(self, number: int) -> Epoch:
+        cycle, phase = divmod(number, self.repeats)
+        views = self.cycle_views(cycle)
+        partner = self._partners(views[0])
+        members = self._ordered_items(partner, cycle)  # (items, 2) sample numbers
+        shown = self._shown(members, views, partner)  # (items, R, 2) bool
+        ends = np.cumsum(shown.sum(axis=(1, 2)))
+        first, last = (int(ends[-1]) * p // self.repeats for p in (phase, phase + 1))
+        low = int(np.searchsorted(ends, first, side="right"))
+        high = int(np.searchsorted(ends, last, side="left")) + 1
+        item, j, member = np.nonzero(shown[low:high])  # view by view within an item
+        sample = members[low:high][item, member]
+        shard = self._shard[sample]
+        rows = np.stack([np.array(views)[j], shard, sample - self._start[shard]], axis=1)
+        skipped = first - (int(ends[low - 1]) if low else 0)
+        length = self.steps * self.batch_size
+        assert last - first >= length
+        rows = rows[skipped : skipped + length].astype(np.int32)
+        return Epoch(np.ascontiguousarray(rows), self.steps)
+
+    def _partners(self, view: int) -> np.ndarray:
+        """(N,) the number of each sample's partner in a view; its own where it has none."""
+        parts = [
+            matching(self.root_seed, shard_id, count, view, self.policy) + start
+            for shard_id, count, start in zip(
+                self.samples.shard_ids, self.samples.counts, self._start, strict=True
+            )
+        ]
+        return np.concatenate(parts)
+
+    def _ordered_items(self, partner: np.ndarray, cycle: int) -> np.ndarray:
+        """(items, 2) int64 the pairs of a cycle in its order; single samples with ``NOBODY``."""
+        own = np.arange(len(partner))
+        first = np.flatnonzero(own <= partner)
+        second = np.where(partner[first] == first, NOBODY, partner[first])
+        bits = BitStream(derive_seed("order", self.seed, cycle))
+        place = np.argsort(np.argsort(bits.raw(len(self.samples.counts)), kind="stable"))
+        block = (place // self.shuffle_shards)[self._shard[first]].astype(np.uint64)
+        within = bits.raw(len(first)) >> np.uint64(24)
+        order = np.argsort(block << np.uint64(40) | within, kind="stable")
+        return np.stack([first, second], axis=1)[order]
+
+    def _shown(self, members: np.ndarray, views: list[int], partner: np.ndarray) -> np.ndarray:
+        """(items, R, 2) whether a member is shown in a view; ``partner``: in the first view."""
+        shown = np.repeat((members != NOBODY)[:, None], self.repeats, axis=1)
+        if self.allowed is None:
+            return shown
+        allowed = np.concatenate(list(self.allowed))
+        group = views[0] // self.policy.repeats
+        for j, view in enumerate(views):
+            if view // self.policy.repeats != group:
+                group, partner = view // self.policy.repeats, self._partners(view)
+            shown[:, j] &= (allowed & allowed[partner])[members]
+        return shown
+
+
+def part_size(batch_size: int, *, world: int, accumulation: int) -> int:
+    """Rows of one rank's micro-batch.
+
+    Raises:
+        UsageError: the batch cannot be cut into equal parts, so a mean of means would not be the
+            mean of the whole.
+    """
+    size, rest = divmod(batch_size, world * accumulation)
+    if rest or size == 0:
+        raise UsageError(
+            "the batch cannot be cut into equal parts",
+            found=f"batch_size {batch_size}, {world} ranks, accumulation {accumulation}",
+            expected="batch_size to be a multiple of ranks times accumulation",
+            action="change batch.batch_size or batch.accumulation",
+        )
+    return size

@@ -1,0 +1,298 @@
+"""One pass over a tar's headers: keys, labels, and where each image lies. Images are not read.
+
+Members belong to samples by webdataset's rule: the key is the path up to the first dot of the
+file's name, the rest is the field. ``n01440764_10026.jpg`` and ``n01440764_10026.cls`` are one
+sample.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from webdataset.tariterators import base_plus_ext
+
+from cskd_pipeline.errors import ShardError
+
+IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
+LABEL_FIELDS = ("cls", "json")  # the first that a sample has is its label
+
+# Far above any honest file, and low enough that a hostile one cannot fill the memory.
+MAX_KEY_BYTES = 1024
+MAX_IMAGE_BYTES = 2**28
+MAX_LABEL_BYTES = 2**20
+MAX_EXTENSION_BYTES = 2**16  # of a long name or of pax records
+EXTENSIONS = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+META = re.compile(r"__[^/]*__($|/)")
+END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
+
+Place = tuple[int, int]  # (offset in the tar, length), bytes
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a tar holds, one entry a sample, in the tar's order.
+
+    ``keys``: (n,) bytes, UTF-8. ``offset``, ``size``: (n,) int64, the image's place in the tar.
+    ``label``: (n,) int64.
+    """
+
+    keys: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    label: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def read_index(path: Path) -> ShardIndex:
+    """Read the headers and labels of a tar; image bytes are skipped.
+
+    Raises:
+        ShardError: see :attr:`TarShard.index`.
+    """
+    with open_shard(path) as file:
+        descriptor = file.fileno()
+        rows = [
+            (key.encode(), *_image(fields, path, key), _label(fields, descriptor, path, key))
+            for key, fields in _samples(_members(file, path), path)
+        ]
+    if not rows:
+        raise ShardError("the tar holds no samples", where=path, expected="image and label files")
+    keys, offsets, sizes, labels = zip(*rows, strict=True)
+    _refuse_duplicates(keys, path)
+    return ShardIndex(
+        keys=np.array(keys),
+        offset=np.array(offsets, np.int64),
+        size=np.array(sizes, np.int64),
+        label=np.array(labels, np.int64),
+    )
+
+
+def open_shard(path: Path) -> IO[bytes]:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise ShardError(
+            "the shard cannot be opened", where=path, found=error.strerror or error
+        ) from error
+
+
+class _Header(tarfile.TarInfo):
+    """tarfile's header, with a short way through plain ones: 2.8 times as fast over a shard.
+
+    Everything else (long names, pax records, GNU sizes, other checksums) takes tarfile's own way.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        if buf[156:157] != tarfile.REGTYPE or buf[345]:
+            return cls._bounded(super().frombuf(buf, encoding, errors))
+        try:
+            size = int(buf[124:136].rstrip(b" \0"), 8)
+            checksum = int(buf[148:156].rstrip(b" \0"), 8)
+        except ValueError:
+            return cls._bounded(super().frombuf(buf, encoding, errors))
+        if sum(buf) - sum(buf[148:156]) + 8 * ord(" ") != checksum:
+            return cls._bounded(super().frombuf(buf, encoding, errors))
+        header = cls(buf[:100].split(b"\0", 1)[0].decode(encoding, errors))
+        header.size = size
+        return header
+
+    @staticmethod
+    def _bounded(header: Any) -> _Header:
+        """Refuse what tarfile would read into memory, or walk backwards for."""
+        if header.size < 0 or (header.type in EXTENSIONS and header.size > MAX_EXTENSION_BYTES):
+            raise tarfile.ReadError(f"a header claims {header.size} bytes for itself")
+        assert isinstance(header, _Header)
+        return header
+
+
+def _members(file: IO[bytes], path: Path) -> Iterator[tuple[str, Place]]:
+    """Name and place of every regular file, in order, to the very end of the archive."""
+    head = file.read(8)
+    file.seek(0)
+    for magic, name in COMPRESSED.items():
+        if head.startswith(magic):
+            raise ShardError(
+                f"the shard is compressed with {name}: its samples cannot be reached one by one",
+                where=path,
+                action="unpack it once, for example: gzip -d FILE.tar.gz",
+            )
+    end = os.fstat(file.fileno()).st_size
+    try:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
+            for member in tar:
+                place = member.offset_data, member.size
+                if not 0 <= member.size <= end - member.offset_data:
+                    raise tarfile.ReadError("unexpected end of data")
+                if member.isreg() and not member.issparse():
+                    yield member.name, place
+                elif not member.isdir():
+                    raise ShardError(
+                        "the tar holds something that is neither a file nor a folder",
+                        where=f"{path}: {member.name}",
+                        found="a link" if member.issym() or member.islnk() else "a special file",
+                    )
+            _check_end(file.fileno(), tar.offset, path)
+    except (tarfile.TarError, UnicodeError, OverflowError, ValueError) as error:
+        cut_short = "end of data" in str(error)
+        raise ShardError(
+            "the tar is cut short" if cut_short else "this is not a tar, or a damaged one",
+            where=path,
+            found=f"{error} ({end} bytes)",
+            action="copy or download it again",
+        ) from error
+
+
+def _check_end(descriptor: int, end: int, path: Path) -> None:
+    """After the last member come two blocks of zeros and nothing but zeros.
+
+    tarfile takes a missing or unreadable header for the end, so a tar that was cut between two
+    members would just seem to have fewer.
+    """
+    rest = os.pread(descriptor, len(END_OF_ARCHIVE), end)
+    if not any(rest) and len(rest) < len(END_OF_ARCHIVE):
+        raise ShardError(
+            "the tar is cut short: its end mark is missing",
+            where=path,
+            found=f"{len(rest)} bytes after the last complete member",
+            expected=f"{len(END_OF_ARCHIVE)} zero bytes or more",
+            action="copy or download it again",
+        )
+    while rest:
+        if any(rest):
+            raise ShardError(
+                "the tar goes on after its end, or is damaged there",
+                where=path,
+                found=f"bytes that are no member from byte {end} on",
+                expected="zeros",
+                action="copy or download it again; tars joined with cat must stay apart",
+            )
+        end += len(rest)
+        rest = os.pread(descriptor, 2**20, end)
+
+
+def _samples(
+    members: Iterable[tuple[str, Place]], path: Path
+) -> Iterator[tuple[str, dict[str, Place]]]:
+    """Key and fields of each run of members with one key, as webdataset groups them."""
+    current, fields = "", dict[str, Place]()
+    for name, place in members:
+        key, field = base_plus_ext(name)
+        if key is None or META.match(name):  # webdataset skips these too
+            continue
+        if key != current:
+            if fields:
+                yield current, fields
+            current, fields = key, {}
+        field = field.lower()
+        if field in fields:
+            raise ShardError(
+                "a sample has the same field twice", where=f"{path}: {key}", found=field
+            )
+        fields[field] = place
+    if fields:
+        yield current, fields
+
+
+def _image(fields: dict[str, Place], path: Path, key: str) -> Place:
+    _check_key(key, path)
+    found = [field for field in IMAGE_FIELDS if field in fields]
+    if len(found) != 1:
+        raise ShardError(
+            "a sample has no image" if not found else "a sample has several images",
+            where=f"{path}: {key}",
+            found=", ".join(fields),
+            expected="one of " + ", ".join(IMAGE_FIELDS),
+        )
+    offset, size = fields[found[0]]
+    if not 0 < size <= MAX_IMAGE_BYTES:
+        raise ShardError(
+            "an image is empty or too large to be one",
+            where=f"{path}: {key}.{found[0]}",
+            found=f"{size} bytes",
+            expected=f"1 to {MAX_IMAGE_BYTES} bytes",
+        )
+    return offset, size
+
+
+def _label(fields: dict[str, Place], descriptor: int, path: Path, key: str) -> int:
+    name = next((field for field in LABEL_FIELDS if field in fields), None)
+    if name is None:
+        raise ShardError(
+            "a sample has no label",
+            where=f"{path}: {key}",
+            found=", ".join(fields),
+            expected="cls (a number) or json with a label",
+        )
+    offset, size = fields[name]
+    text = os.pread(descriptor, min(size, MAX_LABEL_BYTES), offset)
+    label = _parse_cls(text) if name == "cls" else _parse_json(text)
+    if label is None or not 0 <= label < 2**31:
+        raise ShardError(
+            "a label is no class number",
+            where=f"{path}: {key}.{name}",
+            found=text[:80].decode(errors="replace"),
+            expected="an integer from 0 on" if name == "cls" else '{"label": an integer from 0 on}',
+        )
+    return label
+
+
+def _parse_cls(text: bytes) -> int | None:
+    text = text.strip()
+    return int(text) if text.isdigit() and len(text) <= 32 else None
+
+
+def _parse_json(text: bytes) -> int | None:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict):
+        return None
+    label = document.get("label", document.get("cls"))
+    return label if isinstance(label, int) and not isinstance(label, bool) else None
+
+
+def _check_key(key: str, path: Path) -> None:
+    try:
+        fits = len(key.encode()) <= MAX_KEY_BYTES and "\0" not in key
+    except UnicodeEncodeError:
+        fits = False
+    if not fits:
+        raise ShardError(
+            "a sample's key is not usable",
+            where=f"{path}: {key[:80]!r}",
+            expected=f"UTF-8 of at most {MAX_KEY_BYTES} bytes",
+        )
+
+
+def _refuse_duplicates(keys: tuple[bytes, ...], path: Path) -> None:
+    if len(set(keys)) == len(keys):
+        return
+    twice = Counter(keys).most_common(1)[0][0]
+    raise ShardError(
+        "two samples have the same key, or the files of one sample are not next to each other",
+        where=f"{path}: {twice.decode()}",
+        action="write the shard again with each sample's files in a row",
+    )

@@ -1,0 +1,112 @@
+"""Loader processes that end quietly and whose errors arrive as they were raised."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from cskd_pipeline.errors import CskdError, DataError
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """An error on its way to the parent, as a value: torch would raise its text as another type."""
+
+    error: CskdError
+
+
+class _Guarded(Dataset[Any]):
+    def __init__(self, inner: Dataset[Any]) -> None:
+        self.inner = inner
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.inner[index]
+        except CskdError as error:
+            return _Failed(error)
+
+
+class _GuardedStream(IterableDataset[Any]):
+    def __init__(self, inner: IterableDataset[Any]) -> None:
+        self.inner = inner
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.inner
+        except CskdError as error:
+            yield _Failed(error)
+
+
+class Loader(Generic[Item]):
+    """Iterates a data set of whole batches, in order, with or without loader processes.
+
+    Args:
+        dataset: map-style (``order`` has its indices) or iterable; gives batches, not samples.
+        order: indices; None for iterable data sets.
+        workers: processes; 0: none.
+        pin_memory: for a CUDA device to read from while it computes.
+        prefetch: batches that each process may be ahead.
+        start_method: ``fork`` or ``spawn``; None: the platform's.
+        reused: keep the processes between iterations.
+
+    Raises:
+        CskdError: whatever the data set raised, at the place of the batch it belongs to.
+        DataError: a process died.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Item],
+        order: Iterable[Any] | None = None,
+        *,
+        workers: int = 0,
+        pin_memory: bool = False,
+        prefetch: int = 2,
+        start_method: str | None = None,
+        reused: bool = False,
+    ) -> None:
+        self._loader: DataLoader[Any] = DataLoader(
+            _GuardedStream(dataset) if isinstance(dataset, IterableDataset) else _Guarded(dataset),
+            sampler=cast(Any, order),
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            prefetch_factor=prefetch if workers else None,
+            worker_init_fn=_start_worker,
+            multiprocessing_context=start_method if workers else None,
+            persistent_workers=reused and workers > 0,
+            generator=torch.Generator(),  # or the loader would draw from the global one
+        )
+
+    def __iter__(self) -> Iterator[Item]:
+        try:
+            for item in self._loader:
+                if isinstance(item, _Failed):
+                    raise item.error
+                yield item
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                "a loader process died",
+                found=str(error).splitlines()[0],
+                action="lower the number of workers or the batch size: memory is the usual "
+                "reason; in a container, raise --shm-size",
+            ) from error
+
+
+def _unchanged(item: Item) -> Item:
+    return item
+
+
+def _start_worker(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; only the parent acts on it, and ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
