@@ -5,24 +5,28 @@ there, fused with the CNN's global response, which counts more and more as train
 Here the CNN runs once, in ``dump-teacher``; ``train`` reads what it said and never loads it.
 This docstring is the tour; the rooms come in the order in which a picture passes through them.
 
-1. **errors, files, resources** -- one exception tree worded for the person who must act; writes that
-   happen whole or not at all; where recipes and schemas lie.
-2. **recipe, manifest** -- what a user asks for (TOML, frozen, checked) and what a data set or a cache
-   says of itself (JSON, checked against the schemas in ``manifests/``, every problem at once).
+1. **errors, files, resources** -- one exception tree worded for the person who must act; writes
+   that happen whole or not at all; where recipes and schemas lie.
+2. **recipe, manifest** -- what a user asks for (TOML, frozen, checked) and what a data set or a
+   cache says of itself (JSON, checked against the schemas in ``manifests/``, every problem at
+   once).
 3. **views** -- what a network sees. ``draw(seed, policy, width, height)`` gives parameters,
-   ``render(image, params, policy)`` gives uint8 pixels, ``mixing`` pairs neighbours. A view is a pure
-   function of (image bytes, seed, policy) and of its partner's; no global random state is touched.
-4. **distill** -- what is learned, as tensors only. ``teacher`` gives spatial and global logits rounded
-   to float16; ``ckf`` fuses them and finds the upper envelope of K lines in r; ``student`` gives the
-   class, distillation and dense predictions; ``losses`` compares the two.
-5. **cache** -- what is stored: a zarr v3 group with leading axes (view, shard, offset). ``encodings``
-   has one file per way of storing the teacher's answer; ``writer`` commits units (block of views, tar
-   shard), ``done`` last; ``reader`` knows nothing that is not done.
-6. **loading** -- what is read: ``shards`` (tars), ``plan`` (which sample in which view comes when: a
-   pure function, the same for any number of ranks and workers), ``join`` (a cache's sample to the
-   user's own tar, by key), ``batches`` (decode once, render, pair), ``device`` (uint8 to mixed floats).
+   ``render(image, params, policy)`` gives uint8 pixels, ``mixing`` pairs neighbours. A view is a
+   pure function of (image bytes, seed, policy) and of its partner's; no global random state is
+   touched.
+4. **distill** -- what is learned, as tensors only. ``teacher`` gives spatial and global logits
+   rounded to float16; ``ckf`` fuses them and finds the upper envelope of K lines in r; ``student``
+   gives the class, distillation and dense predictions; ``losses`` compares the two.
+5. **cache** -- what is stored: a zarr v3 group with leading axes (view, shard, offset).
+   ``encodings`` has one file per way of storing the teacher's answer; ``writer`` commits units
+   (block of views, tar shard), ``done`` last; ``reader`` knows nothing that is not done.
+6. **loading** -- what is read: ``shards`` (tars), ``plan`` (which sample in which view comes when:
+   a pure function, the same for any number of ranks and workers), ``join`` (a cache's sample to the
+   user's own tar, by key), ``batches`` (decode once, render, pair), ``device`` (uint8 to mixed
+   floats).
 7. **dump** and **train** -- the two stages, each one readable function over the rooms above. They
-   never import each other. ``evaluate`` measures a checkpoint; ``demo`` runs all of it on small images.
+   never import each other. ``evaluate`` measures a checkpoint; ``demo`` runs all of it on small
+   images.
 8. **cli** -- thin typer commands over 7.
 
 Imports point one way, from later rooms to earlier ones; ``tests/test_structure.py`` holds that.

@@ -15,7 +15,7 @@ from cskd_pipeline.errors import OutputError
 
 @contextmanager
 def explained_os_errors(where: Path | str) -> Iterator[None]:
-    """Turn "no space left" and "permission denied" into an :class:`OutputError` that names ``where``.
+    """Turn "no space left" and "permission denied" into an :class:`OutputError`.
 
     Raises:
         OutputError: for ENOSPC, EDQUOT, EACCES, EPERM and EROFS; other OS errors pass unchanged.

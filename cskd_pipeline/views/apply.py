@@ -34,7 +34,7 @@ def render(image: Image.Image, params: ViewParams, policy: ViewPolicy) -> np.nda
 
 def digest(pixels: np.ndarray) -> int:
     """CRC-32 of a view's uint8 pixels, row by row: what a replay must reproduce."""
-    return zlib.crc32(pixels)
+    return zlib.crc32(pixels.data)
 
 
 def erase_noise(params: ViewParams) -> np.ndarray:
@@ -55,7 +55,7 @@ def to_float(pixels: np.ndarray, params: ViewParams, policy: ViewPolicy) -> np.n
     ``pixels / 255``, and ``mean + std * z`` inside the boxes.
     """
     view = pixels.astype(np.float32) / np.float32(255)
-    mean, std = np.float32(policy.mean), np.float32(policy.std)
+    mean, std = np.array(policy.mean, np.float32), np.array(policy.std, np.float32)
     noise = erase_noise(params)
     start = 0
     for top, left, height, width in params.erase:

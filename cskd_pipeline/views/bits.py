@@ -1,6 +1,6 @@
 """Randomness that is the same for years: a counter-based bit stream and our own few maps from it.
 
-numpy promises the raw stream of ``Philox`` and nothing of how its ``Generator`` maps it, so the maps
+numpy promises the raw stream of ``Philox`` and nothing of how its ``Generator`` maps it, so maps
 to floats, integers, normals and betas are written out here. Integers and table look-ups wherever
 possible; where a logarithm is needed its result is rounded far above the last bit.
 """

@@ -1,0 +1,275 @@
+"""Stage one: what the teacher says of every view, written once.
+
+``dump_teacher`` is the whole of it: open the data, load the teacher, make or open the cache, and
+for each unit (block of views, tar shard) that is not done yet: views from the loader, logits from
+the teacher, encodings on the device, arrays to the cache, ``done`` last. A killed dump is run again
+with the same command and goes on with the units that are left.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from cskd_pipeline.cache.encodings import ENCODINGS, AnswerShape
+from cskd_pipeline.cache.info import describe as describe_cache
+from cskd_pipeline.cache.layout import choose_view_block
+from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
+from cskd_pipeline.distill.ckf import hard_global_labels
+from cskd_pipeline.distill.teacher import Teacher, load_teacher
+from cskd_pipeline.errors import UsageError
+from cskd_pipeline.interrupt import stop_requests
+from cskd_pipeline.loading.batches import Batch
+from cskd_pipeline.loading.device import assemble, normalise
+from cskd_pipeline.loading.index import Dataset, describe, load_dataset
+from cskd_pipeline.loading.unit_views import unit_batches
+from cskd_pipeline.machine import pick_device, worker_count
+from cskd_pipeline.manifest import (
+    CacheManifest,
+    DatasetManifest,
+    TeacherInfo,
+    library_versions,
+    utc_now,
+)
+from cskd_pipeline.recipe import DumpRecipe
+from cskd_pipeline.terminal import Terminal
+
+
+def dump_teacher(
+    recipe: DumpRecipe, terminal: Terminal, *, shard_range: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """``cskd-pipeline dump-teacher``: make, go on with or extend the cache of ``recipe``.
+
+    Args:
+        shard_range: only the tar shards from, up to and not including; several processes, on
+            one machine or many, may fill one cache.
+
+    Returns:
+        The closing summary: views written now and in all, bytes and seconds, views per second,
+        the teacher's top-1 on the labels of the views.
+
+    Raises:
+        CskdError: data, teacher or cache cannot be used, or do not belong together.
+        KeyboardInterrupt: stopped by a signal, between units.
+    """
+    device = pick_device(recipe.dump.device)
+    dataset = load_dataset(
+        recipe.data.shards,
+        split=recipe.data.split or None,
+        num_classes=recipe.data.num_classes or None,
+        progress=terminal.progress,
+    )
+    teacher = load_teacher(
+        recipe.teacher.name,
+        weights=recipe.teacher.weights,
+        num_classes=dataset.num_classes,
+        size=recipe.views.size,
+        kwargs=recipe.teacher.kwargs,
+        precision=recipe.teacher.precision,
+        seed=recipe.teacher.seed,
+        batch_size=recipe.dump.batch_size,
+        channels_last=recipe.dump.channels_last,
+        compile=recipe.dump.compile,
+        device=device,
+    )
+    if dataset.num_classes is None:
+        dataset = dataset.with_classes(teacher.num_classes)
+    described = describe(dataset, progress=terminal.progress)
+    writer = CacheWriter.create(recipe.cache.path, _manifest(recipe, described, teacher))
+    if recipe.cache.views > writer.manifest.views:
+        writer.extend(recipe.cache.views)
+    shards = None if shard_range is None else range(*shard_range)
+    units = writer.todo(shards=shards)
+    if recipe.teacher.weights == "random":
+        terminal.warn("the teacher's weights are random: this cache is good for trials only")
+    started = time.perf_counter()
+    views = _write_units(recipe, terminal, dataset, teacher, writer, units)
+    return _summary(writer, units, views, time.perf_counter() - started)
+
+
+def _manifest(recipe: DumpRecipe, dataset: DatasetManifest, teacher: Teacher) -> CacheManifest:
+    """What the finished cache will say of itself."""
+    settings = recipe.cache
+    shape = AnswerShape(teacher.num_classes, *teacher.grid)
+    block = settings.view_block or choose_view_block(
+        settings.views, max(dataset.counts), settings.encodings, shape
+    )
+    if settings.views % block:
+        raise UsageError(
+            "views come in whole blocks",
+            where="cache.view_block",
+            found=f"{settings.views} views in blocks of {block}",
+            expected="a divisor of the number of views",
+        )
+    return CacheManifest(
+        dataset=dataset,
+        teacher=TeacherInfo(
+            name=teacher.name,
+            source=teacher.source,
+            weights_sha256=teacher.weights_sha256,
+            num_classes=teacher.num_classes,
+            size=teacher.size,
+            mean=teacher.mean,
+            std=teacher.std,
+            grid=teacher.grid,
+            precision=teacher.precision,
+            kwargs=recipe.teacher.kwargs,
+        ),
+        policy=recipe.views,
+        root_seed=settings.root_seed,
+        views=settings.views,
+        view_block=block,
+        encodings=settings.encodings,
+        versions=library_versions(),
+        created=utc_now(),
+        license=settings.license,
+        notes=settings.notes,
+    )
+
+
+def _write_units(
+    recipe: DumpRecipe,
+    terminal: Terminal,
+    dataset: Dataset,
+    teacher: Teacher,
+    writer: CacheWriter,
+    units: list[Unit],
+) -> int:
+    """Ask the teacher about every view of ``units`` and commit them one by one; views written."""
+    counts = dataset.counts
+    total = sum(len(unit.views) * counts[unit.shard] for unit in units)
+    loader = unit_batches(
+        dataset,
+        [(unit.shard, unit.views) for unit in units],
+        recipe.views,
+        recipe.cache.root_seed,
+        batch_size=recipe.dump.batch_size,
+        workers=worker_count(recipe.dump.workers),
+        pin_memory=teacher.device.type == "cuda",
+    )
+    written = 0
+    # One unit is written while the next is computed; two would only hold memory.
+    with stop_requests() as stop, ThreadPoolExecutor(1) as pool:
+        pending: Future[bool] | None = None
+        with terminal.progress(total, "views", "dumping") as progress:
+            for unit in units:
+                data = _unit_data(unit, loader, dataset, teacher, recipe, progress.advance)
+                if pending is not None:
+                    pending.result()
+                pending = pool.submit(writer.write_unit, unit, data)
+                written += len(unit.views) * counts[unit.shard]
+                if stop.asked:
+                    break
+            if pending is not None:
+                pending.result()
+        if stop.asked and unit is not units[-1]:
+            raise KeyboardInterrupt
+    return written
+
+
+def _unit_data(
+    unit: Unit,
+    batches: Iterator[Batch],
+    dataset: Dataset,
+    teacher: Teacher,
+    recipe: DumpRecipe,
+    advance: Callable[[int], None],
+) -> UnitData:
+    """Take the unit's views off ``batches`` and put the teacher's answers in their places."""
+    shard = dataset.shards[unit.shard]
+    shape = AnswerShape(teacher.num_classes, *teacher.grid)
+    specs = [spec for name in recipe.cache.encodings for spec in ENCODINGS[name].arrays(shape)]
+    buffer = UnitBuffer(len(unit.views), len(shard), {spec.name: spec.fill for spec in specs})
+    left = len(unit.views) * len(shard)
+    while left:
+        batch = next(batches)
+        rows = batch.index[:, 0].numpy() - unit.views[0]
+        offsets = batch.index[:, 2].numpy()
+        buffer.put(rows, offsets, _answers(batch.to(teacher.device), teacher, recipe))
+        left -= len(rows)
+        advance(len(rows))
+    assert left == 0, (unit, left)
+    arrays = buffer.arrays
+    top1 = np.stack([arrays.pop("correct").sum(1), np.full(len(unit.views), len(shard))], axis=1)
+    return UnitData(
+        keys=shard.keys,
+        labels=shard.index.label.astype(np.int32),
+        image_crc32=arrays.pop("image_crc32")[0],
+        seeds=arrays.pop("seed"),
+        view_digests=arrays.pop("view_digest"),
+        arrays=arrays,
+        top1=top1.astype(np.uint32),
+    )
+
+
+def _answers(batch: Batch, teacher: Teacher, recipe: DumpRecipe) -> dict[str, np.ndarray]:
+    """Every array's rows for a batch that lies on the device.
+
+    ``correct``: whether the teacher's class is the label of the picture that fills more of the
+    view.
+    """
+    pixels = assemble(batch, recipe.views)
+    answer = teacher.answer(normalise(pixels, teacher.mean, teacher.std))
+    label = torch.where(batch.lam >= 0.5, batch.label, batch.partner_label)
+    found = {"correct": hard_global_labels(answer.global_) == label}
+    for name in recipe.cache.encodings:
+        found |= ENCODINGS[name].encode(answer.spatial, answer.global_)
+    own = batch.own.cpu().numpy()
+    return {
+        **{name: values.cpu().numpy() for name, values in found.items()},
+        "seed": batch.seed.numpy()[own],
+        "view_digest": batch.view_digest.numpy()[own],
+        "image_crc32": batch.image_crc32.numpy()[own],
+    }
+
+
+def _summary(writer: CacheWriter, units: list[Unit], views: int, seconds: float) -> dict[str, Any]:
+    info = describe_cache(writer.path)
+    return {
+        "cache": str(writer.path),
+        "units_written": len(units),
+        "views_written": views,
+        "seconds": seconds,
+        "views_per_second": views / seconds if views else None,
+        **{name: info[name] for name in ("views", "samples", "complete", "bytes")},
+        "bytes_per_view": info["bytes_per_view"],
+        "teacher_top1": info["teacher_top1"],
+    }
+
+
+class UnitBuffer:
+    """The arrays of one unit, (views, count, ...), while its batches come in.
+
+    Args:
+        fill: what stands where a ragged array's rows end early, by array name.
+    """
+
+    def __init__(self, views: int, count: int, fill: dict[str, int | float]) -> None:
+        self.leading = (views, count)
+        self.fill = fill
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def put(self, rows: np.ndarray, offsets: np.ndarray, values: dict[str, np.ndarray]) -> None:
+        """``values[name][i]`` belongs to view row ``rows[i]`` and sample ``offsets[i]``."""
+        for name, value in values.items():
+            array = self._room(name, value)
+            inner: list[Any] = [slice(0, n) for n in value.shape[1:]]
+            array[(rows, offsets, *inner)] = value
+
+    def _room(self, name: str, value: np.ndarray) -> np.ndarray:
+        tail = value.shape[1:]
+        old = self.arrays.get(name)
+        if old is not None and all(a <= b for a, b in zip(tail, old.shape[2:], strict=True)):
+            return old
+        if old is not None:
+            tail = tuple(max(a, b) for a, b in zip(tail, old.shape[2:], strict=True))
+        new = np.full((*self.leading, *tail), self.fill.get(name, 0), value.dtype)
+        if old is not None:
+            new[tuple(slice(0, n) for n in old.shape)] = old
+        self.arrays[name] = new
+        return new

@@ -1,0 +1,147 @@
+"""Measuring a student on labelled shards: top-1 and top-5 of each head and of their mean."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import AverageMeter, accuracy
+
+from cskd_pipeline.checkpoint import StudentCard, read_card
+from cskd_pipeline.distill.student import Student, create_student, inference_logits
+from cskd_pipeline.distill.weights import load_state
+from cskd_pipeline.errors import DataError, WeightsError
+from cskd_pipeline.loading.device import normalise
+from cskd_pipeline.loading.evalset import EvalBatch, eval_loader
+from cskd_pipeline.loading.index import load_dataset
+from cskd_pipeline.machine import pick_device, worker_count
+from cskd_pipeline.terminal import Terminal
+
+Metrics = dict[str, dict[str, float]]
+
+
+@torch.inference_mode()
+def measure(
+    student: Student,
+    loader: Iterable[EvalBatch],
+    *,
+    heads: tuple[str, ...],
+    grid: tuple[int, int] | None,
+    device: torch.device,
+    amp: torch.dtype | None = None,
+    on_batch: Any = None,
+) -> Metrics:
+    """Top-1 and top-5 in percent, per head (``cls``, ``dist``, ``dense``) and for ``mean``.
+
+    ``mean`` averages the logits of ``heads`` (CSKD §4: class, distillation, and the mean over
+    patches of the dense logits). A dense head is measured wherever the student was given a
+    ``grid``.
+
+    Raises:
+        DataError: no samples.
+    """
+    student.eval()
+    meters: dict[str, tuple[AverageMeter, AverageMeter]] = {}
+    autocast = torch.autocast(device.type, amp) if amp else nullcontext()
+    for batch in loader:
+        pixels = batch.pixels.to(device, non_blocking=True)
+        labels = batch.label.to(device, non_blocking=True)
+        images = normalise(pixels.permute(0, 3, 1, 2).float() / 255, student.mean, student.std)
+        with autocast:
+            predicted = student(images, grid)
+        logits = {name: value.float() for name, value in predicted.logits().items()}
+        logits["mean"] = inference_logits(predicted, heads).float()
+        for name, value in logits.items():
+            top1, top5 = accuracy(value, labels, topk=(1, 5))
+            one, five = meters.setdefault(name, (AverageMeter(), AverageMeter()))
+            one.update(top1, len(labels))
+            five.update(top5, len(labels))
+        if on_batch is not None:
+            on_batch(len(labels))
+    if not meters:
+        raise DataError("no samples to evaluate on")
+    return {
+        name: {"top1": float(one.avg), "top5": float(five.avg)}
+        for name, (one, five) in meters.items()
+    }
+
+
+def load_student(path: Path, device: torch.device) -> tuple[Student, StudentCard]:
+    """The student of a ``.safetensors`` file that ``train`` wrote.
+
+    Raises:
+        WeightsError: no card, or tensors that do not fit the model it names.
+    """
+    card = read_card(path)
+    student = create_student(
+        card.model, num_classes=card.num_classes, size=card.size, kwargs=card.kwargs
+    )
+    try:
+        student.model.load_state_dict(load_state(path))
+    except RuntimeError as error:
+        raise WeightsError(
+            "the checkpoint's tensors do not fit the model it names",
+            where=path,
+            found=str(error).splitlines()[-1].strip(),
+            expected=card.model,
+        ) from error
+    return student.to(device), card
+
+
+def evaluate(
+    checkpoint: Path,
+    shards: str,
+    terminal: Terminal,
+    *,
+    split: str = "",
+    batch_size: int = 256,
+    workers: int = -1,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """``cskd-pipeline evaluate``: measure a checkpoint (or a run folder's best) on shards."""
+    path = Path(checkpoint)
+    if path.is_dir():  # a run without validation shards has no best student
+        path = next(
+            (p for p in (path / "best.safetensors", path / "last.safetensors") if p.exists()), path
+        )
+    target = pick_device(device)
+    student, card = load_student(path, target)
+    dataset = load_dataset(
+        shards,
+        split=split or None,
+        prefer=("validation", "val", "test"),
+        num_classes=card.num_classes,
+        progress=terminal.progress,
+    )
+    loader = eval_loader(
+        dataset,
+        student.preprocessing,
+        batch_size=batch_size,
+        workers=worker_count(workers),
+        pin_memory=target.type == "cuda",
+    )
+    started = time.perf_counter()
+    with terminal.progress(dataset.samples, "images", "evaluating") as progress:
+        metrics = measure(
+            student,
+            loader,
+            heads=card.heads,
+            grid=card.grid,
+            device=target,
+            on_batch=progress.advance,
+        )
+    return {
+        "checkpoint": str(path),
+        "model": card.model,
+        "method": card.method,
+        "heads": list(card.heads),
+        "samples": dataset.samples,
+        "seconds": time.perf_counter() - started,
+        "top1": metrics["mean"]["top1"],
+        "top5": metrics["mean"]["top5"],
+        "per_head": metrics,
+    }

@@ -1,0 +1,39 @@
+"""Which device computes, and how many processes load."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from cskd_pipeline.errors import UsageError
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` (CUDA where there is one), or any torch device string.
+
+    Raises:
+        UsageError: a device this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            "no such device on this machine", where="device", found=name, expected="cpu, cuda, auto"
+        ) from error
+    return device
+
+
+def worker_count(workers: int) -> int:
+    """``workers``, or for -1 one for each core this process may use but one, at least one."""
+    if workers >= 0:
+        return workers
+    # A container's or Slurm job's share, where the system tells it; macOS does not.
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, cores - 1)

@@ -1,0 +1,225 @@
+"""Stage two: a student from shards joined to a teacher's cached answers.
+
+``train`` is the whole of it: open the data, check that cache, shards and student fit, then update
+by
+update: pixels, heads, loss, step. Everything random is a function of (seed, update), and the order
+of samples of (seed, epoch), so a run that was killed goes on exactly where its last state was
+written. No teacher is loaded here, and nothing of ``dump`` is imported.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cskd_pipeline.checkpoint import load_state, save_state, save_student
+from cskd_pipeline.errors import TrainingError, UsageError
+from cskd_pipeline.evaluate import measure
+from cskd_pipeline.files import require_empty, write_text
+from cskd_pipeline.interrupt import Stop, stop_requests
+from cskd_pipeline.loading.batches import Batch
+from cskd_pipeline.machine import pick_device
+from cskd_pipeline.recipe import TrainRecipe, to_toml
+from cskd_pipeline.terminal import Terminal
+from cskd_pipeline.training.data import open_training_data
+from cskd_pipeline.training.log import RunLog
+from cskd_pipeline.training.run import PARTS, Run
+
+STATE = "state.pt"
+
+
+def train(recipe: TrainRecipe, terminal: Terminal, *, resume: bool = False) -> dict[str, Any]:
+    """``cskd-pipeline train``: run ``recipe`` to its end, or on from where it stopped.
+
+    Returns:
+        The closing summary: epochs, updates, top-1 of the last and best students, seconds, files.
+
+    Raises:
+        CskdError: data, cache and student do not fit, or the output folder is not this run's.
+        KeyboardInterrupt: stopped by a signal, after the state was written.
+    """
+    out = _claim(recipe, resume)
+    data = open_training_data(recipe, terminal)
+    run = Run(recipe, data, pick_device(recipe.run.device))
+    state_file = out / STATE
+    if resume and state_file.exists():
+        run.restore(load_state(state_file), state_file)
+        terminal.line(f"resuming at epoch {run.epoch}, update {run.update} of {run.updates}")
+    write_text(out / "recipe.toml", to_toml(recipe))
+    log = RunLog(out, run.rows, run.update)
+    started = time.perf_counter()
+    first = run.update
+    try:
+        with stop_requests() as stop:
+            batches = data.batches(run.positions(), run.device)
+            while run.update < run.updates:
+                _epoch(run, batches, log, terminal, stop)
+    finally:
+        log.close()
+    seconds = time.perf_counter() - started
+    images = (run.updates - first) * recipe.batch.batch_size
+    return {
+        "out": str(out),
+        "student": recipe.student.name,
+        "method": recipe.distill.method,
+        "epochs": recipe.schedule.epochs,
+        "updates": run.updates,
+        "seconds": seconds,
+        "images_per_second": images / seconds if images else None,
+        "last": run.rows[-1] if run.rows else {},
+        "best": run.best,
+    }
+
+
+def _claim(recipe: TrainRecipe, resume: bool) -> Path:
+    if not recipe.run.out:
+        raise UsageError("train needs an output folder", action="pass --out DIR")
+    out = Path(recipe.run.out)
+    if not (resume and (out / "recipe.toml").exists()):
+        require_empty(out, action="choose another --out, or go on with a run there by --resume")
+    return out
+
+
+class Clock:
+    """Seconds an epoch spent in all, and of those waiting for the loader."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.waited = 0.0
+        self.updates = 0
+
+    def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - asked
+            yield batch
+
+
+def _epoch(run: Run, batches: Iterator[Batch], log: RunLog, terminal: Terminal, stop: Stop) -> None:
+    """The updates that are left of the current epoch, then its evaluation and checkpoints."""
+    epoch, settings = run.epoch, run.recipe.run
+    state_file = log.folder / STATE
+    clock = Clock()
+    timed = clock.waiting_for(batches)
+    with terminal.progress(run.steps, "updates", f"epoch {epoch + 1}") as progress:
+        progress.advance(run.update % run.steps)
+        while run.epoch == epoch:
+            ratio = run.ratio()
+            parts = run.step(timed)
+            clock.updates += 1
+            progress.advance(1)
+            within = run.update % run.steps
+            if run.update % settings.log_every == 0:
+                log.scalars(run.update, _point(run, parts, ratio))
+            if within and (stop.asked or _due(within, settings.checkpoint_every)):
+                save_state(state_file, run.state())
+                if stop.asked:
+                    raise KeyboardInterrupt
+    row = _close_epoch(run, epoch, ratio, clock, log.folder)
+    log.epoch(run.update, row)
+    save_state(state_file, run.state())
+    terminal.line(_epoch_line(row, run.recipe.schedule.epochs))
+    if stop.asked and run.update < run.updates:
+        raise KeyboardInterrupt
+
+
+def _due(within: int, every: int) -> bool:
+    return every > 0 and within % every == 0
+
+
+def _point(run: Run, parts: Tensor, ratio: float) -> dict[str, float]:
+    """The scalars of one update. Reading them is where the host waits for the device."""
+    values = _finite(run, parts)
+    return {
+        **{f"train/{name}": value for name, value in values.items()},
+        "train/lr": run.optimizer.param_groups[0]["lr"],
+        "train/ckf_ratio": ratio,
+    }
+
+
+def _finite(run: Run, parts: Tensor) -> dict[str, float]:
+    values = dict(zip(PARTS, parts.tolist(), strict=True))
+    if not math.isfinite(values["loss"]):
+        raise TrainingError(
+            "the loss is not finite",
+            where=f"update {run.update}",
+            found=", ".join(f"{k} {v:.4g}" for k, v in values.items()),
+            action="lower optim.lr or set optim.clip_grad, then --resume from the last checkpoint",
+        )
+    return values
+
+
+def _close_epoch(
+    run: Run, epoch: int, ratio: float, clock: Clock, out: Path
+) -> dict[str, float | int | None]:
+    """Evaluate where it is due, save the students, and give the epoch's row."""
+    means = _finite(run, run.sums / run.steps)
+    run.sums.zero_()
+    seconds = time.perf_counter() - clock.started
+    images = clock.updates * run.recipe.batch.batch_size
+    row: dict[str, float | int | None] = {
+        "epoch": epoch + 1,
+        **means,
+        "ckf_ratio": ratio,
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "images_per_second": images / seconds,
+        "data_wait": clock.waited / seconds,
+    }
+    last = epoch + 1 == run.recipe.schedule.epochs
+    if run.data.validation_set is not None and (
+        last or (epoch + 1) % run.recipe.run.eval_every == 0
+    ):
+        row.update(_evaluate(run, out))
+    top1, ema_top1 = row.get("top1"), row.get("ema_top1")
+    save_student(out / "last.safetensors", run.student.model.state_dict(), run.card("last", top1))
+    if run.ema is not None:
+        state = run.ema.module.state_dict()
+        save_student(out / "last_ema.safetensors", state, run.card("ema", ema_top1))
+    return row
+
+
+def _evaluate(run: Run, out: Path) -> dict[str, float]:
+    """Top-1 and top-5 of the running weights and of their average; keeps the best student."""
+    row: dict[str, float] = {}
+    candidates = {"last": run.student.model}
+    if run.ema is not None:
+        candidates["ema"] = run.ema.module
+    for name, model in candidates.items():
+        student = run.student.with_model(model)
+        metrics = measure(
+            student,
+            run.data.validation(student.preprocessing),
+            heads=run.heads,
+            grid=run.grid,
+            device=run.device,
+            amp=run.amp,
+        )
+        prefix = "" if name == "last" else "ema_"
+        row |= {f"{prefix}top1": metrics["mean"]["top1"], f"{prefix}top5": metrics["mean"]["top5"]}
+        row |= {f"{prefix}top1_{head}": m["top1"] for head, m in metrics.items() if head != "mean"}
+        top1 = metrics["mean"]["top1"]
+        if top1 > run.best.get("top1", -1.0):
+            save_student(out / "best.safetensors", model.state_dict(), run.card(name, top1))
+            run.best = {"top1": top1, "epoch": run.epoch, "weights": name}
+    return row
+
+
+def _epoch_line(row: dict[str, float | int | None], epochs: int) -> str:
+    parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.4f}"]
+    parts += [f"r {row['ckf_ratio']:.3f}"] if row["spatial"] else []
+    if row.get("top1") is not None:
+        parts.append(f"top-1 {row['top1']:.2f}")
+    if row.get("ema_top1") is not None:
+        parts.append(f"EMA {row['ema_top1']:.2f}")
+    parts.append(f"{row['images_per_second']:.0f} images/s")
+    parts.append(f"data wait {100 * (row['data_wait'] or 0):.0f} %")
+    return "  ".join(parts)

@@ -1,0 +1,6 @@
+"""What stage two is made of.
+
+1. ``data`` -- the cache, the shards and the student's needs brought together, every misfit refused.
+2. ``run`` -- model, optimizer, schedule, average, and one update.
+3. ``log`` -- ``summary.csv`` and TensorBoard.
+"""

@@ -1,0 +1,232 @@
+"""Cache, shards and the recipe brought together; every misfit is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from cskd_pipeline import documents
+from cskd_pipeline.cache.encodings import Encoding
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.distill.student import Preprocessing
+from cskd_pipeline.distill.targets import Targets
+from cskd_pipeline.errors import CacheError, DataError, UsageError
+from cskd_pipeline.loading.batches import Batch, Position, TrainBatches, train_loader
+from cskd_pipeline.loading.evalset import EvalBatch, eval_loader
+from cskd_pipeline.loading.images import ImageSource
+from cskd_pipeline.loading.index import Dataset, load_dataset
+from cskd_pipeline.loading.join import join
+from cskd_pipeline.loading.plan import EpochPlan, SampleSet
+from cskd_pipeline.machine import worker_count
+from cskd_pipeline.recipe import TrainRecipe
+from cskd_pipeline.terminal import Terminal
+from cskd_pipeline.views.policy import ViewPolicy
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run reads.
+
+    ``encoding`` is the one that targets are read in and ``grid`` the cache's (rows, columns); both
+    are None for method ``none``. ``digest`` changes with anything that decides batches or targets.
+    """
+
+    plan: EpochPlan
+    source: TrainBatches
+    policy: ViewPolicy
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    encoding: Encoding | None
+    grid: tuple[int, int] | None
+    digest: str
+    validation_set: Dataset | None
+    workers: int
+    eval_batch_size: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.steps
+
+    def batches(self, positions: Iterable[Position], device: torch.device) -> Iterator[Batch]:
+        """The micro-batches at ``positions``, in that order, from loader processes."""
+        return iter(
+            train_loader(
+                self.source, positions, workers=self.workers, pin_memory=device.type == "cuda"
+            )
+        )
+
+    def targets(self, batch: Batch) -> Targets | None:
+        """What the teacher said of a batch, on the batch's device; None for method ``none``."""
+        return None if self.encoding is None else self.encoding.targets(batch.targets)
+
+    def validation(self, preprocessing: Preprocessing) -> Iterable[EvalBatch]:
+        """The validation images, resized and cropped as the student wants them."""
+        assert self.validation_set is not None
+        return eval_loader(
+            self.validation_set,
+            preprocessing,
+            batch_size=self.eval_batch_size,
+            workers=self.workers,
+        )
+
+
+def open_training_data(recipe: TrainRecipe, terminal: Terminal) -> TrainingData:
+    """Open shards and cache, and check that they fit the recipe and each other.
+
+    Raises:
+        CskdError: whatever does not fit: classes, policy, views, encoding, samples.
+    """
+    cache = None if recipe.distill.method == "none" else _open_cache(recipe)
+    classes = recipe.data.num_classes or None
+    dataset = load_dataset(
+        recipe.data.shards,
+        split=recipe.data.split or None,
+        num_classes=classes or (cache.manifest.dataset.num_classes if cache else None),
+        progress=terminal.progress,
+    )
+    num_classes = dataset.num_classes
+    if num_classes is None:
+        raise DataError(
+            "nothing tells how many classes there are",
+            where=dataset.name,
+            action="put classes.json beside the shards, or pass --set data.num_classes=N",
+        )
+    validation_set = _open_validation(recipe, num_classes, terminal)
+    if cache is None:
+        policy, root_seed, views = recipe.views or ViewPolicy(), recipe.run.seed, None
+        samples, images, allowed = SampleSet.of(dataset), ImageSource(dataset.shards), None
+        encoding_name, encoding, grid = None, None, None
+    else:
+        policy, root_seed = cache.manifest.policy, cache.manifest.root_seed
+        views, grid = cache.views, cache.manifest.grid
+        encoding_name = _choose_encoding(recipe, cache)
+        encoding = cache.encodings[encoding_name]
+        joined = join(
+            dataset,
+            cache,
+            missing=recipe.data.missing,
+            drift=recipe.data.drift,
+        )
+        samples, images, allowed = joined.samples, joined.images, joined.allowed
+        if joined.missing:
+            terminal.warn(
+                f"training without {joined.missing} samples of the cache: not in the shards"
+            )
+    plan = EpochPlan(
+        samples,
+        policy,
+        root_seed,
+        views=views,
+        repeats=recipe.batch.repeats,
+        batch_size=recipe.batch.batch_size,
+        seed=recipe.run.seed,
+        shuffle_shards=recipe.batch.shuffle_shards,
+        allowed=allowed,
+    )
+    if cache is not None:
+        _check_views(recipe, plan, cache, terminal)
+    return TrainingData(
+        plan=plan,
+        source=TrainBatches(
+            plan,
+            images,
+            cache=cache,
+            encoding=encoding_name,
+            accumulation=recipe.batch.accumulation,
+            drift=recipe.data.drift,
+        ),
+        policy=policy,
+        num_classes=num_classes,
+        class_names=dataset.class_names,
+        encoding=encoding,
+        grid=grid,
+        digest=documents.sha256(
+            {
+                "shards": list(samples.shard_ids),
+                "allowed": None if allowed is None else [int(mask.sum()) for mask in allowed],
+                "policy": policy.to_json(),
+                "root_seed": root_seed,
+                "cache": None if cache is None else cache.manifest.digest(),
+                "encoding": encoding_name,
+            }
+        ),
+        validation_set=validation_set,
+        workers=worker_count(recipe.run.workers),
+        eval_batch_size=recipe.run.eval_batch_size,
+    )
+
+
+def _open_cache(recipe: TrainRecipe) -> CacheReader:
+    """The recipe's cache, if it is of the recipe's class count and view policy."""
+    if not recipe.data.cache:
+        raise UsageError(
+            f"method {recipe.distill.method} learns from a teacher's cache",
+            action="pass --cache DIR, made by cskd-pipeline dump-teacher, or --method none",
+        )
+    cache = CacheReader(recipe.data.cache)
+    classes, found = recipe.data.num_classes, cache.manifest.dataset.num_classes
+    if classes and classes != found:
+        raise CacheError(
+            "the cache is of another number of classes",
+            where=cache.path,
+            found=f"{found} classes",
+            expected=f"data.num_classes = {classes}",
+            action="use a cache whose teacher knows these classes",
+        )
+    if recipe.views is not None and recipe.views != cache.manifest.policy:
+        raise CacheError(
+            "the cache is of another view policy (recipe's value and cache's)",
+            where=cache.path,
+            problems=recipe.views.difference(cache.manifest.policy),
+            action="leave [views] out of the recipe to take the cache's, or use another cache",
+        )
+    return cache
+
+
+def _choose_encoding(recipe: TrainRecipe, cache: CacheReader) -> str:
+    """The encoding asked for, or for ``auto`` the smallest in the cache that serves the loss."""
+    kind, asked = recipe.distill.kind, recipe.distill.encoding
+    serving = [name for name, encoding in cache.encodings.items() if kind in encoding.serves]
+    if asked == "auto" and serving:
+        return min(serving, key=lambda name: sum(s.row_bytes for s in cache.specs(name)))
+    if asked in serving:
+        return asked
+    raise CacheError(
+        f"the cache cannot serve {kind} targets"
+        if asked == "auto" or asked in cache.encodings
+        else f"the cache has no encoding {asked}",
+        where=cache.path,
+        found=f"encodings {', '.join(cache.encodings)}",
+        expected=f"one that serves {kind} targets" if asked == "auto" else asked,
+        action="use --set distill.kind=hard, or a cache dumped with --encoding dense"
+        if kind == "soft"
+        else "use --set distill.encoding=auto",
+    )
+
+
+def _check_views(
+    recipe: TrainRecipe, plan: EpochPlan, cache: CacheReader, terminal: Terminal
+) -> None:
+    """All views that the run will show are there; says so if epochs share them."""
+    epochs, repeats = recipe.schedule.epochs, recipe.batch.repeats
+    cache.require_done(plan.used_views(epochs))
+    cycles, fresh = -(-epochs // repeats), cache.views // repeats
+    if cycles > fresh:
+        terminal.warn(
+            f"{epochs} epochs show every image {cycles * repeats} times in {cache.views} views: "
+            f"views come again from epoch {fresh * repeats + 1} on"
+        )
+
+
+def _open_validation(recipe: TrainRecipe, num_classes: int, terminal: Terminal) -> Dataset | None:
+    if not recipe.data.val_shards:
+        return None
+    return load_dataset(
+        recipe.data.val_shards,
+        split=recipe.data.val_split or None,
+        prefer=("validation", "val", "test"),
+        num_classes=num_classes,
+        progress=terminal.progress,
+    )

@@ -1,0 +1,210 @@
+"""What a recipe and its data make of a student, and the state that updates change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from cskd_pipeline.checkpoint import FORMAT, StudentCard
+from cskd_pipeline.distill.ckf import ckf_ratio
+from cskd_pipeline.distill.losses import DistillationLoss, LossParts, inference_heads, mixed_targets
+from cskd_pipeline.distill.student import create_student
+from cskd_pipeline.errors import OutputError
+from cskd_pipeline.loading.batches import Batch
+from cskd_pipeline.loading.device import assemble, normalise
+from cskd_pipeline.machine import AMP
+from cskd_pipeline.recipe import TrainRecipe, result_digest
+from cskd_pipeline.training.data import TrainingData
+from cskd_pipeline.views.bits import derive_seed
+
+PARTS = ("loss", "base", "global", "spatial")
+
+
+class Run:
+    """A training run: what its recipe makes of it, and the state that updates change.
+
+    ``update`` counts finished optimizer updates; all other position (epoch, step, learning rate,
+    CKF ratio, sample order) follows from it.
+    """
+
+    def __init__(self, recipe: TrainRecipe, data: TrainingData, device: torch.device) -> None:
+        self.recipe = recipe
+        self.data = data
+        self.device = device
+        self.amp = AMP[recipe.run.amp]
+        self.steps = data.steps_per_epoch
+        self.updates = self.steps * recipe.schedule.epochs
+        self.grid = data.grid if recipe.distill.method == "cskd" else None
+        self.loss = DistillationLoss(
+            method=recipe.distill.method,
+            kind=recipe.distill.kind,
+            alpha=recipe.distill.alpha,
+            spatial_weight=recipe.distill.spatial_weight,
+            temperature=recipe.distill.temperature,
+            scaling=recipe.distill.scaling,
+        )
+        torch.manual_seed(recipe.run.seed)
+        self.student = create_student(
+            recipe.student.name,
+            num_classes=data.num_classes,
+            size=data.policy.size,
+            kwargs=recipe.student.kwargs,
+            drop_path=recipe.student.drop_path,
+        )
+        self.student.require(method=recipe.distill.method, grid=self.grid)
+        self.student.to(device)
+        if recipe.run.channels_last:
+            self.student.to(memory_format=torch.channels_last)
+        self.heads = inference_heads(recipe.distill.method, self.student)
+        self.forward = torch.compile(self.student) if recipe.run.compile else self.student
+        self.optimizer = create_optimizer_v2(
+            self.student.model,
+            opt=recipe.optim.name,
+            lr=recipe.optim.lr * recipe.batch.batch_size / 1024,
+            weight_decay=recipe.optim.weight_decay,
+            betas=tuple(recipe.optim.betas),
+        )
+        self.schedule = CosineLRScheduler(
+            self.optimizer,
+            t_initial=self.updates,
+            lr_min=recipe.schedule.min_lr,
+            warmup_t=recipe.schedule.warmup_epochs * self.steps,
+            warmup_lr_init=recipe.schedule.warmup_lr,
+            t_in_epochs=False,
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.run.amp == "fp16")
+        self.ema = (
+            ModelEmaV3(self.student.model, decay=recipe.run.ema) if recipe.run.ema > 0 else None
+        )
+        self.update = 0
+        self.sums = torch.zeros(len(PARTS), device=device)  # of this epoch's updates so far
+        self.rows: list[dict[str, float | int | None]] = []
+        self.best: dict[str, Any] = {}
+
+    # -- position ------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        return self.update // self.steps
+
+    def ratio(self) -> float:
+        """r of this update (DESIGN: t = epoch/epochs as the authors step it, or update/updates)."""
+        distill = self.recipe.distill
+        by_epoch = self.epoch / self.recipe.schedule.epochs
+        t = by_epoch if distill.step == "epoch" else self.update / self.updates
+        return ckf_ratio(distill.schedule, t)
+
+    def positions(self) -> Iterator[tuple[int, int, int]]:
+        """(epoch, step, micro-batch) of everything that is left."""
+        for update in range(self.update, self.updates):
+            for micro in range(self.recipe.batch.accumulation):
+                yield update // self.steps, update % self.steps, micro
+
+    # -- one update ----------------------------------------------------------------------------
+
+    def parts(self, batch: Batch, ratio: float) -> LossParts:
+        """The loss of one micro-batch that lies on the device."""
+        labels = mixed_targets(
+            batch.label,
+            batch.partner_label,
+            batch.lam,
+            self.data.num_classes,
+            self.recipe.optim.smoothing,
+        )
+        images = normalise(assemble(batch, self.data.policy), self.student.mean, self.student.std)
+        autocast = torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+        with autocast:
+            heads = self.forward(images, self.grid)
+        return self.loss(heads.float(), labels, self.data.targets(batch), ratio)
+
+    def step(self, micro_batches: Iterator[Batch]) -> Tensor:
+        """One optimizer update over the next ``accumulation`` micro-batches.
+
+        Returns:
+            (4,) the loss and its parts, on the device: nothing here waits for it.
+        """
+        torch.manual_seed(derive_seed("update", self.recipe.run.seed, self.update) >> 1)
+        self.schedule.step_update(self.update)
+        ratio = self.ratio()
+        accumulation = self.recipe.batch.accumulation
+        self.student.train()
+        sums = torch.zeros(len(PARTS), device=self.device)
+        for _ in range(accumulation):
+            parts = self.parts(next(micro_batches).to(self.device), ratio)
+            self.scaler.scale(parts.total / accumulation).backward()
+            sums += parts.detached() / accumulation
+        if self.recipe.optim.clip_grad > 0:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.optim.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.student.model)
+        self.update += 1
+        self.sums += sums
+        return sums
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "recipe": result_digest(self.recipe),
+            "data": self.data.digest,
+            "update": self.update,
+            "student": self.student.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "sums": self.sums,
+            "rows": self.rows,
+            "best": self.best,
+        }
+
+    def restore(self, state: dict[str, Any], where: Path) -> None:
+        """Go on from :meth:`state`.
+
+        Raises:
+            OutputError: the state is of another recipe or of other data.
+        """
+        for name, mine in (("recipe", result_digest(self.recipe)), ("data", self.data.digest)):
+            if state[name] != mine:
+                raise OutputError(
+                    f"the run to resume was made with another {name}",
+                    where=where,
+                    found=f"{name} digest {state[name][:12]}",
+                    expected=mine[:12],
+                    action=f"compare with {where.parent}/recipe.toml, or use a new --out folder",
+                )
+        self.update = state["update"]
+        self.student.model.load_state_dict(state["student"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.sums = state["sums"].to(self.device)
+        self.rows, self.best = state["rows"], state["best"]
+
+    def card(self, weights: str, top1: float | None) -> StudentCard:
+        return StudentCard(
+            model=self.recipe.student.name,
+            num_classes=self.data.num_classes,
+            size=self.data.policy.size,
+            heads=self.heads,
+            method=self.recipe.distill.method,
+            kwargs=dict(self.recipe.student.kwargs),
+            grid=self.grid,
+            weights=weights,
+            epoch=self.epoch,
+            top1=top1,
+            class_names=self.data.class_names,
+        )

@@ -1,0 +1,135 @@
+"""A small world for whole-pipeline tests: real image files, shards, a CNN with fixed weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from cskd_pipeline.cli import main
+from cskd_pipeline.recipe import DumpRecipe, TrainRecipe, load_recipe
+from cskd_pipeline.terminal import Terminal
+
+CLASSES = ("disc", "square", "bars", "cross")
+SIZE = 32
+
+# Every part of the policy at work, on windows that do not divide the shards.
+VIEWS = [
+    f"views.size={SIZE}",
+    "views.crop_area=[0.4, 1.0]",
+    "views.erase=0.5",
+    "views.window=8",
+    "views.repeats=2",
+]
+TEACHER = "resnet10t"
+TEACHER_KWARGS = "{output_stride=8, channels=[8, 12, 16, 24]}"  # a 4x4 grid at 32 px
+STUDENT = "deit_tiny_distilled_patch16_224"
+STUDENT_KWARGS = (
+    f"{{img_size={SIZE}, patch_size=4, embed_dim=32, depth=2, num_heads=2}}"  # 8x8 tokens
+)
+
+
+def draw_pictures(folder: Path, per_class: int, seed: int) -> None:
+    """``folder/<class>/<n>.jpg|png`` of a shape somewhere on a noisy ground."""
+    rng = np.random.default_rng(seed)
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True)
+        for number in range(per_class):
+            width, height = (int(n) for n in rng.integers(36, 64, 2))
+            ground = rng.integers(0, 90, 3) + rng.integers(0, 30, (height, width, 1))
+            image = Image.fromarray(ground.astype(np.uint8))
+            ink = tuple(int(c) for c in rng.integers(120, 256, 3))
+            side = int(rng.integers(14, 26))
+            x, y = (int(rng.integers(0, n - side)) for n in (width, height))
+            _shape(ImageDraw.Draw(image), name, x, y, side, ink)
+            suffix = "png" if number % 5 == 0 else "jpg"
+            image.save(folder / name / f"{number:03d}.{suffix}")
+
+
+def _shape(
+    draw: ImageDraw.ImageDraw, name: str, x: int, y: int, side: int, ink: tuple[int, ...]
+) -> None:
+    end = (x + side, y + side)
+    if name == "disc":
+        draw.ellipse(((x, y), end), fill=ink)
+    elif name == "square":
+        draw.rectangle(((x, y), end), fill=ink)
+    elif name == "bars":
+        for step in range(0, side, 6):
+            draw.rectangle(((x, y + step), (x + side, y + step + 2)), fill=ink)
+    else:
+        draw.line(((x, y), end), fill=ink, width=4)
+        draw.line(((x + side, y), (x, y + side)), fill=ink, width=4)
+
+
+def cli(*arguments: object) -> int:
+    """The exit code of a command, run in this process."""
+    return main([str(a) for a in arguments])
+
+
+def as_flags(sets: list[str]) -> list[str]:
+    return [word for assignment in sets for word in ("--set", assignment)]
+
+
+def dump_sets(encodings: str = '["dense", "envelope"]', views: int = 4) -> list[str]:
+    return [
+        *VIEWS,
+        f"teacher.kwargs={TEACHER_KWARGS}",
+        f"cache.encodings={encodings}",
+        f"cache.views={views}",
+        "cache.view_block=2",
+        "dump.batch_size=16",
+    ]
+
+
+def dump_recipe(shards: Path, cache: Path, sets: list[str] | None = None) -> DumpRecipe:
+    flags: dict[str, Any] = {
+        "data.shards": str(shards),
+        "cache.path": str(cache),
+        "teacher.name": TEACHER,
+        "teacher.weights": "random",
+        "dump.workers": 0,
+        "dump.device": "cpu",
+    }
+    return load_recipe(DumpRecipe, None, [*dump_sets(), *(sets or [])], flags)
+
+
+def train_sets() -> list[str]:
+    return [
+        f"student.kwargs={STUDENT_KWARGS}",
+        "batch.repeats=2",
+        "schedule.warmup_epochs=1",
+        "optim.lr=0.05",
+        "run.ema=0.9",
+        "run.log_every=1",
+    ]
+
+
+def train_recipe(
+    shards: Path, cache: Path | None, out: Path, method: str = "cskd", sets: list[str] | None = None
+) -> TrainRecipe:
+    flags: dict[str, Any] = {
+        "data.shards": str(shards),
+        "data.cache": None if cache is None else str(cache),
+        "student.name": STUDENT,
+        "distill.method": method,
+        "schedule.epochs": 4,
+        "batch.batch_size": 16,
+        "run.out": str(out),
+        "run.workers": 0,
+        "run.device": "cpu",
+    }
+    return load_recipe(TrainRecipe, None, [*train_sets(), *(sets or [])], flags)
+
+
+def quiet() -> Terminal:
+    return Terminal(quiet=True)
+
+
+def last_json(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    assert isinstance(found, dict)
+    return found
