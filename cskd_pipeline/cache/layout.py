@@ -144,6 +144,16 @@ def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
+def group_problems(document: Any) -> list[str]:
+    """How a ``zarr.json`` differs from a zarr v3 group's."""
+    found = document if isinstance(document, dict) else {}
+    return [
+        f"{name}: found {found.get(name)}, expected {value}"
+        for name, value in (("zarr_format", 3), ("node_type", "group"))
+        if found.get(name) != value
+    ]
+
+
 def to_bytes(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -156,13 +166,14 @@ def parse_manifest(data: bytes, where: object) -> CacheManifest:
         ManifestError: it does not fit the schema; says everything that does not.
     """
     document = documents.parse(data, where)
+    problems = group_problems(document)
     attributes = document.get("attributes") if isinstance(document, dict) else None
     content = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
-    if not isinstance(content, dict) or "manifest" not in content:
+    if not isinstance(content, dict) or "manifest" not in content or problems:
         raise CacheError(
             "not a teacher cache",
             where=where,
-            found="no manifest in the group's attributes",
+            found="; ".join(problems) or "no manifest in the group's attributes",
             expected="a folder made by cskd-pipeline dump-teacher",
         )
     manifest = CacheManifest.from_json(content["manifest"], where)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cskd_pipeline.cache import layout
-from cskd_pipeline.cache.encodings import Rows
+from cskd_pipeline.cache.encodings import ArraySpec, Rows
 from cskd_pipeline.cache.lru import BytesLRU
 from cskd_pipeline.cache.store import FINISH, CacheStore
 from cskd_pipeline.errors import CacheError
@@ -66,6 +66,10 @@ class CacheReader:
     @property
     def shard_ids(self) -> tuple[str, ...]:
         return self.manifest.dataset.shard_ids
+
+    def specs(self, encoding: str) -> tuple[ArraySpec, ...]:
+        """The encoding's arrays."""
+        return self.encodings[encoding].arrays(self._shape)
 
     def done(self) -> np.ndarray:
         """Which units are finished: (blocks, shards) bool."""
@@ -145,7 +149,7 @@ class CacheReader:
         """
         offsets = np.asarray(offsets, np.int64)
         self._require(view, shard)
-        specs = self.encodings[encoding].arrays(self._shape)
+        specs = self.specs(encoding)
         if specs[0].rows is None:
             slab = self._slab(encoding, view, shard)
             return {name: values[offsets] for name, values in slab.items()}
@@ -200,8 +204,7 @@ class CacheReader:
         """All rows of the encoding's arrays, decoded and kept."""
         slab = self._slabs.get((encoding, view, shard))
         if slab is None:
-            specs = self.encodings[encoding].arrays(self._shape)
-            packed = {spec.name: self._whole(spec.name, view, shard) for spec in specs}
+            packed = {s.name: self._whole(s.name, view, shard) for s in self.specs(encoding)}
             slab = self._unpacked(encoding, packed, view, shard)
             self._slabs.put((encoding, view, shard), slab, sum(r.nbytes for r in slab.values()))
         return slab

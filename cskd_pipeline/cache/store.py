@@ -50,14 +50,15 @@ class CacheStore:
             CacheError: lists what is missing or decides values and differs.
         """
         problems = []
-        for name, array in self.arrays.items():
-            key = f"{name}/zarr.json"
+        for key in layout.array_documents(self.manifest):
+            array = self.arrays.get(key.removesuffix("/zarr.json"))
             try:
                 found = documents.parse(self._folder.read(key, documents.MAX_BYTES), key)
             except DamageError as error:
                 problems.append(f"{key}: {error}")
             else:
-                problems += [f"{key}: {line}" for line in array.problems(found)]
+                lines = layout.group_problems(found) if array is None else array.problems(found)
+                problems += [f"{key}: {line}" for line in lines]
         if problems:
             raise CacheError(
                 "the cache's arrays are not what its manifest says",

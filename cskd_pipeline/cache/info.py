@@ -1,0 +1,96 @@
+"""What a newcomer asks of a cache first, as one JSON-ready dictionary."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.reader import CacheReader
+
+
+def describe(path: Path | str) -> dict[str, Any]:
+    """Data, teacher, policy, completeness and sizes of the cache in ``path``.
+
+    Sizes are file lengths in bytes, counted over all files, those of unfinished units too;
+    ``bytes_per_view`` is per view of one sample, over finished units. ``teacher_top1`` is the share
+    of views whose label the teacher had on top, 0 to 1.
+
+    Raises:
+        CacheError, ManifestError: there is no cache, or it is damaged.
+    """
+    reader = CacheReader(path)
+    manifest, done = reader.manifest, reader.done()
+    sizes = _bytes_by_array(reader)
+    views_done = int(done.sum(axis=0) @ list(reader.counts)) * manifest.view_block
+    correct, counted = reader.top1()
+
+    def per_view(names: list[str]) -> float | None:
+        return round(sum(sizes[n] for n in names) / views_done, 2) if views_done else None
+
+    encodings = {}
+    for name, encoding in reader.encodings.items():
+        arrays = [spec.name for spec in reader.specs(name)]
+        encodings[name] = {
+            "serves": list(encoding.serves),
+            "bytes": sum(sizes[array] for array in arrays),
+            "bytes_per_view": per_view(arrays),
+        }
+    kinds = sorted({kind for encoding in reader.encodings.values() for kind in encoding.serves})
+    document = manifest.to_json()
+    return {
+        "path": str(reader.path),
+        "format_version": document["format_version"],
+        "dataset": {
+            "name": manifest.dataset.name,
+            "num_classes": manifest.dataset.num_classes,
+            "shards": len(reader.counts),
+        },
+        "teacher": document["teacher"],
+        "teacher_top1": correct / counted if counted else None,
+        "policy": document["policy"],
+        "root_seed": manifest.root_seed,
+        "samples": manifest.dataset.samples,
+        "views": manifest.views,
+        "view_block": manifest.view_block,
+        "units": {"done": int(done.sum()), "total": done.size},
+        "complete": bool(done.all()),
+        "shards": [
+            {"name": shard.name, "samples": shard.count, "views_done": int(n) * manifest.view_block}
+            for shard, n in zip(manifest.dataset.shards, done.sum(axis=0), strict=True)
+        ],
+        "bytes": sum(sizes.values()),
+        "bytes_by_array": sizes,
+        "bytes_per_view": {
+            "seeds and digests": per_view(["seed", "view_digest", "top1", "done"]),
+            **{name: encoding["bytes_per_view"] for name, encoding in encodings.items()},
+        },
+        "encodings": encodings,
+        "losses": {"deit": kinds, "cskd": kinds},
+        "schedules": "any",
+        "versions": dict(manifest.versions),
+        "other_versions": [dict(versions) for versions in manifest.other_versions],
+        "license": manifest.license,
+        "notes": manifest.notes,
+        "created": manifest.created,
+    }
+
+
+def _bytes_by_array(reader: CacheReader) -> dict[str, int]:
+    """File lengths by array; all ``zarr.json`` together count as ``metadata``."""
+    names = sorted(layout.stored_arrays(reader.manifest))
+    documents = [layout.GROUP, *layout.array_documents(reader.manifest)]
+    metadata = sum((reader.path / key).stat().st_size for key in documents)
+    return {name: _bytes_in(reader.path / name / "c") for name in names} | {"metadata": metadata}
+
+
+def _bytes_in(folder: Path | str) -> int:
+    try:
+        with os.scandir(folder) as entries:
+            return sum(
+                _bytes_in(entry.path) if entry.is_dir() else entry.stat().st_size
+                for entry in entries
+            )
+    except FileNotFoundError:  # no unit has written to this array yet
+        return 0

@@ -1,0 +1,414 @@
+"""Units are committed whole and last; nothing but a cache of the same making is written to."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cskd_pipeline import files
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.writer import CacheWriter, Unit
+from cskd_pipeline.errors import CacheError, CskdError, OutputError, UsageError
+from cskd_pipeline.manifest import CacheManifest
+from tests.cache.making import (
+    data_files,
+    dataset,
+    fill,
+    make,
+    manifest,
+    teacher,
+    tree,
+    unit_data,
+)
+
+# Processes with the modules already imported, that share no thread or lock with the test.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tests.cache.making"])
+
+
+def write_all(path: Path, order: int = 0) -> None:
+    writer = CacheWriter.create(path, manifest())
+    units = writer.todo()
+    random.Random(order).shuffle(units)
+    for unit in units:
+        writer.write_unit(unit, unit_data(unit, writer.manifest))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    path = tmp_path_factory.mktemp("finished") / "cache"
+    make(path)
+    return tree(path)
+
+
+# Units
+
+
+def test_units_are_all_blocks_of_all_shards_until_they_are_done(tmp_path: Path) -> None:
+    writer = CacheWriter.create(tmp_path / "c", manifest())
+    units = writer.todo()
+    assert units == [Unit(b, s, range(2 * b, 2 * b + 2)) for b in range(2) for s in range(3)]
+    assert writer.todo(shards=[2], views=range(2, 4)) == [units[5]]
+    fill(writer, units[:4])
+    assert writer.todo() == units[4:]
+    assert CacheWriter.open(tmp_path / "c").todo() == units[4:]
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [({"views": [0]}, "views 0-0"), ({"views": range(4, 6)}, "views 4-5"),
+     ({"views": [-2, -1]}, "views -2--1"), ({"shards": [3]}, "shards 3-3")],
+)  # fmt: skip
+def test_units_that_do_not_exist_are_refused(
+    tmp_path: Path, asked: dict[str, Any], found: str
+) -> None:
+    writer = CacheWriter.create(tmp_path / "c", manifest())
+    with pytest.raises(UsageError, match=found):
+        writer.todo(**asked)
+
+
+def test_the_order_of_units_does_not_show_in_the_bytes(
+    tmp_path: Path, finished: dict[str, bytes]
+) -> None:
+    for order in (1, 2):
+        write_all(tmp_path / str(order), order)
+        assert tree(tmp_path / str(order)) == finished
+
+
+def test_a_unit_that_is_done_is_left_alone(tmp_path: Path) -> None:
+    writer = make(tmp_path / "c")
+    before = tree(tmp_path / "c")
+    unit = Unit(0, 1, range(2))
+    data = unit_data(unit, writer.manifest)
+    assert not writer.write_unit(unit, replace(data, seeds=data.seeds + np.uint64(1)))
+    assert tree(tmp_path / "c") == before
+
+
+def test_samples_that_are_not_the_manifests_are_refused(tmp_path: Path) -> None:
+    writer = CacheWriter.create(tmp_path / "c", manifest())
+    unit = writer.todo()[0]
+    data = unit_data(unit, writer.manifest)
+    with pytest.raises(CacheError, match="not those of the cache's data set"):
+        writer.write_unit(unit, replace(data, keys=data.keys[::-1]))
+    assert data_files(tmp_path / "c") == []
+
+
+@pytest.mark.parametrize("name", ["labels", "image_crc32"])
+def test_a_later_unit_must_agree_with_the_first(tmp_path: Path, name: str) -> None:
+    writer = CacheWriter.create(tmp_path / "c", manifest())
+    units = writer.todo(shards=[1])
+    fill(writer, units[:1])
+    data = unit_data(units[1], writer.manifest)
+    other = getattr(data, name).copy()
+    other[2] += 1
+    with pytest.raises(CacheError) as caught:
+        writer.write_unit(units[1], replace(data, **{name: other}))
+    message = str(caught.value)
+    assert f"{other[2]} for sample {data.keys[2]}; 1 samples differ" in message
+    assert f"{other[2] - 1}, in " in message
+    assert "shard 1 (train-0001.tar)" in message
+    assert writer.todo(shards=[1]) == units[1:]
+
+
+# Creating, going on, extending
+
+
+def test_creating_again_goes_on(tmp_path: Path, finished: dict[str, bytes]) -> None:
+    writer = CacheWriter.create(tmp_path / "c", manifest())
+    fill(writer, writer.todo()[:2])
+    again = CacheWriter.create(
+        tmp_path / "c", manifest(created="2031-01-01T00:00:00Z", notes="again")
+    )
+    assert len(again.todo()) == 4
+    fill(again)
+    assert tree(tmp_path / "c") == finished
+
+
+def test_another_making_is_refused_and_every_difference_told(tmp_path: Path) -> None:
+    make(tmp_path / "c")
+    before = tree(tmp_path / "c")
+    other = manifest(
+        dataset=replace(dataset(), name="other"),
+        teacher=teacher(weights_sha256="cd" * 32),
+        root_seed=8,
+        encodings=("dense",),
+    )
+    with pytest.raises(CacheError) as caught:
+        CacheWriter.create(tmp_path / "c", other)
+    assert [line.split(":")[0] for line in caught.value.problems] == [
+        "dataset.name", "teacher.weights_sha256", "root_seed", "encodings",
+    ]  # fmt: skip
+    assert tree(tmp_path / "c") == before
+
+
+def test_other_versions_are_refused_unless_accepted_and_then_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    make(path)
+    newer = {**manifest().versions, "torch": "3.0"}
+    with pytest.raises(CacheError, match="other library versions") as caught:
+        CacheWriter.create(path, manifest(versions=newer))
+    assert caught.value.problems == ["torch: 2.9.0 and 3.0"]
+    for _ in range(2):
+        writer = CacheWriter.create(path, manifest(versions=newer), accept_versions=True)
+        assert writer.manifest.other_versions == (newer,)
+    assert CacheReader(path).manifest.other_versions == (newer,)
+    CacheWriter.create(path, manifest(versions=newer))  # known by now
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "done"])
+def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(OutputError, match="holds something else") as caught:
+        CacheWriter.create(tmp_path, manifest())
+    assert caught.value.found == name
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_group_that_is_no_cache_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
+    for make_or_open in (CacheWriter.open, lambda p: CacheWriter.create(p, manifest())):
+        with pytest.raises(CacheError, match="not a teacher cache"):
+            make_or_open(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["zarr.json"]
+
+
+def test_a_file_as_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c").write_text("x")
+    with pytest.raises(OutputError, match="is a file"):
+        CacheWriter.create(tmp_path / "c", manifest())
+
+
+def test_creation_that_was_cut_off_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: dict[str, bytes]
+) -> None:
+    """Fail at the first, second, ... file of the creation, then create again."""
+    documents = [name for name in finished if name.endswith("zarr.json")]
+    for number in range(len(documents)):
+        path = tmp_path / str(number)
+        with monkeypatch.context() as patch:
+            fail_at(patch, number)
+            with pytest.raises(OutputError):
+                CacheWriter.create(path, manifest())
+        with pytest.raises(CacheError):
+            CacheReader(path)
+        CacheWriter.create(path, manifest())
+        assert tree(path) == {name: finished[name] for name in documents}
+
+
+def test_a_cache_grows_by_whole_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    make(path, views=2)
+    early = CacheReader(path)
+    writer = CacheWriter.open(path)
+    with pytest.raises(CacheError, match="ask for 6"):
+        writer.extend(5)
+    writer.extend(4)
+    assert [unit.block for unit in writer.todo()] == [1, 1, 1]
+    reader = CacheReader(path)
+    assert reader.views == 4
+    reader.require_done(views=range(2))
+    with pytest.raises(CacheError, match="3 of 6 units missing"):
+        reader.require_done()
+    assert early.views == 2  # an open reader is not disturbed
+    assert early.seeds(1, 0).shape == (5,)
+    fill(writer)
+    make(tmp_path / "whole")
+    assert tree(path) == tree(tmp_path / "whole")
+    writer.extend(2)  # never shrinks
+    assert writer.manifest.views == CacheReader(path).views == 4
+
+
+def test_extension_that_was_cut_off_harms_nobody_and_is_finished_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "whole")
+    documents = [n for n in tree(tmp_path / "whole") if n.endswith("zarr.json")]
+    for number in range(len(documents)):
+        path = tmp_path / str(number)
+        writer = make(path, views=2)
+        with monkeypatch.context() as patch:
+            fail_at(patch, number)
+            with pytest.raises(OutputError):
+                writer.extend(4)
+        CacheReader(path).require_done()
+        writer = CacheWriter.open(path)
+        assert writer.todo() == []
+        writer.extend(4)
+        fill(writer)
+        assert tree(path) == tree(tmp_path / "whole")
+
+
+# Kills, full disks, other writers
+
+
+def fail_at(patch: pytest.MonkeyPatch, number: int, code: int = errno.ENOSPC) -> None:
+    """Let the write of the ``number``-th file fail, half done."""
+    writes = iter(range(10**9))
+    write_bytes = Path.write_bytes
+
+    def failing(self: Path, data: bytes) -> int:
+        if next(writes) == number:
+            write_bytes(self, bytes(data)[: len(data) // 2])
+            raise OSError(code, os.strerror(code), str(self))
+        return write_bytes(self, data)
+
+    patch.setattr(Path, "write_bytes", failing)
+
+
+def test_a_full_disk_leaves_the_unit_undone_wherever_it_strikes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "template"
+    writer = CacheWriter.create(template, manifest(view_block=4))
+    unit = writer.todo()[0]
+    data = unit_data(unit, writer.manifest)
+    shutil.copytree(template, tmp_path / "whole")
+    CacheWriter.open(tmp_path / "whole").write_unit(unit, data)
+    whole = tree(tmp_path / "whole")
+    count = len(whole) - len(tree(template))
+    assert count == 3 + 3 + 5 + 2 + 1  # tar shard, views, dense (a file per view), envelope, done
+    for number in range(count):
+        path = tmp_path / str(number)
+        shutil.copytree(template, path)
+        writer = CacheWriter.open(path)
+        with monkeypatch.context() as patch:
+            fail_at(patch, number)
+            with pytest.raises(OutputError, match="no space left"):
+                writer.write_unit(unit, data)
+        assert unit in writer.todo()
+        assert writer.write_unit(unit, data)
+        assert tree(path) == whole
+
+
+def test_a_disk_that_is_really_full_is_reported(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        writer = CacheWriter.create(disk / "c", manifest())
+        with pytest.raises(OutputError, match="no space left") as caught:
+            fill(writer)
+        assert str(disk) in str(caught.value)
+        CacheReader(disk / "c").require_done(views=range(2), shards=[0])
+        assert 0 < len(writer.todo()) < 6
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_done_comes_after_every_file_and_folder_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = CacheWriter.create(tmp_path, manifest())
+    unit = writer.todo()[0]
+    data = unit_data(unit, writer.manifest)
+    synced: list[str] = []
+    state: list[tuple[str, set[str]]] = []  # what each renamed file came after
+    fsync, replace_file = os.fsync, os.replace
+
+    def watched_fsync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def watched_replace(source: Path, target: Path) -> None:
+        assert str(source) in synced, "renamed before it was synced"
+        state.append((str(target), set(synced)))
+        replace_file(source, target)
+
+    monkeypatch.setattr(files.os, "fsync", watched_fsync)
+    monkeypatch.setattr(files.os, "replace", watched_replace)
+    writer.write_unit(unit, data)
+    last, before = state[-1]
+    assert last == str(tmp_path / "done/c/0/0")
+    for target, _ in state[:-1]:
+        for folder in Path(target).parents:
+            if folder == tmp_path.parent:
+                break
+            assert str(folder) in before, folder
+    for folder in Path(last).parents[:4]:
+        assert folder == tmp_path or str(folder) in synced[len(before) :]
+
+
+def test_kill_at_random_moments_then_resume_equals_uninterrupted(
+    tmp_path: Path, finished: dict[str, bytes]
+) -> None:
+    path = tmp_path / "c"
+    moments = random.Random(20)
+    kills = 0
+    while kills < 40:
+        process = processes.Process(target=write_all, args=(path,))
+        process.start()
+        time.sleep(moments.uniform(0.0, 0.12))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -9
+        if process.exitcode == 0:
+            assert tree(path) == finished
+            shutil.rmtree(path)
+        elif (path / "zarr.json").exists():
+            check_what_is_done(path)
+    write_all(path)
+    assert tree(path) == finished
+
+
+def check_what_is_done(path: Path) -> None:
+    """Whatever is done is complete at any moment."""
+    if not all((path / name / "zarr.json").exists() for name in ("done", "dense", "envelope")):
+        return  # killed while it was created
+    reader = CacheReader(path)
+    for block, shard in np.argwhere(reader.done()).tolist():
+        for view in range(2 * block, 2 * block + 2):
+            expected = unit_data(Unit(block, shard, range(2 * block, 2 * block + 2)), manifest())
+            assert np.array_equal(reader.seeds(view, shard), expected.seeds[view - 2 * block])
+            reader.rows("dense", view, shard, range(reader.counts[shard]))
+            reader.rows("envelope", view, shard, range(reader.counts[shard]))
+
+
+@pytest.mark.parametrize("orders", [(1, 2, 3), (4, 4, 4)], ids=["different", "same"])
+def test_several_writers_of_one_cache_at_once(
+    tmp_path: Path, finished: dict[str, bytes], orders: tuple[int, ...]
+) -> None:
+    """Each wants to create it and to write every unit, in an order of its own or all in one."""
+    path = tmp_path / "c"
+    writers = [processes.Process(target=write_all, args=(path, order)) for order in orders]
+    for process in writers:
+        process.start()
+    for process in writers:
+        process.join(60)
+    assert [process.exitcode for process in writers] == [0, 0, 0]
+    assert tree(path) == finished
+
+
+def create_or_say(path: Path, made: CacheManifest, answers: Any) -> None:
+    try:
+        answers.put(CacheWriter.create(path, made).manifest.root_seed)
+    except CskdError as error:
+        answers.put(type(error).__name__)
+
+
+def test_of_two_creations_at_once_one_wins(tmp_path: Path) -> None:
+    for number in range(5):
+        path, answers = tmp_path / str(number), processes.Queue()
+        both = [
+            processes.Process(target=create_or_say, args=(path, manifest(root_seed=seed), answers))
+            for seed in (1, 2)
+        ]
+        for process in both:
+            process.start()
+        found = [answers.get(timeout=60) for _ in both]
+        for process in both:
+            process.join(60)
+        seed = CacheReader(path).manifest.root_seed
+        assert sorted(map(str, found)) == sorted([str(seed), "CacheError"])
