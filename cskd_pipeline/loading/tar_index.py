@@ -105,18 +105,17 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
-        if buf[156:157] != tarfile.REGTYPE or buf[345]:
-            return cls._bounded(super().frombuf(buf, encoding, errors))
-        try:
-            size = int(buf[124:136].rstrip(b" \0"), 8)
-            checksum = int(buf[148:156].rstrip(b" \0"), 8)
-        except ValueError:
-            return cls._bounded(super().frombuf(buf, encoding, errors))
-        if sum(buf) - sum(buf[148:156]) + 8 * ord(" ") != checksum:
-            return cls._bounded(super().frombuf(buf, encoding, errors))
-        header = cls(buf[:100].split(b"\0", 1)[0].decode(encoding, errors))
-        header.size = size
-        return header
+        if len(buf) == tarfile.BLOCKSIZE and buf[156:157] == tarfile.REGTYPE and not buf[345]:
+            try:
+                size = int(buf[124:136].rstrip(b" \0"), 8)
+                checksum = int(buf[148:156].rstrip(b" \0"), 8)
+            except ValueError:
+                checksum = -1
+            if sum(buf) - sum(buf[148:156]) + 8 * ord(" ") == checksum:
+                header = cls(buf[:100].split(b"\0", 1)[0].decode(encoding, errors))
+                header.size = size
+                return header
+        return cls._bounded(super().frombuf(buf, encoding, errors))
 
     @staticmethod
     def _bounded(header: Any) -> _Header:

@@ -1,0 +1,38 @@
+"""Small shards and image folders; read-only, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cskd_pipeline.loading.index import Dataset, load_dataset
+from tests.pictures import write_image_folder, write_shards
+
+COUNTS = (21, 8, 13, 1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Small tensors gain nothing from more, and the machine may be shared."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of four tars with 21, 8, 13 and 1 samples of five classes, in all image formats."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder, COUNTS)
+    return folder
+
+
+@pytest.fixture
+def dataset(shards: Path) -> Dataset:
+    return load_dataset(shards)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree of 23 images in five class folders."""
+    return write_image_folder(tmp_path_factory.mktemp("images") / "train", 23)
