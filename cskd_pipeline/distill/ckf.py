@@ -18,7 +18,7 @@ r = 0 and r = 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 import torch
@@ -34,8 +34,8 @@ UNUSED = 65535
 
 _UNITS_PER_ONE = 2.0**24  # the smallest float16 step is 2**-24
 _LOWEST = -(1 << 62)  # below every key, as int64 and as float32
-_SLACK = 1.0 + 2.0**-20  # more than four float32 roundings
-_CHUNK = 1 << 22  # logits per piece of upper_envelope: scratch memory stays below 300 MB
+_SLACK = 1.0 + 2.0**-20  # more than the seven float32 roundings that it covers
+_CHUNK = 1 << 22  # logits handled at once: scratch memory stays below 300 MB
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda t: 1.0 - t,
@@ -82,9 +82,12 @@ def hard_labels(spatial: Tensor, global_: Tensor, r: float) -> Tensor:
         (B, h, w) int64.
     """
     t = _nearest_multiple(r)
-    d = _units(spatial)
-    g = _units(global_)[:, :, None, None].expand_as(d)
-    return _first_of_largest(t * d + (QUANTUM - t) * g, g, d, dim=1)
+    labels = []
+    for d, g in _pieces(spatial, global_):
+        d = _units(d)
+        g = _units(g)[:, :, None, None].expand_as(d)
+        labels.append(_first_of_largest(t * d + (QUANTUM - t) * g, g, d, dim=1))
+    return torch.cat(labels)
 
 
 def envelope_labels(planes: Tensor, r: float) -> Tensor:
@@ -128,11 +131,11 @@ def upper_envelope(spatial: Tensor, global_: Tensor) -> Tensor:
     assert 0 < classes <= UNUSED, classes
     if not all_finite(spatial, global_):
         raise TeacherError("the teacher's answer holds NaN or infinite logits")
-    rows = max(1, _CHUNK // (classes * height * width))
     pieces = []
-    for d, g in zip(spatial.split(rows), global_.split(rows), strict=True):
+    for d, g in _pieces(spatial, global_):
         d = d.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format)
-        pieces.append(_march(d.flatten(1, 2), g.float()[:, None]))
+        d = d.flatten(1, 2)
+        pieces.append(_march(d, g.float()[:, None].expand_as(d)))
     count = max(piece.shape[1] for piece in pieces)
     padded = [pad(piece, (0, count - piece.shape[1]), value=UNUSED) for piece in pieces]
     planes = torch.cat(padded).reshape(samples, height, width, count)
@@ -147,51 +150,54 @@ def all_finite(*logits: Tensor) -> bool:
     return all(bool(values.sum(dtype=torch.float32).isfinite()) for values in logits)
 
 
+def _pieces(spatial: Tensor, global_: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batch in pieces of about ``_CHUNK`` logits."""
+    rows = max(1, _CHUNK // spatial[0].numel())
+    return zip(spatial.split(rows), global_.split(rows), strict=True)
+
+
 def _march(d: Tensor, g: Tensor) -> Tensor:
-    """The planes (n, P) int32 of n = b * l locations; d (b, l, K), g (b, 1, K) float32."""
-    start = _first_of_largest(g, d, dim=-1)
-    lines, count = _candidates(d, g.expand_as(d), start)
-    top_d, top_g = _units(_pick(d, start)), _units(_pick(g.expand_as(d), start))
-    planes = torch.full(
-        (len(count), 2 * lines.shape[2] + 1), UNUSED, dtype=torch.int32, device=d.device
-    )
-    planes[:, 0] = start.flatten()
-    step, rows = 0, count.nonzero().squeeze(1)
-    lines, top = lines[:, rows], torch.stack([top_d, top_g]).flatten(1)[:, rows]
-    while len(rows):  # only locations whose label still changes
+    """The planes (n, P) int32 of n = b * l locations; d and g (b, l, K) float32."""
+    lines = _candidates(d, g)
+    shape = (lines.shape[1], 2 * lines.shape[2] - 1)
+    planes = torch.full(shape, UNUSED, dtype=torch.int32, device=d.device)
+    planes[:, 0] = lines[0, :, 0]
+    rows, top, step = torch.arange(len(planes), device=d.device), lines[:, :, 0], 0
+    while True:
+        # only locations whose label still changes
+        active = (lines[1] > top[1][:, None]).any(dim=1).nonzero().squeeze(1)
+        if not len(active):
+            return planes[:, : 2 * step + 1]
+        rows, lines, top = rows[active], lines[:, active], top[:, active]
+        crossing, line = _next_line(*lines[1:], *top[1:])
+        top = lines.gather(2, line.expand(3, -1)[..., None]).squeeze(2)
         step += 1
-        crossing, line = _next_line(lines[1], lines[2], *top)
-        label, *on_top = (_pick(values, line) for values in lines)
         planes[rows, 2 * step - 1] = crossing.int()
-        planes[rows, 2 * step] = label.int()
-        active = (lines[1] > on_top[0][:, None]).any(dim=1).nonzero().squeeze(1)
-        rows, lines, top = rows[active], lines[:, active], torch.stack(on_top)[:, active]
-    return planes[:, : 2 * step + 1]
+        planes[rows, 2 * step] = top[0].int()
 
 
-def _candidates(d: Tensor, g: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """The lines that may follow ``start``: class, d and g, packed (3, n, C) int64; how many, (n,).
+def _candidates(d: Tensor, g: Tensor) -> Tensor:
+    """The lines that may be on top: class, d and g in units, packed (3, n, C) int64.
 
-    No line is on top that stays below both the label at r = 0 and the label at r = 1. Their maximum
-    is convex and bends where they cross, so a line rises above it there or nowhere: where the
-    line's point (g, d) lies on or above the chord between theirs. float32 decides that with room to
-    spare.
+    The label at r = 0 comes first and fills the unused columns too. A line that stays below both it
+    and the label at r = 1 is never on top. The maximum of these two is convex and bends where they
+    cross, so another line rises above it there or nowhere: where its point (g, d) lies on or above
+    the chord between theirs. float32 decides that with room to spare.
     """
-    end = _first_of_largest(d, g, dim=-1)
-    d_start, g_start = _pick(d, start)[..., None], _pick(g, start)[..., None]
-    d_end, g_end = _pick(d, end)[..., None], _pick(g, end)[..., None]
+    start = _first_of_largest(g, d, dim=-1)[..., None]
+    end = d.argmax(dim=-1, keepdim=True)
+    d_start, g_start, d_end, g_end = (x.gather(-1, k) for k in (start, end) for x in (d, g))
     rise = d - d_start
     above = (g_start - g) * (d_end - d_start) <= rise * ((g_start - g_end) * _SLACK)
     above &= rise > 0
     place = above.nonzero(as_tuple=True)
-    above = above.flatten(0, 1)
-    count = above.sum(dim=1)
     row = place[0] * d.shape[1] + place[1]
-    slot = torch.arange(len(row), device=d.device) - (count.cumsum(0) - count)[row]
-    lines = torch.zeros(3, len(count), int(count.max()), dtype=torch.int64, device=d.device)
-    lines[1] = _units(d_start).flatten(0, 1)  # padding that never rises above the start
-    lines[:, row, slot] = torch.stack([place[2], _units(d[place]), _units(g[place])])
-    return lines, count
+    count = above.sum(dim=-1).flatten()
+    column = 1 + torch.arange(len(row), device=d.device) - (count.cumsum(0) - count)[row]
+    first = torch.stack([start, _units(d_start), _units(g_start)]).flatten(1, 2)
+    lines = first.repeat(1, 1, 1 + int(count.max()))
+    lines[:, row, column] = torch.stack([place[2], _units(d[place]), _units(g[place])])
+    return lines
 
 
 def _next_line(d: Tensor, g: Tensor, d_top: Tensor, g_top: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,8 +208,7 @@ def _next_line(d: Tensor, g: Tensor, d_top: Tensor, g_top: Tensor) -> tuple[Tens
     crossing = fall * QUANTUM // (fall + rise.where(steeper, 0))  # N for lines that never overtake
     first = crossing.amin(dim=1, keepdim=True)
     t = first + 1
-    fused = (t * d + (QUANTUM - t) * g).where(crossing == first, _LOWEST)
-    return first.squeeze(1), _first_of_largest(fused, g, dim=1)
+    return first.squeeze(1), _first_of_largest(t * d + (QUANTUM - t) * g, g, dim=1)
 
 
 def _nearest_multiple(r: float) -> int:
@@ -224,8 +229,3 @@ def _first_of_largest(key: Tensor, *ties: Tensor, dim: int) -> Tensor:
         tie = tie.where(on_top, _LOWEST)
         on_top = on_top & (tie == tie.amax(dim, keepdim=True))
     return on_top.to(torch.uint8).argmax(dim)
-
-
-def _pick(values: Tensor, index: Tensor) -> Tensor:
-    """``values[..., index]`` along the last dimension, which goes."""
-    return values.gather(-1, index[..., None]).squeeze(-1)

@@ -110,6 +110,15 @@ ratio = st.one_of(
 @given(st.lists(st.tuples(logit, logit), min_size=2, max_size=9), st.lists(ratio, max_size=4))
 @example([(-65504.0, 65000.0), (0.0, TINY), (TINY, 0.0)], [0.49805, 0.499, 0.5])  # floats would tie
 @example([(-65000.0, 65504.0), (0.0, TINY), (TINY, 0.0)], [0.5])
+# one float32 rounding away from falling below the chord of the first and the last line
+@example(
+    [
+        (-38304.0, 50976.0),
+        (0.000957489013671875, -0.0036106109619140625),
+        (0.00384521484375, -0.009185791015625),
+    ],
+    [0.6],
+)
 @example([(1.0, 0.0)] * 4, [])  # identical lines
 @example([(1.0, 2.0), (2.0, 3.0), (3.0, 4.0)], [0.3])  # equal slopes
 @example([(0.0, 1.0), (1.0, 0.0), (0.5, 0.5)], [0.5])  # three lines in one point
@@ -219,6 +228,7 @@ def test_a_class_between_two_crossings_of_one_quantum_is_not_listed() -> None:
         ([1, 3, 3], [2, 2, 2], 1, 1),  # at r = 0 all tie: larger d, then the lower index
         ([5, 5, 0], [1, 0, 9], 2, 0),  # moves to the line that also wins the tie at r = 1
         ([5, 5, 5], [1, 2, 3], 2, 2),  # never moves to a line that only ties at r = 1
+        ([5, 5, 4.996], [1, 2, 60000], 2, 1),  # two take over in the last quantum and tie at r = 1
     ],
 )
 def test_ties_go_to_the_larger_global_then_spatial_logit_then_lower_index(
@@ -256,9 +266,12 @@ def test_pieces_of_a_large_batch_give_the_planes_of_the_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spatial, global_ = random_answer(1, (5, 50, 3, 3))
-    whole = ckf.upper_envelope(spatial, global_)
+    spatial[:2] = global_[:2, :, None, None]  # one line each
+    whole, labels = ckf.upper_envelope(spatial, global_), ckf.hard_labels(spatial, global_, 0.6)
+    assert whole.shape[1] > 1
     monkeypatch.setattr(ckf, "_CHUNK", 50 * 9 * 2)
     assert torch.equal(ckf.upper_envelope(spatial, global_).int(), whole.int())
+    assert torch.equal(ckf.hard_labels(spatial, global_, 0.6), labels)
 
 
 def test_unused_planes_may_follow_or_be_cut_off() -> None:
