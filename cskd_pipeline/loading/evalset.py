@@ -48,7 +48,7 @@ class EvalImages(TorchDataset[EvalBatch]):
         self.batch_size = batch_size
         self.size = preprocessing.size
         # timm's own transform up to uint8: it leaves floats to the device.
-        self.transform: Callable[[Image.Image], np.ndarray] = create_transform(
+        self.transform: Callable[[Image.Image], Tensor] = create_transform(
             preprocessing.size,
             is_training=False,
             use_prefetcher=True,
@@ -71,7 +71,7 @@ class EvalImages(TorchDataset[EvalBatch]):
             first += count
             for row, data in zip(rows, shard.read_images(rows) if rows else (), strict=True):
                 planes = self.transform(decode(data, shard.where(row)))  # (3, S, S)
-                pixels[done] = planes.transpose(1, 2, 0)
+                pixels[done] = np.asarray(planes).transpose(1, 2, 0)
                 labels[done] = shard.label(row)
                 done += 1
         assert done == len(labels)
