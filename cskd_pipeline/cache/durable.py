@@ -36,19 +36,21 @@ class DurableFolder:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[bool]:
     """Hold ``folder``, made if need be, against other processes; a killed holder lets go.
 
-    File systems without locks on folders (some network ones) grant it to everyone: there, two
-    writers of one unit at once are not kept apart.
+    False on file systems without locks on folders (some network ones), which let everyone in:
+    there, two writers of one unit at once are not kept apart.
     """
     with files.explained_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     try:
+        held = False
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+            held = True
+        yield held
     finally:
         os.close(descriptor)
 

@@ -98,7 +98,6 @@ class CacheWriter:
             with exclusive(path):
                 _require_free(path)
                 if not (path / layout.GROUP).exists():
-                    sweep(path / layout.GROUP)
                     _write(path / layout.GROUP, layout.manifest_document(manifest))
         writer = cls.open(path)
         writer._require_same(manifest)
@@ -113,9 +112,14 @@ class CacheWriter:
             CacheError: there is none, or its metadata was altered; ManifestError.
         """
         store = CacheStore(path)
-        for key, document in layout.array_documents(store.manifest).items():
-            if not store.has_file(key):
-                _write(store.path / key, document)
+        with exclusive(store.path) as held:
+            if held:
+                sweep(store.path / layout.GROUP)
+            for key, document in layout.array_documents(store.manifest).items():
+                if held:
+                    sweep(store.path / key)
+                if not store.has_file(key):
+                    _write(store.path / key, document)
         store.check_metadata()
         return cls(store)
 
@@ -209,8 +213,11 @@ class CacheWriter:
             for name, array in values.items():
                 self._write_views(name, unit, array)
             self._files.flush()
+            sweep(done)
             done_array = self._store.arrays["done"]
-            self._write(done_array.key(unit.block, unit.shard), encode_file(done_array, _DONE))
+            self._files.write(
+                done_array.key(unit.block, unit.shard), encode_file(done_array, _DONE)
+            )
             self._files.flush()
         return True
 
@@ -250,23 +257,23 @@ class CacheWriter:
         step = array.file_shape[0]
         for start in range(0, len(values), step):
             part = np.expand_dims(values[start : start + step], 1)  # the axis of tar shards
-            self._write(array.key(unit.views[start], unit.shard), encode_file(array, part))
+            key = array.key(unit.views[start], unit.shard)
+            sweep(self.path / key)
+            self._files.write(key, encode_file(array, part))
 
     def _write_shard(self, shard: int, data: UnitData) -> None:
         """Keys, labels and image CRCs: the first unit of a tar shard writes, later ones compare."""
         matrix = layout.key_matrix(data.keys, self._store.arrays["key"])
         values = {"key": matrix, "label": data.labels, "image_crc32": data.image_crc32}
-        with exclusive(self._file("key", shard).parent):
+        with exclusive(self._file("key", shard).parent) as held:
             for name in layout.PER_SHARD:
                 array = self._store.arrays[name]
+                if held:
+                    sweep(self._file(name, shard))
                 if self._file(name, shard).exists():
                     self._compare(name, shard, values[name], data.keys)
                 else:
-                    self._write(array.key(shard), encode_file(array, values[name][None]))
-
-    def _write(self, key: str, data: bytes) -> None:
-        sweep(self.path / key)
-        self._files.write(key, data)
+                    self._files.write(array.key(shard), encode_file(array, values[name][None]))
 
     def _compare(self, name: str, shard: int, values: np.ndarray, keys: Sequence[str]) -> None:
         recorded = self._store.shard_chunk(name, shard)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from functools import lru_cache
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,16 @@ def make(path: Path, **changes: object) -> CacheWriter:
     writer = CacheWriter.create(path, manifest(**changes))
     fill(writer)
     return writer
+
+
+def write_all(path: Path, order: int = 0, started: Event | None = None) -> None:
+    """Finish the cache, unit by unit in an order of its own; for other processes."""
+    if started is not None:
+        started.set()
+    writer = CacheWriter.create(path, manifest())
+    units = writer.todo()
+    random.Random(order).shuffle(units)
+    fill(writer, units)
 
 
 def tree(path: Path) -> dict[str, bytes]:

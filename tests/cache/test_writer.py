@@ -30,19 +30,12 @@ from tests.cache.making import (
     teacher,
     tree,
     unit_data,
+    write_all,
 )
 
 # Processes with the modules already imported, that share no thread or lock with the test.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.cache.making"])
-
-
-def write_all(path: Path, order: int = 0) -> None:
-    writer = CacheWriter.create(path, manifest())
-    units = writer.todo()
-    random.Random(order).shuffle(units)
-    for unit in units:
-        writer.write_unit(unit, unit_data(unit, writer.manifest))
+processes.set_forkserver_preload(["pytest", "jsonschema", "tests.cache.making"])
 
 
 @pytest.fixture(scope="module")
@@ -345,20 +338,27 @@ def test_kill_at_random_moments_then_resume_equals_uninterrupted(
     tmp_path: Path, finished: dict[str, bytes]
 ) -> None:
     path = tmp_path / "c"
-    moments = random.Random(20)
-    kills = 0
-    while kills < 40:
-        process = processes.Process(target=write_all, args=(path,))
+    moments, pace = random.Random(20), 0.05
+    kills: list[int] = []  # files there were
+    while len(kills) < 20 or (len(set(kills)) < 8 and len(kills) < 200):
+        started = processes.Event()
+        process = processes.Process(target=write_all, args=(path, 0, started))
         process.start()
-        time.sleep(moments.uniform(0.0, 0.12))
+        assert started.wait(60)
+        time.sleep(moments.expovariate(1 / pace))
         process.kill()
         process.join()
-        kills += process.exitcode == -9
         if process.exitcode == 0:
             assert tree(path) == finished
             shutil.rmtree(path)
-        elif (path / "zarr.json").exists():
+            pace *= 0.7
+        else:
+            assert process.exitcode == -9
+            kills.append(len(tree(path)))
             check_what_is_done(path)
+            if kills[-1:] == kills[-2:-1]:  # too soon to have got anywhere
+                pace *= 1.2
+    assert len(set(kills)) >= 8, "the kills came at too few different moments"
     write_all(path)
     assert tree(path) == finished
 

@@ -1,0 +1,414 @@
+"""A reader gives back what was written, of units that are done, or says what is wrong and where."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.encodings import Rows
+from cskd_pipeline.cache.lru import BytesLRU
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.writer import CacheWriter, Unit
+from cskd_pipeline.errors import CacheError, ManifestError
+from tests.cache.making import (
+    BLOCK,
+    COUNTS,
+    VIEWS,
+    answers,
+    data_files,
+    dataset,
+    fill,
+    make,
+    manifest,
+    tree,
+    unit_data,
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished cache, not to be written to."""
+    path = tmp_path_factory.mktemp("reader") / "cache"
+    make(path)
+    return path
+
+
+def equal(found: np.ndarray, expected: np.ndarray, ragged: bool = False) -> bool:
+    if ragged:  # what one of the two leaves out is fill
+        length = max(found.shape[1], expected.shape[1])
+        found, expected = (
+            np.concatenate(
+                [a, np.full((len(a), length - a.shape[1], *a.shape[2:]), 65535, a.dtype)], axis=1
+            )
+            for a in (found, expected)
+        )
+    return found.dtype == expected.dtype and np.array_equal(found, expected)
+
+
+def everything(path: Path) -> dict[str, object]:
+    """All that a reader can tell of a cache, as comparable values."""
+    reader = CacheReader(path)
+    found: dict[str, object] = {
+        "manifest": reader.manifest.to_json(),
+        "done": reader.done().tolist(),
+    }
+    found["top1"] = reader.top1()
+    for shard, count in enumerate(reader.counts):
+        found[f"keys {shard}"] = reader.keys(shard)
+        found[f"labels {shard}"] = reader.labels(shard).tolist()
+        found[f"crc {shard}"] = reader.image_crc32(shard).tolist()
+        for view in range(reader.views):
+            found[f"seeds {view} {shard}"] = reader.seeds(view, shard).tolist()
+            found[f"digests {view} {shard}"] = reader.view_digests(view, shard).tolist()
+            for encoding in reader.encodings:
+                rows = reader.rows(encoding, view, shard, range(count))
+                found |= {f"{name} {view} {shard}": rows[name].tobytes() for name in rows}
+    return found
+
+
+# What comes back
+
+
+def test_everything_comes_back_as_it_was_written(cache: Path) -> None:
+    reader = CacheReader(cache)
+    assert reader.views == VIEWS
+    assert reader.counts == COUNTS
+    assert reader.shard_ids == dataset().shard_ids
+    assert reader.done().all()
+    total = np.zeros(2, np.int64)
+    for block in range(VIEWS // BLOCK):
+        for shard in range(3):
+            unit = Unit(block, shard, range(block * BLOCK, (block + 1) * BLOCK))
+            data = unit_data(unit, manifest())
+            total += data.top1.sum(axis=0, dtype=np.int64)
+            assert reader.keys(shard) == data.keys
+            assert equal(reader.labels(shard), data.labels)
+            assert equal(reader.image_crc32(shard), data.image_crc32)
+            for row, view in enumerate(unit.views):
+                assert equal(reader.seeds(view, shard), data.seeds[row])
+                assert equal(reader.view_digests(view, shard), data.view_digests[row])
+                for name, values in data.arrays.items():
+                    found = reader.rows(name.split("/")[0], view, shard, range(COUNTS[shard]))
+                    assert equal(found[name], values[row], name == "envelope/lines"), name
+    assert reader.top1() == tuple(total)
+
+
+@pytest.mark.parametrize("encoding", ["dense", "envelope"])
+def test_gathered_rows_come_in_the_order_asked_for(cache: Path, encoding: str) -> None:
+    reader = CacheReader(cache)
+    rng = np.random.default_rng(1)
+    everyone = [(v, s, o) for v in range(VIEWS) for s in range(3) for o in range(COUNTS[s])]
+    index = rng.permutation(np.array(everyone * 2))
+    found = reader.gather(encoding, index)
+    for name, values in found.items():
+        for (view, shard, offset), value in zip(index.tolist(), values, strict=True):
+            expected = answers(view, shard, COUNTS[shard])[name][offset]
+            assert equal(value[None], expected[None], name == "envelope/lines")
+
+
+def test_more_lines_than_a_chunk_holds_come_back(cache: Path) -> None:
+    found = CacheReader(cache).gather(
+        "envelope", np.array([(v, 0, o) for v in range(4) for o in range(5)])
+    )
+    lines = found["envelope/lines"]
+    assert lines.shape[1] > 8  # the chunk's; the toy data has up to 10
+    assert (lines[:, -1] != 65535).any()  # and no line more than are in use
+
+
+def test_an_empty_choice_of_rows_is_empty(cache: Path) -> None:
+    reader = CacheReader(cache)
+    for encoding in reader.encodings:
+        for name, rows in reader.rows(encoding, 0, 0, []).items():
+            assert len(rows) == 0, name
+
+
+def test_what_is_returned_may_be_written_to(cache: Path) -> None:
+    reader = CacheReader(cache)
+    for encoding in reader.encodings:
+        first = reader.rows(encoding, 1, 0, [0, 1])
+        for values in first.values():
+            values[:] = 0
+        again = reader.rows(encoding, 1, 0, [0, 1])
+        assert any((values != 0).any() for values in again.values())
+
+
+def test_a_copy_in_another_process_opens_its_own_files(cache: Path) -> None:
+    reader = CacheReader(cache, memory=12345)
+    reader.rows("envelope", 0, 0, [0])
+    reader.rows("dense", 0, 0, [0])
+    message = pickle.dumps(reader)
+    assert len(message) < 10_000  # no slab travels
+    copy = pickle.loads(message)
+    assert copy.done().all()
+    assert copy._memory == 12345
+    for encoding in reader.encodings:
+        ours, theirs = reader.rows(encoding, 3, 1, [2]), copy.rows(encoding, 3, 1, [2])
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_slabs_are_kept_within_bounds(cache: Path) -> None:
+    reader = CacheReader(cache, memory=4000)
+    used = []
+    for view in range(VIEWS):
+        for shard in range(3):
+            reader.rows("envelope", view, shard, [0])
+            used.append(reader._slabs.used)
+    assert max(used) <= 4000
+    assert used[-1] > 1000
+
+
+def test_a_kept_slab_is_not_read_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = CacheReader(cache)
+    reader.rows("envelope", 0, 0, [0])
+    monkeypatch.setattr(os, "open", None)
+    reader.rows("envelope", 0, 0, [3])
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    kept: BytesLRU[str, int] = BytesLRU(10)
+    kept.put("a", 1, 4)
+    kept.put("b", 2, 4)
+    assert kept.get("a") == 1
+    kept.put("c", 3, 4)
+    assert (kept.get("a"), kept.get("b"), kept.get("c"), kept.used) == (1, None, 3, 8)
+    kept.put("a", 5, 6)
+    assert (kept.get("a"), kept.get("c"), kept.used) == (5, 3, 10)
+    kept.put("d", 6, 100)  # larger than the bound: kept until the next one comes
+    assert (kept.get("d"), kept.get("a"), kept.used) == (6, None, 100)
+    kept.put("e", 7, 1)
+    assert (kept.get("d"), kept.used) == (None, 1)
+
+
+# What is not there
+
+
+def test_what_is_not_done_does_not_exist(tmp_path: Path) -> None:
+    writer = CacheWriter.create(tmp_path / "c", manifest())
+    fill(writer, writer.todo()[:2])
+    reader = CacheReader(tmp_path / "c")
+    assert reader.done().tolist() == [[True, True, False], [False, False, False]]
+    reader.require_done(views=[0, 1], shards=[0, 1])
+    for attempt in (
+        lambda: reader.rows("dense", 2, 0, [0]),
+        lambda: reader.rows("envelope", 0, 2, [0]),
+        lambda: reader.seeds(0, 2),
+        lambda: reader.view_digests(3, 1),
+        lambda: reader.keys(2),
+        lambda: reader.labels(2),
+    ):
+        with pytest.raises(CacheError, match="not made yet") as caught:
+            attempt()
+        assert "dump-teacher" in str(caught.value)
+
+
+def test_missing_units_are_counted_and_named(tmp_path: Path) -> None:
+    writer = CacheWriter.create(tmp_path / "c", manifest())
+    fill(writer, writer.todo()[:4])
+    reader = CacheReader(tmp_path / "c")
+    with pytest.raises(CacheError) as caught:
+        reader.require_done()
+    assert "2 of 6 units missing" in str(caught.value)
+    assert caught.value.problems == [
+        "missing: views 2-3 of shard 1 (train-0001.tar)",
+        "missing: views 2-3 of shard 2 (train-0002.tar)",
+    ]
+    assert "run the dump-teacher command" in str(caught.value)
+    with pytest.raises(CacheError, match="fewer views") as caught:
+        reader.require_done(views=range(6))
+    assert "views 0-3" in str(caught.value)
+    with pytest.raises(CacheError, match="1 of 1 units"):
+        reader.require_done(views=[3], shards=[2])
+
+
+@pytest.mark.parametrize("path", ["", "nothing", "file", "empty"])
+def test_no_cache_is_said_to_be_none(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CacheError, match="not a teacher cache"):
+        CacheReader(tmp_path / path)
+
+
+def rewrite_group(path: Path, document: object) -> None:
+    (path / "zarr.json").write_bytes(layout.to_bytes(layout.group_document({"cskd": document})))
+
+
+def test_a_manifest_from_the_future_is_refused_with_the_versions(tmp_path: Path) -> None:
+    make(tmp_path / "c")
+    document = manifest().to_json() | {"format_version": 2}
+    rewrite_group(tmp_path / "c", {"manifest": document, "sha256": "0" * 64})
+    with pytest.raises(ManifestError, match=r"format_version: found 2, expected 1"):
+        CacheReader(tmp_path / "c")
+
+
+def test_an_unknown_encoding_is_refused(tmp_path: Path) -> None:
+    made = manifest(encodings=("dense", "holographic"))
+    tmp_path.joinpath("zarr.json").write_bytes(layout.manifest_document(made))
+    with pytest.raises(CacheError, match="unknown encoding") as caught:
+        CacheReader(tmp_path)
+    assert "holographic" in str(caught.value)
+
+
+def test_a_manifest_that_was_edited_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "c")
+    group = tmp_path / "c/zarr.json"
+    group.write_text(group.read_text().replace('"random"', '"imagenet"'))
+    with pytest.raises(CacheError, match="not what was written"):
+        CacheReader(tmp_path / "c")
+
+
+# What was lost or altered
+
+
+@pytest.mark.parametrize("emptied", [False, True], ids=["deleted", "emptied"])
+def test_any_file_that_is_lost_is_noticed_and_named(tmp_path: Path, emptied: bool) -> None:
+    path = tmp_path / "c"
+    make(path)
+    kinds = set()
+    for name in tree(path):
+        content = (path / name).read_bytes()
+        if emptied:
+            (path / name).write_bytes(b"")
+        else:
+            (path / name).unlink()
+        if name.startswith("done/c/") and not emptied:  # the unit is undone: it is made again
+            with pytest.raises(CacheError, match="1 of 6 units missing"):
+                CacheReader(path).require_done()
+        else:
+            with pytest.raises((CacheError, ManifestError)) as caught:
+                everything(path)
+            message = str(caught.value)
+            assert name in message
+            if not name.endswith("zarr.json"):
+                kinds.add(name.split("/c/")[0])
+                assert f"array {name.split('/c/')[0]}" in message
+                assert "train-000" in message or "shard " in message
+        (path / name).write_bytes(content)
+    assert kinds | {"done"} == set(layout.stored_arrays(manifest()))
+    everything(path)
+
+
+def test_no_flipped_bit_changes_what_is_read(tmp_path: Path) -> None:
+    """In every file: an error, or exactly the values that were written."""
+    path = tmp_path / "c"
+    make(path, dataset=dataset((4,)), views=2)
+    expected = everything(path)
+    rng = random.Random(5)
+    flips, silent = 0, []
+    for name, content in tree(path).items():
+        bits = 8 * len(content)
+        for bit in rng.sample(range(bits), min(bits, 30)):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            (path / name).write_bytes(flipped)
+            flips += 1
+            try:
+                found = everything(path)
+            except (CacheError, ManifestError):
+                continue
+            assert found == expected, (name, bit)
+            silent.append(name)
+        (path / name).write_bytes(content)
+    assert flips > 700
+    # Those that change nothing: spaces, zstd levels, bits of a frame's header that mean nothing.
+    assert len([name for name in silent if not name.endswith("zarr.json")]) < 20
+
+
+def test_a_file_cut_at_any_length_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    make(path, views=2)
+    for name in data_files(path):
+        content = (path / name).read_bytes()
+        for length in {1, 4, len(content) // 2, len(content) - 1}:
+            (path / name).write_bytes(content[:length])
+            with pytest.raises(CacheError):
+                everything(path)
+        (path / name).write_bytes(content)
+
+
+def test_files_of_two_units_that_changed_places_are_refused_where_shapes_tell(
+    tmp_path: Path,
+) -> None:
+    """A chunk of another array, however well checked, is none of this one."""
+    path = tmp_path / "c"
+    make(path)
+    (path / "seed/c/0/0/0").write_bytes((path / "view_digest/c/0/0/0").read_bytes())
+    with pytest.raises(CacheError, match="array seed") as caught:
+        CacheReader(path).seeds(0, 0)
+    assert "bytes" in str(caught.value)
+
+
+def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    make(path)
+    for make_odd in (os.mkfifo, os.mkdir):
+        (path / "label/c/0/0").rename(tmp_path / "aside")
+        make_odd(path / "label/c/0/0")
+        with pytest.raises(CacheError, match="not a plain file"):
+            CacheReader(path).labels(0)
+        (path / "label/c/0/0").unlink() if make_odd is os.mkfifo else (path / "label/c/0/0").rmdir()
+        (tmp_path / "aside").rename(path / "label/c/0/0")
+
+
+def test_an_unreadable_disk_is_reported(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = CacheReader(cache)
+
+    def failing(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", failing)
+    with pytest.raises(CacheError, match="Input/output error") as caught:
+        reader.rows("dense", 0, 0, [0])
+    assert "done/c/0/0" in str(caught.value)
+
+
+def test_values_that_no_answer_has_are_refused(tmp_path: Path) -> None:
+    """Well-formed chunks from a stranger: classes that do not exist, crossings without a class."""
+
+    def spoilt(change: str) -> Rows:
+        data = unit_data(Unit(0, 0, range(2)), manifest(encodings=("envelope",)))
+        lines = data.arrays["envelope/lines"]
+        if change == "class":
+            lines[0, 1, 0, 0, 0, 0] = 20
+        elif change == "no class":
+            lines[0, 1, 0, 0, 0, 0] = 65535
+        elif change == "label":
+            data.arrays["envelope/global_label"][0, 1] = 20
+        return data
+
+    for change in ("class", "no class", "label"):
+        writer = CacheWriter.create(tmp_path / change, manifest(encodings=("envelope",)))
+        writer.write_unit(writer.todo()[0], spoilt(change))
+        with pytest.raises(CacheError, match="damaged") as caught:
+            CacheReader(tmp_path / change).rows("envelope", 0, 0, [0])
+        assert "of 20" in str(caught.value)
+
+
+# Speed
+
+
+def test_opening_a_large_cache_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents are read and folders listed, however many units there are; no unit is opened."""
+    made = manifest(dataset=dataset((3,) * 1024), views=20, view_block=10)
+    CacheWriter.create(tmp_path, made)
+    for block in range(2):
+        (tmp_path / f"done/c/{block}").mkdir(parents=True)
+        for shard in range(1024):
+            (tmp_path / f"done/c/{block}/{shard}").touch()
+    CacheReader(tmp_path)
+    opened = []
+    os_open = os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(path) or os_open(path, *rest))
+    started = time.process_time()
+    reader = CacheReader(tmp_path)
+    seconds = time.process_time() - started
+    assert reader.done().all()
+    assert len(opened) == len(layout.array_documents(made)) + 1
+    assert seconds < 1.0
