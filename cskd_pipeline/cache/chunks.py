@@ -15,7 +15,7 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
-from numcodecs.zstd import Zstd
+from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
 
 from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.lru import BytesLRU

@@ -1,0 +1,208 @@
+"""The format is zarr v3: zarr reads what we write, and we read what zarr writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zarr.codecs import TransposeCodec, ZstdCodec
+from zarr.storage import LocalStore, MemoryStore
+
+from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.arrays import StoredArray
+from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder, _content_size, encode_file
+from cskd_pipeline.cache.writer import Unit
+from tests.cache.making import BLOCK, COUNTS, VIEWS, make, manifest, tree, unit_data
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("zarr") / "cache"
+    make(path)
+    return path
+
+
+def test_plain_zarr_reads_every_array(cache: Path) -> None:
+    group = zarr.open_group(cache, mode="r")
+    assert group.attrs["cskd"]["manifest"] == manifest().to_json()
+    assert (group["done"][:] == 1).all()
+    for block in range(VIEWS // BLOCK):
+        views = range(block * BLOCK, (block + 1) * BLOCK)
+        for shard, count in enumerate(COUNTS):
+            data = unit_data(Unit(block, shard, views), manifest())
+            seen = slice(views[0], views[-1] + 1), shard, slice(0, count)
+            assert np.array_equal(group["seed"][seen], data.seeds)
+            assert np.array_equal(group["view_digest"][seen], data.view_digests)
+            assert np.array_equal(group["top1"][seen[:2]], data.top1)
+            assert np.array_equal(group["label"][shard, :count], data.labels)
+            assert np.array_equal(group["image_crc32"][shard, :count], data.image_crc32)
+            assert layout.keys_of(group["key"][shard, :count]) == data.keys
+            for name in ("dense/spatial", "dense/global", "envelope/global_label"):
+                assert np.array_equal(group[name][seen], data.arrays[name])
+            lines = group["envelope/lines"][seen]
+            classes = data.arrays["envelope/lines"][:, :, :, 0]
+            assert np.array_equal(lines[:, :, : classes.shape[2], 0], classes)
+            assert (lines[:, :, classes.shape[2] :] == 65535).all()
+
+
+def test_the_documents_are_what_zarr_itself_writes() -> None:
+    for name, array in layout.stored_arrays(manifest()).items():
+        content: dict[str, Any] = {}
+        create(MemoryStore(store_dict=content), array)
+        theirs = json.loads(content[f"{name}/zarr.json"].to_bytes())
+        ours = json.loads(layout.array_documents(manifest())[f"{name}/zarr.json"])
+        assert ours == theirs, name
+
+
+def create(store: Any, array: StoredArray) -> Any:
+    """``array`` as zarr's own function makes it."""
+    return zarr.create_array(
+        store,
+        name=array.name,
+        shape=array.shape,
+        dtype=array.dtype,
+        chunks=array.chunk_shape or array.file_shape,
+        shards=None if array.chunk_shape is None else array.file_shape,
+        filters=[] if array.order is None else [TransposeCodec(order=array.order)],
+        compressors=[ZstdCodec(level=array.level, checksum=True)],
+        fill_value=array.fill,
+        dimension_names=array.axes,
+    )
+
+
+def test_only_core_codecs_and_plain_numbers_are_used(cache: Path) -> None:
+    codecs, types = set(), set()
+
+    def look(document: Any) -> None:
+        if isinstance(document, dict):
+            if "name" in document and "data_type" not in document:
+                codecs.add(document["name"])
+            if "data_type" in document:
+                types.add(document["data_type"])
+            for value in document.values():
+                look(value)
+        elif isinstance(document, list):
+            for value in document:
+                look(value)
+
+    for name in layout.array_documents(manifest()):
+        look(json.loads((cache / name).read_bytes()))
+    assert codecs == {
+        "regular",
+        "default",
+        "bytes",
+        "zstd",
+        "sharding_indexed",
+        "transpose",
+        "crc32c",
+    }
+    assert types == {"uint8", "int32", "uint16", "uint32", "uint64", "float16"}
+
+
+def test_no_two_units_share_a_file(cache: Path) -> None:
+    made = manifest()
+    arrays = layout.stored_arrays(made)
+    owners: dict[str, tuple[int, int]] = {}
+    for name, array in arrays.items():
+        if name in layout.PER_SHARD:
+            continue
+        for view in range(VIEWS):
+            for shard in range(len(COUNTS)):
+                unit = (view // BLOCK, shard)
+                key = array.key(unit[0] if name == "done" else view, shard)
+                assert owners.setdefault(key, unit) == unit
+    per_shard = {arrays[name].key(shard) for name in layout.PER_SHARD for shard in range(3)}
+    assert owners.keys() | per_shard == {n for n in tree(cache) if not n.endswith("zarr.json")}
+
+
+@st.composite
+def arrays_and_values(draw: st.DrawFn) -> tuple[StoredArray, np.ndarray]:
+    """Any geometry that the layout could ask for, and what one file of it is given."""
+    rank = draw(st.integers(1, 4))
+    axis = st.integers(1, 4)
+    chunk = tuple(draw(axis) for _ in range(rank))
+    file = tuple(n * draw(axis) for n in chunk)
+    shape = tuple(n * draw(st.integers(1, 2)) - draw(st.integers(0, n - 1)) for n in file)
+    dtype = draw(st.sampled_from(["uint8", "uint16", "int32", "uint64", "float16"]))
+    fill = {"float16": float("nan"), "uint16": 65535, "int32": -1}.get(dtype, 0)
+    sharded = draw(st.booleans())
+    order = draw(st.none() | st.permutations(range(rank)).map(tuple))
+    array = StoredArray(
+        "a", dtype, tuple(f"axis{i}" for i in range(rank)), shape, file, fill,
+        chunk_shape=chunk if sharded else None, order=order, level=draw(st.sampled_from([1, 8])),
+    )  # fmt: skip
+    inside = tuple(draw(st.integers(1, min(a, b))) for a, b in zip(file, shape, strict=True))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    values = np.full(inside, fill, dtype)
+    some = rng.random(inside) < draw(st.sampled_from([0.05, 0.5, 1.0]))
+    values[some] = rng.integers(0, 100, int(some.sum())).astype(dtype)
+    return array, values
+
+
+@settings(max_examples=60, deadline=None)
+@given(arrays_and_values())
+def test_files_are_read_alike_by_zarr_and_by_us(
+    tmp_path_factory: pytest.TempPathFactory, made: tuple[StoredArray, np.ndarray]
+) -> None:
+    array, values = made
+    root = tmp_path_factory.mktemp("alike")
+    zeros = (0,) * len(array.shape)
+    ours = root / "ours" / array.key(*zeros)
+    ours.parent.mkdir(parents=True)
+    ours.write_bytes(encode_file(array, values))
+    (root / "ours/a/zarr.json").write_bytes(layout.to_bytes(array.document()))
+    seen = tuple(slice(0, n) for n in values.shape)
+    read = zarr.open_array(root / "ours/a", mode="r")
+    assert np.array_equal(read[seen], values, equal_nan=array.dtype == "float16")
+
+    with zarr.config.set({"array.write_empty_chunks": array.chunk_shape is None}):
+        create(LocalStore(root / "theirs"), array)[seen] = values
+    for side in ("ours", "theirs"):
+        reader = ChunkReader(Folder(root / side))
+        step = array.chunk_shape or array.file_shape
+        for corner in np.ndindex(*(-(-n // s) for n, s in zip(values.shape, step, strict=True))):
+            at = tuple(i * n for i, n in zip(corner, step, strict=True))
+            part = values[tuple(slice(i, i + n) for i, n in zip(at, step, strict=True))]
+            try:
+                chunk = reader.read(array, *at)
+            except DamageError:  # zarr writes no file for a shard that is all fill
+                assert side == "theirs"
+                chunk = None
+            if chunk is None:
+                assert np.array_equal(part, np.full_like(part, array.fill), equal_nan=True)
+                continue
+            assert chunk.shape == step
+            inner = chunk[tuple(slice(0, n) for n in part.shape)]
+            assert np.array_equal(inner, part, equal_nan=array.dtype == "float16")
+
+
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 65535, 65791, 65792, 1_000_000])
+@pytest.mark.parametrize("level", [1, 8, 19])
+def test_a_frame_tells_its_size_before_it_is_decoded(count: int, level: int) -> None:
+    from numcodecs.zstd import Zstd
+
+    rng = np.random.default_rng(0)
+    for values in (np.zeros(count, np.uint8), rng.integers(0, 256, count, np.uint8)):
+        if count:
+            assert _content_size(Zstd(level=level, checksum=True).encode(values)) == count
+
+
+def test_a_chunk_that_claims_another_size_is_not_decoded(tmp_path: Path) -> None:
+    """A few bytes that would unfold into many are refused by their header."""
+    from numcodecs.zstd import Zstd
+
+    array = StoredArray("a", "uint8", ("x",), (100,), (100,), 0)
+    (tmp_path / "a/c").mkdir(parents=True)
+    bomb = Zstd(level=3, checksum=True).encode(np.zeros(50_000_000, np.uint8))
+    (tmp_path / "a/c/0").write_bytes(bomb[:1000])
+    with pytest.raises(DamageError, match="not a zstd frame of 100 bytes"):
+        ChunkReader(Folder(tmp_path)).read(array, 0)
+    (tmp_path / "a/c/0").write_bytes(bytes(100_000))
+    with pytest.raises(DamageError, match="more than the"):
+        ChunkReader(Folder(tmp_path)).read(array, 0)
