@@ -1,0 +1,173 @@
+"""Opening a data set, and describing it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cskd_pipeline.errors import DataError, ShardError
+from cskd_pipeline.loading import shards as shards_module
+from cskd_pipeline.loading.index import (
+    Dataset,
+    describe,
+    find_class_names,
+    index_shards,
+    load_dataset,
+    name_of,
+)
+from cskd_pipeline.manifest import DatasetManifest
+from tests.conftest import COUNTS
+from tests.pictures import CLASSES, samples, write_shard, write_shards
+
+
+class Heard:
+    """A progress that remembers."""
+
+    def __init__(self) -> None:
+        self.done: dict[str, int] = {}
+        self.totals: dict[str, int | None] = {}
+        self.unit = ""
+
+    @contextmanager
+    def __call__(self, total: int | None, unit: str, description: str) -> Iterator[Heard]:
+        self.totals[unit], self.unit = total, unit
+        yield self
+
+    def advance(self, count: int = 1) -> None:
+        self.done[self.unit] = self.done.get(self.unit, 0) + count
+
+
+def test_shards_are_opened_in_order_with_names_and_counts(shards: Path) -> None:
+    dataset = load_dataset(shards)
+    assert dataset.counts == COUNTS
+    assert dataset.samples == sum(COUNTS)
+    assert dataset.class_names == CLASSES
+    assert dataset.num_classes == len(CLASSES)
+    assert dataset.name == "train"
+    assert dataset.manifest is None
+
+
+def test_a_manifest_describes_the_shards(shards: Path) -> None:
+    heard = Heard()
+    manifest = index_shards(shards, progress=heard)
+    paths = sorted(shards.glob("*.tar"))
+    for info, path, shard in zip(manifest.shards, paths, load_dataset(shards).shards, strict=True):
+        assert info.name == path.name
+        assert info.bytes == path.stat().st_size
+        assert info.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert (info.count, info.keys_sha256) == (len(shard), shard.keys_sha256)
+    total = sum(path.stat().st_size for path in paths)
+    assert heard.done == {"shards": 4, "bytes": total}
+    assert heard.totals == {"shards": 4, "bytes": total}
+    assert DatasetManifest.from_json(manifest.to_json()) == manifest
+
+
+def test_a_data_set_opened_by_its_manifest_reads_no_tar(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(shards, tmp_path / "copy")
+    manifest = index_shards(shards, name="birds & others")
+    manifest.save(tmp_path / "copy/manifest.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module, "read_index", None)
+        dataset = load_dataset(tmp_path / "copy/manifest.json")
+        assert dataset.counts == COUNTS
+        assert dataset.shard_ids == manifest.shard_ids
+        assert (dataset.name, dataset.num_classes) == ("birds & others", 5)
+        assert describe(dataset) == manifest
+    assert dataset.shards[0].read_image(0)
+
+
+def test_shards_in_several_folders_are_named_below_what_they_share(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", samples(0, 2))
+    (tmp_path / "more").mkdir()
+    write_shard(tmp_path / "more/b.tar", samples(2, 2))
+    spec = [tmp_path / "a.tar", tmp_path / "more/b.tar"]
+    manifest = index_shards(spec, num_classes=5)
+    assert [shard.name for shard in manifest.shards] == ["a.tar", "more/b.tar"]
+    manifest.save(tmp_path / "manifest.json")
+    assert load_dataset(tmp_path / "manifest.json").counts == (2, 2)
+
+
+def test_a_tar_of_another_size_than_the_manifest_says_is_refused(
+    tmp_path: Path, shards: Path
+) -> None:
+    shutil.copytree(shards, tmp_path / "copy")
+    index_shards(shards).save(tmp_path / "copy/manifest.json")
+    with open(tmp_path / "copy/train-0002.tar", "ab") as file:
+        file.write(bytes(512))
+    with pytest.raises(ShardError, match="1 of 4 shards are not those of the manifest") as caught:
+        load_dataset(tmp_path / "copy/manifest.json")
+    assert "train-0002.tar" in caught.value.problems[0]
+
+
+def test_a_tar_with_fewer_samples_than_its_info_says_is_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path, (3, 4))
+    split = {"filenames": ["train-0000.tar", "train-0001.tar"], "shard_lengths": [3, 5]}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
+    with pytest.raises(ShardError, match="1 of 2 shards are not as long") as caught:
+        load_dataset(tmp_path)
+    assert caught.value.problems[0].endswith("train-0001.tar: 4 samples, expected 5")
+
+
+def test_numbers_of_classes_that_contradict_each_other_are_refused(shards: Path) -> None:
+    with pytest.raises(DataError, match="contradict"):
+        load_dataset(shards, num_classes=6)
+    with pytest.raises(DataError, match="contradict"):
+        load_dataset(shards).with_classes(6)
+
+
+def test_labels_are_checked_when_the_number_of_classes_becomes_known(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "a.tar", samples(0, 5))
+    dataset = load_dataset(path)
+    assert dataset.num_classes is None
+    assert dataset.with_classes(5).num_classes == 5
+    for n in (4, None):
+        with pytest.raises(DataError, match="outside the classes|how many classes"):
+            describe(dataset.with_classes(n) if n else dataset)
+    with pytest.raises(ShardError, match="outside the classes"):
+        load_dataset(path, num_classes=4)
+
+
+def test_class_names_are_found_beside_the_shards(tmp_path: Path) -> None:
+    assert find_class_names(tmp_path) is None
+    (tmp_path / "_info.json").write_text('{"splits": {}, "class_names": ["a", "b"]}')
+    assert find_class_names(tmp_path) == ("a", "b")
+    (tmp_path / "classes.json").write_text('["x", "y", "z"]')
+    assert find_class_names(tmp_path) == ("x", "y", "z")
+    for content in ('{"a": 0}', "[]", "[1]"):
+        (tmp_path / "classes.json").write_text(content)
+        with pytest.raises(DataError, match="class names"):
+            find_class_names(tmp_path)
+
+
+def test_shards_with_the_same_keys_cannot_make_a_data_set(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", samples(0, 3))
+    write_shard(tmp_path / "b.tar", samples(0, 3))
+    with pytest.raises(DataError, match="same keys") as caught:
+        describe(load_dataset(tmp_path, num_classes=5))
+    assert caught.value.found == "a.tar and b.tar"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar"], "imagenet1k-train"),
+        (["a.tar", "b.tar"], "photos"),
+        (["only.tar"], "only"),
+        (["000.tar", "001.tar"], "photos"),
+    ],
+)
+def test_a_data_set_is_named_by_what_its_tars_share(names: list[str], expected: str) -> None:
+    assert name_of([Path("/data/photos") / name for name in names]) == expected
+
+
+def test_a_data_set_without_manifest_knows_its_shards_by_their_keys(dataset: Dataset) -> None:
+    assert len(set(dataset.shard_ids)) == len(COUNTS)
+    assert describe(dataset).shard_ids == dataset.shard_ids

@@ -1,0 +1,134 @@
+"""Which tars a user means."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cskd_pipeline.errors import DataError, ManifestError
+from cskd_pipeline.loading.listing import expand_shards
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("b-2.tar", "b-10.tar", "b-1.tar", "a-0.tar", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    return tmp_path
+
+
+def names(spec: object, **options: object) -> list[str]:
+    return [path.name for path in expand_shards(spec, **options)]  # type: ignore[arg-type]
+
+
+def write_info(folder: Path, splits: object) -> Path:
+    path = folder / "_info.json"
+    path.write_text(json.dumps({"splits": splits}))
+    return path
+
+
+def test_a_folder_gives_its_tars_in_natural_order(folder: Path) -> None:
+    assert names(folder) == ["a-0.tar", "b-1.tar", "b-2.tar", "b-10.tar"]
+    assert names(str(folder)) == names(folder)
+
+
+def test_a_glob_gives_natural_order(folder: Path) -> None:
+    assert names(f"{folder}/b-*.tar") == ["b-1.tar", "b-2.tar", "b-10.tar"]
+
+
+def test_braces_and_lists_keep_the_order_they_are_written_in(folder: Path) -> None:
+    assert names(f"{folder}/b-{{2,10,1}}.tar") == ["b-2.tar", "b-10.tar", "b-1.tar"]
+    assert names(f"{folder}/b-{{1..2}}.tar,{folder}/a-0.tar") == ["b-1.tar", "b-2.tar", "a-0.tar"]
+    assert names([folder / "b-10.tar", f"{folder}/a-*.tar"]) == ["b-10.tar", "a-0.tar"]
+
+
+def test_braces_count_with_leading_zeros(tmp_path: Path) -> None:
+    for number in (8, 9, 10):
+        (tmp_path / f"t-{number:04d}.tar").touch()
+    assert names(f"{tmp_path}/t-{{0008..0010}}.tar") == [
+        "t-0008.tar",
+        "t-0009.tar",
+        "t-0010.tar",
+    ]
+
+
+def test_a_path_that_exists_is_taken_literally(tmp_path: Path) -> None:
+    odd = tmp_path / "a,b{1}.tar"
+    odd.touch()
+    assert names(str(odd)) == ["a,b{1}.tar"]
+
+
+def test_an_info_gives_the_split_asked_for(folder: Path) -> None:
+    info = write_info(
+        folder,
+        {"train": {"filenames": ["b-2.tar", "b-1.tar"]}, "validation": {"filenames": ["a-0.tar"]}},
+    )
+    for spec in (info, folder):
+        assert names(spec) == ["b-2.tar", "b-1.tar"]
+        assert names(spec, split="validation") == ["a-0.tar"]
+        assert names(spec, prefer=("validation", "test")) == ["a-0.tar"]
+    with pytest.raises(DataError, match="no such split") as caught:
+        expand_shards(folder, split="test")
+    assert caught.value.expected == "one of train, validation"
+
+
+def test_the_only_split_needs_no_name_and_of_several_one_must_be_chosen(folder: Path) -> None:
+    write_info(folder, {"odd": {"filenames": ["b-1.tar"]}})
+    assert names(folder) == ["b-1.tar"]
+    write_info(folder, {"odd": {"filenames": ["b-1.tar"]}, "even": {"filenames": ["b-2.tar"]}})
+    with pytest.raises(DataError, match=r"which split\?"):
+        expand_shards(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.tar", "/x.tar", "a/../../x.tar", "c:x.tar", "", 5, "pipe:ls", "a\\x.tar", "\x1b"]
+)
+def test_file_names_that_leave_the_folder_are_refused(folder: Path, name: object) -> None:
+    write_info(folder, {"train": {"filenames": ["b-1.tar", name]}})
+    with pytest.raises(DataError, match="file names cannot be used"):
+        expand_shards(folder)
+
+
+@pytest.mark.parametrize("splits", [[], {}, {"train": []}, {"train": {"filenames": []}}])
+def test_an_info_without_usable_splits_is_refused(folder: Path, splits: object) -> None:
+    write_info(folder, splits)
+    with pytest.raises(DataError):
+        expand_shards(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "something"}'])
+def test_a_json_that_lists_no_shards_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "list.json"
+    path.write_text(content)
+    with pytest.raises(ManifestError):
+        expand_shards(path)
+
+
+@pytest.mark.parametrize("spec", ["pipe:cat x.tar", "https://host/{0..3}.tar", "s3://b/x.tar"])
+def test_what_is_no_local_file_is_refused_and_never_opened(spec: str) -> None:
+    with pytest.raises(DataError, match="local files only"):
+        expand_shards(spec)
+
+
+def test_all_missing_files_are_named_at_once(folder: Path) -> None:
+    with pytest.raises(DataError, match="2 of 4 shards are not there") as caught:
+        expand_shards(f"{folder}/b-{{1..4}}.tar")
+    assert [line.rpartition("/")[2] for line in caught.value.problems] == ["b-3.tar", "b-4.tar"]
+
+
+@pytest.mark.parametrize("pattern", ["{}/c-*.tar", "{}/none.tar", "{}/empty", "", " , "])
+def test_nothing_there_is_an_error(folder: Path, pattern: str) -> None:
+    (folder / "empty").mkdir()
+    with pytest.raises(DataError):
+        expand_shards(pattern.format(folder))
+
+
+def test_a_shard_named_twice_is_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match="1 shards are named twice"):
+        expand_shards(f"{folder}/b-*.tar,{folder}/b-1.tar")
+
+
+def test_a_split_of_something_without_splits_is_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match="only an _info.json has splits"):
+        expand_shards(folder, split="train")
