@@ -107,7 +107,7 @@ def _stored(spec: ArraySpec, manifest: CacheManifest, longest: int) -> StoredArr
     chunk = None
     if spec.rows is not None or spec.tail_chunk is not None:
         chunk = (1, 1, rows, *tail_chunk)
-    in_file = (_round_up(longest, rows), *map(_round_up, spec.tail, tail_chunk))
+    in_file = (round_up(longest, rows), *map(round_up, spec.tail, tail_chunk))
     return StoredArray(
         name=spec.name,
         dtype=spec.dtype,
@@ -121,7 +121,8 @@ def _stored(spec: ArraySpec, manifest: CacheManifest, longest: int) -> StoredArr
     )
 
 
-def _round_up(length: int, step: int) -> int:
+def round_up(length: int, step: int) -> int:
+    """The first multiple of ``step`` from ``length`` on."""
     return -(-length // step) * step
 
 

@@ -1,0 +1,106 @@
+"""The format's page is true and enough: its reader, which knows only zarr and numpy, is run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cskd_pipeline import resources
+from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.distill.ckf import envelope_labels
+from tests.cache.making import CLASSES, COUNTS, VIEWS, make, manifest
+
+PAGE = (resources.manifests() / "cache-format.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("format") / "cache"
+    make(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def stranger() -> Any:
+    """The page's own code."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) == {
+        "math", "fractions", "numpy", "zarr",
+    }  # fmt: skip
+    assert len(code.splitlines()) <= 60
+    module = ModuleType("stranger")
+    exec(compile(code, "cache-format.md", "exec"), module.__dict__)
+    return module
+
+
+def test_the_pages_reader_recovers_hard_labels_at_any_ratio(cache: Path, stranger: Any) -> None:
+    reader = CacheReader(cache)
+    crossing = 0.25  # a multiple of 1/65535 or half of one is the hard case
+    ratios = [0.0, 1.0, 1e-9, crossing, 0.5, 0.123456, 32767.5 / 65535, 32768 / 65535]
+    for view in range(VIEWS):
+        for shard, count in enumerate(COUNTS):
+            lines = reader.rows("envelope", view, shard, range(count))["envelope/lines"]
+            planes = torch.from_numpy(lines).flatten(1, 2)[:, :-1]
+            q = planes[:, 1::2].flatten().tolist()
+            for r in [*ratios, *((x + 0.5) / 65535 for x in q[:5] if x != 65535)]:
+                expected = envelope_labels(planes, r).numpy()
+                assert np.array_equal(stranger.hard_labels(cache, view, shard, r), expected), r
+
+
+def test_the_pages_reader_finds_keys_and_refuses_what_is_not_done(
+    cache: Path, stranger: Any, tmp_path: Path
+) -> None:
+    reader = CacheReader(cache)
+    for shard in range(len(COUNTS)):
+        assert stranger.keys(cache, shard) == reader.keys(shard)
+    CacheWriter.create(tmp_path / "c", manifest())
+    with pytest.raises(ValueError, match="not made yet"):
+        stranger.hard_labels(tmp_path / "c", 0, 0, 1.0)
+
+
+def test_every_array_stands_in_the_tables_with_its_type_and_shape() -> None:
+    arrays = layout.stored_arrays(manifest())
+    lengths = {"B": 2, "S": 3, "N": 5, "V": 4, "K": CLASSES, "h": 2, "w": 3, "V / B": 2}
+    lengths |= {"L": arrays["key"].shape[2], "a": 5, "b": 5, "c": 8}
+
+    def numbers(cell: str) -> tuple[int, ...]:
+        parts = (part.strip() for part in cell.strip("() ").split(","))
+        return tuple(lengths[part] if part in lengths else int(part) for part in parts)
+
+    rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        for line in PAGE.splitlines()
+        if line.startswith("| `")
+    ]
+    assert {row[0] for row in rows} == set(arrays)
+    for name, dtype, shape, file_shape, *rest in rows:
+        array = arrays[name]
+        assert (array.dtype, array.shape) == (dtype, numbers(shape)), name
+        whole = layout.round_up if array.chunk_shape else max
+        chunk = array.chunk_shape or array.file_shape
+        assert array.file_shape == tuple(map(whole, numbers(file_shape), chunk)), name
+        if "/" in name:
+            assert rest[0] == "the file" or array.chunk_shape == numbers(rest.pop(0)), name
+        assert rest[-1 if "/" in name else 0] == str(array.fill).replace("nan", "NaN"), name
+
+
+def test_the_page_names_the_example_file_that_is_there(cache: Path) -> None:
+    example = layout.stored_arrays(manifest(views=6))["seed"].key(2 * 2, 5)
+    assert example == "seed/c/2/5/0"
+    assert f"`{example}`" in PAGE
+
+
+def test_the_pages_numbers_are_the_codes() -> None:
+    for name, order in (("envelope/lines", "(0, 1, 4, 3, 2, 5, 6)"),):
+        assert str(layout.stored_arrays(manifest())[name].order) == order
+        assert order in " ".join(PAGE.split())
+    spatial = layout.specs(manifest())["dense/spatial"]
+    assert spatial.rows == 16384 // (2 * CLASSES * 2 * 3)
