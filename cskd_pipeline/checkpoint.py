@@ -52,7 +52,8 @@ def save_student(path: Path, state: dict[str, torch.Tensor], card: StudentCard) 
         OutputError: no space, or no permission.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    header = {"format": "pt", HEADER: json.dumps({"format": FORMAT, **asdict(card)})}
+    # One entry: the library writes several in random order, and equal runs leave equal files.
+    header = {HEADER: json.dumps({"format": FORMAT, **asdict(card)})}
     data = save(tensors, metadata=header)  # save_file would deny other users the file
     atomic_write(path, lambda partial: partial.write_bytes(data))
 

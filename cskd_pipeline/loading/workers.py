@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
@@ -13,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from cskd_pipeline.errors import CskdError, DataError
 
 Item = TypeVar("Item")
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent dies
 
 
 @dataclass(frozen=True)
@@ -110,3 +114,6 @@ def _unchanged(item: Item) -> Item:
 def _start_worker(worker: int) -> None:
     # Ctrl-C reaches every process of the terminal; only the parent acts on it, and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # Of a parent that was killed torch's own watch learns late, or never while a pipe is full.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

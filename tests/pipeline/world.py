@@ -97,9 +97,9 @@ def dump_recipe(shards: Path, cache: Path, sets: list[str] | None = None) -> Dum
     return load_recipe(DumpRecipe, None, [*dump_sets(), *(sets or [])], flags)
 
 
-def train_sets() -> list[str]:
+def train_sets(kwargs: str = STUDENT_KWARGS) -> list[str]:
     return [
-        f"student.kwargs={STUDENT_KWARGS}",
+        f"student.kwargs={kwargs}",
         "batch.repeats=2",
         "schedule.warmup_epochs=1",
         "optim.lr=0.05",
@@ -109,20 +109,29 @@ def train_sets() -> list[str]:
 
 
 def train_recipe(
-    shards: Path, cache: Path | None, out: Path, method: str = "cskd", sets: list[str] | None = None
+    shards: Path,
+    cache: Path | None,
+    out: Path,
+    method: str = "cskd",
+    sets: list[str] | None = None,
+    *,
+    epochs: int = 4,
+    batch_size: int = 16,
+    student: str = STUDENT,
+    kwargs: str = STUDENT_KWARGS,
 ) -> TrainRecipe:
     flags: dict[str, Any] = {
         "data.shards": str(shards),
         "data.cache": None if cache is None else str(cache),
-        "student.name": STUDENT,
+        "student.name": student,
         "distill.method": method,
-        "schedule.epochs": 4,
-        "batch.batch_size": 16,
+        "schedule.epochs": epochs,
+        "batch.batch_size": batch_size,
         "run.out": str(out),
         "run.workers": 0,
         "run.device": "cpu",
     }
-    return load_recipe(TrainRecipe, None, [*train_sets(), *(sets or [])], flags)
+    return load_recipe(TrainRecipe, None, [*train_sets(kwargs), *(sets or [])], flags)
 
 
 def quiet() -> Terminal:

@@ -1,0 +1,33 @@
+"""One dumped cache for all whole-pipeline tests that only read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cskd_pipeline.dump import dump_teacher
+from cskd_pipeline.loading.make import make_shards
+from tests.pipeline import world
+
+
+@dataclass(frozen=True)
+class World:
+    """``shards``: 96 pictures in 3 tars; ``validation``: 16; ``cache``: dense and envelope."""
+
+    shards: Path
+    validation: Path
+    cache: Path
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("world")
+    world.draw_pictures(root / "pictures", per_class=24, seed=0)
+    world.draw_pictures(root / "more", per_class=4, seed=1)
+    make_shards(root / "pictures", root / "shards", shard_size=35)
+    make_shards(root / "more", root / "validation", split="validation")
+    found = World(root / "shards", root / "validation", root / "cache")
+    dump_teacher(world.dump_recipe(found.shards, found.cache), world.quiet())
+    return found

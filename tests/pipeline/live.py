@@ -1,0 +1,73 @@
+"""The teacher asked live, by code that shares nothing with loader, device and cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.distill.teacher import Teacher, load_teacher
+from cskd_pipeline.loading.index import load_dataset
+from cskd_pipeline.manifest import CacheManifest
+from cskd_pipeline.views.apply import mix_pixels, render, to_float
+from cskd_pipeline.views.bits import view_seed
+from cskd_pipeline.views.decode import decode
+from cskd_pipeline.views.draw import draw
+from cskd_pipeline.views.mixing import draw_mix, matching
+
+
+def teacher_of(manifest: CacheManifest, batch_size: int = 16) -> Teacher:
+    """The teacher of a cache that was dumped with random weights of seed 0."""
+    info = manifest.teacher
+    teacher = load_teacher(
+        info.name,
+        weights="random",
+        num_classes=info.num_classes,
+        size=info.size,
+        kwargs=info.kwargs,
+        batch_size=batch_size,
+    )
+    assert teacher.weights_sha256 == info.weights_sha256
+    return teacher
+
+
+@dataclass(frozen=True)
+class LiveAnswer:
+    """``spatial`` (n, K, h, w) and ``global_`` (n, K), float16, of one view of one tar shard."""
+
+    view: int
+    shard: int
+    spatial: np.ndarray
+    global_: np.ndarray
+
+
+def live_answers(shards: Path, cache: Path) -> Iterator[LiveAnswer]:
+    """What the teacher says of every view in the cache, from the images' bytes on."""
+    manifest = CacheReader(cache).manifest
+    policy, root = manifest.policy, manifest.root_seed
+    teacher = teacher_of(manifest)
+    mean = np.array(teacher.mean, np.float32)
+    std = np.array(teacher.std, np.float32)
+    for number, shard in enumerate(load_dataset(str(shards)).shards):
+        count = len(shard)
+        images = [decode(shard.read_image(i), shard.key(i)) for i in range(count)]
+        for view in range(manifest.views):
+            seeds = [view_seed(root, key, view) for key in shard.keys]
+            params = [draw(s, policy, *im.size) for s, im in zip(seeds, images, strict=True)]
+            views = [
+                to_float(render(im, p, policy), p, policy)
+                for im, p in zip(images, params, strict=True)
+            ]
+            partner = matching(root, shard.keys_sha256, count, view, policy)
+            mixed = [
+                mix_pixels(views[i], views[j], draw_mix(seeds[i], seeds[j], policy))
+                for i, j in enumerate(partner.tolist())
+            ]
+            pixels = (np.stack(mixed) - mean) / std
+            with torch.inference_mode():
+                answer = teacher.answer(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+            yield LiveAnswer(view, number, answer.spatial.numpy(), answer.global_.numpy())

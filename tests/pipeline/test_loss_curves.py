@@ -1,0 +1,80 @@
+"""Claim 2 of the design: training from a cache is training with the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cskd_pipeline.distill.targets import LogitTargets, Targets
+from cskd_pipeline.loading.batches import Batch
+from cskd_pipeline.loading.device import assemble, normalise
+from cskd_pipeline.training.data import open_training_data
+from cskd_pipeline.training.run import Run
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+from tests.pipeline.live import teacher_of
+
+CPU = torch.device("cpu")
+
+
+def loss_curve(
+    small: World,
+    out: Path,
+    method: str,
+    sets: list[str],
+    answer: Callable[[Batch], Targets] | None = None,
+) -> torch.Tensor:
+    """(updates, 4) loss and parts of a whole run; ``answer`` replaces the cache's targets."""
+    recipe = world.train_recipe(small.shards, small.cache, out, method, sets)
+    run = Run(recipe, open_training_data(recipe, world.quiet()), CPU)
+    if answer is not None:
+        object.__setattr__(run.data, "targets", answer)
+    batches = run.data.batches(run.positions(), CPU)
+    return torch.stack([run.step(batches) for _ in range(run.updates)])
+
+
+@pytest.mark.parametrize("method", ["deit", "cskd"])
+@pytest.mark.parametrize("step", ["epoch", "update"])
+def test_dense_cache_envelope_cache_and_live_teacher_give_one_loss_curve(
+    small: World, tmp_path: Path, method: str, step: str
+) -> None:
+    sets = [f"distill.step={step}"]
+    dense = loss_curve(small, tmp_path, method, [*sets, "distill.encoding=dense"])
+    envelope = loss_curve(small, tmp_path, method, [*sets, "distill.encoding=envelope"])
+    live = loss_curve(small, tmp_path, method, sets, _ask_live(small))
+    assert torch.equal(dense, envelope)
+    assert torch.equal(dense, live)
+    assert len(dense) == 24
+    assert dense[-1, 0] < dense[0, 0]
+
+
+def test_soft_targets_of_the_dense_cache_and_of_the_live_teacher_give_one_loss_curve(
+    small: World, tmp_path: Path
+) -> None:
+    sets = ["distill.kind=soft", "distill.temperature=2.0"]
+    dense = loss_curve(small, tmp_path, "cskd", sets)
+    live = loss_curve(small, tmp_path, "cskd", sets, _ask_live(small))
+    assert torch.equal(dense, live)
+
+
+def test_accumulation_changes_a_loss_curve_by_rounding_only(small: World, tmp_path: Path) -> None:
+    whole = loss_curve(small, tmp_path, "cskd", [])
+    parts = loss_curve(small, tmp_path, "cskd", ["batch.accumulation=4"])
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(whole, parts)  # or accumulation did nothing
+
+
+def _ask_live(small: World) -> Callable[[Batch], Targets]:
+    from cskd_pipeline.cache.reader import CacheReader
+
+    manifest = CacheReader(small.cache).manifest
+    teacher = teacher_of(manifest)
+
+    def answer(batch: Batch) -> Targets:
+        images = normalise(assemble(batch, manifest.policy), teacher.mean, teacher.std)
+        return LogitTargets(*teacher.answer(images))
+
+    return answer

@@ -1,0 +1,248 @@
+"""What a training run leaves, and that stopping it changes nothing."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from cskd_pipeline import train as stage_two
+from cskd_pipeline.checkpoint import load_state, read_card
+from cskd_pipeline.evaluate import evaluate
+from cskd_pipeline.recipe import TrainRecipe
+from cskd_pipeline.train import train
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+
+
+def run_to_end(recipe: Any, resume: bool = False) -> dict[str, Any]:
+    return train(recipe, world.quiet(), resume=resume)
+
+
+def final_state(out: Path) -> dict[str, Any]:
+    """What a finished run must agree on with another; timings are not part of it."""
+    state = load_state(out / "state.pt")
+    for row in state["rows"]:
+        for name in ("images_per_second", "data_wait"):
+            del row[name]
+    return state
+
+
+def assert_equal(one: Any, other: Any, at: str = "state") -> None:
+    assert type(one) is type(other), at
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), at
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), at
+        for key in one:
+            assert_equal(one[key], other[key], f"{at}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), at
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal(a, b, f"{at}[{number}]")
+    else:
+        assert one == other, at
+
+
+class DiedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_a_run_that_died_anywhere_ends_as_an_uninterrupted_one(
+    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amp: str
+) -> None:
+    sets = [
+        "run.checkpoint_every=2",
+        f"run.amp={amp}",
+        "student.drop_path=0.2",
+        "batch.accumulation=2",
+        f'data.val_shards="{small.validation}"',
+    ]
+    whole = world.train_recipe(small.shards, small.cache, tmp_path / "whole", sets=sets)
+    run_to_end(whole)
+
+    broken = world.train_recipe(small.shards, small.cache, tmp_path / "broken", sets=sets)
+    step = stage_two.Run.step
+    for deadly in (3, 4, 9, 17):
+
+        def dying(run: Any, batches: Any, deadly: int = deadly) -> torch.Tensor:
+            if run.update == deadly:
+                raise DiedError
+            return step(run, batches)
+
+        monkeypatch.setattr(stage_two.Run, "step", dying)
+        with pytest.raises(DiedError):
+            run_to_end(broken, resume=deadly != 3)
+    monkeypatch.setattr(stage_two.Run, "step", step)
+    run_to_end(broken, resume=True)
+    assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
+    for name in ("last", "last_ema", "best"):
+        one, other = (tmp_path / run / f"{name}.safetensors" for run in ("whole", "broken"))
+        assert one.read_bytes() == other.read_bytes()
+    rows = list(csv.DictReader((tmp_path / "broken" / "summary.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+
+
+def test_a_run_killed_by_sigkill_and_one_stopped_by_sigint_go_on_to_the_same_end(
+    small: World, tmp_path: Path
+) -> None:
+    sets = ["run.checkpoint_every=1"]
+
+    def recipe(out: str) -> TrainRecipe:
+        return world.train_recipe(
+            small.shards, small.cache, tmp_path / out, sets=sets, epochs=8, batch_size=8
+        )
+
+    command = [
+        *(sys.executable, "-m", "cskd_pipeline", "train", "--method", "cskd", "--student"),
+        *(world.STUDENT, "--shards", str(small.shards), "--cache", str(small.cache)),
+        *("--epochs", "8", "--batch-size", "8", "--workers", "1", "--device", "cpu"),
+        *world.as_flags([*world.train_sets(), *sets]),
+        *("--out", str(tmp_path / "broken")),
+    ]
+    for number in (signal.SIGKILL, signal.SIGINT):
+        process = subprocess.Popen(
+            [*command, "--resume"],
+            stderr=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        _wait_for_progress(tmp_path / "broken" / "state.pt", process)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+        if number == signal.SIGINT:
+            assert process.returncode == 130
+            assert b"--resume" in errors
+            assert b"Traceback" not in errors
+    assert 0 < load_state(tmp_path / "broken" / "state.pt")["update"] < 8 * 12
+    run_to_end(recipe("broken"), resume=True)
+    run_to_end(recipe("whole"))
+    assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
+
+
+def _wait_for_progress(state: Path, process: subprocess.Popen[bytes]) -> None:
+    """Until the state has been written twice since now."""
+    seen: set[int] = set()
+    deadline = time.monotonic() + 120
+    before = state.stat().st_mtime_ns if state.exists() else 0
+    while len(seen) < 2:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        if state.exists() and state.stat().st_mtime_ns != before:
+            seen.add(state.stat().st_mtime_ns)
+        time.sleep(0.005)
+
+
+def test_students_load_into_timm_and_evaluate_as_the_run_said(small: World, tmp_path: Path) -> None:
+    sets = [f'data.val_shards="{small.validation}"']
+    out = tmp_path / "run"
+    summary = run_to_end(world.train_recipe(small.shards, small.cache, out, sets=sets))
+    card = read_card(out / "best.safetensors")
+    model = timm.create_model(
+        card.model,
+        num_classes=card.num_classes,
+        checkpoint_path=str(out / "best.safetensors"),
+        **card.kwargs,
+    )
+    state = load_state(out / "state.pt")
+    last = timm.create_model(
+        card.model,
+        num_classes=card.num_classes,
+        checkpoint_path=str(out / "last.safetensors"),
+        **card.kwargs,
+    )
+    assert_equal(dict(last.state_dict()), dict(state["student"]))
+    assert model.num_classes == len(world.CLASSES)
+
+    measured = evaluate(out, str(small.validation), world.quiet(), workers=0, device="cpu")
+    assert measured["top1"] == pytest.approx(summary["best"]["top1"])
+    assert measured["samples"] == 16
+    assert set(measured["per_head"]) == {"cls", "dist", "dense", "mean"}
+
+
+@pytest.mark.parametrize(
+    ("method", "student", "kwargs", "heads"),
+    [
+        ("none", "resnet10t", "{channels=[8, 8, 8, 8]}", ["cls"]),
+        ("none", world.STUDENT, world.STUDENT_KWARGS, ["cls", "dist"]),
+        ("deit", "vit_tiny_patch16_224", world.STUDENT_KWARGS, ["cls"]),
+        ("cskd", "vit_tiny_patch16_224", world.STUDENT_KWARGS, ["cls", "dense"]),
+        ("cskd", world.STUDENT, world.STUDENT_KWARGS, ["cls", "dist", "dense"]),
+    ],
+)
+def test_every_method_trains_and_answers_with_the_heads_it_trained(
+    small: World, tmp_path: Path, method: str, student: str, kwargs: str, heads: list[str]
+) -> None:
+    cache = None if method == "none" else small.cache
+    sets = [f'data.val_shards="{small.validation}"', *(world.VIEWS if cache is None else [])]
+    recipe = world.train_recipe(
+        small.shards,
+        cache,
+        tmp_path / "run",
+        method,
+        sets,
+        epochs=2,
+        student=student,
+        kwargs=kwargs,
+    )
+    summary = run_to_end(recipe)
+    assert 0 <= summary["last"]["top1"] <= 100
+    measured = evaluate(tmp_path / "run", str(small.validation), world.quiet(), device="cpu")
+    assert measured["heads"] == heads
+
+
+def test_views_come_again_when_epochs_outlast_them_and_the_run_says_so(
+    small: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warned(epochs: int) -> str:
+        recipe = world.train_recipe(
+            small.shards,
+            small.cache,
+            tmp_path / str(epochs),
+            sets=["data.drift=warn"],
+            epochs=epochs,
+        )
+        run_to_end(recipe)
+        return capsys.readouterr().err
+
+    assert "again" not in warned(4)
+    assert "views come again from epoch 5 on" in warned(5)
+
+
+def test_training_loads_no_teacher_and_needs_no_network(small: World, tmp_path: Path) -> None:
+    """In a process where every connection fails and every model made is written down."""
+    script = f"""
+import socket, sys
+def refuse(*args, **kwargs):
+    raise OSError("no network here")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import timm
+made = []
+create = timm.create_model
+def create_model(name, *args, **kwargs):
+    made.append((name, kwargs.get("pretrained", False)))
+    return create(name, *args, **kwargs)
+timm.create_model = create_model
+from cskd_pipeline.cli import main
+code = main(sys.argv[1:])
+assert code == 0, code
+assert made == [({world.STUDENT!r}, False)], made
+loaded = sorted(m for m in sys.modules if "teacher" in m or m == "cskd_pipeline.dump")
+assert loaded == [], loaded
+"""
+    command = [
+        *(sys.executable, "-c", script, "train", "--method", "cskd", "--epochs", "1"),
+        *("--shards", str(small.shards), "--cache", str(small.cache), "--student", world.STUDENT),
+        *("--batch-size", "16", "--out", str(tmp_path / "run"), "--workers", "0", "-q"),
+        *world.as_flags(world.train_sets()),
+    ]
+    subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
