@@ -350,3 +350,13 @@ def test_fused_logits_are_the_weighted_mean_in_float32() -> None:
 def test_the_global_label_is_the_first_of_the_largest() -> None:
     global_ = torch.tensor([[1, 3, 3, 2], [0, 0, 0, 0]], dtype=torch.float16)
     assert ckf.hard_global_labels(global_).tolist() == [1, 0]
+
+
+def test_the_march_goes_over_few_of_many_lines() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(4, 1, 1000, generator=generator)  # what all places of an image say
+    d = (1.2 * image + torch.randn(4, 49, 1000, generator=generator)).half().float()
+    g = d.mean(dim=1, keepdim=True).half().float().expand_as(d)
+    assert ckf._candidates(d, g).shape[:2] == (3, 4 * 49)
+    assert ckf._candidates(d, g).shape[2] < 60
+    assert ckf._candidates(torch.ones(1, 2, 1000), torch.ones(1, 2, 1000)).shape[2] == 1
