@@ -55,7 +55,7 @@ def items_of(unit: UnitViews, count: int, policy: ViewPolicy, batch_size: int) -
     """
     shard, views = unit
     window_bytes = policy.window * policy.size * policy.size * 3
-    parts = -(-len(views) * window_bytes // ITEM_BYTES)
+    parts = -(-len(views) // max(1, ITEM_BYTES // window_bytes))
     chunks = [
         views[p[0] : p[-1] + 1] for p in np.array_split(np.arange(len(views)), parts) if len(p)
     ]

@@ -130,5 +130,5 @@ def test_a_shard_named_twice_is_refused(folder: Path) -> None:
 
 
 def test_a_split_of_something_without_splits_is_refused(folder: Path) -> None:
-    with pytest.raises(DataError, match="only an _info.json has splits"):
+    with pytest.raises(DataError, match=r"only an _info\.json has splits"):
         expand_shards(folder, split="train")

@@ -129,7 +129,7 @@ def test_ranks_and_micro_batches_only_cut_the_global_batch(
 @settings(max_examples=50, deadline=None)
 @given(plans(), st.integers(0, 3))
 def test_pairs_and_the_views_of_an_image_are_neighbours(plan: EpochPlan, cycle: int) -> None:
-    """Of a cycle's rows, those of a pair lie within 2R; only what a cut or the tail took is apart."""
+    """A pair's rows lie within 2R; only what a cut or the dropped tail took is apart."""
     rows = np.concatenate([plan.epoch(cycle * plan.repeats + p).rows for p in range(plan.repeats)])
     if plan.samples.total % plan.batch_size:  # tails between the epochs; look at the first alone
         rows = plan.epoch(cycle * plan.repeats).rows

@@ -1,0 +1,60 @@
+"""Evaluation images: timm's transform, every sample once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from timm.data import create_transform
+
+from cskd_pipeline.loading.evalset import eval_loader
+from cskd_pipeline.loading.index import Dataset
+from cskd_pipeline.views.decode import decode
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    size: int = 32
+    crop_pct: float = 0.9
+    interpolation: str = "bicubic"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_sample_comes_once_in_order_as_timm_shows_it(dataset: Dataset, workers: int) -> None:
+    loader = eval_loader(dataset, Preprocessing(), batch_size=10, workers=workers)
+    batches = list(loader)
+    assert [len(batch.label) for batch in batches] == [10, 10, 10, 10, 3]
+    pixels = torch.cat([batch.pixels for batch in batches])
+    labels = torch.cat([batch.label for batch in batches])
+    assert pixels.dtype == torch.uint8
+    transform = create_transform(
+        32, is_training=False, interpolation="bicubic", crop_pct=0.9, mean=(0,) * 3, std=(1,) * 3
+    )
+    place = 0
+    for shard in dataset.shards:
+        for row in range(len(shard)):
+            expected = transform(decode(shard.read_image(row), "")).permute(1, 2, 0)
+            assert torch.equal(pixels[place].float() / 255, expected)
+            assert labels[place] == shard.label(row)
+            place += 1
+    assert place == len(pixels)
+
+
+def test_ranks_share_the_batches_out(dataset: Dataset) -> None:
+    whole = [b.label.tolist() for b in eval_loader(dataset, Preprocessing(), batch_size=10)]
+    parts = [
+        [b.label.tolist() for b in eval_loader(
+            dataset, Preprocessing(), batch_size=10, rank=rank, world=2
+        )]
+        for rank in range(2)
+    ]  # fmt: skip
+    assert parts == [whole[0::2], whole[1::2]]
+
+
+def test_the_share_of_the_image_and_the_filter_are_those_asked_for(dataset: Dataset) -> None:
+    wanted = [Preprocessing(), Preprocessing(crop_pct=0.5), Preprocessing(interpolation="nearest")]
+    pixels = [next(iter(eval_loader(dataset, w, batch_size=4))).pixels.numpy() for w in wanted]
+    assert not np.array_equal(pixels[0], pixels[1])
+    assert not np.array_equal(pixels[0], pixels[2])

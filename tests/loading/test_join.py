@@ -1,0 +1,226 @@
+"""A cache and tars that were cut otherwise, lack samples, or hold other images."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.errors import JoinError
+from cskd_pipeline.loading import join as join_module
+from cskd_pipeline.loading import shards as shards_module
+from cskd_pipeline.loading.batches import TrainBatches
+from cskd_pipeline.loading.index import Dataset, index_shards, load_dataset
+from cskd_pipeline.loading.join import Join, join
+from cskd_pipeline.loading.plan import EpochPlan
+from tests.conftest import COUNTS
+from tests.loading.making import POLICY, ROOT_SEED, VIEWS, make_cache, same
+from tests.pictures import Sample, samples, write_shard
+
+EVERY = samples(0, sum(COUNTS))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> CacheReader:
+    return make_cache(tmp_path_factory.mktemp("cache") / "cache", load_dataset(shards))
+
+
+def recut(folder: Path, *parts: list[Sample]) -> Dataset:
+    """A data set of tars that hold ``parts``."""
+    folder.mkdir(exist_ok=True)
+    paths = [write_shard(folder / f"other-{i:02d}.tar", part) for i, part in enumerate(parts)]
+    return load_dataset(paths, num_classes=5)
+
+
+def source(joined: Join, cache: CacheReader, batch_size: int = 10, **changes: Any) -> TrainBatches:
+    plan = EpochPlan(
+        joined.samples,
+        POLICY,
+        ROOT_SEED,
+        views=VIEWS,
+        repeats=2,
+        batch_size=batch_size,
+        seed=0,
+        allowed=joined.allowed,
+    )
+    return TrainBatches(plan, joined.images, cache=cache, encoding="dense", **changes)
+
+
+def test_the_producer_s_own_shards_are_taken_whole(
+    dataset: Dataset, cache: CacheReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CacheReader, "keys", None)
+    joined = join(dataset, cache)
+    assert (joined.same_shards, joined.missing, joined.unused) == (4, 0, 0)
+    assert joined.allowed is None
+    assert joined.samples.counts == COUNTS
+
+
+def test_shards_of_the_same_keys_are_found_whatever_they_are_called(
+    tmp_path: Path, cache: CacheReader, dataset: Dataset
+) -> None:
+    ends = np.cumsum(COUNTS)
+    parts = [EVERY[end - n : end] for n, end in zip(COUNTS, ends, strict=True)]
+    other = recut(tmp_path, *parts[::-1])
+    joined = join(other, cache)
+    assert joined.same_shards == 4
+    one, two = source(joined, cache), source(join(dataset, cache), cache)
+    assert same(one[(0, 1, 0)], two[(0, 1, 0)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_other_tars_in_another_order_give_the_same_batches(
+    tmp_path: Path, dataset: Dataset, cache: CacheReader, seed: int
+) -> None:
+    order = np.random.default_rng(seed).permutation(len(EVERY))
+    cuts = sorted(np.random.default_rng(seed).choice(np.arange(1, len(EVERY)), 4, replace=False))
+    parts = [[EVERY[i] for i in part] for part in np.split(order, cuts)]
+    joined = join(recut(tmp_path, *parts, samples(500, 3)), cache)
+    assert (joined.same_shards, joined.missing, joined.unused) == (0, 0, 3)
+    one, two = source(joined, cache), source(join(dataset, cache), cache)
+    for position in ((0, 0, 0), (1, 3, 0), (2, 2, 0)):
+        assert same(one[position], two[position])
+
+
+def test_what_is_missing_is_counted_and_named(tmp_path: Path, cache: CacheReader) -> None:
+    other = recut(tmp_path, [s for i, s in enumerate(EVERY) if i not in (3, 17, 40)])
+    with pytest.raises(JoinError, match="3 of the cache's 43 samples are not in the shards") as e:
+        join(other, cache)
+    assert e.value.problems == [f"missing: {EVERY[i][0]}" for i in (3, 17, 40)]
+    assert "data.missing=skip" in str(e.value.action)
+
+
+def test_training_without_the_missing_asks_for_none_of_them(
+    tmp_path: Path, dataset: Dataset, cache: CacheReader
+) -> None:
+    gone = {3, 17, 40}
+    other = recut(tmp_path, [s for i, s in enumerate(EVERY) if i not in gone], samples(99, 1))
+    joined = join(other, cache, missing="skip")
+    assert (joined.missing, joined.unused) == (3, 1)
+    assert joined.allowed is not None
+    starts = np.cumsum((0, *COUNTS))
+    absent = {int(starts[s] + i) for s, m in enumerate(joined.allowed) for i in np.flatnonzero(~m)}
+    assert absent == gone
+    skipping = source(joined, cache)
+    every = join(dataset, cache)
+    renderer = source(every, cache).of_rows
+    for step in range(skipping.plan.steps):
+        batch = skipping[(0, step, 0)]
+        numbers = starts[batch.index[:, 1]] + batch.index[:, 2].numpy()
+        assert not gone & set(numbers.tolist())
+        assert same(batch, renderer[batch.index.numpy()])
+
+
+def test_shards_of_another_data_set_are_not_skipped_but_refused(
+    tmp_path: Path, cache: CacheReader
+) -> None:
+    other = recut(tmp_path, samples(500, 20))
+    for missing in ("error", "skip"):
+        with pytest.raises(JoinError, match="43 of the cache's 43") as caught:
+            join(other, cache, missing=missing)
+    assert caught.value.found == "20 samples, for example bird_0500"
+    assert "skip" not in str(caught.value.action)
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, cache: CacheReader) -> None:
+    with pytest.raises(JoinError, match="more than once") as caught:
+        join(recut(tmp_path, EVERY, EVERY[30:33]), cache)
+    assert caught.value.found == EVERY[30][0]
+    assert "other-00.tar and" in str(caught.value.where)
+    first = EVERY[: COUNTS[0]]
+    with pytest.raises(JoinError, match="more than once"):
+        join(recut(tmp_path, first, EVERY[COUNTS[0] :], first), cache)
+
+
+def test_keys_twice_among_what_the_cache_does_not_know_are_no_matter(
+    tmp_path: Path, cache: CacheReader
+) -> None:
+    other = recut(tmp_path, EVERY, samples(500, 2), samples(500, 2))
+    assert join(other, cache).unused == 4
+
+
+def relabelled(sample: Sample, label: int) -> Sample:
+    key, fields = sample
+    return key, {**fields, "cls": b"%d" % label}
+
+
+def test_labels_unlike_the_cache_s_are_refused(tmp_path: Path, cache: CacheReader) -> None:
+    other = recut(tmp_path, [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)])
+    with pytest.raises(JoinError, match="other labels than in the cache") as caught:
+        join(other, cache)
+    assert caught.value.problems[0] == "bird_0000: label 4, in the cache 0"
+    # One wrong label that no probe met is found when its shard is first used.
+    one = recut(tmp_path, *([relabelled(s, 0) if i == 1 else s] for i, s in enumerate(EVERY)))
+    joined = join(one, cache, probed=0)
+    with pytest.raises(JoinError, match="1 of 21 samples have other labels"):
+        joined.images.labels(np.array([[0, 0]]))
+
+
+def recompressed(sample: Sample) -> Sample:
+    key, fields = sample
+    field = next(name for name in fields if name not in ("cls", "json"))
+    file = io.BytesIO()
+    Image.open(io.BytesIO(fields[field])).convert("RGB").save(file, "JPEG", quality=70)
+    return key, {
+        **{n: d for n, d in fields.items() if n in ("cls", "json")},
+        "jpg": file.getvalue(),
+    }
+
+
+def test_recompressed_images_are_noticed_before_the_first_step(
+    tmp_path: Path, cache: CacheReader
+) -> None:
+    other = recut(tmp_path, [recompressed(s) for s in EVERY])
+    with pytest.raises(JoinError, match="not the one the cache was made from") as caught:
+        join(other, cache)
+    assert "CRC-32" in str(caught.value.found)
+    assert "other-00.tar: " in str(caught.value.where)
+
+
+def test_one_image_that_differs_is_noticed_when_it_is_read(
+    tmp_path: Path, cache: CacheReader
+) -> None:
+    changed = 6
+    assert changed not in np.linspace(0, len(EVERY) - 1, join_module.PROBED).astype(int)
+    other = recut(tmp_path, [recompressed(s) if i == changed else s for i, s in enumerate(EVERY)])
+    strict = source(join(other, cache), cache)
+    with pytest.raises(JoinError, match="not the one the cache was made from") as caught:
+        _ = [strict[(epoch, step, 0)] for epoch in (0, 1) for step in range(strict.plan.steps)]
+    assert EVERY[changed][0] in str(caught.value.where)
+
+
+def test_images_that_differ_are_counted_where_the_user_accepts_them(
+    tmp_path: Path, cache: CacheReader
+) -> None:
+    other = recut(tmp_path, [recompressed(s) for s in EVERY])
+    batch = source(join(other, cache, drift="warn"), cache, drift="warn")[(0, 0, 0)]
+    assert batch.drifted == len(batch.pixels)
+
+
+def test_with_manifests_on_both_sides_only_the_probed_tars_are_read(
+    tmp_path: Path, dataset: Dataset, cache: CacheReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = dataset.shards[0].path.parent
+    manifest = index_shards(folder)
+    manifest.save(tmp_path / "manifest.json")
+    for shard in dataset.shards:
+        (tmp_path / shard.path.name).symlink_to(shard.path)
+    read: list[Path] = []
+    read_index = shards_module.read_index
+    monkeypatch.setattr(
+        shards_module, "read_index", lambda path: (read.append(path), read_index(path))[1]
+    )
+    joined = join(load_dataset(tmp_path / "manifest.json"), cache, probed=1)
+    assert joined.same_shards == 4
+    assert len(read) == 1
+
+
+def test_a_join_says_what_it_found(dataset: Dataset, cache: CacheReader) -> None:
+    fields = {field.name for field in dataclasses.fields(join(dataset, cache))}
+    assert {"samples", "images", "allowed", "same_shards", "missing", "unused"} == fields

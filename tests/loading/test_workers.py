@@ -1,0 +1,143 @@
+"""Loader processes: errors as raised, interrupts without noise, deaths told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from cskd_pipeline.errors import DataError, ImageError
+from cskd_pipeline.loading.workers import Loader
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+ERROR = ImageError("bad", where="a.tar: k", found=3, expected="4", action="act", problems=["p"])
+
+
+class Squares(Dataset[int]):
+    def __init__(self, kind: str = "") -> None:
+        self.kind = kind
+
+    def __getitem__(self, number: int) -> int:
+        if number == 3 and self.kind == "ours":
+            raise ERROR
+        if number == 3 and self.kind == "bug":
+            raise ZeroDivisionError
+        if number == 3 and self.kind == "killed":
+            assert get_worker_info() is not None
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number * number
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        yield from (0, 1, 4)
+        raise ERROR
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_items_come_in_order(workers: int) -> None:
+    order = [4, 0, 2, 9, 1, 1]
+    assert list(Loader(Squares(), order, workers=workers)) == [n * n for n in order]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_our_errors_arrive_as_they_were_raised_and_in_their_place(workers: int) -> None:
+    for loader in (
+        Loader(Squares("ours"), range(6), workers=workers),
+        Loader(Stream(), workers=workers),
+    ):
+        with pytest.raises(ImageError) as caught:
+            list(loader)
+        assert type(caught.value) is ImageError
+        assert vars(caught.value) == vars(ERROR)
+        assert str(caught.value) == str(ERROR)
+
+
+def test_items_before_an_error_are_delivered() -> None:
+    loader = iter(Loader(Squares("ours"), range(6), workers=2))
+    assert [next(loader) for _ in range(3)] == [0, 1, 4]
+    with pytest.raises(ImageError):
+        next(loader)
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError, match="raise ZeroDivisionError"):
+        list(Loader(Squares("bug"), range(6), workers=1))
+
+
+def test_a_process_that_dies_is_told_with_the_usual_reason() -> None:
+    with pytest.raises(DataError, match="a loader process died") as caught:
+        list(Loader(Squares("killed"), range(6), workers=1))
+    assert "DataLoader worker (pid" in str(caught.value.found)
+    assert "--shm-size" in str(caught.value.action)
+
+
+def test_processes_can_be_kept_between_iterations() -> None:
+    class Pids(Dataset[int]):
+        def __getitem__(self, number: int) -> int:
+            return os.getpid()
+
+    loader = Loader(Pids(), range(4), workers=2, reused=True, start_method="fork")
+    assert len(set(loader) | set(loader)) == 2
+
+
+SLOW = """
+import sys, time
+from torch.utils.data import Dataset
+from cskd_pipeline.loading.workers import Loader
+
+class Slow(Dataset):
+    def __getitem__(self, number):
+        time.sleep(0.05)
+        return number
+
+try:
+    for number in Loader(Slow(), range(10_000), workers=2):
+        print(number, flush=True)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    sys.exit(130)
+"""
+
+
+def alive(group: int) -> bool:
+    """Whether any process of the group is there and no zombie."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            return True
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_ctrl_c_ends_all_processes_without_a_word_from_them() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        for _ in range(3):
+            process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert output.endswith("interrupted\n")
+    assert errors == ""
+    deadline = time.monotonic() + 10
+    while alive(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
