@@ -103,6 +103,7 @@ def open_training_data(recipe: TrainRecipe, terminal: Terminal) -> TrainingData:
         views, grid = cache.views, cache.manifest.grid
         encoding_name = _choose_encoding(recipe, cache)
         encoding = cache.encodings[encoding_name]
+        _check_views(recipe, cache, terminal)
         joined = join(
             dataset,
             cache,
@@ -125,8 +126,6 @@ def open_training_data(recipe: TrainRecipe, terminal: Terminal) -> TrainingData:
         shuffle_shards=recipe.batch.shuffle_shards,
         allowed=allowed,
     )
-    if cache is not None:
-        _check_views(recipe, plan, cache, terminal)
     return TrainingData(
         plan=plan,
         source=TrainBatches(
@@ -206,13 +205,11 @@ def _choose_encoding(recipe: TrainRecipe, cache: CacheReader) -> str:
     )
 
 
-def _check_views(
-    recipe: TrainRecipe, plan: EpochPlan, cache: CacheReader, terminal: Terminal
-) -> None:
+def _check_views(recipe: TrainRecipe, cache: CacheReader, terminal: Terminal) -> None:
     """All views that the run will show are there; says so if epochs share them."""
     epochs, repeats = recipe.schedule.epochs, recipe.batch.repeats
-    cache.require_done(plan.used_views(epochs))
     cycles, fresh = -(-epochs // repeats), cache.views // repeats
+    cache.require_done(range(min(cycles * repeats, cache.views)))
     if cycles > fresh:
         terminal.warn(
             f"{epochs} epochs show every image {cycles * repeats} times in {cache.views} views: "

@@ -85,7 +85,14 @@ def dump_sets(encodings: str = '["dense", "envelope"]', views: int = 4) -> list[
     ]
 
 
-def dump_recipe(shards: Path, cache: Path, sets: list[str] | None = None) -> DumpRecipe:
+def dump_recipe(
+    shards: Path,
+    cache: Path,
+    sets: list[str] | None = None,
+    *,
+    views: int = 4,
+    encodings: str = '["dense", "envelope"]',
+) -> DumpRecipe:
     flags: dict[str, Any] = {
         "data.shards": str(shards),
         "cache.path": str(cache),
@@ -94,7 +101,7 @@ def dump_recipe(shards: Path, cache: Path, sets: list[str] | None = None) -> Dum
         "dump.workers": 0,
         "dump.device": "cpu",
     }
-    return load_recipe(DumpRecipe, None, [*dump_sets(), *(sets or [])], flags)
+    return load_recipe(DumpRecipe, None, [*dump_sets(encodings, views), *(sets or [])], flags)
 
 
 def train_sets(kwargs: str = STUDENT_KWARGS) -> list[str]:

@@ -1,0 +1,118 @@
+"""Stage one as a user runs it: killed, extended, shared out, summed up."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.dump import dump_teacher
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+
+
+def data_files(cache: Path) -> dict[str, bytes]:
+    """Every file of a cache but the manifest, which has the time of its making."""
+    return {
+        str(path.relative_to(cache)): path.read_bytes()
+        for path in sorted(cache.rglob("*"))
+        if path.is_file() and path != cache / "zarr.json"
+    }
+
+
+def dump_command(small: World, cache: Path, workers: int) -> list[str]:
+    return [
+        *(sys.executable, "-m", "cskd_pipeline", "dump-teacher", "--shards", str(small.shards)),
+        *("--teacher", world.TEACHER, "--weights", "random", "--cache", str(cache)),
+        *("--workers", str(workers), "--device", "cpu"),
+        *world.as_flags(world.dump_sets()),
+    ]
+
+
+def test_a_dump_killed_at_random_moments_ends_as_an_uninterrupted_one(
+    small: World, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    moments = random.Random(0)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for _ in range(3):
+        process = subprocess.Popen(dump_command(small, cache, 1), env=environment)
+        while not (cache / "zarr.json").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0.0, 1.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(dump_command(small, cache, 2), check=True, env=environment)
+    assert data_files(cache) == data_files(small.cache)
+
+
+def test_a_dump_asked_to_stop_keeps_its_units_and_says_how_to_go_on(
+    small: World, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    process = subprocess.Popen(
+        dump_command(small, cache, 0),
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while not list(cache.glob("done/c/*/*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    done = CacheReader(cache).done()
+    assert 0 < done.sum()
+    if process.returncode != 0:  # the last unit may have been under way already
+        assert process.returncode == 130
+        assert b"cskd-pipeline dump-teacher" in errors
+        assert done.sum() < done.size
+    assert b"Traceback" not in errors
+
+
+def test_extending_a_finished_cache_equals_dumping_all_views_at_once(
+    small: World, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    for views in (2, 4):
+        recipe = world.dump_recipe(small.shards, cache, views=views)
+        summary = dump_teacher(recipe, world.quiet())
+        assert summary["views"] == views
+        assert summary["views_written"] == 2 * summary["samples"]
+    assert data_files(cache) == data_files(small.cache)
+
+
+def test_parts_dumped_apart_in_any_order_make_the_same_cache(small: World, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    for part in ((2, 3), (0, 2)):
+        dump_teacher(world.dump_recipe(small.shards, cache), world.quiet(), shard_range=part)
+    assert data_files(cache) == data_files(small.cache)
+
+
+def test_the_summary_counts_what_was_written_and_how_right_the_teacher_was(
+    small: World, tmp_path: Path
+) -> None:
+    recipe = world.dump_recipe(small.shards, tmp_path / "cache", ["views.mix=0"])
+    summary = dump_teacher(recipe, world.quiet())
+    reader = CacheReader(tmp_path / "cache")
+    right = total = 0
+    for view in range(reader.views):
+        for shard, count in enumerate(reader.counts):
+            rows = reader.rows("dense", view, shard, np.arange(count))
+            right += int((rows["dense/global"].argmax(1) == reader.labels(shard)).sum())
+            total += count
+    assert summary["views_written"] == total
+    assert summary["teacher_top1"] == pytest.approx(right / total)
+    files = (tmp_path / "cache" / "envelope").rglob("c/**/*")
+    sizes = [path.stat().st_size for path in files if path.is_file()]
+    assert summary["bytes_per_view"]["envelope"] == pytest.approx(sum(sizes) / total, abs=0.5)
+    again = dump_teacher(recipe, world.quiet())
+    assert (again["views_written"], again["complete"]) == (0, True)

@@ -1,0 +1,263 @@
+"""Bad input gets one clear message, exit code 1, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.dump import dump_teacher
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def refused(capsys: Capture) -> Callable[..., str]:
+    """Runs a command that must be refused; gives its message."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        assert world.cli(*arguments) == 1
+        out, errors = capsys.readouterr()
+        assert out == ""
+        assert "Traceback" not in errors
+        assert "error:" in errors
+        return errors
+
+    return run
+
+
+def train(small: World, out: Path, *more: object, cache: Path | None = None) -> list[object]:
+    return [
+        *("train", "--shards", small.shards, "--cache", cache or small.cache, "--out", out),
+        *("--student", world.STUDENT, "--method", "cskd", "--epochs", 4, "--batch-size", 16),
+        *("--workers", 0, "--device", "cpu", "-q"),
+        *world.as_flags(world.train_sets()),
+        *more,
+    ]
+
+
+def dump(shards: object, cache: Path, *more: object) -> list[object]:
+    return [
+        *("dump-teacher", "--shards", shards, "--cache", cache, "--teacher", world.TEACHER),
+        *("--weights", "random", "--workers", 0, "--device", "cpu", "-q"),
+        *world.as_flags(world.dump_sets()),
+        *more,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--set", "distil.method=cskd"], ["distil", "did you mean", "distill"]),
+        (["--set", "distill.alpa=0.3"], ["distill.alpa", "alpha"]),
+        (["--set", "data.num_classes=7"], ["4 classes", "7"]),
+        (["--set", "views.size=48"], ["another view policy", "size", "48", "32"]),
+        (["--set", "views.flip=0.1"], ["another view policy", "flip", "0.1"]),
+        (["--set", "distill.encoding=topk"], ["no encoding topk", "dense, envelope"]),
+        (["--set", "batch.repeats=8"], ["fewer views", "4 views", "at least 8"]),
+        (["--set", "batch.accumulation=3"], ["batch.accumulation", "a divisor of"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    small: World, tmp_path: Path, refused: Callable[..., str], more: list[str], says: list[str]
+) -> None:
+    out = tmp_path / "run"
+    message = refused(*train(small, out, *more))
+    for words in says:
+        assert words in message, message
+    assert not out.exists()
+
+
+def test_a_student_coarser_than_the_teacher_is_refused(
+    small: World, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    coarse = world.STUDENT_KWARGS.replace("patch_size=4", "patch_size=16")
+    command = [
+        str(word).replace(world.STUDENT_KWARGS, coarse) for word in train(small, tmp_path / "run")
+    ]
+    message = refused(*command)
+    assert "coarser" in message
+    assert "2x2" in message
+    assert "4x4" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_student_of_another_input_size_is_refused(
+    small: World, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    other = world.STUDENT_KWARGS.replace("img_size=32", "img_size=64")
+    command = [
+        str(word).replace(world.STUDENT_KWARGS, other) for word in train(small, tmp_path / "run")
+    ]
+    message = refused(*command)
+    assert "img_size" in message
+    assert "64" in message
+    assert "32" in message
+
+
+def test_soft_targets_asked_of_an_envelope_cache_are_refused(
+    small: World, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    cache = tmp_path / "cache"
+    recipe = world.dump_recipe(small.shards, cache, views=2, encodings='["envelope"]')
+    dump_teacher(recipe, world.quiet())
+    message = refused(*train(small, tmp_path / "run", "--set", "distill.kind=soft", cache=cache))
+    assert "soft" in message
+    assert "encodings envelope" in message
+    assert "--encoding dense" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unfinished_cache_is_refused_with_what_is_missing_and_how_to_finish_it(
+    small: World, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    cache = tmp_path / "cache"
+    dump_teacher(world.dump_recipe(small.shards, cache), world.quiet(), shard_range=(0, 2))
+    message = refused(*train(small, tmp_path / "run", cache=cache))
+    assert "2 of 6 units missing" in message
+    assert "dump-teacher" in message
+
+
+def test_shards_that_lack_samples_of_the_cache_are_refused_or_skipped_as_asked(
+    small: World, tmp_path: Path, refused: Callable[..., str], capsys: Capture
+) -> None:
+    fewer = tmp_path / "shards"
+    shutil.copytree(small.shards, fewer)
+    (fewer / "_info.json").unlink()
+    lost = sorted(fewer.glob("*.tar"))[0]
+    lost.unlink()
+    command = [fewer if word == small.shards else word for word in train(small, tmp_path / "run")]
+    message = refused(*command)
+    assert "32 of the cache's 96 samples are not in the shards" in message
+    assert message.count("missing: ") > 1
+    assert world.cli(*command, "--set", "data.missing=skip") == 0
+    assert "without 32 samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda tar: tar.write_bytes(b"no tar at all" * 99), ["tar"]),
+        (lambda tar: tar.write_bytes(tar.read_bytes()[:-20_000]), ["cut", "short"]),
+        (lambda tar: _relabel(tar, "17"), ["17", "0 to 3"]),
+    ],
+)
+def test_damaged_shards_are_refused_by_both_stages(
+    small: World,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    spoil: Callable[[Path], object],
+    says: list[str],
+) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(small.shards, shards)
+    tar = sorted(shards.glob("*.tar"))[1]
+    spoil(tar)
+    messages = [
+        refused(*dump(shards, tmp_path / "cache")),
+        refused(*[shards if w == small.shards else w for w in train(small, tmp_path / "run")]),
+    ]
+    for message in messages:
+        assert tar.name in message
+        assert any(words in message for words in says), message
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def _relabel(tar: Path, label: str) -> None:
+    """Give the first sample another label."""
+    spoiled = tar.with_suffix(".new")
+    with tarfile.open(tar) as old, tarfile.open(spoiled, "w") as new:
+        changed = False
+        for member in old:
+            data = old.extractfile(member)
+            assert data is not None
+            content = data.read()
+            if member.name.endswith(".cls") and not changed:
+                content, changed = label.encode(), True
+                member.size = len(content)
+            new.addfile(member, io.BytesIO(content))
+    spoiled.replace(tar)
+
+
+@pytest.mark.parametrize("command", ["train", "dump"])
+def test_an_output_folder_that_holds_something_else_is_left_alone(
+    small: World, tmp_path: Path, refused: Callable[..., str], command: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    arguments = train(small, out) if command == "train" else dump(small.shards, out)
+    message = refused(*arguments)
+    assert "holds something else" in message
+    assert "thesis.tex" in message
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+def test_a_cache_of_another_making_is_not_gone_on_with(
+    small: World, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    before = CacheReader(small.cache).manifest
+    message = refused(*dump(small.shards, small.cache, "--set", "teacher.seed=1"))
+    assert "another making" in message
+    assert "weights_sha256" in message
+    assert CacheReader(small.cache).manifest == before
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vgg11", "swin_tiny_patch4_window7_224"])
+def test_a_teacher_without_spatial_logits_is_refused_with_the_reason(
+    small: World, tmp_path: Path, refused: Callable[..., str], name: str
+) -> None:
+    command = [
+        *("dump-teacher", "--shards", small.shards, "--cache", tmp_path / "cache", "-q"),
+        *("--teacher", name, "--weights", "random", "--set", "views.size=224"),
+    ]
+    assert "gives no spatial logits" in refused(*command)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("stage", ["train", "dump"])
+def test_a_full_disk_stops_with_a_message_and_the_same_command_goes_on_later(
+    small: World,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+) -> None:
+    """The kernel says that the disk is full when the data is made durable."""
+    target = tmp_path / "target"
+    command = train(small, target) if stage == "train" else dump(small.shards, target)
+    real, calls = os.fsync, 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert "no space left" in refused(*command)
+    monkeypatch.setattr(os, "fsync", real)
+    assert world.cli(*command, *(["--resume"] if stage == "train" else [])) == 0
+
+
+def test_with_json_a_refusal_is_one_json_object_on_stdout(
+    small: World, tmp_path: Path, capsys: Capture
+) -> None:
+    capsys.readouterr()
+    assert world.cli(*train(small, tmp_path / "run", "--set", "views.size=48", "--json")) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["kind"] == "CacheError"
+    assert error["exit_code"] == 1
