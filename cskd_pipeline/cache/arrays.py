@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,14 @@ class StoredArray:
 
     def key(self, *at: int) -> str:
         """The file that holds the element ``at`` (missing trailing indices are 0)."""
-        full = (*at, *(0 for _ in self.shape[len(at) :]))
-        places = (i // n for i, n in zip(full, self.file_shape, strict=True))
-        return "/".join((self.name, "c", *map(str, places)))
+        full = at + (0,) * (len(self.shape) - len(at))
+        places = [str(i // n) for i, n in zip(full, self.file_shape, strict=True)]
+        return f"{self.name}/c/{'/'.join(places)}"
+
+    @cached_property
+    def little(self) -> np.dtype:
+        """The data type as it is stored: little-endian."""
+        return np.dtype(self.dtype).newbyteorder("<")
 
     @property
     def chunks_per_file(self) -> tuple[int, ...]:

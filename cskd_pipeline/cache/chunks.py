@@ -8,6 +8,7 @@ is missing it gives fill values.
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from itertools import product
@@ -108,7 +109,7 @@ class ChunkReader:
         if array.chunk_shape is None:
             data = self._folder.read(key, limit=_most_bytes(array, array.file_shape))
             return _decode(array, data, array.file_shape)
-        full = (*at, *(0 for _ in array.shape[len(at) :]))
+        full = at + (0,) * (len(array.shape) - len(at))
         inside = tuple(
             i % n // c for i, n, c in zip(full, array.file_shape, array.chunk_shape, strict=True)
         )
@@ -124,7 +125,7 @@ class ChunkReader:
         index = self._indices.get(key)
         if index is None:
             shape = (*array.chunks_per_file, 2)
-            length = 8 * int(np.prod(shape))
+            length = 8 * math.prod(shape)
             data = self._folder.read_part(key, -length - 4, length + 4)
             if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
                 raise DamageError("the shard index's crc32c does not fit")
@@ -168,19 +169,19 @@ def _encode(array: StoredArray, values: np.ndarray, shape: tuple[int, ...]) -> b
         values = whole
     if array.order is not None:
         values = values.transpose(array.order)
-    little = np.ascontiguousarray(values, np.dtype(array.dtype).newbyteorder("<"))
+    little = np.ascontiguousarray(values, array.little)
     return bytes(Zstd(level=array.level, checksum=True).encode(little))
 
 
 def _most_bytes(array: StoredArray, shape: tuple[int, ...]) -> int:
     """What a chunk of ``shape`` can take when nothing in it compresses."""
-    size = int(np.prod(shape)) * np.dtype(array.dtype).itemsize
+    size = math.prod(shape) * array.little.itemsize
     return size + size // 128 + 1024
 
 
 def _decode(array: StoredArray, data: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    order = array.order or tuple(range(len(shape)))
-    out = np.empty(tuple(shape[axis] for axis in order), np.dtype(array.dtype).newbyteorder("<"))
+    order = array.order
+    out = np.empty(shape if order is None else [shape[axis] for axis in order], array.little)
     # The size is checked first: a frame may claim any, and a shorter one would leave a rest unset.
     if _content_size(data) != out.nbytes:
         raise DamageError(f"not a zstd frame of {out.nbytes} bytes")
@@ -188,7 +189,7 @@ def _decode(array: StoredArray, data: bytes, shape: tuple[int, ...]) -> np.ndarr
         _ZSTD.decode(data, out=out)
     except (RuntimeError, ValueError) as error:
         raise DamageError(f"zstd: {error}") from error
-    return out.transpose(np.argsort(order))
+    return out if order is None else out.transpose(np.argsort(order))
 
 
 def _content_size(frame: bytes) -> int | None:

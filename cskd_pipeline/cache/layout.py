@@ -136,9 +136,21 @@ def array_documents(manifest: CacheManifest) -> dict[str, bytes]:
 
 
 def manifest_document(manifest: CacheManifest) -> bytes:
-    """The cache's own ``zarr.json``: the manifest and its SHA-256 in the attribute ``cskd``."""
+    """The cache's own ``zarr.json``: the manifest and its SHA-256 in the attribute ``cskd``.
+
+    Raises:
+        CacheError: larger than readers accept.
+    """
     content = {"manifest": manifest.to_json(), "sha256": manifest.digest()}
-    return to_bytes(group_document({ATTRIBUTE: content}))
+    document = to_bytes(group_document({ATTRIBUTE: content}))
+    if len(document) > documents.MAX_BYTES:
+        raise CacheError(
+            "the manifest is too large",
+            found=f"{len(document)} bytes for {len(manifest.dataset.shards)} tar shards",
+            expected=f"at most {documents.MAX_BYTES}",
+            action="cut the data set into fewer tar shards",
+        )
+    return document
 
 
 def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:

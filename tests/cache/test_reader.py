@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import pickle
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cskd_pipeline import documents
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.encodings import Rows
 from cskd_pipeline.cache.lru import BytesLRU
@@ -248,6 +250,18 @@ def test_a_manifest_from_the_future_is_refused_with_the_versions(tmp_path: Path)
         CacheReader(tmp_path / "c")
 
 
+def test_attributes_too_large_are_neither_written_nor_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "c")
+    monkeypatch.setattr(documents, "MAX_BYTES", 2000)
+    with pytest.raises(CacheError, match="more than the 2000 it may have"):
+        CacheReader(tmp_path / "c")
+    with pytest.raises(CacheError, match="manifest is too large"):
+        CacheWriter.create(tmp_path / "d", manifest())
+    assert list((tmp_path / "d").iterdir()) == []
+
+
 def test_an_unknown_encoding_is_refused(tmp_path: Path) -> None:
     made = manifest(encodings=("dense", "holographic"))
     tmp_path.joinpath("zarr.json").write_bytes(layout.manifest_document(made))
@@ -330,6 +344,21 @@ def test_a_file_cut_at_any_length_is_noticed(tmp_path: Path) -> None:
             (path / name).write_bytes(content[:length])
             with pytest.raises(CacheError):
                 everything(path)
+        (path / name).write_bytes(content)
+
+
+def test_a_lost_index_is_not_taken_for_chunks_that_nobody_wrote(tmp_path: Path) -> None:
+    """All ones mean "not written" in an index, and are what an erased block of a disk reads as."""
+    path = tmp_path / "c"
+    make(path)
+    for name in ("envelope/lines", "dense/spatial"):
+        array = layout.stored_arrays(manifest())[name]
+        name = array.key(0, 0)
+        content = (path / name).read_bytes()
+        length = 16 * math.prod(array.chunks_per_file)
+        (path / name).write_bytes(content[: -length - 4] + b"\xff" * length + content[-4:])
+        with pytest.raises(CacheError, match="index"):
+            everything(path)
         (path / name).write_bytes(content)
 
 

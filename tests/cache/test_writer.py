@@ -79,6 +79,19 @@ def test_the_order_of_units_does_not_show_in_the_bytes(
         assert tree(tmp_path / str(order)) == finished
 
 
+def test_lines_that_nobody_uses_leave_no_trace(tmp_path: Path, finished: dict[str, bytes]) -> None:
+    writer = CacheWriter.create(tmp_path / "c", manifest())
+    for unit in writer.todo():
+        data = unit_data(unit, writer.manifest)
+        arrays = dict(data.arrays)
+        lines = arrays["envelope/lines"]
+        longer = np.full((*lines.shape[:2], 20, *lines.shape[3:]), 65535, np.uint16)
+        longer[:, :, : lines.shape[2]] = lines
+        arrays["envelope/lines"] = longer
+        writer.write_unit(unit, replace(data, arrays=arrays))
+    assert tree(tmp_path / "c") == finished
+
+
 def test_a_unit_that_is_done_is_left_alone(tmp_path: Path) -> None:
     writer = make(tmp_path / "c")
     before = tree(tmp_path / "c")

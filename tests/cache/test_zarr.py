@@ -193,6 +193,16 @@ def test_a_frame_tells_its_size_before_it_is_decoded(count: int, level: int) -> 
             assert _content_size(Zstd(level=level, checksum=True).encode(values)) == count
 
 
+def test_bytes_beyond_the_end_of_a_file_are_not_made_up(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"0123456789")
+    folder = Folder(tmp_path)
+    assert folder.read_part("f", 8, 2) == b"89"
+    assert folder.read_part("f", -3, 3) == b"789"
+    for start, length in ((8, 3), (11, 1), (-11, 11), (-11, 1)):
+        with pytest.raises(DamageError, match="cut short"):
+            folder.read_part("f", start, length)
+
+
 def test_a_chunk_that_claims_another_size_is_not_decoded(tmp_path: Path) -> None:
     """A few bytes that would unfold into many are refused by their header."""
     from numcodecs.zstd import Zstd
