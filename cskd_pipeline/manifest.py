@@ -241,8 +241,8 @@ class CacheManifest:
     def differences(self, other: CacheManifest) -> list[str]:
         """What forbids writing ``other``'s units into this cache, one line each; empty if nothing.
 
-        Views and their blocks (a cache grows), versions (see :meth:`version_differences`),
-        provenance and free text are not compared.
+        Not compared are views and their blocks (a cache grows), versions (see
+        :meth:`version_differences`), provenance, free text, and names of data: its contents decide.
         """
         free = ("views", "view_block", "versions", "other_versions", "license", "notes", "created")
         mine, theirs = self.to_json(), other.to_json()
@@ -250,6 +250,9 @@ class CacheManifest:
             for name in free:
                 del document[name]
             del document["teacher"]["source"], document["teacher"]["top1"]
+            del document["dataset"]["name"], document["dataset"]["class_names"]
+            for shard in document["dataset"]["shards"]:
+                del shard["name"]
         return list(_differences(mine, theirs, ""))
 
     def version_differences(self, versions: Mapping[str, str]) -> list[str]:

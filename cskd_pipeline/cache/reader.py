@@ -13,7 +13,7 @@ from cskd_pipeline.cache.encodings import ArraySpec, Rows
 from cskd_pipeline.cache.lru import BytesLRU
 from cskd_pipeline.cache.store import FINISH, CacheStore
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.manifest import CacheManifest
+from cskd_pipeline.manifest import CacheManifest, keys_sha256
 
 
 class CacheReader:
@@ -109,7 +109,10 @@ class CacheReader:
         """Sample keys in the tar's order."""
         matrix = self._per_shard("key", shard)
         with self._store.explained("key", None, shard):
-            return layout.keys_of(matrix)
+            keys = layout.keys_of(matrix)
+            if keys_sha256(keys) != self.shard_ids[shard]:
+                raise ValueError("these are not the keys that the manifest identifies")
+            return keys
 
     def labels(self, shard: int) -> np.ndarray:
         """(count,) int32."""
@@ -120,7 +123,7 @@ class CacheReader:
         return self._per_shard("image_crc32", shard)
 
     def seeds(self, view: int, shard: int) -> np.ndarray:
-        """(count,) uint64, not to be written to."""
+        """(count,) uint64, read-only."""
         return self._small_slab("seed", view, shard)
 
     def view_digests(self, view: int, shard: int) -> np.ndarray:
@@ -151,6 +154,7 @@ class CacheReader:
             Array name -> (n, ...), copies.
         """
         offsets = np.asarray(offsets, np.int64)
+        assert ((offsets >= 0) & (offsets < self.counts[shard])).all(), (shard, offsets)
         self._require(view, shard)
         specs = self.specs(encoding)
         if specs[0].rows is None:
@@ -195,7 +199,6 @@ class CacheReader:
         array = self._store.arrays[name]
         assert array.chunk_shape is not None
         step = array.chunk_shape[2]
-        assert offsets.size == 0 or offsets.max() < self.counts[shard], (shard, offsets.max())
         out = np.empty((len(offsets), *array.shape[3:]), array.dtype)
         for chunk in np.unique(offsets // step).tolist():
             here = np.flatnonzero(offsets // step == chunk)
@@ -220,7 +223,8 @@ class CacheReader:
         """(count, ...) of one view; a ragged axis ends with the last entry in use."""
         array, count = self._store.arrays[name], self.counts[shard]
         if array.chunk_shape is None:
-            return self._store.chunk(name, view, shard)[view % array.file_shape[0], 0, :count]
+            block = self._store.chunk(name, view, shard)
+            return block[view % len(block), 0, :count].copy()  # the block itself is not kept
         pieces = [self._store.chunk(name, view, shard)[0, 0, :count]]
         if not self._specs[name].ragged:
             return pieces[0]
@@ -237,7 +241,8 @@ class CacheReader:
         self._require(view, shard)
         slab = self._slabs.get((name, view, shard))
         if slab is None:
-            slab = {name: np.ascontiguousarray(self._whole(name, view, shard))}
+            slab = {name: self._whole(name, view, shard)}
+            slab[name].flags.writeable = False
             self._slabs.put((name, view, shard), slab, slab[name].nbytes)
         return slab[name]
 

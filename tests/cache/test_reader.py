@@ -163,6 +163,10 @@ def test_slabs_are_kept_within_bounds(cache: Path) -> None:
         for shard in range(3):
             reader.rows("envelope", view, shard, [0])
             used.append(reader._slabs.used)
+            held = [a for rows, _ in reader._slabs._items.values() for a in rows.values()]
+            assert sum((a if a.base is None else a.base).nbytes for a in held) <= 4000
+            with pytest.raises(ValueError, match="read-only"):
+                reader.seeds(view, shard)[0] = 1
     assert max(used) <= 4000
     assert used[-1] > 1000
 
@@ -260,6 +264,36 @@ def test_attributes_too_large_are_neither_written_nor_read(
     with pytest.raises(CacheError, match="manifest is too large"):
         CacheWriter.create(tmp_path / "d", manifest())
     assert list((tmp_path / "d").iterdir()) == []
+
+
+def test_array_documents_that_decide_other_values_are_refused(tmp_path: Path) -> None:
+    """They guide zarr, not us: but a cache says one thing, whoever reads it."""
+    path = tmp_path / "c"
+    make(path)
+    document = path / "envelope/lines/zarr.json"
+    content = document.read_text()
+    changes = {
+        "fill_value": ('"fill_value": 65535', '"fill_value": 65534'),
+        "data_type": ('"data_type": "uint16"', '"data_type": "int16"'),
+        "dimension_names": ('"line"', '"lines"'),
+        "shape": ('"shape": [\n  4,\n  3', '"shape": [\n  4,\n  4'),
+        "chunk_grid": ('"chunk_grid": {\n  "name": "regular"', '"chunk_grid": {\n  "name": "odd"'),
+        "codecs": ('"checksum": true', '"checksum": false'),
+        "zarr_format": ('"zarr_format": 3', '"zarr_format": 2'),
+    }
+    for name, (old, new) in changes.items():
+        assert content.count(old) == 1, name
+        document.write_text(content.replace(old, new))
+        for open_it in (CacheReader, CacheWriter.open):
+            with pytest.raises(CacheError, match="not what its manifest says") as caught:
+                open_it(path)
+            assert [line.split(":")[:2] for line in caught.value.problems] == [
+                ["envelope/lines/zarr.json", f" {name}"]
+            ]
+    for old, new in (('"level": 8', '"level": 19'), ('"attributes": {}', '"attributes": {"x": 1}')):
+        assert content.count(old) == 1
+        document.write_text(content.replace(old, new))
+        CacheReader(path)
 
 
 def test_an_unknown_encoding_is_refused(tmp_path: Path) -> None:
@@ -360,6 +394,15 @@ def test_a_lost_index_is_not_taken_for_chunks_that_nobody_wrote(tmp_path: Path) 
         with pytest.raises(CacheError, match="index"):
             everything(path)
         (path / name).write_bytes(content)
+
+
+def test_keys_of_another_shard_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    make(path)
+    one, other = path / "key/c/0/0/0", path / "key/c/1/0/0"
+    other.write_bytes(one.read_bytes())
+    with pytest.raises(CacheError, match="not the keys that the manifest identifies"):
+        CacheReader(path).keys(1)
 
 
 def test_files_of_two_units_that_changed_places_are_refused_where_shapes_tell(

@@ -145,16 +145,17 @@ def test_another_making_is_refused_and_every_difference_told(tmp_path: Path) -> 
     make(tmp_path / "c")
     before = tree(tmp_path / "c")
     other = manifest(
-        dataset=replace(dataset(), name="other"),
+        dataset=dataset((5, 3, 6)),
         teacher=teacher(weights_sha256="cd" * 32),
         root_seed=8,
         encodings=("dense",),
     )
     with pytest.raises(CacheError) as caught:
         CacheWriter.create(tmp_path / "c", other)
-    assert [line.split(":")[0] for line in caught.value.problems] == [
-        "dataset.name", "teacher.weights_sha256", "root_seed", "encodings",
-    ]  # fmt: skip
+    assert {line.split(":")[0] for line in caught.value.problems} == {
+        "dataset.shards[2].count", "dataset.shards[2].bytes", "dataset.shards[2].keys_sha256",
+        "teacher.weights_sha256", "root_seed", "encodings",
+    }  # fmt: skip
     assert tree(tmp_path / "c") == before
 
 
