@@ -28,7 +28,7 @@ from cskd_pipeline.loading.batches import Batch
 from cskd_pipeline.loading.device import assemble, normalise
 from cskd_pipeline.loading.index import Dataset, describe, load_dataset
 from cskd_pipeline.loading.unit_views import unit_batches
-from cskd_pipeline.machine import pick_device, worker_count
+from cskd_pipeline.machine import pick_device, use_threads, worker_count
 from cskd_pipeline.manifest import (
     CacheManifest,
     DatasetManifest,
@@ -58,6 +58,7 @@ def dump_teacher(
         KeyboardInterrupt: stopped by a signal, between units.
     """
     device = pick_device(recipe.dump.device)
+    use_threads(recipe.dump.threads)
     dataset = load_dataset(
         recipe.data.shards,
         split=recipe.data.split or None,

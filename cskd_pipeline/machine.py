@@ -29,6 +29,16 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def use_threads(threads: int) -> None:
+    """Let networks on the CPU use ``threads`` cores; 0 leaves torch's choice, all of them.
+
+    Loader processes need cores too: on few of them, one thread can be many times faster than two
+    that wait for each other. The last bits of CPU results depend on the number.
+    """
+    if threads > 0:
+        torch.set_num_threads(threads)
+
+
 def worker_count(workers: int) -> int:
     """``workers``, or for -1 one for each core this process may use but one, at least one."""
     if workers >= 0:

@@ -23,7 +23,7 @@ from cskd_pipeline.evaluate import measure
 from cskd_pipeline.files import require_empty, write_text
 from cskd_pipeline.interrupt import Stop, stop_requests
 from cskd_pipeline.loading.batches import Batch
-from cskd_pipeline.machine import pick_device
+from cskd_pipeline.machine import pick_device, use_threads
 from cskd_pipeline.recipe import TrainRecipe, to_toml
 from cskd_pipeline.terminal import Terminal
 from cskd_pipeline.training.data import open_training_data
@@ -44,6 +44,7 @@ def train(recipe: TrainRecipe, terminal: Terminal, *, resume: bool = False) -> d
         KeyboardInterrupt: stopped by a signal, after the state was written.
     """
     out = _claim(recipe, resume)
+    use_threads(recipe.run.threads)
     data = open_training_data(recipe, terminal)
     run = Run(recipe, data, pick_device(recipe.run.device))
     state_file = out / STATE

@@ -49,6 +49,7 @@ class CacheSection:
 class DumpLoop:
     batch_size: int = _free(128)  # views per teacher forward
     workers: int = _free(-1)  # -1: one per core but one
+    threads: int = _free(0)  # of the network on CPU; 0: torch's choice
     device: str = _free("auto")
     channels_last: bool = _free(False)
     compile: bool = _free(False)
@@ -131,6 +132,7 @@ class RunSection:
     ema: float = 0.99996  # decay of the weight average; 0: off
     device: str = _free("auto")
     workers: int = _free(-1)
+    threads: int = _free(0)  # of the network on CPU; 0: torch's choice
     compile: bool = _free(False)
     channels_last: bool = _free(False)
     eval_batch_size: int = _free(256)

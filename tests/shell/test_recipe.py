@@ -297,8 +297,10 @@ def changed(value: object) -> object:
 FREE = {
     "data.shards", "data.val_shards", "data.cache", "data.split", "data.val_split", "data.name",
     "cache.path", "cache.view_block", "cache.license", "cache.notes",
-    "dump.batch_size", "dump.workers", "dump.device", "dump.channels_last", "dump.compile",
-    "run.out", "run.device", "run.workers", "run.compile", "run.channels_last",
+    "dump.batch_size", "dump.workers",
+    "dump.threads", "dump.device", "dump.channels_last", "dump.compile",
+    "run.out", "run.device", "run.workers",
+    "run.threads", "run.compile", "run.channels_last",
     "run.eval_batch_size", "run.log_every", "run.checkpoint_every",
 }  # fmt: skip
 
