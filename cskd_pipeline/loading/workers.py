@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import signal
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -76,6 +79,8 @@ class Loader(Generic[Item]):
         start_method: str | None = None,
         reused: bool = False,
     ) -> None:
+        self._start_method = start_method or multiprocessing.get_start_method()
+        self._workers = workers
         self._loader: DataLoader[Any] = DataLoader(
             _GuardedStream(dataset) if isinstance(dataset, IterableDataset) else _Guarded(dataset),
             sampler=cast(Any, order),
@@ -92,7 +97,9 @@ class Loader(Generic[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         try:
-            for item in self._loader:
+            with _interrupts_held(self._start_method) if self._workers else nullcontext():
+                items = iter(self._loader)
+            for item in items:
                 if isinstance(item, _Failed):
                     raise item.error
                 yield item
@@ -111,9 +118,23 @@ def _unchanged(item: Item) -> Item:
     return item
 
 
+@contextmanager
+def _interrupts_held(start_method: str) -> Iterator[None]:
+    """Processes started inside begin with Ctrl-C held back, and so never see one.
+
+    It reaches every process of a terminal; only the parent acts on it, and ends the others.
+    """
+    if start_method != "fork":
+        resource_tracker.ensure_running()  # its start would let go of what is held
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; only the parent acts on it, and ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for start methods that reset what is held
     if sys.platform == "linux":
         # Of a parent that was killed torch's own watch learns late, or never while a pipe is full.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -7,6 +7,7 @@ import pickle
 import random
 import zlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,8 +246,22 @@ def test_a_batch_survives_the_way_between_processes(dataset: Dataset, cache: Cac
     assert len(batch) == BATCH
 
 
+def test_a_pair_that_is_not_mixed_renders_no_partner(dataset: Dataset) -> None:
+    policy = replace(POLICY, mix=0.5)
+    renderer = Renderer(SampleSet.of(dataset), ImageSource(dataset.shards), policy, ROOT_SEED)
+    mates = matching(ROOT_SEED, dataset.shard_ids[0], 21, 0, policy)
+    kinds = Counter()
+    for offset in np.flatnonzero(mates != np.arange(21)).tolist():
+        batch = render_batch(renderer, np.array([[0, 0, offset]], np.int32))
+        mixed = float(batch.lam) < 1.0
+        assert len(batch.pixels) == 1 + mixed
+        assert batch.partner_label == dataset.shards[0].label(mates[offset] if mixed else offset)
+        kinds[mixed] += 1
+    assert min(kinds[True], kinds[False]) > 3
+
+
 def test_no_mixing_means_no_partners(dataset: Dataset) -> None:
-    policy = type(POLICY)(**{**POLICY.to_json(), "mix": 0.0})  # type: ignore[arg-type]
+    policy = replace(POLICY, mix=0.0)
     renderer = Renderer(SampleSet.of(dataset), ImageSource(dataset.shards), policy, ROOT_SEED)
     rows = np.array([[v, 0, o] for o in range(4) for v in range(2)], np.int32)
     batch: Batch = render_batch(renderer, rows)

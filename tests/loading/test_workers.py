@@ -90,7 +90,7 @@ def test_processes_can_be_kept_between_iterations() -> None:
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from torch.utils.data import Dataset
 from cskd_pipeline.loading.workers import Loader
 
@@ -98,7 +98,8 @@ class Slow(Dataset):
     def __getitem__(self, number):
         time.sleep(0.05)
         return number
-
+"""
+STOPPING = f"""{SLOW}
 try:
     for number in Loader(Slow(), range(10_000), workers=2):
         print(number, flush=True)
@@ -106,6 +107,36 @@ except KeyboardInterrupt:
     print("interrupted", flush=True)
     sys.exit(130)
 """
+STARTING = f"""{SLOW}
+if __name__ == "__main__":
+    try:
+        print("0\\n1\\n2", flush=True)
+        list(Loader(Slow(), range(10_000), workers=1, start_method="spawn"))
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        sys.exit(130)
+"""
+FINISHING = f"""{SLOW}
+for number in Loader(Slow(), range(60), workers=2):
+    signal.signal(signal.SIGINT, lambda *_: print("asked to stop", flush=True))
+    print(number, flush=True)
+"""
+
+
+def start(program: str, folder: Path) -> subprocess.Popen[str]:
+    """In a group of processes of its own, once it has delivered three items."""
+    (folder / "program.py").write_text(program)
+    process = subprocess.Popen(
+        [sys.executable, str(folder / "program.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for number in range(3):
+        assert process.stdout.readline() == f"{number}\n"
+    return process
 
 
 def alive(group: int) -> bool:
@@ -121,17 +152,10 @@ def alive(group: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_ctrl_c_ends_all_processes_without_a_word_from_them() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        for _ in range(3):
-            process.stdout.readline()
+@pytest.mark.parametrize("program", [STOPPING, STARTING])
+def test_ctrl_c_ends_all_processes_without_a_word_from_them(tmp_path: Path, program: str) -> None:
+    with start(program, tmp_path) as process:
+        time.sleep(0.5 * (program is STARTING))  # its process is importing now
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         output, errors = process.communicate(timeout=30)
     assert process.returncode == 130
@@ -141,3 +165,13 @@ def test_ctrl_c_ends_all_processes_without_a_word_from_them() -> None:
     while alive(process.pid):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_parent_that_goes_on_after_ctrl_c_keeps_its_processes(tmp_path: Path) -> None:
+    """Stage two finishes its update and saves before it stops; it needs its loader for that."""
+    with start(FINISHING, tmp_path) as process:
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (0, "")
+    assert [line for line in output.split("\n") if line.isdigit()] == list(map(str, range(3, 60)))
+    assert "asked to stop" in output
