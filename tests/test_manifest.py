@@ -135,7 +135,7 @@ def test_any_json_is_refused_with_a_manifest_error(value: object) -> None:
 def test_bytes_that_are_no_document_are_refused(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     path.write_bytes(data)
-    with pytest.raises(ManifestError) as caught:
+    with pytest.raises(ManifestError, match="expected a JSON document") as caught:
         DatasetManifest.load(path)
     assert caught.value.where == path
 
