@@ -391,7 +391,7 @@ def test_a_lost_index_is_not_taken_for_chunks_that_nobody_wrote(tmp_path: Path) 
         content = (path / name).read_bytes()
         length = 16 * math.prod(array.chunks_per_file)
         # All of the index, and all but the first chunk's entry: then only lines beyond 8 are lost.
-        for kept in (0, 16):
+        for kept in range(0, length, 16)[:2]:
             start = len(content) - 4 - length + kept
             (path / name).write_bytes(content[:start] + b"\xff" * (length - kept) + content[-4:])
             with pytest.raises(CacheError, match="crc32c does not fit"):
