@@ -1,10 +1,9 @@
 """Stage two: a student from shards joined to a teacher's cached answers.
 
-``train`` is the whole of it: open the data, check that cache, shards and student fit, then update
-by
-update: pixels, heads, loss, step. Everything random is a function of (seed, update), and the order
-of samples of (seed, epoch), so a run that was killed goes on exactly where its last state was
-written. No teacher is loaded here, and nothing of ``dump`` is imported.
+``train`` is the whole of it: open the data, check that cache, shards and student fit, then, update
+by update: pixels, heads, loss, step. Everything random is a function of (seed, update), and the
+order of samples of (seed, epoch), so a run that was killed goes on exactly where its last state
+was written. No teacher is loaded here, and nothing of ``dump`` is imported.
 """
 
 from __future__ import annotations
@@ -111,8 +110,8 @@ def _epoch(run: Run, batches: Iterator[Batch], log: RunLog, terminal: Terminal, 
     state_file = log.folder / STATE
     clock = Clock()
     timed = clock.waiting_for(batches)
-    with terminal.progress(run.steps, "updates", f"epoch {epoch + 1}") as progress:
-        progress.advance(run.update % run.steps)
+    done = run.update % run.steps
+    with terminal.progress(run.steps, "updates", f"epoch {epoch + 1}", done=done) as progress:
         while run.epoch == epoch:
             ratio = run.ratio()
             parts = run.step(timed)

@@ -84,8 +84,7 @@ class Student(nn.Module):
 
         Raises:
             StudentError: a model that is no plain ViT, or one with fewer tokens than the teacher
-            has
-                locations along a side.
+                has locations along a side.
         """
         if method == "none" and grid is None:
             return

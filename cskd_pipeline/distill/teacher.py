@@ -131,8 +131,7 @@ def load_teacher(
 
     Args:
         name: a timm name, or ``package.module:factory``: a callable (of ``num_classes`` where that
-        is
-            known, and ``kwargs``) that returns a module with timm's ``forward_features`` and
+            is known, and ``kwargs``) that returns a module with timm's ``forward_features`` and
             ``forward_head``; a ``pretrained_cfg`` dict on it may give ``mean`` and ``std``.
         weights: ``hub`` (timm's pretrained; a factory's as it made them), ``random``, or a file.
         num_classes: of the data; None takes the file's or the model's own.
