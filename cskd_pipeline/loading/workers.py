@@ -96,13 +96,18 @@ class Loader(Generic[Item]):
         )
 
     def __iter__(self) -> Iterator[Item]:
+        failed: _Failed | None = None
         try:
             with _interrupts_held(self._start_method) if self._workers else nullcontext():
                 items = iter(self._loader)
             for item in items:
                 if isinstance(item, _Failed):
-                    raise item.error
+                    failed = item
+                    break
                 yield item
+            # Ends the processes. Held by an error's traceback they would outlive it, and take
+            # seconds to end.
+            del items
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -112,6 +117,8 @@ class Loader(Generic[Item]):
                 action="lower the number of workers or the batch size: memory is the usual "
                 "reason; in a container, raise --shm-size",
             ) from error
+        if failed is not None:
+            raise failed.error
 
 
 def _unchanged(item: Item) -> Item:
