@@ -35,23 +35,32 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The stamp comes last, so a set-up that was interrupted is gone through again, and pip keeps what it
-# had finished. A .venv of another Python than one named with PYTHON=..., or without pip, is made anew.
+# The stamp comes last, so a set-up that was interrupted is gone through again; pip keeps what it had
+# finished, and a .venv without a working pip is made anew.
 $(STAMP):
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "cskd-pipeline needs Python 3.11 or newer: make PYTHON=python3.12" >&2; exit 1; }
+	@$(CHECK_PYTHON)
 	@echo "setting up .venv; with torch this takes minutes and some GB, once"
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 $(same_python) || \
-		{ rm -rf .venv && $(PYTHON) -m venv .venv; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf .venv && $(PYTHON) -m venv .venv; }
 	@rm -f .venv/installed-*
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) \
 		-c constraints.txt -e '.[demo,dev]'
 	@touch $@
 
+CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "$(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
+
+# A Python named on the command line replaces a .venv of another one.
 ifeq ($(origin PYTHON),command line)
-version_of = $$($(1) -c 'import sys; print(sys.version)' 2>/dev/null)
-same_python = && test "$(call version_of,$(PYTHON))" = "$(call version_of,$(BIN)/python)"
+VERSION := -c 'import sys; print(sys.version)' 2>/dev/null
+ifneq ($(shell $(PYTHON) $(VERSION)),$(shell $(BIN)/python $(VERSION)))
+$(STAMP): another-python
 endif
+endif
+
+.PHONY: another-python
+another-python:
+	@$(CHECK_PYTHON)
+	rm -rf .venv
 
 clean:
 	rm -rf demo-out build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache \
