@@ -419,7 +419,8 @@ def test_a_resumed_run_is_told_to_resume_once(
 
 
 WAITS = """
-import sys, time, types
+import signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts without it
 module = types.ModuleType("cskd_pipeline.cache.info")
 def describe(path):
     print("ready", file=sys.stderr, flush=True)
