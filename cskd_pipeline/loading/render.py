@@ -190,6 +190,6 @@ def _slabs(rows: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
 
 
 def _packed(rows: np.ndarray) -> np.ndarray:
-    """(n,) int64 that order as shard, offset, view do: views of one image are neighbours."""
-    view, shard, offset = rows.astype(np.int64).T
-    return shard << 48 | offset << 20 | view
+    """(n,) uint64 that order as shard, offset, view do: views of one image are neighbours."""
+    view, shard, offset = rows.astype(np.uint64).T
+    return shard << np.uint64(44) | offset << np.uint64(20) | view

@@ -128,7 +128,9 @@ def unit_batches(
     images = ImageSource(dataset.shards)
     renderer = Renderer(SampleSet.of(dataset), images, policy, root_seed)
     stream = _UnitStream(renderer, units, batch_size)
-    ahead = max((i.batches(batch_size) for u in units for i in stream.items(u)), default=1)
+    kinds = {(renderer.samples.counts[shard], len(views)): (shard, views) for shard, views in units}
+    items = [item for unit in kinds.values() for item in stream.items(unit)]
+    ahead = max((item.batches(batch_size) for item in items), default=1)
     loader: Loader[Batch | None] = Loader(
         stream,
         workers=workers,

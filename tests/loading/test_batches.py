@@ -260,6 +260,13 @@ def test_a_pair_that_is_not_mixed_renders_no_partner(dataset: Dataset) -> None:
     assert min(kinds[True], kinds[False]) > 3
 
 
+def test_views_are_told_apart_at_any_size_of_data_set() -> None:
+    edges = (0, 1, 2**19, 2**20 - 1)
+    rows = [(v, s, o) for s in edges for o in (*edges, 2**24 - 1) for v in edges]
+    packed = render_module._packed(np.array(rows, np.int32))
+    assert (packed[1:] > packed[:-1]).all()
+
+
 def test_no_mixing_means_no_partners(dataset: Dataset) -> None:
     policy = replace(POLICY, mix=0.0)
     renderer = Renderer(SampleSet.of(dataset), ImageSource(dataset.shards), policy, ROOT_SEED)

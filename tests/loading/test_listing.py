@@ -129,6 +129,14 @@ def test_a_shard_named_twice_is_refused(folder: Path) -> None:
         expand_shards(f"{folder}/b-*.tar,{folder}/b-1.tar")
 
 
+def test_a_split_of_a_manifest_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="a manifest has no splits"):
+        expand_shards(tmp_path / "manifest.json", split="train")
+    with pytest.raises(DataError, match="cannot be read"):
+        expand_shards(tmp_path / "absent.json")
+
+
 def test_a_split_of_something_without_splits_is_refused(folder: Path) -> None:
     with pytest.raises(DataError, match=r"only an _info\.json has splits"):
         expand_shards(folder, split="train")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -137,6 +138,27 @@ def test_images_that_would_share_a_key_are_all_named(tmp_path: Path) -> None:
         "a/x.jpg and a/x.png would both have the key a_x",
         "a/b_x.png and a/b/x.jpg would both have the key a_b_x",
     ]
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path, image_folder: Path) -> None:
+    copy = shutil.copytree(image_folder, tmp_path / "tree")
+    odd = os.fsencode(copy / "cat") + b"/\xff.jpg"
+    try:
+        with open(odd, "wb") as file:
+            file.write(b"x")
+    except OSError:
+        pytest.skip("the file system has UTF-8 names only")
+    with pytest.raises(DataError, match="cannot be named") as caught:
+        scan_image_folder(copy)
+    assert caught.value.problems == [r"'cat/\udcff.jpg' is not UTF-8"]
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, image_folder: Path) -> None:
+    copy = shutil.copytree(image_folder, tmp_path / "tree")
+    (copy / "cat/gone.jpg").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="an image cannot be read") as caught:
+        make_shards(copy, tmp_path / "out")
+    assert caught.value.where == copy / "cat/gone.jpg"
 
 
 def test_an_empty_image_is_refused_and_nothing_stays(tmp_path: Path, image_folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -309,6 +310,18 @@ def test_a_file_cut_while_in_use_is_noticed(tmp_path: Path) -> None:
     assert shard.read_image(1)
     with pytest.raises(ShardError, match="become shorter"):
         shard.read_image(2)
+
+
+def test_a_disk_that_fails_is_told(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    shard = TarShard(shards / "train-0000.tar")
+    _ = shard.index
+    monkeypatch.setattr(shards_module.os, "pread", fail)
+    with pytest.raises(ShardError, match="cannot be read") as caught:
+        shard.read_image(0)
+    assert caught.value.found == "Input/output error"
 
 
 def test_a_pickled_shard_takes_its_index_along(
