@@ -154,9 +154,13 @@ def test_batches_are_the_same_in_a_process_that_shares_nothing(
         assert same(one, source[position])
 
 
-def test_ranks_have_the_parts_of_one_rank_s_batch(dataset: Dataset) -> None:
+def test_ranks_and_micro_batches_are_the_parts_of_one_batch(dataset: Dataset) -> None:
     whole = uncached(dataset)[(1, 0, 0)]
-    parts = [uncached(dataset, rank=rank, world=4)[(1, 0, 0)] for rank in range(4)]
+    parts = [
+        uncached(dataset, rank=rank, world=2, accumulation=2)[(1, 0, micro)]
+        for rank in range(2)
+        for micro in range(2)
+    ]
     assert torch.equal(torch.cat([part.index for part in parts]), whole.index)
     for name in ("lam", "label", "partner_label", "cutmix_box"):
         joined = torch.cat([getattr(part, name) for part in parts])

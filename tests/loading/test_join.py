@@ -88,6 +88,19 @@ def test_other_tars_in_another_order_give_the_same_batches(
         assert same(one[position], two[position])
 
 
+def test_a_batch_opens_every_tar_once(
+    tmp_path: Path, cache: CacheReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined = join(recut(tmp_path, EVERY[0::3], EVERY[1::3], EVERY[2::3]), cache)
+    opened: list[Path] = []
+    open_shard = shards_module.open_shard
+    monkeypatch.setattr(
+        shards_module, "open_shard", lambda path: (opened.append(path), open_shard(path))[1]
+    )
+    _ = source(joined, cache, batch_size=40)[(0, 0, 0)]
+    assert len(opened) == len(set(opened)) == 3
+
+
 def test_what_is_missing_is_counted_and_named(tmp_path: Path, cache: CacheReader) -> None:
     other = recut(tmp_path, [s for i, s in enumerate(EVERY) if i not in (3, 17, 40)])
     with pytest.raises(JoinError, match="3 of the cache's 43 samples are not in the shards") as e:
