@@ -7,6 +7,7 @@ or failed with a message, 2 wrong usage, 130 interrupted where the work can be t
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import shlex
 import signal
@@ -19,7 +20,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cskd_pipeline import __version__
-from cskd_pipeline.errors import CskdError, Interrupted, OutputError, UsageError
+from cskd_pipeline.errors import CskdError, Interrupted, OutputError, RecipeError, UsageError
 from cskd_pipeline.recipe import DumpRecipe, TrainRecipe, load_recipe
 from cskd_pipeline.terminal import Terminal
 
@@ -248,6 +249,7 @@ def dump_teacher(
         }
     )
     chosen = None if shard_range is None else _parse_range(shard_range)
+    _require_encodings(asked)
     from cskd_pipeline import dump
 
     return dump.dump_teacher(asked, terminal, shard_range=chosen)
@@ -401,6 +403,22 @@ def _require(needed: Mapping[str, str]) -> None:
             "something is missing",
             expected=", ".join(missing),
             action="give the flag, or a recipe that says it",
+        )
+
+
+def _require_encodings(recipe: DumpRecipe) -> None:
+    """Refuse unknown encodings before a teacher is loaded."""
+    from cskd_pipeline.cache.encodings import ENCODINGS
+
+    unknown = [name for name in recipe.cache.encodings if name not in ENCODINGS]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], ENCODINGS, 1)
+        raise RecipeError(
+            "no encoding of that name",
+            where="cache.encodings",
+            found=", ".join(unknown),
+            expected=", ".join(ENCODINGS),
+            action=f"--encoding {near[0]}" if near else None,
         )
 
 

@@ -104,8 +104,8 @@ class Terminal:
     ) -> None:
         self.quiet = quiet
         self.json = json
-        self._out = _console(out or sys.stdout)
-        self._err = _console(err or sys.stderr)
+        self._out = Console(file=out or sys.stdout)
+        self._err = Console(file=err or sys.stderr)
         self._clock = clock
         self._bars: Progress | None = None
 
@@ -260,14 +260,16 @@ def flatten(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 def format_value(value: Any) -> str:
     """``value`` for a person: four significant digits, lists with commas, nothing as a dash."""
-    if value is None:
+    if value is None or value == "":
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.0f}"
     if isinstance(value, list | tuple):
-        return ", ".join(map(format_value, value))
+        if any(isinstance(item, Mapping) for item in value):
+            return f"{len(value)} entries, which --json lists"
+        return ", ".join(map(format_value, value)) or "-"
     return str(value)
 
 
@@ -275,9 +277,6 @@ def _is_numeric(values: Iterable[object]) -> bool:
     return all(value is None or isinstance(value, int | float) for value in values)
 
 
-def _console(stream: TextIO) -> Console:
-    return Console(file=stream, markup=False, emoji=False, highlight=False)
-
-
 def _print(console: Console, text: str, style: str = "") -> None:
+    # As a Text: rich reads markup, emoji and links only out of a str.
     console.print(Text(text, style=style), soft_wrap=True)

@@ -25,7 +25,7 @@ def to_toml(recipe: DumpRecipe | TrainRecipe) -> str:
 
 def result_digest(recipe: DumpRecipe | TrainRecipe) -> str:
     """SHA-256 (hex) of the fields that can change a result: not of folders, workers or notes."""
-    deciding: dict[str, Any] = {"kind": type(recipe).__name__}
+    deciding: dict[str, Any] = {}
     for section, values in asdict(recipe).items():
         if values is None:
             deciding[section] = None

@@ -344,6 +344,18 @@ def test_wrong_recipes_exit_1_with_a_suggestion(
     assert "--recipe paper_tiny_cskd" in capsys.readouterr().err
 
 
+def test_an_unknown_encoding_is_refused_before_the_teacher_is_loaded(
+    replace: Replace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = replace("dump.dump_teacher", {})
+    line = "dump-teacher --shards S --teacher t --cache C --encoding dens --encoding envelope"
+    assert run(*line.split()) == 1
+    err = capsys.readouterr().err
+    assert "no encoding of that name" in err
+    assert "--encoding dense" in err
+    assert not calls
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [

@@ -143,6 +143,9 @@ def test_bars_can_be_nested_and_lines_appear_above_them(monkeypatch: pytest.Monk
     with speech.terminal.progress(1, "updates", "again"):
         pass
     assert "again" in speech.err.getvalue()
+    show_cursor = "\x1b[?25h"
+    assert err.count(show_cursor) == 1  # the display ended with the outer block
+    assert speech.err.getvalue().count(show_cursor) == 2
 
 
 def test_meters_say_what_is_known() -> None:
@@ -169,10 +172,27 @@ def test_tables_align_numbers_to_the_right() -> None:
 
 
 def test_results_are_dotted_lines_for_people_and_one_object_for_scripts() -> None:
-    found = {"a": {"b": 0.123456, "c": [1, 2.5]}, "d": None, "e": True, "f": 123456.7}
+    found = {
+        "a": {"b": 0.123456, "c": [1, 2.5]},
+        "d": None,
+        "e": True,
+        "f": 123456.7,
+        "g": [{"x": 1}, {"x": 2}],
+        "h": "",
+        "i": [],
+    }
     speech = Speech()
     speech.terminal.result(found)
-    assert speech.out.getvalue() == "a.b: 0.1235\na.c: 1, 2.5\nd: -\ne: yes\nf: 123457\n"
+    assert speech.out.getvalue().splitlines() == [
+        "a.b: 0.1235",
+        "a.c: 1, 2.5",
+        "d: -",
+        "e: yes",
+        "f: 123457",
+        "g: 2 entries, which --json lists",
+        "h: -",
+        "i: -",
+    ]
     machine = Speech(json=True)
     machine.terminal.table("t", ["a"], [[1]])
     machine.terminal.result(found)
