@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,6 +119,29 @@ def test_light_rooms_import_without_torch(room: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+DISTRIBUTIONS = {"PIL": "pillow", "google_crc32c": "google-crc32c", "sklearn": "scikit-learn"}
+
+
+def test_every_package_that_is_imported_is_declared_and_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {
+        re.split(r"[<>=!~ ]", line)[0]
+        for line in [*project["dependencies"], *project["optional-dependencies"]["demo"]]
+    }
+    imported = {
+        name.partition(".")[0]
+        for path in MODULES
+        for name in imports(ast.parse(path.read_text(encoding="utf-8")))
+    } - set(sys.stdlib_module_names)
+    imported.remove("cskd_pipeline")
+    # torch.utils.tensorboard imports tensorboard, timm the torchvision of its torch; zarr is for those
+    # who open a cache without this package.
+    indirect = {"tensorboard", "torchvision", "zarr"}
+    assert {DISTRIBUTIONS.get(name, name) for name in imported} | indirect == declared
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert declared <= {line.partition("==")[0].replace("_", "-") for line in pins}
 
 
 UNSAFE = re.compile(
