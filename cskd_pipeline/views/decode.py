@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import warnings
+from contextlib import suppress
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from cskd_pipeline.errors import ImageError
 
@@ -30,11 +31,19 @@ def decode(data: bytes, where: object) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong enough raises; EXIF may be odd
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            _refuse_bomb(image, where)
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{width}x{height} pixels")
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except ImageError:
-        raise
+            return _to_rgb(_upright(image))
+    except Image.DecompressionBombError as error:  # Pillow raises it too, of what is larger still
+        raise ImageError(
+            "the image is larger than any honest one",
+            where=where,
+            found=error,
+            expected=f"at most {MAX_PIXELS:,} pixels",
+            action="replace the image, or make the shards without it",
+        ) from error
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise ImageError(
             "the image cannot be decoded",
@@ -45,24 +54,32 @@ def decode(data: bytes, where: object) -> Image.Image:
         ) from error
 
 
-def _refuse_bomb(image: Image.Image, where: object) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(
-            "the image is larger than any honest one",
-            where=where,
-            found=f"{width}x{height} pixels",
-            expected=f"at most {MAX_PIXELS:,} pixels",
-        )
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes an EXIF orientation; 1 is upright, other numbers mean nothing."""
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Not image.getexif(): from Pillow 11 on that believes XMP too, and views must not change.
+    exif, turn = Image.Exif(), None
+    with suppress(Exception):  # damaged EXIF says nothing, and nothing against the pixels
+        exif.load(image.info.get("exif", b""))
+        turn = _TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
     if image.mode.startswith("I"):  # 16-bit grey: conversion alone would clip to white
         image = image.convert("I").point(lambda value: value / 256).convert("L")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -11,6 +11,8 @@ from cskd_pipeline.views.policy import Range, ViewPolicy
 
 ATTEMPTS = 10  # at a crop or an erase box, as torchvision and timm have it
 MAX_LEVEL = 10.0  # of RandAugment magnitudes
+ARGUMENT_UNITS = 4096
+"""Arguments of operations are multiples of 1/4096: :mod:`cskd_pipeline.views.ops` says why."""
 
 Op = tuple[str, float]
 """A RandAugment operation and its argument; operations without one have 0."""
@@ -112,9 +114,13 @@ def argument(op: str, level: float, sign: float) -> float:
 
     Degrees of a rotation; bits kept by posterize; threshold of solarize and what solarize_add adds,
     in [0, 256]; factor of an enhancement (1 changes nothing); shear per pixel; translation as a
-    fraction of the side. ``sign`` decides the direction of those that have one.
+    fraction of the side. ``sign`` decides the direction of those that have one. A multiple of
+    1 / :data:`ARGUMENT_UNITS`.
     """
-    share = level / MAX_LEVEL
+    return round(_argument(op, level / MAX_LEVEL, sign) * ARGUMENT_UNITS) / ARGUMENT_UNITS
+
+
+def _argument(op: str, share: float, sign: float) -> float:
     match op:
         case "rotate":
             return sign * share * 30.0

@@ -80,7 +80,8 @@ def draw_mix(seed_a: int, seed_b: int, policy: ViewPolicy) -> Mix:
 
 def _cut_box(bits: BitStream, lam: float, side: int) -> Box:
     """A box of share ``1 - lam``, its centre anywhere, clipped to the view (CutMix, eq. 2)."""
-    half = int(side * math.sqrt(1.0 - lam)) // 2
+    cut = int(side * math.sqrt(1.0 - lam))
+    before, after = cut // 2, cut - cut // 2
     row, column = bits.below(side), bits.below(side)
-    top, left = max(0, row - half), max(0, column - half)
-    return Box(top, left, min(side, row + half) - top, min(side, column + half) - left)
+    top, left = max(0, row - before), max(0, column - before)
+    return Box(top, left, min(side, row + after) - top, min(side, column + after) - left)
