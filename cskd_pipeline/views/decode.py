@@ -40,7 +40,7 @@ def decode(data: bytes, where: object) -> Image.Image:
         raise ImageError(
             "the image is larger than any honest one",
             where=where,
-            found=error,
+            found=str(error),
             expected=f"at most {MAX_PIXELS:,} pixels",
             action="replace the image, or make the shards without it",
         ) from error

@@ -1,0 +1,252 @@
+"""Whatever a file holds becomes upright RGB, or is refused with one clear error."""
+
+from __future__ import annotations
+
+import io
+import struct
+import time
+import tracemalloc
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cskd_pipeline.errors import ImageError
+from cskd_pipeline.views import decode as decode_module
+from cskd_pipeline.views.decode import decode
+from tests.views.making import scene
+
+PICTURE = scene(48, 32)
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, extra: bytes = b"") -> bytes:
+    """By the format's specification, for what Pillow does not write."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + extra
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+def decoded(data: bytes) -> list[list[int]]:
+    image = decode(data, "here")
+    assert image.mode == "RGB"
+    return np.asarray(image).reshape(-1, 3).tolist()
+
+
+def refusal(data: bytes) -> ImageError:
+    with pytest.raises(ImageError) as caught:
+        decode(data, "shard.tar: key7")
+    assert "shard.tar: key7" in str(caught.value)
+    assert caught.value.action
+    return caught.value
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_lossless_files_give_their_pixels(kind: str) -> None:
+    data = saved(PICTURE, kind, lossless=True)
+    assert decode(data, "").tobytes() == PICTURE.tobytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_a_jpeg_gives_pillows_own_pixels(options: dict) -> None:
+    data = saved(PICTURE, "JPEG", **options)
+    assert decode(data, "").tobytes() == Image.open(io.BytesIO(data)).tobytes()
+
+
+def test_a_png_that_is_called_jpeg_is_read_by_its_content() -> None:
+    data = saved(PICTURE, "PNG")
+    assert decode(data, "n02105855_2933.JPEG").tobytes() == PICTURE.tobytes()
+
+
+def test_grey_becomes_three_equal_channels() -> None:
+    grey = PICTURE.convert("L")
+    for kind in ("PNG", "JPEG"):
+        pixels = np.asarray(decode(saved(grey, kind), ""))
+        assert np.array_equal(pixels[..., 0], pixels[..., 1])
+        assert np.array_equal(pixels[..., 0], pixels[..., 2])
+    assert np.array_equal(np.asarray(decode(saved(grey, "PNG"), ""))[..., 0], np.asarray(grey))
+    assert decoded(png(8, 1, 1, 0, b"\0\xaa")) == [[255] * 3, [0] * 3] * 4
+
+
+def test_cmyk_becomes_rgb_as_pillow_converts_it() -> None:
+    data = saved(PICTURE.convert("CMYK"), "JPEG", quality=100, subsampling=0)
+    found = np.asarray(decode(data, "")).astype(int)
+    assert np.array_equal(found, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert np.abs(found - np.asarray(PICTURE)).mean() < 3  # not inverted
+
+
+def test_a_palette_gives_its_colours() -> None:
+    palette = chunk(b"PLTE", bytes([10, 20, 30, 200, 100, 50]))
+    assert decoded(png(2, 1, 8, 3, b"\0\0\1", palette)) == [[10, 20, 30], [200, 100, 50]]
+
+
+def test_16_bit_channels_keep_their_upper_half() -> None:
+    values = (0, 255, 256, 0x8000, 0xFEFF, 0xFFFF)
+    row = b"\0" + struct.pack(">6H", *values)
+    assert decoded(png(6, 1, 16, 0, row)) == [[value >> 8] * 3 for value in values]
+    assert decoded(png(2, 1, 16, 2, row)) == [[0, 0, 1], [0x80, 0xFE, 0xFF]]
+
+
+TRANSPARENT_RED = Image.new("RGBA", (1, 1), (200, 0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (saved(TRANSPARENT_RED, "PNG"), [[255, 255, 255]]),
+        (saved(Image.new("RGBA", (1, 1), (200, 0, 0, 255)), "PNG"), [[200, 0, 0]]),
+        (saved(Image.new("RGBA", (1, 1), (200, 0, 0, 51)), "PNG"), [[244, 204, 204]]),
+        (saved(Image.new("LA", (1, 1), (100, 51)), "PNG"), [[224] * 3]),
+        (saved(TRANSPARENT_RED, "WEBP", lossless=True, exact=True), [[255, 255, 255]]),
+        (png(2, 1, 8, 0, b"\0\5\6", chunk(b"tRNS", b"\0\5")), [[255] * 3, [6] * 3]),
+        (
+            png(2, 1, 8, 2, b"\0\5\5\5\6\6\6", chunk(b"tRNS", b"\0\5\0\5\0\5")),
+            [[255] * 3, [6] * 3],
+        ),
+        (
+            png(2, 1, 8, 3, b"\0\0\1", chunk(b"PLTE", bytes(range(6))) + chunk(b"tRNS", b"\0")),
+            [[255] * 3, [3, 4, 5]],
+        ),
+        (png(1, 1, 16, 4, b"\0" + struct.pack(">HH", 0x6400, 0x33FF)), [[224] * 3]),
+    ],
+    ids=["clear", "opaque", "a fifth", "LA", "webp", "grey", "rgb", "palette", "LA 16 bit"],
+)
+def test_transparency_shows_white(data: bytes, expected: list[list[int]]) -> None:
+    assert decoded(data) == expected
+
+
+TURNED = np.arange(6, dtype=np.uint8).reshape(2, 3) * 51  # in every palette
+UPRIGHT = {  # how the stored rows are to be shown, by EXIF orientation (Exif 2.32, 4.6.4)
+    1: TURNED,
+    2: TURNED[:, ::-1],
+    3: TURNED[::-1, ::-1],
+    4: TURNED[::-1],
+    5: TURNED.T,
+    6: TURNED[::-1].T,
+    7: TURNED[::-1, ::-1].T,
+    8: TURNED.T[::-1],
+    0: TURNED,
+    9: TURNED,
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
+def test_exif_orientation_is_applied(orientation: int, mode: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(TURNED).convert("RGB").convert(mode)
+    for kind in ("PNG", "WEBP") if mode != "P" else ("PNG",):
+        found = decode(saved(image, kind, exif=exif, lossless=True), "")
+        assert np.array_equal(np.asarray(found)[..., 0], UPRIGHT[orientation])
+
+
+def test_exif_orientation_of_a_jpeg_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, turned = saved(PICTURE, "JPEG"), saved(PICTURE, "JPEG", exif=exif)
+    expected = np.rot90(np.asarray(decode(plain, "")), -1)
+    assert np.array_equal(np.asarray(decode(turned, "")), expected)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0JUNKJUNK", b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01", b"Exif\0\0", b"M"]
+)
+def test_damaged_exif_costs_no_image_and_says_nothing(exif: bytes) -> None:
+    data = saved(PICTURE, "JPEG", exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode(data, "").tobytes() == decode(saved(PICTURE, "JPEG"), "").tobytes()
+
+
+@pytest.mark.parametrize("key", ["xmp", "XML:com.adobe.xmp"])
+def test_xmp_turns_nothing(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow 10 and 11 differ in that."""
+    image = Image.open(io.BytesIO(saved(PICTURE, "PNG")))
+    image.load()
+    image.info[key] = '<x tiff:Orientation="6"/>'
+    monkeypatch.setattr(decode_module.Image, "open", lambda *_, **__: image)
+    assert decode(b"", "").size == PICTURE.size
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.6, 0.9])
+def test_a_file_that_is_cut_short_is_refused(kind: str, share: float) -> None:
+    data = saved(PICTURE, kind)
+    error = refusal(data[: int(len(data) * share)])
+    assert error.expected == "a whole JPEG, PNG or WebP file"
+
+
+def test_a_damaged_png_is_refused() -> None:
+    data = bytearray(saved(PICTURE, "PNG"))
+    data[len(data) // 2] ^= 0xFF
+    refusal(bytes(data))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0" * 5000,
+        b"<svg></svg>",
+        saved(PICTURE, "GIF"),
+        saved(PICTURE, "TIFF"),
+        png(0, 5, 8, 2, b""),
+    ],
+    ids=["empty", "zeros", "text", "gif", "tiff", "no pixels"],
+)
+def test_other_files_are_refused(data: bytes) -> None:
+    assert f"{len(data)} bytes" in str(refusal(data).found)
+
+
+def jpeg_header(width: int, height: int) -> bytes:
+    data = bytearray(saved(PICTURE, "JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png(10_001, 10_000, 8, 2, b""),
+        png(60_000, 60_000, 8, 2, b""),
+        png(2**31 - 1, 2**31 - 1, 8, 2, b""),
+        jpeg_header(65_000, 65_000),
+    ],
+    ids=["just too large", "large", "absurd", "jpeg"],
+)
+def test_a_bomb_is_refused_by_its_header_alone(data: bytes) -> None:
+    tracemalloc.start()
+    start = time.perf_counter()
+    error = refusal(data)
+    assert time.perf_counter() - start < 1
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+    assert error.problem == "the image is larger than any honest one"
+    assert error.expected == "at most 100,000,000 pixels"
+
+
+def test_pillows_own_limit_does_not_move_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert refusal(png(60_000, 60_000, 8, 2, b"")).found == "60000x60000 pixels"
+
+
+def test_an_error_keeps_its_cause() -> None:
+    assert refusal(b"nothing").__cause__ is not None

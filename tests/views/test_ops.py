@@ -1,0 +1,159 @@
+"""Operations: timm's pixels, and on the grid of arguments those of exact integer arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+from timm.data.auto_augment import NAME_TO_OP
+
+from cskd_pipeline.views.draw import ARGUMENT_UNITS, MAX_LEVEL, OPS, argument
+from cskd_pipeline.views.ops import apply_op
+from tests.views.making import noise, scene
+from tests.views.test_draw import TIMM_NAMES
+
+FILL = (124, 116, 104)
+FLAT = Image.new("RGB", (64, 64), (7, 7, 200))
+PICTURES = [scene(224, 224), noise(97, 97), scene(96, 96), FLAT]
+LEVELS = (0.0, 0.3, 2.5, 5.0, 7.77, 8.25, 8.998046875, 9.0, 9.41, 9.99, MAX_LEVEL)
+
+
+def arguments(op: str) -> list[float]:
+    """At all levels and at a thousand around the usual one, both directions; each once."""
+    levels = [*LEVELS, *(8 + i / 512 for i in range(1024))]
+    return sorted({argument(op, level, sign) for level in levels for sign in (-1.0, 1.0)})
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("number", range(len(PICTURES)))
+def test_an_operation_gives_timms_pixels(op: str, number: int) -> None:
+    picture = PICTURES[number]
+    timms = NAME_TO_OP[TIMM_NAMES[op]]
+    for value in {argument(op, level, sign) for level in LEVELS for sign in (-1.0, 1.0)}:
+        integral = op in ("posterize", "solarize", "solarize_add")
+        given = () if op in ("auto_contrast", "equalize", "invert") else (value,)
+        expected = timms(
+            picture,
+            *(map(int, given) if integral else given),
+            fillcolor=FILL,
+            resample=Image.Resampling.BICUBIC,
+        )
+        found = apply_op(picture, op, value, FILL)
+        assert (found.mode, found.size) == ("RGB", picture.size)
+        assert np.array_equal(np.asarray(found), np.asarray(expected)), value
+
+
+def test_posterize_to_no_bits_is_black_and_pillow_is_not_asked() -> None:
+    """RandAugment draws it; Pillow 13 refuses it."""
+    assert argument("posterize", MAX_LEVEL, 1.0) == 0.0
+    assert apply_op(PICTURES[0], "posterize", 0.0, FILL).getextrema() == ((0, 0),) * 3
+
+
+def test_an_image_is_left_as_it_was() -> None:
+    picture = noise(32, 32)
+    before = picture.tobytes()
+    for op in OPS:
+        apply_op(picture, op, argument(op, 9.0, 1.0), FILL)
+    assert picture.tobytes() == before
+
+
+# -- Pillow's floating point against integers: where they agree at every argument of the grid, no
+# -- compiler's rounding can reach the pixels ----------------------------------------------------
+
+
+def slide(pixels: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Rows moved to the left, exactly: each by ``shift`` (H,) int64, in units of 2**-13 pixels.
+
+    The cubic (a = -1) of the four neighbours, edges repeated, cut to integers; the fill colour
+    where a pixel's centre comes from outside.
+    """
+    height, width, _ = pixels.shape
+    whole, d = shift[:, None] >> 13, (shift[:, None] & 8191)[..., None]
+    columns = np.arange(width) + whole
+    rows = np.arange(height)[:, None]
+    v1, v2, v3, v4 = (
+        pixels[rows, np.clip(columns + i, 0, width - 1)].astype(np.int64) for i in (-1, 0, 1, 2)
+    )
+    cubic = v4 - v3 + v2 - v1
+    square = 2 * v1 - 2 * v2 + v3 - v4
+    value = (v2 << 39) + d * (((v3 - v1) << 26) + d * ((square << 13) + d * cubic))
+    centre = (np.arange(width) << 13) + 4096 + shift[:, None]
+    inside = (centre >= 0) & (centre < width << 13)
+    return np.where(inside[..., None], np.clip(value >> 39, 0, 255), FILL).astype(np.uint8)
+
+
+def moved(picture: Image.Image, op: str, value: float) -> np.ndarray:
+    pixels = np.asarray(picture)
+    if op.endswith("y"):
+        pixels = pixels.swapaxes(0, 1)
+    units, side = round(value * ARGUMENT_UNITS), len(pixels)
+    if op.startswith("shear"):
+        result = slide(pixels, units * (2 * np.arange(side) + 1))
+    else:
+        result = slide(pixels, np.full(side, 2 * units * side))
+    return result.swapaxes(0, 1) if op.endswith("y") else result
+
+
+def blended(plain: Callable[[Image.Image], np.ndarray], picture: Image.Image, value: float):
+    """``plain + value * (picture - plain)``, exactly, cut to integers."""
+    dull, units = plain(picture).astype(np.int64), round(value * ARGUMENT_UNITS)
+    mixed = dull * ARGUMENT_UNITS + units * (np.asarray(picture) - dull)
+    return np.clip(mixed // ARGUMENT_UNITS, 0, 255).astype(np.uint8)
+
+
+def grey(picture: Image.Image) -> np.ndarray:
+    """Luma in 16 fractional bits, as Pillow's integers have it (ITU-R 601-2)."""
+    luma = np.asarray(picture).astype(np.int64) @ np.array([19595, 38470, 7471]) + 0x8000 >> 16
+    return np.repeat(luma[..., None], 3, axis=2)
+
+
+def mean_grey(picture: Image.Image) -> np.ndarray:
+    luma = grey(picture)
+    total, count = int(luma[..., 0].sum()), luma[..., 0].size
+    return np.full_like(luma, (2 * total + count) // (2 * count))
+
+
+def black(picture: Image.Image) -> np.ndarray:
+    return np.zeros_like(np.asarray(picture))
+
+
+def smooth(picture: Image.Image) -> np.ndarray:
+    """3x3 mean of weights 1 and, in the middle, 5; the border as it is."""
+    pixels = np.asarray(picture).astype(np.int64)
+    height, width, _ = pixels.shape
+    result = pixels.copy()
+    total = sum(pixels[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3))
+    result[1:-1, 1:-1] = (2 * (total + 4 * pixels[1:-1, 1:-1]) + 13) // 26
+    return result
+
+
+BLENDED = {"color": grey, "contrast": mean_grey, "brightness": black, "sharpness": smooth}
+
+
+@pytest.mark.parametrize("op", ["shear_x", "shear_y", "translate_x", "translate_y"])
+@pytest.mark.parametrize("picture", [noise(64, 64), noise(33, 33, 1)], ids=["64", "33"])
+def test_shearing_and_shifting_are_exact_at_every_argument_around_the_usual(
+    op: str, picture: Image.Image
+) -> None:
+    values = arguments(op)
+    assert len(values) > 80
+    for value in values:
+        found = np.asarray(apply_op(picture, op, value, FILL))
+        assert np.array_equal(found, moved(picture, op, value)), value
+
+
+@pytest.mark.parametrize("op", BLENDED)
+def test_blending_is_exact_at_every_argument_around_the_usual(op: str) -> None:
+    picture = noise(64, 64)
+    for value in arguments(op):
+        found = np.asarray(apply_op(picture, op, value, FILL))
+        assert np.array_equal(found, blended(BLENDED[op], picture, value)), value
+
+
+def test_pillows_smoothing_is_the_integer_one() -> None:
+    """Its floats are never nearer than 1/26 to a value where rounding could tip."""
+    for picture in PICTURES:
+        found = np.asarray(picture.filter(ImageFilter.SMOOTH))
+        assert np.array_equal(found, smooth(picture))
