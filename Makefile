@@ -1,6 +1,5 @@
 # make demo, make test, make check: each sets up .venv first, once. make PYTHON=python3.12 picks a Python;
-# PIP_ARGS reaches pip, say for torch's smaller CPU build:
-#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# PIP_ARGS reaches pip, say with the index of a smaller torch.
 
 PYTHON ?= python3
 PIP_ARGS ?=

@@ -95,8 +95,8 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
             [
                 row["model"],
                 "labels (the teacher)" if row["name"] == "teacher" else row["name"],
-                f"{row['top1']:.1f}",
-                f"{row['seconds']:.0f}",
+                round(row["top1"], 1),
+                round(row["seconds"]),
                 row["out"],
             ]
             for row in report["models"]

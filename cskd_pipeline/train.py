@@ -46,6 +46,11 @@ def train(recipe: TrainRecipe, terminal: Terminal, *, resume: bool = False) -> d
     use_threads(recipe.run.threads)
     data = open_training_data(recipe, terminal)
     run = Run(recipe, data, pick_device(recipe.run.device))
+    if recipe.schedule.warmup_epochs >= recipe.schedule.epochs:
+        terminal.warn(
+            f"the warm-up ({recipe.schedule.warmup_epochs} epochs) outlasts the run: the learning "
+            "rate never reaches optim.lr; set schedule.warmup_epochs"
+        )
     state_file = out / STATE
     if resume and state_file.exists():
         run.restore(load_state(state_file), state_file)
@@ -91,6 +96,7 @@ class Clock:
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.waited = 0.0
+        self.drifted = 0  # views unlike those the teacher saw, where the recipe lets them pass
         self.updates = 0
 
     def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -101,6 +107,7 @@ class Clock:
             except StopIteration:
                 return
             self.waited += time.perf_counter() - asked
+            self.drifted += batch.drifted
             yield batch
 
 
@@ -124,6 +131,8 @@ def _epoch(run: Run, batches: Iterator[Batch], log: RunLog, terminal: Terminal, 
                 save_state(state_file, run.state())
                 if stop.asked:
                     raise KeyboardInterrupt
+    if clock.drifted:
+        terminal.warn(f"epoch {epoch + 1}: {clock.drifted} views are not those the teacher saw")
     row = _close_epoch(run, epoch, ratio, clock, log.folder)
     log.epoch(run.update, row)
     save_state(state_file, run.state())

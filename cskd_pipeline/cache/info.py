@@ -15,7 +15,7 @@ def describe(path: Path | str) -> dict[str, Any]:
 
     Sizes are file lengths in bytes, counted over all files, those of unfinished units too;
     ``bytes_per_view`` is per view of one sample, over finished units. ``teacher_top1`` is the share
-    of views whose label the teacher had on top, 0 to 1.
+    of views whose label the teacher had on top, in percent.
 
     Raises:
         CacheError, ManifestError: there is no cache, or it is damaged.
@@ -48,7 +48,7 @@ def describe(path: Path | str) -> dict[str, Any]:
             "shards": len(reader.counts),
         },
         "teacher": document["teacher"],
-        "teacher_top1": correct / counted if counted else None,
+        "teacher_top1": 100 * correct / counted if counted else None,
         "policy": document["policy"],
         "root_seed": manifest.root_seed,
         "samples": manifest.dataset.samples,
@@ -63,7 +63,7 @@ def describe(path: Path | str) -> dict[str, Any]:
         "bytes": sum(sizes.values()),
         "bytes_by_array": sizes,
         "bytes_per_view": {
-            "seeds and digests": per_view(["seed", "view_digest", "top1", "done"]),
+            "seeds_and_digests": per_view(["seed", "view_digest", "top1", "done"]),
             **{name: encoding["bytes_per_view"] for name, encoding in encodings.items()},
         },
         "encodings": encodings,

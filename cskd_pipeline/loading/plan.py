@@ -118,11 +118,6 @@ class EpochPlan:
         every = [cycle * self.repeats + j for j in range(self.repeats)]
         return [view % self.views for view in every] if self.views else every
 
-    def used_views(self, epochs: int) -> list[int]:
-        """All views that the first ``epochs`` epochs show, sorted."""
-        cycles = range(-(-epochs // self.repeats))
-        return sorted({view for cycle in cycles for view in self.cycle_views(cycle)})
-
     def epoch(self, number: int) -> Epoch:
         """The rows of epoch ``number`` (from 0); what does not fill a batch is dropped."""
         if self._last is None or self._last[0] != number:

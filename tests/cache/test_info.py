@@ -27,7 +27,7 @@ def test_a_finished_cache_is_described(tmp_path: Path) -> None:
     assert found["losses"] == {"deit": ["hard", "soft"], "cskd": ["hard", "soft"]}
     # From making.unit_data: view % count correct of count, for every view and tar shard.
     correct = sum(view % count for view in range(4) for count in COUNTS)
-    assert found["teacher_top1"] == correct / (4 * sum(COUNTS))
+    assert found["teacher_top1"] == 100 * correct / (4 * sum(COUNTS))
 
 
 def test_bytes_are_the_lengths_of_the_files(tmp_path: Path) -> None:

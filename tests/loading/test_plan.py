@@ -199,10 +199,6 @@ def test_shuffling_goes_by_blocks_of_shards() -> None:
 def test_more_epochs_than_views_begin_again_with_the_first() -> None:
     plan = make([64], views=7)
     assert [plan.cycle_views(c) for c in range(4)] == [[0, 1, 2], [3, 4, 5], [6, 0, 1], [2, 3, 4]]
-    assert plan.used_views(1) == plan.used_views(3) == [0, 1, 2]
-    assert plan.used_views(4) == [0, 1, 2, 3, 4, 5]
-    assert plan.used_views(300) == list(range(7))
-    assert make([64], views=None).used_views(300) == list(range(300))
 
 
 def test_too_few_views_or_samples_are_refused() -> None:

@@ -17,9 +17,11 @@ import torch
 
 from cskd_pipeline import train as stage_two
 from cskd_pipeline.checkpoint import load_state, read_card
+from cskd_pipeline.errors import ViewDriftError
 from cskd_pipeline.evaluate import evaluate
 from cskd_pipeline.recipe import TrainRecipe
 from cskd_pipeline.train import train
+from cskd_pipeline.views import apply
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 
@@ -208,7 +210,6 @@ def test_views_come_again_when_epochs_outlast_them_and_the_run_says_so(
             small.shards,
             small.cache,
             tmp_path / str(epochs),
-            sets=["data.drift=warn"],
             epochs=epochs,
         )
         run_to_end(recipe)
@@ -216,6 +217,37 @@ def test_views_come_again_when_epochs_outlast_them_and_the_run_says_so(
 
     assert "again" not in warned(4)
     assert "views come again from epoch 5 on" in warned(5)
+
+
+def test_views_that_drifted_are_refused_or_counted_as_asked(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Another Pillow would draw other pixels; a digest that is off by one stands for it."""
+    digest = apply.digest
+    monkeypatch.setattr(apply, "digest", lambda pixels: digest(pixels) ^ 1)
+    recipe = world.train_recipe(small.shards, small.cache, tmp_path / "refused", epochs=2)
+    with pytest.raises(ViewDriftError, match="not those the teacher saw"):
+        run_to_end(recipe)
+    accepted = world.train_recipe(
+        small.shards, small.cache, tmp_path / "accepted", sets=["data.drift=warn"], epochs=2
+    )
+    run_to_end(accepted)
+    assert "epoch 1: 96 views are not those the teacher saw" in capsys.readouterr().err
+
+
+def test_a_warm_up_that_outlasts_the_run_is_pointed_out(
+    small: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warned(epochs: int) -> bool:
+        out = tmp_path / str(epochs)
+        run_to_end(world.train_recipe(small.shards, small.cache, out, epochs=epochs))
+        return "outlasts the run" in capsys.readouterr().err
+
+    assert warned(1)
+    assert not warned(2)
 
 
 def test_training_loads_no_teacher_and_needs_no_network(small: World, tmp_path: Path) -> None:
