@@ -168,7 +168,7 @@ def _write_units(
                     break
             if pending is not None:
                 pending.result()
-        if stop.asked and unit is not units[-1]:
+        if stop.asked and written < total:
             raise KeyboardInterrupt
     return written
 
