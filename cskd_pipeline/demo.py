@@ -15,8 +15,8 @@ from typing import Any
 from cskd_pipeline.files import require_empty, write_json
 from cskd_pipeline.terminal import Terminal
 
-TRAIN_PICTURES = 3000
-VALIDATION_PICTURES = 1000
+TRAIN_PICTURES = 2400
+VALIDATION_PICTURES = 800
 METHODS = ("none", "deit", "cskd")
 
 Command = Callable[[list[str]], dict[str, Any]]
@@ -46,8 +46,8 @@ def run_demo(out: Path, terminal: Terminal, command: Command) -> dict[str, Any]:
         return command(words)
 
     train, validation = shards / "train", shards / "validation"
-    call("make-shards", pictures / "train", train, "--shard-size", "500")
-    call("make-shards", pictures / "validation", validation, "--shard-size", "500")
+    call("make-shards", pictures / "train", train, "--shard-size", "400")
+    call("make-shards", pictures / "validation", validation, "--shard-size", "400")
     data = ("--shards", train, "--val-shards", validation)
 
     teacher_run = out / "teacher"

@@ -131,7 +131,7 @@ class Run:
         Returns:
             (4,) the loss and its parts, on the device: nothing here waits for it.
         """
-        torch.manual_seed(derive_seed("update", self.recipe.run.seed, self.update) >> 1)
+        self._seed_update()
         self.schedule.step_update(self.update)
         ratio = self.ratio()
         accumulation = self.recipe.batch.accumulation
@@ -152,6 +152,16 @@ class Run:
         self.update += 1
         self.sums += sums
         return sums
+
+    def _seed_update(self) -> None:
+        """Dropout and stochastic depth follow from (seed, update), not from what came before.
+
+        ``torch.manual_seed`` would do, but formats a stack trace where CUDA is not in use.
+        """
+        seed = derive_seed("update", self.recipe.run.seed, self.update) >> 1
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     # -- state ---------------------------------------------------------------------------------
 
