@@ -17,7 +17,7 @@ from PIL import Image
 from cskd_pipeline.errors import MissingPackageError
 
 CANVAS = 48  # pixels
-DIGIT = (22, 34)  # side in pixels, from and up to
+DIGIT = (30, 45)  # side in pixels, from and up to
 FRAGMENT = (8, 12)
 VALIDATION_DIGITS = 497  # scans that no training picture is made of
 
