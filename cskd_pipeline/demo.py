@@ -95,7 +95,7 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
             [
                 row["model"],
                 "labels (the teacher)" if row["name"] == "teacher" else row["name"],
-                round(row["top1"], 1),
+                f"{row['top1']:.1f}",
                 round(row["seconds"]),
                 row["out"],
             ]
