@@ -33,7 +33,7 @@ class CacheReader:
         ManifestError: the manifest does not fit its schema.
     """
 
-    def __init__(self, path: Path | str, *, memory: int = 128 * 2**20) -> None:
+    def __init__(self, path: Path | str, *, memory: int = 192 * 2**20) -> None:
         store = CacheStore(path)
         store.check_metadata()
         self._start(store, store.done(), memory)

@@ -149,20 +149,26 @@ class DistillationLoss:
         if self.kind == "hard":
             return cross_entropy(logits, targets.hard_global())
         samples = len(logits) if self.scaling == "mean" else logits.numel()
-        return self._divergence(logits, targets.global_logits()) / samples
+        teacher = targets.global_log_probabilities(self.temperature)
+        return self._divergence(logits, teacher) / samples
 
     def _spatial(self, logits: Tensor, targets: Targets, r: float) -> Tensor:
         if self.kind == "hard":
             return cross_entropy(logits, targets.hard_spatial(r))
         locations = logits[:, 0].numel() if self.scaling == "mean" else len(logits)
-        return self._divergence(logits, targets.fused_logits(r)) / locations
+        teacher = targets.spatial_log_probabilities(r, self.temperature)
+        return self._divergence(logits, teacher) / locations
 
     def _divergence(self, logits: Tensor, teacher: Tensor) -> Tensor:
-        """tau^2 * KL(teacher || student) at temperature tau along dimension 1, summed."""
+        """tau^2 * KL(teacher || student) at temperature tau along dimension 1, summed.
+
+        Args:
+            teacher: log-probabilities at that temperature.
+        """
         tau = self.temperature
         divergence = kl_div(
             log_softmax(logits / tau, dim=1),
-            log_softmax(teacher / tau, dim=1),
+            teacher,
             reduction="sum",
             log_target=True,
         )

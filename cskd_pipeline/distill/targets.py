@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import log_softmax
 
 from cskd_pipeline.distill import ckf
 from cskd_pipeline.errors import CacheError
@@ -23,22 +24,22 @@ class Targets(Protocol):
         """The class on top of the fused response at r: (B, h, w) int64."""
         ...
 
-    def global_logits(self) -> Tensor:
-        """g: (B, K) float32."""
+    def global_log_probabilities(self, temperature: float) -> Tensor:
+        """log softmax of g / temperature: (B, K) float32."""
         ...
 
-    def fused_logits(self, r: float) -> Tensor:
-        """r * d + (1 - r) * g: (B, K, h, w) float32."""
+    def spatial_log_probabilities(self, r: float, temperature: float) -> Tensor:
+        """log softmax of (r * d + (1 - r) * g) / temperature: (B, K, h, w) float32."""
         ...
 
 
 @dataclass(frozen=True)
 class LogitTargets:
-    """From the logits themselves: a live teacher or the dense encoding; serves everything.
+    """From logits: a live teacher's, or a dense encoding's; serves everything.
 
     Args:
-        spatial: (B, K, h, w) float16.
-        global_: (B, K) float16.
+        spatial: (B, K, h, w), float16 as the teacher gave them, or float32 restored from codes.
+        global_: (B, K) likewise.
     """
 
     spatial: Tensor
@@ -50,11 +51,11 @@ class LogitTargets:
     def hard_spatial(self, r: float) -> Tensor:
         return ckf.hard_labels(self.spatial, self.global_, r)
 
-    def global_logits(self) -> Tensor:
-        return self.global_.float()
+    def global_log_probabilities(self, temperature: float) -> Tensor:
+        return log_softmax(self.global_.float() / temperature, dim=1)
 
-    def fused_logits(self, r: float) -> Tensor:
-        return ckf.fuse(self.spatial, self.global_, r)
+    def spatial_log_probabilities(self, r: float, temperature: float) -> Tensor:
+        return log_softmax(ckf.fuse(self.spatial, self.global_, r) / temperature, dim=1)
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,10 @@ class EnvelopeTargets:
     def hard_spatial(self, r: float) -> Tensor:
         return ckf.envelope_labels(self.planes, r)
 
-    def global_logits(self) -> Tensor:
+    def global_log_probabilities(self, temperature: float) -> Tensor:
         raise self._no_logits()
 
-    def fused_logits(self, r: float) -> Tensor:
+    def spatial_log_probabilities(self, r: float, temperature: float) -> Tensor:
         raise self._no_logits()
 
     @staticmethod
@@ -86,6 +87,6 @@ class EnvelopeTargets:
         return CacheError(
             "soft distillation needs the teacher's logits",
             found="the envelope encoding, which holds hard labels only",
-            expected="the dense encoding",
-            action="use --set distill.kind=hard, or a cache dumped with --encoding dense",
+            expected="the encoding dense, dense-q8 or topk",
+            action="use --set distill.kind=hard, or a cache dumped with one of these encodings",
         )

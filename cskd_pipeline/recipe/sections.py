@@ -89,7 +89,7 @@ class StudentSection:
 class DistillSection:
     method: str = "cskd"  # none, deit, cskd
     kind: str = "hard"  # hard, soft
-    encoding: str = "auto"  # auto: the smallest in the cache that serves the kind
+    encoding: str = "auto"  # auto: the smallest exact one that serves the kind, else the closest
     alpha: float = 0.5  # weight of the global distillation term
     spatial_weight: float = 1.0  # lambda, weight of the spatial term
     temperature: float = 1.0

@@ -103,6 +103,8 @@ def open_training_data(recipe: TrainRecipe, terminal: Terminal) -> TrainingData:
         views, grid = cache.views, cache.manifest.grid
         encoding_name = _choose_encoding(recipe, cache)
         encoding = cache.encodings[encoding_name]
+        if not encoding.exact:
+            terminal.line(f"targets from {encoding_name}: an approximation of the teacher's answer")
         _check_views(recipe, cache, terminal)
         joined = join(
             dataset,
@@ -185,23 +187,32 @@ def _open_cache(recipe: TrainRecipe) -> CacheReader:
 
 
 def _choose_encoding(recipe: TrainRecipe, cache: CacheReader) -> str:
-    """The encoding asked for, or for ``auto`` the smallest in the cache that serves the loss."""
-    kind, asked = recipe.distill.kind, recipe.distill.encoding
-    serving = [name for name, encoding in cache.encodings.items() if kind in encoding.serves]
+    """The encoding asked for; for ``auto`` the smallest exact one that serves the loss, else the
+    closest approximation, which is the largest.
+    """
+    kind, asked, tau = recipe.distill.kind, recipe.distill.encoding, recipe.distill.temperature
+    serving = {
+        name: sum(spec.row_bytes for spec in cache.specs(name))
+        for name, encoding in cache.encodings.items()
+        if kind in encoding.serves and (kind == "hard" or tau >= encoding.min_temperature)
+    }
     if asked == "auto" and serving:
-        return min(serving, key=lambda name: sum(s.row_bytes for s in cache.specs(name)))
+        exact = [name for name in serving if cache.encodings[name].exact]
+        size = serving.__getitem__
+        return min(exact, key=size) if exact else max(serving, key=size)
     if asked in serving:
         return asked
+    targets = f"soft targets at temperature {tau:g}" if kind == "soft" else "hard targets"
     raise CacheError(
-        f"the cache cannot serve {kind} targets"
+        f"the cache cannot serve {targets}"
         if asked == "auto" or asked in cache.encodings
         else f"the cache has no encoding {asked}",
         where=cache.path,
         found=f"encodings {', '.join(cache.encodings)}",
-        expected=f"one that serves {kind} targets" if asked == "auto" else asked,
+        expected=f"one that serves {targets}" if asked == "auto" else asked,
         action="use --set distill.kind=hard, or a cache dumped with --encoding dense"
         if kind == "soft"
-        else "use --set distill.encoding=auto",
+        else "use --set distill.encoding=auto, or a cache dumped with --encoding envelope",
     )
 
 

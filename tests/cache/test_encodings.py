@@ -1,4 +1,4 @@
-"""Encodings keep what they promise: the logits, or every hard label at every ratio."""
+"""Encodings keep what they promise: logits, every hard label, or soft targets within bounds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cskd_pipeline.cache.encodings import ENCODINGS, AnswerShape, Rows
+from cskd_pipeline.cache.encodings import ENCODINGS, AnswerShape, Encoding, Rows
 from cskd_pipeline.cache.layout import choose_view_block, stored_arrays
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter
@@ -45,16 +45,17 @@ def logits(
     )
 
 
-@pytest.mark.parametrize("classes", [1, 2, 20])
-def test_hard_labels_survive_the_way_through_the_cache(tmp_path: Path, classes: int) -> None:
+@pytest.mark.parametrize("classes", [1, 2, 20, 40])
+def test_answers_survive_the_way_through_the_cache(tmp_path: Path, classes: int) -> None:
     made = manifest(
         dataset=replace(dataset(), num_classes=classes, class_names=None),
         teacher=teacher(num_classes=classes),
+        encodings=tuple(ENCODINGS),
     )
     writer = CacheWriter.create(tmp_path / "c", made)
     answers = {}
     for unit in writer.todo(shards=[0]):
-        data = unit_data(unit, manifest())
+        data = unit_data(unit, manifest(encodings=()))
         arrays: dict[str, list[np.ndarray]] = {}
         for view in unit.views:
             answers[view] = logits(view, 5, classes)
@@ -72,15 +73,31 @@ def test_hard_labels_survive_the_way_through_the_cache(tmp_path: Path, classes: 
     for name, encoding in ENCODINGS.items():
         rows = {key: torch.from_numpy(v) for key, v in reader.gather(name, index).items()}
         targets = encoding.targets(rows)
-        assert torch.equal(targets.hard_global(), expected.hard_global())
-        for r in RATIOS:
-            assert torch.equal(targets.hard_spatial(r), expected.hard_spatial(r)), (name, r)
-        if "soft" in encoding.serves:
-            assert torch.equal(targets.global_logits(), expected.global_logits())
-            assert torch.equal(targets.fused_logits(0.3), expected.fused_logits(0.3))
-        else:
+        if "hard" in encoding.serves:
+            assert torch.equal(targets.hard_global(), expected.hard_global())
+            for r in RATIOS:
+                assert torch.equal(targets.hard_spatial(r), expected.hard_spatial(r)), (name, r)
+        if "soft" not in encoding.serves:
             with pytest.raises(CacheError, match="soft"):
-                targets.global_logits()
+                targets.global_log_probabilities(1.0)
+            continue
+        for tau in (1.0, 4.0):
+            mine, theirs = (t.global_log_probabilities(tau) for t in (targets, expected))
+            assert divergence(mine, theirs, encoding) <= WORST[name]
+            for r in RATIOS:
+                mine, theirs = (t.spatial_log_probabilities(r, tau) for t in (targets, expected))
+                assert divergence(mine, theirs, encoding) <= WORST[name], (name, r, tau)
+
+
+# Nats, over these answers: 40 classes of normal logits, neighbours unlike each other.
+WORST = {"dense": 0.0, "dense-q8": 2e-3, "topk": 0.25}
+
+
+def divergence(found: torch.Tensor, exact: torch.Tensor, encoding: Encoding) -> float:
+    """The largest KL of any location, in nats; infinite where an exact encoding is not."""
+    if encoding.exact and not torch.equal(found, exact):
+        return float("inf")
+    return float((exact.exp() * (exact - found)).sum(1).max())
 
 
 def stacked(parts: list[np.ndarray]) -> np.ndarray:
@@ -122,12 +139,61 @@ def test_packing_is_as_the_format_says() -> None:
     assert found == [[100, 200, 65535, 65535], [300, 65535, 65535, 65535], [65535] * 4]
 
 
-def test_too_many_classes_for_an_envelope_are_refused() -> None:
-    assert ENCODINGS["envelope"].arrays(AnswerShape(65535, 7, 7))
+@pytest.mark.parametrize("name", ["envelope", "topk"])
+def test_too_many_classes_for_sixteen_bits_are_refused(name: str) -> None:
+    assert ENCODINGS[name].arrays(AnswerShape(65535, 7, 7))
     with pytest.raises(CacheError, match="65536 classes") as caught:
-        ENCODINGS["envelope"].arrays(AnswerShape(65536, 7, 7))
+        ENCODINGS[name].arrays(AnswerShape(65536, 7, 7))
     assert "dense" in str(caught.value)
     assert ENCODINGS["dense"].arrays(AnswerShape(65536, 7, 7))
+    assert ENCODINGS["dense-q8"].arrays(AnswerShape(65536, 7, 7))
+
+
+@pytest.mark.parametrize("classes", [1, 24, 25, 1000])
+def test_rows_are_as_the_arrays_say(classes: int) -> None:
+    answer = logits(0, 3, classes)
+    for encoding in ENCODINGS.values():
+        specs = encoding.arrays(AnswerShape(classes, HEIGHT, WIDTH))
+        rows = encoding.encode(*answer)
+        assert {spec.name for spec in specs} == rows.keys()
+        for spec in specs:
+            found = rows[spec.name].numpy()
+            assert found.dtype == np.dtype(spec.dtype), spec.name
+            assert len(found) == 3
+            assert found.shape[1 + spec.ragged :] == spec.tail[spec.ragged :], spec.name
+            for row in found:
+                assert not (row == spec.fill).all(), "a row that could be taken for one not written"
+
+
+def test_a_teacher_of_few_classes_has_no_tail_to_store() -> None:
+    def names(classes: int) -> set[str]:
+        return {spec.name for spec in ENCODINGS["topk"].arrays(AnswerShape(classes, 7, 7))}
+
+    assert names(24) == {"topk/classes", "topk/spatial", "topk/global"}
+    assert names(25) - names(24) == {"topk/coarse", "topk/tail", "topk/tail_global"}
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "value", "message"),
+    [
+        ("topk", "topk/classes", 40, "class 40 of 40"),
+        ("topk", "topk/tail", np.nan, "topk/tail holds NaN"),
+        ("topk", "topk/tail_global", np.inf, "topk/tail_global holds NaN or infinite"),
+        ("dense-q8", "dense-q8/step", 0.0, "not a positive number"),
+        ("dense-q8", "dense-q8/step", np.nan, "not a positive number"),
+    ],
+)
+def test_values_that_no_answer_has_are_refused(
+    name: str, array: str, value: float, message: str
+) -> None:
+    encoding, shape = ENCODINGS[name], AnswerShape(40, HEIGHT, WIDTH)
+    rows = {key: v.numpy() for key, v in encoding.encode(*logits(0, 2, 40)).items()}
+    for key, values in encoding.unpack(encoding.pack(rows), shape).items():
+        assert np.array_equal(values, rows[key])
+    rows[array] = rows[array].copy()
+    rows[array].flat[-1] = value
+    with pytest.raises(ValueError, match=message):
+        encoding.unpack(rows, shape)
 
 
 @pytest.mark.parametrize("classes", [1, 7, 8, 10, 1000, 21841, 65535])
@@ -161,10 +227,12 @@ def test_encodings_are_found_by_their_names_and_begin_their_arrays_with_them() -
     for name, encoding in ENCODINGS.items():
         assert encoding.name == name
         assert set(encoding.serves) <= {"hard", "soft"}
+        assert encoding.exact or encoding.serves == ("soft",), "hard labels are never approximate"
         specs = encoding.arrays(shape)
         assert all(spec.name.startswith(f"{name}/") for spec in specs)
         assert len({spec.rows is None for spec in specs}) == 1
-    assert {a.level for a in stored_arrays(manifest()).values()} == {1, 3, 8}
+    made = manifest(encodings=tuple(ENCODINGS))
+    assert {a.level for a in stored_arrays(made).values()} == {1, 3, 8}
 
 
 def test_rows_are_encoded_on_the_device_of_the_logits() -> None:

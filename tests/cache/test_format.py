@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 
 from cskd_pipeline import resources
 from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.encodings import ENCODINGS
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.ckf import envelope_labels
-from tests.cache.making import CLASSES, COUNTS, VIEWS, make, manifest
+from tests.cache.making import CLASSES, COUNTS, VIEWS, dataset, make, manifest, teacher
 
 PAGE = (resources.manifests() / "cache-format.md").read_text(encoding="utf-8")
 
@@ -66,10 +68,44 @@ def test_the_pages_reader_finds_keys_and_refuses_what_is_not_done(
         stranger.hard_labels(tmp_path / "c", 0, 0, 1.0)
 
 
+def test_the_page_says_enough_to_read_topk(tmp_path: Path) -> None:
+    """By the page's words alone, in numpy, against what the losses get."""
+    encoding = ENCODINGS["topk"]
+    generator = torch.Generator().manual_seed(0)
+    d = (torch.randn(2, 60, 2, 3, generator=generator) * 3).half()
+    rows = encoding.encode(d, d.mean((2, 3)).half())
+    targets = encoding.targets(rows)
+    row = {name.split("/")[1]: v[1].double().numpy() for name, v in rows.items()}
+    classes = row["classes"].astype(int)
+    rest = np.setdiff1d(np.arange(60), classes)
+    for r, tau in ((0.0, 1.0), (0.3, 1.0), (1.0, 2.0), (0.7, 4.0)):
+        a, b = r / tau, (1 - r) / tau
+        c = 1 - a - b
+        kept = np.exp(-(a * row["spatial"] + b * row["global"][:, None, None]) / 8)
+        slope, at_a, half_a, halves = row["tail"]
+        at_b, half_b = row["tail_global"]
+        mass = c * (2 * c - 1) * np.log(60 - 24) + a * (2 * a - 1) * at_a + b * (2 * b - 1) * at_b
+        mass = np.exp(mass + 4 * a * c * half_a + 4 * b * c * half_b + 4 * a * b * halves)
+        share = np.exp(-(a * slope + b) * row["coarse"][rest][:, None, None] / 2)
+        expected = np.empty((60, 2, 3))
+        expected[classes], expected[rest] = kept, mass * share / share.sum(0)
+        expected /= expected.sum(0)
+        found = targets.spatial_log_probabilities(r, tau)[1].exp().numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
 def test_every_array_stands_in_the_tables_with_its_type_and_shape() -> None:
-    arrays = layout.stored_arrays(manifest())
-    lengths = {"B": 2, "S": 3, "N": 5, "V": 4, "K": CLASSES, "h": 2, "w": 3, "V / B": 2}
-    lengths |= {"L": arrays["key"].shape[2], "a": 5, "b": 5, "c": 8}
+    arrays = layout.stored_arrays(
+        manifest(
+            encodings=tuple(ENCODINGS),
+            dataset=replace(dataset(), num_classes=40, class_names=None),
+            teacher=teacher(num_classes=40),
+        )
+    )
+    lengths = {"B": 2, "S": 3, "N": 5, "V": 4, "K": 40, "h": 2, "w": 3, "V / B": 2, "k": 24}
+    # At most N = 5 rows in a chunk.
+    lengths |= {"L": arrays["key"].shape[2], "c": 8, "2048": 5}
+    lengths |= {"a": 5, "b": 5, "2a": 5, "2b": 5}
 
     def numbers(cell: str) -> tuple[int, ...]:
         parts = (part.strip() for part in cell.strip("() ").split(","))
@@ -104,3 +140,9 @@ def test_the_pages_numbers_are_the_codes() -> None:
         assert order in " ".join(PAGE.split())
     spatial = layout.specs(manifest())["dense/spatial"]
     assert spatial.rows == 16384 // (2 * CLASSES * 2 * 3)
+    made = layout.specs(manifest(encodings=tuple(ENCODINGS)))
+    assert made["dense-q8/spatial"].rows == 16384 // (CLASSES * 2 * 3)
+    assert made["dense-q8/global"].rows == 16384 // CLASSES
+    assert made["dense-q8/step"].rows == 2048
+    assert made["topk/classes"].tail == (min(CLASSES, 24),)
+    assert "topk/tail" not in made

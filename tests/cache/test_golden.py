@@ -14,6 +14,7 @@ import numcodecs
 import numpy as np
 import pytest
 import torch
+import zarr
 
 from cskd_pipeline.cache.encodings import ENCODINGS
 from cskd_pipeline.cache.reader import CacheReader
@@ -21,7 +22,7 @@ from cskd_pipeline.cache.writer import CacheWriter, UnitData
 from tests.cache.making import dataset, keys, manifest, teacher, tree
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cache.json"
-COUNT, CLASSES, GRID, VIEWS = 3, 12, (2, 2), 2
+COUNT, CLASSES, GRID, VIEWS = 3, 30, (2, 2), 2
 
 
 def answer(view: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,6 +103,23 @@ def test_the_pinned_cache_is_what_is_written_today(
             assert found[name] == content, name
     if version != numcodecs.__version__:
         pytest.skip(f"chunks were compared by value only: numcodecs {numcodecs.__version__}")
+
+
+def test_plain_zarr_reads_the_pinned_rows(
+    tmp_path: Path, pinned: tuple[dict[str, bytes], str]
+) -> None:
+    for name, content in pinned[0].items():
+        path = tmp_path / "c" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    group = zarr.open_group(tmp_path / "c", mode="r")
+    for encoding in ENCODINGS.values():
+        for view in range(VIEWS):
+            rows = {n: v.numpy()[None] for n, v in encoding.encode(*answer(view)).items()}
+            for array, values in encoding.pack(rows).items():
+                inner = tuple(slice(0, n) for n in values.shape[2:])
+                found = group[array][(view, 0, slice(0, COUNT), *inner)]
+                assert np.array_equal(found, values[0]), array
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from zarr.storage import LocalStore, MemoryStore
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder, _content_size, encode_file
+from cskd_pipeline.cache.encodings import ENCODINGS
 from cskd_pipeline.cache.writer import Unit
 from tests.cache.making import BLOCK, COUNTS, VIEWS, make, manifest, tree, unit_data
 
@@ -52,11 +53,12 @@ def test_plain_zarr_reads_every_array(cache: Path) -> None:
 
 
 def test_the_documents_are_what_zarr_itself_writes() -> None:
-    for name, array in layout.stored_arrays(manifest()).items():
+    made = manifest(encodings=tuple(ENCODINGS))
+    for name, array in layout.stored_arrays(made).items():
         content: dict[str, Any] = {}
         create(MemoryStore(store_dict=content), array)
         theirs = json.loads(content[f"{name}/zarr.json"].to_bytes())
-        ours = json.loads(layout.array_documents(manifest())[f"{name}/zarr.json"])
+        ours = json.loads(layout.array_documents(made)[f"{name}/zarr.json"])
         assert ours == theirs, name
 
 

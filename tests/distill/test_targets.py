@@ -31,20 +31,30 @@ def test_the_envelope_gives_the_labels_of_the_logits_at_every_ratio() -> None:
             assert torch.equal(envelope.hard_spatial(r), logits.hard_spatial(r))
 
 
-def test_logits_come_back_in_float32() -> None:
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_log_probabilities_are_those_of_the_fused_logits(temperature: float) -> None:
     spatial, global_ = answer()
     logits = LogitTargets(spatial, global_)
-    assert torch.equal(logits.global_logits(), global_.float())
-    assert torch.equal(logits.fused_logits(1.0), spatial.float())
-    assert torch.equal(
-        logits.fused_logits(0.0), global_.float()[:, :, None, None].expand(6, 100, 7, 7)
-    )
+    d, g = spatial.double(), global_.double()
+
+    def expected(values: torch.Tensor) -> torch.Tensor:
+        values = (values / temperature).exp()
+        return (values / values.sum(1, keepdim=True)).log().float()
+
+    found = logits.global_log_probabilities(temperature)
+    torch.testing.assert_close(found, expected(g))
+    for r in (0.0, 0.3, 1.0):
+        found = logits.spatial_log_probabilities(r, temperature)
+        torch.testing.assert_close(found, expected(r * d + (1 - r) * g[:, :, None, None]))
 
 
 def test_an_envelope_asked_for_logits_says_what_to_do() -> None:
     spatial, global_ = answer(5)
     envelope = EnvelopeTargets(ckf.upper_envelope(spatial, global_), global_.argmax(1))
-    for ask in (envelope.global_logits, lambda: envelope.fused_logits(0.5)):
+    for ask in (
+        lambda: envelope.global_log_probabilities(1.0),
+        lambda: envelope.spatial_log_probabilities(0.5, 1.0),
+    ):
         with pytest.raises(CacheError, match="soft distillation needs") as caught:
             ask()
-        assert "--encoding dense" in str(caught.value.action)
+        assert "dense-q8" in str(caught.value)

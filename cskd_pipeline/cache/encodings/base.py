@@ -70,6 +70,10 @@ class Encoding(Protocol):
     name: str
     serves: tuple[str, ...]
     """Kinds of loss: ``hard``, ``soft``."""
+    exact: bool
+    """Whether these losses are, bit for bit, those of the teacher's logits."""
+    min_temperature: float
+    """Of soft losses: the lowest that it serves."""
 
     def arrays(self, shape: AnswerShape) -> tuple[ArraySpec, ...]:
         """What is stored.

@@ -30,6 +30,8 @@ class Dense:
 
     name = "dense"
     serves: tuple[str, ...] = ("hard", "soft")
+    exact = True
+    min_temperature = 0.0
 
     def arrays(self, shape: AnswerShape) -> tuple[ArraySpec, ...]:
         def spec(name: str, tail: tuple[int, ...], file_per_view: bool) -> ArraySpec:

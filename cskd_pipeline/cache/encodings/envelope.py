@@ -42,6 +42,8 @@ class Envelope:
 
     name = "envelope"
     serves: tuple[str, ...] = ("hard",)
+    exact = True
+    min_temperature = 0.0
 
     def arrays(self, shape: AnswerShape) -> tuple[ArraySpec, ...]:
         if shape.classes > UNUSED:
@@ -49,7 +51,7 @@ class Envelope:
                 "the envelope encoding cannot hold so many classes",
                 found=f"{shape.classes} classes",
                 expected=f"at most {UNUSED}",
-                action="use the encoding dense",
+                action="use the encoding dense or dense-q8",
             )
         lines = max(_LINES_PER_CHUNK, -(-shape.classes // _CHUNKS_PER_VIEW))
         grid = (shape.height, shape.width)
