@@ -12,7 +12,7 @@ import errno
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal
@@ -78,6 +78,7 @@ SHARDS_HELP = (
 ShardsOption = Annotated[
     str | None, typer.Option("--shards", metavar="SHARDS", help=SHARDS_HELP, show_default=False)
 ]
+ENCODING_NAMES = "dense|dense-q8|topk|envelope"
 Split = Annotated[
     str | None, typer.Option(metavar="NAME", help="Which split of an _info.json that has several.")
 ]
@@ -198,9 +199,9 @@ def dump_teacher(
     encoding: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="dense|envelope",
-            help="What to store: dense serves every loss, envelope only hard ones, in far fewer "
-            "bytes. May be given more than once.",
+            metavar=ENCODING_NAMES,
+            help="What to store: dense serves every loss; envelope hard ones, exactly, in 1/400 of "
+            "the bytes; dense-q8 and topk soft ones, nearly. May be given more than once.",
         ),
     ] = None,
     views: Annotated[
@@ -248,8 +249,8 @@ def dump_teacher(
             "--cache DIR": asked.cache.path,
         }
     )
-    chosen = None if shard_range is None else _parse_range(shard_range)
-    _require_encodings(asked)
+    chosen = None if shard_range is None else _parse_range(shard_range, "--shard-range")
+    _require_encodings(asked.cache.encodings)
     from cskd_pipeline import dump
 
     return dump.dump_teacher(asked, terminal, shard_range=chosen)
@@ -367,6 +368,58 @@ def info(
     return describe(cache)
 
 
+@cache_app.command(epilog="Example: cskd-pipeline cache convert cache small --encoding envelope")
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A cache.")],
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="DST", help="The cache to make from it, or to go on with."),
+    ],
+    encoding: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar=ENCODING_NAMES,
+            help="What the new cache stores; more than once for several. Without, what the old one "
+            "does. What it does not have is made from dense.",
+        ),
+    ] = None,
+    views: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Only the first N views.")
+    ] = None,
+    shards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FROM:TO", help="Only the tar shards FROM up to, not including, TO, from 0."
+        ),
+    ] = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """Make a smaller cache from another: in other encodings, fewer views, or a part of the shards.
+
+    Run the same command again after an interruption: finished units are kept.
+    """
+    terminal = Terminal(quiet=quiet, json=json)
+    _require_encodings(encoding or ())
+    chosen = None if shards is None else _parse_range(shards, "--shards")
+    from cskd_pipeline.cache.convert import convert as make
+    from cskd_pipeline.interrupt import stop_requests
+    from cskd_pipeline.machine import pick_device
+
+    with stop_requests() as stop:
+        return make(
+            source,
+            target,
+            encodings=encoding or (),
+            views=views,
+            shards=chosen,
+            device=pick_device(device or "auto"),
+            progress=terminal.progress,
+            stopped=lambda: stop.asked,
+        )
+
+
 @app.command(epilog="Example: cskd-pipeline demo --out demo-out")
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="An empty or new folder.")] = Path(
@@ -406,11 +459,11 @@ def _require(needed: Mapping[str, str]) -> None:
         )
 
 
-def _require_encodings(recipe: DumpRecipe) -> None:
-    """Refuse unknown encodings before a teacher is loaded."""
+def _require_encodings(names: Sequence[str]) -> None:
+    """Refuse unknown encodings before anything is loaded."""
     from cskd_pipeline.cache.encodings import ENCODINGS
 
-    unknown = [name for name in recipe.cache.encodings if name not in ENCODINGS]
+    unknown = [name for name in names if name not in ENCODINGS]
     if unknown:
         near = difflib.get_close_matches(unknown[0], ENCODINGS, 1)
         raise RecipeError(
@@ -422,10 +475,10 @@ def _require_encodings(recipe: DumpRecipe) -> None:
         )
 
 
-def _parse_range(text: str) -> tuple[int, int]:
+def _parse_range(text: str, flag: str) -> tuple[int, int]:
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-        raise UsageError("--shard-range takes FROM:TO", found=text, expected="as in 0:128")
+        raise UsageError(f"{flag} takes FROM:TO", found=text, expected="as in 0:128")
     return int(first), int(last)
 
 
@@ -498,6 +551,8 @@ def _how_to_go_on(arguments: list[str]) -> str:
     command = next((word for word in arguments if not word.startswith("-")), "")
     line = shlex.join([PROGRAM, *arguments])
     if command == "dump-teacher":
+        return f"finished units are kept, go on with: {line}"
+    if arguments[:2] == ["cache", "convert"]:
         return f"finished units are kept, go on with: {line}"
     if command == "train":
         resume = "" if "--resume" in arguments else " --resume"

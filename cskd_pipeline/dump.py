@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cskd_pipeline.cache.buffer import UnitBuffer
 from cskd_pipeline.cache.encodings import ENCODINGS, AnswerShape
 from cskd_pipeline.cache.info import describe as describe_cache
 from cskd_pipeline.cache.layout import choose_view_block
@@ -241,36 +242,3 @@ def _summary(writer: CacheWriter, units: list[Unit], views: int, seconds: float)
         "bytes_per_view": info["bytes_per_view"],
         "teacher_top1": info["teacher_top1"],
     }
-
-
-class UnitBuffer:
-    """The arrays of one unit, (views, count, ...), while its batches come in.
-
-    Args:
-        fill: what stands where a ragged array's rows end early, by array name.
-    """
-
-    def __init__(self, views: int, count: int, fill: dict[str, int | float]) -> None:
-        self.leading = (views, count)
-        self.fill = fill
-        self.arrays: dict[str, np.ndarray] = {}
-
-    def put(self, rows: np.ndarray, offsets: np.ndarray, values: dict[str, np.ndarray]) -> None:
-        """``values[name][i]`` belongs to view row ``rows[i]`` and sample ``offsets[i]``."""
-        for name, value in values.items():
-            array = self._room(name, value)
-            inner: list[Any] = [slice(0, n) for n in value.shape[1:]]
-            array[(rows, offsets, *inner)] = value
-
-    def _room(self, name: str, value: np.ndarray) -> np.ndarray:
-        tail = value.shape[1:]
-        old = self.arrays.get(name)
-        if old is not None and all(a <= b for a, b in zip(tail, old.shape[2:], strict=True)):
-            return old
-        if old is not None:
-            tail = tuple(max(a, b) for a, b in zip(tail, old.shape[2:], strict=True))
-        new = np.full((*self.leading, *tail), self.fill.get(name, 0), value.dtype)
-        if old is not None:
-            new[tuple(slice(0, n) for n in old.shape)] = old
-        self.arrays[name] = new
-        return new

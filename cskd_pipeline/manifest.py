@@ -181,6 +181,8 @@ class CacheManifest:
     license: str = ""
     notes: str = ""
     other_versions: tuple[Mapping[str, str], ...] = ()
+    parent: Mapping[str, Any] | None = None
+    """Of a converted cache: what identifies the cache it was made from (:meth:`as_parent`)."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -210,6 +212,17 @@ class CacheManifest:
             "license": self.license,
             "notes": self.notes,
             "created": self.created,
+            **({} if self.parent is None else {"parent": dict(self.parent)}),
+        }
+
+    def as_parent(self) -> dict[str, Any]:
+        """What a cache converted from this one says of it."""
+        return {
+            "manifest_sha256": self.digest(),
+            "created": self.created,
+            "encodings": list(self.encodings),
+            "views": self.views,
+            "shards": len(self.dataset.shards),
         }
 
     @classmethod
@@ -231,6 +244,7 @@ class CacheManifest:
             policy=ViewPolicy.from_json(document["policy"]),
             encodings=tuple(document["encodings"]),
             other_versions=tuple(document["other_versions"]),
+            parent=document.get("parent"),
             **{name: document[name] for name in same},
         )
 
@@ -244,11 +258,14 @@ class CacheManifest:
         Not compared are views and their blocks (a cache grows), versions (see
         :meth:`version_differences`), provenance, free text, and names of data: its contents decide.
         """
-        free = ("views", "view_block", "versions", "other_versions", "license", "notes", "created")
+        free = (
+            *("views", "view_block", "versions", "other_versions"),
+            *("license", "notes", "created", "parent"),
+        )
         mine, theirs = self.to_json(), other.to_json()
         for document in (mine, theirs):
             for name in free:
-                del document[name]
+                document.pop(name, None)
             del document["teacher"]["source"], document["teacher"]["top1"]
             del document["dataset"]["name"], document["dataset"]["class_names"]
             for shard in document["dataset"]["shards"]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cskd_pipeline.cache import layout
-from cskd_pipeline.cache.encodings import ArraySpec, Rows
+from cskd_pipeline.cache.encodings import AnswerShape, ArraySpec, Rows
 from cskd_pipeline.cache.lru import BytesLRU
 from cskd_pipeline.cache.store import FINISH, CacheStore
 from cskd_pipeline.errors import CacheError
@@ -66,6 +66,11 @@ class CacheReader:
     @property
     def shard_ids(self) -> tuple[str, ...]:
         return self.manifest.dataset.shard_ids
+
+    @property
+    def shape(self) -> AnswerShape:
+        """Of one view's spatial logits."""
+        return self._shape
 
     def specs(self, encoding: str) -> tuple[ArraySpec, ...]:
         """The encoding's arrays."""
@@ -141,6 +146,12 @@ class CacheReader:
             correct += sum(pair[0][0] for pair in pairs)
             counted += sum(pair[0][1] for pair in pairs)
         return correct, counted
+
+    def top1_of(self, view: int, shard: int) -> np.ndarray:
+        """(correct, counted) of one view of one tar shard: (2,) uint32."""
+        self._require(view, shard)
+        block = self._store.chunk("top1", view, shard)
+        return block[view % len(block), 0]
 
     def rows(
         self, encoding: str, view: int, shard: int, offsets: np.ndarray | Sequence[int]

@@ -18,6 +18,7 @@ from cskd_pipeline import files
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import encode_file
 from cskd_pipeline.cache.durable import DurableFolder, exclusive, sweep
+from cskd_pipeline.cache.encodings import ENCODINGS, ArraySpec
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.manifest import CacheManifest, keys_sha256
@@ -150,6 +151,14 @@ class CacheWriter:
             else:
                 self._start(CacheStore(self.path, present))
 
+    def specs(self, encoding: str) -> tuple[ArraySpec, ...]:
+        """The encoding's arrays."""
+        return ENCODINGS[encoding].arrays(layout.answer_shape(self.manifest))
+
+    def size_of(self, unit: Unit) -> int:
+        """Views of one sample in the unit."""
+        return len(unit.views) * self.manifest.dataset.counts[unit.shard]
+
     def done(self) -> np.ndarray:
         """Which units are finished, at this moment: (blocks, shards) bool."""
         return self._store.done()
@@ -247,9 +256,9 @@ class CacheWriter:
 
     def _per_view(self, data: UnitData) -> dict[str, np.ndarray]:
         values = {"seed": data.seeds, "view_digest": data.view_digests, "top1": data.top1}
-        for encoding in layout.encodings_of(self.manifest).values():
-            specs = encoding.arrays(layout.answer_shape(self.manifest))
-            values |= encoding.pack({spec.name: data.arrays[spec.name] for spec in specs})
+        for name in self.manifest.encodings:
+            rows = {spec.name: data.arrays[spec.name] for spec in self.specs(name)}
+            values |= ENCODINGS[name].pack(rows)
         return values
 
     def _write_views(self, name: str, unit: Unit, values: np.ndarray) -> None:

@@ -118,8 +118,7 @@ class DistillationLoss:
 
         Args:
             heads: the student's; ``dense`` is needed by ``cskd`` only. A student without
-            distillation
-                token is distilled through its class head.
+                distillation token is distilled through its class head.
             label_targets: (B, K) float32, see :func:`mixed_targets`.
             targets: the teacher's answers; None for ``none``.
             r: the CKF ratio.

@@ -92,6 +92,7 @@ PROMISED = {
     "--workers --resume --json --quiet",
     "evaluate": "CHECKPOINT --shards --json --quiet",
     "cache info": "CACHE --json --quiet",
+    "cache convert": "SRC DST --encoding --views --shards --json --quiet",
     "demo": "--out --json --quiet",
 }
 

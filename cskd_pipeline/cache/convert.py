@@ -1,0 +1,222 @@
+"""``cache convert``: another cache from a finished one, smaller or only a part, without a teacher.
+
+Encodings that the source has are copied; others are made from its ``dense`` logits, and are what a
+dump would have written. Seeds, digests, labels and image CRCs come along, so the new cache joins
+the same images in the same views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from cskd_pipeline.cache.buffer import UnitBuffer
+from cskd_pipeline.cache.encodings import ENCODINGS, Rows
+from cskd_pipeline.cache.info import describe
+from cskd_pipeline.cache.layout import choose_view_block
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
+from cskd_pipeline.errors import CacheError, UsageError
+from cskd_pipeline.manifest import CacheManifest, utc_now
+
+if TYPE_CHECKING:
+    import torch
+
+_ROWS = 64  # encoded at once
+
+
+class Progress(Protocol):
+    """As :meth:`cskd_pipeline.terminal.Terminal.progress` is."""
+
+    def __call__(
+        self, total: int | None, unit: str, description: str
+    ) -> AbstractContextManager[Any]: ...
+
+
+def convert(
+    source: Path | str,
+    target: Path | str,
+    *,
+    encodings: Sequence[str] = (),
+    views: int | None = None,
+    shards: tuple[int, int] | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Make, or go on with, the cache ``target`` from the finished units of ``source``.
+
+    Args:
+        encodings: of the new cache; none: the source's.
+        views: only the first so many views.
+        shards: only the tar shards from, up to and not including.
+        device: where new encodings are made.
+        stopped: asked between units.
+
+    Returns:
+        What was written, and the new cache's sizes. ``units_missing`` counts units that the source
+        does not have yet: run the same command again when it does.
+
+    Raises:
+        CacheError: the source cannot serve an encoding, is damaged, or the target is of another
+            making; UsageError: views or shards that the source does not have.
+        KeyboardInterrupt: stopped between units.
+    """
+    reader = CacheReader(source)
+    if Path(source).resolve() == Path(target).resolve():
+        raise UsageError(
+            "a cache cannot be converted into itself",
+            where=target,
+            action="choose another folder for the new cache",
+        )
+    first, last = _shard_range(reader, shards)
+    wanted = tuple(encodings) or reader.manifest.encodings
+    _require_sources(reader, wanted)
+    made = _converted(reader, wanted, _view_count(reader, views), first, last)
+    writer = CacheWriter.create(target, made, accept_versions=True)
+    if made.views > writer.manifest.views:
+        writer.extend(made.views)
+    units = writer.todo()
+    ready = [unit for unit in units if _in_source(reader, unit, first)]
+    written = 0
+    with progress(sum(map(writer.size_of, ready)), "views", "converting") as meter:
+        for unit in ready:
+            if stopped():
+                raise KeyboardInterrupt
+            writer.write_unit(unit, _unit_data(reader, writer, unit, first, device))
+            written += writer.size_of(unit)
+            meter.advance(writer.size_of(unit))
+    info = describe(target)
+    return {
+        "cache": str(target),
+        "units_written": len(ready),
+        "views_written": written,
+        "units_missing": len(units) - len(ready),
+        **{name: info[name] for name in ("views", "samples", "complete", "bytes")},
+        "bytes_per_view": info["bytes_per_view"],
+    }
+
+
+def _converted(
+    reader: CacheReader, encodings: tuple[str, ...], views: int, first: int, last: int
+) -> CacheManifest:
+    """The new cache's manifest."""
+    old = reader.manifest
+    dataset = replace(old.dataset, shards=old.dataset.shards[first:last])
+    block = old.view_block
+    if views % block:
+        block = choose_view_block(views, max(dataset.counts), encodings, reader.shape)
+    return replace(
+        old,
+        dataset=dataset,
+        views=views,
+        view_block=block,
+        encodings=encodings,
+        created=utc_now(),
+        parent=old.as_parent(),
+    )
+
+
+def _unit_data(
+    reader: CacheReader,
+    writer: CacheWriter,
+    unit: Unit,
+    first: int,
+    device: str | torch.device,
+) -> UnitData:
+    """The unit's arrays from the source, view by view."""
+    shard = unit.shard + first
+    count = reader.counts[shard]
+    fill = {
+        spec.name: spec.fill for name in writer.manifest.encodings for spec in writer.specs(name)
+    }
+    buffer = UnitBuffer(len(unit.views), count, fill)
+    for row, view in enumerate(unit.views):
+        for start in range(0, count, _ROWS):
+            offsets = np.arange(start, min(start + _ROWS, count))
+            rows = _rows(reader, writer.manifest.encodings, view, shard, offsets, device)
+            buffer.put(row, offsets, rows)
+
+    def stacked(of_view: Callable[[int, int], np.ndarray]) -> np.ndarray:
+        return np.stack([of_view(view, shard) for view in unit.views])
+
+    return UnitData(
+        keys=reader.keys(shard),
+        labels=reader.labels(shard),
+        image_crc32=reader.image_crc32(shard),
+        seeds=stacked(reader.seeds),
+        view_digests=stacked(reader.view_digests),
+        arrays=buffer.arrays,
+        top1=stacked(reader.top1_of),
+    )
+
+
+def _rows(
+    reader: CacheReader,
+    encodings: Sequence[str],
+    view: int,
+    shard: int,
+    offsets: np.ndarray,
+    device: str | torch.device,
+) -> Rows:
+    """Every array's rows of some samples in one view: copied, or made from the logits."""
+    import torch
+
+    found: Rows = {}
+    fresh = [name for name in encodings if name not in reader.encodings]
+    for name in encodings:
+        if name not in fresh:
+            found |= reader.rows(name, view, shard, offsets)
+    if fresh:
+        dense = reader.rows("dense", view, shard, offsets)
+        spatial, global_ = (torch.from_numpy(v).to(device) for v in dense.values())
+        for name in fresh:
+            made = ENCODINGS[name].encode(spatial, global_)
+            found |= {array: values.cpu().numpy() for array, values in made.items()}
+    return found
+
+
+def _require_sources(reader: CacheReader, encodings: Sequence[str]) -> None:
+    fresh = [name for name in encodings if name not in reader.encodings]
+    if fresh and "dense" not in reader.encodings:
+        raise CacheError(
+            f"the cache cannot be converted to {', '.join(fresh)}",
+            where=reader.path,
+            found=f"encodings {', '.join(reader.encodings)}",
+            expected="dense, from which every other is made",
+            action="convert the cache that this one was made from, or dump it with the teacher",
+        )
+
+
+def _view_count(reader: CacheReader, views: int | None) -> int:
+    if views is not None and not 0 < views <= reader.views:
+        raise UsageError(
+            "the cache does not have so many views",
+            where=reader.path,
+            found=f"{views} asked for",
+            expected=f"1 to {reader.views}",
+        )
+    return views or reader.views
+
+
+def _shard_range(reader: CacheReader, shards: tuple[int, int] | None) -> tuple[int, int]:
+    count = len(reader.counts)
+    first, last = shards or (0, count)
+    if not 0 <= first < last <= count:
+        raise UsageError(
+            "the cache has no such tar shards",
+            where=reader.path,
+            found=f"{first}:{last}",
+            expected=f"a range within 0:{count}",
+        )
+    return first, last
+
+
+def _in_source(reader: CacheReader, unit: Unit, first: int) -> bool:
+    done, block = reader.done(), reader.manifest.view_block
+    return all(done[view // block, unit.shard + first] for view in unit.views)

@@ -1,0 +1,193 @@
+"""A converted cache holds what a dump would have written, and says where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cskd_pipeline.cache.convert import convert
+from cskd_pipeline.cache.encodings import ENCODINGS
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.errors import CacheError, UsageError
+from cskd_pipeline.manifest import CacheManifest
+from tests.cache.making import BLOCK, COUNTS, VIEWS, data_files, fill, make, manifest, tree
+
+
+@contextmanager
+def no_progress(total: int | None, unit: str, description: str) -> Iterator[Any]:
+    yield SimpleNamespace(advance=lambda count: None)
+
+
+def converted(source: Path, target: Path, *encodings: str, **options: Any) -> dict[str, Any]:
+    return convert(source, target, encodings=encodings, progress=no_progress, **options)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("convert") / "dense"
+    make(path, encodings=("dense",))
+    return path
+
+
+def test_new_encodings_are_those_of_the_logits(source: Path, tmp_path: Path) -> None:
+    names = ("envelope", "topk", "dense-q8")
+    found = converted(source, tmp_path / "c", *names)
+    assert found["complete"] is True
+    assert found["units_missing"] == 0
+    assert found["views_written"] == VIEWS * sum(COUNTS)
+    old, new = CacheReader(source), CacheReader(tmp_path / "c")
+    assert tuple(new.encodings) == names
+    for view in range(VIEWS):
+        for shard, count in enumerate(COUNTS):
+            dense = old.rows("dense", view, shard, range(count))
+            logits = [torch.from_numpy(values) for values in dense.values()]
+            for name in names:
+                rows = new.rows(name, view, shard, range(count))
+                for array, values in ENCODINGS[name].encode(*logits).items():
+                    assert np.array_equal(rows[array], values.numpy()), array
+
+
+def test_everything_else_comes_along(source: Path, tmp_path: Path) -> None:
+    converted(source, tmp_path / "c", "envelope")
+    old, new = CacheReader(source), CacheReader(tmp_path / "c")
+    for shard in range(len(COUNTS)):
+        assert new.keys(shard) == old.keys(shard)
+        assert np.array_equal(new.labels(shard), old.labels(shard))
+        assert np.array_equal(new.image_crc32(shard), old.image_crc32(shard))
+        for view in range(VIEWS):
+            assert np.array_equal(new.seeds(view, shard), old.seeds(view, shard))
+            assert np.array_equal(new.view_digests(view, shard), old.view_digests(view, shard))
+            assert np.array_equal(new.top1_of(view, shard), old.top1_of(view, shard))
+    assert new.top1() == old.top1()
+    mine, theirs = new.manifest.to_json(), old.manifest.to_json()
+    assert mine.pop("parent") == {
+        "manifest_sha256": old.manifest.digest(),
+        "created": theirs["created"],
+        "encodings": ["dense"],
+        "views": VIEWS,
+        "shards": len(COUNTS),
+    }
+    for name in ("encodings", "created"):
+        del mine[name], theirs[name]
+    assert mine == theirs
+
+
+def test_a_copy_in_the_same_encodings_has_the_same_bytes(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    converted(tmp_path / "a", tmp_path / "b")
+    old, new = tree(tmp_path / "a"), tree(tmp_path / "b")
+    assert old.keys() == new.keys()
+    assert [name for name in old if old[name] != new[name]] == ["zarr.json"]
+
+
+@pytest.mark.parametrize(("views", "block"), [(1, 1), (2, BLOCK), (3, 3)])
+def test_a_part_of_the_views_and_shards(
+    source: Path, tmp_path: Path, views: int, block: int
+) -> None:
+    converted(source, tmp_path / "c", "dense", views=views, shards=(1, 3))
+    old, new = CacheReader(source), CacheReader(tmp_path / "c")
+    assert new.manifest.dataset.shards == old.manifest.dataset.shards[1:3]
+    assert (new.views, new.manifest.view_block) == (views, block)
+    for view in range(views):
+        for shard, count in enumerate(COUNTS[1:]):
+            mine = new.rows("dense", view, shard, range(count))
+            theirs = old.rows("dense", view, shard + 1, range(count))
+            assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
+            assert new.keys(shard) == old.keys(shard + 1)
+            assert np.array_equal(new.seeds(view, shard), old.seeds(view, shard + 1))
+            assert np.array_equal(new.top1_of(view, shard), old.top1_of(view, shard + 1))
+
+
+def test_more_views_extend_a_converted_cache(source: Path, tmp_path: Path) -> None:
+    converted(source, tmp_path / "c", "envelope", views=BLOCK)
+    found = converted(source, tmp_path / "c", "envelope")
+    assert (found["views"], found["complete"]) == (VIEWS, True)
+    assert found["views_written"] == (VIEWS - BLOCK) * sum(COUNTS)
+    converted(source, tmp_path / "whole", "envelope")
+    for name in data_files(tmp_path / "whole"):
+        assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_conversion_that_was_stopped_goes_on(source: Path, tmp_path: Path) -> None:
+    answers = iter([False, False, True])
+    with pytest.raises(KeyboardInterrupt):
+        converted(source, tmp_path / "c", "envelope", stopped=lambda: next(answers))
+    assert CacheReader(tmp_path / "c").done().sum() == 2
+    found = converted(source, tmp_path / "c", "envelope")
+    assert found["units_written"] == VIEWS // BLOCK * len(COUNTS) - 2
+    converted(source, tmp_path / "whole", "envelope")
+    files = data_files(tmp_path / "whole")
+    assert files == data_files(tmp_path / "c")
+    for name in files:
+        assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_an_unfinished_cache_is_converted_as_far_as_it_goes(tmp_path: Path) -> None:
+    writer = CacheWriter.create(tmp_path / "a", manifest(encodings=("dense",)))
+    fill(writer, writer.todo(shards=[1]))
+    found = converted(tmp_path / "a", tmp_path / "b", "envelope")
+    assert (found["units_written"], found["units_missing"]) == (2, 4)
+    assert found["complete"] is False
+    assert CacheReader(tmp_path / "b").done().tolist() == [[False, True, False]] * 2
+    fill(writer)
+    found = converted(tmp_path / "a", tmp_path / "b", "envelope")
+    assert (found["units_written"], found["units_missing"]) == (4, 0)
+    assert found["complete"] is True
+
+
+def test_an_encoding_without_logits_to_make_it_from_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a", encodings=("envelope",))
+    with pytest.raises(CacheError, match="cannot be converted to topk") as caught:
+        converted(tmp_path / "a", tmp_path / "b", "envelope", "topk")
+    assert caught.value.expected is not None
+    assert "dense" in caught.value.expected
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"views": 5}, {"views": 0}, {"shards": (0, 4)}, {"shards": (2, 2)}]
+)
+def test_parts_that_are_not_there_are_refused(
+    source: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match="the cache"):
+        converted(source, tmp_path / "c", "envelope", **options)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_cache_is_not_converted_into_itself(source: Path, tmp_path: Path) -> None:
+    before = tree(source)
+    (tmp_path / "link").symlink_to(source)
+    for target in (source, tmp_path / "link"):
+        with pytest.raises(UsageError, match="into itself"):
+            converted(source, target, "envelope")
+    assert tree(source) == before
+
+
+def test_a_target_of_another_making_is_refused(source: Path, tmp_path: Path) -> None:
+    make(tmp_path / "c", encodings=("envelope",), root_seed=8)
+    before = tree(tmp_path / "c")
+    with pytest.raises(CacheError, match="another making") as caught:
+        converted(source, tmp_path / "c", "envelope")
+    assert any("root_seed" in problem for problem in caught.value.problems)
+    assert tree(tmp_path / "c") == before
+
+
+def test_the_parent_survives_the_manifest_and_is_checked() -> None:
+    parent = manifest().as_parent()
+    made = manifest(parent=parent)
+    assert CacheManifest.from_json(made.to_json()) == made
+    assert made.differences(manifest()) == []
+    assert "parent" not in manifest().to_json()
+    document = made.to_json()
+    document["parent"]["manifest_sha256"] = "x"
+    with pytest.raises(Exception, match="manifest_sha256"):
+        CacheManifest.from_json(document)

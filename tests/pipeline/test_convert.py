@@ -1,0 +1,85 @@
+"""What ``cache convert`` makes of dense is what a dump makes, and students learn from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cache.making import tree
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+from tests.pipeline.test_loss_curves import loss_curve
+
+
+@pytest.fixture(scope="module")
+def soft(small: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The small world with its cache in the approximate encodings."""
+    path = tmp_path_factory.mktemp("soft") / "cache"
+    words = ("--encoding", "dense-q8", "--encoding", "topk", "--quiet")
+    assert world.cli("cache", "convert", small.cache, path, *words) == 0
+    return replace(small, cache=path)
+
+
+def test_a_converted_envelope_is_the_dumped_one(small: World, tmp_path: Path) -> None:
+    assert world.cli("cache", "convert", small.cache, tmp_path / "a", "--encoding", "dense") == 0
+    words = (tmp_path / "a", tmp_path / "b", "--encoding", "envelope")
+    assert world.cli("cache", "convert", *words) == 0
+    dumped, made = tree(small.cache), tree(tmp_path / "b")
+    assert made.keys() == {name for name in dumped if not name.startswith("dense/")}
+    assert [name for name in made if made[name] != dumped[name]] == ["zarr.json"]
+
+
+@pytest.mark.parametrize("encoding", ["dense-q8", "topk"])
+def test_soft_training_from_an_approximation_is_close_to_the_logits(
+    small: World, soft: World, tmp_path: Path, encoding: str
+) -> None:
+    sets = ["distill.kind=soft", "distill.scaling=mean", "distill.temperature=2.0"]
+    exact = loss_curve(small, tmp_path, "cskd", sets)
+    near = loss_curve(soft, tmp_path, "cskd", [*sets, f"distill.encoding={encoding}"])
+    assert not torch.equal(exact, near)
+    torch.testing.assert_close(near, exact, atol=2e-3, rtol=0)
+    assert exact[0, 2:].min() > 10 * 2e-3  # the teacher has much more to say than that
+
+
+def test_auto_takes_the_closest_approximation_and_says_so(
+    soft: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cskd_pipeline.terminal import Terminal
+    from cskd_pipeline.training.data import open_training_data
+
+    recipe = world.train_recipe(soft.shards, soft.cache, tmp_path, "cskd", ["distill.kind=soft"])
+    data = open_training_data(recipe, Terminal())
+    assert data.encoding is not None
+    assert data.encoding.name == "dense-q8"
+    assert "targets from dense-q8: an approximation" in capsys.readouterr().err
+
+
+def test_hard_targets_are_not_taken_from_an_approximation(
+    soft: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--shards", soft.shards, "--cache", soft.cache, "--out", tmp_path / "run")
+    sets = world.as_flags(world.train_sets())
+    code = world.cli("train", *words, "--student", world.STUDENT, "--epochs", 1, *sets)
+    assert code == 1
+    message = capsys.readouterr().err
+    assert "cannot serve hard targets" in message
+    assert "dense-q8, topk" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_temperature_that_no_encoding_serves_is_refused_at_the_start(
+    small: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (small.cache, tmp_path / "c", "--encoding", "topk", "--quiet")
+    assert world.cli("cache", "convert", *words) == 0
+    capsys.readouterr()
+    sets = [*world.train_sets(), "distill.kind=soft", "distill.temperature=0.5"]
+    words = ("--shards", small.shards, "--cache", tmp_path / "c", "--out", tmp_path / "run")
+    code = world.cli(
+        "train", *words, "--student", world.STUDENT, "--epochs", 1, *world.as_flags(sets)
+    )
+    assert code == 1
+    assert "soft targets at temperature 0.5" in capsys.readouterr().err
