@@ -50,6 +50,8 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(help="Look at teacher caches.")
 app.add_typer(cache_app, name="cache")
+bench_app = typer.Typer(help="Measure, on this machine and your data.")
+app.add_typer(bench_app, name="bench")
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
@@ -418,6 +420,72 @@ def convert(
             progress=terminal.progress,
             stopped=lambda: stop.asked,
         )
+
+
+@bench_app.command(epilog="Example: cskd-pipeline bench encodings cache --plot encodings.svg")
+def encodings(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="CACHE_OR_TEACHER",
+            help="A cache with the encoding dense, or a CNN's timm name (then with --shards).",
+        ),
+    ],
+    shards: ShardsOption = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="hub|FILE|random", help="The teacher's weights.")
+    ] = None,
+    views: Annotated[
+        int, typer.Option(min=1, metavar="N", help="How many views to measure on.")
+    ] = 256,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw distortion against bytes.")
+    ] = None,
+    encoding: Annotated[
+        list[str] | None,
+        typer.Option(metavar=ENCODING_NAMES, help="Only these; more than once for several."),
+    ] = None,
+    split: Split = None,
+    workers: Workers = None,
+    device: Device = None,
+    recipe: RecipeFile = None,
+    set_: Sets = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """Bytes, times and distortion of every encoding, on real answers of a teacher."""
+    terminal = Terminal(quiet=quiet, json=json)
+    flags = {
+        "data.shards": shards,
+        "data.split": split,
+        "teacher.weights": weights,
+        "dump.workers": workers,
+        "dump.device": device,
+    }
+    _require_encodings(encoding or ())
+    if plot is not None and plot.suffix != ".svg":
+        raise UsageError("the plot is an SVG", found=str(plot), expected="a name that ends in .svg")
+    is_cache = Path(source).is_dir()
+    asked = load_recipe(
+        DumpRecipe, recipe, set_ or (), flags | ({} if is_cache else {"teacher.name": source})
+    )
+    if not is_cache:
+        _require({"--shards SHARDS (or a cache's folder)": asked.data.shards})
+    from cskd_pipeline.bench.answers import from_cache, from_teacher
+    from cskd_pipeline.bench.encodings import bench_encodings, show
+    from cskd_pipeline.bench.plot import scatter
+    from cskd_pipeline.files import write_text
+    from cskd_pipeline.machine import pick_device
+
+    answers = from_cache(Path(source), views) if is_cache else from_teacher(asked, terminal, views)
+    report = bench_encodings(
+        answers, terminal, device=pick_device(asked.dump.device), names=encoding or ()
+    )
+    show(report, terminal)
+    if plot is not None:
+        write_text(plot, scatter(report))
+        terminal.line(f"plot: {plot}")
+    return report if json else None
 
 
 @app.command(epilog="Example: cskd-pipeline demo --out demo-out")

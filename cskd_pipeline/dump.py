@@ -22,7 +22,7 @@ from cskd_pipeline.cache.info import describe as describe_cache
 from cskd_pipeline.cache.layout import choose_view_block
 from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
 from cskd_pipeline.distill.ckf import hard_global_labels
-from cskd_pipeline.distill.teacher import Teacher, load_teacher
+from cskd_pipeline.distill.teacher import Answer, Teacher, load_teacher
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.interrupt import stop_requests
 from cskd_pipeline.loading.batches import Batch
@@ -39,6 +39,7 @@ from cskd_pipeline.manifest import (
 )
 from cskd_pipeline.recipe import DumpRecipe
 from cskd_pipeline.terminal import Terminal
+from cskd_pipeline.views.policy import ViewPolicy
 
 
 def dump_teacher(
@@ -57,6 +58,27 @@ def dump_teacher(
     Raises:
         CskdError: data, teacher or cache cannot be used, or do not belong together.
         KeyboardInterrupt: stopped by a signal, between units.
+    """
+    dataset, teacher = open_stage_one(recipe, terminal)
+    described = describe(dataset, progress=terminal.progress)
+    writer = CacheWriter.create(recipe.cache.path, cache_manifest(recipe, described, teacher))
+    if recipe.cache.views > writer.manifest.views:
+        writer.extend(recipe.cache.views)
+    shards = None if shard_range is None else range(*shard_range)
+    units = writer.todo(shards=shards)
+    if recipe.teacher.weights == "random":
+        terminal.warn("the teacher's weights are random: this cache is good for trials only")
+    started = time.perf_counter()
+    with terminal.progress(sum(map(writer.size_of, units)), "views", "dumping") as progress:
+        views = write_units(recipe, dataset, teacher, writer, units, progress.advance)
+    return _summary(writer, units, views, time.perf_counter() - started)
+
+
+def open_stage_one(recipe: DumpRecipe, terminal: Terminal) -> tuple[Dataset, Teacher]:
+    """The recipe's data and its teacher, on the recipe's device, with one number of classes.
+
+    Raises:
+        CskdError: one of them cannot be used, or they do not belong together.
     """
     device = pick_device(recipe.dump.device)
     use_threads(recipe.dump.threads)
@@ -81,21 +103,15 @@ def dump_teacher(
     )
     if dataset.num_classes is None:
         dataset = dataset.with_classes(teacher.num_classes)
-    described = describe(dataset, progress=terminal.progress)
-    writer = CacheWriter.create(recipe.cache.path, _manifest(recipe, described, teacher))
-    if recipe.cache.views > writer.manifest.views:
-        writer.extend(recipe.cache.views)
-    shards = None if shard_range is None else range(*shard_range)
-    units = writer.todo(shards=shards)
-    if recipe.teacher.weights == "random":
-        terminal.warn("the teacher's weights are random: this cache is good for trials only")
-    started = time.perf_counter()
-    views = _write_units(recipe, terminal, dataset, teacher, writer, units)
-    return _summary(writer, units, views, time.perf_counter() - started)
+    return dataset, teacher
 
 
-def _manifest(recipe: DumpRecipe, dataset: DatasetManifest, teacher: Teacher) -> CacheManifest:
-    """What the finished cache will say of itself."""
+def cache_manifest(recipe: DumpRecipe, dataset: DatasetManifest, teacher: Teacher) -> CacheManifest:
+    """What the finished cache will say of itself.
+
+    Raises:
+        UsageError: views that are no whole number of blocks.
+    """
     settings = recipe.cache
     shape = AnswerShape(teacher.num_classes, *teacher.grid)
     block = settings.view_block or choose_view_block(
@@ -134,17 +150,25 @@ def _manifest(recipe: DumpRecipe, dataset: DatasetManifest, teacher: Teacher) ->
     )
 
 
-def _write_units(
+def write_units(
     recipe: DumpRecipe,
-    terminal: Terminal,
     dataset: Dataset,
     teacher: Teacher,
     writer: CacheWriter,
     units: list[Unit],
+    advance: Callable[[int], None],
 ) -> int:
-    """Ask the teacher about every view of ``units`` and commit them one by one; views written."""
-    counts = dataset.counts
-    total = sum(len(unit.views) * counts[unit.shard] for unit in units)
+    """Ask the teacher about every view of ``units`` and commit them one by one.
+
+    Args:
+        advance: told after every batch how many views it had.
+
+    Returns:
+        How many views were written.
+
+    Raises:
+        KeyboardInterrupt: stopped by a signal, between units.
+    """
     loader = unit_batches(
         dataset,
         [(unit.shard, unit.views) for unit in units],
@@ -158,18 +182,17 @@ def _write_units(
     # One unit is written while the next is computed; two would only hold memory.
     with stop_requests() as stop, ThreadPoolExecutor(1) as pool:
         pending: Future[bool] | None = None
-        with terminal.progress(total, "views", "dumping") as progress:
-            for unit in units:
-                data = _unit_data(unit, loader, dataset, teacher, recipe, progress.advance)
-                if pending is not None:
-                    pending.result()
-                pending = pool.submit(writer.write_unit, unit, data)
-                written += len(unit.views) * counts[unit.shard]
-                if stop.asked:
-                    break
+        for unit in units:
+            data = _unit_data(unit, loader, dataset, teacher, recipe, advance)
             if pending is not None:
                 pending.result()
-        if stop.asked and written < total:
+            pending = pool.submit(writer.write_unit, unit, data)
+            written += writer.size_of(unit)
+            if stop.asked:
+                break
+        if pending is not None:
+            pending.result()
+        if stop.asked and written < sum(map(writer.size_of, units)):
             raise KeyboardInterrupt
     return written
 
@@ -192,7 +215,7 @@ def _unit_data(
         batch = next(batches)
         rows = batch.index[:, 0].numpy() - unit.views[0]
         offsets = batch.index[:, 2].numpy()
-        buffer.put(rows, offsets, _answers(batch.to(teacher.device), teacher, recipe))
+        buffer.put(rows, offsets, answers(batch.to(teacher.device), teacher, recipe))
         left -= len(rows)
         advance(len(rows))
     assert left == 0, (unit, left)
@@ -209,14 +232,13 @@ def _unit_data(
     )
 
 
-def _answers(batch: Batch, teacher: Teacher, recipe: DumpRecipe) -> dict[str, np.ndarray]:
+def answers(batch: Batch, teacher: Teacher, recipe: DumpRecipe) -> dict[str, np.ndarray]:
     """Every array's rows for a batch that lies on the device.
 
     ``correct``: whether the teacher's class is the label of the picture that fills more of the
     view.
     """
-    pixels = assemble(batch, recipe.views)
-    answer = teacher.answer(normalise(pixels, teacher.mean, teacher.std))
+    answer = ask(teacher, batch, recipe.views)
     label = torch.where(batch.lam >= 0.5, batch.label, batch.partner_label)
     found = {"correct": hard_global_labels(answer.global_) == label}
     for name in recipe.cache.encodings:
@@ -228,6 +250,11 @@ def _answers(batch: Batch, teacher: Teacher, recipe: DumpRecipe) -> dict[str, np
         "view_digest": batch.view_digest.numpy()[own],
         "image_crc32": batch.image_crc32.numpy()[own],
     }
+
+
+def ask(teacher: Teacher, batch: Batch, policy: ViewPolicy) -> Answer:
+    """What the teacher says of the views of a batch that lies on its device."""
+    return teacher.answer(normalise(assemble(batch, policy), teacher.mean, teacher.std))
 
 
 def _summary(writer: CacheWriter, units: list[Unit], views: int, seconds: float) -> dict[str, Any]:

@@ -33,6 +33,7 @@ FLOORS: list[set[str]] = [
     {"evaluate"},
     {"training"},
     {"dump", "train"},
+    {"bench"},
     {"demo_images"},
     {"demo"},
     {"cli"},

@@ -62,6 +62,28 @@ class Dataset:
         return replace(self, shards=shards, num_classes=classes)
 
 
+def sample(dataset: Dataset, samples: int, parts: int = 4) -> Dataset:
+    """About ``samples`` samples of ``dataset``: neighbours from ``parts`` places spread over it.
+
+    For trials and forecasts. Each part is a shard of its own; its manifest has no hashes.
+    """
+    count = len(dataset.shards)
+    chosen = sorted({(2 * i + 1) * count // (2 * parts) for i in range(parts)})
+    each = -(-samples // len(chosen))
+    shards = []
+    for number in chosen:
+        shard = dataset.shards[number]
+        start = max(0, (len(shard) - each) // 2)
+        shards.append(shard.part(range(start, min(start + each, len(shard)))))
+    assert dataset.num_classes is not None
+    infos = tuple(
+        ShardInfo.of(f"part-{i}.tar", shard.keys, int(shard.index.size.sum()), f"{i:064x}")
+        for i, shard in enumerate(shards)
+    )
+    manifest = DatasetManifest(dataset.name, dataset.num_classes, infos, dataset.class_names)
+    return replace(dataset, shards=tuple(shards), manifest=manifest)
+
+
 def load_dataset(
     spec: Spec,
     *,

@@ -71,6 +71,14 @@ class TarShard:
             shard._index, shard._keys_sha256 = self._index, self._keys_sha256
         return shard
 
+    def part(self, rows: range) -> TarShard:
+        """These samples alone, as if the tar held no others."""
+        index = self.index
+        shard = TarShard(self.path, num_classes=self.num_classes)
+        at = slice(rows.start, rows.stop, rows.step)
+        shard._index = ShardIndex(index.keys[at], index.offset[at], index.size[at], index.label[at])
+        return shard
+
     @property
     def keys(self) -> list[str]:
         return [key.decode() for key in self.index.keys.tolist()]

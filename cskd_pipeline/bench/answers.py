@@ -1,0 +1,106 @@
+"""A teacher's answers to some hundred views, and what a cache that holds them says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.dump import ask, cache_manifest, open_stage_one
+from cskd_pipeline.errors import CacheError
+from cskd_pipeline.loading.index import describe, sample
+from cskd_pipeline.loading.unit_views import unit_batches
+from cskd_pipeline.machine import worker_count
+from cskd_pipeline.manifest import CacheManifest, ShardInfo
+from cskd_pipeline.recipe import DumpRecipe
+from cskd_pipeline.terminal import Terminal
+from cskd_pipeline.views.bits import BitStream, derive_seed
+
+SAMPLES_SEED = derive_seed("bench")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """``spatial`` (n, K, h, w) and ``global_`` (n, K) float16 on the CPU, of n views.
+
+    ``manifest`` is that of a cache with one view of n samples, whose encodings are to be set.
+    """
+
+    spatial: Tensor
+    global_: Tensor
+    manifest: CacheManifest
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.global_)
+
+
+def from_cache(path: Path, views: int) -> Answers:
+    """``views`` views of a cache with the encoding ``dense``, drawn at random from all it has.
+
+    Raises:
+        CacheError: there is no such cache, it lacks ``dense``, or has no finished unit.
+    """
+    reader = CacheReader(path)
+    if "dense" not in reader.encodings:
+        raise CacheError(
+            "the cache does not hold the logits that encodings are compared with",
+            where=path,
+            found=f"encodings {', '.join(reader.encodings)}",
+            expected="dense",
+            action="use a cache dumped with --encoding dense, or name the teacher and --shards",
+        )
+    done = np.argwhere(reader.done())
+    if not len(done):
+        raise CacheError("the cache has no finished unit yet", where=path, expected="at least one")
+    stream, block = BitStream(SAMPLES_SEED), reader.manifest.view_block
+    index = []
+    for _ in range(views):
+        which, shard = done[stream.below(len(done))].tolist()
+        view = which * block + stream.below(block)
+        index.append((view, shard, stream.below(reader.counts[shard])))
+    rows = reader.gather("dense", np.array(index))
+    return Answers(
+        torch.from_numpy(rows["dense/spatial"]),
+        torch.from_numpy(rows["dense/global"]),
+        _one_view(reader.manifest, views),
+        str(path),
+    )
+
+
+def from_teacher(recipe: DumpRecipe, terminal: Terminal, views: int) -> Answers:
+    """The recipe's teacher asked about one view of ``views`` samples from all over its shards.
+
+    Raises:
+        CskdError: data or teacher cannot be used.
+    """
+    dataset, teacher = open_stage_one(recipe, terminal)
+    few = sample(dataset, views)
+    spatial, global_ = [], []
+    with terminal.progress(few.samples, "views", "asking the teacher") as progress:
+        for batch in unit_batches(
+            few,
+            [(shard, range(1)) for shard in range(len(few.shards))],
+            recipe.views,
+            recipe.cache.root_seed,
+            batch_size=recipe.dump.batch_size,
+            workers=worker_count(recipe.dump.workers),
+        ):
+            answer = ask(teacher, batch.to(teacher.device), recipe.views)
+            spatial.append(answer.spatial.cpu())
+            global_.append(answer.global_.cpu())
+            progress.advance(len(answer.global_))
+    manifest = cache_manifest(recipe, describe(few), teacher)
+    found = torch.cat(global_)
+    return Answers(torch.cat(spatial), found, _one_view(manifest, len(found)), teacher.name)
+
+
+def _one_view(manifest: CacheManifest, samples: int) -> CacheManifest:
+    keys = [f"{i:06}" for i in range(samples)]
+    shard = ShardInfo.of("sampled.tar", keys, samples, "0" * 64)
+    dataset = replace(manifest.dataset, shards=(shard,))
+    return replace(manifest, dataset=dataset, views=1, view_block=1)
