@@ -19,7 +19,8 @@ This docstring is the tour; the rooms come in the order in which a picture passe
    gives the class, distillation and dense predictions; ``losses`` compares the two.
 5. **cache** -- what is stored: a zarr v3 group with leading axes (view, shard, offset).
    ``encodings`` has one file per way of storing the teacher's answer; ``writer`` commits units
-   (block of views, tar shard), ``done`` last; ``reader`` knows nothing that is not done.
+   (block of views, tar shard), ``done`` last; ``reader`` knows nothing that is not done;
+   ``convert`` makes a smaller cache of another.
 6. **loading** -- what is read: ``shards`` (tars), ``plan`` (which sample in which view comes when:
    a pure function, the same for any number of ranks and workers), ``join`` (a cache's sample to the
    user's own tar, by key), ``batches`` (decode once, render, pair), ``device`` (uint8 to mixed
@@ -27,7 +28,9 @@ This docstring is the tour; the rooms come in the order in which a picture passe
 7. **dump** and **train** -- the two stages, each one readable function over the rooms above. They
    never import each other. ``evaluate`` measures a checkpoint; ``demo`` runs all of it on small
    images.
-8. **cli** -- thin typer commands over 7.
+8. **bench** and **planning** -- what the ways of storing an answer cost and lose, and what a dump
+   or a run will cost, each measured on a small part done for real.
+9. **cli** -- thin typer commands over 7 and 8.
 
 Imports point one way, from later rooms to earlier ones; ``tests/test_structure.py`` holds that.
 """

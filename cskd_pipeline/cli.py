@@ -50,6 +50,8 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(help="Look at teacher caches.")
 app.add_typer(cache_app, name="cache")
+plan_app = typer.Typer(help="Know the cost before paying it: a small part is done for real.")
+app.add_typer(plan_app, name="plan")
 bench_app = typer.Typer(help="Measure, on this machine and your data.")
 app.add_typer(bench_app, name="bench")
 
@@ -485,6 +487,126 @@ def encodings(
     if plot is not None:
         write_text(plot, scatter(report))
         terminal.line(f"plot: {plot}")
+    return report if json else None
+
+
+@plan_app.command(
+    name="dump",
+    epilog="Example: cskd-pipeline plan dump --recipe paper_regnety_160 --shards train.json "
+    "--views 30 --views 300 --devices 8",
+)
+def plan_dump(
+    shards: ShardsOption = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A CNN's timm name, or package.module:factory."),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="hub|FILE|random", help="The teacher's weights; bytes depend on them."
+        ),
+    ] = None,
+    encoding: Annotated[
+        list[str] | None,
+        typer.Option(metavar=ENCODING_NAMES, help="What the tried dump stores."),
+    ] = None,
+    views: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="N", help="Views to forecast; more than once for several."),
+    ] = None,
+    devices: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="N", help="Forecast N such devices too; more than once."),
+    ] = None,
+    images: Annotated[
+        int, typer.Option(min=1, metavar="N", help="About how many images to try it on.")
+    ] = 256,
+    split: Split = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    device: Device = None,
+    recipe: RecipeFile = None,
+    set_: Sets = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """Bytes and time of a dump, for every encoding, from a few hundred images done for real."""
+    terminal = Terminal(quiet=quiet, json=json)
+    flags = {
+        "data.shards": shards,
+        "data.split": split,
+        "teacher.name": teacher,
+        "teacher.weights": weights,
+        "cache.encodings": tuple(encoding) if encoding else None,
+        "cache.views": max(views) if views else None,
+        "dump.batch_size": batch_size,
+        "dump.workers": workers,
+        "dump.device": device,
+    }
+    asked = load_recipe(DumpRecipe, recipe, set_ or (), flags)
+    _require({"--shards SHARDS": asked.data.shards, "--teacher NAME": asked.teacher.name})
+    _require_encodings(asked.cache.encodings)
+    from cskd_pipeline.planning import dumping
+
+    report = dumping.plan_dump(
+        asked, terminal, views=views or (), devices=devices or (), images=images
+    )
+    dumping.show(report, terminal)
+    return report if json else None
+
+
+@plan_app.command(
+    name="train",
+    epilog="Example: cskd-pipeline plan train --recipe paper_tiny_cskd --shards train.json "
+    "--cache cache",
+)
+def plan_train(
+    shards: ShardsOption = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="What dump-teacher made; not for method none."),
+    ] = None,
+    student: Annotated[str | None, typer.Option(metavar="NAME", help="A ViT's timm name.")] = None,
+    method: Annotated[
+        Literal["none", "deit", "cskd"] | None, typer.Option(help="As for train.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="How long the run would be.")
+    ] = None,
+    updates: Annotated[
+        int, typer.Option(min=2, metavar="N", help="How many updates to try it on, each way.")
+    ] = 20,
+    split: Split = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Images in an optimizer update.")
+    ] = None,
+    workers: Workers = None,
+    device: Device = None,
+    recipe: RecipeFile = None,
+    set_: Sets = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """Time of a training run, and whether the loader or the device is its limit."""
+    terminal = Terminal(quiet=quiet, json=json)
+    flags = {
+        "data.shards": shards,
+        "data.cache": _text(cache),
+        "data.split": split,
+        "student.name": student,
+        "distill.method": method,
+        "schedule.epochs": epochs,
+        "batch.batch_size": batch_size,
+        "run.workers": workers,
+        "run.device": device,
+    }
+    asked = load_recipe(TrainRecipe, recipe, set_ or (), flags)
+    _require({"--shards SHARDS": asked.data.shards})
+    from cskd_pipeline.planning import training
+
+    report = training.plan_train(asked, terminal, updates=updates)
+    training.show(report, terminal)
     return report if json else None
 
 

@@ -34,6 +34,7 @@ FLOORS: list[set[str]] = [
     {"training"},
     {"dump", "train"},
     {"bench"},
+    {"planning"},
     {"demo_images"},
     {"demo"},
     {"cli"},

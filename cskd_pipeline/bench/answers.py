@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +15,19 @@ from cskd_pipeline.errors import CacheError
 from cskd_pipeline.loading.index import describe, sample
 from cskd_pipeline.loading.unit_views import unit_batches
 from cskd_pipeline.machine import worker_count
-from cskd_pipeline.manifest import CacheManifest, ShardInfo
+from cskd_pipeline.manifest import CacheManifest
 from cskd_pipeline.recipe import DumpRecipe
 from cskd_pipeline.terminal import Terminal
 from cskd_pipeline.views.bits import BitStream, derive_seed
 
-SAMPLES_SEED = derive_seed("bench")
+SEED = derive_seed("bench")
 
 
 @dataclass(frozen=True)
 class Answers:
     """``spatial`` (n, K, h, w) and ``global_`` (n, K) float16 on the CPU, of n views.
 
-    ``manifest`` is that of a cache with one view of n samples, whose encodings are to be set.
+    ``manifest`` is that of the cache which they are from, or which the teacher would make.
     """
 
     spatial: Tensor
@@ -57,7 +57,7 @@ def from_cache(path: Path, views: int) -> Answers:
     done = np.argwhere(reader.done())
     if not len(done):
         raise CacheError("the cache has no finished unit yet", where=path, expected="at least one")
-    stream, block = BitStream(SAMPLES_SEED), reader.manifest.view_block
+    stream, block = BitStream(SEED), reader.manifest.view_block
     index = []
     for _ in range(views):
         which, shard = done[stream.below(len(done))].tolist()
@@ -67,7 +67,7 @@ def from_cache(path: Path, views: int) -> Answers:
     return Answers(
         torch.from_numpy(rows["dense/spatial"]),
         torch.from_numpy(rows["dense/global"]),
-        _one_view(reader.manifest, views),
+        reader.manifest,
         str(path),
     )
 
@@ -79,7 +79,8 @@ def from_teacher(recipe: DumpRecipe, terminal: Terminal, views: int) -> Answers:
         CskdError: data or teacher cannot be used.
     """
     dataset, teacher = open_stage_one(recipe, terminal)
-    few = sample(dataset, views)
+    # A teacher always answers whole batches: parts are no smaller than one.
+    few = sample(dataset, views, parts=max(1, min(4, views // recipe.dump.batch_size)))
     spatial, global_ = [], []
     with terminal.progress(few.samples, "views", "asking the teacher") as progress:
         for batch in unit_batches(
@@ -96,11 +97,4 @@ def from_teacher(recipe: DumpRecipe, terminal: Terminal, views: int) -> Answers:
             progress.advance(len(answer.global_))
     manifest = cache_manifest(recipe, describe(few), teacher)
     found = torch.cat(global_)
-    return Answers(torch.cat(spatial), found, _one_view(manifest, len(found)), teacher.name)
-
-
-def _one_view(manifest: CacheManifest, samples: int) -> CacheManifest:
-    keys = [f"{i:06}" for i in range(samples)]
-    shard = ShardInfo.of("sampled.tar", keys, samples, "0" * 64)
-    dataset = replace(manifest.dataset, shards=(shard,))
-    return replace(manifest, dataset=dataset, views=1, view_block=1)
+    return Answers(torch.cat(spatial), found, manifest, teacher.name)

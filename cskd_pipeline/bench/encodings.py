@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from cskd_pipeline.bench.answers import Answers
+from cskd_pipeline.bench.answers import SEED, Answers
 from cskd_pipeline.cache.buffer import UnitBuffer
 from cskd_pipeline.cache.encodings import ENCODINGS, AnswerShape, ArraySpec, Encoding, Rows
 from cskd_pipeline.cache.info import describe
@@ -37,7 +37,9 @@ from cskd_pipeline.cache.writer import CacheWriter, UnitData
 from cskd_pipeline.distill.losses import DistillationLoss
 from cskd_pipeline.distill.student import Heads
 from cskd_pipeline.distill.targets import LogitTargets, Targets
+from cskd_pipeline.manifest import ShardInfo
 from cskd_pipeline.terminal import Terminal
+from cskd_pipeline.views.bits import BitStream
 
 RATIOS = [i / 20 for i in range(21)]
 FEW_RATIOS = RATIOS[::5]
@@ -67,11 +69,11 @@ def _measure(
     found: dict[str, dict[str, Any]] = {}
     with terminal.progress(len(names), "encodings", "measuring") as progress:
         for name in names:
-            rows[name], seconds = _encode(ENCODINGS[name], answers, device)
+            rows[name], seconds = encode(ENCODINGS[name], answers, device)
             found[name] = {"encode_ms": 1e3 * seconds}
         with tempfile.TemporaryDirectory(prefix="cskd-bench-") as folder:
             path = Path(folder) / "cache"
-            _write(path, answers, names, rows)
+            store(path, answers, rows)
             sizes = describe(path)["bytes_per_view"]
             for name in names:
                 found[name]["bytes_per_view"] = sizes[name]
@@ -128,8 +130,8 @@ def _share(value: float | None) -> str | None:
     return "1" if value > 1 - 1e-9 else f"{min(value, 0.9999):.4f}"
 
 
-def _encode(encoding: Encoding, answers: Answers, device: torch.device) -> tuple[Rows, float]:
-    """All rows, and seconds a view."""
+def encode(encoding: Encoding, answers: Answers, device: torch.device) -> tuple[Rows, float]:
+    """All rows by array, and seconds a view on the device."""
     buffer = UnitBuffer(1, len(answers), {s.name: s.fill for s in _specs(encoding, answers)})
     per_view = []
     for start in range(0, len(answers), _BATCH):
@@ -146,22 +148,61 @@ def _encode(encoding: Encoding, answers: Answers, device: torch.device) -> tuple
     return {name: rows[0] for name, rows in buffer.arrays.items()}, statistics.median(per_view)
 
 
-def _write(path: Path, answers: Answers, names: Sequence[str], rows: Mapping[str, Rows]) -> None:
-    count = len(answers)
-    writer = CacheWriter.create(path, replace(answers.manifest, encodings=tuple(names)))
-    (unit,) = writer.todo()
-    writer.write_unit(
-        unit,
-        UnitData(
-            keys=[f"{i:06}" for i in range(count)],
-            labels=np.zeros(count, np.int32),
-            image_crc32=np.zeros(count, np.uint32),
-            seeds=np.zeros((1, count), np.uint64),
-            view_digests=np.zeros((1, count), np.uint32),
-            arrays={array: v[None] for name in names for array, v in rows[name].items()},
-            top1=np.zeros((1, 2), np.uint32),
-        ),
+def store(
+    path: Path,
+    answers: Answers,
+    rows: Mapping[str, Rows],
+    *,
+    shard_length: int | None = None,
+    view_block: int = 1,
+) -> int:
+    """Write a cache of these answers, laid out as one of such tar shards and blocks would be.
+
+    Args:
+        rows: by encoding, as :func:`encode` gives them.
+        shard_length: samples of a tar shard; None: all answers make one.
+
+    Returns:
+        How many answers, from the first on, fill whole shards and are in it.
+    """
+    length = min(shard_length or len(answers), len(answers))
+    block = max(n for n in range(1, view_block + 1) if n * length <= len(answers))
+    shards = len(answers) // (block * length)
+    keys = [[f"{shard:06}/{i:06}" for i in range(length)] for shard in range(shards)]
+    infos = tuple(
+        ShardInfo.of(f"sampled-{shard}.tar", names, length, f"{shard:064x}")
+        for shard, names in enumerate(keys)
     )
+    manifest = replace(
+        answers.manifest,
+        dataset=replace(answers.manifest.dataset, shards=infos),
+        views=block,
+        view_block=block,
+        encodings=tuple(rows),
+    )
+    writer = CacheWriter.create(path, manifest)
+    stream = BitStream(SEED)  # as incompressible as real seeds and digests
+    for unit in writer.todo():
+        first = unit.shard * block * length
+        part = slice(first, first + block * length)
+        seeds = stream.raw(block * length).reshape(block, length)
+        writer.write_unit(
+            unit,
+            UnitData(
+                keys=keys[unit.shard],
+                labels=np.zeros(length, np.int32),
+                image_crc32=np.zeros(length, np.uint32),
+                seeds=seeds,
+                view_digests=seeds.astype(np.uint32),
+                arrays={
+                    array: values[part].reshape(block, length, *values.shape[1:])
+                    for encoded in rows.values()
+                    for array, values in encoded.items()
+                },
+                top1=np.zeros((block, 2), np.uint32),
+            ),
+        )
+    return shards * block * length
 
 
 def _decode_seconds(path: Path, name: str, count: int) -> float:

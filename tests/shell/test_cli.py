@@ -93,6 +93,11 @@ PROMISED = {
     "evaluate": "CHECKPOINT --shards --json --quiet",
     "cache info": "CACHE --json --quiet",
     "cache convert": "SRC DST --encoding --views --shards --json --quiet",
+    "bench encodings": "CACHE_OR_TEACHER --shards --weights --views --plot --json --quiet",
+    "plan dump": "--shards --teacher --weights --encoding --views --devices --images --recipe "
+    "--set --workers --json --quiet",
+    "plan train": "--shards --cache --student --method --epochs --updates --recipe --set "
+    "--workers --json --quiet",
     "demo": "--out --json --quiet",
 }
 

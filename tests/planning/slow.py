@@ -1,0 +1,32 @@
+"""A teacher whose time is known: it sleeps."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+SECONDS = 0.25  # a batch
+
+
+class Slow(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(num_classes, 3, generator=generator) * 4)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        time.sleep(SECONDS)
+        return nn.functional.adaptive_avg_pool2d(x, 4)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        return features.mean((2, 3)) @ self.weight.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def teacher(num_classes: int = 4) -> nn.Module:
+    return Slow(num_classes)

@@ -1,0 +1,144 @@
+"""A forecast of a dump is what the dump then takes, within 15 %."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cskd_pipeline.cache.encodings import ENCODINGS
+from cskd_pipeline.cache.info import describe
+from cskd_pipeline.dump import dump_teacher
+from cskd_pipeline.planning import dumping
+from cskd_pipeline.recipe import DumpRecipe, load_recipe
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+from tests.planning import slow
+
+VIEWS = 6
+
+
+def recipe_of(shards: Path, cache: Path, encodings: list[str]) -> DumpRecipe:
+    return load_recipe(
+        DumpRecipe,
+        None,
+        [
+            *world.VIEWS,
+            f"cache.encodings={json.dumps(encodings)}",
+            f"cache.views={VIEWS}",
+            "cache.view_block=2",
+            "dump.batch_size=16",
+        ],
+        {
+            "data.shards": str(shards),
+            "cache.path": str(cache),
+            "teacher.name": "tests.planning.slow:teacher",
+            "teacher.weights": "random",
+            "dump.workers": 0,
+            "dump.device": "cpu",
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def both(
+    small: World,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The forecast, the dump's summary, and the description of what it made."""
+    path = tmp_path_factory.mktemp("plan") / "cache"
+    recipe = recipe_of(small.shards, path, list(ENCODINGS))
+    report = dumping.plan_dump(recipe, world.quiet(), views=(VIEWS, 60), devices=(1, 4))
+    assert not path.exists()
+    return report, dump_teacher(recipe, world.quiet()), describe(path)
+
+
+def row(report: dict[str, Any], views: int, *encodings: str) -> dict[str, Any]:
+    (found,) = (
+        row
+        for row in report["forecast"]
+        if (row["views"], tuple(row["encodings"])) == (views, encodings)
+    )
+    return dict(found)
+
+
+def test_bytes_are_those_of_the_dump(both: tuple[dict[str, Any], ...]) -> None:
+    report, _, made = both
+    for name in ENCODINGS:
+        assert report["bytes_per_view"][name] == pytest.approx(
+            made["encodings"][name]["bytes_per_view"], rel=0.15
+        )
+    found = row(report, VIEWS, *ENCODINGS)["bytes"]
+    assert found == pytest.approx(made["bytes"] - made["bytes_by_array"]["metadata"], rel=0.15)
+    assert row(report, 60, *ENCODINGS)["bytes"] == pytest.approx(10 * found, rel=1e-3)
+
+
+def test_time_is_that_of_the_dump(both: tuple[dict[str, Any], ...]) -> None:
+    """The teacher sleeps, so a busy machine changes little."""
+    report, summary, _ = both
+    assert report["limit"] == "device"
+    found = row(report, VIEWS, *ENCODINGS)["seconds"]
+    assert found == pytest.approx(summary["seconds"], rel=0.15)
+    batches = VIEWS * 96 / 16
+    assert found > batches * slow.SECONDS
+
+
+def test_more_devices_share_the_time(both: tuple[dict[str, Any], ...]) -> None:
+    for found in both[0]["forecast"]:
+        one, four = found["device_seconds"]["1"], found["device_seconds"]["4"]
+        assert one == pytest.approx(4 * four)
+        assert one <= found["seconds"]
+
+
+def test_every_encoding_and_number_of_views_is_forecast(both: tuple[dict[str, Any], ...]) -> None:
+    report = both[0]
+    listed = [(row["views"], tuple(row["encodings"])) for row in report["forecast"]]
+    stored = [*((name,) for name in ENCODINGS), tuple(ENCODINGS)]
+    assert listed == [(views, names) for views in (VIEWS, 60) for names in stored]
+    assert report["dataset"]["samples"] == 96
+
+
+def test_the_table_is_read_in_ten_seconds(
+    both: tuple[dict[str, Any], ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cskd_pipeline.terminal import Terminal
+
+    dumping.show(both[0], Terminal())
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2 + 2 * (len(ENCODINGS) + 1)
+    assert "the limit here is the device" in err
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (73.4e9, "73.4 GB"),
+        (37e12, "37 TB"),
+        (4e15, "4e+03 TB"),
+    ],
+)
+def test_bytes_for_a_person(count: float, text: str) -> None:
+    assert dumping.in_bytes(count) == text
+
+
+def test_the_command_forecasts_and_leaves_nothing(
+    small: World,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    sets = world.as_flags([*world.VIEWS, f"teacher.kwargs={world.TEACHER_KWARGS}"])
+    words = ("--shards", small.shards, "--teacher", world.TEACHER, "--weights", "random")
+    rest = ("--views", 4, "--devices", 2, "--images", 32, "--workers", 0, "--batch-size", 16)
+    assert world.cli("plan", "dump", *words, *rest, *sets, "--json") == 0
+    report = world.last_json(capsys.readouterr().out)
+    assert report["measured"]["samples"] == 33  # 11 of each of three tars
+    assert report["measured"]["workers"] == 0
+    assert [row["encodings"] for row in report["forecast"]] == [[name] for name in ENCODINGS]
+    assert list(tmp_path.iterdir()) == []
