@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -61,6 +62,8 @@ def dump_teacher(
     """
     dataset, teacher = open_stage_one(recipe, terminal)
     described = describe(dataset, progress=terminal.progress)
+    if recipe.data.name:
+        described = replace(described, name=recipe.data.name)
     writer = CacheWriter.create(recipe.cache.path, cache_manifest(recipe, described, teacher))
     if recipe.cache.views > writer.manifest.views:
         writer.extend(recipe.cache.views)

@@ -73,7 +73,9 @@ def from_cache(path: Path, views: int) -> Answers:
 
 
 def from_teacher(recipe: DumpRecipe, terminal: Terminal, views: int) -> Answers:
-    """The recipe's teacher asked about one view of ``views`` samples from all over its shards.
+    """The recipe's teacher asked about ``views`` views of samples from all over its shards.
+
+    They are of as many samples as there are, in one view each or, of a small data set, in several.
 
     Raises:
         CskdError: data or teacher cannot be used.
@@ -81,11 +83,12 @@ def from_teacher(recipe: DumpRecipe, terminal: Terminal, views: int) -> Answers:
     dataset, teacher = open_stage_one(recipe, terminal)
     # A teacher always answers whole batches: parts are no smaller than one.
     few = sample(dataset, views, parts=max(1, min(4, views // recipe.dump.batch_size)))
+    each = range(-(-views // few.samples))
     spatial, global_ = [], []
-    with terminal.progress(few.samples, "views", "asking the teacher") as progress:
+    with terminal.progress(len(each) * few.samples, "views", "asking the teacher") as progress:
         for batch in unit_batches(
             few,
-            [(shard, range(1)) for shard in range(len(few.shards))],
+            [(shard, each) for shard in range(len(few.shards))],
             recipe.views,
             recipe.cache.root_seed,
             batch_size=recipe.dump.batch_size,
@@ -95,6 +98,9 @@ def from_teacher(recipe: DumpRecipe, terminal: Terminal, views: int) -> Answers:
             spatial.append(answer.spatial.cpu())
             global_.append(answer.global_.cpu())
             progress.advance(len(answer.global_))
-    manifest = cache_manifest(recipe, describe(few), teacher)
-    found = torch.cat(global_)
-    return Answers(torch.cat(spatial), found, manifest, teacher.name)
+    return Answers(
+        torch.cat(spatial)[:views],
+        torch.cat(global_)[:views],
+        cache_manifest(recipe, describe(few), teacher),
+        teacher.name,
+    )

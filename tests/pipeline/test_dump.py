@@ -116,3 +116,10 @@ def test_the_summary_counts_what_was_written_and_how_right_the_teacher_was(
     assert summary["bytes_per_view"]["envelope"] == pytest.approx(sum(sizes) / total, abs=0.5)
     again = dump_teacher(recipe, world.quiet())
     assert (again["views_written"], again["complete"]) == (0, True)
+
+
+def test_the_recipe_names_the_data_set(small: World, tmp_path: Path) -> None:
+    recipe = world.dump_recipe(small.shards, tmp_path / "c", ["data.name=mine"], views=2)
+    dump_teacher(recipe, world.quiet())
+    assert CacheReader(tmp_path / "c").manifest.dataset.name == "mine"
+    assert CacheReader(small.cache).manifest.dataset.name != "mine"
