@@ -325,8 +325,10 @@ def train(
         needed["--cache DIR"] = asked.data.cache
     _require(needed)
     from cskd_pipeline import train as stage_two
+    from cskd_pipeline.ranks import launched
 
-    return stage_two.train(asked, terminal, resume=resume)
+    summary = stage_two.train(asked, terminal, resume=resume)
+    return summary if launched().first else None
 
 
 @app.command(epilog="Example: cskd-pipeline evaluate runs/tiny --shards 'shards/validation-*.tar'")

@@ -14,6 +14,7 @@ CskdError                exit code 1 unless said otherwise
 |-- TeacherError         a model that cannot give spatial logits
 |-- StudentError         a model that cannot take them
 |-- TrainingError        a run that cannot go on: a loss that is not finite
+|-- RankError            a job of several processes that have lost each other
 |-- OutputError          a folder that holds something else, a full disk
 |-- MissingPackageError  an optional package that this command needs
 `-- Interrupted          Ctrl-C or SIGTERM, told at the end (exit code 130)
@@ -148,6 +149,10 @@ class StudentError(CskdError):
 
 class TrainingError(CskdError):
     """A run that cannot go on."""
+
+
+class RankError(CskdError):
+    """The processes of a job cannot reach each other."""
 
 
 class OutputError(CskdError):

@@ -19,6 +19,7 @@ from cskd_pipeline.loading.device import normalise
 from cskd_pipeline.loading.evalset import EvalBatch, eval_loader
 from cskd_pipeline.loading.index import load_dataset
 from cskd_pipeline.machine import pick_device, worker_count
+from cskd_pipeline.ranks import ALONE, Ranks
 from cskd_pipeline.terminal import Terminal
 
 Metrics = dict[str, dict[str, float]]
@@ -34,12 +35,13 @@ def measure(
     device: torch.device,
     amp: torch.dtype | None = None,
     on_batch: Any = None,
+    ranks: Ranks = ALONE,
 ) -> Metrics:
     """Top-1 and top-5 in percent, per head (``cls``, ``dist``, ``dense``) and for ``mean``.
 
     ``mean`` averages the logits of ``heads`` (CSKD §4: class, distillation, and the mean over
     patches of the dense logits). A dense head is measured wherever the student was given a
-    ``grid``.
+    ``grid``. Ranks that each have a part of the samples all get the figures of the whole.
 
     Raises:
         DataError: no samples.
@@ -62,12 +64,17 @@ def measure(
             five.update(top5, len(labels))
         if on_batch is not None:
             on_batch(len(labels))
-    if not meters:
-        raise DataError("no samples to evaluate on")
-    return {
-        name: {"top1": float(one.avg), "top5": float(five.avg)}
-        for name, (one, five) in meters.items()
+    sums = {
+        name: (float(one.sum), float(five.sum), one.count) for name, (one, five) in meters.items()
     }
+    parts = [part for part in ranks.gather(sums) if part]
+    if not parts:
+        raise DataError("no samples to evaluate on")
+    found: Metrics = {}
+    for name in parts[0]:
+        first, fifth, count = map(sum, zip(*(part[name] for part in parts), strict=True))
+        found[name] = {"top1": first / count, "top5": fifth / count}
+    return found
 
 
 def load_student(path: Path, device: torch.device) -> tuple[Student, StudentCard]:

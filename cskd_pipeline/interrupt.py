@@ -9,15 +9,22 @@ from types import FrameType
 
 
 class Stop:
-    """Whether somebody asked the process to stop; a second request stops it at once."""
+    """Whether somebody asked the process to stop; asked again in the same way, it stops at once.
+
+    torchrun sends SIGTERM to processes that had a terminal's Ctrl-C already: one request, not two.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self._signals: set[int] = set()
+
+    @property
+    def asked(self) -> bool:
+        return bool(self._signals)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if signum in self._signals:
             raise KeyboardInterrupt
-        self.asked = True
+        self._signals.add(signum)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from cskd_pipeline.files import require_empty, write_text
 from cskd_pipeline.interrupt import Stop, stop_requests
 from cskd_pipeline.loading.batches import Batch
 from cskd_pipeline.machine import pick_device, use_threads
+from cskd_pipeline.ranks import Ranks, joined
 from cskd_pipeline.recipe import TrainRecipe, to_toml
 from cskd_pipeline.terminal import Terminal
 from cskd_pipeline.training.data import open_training_data
@@ -30,10 +31,14 @@ from cskd_pipeline.training.log import RunLog
 from cskd_pipeline.training.run import PARTS, Run
 
 STATE = "state.pt"
+ASK_EVERY = 10  # updates between the ranks' questions whether one of them was told to stop
 
 
 def train(recipe: TrainRecipe, terminal: Terminal, *, resume: bool = False) -> dict[str, Any]:
     """``cskd-pipeline train``: run ``recipe`` to its end, or on from where it stopped.
+
+    Under torchrun every process calls this; together they do what one would do, each with its part
+    of every batch, and the first of them writes and speaks.
 
     Returns:
         The closing summary: epochs, updates, top-1 of the last and best students, seconds, files.
@@ -42,10 +47,18 @@ def train(recipe: TrainRecipe, terminal: Terminal, *, resume: bool = False) -> d
         CskdError: data, cache and student do not fit, or the output folder is not this run's.
         KeyboardInterrupt: stopped by a signal, after the state was written.
     """
-    out = _claim(recipe, resume)
+    with joined() as ranks:
+        return _train(recipe, terminal if ranks.first else Terminal(quiet=True), ranks, resume)
+
+
+def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) -> dict[str, Any]:
+    out = Path(recipe.run.out)
+    if ranks.first:
+        _claim(recipe, resume)
+    ranks.wait()
     use_threads(recipe.run.threads)
-    data = open_training_data(recipe, terminal)
-    run = Run(recipe, data, pick_device(recipe.run.device))
+    data = open_training_data(recipe, terminal, ranks)
+    run = Run(recipe, data, ranks.device(pick_device(recipe.run.device)), ranks)
     if recipe.schedule.warmup_epochs >= recipe.schedule.epochs:
         terminal.warn(
             f"the warm-up ({recipe.schedule.warmup_epochs} epochs) outlasts the run: the learning "
@@ -55,8 +68,9 @@ def train(recipe: TrainRecipe, terminal: Terminal, *, resume: bool = False) -> d
     if resume and state_file.exists():
         run.restore(load_state(state_file), state_file)
         terminal.line(f"resuming at epoch {run.epoch}, update {run.update} of {run.updates}")
-    write_text(out / "recipe.toml", to_toml(recipe))
-    log = RunLog(out, run.rows, run.update)
+    if ranks.first:
+        write_text(out / "recipe.toml", to_toml(recipe))
+    log = RunLog(out, run.rows, run.update, writes=ranks.first)
     started = time.perf_counter()
     first = run.update
     try:
@@ -81,13 +95,12 @@ def train(recipe: TrainRecipe, terminal: Terminal, *, resume: bool = False) -> d
     }
 
 
-def _claim(recipe: TrainRecipe, resume: bool) -> Path:
+def _claim(recipe: TrainRecipe, resume: bool) -> None:
     if not recipe.run.out:
         raise UsageError("train needs an output folder", action="pass --out DIR")
     out = Path(recipe.run.out)
     if not (resume and (out / "recipe.toml").exists()):
         require_empty(out, action="choose another --out, or go on with a run there by --resume")
-    return out
 
 
 class Clock:
@@ -127,18 +140,32 @@ def _epoch(run: Run, batches: Iterator[Batch], log: RunLog, terminal: Terminal, 
             within = run.update % run.steps
             if run.update % settings.log_every == 0:
                 log.scalars(run.update, _point(run, parts, ratio))
-            if within and (stop.asked or _due(within, settings.checkpoint_every)):
-                save_state(state_file, run.state())
-                if stop.asked:
+            stopping = _stopping(run, stop)
+            if within and (stopping or _due(within, settings.checkpoint_every)):
+                _save(run, state_file)
+                if stopping:
                     raise KeyboardInterrupt
     if clock.drifted:
         terminal.warn(f"epoch {epoch + 1}: {clock.drifted} views are not those the teacher saw")
     row = _close_epoch(run, epoch, ratio, clock, log.folder)
     log.epoch(run.update, row)
-    save_state(state_file, run.state())
+    _save(run, state_file)
     terminal.line(_epoch_line(row, run.recipe.schedule.epochs))
-    if stop.asked and run.update < run.updates:
+    if run.ranks.any(stop.asked) and run.update < run.updates:
         raise KeyboardInterrupt
+
+
+def _stopping(run: Run, stop: Stop) -> bool:
+    """Whether to stop here; ranks ask each other now and then, so that all stop at one update."""
+    if not run.ranks.many:
+        return stop.asked
+    return run.update % ASK_EVERY == 0 and run.ranks.any(stop.asked)
+
+
+def _save(run: Run, path: Path) -> None:
+    state = run.state()
+    if run.ranks.first:
+        save_state(path, state)
 
 
 def _due(within: int, every: int) -> bool:
@@ -156,7 +183,7 @@ def _point(run: Run, parts: Tensor, ratio: float) -> dict[str, float]:
 
 
 def _finite(run: Run, parts: Tensor) -> dict[str, float]:
-    values = dict(zip(PARTS, parts.tolist(), strict=True))
+    values = dict(zip(PARTS, run.ranks.mean(parts).tolist(), strict=True))
     if not math.isfinite(values["loss"]):
         raise TrainingError(
             "the loss is not finite",
@@ -188,6 +215,8 @@ def _close_epoch(
         last or (epoch + 1) % run.recipe.run.eval_every == 0
     ):
         row.update(_evaluate(run, out))
+    if not run.ranks.first:
+        return row
     top1, ema_top1 = row.get("top1"), row.get("ema_top1")
     save_student(out / "last.safetensors", run.student.model.state_dict(), run.card("last", top1))
     if run.ema is not None:
@@ -211,13 +240,16 @@ def _evaluate(run: Run, out: Path) -> dict[str, float]:
             grid=run.grid,
             device=run.device,
             amp=run.amp,
+            ranks=run.ranks,
         )
         prefix = "" if name == "last" else "ema_"
         row |= {f"{prefix}top1": metrics["mean"]["top1"], f"{prefix}top5": metrics["mean"]["top5"]}
         row |= {f"{prefix}top1_{head}": m["top1"] for head, m in metrics.items() if head != "mean"}
         top1 = metrics["mean"]["top1"]
         if top1 > run.best.get("top1", -1.0):
-            save_student(out / "best.safetensors", model.state_dict(), run.card(name, top1))
+            if run.ranks.first:
+                card = run.card(name, top1)
+                save_student(out / "best.safetensors", model.state_dict(), card)
             run.best = {"top1": top1, "epoch": run.epoch, "weights": name}
     return row
 

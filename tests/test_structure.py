@@ -25,7 +25,7 @@ FLOORS: list[set[str]] = [
     {"views"},
     {"recipe", "manifest"},
     {"terminal"},
-    {"machine"},
+    {"machine", "ranks"},
     {"distill"},
     {"cache"},
     {"loading"},

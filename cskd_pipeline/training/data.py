@@ -20,6 +20,7 @@ from cskd_pipeline.loading.index import Dataset, load_dataset
 from cskd_pipeline.loading.join import join
 from cskd_pipeline.loading.plan import EpochPlan, SampleSet
 from cskd_pipeline.machine import worker_count
+from cskd_pipeline.ranks import ALONE, Ranks
 from cskd_pipeline.recipe import TrainRecipe
 from cskd_pipeline.terminal import Terminal
 from cskd_pipeline.views.policy import ViewPolicy
@@ -44,6 +45,7 @@ class TrainingData:
     validation_set: Dataset | None
     workers: int
     eval_batch_size: int
+    ranks: Ranks
 
     @property
     def steps_per_epoch(self) -> int:
@@ -69,10 +71,14 @@ class TrainingData:
             preprocessing,
             batch_size=self.eval_batch_size,
             workers=self.workers,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
         )
 
 
-def open_training_data(recipe: TrainRecipe, terminal: Terminal) -> TrainingData:
+def open_training_data(
+    recipe: TrainRecipe, terminal: Terminal, ranks: Ranks = ALONE
+) -> TrainingData:
     """Open shards and cache, and check that they fit the recipe and each other.
 
     Raises:
@@ -136,6 +142,8 @@ def open_training_data(recipe: TrainRecipe, terminal: Terminal) -> TrainingData:
             cache=cache,
             encoding=encoding_name,
             accumulation=recipe.batch.accumulation,
+            rank=ranks.rank,
+            world=ranks.world,
             drift=recipe.data.drift,
         ),
         policy=policy,
@@ -156,6 +164,7 @@ def open_training_data(recipe: TrainRecipe, terminal: Terminal) -> TrainingData:
         validation_set=validation_set,
         workers=worker_count(recipe.run.workers),
         eval_batch_size=recipe.run.eval_batch_size,
+        ranks=ranks,
     )
 
 

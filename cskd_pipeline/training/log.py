@@ -19,24 +19,38 @@ class RunLog:
 
     ``rows`` travels with the training state, so that a resumed run rewrites the rows it had and
     TensorBoard drops the points after the update it goes on from.
+
+    Args:
+        writes: False for ranks that only keep the rows.
     """
 
     def __init__(
-        self, folder: Path, rows: list[dict[str, float | int | None]], update: int
+        self,
+        folder: Path,
+        rows: list[dict[str, float | int | None]],
+        update: int,
+        *,
+        writes: bool = True,
     ) -> None:
         self.folder = folder
         self.rows = rows
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=update or None)
+        self._board = (
+            SummaryWriter(str(folder / "tensorboard"), purge_step=update or None)
+            if writes
+            else None
+        )
 
     def scalars(self, update: int, values: Row) -> None:
         """Points of the curves at an optimizer update."""
         for name, value in values.items():
-            if value is not None:
+            if value is not None and self._board is not None:
                 self._board.add_scalar(name, value, update)
 
     def epoch(self, update: int, row: dict[str, float | int | None]) -> None:
         """One more row of ``summary.csv``; its numbers become scalars under ``epoch/``."""
         self.rows.append(row)
+        if self._board is None:
+            return
         columns = list(dict.fromkeys(name for r in self.rows for name in r))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -47,4 +61,5 @@ class RunLog:
         self._board.flush()
 
     def close(self) -> None:
-        self._board.close()
+        if self._board is not None:
+            self._board.close()

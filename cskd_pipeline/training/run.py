@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from cskd_pipeline.checkpoint import FORMAT, StudentCard
 from cskd_pipeline.distill.ckf import ckf_ratio
@@ -21,6 +22,7 @@ from cskd_pipeline.errors import OutputError
 from cskd_pipeline.loading.batches import Batch
 from cskd_pipeline.loading.device import assemble, normalise
 from cskd_pipeline.machine import AMP
+from cskd_pipeline.ranks import ALONE, Ranks, lost
 from cskd_pipeline.recipe import TrainRecipe, result_digest
 from cskd_pipeline.training.data import TrainingData
 from cskd_pipeline.views.bits import derive_seed
@@ -35,10 +37,17 @@ class Run:
     CKF ratio, sample order) follows from it.
     """
 
-    def __init__(self, recipe: TrainRecipe, data: TrainingData, device: torch.device) -> None:
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        data: TrainingData,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.recipe = recipe
         self.data = data
         self.device = device
+        self.ranks = ranks
         self.amp = AMP[recipe.run.amp]
         self.steps = data.steps_per_epoch
         self.updates = self.steps * recipe.schedule.epochs
@@ -64,7 +73,12 @@ class Run:
         if recipe.run.channels_last:
             self.student.to(memory_format=torch.channels_last)
         self.heads = inference_heads(recipe.distill.method, self.student)
-        self.forward = torch.compile(self.student) if recipe.run.compile else self.student
+        self.parallel: DistributedDataParallel | None = None
+        if ranks.many:  # averages gradients, so that equal parts of a batch act as the whole
+            own = [device.index] if device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(self.student, device_ids=own)
+        network = self.parallel or self.student
+        self.forward: Any = torch.compile(network) if recipe.run.compile else network
         self.optimizer = create_optimizer_v2(
             self.student.model,
             opt=recipe.optim.name,
@@ -129,7 +143,11 @@ class Run:
         """One optimizer update over the next ``accumulation`` micro-batches.
 
         Returns:
-            (4,) the loss and its parts, on the device: nothing here waits for it.
+            (4,) the loss and its parts over this rank's samples, on the device: nothing here waits
+            for it.
+
+        Raises:
+            RankError: another rank has ended.
         """
         self._seed_update()
         self.schedule.step_update(self.update)
@@ -137,9 +155,11 @@ class Run:
         accumulation = self.recipe.batch.accumulation
         self.student.train()
         sums = torch.zeros(len(PARTS), device=self.device)
-        for _ in range(accumulation):
-            parts = self.parts(next(micro_batches).to(self.device), ratio)
-            self.scaler.scale(parts.total / accumulation).backward()
+        for micro in range(accumulation):
+            batch = next(micro_batches).to(self.device)
+            with self._exchanging_gradients(micro + 1 == accumulation):
+                parts = self.parts(batch, ratio)
+                self.scaler.scale(parts.total / accumulation).backward()
             sums += parts.detached() / accumulation
         if self.recipe.optim.clip_grad > 0:
             self.scaler.unscale_(self.optimizer)
@@ -153,12 +173,27 @@ class Run:
         self.sums += sums
         return sums
 
+    @contextmanager
+    def _exchanging_gradients(self, last: bool) -> Iterator[None]:
+        """Ranks exchange gradients once an update, with the last micro-batch's backward pass."""
+        if self.parallel is None:
+            yield
+            return
+        with nullcontext() if last else self.parallel.no_sync():
+            try:
+                yield
+            except RuntimeError as error:
+                if "gloo" in str(error) or "NCCL" in str(error):
+                    raise lost(error) from error
+                raise
+
     def _seed_update(self) -> None:
-        """Dropout and stochastic depth follow from (seed, update), not from what came before.
+        """Dropout and stochastic depth follow from (seed, update, rank), not from what came before.
 
         ``torch.manual_seed`` would do, but formats a stack trace where CUDA is not in use.
         """
-        seed = derive_seed("update", self.recipe.run.seed, self.update) >> 1
+        whose = (self.ranks.rank,) if self.ranks.rank else ()
+        seed = derive_seed("update", self.recipe.run.seed, self.update, *whose) >> 1
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -166,6 +201,7 @@ class Run:
     # -- state ---------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs, the same whatever the number of ranks; all ranks ask."""
         return {
             "format": FORMAT,
             "recipe": result_digest(self.recipe),
@@ -175,7 +211,7 @@ class Run:
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "sums": self.sums,
+            "sums": self.ranks.mean(self.sums),
             "rows": self.rows,
             "best": self.best,
         }

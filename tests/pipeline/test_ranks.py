@@ -1,0 +1,183 @@
+"""Several processes do what one does: the same curve, the same figures, one set of files."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+
+EPOCHS = 3
+LOSSES = ("loss", "base", "global", "spatial")
+
+
+def arguments(small: World, out: Path, *more: object, method: str = "cskd") -> list[object]:
+    sets = [*world.train_sets(), "batch.batch_size=24", "run.seed=5", *map(str, more)]
+    cache = () if method == "none" else ("--cache", small.cache)
+    return [
+        *("train", "--shards", small.shards, "--val-shards", small.validation, *cache),
+        *("--student", world.STUDENT, "--method", method, "--epochs", EPOCHS, "--out", out),
+        *("--workers", 0, "--device", "cpu", "--quiet", *world.as_flags(sets)),
+    ]
+
+
+def _rank(rank: int, ranks: int, port: int, words: list[object]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    raise SystemExit(world.cli(*words))
+
+
+def start(ranks: int, words: list[object]) -> list[Any]:
+    """The ranks' processes; forked, so that they need not import torch again."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_rank, args=(rank, ranks, port, words)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes: list[Any], seconds: float = 120) -> list[int | None]:
+    for process in processes:
+        process.join(seconds)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def run_in(ranks: int, words: list[object]) -> None:
+    if ranks == 1:
+        assert world.cli(*words) == 0
+        return
+    assert finish(start(ranks, words)) == [0] * ranks
+
+
+def summary(out: Path) -> list[dict[str, float]]:
+    with open(out / "summary.csv", newline="") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def alone(small: World, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    run_in(1, arguments(small, out))
+    return summary(out)
+
+
+def same_curve(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert len(found) == len(expected) == EPOCHS
+    for row, wanted in zip(found, expected, strict=True):
+        assert row.keys() == wanted.keys()
+        for name in (*LOSSES, "lr", "ckf_ratio"):
+            np.testing.assert_allclose(row[name], wanted[name], rtol=2e-4, err_msg=name)
+        # One picture of 16 more or less, where two classes are level to the last bit.
+        assert abs(row["top1"] - wanted["top1"]) <= 100 / 16 + 1e-6
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_give_the_loss_curve_of_one_process(
+    small: World, tmp_path: Path, alone: list[dict[str, float]], ranks: int
+) -> None:
+    out = tmp_path / "run"
+    run_in(ranks, arguments(small, out))
+    same_curve(summary(out), alone)
+    written = {path.name for path in out.iterdir()}
+    assert {"recipe.toml", "state.pt", "summary.csv", "last.safetensors"} <= written
+    assert len(list((out / "tensorboard").iterdir())) == 1
+
+
+def test_accumulation_and_ranks_together_change_nothing(
+    small: World, tmp_path: Path, alone: list[dict[str, float]]
+) -> None:
+    run_in(2, arguments(small, tmp_path / "run", "batch.accumulation=2"))
+    same_curve(summary(tmp_path / "run"), alone)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(
+    small: World,
+    tmp_path: Path,
+    alone: list[dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped in the middle of the second epoch by three ranks, finished by two."""
+    from cskd_pipeline import train
+
+    words = arguments(small, tmp_path / "run")
+    original = train._stopping
+    # Forked ranks inherit the stand-in: rank 1 alone is told to stop, all of them do.
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "ASK_EVERY", 1)
+        patch.setattr(
+            train,
+            "_stopping",
+            lambda run, stop: (
+                run.ranks.any(run.ranks.rank == 1 and run.update == 6) or original(run, stop)
+            ),
+        )
+        assert finish(start(3, words)) == [130] * 3
+    state = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    assert state["update"] == 6
+    run_in(2, [*words, "--resume"])
+    same_curve(summary(tmp_path / "run"), alone)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(
+    small: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    codes = finish(start(2, arguments(small, tmp_path / "run", "batch.batch_size=25")))
+    assert codes == [2, 2]
+    message = capfd.readouterr().err
+    assert "the batch cannot be cut into equal parts" in message
+    assert "Traceback" not in message
+
+
+def test_a_rank_that_dies_takes_the_job_down(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """It ends with an error that names the reason, and does not wait for ever."""
+    from cskd_pipeline.training.run import Run
+
+    original = Run.step
+
+    def step(self: Run, batches: Any) -> Any:
+        if self.ranks.rank == 1 and self.update == 3:
+            os._exit(9)  # as the kernel's out-of-memory killer would
+        return original(self, batches)
+
+    monkeypatch.setattr(Run, "step", step)
+    codes = finish(start(3, arguments(small, tmp_path / "run")), seconds=60)
+    assert codes[1] == 9
+    assert codes[0] == codes[2] == 1
+    message = capfd.readouterr().err
+    assert "the other ranks of this job cannot be reached" in message
+    assert "Traceback" not in message
+
+
+def test_an_error_on_one_rank_is_told_and_ends_all(
+    small: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "thesis.tex").write_text("mine")
+    codes = finish(start(2, arguments(small, out)), seconds=60)
+    assert codes == [1, 1]
+    assert "thesis.tex" in capfd.readouterr().err
+    assert (out / "thesis.tex").read_text() == "mine"
