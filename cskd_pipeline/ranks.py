@@ -7,6 +7,7 @@ at the same place, or the job would wait for ever.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,12 +121,19 @@ def _explained() -> Iterator[None]:
         raise lost(error) from error
 
 
+def _reason(error: BaseException) -> str:
+    """What the transport says, without the place in its source and its advice."""
+    text = str(error) or type(error).__name__
+    text = re.sub(r"^\[[^]]*\]\s*", "", text.splitlines()[0])
+    return text.partition(". ")[0]
+
+
 def lost(error: BaseException) -> RankError:
     """What a failed collective means: almost always that another rank has ended."""
     return RankError(
         "the other ranks of this job cannot be reached",
         where=f"rank {launched().rank}",
-        found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        found=_reason(error),
         expected=f"{launched().world} ranks at work",
         action="look for the first error among the ranks' messages; then --resume",
     )

@@ -7,6 +7,7 @@ spelled out and rich markup is never interpreted.
 
 from __future__ import annotations
 
+import io
 import json as json_module
 import math
 import sys
@@ -108,6 +109,13 @@ class Terminal:
         self._err = Console(file=err or sys.stderr)
         self._clock = clock
         self._bars: Progress | None = None
+
+    @classmethod
+    def silent(cls) -> Terminal:
+        """One that says nothing at all, for processes that leave it to another to speak."""
+        nowhere = io.StringIO()
+        nowhere.write = len  # type: ignore[method-assign]  # forgets what it is told
+        return cls(quiet=True, out=nowhere, err=nowhere)
 
     def line(self, text: object) -> None:
         """One line of news."""

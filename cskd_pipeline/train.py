@@ -48,7 +48,7 @@ def train(recipe: TrainRecipe, terminal: Terminal, *, resume: bool = False) -> d
         KeyboardInterrupt: stopped by a signal, after the state was written.
     """
     with joined() as ranks:
-        return _train(recipe, terminal if ranks.first else Terminal(quiet=True), ranks, resume)
+        return _train(recipe, terminal if ranks.first else Terminal.silent(), ranks, resume)
 
 
 def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) -> dict[str, Any]:

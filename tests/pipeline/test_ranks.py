@@ -101,6 +101,15 @@ def test_ranks_give_the_loss_curve_of_one_process(
     assert len(list((out / "tensorboard").iterdir())) == 1
 
 
+def test_one_rank_speaks(small: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = [w for w in arguments(small, tmp_path / "run") if w != "--quiet"]
+    run_in(2, [*words, "--json", "--set", "schedule.warmup_epochs=3"])
+    out, err = capfd.readouterr()
+    assert world.last_json(out)["updates"] == 12
+    assert err.count("the warm-up (3 epochs) outlasts the run") == 1
+    assert sum(line.startswith("epoch 3/3") for line in err.splitlines()) == 1
+
+
 def test_accumulation_and_ranks_together_change_nothing(
     small: World, tmp_path: Path, alone: list[dict[str, float]]
 ) -> None:
@@ -168,6 +177,7 @@ def test_a_rank_that_dies_takes_the_job_down(
     assert codes[0] == codes[2] == 1
     message = capfd.readouterr().err
     assert "the other ranks of this job cannot be reached" in message
+    assert "pair.cc" not in message
     assert "Traceback" not in message
 
 
