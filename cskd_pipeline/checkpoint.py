@@ -17,7 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from cskd_pipeline.errors import WeightsError
+from cskd_pipeline import documents
+from cskd_pipeline.distill.weights import load_plain
+from cskd_pipeline.errors import ManifestError, WeightsError
 from cskd_pipeline.files import atomic_write
 
 HEADER = "cskd"
@@ -72,19 +74,40 @@ def read_card(path: Path) -> StudentCard:
             "the checkpoint cannot be read", where=path, found=error, expected="a .safetensors file"
         ) from error
     try:
-        document = json.loads(metadata[HEADER])
+        document = documents.parse(metadata[HEADER].encode(), path)
         if document.pop("format") != FORMAT:
             raise ValueError(f"format {document}")
         for name in ("heads", "grid", "class_names"):
             if document[name] is not None:
                 document[name] = tuple(document[name])
-        return StudentCard(**document)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        card = StudentCard(**document)
+        _check_card(card)
+        return card
+    except (KeyError, ValueError, TypeError, AttributeError, ManifestError) as error:
         raise WeightsError(
             "the checkpoint does not say which student it holds",
             where=path,
+            found=f"{type(error).__name__}: {error}",
             expected=f"an entry {HEADER!r} of format {FORMAT} in its header, as train writes it",
         ) from error
+
+
+def _check_card(card: StudentCard) -> None:
+    """Refuse what decides how a model is made and is not of its kind.
+
+    Raises:
+        ValueError: names the field.
+    """
+    plain = {"model": str, "method": str, "num_classes": int, "size": int, "kwargs": dict}
+    for name, kind in plain.items():
+        if type(getattr(card, name)) is not kind:
+            raise ValueError(f"{name} {getattr(card, name)!r}")
+    if not all(0 < n <= 65535 for n in (card.num_classes, card.size, *(card.grid or ()))):
+        raise ValueError(f"classes, size or grid {card.num_classes}, {card.size}, {card.grid}")
+    if not card.heads or not set(card.heads) <= {"cls", "dist", "dense"}:
+        raise ValueError(f"heads {card.heads}")
+    if card.grid is not None and len(card.grid) != 2:
+        raise ValueError(f"grid {card.grid}")
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -99,7 +122,7 @@ def load_state(path: Path) -> dict[str, Any]:
         WeightsError: a damaged file, or one that holds more than tensors and plain values.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_plain(path)
     except Exception as error:  # torch raises many kinds for a damaged or hostile file
         raise WeightsError(
             "the training state cannot be read",

@@ -87,6 +87,15 @@ def load_student(path: Path, device: torch.device) -> tuple[Student, StudentCard
     student = create_student(
         card.model, num_classes=card.num_classes, size=card.size, kwargs=card.kwargs
     )
+    student.require(method=card.method, grid=card.grid)
+    given = {"cls", "dist" if student.has_distillation_token else "", "dense" if card.grid else ""}
+    if not set(card.heads) <= given:
+        raise WeightsError(
+            "the checkpoint names heads that its model does not have",
+            where=path,
+            found=", ".join(card.heads),
+            expected="some of " + ", ".join(filter(None, sorted(given))),
+        )
     try:
         student.model.load_state_dict(load_state(path))
     except RuntimeError as error:

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from cskd_pipeline.errors import CskdError
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's own
+# Arguments of timm.create_model that fetch or open files, and so are not the model's. Older releases
+# of timm unpickle what ``checkpoint_path`` names.
+FETCHING = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
 def create_timm(
@@ -40,6 +43,15 @@ def create_timm(
             "timm has no model of this name",
             where=name,
             found=f"timm {timm.__version__}" + (f", which has {', '.join(close)}" if close else ""),
+        )
+    fetching = sorted(set(FETCHING) & set(kwargs))
+    if fetching:
+        raise error(
+            "these arguments would fetch or open files; a model's own do not",
+            where=name,
+            found=", ".join(fetching),
+            expected="arguments of the model's constructor",
+            action="leave them out; a teacher's weights are --weights FILE",
         )
     arguments = dict(kwargs)
     if getattr(_config(name), "fixed_input_size", False):

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from cskd_pipeline.distill.models import create_timm
+from cskd_pipeline.distill.models import HUB_PREFIXES, create_timm
 from cskd_pipeline.errors import StudentError
 
 Grid = tuple[int, int]
@@ -175,6 +175,14 @@ def create_student(
     Raises:
         StudentError: no such model, or arguments it does not take.
     """
+    if name.startswith(HUB_PREFIXES):
+        raise StudentError(
+            "a student is named by its architecture",
+            where=name,
+            expected="a name that timm itself knows: a student starts with fresh weights, and what "
+            "a stranger's file names is not fetched",
+            action="name the architecture, with its arguments in student.kwargs",
+        )
     arguments = dict(kwargs or {})
     if drop_path > 0.0:
         arguments["drop_path_rate"] = drop_path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
             # Training scripts store their arguments beside the weights: a Namespace is only a
             # record.
             with torch.serialization.safe_globals([argparse.Namespace]):
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                checkpoint = load_plain(path)
     except Exception as error:  # a damaged or hostile file can fail in any way
         raise WeightsError(
             "the weights file does not load as plain tensors",
@@ -55,7 +56,39 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
             found=_describe(state),
             expected=f"tensors by name, bare or under {', '.join(_NESTINGS)}",
         )
+    for name, tensor in state.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise WeightsError(
+                "a tensor claims more values than the file holds",
+                where=path,
+                found=f"{name} of shape {tuple(tensor.shape)}",
+                expected="tensors that were saved whole",
+            )
     return {_bare(name): tensor for name, tensor in state.items()}
+
+
+def load_plain(path: Path) -> object:
+    """What ``torch.save`` wrote, of tensors and plain values; nothing in it is run.
+
+    torch itself looks at no checksum, and takes archives whose entries unfold.
+
+    Raises:
+        ValueError: an archive that is compressed or damaged; else what ``torch.load`` raises, which
+            is any exception.
+    """
+    with open(path, "rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"  # as torch decides it
+    if is_archive:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            unfolded = sum(entry.file_size for entry in entries)
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not stored or unfolded > path.stat().st_size:
+                raise ValueError("an archive that unfolds, which torch never writes")
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"the CRC-32 of {damaged} does not fit")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], where: object) -> None:

@@ -30,6 +30,7 @@ MAX_KEY_BYTES = 1024
 MAX_IMAGE_BYTES = 2**28
 MAX_LABEL_BYTES = 2**20
 MAX_EXTENSION_BYTES = 2**16  # of a long name or of pax records
+MAX_GLOBAL_RECORDS = 1000  # of pax, which hold for all members that follow
 EXTENSIONS = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
@@ -122,8 +123,14 @@ class _Header(tarfile.TarInfo):
         """Refuse what tarfile would read into memory, or walk backwards for."""
         if header.size < 0 or (header.type in EXTENSIONS and header.size > MAX_EXTENSION_BYTES):
             raise tarfile.ReadError(f"a header claims {header.size} bytes for itself")
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError("a sparse member")
         assert isinstance(header, _Header)
         return header
+
+    def _proc_gnusparse_10(self, *_: object) -> None:
+        """tarfile would read a map of any length out of the member's data."""
+        raise tarfile.ReadError("a sparse member")
 
 
 def _members(file: IO[bytes], path: Path) -> Iterator[tuple[str, Place]]:
@@ -141,6 +148,9 @@ def _members(file: IO[bytes], path: Path) -> Iterator[tuple[str, Place]]:
     try:
         with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
             for member in tar:
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+                if len(tar.pax_headers) > MAX_GLOBAL_RECORDS:
+                    raise tarfile.ReadError(f"{len(tar.pax_headers)} global records")
                 place = member.offset_data, member.size
                 if not 0 <= member.size <= end - member.offset_data:
                     raise tarfile.ReadError("unexpected end of data")
@@ -153,7 +163,7 @@ def _members(file: IO[bytes], path: Path) -> Iterator[tuple[str, Place]]:
                         found="a link" if member.issym() or member.islnk() else "a special file",
                     )
             _check_end(file.fileno(), tar.offset, path)
-    except (tarfile.TarError, UnicodeError, OverflowError, ValueError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         cut_short = "end of data" in str(error)
         raise ShardError(
             "the tar is cut short" if cut_short else "this is not a tar, or a damaged one",

@@ -18,7 +18,7 @@ from cskd_pipeline.checkpoint import FORMAT, StudentCard
 from cskd_pipeline.distill.ckf import ckf_ratio
 from cskd_pipeline.distill.losses import DistillationLoss, LossParts, inference_heads, mixed_targets
 from cskd_pipeline.distill.student import create_student
-from cskd_pipeline.errors import OutputError
+from cskd_pipeline.errors import OutputError, WeightsError
 from cskd_pipeline.loading.batches import Batch
 from cskd_pipeline.loading.device import assemble, normalise
 from cskd_pipeline.machine import AMP
@@ -221,24 +221,41 @@ class Run:
 
         Raises:
             OutputError: the state is of another recipe or of other data.
+            WeightsError: its values are not those of a run.
         """
         for name, mine in (("recipe", result_digest(self.recipe)), ("data", self.data.digest)):
-            if state[name] != mine:
+            if state.get(name) != mine:
                 raise OutputError(
                     f"the run to resume was made with another {name}",
                     where=where,
-                    found=f"{name} digest {state[name][:12]}",
+                    found=f"{name} digest {str(state.get(name))[:12]}",
                     expected=mine[:12],
                     action=f"compare with {where.parent}/recipe.toml, or use a new --out folder",
                 )
-        self.update = state["update"]
+        try:
+            self._take(state)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise WeightsError(
+                "the training state does not fit the run",
+                where=where,
+                found=f"{type(error).__name__}: {error}".splitlines()[0],
+                action="start again in a new output folder; the students beside it are still good",
+            ) from error
+
+    def _take(self, state: dict[str, Any]) -> None:
+        update, rows, best = state["update"], state["rows"], state["best"]
+        if type(update) is not int or not 0 <= update <= self.updates:
+            raise ValueError(f"update {update!r} of {self.updates}")
+        if not all(isinstance(row, dict) for row in [*rows, best]):
+            raise ValueError("rows that are none")
+        self.update = update
         self.student.model.load_state_dict(state["student"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.sums = state["sums"].to(self.device)
-        self.rows, self.best = state["rows"], state["best"]
+        self.sums = state["sums"].to(self.device).reshape(len(PARTS))
+        self.rows, self.best = rows, best
 
     def card(self, weights: str, top1: float | None) -> StudentCard:
         return StudentCard(
