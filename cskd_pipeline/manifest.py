@@ -23,6 +23,7 @@ from cskd_pipeline.errors import CskdError, ManifestError
 from cskd_pipeline.views.policy import ViewPolicy
 
 FORMAT_VERSION = 1
+MAX_UNITS = 10_000_000  # blocks of views times tar shards; ImageNet's paper recipe has 30,720
 
 # Versions that decide pixels or answers: a cache made half by one and half by another says so.
 DECIDING_VERSIONS = ("pillow", "libjpeg_turbo", "torch", "timm")
@@ -321,6 +322,9 @@ def _cache_problems(document: Any) -> Iterator[str]:
     views, block, teacher = document["views"], document["view_block"], document["teacher"]
     if views % block:
         yield f"$.views: found {views}, expected a multiple of view_block = {block}"
+    units = -(-views // block) * len(document["dataset"]["shards"])
+    if units > MAX_UNITS:
+        yield f"$.views: found {units:,} units, expected at most {MAX_UNITS:,}"
     classes = document["dataset"]["num_classes"]
     if teacher["num_classes"] != classes:
         yield (

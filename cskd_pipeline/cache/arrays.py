@@ -51,6 +51,13 @@ class StoredArray:
         assert self.chunk_shape is not None
         return tuple(n // c for n, c in zip(self.file_shape, self.chunk_shape, strict=True))
 
+    @property
+    def most_bytes(self) -> int:
+        """What reading one chunk takes: the chunk, decoded, or its file's shard index."""
+        chunk = math.prod(self.chunk_shape or self.file_shape) * self.little.itemsize
+        index = 0 if self.chunk_shape is None else 16 * math.prod(self.chunks_per_file)
+        return max(chunk, index)
+
     def document(self) -> dict[str, Any]:
         """``zarr.json``: core zarr v3 metadata."""
         bytes_codec: dict[str, Any] = {"name": "bytes"}

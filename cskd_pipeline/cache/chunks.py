@@ -118,6 +118,8 @@ class ChunkReader:
             return None
         if length > _most_bytes(array, array.chunk_shape):
             raise DamageError(f"a chunk of {length} bytes, more than it may have")
+        if start >= 2**63:  # where no file reaches, and no system call
+            raise DamageError(f"a chunk at byte {start}")
         return _decode(array, self._folder.read_part(key, start, length), array.chunk_shape)
 
     def _index(self, array: StoredArray, key: str) -> np.ndarray:
@@ -181,10 +183,11 @@ def _most_bytes(array: StoredArray, shape: tuple[int, ...]) -> int:
 
 def _decode(array: StoredArray, data: bytes, shape: tuple[int, ...]) -> np.ndarray:
     order = array.order
-    out = np.empty(shape if order is None else [shape[axis] for axis in order], array.little)
+    size = math.prod(shape) * array.little.itemsize
     # The size is checked first: a frame may claim any, and a shorter one would leave a rest unset.
-    if _content_size(data) != out.nbytes:
-        raise DamageError(f"not a zstd frame of {out.nbytes} bytes")
+    if _content_size(data) != size:
+        raise DamageError(f"not a zstd frame of {size} bytes")
+    out = np.empty(shape if order is None else [shape[axis] for axis in order], array.little)
     try:
         _ZSTD.decode(data, out=out)
     except (RuntimeError, ValueError) as error:

@@ -24,6 +24,8 @@ ATTRIBUTE = "cskd"
 PER_SHARD = ("key", "label", "image_crc32")
 MAX_VIEW_BLOCK = 10
 MAX_UNIT_BYTES = 2**30
+MAX_CHUNK_BYTES = 2**28
+"""Decoded, and of a file's shard index: far above honest ones, so that no manifest fills memory."""
 
 
 def encodings_of(manifest: CacheManifest) -> dict[str, Encoding]:
@@ -71,7 +73,11 @@ def choose_view_block(
 
 
 def stored_arrays(manifest: CacheManifest) -> dict[str, StoredArray]:
-    """Every array of the cache, by name."""
+    """Every array of the cache, by name.
+
+    Raises:
+        CacheError: an unknown encoding, or chunks larger than readers accept.
+    """
     dataset, block = manifest.dataset, manifest.view_block
     shards, longest = len(dataset.shards), max(dataset.counts)
     key_bytes = max(shard.key_bytes for shard in dataset.shards)
@@ -97,6 +103,14 @@ def stored_arrays(manifest: CacheManifest) -> dict[str, StoredArray]:
         StoredArray("done", "uint8", ("block", "shard"), (views // block, shards), (1, 1), fill=0),
     ]  # fmt: skip
     arrays += [_stored(spec, manifest, longest) for spec in specs(manifest).values()]
+    for array in arrays:
+        if array.most_bytes > MAX_CHUNK_BYTES:
+            raise CacheError(
+                "the manifest implies chunks too large to be read",
+                found=f"{array.most_bytes} bytes of the array {array.name}",
+                expected=f"at most {MAX_CHUNK_BYTES}",
+                action="cut the data set into smaller tar shards, or use a smaller view block",
+            )
     return {array.name: array for array in arrays}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from cskd_pipeline.cache.lru import BytesLRU
 from cskd_pipeline.cache.store import FINISH, CacheStore
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.manifest import CacheManifest, keys_sha256
+
+MAX_SLAB_BYTES = 2**29
+"""Of one ragged array, decoded: chunks of one value would unfold thousandfold."""
 
 
 class CacheReader:
@@ -99,12 +103,14 @@ class CacheReader:
             )
         blocks = sorted({view // self.manifest.view_block for view in wanted})
         chosen = range(len(self.counts)) if shards is None else sorted(set(shards))
-        missing = [(b, s) for b in blocks for s in chosen if not self._done[b, s]]
-        if missing:
+        done = self._done[np.ix_(blocks, chosen)]
+        count = done.size - np.count_nonzero(done)
+        if count:
+            missing = islice(((b, s) for b in blocks for s in chosen if not self._done[b, s]), 1000)
             raise CacheError(
                 "the cache is not finished",
                 where=self.path,
-                found=f"{len(missing)} of {len(blocks) * len(chosen)} units missing",
+                found=f"{count} of {done.size} units missing",
                 expected="all of them",
                 action=FINISH,
                 problems=[f"missing: {self._store.unit_name(b, s)}" for b, s in missing],
@@ -244,6 +250,9 @@ class CacheReader:
             if piece is None:
                 break
             pieces.append(piece[0, 0, :count])
+            if len(pieces) * pieces[0].nbytes > MAX_SLAB_BYTES:
+                with self._store.explained(name, view, shard):
+                    raise ValueError(f"rows of more than {MAX_SLAB_BYTES} bytes")
         whole = np.concatenate(pieces, axis=1)[:, : array.shape[3]]
         used = (whole != array.fill).any(axis=(0, *range(2, whole.ndim)))
         return whole[:, : max(1, int(used.sum()))]

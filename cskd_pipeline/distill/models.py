@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from cskd_pipeline.errors import CskdError
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's own
-# Arguments of timm.create_model that fetch or open files, and so are not the model's. Older releases
-# of timm unpickle what ``checkpoint_path`` names.
-FETCHING = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+# Arguments of timm.create_model that fetch or open files, and so are not the model's. Older timm
+# unpickles what ``checkpoint_path`` names.
+FETCHING = (
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
+    *("checkpoint_path", "cache_dir"),
+)
 
 
 def create_timm(
