@@ -21,6 +21,7 @@ import typer
 
 from cskd_pipeline import __version__
 from cskd_pipeline.errors import CskdError, Interrupted, OutputError, RecipeError, UsageError
+from cskd_pipeline.files import FULL
 from cskd_pipeline.recipe import DumpRecipe, TrainRecipe, load_recipe
 from cskd_pipeline.terminal import Terminal
 
@@ -370,8 +371,10 @@ def info(
 ) -> Outcome:
     """Say what a cache holds: data, teacher, policy, views, what is finished, and bytes."""
     from cskd_pipeline.cache.info import describe
+    from cskd_pipeline.cache.summary import summarise
 
-    return describe(cache)
+    found = describe(cache)
+    return found if json else summarise(found)
 
 
 @cache_app.command(epilog="Example: cskd-pipeline cache convert cache small --encoding envelope")
@@ -758,10 +761,11 @@ def _explained_os_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise OutputError(
                 "no space left on the device",
                 where=error.filename,
+                found=error.strerror,
                 action="free some space and run the same command again: finished parts are kept",
             ) from error
         if error.filename is not None and error.errno in _FILE_ERRORS:

@@ -8,6 +8,12 @@ from typing import Any
 
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.manifest import CacheManifest
+
+METHOD = (
+    "Cumulative Spatial Knowledge Distillation for Vision Transformers. ICCV 2023. "
+    "arXiv:2307.08500."
+)
 
 
 def describe(path: Path | str) -> dict[str, Any]:
@@ -15,7 +21,8 @@ def describe(path: Path | str) -> dict[str, Any]:
 
     Sizes are file lengths in bytes, counted over all files, those of unfinished units too;
     ``bytes_per_view`` is per view of one sample, over finished units. ``teacher_top1`` is the share
-    of views whose label the teacher had on top, in percent.
+    of views whose label the teacher had on top, in percent. ``epochs``: how long a training run
+    sees no view twice, which is as many epochs as there are views, whatever its repeats.
 
     Raises:
         CacheError, ManifestError: there is no cache, or it is damaged.
@@ -34,6 +41,8 @@ def describe(path: Path | str) -> dict[str, Any]:
         arrays = [spec.name for spec in reader.specs(name)]
         encodings[name] = {
             "serves": list(encoding.serves),
+            "exact": encoding.exact,
+            "min_temperature": encoding.min_temperature,
             "bytes": sum(sizes[array] for array in arrays),
             "bytes_per_view": per_view(arrays),
         }
@@ -41,6 +50,8 @@ def describe(path: Path | str) -> dict[str, Any]:
     document = manifest.to_json()
     return {
         "path": str(reader.path),
+        "manifest_sha256": manifest.digest(),
+        "parent": document.get("parent"),
         "format_version": document["format_version"],
         "dataset": {
             "name": manifest.dataset.name,
@@ -53,6 +64,7 @@ def describe(path: Path | str) -> dict[str, Any]:
         "root_seed": manifest.root_seed,
         "samples": manifest.dataset.samples,
         "views": manifest.views,
+        "epochs": manifest.views,
         "view_block": manifest.view_block,
         "units": {"done": int(done.sum()), "total": done.size},
         "complete": bool(done.all()),
@@ -74,7 +86,35 @@ def describe(path: Path | str) -> dict[str, Any]:
         "license": manifest.license,
         "notes": manifest.notes,
         "created": manifest.created,
+        "cite": cite(manifest),
     }
+
+
+def cite(manifest: CacheManifest) -> dict[str, str]:
+    """How to cite the cache (text and BibTeX), named by its manifest's digest, and the method."""
+    data, teacher, digest = manifest.dataset, manifest.teacher, manifest.digest()
+    title = (
+        f"Teacher cache of {teacher.name} on {data.name}: {manifest.views} views, policy "
+        f"{manifest.policy.version}"
+    )
+    identity = f"manifest sha256 {digest}"
+    year = manifest.created[:4]
+    return {
+        "cache": f"{title}. {year}. {identity}.",
+        "bibtex": (
+            f"@misc{{cskd-cache-{digest[:8]},\n"
+            f"  title = {{{_braced(title)}}},\n"
+            f"  year = {{{year}}},\n"
+            f"  note = {{{identity}; teacher weights sha256 {teacher.weights_sha256}}},\n"
+            "}\n"
+        ),
+        "method": METHOD,
+    }
+
+
+def _braced(text: str) -> str:
+    """``text`` inside BibTeX braces: what would end them, or start a command, is left out."""
+    return "".join(c for c in text if c not in "{}\\" and c.isprintable())
 
 
 def _bytes_by_array(reader: CacheReader) -> dict[str, int]:

@@ -23,6 +23,7 @@ from cskd_pipeline.bench.answers import Answers
 from cskd_pipeline.bench.encodings import encode, store
 from cskd_pipeline.cache.encodings import ENCODINGS
 from cskd_pipeline.cache.info import describe as describe_cache
+from cskd_pipeline.cache.summary import size
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.teacher import Teacher
 from cskd_pipeline.dump import ask, cache_manifest, open_stage_one, write_units
@@ -142,7 +143,7 @@ def show(report: Mapping[str, Any], terminal: Terminal) -> None:
                 row["views"],
                 " + ".join(row["encodings"]),
                 round(row["bytes_per_view"]),
-                in_bytes(row["bytes"]),
+                size(row["bytes"]),
                 duration(row["seconds"]),
                 *(duration(seconds) for seconds in row["device_seconds"].values()),
             ]
@@ -185,15 +186,6 @@ def try_dump(
     return DumpTrial(
         few.samples, total, workers, loader, 1 / seconds, costs, clock.rate, clock.startup, sizes
     )
-
-
-def in_bytes(count: float) -> str:
-    """``345 MB``, ``12.3 GB``; powers of 1,000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _load(

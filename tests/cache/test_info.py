@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cskd_pipeline.cache.encodings import ENCODINGS
 from cskd_pipeline.cache.info import describe
+from cskd_pipeline.cache.summary import size, summarise
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import CacheError
-from tests.cache.making import COUNTS, fill, make, manifest, tree
+from cskd_pipeline.terminal import flatten
+from cskd_pipeline.views.policy import ViewPolicy
+from tests.cache.making import COUNTS, dataset, fill, make, manifest, tree
 
 
 def test_a_finished_cache_is_described(tmp_path: Path) -> None:
@@ -56,6 +61,81 @@ def test_an_unfinished_cache_says_what_is_done(tmp_path: Path) -> None:
     assert found["units"] == {"done": 2, "total": 6}
     assert [shard["views_done"] for shard in found["shards"]] == [0, 4, 0]
     assert found["losses"] == {"deit": ["hard"], "cskd": ["hard"]}
+
+
+def test_it_says_how_to_cite_the_cache_and_the_method(tmp_path: Path) -> None:
+    made = make(tmp_path / "c", dataset=replace(dataset(), name="to{y}\\x"))
+    found = describe(tmp_path / "c")
+    digest = made.manifest.digest()
+    assert found["manifest_sha256"] == digest
+    assert digest in found["cite"]["cache"]
+    assert "resnet10t" in found["cite"]["cache"]
+    assert "2307.08500" in found["cite"]["method"]
+    bibtex = found["cite"]["bibtex"]
+    assert bibtex.startswith("@misc{")
+    assert bibtex.count("{") == bibtex.count("}")
+    assert "Teacher cache of resnet10t on toyx: 4 views" in bibtex
+    assert "year = {2026}" in bibtex
+
+
+def test_encodings_say_what_they_serve(tmp_path: Path) -> None:
+    CacheWriter.create(tmp_path / "c", manifest(encodings=tuple(ENCODINGS)))
+    found = describe(tmp_path / "c")["encodings"]
+    assert {name: e["exact"] for name, e in found.items()} == {
+        "dense": True, "dense-q8": False, "topk": False, "envelope": True,
+    }  # fmt: skip
+    assert found["topk"]["min_temperature"] == 1.0
+    assert found["dense-q8"]["serves"] == ["soft"]
+
+
+def test_the_parent_of_a_converted_cache_is_named(tmp_path: Path) -> None:
+    parent = manifest().as_parent()
+    CacheWriter.create(tmp_path / "c", manifest(parent=parent))
+    found = describe(tmp_path / "c")
+    assert found["parent"] == parent
+    text = summarise(found)["made"]
+    assert f"converted from {parent['manifest_sha256'][:12]}… (dense, envelope, 4 views" in text
+
+
+def test_a_finished_cache_fits_in_half_a_screen(tmp_path: Path) -> None:
+    make(tmp_path / "c", license="CC-BY-4.0", notes="for tests")
+    lines = dict(flatten(summarise(describe(tmp_path / "c"))))
+    assert len(lines) <= 20
+    assert lines["data"] == "toy: 12 samples of 20 classes in 3 shards"
+    assert lines["complete"] == "yes, 6 units"
+    assert lines["teacher"].startswith("resnet10t, float32, 32 px, 2x3 places; weights from random")
+    assert lines["policy"] == "deit-v1, 32 px, its defaults"
+    assert lines["encodings.dense"].endswith("bytes a view; hard and soft targets, exactly")
+    assert lines["encodings.envelope"].endswith("bytes a view; hard targets, exactly")
+    assert "hard and soft targets, under every CKF schedule" in lines["serves"]
+    assert lines["license"] == "CC-BY-4.0"
+    assert lines["notes"] == "for tests"
+    assert lines["views"] == "4 of each sample; 4 epochs see none of them twice"
+
+
+def test_the_policy_is_told_by_what_is_unusual(tmp_path: Path) -> None:
+    make(tmp_path / "c", policy=ViewPolicy(size=32, flip=0.0, crop_area=(0.5, 1.0)))
+    text = summarise(describe(tmp_path / "c"))["policy"]
+    assert text == "deit-v1, 32 px; unlike its defaults: crop_area 0.5/1, flip 0.0"
+
+
+def test_thousands_of_unfinished_shards_are_summed_up(tmp_path: Path) -> None:
+    writer = CacheWriter.create(tmp_path / "c", manifest(dataset=dataset((1,) * 1024)))
+    found = describe(tmp_path / "c")
+    assert len(found["shards"]) == 1024
+    text = summarise(found)["complete"]
+    assert text.startswith("no, 0 of 2048 units; unfinished: train-0000.tar has 0 of 4 views, ")
+    assert text.endswith("train-0004.tar has 0 of 4 views, and 1019 more")
+    assert summarise(found)["encodings"]["dense"].startswith("no view yet; ")
+    assert writer.manifest.views == 4
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (73.4e9, "73.4 GB"), (37e12, "37 TB")],
+)
+def test_bytes_for_a_person(count: float, text: str) -> None:
+    assert size(count) == text
 
 
 def test_a_folder_without_a_cache_is_not_described(tmp_path: Path) -> None:

@@ -111,21 +111,6 @@ def test_the_table_is_read_in_ten_seconds(
     assert "the limit here is the device" in err
 
 
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1 kB"),
-        (73.4e9, "73.4 GB"),
-        (37e12, "37 TB"),
-        (4e15, "4e+03 TB"),
-    ],
-)
-def test_bytes_for_a_person(count: float, text: str) -> None:
-    assert dumping.in_bytes(count) == text
-
-
 def test_the_command_forecasts_and_leaves_nothing(
     small: World,
     tmp_path: Path,

@@ -274,7 +274,7 @@ def test_json_is_one_object_whatever_libraries_print(
     assert (code, found) == (0, {"top1": 71.5, "where": "x"})
 
 
-@pytest.mark.parametrize("name", [n for n in LINES if n != "demo"])
+@pytest.mark.parametrize("name", [n for n in LINES if n not in ("demo", "cache info")])
 def test_without_json_results_are_lines(
     name: str, replace: Replace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -471,7 +471,7 @@ def test_sigterm_is_as_it_was_after_a_command(replace: Replace) -> None:
     before = signal.getsignal(signal.SIGTERM)
     during: list[Any] = []
     replace("cache.info.describe", lambda path: during.append(signal.getsignal(signal.SIGTERM)))
-    assert run("cache", "info", "c") == 0
+    assert run("cache", "info", "c", "--json") == 0
     assert during != [before]
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -480,11 +480,11 @@ def test_sigterm_is_as_it_was_after_a_command(replace: Replace) -> None:
 
 TALKS = """
 import sys, types
-module = types.ModuleType("cskd_pipeline.cache.info")
-module.describe = lambda path: {str(i): "x" * 100 for i in range(10_000)}
-sys.modules["cskd_pipeline.cache.info"] = module
+module = types.ModuleType("cskd_pipeline.evaluate")
+module.evaluate = lambda *args, **kwargs: {str(i): "x" * 100 for i in range(10_000)}
+sys.modules["cskd_pipeline.evaluate"] = module
 from cskd_pipeline.cli import main
-sys.exit(main(["cache", "info", "c", *sys.argv[1:]]))
+sys.exit(main(["evaluate", "c", "--shards", "s", *sys.argv[1:]]))
 """
 
 
@@ -534,7 +534,9 @@ def test_the_demo_runs_real_commands_and_gets_their_summaries(
     replace: Replace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inner = replace("cache.info.describe", {"views": 3})
-    replace("demo.run_demo", lambda out, terminal, command: command(["cache", "info", "c"]))
+    replace(
+        "demo.run_demo", lambda out, terminal, command: command(["cache", "info", "c", "--json"])
+    )
     assert run_json(capsys, "demo") == (0, {"views": 3})
     assert run("demo", "--quiet") == 0
     assert capsys.readouterr().out == ""  # without --json the demo draws its own table
@@ -563,7 +565,7 @@ def test_commands_call_their_entry_points_as_these_are_written(
     index = "loading.index.index_shards"
     calls[index] = (replace(index, manifest), "index s --out m")
     for recorded, line in calls.values():
-        assert run(*line.split()) == 0
+        assert run(*line.split(), "--json") == 0
         assert len(recorded) == 1
     monkeypatch.undo()  # what follows is the real thing
     for target, ([(args, kwargs)], _) in calls.items():

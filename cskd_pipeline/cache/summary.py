@@ -1,0 +1,118 @@
+"""A cache in half a screen: what :func:`cskd_pipeline.cache.info.describe` found, for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cskd_pipeline.views.policy import ViewPolicy
+
+SHOWN = 5  # examples of what there may be thousands of
+
+Info = Mapping[str, Any]
+
+
+def summarise(info: Info) -> dict[str, Any]:
+    """One line for each question a newcomer asks, by its name."""
+    teacher, data = info["teacher"], info["dataset"]
+    height, width = teacher["grid"]
+    found = {
+        "cache": info["path"],
+        "data": (
+            f"{data['name']}: {info['samples']} samples of {data['num_classes']} classes in "
+            f"{data['shards']} shards"
+        ),
+        "teacher": (
+            f"{teacher['name']}, {teacher['precision']}, {teacher['size']} px, {height}x{width} "
+            f"places; weights from {teacher['source']}, sha256 {teacher['weights_sha256'][:12]}…"
+        ),
+        "teacher_top1": _top1(info),
+        "policy": _policy(info["policy"]),
+        "views": f"{info['views']} of each sample; {info['epochs']} epochs see none of them twice",
+        "complete": _completeness(info),
+        "encodings": {name: _encoding(e) for name, e in info["encodings"].items()},
+        "serves": _serves(info),
+        "bytes": size(info["bytes"]),
+        "largest": ", ".join(
+            f"{name} {size(count)}"
+            for name, count in sorted(info["bytes_by_array"].items(), key=lambda item: -item[1])
+            if count
+        ),
+        "made": _making(info),
+        "manifest_sha256": info["manifest_sha256"],
+        "license": info["license"] or "none stated",
+        "notes": info["notes"] or None,
+        "cite": {"cache": info["cite"]["cache"], "method": info["cite"]["method"]},
+    }
+    return found
+
+
+def size(count: float) -> str:
+    """``345 MB``, ``12.3 GB``; powers of 1,000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _top1(info: Info) -> str:
+    if info["teacher_top1"] is None:
+        return "not known before a unit is done"
+    return f"{info['teacher_top1']:.2f} % of the views, with the label of what fills more of them"
+
+
+def _policy(policy: Info) -> str:
+    usual = ViewPolicy(size=policy["size"]).to_json()
+    own = [f"{k} {_value(v)}" for k, v in policy.items() if usual.get(k) != v and k != "size"]
+    differing = f"; unlike its defaults: {', '.join(own)}" if own else ", its defaults"
+    return f"{policy['version']}, {policy['size']} px{differing}"
+
+
+def _completeness(info: Info) -> str:
+    if info["complete"]:
+        return f"yes, {info['units']['total']} units"
+    unfinished = [shard for shard in info["shards"] if shard["views_done"] < info["views"]]
+    examples = [
+        f"{shard['name']} has {shard['views_done']} of {info['views']} views"
+        for shard in unfinished[:SHOWN]
+    ]
+    more = f", and {len(unfinished) - SHOWN} more" if len(unfinished) > SHOWN else ""
+    return (
+        f"no, {info['units']['done']} of {info['units']['total']} units; unfinished: "
+        f"{', '.join(examples)}{more}"
+    )
+
+
+def _encoding(encoding: Info) -> str:
+    kinds = " and ".join(encoding["serves"])
+    kept = "exactly" if encoding["exact"] else "approximately"
+    lowest = encoding["min_temperature"]
+    where = f" at temperatures of {lowest:g} and more" if lowest else ""
+    each = encoding["bytes_per_view"]
+    costs = "no view yet" if each is None else f"{each:.4g} bytes a view"
+    return f"{costs}; {kinds} targets, {kept}{where}"
+
+
+def _serves(info: Info) -> str:
+    kinds = " and ".join(info["losses"]["cskd"])
+    return f"methods deit and cskd with {kinds} targets, under every CKF schedule"
+
+
+def _making(info: Info) -> str:
+    versions = info["versions"]
+    names = ("torch", "timm", "pillow", "libjpeg_turbo")
+    libraries = ", ".join(f"{n} {versions[n]}" for n in names if n in versions)
+    parent = info["parent"]
+    source = (
+        f", converted from {parent['manifest_sha256'][:12]}… ({', '.join(parent['encodings'])}, "
+        f"{parent['views']} views, {parent['shards']} shards)"
+        if parent
+        else ""
+    )
+    others = f"; {len(info['other_versions'])} other sets too" if info["other_versions"] else ""
+    return f"{info['created']}{source}, with {libraries}{others}"
+
+
+def _value(value: Any) -> str:
+    return "/".join(f"{v:g}" for v in value) if isinstance(value, list) else f"{value}"
