@@ -111,8 +111,22 @@ def _check_card(card: StudentCard) -> None:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a training state: nested dicts and lists of tensors and plain values."""
-    atomic_write(path, lambda partial: torch.save(state, partial))
+    """Write a training state: nested dicts and lists of tensors and plain values.
+
+    Raises:
+        OutputError: no space, or no permission.
+    """
+
+    def write(partial: Path) -> None:
+        with open(partial, "wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch's own; the write that failed is behind it
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from error
+                raise
+
+    atomic_write(path, write)
 
 
 def load_state(path: Path) -> dict[str, Any]:

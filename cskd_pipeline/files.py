@@ -12,21 +12,26 @@ from pathlib import Path
 
 from cskd_pipeline.errors import OutputError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The disk, the user's share of it, or the largest file that it (or a limit) allows."""
+
 
 @contextmanager
 def explained_os_errors(where: Path | str) -> Iterator[None]:
     """Turn "no space left" and "permission denied" into an :class:`OutputError`.
 
     Raises:
-        OutputError: for ENOSPC, EDQUOT, EACCES, EPERM and EROFS; other OS errors pass unchanged.
+        OutputError: for ENOSPC, EDQUOT, EFBIG, EACCES, EPERM and EROFS; other OS errors pass
+            unchanged.
     """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise OutputError(
                 "no space left while writing",
                 where=error.filename or where,
+                found=error.strerror,
                 action="free some space and run the same command again: finished parts are kept",
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cskd_pipeline import files
+from cskd_pipeline.errors import OutputError
 
 
 class DurableFolder:
@@ -22,9 +23,9 @@ class DurableFolder:
         """Replace the file, whole or not at all.
 
         Raises:
-            OutputError: no space left, or no permission.
+            OutputError: no space left, no permission, or a link that leads out of the folder.
         """
-        path = self.root / key
+        path = inside(self.root, key)
         files.atomic_write(path, lambda partial: partial.write_bytes(data))
         self._touched.update(path.relative_to(self.root).parents)
 
@@ -33,6 +34,27 @@ class DurableFolder:
         for folder in self._touched:
             files.sync_folder(self.root / folder)
         self._touched.clear()
+
+
+def inside(root: Path, key: str) -> Path:
+    """The file ``key`` below ``root``, for writing.
+
+    A cache from elsewhere may have links for folders; what is written would land behind them.
+
+    Raises:
+        OutputError: its folder is not below ``root``.
+    """
+    path = root / key
+    folder = path.parent.resolve()
+    if not folder.is_relative_to(root.resolve()):
+        raise OutputError(
+            "a folder of the cache is a link that leads out of it",
+            where=path.parent,
+            found=folder,
+            expected=f"a folder below {root}",
+            action="put the folder itself there; links of files are fine",
+        )
+    return path
 
 
 @contextmanager

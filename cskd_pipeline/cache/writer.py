@@ -17,7 +17,7 @@ import numpy as np
 from cskd_pipeline import files
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import encode_file
-from cskd_pipeline.cache.durable import DurableFolder, exclusive, sweep
+from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside, sweep
 from cskd_pipeline.cache.encodings import ENCODINGS, ArraySpec
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
@@ -117,10 +117,11 @@ class CacheWriter:
             if held:
                 sweep(store.path / layout.GROUP)
             for key, document in layout.array_documents(store.manifest).items():
+                path = inside(store.path, key)
                 if held:
-                    sweep(store.path / key)
+                    sweep(path)
                 if not store.has_file(key):
-                    _write(store.path / key, document)
+                    _write(path, document)
         store.check_metadata()
         return cls(store)
 
@@ -146,7 +147,7 @@ class CacheWriter:
             if views > present.views:
                 extended = replace(present, views=views)
                 for key, document in layout.array_documents(extended).items():
-                    _write(self.path / key, document)
+                    _write(inside(self.path, key), document)
                 self._write_manifest(extended)
             else:
                 self._start(CacheStore(self.path, present))
@@ -267,7 +268,7 @@ class CacheWriter:
         for start in range(0, len(values), step):
             part = np.expand_dims(values[start : start + step], 1)  # the axis of tar shards
             key = array.key(unit.views[start], unit.shard)
-            sweep(self.path / key)
+            sweep(inside(self.path, key))
             self._files.write(key, encode_file(array, part))
 
     def _write_shard(self, shard: int, data: UnitData) -> None:
@@ -331,7 +332,7 @@ class CacheWriter:
         self._start(CacheStore(self.path, manifest))
 
     def _file(self, name: str, *at: int) -> Path:
-        return self.path / self._store.arrays[name].key(*at)
+        return inside(self.path, self._store.arrays[name].key(*at))
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -20,6 +20,7 @@ R = TypeVar("R", DumpRecipe, TrainRecipe)
 
 _FOLDERS: dict[type, str] = {DumpRecipe: "dump_teacher", TrainRecipe: "train"}
 _MAX_BYTES = 2**20
+_HUBS = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's prefixes; what else has a colon is a factory
 
 
 def load_recipe(
@@ -38,7 +39,7 @@ def load_recipe(
 
     Raises:
         RecipeError: a file that is missing or not TOML; else every unknown key, wrong type and
-            senseless value at once.
+            senseless value at once, and a teacher's factory that only the file names.
         UsageError: ``sets`` that are not ``section.key=value``, or that contradict ``flags``.
     """
     path = None if source is None else find_recipe(kind, source)
@@ -56,6 +57,7 @@ def load_recipe(
             )
         overrides[name] = value
     problems = Problems(kind, overrides)
+    _refuse_code(document, overrides, problems)
     for name, value in overrides.items():
         _put(document, name, value)
     recipe = build(kind, document, problems)
@@ -116,6 +118,22 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError too
         raise RecipeError("the recipe is not TOML", where=path, found=error) from error
+
+
+def _refuse_code(
+    document: Mapping[str, Any], overrides: Mapping[str, Any], problems: Problems
+) -> None:
+    """A recipe may be a stranger's: a factory, which is code, must be named by the user as well."""
+    section = document.get("teacher")
+    name = section.get("name") if isinstance(section, dict) else None
+    if not isinstance(name, str) or ":" not in name or name.startswith(_HUBS):
+        return
+    if "teacher.name" not in overrides:
+        problems.add(
+            "teacher.name",
+            f"found {shown(name)}, which would run code of that module; a recipe file alone may "
+            f"not: if you trust it, say --teacher {shown(name)} as well",
+        )
 
 
 def _parse_sets(kind: type, sets: Sequence[str]) -> dict[str, Any]:
