@@ -257,8 +257,10 @@ def dump_teacher(
     chosen = None if shard_range is None else _parse_range(shard_range, "--shard-range")
     _require_encodings(asked.cache.encodings)
     from cskd_pipeline import dump
+    from cskd_pipeline.ranks import launched
 
-    return dump.dump_teacher(asked, terminal, shard_range=chosen)
+    summary = dump.dump_teacher(asked, terminal, shard_range=chosen)
+    return summary if launched().first else None
 
 
 @app.command(

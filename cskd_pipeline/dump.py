@@ -38,6 +38,7 @@ from cskd_pipeline.manifest import (
     library_versions,
     utc_now,
 )
+from cskd_pipeline.ranks import ALONE, Ranks, joined
 from cskd_pipeline.recipe import DumpRecipe
 from cskd_pipeline.terminal import Terminal
 from cskd_pipeline.views.policy import ViewPolicy
@@ -47,6 +48,8 @@ def dump_teacher(
     recipe: DumpRecipe, terminal: Terminal, *, shard_range: tuple[int, int] | None = None
 ) -> dict[str, Any]:
     """``cskd-pipeline dump-teacher``: make, go on with or extend the cache of ``recipe``.
+
+    Under torchrun every process calls this, and each takes its share of the units.
 
     Args:
         shard_range: only the tar shards from, up to and not including; several processes, on
@@ -60,30 +63,54 @@ def dump_teacher(
         CskdError: data, teacher or cache cannot be used, or do not belong together.
         KeyboardInterrupt: stopped by a signal, between units.
     """
-    dataset, teacher = open_stage_one(recipe, terminal)
+    with joined() as ranks:
+        return _dump(recipe, terminal if ranks.first else Terminal.silent(), ranks, shard_range)
+
+
+def _dump(
+    recipe: DumpRecipe, terminal: Terminal, ranks: Ranks, shard_range: tuple[int, int] | None
+) -> dict[str, Any]:
+    dataset, teacher = open_stage_one(recipe, terminal, ranks)
+    if ranks.first:
+        writer = _open_cache(recipe, dataset, teacher, terminal)
+    ranks.wait()
+    if not ranks.first:
+        writer = CacheWriter.open(recipe.cache.path)
+    shards = None if shard_range is None else range(*shard_range)
+    # One list for all: a rank that asks later would find some of it done.
+    units = ranks.gather(writer.todo(shards=shards) if ranks.first else [])[0]
+    mine = units[ranks.rank :: ranks.world]
+    if recipe.teacher.weights == "random":
+        terminal.warn("the teacher's weights are random: this cache is good for trials only")
+    started = time.perf_counter()
+    with terminal.progress(sum(map(writer.size_of, mine)), "views", "dumping") as progress:
+        views = write_units(recipe, dataset, teacher, writer, mine, progress.advance)
+    views = sum(ranks.gather(views))
+    return _summary(writer, units, views, time.perf_counter() - started)
+
+
+def _open_cache(
+    recipe: DumpRecipe, dataset: Dataset, teacher: Teacher, terminal: Terminal
+) -> CacheWriter:
+    """The cache of the recipe, made, found or extended."""
     described = describe(dataset, progress=terminal.progress)
     if recipe.data.name:
         described = replace(described, name=recipe.data.name)
     writer = CacheWriter.create(recipe.cache.path, cache_manifest(recipe, described, teacher))
     if recipe.cache.views > writer.manifest.views:
         writer.extend(recipe.cache.views)
-    shards = None if shard_range is None else range(*shard_range)
-    units = writer.todo(shards=shards)
-    if recipe.teacher.weights == "random":
-        terminal.warn("the teacher's weights are random: this cache is good for trials only")
-    started = time.perf_counter()
-    with terminal.progress(sum(map(writer.size_of, units)), "views", "dumping") as progress:
-        views = write_units(recipe, dataset, teacher, writer, units, progress.advance)
-    return _summary(writer, units, views, time.perf_counter() - started)
+    return writer
 
 
-def open_stage_one(recipe: DumpRecipe, terminal: Terminal) -> tuple[Dataset, Teacher]:
+def open_stage_one(
+    recipe: DumpRecipe, terminal: Terminal, ranks: Ranks = ALONE
+) -> tuple[Dataset, Teacher]:
     """The recipe's data and its teacher, on the recipe's device, with one number of classes.
 
     Raises:
         CskdError: one of them cannot be used, or they do not belong together.
     """
-    device = pick_device(recipe.dump.device)
+    device = ranks.device(pick_device(recipe.dump.device))
     use_threads(recipe.dump.threads)
     dataset = load_dataset(
         recipe.data.shards,

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from cskd_pipeline.cache.reader import CacheReader
+from tests.cache.making import tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 
@@ -191,3 +193,33 @@ def test_an_error_on_one_rank_is_told_and_ends_all(
     assert codes == [1, 1]
     assert "thesis.tex" in capfd.readouterr().err
     assert (out / "thesis.tex").read_text() == "mine"
+
+
+def dump_words(small: World, cache: Path) -> list[object]:
+    return [
+        *("dump-teacher", "--shards", small.shards, "--teacher", world.TEACHER),
+        *("--weights", "random", "--cache", cache, "--workers", 0, "--device", "cpu"),
+        *world.as_flags([*world.dump_sets(), "dump.threads=1"]),
+    ]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_dump_what_one_process_dumps(
+    small: World, tmp_path: Path, ranks: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_in(1, dump_words(small, tmp_path / "one"))
+    capfd.readouterr()
+    run_in(ranks, [*dump_words(small, tmp_path / "many"), "--json"])
+    summary = world.last_json(capfd.readouterr().out)
+    assert summary["complete"] is True
+    assert (summary["units_written"], summary["views_written"]) == (6, 4 * 96)
+    one, many = tree(tmp_path / "one"), tree(tmp_path / "many")
+    assert one.keys() == many.keys()
+    assert [name for name in one if one[name] != many[name]] == ["zarr.json"]  # it has the time
+
+
+def test_ranks_finish_a_dump_that_was_begun(small: World, tmp_path: Path) -> None:
+    words = dump_words(small, tmp_path / "c")
+    run_in(1, [*words, "--shard-range", "1:2"])
+    run_in(2, words)
+    assert CacheReader(tmp_path / "c").done().all()
