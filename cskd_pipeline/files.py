@@ -60,6 +60,12 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         sync_folder(path.parent)
 
 
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what writers of ``name`` in ``folder`` left when killed. No other may be writing."""
+    for partial in folder.glob(f".{name}.*.partial"):
+        partial.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -19,7 +19,7 @@ from torch import Tensor
 from cskd_pipeline.checkpoint import load_state, save_state, save_student
 from cskd_pipeline.errors import TrainingError, UsageError
 from cskd_pipeline.evaluate import measure
-from cskd_pipeline.files import require_empty, write_text
+from cskd_pipeline.files import require_empty, sweep, write_text
 from cskd_pipeline.interrupt import Stop, stop_requests
 from cskd_pipeline.loading.batches import Batch
 from cskd_pipeline.machine import pick_device, use_threads
@@ -99,6 +99,8 @@ def _claim(recipe: TrainRecipe, resume: bool) -> None:
     if not recipe.run.out:
         raise UsageError("train needs an output folder", action="pass --out DIR")
     out = Path(recipe.run.out)
+    if resume:
+        sweep(out)
     if not (resume and (out / "recipe.toml").exists()):
         require_empty(out, action="choose another --out, or go on with a run there by --resume")
 

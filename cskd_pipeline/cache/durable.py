@@ -75,9 +75,3 @@ def exclusive(folder: Path) -> Iterator[bool]:
         yield held
     finally:
         os.close(descriptor)
-
-
-def sweep(path: Path) -> None:
-    """Remove what writers of ``path`` left beside it when killed. No other may be writing it."""
-    for partial in path.parent.glob(f".{path.name}.*.partial"):
-        partial.unlink(missing_ok=True)

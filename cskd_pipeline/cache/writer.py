@@ -17,7 +17,7 @@ import numpy as np
 from cskd_pipeline import files
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import encode_file
-from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside, sweep
+from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
 from cskd_pipeline.cache.encodings import ENCODINGS, ArraySpec
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
@@ -115,11 +115,11 @@ class CacheWriter:
         store = CacheStore(path)
         with exclusive(store.path) as held:
             if held:
-                sweep(store.path / layout.GROUP)
+                files.sweep(store.path, layout.GROUP)
             for key, document in layout.array_documents(store.manifest).items():
                 path = inside(store.path, key)
                 if held:
-                    sweep(path)
+                    files.sweep(path.parent, path.name)
                 if not store.has_file(key):
                     _write(path, document)
         store.check_metadata()
@@ -223,7 +223,7 @@ class CacheWriter:
             for name, array in values.items():
                 self._write_views(name, unit, array)
             self._files.flush()
-            sweep(done)
+            files.sweep(done.parent, done.name)
             done_array = self._store.arrays["done"]
             self._files.write(
                 done_array.key(unit.block, unit.shard), encode_file(done_array, _DONE)
@@ -268,7 +268,8 @@ class CacheWriter:
         for start in range(0, len(values), step):
             part = np.expand_dims(values[start : start + step], 1)  # the axis of tar shards
             key = array.key(unit.views[start], unit.shard)
-            sweep(inside(self.path, key))
+            path = inside(self.path, key)
+            files.sweep(path.parent, path.name)
             self._files.write(key, encode_file(array, part))
 
     def _write_shard(self, shard: int, data: UnitData) -> None:
@@ -277,10 +278,10 @@ class CacheWriter:
         values = {"key": matrix, "label": data.labels, "image_crc32": data.image_crc32}
         with exclusive(self._file("key", shard).parent) as held:
             for name in layout.PER_SHARD:
-                array = self._store.arrays[name]
+                array, path = self._store.arrays[name], self._file(name, shard)
                 if held:
-                    sweep(self._file(name, shard))
-                if self._file(name, shard).exists():
+                    files.sweep(path.parent, path.name)
+                if path.exists():
                     self._compare(name, shard, values[name], data.keys)
                 else:
                     self._files.write(array.key(shard), encode_file(array, values[name][None]))
