@@ -1,0 +1,76 @@
+"""The commands that write, ready to run as processes, and what they must leave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cskd_pipeline.checkpoint import load_state
+from tests.pipeline import world
+from tests.processes import Server
+
+Words = list[object]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """``dump-teacher``, ``cache convert`` and ``train`` into a folder of the caller's."""
+
+    server: Server
+    shards: Path
+    cache: Path
+    log: Path
+
+    def dump(self, out: Path, workers: int = 1) -> Words:
+        """What made ``cache``."""
+        return [
+            *("dump-teacher", "--shards", self.shards, "--cache", out, "--quiet"),
+            *("--teacher", world.TEACHER, "--weights", "random"),
+            *("--workers", workers, "--device", "cpu", *world.as_flags(world.dump_sets())),
+        ]
+
+    def convert(self, out: Path) -> Words:
+        """All other encodings, from ``cache``."""
+        words = ("--encoding", "dense-q8", "--encoding", "topk", "--encoding", "envelope")
+        return ["cache", "convert", self.cache, out, *words, "--device", "cpu", "--quiet"]
+
+    def train(self, out: Path, workers: int = 1) -> Words:
+        """24 updates, the state written after every one."""
+        sets = [*world.train_sets(), "run.checkpoint_every=1"]
+        return [
+            *("train", "--shards", self.shards, "--cache", self.cache, "--out", out, "--quiet"),
+            *("--student", world.STUDENT, "--method", "cskd", "--epochs", 4, "--batch-size", 16),
+            *("--workers", workers, "--device", "cpu", *world.as_flags(sets), "--resume"),
+        ]
+
+
+def left_by(kind: str, out: Path) -> dict[str, bytes]:
+    """Every file of a finished ``kind`` of command but for what holds times; partial files too."""
+    timed = {"zarr.json", "state.pt", "summary.csv"}
+    found = {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+        and str(path.relative_to(out)) not in timed
+        and path.parent.name != "tensorboard"
+    }
+    if kind == "train":
+        del found["recipe.toml"]  # names the folder
+        found["state"] = canonical(load_state(out / "state.pt"))
+    return found
+
+
+def canonical(state: Any) -> bytes:
+    """A training state as bytes, without the timings."""
+    if isinstance(state, torch.Tensor):
+        return repr((state.dtype, state.shape)).encode() + state.contiguous().numpy().tobytes()
+    if isinstance(state, dict):
+        timings = ("images_per_second", "data_wait")
+        parts = [(k, canonical(v)) for k, v in state.items() if k not in timings]
+        return b"{" + b"".join(repr(k).encode() + v for k, v in parts) + b"}"
+    if isinstance(state, list | tuple):
+        return b"[" + b",".join(map(canonical, state)) + b"]"
+    return repr(state).encode()

@@ -1,0 +1,150 @@
+"""Commands as processes of their own that start in milliseconds, to be killed and measured.
+
+One server process loads torch once and forks a copy of itself for every command, so a real process
+with real signals costs no more than the work it does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: ``code`` as ``Popen.returncode``, and its most resident ``bytes``."""
+
+    code: int
+    bytes: int
+    output: str
+
+
+class Process:
+    """A command that runs."""
+
+    def __init__(self, server: Server, pid: int, log: Path) -> None:
+        self._server, self.pid, self._log = server, pid, log
+
+    def kill(self) -> Ended:
+        """SIGKILL, unless it has ended by itself."""
+        os.kill(self.pid, signal.SIGKILL)  # it waits for wait(), so the number is not another's
+        return self.wait()
+
+    def wait(self) -> Ended:
+        found = self._server.ask(wait=self.pid)
+        output = self._log.read_text(encoding="utf-8", errors="replace")
+        self._log.unlink()
+        return Ended(found["code"], found["bytes"], output)
+
+
+class Server:
+    """Forks itself for each command; see the module's docstring."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.processes"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        self.ask(ready=True)
+
+    def ask(self, **request: Any) -> Any:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def start(
+        self, *arguments: object, log: Path, limits: dict[str, int] | None = None
+    ) -> Process:
+        """``cskd-pipeline`` with these arguments.
+
+        Args:
+            log: a file for stdout and stderr, gone when the process was waited for.
+            limits: soft limits by name, without ``RLIMIT_``.
+        """
+        log.touch()  # a process killed at once writes none
+        words = [str(word) for word in arguments]
+        pid = self.ask(run=words, log=str(log), limits=limits or {})
+        return Process(self, pid, log)
+
+    def run(self, *arguments: object, log: Path, limits: dict[str, int] | None = None) -> Ended:
+        """:meth:`start` and wait."""
+        return self.start(*arguments, log=log, limits=limits).wait()
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait()
+
+
+@lru_cache
+def server() -> Server:
+    """The one server of a test session."""
+    started = Server()
+    atexit.register(started.close)
+    return started
+
+
+def _serve() -> None:
+    import timm  # noqa: F401
+    import torch
+
+    import cskd_pipeline.cache.convert
+    import cskd_pipeline.dump
+    import cskd_pipeline.evaluate
+    import cskd_pipeline.train  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "run" in request:
+            answer: Any = os.fork() or _run(request)
+        elif "wait" in request:
+            answer = _wait(request["wait"])
+        else:
+            answer = None
+        print(json.dumps(answer), flush=True)
+
+
+def _wait(pid: int) -> dict[str, int]:
+    _, status, usage = os.wait4(pid, 0)
+    return {"code": os.waitstatus_to_exitcode(status), "bytes": usage.ru_maxrss * 1024}
+
+
+def _run(request: dict[str, Any]) -> None:
+    """In the forked child: run the command and end."""
+    from cskd_pipeline.cli import main
+
+    log = os.open(request["log"], os.O_WRONLY | os.O_APPEND)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    for name, limit in request["limits"].items():
+        kind = getattr(resource, f"RLIMIT_{name}")
+        resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
+    code = 70
+    try:
+        code = main(request["run"])
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()
