@@ -67,9 +67,7 @@ class Server:
         self._server.stdin.flush()
         return json.loads(self._server.stdout.readline())
 
-    def start(
-        self, *arguments: object, log: Path, limits: dict[str, int] | None = None
-    ) -> Process:
+    def start(self, *arguments: object, log: Path, limits: dict[str, int] | None = None) -> Process:
         """``cskd-pipeline`` with these arguments.
 
         Args:

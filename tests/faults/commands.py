@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,7 +33,7 @@ class Stages:
             *("--workers", workers, "--device", "cpu", *world.as_flags(world.dump_sets())),
         ]
 
-    def convert(self, out: Path) -> Words:
+    def convert(self, out: Path, workers: int = 0) -> Words:
         """All other encodings, from ``cache``."""
         words = ("--encoding", "dense-q8", "--encoding", "topk", "--encoding", "envelope")
         return ["cache", "convert", self.cache, out, *words, "--device", "cpu", "--quiet"]
@@ -45,6 +46,21 @@ class Stages:
             *("--student", world.STUDENT, "--method", "cskd", "--epochs", 4, "--batch-size", 16),
             *("--workers", workers, "--device", "cpu", *world.as_flags(sets), "--resume"),
         ]
+
+
+class Whole(NamedTuple):
+    """What a command leaves, in how many bytes of disk, after how long."""
+
+    left: dict[str, bytes]
+    bytes: int
+    seconds: float
+
+
+def used(folder: Path) -> int:
+    """Bytes in pages, as a small disk in memory counts them."""
+    size = os.sysconf("SC_PAGE_SIZE")
+    lengths = (path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(-(-length // size) * size for length in lengths)
 
 
 def left_by(kind: str, out: Path) -> dict[str, bytes]:

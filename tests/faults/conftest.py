@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.faults.commands import Stages
-from tests.pipeline.conftest import small
+from tests.faults.commands import Stages, Whole, left_by, used
+from tests.pipeline.conftest import World, small
 from tests.processes import server
 
 __all__ = ["small"]
 
 
 @pytest.fixture
-def stages(small: Any, tmp_path: Path) -> Stages:
+def stages(small: World, tmp_path: Path) -> Stages:
     """The three commands that write, on the small world."""
     return Stages(server(), small.shards, small.cache, tmp_path / "log")
+
+
+@pytest.fixture(scope="session")
+def whole(small: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
+    """What a kind of command leaves when nothing happens to it."""
+    root = tmp_path_factory.mktemp("whole")
+    stages = Stages(server(), small.shards, small.cache, root / "log")
+
+    @cache
+    def of(kind: str) -> Whole:
+        started = time.monotonic()
+        ended = stages.server.run(*getattr(stages, kind)(root / kind), log=stages.log)
+        assert ended.code == 0, ended.output
+        seconds = time.monotonic() - started
+        return Whole(left_by(kind, root / kind), used(root / kind), seconds)
+
+    return of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -35,24 +34,6 @@ def dump_command(small: World, cache: Path, workers: int) -> list[str]:
         *("--workers", str(workers), "--device", "cpu"),
         *world.as_flags(world.dump_sets()),
     ]
-
-
-def test_a_dump_killed_at_random_moments_ends_as_an_uninterrupted_one(
-    small: World, tmp_path: Path
-) -> None:
-    cache = tmp_path / "cache"
-    moments = random.Random(0)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for _ in range(3):
-        process = subprocess.Popen(dump_command(small, cache, 1), env=environment)
-        while not (cache / "zarr.json").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0.0, 1.5))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(dump_command(small, cache, 2), check=True, env=environment)
-    assert data_files(cache) == data_files(small.cache)
 
 
 def test_a_dump_asked_to_stop_keeps_its_units_and_says_how_to_go_on(

@@ -1,0 +1,76 @@
+"""A small cache in every encoding, with every array that the format knows, and all that it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cskd_pipeline.cache.encodings import ENCODINGS
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
+from cskd_pipeline.manifest import DatasetManifest, ShardInfo
+from tests.cache.making import keys, manifest, teacher
+
+CLASSES = 30  # more than topk keeps, so that its tail is stored too
+COUNTS = (5, 3)
+VIEWS = BLOCK = 2
+
+
+def make_full(path: Path) -> None:
+    """Finish a cache of two units."""
+    shards = tuple(
+        ShardInfo.of(f"train-{s:04d}.tar", keys(s, n), 10240, f"{s:064x}")
+        for s, n in enumerate(COUNTS)
+    )
+    made = manifest(
+        dataset=DatasetManifest("toy", CLASSES, shards),
+        teacher=teacher(num_classes=CLASSES),
+        encodings=tuple(ENCODINGS),
+        views=VIEWS,
+        view_block=BLOCK,
+    )
+    writer = CacheWriter.create(path, made)
+    for unit in writer.todo():
+        writer.write_unit(unit, unit_data(unit))
+
+
+def unit_data(unit: Unit) -> UnitData:
+    count = COUNTS[unit.shard]
+    rng = np.random.default_rng([77, unit.shard])
+    spatial = torch.from_numpy(rng.normal(0, 4, (VIEWS * count, CLASSES, 2, 3)).astype(np.float16))
+    rows = {}
+    for encoding in ENCODINGS.values():
+        rows |= encoding.encode(spatial, spatial.float().mean((2, 3)).half())
+    return UnitData(
+        keys=keys(unit.shard, count),
+        labels=rng.integers(0, CLASSES, count, np.int32),
+        image_crc32=rng.integers(0, 2**32, count, np.uint32),
+        seeds=rng.integers(0, 2**64, (VIEWS, count), np.uint64),
+        view_digests=rng.integers(0, 2**32, (VIEWS, count), np.uint32),
+        arrays={n: v.numpy().reshape(VIEWS, count, *v.shape[1:]) for n, v in rows.items()},
+        top1=np.array([[1, count]] * VIEWS, np.uint32),
+    )
+
+
+def said_of(reader: CacheReader, array: str) -> Iterator[object]:
+    """Everything that ``reader`` says of one array, as comparable values."""
+    for shard, count in enumerate(reader.counts):
+        if array == "key":
+            yield reader.keys(shard)
+        elif array == "label":
+            yield reader.labels(shard).tobytes()
+        elif array == "image_crc32":
+            yield reader.image_crc32(shard).tobytes()
+        for view in range(reader.views):
+            if array in ("seed", "done"):  # the first use of a unit reads its done
+                yield reader.seeds(view, shard).tobytes()
+            elif array == "view_digest":
+                yield reader.view_digests(view, shard).tobytes()
+            elif array == "top1":
+                yield reader.top1_of(view, shard).tobytes()
+            elif "/" in array:
+                rows = reader.rows(array.split("/")[0], view, shard, range(count))
+                yield rows[array].tobytes()
