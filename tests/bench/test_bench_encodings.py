@@ -17,6 +17,7 @@ from cskd_pipeline.bench.plot import scatter
 from cskd_pipeline.cache.encodings import ENCODINGS
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.distill.targets import LogitTargets
 from cskd_pipeline.errors import CacheError
 from tests.cache.making import CLASSES, COUNTS, HEIGHT, VIEWS, WIDTH, fill, make, manifest, tree
 from tests.pipeline import world
@@ -76,6 +77,19 @@ def test_divergences_are_numpys(answers: Answers, report: dict[str, Any]) -> Non
         assert found["mean"] == pytest.approx(values.mean(), rel=0.01, abs=1e-7)
         assert found["p99"] == pytest.approx(np.quantile(values, 0.99), rel=0.03)
         assert found["p99"] > 1.5 * found["mean"]
+
+
+def test_the_divergence_is_from_the_logits_to_the_approximation() -> None:
+    """Not the other way round, which is another number where the two are far apart."""
+    generator = torch.Generator().manual_seed(0)
+    d, near = (torch.randn(1, 5, 1, 1, generator=generator).half() * 3 for _ in range(2))
+    exact, found = LogitTargets(d, d[..., 0, 0]), LogitTargets(near, near[..., 0, 0])
+    p, q = (
+        distribution(x.double().numpy(), x[..., 0, 0].double().numpy(), 0.5, 2.0) for x in (d, near)
+    )
+    expected, other = (p * np.log(p / q)).sum(), (q * np.log(q / p)).sum()
+    assert abs(expected - other) > 0.01
+    assert float(bench._divergence(exact, found, 0.5, 2.0)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_agreement_is_numpys(answers: Answers, report: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,9 @@ import signal, sys, time
 from torch.utils.data import Dataset
 from cskd_pipeline.loading.workers import Loader
 
+if __name__ == "__main__":  # a background job starts without it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 class Slow(Dataset):
     def __getitem__(self, number):
         time.sleep(0.05)
@@ -123,8 +127,9 @@ for number in Loader(Slow(), range(60), workers=2):
 """
 
 
-def start(program: str, folder: Path) -> subprocess.Popen[str]:
-    """In a group of processes of its own, once it has delivered three items."""
+@contextmanager
+def started(program: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """In a group of processes of its own, once it has delivered three items; ended afterwards."""
     (folder / "program.py").write_text(program)
     process = subprocess.Popen(
         [sys.executable, str(folder / "program.py")],
@@ -134,9 +139,14 @@ def start(program: str, folder: Path) -> subprocess.Popen[str]:
         start_new_session=True,
     )
     assert process.stdout is not None
-    for number in range(3):
-        assert process.stdout.readline() == f"{number}\n"
-    return process
+    try:
+        for number in range(3):
+            assert process.stdout.readline() == f"{number}\n"
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def alive(group: int) -> bool:
@@ -154,22 +164,22 @@ def alive(group: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize("program", [STOPPING, STARTING])
 def test_ctrl_c_ends_all_processes_without_a_word_from_them(tmp_path: Path, program: str) -> None:
-    with start(program, tmp_path) as process:
+    with started(program, tmp_path) as process:
         time.sleep(0.5 * (program is STARTING))  # its process is importing now
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         output, errors = process.communicate(timeout=30)
+        deadline = time.monotonic() + 10
+        while alive(process.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
     assert process.returncode == 130
     assert output.endswith("interrupted\n")
     assert errors == ""
-    deadline = time.monotonic() + 10
-    while alive(process.pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_a_parent_that_goes_on_after_ctrl_c_keeps_its_processes(tmp_path: Path) -> None:
     """Stage two finishes its update and saves before it stops; it needs its loader for that."""
-    with start(FINISHING, tmp_path) as process:
+    with started(FINISHING, tmp_path) as process:
         os.killpg(process.pid, signal.SIGINT)
         output, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (0, "")
