@@ -73,7 +73,8 @@ class CacheStore:
     def done(self) -> np.ndarray:
         """(blocks, shards) bool, from the names of the files in ``done``: 30,000 in 30 ms."""
         done = np.zeros((self.manifest.blocks, len(self.manifest.dataset.shards)), bool)
-        for block in range(len(done)):
+        blocks = {int(n) for n in self._folder.names("done/c") if n.isdecimal()}
+        for block in sorted(n for n in blocks if n < len(done)):
             names = (int(n) for n in self._folder.names(f"done/c/{block}") if n.isdecimal())
             done[block, [n for n in names if n < done.shape[1]]] = True
         return done

@@ -30,7 +30,7 @@ MAX_KEY_BYTES = 1024
 MAX_IMAGE_BYTES = 2**28
 MAX_LABEL_BYTES = 2**20
 MAX_EXTENSION_BYTES = 2**16  # of a long name or of pax records
-MAX_GLOBAL_RECORDS = 1000  # of pax, which hold for all members that follow
+MAX_GLOBAL_RECORDS = 100  # of pax, which hold for all members that follow
 EXTENSIONS = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),

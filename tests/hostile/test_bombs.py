@@ -1,0 +1,395 @@
+"""Little that unfolds into much: refused by what it claims, or read no further than is honest."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import tarfile
+import tracemalloc
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pytest
+import torch
+from numcodecs.zstd import Zstd
+from PIL import Image, PngImagePlugin, WebPImagePlugin
+
+from cskd_pipeline import documents
+from cskd_pipeline.cache import layout
+from cskd_pipeline.cache import reader as reader_module
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.distill.weights import load_state
+from cskd_pipeline.errors import CacheError, ManifestError, ShardError, WeightsError
+from cskd_pipeline.loading.index import load_dataset
+from cskd_pipeline.loading.tar_index import read_index
+from cskd_pipeline.manifest import CacheManifest, DatasetManifest
+from cskd_pipeline.views.decode import decode
+from tests.cache.making import dataset, make, manifest
+from tests.faults.commands import Stages
+from tests.views.test_decode import chunk, png
+
+Bounded = Callable[..., str]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    make(tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+# JSON
+
+DOCUMENTS = {
+    "deep": lambda: b'{"a":' * 10**6,
+    "long number": lambda: b'{"a":' + b"9" * 10**6 + b"}",
+    "large number": lambda: b'{"a": 1e999999999}',
+    "a name twice": lambda: b'{"format": "cskd-cache", "format": "cskd-dataset"}',
+    "many lists": lambda: b"[" + b"[]," * (20 * 2**20) + b"[]]",
+    "many objects": lambda: b"[" + b'{"a":{}},' * (7 * 2**20) + b"{}]",
+    "many numbers": lambda: b"[" + b"1.5," * (15 * 2**20) + b"1]",
+    "long string": lambda: b'{"a": "' + b"x" * (70 * 2**20) + b'"}',
+    "surrogates": lambda: b'{"\\ud800": "\\udfff\\u0000"}',
+}
+
+
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_a_json_bomb_is_refused(cache: Path, bounded: Bounded, kind: str) -> None:
+    (cache / "zarr.json").write_bytes(DOCUMENTS[kind]())
+    assert str(cache) in bounded("cache", "info", cache)
+
+
+def test_a_list_that_is_slow_to_compare_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of mixed kinds it cannot be sorted; comparing each with each would take hours."""
+    compared: list[int] = []
+
+    class Counted(str):
+        def __eq__(self, other: object) -> bool:
+            compared.append(1)
+            return super().__eq__(other)
+
+        __hash__ = str.__hash__
+
+    mixed = [Counted(i) if i % 2 else i for i in range(20_000)]
+    with pytest.raises(ManifestError):
+        CacheManifest.from_json(manifest().to_json() | {"encodings": mixed})
+    assert len(compared) < 100_000
+
+
+# Manifests that imply much
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"count": 2**31 - 1},
+        {"count": 10**6, "key_bytes": 65535},
+        {"views": 10**6, "view_block": 1000, "count": 10**6},
+        {"grid": (1024, 1024), "classes": 65535},
+        {"classes": 2**31 - 1},
+    ],
+)
+def test_a_manifest_that_implies_huge_chunks_is_refused_by_readers_and_writers(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    document = manifest(encodings=("dense",)).to_json()
+    document["dataset"]["shards"][0] |= {
+        k: v for k, v in changes.items() if "_bytes" in k or k == "count"
+    }
+    document |= {k: v for k, v in changes.items() if k.startswith("view")}
+    document["teacher"] |= {"grid": list(changes.get("grid", (2, 3)))}
+    if "classes" in changes:
+        document["dataset"] |= {"num_classes": changes["classes"], "class_names": None}
+        document["teacher"]["num_classes"] = changes["classes"]
+    made = CacheManifest.from_json(document)
+    (tmp_path / "zarr.json").write_bytes(layout.manifest_document(made))
+    for attempt in (
+        lambda: CacheReader(tmp_path),
+        lambda: CacheWriter.create(tmp_path / "new", made),
+    ):
+        with pytest.raises(CacheError, match="chunks too large"):
+            attempt()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_manifest_of_too_many_units_is_refused() -> None:
+    shards = [
+        {**dataset().to_json()["shards"][0], "name": f"{n}.tar", "keys_sha256": f"{n:064x}"}
+        for n in range(20)
+    ]
+    document = manifest(views=10**6, view_block=1).to_json()
+    document["dataset"]["shards"] = shards
+    with pytest.raises(ManifestError, match="20,000,000 units"):
+        CacheManifest.from_json(document)
+
+
+def test_what_is_missing_of_very_many_units_is_told_briefly(tmp_path: Path) -> None:
+    made = manifest(views=10**6, view_block=1, encodings=("envelope",))
+    CacheWriter.create(tmp_path, made)
+    with pytest.raises(CacheError, match="3000000 of 3000000 units missing") as caught:
+        CacheReader(tmp_path).require_done()
+    assert len(caught.value.problems) == 1000
+
+
+# Chunks
+
+
+def frame(values: bytes, claims: int) -> bytes:
+    """A zstd frame of ``values`` whose header claims another length (RFC 8878, 3.1.1.1.4)."""
+    plain = bytes(Zstd(level=3, checksum=True).encode(values))
+    descriptor = plain[4]
+    assert descriptor >> 6 == 2  # four bytes of length, after a window where there is one
+    start = 5 + (0 if descriptor & 0x20 else 1)
+    if claims < 2**32:
+        return plain[:start] + struct.pack("<I", claims) + plain[start + 4 :]
+    wide = bytes([descriptor | 0xC0])
+    return plain[:4] + wide + plain[5:start] + struct.pack("<Q", claims) + plain[start + 4 :]
+
+
+def many(length: int) -> bytes:
+    return bytes(length)
+
+
+@pytest.mark.parametrize(
+    ("length", "claims"),
+    [(100_000_000, 10**12), (100_000_000, 20), (100_000, 20), (70_000, 2**63), (70_000, 2**31)],
+)
+def test_a_chunk_that_would_unfold_is_refused(
+    cache: Path, bounded: Bounded, length: int, claims: int
+) -> None:
+    """``label`` of five samples is 20 bytes: claim others, or claim them and hold more."""
+    made = frame(many(length), claims)
+    (cache / "label/c/0/0").write_bytes(made)
+    (cache / "top1/c/0/0/0").write_bytes(made)
+    with pytest.raises(CacheError, match=r"zstd|more than"):
+        CacheReader(cache).labels(0)
+    assert "array top1" in bounded("cache", "info", cache)
+
+
+def test_frames_behind_the_first_are_no_part_of_a_chunk(cache: Path) -> None:
+    whole = (cache / "label/c/0/0").read_bytes()
+    bomb = Zstd(level=3, checksum=True).encode(many(50_000_000))
+    (cache / "label/c/0/0").write_bytes(whole + bytes(bomb)[:400])
+    with pytest.raises(CacheError, match="the cache is damaged"):
+        CacheReader(cache).labels(0)
+
+
+def test_rows_of_many_chunks_stay_within_bounds(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each chunk of a ragged array is small; all of them together need not be."""
+    monkeypatch.setattr(reader_module, "MAX_SLAB_BYTES", 1000)
+    with pytest.raises(CacheError, match="more than 1000 bytes"):
+        CacheReader(cache).rows("envelope", 0, 0, [0])
+
+
+def indices(good: np.ndarray, length: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Shard indices that lie; (chunks, 2) start and length."""
+    for name, entry in {
+        "beyond the end": (length, 50),
+        "far beyond": (2**62, 50),
+        "no offset": (2**63, 50),
+        "negative, as some read it": (2**64 - 50, 50),
+        "too long": (0, 2**40),
+        "longer than memory": (0, 2**64 - 2),
+        "into the index": (length - 30, 30),
+        "empty": (0, 0),
+        "another's": tuple(good[1].tolist()),
+    }.items():
+        changed = good.copy()
+        changed[0] = entry
+        yield name, changed
+
+
+def test_an_index_that_leads_elsewhere_is_refused(cache: Path) -> None:
+    """Its checksum fits. A chunk that is another's is well formed: it is read, and harmless."""
+    array = layout.stored_arrays(manifest())["dense/global"]
+    path = cache / array.key(0, 0)
+    content = path.read_bytes()
+    size = 16 * int(np.prod(array.chunks_per_file))
+    good = np.frombuffer(content[-size - 4 : -4], "<u8").reshape(-1, 2)
+    assert len(good) == 2
+    refused, names = set(), []
+    for name, index in indices(good, len(content)):
+        table = index.tobytes()
+        checksum = google_crc32c.value(table).to_bytes(4, "little")
+        path.write_bytes(content[: -size - 4] + table + checksum)
+        names.append(name)
+        try:
+            CacheReader(cache).rows("dense", 0, 0, [0])
+        except CacheError as error:
+            if "array dense/global" in str(error):
+                refused.add(name)
+    assert refused == set(names) - {"another's"}
+
+
+# Images
+
+
+def animation(kind: str) -> bytes:
+    """Twenty frames in a small file."""
+    frames = [Image.new("RGB", (600, 600), (10 * n, 0, 0)) for n in range(20)]
+    file = io.BytesIO()
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:], lossless=True)
+    return file.getvalue()
+
+
+IMAGES = {
+    "large": lambda: png(50_000, 50_000, 8, 2, b""),
+    "wide": lambda: png(100_000_001, 1, 8, 0, b""),
+    "text": lambda: png(
+        1, 1, 8, 2, bytes(4), chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(300_000_000), 1))
+    ),
+    "profile": lambda: png(
+        1, 1, 8, 2, bytes(4), chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(300_000_000), 1))
+    ),
+    "cut": lambda: png(9000, 9000, 8, 2, bytes(1000)),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_an_image_bomb_is_refused_with_its_sample(
+    stages: Stages, tmp_path: Path, bounded: Bounded, kind: str
+) -> None:
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for field, data in (("png", IMAGES[kind]()), ("cls", b"0")):
+            member = tarfile.TarInfo(f"key_7.{field}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    words = (*stages.dump(tmp_path / "cache", workers=0), "--set", "data.num_classes=4")
+    message = bounded(*words, "--shards", tmp_path / "t.tar", memory=500 * 10**6)
+    assert "t.tar: key_7" in message
+
+
+def test_pixels_beyond_a_header_are_not_unfolded() -> None:
+    """4 bytes of pixels are claimed, 100 MB follow: the rest is never asked for."""
+    data = png(1, 1, 8, 2, bytes(100_000_000))
+    tracemalloc.start()
+    decode(data, "here")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_an_animation_is_its_first_frame(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = animation(kind)
+    assert Image.open(io.BytesIO(data)).n_frames == 20  # type: ignore[attr-defined]
+    for plugin in (PngImagePlugin.PngImageFile, WebPImagePlugin.WebPImageFile):
+        monkeypatch.setattr(plugin, "seek", None)
+    image = decode(data, "")
+    assert image.size == (600, 600)
+    assert image.getpixel((5, 5)) == (0, 0, 0)
+
+
+# Tars
+
+
+def header(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def padded(data: bytes) -> bytes:
+    return data.ljust(-(-len(data) // 512) * 512, b"\0")
+
+
+def record(name: str, value: str) -> bytes:
+    """A pax record, which begins with its own length (POSIX, pax interchange format)."""
+    length = len(f" {name}={value}\n")
+    length += len(str(length + len(str(length))))
+    return f"{length} {name}={value}\n".encode()
+
+
+def extension(kind: bytes, data: bytes) -> bytes:
+    return header("x", kind, len(data)) + padded(data)
+
+
+SPARSE_10 = extension(
+    tarfile.XHDTYPE, record("GNU.sparse.major", "1") + record("GNU.sparse.minor", "0")
+)
+TARS: dict[str, Callable[[], bytes]] = {
+    "a member of 8 EB": lambda: header("a.jpg", size=2**62),
+    "names of names": lambda: extension(tarfile.GNUTYPE_LONGNAME, b"n" * 100) * 5000,
+    "records of records": lambda: extension(tarfile.XHDTYPE, record("a", "b")) * 5000,
+    "global records": lambda: b"".join(
+        extension(tarfile.XGLTYPE, record(f"k{n}", "v" * 60_000)) + header(f"d{n}", tarfile.DIRTYPE)
+        for n in range(2000)
+    ),
+    "a sparse map of records": lambda: SPARSE_10 + header("a.jpg", size=600 * 10**6)
+    + padded(b"300000000\n" + b"1\n" * 50_000_000),
+    "a sparse map of blocks": lambda: header("a.jpg", tarfile.GNUTYPE_SPARSE)[:482] + b"\1"
+    + bytes(29) + (b"00000000001\0" * 42 + b"\1" + bytes(7)) * 200_000,
+    "pax sizes": lambda: extension(tarfile.XHDTYPE, record("size", "9" * 4000)) + header("a.jpg"),
+    "pax of 2 GB": lambda: header("x", tarfile.XHDTYPE, 2**31) + bytes(1024),
+    "many folders with long names": lambda: b"".join(
+        extension(tarfile.GNUTYPE_LONGNAME, b"n" * 30_000) + header("d", tarfile.DIRTYPE)
+        for _ in range(5000)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TARS)
+def test_a_tar_bomb_is_refused(tmp_path: Path, bounded: Bounded, kind: str) -> None:
+    """Whatever it claims or holds; the memory is that of its samples, and it has none."""
+    (tmp_path / "t.tar").write_bytes(TARS[kind]() + bytes(10240))
+    message = bounded("index", tmp_path / "t.tar", "--num-classes", 4, "--out", tmp_path / "m.json",
+                      memory=60 * 10**6)  # fmt: skip
+    assert "t.tar" in message
+
+
+def test_headers_that_lie_about_their_dialect_are_refused(tmp_path: Path) -> None:
+    for name in ("GNU.sparse.map", "GNU.sparse.offset", "GNU.sparse.size", "GNU.sparse.name"):
+        content = extension(tarfile.XHDTYPE, record(name, "1,2,3,x")) + header("a.jpg")
+        (tmp_path / "t.tar").write_bytes(content + bytes(10240))
+        with pytest.raises(ShardError):
+            read_index(tmp_path / "t.tar")
+
+
+# Weights
+
+
+def test_weights_that_unfold_are_refused(tmp_path: Path) -> None:
+    """A zip that is compressed, that counts one entry twice, a tensor larger than its storage."""
+    torch.save({"a": torch.zeros(10**6)}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "deflated.pth", "w", zipfile.ZIP_DEFLATED) as deflated,
+    ):
+        for entry in plain.namelist():
+            deflated.writestr(entry, plain.read(entry))
+    assert (tmp_path / "deflated.pth").stat().st_size < 10_000
+    torch.save({"a": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "expanded.pth")
+    load_state(tmp_path / "plain.pth")
+    for name, says in (("deflated", "unfolds"), ("expanded", "claims more values")):
+        with pytest.raises(WeightsError, match=says):
+            load_state(tmp_path / f"{name}.pth")
+
+
+def test_class_names_and_indices_are_bounded_documents_too(tmp_path: Path) -> None:
+    for file in ("classes.json", "_info.json", "manifest.json"):
+        folder = tmp_path / f"beside {file.partition('.')[0]}"
+        folder.mkdir()
+        (folder / "t.tar").write_bytes(bytes(10240))
+        (folder / file).write_bytes(DOCUMENTS["deep"]())
+        with pytest.raises(ManifestError, match="expected a JSON document"):
+            load_dataset(folder / file if file == "manifest.json" else folder)
+
+
+def test_an_honest_manifest_of_many_shards_passes() -> None:
+    """The bounds are far above ImageNet-21k cut into 5,000 tars."""
+    first = dataset().to_json()["shards"][0]
+    document = dataset().to_json() | {"num_classes": 21_841, "class_names": None}
+    document["shards"] = [
+        {**first, "name": f"train-{n:05d}.tar", "keys_sha256": f"{n:064x}"} for n in range(5_000)
+    ]
+    text = json.dumps(document).encode()
+    assert sum(map(text.count, (b",", b"[", b"{"))) < documents.MAX_VALUES / 80
+    assert DatasetManifest.from_json(json.loads(text)).samples == 25_000

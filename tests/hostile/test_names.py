@@ -1,0 +1,153 @@
+"""What strangers write into names reaches terminals spelled out, and nobody reads markup in it."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+from cskd_pipeline.loading.index import load_dataset
+from tests.cache.making import dataset, make, teacher
+from tests.faults.commands import Stages
+from tests.hostile.conftest import CONTROL
+from tests.loading.making import make_cache
+from tests.pictures import sample
+from tests.pipeline import world
+
+Capture = pytest.CaptureFixture[str]
+EVIL = "\x1b]0;owned\x07\x1b[2J[bold red]x[/bold red] <script>alert(1)</script> \u202egpj\r\x9b31m"
+SPELLED = (
+    r"\x1b]0;owned\x07\x1b[2J[bold red]x[/bold red] <script>alert(1)</script> \u202egpj\r\x9b31m"
+)
+
+
+@pytest.fixture
+def says(capsys: Capture) -> Callable[..., tuple[int, str]]:
+    """Runs a command; its exit code and all that it said, which moves no terminal's cursor."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        capsys.readouterr()
+        code = world.cli(*arguments)
+        output = "".join(capsys.readouterr())
+        assert not CONTROL.search(output), output
+        assert "Traceback" not in output
+        return code, output
+
+    return run
+
+
+def evil_shards(folder: Path, key: str = EVIL) -> Path:
+    """A tar of one picture whose key and class name are hostile."""
+    folder.mkdir()
+    with tarfile.open(folder / "t.tar", "w") as tar:
+        for field, data in (("jpg", sample(0)[1]["jpg"]), ("cls", b"0")):
+            member = tarfile.TarInfo(f"{key.replace('/', '|').replace('.', '')}.{field}")
+            member.size = len(data)
+            tar.addfile(member, BytesIO(data))
+    (folder / "classes.json").write_text(json.dumps([EVIL, "<b>two</b>", "3", "4"]))
+    return folder
+
+
+def test_cache_info_spells_out_all_free_text(
+    tmp_path: Path, says: Callable[..., tuple[int, str]]
+) -> None:
+    data = replace(dataset(), name=EVIL, class_names=(EVIL,) * dataset().num_classes)
+    who = teacher(name=EVIL, source=EVIL, kwargs={EVIL: EVIL})
+    versions = {"torch": EVIL, EVIL: EVIL}
+    text = {"license": EVIL, "notes": EVIL}
+    make(tmp_path / "c", dataset=data, teacher=who, versions=versions, **text)
+    code, output = says("cache", "info", tmp_path / "c")
+    assert code == 0
+    assert output.count(SPELLED) >= 4  # data, teacher, license, notes
+    code, output = says("cache", "info", tmp_path / "c", "--json")
+    assert code == 0
+    assert json.loads(output)["notes"] == EVIL
+    code, output = says("cache", "convert", tmp_path / "c", tmp_path / "d", "--encoding", "dense")
+    assert code == 0
+    code, output = says("cache", "info", tmp_path / "d")
+    assert output.count(SPELLED) >= 4
+
+
+def test_indexing_and_its_manifest(tmp_path: Path, says: Callable[..., tuple[int, str]]) -> None:
+    shards = evil_shards(tmp_path / "shards")
+    code, output = says("index", shards, "--name", EVIL, "--out", tmp_path / "m.json")
+    assert code == 0
+    assert SPELLED in output
+    names = json.loads((tmp_path / "m.json").read_text())["class_names"]
+    assert names == [
+        EVIL,
+        "<b>two</b>",
+        "3",
+        "4",
+    ]  # kept as they are: whoever shows them spells them out
+
+
+def test_a_hostile_key_in_an_error(
+    stages: Stages, tmp_path: Path, says: Callable[..., tuple[int, str]]
+) -> None:
+    shards = evil_shards(tmp_path / "shards")
+    cache = make_cache(tmp_path / "cache", load_dataset(shards))
+    assert cache.keys(0)[0].startswith("\x1b]0;owned")
+    words = ("--student", world.STUDENT, "--out", tmp_path / "run", "--epochs", 1)
+    code, output = says("train", "--shards", stages.shards, "--cache", cache.path, *words)
+    assert code == 1
+    assert r"\x1b]0;owned\x07" in output
+    (shards / "t.tar").write_bytes(
+        (shards / "t.tar").read_bytes().replace(b"\xff\xd8", b"\xff\xd9")
+    )
+    code, output = says(*stages.dump(tmp_path / "c2"), "--shards", shards)
+    assert code == 1
+    assert r"\x1b]0;owned\x07" in output
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["recipe key", "recipe value", "recipe file", "shards", "cache", "encoding", "checkpoint"],
+)
+def test_a_hostile_word_in_an_error(
+    stages: Stages, tmp_path: Path, says: Callable[..., tuple[int, str]], where: str
+) -> None:
+    (tmp_path / "r.toml").write_text(f"[{json.dumps(EVIL)}]\nx = {json.dumps(EVIL)}\n")
+    (tmp_path / "v.toml").write_text(f"[distill]\nmethod = {json.dumps(EVIL)}\n")
+    words: dict[str, tuple[object, ...]] = {
+        "recipe key": ("train", "--recipe", tmp_path / "r.toml"),
+        "recipe value": ("train", "--recipe", tmp_path / "v.toml"),
+        "recipe file": ("train", "--recipe", f"{EVIL}.toml"),
+        "shards": ("index", EVIL, "--out", tmp_path / "m.json"),
+        "cache": ("cache", "info", EVIL),
+        "encoding": ("cache", "convert", stages.cache, tmp_path / "x", "--encoding", EVIL),
+        "checkpoint": ("evaluate", EVIL, "--shards", stages.shards),
+    }
+    code, output = says(*words[where])
+    assert code in (1, 2)
+    assert r"\x1b]0;owned\x07" in output
+    assert "[bold red]x[/bold red]" in output
+
+
+def test_class_names_travel_through_a_run_untouched_and_unread(
+    stages: Stages, tmp_path: Path, says: Callable[..., tuple[int, str]]
+) -> None:
+    from cskd_pipeline.checkpoint import read_card
+
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for path in stages.shards.glob("*.tar"):
+        (shards / path.name).symlink_to(path)
+    names = [EVIL, "[link=https://x]y[/link]", "<img src=x onerror=alert(1)>", ":smile:"]
+    (shards / "classes.json").write_text(json.dumps(names))
+    words = ("--student", world.STUDENT, "--method", "none", "--epochs", 1, "--batch-size", 32)
+    sets = world.as_flags([*world.VIEWS, *world.train_sets()])
+    run = ("--out", tmp_path / "run", "--workers", 0, "--device", "cpu", *sets)
+    code, _ = says("train", "--shards", shards, "--val-shards", shards, *words, *run)
+    assert code == 0
+    code, _ = says("evaluate", tmp_path / "run", "--shards", shards, "--workers", 0)
+    assert code == 0
+    card = read_card(tmp_path / "run/last.safetensors")
+    assert card.class_names is None or list(card.class_names) == names
+    for path in (tmp_path / "run").rglob("*.csv"):
+        assert not CONTROL.search(path.read_text())

@@ -1,0 +1,136 @@
+"""Names that climb and links that lead away: nothing is read or written outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.errors import CacheError, OutputError
+from cskd_pipeline.loading.index import index_shards
+from tests.cache.making import fill, make, manifest, tree
+from tests.faults.commands import Stages
+from tests.pictures import sample
+
+Refused = Callable[..., str]
+CLIMBING = ["../secret.tar", "/etc/passwd", "a/../../secret.tar", "..", "a//b.tar", "c:\\x.tar"]
+
+
+@pytest.mark.parametrize("name", CLIMBING)
+def test_a_list_of_shards_cannot_lead_out_of_its_folder(
+    stages: Stages, tmp_path: Path, refused: Refused, name: str
+) -> None:
+    (tmp_path / "secret.tar").write_bytes(next(stages.shards.glob("*.tar")).read_bytes())
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "_info.json").write_text(json.dumps({"splits": {"train": {"filenames": [name]}}}))
+    shard = {"name": name, "count": 1, "bytes": 1, "sha256": "0" * 64, "keys_sha256": "0" * 64}
+    document = {"format": "cskd-dataset", "format_version": 1, "name": "x", "num_classes": 4}
+    document |= {"class_names": None, "shards": [{**shard, "key_bytes": 1}]}
+    (folder / "manifest.json").write_text(json.dumps(document))
+    for spec in (folder, folder / "manifest.json"):
+        message = refused("index", spec, "--num-classes", 4, "--out", tmp_path / "out.json")
+        assert "inside the folder" in message
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("key", ["../../escaped", "/tmp/escaped", "..", "a/./b", "~/escaped"])
+def test_a_samples_key_is_never_a_path(tmp_path: Path, key: str) -> None:
+    """Members are read where they lie; their names are only names."""
+    folder = tmp_path / "a/b/shards"
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "t.tar", "w") as tar:
+        for field, data in (("jpg", sample(0)[1]["jpg"]), ("cls", b"0")):
+            member = tarfile.TarInfo(f"{key}/x.{field}")
+            member.size = len(data)
+            tar.addfile(member, BytesIO(data))
+    found = index_shards(folder / "t.tar", num_classes=1)
+    assert found.samples == 1
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["t.tar"]
+
+
+def test_links_among_a_caches_files_show_nothing_of_what_they_lead_to(tmp_path: Path) -> None:
+    """Links of files are followed, as the hub's snapshots have them; only chunks are believed."""
+    secret = tmp_path / "secret"
+    secret.write_text("root:x:0:0:do not tell\n" * 9)
+    cache = tmp_path / "cache"
+    make(cache)
+    for name, target in (
+        ("label/c/0/0", secret),
+        ("label/c/1/0", Path("/dev/zero")),
+        ("label/c/2/0", cache / "label/c/2/0"),
+        ("seed/c/0/0/0", tmp_path),
+    ):
+        (cache / name).unlink()
+        (cache / name).symlink_to(target)
+    reader = CacheReader(cache)
+    for look, says in (
+        (lambda: reader.labels(0), "not a zstd frame"),
+        (lambda: reader.labels(1), "not a plain file"),
+        (lambda: reader.labels(2), "cannot be opened"),
+        (lambda: reader.seeds(0, 0), "not a plain file"),
+    ):
+        with pytest.raises(CacheError, match=says) as caught:
+            look()
+        assert "root" not in str(caught.value.found)
+    moved = tmp_path / "blob"
+    (cache / "image_crc32/c/0/0").rename(moved)
+    (cache / "image_crc32/c/0/0").symlink_to(moved)
+    assert len(reader.image_crc32(0)) == 5
+
+
+@pytest.mark.parametrize("document", ["zarr.json", "seed/zarr.json"])
+def test_a_document_that_never_ends_is_refused(tmp_path: Path, document: str) -> None:
+    make(tmp_path)
+    (tmp_path / document).unlink()
+    (tmp_path / document).symlink_to("/dev/zero")
+    with pytest.raises(CacheError, match=r"not a plain file|a teacher cache"):
+        CacheReader(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["done", "done/c", "seed/c/0", "dense", "key/c", "envelope/lines"])
+def test_nothing_is_written_through_a_link_for_a_folder(tmp_path: Path, name: str) -> None:
+    """Going on with a stranger's cache, or extending it, could write over anything."""
+    cache, away = tmp_path / "cache", tmp_path / "away"
+    writer = CacheWriter.create(cache, manifest())
+    fill(writer, writer.todo()[:1])
+    (cache / name).rename(away)
+    (cache / name).symlink_to(away)
+    (away / ".zarr.json.mine.partial").write_text("not the cache's")
+    (away / "thesis.tex").write_text("years of work")
+    before = tree(away)
+    with pytest.raises(OutputError, match="link that leads out"):
+        go_on(cache)
+    assert tree(away) == before
+
+
+def go_on(cache: Path) -> None:
+    writer = CacheWriter.open(cache)
+    fill(writer)
+    writer.extend(8)
+
+
+def test_a_cache_that_is_itself_behind_a_link_is_written(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "cache").symlink_to(tmp_path / "scratch")
+    make(tmp_path / "cache")
+    assert CacheReader(tmp_path / "scratch").done().all()
+
+
+@pytest.mark.parametrize(
+    "name", ["-1", "1e0", "999", "9" * 200, "0.partial", "²", "a", " 0", "0\n", "..."]
+)
+def test_odd_names_among_the_finished_units_are_no_units(tmp_path: Path, name: str) -> None:
+    writer = CacheWriter.create(tmp_path, manifest())
+    fill(writer, writer.todo()[:1])
+    (tmp_path / "done/c/0" / name).touch()
+    os.makedirs(tmp_path / "done/c" / name)
+    assert np.count_nonzero(CacheReader(tmp_path).done()) == 1
