@@ -84,6 +84,30 @@ ShardsOption = Annotated[
     str | None, typer.Option("--shards", metavar="SHARDS", help=SHARDS_HELP, show_default=False)
 ]
 ENCODING_NAMES = "dense|dense-q8|topk|envelope"
+TeacherName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="A CNN's timm name, or package.module:factory."),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="hub|FILE|random", help="The teacher's weights; random is for trials only."
+    ),
+]
+CacheOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="What dump-teacher made; not for method none.")
+]
+StudentName = Annotated[str | None, typer.Option(metavar="NAME", help="A ViT's timm name.")]
+Method = Annotated[
+    Literal["none", "deit", "cskd"] | None,
+    typer.Option(
+        help="Labels only, with the teacher's global answer, or with its answer at every place."
+    ),
+]
+Epochs = Annotated[int | None, typer.Option(min=1, metavar="N", help="How long to train.")]
+UpdateSize = Annotated[
+    int | None, typer.Option(min=2, metavar="N", help="Images in an optimizer update.")
+]
 Split = Annotated[
     str | None, typer.Option(metavar="NAME", help="Which split of an _info.json that has several.")
 ]
@@ -185,22 +209,14 @@ def index(
 )
 def dump_teacher(
     shards: ShardsOption = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="A CNN's timm name, or package.module:factory."),
-    ] = None,
+    teacher: TeacherName = None,
     cache: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR", help="The cache to make, to go on with, or to extend by more views."
         ),
     ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            metavar="hub|FILE|random", help="The teacher's weights; random is for trials only."
-        ),
-    ] = None,
+    weights: Weights = None,
     encoding: Annotated[
         list[str] | None,
         typer.Option(
@@ -269,20 +285,10 @@ def dump_teacher(
 )
 def train(
     shards: ShardsOption = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="What dump-teacher made; not for method none."),
-    ] = None,
-    student: Annotated[str | None, typer.Option(metavar="NAME", help="A ViT's timm name.")] = None,
-    method: Annotated[
-        Literal["none", "deit", "cskd"] | None,
-        typer.Option(
-            help="Labels only, with the teacher's global answer, or with its answer at every place."
-        ),
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="How long to train.")
-    ] = None,
+    cache: CacheOption = None,
+    student: StudentName = None,
+    method: Method = None,
+    epochs: Epochs = None,
     val_shards: Annotated[
         str | None,
         typer.Option(metavar="SHARDS", help="Shards to evaluate on; without, none is done."),
@@ -296,9 +302,7 @@ def train(
     ] = False,
     split: Split = None,
     val_split: Split = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=2, metavar="N", help="Images in an optimizer update.")
-    ] = None,
+    batch_size: UpdateSize = None,
     workers: Workers = None,
     device: Device = None,
     recipe: RecipeFile = None,
@@ -441,9 +445,7 @@ def encodings(
         ),
     ],
     shards: ShardsOption = None,
-    weights: Annotated[
-        str | None, typer.Option(metavar="hub|FILE|random", help="The teacher's weights.")
-    ] = None,
+    weights: Weights = None,
     views: Annotated[
         int, typer.Option(min=1, metavar="N", help="How many views to measure on.")
     ] = 256,
@@ -504,16 +506,8 @@ def encodings(
 )
 def plan_dump(
     shards: ShardsOption = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="A CNN's timm name, or package.module:factory."),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            metavar="hub|FILE|random", help="The teacher's weights; bytes depend on them."
-        ),
-    ] = None,
+    teacher: TeacherName = None,
+    weights: Weights = None,
     encoding: Annotated[
         list[str] | None,
         typer.Option(metavar=ENCODING_NAMES, help="What the tried dump stores."),
@@ -570,24 +564,15 @@ def plan_dump(
 )
 def plan_train(
     shards: ShardsOption = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="What dump-teacher made; not for method none."),
-    ] = None,
-    student: Annotated[str | None, typer.Option(metavar="NAME", help="A ViT's timm name.")] = None,
-    method: Annotated[
-        Literal["none", "deit", "cskd"] | None, typer.Option(help="As for train.")
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="How long the run would be.")
-    ] = None,
+    cache: CacheOption = None,
+    student: StudentName = None,
+    method: Method = None,
+    epochs: Epochs = None,
     updates: Annotated[
         int, typer.Option(min=2, metavar="N", help="How many updates to try it on, each way.")
     ] = 20,
     split: Split = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=2, metavar="N", help="Images in an optimizer update.")
-    ] = None,
+    batch_size: UpdateSize = None,
     workers: Workers = None,
     device: Device = None,
     recipe: RecipeFile = None,

@@ -68,13 +68,17 @@ def pinned(tmp_path: Path) -> tuple[dict[str, bytes], str]:
     ]
 
 
+def lay_out(files: dict[str, bytes], folder: Path) -> None:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
 def test_the_pinned_cache_is_read_as_it_was_written(
     tmp_path: Path, pinned: tuple[dict[str, bytes], str]
 ) -> None:
-    for name, content in pinned[0].items():
-        path = tmp_path / "c" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    lay_out(pinned[0], tmp_path / "c")
     reader = CacheReader(tmp_path / "c")
     assert reader.keys(0) == ["train/0-0", "train/0-é1", "train/0-éé2"]
     assert reader.labels(0).tolist() == [0, 1, 2]
@@ -108,10 +112,7 @@ def test_the_pinned_cache_is_what_is_written_today(
 def test_plain_zarr_reads_the_pinned_rows(
     tmp_path: Path, pinned: tuple[dict[str, bytes], str]
 ) -> None:
-    for name, content in pinned[0].items():
-        path = tmp_path / "c" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    lay_out(pinned[0], tmp_path / "c")
     group = zarr.open_group(tmp_path / "c", mode="r")
     for encoding in ENCODINGS.values():
         for view in range(VIEWS):
