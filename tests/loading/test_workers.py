@@ -91,7 +91,7 @@ def test_processes_can_be_kept_between_iterations() -> None:
 
 
 SLOW = """
-import signal, sys, time
+import os, signal, sys, time
 from torch.utils.data import Dataset
 from cskd_pipeline.loading.workers import Loader
 
@@ -122,7 +122,7 @@ if __name__ == "__main__":
 """
 FINISHING = f"""{SLOW}
 for number in Loader(Slow(), range(60), workers=2):
-    signal.signal(signal.SIGINT, lambda *_: print("asked to stop", flush=True))
+    signal.signal(signal.SIGINT, lambda *_: os.write(1, b"asked to stop\\n") and None)
     print(number, flush=True)
 """
 
