@@ -1,0 +1,16 @@
+"""The command line: typer commands that read flags into a recipe and call one entry point each.
+
+Nothing heavy is imported before a command runs, so help is instant. Exit codes: 0 done, 1 refused
+or failed with a message, 2 wrong usage, 130 interrupted where the work can be taken up again.
+
+1. **root** -- the program and its groups of commands.
+2. **options** -- what several commands ask for, and how flags are checked.
+3. **stages**, **caches**, **measuring** -- the commands.
+4. **running** -- one command run: results, errors, signals, exit codes.
+"""
+
+from cskd_pipeline.cli import caches, measuring, stages
+from cskd_pipeline.cli.root import app
+from cskd_pipeline.cli.running import main
+
+__all__ = ["app", "caches", "main", "measuring", "stages"]

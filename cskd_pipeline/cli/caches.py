@@ -1,0 +1,86 @@
+"""Commands on caches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cskd_pipeline.cli.options import (
+    ENCODING_NAMES,
+    Device,
+    Json,
+    Outcome,
+    Quiet,
+    parse_range,
+    require_encodings,
+)
+from cskd_pipeline.cli.root import cache_app
+from cskd_pipeline.terminal import Terminal
+
+
+@cache_app.command(epilog="Example: cskd-pipeline cache info cache --json")
+def info(
+    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="What dump-teacher made.")],
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """Say what a cache holds: data, teacher, policy, views, what is finished, and bytes."""
+    from cskd_pipeline.cache.info import describe
+    from cskd_pipeline.cache.summary import summarise
+
+    found = describe(cache)
+    return found if json else summarise(found)
+
+
+@cache_app.command(epilog="Example: cskd-pipeline cache convert cache small --encoding envelope")
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A cache.")],
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="DST", help="The cache to make from it, or to go on with."),
+    ],
+    encoding: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar=ENCODING_NAMES,
+            help="What the new cache stores; more than once for several. Without, what the old one "
+            "does. What it does not have is made from dense.",
+        ),
+    ] = None,
+    views: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Only the first N views.")
+    ] = None,
+    shards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FROM:TO", help="Only the tar shards FROM up to, not including, TO, from 0."
+        ),
+    ] = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """Make a smaller cache from another: in other encodings, fewer views, or a part of the shards.
+
+    Run the same command again after an interruption: finished units are kept.
+    """
+    terminal = Terminal(quiet=quiet, json=json)
+    require_encodings(encoding or ())
+    chosen = None if shards is None else parse_range(shards, "--shards")
+    from cskd_pipeline.cache.convert import convert as make
+    from cskd_pipeline.interrupt import stop_requests
+    from cskd_pipeline.machine import pick_device
+
+    with stop_requests() as stop:
+        return make(
+            source,
+            target,
+            encodings=encoding or (),
+            views=views,
+            shards=chosen,
+            device=pick_device(device or "auto"),
+            progress=terminal.progress,
+            stopped=lambda: stop.asked,
+        )

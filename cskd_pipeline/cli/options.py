@@ -1,0 +1,118 @@
+"""What several commands ask for, and how their flags are checked."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from cskd_pipeline.errors import RecipeError, UsageError
+
+Outcome = dict[str, Any] | None
+"""What a command found; :func:`cskd_pipeline.cli.running.main` prints it."""
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress and no news: warnings and results only.")
+]
+RecipeFile = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", metavar="FILE|NAME", help="A TOML recipe, or the name of one in stages/."
+    ),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Override one value of the recipe; may be given more than once.",
+    ),
+]
+SHARDS_HELP = (
+    "Webdataset shards: a folder, a pattern such as 'train-{0000..1023}.tar' or 'train-*.tar', "
+    "a comma list, an _info.json, or a manifest.json made by index."
+)
+ShardsOption = Annotated[
+    str | None, typer.Option("--shards", metavar="SHARDS", help=SHARDS_HELP, show_default=False)
+]
+ENCODING_NAMES = "dense|dense-q8|topk|envelope"
+TeacherName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="A CNN's timm name, or package.module:factory."),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="hub|FILE|random", help="The teacher's weights; random is for trials only."
+    ),
+]
+CacheOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="What dump-teacher made; not for method none.")
+]
+StudentName = Annotated[str | None, typer.Option(metavar="NAME", help="A ViT's timm name.")]
+Method = Annotated[
+    Literal["none", "deit", "cskd"] | None,
+    typer.Option(
+        help="Labels only, with the teacher's global answer, or with its answer at every place."
+    ),
+]
+Epochs = Annotated[int | None, typer.Option(min=1, metavar="N", help="How long to train.")]
+UpdateSize = Annotated[
+    int | None, typer.Option(min=2, metavar="N", help="Images in an optimizer update.")
+]
+Split = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Which split of an _info.json that has several.")
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, metavar="N", help="Images in a batch.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=-1, metavar="N", help="Loader processes; -1: one for each core but one."),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:1."),
+]
+
+
+def path_text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def require(needed: Mapping[str, str]) -> None:
+    """Refuse a recipe in which something without a default is empty."""
+    missing = [flag for flag, value in needed.items() if not value]
+    if missing:
+        raise UsageError(
+            "something is missing",
+            expected=", ".join(missing),
+            action="give the flag, or a recipe that says it",
+        )
+
+
+def require_encodings(names: Sequence[str]) -> None:
+    """Refuse unknown encodings before anything is loaded."""
+    from cskd_pipeline.cache.encodings import ENCODINGS
+
+    unknown = [name for name in names if name not in ENCODINGS]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], ENCODINGS, 1)
+        raise RecipeError(
+            "no encoding of that name",
+            where="cache.encodings",
+            found=", ".join(unknown),
+            expected=", ".join(ENCODINGS),
+            action=f"--encoding {near[0]}" if near else None,
+        )
+
+
+def parse_range(text: str, flag: str) -> tuple[int, int]:
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise UsageError(f"{flag} takes FROM:TO", found=text, expected="as in 0:128")
+    return int(first), int(last)

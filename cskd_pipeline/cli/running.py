@@ -1,0 +1,124 @@
+"""One command run: its result, its errors, signals, and the exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import typer
+
+from cskd_pipeline.cli.options import Outcome
+from cskd_pipeline.cli.root import PROGRAM, parse_and_run
+from cskd_pipeline.errors import CskdError, Interrupted, OutputError, UsageError
+from cskd_pipeline.files import FULL
+from cskd_pipeline.terminal import Terminal
+
+# The parser's own error, which typer does not export: click's, or typer's copy of it.
+_ParserError: Any = typer.BadParameter.__mro__[1]
+_FILE_ERRORS = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Wrong usage, full disks and this package's errors are told in a message, bugs in a traceback.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):  # a character that a terminal lacks is no reason to die
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    terminal = Terminal(json="--json" in arguments)
+    try:
+        with _explained_os_errors():
+            outcome = _run(arguments or ["--help"], terminal)
+            if isinstance(outcome, int):
+                return outcome
+            if outcome is not None:
+                terminal.result(outcome)
+    except CskdError as error:
+        terminal.error(error)
+        return error.exit_code
+    return 0
+
+
+def _run(arguments: list[str], terminal: Terminal) -> Outcome | int:
+    """What the command returned; wrong usage and interruptions become a :class:`CskdError`."""
+    # With --json, what libraries print must not reach the one object on stdout.
+    away = contextlib.redirect_stdout(sys.stderr) if terminal.json else contextlib.nullcontext()
+    try:
+        with _sigterm_interrupts(), away:
+            outcome = parse_and_run(arguments)
+    except (KeyboardInterrupt, typer.Abort):
+        outcome = Interrupted.exit_code
+    except _ParserError as error:
+        context = getattr(error, "ctx", None)
+        path = PROGRAM if context is None else context.command_path
+        raise UsageError(error.format_message(), action=f"see {path} --help") from error
+    if outcome == Interrupted.exit_code:  # typer has its own way with KeyboardInterrupt
+        raise Interrupted("interrupted", action=_how_to_go_on(arguments))
+    return outcome
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM, which schedulers send, stop a command as Ctrl-C does."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _how_to_go_on(arguments: list[str]) -> str:
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    line = shlex.join([PROGRAM, *arguments])
+    if command == "dump-teacher":
+        return f"finished units are kept, go on with: {line}"
+    if arguments[:2] == ["cache", "convert"]:
+        return f"finished units are kept, go on with: {line}"
+    if command == "train":
+        resume = "" if "--resume" in arguments else " --resume"
+        return f"the last checkpoint is kept, go on with: {line}{resume}"
+    return f"start again with: {line}"
+
+
+@contextlib.contextmanager
+def _explained_os_errors() -> Iterator[None]:
+    """Tell of a full disk, or of a file that is not there or not ours; other OS errors are bugs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise OutputError(
+                "no space left on the device",
+                where=error.filename,
+                found=error.strerror,
+                action="free some space and run the same command again: finished parts are kept",
+            ) from error
+        if error.filename is not None and error.errno in _FILE_ERRORS:
+            raise CskdError(
+                "a file cannot be used", where=error.filename, found=error.strerror
+            ) from error
+        raise

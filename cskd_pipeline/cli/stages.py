@@ -1,0 +1,290 @@
+"""Shards, the two stages, evaluation, and the demo of it all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cskd_pipeline.cli.options import (
+    ENCODING_NAMES,
+    SHARDS_HELP,
+    BatchSize,
+    CacheOption,
+    Device,
+    Epochs,
+    Json,
+    Method,
+    Outcome,
+    Quiet,
+    RecipeFile,
+    Sets,
+    ShardsOption,
+    Split,
+    StudentName,
+    TeacherName,
+    UpdateSize,
+    Weights,
+    Workers,
+    parse_range,
+    path_text,
+    require,
+    require_encodings,
+)
+from cskd_pipeline.cli.root import app, parse_and_run
+from cskd_pipeline.recipe import DumpRecipe, TrainRecipe, load_recipe
+from cskd_pipeline.terminal import Terminal
+
+
+@app.command(
+    epilog="Example: cskd-pipeline make-shards imagenet/train shards/train --shard-size 1252"
+)
+def make_shards(
+    image_folder: Annotated[
+        Path, typer.Argument(metavar="IMAGE_FOLDER", help="A tree with one folder per class.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="An empty or new folder.")],
+    shard_size: Annotated[int, typer.Option(min=1, metavar="N", help="Samples in a shard.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the shuffle.")] = 0,
+    split: Annotated[
+        str, typer.Option(metavar="NAME", help="What the shards and _info.json call this part.")
+    ] = "train",
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """Pack an ImageFolder tree into webdataset shards, image bytes untouched."""
+    terminal = Terminal(quiet=quiet, json=json)
+    from cskd_pipeline.loading import make
+
+    return make.make_shards(
+        image_folder,
+        out,
+        shard_size=shard_size,
+        seed=seed,
+        split=split,
+        progress=terminal.progress,
+    )
+
+
+@app.command(epilog="Example: cskd-pipeline index 'shards/train-*.tar' --out manifest.json")
+def index(
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help=SHARDS_HELP)],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The manifest to write.")],
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the data set; default: from the shards.")
+    ] = None,
+    num_classes: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, metavar="N", help="Default: from the class names."),
+    ] = None,
+    split: Split = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """Read shards once and write their manifest: counts, order of keys, SHA-256, class names."""
+    terminal = Terminal(quiet=quiet, json=json)
+    from cskd_pipeline.loading import index as indexing
+
+    dataset = indexing.index_shards(
+        shards, name=name, num_classes=num_classes, split=split, progress=terminal.progress
+    )
+    dataset.save(out)
+    return {
+        "manifest": out,
+        "name": dataset.name,
+        "shards": len(dataset.shards),
+        "samples": dataset.samples,
+        "classes": dataset.num_classes,
+        "bytes": sum(shard.bytes for shard in dataset.shards),
+    }
+
+
+@app.command(
+    epilog="Example: cskd-pipeline dump-teacher --recipe paper_regnety_160 "
+    "--shards 'imagenet1k-train-{0000..1023}.tar' --cache cache"
+)
+def dump_teacher(
+    shards: ShardsOption = None,
+    teacher: TeacherName = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="The cache to make, to go on with, or to extend by more views."
+        ),
+    ] = None,
+    weights: Weights = None,
+    encoding: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar=ENCODING_NAMES,
+            help="What to store: dense serves every loss; envelope hard ones, exactly, in 1/400 of "
+            "the bytes; dense-q8 and topk soft ones, nearly. May be given more than once.",
+        ),
+    ] = None,
+    views: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Augmented views of every image.")
+    ] = None,
+    split: Split = None,
+    shard_range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FROM:TO",
+            help="Only the shards FROM up to, not including, TO, counted from 0: several machines "
+            "can fill one cache.",
+        ),
+    ] = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    device: Device = None,
+    recipe: RecipeFile = None,
+    set_: Sets = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """Stage one: run the teacher over augmented views and store its answers in a cache.
+
+    Run the same command again after an interruption: finished units are kept.
+    """
+    terminal = Terminal(quiet=quiet, json=json)
+    flags = {
+        "data.shards": shards,
+        "data.split": split,
+        "teacher.name": teacher,
+        "teacher.weights": weights,
+        "cache.path": path_text(cache),
+        "cache.encodings": tuple(encoding) if encoding else None,
+        "cache.views": views,
+        "dump.batch_size": batch_size,
+        "dump.workers": workers,
+        "dump.device": device,
+    }
+    asked = load_recipe(DumpRecipe, recipe, set_ or (), flags)
+    require(
+        {
+            "--shards SHARDS": asked.data.shards,
+            "--teacher NAME": asked.teacher.name,
+            "--cache DIR": asked.cache.path,
+        }
+    )
+    chosen = None if shard_range is None else parse_range(shard_range, "--shard-range")
+    require_encodings(asked.cache.encodings)
+    from cskd_pipeline import dump
+    from cskd_pipeline.ranks import launched
+
+    summary = dump.dump_teacher(asked, terminal, shard_range=chosen)
+    return summary if launched().first else None
+
+
+@app.command(
+    epilog="Example: cskd-pipeline train --recipe paper_tiny_cskd "
+    "--shards 'imagenet1k-train-{0000..1023}.tar' --cache cache --out runs/tiny"
+)
+def train(
+    shards: ShardsOption = None,
+    cache: CacheOption = None,
+    student: StudentName = None,
+    method: Method = None,
+    epochs: Epochs = None,
+    val_shards: Annotated[
+        str | None,
+        typer.Option(metavar="SHARDS", help="Shards to evaluate on; without, none is done."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The run's folder: checkpoints, summary.csv, its recipe."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, mid-epoch if need be.")
+    ] = False,
+    split: Split = None,
+    val_split: Split = None,
+    batch_size: UpdateSize = None,
+    workers: Workers = None,
+    device: Device = None,
+    recipe: RecipeFile = None,
+    set_: Sets = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """Stage two: train a ViT from shards joined to a cache. No teacher is loaded."""
+    terminal = Terminal(quiet=quiet, json=json)
+    flags = {
+        "data.shards": shards,
+        "data.val_shards": val_shards,
+        "data.cache": path_text(cache),
+        "data.split": split,
+        "data.val_split": val_split,
+        "student.name": student,
+        "distill.method": method,
+        "schedule.epochs": epochs,
+        "batch.batch_size": batch_size,
+        "run.out": path_text(out),
+        "run.workers": workers,
+        "run.device": device,
+    }
+    asked = load_recipe(TrainRecipe, recipe, set_ or (), flags)
+    needed = {"--shards SHARDS": asked.data.shards, "--out DIR": asked.run.out}
+    if asked.distill.method != "none":
+        needed["--cache DIR"] = asked.data.cache
+    require(needed)
+    from cskd_pipeline import train as stage_two
+    from cskd_pipeline.ranks import launched
+
+    summary = stage_two.train(asked, terminal, resume=resume)
+    return summary if launched().first else None
+
+
+@app.command(epilog="Example: cskd-pipeline evaluate runs/tiny --shards 'shards/validation-*.tar'")
+def evaluate(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A student's .safetensors file, or a run's folder."
+        ),
+    ],
+    shards: Annotated[str, typer.Option("--shards", metavar="SHARDS", help=SHARDS_HELP)],
+    split: Split = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """Measure a student on shards: top-1 and top-5 of each head and of their mean."""
+    terminal = Terminal(quiet=quiet, json=json)
+    from cskd_pipeline import evaluate as measuring
+
+    return measuring.evaluate(
+        checkpoint,
+        shards,
+        terminal,
+        split=split or "",
+        batch_size=batch_size or 256,
+        workers=-1 if workers is None else workers,
+        device=device or "auto",
+    )
+
+
+@app.command(epilog="Example: cskd-pipeline demo --out demo-out")
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="An empty or new folder.")] = Path(
+        "demo-out"
+    ),
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """Run the whole pipeline on small real images: shards, teacher, cache, students, a table."""
+    terminal = Terminal(quiet=quiet, json=json)
+    from cskd_pipeline.demo import run_demo
+
+    inherited = [flag for flag, given in (("--quiet", quiet), ("--json", json)) if given]
+
+    def command(arguments: list[str]) -> dict[str, Any]:
+        outcome = parse_and_run([*arguments, *inherited])
+        if not isinstance(outcome, dict):  # typer's way with KeyboardInterrupt is an exit code
+            raise KeyboardInterrupt
+        return outcome
+
+    found = run_demo(out, terminal, command)
+    return found if json else None  # without --json the demo has drawn its own table
