@@ -51,9 +51,9 @@ DOCUMENTS = {
     "long number": lambda: b'{"a":' + b"9" * 10**6 + b"}",
     "large number": lambda: b'{"a": 1e999999999}',
     "a name twice": lambda: b'{"format": "cskd-cache", "format": "cskd-dataset"}',
-    "many lists": lambda: b"[" + b"[]," * (20 * 2**20) + b"[]]",
-    "many objects": lambda: b"[" + b'{"a":{}},' * (7 * 2**20) + b"{}]",
-    "many numbers": lambda: b"[" + b"1.5," * (15 * 2**20) + b"1]",
+    "many lists": lambda: b"[" + b"[]," * (6 * 2**20) + b"[]]",
+    "many objects": lambda: b"[" + b'{"a":{}},' * (2 * 2**20) + b"{}]",
+    "many numbers": lambda: b"[" + b"1.5," * (6 * 2**20) + b"1]",
     "long string": lambda: b'{"a": "' + b"x" * (70 * 2**20) + b'"}',
     "surrogates": lambda: b'{"\\ud800": "\\udfff\\u0000"}',
 }
@@ -245,12 +245,12 @@ IMAGES = {
     "large": lambda: png(50_000, 50_000, 8, 2, b""),
     "wide": lambda: png(100_000_001, 1, 8, 0, b""),
     "text": lambda: png(
-        1, 1, 8, 2, bytes(4), chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(300_000_000), 1))
+        1, 1, 8, 2, bytes(4), chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(100_000_000), 1))
     ),
     "profile": lambda: png(
-        1, 1, 8, 2, bytes(4), chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(300_000_000), 1))
+        1, 1, 8, 2, bytes(4), chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(100_000_000), 1))
     ),
-    "cut": lambda: png(9000, 9000, 8, 2, bytes(1000)),
+    "cut": lambda: png(5000, 5000, 8, 2, bytes(1000)),
 }
 
 
@@ -264,13 +264,13 @@ def test_an_image_bomb_is_refused_with_its_sample(
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     words = (*stages.dump(tmp_path / "cache", workers=0), "--set", "data.num_classes=4")
-    message = bounded(*words, "--shards", tmp_path / "t.tar", memory=500 * 10**6)
+    message = bounded(*words, "--shards", tmp_path / "t.tar", memory=300 * 10**6)
     assert "t.tar: key_7" in message
 
 
 def test_pixels_beyond_a_header_are_not_unfolded() -> None:
-    """4 bytes of pixels are claimed, 100 MB follow: the rest is never asked for."""
-    data = png(1, 1, 8, 2, bytes(100_000_000))
+    """4 bytes of pixels are claimed, 50 MB follow: the rest is never asked for."""
+    data = png(1, 1, 8, 2, bytes(50_000_000))
     tracemalloc.start()
     decode(data, "here")
     peak = tracemalloc.get_traced_memory()[1]
@@ -330,8 +330,8 @@ TARS: dict[str, Callable[[], bytes]] = {
         extension(tarfile.XGLTYPE, record(f"k{n}", "v" * 60_000)) + header(f"d{n}", tarfile.DIRTYPE)
         for n in range(2000)
     ),
-    "a sparse map of records": lambda: SPARSE_10 + header("a.jpg", size=600 * 10**6)
-    + padded(b"300000000\n" + b"1\n" * 50_000_000),
+    "a sparse map of records": lambda: SPARSE_10 + header("a.jpg", size=300 * 10**6)
+    + padded(b"300000000\n" + b"1\n" * 20_000_000),
     "a sparse map of blocks": lambda: summed(
         header("a.jpg", tarfile.GNUTYPE_SPARSE)[:482] + b"\1" + bytes(29)
     ) + (b"00000000001\0" * 42 + b"\1" + bytes(7)) * 200_000,
@@ -339,7 +339,7 @@ TARS: dict[str, Callable[[], bytes]] = {
     "pax of 2 GB": lambda: header("x", tarfile.XHDTYPE, 2**31) + bytes(1024),
     "many folders with long names": lambda: b"".join(
         extension(tarfile.GNUTYPE_LONGNAME, b"n" * 30_000) + header("d", tarfile.DIRTYPE)
-        for _ in range(5000)
+        for _ in range(3000)
     ),
 }  # fmt: skip
 
