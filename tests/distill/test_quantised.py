@@ -13,6 +13,7 @@ from cskd_pipeline.distill.quantised import Quantised, quantise, restore
 def logits(seed: int, spread: float, classes: int = 30) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     spatial = torch.randn(3, classes, 2, 3, generator=generator) * spread
+    spatial = spatial.clamp(-65504, 65504)  # the largest float16
     return spatial.half(), spatial.mean((2, 3)).half()
 
 
