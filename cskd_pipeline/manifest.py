@@ -259,6 +259,10 @@ class CacheManifest:
         Not compared are views and their blocks (a cache grows), versions (see
         :meth:`version_differences`), provenance, free text, and names of data: its contents decide.
         """
+        return [f"{at}: {mine} and {theirs}" for at, mine, theirs in self.conflicts(other)]
+
+    def conflicts(self, other: CacheManifest) -> list[tuple[str, Any, Any]]:
+        """The same as :meth:`differences`: the path of a value, its value here, and there."""
         free = (
             *("views", "view_block", "versions", "other_versions"),
             *("license", "notes", "created", "parent"),
@@ -341,7 +345,7 @@ def _cache_problems(document: Any) -> Iterator[str]:
             yield f"$.teacher.size: found {teacher['size']}, expected policy.size = {policy.size}"
 
 
-def _differences(mine: Any, theirs: Any, at: str) -> Iterator[str]:
+def _differences(mine: Any, theirs: Any, at: str) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for name in dict.fromkeys((*mine, *theirs)):
             path = f"{at}.{name}" if at else name
@@ -352,4 +356,4 @@ def _differences(mine: Any, theirs: Any, at: str) -> Iterator[str]:
     elif mine != theirs:
         if at == "dataset.shards":
             mine, theirs = f"{len(mine)} shards", f"{len(theirs)} shards"
-        yield f"{at}: {mine} and {theirs}"
+        yield at, mine, theirs

@@ -88,7 +88,7 @@ def convert(
         for unit in ready:
             if stopped():
                 raise KeyboardInterrupt
-            writer.write_unit(unit, _unit_data(reader, writer, unit, first, device))
+            writer.write_unit(unit, unit_data(reader, writer, unit, unit.shard + first, device))
             written += writer.size_of(unit)
             meter.advance(writer.size_of(unit))
     info = describe(target)
@@ -122,15 +122,14 @@ def _converted(
     )
 
 
-def _unit_data(
+def unit_data(
     reader: CacheReader,
     writer: CacheWriter,
     unit: Unit,
-    first: int,
-    device: str | torch.device,
+    shard: int,
+    device: str | torch.device = "cpu",
 ) -> UnitData:
-    """The unit's arrays from the source, view by view."""
-    shard = unit.shard + first
+    """The unit's arrays from the source, where the tar shard has the number ``shard``."""
     count = reader.counts[shard]
     fill = {
         spec.name: spec.fill for name in writer.manifest.encodings for spec in writer.specs(name)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,8 +26,15 @@ class DurableFolder:
         Raises:
             OutputError: no space left, no permission, or a link that leads out of the folder.
         """
+        self._put(key, lambda partial: partial.write_bytes(data))
+
+    def copy(self, source: Path, key: str) -> None:
+        """The same with the bytes of the file ``source``, whatever their length."""
+        self._put(key, lambda partial: shutil.copyfile(source, partial))
+
+    def _put(self, key: str, write: Callable[[Path], object]) -> None:
         path = inside(self.root, key)
-        files.atomic_write(path, lambda partial: partial.write_bytes(data))
+        files.atomic_write(path, write)
         self._touched.update(path.relative_to(self.root).parents)
 
     def flush(self) -> None:

@@ -7,7 +7,8 @@ again, whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -102,7 +103,8 @@ class CacheWriter:
                     _write(path / layout.GROUP, layout.manifest_document(manifest))
         writer = cls.open(path)
         writer._require_same(manifest)
-        writer._join_versions(manifest.versions, accept_versions)
+        for versions in (manifest.versions, *manifest.other_versions):
+            writer._join_versions(versions, accept_versions)
         return writer
 
     @classmethod
@@ -214,22 +216,35 @@ class CacheWriter:
         """
         self._check(unit, data)
         values = self._per_view(data)
+        with self.committing(unit) as folder:
+            if folder is not None:
+                self._write_shard(unit.shard, data)
+                for name, array in values.items():
+                    self._write_views(name, unit, array)
+        return folder is not None
+
+    @contextmanager
+    def committing(self, unit: Unit) -> Iterator[DurableFolder | None]:
+        """Where the unit's files go while the block runs; ``done`` follows if it ends well.
+
+        Other processes are kept out of this unit meanwhile. None: it is done already. When the
+        block has ended, the unit survives a power cut.
+
+        Raises:
+            OutputError: no space left; the unit stays undone.
+        """
         done = self._file("done", unit.block, unit.shard)
         own_folder = self._file("seed", unit.views[0], unit.shard).parent
         with files.explained_os_errors(self.path), exclusive(own_folder):
             if done.exists():
-                return False
-            self._write_shard(unit.shard, data)
-            for name, array in values.items():
-                self._write_views(name, unit, array)
+                yield None
+                return
+            yield self._files
             self._files.flush()
             files.sweep(done.parent, done.name)
-            done_array = self._store.arrays["done"]
-            self._files.write(
-                done_array.key(unit.block, unit.shard), encode_file(done_array, _DONE)
-            )
+            array = self._store.arrays["done"]
+            self._files.write(array.key(unit.block, unit.shard), encode_file(array, _DONE))
             self._files.flush()
-        return True
 
     def _check(self, unit: Unit, data: UnitData) -> None:
         shard = self.manifest.dataset.shards[unit.shard]
@@ -318,7 +333,8 @@ class CacheWriter:
             raise CacheError(
                 "the cache was begun with other library versions (recorded, present)",
                 where=self.path,
-                action="install the recorded versions, or accept that its units differ in them",
+                action="install the recorded versions, or accept that its units differ in them: "
+                "--accept-versions",
                 problems=differences,
             )
         if differences:

@@ -9,6 +9,7 @@ import typer
 
 from cskd_pipeline.cli.options import (
     ENCODING_NAMES,
+    AcceptVersions,
     Device,
     Json,
     Outcome,
@@ -81,6 +82,40 @@ def convert(
             views=views,
             shards=chosen,
             device=pick_device(device or "auto"),
+            progress=terminal.progress,
+            stopped=lambda: stop.asked,
+        )
+
+
+@cache_app.command(epilog="Example: cskd-pipeline cache merge part-0 part-1 --out cache")
+def merge(
+    caches: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CACHE...",
+            help="Parts made by several machines or labs: of the same data, teacher and policy.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="The cache to make from them, or to go on with.")
+    ],
+    accept_versions: AcceptVersions = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """Join the finished parts of several caches; where they overlap, they must be equal.
+
+    Run the same command again after an interruption: finished units are kept, and compared.
+    """
+    terminal = Terminal(quiet=quiet, json=json)
+    from cskd_pipeline.cache.merge import merge as join
+    from cskd_pipeline.interrupt import stop_requests
+
+    with stop_requests() as stop:
+        return join(
+            caches,
+            out,
+            accept_versions=accept_versions,
             progress=terminal.progress,
             stopped=lambda: stop.asked,
         )

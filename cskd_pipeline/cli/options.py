@@ -78,6 +78,14 @@ Device = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:1."),
 ]
+AcceptVersions = Annotated[
+    bool,
+    typer.Option(
+        "--accept-versions",
+        help="Go on though library versions that decide pixels or answers differ; the cache then "
+        "lists both.",
+    ),
+]
 
 
 def path_text(path: Path | None) -> str | None:

@@ -94,9 +94,7 @@ def _sigterm_interrupts() -> Iterator[None]:
 def _how_to_go_on(arguments: list[str]) -> str:
     command = next((word for word in arguments if not word.startswith("-")), "")
     line = shlex.join([PROGRAM, *arguments])
-    if command == "dump-teacher":
-        return f"finished units are kept, go on with: {line}"
-    if arguments[:2] == ["cache", "convert"]:
+    if command == "dump-teacher" or arguments[:2] in (["cache", "convert"], ["cache", "merge"]):
         return f"finished units are kept, go on with: {line}"
     if command == "train":
         resume = "" if "--resume" in arguments else " --resume"

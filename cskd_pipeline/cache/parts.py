@@ -1,0 +1,223 @@
+"""Caches that are parts of one: whether they belong together, what the whole is, who has what.
+
+Parts are of one data set, teacher, policy, root seed, set of encodings and view block. Their lists
+of tar shards may differ (slices made by ``cache convert --shards``): the whole has every shard, in
+the order of the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.arrays import StoredArray
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.store import CacheStore
+from cskd_pipeline.errors import CacheError
+from cskd_pipeline.manifest import CacheManifest, ShardInfo, utc_now
+
+_IDENTITY = ("count", "bytes", "sha256", "keys_sha256", "key_bytes")
+_LONGEST = 60  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class Part:
+    """One cache, its files by array, and the numbers that the whole's tar shards have here."""
+
+    reader: CacheReader
+    store: CacheStore
+    shards: dict[int, int]
+    done: np.ndarray
+
+    @classmethod
+    def of(cls, reader: CacheReader, shards: dict[int, int]) -> Part:
+        return cls(reader, CacheStore(reader.path, reader.manifest), shards, reader.done())
+
+    @property
+    def path(self) -> Path:
+        return self.reader.path
+
+    @property
+    def geometry(self) -> dict[str, tuple[Any, ...]]:
+        """What decides whether two caches' files are alike, by array."""
+        return {
+            name: (array.dtype, array.file_shape, array.chunk_shape, array.order)
+            for name, array in self.store.arrays.items()
+        }
+
+    def has(self, block: int, shard: int) -> bool:
+        """Whether this unit of the whole is finished here."""
+        own = self.shards.get(shard)
+        return own is not None and block < len(self.done) and bool(self.done[block, own])
+
+    def has_any(self, shard: int) -> bool:
+        """Whether some unit of this tar shard of the whole is finished here."""
+        own = self.shards.get(shard)
+        return own is not None and bool(self.done[:, own].any())
+
+    def array(self, name: str) -> StoredArray:
+        return self.store.arrays[name]
+
+    def file(self, name: str, view: int | None, shard: int) -> Path:
+        """Where an array has a view of a tar shard of the whole."""
+        own = self.shards[shard]
+        return self.path / self.array(name).key(*((own,) if view is None else (view, own)))
+
+    def keys_of_files(self, views: range, shard: int) -> Iterator[str]:
+        """The key of every per-view file of a unit, ``done`` left out."""
+        own = self.shards[shard]
+        for name, array in self.store.arrays.items():
+            if name not in (*layout.PER_SHARD, "done"):
+                for view in views[:: array.file_shape[0]]:
+                    yield array.key(view, own)
+
+    def values(self, views: range, shard: int) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Array, view and values of everything in a unit, view by view, every checksum looked at.
+
+        Raises:
+            CacheError: something is missing or damaged.
+        """
+        own, reader = self.shards[shard], self.reader
+        every = np.arange(reader.counts[own])
+        for view in views:
+            yield "seed", view, reader.seeds(view, own)
+            yield "view_digest", view, reader.view_digests(view, own)
+            yield "top1", view, reader.top1_of(view, own)
+            for encoding in reader.encodings:
+                rows = reader.rows(encoding, view, own, every)
+                yield from ((name, view, values) for name, values in rows.items())
+
+
+def unite(readers: Sequence[CacheReader]) -> tuple[CacheManifest, list[Part]]:
+    """The manifest of the whole, and its parts.
+
+    Versions are the first part's; those of the others that differ in what decides pixels or answers
+    are listed in ``other_versions``.
+
+    Raises:
+        CacheError: the parts do not belong together; says every value that differs, and where.
+    """
+    first = readers[0].manifest
+    shards, conflicts = _united_shards(readers)
+    for reader in readers[1:]:
+        conflicts += _conflicts(readers[0], reader)
+    if conflicts:
+        raise CacheError(
+            "the caches cannot be merged: they are not of one making",
+            where=", ".join(str(reader.path) for reader in readers),
+            expected="the same data, teacher, policy, root seed, encodings and view block",
+            action="leave out the caches that do not belong to the others",
+            problems=conflicts,
+        )
+    numbers = {shard.keys_sha256: number for number, shard in enumerate(shards)}
+    parts = [
+        Part.of(reader, {numbers[name]: own for own, name in enumerate(reader.shard_ids)})
+        for reader in readers
+    ]
+    if len(shards) > max(len(reader.counts) for reader in readers):
+        _require_unique_keys(parts, len(shards))
+    manifests = [reader.manifest for reader in readers]
+    parents = [manifest.parent for manifest in manifests]
+    whole = replace(
+        first,
+        dataset=replace(first.dataset, shards=shards),
+        views=max(manifest.views for manifest in manifests),
+        license="; ".join(dict.fromkeys(m.license for m in manifests if m.license)),
+        notes="\n".join(dict.fromkeys(m.notes for m in manifests if m.notes)),
+        created=utc_now(),
+        parent=parents[0] if all(parent == parents[0] for parent in parents) else None,
+    )
+    for manifest in manifests:
+        for versions in (manifest.versions, *manifest.other_versions):
+            if whole.version_differences(versions):
+                whole = replace(whole, other_versions=(*whole.other_versions, dict(versions)))
+    return whole, parts
+
+
+def _united_shards(readers: Sequence[CacheReader]) -> tuple[tuple[ShardInfo, ...], list[str]]:
+    """Every tar shard of the parts once, and what contradicts itself among them."""
+    known: dict[str, tuple[ShardInfo, Path]] = {}  # by contents and by name
+    shards: list[ShardInfo] = []
+    conflicts: list[str] = []
+    for reader in readers:
+        for shard in reader.manifest.dataset.shards:
+            found = known.get(f"keys {shard.keys_sha256}") or known.get(f"name {shard.name}")
+            if found is None:
+                known[f"keys {shard.keys_sha256}"] = known[f"name {shard.name}"] = (
+                    shard,
+                    reader.path,
+                )
+                shards.append(shard)
+                continue
+            other, path = found
+            conflicts += [
+                _conflict(
+                    f"tar shard {shard.name}: {field}",
+                    (getattr(other, field), path),
+                    (getattr(shard, field), reader.path),
+                )
+                for field in _IDENTITY
+                if getattr(other, field) != getattr(shard, field)
+            ]
+    return tuple(shards), conflicts
+
+
+def _conflicts(one: CacheReader, other: CacheReader) -> list[str]:
+    """What contradicts beside the tar shards; those of one list are told apart by contents alone,
+    those of different lists belong together only if the data set has the same name and classes.
+    """
+    mine, theirs = one.manifest, other.manifest
+    alike = replace(theirs, dataset=replace(theirs.dataset, shards=mine.dataset.shards))
+    found = [*mine.conflicts(alike), ("view_block", mine.view_block, theirs.view_block)]
+    if not set(other.shard_ids) & set(one.shard_ids):
+        found += [
+            (f"dataset.{name}", getattr(mine.dataset, name), getattr(theirs.dataset, name))
+            for name in ("name", "class_names")
+        ]
+    return [_conflict(at, (a, one.path), (b, other.path)) for at, a, b in found if a != b]
+
+
+def _conflict(at: str, one: tuple[Any, Path], other: tuple[Any, Path]) -> str:
+    return f"{at}: {_shown(one[0])} in {one[1]}, {_shown(other[0])} in {other[1]}"
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def _require_unique_keys(parts: Sequence[Part], shards: int) -> None:
+    """A data set that was cut in two ways has tar shards unlike each other with the same images."""
+    keys: list[np.ndarray] = []
+    origin: list[np.ndarray] = []
+    for shard in range(shards):
+        holder = next((part for part in parts if part.has_any(shard)), None)
+        if holder is not None:
+            found = holder.reader.keys(holder.shards[shard])
+            keys.append(np.array([key.encode() for key in found]))
+            origin.append(np.full(len(found), shard))
+    if not keys:
+        return
+    every, where = np.concatenate(keys), np.concatenate(origin)
+    order = np.argsort(every, kind="stable")
+    every, where = every[order], where[order]
+    twice = np.flatnonzero(every[1:] == every[:-1])
+    if len(twice):
+        first = int(twice[0])
+        places = []
+        for shard in where[first : first + 2].tolist():
+            part = next(part for part in parts if part.has_any(shard))
+            name = part.reader.manifest.dataset.shards[part.shards[shard]].name
+            places.append(f"{name} of {part.path}")
+        raise CacheError(
+            "the caches cannot be merged: they hold the same samples in different tar shards",
+            where=" and ".join(places),
+            found=f"{len(twice)} keys more than once, for example {every[first].decode()}",
+            expected="caches of one cut of the data set into tar shards",
+            action="leave out the caches that were made from another cut",
+        )
