@@ -8,6 +8,7 @@ with the same command and goes on with the units that are left.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,15 +46,22 @@ from cskd_pipeline.views.policy import ViewPolicy
 
 
 def dump_teacher(
-    recipe: DumpRecipe, terminal: Terminal, *, shard_range: tuple[int, int] | None = None
+    recipe: DumpRecipe,
+    terminal: Terminal,
+    *,
+    shard_range: tuple[int, int] | None = None,
+    view_range: tuple[int, int] | None = None,
+    accept_versions: bool = False,
 ) -> dict[str, Any]:
     """``cskd-pipeline dump-teacher``: make, go on with or extend the cache of ``recipe``.
 
     Under torchrun every process calls this, and each takes its share of the units.
 
     Args:
-        shard_range: only the tar shards from, up to and not including; several processes, on
-            one machine or many, may fill one cache.
+        shard_range, view_range: only the tar shards and views from, up to and not including;
+            several processes, on one machine or many, may fill one cache, or caches of their own
+            that ``cache merge`` joins.
+        accept_versions: go on with a cache that was begun with other library versions.
 
     Returns:
         The closing summary: views written now and in all, bytes and seconds, views per second,
@@ -63,22 +71,38 @@ def dump_teacher(
         CskdError: data, teacher or cache cannot be used, or do not belong together.
         KeyboardInterrupt: stopped by a signal, between units.
     """
+    _require_within(view_range, recipe.cache.views)
     with joined() as ranks:
-        return _dump(recipe, terminal if ranks.first else Terminal.silent(), ranks, shard_range)
+        terminal = terminal if ranks.first else Terminal.silent()
+        dataset, teacher = open_stage_one(recipe, terminal, ranks)
+        units: list[Unit] = []
+        if ranks.first:
+            described = describe(dataset, progress=terminal.progress)
+            manifest = cache_manifest(recipe, described, teacher, view_range)
+            writer = CacheWriter.create(
+                recipe.cache.path, manifest, accept_versions=accept_versions
+            )
+            if recipe.cache.views > writer.manifest.views:
+                writer.extend(recipe.cache.views)
+            ranges = (None if r is None else range(*r) for r in (shard_range, view_range))
+            units = writer.todo(*ranges)
+        # One list for all: a rank that asks later would find some of it done.
+        units = ranks.gather(units)[0]
+        if not ranks.first:
+            writer = CacheWriter.open(recipe.cache.path)
+        return _dump(recipe, dataset, teacher, writer, units, terminal, ranks)
 
 
 def _dump(
-    recipe: DumpRecipe, terminal: Terminal, ranks: Ranks, shard_range: tuple[int, int] | None
+    recipe: DumpRecipe,
+    dataset: Dataset,
+    teacher: Teacher,
+    writer: CacheWriter,
+    units: list[Unit],
+    terminal: Terminal,
+    ranks: Ranks,
 ) -> dict[str, Any]:
-    dataset, teacher = open_stage_one(recipe, terminal, ranks)
-    if ranks.first:
-        writer = _open_cache(recipe, dataset, teacher, terminal)
-    ranks.wait()
-    if not ranks.first:
-        writer = CacheWriter.open(recipe.cache.path)
-    shards = None if shard_range is None else range(*shard_range)
-    # One list for all: a rank that asks later would find some of it done.
-    units = ranks.gather(writer.todo(shards=shards) if ranks.first else [])[0]
+    """This rank's share of ``units``, and what all have done together."""
     mine = units[ranks.rank :: ranks.world]
     if recipe.teacher.weights == "random":
         terminal.warn("the teacher's weights are random: this cache is good for trials only")
@@ -89,17 +113,14 @@ def _dump(
     return _summary(writer, units, views, time.perf_counter() - started)
 
 
-def _open_cache(
-    recipe: DumpRecipe, dataset: Dataset, teacher: Teacher, terminal: Terminal
-) -> CacheWriter:
-    """The cache of the recipe, made, found or extended."""
-    described = describe(dataset, progress=terminal.progress)
-    if recipe.data.name:
-        described = replace(described, name=recipe.data.name)
-    writer = CacheWriter.create(recipe.cache.path, cache_manifest(recipe, described, teacher))
-    if recipe.cache.views > writer.manifest.views:
-        writer.extend(recipe.cache.views)
-    return writer
+def _require_within(view_range: tuple[int, int] | None, views: int) -> None:
+    if view_range is not None and view_range[1] > views:
+        raise UsageError(
+            "the range of views lies outside the cache",
+            found=f"views {view_range[0]}:{view_range[1]}",
+            expected=f"a range within 0:{views}",
+            action="say by --views how many the whole cache is to have, the same for every part",
+        )
 
 
 def open_stage_one(
@@ -136,23 +157,36 @@ def open_stage_one(
     return dataset, teacher
 
 
-def cache_manifest(recipe: DumpRecipe, dataset: DatasetManifest, teacher: Teacher) -> CacheManifest:
+def cache_manifest(
+    recipe: DumpRecipe,
+    dataset: DatasetManifest,
+    teacher: Teacher,
+    view_range: tuple[int, int] | None = None,
+) -> CacheManifest:
     """What the finished cache will say of itself.
+
+    Args:
+        view_range: the views to be made now; the block that is chosen divides its ends, so that
+            equal ranges next to each other agree on it.
 
     Raises:
         UsageError: views that are no whole number of blocks.
     """
     settings = recipe.cache
+    if recipe.data.name:
+        dataset = replace(dataset, name=recipe.data.name)
     shape = AnswerShape(teacher.num_classes, *teacher.grid)
+    ends = (settings.views, *(view_range or ()))
     block = settings.view_block or choose_view_block(
-        settings.views, max(dataset.counts), settings.encodings, shape
+        math.gcd(*ends), max(dataset.counts), settings.encodings, shape
     )
-    if settings.views % block:
+    if any(end % block for end in ends):
+        part = "" if view_range is None else f", of which {view_range[0]}:{view_range[1]} now,"
         raise UsageError(
             "views come in whole blocks",
             where="cache.view_block",
-            found=f"{settings.views} views in blocks of {block}",
-            expected="a divisor of the number of views",
+            found=f"{settings.views} views{part} in blocks of {block}",
+            expected="a divisor of the number of views, and of where their range begins and ends",
         )
     return CacheManifest(
         dataset=dataset,

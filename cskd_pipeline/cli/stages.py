@@ -10,6 +10,7 @@ import typer
 from cskd_pipeline.cli.options import (
     ENCODING_NAMES,
     SHARDS_HELP,
+    AcceptVersions,
     BatchSize,
     CacheOption,
     Device,
@@ -131,9 +132,16 @@ def dump_teacher(
         typer.Option(
             metavar="FROM:TO",
             help="Only the shards FROM up to, not including, TO, counted from 0: several machines "
-            "can fill one cache.",
+            "can fill one cache, or caches of their own for cache merge.",
         ),
     ] = None,
+    view_range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FROM:TO", help="Only these of all the --views, in the same way: whole blocks."
+        ),
+    ] = None,
+    accept_versions: AcceptVersions = False,
     batch_size: BatchSize = None,
     workers: Workers = None,
     device: Device = None,
@@ -167,12 +175,19 @@ def dump_teacher(
             "--cache DIR": asked.cache.path,
         }
     )
-    chosen = None if shard_range is None else parse_range(shard_range, "--shard-range")
+    shard_numbers = None if shard_range is None else parse_range(shard_range, "--shard-range")
+    view_numbers = None if view_range is None else parse_range(view_range, "--view-range")
     require_encodings(asked.cache.encodings)
     from cskd_pipeline import dump
     from cskd_pipeline.ranks import launched
 
-    summary = dump.dump_teacher(asked, terminal, shard_range=chosen)
+    summary = dump.dump_teacher(
+        asked,
+        terminal,
+        shard_range=shard_numbers,
+        view_range=view_numbers,
+        accept_versions=accept_versions,
+    )
     return summary if launched().first else None
 
 

@@ -87,7 +87,7 @@ PROMISED = {
     "make-shards": "IMAGE_FOLDER OUT --shard-size --json --quiet",
     "index": "SHARDS --out --json --quiet",
     "dump-teacher": "--shards --teacher --cache --weights --encoding --views --recipe --set "
-    "--workers --json --quiet",
+    "--shard-range --view-range --accept-versions --workers --json --quiet",
     "train": "--shards --cache --student --method --epochs --val-shards --out --recipe --set "
     "--workers --resume --json --quiet",
     "evaluate": "CHECKPOINT --shards --json --quiet",
@@ -178,7 +178,7 @@ def test_dump_teacher_puts_flags_into_the_recipe(replace: Replace) -> None:
     line = (
         "dump-teacher --shards S --split train --teacher resnet18 --cache C --weights random "
         "--encoding dense --encoding envelope --views 3 --workers 2 --batch-size 7 --device cpu "
-        "--shard-range 2:5 --set cache.root_seed=9"
+        "--shard-range 2:5 --view-range 0:3 --accept-versions --set cache.root_seed=9"
     )
     assert run(*line.split()) == 0
     [((recipe, terminal), named)] = calls
@@ -188,7 +188,7 @@ def test_dump_teacher_puts_flags_into_the_recipe(replace: Replace) -> None:
     assert (recipe.cache.path, recipe.cache.views, recipe.cache.root_seed) == ("C", 3, 9)
     assert recipe.cache.encodings == ("dense", "envelope")
     assert (recipe.dump.workers, recipe.dump.batch_size, recipe.dump.device) == (2, 7, "cpu")
-    assert named == {"shard_range": (2, 5)}
+    assert named == {"shard_range": (2, 5), "view_range": (0, 3), "accept_versions": True}
     assert not terminal.quiet
 
 
@@ -200,7 +200,7 @@ def test_dump_teacher_stores_dense_unless_told(replace: Replace) -> None:
         data=recipe.data, teacher=recipe.teacher, cache=recipe.cache
     )  # what no flag names is the default
     assert recipe.cache.encodings == ("dense",)
-    assert named == {"shard_range": None}
+    assert named == {"shard_range": None, "view_range": None, "accept_versions": False}
 
 
 def test_train_puts_flags_into_the_recipe(replace: Replace) -> None:

@@ -1,0 +1,167 @@
+"""Parts of one cache, as array tasks and several labs make them: at once, or joined afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cskd_pipeline import manifest as manifest_module
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.dump import dump_teacher
+from tests.cache.making import tree
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+from tests.processes import server
+
+Capture = pytest.CaptureFixture[str]
+TASKS = [(shards, views) for shards in ("0:1", "1:3") for views in ("0:2", "2:4")]
+
+
+def dump(small: World, cache: Path, *more: object) -> list[object]:
+    """What made the world's cache, of which ``more`` may name a part."""
+    return [
+        *("dump-teacher", "--shards", small.shards, "--cache", cache, "--quiet"),
+        *("--teacher", world.TEACHER, "--weights", "random", "--workers", 0, "--device", "cpu"),
+        *world.as_flags(world.dump_sets()),
+        *more,
+    ]
+
+
+def made(cache: Path) -> dict[str, bytes]:
+    """Every file but the manifest, which has the time of its making."""
+    found = tree(cache)
+    del found["zarr.json"]
+    return found
+
+
+def test_two_dumps_of_overlapping_parts_into_one_cache_at_once_make_it_whole(
+    small: World, tmp_path: Path
+) -> None:
+    parts = [("--shard-range", "0:2"), ("--shard-range", "1:3")]
+    running = [
+        server().start(*dump(small, tmp_path / "cache", *part), log=tmp_path / f"log {number}")
+        for number, part in enumerate(parts)
+    ]
+    for process in running:
+        ended = process.wait()
+        assert ended.code == 0, ended.output
+    assert made(tmp_path / "cache") == made(small.cache)
+
+
+def test_array_tasks_fill_one_cache(small: World, tmp_path: Path) -> None:
+    for shards, views in reversed(TASKS):
+        part = ("--shard-range", shards, "--view-range", views)
+        assert world.cli(*dump(small, tmp_path / "cache", *part)) == 0
+    assert made(tmp_path / "cache") == made(small.cache)
+
+
+def test_caches_of_array_tasks_merge_into_one_dump_byte_for_byte(
+    small: World, tmp_path: Path, capsys: Capture
+) -> None:
+    parts = [tmp_path / f"part {number}" for number in range(len(TASKS))]
+    for part, (shards, views) in zip(parts, TASKS, strict=True):
+        words = dump(small, part, "--shard-range", shards, "--view-range", views)
+        assert world.cli(*words) == 0
+    capsys.readouterr()
+    assert world.cli("cache", "merge", *parts, "--out", tmp_path / "whole", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["units_copied"], found["units_compared"], found["units_missing"]) == (6, 0, 0)
+    assert found["complete"]
+    assert made(tmp_path / "whole") == made(small.cache)
+    CacheReader(tmp_path / "whole").require_done()
+
+
+def test_slices_that_convert_cut_merge_into_what_they_were_cut_from(
+    small: World, tmp_path: Path
+) -> None:
+    """Of two tars of 35 and one of 26 pictures: the last slice has shorter files."""
+    slices = [tmp_path / "a", tmp_path / "b"]
+    for path, shards in zip(slices, ("0:2", "2:3"), strict=True):
+        assert world.cli("cache", "convert", small.cache, path, "--shards", shards, "-q") == 0
+    assert world.cli("cache", "merge", *slices, "--out", tmp_path / "whole", "-q") == 0
+    assert made(tmp_path / "whole") == made(small.cache)
+    whole, original = CacheReader(tmp_path / "whole"), CacheReader(small.cache)
+    assert whole.manifest.dataset == original.manifest.dataset
+
+
+@pytest.mark.parametrize(
+    ("views", "part", "block"), [(12, (4, 8), 4), (12, (0, 6), 6), (30, (10, 20), 10)]
+)
+def test_the_block_that_is_chosen_divides_the_part(
+    small: World, tmp_path: Path, views: int, part: tuple[int, int], block: int
+) -> None:
+    sets = ["cache.view_block=0"]
+    recipe = world.dump_recipe(
+        small.shards, tmp_path / "c", sets, views=views, encodings='["envelope"]'
+    )
+    dump_teacher(recipe, world.quiet(), shard_range=(2, 3), view_range=part)
+    reader = CacheReader(tmp_path / "c")
+    assert (reader.manifest.views, reader.manifest.view_block) == (views, block)
+    reader.require_done(range(*part), [2])
+    assert reader.done().sum() == (part[1] - part[0]) // block
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        (("--view-range", "2:6"), ["outside the cache", "0:4", "--views"]),
+        (("--view-range", "1:3"), ["whole blocks", "4 views, of which 1:3 now, in blocks of 2"]),
+    ],
+)
+def test_views_that_cannot_be_a_part_are_refused_and_leave_nothing(
+    small: World, tmp_path: Path, capsys: Capture, part: tuple[str, ...], says: list[str]
+) -> None:
+    assert world.cli(*dump(small, tmp_path / "c", *part)) == 2
+    message = capsys.readouterr().err
+    assert all(words in message for words in says), message
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.fixture
+def newer(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes this machine's torch another."""
+    version = manifest_module.metadata.version
+
+    def other(name: str) -> str:
+        return "99.0" if name == "torch" else version(name)
+
+    return lambda: monkeypatch.setattr(manifest_module.metadata, "version", other)
+
+
+def test_a_dump_with_other_versions_goes_on_only_if_they_are_accepted(
+    small: World, tmp_path: Path, capsys: Capture, newer: Callable[[], None]
+) -> None:
+    cache = tmp_path / "c"
+    assert world.cli(*dump(small, cache, "--shard-range", "2:3")) == 0
+    newer()
+    assert world.cli(*dump(small, cache)) == 1
+    message = capsys.readouterr().err
+    assert "--accept-versions" in message
+    assert "and 99.0" in message
+    assert CacheReader(cache).done().sum() == 2
+    assert world.cli(*dump(small, cache, "--accept-versions")) == 0
+    [other] = CacheReader(cache).manifest.other_versions
+    assert other["torch"] == "99.0"
+    assert made(cache) == made(small.cache)
+
+
+def test_parts_of_other_versions_merge_only_if_they_are_accepted(
+    small: World, tmp_path: Path, capsys: Capture, newer: Callable[[], None]
+) -> None:
+    parts = [tmp_path / "a", tmp_path / "b"]
+    assert world.cli(*dump(small, parts[0], "--view-range", "0:2")) == 0
+    newer()
+    assert world.cli(*dump(small, parts[1], "--view-range", "2:4")) == 0
+    command = ["cache", "merge", *parts, "--out", tmp_path / "c", "-q"]
+    assert world.cli(*command) == 1
+    message = capsys.readouterr().err
+    assert f"{parts[1]}: torch: " in message
+    assert "--accept-versions" in message
+    assert not (tmp_path / "c").exists()
+    assert world.cli(*command, "--accept-versions") == 0
+    [other] = CacheReader(tmp_path / "c").manifest.other_versions
+    assert other["torch"] == "99.0"
+    assert made(tmp_path / "c") == made(small.cache)
