@@ -22,7 +22,7 @@ from cskd_pipeline.errors import CacheError
 from cskd_pipeline.manifest import CacheManifest, ShardInfo, utc_now
 
 _IDENTITY = ("count", "bytes", "sha256", "keys_sha256", "key_bytes")
-_LONGEST = 60  # characters of a value in a message
+_LONGEST = 64  # characters of a value in a message: a SHA-256
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,515 @@
+"""A merged cache is the one that a single dump would have made; what does not fit is refused."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
+
+from cskd_pipeline import files
+from cskd_pipeline.cache import chunks
+from cskd_pipeline.cache.merge import merge
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.writer import CacheWriter, Unit
+from cskd_pipeline.errors import CacheError, OutputError, UsageError
+from cskd_pipeline.manifest import CacheManifest, DatasetManifest, ShardInfo
+from tests.cache.making import (
+    BLOCK,
+    CLASSES,
+    COUNTS,
+    data_files,
+    dataset,
+    fill,
+    keys,
+    make,
+    manifest,
+    teacher,
+    tree,
+    unit_data,
+)
+from tests.cache.test_convert import no_progress
+from tests.cache.test_writer import fail_at, processes
+
+UNITS = [
+    Unit(b, s, range(b * BLOCK, (b + 1) * BLOCK)) for b in range(2) for s in range(len(COUNTS))
+]
+
+
+def merged(out: Path, *parts: Path, **options: Any) -> dict[str, Any]:
+    return merge(parts, out, progress=no_progress, **options)
+
+
+def part(path: Path, units: list[Unit], **changes: Any) -> Path:
+    fill(CacheWriter.create(path, manifest(**changes)), units)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Every file of the finished cache but its manifest, which has the time of its making."""
+    path = tmp_path_factory.mktemp("whole") / "c"
+    make(path)
+    return without_manifest(path)
+
+
+def without_manifest(path: Path) -> dict[str, bytes]:
+    found = tree(path)
+    del found["zarr.json"]
+    return found
+
+
+# What comes of it
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_parts_merge_into_what_one_writer_makes_of_their_units(
+    tmp_path: Path, seed: int
+) -> None:
+    rng = random.Random(seed)
+    shares = [[unit for unit in UNITS if rng.random() < 0.5] for _ in range(3)]
+    parts = [part(tmp_path / str(n), share) for n, share in enumerate(shares)]
+    found = merged(tmp_path / "out", *parts)
+    every = sorted({unit for share in shares for unit in share})
+    part(tmp_path / "alone", every)
+    assert without_manifest(tmp_path / "out") == without_manifest(tmp_path / "alone")
+    assert found["units_copied"] == len(every)
+    assert found["units_compared"] == sum(map(len, shares)) - len(every)
+    assert found["units_missing"] == len(UNITS) - len(every)
+    assert found["views_copied"] == BLOCK * sum(COUNTS[unit.shard] for unit in every)
+
+
+def test_a_part_with_fewer_views_joins_one_with_more(
+    tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    parts = [part(tmp_path / "a", UNITS[:3], views=2), part(tmp_path / "b", UNITS[3:])]
+    for order in (parts, parts[::-1]):
+        out = tmp_path / order[0].name.upper()
+        assert merged(out, *order)["complete"]
+        assert CacheReader(out).views == 4
+        assert without_manifest(out) == whole
+
+
+def test_the_same_again_changes_nothing(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    parts = [part(tmp_path / "a", UNITS[:4]), part(tmp_path / "b", UNITS[3:])]
+    merged(tmp_path / "out", *parts)
+    before = tree(tmp_path / "out")
+    found = merged(tmp_path / "out", *parts, *parts)
+    assert (found["units_copied"], found["units_compared"]) == (0, 2 * 7)
+    assert tree(tmp_path / "out") == before
+    assert without_manifest(tmp_path / "out") == whole
+
+
+def test_what_a_part_has_begun_and_not_finished_is_not_taken(tmp_path: Path) -> None:
+    a = part(tmp_path / "a", UNITS[:2])
+    os.unlink(a / "done/c/0/1")
+    assert merged(tmp_path / "out", a)["units_missing"] == 5
+    assert {name for name in data_files(tmp_path / "out") if name.startswith("seed")} == {
+        "seed/c/0/0/0"
+    }
+
+
+def test_a_later_merge_brings_what_was_finished_since(
+    tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    a, b = part(tmp_path / "a", UNITS[:2]), part(tmp_path / "b", [], views=2)
+    assert merged(tmp_path / "out", a, b)["units_missing"] == 4
+    writer = CacheWriter.open(b)
+    writer.extend(4)
+    fill(writer, UNITS[2:])
+    assert merged(tmp_path / "out", a, b)["units_copied"] == 4
+    assert without_manifest(tmp_path / "out") == whole
+
+
+def test_a_merged_cache_says_what_its_parts_say(tmp_path: Path) -> None:
+    parent = {**manifest().as_parent(), "manifest_sha256": "0" * 64}
+    changes: list[dict[str, Any]] = [
+        {"license": "CC0", "notes": "one", "parent": parent},
+        {"license": "MIT", "notes": "two", "parent": parent},
+        {"license": "CC0", "notes": "one", "parent": parent},
+    ]
+    parts = [part(tmp_path / str(n), UNITS[n : n + 1], **c) for n, c in enumerate(changes)]
+    merged(tmp_path / "out", *parts)
+    found = CacheReader(tmp_path / "out").manifest
+    assert (found.license, found.notes, found.parent) == ("CC0; MIT", "one\ntwo", parent)
+    merged(tmp_path / "other", parts[0], part(tmp_path / "none", []))
+    assert CacheReader(tmp_path / "other").manifest.parent is None
+
+
+# Slices: other lists of tar shards of one data set
+
+
+def slice_of(path: Path, shards: slice, **changes: Any) -> Path:
+    """A cache of some tar shards, as ``cache convert --shards`` cuts it."""
+    from cskd_pipeline.cache.convert import convert
+
+    source = path.with_name(f"source of {path.name}")
+    make(source, **changes)
+    convert(source, path, shards=(shards.start, shards.stop), progress=no_progress)
+    return path
+
+
+def test_slices_unite_in_the_order_given(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    """The longest tar shard is in the first slice: the others have files of another shape."""
+    cuts = (slice(0, 1), slice(1, 2), slice(2, 3))
+    parts = [slice_of(tmp_path / f"{cut.start}", cut) for cut in cuts]
+    assert merged(tmp_path / "out", *parts)["complete"]
+    assert without_manifest(tmp_path / "out") == whole
+    assert CacheReader(tmp_path / "out").manifest.dataset == dataset()
+    merged(tmp_path / "turned", *parts[::-1])
+    turned = CacheReader(tmp_path / "turned")
+    assert turned.shard_ids == dataset().shard_ids[::-1]
+    assert np.array_equal(turned.seeds(1, 2), CacheReader(tmp_path / "out").seeds(1, 0))
+
+
+def test_a_slice_is_compared_with_the_whole_value_by_value(tmp_path: Path) -> None:
+    make(tmp_path / "all")
+    cut = slice_of(tmp_path / "cut", slice(1, 3))
+    found = merged(tmp_path / "out", tmp_path / "all", cut)
+    assert (found["units_copied"], found["units_compared"]) == (6, 4)
+    one = part(tmp_path / "b", UNITS[:1])
+    assert merged(tmp_path / "also", cut, one)["units_missing"] == 1
+
+
+@pytest.mark.parametrize("field", ["name", "class_names"])
+def test_slices_of_another_data_set_are_refused(tmp_path: Path, field: str) -> None:
+    other: Any = "birds" if field == "name" else ("?",) * CLASSES
+    parts = [
+        slice_of(tmp_path / "a", slice(0, 1)),
+        slice_of(tmp_path / "b", slice(1, 3), dataset=replace(dataset(), **{field: other})),
+    ]
+    with pytest.raises(CacheError, match="not of one making") as caught:
+        merged(tmp_path / "out", *parts)
+    [line] = caught.value.problems
+    assert line.startswith(f"dataset.{field}: ")
+    assert str(parts[0]) in line
+    assert str(parts[1]) in line
+
+
+def test_another_cut_of_the_same_samples_is_refused(tmp_path: Path) -> None:
+    """Its tar shards have other names and contents, yet training would see images twice."""
+    here = ShardInfo.of("cut-0.tar", keys(0, 5)[::-1], 10240, "e" * 64)
+    other = DatasetManifest("toy", CLASSES, (here,), dataset().class_names)
+    parts = [make(tmp_path / "a").path, tmp_path / "b"]
+    made = manifest(dataset=other)
+    writer = CacheWriter.create(parts[1], made)
+    for unit in writer.todo():
+        writer.write_unit(unit, replace(unit_data(unit, made), keys=keys(0, 5)[::-1]))
+    with pytest.raises(CacheError, match="the same samples in different tar shards") as caught:
+        merged(tmp_path / "out", *parts)
+    assert "5 keys more than once, for example train/0-0" in str(caught.value.found)
+    assert f"train-0000.tar of {parts[0]} and cut-0.tar of {parts[1]}" in str(caught.value.where)
+    assert not (tmp_path / "out").exists()
+
+
+# What does not belong together
+
+
+@pytest.mark.parametrize(
+    ("changes", "at"),
+    [
+        ({"teacher": teacher(weights_sha256="cd" * 32)}, "teacher.weights_sha256"),
+        ({"teacher": teacher(precision="bfloat16")}, "teacher.precision"),
+        ({"policy": replace(manifest().policy, flip=0.25)}, "policy.flip"),
+        ({"root_seed": 8}, "root_seed"),
+        ({"encodings": ("dense",)}, "encodings"),
+        ({"view_block": 4}, "view_block"),
+    ],
+)
+def test_caches_of_another_making_are_refused_with_both_sides_named(
+    tmp_path: Path, changes: dict[str, Any], at: str
+) -> None:
+    a, b = part(tmp_path / "a", []), part(tmp_path / "b", [], **changes)
+    with pytest.raises(CacheError, match="not of one making") as caught:
+        merged(tmp_path / "out", a, b)
+    [line] = caught.value.problems
+    assert line.startswith(f"{at}: ")
+    assert f" in {a}, " in line
+    assert line.endswith(f" in {b}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("sha256", "f" * 64), ("keys_sha256", "f" * 64), ("count", 6)]
+)
+def test_other_tar_shards_of_the_same_names_are_refused(
+    tmp_path: Path, field: str, value: Any
+) -> None:
+    shards = list(dataset().shards)
+    shards[1] = replace(shards[1], **{field: value})
+    other = replace(dataset(), shards=tuple(shards))
+    a, b = part(tmp_path / "a", []), part(tmp_path / "b", [], dataset=other)
+    with pytest.raises(CacheError, match="not of one making") as caught:
+        merged(tmp_path / "out", a, b)
+    [line] = caught.value.problems
+    assert line.startswith(f"tar shard train-0001.tar: {field}: ")
+    assert f" in {a}, {value} in {b}" in line
+
+
+def test_a_target_of_another_making_is_refused(tmp_path: Path) -> None:
+    a, out = part(tmp_path / "a", UNITS[:1]), part(tmp_path / "out", [], root_seed=8)
+    with pytest.raises(CacheError, match="of another making") as caught:
+        merged(out, a)
+    assert caught.value.problems == ["root_seed: 8 and 7"]
+
+
+def test_a_cache_is_not_merged_into_itself(tmp_path: Path) -> None:
+    a, b = part(tmp_path / "a", []), part(tmp_path / "b", [])
+    with pytest.raises(UsageError, match="into itself"):
+        merged(tmp_path / "." / "a", b, a)
+
+
+def test_other_versions_are_refused_unless_accepted_and_then_recorded(tmp_path: Path) -> None:
+    versions = [{**manifest().versions, "torch": v} for v in ("2.9.0", "3.0", "3.1")]
+    parts = [part(tmp_path / str(n), UNITS[n : n + 1], versions=v) for n, v in enumerate(versions)]
+    with pytest.raises(CacheError, match="different library versions") as caught:
+        merged(tmp_path / "out", *parts[:2])
+    assert caught.value.problems == [f"{parts[1]}: torch: 2.9.0 and 3.0"]
+    assert not (tmp_path / "out").exists()
+    merged(tmp_path / "out", *parts[:2], accept_versions=True)
+    assert CacheReader(tmp_path / "out").manifest.other_versions == (versions[1],)
+    # A part that is alone with its versions, into a cache that does not know them.
+    with pytest.raises(CacheError, match="other library versions"):
+        merged(tmp_path / "out", parts[2])
+    merged(tmp_path / "out", parts[0], parts[2], accept_versions=True)
+    assert CacheReader(tmp_path / "out").manifest.other_versions == tuple(versions[1:])
+    # What was accepted when a part was made is accepted in it.
+    again = part(tmp_path / "3", [], other_versions=(versions[1],))
+    merged(tmp_path / "also", again, parts[1])
+    assert CacheReader(tmp_path / "also").manifest.other_versions == (versions[1],)
+
+
+# Units that several have
+
+
+def test_units_written_by_another_zstd_are_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes]
+) -> None:
+    a = part(tmp_path / "a", UNITS)
+    with monkeypatch.context() as patch:
+        patch.setattr(chunks, "Zstd", lambda level, checksum: Zstd(level=22, checksum=checksum))
+        b = part(tmp_path / "b", UNITS)
+    differing = [name for name in data_files(a) if tree(a)[name] != tree(b)[name]]
+    assert {name.split("/c/")[0] for name in differing} >= {"dense/spatial", "envelope/lines"}
+    assert merged(tmp_path / "out", a, b)["units_compared"] == 6
+    assert without_manifest(tmp_path / "out") == whole
+
+
+NAMES = ["seed", "view_digest", "top1", "dense/spatial", "dense/global", "envelope/lines",
+         "envelope/global_label"]  # fmt: skip
+
+
+def altered(unit: Unit, made: CacheManifest, name: str) -> Any:
+    """The unit's data with one other value in its second view."""
+    data = unit_data(unit, made)
+    fields = {"seed": "seeds", "view_digest": "view_digests", "top1": "top1"}
+    if name in fields:
+        values = getattr(data, fields[name]).copy()
+        values.reshape(len(values), -1)[1, 0] ^= 1
+        return replace(data, **{fields[name]: values})
+    values = data.arrays[name].copy()
+    values.view(np.uint16).reshape(*values.shape[:2], -1)[1, 1, 0] ^= 1
+    return replace(data, arrays={**data.arrays, name: values})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_unit_that_differs_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    a = part(tmp_path / "a", UNITS)
+    b = part(tmp_path / "b", UNITS[:4])
+    unit = UNITS[4]  # views 2-3 of shard 1
+    writer = CacheWriter.open(b)
+    writer.write_unit(unit, altered(unit, writer.manifest, name))
+    with pytest.raises(CacheError, match="differ where they should be equal") as caught:
+        merged(tmp_path / "out", a, b)
+    found = str(caught.value.found)
+    assert f"array {name}, views 2-3 of shard 1 (train-0001.tar): " in found
+    if name != "top1":
+        assert f"1 of 3 samples differ, the first is {keys(1, 3)[name in NAMES[3:]]}" in found
+    one, other = str(caught.value.where).split(" and ")
+    assert one.startswith(f"{a}/{name}/c/")
+    assert other == one.replace(str(a), str(b))
+    assert Path(one).is_file()
+    assert not CacheReader(tmp_path / "out").done()[1, 1]
+
+
+@pytest.mark.parametrize("name", ["labels", "image_crc32"])
+@pytest.mark.parametrize("units", [UNITS[1:2], UNITS[4:5]], ids=["same unit", "other unit"])
+def test_labels_and_images_agree_in_all_units_of_a_tar_shard(
+    tmp_path: Path, name: str, units: list[Unit]
+) -> None:
+    a = part(tmp_path / "a", UNITS[1:2])
+    writer = CacheWriter.create(tmp_path / "b", manifest())
+    data = unit_data(units[0], writer.manifest)
+    other = getattr(data, name).copy()
+    other[2] += 1
+    writer.write_unit(units[0], replace(data, **{name: other}))
+    array = name.removesuffix("s")
+    for sources in ([a, tmp_path / "b"], [tmp_path / "b", a]):
+        with pytest.raises(CacheError, match="differ where they should be equal") as caught:
+            merged(tmp_path / "out", *sources)
+        assert f"array {array}, shard 1 (train-0001.tar): 1 of 3" in str(caught.value.found)
+        files_named = [f"{source}/{array}/c/1/0" for source in sources]
+        assert str(caught.value.where) == " and ".join(files_named)
+    merged(tmp_path / "kept", a)
+    with pytest.raises(CacheError, match="differ where they should be equal"):
+        merged(tmp_path / "kept", tmp_path / "b")
+
+
+def test_what_was_merged_before_is_compared_too(tmp_path: Path) -> None:
+    merged(tmp_path / "out", part(tmp_path / "a", UNITS))
+    before = tree(tmp_path / "out")
+    writer = CacheWriter.create(tmp_path / "b", manifest())
+    writer.write_unit(UNITS[2], altered(UNITS[2], writer.manifest, "dense/spatial"))
+    with pytest.raises(CacheError, match="differ where they should be equal") as caught:
+        merged(tmp_path / "out", tmp_path / "b")
+    assert str(caught.value.where).startswith(f"{tmp_path / 'out'}/dense/spatial/c/1/2/")
+    assert tree(tmp_path / "out") == before
+
+
+# Damage, kills, full disks, others at work
+
+
+@pytest.mark.parametrize("name", [*NAMES, "key", "label", "image_crc32", "done"])
+@pytest.mark.parametrize("how", ["flipped", "gone"])
+def test_a_damaged_part_is_not_copied(tmp_path: Path, name: str, how: str) -> None:
+    a = part(tmp_path / "a", UNITS)
+    path = next(p for p in sorted((a / name / "c").rglob("*")) if p.is_file())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    if how == "flipped":
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    if (name, how) == ("done", "gone"):
+        assert merged(tmp_path / "out", a)["units_missing"] == 1
+        return
+    with pytest.raises(CacheError, match="damaged") as caught:
+        merged(tmp_path / "out", a)
+    assert caught.value.where == path
+    assert not CacheReader(tmp_path / "out").done()[0, 0]
+
+
+def test_a_merge_that_is_stopped_anywhere_goes_on(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    parts = [part(tmp_path / "a", UNITS[:4]), part(tmp_path / "b", UNITS[2:])]
+    for number in range(len(UNITS)):
+        answers = iter([False] * number + [True])
+        with pytest.raises(KeyboardInterrupt):
+            merged(tmp_path / "out", *parts, stopped=lambda a=answers: next(a))
+        assert CacheReader(tmp_path / "out").done().sum() == number
+    assert merged(tmp_path / "out", *parts)["units_copied"] == 1
+    assert without_manifest(tmp_path / "out") == whole
+
+
+def test_a_full_disk_leaves_what_the_same_command_finishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = part(tmp_path / "a", [Unit(0, 1, range(4))], view_block=4)
+    template = tmp_path / "template"
+    CacheWriter.create(template, manifest(view_block=4))
+    copies, copyfile = [0], shutil.copyfile
+    count = 3 + 3 + 5 + 2  # tar shard, views, dense (a file per view), envelope; then done
+    for number in range(count + 1):
+        out = tmp_path / str(number)
+        shutil.copytree(template, out)
+        copies[0] = 0
+
+        def failing(source: Path, target: Path, number: int = number) -> Path:
+            copies[0] += 1
+            if copies[0] == number + 1:
+                target.write_bytes(source.read_bytes()[:10])
+                raise OSError(28, os.strerror(28), str(target))
+            return Path(copyfile(source, target))
+
+        with monkeypatch.context() as patch:
+            if number == count:
+                fail_at(patch, 0)
+            else:
+                patch.setattr(shutil, "copyfile", failing)
+            with pytest.raises(OutputError, match="no space left"):
+                merged(out, a)
+        assert CacheReader(out).done().sum() == 0
+        assert merged(out, a)["units_copied"] == 1
+        assert without_manifest(out) == without_manifest(a)
+
+
+def merge_and_die(out: Path, parts: list[Path], moment: int) -> None:
+    """For a process of its own, which ends without a word when it names file ``moment``."""
+    left, rename = [moment], os.replace
+
+    def deadly(source: Path, target: Path) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            os._exit(9)
+        rename(source, target)
+
+    os.replace = deadly  # type: ignore[assignment]
+    merged(out, *parts)
+
+
+def test_a_merge_killed_at_any_file_ends_as_an_uninterrupted_one(
+    tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    parts = [part(tmp_path / "a", UNITS[:4]), part(tmp_path / "b", UNITS[3:])]
+    moments = random.Random(0)
+    for _ in range(12):
+        dying = multiprocessing.get_context("fork").Process(
+            target=merge_and_die, args=(tmp_path / "out", parts, moments.randrange(12))
+        )
+        dying.start()
+        dying.join(60)
+        assert dying.exitcode == 9
+    assert 0 < merged(tmp_path / "out", *parts)["units_copied"] < len(UNITS)
+    assert without_manifest(tmp_path / "out") == whole  # and nothing half written beside it
+
+
+def test_files_are_synced_before_they_are_named_and_done_comes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = part(tmp_path / "a", UNITS[:2])
+    CacheWriter.create(tmp_path / "out", manifest())
+    synced: set[str] = set()
+    named: list[str] = []
+    rename = os.replace
+
+    def watched(source: Path, target: Path) -> None:
+        assert str(source) in synced
+        named.append(os.path.relpath(target, tmp_path / "out"))
+        rename(source, target)
+
+    def sync(descriptor: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(files.os, "fsync", sync)
+    monkeypatch.setattr(files.os, "replace", watched)
+    merged(tmp_path / "out", a)
+    assert sorted(named) == sorted(data_files(a))
+    last = {name.split("/")[-1]: name for name in named if name.startswith("done")}
+    for shard in ("0", "1"):
+        own = [name for name in named if f"/c/0/{shard}/" in name or name == last[shard]]
+        assert own[-1] == last[shard]
+    folders = {f"{tmp_path}/out/{name.rpartition('/')[0]}" for name in named}
+    assert folders <= synced
+
+
+def test_two_merges_at_once_and_a_writer_make_one_cache(
+    tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    parts = [part(tmp_path / "a", UNITS[:4]), part(tmp_path / "b", UNITS[3:])]
+    everyone = [
+        processes.Process(target=merged, args=(tmp_path / "out", *order))
+        for order in (parts, parts[::-1])
+    ]
+    everyone.append(processes.Process(target=part, args=(tmp_path / "out", UNITS[1:5])))
+    for process in everyone:
+        process.start()
+    for process in everyone:
+        process.join(60)
+        assert process.exitcode == 0
+    assert without_manifest(tmp_path / "out") == whole
