@@ -27,6 +27,7 @@ from cskd_pipeline.ranks import Ranks, joined
 from cskd_pipeline.recipe import TrainRecipe, to_toml
 from cskd_pipeline.terminal import Terminal
 from cskd_pipeline.training.data import open_training_data
+from cskd_pipeline.training.joining import write_join
 from cskd_pipeline.training.log import RunLog
 from cskd_pipeline.training.run import PARTS, Run
 
@@ -70,6 +71,8 @@ def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) 
         terminal.line(f"resuming at epoch {run.epoch}, update {run.update} of {run.updates}")
     if ranks.first:
         write_text(out / "recipe.toml", to_toml(recipe))
+        if data.joined is not None:
+            write_join(data.joined, recipe)
     log = RunLog(out, run.rows, run.update, writes=ranks.first)
     started = time.perf_counter()
     first = run.update

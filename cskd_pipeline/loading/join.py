@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from cskd_pipeline.errors import JoinError
 from cskd_pipeline.loading.images import NOWHERE, SHOWN, ImageSource, Places
 from cskd_pipeline.loading.index import Dataset
 from cskd_pipeline.loading.plan import SampleSet
+from cskd_pipeline.loading.progress import Progress, silent
 
 PROBED = 16  # images whose CRC is compared before anything starts
 
@@ -26,6 +28,7 @@ class Join:
         allowed: per shard (count,) bool, samples the user has; None: all.
         same_shards: shards whose tar holds the same keys in the same order.
         missing: samples that the user's tars lack.
+        differing: samples left out because the user's image is another one.
         unused: the user's samples that the cache does not know.
     """
 
@@ -35,6 +38,58 @@ class Join:
     same_shards: int
     missing: int
     unused: int
+    differing: int = 0
+
+    def there(self) -> np.ndarray:
+        """(n, 2) int64 shard and offset of the samples that the user has."""
+        counts = self.samples.counts
+        shard = np.repeat(np.arange(len(counts)), counts)
+        offset = np.concatenate([np.arange(count) for count in counts])
+        every = np.stack([shard, offset], axis=1)
+        return every[self.images.locate(every)[0] != NOWHERE]
+
+    def without(self, differing: Mapping[int, Sequence[int]]) -> Join:
+        """The same without these samples, given as shard -> offsets, which the user has.
+
+        Raises:
+            JoinError: nothing would be left.
+        """
+        allowed = [np.ones(count, bool) for count in self.samples.counts]
+        if self.allowed is not None:
+            allowed = [mask.copy() for mask in self.allowed]
+        for shard, offsets in differing.items():
+            allowed[shard][list(offsets)] = False
+        if not any(mask.any() for mask in allowed):
+            raise JoinError(
+                "none of the images is the one the cache was made from",
+                where=self.images.where(*self.there()[0].tolist()),
+                action="use the original files: from copies that were resized or compressed again "
+                "come other views than the teacher saw",
+            )
+        count = sum(map(len, differing.values()))
+        return replace(self, allowed=tuple(allowed) if count else self.allowed, differing=count)
+
+    def left_out(self) -> Iterator[LeftOut]:
+        """Every sample of the cache that is not allowed, in the cache's order."""
+        cache = self.images.cache
+        assert cache is not None
+        for shard, mask in enumerate(self.allowed or ()):
+            offsets = np.flatnonzero(~mask)
+            if len(offsets):
+                keys = cache.keys(shard)
+                samples = np.stack(np.broadcast_arrays(shard, offsets), axis=1)
+                absent = self.images.locate(samples)[0] == NOWHERE
+                for offset, gone in zip(offsets.tolist(), absent.tolist(), strict=True):
+                    yield LeftOut("missing" if gone else "other image", shard, offset, keys[offset])
+
+
+class LeftOut(NamedTuple):
+    """A sample that is not trained on: ``reason`` is ``missing`` or ``other image``."""
+
+    reason: str
+    shard: int
+    offset: int
+    key: str
 
 
 def join(
@@ -53,10 +108,11 @@ def join(
     Args:
         missing: ``error``, or ``skip``: train without the samples that are missing, and their
             partners.
-        drift: ``error``, or ``warn``: images that are not byte for byte the cache's are not
-            refused.
-        probed: images, spread over the data set, whose CRC is compared now; the others are when
-            read.
+        drift: ``error``; ``warn``: images that are not byte for byte the cache's are not refused;
+            ``skip``: as ``error``, for a caller that looks for them (:func:`find_differing`) and
+            leaves them out (:meth:`Join.without`).
+        probed: images, spread over the data set, whose CRC is compared now, unless they may be left
+            out; the others are when read.
 
     Raises:
         JoinError: samples missing, keys that fit twice, other labels, or other images.
@@ -67,7 +123,7 @@ def join(
     total = sum(cache.counts)
     if count and (missing == "error" or count == total):
         raise _missing_error(dataset, cache, absent, count)
-    images = ImageSource(dataset.shards, places=places, cache=cache, strict=drift == "error")
+    images = ImageSource(dataset.shards, places=places, cache=cache, strict=drift != "warn")
     allowed = None
     if count:
         allowed = tuple(
@@ -82,8 +138,36 @@ def join(
         missing=count,
         unused=dataset.samples - (total - count),
     )
-    _probe(found, probed)
+    _probe(found, probed, images=drift != "skip")
     return found
+
+
+def find_differing(
+    found: Join, *, part: int = 0, parts: int = 1, progress: Progress = silent
+) -> dict[int, list[int]]:
+    """Read every image once: shard -> offsets of those that are not the cache's.
+
+    Args:
+        part, parts: of the user's tars, read every ``parts``-th, from number ``part`` on.
+
+    Raises:
+        ShardError: a tar cannot be read.
+    """
+    cache = found.images.cache
+    assert cache is not None
+    samples = found.there()
+    samples = samples[found.images.locate(samples)[0] % parts == part]
+    differing: dict[int, list[int]] = {}
+    if not len(samples):
+        return differing
+    recorded = {shard: cache.image_crc32(shard) for shard in np.unique(samples[:, 0]).tolist()}
+    with progress(len(samples), "images", "comparing images with the cache's") as meter:
+        for i, crc in found.images.crc32(samples):
+            shard, offset = samples[i].tolist()
+            if crc != recorded[shard][offset]:
+                differing.setdefault(shard, []).append(offset)
+            meter.advance()
+    return {shard: sorted(differing[shard]) for shard in sorted(differing)}
 
 
 def _places(dataset: Dataset, cache: CacheReader) -> list[Places | int]:
@@ -151,13 +235,14 @@ def _missing_error(
         found=f"{dataset.samples} samples, for example {dataset.shards[0].key(0)}",
         expected=f"the keys of {cache.manifest.dataset.name}",
         action="give all shards of that data set"
-        + ("" if count == total else ", or train without these: --set data.missing=skip"),
+        + ("" if count == total else ", or train without these: --set data.missing=skip")
+        + f"; cskd-pipeline cache verify {cache.path} --shards SHARDS lists them all",
         problems=examples[:SHOWN],
     )
 
 
-def _probe(found: Join, probed: int) -> None:
-    """Compare labels and images of samples spread evenly over the data set."""
+def _probe(found: Join, probed: int, *, images: bool) -> None:
+    """Compare labels, and images if asked, of samples spread evenly over the data set."""
     total = found.samples.total
     starts = np.cumsum((0, *found.samples.counts))
     numbers = np.unique(np.linspace(0, total - 1, min(probed, total)).astype(np.int64))
@@ -166,5 +251,5 @@ def _probe(found: Join, probed: int) -> None:
     there = samples[found.images.locate(samples)[0] != NOWHERE]
     if len(there):
         found.images.labels(there)
-        for _ in found.images.read(there):
+        for _ in found.images.read(there) if images else ():
             pass

@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -42,6 +43,8 @@ def plan_train(
         CskdError: as the run itself would.
     """
     use_threads(recipe.run.threads)
+    if recipe.data.drift == "skip":  # to find such images is to read all; the rates are the same
+        recipe = replace(recipe, data=replace(recipe.data, drift="warn"))
     data = open_training_data(recipe, terminal)
     run = Run(recipe, data, pick_device(recipe.run.device))
     updates = min(updates, run.updates)

@@ -15,7 +15,7 @@ from cskd_pipeline.recipe.sections import DumpRecipe, TrainRecipe
 CHOICES = {
     "teacher.precision": ("float32", "bfloat16", "float16"),
     "data.missing": ("error", "skip"),
-    "data.drift": ("error", "warn"),
+    "data.drift": ("error", "warn", "skip"),
     "distill.method": ("none", "deit", "cskd"),
     "distill.kind": ("hard", "soft"),
     "distill.scaling": ("reference", "mean"),

@@ -75,7 +75,7 @@ class TrainData:
     val_split: str = _free("")
     num_classes: int = 0  # 0: from the cache, the class names, or an error
     missing: str = "error"  # samples of the cache that the shards lack: error or skip
-    drift: str = "error"  # views that do not replay bit for bit: error or warn
+    drift: str = "error"  # images or views unlike the teacher's: error, warn; skip: those images
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from cskd_pipeline import documents
@@ -17,12 +19,13 @@ from cskd_pipeline.loading.batches import Batch, Position, TrainBatches, train_l
 from cskd_pipeline.loading.evalset import EvalBatch, eval_loader
 from cskd_pipeline.loading.images import ImageSource
 from cskd_pipeline.loading.index import Dataset, load_dataset
-from cskd_pipeline.loading.join import join
+from cskd_pipeline.loading.join import Join
 from cskd_pipeline.loading.plan import EpochPlan, SampleSet
 from cskd_pipeline.machine import worker_count
 from cskd_pipeline.ranks import ALONE, Ranks
 from cskd_pipeline.recipe import TrainRecipe
 from cskd_pipeline.terminal import Terminal
+from cskd_pipeline.training.joining import join_for_run
 from cskd_pipeline.views.policy import ViewPolicy
 
 
@@ -32,6 +35,7 @@ class TrainingData:
 
     ``encoding`` is the one that targets are read in and ``grid`` the cache's (rows, columns); both
     are None for method ``none``. ``digest`` changes with anything that decides batches or targets.
+    ``joined``: where the cache's samples are, and which are left out; None without a cache.
     """
 
     plan: EpochPlan
@@ -46,6 +50,7 @@ class TrainingData:
     workers: int
     eval_batch_size: int
     ranks: Ranks
+    joined: Join | None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -103,7 +108,7 @@ def open_training_data(
     if cache is None:
         policy, root_seed, views = recipe.views or ViewPolicy(), recipe.run.seed, None
         samples, images, allowed = SampleSet.of(dataset), ImageSource(dataset.shards), None
-        encoding_name, encoding, grid = None, None, None
+        encoding_name, encoding, grid, joined = None, None, None, None
     else:
         policy, root_seed = cache.manifest.policy, cache.manifest.root_seed
         views, grid = cache.views, cache.manifest.grid
@@ -112,17 +117,8 @@ def open_training_data(
         if not encoding.exact:
             terminal.line(f"targets from {encoding_name}: an approximation of the teacher's answer")
         _check_views(recipe, cache, terminal)
-        joined = join(
-            dataset,
-            cache,
-            missing=recipe.data.missing,
-            drift=recipe.data.drift,
-        )
+        joined = join_for_run(recipe, dataset, cache, terminal, ranks)
         samples, images, allowed = joined.samples, joined.images, joined.allowed
-        if joined.missing:
-            terminal.warn(
-                f"training without {joined.missing} samples of the cache: not in the shards"
-            )
     plan = EpochPlan(
         samples,
         policy,
@@ -154,7 +150,7 @@ def open_training_data(
         digest=documents.sha256(
             {
                 "shards": list(samples.shard_ids),
-                "allowed": None if allowed is None else [int(mask.sum()) for mask in allowed],
+                "allowed": None if allowed is None else [_hash(mask) for mask in allowed],
                 "policy": policy.to_json(),
                 "root_seed": root_seed,
                 "cache": None if cache is None else cache.manifest.digest(),
@@ -165,7 +161,12 @@ def open_training_data(
         workers=worker_count(recipe.run.workers),
         eval_batch_size=recipe.run.eval_batch_size,
         ranks=ranks,
+        joined=joined,
     )
+
+
+def _hash(mask: np.ndarray) -> str:
+    return hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()
 
 
 def _open_cache(recipe: TrainRecipe) -> CacheReader:

@@ -12,13 +12,14 @@ import pytest
 from PIL import Image
 
 from cskd_pipeline.cache.reader import CacheReader
-from cskd_pipeline.errors import JoinError
+from cskd_pipeline.errors import JoinError, ViewDriftError
 from cskd_pipeline.loading import join as join_module
 from cskd_pipeline.loading import shards as shards_module
 from cskd_pipeline.loading.batches import TrainBatches
 from cskd_pipeline.loading.index import Dataset, index_shards, load_dataset
-from cskd_pipeline.loading.join import Join, join
+from cskd_pipeline.loading.join import Join, find_differing, join
 from cskd_pipeline.loading.plan import EpochPlan
+from cskd_pipeline.views import apply
 from tests.conftest import COUNTS
 from tests.loading.making import POLICY, ROOT_SEED, VIEWS, make_cache, same
 from tests.pictures import Sample, samples, write_shard
@@ -234,6 +235,75 @@ def test_with_manifests_on_both_sides_only_the_probed_tars_are_read(
     assert len(read) == 1
 
 
+def test_images_that_differ_are_found_by_reading_all_and_left_out(
+    tmp_path: Path, dataset: Dataset, cache: CacheReader
+) -> None:
+    """In other tars, in another order, with samples missing, and none that is probed first."""
+    other_images, gone = {0, 6, 25, 42}, {3, 30}
+    content = [recompressed(s) if i in other_images else s for i, s in enumerate(EVERY)]
+    order = [i for i in np.random.default_rng(5).permutation(len(EVERY)).tolist() if i not in gone]
+    parts = [[content[i] for i in part] for part in np.array_split(order, 3)]
+    joined = join(recut(tmp_path, *parts), cache, missing="skip", drift="skip")
+    starts = np.cumsum((0, *COUNTS)).tolist()
+    found = find_differing(joined)
+    assert {starts[s] + i for s, offsets in found.items() for i in offsets} == other_images
+    shares = [find_differing(joined, part=part, parts=2) for part in range(2)]
+    together = [(s, i) for share in shares for s, offsets in share.items() for i in offsets]
+    assert sorted(together) == [(s, i) for s, offsets in found.items() for i in offsets]
+
+    skipping = joined.without(found)
+    assert (skipping.missing, skipping.differing) == (2, 4)
+    left_out = [(x.reason, starts[x.shard] + x.offset, x.key) for x in skipping.left_out()]
+    assert left_out == [
+        ("missing" if i in gone else "other image", i, EVERY[i][0])
+        for i in sorted(other_images | gone)
+    ]
+    assert joined.allowed is not None  # what it was made from is as it was
+    assert sum(int((~mask).sum()) for mask in joined.allowed) == 2
+    batches, every = source(skipping, cache, 4), source(join(dataset, cache), cache).of_rows
+    for step in range(batches.plan.steps):
+        batch = batches[(0, step, 0)]
+        numbers = np.array(starts)[batch.index[:, 1]] + batch.index[:, 2].numpy()
+        assert not (other_images | gone) & set(numbers.tolist())
+        assert same(batch, every[batch.index.numpy()])
+
+
+def test_where_no_image_differs_nothing_is_left_out(dataset: Dataset, cache: CacheReader) -> None:
+    joined = join(dataset, cache, drift="skip")
+    assert find_differing(joined) == {}
+    assert joined.without({}) == joined
+    assert list(joined.without({}).left_out()) == []
+
+
+def test_where_every_image_differs_nothing_could_be_trained_on(
+    tmp_path: Path, cache: CacheReader
+) -> None:
+    other = join(recut(tmp_path, [recompressed(s) for s in EVERY]), cache, drift="skip")
+    found = find_differing(other)
+    assert sum(map(len, found.values())) == len(EVERY)
+    with pytest.raises(JoinError, match="none of the images is the one"):
+        other.without(found)
+
+
+def test_an_image_that_was_altered_after_the_search_is_still_refused(
+    tmp_path: Path, cache: CacheReader
+) -> None:
+    other = recut(tmp_path, [recompressed(s) if i == 6 else s for i, s in enumerate(EVERY)])
+    overlooked = source(join(other, cache, drift="skip"), cache, drift="skip")
+    with pytest.raises(JoinError, match="not the one the cache was made from"):
+        _ = [overlooked[(epoch, step, 0)] for epoch in (0, 1) for step in range(4)]
+
+
+def test_views_that_drift_though_images_are_the_same_are_not_skipped_but_refused(
+    dataset: Dataset, cache: CacheReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = apply.digest
+    monkeypatch.setattr(apply, "digest", lambda pixels: digest(pixels) ^ 1)
+    with pytest.raises(ViewDriftError):
+        _ = source(join(dataset, cache, drift="skip"), cache, drift="skip")[(0, 0, 0)]
+
+
 def test_a_join_says_what_it_found(dataset: Dataset, cache: CacheReader) -> None:
     fields = {field.name for field in dataclasses.fields(join(dataset, cache))}
-    assert {"samples", "images", "allowed", "same_shards", "missing", "unused"} == fields
+    counts = {"same_shards", "missing", "differing", "unused"}
+    assert {"samples", "images", "allowed", *counts} == fields

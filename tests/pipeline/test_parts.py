@@ -77,7 +77,6 @@ def test_caches_of_array_tasks_merge_into_one_dump_byte_for_byte(
 def test_slices_that_convert_cut_merge_into_what_they_were_cut_from(
     small: World, tmp_path: Path
 ) -> None:
-    """Of two tars of 35 and one of 26 pictures: the last slice has shorter files."""
     slices = [tmp_path / "a", tmp_path / "b"]
     for path, shards in zip(slices, ("0:2", "2:3"), strict=True):
         assert world.cli("cache", "convert", small.cache, path, "--shards", shards, "-q") == 0

@@ -1,0 +1,236 @@
+"""A cache and someone else's copy of the data: cut otherwise, lacking, altered, doubled."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.errors import ManifestError
+from cskd_pipeline.loading.index import load_dataset
+from cskd_pipeline.planning.training import plan_train
+from cskd_pipeline.terminal import Terminal
+from cskd_pipeline.train import train
+from cskd_pipeline.training import joining
+from tests.pictures import Sample, write_shard
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+from tests.pipeline.test_loss_curves import loss_curve
+from tests.pipeline.test_ranks import finish, start
+from tests.pipeline.test_training import assert_equal, final_state
+
+Capture = pytest.CaptureFixture[str]
+GONE, ALTERED = (5, 40, 41), (0, 17, 64, 95)
+SKIP = ["data.missing=skip", "data.drift=skip"]
+
+
+@pytest.fixture(scope="module")
+def samples(small: World) -> list[Sample]:
+    """Every sample of the small world, in its order."""
+    found: list[Sample] = []
+    for shard in load_dataset(small.shards).shards:
+        for i, key in enumerate(shard.keys):
+            found.append((key, {"jpg": shard.read_image(i), "cls": b"%d" % shard.label(i)}))
+    return found
+
+
+def recut(small: World, folder: Path, content: Iterable[Sample], size: int = 17) -> World:
+    """The small world with tars that hold ``content``."""
+    folder.mkdir()
+    every = list(content)
+    for number in range(-(-len(every) // size)):
+        write_shard(folder / f"x-{number:02d}.tar", every[number * size : (number + 1) * size])
+    shutil.copy(small.shards / "classes.json", folder)
+    return replace(small, shards=folder)
+
+
+def altered(sample: Sample) -> Sample:
+    key, fields = sample
+    file = io.BytesIO()
+    Image.open(io.BytesIO(fields["jpg"])).convert("RGB").save(file, "JPEG", quality=60)
+    return key, {**fields, "jpg": file.getvalue()}
+
+
+def theirs(samples: list[Sample]) -> list[Sample]:
+    """Backwards, three samples gone, four compressed again, and two that the cache never saw."""
+    content = [altered(s) if i in ALTERED else s for i, s in enumerate(samples) if i not in GONE]
+    return [("new/a", samples[0][1]), *content[::-1], ("new/b", samples[1][1])]
+
+
+def test_other_cuts_of_the_same_images_give_the_same_loss_curve(
+    small: World, samples: list[Sample], tmp_path: Path
+) -> None:
+    curve = loss_curve(small, tmp_path, "cskd", [])
+    for number, size in enumerate((17, 96, 1)):
+        content = samples[::-1] if number else samples
+        other = recut(small, tmp_path / f"cut {number}", content, size)
+        assert torch.equal(loss_curve(other, tmp_path, "cskd", []), curve)
+
+
+def test_what_is_left_out_decides_the_loss_curve_and_the_cut_does_not(
+    small: World, samples: list[Sample], tmp_path: Path
+) -> None:
+    """Images compressed again are left out like missing ones, together with their partners."""
+    other = recut(small, tmp_path / "theirs", theirs(samples))
+    kept = [s for i, s in enumerate(samples) if i not in (*GONE, *ALTERED)]
+    lacking = recut(small, tmp_path / "lacking", kept, 50)
+    curve = loss_curve(other, tmp_path, "cskd", SKIP)
+    assert torch.equal(curve, loss_curve(lacking, tmp_path, "cskd", SKIP[:1]))
+    assert not torch.equal(curve[:3], loss_curve(small, tmp_path, "cskd", [])[:3])
+
+
+def command(other: World, out: Path, *sets: str) -> list[object]:
+    return [
+        *("train", "--shards", other.shards, "--cache", other.cache, "--out", out),
+        *("--student", world.STUDENT, "--method", "cskd", "--epochs", 1, "--batch-size", 16),
+        *("--workers", 0, "--device", "cpu", *world.as_flags([*world.train_sets(), *sets])),
+    ]
+
+
+def test_what_is_left_out_is_counted_and_listed(
+    small: World, samples: list[Sample], tmp_path: Path, capsys: Capture
+) -> None:
+    other = recut(small, tmp_path / "theirs", theirs(samples))
+    assert world.cli(*command(other, tmp_path / "run", *SKIP)) == 0
+    told = capsys.readouterr().err
+    assert "training without 7 samples of the cache's 96: 3 are not in the shards, 4 have" in told
+    assert f"{tmp_path / 'run/left_out.csv'} lists them" in told
+    assert "2 samples of the shards are not in the cache" in told
+    with open(tmp_path / "run/left_out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    reader = CacheReader(small.cache)
+    keys = [key for shard in range(3) for key in reader.keys(shard)]
+    starts = [0, reader.counts[0], sum(reader.counts[:2])]
+    assert [(row["reason"], row["key"]) for row in rows] == [
+        ("missing" if i in GONE else "other image", keys[i]) for i in sorted((*GONE, *ALTERED))
+    ]
+    numbers = [starts[int(row["shard"])] + int(row["offset"]) for row in rows]
+    assert numbers == sorted((*GONE, *ALTERED))
+
+
+def test_where_everything_is_there_no_list_is_written(small: World, tmp_path: Path) -> None:
+    assert world.cli(*command(small, tmp_path / "run"), "-q") == 0
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not left & {"left_out.csv", "join.json"}
+
+
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        ([], ["3 of the cache's 96 samples", "missing: ", "data.missing=skip", "cache verify"]),
+        (SKIP[:1], ["not the one the cache was made from", "CRC-32", "data.drift=skip"]),
+    ],
+)
+def test_what_may_not_be_left_out_is_refused_and_nothing_written(
+    small: World, samples: list[Sample], tmp_path: Path, capsys: Capture, sets: list[str], says: Any
+) -> None:
+    other = recut(small, tmp_path / "theirs", theirs(samples))
+    assert world.cli(*command(other, tmp_path / "run", *sets)) == 1
+    message = capsys.readouterr().err
+    assert all(words in message for words in says), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_that_are_there_twice_are_refused(
+    small: World, samples: list[Sample], tmp_path: Path, capsys: Capture
+) -> None:
+    other = recut(small, tmp_path / "twice", [*samples, samples[20]])
+    assert world.cli(*command(other, tmp_path / "run", *SKIP)) == 1
+    message = capsys.readouterr().err
+    assert "a key of the cache is there more than once" in message
+    assert samples[20][0] in message
+    assert "x-01.tar and " in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def stopped(
+    small: World, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """A run with images left out that died in its first epoch; gives the recipe to go on by."""
+
+    class DiedError(Exception):
+        pass
+
+    def dying(*arguments: object) -> None:
+        raise DiedError
+
+    other = recut(small, tmp_path / "theirs", theirs(samples))
+    sets = [*SKIP, "run.checkpoint_every=1"]
+
+    def recipe(out: str) -> Any:
+        return world.train_recipe(other.shards, small.cache, tmp_path / out, sets=sets, epochs=2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cskd_pipeline.train._close_epoch", dying)
+        with pytest.raises(DiedError):
+            train(recipe("run"), world.quiet())
+    return recipe
+
+
+def test_a_resumed_run_knows_what_it_leaves_out_without_reading_every_image(
+    stopped: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(stopped("whole"), world.quiet())
+    before = (tmp_path / "run/left_out.csv").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(joining, "find_differing", None)
+        train(stopped("run"), world.quiet(), resume=True)
+    assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "run"))
+    for name in ("left_out.csv", "join.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (tmp_path / "run/left_out.csv").read_bytes() == before
+
+
+def test_a_record_of_other_shards_is_not_believed(
+    stopped: Callable[..., Any], tmp_path: Path, capsys: Capture
+) -> None:
+    path = tmp_path / "run/join.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "shards": "0" * 64, "differing": {}}))
+    train(stopped("run"), Terminal(), resume=True)
+    assert "reading the images again" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == record
+
+
+@pytest.mark.parametrize(
+    "differing", [None, [1], {"3": [0]}, {"0": [32]}, {"0": [1, 1]}, {"0": [-1]}, {"0": ["1"]}]
+)
+def test_a_record_that_was_altered_is_refused(
+    stopped: Callable[..., Any], tmp_path: Path, differing: Any
+) -> None:
+    path = tmp_path / "run/join.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"differing": differing}))
+    with pytest.raises(ManifestError, match="1 problem") as caught:
+        train(stopped("run"), world.quiet(), resume=True)
+    assert "delete the file" in str(caught.value.action)
+
+
+def test_ranks_share_the_reading_and_leave_out_the_same(
+    small: World, samples: list[Sample], tmp_path: Path
+) -> None:
+    other = recut(small, tmp_path / "theirs", theirs(samples))
+    for ranks, out in ((1, "one"), (2, "two")):
+        words = command(other, tmp_path / out, *SKIP)
+        assert finish(start(ranks, words)) == [0] * ranks
+    for name in ("left_out.csv", "join.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_forecast_reads_no_more_images_than_it_times(
+    small: World, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = recut(small, tmp_path / "theirs", theirs(samples))
+    recipe = world.train_recipe(other.shards, small.cache, tmp_path / "run", sets=SKIP)
+    monkeypatch.setattr(joining, "find_differing", None)
+    assert plan_train(recipe, world.quiet(), updates=2)["samples"] == 96
