@@ -10,6 +10,8 @@
 5. **writer** -- commits units: files written beside their place, synced, renamed (``durable``);
    ``done`` after all others. **reader** -- sees units that are done, keeps decoded slabs (``lru``).
 6. **info** -- what ``cskd-pipeline cache info`` tells.
+7. **convert** -- a smaller cache of another; **merge** -- one of several (``parts``: whether they
+   belong together).
 
 A file that is missing, cut short or altered raises ``CacheError``; it never reads as fill values.
 Nothing here imports torch before an encoding meets a tensor. ``manifests/cache-format.md`` is the

@@ -22,6 +22,7 @@ from cskd_pipeline.planning.training import plan_train
 from cskd_pipeline.terminal import Terminal
 from cskd_pipeline.train import train
 from cskd_pipeline.training import joining
+from cskd_pipeline.training.data import open_training_data
 from tests.pictures import Sample, write_shard
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -214,6 +215,20 @@ def test_a_record_that_was_altered_is_refused(
     with pytest.raises(ManifestError, match="1 problem") as caught:
         train(stopped("run"), world.quiet(), resume=True)
     assert "delete the file" in str(caught.value.action)
+
+
+def test_a_run_does_not_go_on_with_other_samples_missing(
+    small: World, samples: list[Sample], tmp_path: Path
+) -> None:
+    """As many as before, of the same tar shard."""
+
+    def digest(name: str, gone: int) -> str:
+        other = recut(small, tmp_path / name, [s for i, s in enumerate(samples) if i != gone])
+        recipe = world.train_recipe(other.shards, small.cache, tmp_path / "run", sets=SKIP[:1])
+        return open_training_data(recipe, world.quiet()).digest
+
+    assert len({digest("a", 3), digest("b", 4), digest("c", 50)}) == 3
+    assert digest("d", 3) == digest("e", 3)
 
 
 def test_ranks_share_the_reading_and_leave_out_the_same(

@@ -252,6 +252,7 @@ LINES = {
     "train": ("train.train", "train --shards S --cache C --out O"),
     "evaluate": ("evaluate.evaluate", "evaluate e --shards S"),
     "cache info": ("cache.info.describe", "cache info c"),
+    "cache merge": ("cache.merge.merge", "cache merge a b --out c"),
     "demo": ("demo.run_demo", "demo"),
 }
 
@@ -409,6 +410,7 @@ def test_foreign_text_in_errors_is_spelled_out(
             "dump-teacher",
             "finished units are kept, go on with: cskd-pipeline dump-teacher --shards",
         ),
+        ("cache merge", "finished units are kept, go on with: cskd-pipeline cache merge a b --out"),
         ("train", "go on with: cskd-pipeline train --shards S --cache C --out O --resume"),
         ("evaluate", "start again with: cskd-pipeline evaluate e --shards S"),
     ],
