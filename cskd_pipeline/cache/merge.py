@@ -144,7 +144,7 @@ def _compare_shard(caches: Sequence[Part], shard: int) -> None:
 
 
 def _compare_unit(one: Part, other: Part, unit: Unit) -> None:
-    if one.geometry == other.geometry and _same_files(one, other, unit):
+    if _same_files(one, other, unit):
         return
     pairs = zip(
         one.values(unit.views, unit.shard), other.values(unit.views, unit.shard), strict=True
