@@ -7,7 +7,9 @@ copied as they are; ``done`` comes last. What an earlier merge left is compared,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -57,38 +59,43 @@ def merge(
     writer = CacheWriter.create(target, whole, accept_versions=accept_versions)
     if whole.views > writer.manifest.views:
         writer.extend(whole.views)
-    result = Part.of(
-        CacheReader(target, memory=0), dict(enumerate(range(len(whole.dataset.shards))))
-    )
+    numbers = range(len(whole.dataset.shards))
+    result = Part.of(CacheReader(target, memory=0), {number: number for number in numbers})
     work = _work(writer, parts)
-    copied = compared = views = 0
+    counts = Counter(units_copied=0, views_copied=0, units_compared=0)
     with progress(sum(map(writer.size_of, work)), "views", "merging") as meter:
-        shard = -1
-        for unit in work:
-            if stopped():
-                raise KeyboardInterrupt
-            if unit.shard != shard:
-                shard = unit.shard
-                _compare_shard([result, *parts], shard)
-            holders = [part for part in (result, *parts) if part.has(unit.block, shard)]
-            for other in holders[1:]:
-                _compare_unit(holders[0], other, unit)
-                compared += 1
-            if holders[0] is not result and _take(writer, result, holders[0], unit):
-                copied += 1
-                views += writer.size_of(unit)
-            meter.advance(writer.size_of(unit))
+        for shard, units in groupby(work, lambda unit: unit.shard):
+            _compare_shard([result, *parts], shard)
+            for unit in units:
+                if stopped():
+                    raise KeyboardInterrupt
+                counts += _merge_unit(writer, result, parts, unit)
+                meter.advance(writer.size_of(unit))
     info = describe(target)
     return {
         "cache": str(target),
         "sources": [str(part.path) for part in parts],
-        "units_copied": copied,
-        "views_copied": views,
-        "units_compared": compared,
+        **{name: counts[name] for name in ("units_copied", "views_copied", "units_compared")},
         "units_missing": info["units"]["total"] - info["units"]["done"],
         **{name: info[name] for name in ("views", "samples", "complete", "bytes")},
         "bytes_per_view": info["bytes_per_view"],
     }
+
+
+def _merge_unit(
+    writer: CacheWriter, result: Part, parts: Sequence[Part], unit: Unit
+) -> Counter[str]:
+    """Compare the unit wherever it is done, then store it if ``result`` had it not; what was done.
+
+    Comparing comes first: a unit about which two parts disagree is not stored.
+    """
+    holders = [part for part in (result, *parts) if part.has(unit.block, unit.shard)]
+    for other in holders[1:]:
+        _compare_unit(holders[0], other, unit)
+    counts = Counter(units_compared=len(holders) - 1)
+    if holders[0] is not result and _take(writer, result, holders[0], unit):
+        counts.update(units_copied=1, views_copied=writer.size_of(unit))
+    return counts
 
 
 def _require_apart(sources: Iterable[Path | str], target: Path | str) -> None:
