@@ -235,8 +235,12 @@ def _missing_error(
         found=f"{dataset.samples} samples, for example {dataset.shards[0].key(0)}",
         expected=f"the keys of {cache.manifest.dataset.name}",
         action="give all shards of that data set"
-        + ("" if count == total else ", or train without these: --set data.missing=skip")
-        + f"; cskd-pipeline cache verify {cache.path} --shards SHARDS lists them all",
+        + (
+            ""
+            if count == total
+            else ", or train without these, listed in the run's left_out.csv: "
+            "--set data.missing=skip"
+        ),
         problems=examples[:SHOWN],
     )
 

@@ -128,7 +128,7 @@ def test_where_everything_is_there_no_list_is_written(small: World, tmp_path: Pa
 @pytest.mark.parametrize(
     ("sets", "says"),
     [
-        ([], ["3 of the cache's 96 samples", "missing: ", "data.missing=skip", "cache verify"]),
+        ([], ["3 of the cache's 96 samples", "missing: ", "data.missing=skip", "left_out.csv"]),
         (SKIP[:1], ["not the one the cache was made from", "CRC-32", "data.drift=skip"]),
     ],
 )
