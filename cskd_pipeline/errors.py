@@ -22,7 +22,7 @@ CskdError                exit code 1 unless said otherwise
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 MAX_PROBLEMS = 20  # shown at once; the exception holds them all
 
@@ -42,6 +42,7 @@ class CskdError(Exception):
         found, expected: values, already readable.
         action: what the user can do; a command where there is one.
         problems: one line each where there may be several: path, found, expected.
+        report: what the command found all the same; with ``--json`` it is printed beside the error.
     """
 
     exit_code = 1
@@ -55,6 +56,7 @@ class CskdError(Exception):
         expected: object = None,
         action: str | None = None,
         problems: Sequence[str] = (),
+        report: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(problem)
         self.problem = problem
@@ -63,6 +65,7 @@ class CskdError(Exception):
         self.expected = expected
         self.action = action
         self.problems = list(problems)
+        self.report = report
 
     def __str__(self) -> str:
         lines = [printable(self.problem, 2000)]

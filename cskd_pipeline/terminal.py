@@ -164,13 +164,16 @@ class Terminal:
             _print(self._out, f"{printable(name)}: {printable(format_value(value), _LONGEST)}")
 
     def error(self, error: CskdError) -> None:
-        """Why a command stopped, on stderr, and with ``json`` as ``{"error": {...}}`` on stdout."""
+        """Why a command stopped, on stderr, and with ``json`` as ``{"error": {...}}`` on stdout,
+        beside what it found nevertheless.
+        """
         _print(self._err, f"error: {error}", "red")
         if self.json:
             names = ("problem", "where", "found", "expected", "action", "problems")
             kind = {"kind": type(error).__name__, "exit_code": error.exit_code}
             with suppress(OSError):  # where stdout itself is what failed, stderr has told it
-                self._print_json({"error": kind | {name: getattr(error, name) for name in names}})
+                told = {"error": kind | {name: getattr(error, name) for name in names}}
+                self._print_json({**(error.report or {}), **told})
 
     @contextmanager
     def progress(

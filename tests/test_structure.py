@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
     {"evaluate"},
     {"training"},
     {"dump", "train"},
-    {"bench"},
+    {"bench", "verifying"},
     {"planning"},
     {"demo_images"},
     {"demo"},

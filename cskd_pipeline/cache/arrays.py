@@ -58,6 +58,11 @@ class StoredArray:
         index = 0 if self.chunk_shape is None else 16 * math.prod(self.chunks_per_file)
         return max(chunk, index)
 
+    @property
+    def least_bytes(self) -> int:
+        """Of a file: its shard index, or a zstd frame (RFC 8878) of one empty block."""
+        return 13 if self.chunk_shape is None else 16 * math.prod(self.chunks_per_file) + 4
+
     def document(self) -> dict[str, Any]:
         """``zarr.json``: core zarr v3 metadata."""
         bytes_codec: dict[str, Any] = {"name": "bytes"}

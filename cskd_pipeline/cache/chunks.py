@@ -57,6 +57,12 @@ class Folder:
         finally:
             os.close(descriptor)
 
+    def length(self, key: str) -> int:
+        """Of the file, in bytes."""
+        descriptor, size = self._open(key)
+        os.close(descriptor)
+        return size
+
     def names(self, key: str) -> list[str]:
         """What the folder ``key`` holds; nothing where there is none."""
         try:

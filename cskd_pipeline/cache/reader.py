@@ -116,6 +116,10 @@ class CacheReader:
                 problems=[f"missing: {self._store.unit_name(b, s)}" for b, s in missing],
             )
 
+    def file(self, name: str, *at: int) -> str:
+        """The file of an array that holds the element ``at``, below the cache's folder."""
+        return self._store.arrays[name].key(*at)
+
     def keys(self, shard: int) -> list[str]:
         """Sample keys in the tar's order."""
         matrix = self._per_shard("key", shard)
@@ -179,6 +183,16 @@ class CacheReader:
             return {name: values[offsets] for name, values in slab.items()}
         packed = {spec.name: self._random(spec.name, view, shard, offsets) for spec in specs}
         return self._unpacked(encoding, packed, view, shard)
+
+    def stored(self, name: str, view: int, shard: int) -> np.ndarray:
+        """One array of an encoding for a view of a tar shard, as it lies there: (count, ...).
+
+        Readers want :meth:`rows`; this tells which of an encoding's arrays is damaged.
+        """
+        self._require(view, shard)
+        if self._specs[name].rows is None:
+            return self._whole(name, view, shard)
+        return self._random(name, view, shard, np.arange(self.counts[shard]))
 
     def gather(self, encoding: str, index: np.ndarray) -> Rows:
         """The teacher's answers to any samples in any views.

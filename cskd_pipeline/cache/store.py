@@ -117,6 +117,23 @@ class CacheStore:
     def has_file(self, key: str) -> bool:
         return (self.path / key).exists()
 
+    def length(self, key: str) -> int:
+        """Of a file, in bytes.
+
+        Raises:
+            DamageError: there is none, or it is no plain file.
+        """
+        return self._folder.length(key)
+
+    def unit_files(self, block: int, shard: int) -> Iterator[tuple[str, str]]:
+        """Array and key of every per-view file of a unit, ``done`` last."""
+        first = block * self.manifest.view_block
+        for name, array in self.arrays.items():
+            if name not in (*layout.PER_SHARD, "done"):
+                for view in range(first, first + self.manifest.view_block, array.file_shape[0]):
+                    yield name, array.key(view, shard)
+        yield "done", self.arrays["done"].key(block, shard)
+
     def unit_name(self, block: int, shard: int) -> str:
         size = self.manifest.view_block
         name = self.manifest.dataset.shards[shard].name

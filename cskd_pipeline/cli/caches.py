@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from cskd_pipeline.cli.options import (
     ENCODING_NAMES,
     AcceptVersions,
+    BatchSize,
     Device,
     Json,
     Outcome,
     Quiet,
+    ShardsOption,
+    Split,
+    TeacherName,
+    Weights,
     parse_range,
     require_encodings,
 )
 from cskd_pipeline.cli.root import cache_app
+from cskd_pipeline.errors import UsageError
 from cskd_pipeline.terminal import Terminal
 
 
@@ -33,6 +39,64 @@ def info(
 
     found = describe(cache)
     return found if json else summarise(found)
+
+
+@cache_app.command(epilog="Example: cskd-pipeline cache verify cache --shards 'train-*.tar'")
+def verify(
+    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="What dump-teacher made.")],
+    depth: Annotated[
+        Literal["structure", "bytes"],
+        typer.Option(help="Only that every file is there, or also that everything decodes."),
+    ] = "bytes",
+    shards: ShardsOption = None,
+    teacher: TeacherName = None,
+    weights: Weights = None,
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Views to make again from the shards, and to ask about."
+        ),
+    ] = 512,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Units that are not made yet are no problem.")
+    ] = False,
+    split: Split = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """Check a cache: its files and bytes; with --shards that it fits them; with --teacher answers.
+
+    Views that are made again are told apart as bit-exact, differing by rounding, or of another
+    image.
+    """
+    terminal = Terminal(quiet=quiet, json=json)
+    given = {"--weights": weights, "--batch-size": batch_size, "--device": device}
+    flags = [flag for flag, value in given.items() if value is not None]
+    if flags and teacher is None:
+        raise UsageError(f"{flags[0]} is the teacher's", action="name it: --teacher NAME")
+    if teacher is not None and shards is None:
+        raise UsageError(
+            "a teacher is asked about views, which are made from images", action="give --shards too"
+        )
+    from cskd_pipeline.verifying.answers import TeacherChoice
+    from cskd_pipeline.verifying.cache import verify as check
+
+    choice = None
+    if teacher is not None:
+        choice = TeacherChoice(teacher, weights or "hub", batch_size or 32, device or "auto")
+    report = check(
+        cache,
+        terminal,
+        depth=depth,
+        shards=shards,
+        split=split,
+        teacher=choice,
+        samples=samples,
+        partial=partial,
+    )
+    return report if json else None
 
 
 @cache_app.command(epilog="Example: cskd-pipeline cache convert cache small --encoding envelope")

@@ -54,6 +54,10 @@ class ImageSource:
         self._places = tuple(range(len(shards)) if places is None else places)
         self._crcs: dict[int, np.ndarray] = {}
 
+    def lenient(self) -> ImageSource:
+        """The same that refuses no image for its CRC."""
+        return ImageSource(self.shards, places=self._places, cache=self.cache, strict=False)
+
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tar numbers and rows in them, (n,) int64 each; ``NOWHERE`` for what no tar has."""
         tars, rows = samples[:, 0].astype(np.int64), samples[:, 1].astype(np.int64)

@@ -42,11 +42,19 @@ class Join:
 
     def there(self) -> np.ndarray:
         """(n, 2) int64 shard and offset of the samples that the user has."""
+        every = self._every()
+        return every[self.images.locate(every)[0] != NOWHERE]
+
+    def usable(self) -> np.ndarray:
+        """(n, 2) int64 shard and offset of the samples that are allowed."""
+        every = self._every()
+        return every if self.allowed is None else every[np.concatenate(self.allowed)]
+
+    def _every(self) -> np.ndarray:
         counts = self.samples.counts
         shard = np.repeat(np.arange(len(counts)), counts)
         offset = np.concatenate([np.arange(count) for count in counts])
-        every = np.stack([shard, offset], axis=1)
-        return every[self.images.locate(every)[0] != NOWHERE]
+        return np.stack([shard, offset], axis=1)
 
     def without(self, differing: Mapping[int, Sequence[int]]) -> Join:
         """The same without these samples, given as shard -> offsets, which the user has.

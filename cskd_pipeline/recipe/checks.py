@@ -27,6 +27,7 @@ CHOICES = {
 # Intervals as mathematicians write them; every number of a recipe has one. Seeds are 64-bit keys.
 RANGES = {
     "data.num_classes": "[0, 65535]",
+    "data.check": "[0, inf)",
     "teacher.seed": "[0, 2**63)",
     "cache.views": "[1, 1000000]",
     "cache.view_block": "[0, 1000]",

@@ -76,6 +76,7 @@ class TrainData:
     num_classes: int = 0  # 0: from the cache, the class names, or an error
     missing: str = "error"  # samples of the cache that the shards lack: error or skip
     drift: str = "error"  # images or views unlike the teacher's: error, warn; skip: those images
+    check: int = _free(64)  # views of the cache made again and compared before training; 0: none
 
 
 @dataclass(frozen=True)

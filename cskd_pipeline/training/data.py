@@ -117,7 +117,7 @@ def open_training_data(
         if not encoding.exact:
             terminal.line(f"targets from {encoding_name}: an approximation of the teacher's answer")
         _check_views(recipe, cache, terminal)
-        joined = join_for_run(recipe, dataset, cache, terminal, ranks)
+        joined = join_for_run(recipe, dataset, cache, encoding_name, terminal, ranks)
         samples, images, allowed = joined.samples, joined.images, joined.allowed
     plan = EpochPlan(
         samples,

@@ -17,6 +17,7 @@ from cskd_pipeline.errors import ManifestError
 from cskd_pipeline.files import write_json, write_text
 from cskd_pipeline.loading.index import Dataset
 from cskd_pipeline.loading.join import Join, LeftOut, find_differing, join
+from cskd_pipeline.loading.replay import cache_of, replay, spread_views, strict_renderer
 from cskd_pipeline.ranks import Ranks
 from cskd_pipeline.recipe import TrainRecipe
 from cskd_pipeline.terminal import Terminal
@@ -29,15 +30,21 @@ Differing = dict[int, list[int]]
 
 
 def join_for_run(
-    recipe: TrainRecipe, dataset: Dataset, cache: CacheReader, terminal: Terminal, ranks: Ranks
+    recipe: TrainRecipe,
+    dataset: Dataset,
+    cache: CacheReader,
+    encoding: str,
+    terminal: Terminal,
+    ranks: Ranks,
 ) -> Join:
-    """Join as the recipe says, and tell what is left out.
+    """Join as the recipe says, tell what is left out, and check a sample of what is not.
 
     With ``data.drift = "skip"`` every image is read once, each rank its share of the tars; a run
     that is resumed has the outcome in its folder.
 
     Raises:
         JoinError: what does not match and may not be left out.
+        ViewDriftError, CacheError: see :func:`check_sample`.
     """
     data = recipe.data
     found = join(dataset, cache, missing=data.missing, drift=data.drift)
@@ -52,7 +59,39 @@ def join_for_run(
         )
     if found.unused:
         terminal.line(f"{found.unused} samples of the shards are not in the cache, and not used")
+    if ranks.first:
+        check_sample(found, data.check, data.drift, encoding, terminal)
     return found
+
+
+def check_sample(found: Join, count: int, drift: str, encoding: str, terminal: Terminal) -> None:
+    """Make ``count`` views again, as training will, and read what the teacher said of them.
+
+    Every view is compared while training, too; here a misfit is told before anything is spent.
+
+    Args:
+        drift: as in the recipe; ``warn`` tells of what is unlike the cache, and goes on.
+
+    Raises:
+        ViewDriftError, JoinError: a view, or its image, is not the one the teacher saw.
+        CacheError: what the teacher said is damaged, or not all there.
+    """
+    rows = spread_views(found, count)
+    if not len(rows):
+        return
+    cache_of(found).gather(encoding, rows)
+    replayed = replay(found, rows, terminal.progress)
+    exact, same = int(replayed.exact.sum()), int(replayed.same_image.sum())
+    wrong = rows[~replayed.exact]
+    if len(wrong) and drift != "warn":
+        strict_renderer(found).render(wrong)
+    told = f"checked {len(rows)} views of the cache: {exact} come out bit for bit"
+    if exact == len(rows):
+        terminal.line(told)
+    else:
+        terminal.warn(
+            f"{told}, {same - exact} differ by rounding, {len(rows) - same} are of other images"
+        )
 
 
 def write_join(found: Join, recipe: TrainRecipe) -> None:

@@ -1,0 +1,113 @@
+"""``check_structure`` and ``check_bytes`` find whatever is wrong, all of it at once."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.store import CacheStore
+from cskd_pipeline.cache.verify import Problem, check_bytes, check_structure
+from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.loading.progress import silent
+from tests.cache.making import data_files, fill, make, manifest, tree, unit_data
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    make(tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def units(reader: CacheReader) -> list[tuple[int, int]]:
+    return [(int(block), int(shard)) for block, shard in np.argwhere(reader.done())]
+
+
+def structure(cache: Path) -> list[Problem]:
+    reader = CacheReader(cache)
+    return check_structure(CacheStore(cache), units(reader), silent)
+
+
+def damage(cache: Path) -> list[Problem]:
+    reader = CacheReader(cache)
+    return check_bytes(reader, units(reader), silent)
+
+
+def test_a_whole_cache_has_no_problem(cache: Path) -> None:
+    assert structure(cache) == []
+    assert damage(cache) == []
+
+
+def test_the_files_looked_at_are_all_that_there_are(cache: Path) -> None:
+    store = CacheStore(cache)
+    reader = CacheReader(cache)
+    known = {key for unit in units(reader) for _, key in store.unit_files(*unit)}
+    known |= {store.arrays[n].key(s) for n in ("key", "label", "image_crc32") for s in range(3)}
+    assert known == set(data_files(cache))
+
+
+def test_every_file_that_is_gone_or_cut_is_named(cache: Path) -> None:
+    names = [name for name in data_files(cache) if not name.startswith("done/")]
+    gone, cut = names[::3], names[1::3]
+    for name in gone:
+        os.unlink(cache / name)
+    for name in cut:
+        os.truncate(cache / name, 12)
+    found = {problem.where: problem.found for problem in structure(cache)}
+    assert found.keys() == {*gone, *cut}
+    assert all(found[name] == "the file is missing" for name in gone)
+    assert all("cut short: 12 bytes" in found[name] for name in cut)
+
+
+def test_units_that_are_not_made_are_not_looked_at(tmp_path: Path) -> None:
+    writer = CacheWriter.create(tmp_path / "cache", manifest())
+    fill(writer, writer.todo()[:2])
+    assert structure(tmp_path / "cache") == []
+    assert damage(tmp_path / "cache") == []
+
+
+def test_a_flipped_bit_in_any_file_is_found_there_and_nowhere_else(cache: Path) -> None:
+    rng = random.Random(0)
+    for name in data_files(cache):
+        data = bytearray((cache / name).read_bytes())
+        whole = bytes(data)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        (cache / name).write_bytes(data)
+        assert {problem.where for problem in damage(cache)} == {name}
+        (cache / name).write_bytes(whole)
+    assert damage(cache) == []
+
+
+def test_damage_in_many_files_is_told_at_once(cache: Path) -> None:
+    names = [name for name in data_files(cache) if not name.startswith("done/")]
+    for name in names:
+        data = bytearray((cache / name).read_bytes())
+        data[len(data) // 2] ^= 255
+        (cache / name).write_bytes(data)
+    found = damage(cache)
+    assert {problem.where for problem in found} == set(names)
+    assert len(found) == len(set(found))
+
+
+def test_labels_that_no_class_has_are_found(tmp_path: Path) -> None:
+    writer = CacheWriter.create(tmp_path / "cache", manifest())
+    for unit in writer.todo():
+        data = unit_data(unit, writer.manifest)
+        if unit.shard == 1:
+            data.labels[2] = 20
+        writer.write_unit(unit, data)
+    (problem,) = damage(tmp_path / "cache")
+    assert problem.where == "label/c/1/0"
+    assert problem.found == "1 labels, 20 the first, that 20 classes lack"
+
+
+def test_keys_of_other_samples_are_found(cache: Path) -> None:
+    """The file is whole, but of another tar shard."""
+    (cache / "key/c/0/0/0").write_bytes(tree(cache)["key/c/2/0/0"])
+    (problem,) = damage(cache)
+    assert problem.where == "key/c/0/0/0"
+    assert "not the keys that the manifest identifies" in problem.found

@@ -1,0 +1,320 @@
+"""``cache verify``: what it tells of a cache and someone's images, and train's own look at both."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.convert import unit_data
+from cskd_pipeline.cache.encodings import ENCODINGS
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.errors import CacheError, JoinError, ViewDriftError
+from cskd_pipeline.loading.index import load_dataset
+from cskd_pipeline.loading.join import join
+from cskd_pipeline.loading.replay import replay, spread_views
+from cskd_pipeline.terminal import Terminal
+from cskd_pipeline.training.data import open_training_data
+from cskd_pipeline.verifying.answers import agreement
+from cskd_pipeline.views import apply
+from tests.cache.making import data_files
+from tests.pictures import Sample
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+from tests.pipeline.test_layouts import ALTERED, GONE, altered, recut, samples, theirs
+
+__all__ = ["samples"]  # a fixture
+
+Capture = pytest.CaptureFixture[str]
+Verify = Callable[..., tuple[int, dict[str, Any]]]
+TEACHER = ("--teacher", world.TEACHER, "--weights", "random", "--device", "cpu")
+
+
+@pytest.fixture
+def verify(capsys: Capture) -> Verify:
+    """``cache verify --json``: exit code and report."""
+
+    def run(*arguments: object) -> tuple[int, dict[str, Any]]:
+        capsys.readouterr()
+        code = world.cli("cache", "verify", *arguments, "--json", "--quiet")
+        return code, world.last_json(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture
+def copy(small: World, tmp_path: Path) -> World:
+    """The small world with a cache that may be altered."""
+    shutil.copytree(small.cache, tmp_path / "cache")
+    return replace(small, cache=tmp_path / "cache")
+
+
+def test_a_good_cache_passes_every_depth(small: World, verify: Verify) -> None:
+    code, report = verify(small.cache, "--shards", small.shards, *TEACHER)
+    assert code == 0
+    assert report["ok"] is True
+    assert report["problems"] == []
+    checks = report["checks"]
+    assert list(checks) == ["units", "structure", "bytes", "join", "images", "views", "answers"]
+    assert checks["structure"]["files"] == len(data_files(small.cache)) - 9  # 3 of every tar shard
+    assert checks["bytes"]["views"] == 4 * 96
+    assert checks["join"]["found"] == checks["images"]["equal"] == 96
+    assert checks["views"]["bit_exact"] == checks["answers"]["views"] == 96
+    assert checks["answers"]["dense"] == checks["answers"]["envelope"] == 1.0
+
+
+def test_the_depth_structure_decodes_nothing(copy: World, verify: Verify) -> None:
+    name = next(n for n in data_files(copy.cache) if n.startswith("dense/spatial"))
+    data = bytearray((copy.cache / name).read_bytes())
+    data[len(data) // 3] ^= 1
+    (copy.cache / name).write_bytes(data)
+    code, report = verify(copy.cache, "--depth", "structure")
+    assert (code, report["ok"]) == (0, True)
+    assert "bytes" not in report["checks"]
+    code, report = verify(copy.cache)
+    assert (code, report["ok"]) == (1, False)
+    assert [(p["depth"], p["where"]) for p in report["problems"]] == [("bytes", name)]
+    assert report["error"]["kind"] == "CacheError"
+    assert "copy this file again" in report["error"]["action"]
+
+
+def test_units_that_are_not_made_are_a_problem_unless_partial(copy: World, verify: Verify) -> None:
+    (copy.cache / "done/c/1/2").unlink()
+    code, report = verify(copy.cache)
+    assert code == 1
+    assert report["checks"]["units"] == {"done": 5, "total": 6, "problems": 1}
+    assert "views 2-3 of shard 2" in report["problems"][0]["found"]
+    code, report = verify(copy.cache, "--partial", "--shards", copy.shards)
+    assert (code, report["ok"]) == (0, True)
+    assert report["checks"]["views"]["bit_exact"] == 96
+
+
+def test_someone_elses_images_are_told_apart(
+    small: World, samples: list[Sample], tmp_path: Path, verify: Verify
+) -> None:
+    other = recut(small, tmp_path / "theirs", theirs(samples))
+    code, report = verify(small.cache, "--shards", other.shards)
+    assert code == 1
+    checks = report["checks"]
+    assert checks["join"] == {
+        **{"samples": 96, "found": 93, "unused": 2, "shards_alike": 0, "problems": len(GONE)}
+    }
+    assert checks["images"] == {"compared": 93, "equal": 89, "problems": len(ALTERED)}
+    assert checks["views"]["bit_exact"] == checks["views"]["replayed"] == 89
+    assert checks["views"]["other_image"] == len(ALTERED)
+    told = [p for p in report["problems"] if p["depth"] == "images"]
+    tars = [Path(p["where"].split()[0]).name for p in told]
+    assert all(name.startswith("x-0") for name in tars), told
+    assert "--set data.missing=skip" in report["error"]["action"]
+    assert "--set data.drift=skip" in report["error"]["action"]
+
+
+def test_a_smaller_sample_is_spread_over_shards_and_views(small: World) -> None:
+    found = join(load_dataset(small.shards), CacheReader(small.cache))
+    rows = spread_views(found, 12)
+    assert len(rows) == 12
+    assert set(rows[:, 0]) == set(range(4))
+    assert set(rows[:, 1]) == set(range(3))
+    assert replay(found, rows).exact.all()
+    assert len(spread_views(found, 1000)) == 96
+
+
+def shifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another release of an image library: some pixels differ by one."""
+    render = apply.render
+
+    def other(*arguments: Any) -> Any:
+        pixels = render(*arguments)
+        if pixels[0, 0, 0] % 2:
+            pixels = pixels.copy()
+            pixels[0, 0, 0] -= 1
+        return pixels
+
+    monkeypatch.setattr(apply, "render", other)
+
+
+def with_versions(cache: Path, **versions: str) -> None:
+    """Let the manifest say that the cache was made with these."""
+    manifest = CacheReader(cache).manifest
+    said = replace(manifest, versions={**manifest.versions, **versions})
+    (cache / layout.GROUP).write_bytes(layout.manifest_document(said))
+
+
+def test_pixels_that_differ_by_rounding_are_told_with_the_versions(
+    copy: World, verify: Verify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_versions(copy.cache, pillow="9.9.9")
+    shifted(monkeypatch)
+    code, report = verify(copy.cache, "--shards", copy.shards)
+    views = report["checks"]["views"]
+    assert code == 1
+    assert 20 < views["differing_by_rounding"] < 80
+    assert views["bit_exact"] + views["differing_by_rounding"] == 96
+    assert views["other_image"] == views["other_seed"] == 0
+    assert any(line.startswith("pillow: 9.9.9 and ") for line in report["other_versions_here"])
+    assert "pillow: 9.9.9 and " in report["problems"][0]["found"]
+
+
+def test_seeds_that_do_not_follow_from_the_root_seed_are_told(
+    small: World, tmp_path: Path, verify: Verify
+) -> None:
+    """A cache whose manifest states another root seed than it was made with."""
+    shutil.copytree(small.cache, tmp_path / "cache")
+    manifest = CacheReader(small.cache).manifest
+    said = replace(manifest, root_seed=manifest.root_seed + 1)
+    (tmp_path / "cache" / layout.GROUP).write_bytes(layout.manifest_document(said))
+    code, report = verify(tmp_path / "cache", "--shards", small.shards)
+    assert code == 1
+    assert report["checks"]["views"]["other_seed"] == 96
+
+
+def test_another_teacher_is_told_by_its_weights(small: World, verify: Verify) -> None:
+    arguments = ("--shards", small.shards, *TEACHER[2:])
+    code, report = verify(small.cache, *arguments, "--teacher", "resnet14t")
+    assert code == 1
+    (problem,) = report["problems"]
+    assert problem["depth"] == "answers"
+    assert CacheReader(small.cache).manifest.teacher.weights_sha256 in problem["found"]
+
+
+def rolled(copy: World, names: tuple[str, ...], units: int) -> None:
+    """Write the first units anew, whole and with true checksums, every class one further."""
+    shutil.move(copy.cache, old := copy.cache.with_name("old"))
+    reader = CacheReader(old)
+    writer = CacheWriter.create(copy.cache, reader.manifest)
+    for number, unit in enumerate(writer.todo()):
+        data = unit_data(reader, writer, unit, unit.shard)
+        for name in names if number < units else ():
+            data.arrays[name][:] = np.roll(data.arrays[name], 1, axis=2)
+        writer.write_unit(unit, data)
+
+
+@pytest.mark.parametrize(("units", "wrong"), [(0, 0), (1, 35 // 2), (6, 96)])
+def test_answers_that_are_not_the_teachers_are_found(
+    copy: World, verify: Verify, units: int, wrong: int
+) -> None:
+    rolled(copy, ("dense/spatial", "dense/global"), units)
+    code, report = verify(copy.cache, "--shards", copy.shards, *TEACHER)
+    assert code == (1 if wrong else 0)
+    told = report["problems"]
+    assert {problem["depth"] for problem in told} == ({"answers"} if wrong else set())
+    assert abs(len(told) - wrong) <= 1  # a unit is half of a shard's views
+    assert all(problem["found"].startswith("dense, view ") for problem in told)
+    assert report["checks"]["answers"]["envelope"] == 1.0
+    assert report["checks"]["answers"]["dense"] == pytest.approx(1 - len(told) / 96)
+
+
+def test_agreement_is_the_share_of_equal_labels_or_the_overlap() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spatial, other = torch.randn(2, 5, 7, 3, 3, generator=generator).half()
+    global_ = torch.randn(5, 7, generator=generator).half()
+    dense, quantised = ENCODINGS["dense"], ENCODINGS["dense-q8"]
+    found = agreement(dense, dense.encode(spatial, global_), dense.encode(other, global_))
+    for b in range(5):
+        at_one = (spatial[b].argmax(0) == other[b].argmax(0)).float().mean()
+        fused = [
+            (0.5 * d[b].float() + 0.5 * global_[b].float()[:, None, None]) for d in (spatial, other)
+        ]
+        at_half = (fused[0].argmax(0) == fused[1].argmax(0)).float().mean()
+        assert found[b] == pytest.approx(float(at_one + at_half + 1) / 3)
+    near = agreement(
+        quantised, quantised.encode(spatial, global_), quantised.encode(other, global_)
+    )
+    for b in range(5):
+        overlaps = [1.0]
+        for r in (1.0, 0.5):
+            p, q = (
+                torch.softmax(r * d[b].double() + (1 - r) * global_[b].double()[:, None, None], 0)
+                for d in (spatial, other)
+            )
+            overlaps.append(float(1 - (p - q).abs().sum(0).mean() / 2))
+        assert near[b] == pytest.approx(sum(overlaps) / 3, abs=0.02)
+
+
+def test_a_teacher_needs_images_and_its_flags_a_teacher(small: World, capsys: Capture) -> None:
+    assert world.cli("cache", "verify", small.cache, "--teacher", "resnet10t") == 2
+    assert "give --shards too" in capsys.readouterr().err
+    assert world.cli("cache", "verify", small.cache, "--weights", "hub") == 2
+    assert "--teacher NAME" in capsys.readouterr().err
+
+
+def test_for_people_there_is_a_table_and_the_list(copy: World, capsys: Capture) -> None:
+    assert world.cli("cache", "verify", copy.cache, "--shards", copy.shards, "--quiet") == 0
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()[2:]] == [
+        *("units", "structure", "bytes", "join", "images", "views")
+    ]
+    assert err == ""
+    (copy.cache / "seed/c/0/0/0").unlink()
+    assert world.cli("cache", "verify", copy.cache, "--quiet") == 1
+    assert "- structure: seed/c/0/0/0: the file is missing" in capsys.readouterr().err
+
+
+# --- train's own look at a sample -----------------------------------------------------------------
+
+
+def test_training_begins_with_a_look_at_a_sample(
+    small: World, tmp_path: Path, capsys: Capture
+) -> None:
+    recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run")
+    open_training_data(recipe, Terminal())
+    assert "checked 64 views of the cache: 64 come out bit for bit" in capsys.readouterr().err
+    none = world.train_recipe(small.shards, small.cache, tmp_path / "run", sets=["data.check=0"])
+    open_training_data(none, Terminal())
+    assert "checked" not in capsys.readouterr().err
+
+
+def test_views_that_differ_stop_training_before_it_begins_or_are_told(
+    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    shifted(monkeypatch)
+    recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run")
+    with pytest.raises(ViewDriftError, match="not those the teacher saw"):
+        open_training_data(recipe, Terminal())
+    warned = world.train_recipe(
+        small.shards, small.cache, tmp_path / "run", sets=["data.drift=warn"]
+    )
+    open_training_data(warned, Terminal())
+    told = capsys.readouterr().err
+    assert "warning: checked 64 views" in told
+    assert "0 are of other images" in told
+
+
+def test_other_images_beyond_the_probed_ones_stop_training_before_it_begins(
+    small: World, samples: list[Sample], tmp_path: Path
+) -> None:
+    """Of 96 samples 64 are looked at, every third of which no earlier look has read."""
+    rows = spread_views(join(load_dataset(small.shards), CacheReader(small.cache)), 64)
+    starts = [0, 35, 70]
+    number = starts[int(rows[5, 1])] + int(rows[5, 2])
+    content = [altered(s) if i == number else s for i, s in enumerate(samples)]
+    other = recut(small, tmp_path / "one altered", content)
+    recipe = world.train_recipe(other.shards, small.cache, tmp_path / "run")
+    with pytest.raises(JoinError, match="not the one the cache was made from"):
+        open_training_data(recipe, world.quiet())
+    skipped = world.train_recipe(
+        other.shards, small.cache, tmp_path / "run", sets=["data.drift=skip"]
+    )
+    data = open_training_data(skipped, world.quiet())
+    assert data.joined is not None
+    assert data.joined.differing == 1
+
+
+def test_damaged_targets_of_the_sample_stop_training_before_it_begins(
+    copy: World, tmp_path: Path
+) -> None:
+    for path in (copy.cache / "envelope").rglob("*"):
+        if path.is_file() and path.name != "zarr.json":
+            path.write_bytes(path.read_bytes()[:-1])
+    sets = ["distill.encoding=envelope"]
+    recipe = world.train_recipe(copy.shards, copy.cache, tmp_path / "run", sets=sets)
+    with pytest.raises(CacheError, match="damaged"):
+        open_training_data(recipe, world.quiet())
