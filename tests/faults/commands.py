@@ -18,12 +18,15 @@ Words = list[object]
 
 @dataclass(frozen=True)
 class Stages:
-    """``dump-teacher``, ``cache convert`` and ``train`` into a folder of the caller's."""
+    """``dump-teacher``, ``cache convert``, ``cache merge`` and ``train`` into a folder of the
+    caller's. ``parts``: two caches that overlap and together are ``cache``.
+    """
 
     server: Server
     shards: Path
     cache: Path
     log: Path
+    parts: tuple[Path, ...] = ()
 
     def dump(self, out: Path, workers: int = 1) -> Words:
         """What made ``cache``."""
@@ -37,6 +40,10 @@ class Stages:
         """All other encodings, from ``cache``."""
         words = ("--encoding", "dense-q8", "--encoding", "topk", "--encoding", "envelope")
         return ["cache", "convert", self.cache, out, *words, "--device", "cpu", "--quiet"]
+
+    def merge(self, out: Path, workers: int = 0) -> Words:
+        """``cache`` again, from its parts."""
+        return ["cache", "merge", *self.parts, "--out", out, "--quiet"]
 
     def train(self, out: Path, workers: int = 1) -> Words:
         """24 updates, the state written after every one."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cskd_pipeline.cache.convert import convert
+from cskd_pipeline.loading.progress import silent
 from tests.faults.commands import Stages, Whole, left_by, used
 from tests.pipeline.conftest import World, small
 from tests.processes import server
@@ -16,17 +18,28 @@ from tests.processes import server
 __all__ = ["small"]
 
 
+@pytest.fixture(scope="session")
+def parts(small: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The small world's cache in two that overlap in one of its three tar shards."""
+    folder = tmp_path_factory.mktemp("parts")
+    for number in range(2):
+        convert(small.cache, folder / f"{number}", shards=(number, number + 2), progress=silent)
+    return folder / "0", folder / "1"
+
+
 @pytest.fixture
-def stages(small: World, tmp_path: Path) -> Stages:
-    """The three commands that write, on the small world."""
-    return Stages(server(), small.shards, small.cache, tmp_path / "log")
+def stages(small: World, parts: tuple[Path, Path], tmp_path: Path) -> Stages:
+    """The commands that write, on the small world."""
+    return Stages(server(), small.shards, small.cache, tmp_path / "log", parts)
 
 
 @pytest.fixture(scope="session")
-def whole(small: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
+def whole(
+    small: World, parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Whole]:
     """What a kind of command leaves when nothing happens to it."""
     root = tmp_path_factory.mktemp("whole")
-    stages = Stages(server(), small.shards, small.cache, root / "log")
+    stages = Stages(server(), small.shards, small.cache, root / "log", parts)
 
     @cache
     def of(kind: str) -> Whole:

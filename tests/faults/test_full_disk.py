@@ -14,7 +14,7 @@ from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.errors import CacheError
 from tests.faults.commands import Stages, Whole, left_by
 
-KINDS = ["dump", "convert", "train"]
+KINDS = ["dump", "convert", "merge", "train"]
 
 
 @pytest.fixture

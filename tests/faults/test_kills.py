@@ -29,13 +29,13 @@ def progress(kind: str, out: Path) -> int:
     return int(load_state(state)["update"]) if state.exists() else 0
 
 
-@pytest.mark.parametrize("kind", ["dump", "convert", "train"])
+@pytest.mark.parametrize("kind", ["dump", "convert", "merge", "train"])
 def test_a_command_killed_at_random_moments_ends_as_an_uninterrupted_one(
     kind: str, stages: Stages, whole: Callable[[str], Whole], tmp_path: Path
 ) -> None:
     command = getattr(stages, kind)
     expected, _, seconds = whole(kind)
-    if kind == "dump":
+    if kind in ("dump", "merge"):
         assert expected == left_by(kind, stages.cache)
     out, moments = tmp_path / "killed", random.Random(kind)
     reached: list[int] = []
@@ -71,7 +71,7 @@ def test_what_a_kill_left_half_written_stands_in_nobodys_way(
     assert not list(out.glob(".*"))
 
 
-@pytest.mark.parametrize("kind", ["dump", "convert"])
+@pytest.mark.parametrize("kind", ["dump", "convert", "merge"])
 def test_one_command_given_twice_at_once_makes_one_cache(
     kind: str, stages: Stages, whole: Callable[[str], Whole], tmp_path: Path
 ) -> None:

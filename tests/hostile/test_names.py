@@ -73,6 +73,26 @@ def test_cache_info_spells_out_all_free_text(
     assert output.count(SPELLED) >= 4
 
 
+def test_merging_and_verifying_spell_names_out(
+    tmp_path: Path, says: Callable[..., tuple[int, str]]
+) -> None:
+    data = replace(dataset(), name=EVIL)
+    data = replace(data, shards=(replace(data.shards[0], name="[bold red]x[/bold red].tar"),))
+    make(tmp_path / "a", dataset=data, versions={"torch": EVIL})
+    make(tmp_path / "b", dataset=data, teacher=teacher(name=EVIL))
+    code, output = says("cache", "merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / EVIL)
+    assert code == 1
+    assert r"teacher.name: resnet10t" in output
+    assert r"\x1b]0;owned\x07" in output
+    (tmp_path / "a/done/c/0/0").unlink()
+    code, output = says("cache", "verify", tmp_path / "a")
+    assert code == 1
+    assert "shard 0 ([bold red]x[/bold red].tar)" in output
+    code, output = says("cache", "verify", tmp_path / "a", "--json")
+    assert code == 1
+    assert json.loads(output.splitlines()[0])["checks"]["units"]["problems"] == 1
+
+
 def test_indexing_and_its_manifest(tmp_path: Path, says: Callable[..., tuple[int, str]]) -> None:
     shards = evil_shards(tmp_path / "shards")
     code, output = says("index", shards, "--name", EVIL, "--out", tmp_path / "m.json")
@@ -107,7 +127,17 @@ def test_a_hostile_key_in_an_error(
 
 @pytest.mark.parametrize(
     "where",
-    ["recipe key", "recipe value", "recipe file", "shards", "cache", "encoding", "checkpoint"],
+    [
+        "recipe key",
+        "recipe value",
+        "recipe file",
+        "shards",
+        "cache",
+        "verify",
+        "merge",
+        "encoding",
+        "checkpoint",
+    ],
 )
 def test_a_hostile_word_in_an_error(
     stages: Stages, tmp_path: Path, says: Callable[..., tuple[int, str]], where: str
@@ -120,6 +150,8 @@ def test_a_hostile_word_in_an_error(
         "recipe file": ("train", "--recipe", f"{EVIL}.toml"),
         "shards": ("index", EVIL, "--out", tmp_path / "m.json"),
         "cache": ("cache", "info", EVIL),
+        "verify": ("cache", "verify", EVIL),
+        "merge": ("cache", "merge", stages.cache, EVIL, "--out", tmp_path / "y"),
         "encoding": ("cache", "convert", stages.cache, tmp_path / "x", "--encoding", EVIL),
         "checkpoint": ("evaluate", EVIL, "--shards", stages.shards),
     }
