@@ -99,6 +99,30 @@ def verify(
     return report if json else None
 
 
+@cache_app.command(
+    epilog="Example: cskd-pipeline cache card cache --location hf://datasets/LAB/NAME"
+)
+def card(
+    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="What dump-teacher made.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Default: README.md in the cache.")
+    ] = None,
+    location: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Where others will read it, for the commands in the card: hf://datasets/LAB/NAME.",
+        ),
+    ] = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """Write the dataset card of a cache that is to be published: provenance, sizes, how to use."""
+    from cskd_pipeline.cache.card import write_card
+
+    return write_card(cache, out, location)
+
+
 @cache_app.command(epilog="Example: cskd-pipeline cache convert cache small --encoding envelope")
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A cache.")],

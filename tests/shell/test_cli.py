@@ -93,6 +93,7 @@ PROMISED = {
     "evaluate": "CHECKPOINT --shards --json --quiet",
     "cache info": "CACHE --json --quiet",
     "cache verify": "CACHE --depth --shards --teacher --weights --samples --partial --json --quiet",
+    "cache card": "CACHE --out --location --json --quiet",
     "cache convert": "SRC DST --encoding --views --shards --json --quiet",
     "cache merge": "CACHE... --out --accept-versions --json --quiet",
     "bench encodings": "CACHE_OR_TEACHER --shards --weights --views --plot --json --quiet",

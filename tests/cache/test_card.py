@@ -1,0 +1,155 @@
+"""The card of a published cache: what it says is the cache's, and hostile text in it stays text."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from markdown_it import MarkdownIt
+
+from cskd_pipeline.cache.card import MARK, text, write_card
+from cskd_pipeline.cache.info import describe
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cli import app, main
+from cskd_pipeline.errors import OutputError
+from tests.cache.making import dataset, make, teacher
+
+EVIL = (
+    "x](http://evil) ![i](http://evil/i.png) <script>alert(1)</script> `code` | cell | **b** "
+    "```\n# head\n- item\n1. one\n---\n\x1b[31m <!-- & &lt; {{x}} $y$ https://evil.example "
+)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[..., str]:
+    """The card of a cache whose manifest has these values."""
+
+    def write(location: str | None = None, **changes: Any) -> str:
+        make(tmp_path / "cache", **changes)
+        found = write_card(tmp_path / "cache", location=location)
+        return Path(found["card"]).read_text(encoding="utf-8")
+
+    return write
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    _, front, _ = card.split("---\n", 2)
+    pairs = (line.split(": ", 1) for line in front.splitlines())
+    return {name: json.loads(value) for name, value in pairs}
+
+
+def body(card: str) -> list[Any]:
+    """The tokens of its Markdown, inline ones too."""
+    parser = MarkdownIt("gfm-like", {"linkify": False})
+    tokens = parser.parse(card.split("---\n", 2)[2])
+    return [part for token in tokens for part in (token, *(token.children or ()))]
+
+
+def test_the_card_says_what_the_cache_is(written: Callable[..., str], tmp_path: Path) -> None:
+    card = written()
+    info = describe(tmp_path / "cache")
+    shown = " ".join(token.content for token in body(card))
+    assert info["manifest_sha256"] in shown
+    assert info["teacher"]["weights_sha256"] in shown
+    assert "12 samples of 20 classes in 3 shards" in shown
+    for name, encoding in info["encodings"].items():
+        assert name in shown
+        assert f"{encoding['bytes_per_view']:,.4g}" in shown
+
+
+def test_its_front_matter_is_the_hubs(written: Callable[..., str]) -> None:
+    front = front_matter(written(license="CC-BY-4.0"))
+    assert front["pretty_name"] == "Teacher cache: resnet10t on toy"
+    assert front["license"] == "cc-by-4.0"
+    assert front["size_categories"] == ["n<1K"]
+    assert "license_name" not in front
+
+
+def test_other_licenses_keep_their_name(written: Callable[..., str]) -> None:
+    front = front_matter(written(license="for research; ask us"))
+    assert front["license"] == "other"
+    assert front["license_name"] == "for research; ask us"
+
+
+def test_its_commands_can_be_run_as_they_stand(written: Callable[..., str]) -> None:
+    card = written(location="hf://datasets/a lab/it's")
+    fence = next(token.content for token in body(card) if token.type == "fence")
+    group: Any = typer.main.get_command(app)
+    for line in fence.splitlines():
+        program, *words = shlex.split(line)
+        assert program == "cskd-pipeline"
+        assert "hf://datasets/a lab/it's" in words
+        name = words.pop(0)
+        command = group.commands[name]
+        if name == "cache":
+            command = command.commands[words.pop(0)]
+        command.make_context(name, words)
+
+
+def test_hostile_text_stays_text(written: Callable[..., str]) -> None:
+    card = written(
+        dataset=replace(dataset(), name=EVIL),
+        teacher=teacher(name=EVIL, source=EVIL),
+        license=EVIL,
+        notes=EVIL,
+        versions={"torch": EVIL},
+    )
+    markup = [token.content.strip() for token in body(card) if token.type.startswith("html")]
+    assert markup == [MARK]
+    kinds = {token.type for token in body(card)}
+    assert not kinds & {"link_open", "image", "strong_open", "hr"}
+    assert not kinds & {"ordered_list_open", "bullet_list_open"}
+    codes = [token.content for token in body(card) if token.type == "code_inline"]
+    assert codes == ["cache verify"]
+    headings = [
+        token.content
+        for before, token in zip(body(card), body(card)[1:], strict=False)
+        if before.type == "heading_open"
+    ]
+    assert "head" not in headings
+    assert "\x1b" not in card
+    front_matter(card)
+    rows = [line for line in card.splitlines() if line.startswith("| data set")]
+    assert len(rows) == 1
+
+
+@pytest.mark.parametrize(
+    "value", [EVIL.splitlines()[0], "1. one", "- item", "---", "a_b*c*", "# h"]
+)
+def test_escaped_text_reads_as_it_was(value: str) -> None:
+    tokens = MarkdownIt("commonmark").parse(text(value))
+    assert [token.type for token in tokens] == ["paragraph_open", "inline", "paragraph_close"]
+    children = tokens[1].children or []
+    assert "".join(child.content for child in children) == value.strip()
+    assert {child.type for child in children} <= {"text", "text_special"}
+
+
+def test_an_older_card_is_replaced_and_anything_else_kept(tmp_path: Path) -> None:
+    make(tmp_path / "cache")
+    readme = tmp_path / "cache/README.md"
+    readme.write_text("my own words")
+    with pytest.raises(OutputError, match="not written by this command"):
+        write_card(tmp_path / "cache")
+    assert readme.read_text() == "my own words"
+    write_card(tmp_path / "cache", tmp_path / "card.md")
+    first = (tmp_path / "card.md").read_text()
+    write_card(tmp_path / "cache", tmp_path / "card.md", location="s3://bucket/it")
+    assert "s3://bucket/it" in (tmp_path / "card.md").read_text() != first
+
+
+def test_a_card_in_the_cache_stands_in_no_readers_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "cache")
+    before = describe(tmp_path / "cache")
+    assert main(["cache", "card", str(tmp_path / "cache"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["card"] == str(tmp_path / "cache/README.md")
+    assert describe(tmp_path / "cache") == before
+    assert CacheReader(tmp_path / "cache").done().all()
+    assert main(["cache", "verify", str(tmp_path / "cache"), "--quiet"]) == 0
