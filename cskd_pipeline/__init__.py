@@ -20,7 +20,8 @@ This docstring is the tour; the rooms come in the order in which a picture passe
 5. **cache** -- what is stored: a zarr v3 group with leading axes (view, shard, offset).
    ``encodings`` has one file per way of storing the teacher's answer; ``writer`` commits units
    (block of views, tar shard), ``done`` last; ``reader`` knows nothing that is not done;
-   ``convert`` makes a smaller cache of another, ``merge`` one of several parts.
+   ``convert`` makes a smaller cache of another, ``merge`` one of several parts; ``remote`` reads one
+   where it is published.
 6. **loading** -- what is read: ``shards`` (tars), ``plan`` (which sample in which view comes when:
    a pure function, the same for any number of ranks and workers), ``join`` (a cache's sample to the
    user's own tar, by key), ``batches`` (decode once, render, pair), ``device`` (uint8 to mixed

@@ -10,6 +10,7 @@ CskdError                exit code 1 unless said otherwise
 |   `-- JoinError        the shards at hand and the cache's data set differ
 |-- ViewDriftError       a replayed view is not the recorded one
 |-- CacheError           a cache: incomplete, damaged, or of another kind than asked for
+|-- RemoteError          a cache elsewhere that cannot be reached, or may not be read
 |-- WeightsError         a checkpoint or teacher file that cannot be loaded safely
 |-- TeacherError         a model that cannot give spatial logits
 |-- StudentError         a model that cannot take them
@@ -136,6 +137,10 @@ class ViewDriftError(CskdError):
 
 class CacheError(CskdError):
     """A cache that is incomplete, damaged, or of another kind than asked for."""
+
+
+class RemoteError(CskdError):
+    """A cache elsewhere that cannot be reached, or may not be read."""
 
 
 class WeightsError(CskdError):

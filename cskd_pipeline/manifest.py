@@ -253,6 +253,13 @@ class CacheManifest:
         """SHA-256 (hex) of :meth:`to_json` as canonical JSON: sorted keys, no spaces, ASCII."""
         return documents.sha256(self.to_json())
 
+    def lineage(self) -> str:
+        """SHA-256 (hex) of what stays the same while a cache grows: its finished files are too."""
+        document = self.to_json()
+        for name in ("views", "other_versions", "license", "notes"):
+            document.pop(name, None)
+        return documents.sha256(document)
+
     def differences(self, other: CacheManifest) -> list[str]:
         """What forbids writing ``other``'s units into this cache, one line each; empty if nothing.
 

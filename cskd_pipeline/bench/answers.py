@@ -39,7 +39,7 @@ class Answers:
         return len(self.global_)
 
 
-def from_cache(path: Path, views: int) -> Answers:
+def from_cache(path: Path | str, views: int) -> Answers:
     """``views`` views of a cache with the encoding ``dense``, drawn at random from all it has.
 
     Raises:

@@ -9,9 +9,11 @@
 4. **store** -- a folder as a cache: manifest, units done, chunks; errors name array, unit and file.
 5. **writer** -- commits units: files written beside their place, synced, renamed (``durable``);
    ``done`` after all others. **reader** -- sees units that are done, keeps decoded slabs (``lru``).
-6. **info** -- what ``cskd-pipeline cache info`` tells.
+   **remote** -- the same of a URL, through copies on this machine (``mirror``).
+6. **info** -- what ``cskd-pipeline cache info`` tells (``summary``: to a person); **card** -- the
+   README of a published cache.
 7. **convert** -- a smaller cache of another; **merge** -- one of several (``parts``: whether they
-   belong together).
+   belong together); **verify** -- everything looked at, everything wrong told.
 
 A file that is missing, cut short or altered raises ``CacheError``; it never reads as fill values.
 Nothing here imports torch before an encoding meets a tensor. ``manifests/cache-format.md`` is the

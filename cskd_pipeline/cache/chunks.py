@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -36,8 +37,23 @@ class Folder:
         DamageError: a file that is missing, no plain file, shorter or larger than asked for.
     """
 
+    lists: bool
+    """Whether :meth:`names` tells what there is; else :meth:`there` does."""
+
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root, self.lists = root, True
+
+    def settled(self, identity: str) -> Folder:
+        """The same, now that it is known which cache's files these are."""
+        return self
+
+    def where(self, key: str) -> Path | str:
+        """For messages."""
+        return self.root / key
+
+    def forget(self, key: str) -> bool:
+        """Let go of what may be a bad copy of a file; whether to read it anew makes sense."""
+        return False
 
     def read(self, key: str, limit: int) -> bytes:
         """The whole file, of at most ``limit`` bytes."""
@@ -69,6 +85,20 @@ class Folder:
             return os.listdir(self.root / key)
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+    def there(self, keys: Sequence[str]) -> list[bool]:
+        """Which of these files there are."""
+        return [(self.root / key).is_file() for key in keys]
+
+    def sizes(self) -> dict[str, int] | None:
+        """The length of every file, by key; None if nobody can tell."""
+        found = {}
+        for folder, _, names in os.walk(self.root):
+            below = os.path.relpath(folder, self.root)
+            for name in names:
+                key = name if below == "." else f"{below}/{name}"
+                found[key] = os.stat(f"{folder}/{name}").st_size
+        return found
 
     def _open(self, key: str) -> tuple[int, int]:
         try:
@@ -112,6 +142,15 @@ class ChunkReader:
             DamageError: the file is missing, or a checksum or a length does not fit.
         """
         key = array.key(*at)
+        try:
+            return self._read(array, key, at)
+        except DamageError:
+            if not self._folder.forget(key):
+                raise
+            self._indices.drop(key)
+            return self._read(array, key, at)
+
+    def _read(self, array: StoredArray, key: str, at: tuple[int, ...]) -> np.ndarray | None:
         if array.chunk_shape is None:
             data = self._folder.read(key, limit=_most_bytes(array, array.file_shape))
             return _decode(array, data, array.file_shape)

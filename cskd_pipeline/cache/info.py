@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ METHOD = (
 def describe(path: Path | str) -> dict[str, Any]:
     """Data, teacher, policy, completeness and sizes of the cache in ``path``.
 
-    Sizes are file lengths in bytes, counted over all files, those of unfinished units too;
-    ``bytes_per_view`` is per view of one sample, over finished units. ``teacher_top1`` is the share
-    of views whose label the teacher had on top, in percent. ``epochs``: how long a training run
-    sees no view twice, which is as many epochs as there are views, whatever its repeats.
+    Sizes are file lengths in bytes, counted over all files, those of unfinished units too, and None
+    where they are not listed; ``bytes_per_view`` is per view of one sample, over finished units.
+    ``teacher_top1`` is the share of views whose label the teacher had on top, in percent.
+    ``epochs``: how long a training run sees no view twice, which is as many epochs as there are
+    views, whatever its repeats.
 
     Raises:
         CacheError, ManifestError: there is no cache, or it is damaged.
@@ -34,7 +34,9 @@ def describe(path: Path | str) -> dict[str, Any]:
     correct, counted = reader.top1()
 
     def per_view(names: list[str]) -> float | None:
-        return round(sum(sizes[n] for n in names) / views_done, 2) if views_done else None
+        if sizes is None or not views_done:
+            return None
+        return round(sum(sizes[n] for n in names) / views_done, 2)
 
     encodings = {}
     for name, encoding in reader.encodings.items():
@@ -43,7 +45,7 @@ def describe(path: Path | str) -> dict[str, Any]:
             "serves": list(encoding.serves),
             "exact": encoding.exact,
             "min_temperature": encoding.min_temperature,
-            "bytes": sum(sizes[array] for array in arrays),
+            "bytes": sizes and sum(sizes[array] for array in arrays),
             "bytes_per_view": per_view(arrays),
         }
     kinds = sorted({kind for encoding in reader.encodings.values() for kind in encoding.serves})
@@ -72,7 +74,7 @@ def describe(path: Path | str) -> dict[str, Any]:
             {"name": shard.name, "samples": shard.count, "views_done": int(n) * manifest.view_block}
             for shard, n in zip(manifest.dataset.shards, done.sum(axis=0), strict=True)
         ],
-        "bytes": sum(sizes.values()),
+        "bytes": sizes and sum(sizes.values()),
         "bytes_by_array": sizes,
         "bytes_per_view": {
             "seeds_and_digests": per_view(["seed", "view_digest", "top1", "done"]),
@@ -117,20 +119,14 @@ def _braced(text: str) -> str:
     return "".join(c for c in text if c not in "{}\\" and c.isprintable())
 
 
-def _bytes_by_array(reader: CacheReader) -> dict[str, int]:
+def _bytes_by_array(reader: CacheReader) -> dict[str, int] | None:
     """File lengths by array; all ``zarr.json`` together count as ``metadata``."""
-    names = sorted(layout.stored_arrays(reader.manifest))
-    documents = [layout.GROUP, *layout.array_documents(reader.manifest)]
-    metadata = sum((reader.path / key).stat().st_size for key in documents)
-    return {name: _bytes_in(reader.path / name / "c") for name in names} | {"metadata": metadata}
-
-
-def _bytes_in(folder: Path | str) -> int:
-    try:
-        with os.scandir(folder) as entries:
-            return sum(
-                _bytes_in(entry.path) if entry.is_dir() else entry.stat().st_size
-                for entry in entries
-            )
-    except FileNotFoundError:  # no unit has written to this array yet
-        return 0
+    found = reader.sizes()
+    if found is None:
+        return None
+    sizes = dict.fromkeys([*sorted(layout.stored_arrays(reader.manifest)), "metadata"], 0)
+    for key, length in found.items():
+        name = "metadata" if key.rpartition("/")[2] == layout.GROUP else key.partition("/c/")[0]
+        if name in sizes:  # others lie beside the cache
+            sizes[name] += length
+    return sizes

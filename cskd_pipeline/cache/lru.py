@@ -25,6 +25,10 @@ class BytesLRU(Generic[K, V]):
         self._items.move_to_end(key)
         return item[0]
 
+    def drop(self, key: K) -> None:
+        _, size = self._items.pop(key, (None, 0))
+        self.used -= size
+
     def put(self, key: K, value: V, size: int) -> None:
         _, old = self._items.pop(key, (None, 0))
         self._items[key] = (value, size)

@@ -22,6 +22,7 @@ from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.parts import Part, unite
 from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.writer import CacheWriter, Unit
 from cskd_pipeline.errors import CacheError, UsageError
 from cskd_pipeline.manifest import CacheManifest
@@ -53,6 +54,8 @@ def merge(
             one is damaged; the target is of another making.
         KeyboardInterrupt: stopped between units.
     """
+    for source in sources:
+        require_local(source, "merge copies files of folders", "copy this cache here first")
     _require_apart(sources, target)
     whole, parts = unite([CacheReader(source, memory=0) for source in sources])
     _require_accepted(whole, parts, accept_versions)

@@ -40,7 +40,7 @@ class Part:
 
     @property
     def path(self) -> Path:
-        return self.reader.path
+        return Path(self.reader.path)
 
     @property
     def geometry(self) -> dict[str, tuple[Any, ...]]:
@@ -141,7 +141,7 @@ def unite(readers: Sequence[CacheReader]) -> tuple[CacheManifest, list[Part]]:
 
 def _united_shards(readers: Sequence[CacheReader]) -> tuple[tuple[ShardInfo, ...], list[str]]:
     """Every tar shard of the parts once, and what contradicts itself among them."""
-    known: dict[str, tuple[ShardInfo, Path]] = {}  # by contents and by name
+    known: dict[str, tuple[ShardInfo, Path | str]] = {}  # by contents and by name
     shards: list[ShardInfo] = []
     conflicts: list[str] = []
     for reader in readers:
@@ -182,7 +182,7 @@ def _conflicts(one: CacheReader, other: CacheReader) -> list[str]:
     return [_conflict(at, (a, one.path), (b, other.path)) for at, a, b in found if a != b]
 
 
-def _conflict(at: str, one: tuple[Any, Path], other: tuple[Any, Path]) -> str:
+def _conflict(at: str, one: tuple[Any, Path | str], other: tuple[Any, Path | str]) -> str:
     return f"{at}: {_shown(one[0])} in {one[1]}, {_shown(other[0])} in {other[1]}"
 
 

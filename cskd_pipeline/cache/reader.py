@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from cskd_pipeline.manifest import CacheManifest, keys_sha256
 
 MAX_SLAB_BYTES = 2**29
 """Of one ragged array, decoded: chunks of one value would unfold thousandfold."""
+_READERS = 16  # of small files, which may lie far away
 
 
 class CacheReader:
-    """The finished units of the cache in the folder ``path``, as they are when it is opened.
+    """The finished units of the cache at ``path``, a folder or URL, as they are when it is opened.
 
     A unit is a block of ``view_block`` views of one tar shard; what is not done does not exist.
     Cheap to open, and to pickle: a copy in another process opens its own files. One reader serves
@@ -116,6 +118,10 @@ class CacheReader:
                 problems=[f"missing: {self._store.unit_name(b, s)}" for b, s in missing],
             )
 
+    def sizes(self) -> dict[str, int] | None:
+        """The length in bytes of every file there is, by key; None where nobody can tell."""
+        return self._store.sizes()
+
     def file(self, name: str, *at: int) -> str:
         """The file of an array that holds the element ``at``, below the cache's folder."""
         return self._store.arrays[name].key(*at)
@@ -150,12 +156,15 @@ class CacheReader:
 
         Reads a small file per unit.
         """
-        correct = counted = 0
-        for block, shard in np.argwhere(self._done).tolist():
-            pairs = self._store.chunk("top1", block * self.manifest.view_block, shard).tolist()
-            correct += sum(pair[0][0] for pair in pairs)
-            counted += sum(pair[0][1] for pair in pairs)
-        return correct, counted
+
+        def of(unit: tuple[int, int]) -> np.ndarray:
+            block, shard = unit
+            pairs = self._store.chunk("top1", block * self.manifest.view_block, shard)
+            return pairs[:, 0].sum(axis=0, dtype=np.int64)
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            correct, counted = sum(pool.map(of, np.argwhere(self._done).tolist()), np.zeros(2, int))
+        return int(correct), int(counted)
 
     def top1_of(self, view: int, shard: int) -> np.ndarray:
         """(correct, counted) of one view of one tar shard: (2,) uint32."""

@@ -11,6 +11,7 @@ import numpy as np
 from cskd_pipeline import documents
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder
+from cskd_pipeline.cache.remote import is_remote, open_folder
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.manifest import CacheManifest
 
@@ -25,6 +26,7 @@ class CacheStore:
     """The folder ``path`` as a cache; ``reader`` and ``writer`` stand on it.
 
     Args:
+        path: a folder, or a URL to read from; see :mod:`cskd_pipeline.cache.remote`.
         manifest: when it is known already; it is read otherwise.
 
     Raises:
@@ -33,12 +35,12 @@ class CacheStore:
     """
 
     def __init__(self, path: Path | str, manifest: CacheManifest | None = None) -> None:
-        self.path = Path(path)
-        folder = Folder(self.path)
+        folder = open_folder(path)
+        self.path: Path | str = str(path) if is_remote(path) else Path(path)
         self.manifest = manifest or _read_manifest(folder)
         self.arrays = layout.stored_arrays(self.manifest)
-        self._folder = folder
-        self._chunks = ChunkReader(folder)
+        self._folder = folder.settled(self.manifest.lineage())
+        self._chunks = ChunkReader(self._folder)
 
     def __reduce__(self) -> tuple[object, ...]:
         return CacheStore, (self.path, self.manifest)
@@ -71,8 +73,14 @@ class CacheStore:
             )
 
     def done(self) -> np.ndarray:
-        """(blocks, shards) bool, from the names of the files in ``done``: 30,000 in 30 ms."""
+        """(blocks, shards) bool, from the names of the files in ``done``: 30,000 in 30 ms.
+
+        Where files are not listed, each is asked for.
+        """
         done = np.zeros((self.manifest.blocks, len(self.manifest.dataset.shards)), bool)
+        if not self._folder.lists:
+            keys = [self.arrays["done"].key(*unit) for unit in np.ndindex(*done.shape)]
+            return np.array(self._folder.there(keys), bool).reshape(done.shape)
         blocks = {int(n) for n in self._folder.names("done/c") if n.isdecimal()}
         for block in sorted(n for n in blocks if n < len(done)):
             names = (int(n) for n in self._folder.names(f"done/c/{block}") if n.isdecimal())
@@ -114,9 +122,6 @@ class CacheStore:
             assert chunk is not None
             return chunk[0, : self.manifest.dataset.counts[shard]]
 
-    def has_file(self, key: str) -> bool:
-        return (self.path / key).exists()
-
     def length(self, key: str) -> int:
         """Of a file, in bytes.
 
@@ -124,6 +129,10 @@ class CacheStore:
             DamageError: there is none, or it is no plain file.
         """
         return self._folder.length(key)
+
+    def sizes(self) -> dict[str, int] | None:
+        """The length in bytes of every file there is, by key; None where nobody can tell."""
+        return self._folder.sizes()
 
     def unit_files(self, block: int, shard: int) -> Iterator[tuple[str, str]]:
         """Array and key of every per-view file of a unit, ``done`` last."""
@@ -154,7 +163,7 @@ class CacheStore:
                 key = array.key(block if name == "done" else view, shard)
             raise CacheError(
                 "the cache is damaged",
-                where=self.path / key,
+                where=self._folder.where(key),
                 found=f"array {name}, {part}: {error}",
                 expected="the bytes that were written",
                 action=RESTORE,
@@ -162,7 +171,7 @@ class CacheStore:
 
 
 def _read_manifest(folder: Folder) -> CacheManifest:
-    where = folder.root / layout.GROUP
+    where = folder.where(layout.GROUP)
     try:
         data = folder.read(layout.GROUP, documents.MAX_BYTES)
     except DamageError as error:

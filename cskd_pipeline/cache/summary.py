@@ -32,10 +32,12 @@ def summarise(info: Info) -> dict[str, Any]:
         "complete": _completeness(info),
         "encodings": {name: _encoding(e) for name, e in info["encodings"].items()},
         "serves": _serves(info),
-        "bytes": size(info["bytes"]),
+        "bytes": "not listed there" if info["bytes"] is None else size(info["bytes"]),
         "largest": ", ".join(
             f"{name} {size(count)}"
-            for name, count in sorted(info["bytes_by_array"].items(), key=lambda item: -item[1])
+            for name, count in sorted(
+                (info["bytes_by_array"] or {}).items(), key=lambda item: -item[1]
+            )
             if count
         ),
         "made": _making(info),
@@ -90,7 +92,8 @@ def _encoding(encoding: Info) -> str:
     lowest = encoding["min_temperature"]
     where = f" at temperatures of {lowest:g} and more" if lowest else ""
     each = encoding["bytes_per_view"]
-    costs = "no view yet" if each is None else f"{each:.4g} bytes a view"
+    unknown = "bytes not known" if encoding["bytes"] is None else "no view yet"
+    costs = unknown if each is None else f"{each:.4g} bytes a view"
     return f"{costs}; {kinds} targets, {kept}{where}"
 
 

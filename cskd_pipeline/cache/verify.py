@@ -60,11 +60,16 @@ def check_structure(store: CacheStore, units: Sequence[Unit], progress: Progress
         for shard in sorted({shard for _, shard in units}):
             for name in layout.PER_SHARD:
                 problems += _length_problems(store, name, store.arrays[name].key(shard))
-        for unit in units:
-            for name, key in store.unit_files(*unit):
-                problems += _length_problems(store, name, key)
-            meter.advance()
+        with ThreadPoolExecutor(THREADS) as pool:  # a store far away is asked for each length
+            for found in pool.map(lambda unit: _missing_files(store, unit), units):
+                problems += found
+                meter.advance()
     return problems
+
+
+def _missing_files(store: CacheStore, unit: Unit) -> list[Problem]:
+    found = (_length_problems(store, name, key) for name, key in store.unit_files(*unit))
+    return [problem for problems in found for problem in problems]
 
 
 def _length_problems(store: CacheStore, name: str, key: str) -> list[Problem]:

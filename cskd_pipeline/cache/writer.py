@@ -20,6 +20,7 @@ from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import encode_file
 from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
 from cskd_pipeline.cache.encodings import ENCODINGS, ArraySpec
+from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.manifest import CacheManifest, keys_sha256
@@ -67,11 +68,11 @@ class CacheWriter:
         self._start(store)
 
     def _start(self, store: CacheStore) -> None:
-        self.path = store.path
+        self.path = Path(store.path)
         self.manifest: CacheManifest = store.manifest
         self._store = store
         self._specs = layout.specs(store.manifest)
-        self._files = DurableFolder(store.path)
+        self._files = DurableFolder(self.path)
 
     @classmethod
     def create(
@@ -91,7 +92,7 @@ class CacheWriter:
                 encodings, or of other library versions; says everything that differs.
             ManifestError: ``manifest`` does not fit its schema.
         """
-        path = Path(path)
+        path = _local(path)
         if path.exists() and not path.is_dir():
             raise OutputError("the output is a file", where=path, expected="a folder")
         CacheManifest.from_json(manifest.to_json())  # what could not be read is not written
@@ -114,15 +115,16 @@ class CacheWriter:
         Raises:
             CacheError: there is none, or its metadata was altered; ManifestError.
         """
-        store = CacheStore(path)
-        with exclusive(store.path) as held:
+        root = _local(path)
+        store = CacheStore(root)
+        with exclusive(root) as held:
             if held:
-                files.sweep(store.path, layout.GROUP)
+                files.sweep(root, layout.GROUP)
             for key, document in layout.array_documents(store.manifest).items():
-                path = inside(store.path, key)
+                path = inside(root, key)
                 if held:
                     files.sweep(path.parent, path.name)
-                if not store.has_file(key):
+                if not path.exists():
                     _write(path, document)
         store.check_metadata()
         return cls(store)
@@ -371,3 +373,9 @@ def _require_free(path: Path) -> None:
 def _ranges(numbers: Iterable[int]) -> str:
     numbers = sorted(numbers)
     return f"{numbers[0]}-{numbers[-1]} ({len(numbers)})" if numbers else "none"
+
+
+def _local(path: Path | str) -> Path:
+    return require_local(
+        path, "a cache is written to a folder", "write it here, and copy the folder there"
+    )

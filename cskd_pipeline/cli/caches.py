@@ -11,6 +11,7 @@ from cskd_pipeline.cli.options import (
     ENCODING_NAMES,
     AcceptVersions,
     BatchSize,
+    CacheArgument,
     Device,
     Json,
     Outcome,
@@ -29,7 +30,7 @@ from cskd_pipeline.terminal import Terminal
 
 @cache_app.command(epilog="Example: cskd-pipeline cache info cache --json")
 def info(
-    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="What dump-teacher made.")],
+    cache: CacheArgument,
     quiet: Quiet = False,
     json: Json = False,
 ) -> Outcome:
@@ -43,7 +44,7 @@ def info(
 
 @cache_app.command(epilog="Example: cskd-pipeline cache verify cache --shards 'train-*.tar'")
 def verify(
-    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="What dump-teacher made.")],
+    cache: CacheArgument,
     depth: Annotated[
         Literal["structure", "bytes"],
         typer.Option(help="Only that every file is there, or also that everything decodes."),
@@ -125,7 +126,7 @@ def card(
 
 @cache_app.command(epilog="Example: cskd-pipeline cache convert cache small --encoding envelope")
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A cache.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A cache: a folder, or its URL.")],
     target: Annotated[
         Path,
         typer.Argument(metavar="DST", help="The cache to make from it, or to go on with."),

@@ -26,7 +26,6 @@ from cskd_pipeline.cli.options import (
     UpdateSize,
     Weights,
     Workers,
-    path_text,
     require,
     require_encodings,
 )
@@ -42,7 +41,8 @@ def encodings(
         str,
         typer.Argument(
             metavar="CACHE_OR_TEACHER",
-            help="A cache with the encoding dense, or a CNN's timm name (then with --shards).",
+            help="A cache (a folder, or its URL) with the encoding dense, or a CNN's timm name "
+            "(then with --shards).",
         ),
     ],
     shards: ShardsOption = None,
@@ -77,7 +77,7 @@ def encodings(
     require_encodings(encoding or ())
     if plot is not None and plot.suffix != ".svg":
         raise UsageError("the plot is an SVG", found=str(plot), expected="a name that ends in .svg")
-    is_cache = Path(source).is_dir()
+    is_cache = "://" in source or Path(source).is_dir()
     asked = load_recipe(
         DumpRecipe, recipe, set_ or (), flags | ({} if is_cache else {"teacher.name": source})
     )
@@ -89,7 +89,7 @@ def encodings(
     from cskd_pipeline.files import write_text
     from cskd_pipeline.machine import pick_device
 
-    answers = from_cache(Path(source), views) if is_cache else from_teacher(asked, terminal, views)
+    answers = from_cache(source, views) if is_cache else from_teacher(asked, terminal, views)
     report = bench_encodings(
         answers, terminal, device=pick_device(asked.dump.device), names=encoding or ()
     )
@@ -185,7 +185,7 @@ def plan_train(
     terminal = Terminal(quiet=quiet, json=json)
     flags = {
         "data.shards": shards,
-        "data.cache": path_text(cache),
+        "data.cache": cache,
         "data.split": split,
         "student.name": student,
         "distill.method": method,

@@ -53,7 +53,19 @@ Weights = Annotated[
     ),
 ]
 CacheOption = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="What dump-teacher made; not for method none.")
+    str | None,
+    typer.Option(
+        metavar="DIR|URL",
+        help="What dump-teacher made: a folder, or where it is published (https, s3, gs, hf); not "
+        "for method none.",
+    ),
+]
+CacheArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="CACHE",
+        help="What dump-teacher made: a folder, or a URL of one (https, s3, gs, hf).",
+    ),
 ]
 StudentName = Annotated[str | None, typer.Option(metavar="NAME", help="A ViT's timm name.")]
 Method = Annotated[

@@ -227,7 +227,7 @@ def train(
     flags = {
         "data.shards": shards,
         "data.val_shards": val_shards,
-        "data.cache": path_text(cache),
+        "data.cache": cache,
         "data.split": split,
         "data.val_split": val_split,
         "student.name": student,

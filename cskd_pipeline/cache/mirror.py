@@ -1,0 +1,123 @@
+"""Copies of files that lie elsewhere, on this machine, within a bound."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cskd_pipeline.cache.durable import exclusive
+from cskd_pipeline.errors import UsageError
+
+FOLDER, GIGABYTES = "CSKD_CACHE_DIR", "CSKD_CACHE_GB"
+_DEFAULT_GIGABYTES = "50"
+_LOCKS = "locks"
+_STRIPES = 256  # files whose names share one wait for each other
+_FRESH = 600.0  # seconds in which a use need not be noted again
+_ABANDONED = 86_400.0  # seconds after which a half-written file has no writer any more
+
+
+class Mirror:
+    """Copies of one cache's files. Any number of processes may share a folder.
+
+    Args:
+        folder: holds the copies of all caches, which share the bound.
+        name: tells this cache from others.
+        limit: bytes, of all copies. Every process looks at it after each 64th part that it added,
+            and makes room then.
+    """
+
+    def __init__(self, folder: Path, name: str, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self.root = folder / hashlib.sha256(name.encode()).hexdigest()[:32]
+        self._added: int | None = None  # bytes since the last look; None: not looked yet
+
+    @classmethod
+    def of(cls, name: str) -> Mirror:
+        """As the environment says.
+
+        Raises:
+            UsageError: a size that is none.
+        """
+        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cskd-pipeline"
+        folder = Path(os.environ.get(FOLDER) or default).expanduser()
+        size = os.environ.get(GIGABYTES) or _DEFAULT_GIGABYTES
+        try:
+            limit = int(float(size) * 10**9)
+        except (ValueError, OverflowError):
+            limit = 0
+        if limit <= 0:
+            raise UsageError(
+                "not a size in gigabytes",
+                where=f"the environment variable {GIGABYTES}",
+                found=size,
+                expected="a number above 0",
+            )
+        return cls(folder, name, limit)
+
+    def find(self, key: str) -> Path | None:
+        """The copy, noted as used now; None if there is none."""
+        path = self.root / key
+        try:
+            if time.time() - path.stat().st_mtime > _FRESH:
+                os.utime(path)
+        except FileNotFoundError:
+            return None
+        return path
+
+    def length(self, key: str) -> int | None:
+        try:
+            return (self.root / key).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def adding(self, key: str) -> Iterator[tuple[Path, bool]]:
+        """Where the copy belongs, and whether it is missing still; one process at a time."""
+        path = self.root / key
+        stripe = int(hashlib.sha256(str(path).encode()).hexdigest(), 16) % _STRIPES
+        with exclusive(self.folder / _LOCKS / f"{stripe:02x}"):
+            missing = self.find(key) is None
+            if missing:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            yield path, missing
+        if missing:
+            self._make_room(path)
+
+    def remove(self, key: str) -> None:
+        (self.root / key).unlink(missing_ok=True)
+
+    def _make_room(self, added: Path) -> None:
+        """Remove what was not used for longest, if there is too much."""
+        with suppress(FileNotFoundError):  # another process made room
+            size = added.stat().st_size
+            if self._added is not None and self._added + size < self.limit // 64:
+                self._added += size
+                return
+        self._added = 0
+        copies = sorted(self._copies())
+        excess = sum(size for _, size, _ in copies) - self.limit
+        if excess > 0:
+            excess += self.limit // 8  # not again at once
+            for _, size, path in copies:
+                if excess <= 0 or path == str(added):
+                    break
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+                excess -= size
+
+    def _copies(self) -> Iterator[tuple[float, int, str]]:
+        """Last use, bytes and path of every copy; what is being written is left out."""
+        now = time.time()
+        for folder, folders, names in os.walk(self.folder):
+            if folder == str(self.folder) and _LOCKS in folders:
+                folders.remove(_LOCKS)
+            for name in names:
+                path = f"{folder}/{name}"
+                with suppress(FileNotFoundError):
+                    status = os.stat(path)
+                    if not name.endswith(".partial") or now - status.st_mtime > _ABANDONED:
+                        yield status.st_mtime, status.st_size, path

@@ -1,0 +1,471 @@
+"""A cache on a web server or in an object store reads as its folder, whatever goes wrong."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cskd_pipeline.cache import remote
+from cskd_pipeline.cache.info import describe
+from cskd_pipeline.cache.mirror import Mirror
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.remote import RemoteFolder, open_folder
+from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.cli import main
+from cskd_pipeline.errors import (
+    CacheError,
+    MissingPackageError,
+    RemoteError,
+    UsageError,
+)
+from tests.cache.making import fill, make, manifest
+from tests.serving import BUCKET, Served, serving
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where copies are kept."""
+    monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "copies"))
+    monkeypatch.setattr(remote, "WAIT", 0.001)
+    monkeypatch.setattr(remote, "TIMEOUT", 0.5)
+    return tmp_path / "copies"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make(tmp_path / "served/cache")
+    return tmp_path / "served/cache"
+
+
+@pytest.fixture
+def served(folder: Path, copies: Path) -> Iterator[Served]:
+    with serving(folder.parent) as found:
+        yield found
+
+
+@pytest.fixture
+def store(folder: Path, copies: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """The same in a bucket, with the settings that S3's own tools read."""
+    with serving(folder.parent, "s3") as found:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", found.url)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+        yield found
+
+
+def content(reader: CacheReader) -> list[np.ndarray]:
+    """Everything that a cache holds."""
+    found = [reader.done()]
+    for shard, count in enumerate(reader.counts):
+        found += [reader.labels(shard), reader.image_crc32(shard), np.array(reader.keys(shard))]
+        for view in range(reader.views):
+            found += [reader.seeds(view, shard), reader.view_digests(view, shard)]
+            for encoding in reader.encodings:
+                found += reader.rows(encoding, view, shard, range(count)).values()
+    return found
+
+
+def assert_same(location: str, folder: Path) -> None:
+    pairs = zip(content(CacheReader(location)), content(CacheReader(folder)), strict=True)
+    for one, other in pairs:
+        np.testing.assert_array_equal(one, other)
+
+
+def of_array(name: str, copies: Path) -> list[Path]:
+    """The copies of an array's files."""
+    return sorted(p for p in copies.rglob("*") if p.is_file() and f"/{name}/c/" in str(p))
+
+
+def test_a_cache_behind_a_web_server_reads_as_its_folder(served: Served, folder: Path) -> None:
+    assert_same(f"{served.url}/cache", folder)
+    assert_same(f"{served.url}/cache/", folder)
+
+
+def test_a_cache_in_an_object_store_reads_as_its_folder(store: Served, folder: Path) -> None:
+    assert_same(f"s3://{BUCKET}/cache", folder)
+
+
+def test_what_was_read_once_is_not_fetched_again(served: Served, folder: Path) -> None:
+    content(CacheReader(f"{served.url}/cache"))
+    before = len(served.asked)
+    content(CacheReader(f"{served.url}/cache"))
+    assert {path for _, path, _ in served.asked[before:]} == {
+        f"/cache/{p.relative_to(folder)}" for p in folder.rglob("zarr.json")
+    }
+
+
+def test_only_what_is_read_is_fetched(served: Served) -> None:
+    reader = CacheReader(f"{served.url}/cache")
+    reader.rows("envelope", 0, 1, [0])
+    assert not served.gets("/dense/spatial/c/0/1/0/0/0/0")
+    assert not [path for _, path, _ in served.asked if "/seed/c/" in path]
+    assert len([path for _, path, _ in served.asked if "/envelope/lines/c/" in path]) == 1
+
+
+def test_units_that_are_not_done_do_not_exist(tmp_path: Path, copies: Path, store: Served) -> None:
+    writer = CacheWriter.create(tmp_path / "served/part", manifest())
+    fill(writer, writer.todo()[:3])
+    expected = CacheReader(tmp_path / "served/part").done()
+    assert 0 < expected.sum() < expected.size
+    with serving(tmp_path / "served") as served:
+        np.testing.assert_array_equal(CacheReader(f"{served.url}/part").done(), expected)
+        fill(writer)
+        assert CacheReader(f"{served.url}/part").done().all()
+    np.testing.assert_array_equal(CacheReader(f"s3://{BUCKET}/part").done(), expected | True)
+
+
+def test_a_cache_that_grew_keeps_the_copies_of_what_it_had(
+    served: Served, folder: Path, copies: Path
+) -> None:
+    content(CacheReader(f"{served.url}/cache"))
+    writer = CacheWriter.open(folder)
+    writer.extend(6)
+    fill(writer)
+    before = len(served.asked)
+    assert_same(f"{served.url}/cache", folder)
+    asked = {path for method, path, _ in served.asked[before:] if "/dense/spatial/" in path}
+    assert asked == {
+        *(f"/cache/dense/spatial/c/{view}/{s}/0/0/0/0" for view in (4, 5) for s in range(3)),
+        "/cache/dense/spatial/zarr.json",
+    }
+
+
+def test_another_cache_in_the_same_place_is_not_mixed_with_the_old_copies(
+    served: Served, folder: Path, tmp_path: Path
+) -> None:
+    content(CacheReader(f"{served.url}/cache"))
+    folder.rename(tmp_path / "old")
+    make(folder, root_seed=8, views=2)
+    assert_same(f"{served.url}/cache", folder)
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["reset", "truncate", "silence", 503, 500, 429])
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+def test_a_fault_that_passes_is_not_noticed(
+    kind: str | int, scheme: str, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    served: Served = request.getfixturevalue("served" if scheme == "http" else "store")
+    names = ("cache/zarr.json", "lines/c/0/1/0/0/0/0/0", "label/c/0/0", "key/c/1/0/0")
+    served.faults = [(name, kind) for name in names]
+    url = f"{served.url}/cache" if scheme == "http" else f"s3://{BUCKET}/cache"
+    found, local = CacheReader(url), CacheReader(folder)
+    assert found.keys(1) == local.keys(1)
+    np.testing.assert_array_equal(found.labels(0), local.labels(0))
+    one, other = (reader.rows("envelope", 0, 1, range(3)) for reader in (found, local))
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+    assert served.faults == []
+
+
+def test_a_broken_transfer_goes_on_where_it_broke(
+    served: Served, folder: Path, copies: Path
+) -> None:
+    """But for what had arrived and was not taken yet."""
+    data = np.random.default_rng(0).bytes(8_000_000)
+    (folder / "large").write_bytes(data)
+    served.faults = [("large", "truncate"), ("large", "reset"), ("large", "truncate")]
+    remote_folder = RemoteFolder(f"{served.url}/cache").settled("a cache")
+    assert remote_folder.read("large", len(data)) == data
+    ranges = served.gets("large")
+    starts = [int(r.removeprefix("bytes=").removesuffix("-")) for r in ranges[1:] if r]
+    assert len(ranges) == 4
+    assert ranges[0] is None
+    assert 0 < starts[0] == starts[1] <= 4_000_000 < 4_500_000 < starts[2] <= 6_000_000
+    (copy,) = (p for p in copies.rglob("large"))
+    assert copy.read_bytes() == data
+
+
+def test_a_server_without_ranges_sends_all_of_it_again(
+    served: Served, folder: Path, copies: Path
+) -> None:
+    served.ranges = False
+    served.faults = [("dense/spatial/c/0/0/0/0/0/0", "truncate")]
+    CacheReader(f"{served.url}/cache").rows("dense", 0, 0, [0])
+    (copy,) = of_array("dense/spatial", copies)
+    assert copy.read_bytes() == (folder / "dense/spatial/c/0/0/0/0/0/0").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["truncate", "reset", 503])
+def test_a_fault_that_stays_is_told_and_leaves_nothing(
+    kind: str | int, served: Served, copies: Path
+) -> None:
+    reader = CacheReader(f"{served.url}/cache")
+    served.always["label/c/1/0"] = kind
+    with pytest.raises(RemoteError, match="cannot be reached") as error:
+        reader.labels(1)
+    assert error.value.where == f"{served.url}/cache/label/c/1/0"
+    assert "6 times" in str(error.value)
+    assert len(served.gets("label/c/1/0")) >= 6
+    assert not of_array("label", copies)
+    served.always.clear()
+    assert len(reader.labels(1)) == 3
+
+
+@pytest.mark.parametrize("status", [401, 403, 410])
+def test_a_refusal_is_told_at_once(status: int, served: Served) -> None:
+    served.always["zarr.json"] = status
+    with pytest.raises(RemoteError, match="may not be read") as error:
+        CacheReader(f"{served.url}/cache")
+    assert str(status) in str(error.value.found)
+    assert len(served.gets()) == 1
+
+
+def test_where_nobody_listens_that_is_told(copies: Path) -> None:
+    with pytest.raises(RemoteError, match="cannot be reached"):
+        CacheReader("http://127.0.0.1:9/cache")
+
+
+def test_where_there_is_no_cache_that_is_told(served: Served, store: Served) -> None:
+    for location in (f"{served.url}/nothing", f"s3://{BUCKET}/nothing", f"s3://{BUCKET}x/y"):
+        with pytest.raises(CacheError, match="not a teacher cache") as error:
+            CacheReader(location)
+        assert str(error.value.where) == f"{location}/zarr.json"
+
+
+def test_a_file_that_is_gone_is_missing_and_not_retried(served: Served, folder: Path) -> None:
+    reader = CacheReader(f"{served.url}/cache")
+    (folder / "label/c/2/0").unlink()
+    with pytest.raises(CacheError, match="damaged") as error:
+        reader.labels(2)
+    assert "the file is missing" in str(error.value.found)
+    assert error.value.where == f"{served.url}/cache/label/c/2/0"
+
+
+def test_damage_on_the_way_is_healed_by_fetching_once_more(
+    served: Served, folder: Path, copies: Path
+) -> None:
+    content(CacheReader(f"{served.url}/cache"))
+    files = [
+        p for n in ("dense/spatial", "envelope/lines", "seed", "key") for p in of_array(n, copies)
+    ]
+    for path in files:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    assert_same(f"{served.url}/cache", folder)
+    for path in files:
+        assert path.read_bytes() == (folder / path.relative_to(path_of(copies))).read_bytes()
+
+
+def path_of(copies: Path) -> Path:
+    (found,) = (p for p in copies.iterdir() if p.name != "locks")
+    return found
+
+
+def test_damage_at_its_source_is_told_after_one_more_look(served: Served, folder: Path) -> None:
+    name = "dense/spatial/c/1/2/0/0/0/0"
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 3] ^= 1
+    (folder / name).write_bytes(data)
+    reader = CacheReader(f"{served.url}/cache")
+    for looks in (2, 2):
+        with pytest.raises(CacheError, match="damaged") as error:
+            reader.rows("dense", 1, 2, range(4))
+        assert error.value.where == f"{served.url}/cache/{name}"
+        assert len(served.gets(name)) <= looks + 1
+
+
+def test_a_document_without_end_is_not_read_into_memory(served: Served, folder: Path) -> None:
+    with open(folder / "zarr.json", "r+b") as file:
+        file.truncate(2**28)
+    with pytest.raises(CacheError, match="not a teacher cache") as error:
+        CacheReader(f"{served.url}/cache")
+    assert "more than" in str(error.value.found)
+
+
+# --- copies ---------------------------------------------------------------------------------------
+
+
+def total(copies: Path) -> int:
+    return sum(p.stat().st_size for p in copies.rglob("*") if p.is_file())
+
+
+def test_copies_stay_below_their_bound_and_the_reader_does_not_notice(
+    served: Served, folder: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    bound = everything // 4
+    monkeypatch.setenv("CSKD_CACHE_GB", str(bound / 1e9))
+    reader = CacheReader(f"{served.url}/cache", memory=0)
+    local, most = CacheReader(folder), 0
+    for _ in range(2):
+        for view, shard in np.ndindex(4, 3):
+            for encoding in ("dense", "envelope"):
+                one = reader.rows(encoding, view, shard, [0])
+                other = local.rows(encoding, view, shard, [0])
+                for name in one:
+                    np.testing.assert_array_equal(one[name], other[name])
+                most = max(most, total(copies))
+    assert bound // 4 < most <= bound
+
+
+def test_what_was_not_used_for_longest_is_removed_first(tmp_path: Path) -> None:
+    mirror = Mirror(tmp_path, "a cache", limit=1000)
+    for number in range(9):
+        with mirror.adding(f"x/{number}") as (path, missing):
+            assert missing
+            path.write_bytes(bytes(100))
+            os.utime(path, (number, number))
+    assert mirror.find("x/0") is not None  # used: now it is the newest
+    for number in (9, 10):
+        with mirror.adding(f"x/{number}") as (path, _):
+            path.write_bytes(bytes(100))
+    left = {int(p.name) for p in (mirror.root / "x").iterdir()}
+    assert {0, 9, 10} <= left
+    assert left - {0} == set(range(min(left - {0}), 11))
+
+
+def test_half_written_copies_are_left_to_their_writers(tmp_path: Path) -> None:
+    mirror = Mirror(tmp_path, "a cache", limit=100)
+    with mirror.adding("x/0") as (path, _):
+        path.write_bytes(bytes(60))
+    fresh, old = (path.with_name(f".{n}.partial") for n in ("fresh", "old"))
+    for partial in (fresh, old):
+        partial.write_bytes(bytes(60))
+    os.utime(old, (0, 0))
+    with mirror.adding("x/1") as (path, _):
+        path.write_bytes(bytes(60))
+    assert fresh.exists()
+    assert not old.exists()
+
+
+def test_many_readers_at_once_fetch_a_file_once(served: Served) -> None:
+    def read(_: int) -> list[np.ndarray]:
+        return list(CacheReader(f"{served.url}/cache").rows("dense", 0, 0, range(5)).values())
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(read, range(8)))
+    assert len(served.gets("dense/spatial/c/0/0/0/0/0/0")) == 1
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_readers_travel_to_processes_that_were_forked_and_ones_that_were_not(
+    served: Served, folder: Path
+) -> None:
+    reader = CacheReader(f"{served.url}/cache")
+    reader.labels(0)
+    expected = CacheReader(folder).labels(1).tolist()
+    end, start = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(start, bytes(reader.labels(1).tolist()))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert list(os.read(end, 100)) == expected
+    os.close(end)
+    os.close(start)
+    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).labels(1).tolist())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(reader), capture_output=True, check=True
+    )
+    assert done.stdout.decode().strip() == str(expected)
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "x", "nan", "inf"])
+def test_a_size_that_is_none_is_refused(
+    size: str, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CSKD_CACHE_GB", size)
+    with pytest.raises(UsageError, match="not a size in gigabytes"):
+        CacheReader(f"{served.url}/cache")
+
+
+# --- places ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("file:///etc", "memory://x", "ftp://host/x", "ssh://host/x", "pipe://ls", "data://x"),
+        *("simplecache::https://host/x", "https://host/x::s3://bucket/y", "zip://a::https://b/c"),
+        *("https://me:secret@host/cache", "https://host/cache?token=secret", "https://host/x#y"),
+        *("https:///x", "s3://"),
+    ],
+)
+def test_other_urls_are_refused_and_no_secret_is_repeated(url: str) -> None:
+    with pytest.raises(UsageError, match="cannot be read from this URL") as error:
+        open_folder(url)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("scheme", ["http", "s3", "gs", "hf"])
+def test_a_package_that_is_missing_is_named(
+    scheme: str, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = remote.PACKAGES[scheme]
+    import fsspec
+
+    def fails(scheme: str, **options: object) -> None:
+        raise ImportError(f"Install {package} to access {scheme}")
+
+    monkeypatch.setattr(fsspec, "filesystem", fails)
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(MissingPackageError, match=f"needs the package {package}") as error:
+        open_folder(f"{scheme}://place/cache").read("zarr.json", 100)
+    assert error.value.action == f"pip install {package}"
+
+
+def test_the_hub_is_read_by_its_own_package() -> None:
+    folder = RemoteFolder("hf://datasets/lab/cache")
+    assert type(folder._fs()).__name__ == "HfFileSystem"
+    assert folder.where("zarr.json") == "hf://datasets/lab/cache/zarr.json"
+
+
+@pytest.mark.parametrize("place", ["https://host/cache", "https:/host/cache", "s3://bucket/cache"])
+def test_nothing_is_written_elsewhere(place: str, folder: Path, capsys: Capture) -> None:
+    for arguments in (["convert", str(folder), place], ["merge", str(folder), "--out", place]):
+        assert main(["cache", *arguments]) == 2
+        assert "a cache is written to a folder" in capsys.readouterr().err
+    assert main(["cache", "merge", place, "--out", str(folder.parent / "new")]) == 2
+    assert "copy this cache here first" in capsys.readouterr().err
+    assert not Path("https:").exists()
+    assert not Path("s3:").exists()
+
+
+def test_what_a_store_lists_is_described_and_what_a_web_server_does_not_is_said(
+    served: Served, store: Served, folder: Path, capsys: Capture
+) -> None:
+    local = describe(folder)
+    listed = describe(f"s3://{BUCKET}/cache")
+    assert listed | {"path": None} == local | {"path": None}
+    unlisted = describe(f"{served.url}/cache")
+    assert unlisted["bytes"] is None
+    assert unlisted["teacher_top1"] == local["teacher_top1"]
+    assert unlisted["units"] == local["units"]
+    assert main(["cache", "info", f"{served.url}/cache"]) == 0
+    assert "bytes: not listed there" in capsys.readouterr().out
+
+
+def test_a_cache_elsewhere_is_verified_and_converted(
+    served: Served, folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    url = f"{served.url}/cache"
+    assert main(["cache", "verify", url, "--quiet"]) == 0
+    assert (
+        main(["cache", "convert", url, str(tmp_path / "small"), "--encoding", "envelope", "-q"])
+        == 0
+    )
+    assert CacheReader(tmp_path / "small").done().all()
+    (folder / "seed/c/1/1/0").unlink()
+    capsys.readouterr()
+    for path in of_array("seed", tmp_path / "copies"):
+        path.unlink()
+    assert main(["cache", "verify", url, "--quiet"]) == 1
+    assert "structure: seed/c/1/1/0: the file is missing" in capsys.readouterr().err

@@ -1,0 +1,175 @@
+"""A folder on the loopback as a web server or an S3-compatible store gives it, faults on demand."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+BUCKET = "bucket"
+
+
+class Served:
+    """What is served, what was asked for, and what goes wrong.
+
+    Attributes:
+        faults: for each, the end of a path and what happens to requests for it, once: ``reset``,
+            ``truncate`` (half of the body, then the connection ends), ``silence`` (half of the
+            body, then nothing for two seconds) or an HTTP status.
+        always: the same, each time.
+        asked: method, path and Range of every request.
+        ranges: whether Range is heeded.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.faults: list[tuple[str, str | int]] = []
+        self.always: dict[str, str | int] = {}
+        self.asked: list[tuple[str, str, str | None]] = []
+        self.ranges = True
+        self.url = ""
+        self.lock = threading.Lock()
+
+    def fault(self, path: str) -> str | int | None:
+        with self.lock:
+            for number, (end, kind) in enumerate(self.faults):
+                if path.endswith(end):
+                    del self.faults[number]
+                    return kind
+        return next((kind for end, kind in self.always.items() if path.endswith(end)), None)
+
+    def gets(self, end: str = "") -> list[str | None]:
+        """The Range of every GET of a path with this end."""
+        return [r for method, path, r in self.asked if method == "GET" and path.endswith(end)]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    served: Served
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        parts = urlsplit(self.path)
+        path, wanted = unquote(parts.path), self.headers.get("Range")
+        self.served.asked.append((self.command, path, wanted))
+        fault = self.served.fault(path)
+        if isinstance(fault, int):
+            return self.send(fault, b"no", body)
+        if fault == "reset":
+            self.close_connection = True
+            return self.connection.close()
+        found = self.content(path, parse_qs(parts.query, keep_blank_values=True))
+        if found is None:
+            return self.send(404, b"not found", body)
+        start, status, headers = 0, 200, {"Accept-Ranges": "bytes"}
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
+        total = len(found)
+        if match and self.served.ranges:
+            start = int(match[1])
+            if start >= total:
+                return self.send(416, b"", body)
+            found = found[start : int(match[2]) + 1 if match[2] else None]
+            status = 206
+            headers["Content-Range"] = f"bytes {start}-{start + len(found) - 1}/{total}"
+        return self.send(status, found, body, headers, fault)
+
+    def content(self, path: str, query: dict[str, list[str]]) -> bytes | None:
+        file = self.served.root / path.lstrip("/")
+        return file.read_bytes() if file.is_file() else None
+
+    def send(
+        self,
+        status: int,
+        data: bytes,
+        body: bool,
+        headers: dict[str, str] | None = None,
+        fault: str | None = None,
+    ) -> None:
+        self.send_response(status)
+        for name, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if not body:
+            return
+        if fault is None:
+            self.wfile.write(data)
+            return
+        self.wfile.write(data[: len(data) // 2])
+        self.wfile.flush()
+        if fault == "silence":
+            time.sleep(2)
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class _S3Handler(_Handler):
+    """Path-style requests for one bucket: GET, HEAD, and ListObjectsV2 on one page."""
+
+    def content(self, path: str, query: dict[str, list[str]]) -> bytes | None:
+        bucket, _, key = path.lstrip("/").partition("/")
+        if bucket != BUCKET:
+            return None
+        if "list-type" in query:
+            prefix, delimiter = (query.get(n, [""])[0] for n in ("prefix", "delimiter"))
+            return self.listing(prefix, delimiter)
+        return super().content(key, query)
+
+    def listing(self, prefix: str, delimiter: str) -> bytes:
+        files = sorted(p for p in self.served.root.rglob("*") if p.is_file())
+        contents, prefixes = "", dict[str, None]()
+        for file in files:
+            key = str(file.relative_to(self.served.root))
+            if not key.startswith(prefix):
+                continue
+            inner, found, _ = (
+                key[len(prefix) :].partition(delimiter) if delimiter else (key, "", "")
+            )
+            if found:
+                prefixes[prefix + inner + delimiter] = None
+                continue
+            contents += (
+                f"<Contents><Key>{escape(key)}</Key><Size>{file.stat().st_size}</Size>"
+                '<LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>"0"</ETag>'
+                "<StorageClass>STANDARD</StorageClass></Contents>"
+            )
+        for name in prefixes:
+            contents += f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>"
+        return (
+            '<?xml version="1.0" encoding="UTF-8"?>'
+            '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+            f"<Name>{BUCKET}</Name><Prefix>{escape(prefix)}</Prefix><MaxKeys>100000</MaxKeys>"
+            f"<IsTruncated>false</IsTruncated>{contents}</ListBucketResult>"
+        ).encode()
+
+
+@contextmanager
+def serving(root: Path, kind: str = "http") -> Iterator[Served]:
+    """Serve ``root``; ``url`` is its place, and for ``s3`` the endpoint of a store."""
+    served = Served(root)
+    base = _S3Handler if kind == "s3" else _Handler
+    handler = type("Handler", (base,), {"served": served})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    served.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield served
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
