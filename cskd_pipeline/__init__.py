@@ -5,8 +5,8 @@ there, fused with the CNN's global response, which counts more and more as train
 Here the CNN runs once, in ``dump-teacher``; ``train`` reads what it said and never loads it.
 This docstring is the tour; the rooms come in the order in which a picture passes through them.
 
-1. **errors, files, resources** -- one exception tree worded for the person who must act; writes
-   that happen whole or not at all; where recipes and schemas lie.
+1. **errors, progress, files, resources** -- one exception tree worded for the person who must act;
+   how long work is told; writes that happen whole or not at all; where recipes and schemas lie.
 2. **recipe, manifest** -- what a user asks for (TOML, frozen, checked) and what a data set or a
    cache says of itself (JSON, checked against the schemas in ``manifests/``, every problem at
    once).
@@ -20,8 +20,8 @@ This docstring is the tour; the rooms come in the order in which a picture passe
 5. **cache** -- what is stored: a zarr v3 group with leading axes (view, shard, offset).
    ``encodings`` has one file per way of storing the teacher's answer; ``writer`` commits units
    (block of views, tar shard), ``done`` last; ``reader`` knows nothing that is not done;
-   ``convert`` makes a smaller cache of another, ``merge`` one of several parts; ``remote`` reads one
-   where it is published.
+   ``convert`` makes a smaller cache of another, ``merge`` one of several parts; ``remote`` reads
+   one where it is published.
 6. **loading** -- what is read: ``shards`` (tars), ``plan`` (which sample in which view comes when:
    a pure function, the same for any number of ranks and workers), ``join`` (a cache's sample to the
    user's own tar, by key), ``batches`` (decode once, render, pair), ``device`` (uint8 to mixed

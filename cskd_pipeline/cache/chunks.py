@@ -21,6 +21,7 @@ from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
 
 from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.lru import BytesLRU
+from cskd_pipeline.progress import Progress, silent
 
 _EMPTY = 2**64 - 1  # a shard index's mark of a chunk that was not written
 _ZSTD = Zstd()
@@ -86,7 +87,7 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
-    def there(self, keys: Sequence[str]) -> list[bool]:
+    def there(self, keys: Sequence[str], progress: Progress = silent) -> list[bool]:
         """Which of these files there are."""
         return [(self.root / key).is_file() for key in keys]
 

@@ -8,10 +8,9 @@ the same images in the same views.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,19 +22,12 @@ from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
 from cskd_pipeline.errors import CacheError, UsageError
 from cskd_pipeline.manifest import CacheManifest, utc_now
+from cskd_pipeline.progress import Progress
 
 if TYPE_CHECKING:
     import torch
 
 _ROWS = 64  # encoded at once
-
-
-class Progress(Protocol):
-    """As :meth:`cskd_pipeline.terminal.Terminal.progress` is."""
-
-    def __call__(
-        self, total: int | None, unit: str, description: str
-    ) -> AbstractContextManager[Any]: ...
 
 
 def convert(
@@ -67,7 +59,7 @@ def convert(
             making; UsageError: views or shards that the source does not have.
         KeyboardInterrupt: stopped between units.
     """
-    reader = CacheReader(source)
+    reader = CacheReader(source, progress=progress)
     if Path(source).resolve() == Path(target).resolve():
         raise UsageError(
             "a cache cannot be converted into itself",

@@ -8,6 +8,7 @@ from typing import Any
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.manifest import CacheManifest
+from cskd_pipeline.progress import Progress, silent
 
 METHOD = (
     "Cumulative Spatial Knowledge Distillation for Vision Transformers. ICCV 2023. "
@@ -15,7 +16,7 @@ METHOD = (
 )
 
 
-def describe(path: Path | str) -> dict[str, Any]:
+def describe(path: Path | str, progress: Progress = silent) -> dict[str, Any]:
     """Data, teacher, policy, completeness and sizes of the cache in ``path``.
 
     Sizes are file lengths in bytes, counted over all files, those of unfinished units too, and None
@@ -27,7 +28,7 @@ def describe(path: Path | str) -> dict[str, Any]:
     Raises:
         CacheError, ManifestError: there is no cache, or it is damaged.
     """
-    reader = CacheReader(path)
+    reader = CacheReader(path, progress=progress)
     manifest, done = reader.manifest, reader.done()
     sizes = _bytes_by_array(reader)
     views_done = int(done.sum(axis=0) @ list(reader.counts)) * manifest.view_block

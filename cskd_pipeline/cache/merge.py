@@ -17,7 +17,7 @@ import numpy as np
 
 from cskd_pipeline import files
 from cskd_pipeline.cache import layout
-from cskd_pipeline.cache.convert import Progress, unit_data
+from cskd_pipeline.cache.convert import unit_data
 from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.parts import Part, unite
@@ -26,6 +26,7 @@ from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.writer import CacheWriter, Unit
 from cskd_pipeline.errors import CacheError, UsageError
 from cskd_pipeline.manifest import CacheManifest
+from cskd_pipeline.progress import Progress
 
 _PIECE = 2**20
 

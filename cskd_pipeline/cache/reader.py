@@ -16,6 +16,7 @@ from cskd_pipeline.cache.lru import BytesLRU
 from cskd_pipeline.cache.store import FINISH, CacheStore
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.manifest import CacheManifest, keys_sha256
+from cskd_pipeline.progress import Progress, silent
 
 MAX_SLAB_BYTES = 2**29
 """Of one ragged array, decoded: chunks of one value would unfold thousandfold."""
@@ -31,6 +32,7 @@ class CacheReader:
 
     Args:
         memory: bytes of decoded slabs to keep; a slab is all rows of one (view, tar shard).
+        progress: of finding out what is finished, which takes time where files are not listed.
 
     Raises:
         CacheError: no cache, one cut off while it was created, metadata that was altered, or an
@@ -39,10 +41,12 @@ class CacheReader:
         ManifestError: the manifest does not fit its schema.
     """
 
-    def __init__(self, path: Path | str, *, memory: int = 192 * 2**20) -> None:
+    def __init__(
+        self, path: Path | str, *, memory: int = 192 * 2**20, progress: Progress = silent
+    ) -> None:
         store = CacheStore(path)
         store.check_metadata()
-        self._start(store, store.done(), memory)
+        self._start(store, store.done(progress), memory)
 
     def _start(self, store: CacheStore, done: np.ndarray, memory: int) -> None:
         self.path = store.path

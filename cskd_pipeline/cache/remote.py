@@ -29,6 +29,7 @@ from cskd_pipeline.cache.chunks import DamageError, Folder
 from cskd_pipeline.cache.mirror import Mirror
 from cskd_pipeline.errors import CskdError, MissingPackageError, RemoteError, UsageError
 from cskd_pipeline.files import explained_os_errors
+from cskd_pipeline.progress import Progress, silent
 
 PACKAGES = {
     **{"https": "aiohttp", "http": "aiohttp", "s3": "s3fs", "gs": "gcsfs"},
@@ -121,10 +122,17 @@ class RemoteFolder(Folder):
         except DamageError:  # there is none
             return []
 
-    def there(self, keys: Sequence[str]) -> list[bool]:
+    def there(self, keys: Sequence[str], progress: Progress = silent) -> list[bool]:
         """Asks for each; what was there once is not asked for again."""
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            return list(pool.map(self._is_there, keys))
+        found = []
+        with (
+            progress(len(keys), "units", "asking which are finished") as meter,
+            ThreadPoolExecutor(CONNECTIONS) as pool,
+        ):
+            for there in pool.map(self._is_there, keys):
+                found.append(there)
+                meter.advance()
+        return found
 
     def sizes(self) -> dict[str, int] | None:
         if not self.lists:

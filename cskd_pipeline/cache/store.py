@@ -14,6 +14,7 @@ from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder
 from cskd_pipeline.cache.remote import is_remote, open_folder
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.manifest import CacheManifest
+from cskd_pipeline.progress import Progress, silent
 
 FINISH = "run the dump-teacher command that made it again: it makes what is missing"
 RESTORE = (
@@ -72,7 +73,7 @@ class CacheStore:
                 problems=problems,
             )
 
-    def done(self) -> np.ndarray:
+    def done(self, progress: Progress = silent) -> np.ndarray:
         """(blocks, shards) bool, from the names of the files in ``done``: 30,000 in 30 ms.
 
         Where files are not listed, each is asked for.
@@ -80,7 +81,7 @@ class CacheStore:
         done = np.zeros((self.manifest.blocks, len(self.manifest.dataset.shards)), bool)
         if not self._folder.lists:
             keys = [self.arrays["done"].key(*unit) for unit in np.ndindex(*done.shape)]
-            return np.array(self._folder.there(keys), bool).reshape(done.shape)
+            return np.array(self._folder.there(keys, progress), bool).reshape(done.shape)
         blocks = {int(n) for n in self._folder.names("done/c") if n.isdecimal()}
         for block in sorted(n for n in blocks if n < len(done)):
             names = (int(n) for n in self._folder.names(f"done/c/{block}") if n.isdecimal())

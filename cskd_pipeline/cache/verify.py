@@ -21,10 +21,10 @@ import numpy as np
 
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import DamageError
-from cskd_pipeline.cache.convert import Progress
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.errors import CacheError
+from cskd_pipeline.progress import Progress
 
 THREADS = 8  # at most: decoding frees the interpreter, and reading from afar waits
 Unit = tuple[int, int]

@@ -38,7 +38,7 @@ def info(
     from cskd_pipeline.cache.info import describe
     from cskd_pipeline.cache.summary import summarise
 
-    found = describe(cache)
+    found = describe(cache, Terminal(quiet=quiet, json=json).progress)
     return found if json else summarise(found)
 
 

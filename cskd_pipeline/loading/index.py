@@ -14,9 +14,9 @@ from pathlib import Path
 from cskd_pipeline import documents
 from cskd_pipeline.errors import DataError, ShardError
 from cskd_pipeline.loading.listing import INFO, Spec, list_shards
-from cskd_pipeline.loading.progress import Progress, silent
 from cskd_pipeline.loading.shards import TarShard
 from cskd_pipeline.manifest import DatasetManifest, ShardInfo
+from cskd_pipeline.progress import Progress, silent
 
 CLASSES = "classes.json"
 

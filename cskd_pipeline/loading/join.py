@@ -13,7 +13,7 @@ from cskd_pipeline.errors import JoinError
 from cskd_pipeline.loading.images import NOWHERE, SHOWN, ImageSource, Places
 from cskd_pipeline.loading.index import Dataset
 from cskd_pipeline.loading.plan import SampleSet
-from cskd_pipeline.loading.progress import Progress, silent
+from cskd_pipeline.progress import Progress, silent
 
 PROBED = 16  # images whose CRC is compared before anything starts
 

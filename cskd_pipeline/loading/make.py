@@ -17,8 +17,8 @@ from cskd_pipeline import files
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.loading.index import CLASSES
 from cskd_pipeline.loading.listing import INFO
-from cskd_pipeline.loading.progress import Meter, Progress, silent
 from cskd_pipeline.loading.tar_index import MAX_IMAGE_BYTES
+from cskd_pipeline.progress import Meter, Progress, silent
 from cskd_pipeline.views.bits import BitStream, derive_seed
 
 EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}

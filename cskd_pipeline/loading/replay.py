@@ -9,8 +9,8 @@ import numpy as np
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.loading.images import NOWHERE
 from cskd_pipeline.loading.join import Join
-from cskd_pipeline.loading.progress import Progress, silent
 from cskd_pipeline.loading.render import Renderer
+from cskd_pipeline.progress import Progress, silent
 from cskd_pipeline.views.bits import view_seed
 
 _AT_ONCE = 64  # views rendered at a time

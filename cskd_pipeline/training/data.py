@@ -89,7 +89,7 @@ def open_training_data(
     Raises:
         CskdError: whatever does not fit: classes, policy, views, encoding, samples.
     """
-    cache = None if recipe.distill.method == "none" else _open_cache(recipe)
+    cache = None if recipe.distill.method == "none" else _open_cache(recipe, terminal)
     classes = recipe.data.num_classes or None
     dataset = load_dataset(
         recipe.data.shards,
@@ -169,14 +169,14 @@ def _hash(mask: np.ndarray) -> str:
     return hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()
 
 
-def _open_cache(recipe: TrainRecipe) -> CacheReader:
+def _open_cache(recipe: TrainRecipe, terminal: Terminal) -> CacheReader:
     """The recipe's cache, if it is of the recipe's class count and view policy."""
     if not recipe.data.cache:
         raise UsageError(
             f"method {recipe.distill.method} learns from a teacher's cache",
             action="pass --cache DIR, made by cskd-pipeline dump-teacher, or --method none",
         )
-    cache = CacheReader(recipe.data.cache)
+    cache = CacheReader(recipe.data.cache, progress=terminal.progress)
     classes, found = recipe.data.num_classes, cache.manifest.dataset.num_classes
     if classes and classes != found:
         raise CacheError(

@@ -56,7 +56,7 @@ def verify(
         CacheError: something is wrong; holds the report too.
         CskdError: there is no cache, or no data set, to look at.
     """
-    reader = CacheReader(cache)
+    reader = CacheReader(cache, progress=terminal.progress)
     checks = _own_checks(reader, depth, partial, terminal)
     broken = any(check.problems for check in checks[1:])
     differences = reader.manifest.version_differences(library_versions())

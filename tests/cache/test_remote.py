@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from cskd_pipeline.errors import (
     RemoteError,
     UsageError,
 )
+from cskd_pipeline.terminal import Meter
 from tests.cache.making import fill, make, manifest
 from tests.serving import BUCKET, Served, serving
 
@@ -469,3 +471,16 @@ def test_a_cache_elsewhere_is_verified_and_converted(
         path.unlink()
     assert main(["cache", "verify", url, "--quiet"]) == 1
     assert "structure: seed/c/1/1/0: the file is missing" in capsys.readouterr().err
+
+
+def test_finding_out_what_is_finished_is_told(served: Served, capsys: Capture) -> None:
+    told: list[tuple[int | None, str, int]] = []
+
+    @contextmanager
+    def heard(total: int | None, unit: str, description: str) -> Iterator[Meter]:
+        meter = Meter(total, unit, 0, lambda: 0.0)
+        yield meter
+        told.append((total, unit, meter.count))
+
+    CacheReader(f"{served.url}/cache", progress=heard)
+    assert told == [(6, "units", 6)]

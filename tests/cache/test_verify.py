@@ -13,7 +13,7 @@ from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.cache.verify import Problem, check_bytes, check_structure
 from cskd_pipeline.cache.writer import CacheWriter
-from cskd_pipeline.loading.progress import silent
+from cskd_pipeline.progress import silent
 from tests.cache.making import data_files, fill, make, manifest, tree, unit_data
 
 

@@ -445,7 +445,7 @@ WAITS = """
 import signal, sys, time, types
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts without it
 module = types.ModuleType("cskd_pipeline.cache.info")
-def describe(path):
+def describe(path, progress):
     print("ready", file=sys.stderr, flush=True)
     time.sleep(60)
 module.describe = describe
@@ -475,7 +475,7 @@ def test_a_signal_ends_a_real_process_with_130(number: signal.Signals) -> None:
 def test_sigterm_is_as_it_was_after_a_command(replace: Replace) -> None:
     before = signal.getsignal(signal.SIGTERM)
     during: list[Any] = []
-    replace("cache.info.describe", lambda path: during.append(signal.getsignal(signal.SIGTERM)))
+    replace("cache.info.describe", lambda *_: during.append(signal.getsignal(signal.SIGTERM)))
     assert run("cache", "info", "c", "--json") == 0
     assert during != [before]
     assert signal.getsignal(signal.SIGTERM) is before
@@ -545,7 +545,7 @@ def test_the_demo_runs_real_commands_and_gets_their_summaries(
     assert run_json(capsys, "demo") == (0, {"views": 3})
     assert run("demo", "--quiet") == 0
     assert capsys.readouterr().out == ""  # without --json the demo draws its own table
-    assert [args for args, _ in inner] == [("c",)] * 2
+    assert [args[0] for args, _ in inner] == ["c"] * 2
 
 
 def test_an_inner_commands_error_and_interruption_are_the_demos(
