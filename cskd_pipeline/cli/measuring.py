@@ -100,6 +100,48 @@ def encodings(
     return report if json else None
 
 
+@bench_app.command(
+    epilog="Example: cskd-pipeline bench join --shards 'train-*.tar' --cache cache --simulate"
+)
+def join(
+    shards: ShardsOption = None,
+    cache: CacheOption = None,
+    rounds: Annotated[
+        int, typer.Option(min=3, metavar="N", help="How often both sides take their turn.")
+    ] = 9,
+    simulate: Annotated[
+        bool,
+        typer.Option(
+            "--simulate", help="Also, or only, open caches of ImageNet's shape, and plan an epoch."
+        ),
+    ] = False,
+    batch_size: UpdateSize = None,
+    split: Split = None,
+    recipe: RecipeFile = None,
+    set_: Sets = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """The loader with the join from a cache against the loader without any; and at scale."""
+    terminal = Terminal(quiet=quiet, json=json)
+    flags = {
+        "data.shards": shards,
+        "data.cache": cache,
+        "data.split": split,
+        "batch.batch_size": batch_size,
+    }
+    asked = load_recipe(TrainRecipe, recipe, set_ or (), flags)
+    if not simulate or asked.data.shards or asked.data.cache:
+        require({"--shards SHARDS": asked.data.shards, "--cache DIR": asked.data.cache})
+    from cskd_pipeline.bench import join as bench
+
+    report = bench.bench_join(asked, terminal, rounds=rounds) if asked.data.shards else {}
+    if simulate:
+        report["simulation"] = bench.simulate(terminal)
+    bench.show(report, terminal)
+    return report if json else None
+
+
 @plan_app.command(
     name="dump",
     epilog="Example: cskd-pipeline plan dump --recipe paper_regnety_160 --shards train.json "

@@ -58,6 +58,10 @@ class ImageSource:
         """The same that refuses no image for its CRC."""
         return ImageSource(self.shards, places=self._places, cache=self.cache, strict=False)
 
+    def alone(self) -> ImageSource:
+        """The same that knows of no cache."""
+        return ImageSource(self.shards, places=self._places)
+
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tar numbers and rows in them, (n,) int64 each; ``NOWHERE`` for what no tar has."""
         tars, rows = samples[:, 0].astype(np.int64), samples[:, 1].astype(np.int64)
