@@ -17,8 +17,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from cskd_pipeline.bench.answers import SEED, Answers
+from cskd_pipeline.bench.threads import one_thread
 from cskd_pipeline.cache.buffer import UnitBuffer
 from cskd_pipeline.cache.encodings import ENCODINGS, AnswerShape, ArraySpec, Encoding, Rows
 from cskd_pipeline.cache.info import describe
@@ -58,7 +58,7 @@ def bench_encodings(
         encoding does not serve is None.
     """
     names = list(names or ENCODINGS)
-    with _one_thread():
+    with one_thread():
         return _measure(answers, terminal, device, names)
 
 
@@ -295,17 +295,6 @@ def _specs(encoding: Encoding, answers: Answers) -> tuple[ArraySpec, ...]:
 
 def _tensors(rows: Rows) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in rows.items()}
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Small tensors gain nothing from more, and on a busy machine wait for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _wait(device: torch.device) -> None:

@@ -97,6 +97,7 @@ PROMISED = {
     "cache convert": "SRC DST --encoding --views --shards --json --quiet",
     "cache merge": "CACHE... --out --accept-versions --json --quiet",
     "bench encodings": "CACHE_OR_TEACHER --shards --weights --views --plot --json --quiet",
+    "bench loader": "--shards --size --batch-size --rounds --json --quiet",
     "bench join": "--shards --cache --rounds --simulate --recipe --set --json --quiet",
     "plan dump": "--shards --teacher --weights --encoding --views --devices --images --recipe "
     "--set --workers --json --quiet",
