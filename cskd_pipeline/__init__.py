@@ -29,9 +29,9 @@ This docstring is the tour; the rooms come in the order in which a picture passe
 7. **dump** and **train** -- the two stages, each one readable function over the rooms above. They
    never import each other. ``evaluate`` measures a checkpoint; ``demo`` runs all of it on small
    images.
-8. **bench** and **planning** -- what the ways of storing an answer cost and lose, and what a dump
-   or a run will cost, each measured on a small part done for real. **verifying** -- whether a cache
-   is whole, and fits the images and the teacher at hand.
+8. **bench**, **planning**, **verifying** -- what encodings cost and lose, and how fast the loader
+   is beside others; what a dump or a run will cost, from a small part done for real; whether a
+   cache is whole, and fits the images and the teacher at hand.
 9. **cli** -- thin typer commands over 7 and 8.
 
 Imports point one way, from later rooms to earlier ones; ``tests/test_structure.py`` holds that.

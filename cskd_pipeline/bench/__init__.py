@@ -1,6 +1,10 @@
-"""What ways of storing an answer cost and keep: the measurements behind ``cskd-pipeline bench``.
+"""Measurements on the user's own machine and data, behind ``cskd-pipeline bench``.
 
-1. **answers** -- real answers to measure on: from a cache with ``dense``, or from a teacher.
-2. **encodings** -- each encoding's bytes, times and distortion on them.
-3. **plot** -- distortion against bytes, as an SVG.
+1. **turns** -- two sides of a comparison in turn: medians with spread, ratios round by round
+   (``threads``: on one core).
+2. **loader** -- this loader against timm's. **join** -- the loader with a cache's answers against
+   the loader without, and caches of ImageNet's shape.
+3. **answers** -- real answers to measure encodings on: from a cache with ``dense``, or from a
+   teacher. **encodings** -- each encoding's bytes, times and distortion on them. **plot** --
+   distortion against bytes, as an SVG.
 """
