@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,16 @@ from cskd_pipeline.progress import silent
 from tests.cache.making import data_files, fill, make, manifest, tree, unit_data
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("made") / "cache"
+    make(path)
+    return path
+
+
 @pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    make(tmp_path / "cache")
+def cache(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path / "cache")
     return tmp_path / "cache"
 
 
