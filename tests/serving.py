@@ -54,7 +54,6 @@ class Served:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # headers and body are two packets: 40 ms between them
-    disable_nagle_algorithm = True  # headers and body are two packets: 40 ms between them
     served: Served
 
     def do_HEAD(self) -> None:

@@ -138,7 +138,7 @@ def _timms(dataset: Dataset, folder: Path, policy: ViewPolicy, batch_size: int) 
             cutmix_alpha=policy.cutmix_alpha,
             prob=policy.mix,
             switch_prob=policy.cutmix_switch,
-            num_classes=dataset.num_classes or 1000,
+            num_classes=1 + max(int(shard.index.label.max()) for shard in dataset.shards),
         ),
     )
     stream = _endless(loader.loader)  # what its processes make, before the device's part

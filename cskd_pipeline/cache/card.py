@@ -17,6 +17,7 @@ from cskd_pipeline import files
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.summary import size, summarise
 from cskd_pipeline.errors import OutputError, printable
+from cskd_pipeline.progress import Progress, silent
 
 MARK = "<!-- written by cskd-pipeline cache card -->"
 NAME = "README.md"
@@ -34,7 +35,13 @@ _SIZES = (
 Info = Mapping[str, Any]
 
 
-def write_card(cache: Path, out: Path | None = None, location: str | None = None) -> dict[str, Any]:
+def write_card(
+    cache: Path,
+    out: Path | None = None,
+    location: str | None = None,
+    *,
+    progress: Progress = silent,
+) -> dict[str, Any]:
     """Write the card of the cache in ``cache``.
 
     Args:
@@ -45,7 +52,7 @@ def write_card(cache: Path, out: Path | None = None, location: str | None = None
         CacheError, ManifestError: there is no cache, or it is damaged.
         OutputError: ``out`` is there, and is not a card.
     """
-    info = describe(cache)
+    info = describe(cache, progress)
     path = cache / NAME if out is None else out
     if path.exists() and not _is_card(path):
         raise OutputError(

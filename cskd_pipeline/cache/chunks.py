@@ -12,12 +12,13 @@ import math
 import os
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
-from numcodecs.zstd import Zstd  # type: ignore[import-untyped]
+from numcodecs.zstd import Zstd
 
 from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.lru import BytesLRU
@@ -40,9 +41,11 @@ class Folder:
 
     lists: bool
     """Whether :meth:`names` tells what there is; else :meth:`there` does."""
+    at_once: int
+    """How many files are best read at a time."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.lists = root, True
+        self.root, self.lists, self.at_once = root, True, 1
 
     def settled(self, identity: str) -> Folder:
         """The same, now that it is known which cache's files these are."""
@@ -93,12 +96,19 @@ class Folder:
 
     def sizes(self) -> dict[str, int] | None:
         """The length of every file, by key; None if nobody can tell."""
-        found = {}
-        for folder, _, names in os.walk(self.root):
+        found: dict[str, int] = {}
+        seen: set[tuple[int, int]] = set()  # a link may lead back
+        for folder, folders, names in os.walk(self.root, followlinks=True):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
             below = os.path.relpath(folder, self.root)
             for name in names:
-                key = name if below == "." else f"{below}/{name}"
-                found[key] = os.stat(f"{folder}/{name}").st_size
+                with suppress(FileNotFoundError):  # renamed by its writer; a link to nothing
+                    size = os.stat(f"{folder}/{name}").st_size
+                    found[name if below == "." else f"{below}/{name}"] = size
         return found
 
     def _open(self, key: str) -> tuple[int, int]:

@@ -46,7 +46,7 @@ def describe(path: Path | str, progress: Progress = silent) -> dict[str, Any]:
             "serves": list(encoding.serves),
             "exact": encoding.exact,
             "min_temperature": encoding.min_temperature,
-            "bytes": sizes and sum(sizes[array] for array in arrays),
+            "bytes": None if sizes is None else sum(sizes[array] for array in arrays),
             "bytes_per_view": per_view(arrays),
         }
     kinds = sorted({kind for encoding in reader.encodings.values() for kind in encoding.serves})
@@ -75,7 +75,7 @@ def describe(path: Path | str, progress: Progress = silent) -> dict[str, Any]:
             {"name": shard.name, "samples": shard.count, "views_done": int(n) * manifest.view_block}
             for shard, n in zip(manifest.dataset.shards, done.sum(axis=0), strict=True)
         ],
-        "bytes": sizes and sum(sizes.values()),
+        "bytes": None if sizes is None else sum(sizes.values()),
         "bytes_by_array": sizes,
         "bytes_per_view": {
             "seeds_and_digests": per_view(["seed", "view_digest", "top1", "done"]),

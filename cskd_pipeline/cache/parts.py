@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.store import CacheStore
@@ -70,11 +69,9 @@ class Part:
 
     def keys_of_files(self, views: range, shard: int) -> Iterator[str]:
         """The key of every per-view file of a unit, ``done`` left out."""
-        own = self.shards[shard]
-        for name, array in self.store.arrays.items():
-            if name not in (*layout.PER_SHARD, "done"):
-                for view in views[:: array.file_shape[0]]:
-                    yield array.key(view, own)
+        block = views[0] // self.reader.manifest.view_block
+        files = self.store.unit_files(block, self.shards[shard])
+        return (key for name, key in files if name != "done")
 
     def values(self, views: range, shard: int) -> Iterator[tuple[str, int, np.ndarray]]:
         """Array, view and values of everything in a unit, view by view, every checksum looked at.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from cskd_pipeline.progress import Progress, silent
 
 MAX_SLAB_BYTES = 2**29
 """Of one ragged array, decoded: chunks of one value would unfold thousandfold."""
-_READERS = 16  # of small files, which may lie far away
 
 
 class CacheReader:
@@ -161,13 +159,13 @@ class CacheReader:
         Reads a small file per unit.
         """
 
-        def of(unit: tuple[int, int]) -> np.ndarray:
+        def of(unit: list[int]) -> np.ndarray:
             block, shard = unit
             pairs = self._store.chunk("top1", block * self.manifest.view_block, shard)
             return pairs[:, 0].sum(axis=0, dtype=np.int64)
 
-        with ThreadPoolExecutor(_READERS) as pool:
-            correct, counted = sum(pool.map(of, np.argwhere(self._done).tolist()), np.zeros(2, int))
+        units = np.argwhere(self._done).tolist()
+        correct, counted = sum(self._store.each(of, units), np.zeros(2, np.int64))
         return int(correct), int(counted)
 
     def top1_of(self, view: int, shard: int) -> np.ndarray:

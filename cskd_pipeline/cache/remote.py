@@ -2,9 +2,10 @@
 
 A file is copied to this machine when it is first needed, whole, and read from there: training goes
 through the shards in an order that needs a file often for a while and then not for long. Copies are
-kept below ``CSKD_CACHE_DIR`` (default ``~/.cache/cskd-pipeline``), at most ``CSKD_CACHE_GB`` of
-them (default 50), those that were not used for longest removed first. Files of finished units never
-change, so copies stay good; documents are read anew at every opening, since caches grow.
+kept below ``CSKD_CACHE_DIR`` (default ``~/.cache/cskd-pipeline``), about ``CSKD_CACHE_GB`` of them
+(default 50; see :class:`Mirror`), those that were not used for longest removed first. Files of
+finished units never change, so copies stay good; documents are read anew at every opening, since
+caches grow.
 
 Transfers that break are taken up where they broke. What arrives is checked as any cache is, by the
 checksum of every chunk; a copy that fails is fetched once more before that is an error. Only keys
@@ -42,7 +43,15 @@ TIMEOUT = 60.0  # seconds of silence after which a try has failed
 CONNECTIONS = 32  # at once, to find out what is there
 MAX_FILE_BYTES = 2**32  # far above honest ones, so that no server fills the disk
 _PIECE = 2**20
+_REQUEST = 2**24  # of an object store, which is asked for one range after the other
 _FINAL = frozenset(range(400, 500)) - {404, 408, 425, 429}  # answers that asking again won't change
+_LOGIN = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError")  # botocore's
+# What no network does: our own mistakes, or a library's.
+_BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError)
+
+# File systems of a process that was forked. Their connections and epoll are the parent's: finalised
+# here they would close under it, and leave it waiting for answers until it gives up.
+_LEFT_TO_THE_PARENT: list[Any] = []
 
 T = TypeVar("T")
 
@@ -93,6 +102,7 @@ class RemoteFolder(Folder):
         self._opened: tuple[int, Any] | None = None
         self._forgotten: set[str] = set()
         self.lists = self.scheme not in ("https", "http")  # object stores do, web servers do not
+        self.at_once = CONNECTIONS
 
     def settled(self, identity: str) -> Folder:
         return RemoteFolder(self.url, Mirror.of(f"{self.url} {identity}"))
@@ -208,14 +218,15 @@ class RemoteFolder(Folder):
     def _stream(self, key: str, start: int) -> Iterator[tuple[int, Iterator[bytes], int | None]]:
         """Where the bytes begin that come, these bytes, and the file's length if it is known."""
         if self.lists:
-            file = self._fs().open(self.where(key), "rb", block_size=_PIECE, cache_type="none")
+            file = self._fs().open(self.where(key), "rb", block_size=_REQUEST, cache_type="none")
             file.seek(start)
             total: int | None = file.size
         else:
             file = self._get(key, f"bytes={start}-" if start else None)
             start, total = _extent(file.r, start)
+        step = _REQUEST if self.lists else _PIECE
         try:
-            yield start, iter(lambda: file.read(_PIECE), b""), total
+            yield start, iter(lambda: file.read(step), b""), total
         finally:
             file.close()
 
@@ -248,13 +259,14 @@ class RemoteFolder(Folder):
                 return ask()
             except FileNotFoundError:
                 raise DamageError("the file is missing") from None
-            except (DamageError, CskdError):
+            except (DamageError, CskdError, *_BUGS):
                 raise
             except Exception as error:
                 failures = failures + 1 if progress() <= reached else 1
                 reached = progress()
                 status = getattr(error, "status", None)
-                if status in _FINAL or isinstance(error, PermissionError):
+                login = isinstance(error, PermissionError) or type(error).__name__ in _LOGIN
+                if status in _FINAL or login:
                     raise self._refused(key, error) from error
                 if failures >= TRIES:
                     raise self._unreachable(key, error) from error
@@ -266,8 +278,9 @@ class RemoteFolder(Folder):
             "the cache may not be read",
             where=self.where(key),
             found=_told(error),
-            action="log in as the store's own tools want it (a token, a profile, ~/.netrc), or ask "
-            "whoever published it",
+            action="look whether the URL is right: some stores answer so for what is not there; "
+            "log in as the store's own tools want it (a token, a profile, ~/.netrc)"
+            + ("; for an open bucket set FSSPEC_S3_ANON=true" if self.scheme == "s3" else ""),
         )
 
     def _unreachable(self, key: str, error: Exception) -> RemoteError:
@@ -282,11 +295,13 @@ class RemoteFolder(Folder):
     def _fs(self) -> Any:
         """fsspec's file system: of this process, since connections do not survive a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
+            if self._opened is not None:
+                _LEFT_TO_THE_PARENT.append(self._opened)
             self._opened = os.getpid(), self._connect()
         return self._opened[1]
 
     def _connect(self) -> Any:
-        import fsspec  # type: ignore[import-untyped]
+        import fsspec
 
         try:
             # Its own memory of connections and listings would outlive what they were true of.

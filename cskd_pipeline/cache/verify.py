@@ -26,7 +26,7 @@ from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.progress import Progress
 
-THREADS = 8  # at most: decoding frees the interpreter, and reading from afar waits
+THREADS = 8  # at most, that decode: it frees the interpreter
 Unit = tuple[int, int]
 """Block of views, tar shard."""
 
@@ -60,10 +60,9 @@ def check_structure(store: CacheStore, units: Sequence[Unit], progress: Progress
         for shard in sorted({shard for _, shard in units}):
             for name in layout.PER_SHARD:
                 problems += _length_problems(store, name, store.arrays[name].key(shard))
-        with ThreadPoolExecutor(THREADS) as pool:  # a store far away is asked for each length
-            for found in pool.map(lambda unit: _missing_files(store, unit), units):
-                problems += found
-                meter.advance()
+        for found in store.each(partial(_missing_files, store), units):
+            problems += found
+            meter.advance()
     return problems
 
 

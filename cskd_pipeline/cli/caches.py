@@ -21,10 +21,10 @@ from cskd_pipeline.cli.options import (
     TeacherName,
     Weights,
     parse_range,
+    require_companion,
     require_encodings,
 )
 from cskd_pipeline.cli.root import cache_app
-from cskd_pipeline.errors import UsageError
 from cskd_pipeline.terminal import Terminal
 
 
@@ -53,11 +53,13 @@ def verify(
     teacher: TeacherName = None,
     weights: Weights = None,
     samples: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=1, metavar="N", help="Views to make again from the shards, and to ask about."
+            min=1,
+            metavar="N",
+            help="Views to make again from the shards, and to ask about; 512 unless given.",
         ),
-    ] = 512,
+    ] = None,
     partial: Annotated[
         bool, typer.Option("--partial", help="Units that are not made yet are no problem.")
     ] = False,
@@ -73,15 +75,12 @@ def verify(
     image.
     """
     terminal = Terminal(quiet=quiet, json=json)
-    given = {"--weights": weights, "--batch-size": batch_size, "--device": device}
-    flags = [flag for flag, value in given.items() if value is not None]
-    if flags and teacher is None:
-        raise UsageError(f"{flags[0]} is the teacher's", action="name it: --teacher NAME")
-    if teacher is not None and shards is None:
-        raise UsageError(
-            "a teacher is asked about views, which are made from images", action="give --shards too"
-        )
+    of_teacher = {"--weights": weights, "--batch-size": batch_size, "--device": device}
+    of_shards = {"--teacher": teacher, "--samples": samples, "--split": split}
+    require_companion("--teacher NAME", teacher, of_teacher)
+    require_companion("--shards SHARDS", shards, of_shards)
     from cskd_pipeline.verifying.answers import TeacherChoice
+    from cskd_pipeline.verifying.cache import SAMPLES
     from cskd_pipeline.verifying.cache import verify as check
 
     choice = None
@@ -94,7 +93,7 @@ def verify(
         shards=shards,
         split=split,
         teacher=choice,
-        samples=samples,
+        samples=samples or SAMPLES,
         partial=partial,
     )
     return report if json else None
@@ -121,7 +120,7 @@ def card(
     """Write the dataset card of a cache that is to be published: provenance, sizes, how to use."""
     from cskd_pipeline.cache.card import write_card
 
-    return write_card(cache, out, location)
+    return write_card(cache, out, location, progress=Terminal(quiet=quiet, json=json).progress)
 
 
 @cache_app.command(epilog="Example: cskd-pipeline cache convert cache small --encoding envelope")

@@ -115,6 +115,15 @@ def require(needed: Mapping[str, str]) -> None:
         )
 
 
+def require_companion(flag: str, value: object, others: Mapping[str, object]) -> None:
+    """Refuse flags that would do nothing without ``flag``."""
+    given = [name for name, other in others.items() if other is not None]
+    if given and value is None:
+        raise UsageError(
+            f"{given[0]} does nothing alone", expected=flag, action=f"give {flag.split()[0]} too"
+        )
+
+
 def require_encodings(names: Sequence[str]) -> None:
     """Refuse unknown encodings before anything is loaded."""
     from cskd_pipeline.cache.encodings import ENCODINGS

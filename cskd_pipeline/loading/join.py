@@ -15,8 +15,6 @@ from cskd_pipeline.loading.index import Dataset
 from cskd_pipeline.loading.plan import SampleSet
 from cskd_pipeline.progress import Progress, silent
 
-PROBED = 16  # images whose CRC is compared before anything starts
-
 
 @dataclass(frozen=True)
 class Join:
@@ -106,7 +104,6 @@ def join(
     *,
     missing: str = "error",
     drift: str = "error",
-    probed: int = PROBED,
 ) -> Join:
     """Find the cache's samples among the user's.
 
@@ -119,11 +116,11 @@ def join(
         drift: ``error``; ``warn``: images that are not byte for byte the cache's are not refused;
             ``skip``: as ``error``, for a caller that looks for them (:func:`find_differing`) and
             leaves them out (:meth:`Join.without`).
-        probed: images, spread over the data set, whose CRC is compared now, unless they may be left
-            out; the others are when read.
 
     Raises:
-        JoinError: samples missing, keys that fit twice, other labels, or other images.
+        JoinError: samples missing, or keys that fit twice. Labels are compared when a shard is
+            first used, images when they are read; :mod:`cskd_pipeline.loading.replay` does both for
+            a sample in advance.
     """
     places = _places(dataset, cache)
     absent = [_absent(place) for place in places]
@@ -138,7 +135,7 @@ def join(
             np.ones(n, bool) if mask is None else ~mask
             for n, mask in zip(cache.counts, absent, strict=True)
         )
-    found = Join(
+    return Join(
         samples=SampleSet.of(cache),
         images=images,
         allowed=allowed,
@@ -146,8 +143,6 @@ def join(
         missing=count,
         unused=dataset.samples - (total - count),
     )
-    _probe(found, probed, images=drift != "skip")
-    return found
 
 
 def find_differing(
@@ -248,20 +243,7 @@ def _missing_error(
             if count == total
             else ", or train without these, listed in the run's left_out.csv: "
             "--set data.missing=skip"
-        ),
+        )
+        + f"; cskd-pipeline cache verify {cache.path} --shards SHARDS --json lists them all",
         problems=examples[:SHOWN],
     )
-
-
-def _probe(found: Join, probed: int, *, images: bool) -> None:
-    """Compare labels, and images if asked, of samples spread evenly over the data set."""
-    total = found.samples.total
-    starts = np.cumsum((0, *found.samples.counts))
-    numbers = np.unique(np.linspace(0, total - 1, min(probed, total)).astype(np.int64))
-    shards = np.searchsorted(starts, numbers, side="right") - 1
-    samples = np.stack([shards, numbers - starts[shards]], axis=1)
-    there = samples[found.images.locate(samples)[0] != NOWHERE]
-    if len(there):
-        found.images.labels(there)
-        for _ in found.images.read(there) if images else ():
-            pass

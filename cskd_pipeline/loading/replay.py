@@ -71,7 +71,7 @@ def replay(found: Join, rows: np.ndarray, progress: Progress = silent) -> Replay
     with progress(len(rows), "views", "making views again") as meter:
         same_image = same_images(found, rows)
         meter.advance(len(rows) - int(same_image.sum()))
-        renderer = lenient_renderer(found)
+        renderer = renderer_of(found, strict=False)
         numbers = np.flatnonzero(same_image)
         for start in range(0, len(numbers), _AT_ONCE):
             part = numbers[start : start + _AT_ONCE]
@@ -99,19 +99,17 @@ def same_images(found: Join, rows: np.ndarray) -> np.ndarray:
     return same
 
 
-def lenient_renderer(found: Join) -> Renderer:
-    """Makes the cache's views from the user's images, and refuses none."""
+def renderer_of(found: Join, *, strict: bool) -> Renderer:
+    """Makes the cache's views from the user's images.
+
+    Args:
+        strict: refuse views, and images, that are not the cache's, in the words of a run that meets
+            one; otherwise nothing is refused.
+    """
     cache = cache_of(found)
     policy, root_seed = cache.manifest.policy, cache.manifest.root_seed
-    images = found.images.lenient()
-    return Renderer(found.samples, images, policy, root_seed, cache=cache, drift="warn")
-
-
-def strict_renderer(found: Join) -> Renderer:
-    """Refuses views, and images, that are not the cache's, in the words of a run that meets one."""
-    cache = cache_of(found)
-    policy, root_seed = cache.manifest.policy, cache.manifest.root_seed
-    return Renderer(found.samples, found.images, policy, root_seed, cache=cache)
+    images, drift = (found.images, "error") if strict else (found.images.lenient(), "warn")
+    return Renderer(found.samples, images, policy, root_seed, cache=cache, drift=drift)
 
 
 def cache_of(found: Join) -> CacheReader:

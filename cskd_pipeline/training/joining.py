@@ -17,7 +17,7 @@ from cskd_pipeline.errors import ManifestError
 from cskd_pipeline.files import write_json, write_text
 from cskd_pipeline.loading.index import Dataset
 from cskd_pipeline.loading.join import Join, LeftOut, find_differing, join
-from cskd_pipeline.loading.replay import cache_of, replay, spread_views, strict_renderer
+from cskd_pipeline.loading.replay import cache_of, renderer_of, replay, spread_views
 from cskd_pipeline.ranks import Ranks
 from cskd_pipeline.recipe import TrainRecipe
 from cskd_pipeline.terminal import Terminal
@@ -79,12 +79,12 @@ def check_sample(found: Join, count: int, drift: str, encoding: str, terminal: T
     rows = spread_views(found, count)
     if not len(rows):
         return
-    cache_of(found).gather(encoding, rows)
+    cache_of(found).gather(encoding, rows)  # raises where it is damaged
     replayed = replay(found, rows, terminal.progress)
     exact, same = int(replayed.exact.sum()), int(replayed.same_image.sum())
     wrong = rows[~replayed.exact]
     if len(wrong) and drift != "warn":
-        strict_renderer(found).render(wrong)
+        renderer_of(found, strict=True).render(wrong)  # refuses them
     told = f"checked {len(rows)} views of the cache: {exact} come out bit for bit"
     if exact == len(rows):
         terminal.line(told)

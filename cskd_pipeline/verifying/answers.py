@@ -16,7 +16,7 @@ from cskd_pipeline.distill.teacher import Teacher, load_teacher
 from cskd_pipeline.dump import ask
 from cskd_pipeline.loading.batches import render_batch
 from cskd_pipeline.loading.join import Join
-from cskd_pipeline.loading.replay import Replay, cache_of, lenient_renderer, same_images
+from cskd_pipeline.loading.replay import Replay, cache_of, renderer_of, same_images
 from cskd_pipeline.machine import pick_device
 from cskd_pipeline.manifest import TeacherInfo
 from cskd_pipeline.terminal import Terminal
@@ -55,7 +55,7 @@ def check_answers(
     if teacher.weights_sha256 != recorded:
         wrong = f"weights of sha256 {teacher.weights_sha256}, the cache's are {recorded}"
         return Check("answers", {"views": 0}, [Problem("answers", teacher.name, wrong)])
-    renderer = lenient_renderer(found)
+    renderer = renderer_of(found, strict=False)
     rows = replayed.rows[replayed.exact & replayed.same_seed]
     rows = rows[same_images(found, renderer.pair(rows).partner)] if len(rows) else rows
     parts: dict[str, list[np.ndarray]] = {name: [] for name in cache.encodings}

@@ -26,7 +26,7 @@ from cskd_pipeline.terminal import Terminal, format_value
 from cskd_pipeline.verifying.answers import TeacherChoice, check_answers
 from cskd_pipeline.verifying.check import Check
 
-DEPTHS = ("structure", "bytes")
+SAMPLES = 512  # views that are made again unless told otherwise
 
 
 def verify(
@@ -37,7 +37,7 @@ def verify(
     shards: str | None = None,
     split: str | None = None,
     teacher: TeacherChoice | None = None,
-    samples: int = 512,
+    samples: int = SAMPLES,
     partial: bool = False,
 ) -> dict[str, Any]:
     """``cskd-pipeline cache verify``: look at everything, tell all that is wrong.
@@ -69,7 +69,7 @@ def verify(
             num_classes=reader.manifest.dataset.num_classes,
             progress=terminal.progress,
         )
-        found = join(dataset, reader, missing="skip", drift="warn", probed=0)
+        found = join(dataset, reader, missing="skip", drift="warn")
         replayed = replay(found, spread_views(found, samples), terminal.progress)
         checks += [_join_check(found), *_replay_checks(found, replayed, differences)]
         if teacher is not None:

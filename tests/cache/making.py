@@ -44,7 +44,7 @@ def teacher(**changes: object) -> TeacherInfo:
         "precision": "float32",
         "kwargs": {},
     }
-    return TeacherInfo(**{**fields, **changes})  # type: ignore[arg-type]
+    return TeacherInfo(**{**fields, **changes})  # type: ignore[arg-type]  # any field, of any type
 
 
 def manifest(**changes: object) -> CacheManifest:
@@ -59,7 +59,7 @@ def manifest(**changes: object) -> CacheManifest:
         "versions": {"pillow": "12.0.0", "torch": "2.9.0", "timm": "1.0.20", "python": "3.11.7"},
         "created": "2026-01-02T03:04:05Z",
     }
-    return CacheManifest(**{**fields, **changes})  # type: ignore[arg-type]
+    return CacheManifest(**{**fields, **changes})  # type: ignore[arg-type]  # any field, of any type
 
 
 def lines(rng: np.random.Generator, count: int, most: int = 10) -> np.ndarray:

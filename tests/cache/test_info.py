@@ -141,3 +141,13 @@ def test_bytes_for_a_person(count: float, text: str) -> None:
 def test_a_folder_without_a_cache_is_not_described(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="not a teacher cache"):
         describe(tmp_path)
+
+
+def test_sizes_follow_links_and_end_where_these_lead_back_or_nowhere(tmp_path: Path) -> None:
+    make(tmp_path / "cache")
+    before = describe(tmp_path / "cache")
+    (tmp_path / "cache/dense").rename(tmp_path / "elsewhere")
+    (tmp_path / "cache/dense").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "cache/seed/c/again").symlink_to(tmp_path / "cache")
+    (tmp_path / "cache/seed/c/nothing").symlink_to(tmp_path / "nothing")
+    assert describe(tmp_path / "cache") == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import shutil
@@ -44,17 +45,9 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "copies"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Written once: to make files durable takes longer than all else here."""
-    path = tmp_path_factory.mktemp("made") / "cache"
-    make(path)
-    return path
-
-
 @pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    shutil.copytree(made, tmp_path / "served/cache")
+def folder(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "served/cache")
     return tmp_path / "served/cache"
 
 
@@ -401,6 +394,26 @@ def test_readers_travel_to_processes_that_were_forked_and_ones_that_were_not(
     assert done.stdout.decode().strip() == str(expected)
 
 
+def test_a_forked_reader_leaves_its_parents_connections_alone(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finalised in the child they would close under the parent, which a retry then hides."""
+    monkeypatch.setattr(remote, "TIMEOUT", 2.0)
+    reader = CacheReader(f"{served.url}/cache")
+    for view in range(4):  # whether the parent suffers is a matter of timing
+        reader.rows("dense", view, 0, [0])
+        child = os.fork()
+        if child == 0:
+            reader.labels(1)
+            gc.collect()  # what it was forked with is part of cycles
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        for shard in (1, 2):
+            reader.rows("dense", view, shard, [0])
+    asked = [path for _, path, _ in served.asked if "/dense/" in path and "/c/" in path]
+    assert len(asked) == len(set(asked))
+
+
 @pytest.mark.parametrize("size", ["0", "-1", "x", "nan", "inf"])
 def test_a_size_that_is_none_is_refused(
     size: str, served: Served, monkeypatch: pytest.MonkeyPatch
@@ -505,3 +518,25 @@ def test_finding_out_what_is_finished_is_told(served: Served, capsys: Capture) -
 
     CacheReader(f"{served.url}/cache", progress=heard)
     assert told == [(6, "units", 6)]
+
+
+def test_a_store_that_wants_a_login_is_told_at_once(
+    store: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(RemoteError, match="may not be read") as error:
+        CacheReader(f"s3://{BUCKET}/cache")
+    assert "FSSPEC_S3_ANON=true" in str(error.value.action)
+    assert store.asked == []
+
+
+def test_a_bug_is_not_taken_for_the_network(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_extent", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        CacheReader(f"{served.url}/cache")
+    assert len(served.asked) == 1

@@ -15,19 +15,12 @@ from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.cache.verify import Problem, check_bytes, check_structure
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.progress import silent
-from tests.cache.making import data_files, fill, make, manifest, tree, unit_data
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("made") / "cache"
-    make(path)
-    return path
+from tests.cache.making import data_files, fill, manifest, tree, unit_data
 
 
 @pytest.fixture
-def cache(made: Path, tmp_path: Path) -> Path:
-    shutil.copytree(made, tmp_path / "cache")
+def cache(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "cache")
     return tmp_path / "cache"
 
 

@@ -13,12 +13,12 @@ from PIL import Image
 
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.errors import JoinError, ViewDriftError
-from cskd_pipeline.loading import join as join_module
 from cskd_pipeline.loading import shards as shards_module
 from cskd_pipeline.loading.batches import TrainBatches
 from cskd_pipeline.loading.index import Dataset, index_shards, load_dataset
 from cskd_pipeline.loading.join import Join, find_differing, join
 from cskd_pipeline.loading.plan import EpochPlan
+from cskd_pipeline.loading.replay import renderer_of, replay, spread_views
 from cskd_pipeline.views import apply
 from tests.conftest import COUNTS
 from tests.loading.making import POLICY, ROOT_SEED, VIEWS, make_cache, same
@@ -166,12 +166,13 @@ def relabelled(sample: Sample, label: int) -> Sample:
 
 def test_labels_unlike_the_cache_s_are_refused(tmp_path: Path, cache: CacheReader) -> None:
     other = recut(tmp_path, [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)])
+    joined = join(other, cache)
     with pytest.raises(JoinError, match="other labels than in the cache") as caught:
-        join(other, cache)
+        replay(joined, spread_views(joined, 3))
     assert caught.value.problems[0] == "bird_0000: label 4, in the cache 0"
-    # One wrong label that no probe met is found when its shard is first used.
+    # A single one is found when its shard is first used.
     one = recut(tmp_path, *([relabelled(s, 0) if i == 1 else s] for i, s in enumerate(EVERY)))
-    joined = join(one, cache, probed=0)
+    joined = join(one, cache)
     with pytest.raises(JoinError, match="1 of 21 samples have other labels"):
         joined.images.labels(np.array([[0, 0]]))
 
@@ -187,12 +188,11 @@ def recompressed(sample: Sample) -> Sample:
     }
 
 
-def test_recompressed_images_are_noticed_before_the_first_step(
-    tmp_path: Path, cache: CacheReader
-) -> None:
+def test_recompressed_images_are_noticed_in_a_sample(tmp_path: Path, cache: CacheReader) -> None:
     other = recut(tmp_path, [recompressed(s) for s in EVERY])
+    joined = join(other, cache)
     with pytest.raises(JoinError, match="not the one the cache was made from") as caught:
-        join(other, cache)
+        renderer_of(joined, strict=True).render(spread_views(joined, 3))
     assert "CRC-32" in str(caught.value.found)
     assert "other-00.tar: " in str(caught.value.where)
 
@@ -201,7 +201,6 @@ def test_one_image_that_differs_is_noticed_when_it_is_read(
     tmp_path: Path, cache: CacheReader
 ) -> None:
     changed = 6
-    assert changed not in np.linspace(0, len(EVERY) - 1, join_module.PROBED).astype(int)
     other = recut(tmp_path, [recompressed(s) if i == changed else s for i, s in enumerate(EVERY)])
     strict = source(join(other, cache), cache)
     with pytest.raises(JoinError, match="not the one the cache was made from") as caught:
@@ -217,7 +216,7 @@ def test_images_that_differ_are_counted_where_the_user_accepts_them(
     assert batch.drifted == len(batch.pixels)
 
 
-def test_with_manifests_on_both_sides_only_the_probed_tars_are_read(
+def test_with_manifests_on_both_sides_no_tar_is_read(
     tmp_path: Path, dataset: Dataset, cache: CacheReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = dataset.shards[0].path.parent
@@ -230,15 +229,15 @@ def test_with_manifests_on_both_sides_only_the_probed_tars_are_read(
     monkeypatch.setattr(
         shards_module, "read_index", lambda path: (read.append(path), read_index(path))[1]
     )
-    joined = join(load_dataset(tmp_path / "manifest.json"), cache, probed=1)
+    joined = join(load_dataset(tmp_path / "manifest.json"), cache)
     assert joined.same_shards == 4
-    assert len(read) == 1
+    assert read == []
 
 
 def test_images_that_differ_are_found_by_reading_all_and_left_out(
     tmp_path: Path, dataset: Dataset, cache: CacheReader
 ) -> None:
-    """In other tars, in another order, with samples missing, and none that is probed first."""
+    """In other tars, in another order, with samples missing."""
     other_images, gone = {0, 6, 25, 42}, {3, 30}
     content = [recompressed(s) if i in other_images else s for i, s in enumerate(EVERY)]
     order = [i for i in np.random.default_rng(5).permutation(len(EVERY)).tolist() if i not in gone]

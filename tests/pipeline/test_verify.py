@@ -240,10 +240,13 @@ def test_agreement_is_the_share_of_equal_labels_or_the_overlap() -> None:
 
 
 def test_a_teacher_needs_images_and_its_flags_a_teacher(small: World, capsys: Capture) -> None:
-    assert world.cli("cache", "verify", small.cache, "--teacher", "resnet10t") == 2
-    assert "give --shards too" in capsys.readouterr().err
-    assert world.cli("cache", "verify", small.cache, "--weights", "hub") == 2
-    assert "--teacher NAME" in capsys.readouterr().err
+    for flag, value in (("--teacher", "resnet10t"), ("--samples", 5), ("--split", "train")):
+        assert world.cli("cache", "verify", small.cache, flag, value) == 2
+        assert "give --shards too" in capsys.readouterr().err
+    for flag, value in (("--weights", "hub"), ("--batch-size", 5), ("--device", "cpu")):
+        words = ("--shards", small.shards, flag, value)
+        assert world.cli("cache", "verify", small.cache, *words) == 2
+        assert "give --teacher too" in capsys.readouterr().err
 
 
 def test_for_people_there_is_a_table_and_the_list(copy: World, capsys: Capture) -> None:
@@ -288,10 +291,10 @@ def test_views_that_differ_stop_training_before_it_begins_or_are_told(
     assert "0 are of other images" in told
 
 
-def test_other_images_beyond_the_probed_ones_stop_training_before_it_begins(
+def test_another_image_in_the_sample_stops_training_before_it_begins(
     small: World, samples: list[Sample], tmp_path: Path
 ) -> None:
-    """Of 96 samples 64 are looked at, every third of which no earlier look has read."""
+    """One of the 64 that are looked at, of 96."""
     rows = spread_views(join(load_dataset(small.shards), CacheReader(small.cache)), 64)
     starts = [0, 35, 70]
     number = starts[int(rows[5, 1])] + int(rows[5, 2])
