@@ -26,7 +26,7 @@ FORMAT_VERSION = 1
 MAX_UNITS = 10_000_000  # blocks of views times tar shards; ImageNet's paper recipe has 30,720
 
 # Versions that decide pixels or answers: a cache made half by one and half by another says so.
-DECIDING_VERSIONS = ("pillow", "libjpeg_turbo", "torch", "timm")
+DECIDING_VERSIONS = ("pillow", "libjpeg_turbo", "simplejpeg", "torch", "timm")
 
 
 def keys_sha256(keys: Iterable[str]) -> str:
@@ -42,7 +42,7 @@ def library_versions() -> dict[str, str]:
     from PIL import features
 
     found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in ("pillow", "numpy", "torch", "timm", "zarr", "numcodecs"):
+    for name in ("pillow", "simplejpeg", "numpy", "torch", "timm", "zarr", "numcodecs"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -70,7 +70,8 @@ class EvalImages(TorchDataset[EvalBatch]):
             rows = range(max(start - first, 0), min(stop - first, count))
             first += count
             for row, data in zip(rows, shard.read_images(rows) if rows else (), strict=True):
-                planes = self.transform(decode(data, shard.where(row)))  # (3, S, S)
+                image = Image.fromarray(decode(data, shard.where(row)))
+                planes = self.transform(image)  # (3, S, S)
                 pixels[done] = np.asarray(planes).transpose(1, 2, 0)
                 labels[done] = shard.label(row)
                 done += 1

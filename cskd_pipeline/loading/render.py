@@ -127,8 +127,9 @@ class Renderer:
         ends = np.append(starts[1:], len(rows))
         for i, data, crc in self.images.read(rows[starts, 1:]):
             image = decode(data, self.images.where(*rows[starts[i], 1:].tolist()))
+            height, width, _ = image.shape
             for number in range(starts[i], ends[i]):
-                params[number] = draw(seeds[number], self.policy, *image.size)
+                params[number] = draw(seeds[number], self.policy, width, height)
                 pixels[number] = apply.render(image, params[number], self.policy)
                 digests[number] = apply.digest(pixels[number])
                 crcs[number] = crc

@@ -5,31 +5,27 @@ from __future__ import annotations
 import zlib
 
 import numpy as np
-from PIL import Image
 
 from cskd_pipeline.views.bits import NORMAL_UNITS, BitStream
 from cskd_pipeline.views.draw import ViewParams
+from cskd_pipeline.views.kernels import resized
 from cskd_pipeline.views.mixing import Mix
 from cskd_pipeline.views.ops import apply_op
 from cskd_pipeline.views.policy import ViewPolicy
 
 
-def render(image: Image.Image, params: ViewParams, policy: ViewPolicy) -> np.ndarray:
+def render(image: np.ndarray, params: ViewParams, policy: ViewPolicy) -> np.ndarray:
     """The view before erasing and mixing: uint8 (size, size, 3), contiguous.
 
     Args:
-        image: RGB, of the size that ``params`` was drawn for.
+        image: (H, W, 3) uint8, contiguous, of the size that ``params`` was drawn for.
     """
-    top, left, height, width = params.crop
-    view = image.crop((left, top, left + width, top + height))
-    view = view.resize((policy.size, policy.size), Image.Resampling.BICUBIC)
-    if params.flip:
-        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    view = resized(image, *params.crop, policy.size, params.flip)
     if params.ops:
         red, green, blue = (round(255 * value) for value in policy.mean)
         for op, argument in params.ops:
             view = apply_op(view, op, argument, (red, green, blue))
-    return np.array(view)
+    return view
 
 
 def digest(pixels: np.ndarray) -> int:

@@ -6,6 +6,8 @@ import io
 import warnings
 from contextlib import suppress
 
+import numpy as np
+import simplejpeg
 from PIL import ExifTags, Image
 
 from cskd_pipeline.errors import ImageError
@@ -15,11 +17,12 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 100_000_000
 
 
-def decode(data: bytes, where: object) -> Image.Image:
-    """An RGB image, upright.
+def decode(data: bytes, where: object) -> np.ndarray:
+    """An RGB image, upright: (H, W, 3) uint8, contiguous.
 
     Grey, CMYK, palette, 16-bit grey and images with transparency (over white) become RGB; an EXIF
-    orientation is applied.
+    orientation is applied. Whole three-channel JPEGs, nearly all images, are decoded straight into
+    the array; everything else goes through Pillow, and gives or would give the same pixels.
 
     Args:
         where: the sample, for the error message.
@@ -34,8 +37,14 @@ def decode(data: bytes, where: object) -> Image.Image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{width}x{height} pixels")
+            turn = _turn(image)
+            if image.format == "JPEG" and image.mode == "RGB" and turn is None:
+                pixels = _jpeg(data, image.size)
+                if pixels is not None:
+                    return pixels
             image.load()
-            return _to_rgb(_upright(image))
+            upright = image if turn is None else image.transpose(turn)
+            return np.array(_to_rgb(upright))
     except Image.DecompressionBombError as error:  # Pillow raises it too, of what is larger still
         raise ImageError(
             "the image is larger than any honest one",
@@ -66,13 +75,24 @@ _TURNS = {
 """What undoes an EXIF orientation; 1 is upright, other numbers mean nothing."""
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _turn(image: Image.Image) -> Image.Transpose | None:
     # Not image.getexif(): from Pillow 11 on that believes XMP too, and views must not change.
-    exif, turn = Image.Exif(), None
+    exif = Image.Exif()
     with suppress(Exception):  # damaged EXIF says nothing, and nothing against the pixels
         exif.load(image.info.get("exif", b""))
-        turn = _TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
-    return image if turn is None else image.transpose(turn)
+        return _TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
+    return None
+
+
+def _jpeg(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
+    """The pixels of a flawless JPEG of that width and height, or None: Pillow is to judge it."""
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        if (width, height) == size:
+            return simplejpeg.decode_jpeg(data)
+    except ValueError:  # its only error, which warnings of libjpeg are too
+        pass
+    return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

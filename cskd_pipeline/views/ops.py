@@ -1,70 +1,119 @@
-"""RandAugment's operations: Pillow's pixel operations on uint8, the same on every machine.
+"""RandAugment's operations on uint8: timm's, and so Pillow's, pixels, the same on every machine.
 
 Look-up tables and histograms are integers. Blending (color, contrast, brightness, sharpness),
-shearing and shifting are floating point in Pillow, cut down to uint8; a last bit decides where the
-true value is an integer, and Pillow's builds for ARM fuse multiply and add where those for x86 do
-not: with arbitrary arguments that changed one view in 400. With arguments that are multiples of
-1/4096 every intermediate value is exact, so there is no last bit to differ in (a test compares
-with integer arithmetic). A rotation's sine and cosine are never such values, nor does a true value
-then fall on an integer by more than chance.
+shearing and shifting take arguments that are multiples of 1/4096, for which integers, or float64
+without any rounding, give the exact value, cut down to uint8; Pillow's floating point gives the
+same there, and only there on all of its builds. A rotation's sine and cosine are never such values;
+they are rounded to 15 digits, and what follows is a fixed order of float64 operations.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
-from PIL import Image, ImageEnhance, ImageOps
+import numpy as np
+
+from cskd_pipeline.views import kernels
 
 Colour = tuple[int, int, int]
 
+_VALUES = np.arange(256)
 
-def apply_op(image: Image.Image, op: str, argument: float, fill: Colour) -> Image.Image:
-    """``image`` after one operation of :data:`cskd_pipeline.views.draw.OPS`.
+
+def apply_op(image: np.ndarray, op: str, argument: float, fill: Colour) -> np.ndarray:
+    """``image``, (S, S, 3) uint8, after one operation of :data:`cskd_pipeline.views.draw.OPS`.
 
     Args:
         argument: see :func:`cskd_pipeline.views.draw.argument`.
         fill: where a geometric operation uncovers what is outside the image.
     """
-    if op in _COLOUR:
-        return _COLOUR[op](image, argument)
+    if op in _TABLES:
+        table = _TABLES[op](image, argument)
+        return kernels.recoloured(image, np.ascontiguousarray(np.broadcast_to(table, (3, 256))))
+    if op == "color":
+        return kernels.saturated(image, round(argument * kernels.BLEND_UNITS))
+    if op == "sharpness":
+        return kernels.sharpened(image, round(argument * kernels.BLEND_UNITS))
+    colour = np.array(fill, np.uint8)
     if op == "rotate":
-        return image.rotate(argument, resample=Image.Resampling.BICUBIC, fillcolor=fill)
-    width, height = image.size
-    matrix = {
-        "shear_x": (1.0, argument, 0.0, 0.0, 1.0, 0.0),
-        "shear_y": (1.0, 0.0, 0.0, argument, 1.0, 0.0),
-        "translate_x": (1.0, 0.0, argument * width, 0.0, 1.0, 0.0),
-        "translate_y": (1.0, 0.0, 0.0, 0.0, 1.0, argument * height),
-    }[op]
-    return image.transform(
-        image.size,
-        Image.Transform.AFFINE,
-        matrix,
-        resample=Image.Resampling.BICUBIC,
-        fillcolor=fill,
-    )
+        return _rotated(image, argument, colour)
+    if op.endswith("_y"):
+        slid = kernels.slide(kernels.transposed(image), _shifts(image, op, argument), colour)
+        return kernels.transposed(slid)
+    return kernels.slide(image, _shifts(image, op, argument), colour)
 
 
-def _posterize(image: Image.Image, bits: float) -> Image.Image:
-    """Keep the upper ``bits`` bits; 0 gives black, which Pillow 13 no longer takes."""
-    mask = 256 - (1 << (8 - int(bits)))
-    return image.point([value & mask for value in range(256)] * 3)
+def _shifts(image: np.ndarray, op: str, argument: float) -> np.ndarray:
+    """How far each row (or column) moves, in the units of :func:`kernels.slide`.
+
+    ``argument`` times the place of the row's centre (shear) or the side (translate).
+    """
+    side = len(image)
+    if op.startswith("shear"):
+        halves = 2 * np.arange(side, dtype=np.int64) + 1
+    else:
+        halves = np.full(side, 2 * side, np.int64)
+    return round(argument * (kernels.SHIFT_UNITS // 2)) * halves
 
 
-def _solarize_add(image: Image.Image, added: float) -> Image.Image:
-    table = [min(255, value + int(added)) if value < 128 else value for value in range(256)]
-    return image.point(table * 3)
+def _rotated(image: np.ndarray, degrees: float, fill: np.ndarray) -> np.ndarray:
+    """Counter-clockwise around the middle."""
+    if degrees % 360.0 == 0.0:
+        return image.copy()
+    angle = -math.radians(degrees % 360.0)
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    x = y = len(image) / 2.0
+    matrix = (cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y)
+    return kernels.rotated(image, np.array(matrix), fill)
 
 
-_COLOUR: dict[str, Callable[[Image.Image, float], Image.Image]] = {
-    "auto_contrast": lambda image, _: ImageOps.autocontrast(image),
-    "equalize": lambda image, _: ImageOps.equalize(image),
-    "invert": lambda image, _: ImageOps.invert(image),
-    "posterize": _posterize,
-    "solarize": lambda image, threshold: ImageOps.solarize(image, int(threshold)),
-    "solarize_add": _solarize_add,
-    "color": lambda image, factor: ImageEnhance.Color(image).enhance(factor),
-    "contrast": lambda image, factor: ImageEnhance.Contrast(image).enhance(factor),
-    "brightness": lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
-    "sharpness": lambda image, factor: ImageEnhance.Sharpness(image).enhance(factor),
+def _auto_contrast(image: np.ndarray, _: float) -> np.ndarray:
+    """Each channel's darkest value to 0 and its brightest to 255."""
+    tables = np.tile(_VALUES, (3, 1))
+    for channel, counts in enumerate(kernels.histograms(image)):
+        found = np.flatnonzero(counts)
+        low, high = int(found[0]), int(found[-1])
+        if high > low:
+            scale = 255.0 / (high - low)
+            offset = -low * scale
+            tables[channel] = np.clip((_VALUES * scale + offset).astype(np.int64), 0, 255)
+    return tables.astype(np.uint8)
+
+
+def _equalize(image: np.ndarray, _: float) -> np.ndarray:
+    """Each channel's values spread so that all are about as frequent."""
+    tables = np.tile(_VALUES, (3, 1))
+    for channel, counts in enumerate(kernels.histograms(image)):
+        found = counts[counts > 0]
+        step = int(found.sum() - found[-1]) // 255
+        if len(found) > 1 and step:
+            below = np.cumsum(counts) - counts
+            tables[channel] = np.minimum((step // 2 + below) // step, 255)
+    return tables.astype(np.uint8)
+
+
+def _blended_with(dull: int, factor: float) -> np.ndarray:
+    units = round(factor * kernels.BLEND_UNITS)
+    mixed = (dull * kernels.BLEND_UNITS + units * (_VALUES - dull)) >> 12
+    return np.clip(mixed, 0, 255).astype(np.uint8)
+
+
+def _solarize_add(added: float) -> np.ndarray:
+    brighter = np.minimum(_VALUES + int(added), 255)
+    return np.where(_VALUES < 128, brighter, _VALUES).astype(np.uint8)
+
+
+_TABLES: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+    "auto_contrast": _auto_contrast,
+    "equalize": _equalize,
+    "invert": lambda image, _: (255 - _VALUES).astype(np.uint8),
+    # the upper bits; none gives black
+    "posterize": lambda image, bits: (_VALUES & (256 - (1 << (8 - int(bits))))).astype(np.uint8),
+    "solarize": lambda image, threshold: np.where(
+        int(threshold) > _VALUES, _VALUES, 255 - _VALUES
+    ).astype(np.uint8),
+    "solarize_add": lambda image, added: _solarize_add(added),
+    "contrast": lambda image, factor: _blended_with(kernels.mean_luma(image), factor),
+    "brightness": lambda image, factor: _blended_with(0, factor),
 }

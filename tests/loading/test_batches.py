@@ -72,7 +72,8 @@ def test_a_row_is_the_view_and_the_partner_that_its_seeds_say(dataset: Dataset) 
         mate = offset if mix.lam == 1.0 else other
         for place, o in ((batch.own[i], offset), (batch.partner[i], mate)):
             image = decode(tar.read_image(o), "")
-            params = draw(view_seed(ROOT_SEED, tar.key(o), view), POLICY, *image.size)
+            height, width, _ = image.shape
+            params = draw(view_seed(ROOT_SEED, tar.key(o), view), POLICY, width, height)
             assert np.array_equal(batch.pixels[place], apply.render(image, params, POLICY))
             assert batch.seed.numpy()[place] == view_seed(ROOT_SEED, tar.key(o), view)
             assert batch.image_crc32.numpy()[place] == zlib.crc32(tar.read_image(o))

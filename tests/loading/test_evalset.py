@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.data import create_transform
 
 from cskd_pipeline.loading.evalset import eval_loader
@@ -35,7 +36,8 @@ def test_every_sample_comes_once_in_order_as_timm_shows_it(dataset: Dataset, wor
     place = 0
     for shard in dataset.shards:
         for row in range(len(shard)):
-            expected = transform(decode(shard.read_image(row), "")).permute(1, 2, 0)
+            image = Image.fromarray(decode(shard.read_image(row), ""))
+            expected = transform(image).permute(1, 2, 0)
             assert torch.equal(pixels[place].float() / 255, expected)
             assert labels[place] == shard.label(row)
             place += 1

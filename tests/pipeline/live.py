@@ -57,7 +57,8 @@ def live_answers(shards: Path, cache: Path) -> Iterator[LiveAnswer]:
         images = [decode(shard.read_image(i), shard.key(i)) for i in range(count)]
         for view in range(manifest.views):
             seeds = [view_seed(root, key, view) for key in shard.keys]
-            params = [draw(s, policy, *im.size) for s, im in zip(seeds, images, strict=True)]
+            sizes = [(im.shape[1], im.shape[0]) for im in images]
+            params = [draw(s, policy, *size) for s, size in zip(seeds, sizes, strict=True)]
             views = [
                 to_float(render(im, p, policy), p, policy)
                 for im, p in zip(images, params, strict=True)

@@ -45,8 +45,9 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes, extra: by
 
 def decoded(data: bytes) -> list[list[int]]:
     image = decode(data, "here")
-    assert image.mode == "RGB"
-    return np.asarray(image).reshape(-1, 3).tolist()
+    assert (image.dtype, image.shape[2]) == (np.uint8, 3)
+    assert image.flags.c_contiguous
+    return image.reshape(-1, 3).tolist()
 
 
 def refusal(data: bytes) -> ImageError:
@@ -67,6 +68,40 @@ def test_lossless_files_give_their_pixels(kind: str) -> None:
 def test_a_jpeg_gives_pillows_own_pixels(options: dict) -> None:
     data = saved(PICTURE, "JPEG", **options)
     assert decode(data, "").tobytes() == Image.open(io.BytesIO(data)).tobytes()
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (7, 9), (16, 8), (33, 250), (401, 300)])
+def test_a_jpeg_past_pillow_has_pillows_pixels(
+    size: tuple[int, int], progressive: bool, subsampling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"progressive": progressive, "subsampling": subsampling, "quality": 75}
+    data = saved(scene(*size), "JPEG", restart_marker_blocks=3, **options)
+    expected = np.asarray(Image.open(io.BytesIO(data)))
+    monkeypatch.setattr(Image.Image, "transpose", None)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)  # Pillow reads the header only
+    found = decode(data, "")
+    assert np.array_equal(found, expected)
+    assert found.flags.writeable
+
+
+def test_a_jpeg_with_a_flaw_that_pillow_forgives_has_pillows_pixels() -> None:
+    """Bits that were flipped behind the headers: libjpeg warns, and goes on."""
+    whole = saved(scene(64, 48), "JPEG", quality=90)
+    start, forgiven = whole.index(b"\xff\xda") + 20, 0
+    for place in range(start, len(whole) - 2, 7):
+        data = bytearray(whole)
+        data[place] ^= 0x10
+        try:
+            image = Image.open(io.BytesIO(bytes(data)))
+            image.load()
+        except OSError:
+            refusal(bytes(data))
+            continue
+        forgiven += 1
+        assert np.array_equal(decode(bytes(data), ""), np.asarray(image.convert("RGB")))
+    assert forgiven > 10
 
 
 def test_a_png_that_is_called_jpeg_is_read_by_its_content() -> None:
@@ -182,7 +217,7 @@ def test_xmp_turns_nothing(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image.load()
     image.info[key] = '<x tiff:Orientation="6"/>'
     monkeypatch.setattr(decode_module.Image, "open", lambda *_, **__: image)
-    assert decode(b"", "").size == PICTURE.size
+    assert decode(b"", "").shape == np.asarray(PICTURE).shape
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

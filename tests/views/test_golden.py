@@ -43,11 +43,10 @@ cskd_pipeline/views/policy.py and keep the code of this one. These values depend
 numpy guarantees Philox's raw stream, and all that is made from it is made here.
 """
 PIXELS_DRIFTED = f"""
-The same draws no longer give the same pixels, with Pillow {Image.__version__}. Pillow 10.3 to 12.3
-agree on every value here, on x86 and in a build that fuses multiply and add as those for ARM do;
-Pillow 13.0 resizes to other pixels. If it was our code that changed, undo it. If it was Pillow (or
-the libjpeg-turbo or libwebp in its wheel: see ``decoded``), keep pyproject.toml's range off that
-release, or give its pixels a new policy version. Never pin them anew under the old version.
+The same draws no longer give the same pixels, with simplejpeg and Pillow {Image.__version__}. What
+happens to decoded pixels is our own arithmetic: undo what changed it. If it is decoding that
+drifted (see ``decoded``), keep pyproject.toml's ranges off the release of simplejpeg or Pillow that
+brought it. Or give the pixels a new policy version; never pin them anew under the old one.
 """
 
 
@@ -119,7 +118,7 @@ def mixes() -> dict[str, Any]:
 
 def operations() -> dict[str, list[int]]:
     """CRC-32 of both pictures after each operation, at levels 0, 8.3 and 10, both ways."""
-    pictures = [scene(224, 224), noise(224, 224)]
+    pictures = [np.asarray(scene(224, 224)), np.asarray(noise(224, 224))]
     return {
         op: [
             zlib.crc32(apply_op(picture, op, argument(op, level, sign), (124, 116, 104)).tobytes())
@@ -131,7 +130,9 @@ def operations() -> dict[str, list[int]]:
 
 
 def rendered() -> list[int]:
-    return [digest(render(scene(*size), params, POLICY)) for _, size, params in views(SHOWN)]
+    return [
+        digest(render(np.asarray(scene(*size)), params, POLICY)) for _, size, params in views(SHOWN)
+    ]
 
 
 def noises() -> list[int]:
@@ -214,7 +215,8 @@ def replay(backwards: bool = False) -> dict[str, list[float]]:
         keys = [view_seed(9, str(n), view) for n in (number, partner)]
         both = []
         for n, key in zip((number, partner), keys, strict=True):
-            params = draw(key, POLICY, *pictures[n].size)
+            height, width, _ = pictures[n].shape
+            params = draw(key, POLICY, width, height)
             both.append(to_float(render(pictures[n], params, POLICY), params, POLICY))
         mix = draw_mix(*keys, POLICY)
         crc = zlib.crc32(mix_pixels(*both, mix).tobytes())
