@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from timm.utils import AverageMeter, accuracy
 
-from cskd_pipeline.checkpoint import StudentCard, read_card
-from cskd_pipeline.distill.student import Student, create_student, inference_logits
-from cskd_pipeline.distill.weights import load_state
-from cskd_pipeline.errors import DataError, WeightsError
+from cskd_pipeline.checkpoint import load_student, student_file
+from cskd_pipeline.distill.student import Student, inference_logits
+from cskd_pipeline.errors import DataError
 from cskd_pipeline.loading.device import normalise
 from cskd_pipeline.loading.evalset import EvalBatch, eval_loader
 from cskd_pipeline.loading.index import load_dataset
@@ -77,37 +76,6 @@ def measure(
     return found
 
 
-def load_student(path: Path, device: torch.device) -> tuple[Student, StudentCard]:
-    """The student of a ``.safetensors`` file that ``train`` wrote.
-
-    Raises:
-        WeightsError: no card, or tensors that do not fit the model it names.
-    """
-    card = read_card(path)
-    student = create_student(
-        card.model, num_classes=card.num_classes, size=card.size, kwargs=card.kwargs
-    )
-    student.require(method=card.method, grid=card.grid)
-    given = {"cls", "dist" if student.has_distillation_token else "", "dense" if card.grid else ""}
-    if not set(card.heads) <= given:
-        raise WeightsError(
-            "the checkpoint names heads that its model does not have",
-            where=path,
-            found=", ".join(card.heads),
-            expected="some of " + ", ".join(filter(None, sorted(given))),
-        )
-    try:
-        student.model.load_state_dict(load_state(path))
-    except RuntimeError as error:
-        raise WeightsError(
-            "the checkpoint's tensors do not fit the model it names",
-            where=path,
-            found=str(error).splitlines()[-1].strip(),
-            expected=card.model,
-        ) from error
-    return student.to(device), card
-
-
 def evaluate(
     checkpoint: Path,
     shards: str,
@@ -119,11 +87,7 @@ def evaluate(
     device: str = "auto",
 ) -> dict[str, Any]:
     """``cskd-pipeline evaluate``: measure a checkpoint (or a run folder's best) on shards."""
-    path = Path(checkpoint)
-    if path.is_dir():  # a run without validation shards has no best student
-        path = next(
-            (p for p in (path / "best.safetensors", path / "last.safetensors") if p.exists()), path
-        )
+    path = student_file(Path(checkpoint))
     target = pick_device(device)
     student, card = load_student(path, target)
     dataset = load_dataset(

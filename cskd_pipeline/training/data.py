@@ -35,9 +35,11 @@ class TrainingData:
 
     ``encoding`` is the one that targets are read in and ``grid`` the cache's (rows, columns); both
     are None for method ``none``. ``digest`` changes with anything that decides batches or targets.
-    ``joined``: where the cache's samples are, and which are left out; None without a cache.
+    ``name`` is the data set's. ``joined``: where the cache's samples are, and which are left out;
+    None without a cache.
     """
 
+    name: str
     plan: EpochPlan
     source: TrainBatches
     policy: ViewPolicy
@@ -51,6 +53,10 @@ class TrainingData:
     eval_batch_size: int
     ranks: Ranks
     joined: Join | None
+
+    @property
+    def cache(self) -> CacheReader | None:
+        return None if self.joined is None else self.joined.images.cache
 
     @property
     def steps_per_epoch(self) -> int:
@@ -131,6 +137,7 @@ def open_training_data(
         allowed=allowed,
     )
     return TrainingData(
+        name=dataset.name,
         plan=plan,
         source=TrainBatches(
             plan,

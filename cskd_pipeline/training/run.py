@@ -258,6 +258,8 @@ class Run:
         self.rows, self.best = rows, best
 
     def card(self, weights: str, top1: float | None) -> StudentCard:
+        cache = self.data.cache
+        manifest = None if cache is None else cache.manifest
         return StudentCard(
             model=self.recipe.student.name,
             num_classes=self.data.num_classes,
@@ -270,4 +272,8 @@ class Run:
             epoch=self.epoch,
             top1=top1,
             class_names=self.data.class_names,
+            dataset=self.data.name,
+            teacher=None if manifest is None else manifest.teacher.name,
+            recipe_sha256=result_digest(self.recipe),
+            cache_sha256=None if manifest is None else manifest.digest(),
         )

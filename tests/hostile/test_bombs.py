@@ -25,6 +25,7 @@ from cskd_pipeline.cache import layout
 from cskd_pipeline.cache import reader as reader_module
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.checkpoint import StudentCard, save_student
 from cskd_pipeline.distill.weights import load_state
 from cskd_pipeline.errors import CacheError, ManifestError, ShardError, WeightsError
 from cskd_pipeline.loading.index import load_dataset
@@ -379,6 +380,21 @@ def test_weights_that_unfold_are_refused(tmp_path: Path) -> None:
     for name, says in (("deflated", "unfolds"), ("expanded", "claims more values")):
         with pytest.raises(WeightsError, match=says):
             load_state(tmp_path / f"{name}.pth")
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"embed_dim": 16384, "depth": 48}, {"depth": 65535}, {"patch_size": 1}], ids=str
+)
+def test_a_card_cannot_ask_for_a_model_larger_than_its_file(
+    stages: Stages, tmp_path: Path, bounded: Bounded, kwargs: dict[str, int]
+) -> None:
+    """Of 600 GB, of 65,535 layers, of 3.6 billion tokens."""
+    card = StudentCard(
+        *("deit_tiny_distilled_patch16_224", 4, 60_000, ("cls", "dist"), "none"), kwargs=kwargs
+    )
+    save_student(tmp_path / "s.safetensors", {"head.weight": torch.zeros(4, 192)}, card)
+    words = ("evaluate", tmp_path / "s.safetensors", "--shards", stages.shards, "--device", "cpu")
+    assert "larger than its tensors" in bounded(*words)
 
 
 def test_class_names_and_indices_are_bounded_documents_too(tmp_path: Path) -> None:
