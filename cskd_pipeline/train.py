@@ -27,6 +27,7 @@ from cskd_pipeline.ranks import Ranks, joined
 from cskd_pipeline.recipe import TrainRecipe, to_toml
 from cskd_pipeline.terminal import Terminal
 from cskd_pipeline.training.data import open_training_data
+from cskd_pipeline.training.initial import check_resumed
 from cskd_pipeline.training.joining import write_join
 from cskd_pipeline.training.log import RunLog
 from cskd_pipeline.training.run import PARTS, Run
@@ -68,7 +69,11 @@ def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) 
     state_file = out / STATE
     if resume and state_file.exists():
         run.restore(load_state(state_file), state_file)
+        if not check_resumed(recipe.student.init_from, run.init, state_file):
+            terminal.line(f"{recipe.student.init_from} is gone; the run goes on without it")
         terminal.line(f"resuming at epoch {run.epoch}, update {run.update} of {run.updates}")
+    elif recipe.student.init_from:
+        terminal.line(str(run.start_from(recipe.student.init_from)))
     if ranks.first:
         write_text(out / "recipe.toml", to_toml(recipe))
         if data.joined is not None:
@@ -89,6 +94,7 @@ def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) 
         "out": str(out),
         "student": recipe.student.name,
         "method": recipe.distill.method,
+        "init": run.init,
         "epochs": recipe.schedule.epochs,
         "updates": run.updates,
         "seconds": seconds,

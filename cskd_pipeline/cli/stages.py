@@ -209,6 +209,13 @@ def train(
         Path | None,
         typer.Option(metavar="DIR", help="The run's folder: checkpoints, summary.csv, its recipe."),
     ] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Fine-tune a student: its .safetensors file, a run's folder, or an exported one.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, mid-epoch if need be.")
     ] = False,
@@ -231,6 +238,7 @@ def train(
         "data.split": split,
         "data.val_split": val_split,
         "student.name": student,
+        "student.init_from": path_text(init_from),
         "distill.method": method,
         "schedule.epochs": epochs,
         "batch.batch_size": batch_size,

@@ -61,10 +61,13 @@ class Student(nn.Module):
     any other timm classifier serves method ``none``.
     """
 
-    def __init__(self, model: nn.Module, name: str, size: int) -> None:
+    def __init__(
+        self, model: nn.Module, name: str, size: int, kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.name = name
+        self.kwargs = dict(kwargs or {})
         data = resolve_data_config({}, model=model)
         self.mean, self.std = tuple(data["mean"]), tuple(data["std"])
         self.preprocessing = Preprocessing(
@@ -77,7 +80,7 @@ class Student(nn.Module):
 
     def with_model(self, model: nn.Module) -> Student:
         """The same student around another copy of the network, such as a moving average."""
-        return Student(model, self.name, self.preprocessing.size)
+        return Student(model, self.name, self.preprocessing.size, self.kwargs)
 
     def require(self, *, method: str, grid: Grid | None) -> None:
         """Refuse a method or a teacher grid (rows, columns) that this student cannot serve.
@@ -189,4 +192,4 @@ def create_student(
     model = create_timm(
         name, num_classes=num_classes, size=size, kwargs=arguments, error=StudentError
     )
-    return Student(model, name, size)
+    return Student(model, name, size, kwargs)

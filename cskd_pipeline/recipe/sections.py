@@ -84,6 +84,9 @@ class StudentSection:
     name: str = "deit_tiny_distilled_patch16_224"
     kwargs: dict[str, Any] = field(default_factory=dict)
     drop_path: float = 0.0
+    # Weights to start from: a student's file or folder. The path decides nothing; the weights' own
+    # digest is kept in the run's state and in its students.
+    init_from: str = _free("")
 
 
 @dataclass(frozen=True)

@@ -2,5 +2,6 @@
 
 1. ``data`` -- the cache, the shards and the student's needs brought together, every misfit refused.
 2. ``run`` -- model, optimizer, schedule, average, and one update.
-3. ``log`` -- ``summary.csv`` and TensorBoard.
+3. ``initial`` -- weights to start from: what is kept, new and resized.
+4. ``log`` -- ``summary.csv`` and TensorBoard.
 """

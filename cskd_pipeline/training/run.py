@@ -25,6 +25,7 @@ from cskd_pipeline.machine import AMP
 from cskd_pipeline.ranks import ALONE, Ranks, lost
 from cskd_pipeline.recipe import TrainRecipe, result_digest
 from cskd_pipeline.training.data import TrainingData
+from cskd_pipeline.training.initial import Started, read_source, start_from
 from cskd_pipeline.views.bits import derive_seed
 
 PARTS = ("loss", "base", "global", "spatial")
@@ -102,6 +103,23 @@ class Run:
         self.sums = torch.zeros(len(PARTS), device=device)  # of this epoch's updates so far
         self.rows: list[dict[str, float | int | None]] = []
         self.best: dict[str, Any] = {}
+        self.init: dict[str, str] | None = None  # weights the run started from: from and sha256
+
+    def start_from(self, path: str) -> Started:
+        """Begin with the weights at ``path`` instead of fresh ones.
+
+        Raises:
+            WeightsError: they do not fit, or are others on another rank.
+        """
+        started = start_from(
+            read_source(Path(path)), self.student, self.data.num_classes, self.data.class_names
+        )
+        if len(set(self.ranks.gather(started.sha256))) > 1:
+            raise WeightsError("the ranks found different weights to start from", where=path)
+        if self.ema is not None:
+            self.ema.module.load_state_dict(self.student.model.state_dict())
+        self.init = {"from": path, "sha256": started.sha256}
+        return started
 
     # -- position ------------------------------------------------------------------------------
 
@@ -206,6 +224,7 @@ class Run:
             "format": FORMAT,
             "recipe": result_digest(self.recipe),
             "data": self.data.digest,
+            "init": self.init,
             "update": self.update,
             "student": self.student.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
@@ -244,10 +263,13 @@ class Run:
 
     def _take(self, state: dict[str, Any]) -> None:
         update, rows, best = state["update"], state["rows"], state["best"]
+        init = state.get("init")
         if type(update) is not int or not 0 <= update <= self.updates:
             raise ValueError(f"update {update!r} of {self.updates}")
         if not all(isinstance(row, dict) for row in [*rows, best]):
             raise ValueError("rows that are none")
+        if init is not None and [type(init[name]) for name in ("from", "sha256")] != [str, str]:
+            raise ValueError("a start that is none")
         self.update = update
         self.student.model.load_state_dict(state["student"])
         if self.ema is not None:
@@ -255,7 +277,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.sums = state["sums"].to(self.device).reshape(len(PARTS))
-        self.rows, self.best = rows, best
+        self.rows, self.best, self.init = rows, best, init
 
     def card(self, weights: str, top1: float | None) -> StudentCard:
         cache = self.data.cache
@@ -276,4 +298,5 @@ class Run:
             teacher=None if manifest is None else manifest.teacher.name,
             recipe_sha256=result_digest(self.recipe),
             cache_sha256=None if manifest is None else manifest.digest(),
+            init_sha256=None if self.init is None else self.init["sha256"],
         )

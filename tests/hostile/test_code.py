@@ -75,6 +75,8 @@ def test_a_payload_in_a_teachers_weights_is_not_run(
         lambda state: {**state, "update": True},
         lambda state: {**state, "rows": "text"},
         lambda state: {**state, "best": 3},
+        lambda state: {**state, "init": "x"},
+        lambda state: {**state, "init": {"from": "x", "sha256": 5}},
         lambda state: {**state, "sums": torch.zeros(7)},
         lambda state: {**state, "student": {"a": 1}},
         lambda state: {**state, "student": {k: v[:1] for k, v in state["student"].items()}},

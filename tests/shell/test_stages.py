@@ -31,10 +31,11 @@ PAPER = {
 def test_the_stages_folder_has_the_promised_recipes() -> None:
     assert recipe_names(DumpRecipe) == ["demo", "paper_regnety_160"]
     assert recipe_names(TrainRecipe) == sorted(
-        [f"demo_{kind}" for kind in ("none", "deit", "cskd", "teacher")]
+        ["finetune_cifar100"]
+        + [f"demo_{kind}" for kind in ("none", "deit", "cskd", "teacher")]
         + [f"{size}_{method}" for size in PAPER for method in ("cskd", "deit", "none")]
     )
-    assert len(FILES) == 15  # and every one is checked below
+    assert len(FILES) == 16  # and every one is checked below
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -121,6 +122,29 @@ def test_the_papers_values_stand_in_its_recipes(size: str, method: str) -> None:
     }
     assert recipe.run.ema == 0.99996
     assert recipe.data.num_classes == 1000
+
+
+def test_fine_tuning_is_deits_and_else_the_papers() -> None:
+    """SGD, 0.01 at a batch of 768, 1,000 epochs, no erasing: the authors' words (deit issue 45)."""
+    tuned = load_recipe(TrainRecipe, "finetune_cifar100")
+    paper = load_recipe(TrainRecipe, "paper_base_none")
+    changed = {
+        name: value
+        for name, value in flat(tuned, "optim", "schedule", "batch", "student", "distill").items()
+        if value != flat(paper, "optim", "schedule", "batch", "student", "distill")[name]
+    }
+    assert changed == {
+        "optim.name": "sgd",
+        "optim.lr": 0.013333333333333334,
+        "optim.weight_decay": 1e-4,
+        "schedule.epochs": 1000,
+        "batch.batch_size": 768,
+    }
+    assert tuned.optim.lr * tuned.batch.batch_size / 1024 == pytest.approx(0.01)
+    assert tuned.views == replace(paper.views, erase=0.0)
+    assert tuned.data.num_classes == 100
+    text = (resources.stages() / "train/finetune_cifar100.toml").read_text()
+    assert "not run yet with this code" in text
 
 
 def test_the_papers_cache_is_regnety_160_in_300_envelope_views() -> None:

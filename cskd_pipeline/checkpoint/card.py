@@ -1,0 +1,93 @@
+"""What a student's file says of itself, and which of it is believed."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_ARGUMENT = 65535
+"""The largest number among a stranger's model arguments."""
+
+
+@dataclass(frozen=True)
+class StudentCard:
+    """What a student's file says of itself.
+
+    ``kwargs`` are the timm constructor's, ``heads`` those whose mean is the answer, ``grid`` the
+    teacher grid (rows, columns) that the dense head was trained on, or None. The digests are
+    SHA-256 in hex: of the recipe's deciding fields, of the cache's manifest, and of the weights
+    that the run started from.
+    """
+
+    model: str
+    num_classes: int
+    size: int
+    heads: tuple[str, ...]
+    method: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
+    weights: str = "last"  # last or ema
+    epoch: int = 0
+    top1: float | None = None  # percent, on the validation shards of the run
+    class_names: tuple[str, ...] | None = None
+    dataset: str | None = None
+    teacher: str | None = None  # its timm name
+    recipe_sha256: str | None = None
+    cache_sha256: str | None = None
+    init_sha256: str | None = None
+
+
+def check_card(card: StudentCard) -> None:
+    """Refuse what decides how a model is made, or is told of it, and is not of its kind.
+
+    Raises:
+        ValueError: names the field.
+    """
+    plain = {"model": str, "method": str, "num_classes": int, "size": int, "kwargs": dict}
+    for name, kind in (plain | {"weights": str, "epoch": int}).items():
+        if type(getattr(card, name)) is not kind:
+            raise ValueError(f"{name} {getattr(card, name)!r}")
+    if not all(0 < n <= 65535 for n in (card.num_classes, card.size, *(card.grid or ()))):
+        raise ValueError(f"classes, size or grid {card.num_classes}, {card.size}, {card.grid}")
+    if not card.heads or not set(card.heads) <= {"cls", "dist", "dense"}:
+        raise ValueError(f"heads {card.heads}")
+    if card.grid is not None and len(card.grid) != 2:
+        raise ValueError(f"grid {card.grid}")
+    if card.top1 is not None and not (type(card.top1) is float and math.isfinite(card.top1)):
+        raise ValueError(f"top1 {card.top1!r}")
+    if not all(type(name) is str for name in card.class_names or ()):
+        raise ValueError("class_names that are no text")
+    for name in ("dataset", "teacher"):
+        if type(getattr(card, name)) not in (str, type(None)):
+            raise ValueError(f"{name} {getattr(card, name)!r}")
+    for name in ("recipe_sha256", "cache_sha256", "init_sha256"):
+        if getattr(card, name) is not None:
+            check_digest(name, getattr(card, name))
+    check_arguments(card.kwargs)
+
+
+def check_digest(name: str, value: Any) -> None:
+    """Refuse what is no SHA-256 in hex.
+
+    Raises:
+        ValueError: names the field.
+    """
+    if type(value) is not str or not re.fullmatch("[0-9a-f]{64}", value):
+        raise ValueError(f"{name} {value!r}")
+
+
+def check_arguments(value: Any) -> None:
+    """Refuse numbers and collections with which a constructor could be kept busy for ever.
+
+    Raises:
+        ValueError: names the number.
+    """
+    if isinstance(value, dict | list):
+        if len(value) > 1000:
+            raise ValueError(f"kwargs with {len(value)} entries in one place")
+        for item in value.values() if isinstance(value, dict) else value:
+            check_arguments(item)
+    elif isinstance(value, int | float) and not abs(value) <= MAX_ARGUMENT:
+        raise ValueError(f"kwargs with the number {value}")

@@ -1,0 +1,382 @@
+"""A student's weights carried over: what is kept, what is new, what is resized, what is refused."""
+
+from __future__ import annotations
+
+import colorsys
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+from timm.models.vision_transformer import checkpoint_filter_fn
+
+from cskd_pipeline import train as stage_two
+from cskd_pipeline.checkpoint import load_state, read_card, save_student
+from cskd_pipeline.distill.weights import state_digest
+from cskd_pipeline.errors import CskdError, OutputError, WeightsError
+from cskd_pipeline.loading.make import make_shards
+from cskd_pipeline.recipe import TrainRecipe
+from cskd_pipeline.train import train
+from cskd_pipeline.training.data import open_training_data
+from cskd_pipeline.training.initial import read_source
+from cskd_pipeline.training.run import Run
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+from tests.pipeline.test_training import DiedError, assert_equal, final_state
+
+CPU = torch.device("cpu")
+KWARGS = "{patch_size=8, embed_dim=32, depth=2, num_heads=2}"
+HEADS = {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+
+
+def draw_colours(folder: Path, classes: int, per_class: int, seed: int) -> None:
+    """``folder/<class>/<n>.png``: noise of the class's hue."""
+    rng = np.random.default_rng(seed)
+    for number in range(classes):
+        (folder / f"hue{number:02d}").mkdir(parents=True)
+        ink = np.array(colorsys.hsv_to_rgb(number / classes, 0.9, 0.8)) * 255
+        for image in range(per_class):
+            pixels = np.clip(ink + rng.normal(0, 25, (40, 44, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"hue{number:02d}" / f"{image}.png")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """``runs``: of a student pretrained on ten hues at 32 px; ``shards``: seven other hues."""
+
+    run: Path
+    shards: Path
+
+    def recipe(
+        self, out: Path, init: Path | str = "", sets: tuple[str, ...] = (), **named: Any
+    ) -> TrainRecipe:
+        """Fine-tuning at 48 px."""
+        source = str(init) or str(self.run)
+        given = [*world.VIEWS, "views.size=48", f"student.init_from={source}", *sets]
+        return world.train_recipe(
+            self.shards, None, out, "none", given, **({"kwargs": KWARGS} | named)
+        )
+
+    def started(self, tmp_path: Path, init: Path | str = "", **named: Any) -> Run:
+        """A run that has its weights, and made no update."""
+        recipe = self.recipe(tmp_path / "out", init, **named)
+        run = Run(recipe, open_training_data(recipe, world.quiet()), CPU)
+        run.start_from(recipe.student.init_from)
+        return run
+
+
+@pytest.fixture(scope="session")
+def transfer(tmp_path_factory: pytest.TempPathFactory) -> Transfer:
+    root = tmp_path_factory.mktemp("transfer")
+    draw_colours(root / "ten", 10, 8, seed=0)
+    draw_colours(root / "seven", 7, 8, seed=1)
+    make_shards(root / "ten", root / "shards", shard_size=80)
+    make_shards(root / "seven", root / "other", shard_size=30)
+    sets = [*world.VIEWS, f'data.val_shards="{root / "shards"}"']
+    recipe = world.train_recipe(
+        root / "shards", None, root / "run", "none", sets, epochs=2, kwargs=KWARGS
+    )
+    train(recipe, world.quiet())
+    return Transfer(root / "run", root / "other")
+
+
+# What is carried over
+
+
+def test_everything_but_heads_and_positions_is_the_sources_at_update_0(
+    transfer: Transfer, tmp_path: Path
+) -> None:
+    source = load_file(transfer.run / "best.safetensors")
+    run = transfer.started(tmp_path)
+    state = run.student.model.state_dict()
+    assert run.update == 0
+    assert state.keys() == source.keys()
+    for name in state.keys() - HEADS - {"pos_embed"}:
+        assert torch.equal(state[name], source[name]), name
+    assert run.ema is not None
+    assert_equal(dict(run.ema.module.state_dict()), dict(state))
+
+
+def test_positions_are_resampled_as_timm_does(transfer: Transfer, tmp_path: Path) -> None:
+    source = load_file(transfer.run / "best.safetensors")
+    run = transfer.started(tmp_path)
+    model: Any = run.student.model
+    positions = model.state_dict()["pos_embed"]
+    assert source["pos_embed"].shape == (1, 2 + 4 * 4, 32)
+    assert positions.shape == (1, 2 + 6 * 6, 32)
+    assert torch.equal(positions, checkpoint_filter_fn(dict(source), model)["pos_embed"])
+    assert torch.equal(positions[:, :2], source["pos_embed"][:, :2])  # class and distillation
+
+
+def test_new_heads_are_those_of_a_fresh_run(transfer: Transfer, tmp_path: Path) -> None:
+    run = transfer.started(tmp_path)
+    fresh = Run(run.recipe, run.data, CPU).student.model.state_dict()
+    for name in HEADS:
+        assert torch.equal(run.student.model.state_dict()[name], fresh[name]), name
+    assert len(fresh["head.weight"]) == 7
+
+
+def test_the_run_says_what_it_did(
+    transfer: Transfer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(transfer.recipe(tmp_path / "out", epochs=1), world.Terminal())
+    digest = state_digest(load_file(transfer.run / "best.safetensors"))
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert f"starting from {transfer.run}: 31 tensors, SHA-256 {digest[:12]}" in told
+    assert "new head and head_dist (10 classes before, 7 now)" in told
+    assert "pos_embed resized from 4x4 to 6x6" in told
+    assert read_card(tmp_path / "out/last.safetensors").init_sha256 == digest
+    assert load_state(tmp_path / "out/state.pt")["init"] == {
+        "from": str(transfer.run),
+        "sha256": digest,
+    }
+
+
+def test_a_fine_tuned_student_learns(transfer: Transfer, tmp_path: Path) -> None:
+    mild = ("views.mix=0.0", "views.erase=0.0", "views.randaugment_ops=0")
+    sets = (f'data.val_shards="{transfer.shards}"', *mild)
+    summary = train(transfer.recipe(tmp_path / "out", sets=sets, epochs=16), world.quiet())
+    losses = [row["loss"] for row in load_state(tmp_path / "out/state.pt")["rows"]]
+    assert losses[-1] < 0.8 * losses[0], losses
+    assert summary["last"]["top1"] > 2 * 100 / 7
+
+
+@pytest.mark.parametrize("method", ["deit", "cskd"])
+def test_with_a_cache_the_same_classes_keep_their_heads(
+    small: World, tmp_path: Path, method: str
+) -> None:
+    shards = small.shards
+    plain = world.train_recipe(shards, None, tmp_path / "plain", "none", world.VIEWS, epochs=1)
+    train(plain, world.quiet())
+    init = [f"student.init_from={tmp_path / 'plain'}"]
+    recipe = world.train_recipe(shards, small.cache, tmp_path / "out", method, init, epochs=1)
+    run = Run(recipe, open_training_data(recipe, world.quiet()), CPU)
+    started = run.start_from(recipe.student.init_from)
+    assert (started.new, started.resized) == ((), None)
+    source = load_file(tmp_path / "plain/last.safetensors")
+    assert_equal(dict(run.student.model.state_dict()), source)
+    summary = train(recipe, world.quiet())
+    assert summary["last"]["global"] > 0
+
+
+def test_as_many_classes_of_other_names_get_new_heads(transfer: Transfer, tmp_path: Path) -> None:
+    """And only if one side has no names is a count taken for the same classes."""
+    card = read_card(transfer.run / "best.safetensors")
+    state = load_file(transfer.run / "best.safetensors")
+    state = {k: v[:7] if k in HEADS else v for k, v in state.items()}
+    mine = tuple(f"hue{n:02d}" for n in range(7))
+    for names, new in ((mine, False), (mine[::-1], True), (None, False)):
+        changed = {**vars(card), "num_classes": 7, "class_names": names}
+        save_student(tmp_path / "seven.safetensors", state, type(card)(**changed))
+        run = transfer.started(tmp_path, tmp_path / "seven.safetensors")
+        kept = torch.equal(run.student.model.state_dict()["head.bias"], state["head.bias"])
+        assert kept != new, names
+
+
+def test_a_model_in_timms_form_serves_too(transfer: Transfer, tmp_path: Path) -> None:
+    arguments = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = timm.create_model(world.STUDENT, num_classes=5, img_size=32, **arguments)
+    folder = tmp_path / "timm"
+    save_for_hf(
+        model, str(folder), model_args={**arguments, "img_size": 32}, safe_serialization=True
+    )
+    run = transfer.started(tmp_path, folder)
+    assert run.init == {"from": str(folder), "sha256": state_digest(model.state_dict())}
+    mine = run.student.model.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert name in HEADS | {"pos_embed"} or torch.equal(mine[name], tensor)
+
+
+def test_resolution_is_no_part_of_an_architectures_name(transfer: Transfer, tmp_path: Path) -> None:
+    """``…_patch16_384`` in timm is ``…_patch16_224`` for larger pictures."""
+    larger = "deit_base_distilled_patch16_384"
+    smaller = "deit_base_distilled_patch16_224"
+    kwargs = "{patch_size=8, embed_dim=16, depth=1, num_heads=2}"
+    recipe = transfer.recipe(tmp_path / "a", student=smaller, kwargs=kwargs, epochs=1)
+    recipe = world.load_recipe(
+        TrainRecipe, None, ["student.init_from="], {k: v for k, v in flat(recipe).items() if v}
+    )
+    train(recipe, world.quiet())
+    run = transfer.started(tmp_path, tmp_path / "a", student=larger, kwargs=kwargs)
+    source = load_file(tmp_path / "a/last.safetensors")
+    assert_equal(dict(run.student.model.state_dict()), source)
+
+
+def flat(recipe: TrainRecipe) -> dict[str, Any]:
+    sections = {name: vars(section) for name, section in vars(recipe).items()}
+    values = {f"{s}.{k}": v for s, section in sections.items() for k, v in section.items()}
+    del values["student.init_from"]
+    return values
+
+
+# Going on
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, deadly: int) -> Callable[[], None]:
+    step = stage_two.Run.step
+
+    def dying(run: Any, batches: Any) -> torch.Tensor:
+        if run.update == deadly:
+            raise DiedError
+        return step(run, batches)
+
+    monkeypatch.setattr(stage_two.Run, "step", dying)
+    return lambda: monkeypatch.setattr(stage_two.Run, "step", step)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_killed_run_goes_on_as_an_uninterrupted_one_without_its_source(
+    transfer: Transfer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    init = Path(shutil.copytree(transfer.run, tmp_path / "source"))
+    sets = ("run.checkpoint_every=1",)
+    train(transfer.recipe(tmp_path / "whole", init, sets, epochs=2), world.quiet())
+    broken = transfer.recipe(tmp_path / "broken", init, sets, epochs=2)
+    heal = die_at(monkeypatch, 4)
+    with pytest.raises(DiedError):
+        train(broken, world.quiet())
+    heal()
+    if gone:
+        shutil.rmtree(init)
+    train(broken, world.quiet(), resume=True)
+    assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
+    one, other = (tmp_path / name / "last.safetensors" for name in ("whole", "broken"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_run_that_died_before_its_first_state_starts_from_the_weights_again(
+    transfer: Transfer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = transfer.recipe(tmp_path / "broken", epochs=1)
+    heal = die_at(monkeypatch, 1)
+    with pytest.raises(DiedError):
+        train(recipe, world.quiet())
+    heal()
+    train(recipe, world.quiet(), resume=True)
+    train(transfer.recipe(tmp_path / "whole", epochs=1), world.quiet())
+    assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
+
+
+def test_a_run_goes_on_from_its_own_weights_only(transfer: Transfer, tmp_path: Path) -> None:
+    train(transfer.recipe(tmp_path / "out", epochs=1), world.quiet())
+    copy = shutil.copyfile(transfer.run / "best.safetensors", tmp_path / "copy.safetensors")
+    train(transfer.recipe(tmp_path / "out", copy, epochs=1), world.quiet(), resume=True)
+
+    other = load_file(copy)
+    other["norm.bias"] += 1
+    save_student(tmp_path / "other.safetensors", other, read_card(copy))
+    refused = {
+        tmp_path / "other.safetensors": (OutputError, "started from other weights"),
+        tmp_path / "nothing": (WeightsError, "no such weights"),
+    }
+    for init, (kind, told) in refused.items():
+        with pytest.raises(kind, match=told):
+            train(transfer.recipe(tmp_path / "out", init, epochs=1), world.quiet(), resume=True)
+    without = world.load_recipe(
+        TrainRecipe, None, [], flat(transfer.recipe(tmp_path / "out", epochs=1))
+    )
+    with pytest.raises(OutputError, match="started from other weights"):
+        train(without, world.quiet(), resume=True)
+
+
+def test_a_run_of_fresh_weights_does_not_go_on_from_others(
+    transfer: Transfer, tmp_path: Path
+) -> None:
+    recipe = transfer.recipe(tmp_path / "out", epochs=1)
+    train(world.load_recipe(TrainRecipe, None, [], flat(recipe)), world.quiet())
+    with pytest.raises(OutputError, match="started from other weights"):
+        train(recipe, world.quiet(), resume=True)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ({"student": "deit_tiny_patch16_224"}, ["another architecture", world.STUDENT]),
+        ({"student": "resnet10t", "kwargs": "{}"}, ["another architecture", "resnet10t"]),
+        (
+            {"kwargs": KWARGS.replace("num_heads=2", "num_heads=4")},
+            ["blocks.1.attn.num_heads: found 2, expected 4"],
+        ),
+        (
+            {"kwargs": KWARGS.replace(", depth=2", "")},
+            ["blocks.11: found none, expected Block", "'depth': 2"],
+        ),
+    ],
+)
+def test_another_model_is_refused_by_what_was_found_and_expected(
+    transfer: Transfer, tmp_path: Path, named: dict[str, Any], told: list[str]
+) -> None:
+    with pytest.raises(WeightsError) as caught:
+        train(transfer.recipe(tmp_path / "out", **named), world.quiet())
+    for part in [*told, str(transfer.run)]:
+        assert part in str(caught.value)
+
+
+def test_weights_of_pixels_normalised_otherwise_are_refused(
+    transfer: Transfer, tmp_path: Path
+) -> None:
+    """As of timm's ViTs, some of which have means of 0.5 and some ImageNet's."""
+    arguments = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = timm.create_model(world.STUDENT, num_classes=5, img_size=32, **arguments)
+    save_for_hf(
+        model,
+        str(tmp_path / "timm"),
+        model_args={**arguments, "img_size": 32},
+        model_config={"pretrained_cfg": {"mean": (0.5, 0.5, 0.5)}},
+        safe_serialization=True,
+    )
+    with pytest.raises(WeightsError, match="computes something else") as caught:
+        transfer.started(tmp_path, tmp_path / "timm")
+    assert "mean: found (0.5, 0.5, 0.5), expected (0.485, 0.456, 0.406)" in str(caught.value)
+
+
+def test_tensors_that_do_not_fit_are_named(transfer: Transfer, tmp_path: Path) -> None:
+    card = read_card(transfer.run / "best.safetensors")
+    whole = load_file(transfer.run / "best.safetensors")
+    cases = {
+        "pos_embed (1, 17, 32) for (1, 38, 32)": whole | {"pos_embed": torch.zeros(1, 17, 32)},
+        "pos_embed (18,) for (1, 38, 32)": whole | {"pos_embed": torch.zeros(18)},
+        "pos_embed (1, 18, 8) for (1, 38, 32)": whole | {"pos_embed": torch.zeros(1, 18, 8)},
+        "1 missing (norm.bias)": {k: v for k, v in whole.items() if k != "norm.bias"},
+        "1 unexpected (extra)": whole | {"extra": torch.zeros(1)},
+    }
+    for told, state in cases.items():
+        save_student(tmp_path / "odd.safetensors", state, card)
+        with pytest.raises(WeightsError) as caught:
+            transfer.started(tmp_path, tmp_path / "odd.safetensors")
+        assert told in str(caught.value)
+
+
+def test_what_is_no_student_is_refused(transfer: Transfer, tmp_path: Path) -> None:
+    empty, odd, oblong, text = (tmp_path / name for name in ("empty", "odd", "oblong", "text"))
+    for folder in (empty, odd, oblong):
+        folder.mkdir()
+    (odd / "config.json").write_text('{"architecture": 5}')
+    (oblong / "config.json").write_text(
+        '{"architecture": "x", "num_classes": 2, "pretrained_cfg": '
+        '{"input_size": [3, 32, 64], "mean": [0, 0, 0], "std": [1, 1, 1]}}'
+    )
+    text.write_text("no weights")
+    told = {
+        tmp_path / "nothing": "no such weights",
+        empty: "holds no student",
+        odd: "does not say which model",
+        oblong: "an input of 32x64 pixels",
+        text: "cannot be read",
+    }
+    for path, part in told.items():
+        with pytest.raises(CskdError) as caught:
+            read_source(path)
+        assert part in str(caught.value)
+        assert str(path) in str(caught.value)
