@@ -27,8 +27,8 @@ This docstring is the tour; the rooms come in the order in which a picture passe
    user's own tar, by key), ``batches`` (decode once, render, pair), ``device`` (uint8 to mixed
    floats).
 7. **dump** and **train** -- the two stages, each one readable function over the rooms above. They
-   never import each other. ``evaluate`` measures a checkpoint; ``demo`` runs all of it on small
-   images.
+   never import each other. ``evaluate`` measures a checkpoint, **exporting** hands it on to timm
+   and ONNX; ``demo`` runs all of it on small images.
 8. **bench**, **planning**, **verifying** -- what encodings cost and lose, and how fast the loader
    is beside others; what a dump or a run will cost, from a small part done for real; whether a
    cache is whole, and fits the images and the teacher at hand.

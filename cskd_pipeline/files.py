@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,6 +58,29 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``path`` when the block ends well, and else is removed.
+
+    ``path`` is new, or an empty folder. A reader, or a run after a crash, sees all of it or none.
+    """
+    path = Path(path).resolve()
+    with explained_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        partial.mkdir()
+        try:
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as opened:
+                        os.fsync(opened.fileno())
+            os.replace(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         sync_folder(path.parent)
 
 

@@ -90,7 +90,7 @@ def card(info: Info, location: str) -> str:
         "`cache verify` makes a sample of the views again from your images and compares them bit "
         "by bit. The images may lie in other tar shards, and in another order.",
         "## What it is",
-        _table(
+        table(
             ("", ""),
             [
                 ("data set", told["data"]),
@@ -178,10 +178,11 @@ def _sizes(info: Info) -> str:
                 size(encoding["bytes"]),
             )
         )
-    return _table(("encoding", "serves", "bytes a view", "in all"), rows)
+    return table(("encoding", "serves", "bytes a view", "in all"), rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table whose cells show just their characters."""
     lines = [head, ["---"] * len(head)]
     shown = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([*shown, *(f"| {' | '.join(map(text, row))} |" for row in rows)])

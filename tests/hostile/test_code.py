@@ -134,6 +134,8 @@ def test_a_hostile_card_is_refused(small: World, run: Path, refused: Refused, ch
     path = with_card(run, CARDS[change][0])
     words = ("evaluate", path, "--shards", small.validation, "--workers", 0, "--device", "cpu")
     assert CARDS[change][1] in refused(*words)
+    assert CARDS[change][1] in refused("export", path, "--out", run / "exported")
+    assert not (run / "exported").exists()
 
 
 FETCHING = ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained"]

@@ -1,0 +1,58 @@
+"""The command that hands a student on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cskd_pipeline.cli.options import Json, Outcome, Quiet
+from cskd_pipeline.cli.root import app
+from cskd_pipeline.errors import UsageError
+from cskd_pipeline.terminal import Terminal
+
+FORMATS = ("timm", "onnx")
+
+
+@app.command(
+    epilog="Example: cskd-pipeline export runs/tiny --out tiny-for-all --format timm --format onnx"
+)
+def export(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A student's .safetensors file, or a run's folder."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="An empty or new folder.")],
+    format_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="|".join(FORMATS),
+            help="timm: config.json and model.safetensors, which timm loads from the folder or the "
+            "hub. onnx: model.onnx, the normalisation and the mean of the heads inside. May be "
+            "given more than once; timm unless given.",
+        ),
+    ] = None,
+    heads: Annotated[
+        bool, typer.Option("--heads", help="The ONNX model also gives every head's own logits.")
+    ] = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """Write a student for those who have not this package: for timm and the hub, or as ONNX.
+
+    A README beside it says how it was trained and how to get its answer.
+    """
+    formats = tuple(dict.fromkeys(format_ or ("timm",)))
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown:
+        raise UsageError("no format of that name", found=unknown[0], expected=" or ".join(FORMATS))
+    if heads and "onnx" not in formats:
+        raise UsageError("--heads does nothing alone", action="give --format onnx too")
+    terminal = Terminal(quiet=quiet, json=json)
+    from cskd_pipeline.exporting.folder import export as write
+
+    return write(checkpoint, out, formats=formats, each_head=heads, progress=terminal.progress)
