@@ -26,6 +26,7 @@ from cskd_pipeline.machine import pick_device, use_threads
 from cskd_pipeline.ranks import Ranks, joined
 from cskd_pipeline.recipe import TrainRecipe, to_toml
 from cskd_pipeline.terminal import Terminal
+from cskd_pipeline.training.board import open_board, require_board
 from cskd_pipeline.training.data import open_training_data
 from cskd_pipeline.training.initial import check_resumed
 from cskd_pipeline.training.joining import write_join
@@ -55,6 +56,7 @@ def train(recipe: TrainRecipe, terminal: Terminal, *, resume: bool = False) -> d
 
 def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) -> dict[str, Any]:
     out = Path(recipe.run.out)
+    require_board(recipe)
     if ranks.first:
         _claim(recipe, resume)
     ranks.wait()
@@ -78,7 +80,8 @@ def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) 
         write_text(out / "recipe.toml", to_toml(recipe))
         if data.joined is not None:
             write_join(data.joined, recipe)
-    log = RunLog(out, run.rows, run.update, writes=ranks.first)
+    board = open_board(recipe, terminal) if ranks.first else None
+    log = RunLog(out, run.rows, run.update, writes=ranks.first, board=board)
     started = time.perf_counter()
     first = run.update
     try:
@@ -87,7 +90,7 @@ def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) 
             while run.update < run.updates:
                 _epoch(run, batches, log, terminal, stop)
     finally:
-        log.close()
+        log.close(ended=run.update >= run.updates)
     seconds = time.perf_counter() - started
     images = (run.updates - first) * recipe.batch.batch_size
     return {

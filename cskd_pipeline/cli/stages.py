@@ -219,6 +219,10 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, mid-epoch if need be.")
     ] = False,
+    wandb: Annotated[
+        str | None,
+        typer.Option(metavar="PROJECT", help="Curves on Weights & Biases too (extra: wandb)."),
+    ] = None,
     split: Split = None,
     val_split: Split = None,
     batch_size: UpdateSize = None,
@@ -243,6 +247,7 @@ def train(
         "schedule.epochs": epochs,
         "batch.batch_size": batch_size,
         "run.out": path_text(out),
+        "run.wandb": wandb,
         "run.workers": workers,
         "run.device": device,
     }

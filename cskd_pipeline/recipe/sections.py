@@ -143,6 +143,7 @@ class RunSection:
     eval_every: int = 1  # epochs; the last epoch is always evaluated
     log_every: int = _free(50)  # updates between TensorBoard points
     checkpoint_every: int = _free(0)  # updates between checkpoints within an epoch; 0: epochs only
+    wandb: str = _free("")  # project on Weights & Biases; empty: off
 
 
 @dataclass(frozen=True)

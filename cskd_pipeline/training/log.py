@@ -1,4 +1,6 @@
-"""What a run writes down: ``summary.csv``, one row an epoch, and TensorBoard scalars."""
+"""What a run writes down: ``summary.csv``, one row an epoch, and scalars for TensorBoard and, if
+asked, Weights & Biases.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from cskd_pipeline.files import write_text
+from cskd_pipeline.training.board import Board
 
 Row = Mapping[str, float | int | None]
 
@@ -22,6 +25,7 @@ class RunLog:
 
     Args:
         writes: False for ranks that only keep the rows.
+        board: gets the same scalars as TensorBoard.
     """
 
     def __init__(
@@ -31,10 +35,12 @@ class RunLog:
         update: int,
         *,
         writes: bool = True,
+        board: Board | None = None,
     ) -> None:
         self.folder = folder
         self.rows = rows
-        self._board = (
+        self._board = board
+        self._tensorboard = (
             SummaryWriter(str(folder / "tensorboard"), purge_step=update or None)
             if writes
             else None
@@ -43,13 +49,15 @@ class RunLog:
     def scalars(self, update: int, values: Row) -> None:
         """Points of the curves at an optimizer update."""
         for name, value in values.items():
-            if value is not None and self._board is not None:
-                self._board.add_scalar(name, value, update)
+            if value is not None and self._tensorboard is not None:
+                self._tensorboard.add_scalar(name, value, update)
+        if self._board is not None:
+            self._board.scalars(update, values)
 
     def epoch(self, update: int, row: dict[str, float | int | None]) -> None:
         """One more row of ``summary.csv``; its numbers become scalars under ``epoch/``."""
         self.rows.append(row)
-        if self._board is None:
+        if self._tensorboard is None:
             return
         columns = list(dict.fromkeys(name for r in self.rows for name in r))
         text = io.StringIO()
@@ -58,8 +66,11 @@ class RunLog:
         writer.writerows(self.rows)
         write_text(self.folder / "summary.csv", text.getvalue())
         self.scalars(update, {f"epoch/{k}": v for k, v in row.items() if k != "epoch"})
-        self._board.flush()
+        self._tensorboard.flush()
 
-    def close(self) -> None:
+    def close(self, *, ended: bool) -> None:
+        """Write what is left; ``ended``: whether the training came to its end."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._board is not None:
-            self._board.close()
+            self._board.close(ended=ended)

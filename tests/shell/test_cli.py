@@ -89,7 +89,7 @@ PROMISED = {
     "dump-teacher": "--shards --teacher --cache --weights --encoding --views --recipe --set "
     "--shard-range --view-range --accept-versions --workers --json --quiet",
     "train": "--shards --cache --student --method --epochs --val-shards --out --recipe --set "
-    "--workers --init-from --resume --json --quiet",
+    "--workers --init-from --wandb --resume --json --quiet",
     "evaluate": "CHECKPOINT --shards --json --quiet",
     "export": "CHECKPOINT --out --format --heads --json --quiet",
     "cache info": "CACHE --json --quiet",
@@ -213,7 +213,8 @@ def test_train_puts_flags_into_the_recipe(replace: Replace) -> None:
     line = (
         "train --recipe paper_tiny --shards S --cache C --student vit_tiny_patch16_224 "
         "--method deit --epochs 3 --val-shards V --out O --workers 0 --device cpu --batch-size 8 "
-        "--split a --val-split b --set run.amp=bf16 --set optim.lr=2 --init-from I --resume -q"
+        "--split a --val-split b --set run.amp=bf16 --set optim.lr=2 --resume -q "
+        "--init-from I --wandb W"
     )
     assert run(*line.split()) == 0
     [((recipe, terminal), named)] = calls
@@ -224,7 +225,7 @@ def test_train_puts_flags_into_the_recipe(replace: Replace) -> None:
     assert (recipe.schedule.epochs, recipe.batch.batch_size, recipe.optim.lr) == (3, 8, 2.0)
     assert (recipe.run.out, recipe.run.workers, recipe.run.device) == ("O", 0, "cpu")
     assert (recipe.run.amp, recipe.run.ema) == ("bf16", 0.99996)
-    assert recipe.student.init_from == "I"
+    assert (recipe.student.init_from, recipe.run.wandb) == ("I", "W")
     assert named == {"resume": True}
     assert terminal.quiet
 

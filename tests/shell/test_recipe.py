@@ -341,7 +341,7 @@ FREE = {
     "dump.threads", "dump.device", "dump.channels_last", "dump.compile",
     "run.out", "run.device", "run.workers",
     "run.threads", "run.compile", "run.channels_last",
-    "run.eval_batch_size", "run.log_every", "run.checkpoint_every",
+    "run.eval_batch_size", "run.log_every", "run.checkpoint_every", "run.wandb",
 }  # fmt: skip
 
 
