@@ -22,6 +22,7 @@ from cskd_pipeline.cli.options import (
     UpdateSize,
     Weights,
     Workers,
+    complete_encoding,
     require,
     require_encodings,
 )
@@ -51,7 +52,11 @@ def encodings(
     ] = None,
     encoding: Annotated[
         list[str] | None,
-        typer.Option(metavar=ENCODING_NAMES, help="Only these; more than once for several."),
+        typer.Option(
+            metavar=ENCODING_NAMES,
+            autocompletion=complete_encoding,
+            help="Only these; more than once for several.",
+        ),
     ] = None,
     split: Split = None,
     workers: Workers = None,

@@ -20,6 +20,7 @@ from cskd_pipeline.cli.options import (
     Split,
     TeacherName,
     Weights,
+    complete_encoding,
     parse_range,
     require_companion,
     require_encodings,
@@ -134,6 +135,7 @@ def convert(
         list[str] | None,
         typer.Option(
             metavar=ENCODING_NAMES,
+            autocompletion=complete_encoding,
             help="What the new cache stores; more than once for several. Without, what the old one "
             "does. What it does not have is made from dense.",
         ),

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from cskd_pipeline.errors import RecipeError, UsageError
+
+
+def one_of(*known: str) -> Callable[[str], list[str]]:
+    """What a shell's completion may offer; where nothing fits it offers files."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in known if word.startswith(incomplete)]
+
+    return complete
+
+
+def _recipe_names(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The recipes in ``stages/`` for the stage that a command is about."""
+    from cskd_pipeline.recipe import DumpRecipe, TrainRecipe, recipe_names
+
+    kind = DumpRecipe if "dump" in (ctx.info_name or "") else TrainRecipe
+    return one_of(*recipe_names(kind))(incomplete)
+
 
 Outcome = dict[str, Any] | None
 """What a command found; :func:`cskd_pipeline.cli.running.main` prints it."""
@@ -23,7 +41,10 @@ Quiet = Annotated[
 RecipeFile = Annotated[
     str | None,
     typer.Option(
-        "--recipe", metavar="FILE|NAME", help="A TOML recipe, or the name of one in stages/."
+        "--recipe",
+        metavar="FILE|NAME",
+        help="A TOML recipe, or the name of one in stages/.",
+        autocompletion=_recipe_names,
     ),
 ]
 Sets = Annotated[
@@ -42,6 +63,7 @@ ShardsOption = Annotated[
     str | None, typer.Option("--shards", metavar="SHARDS", help=SHARDS_HELP, show_default=False)
 ]
 ENCODING_NAMES = "dense|dense-q8|topk|envelope"
+complete_encoding = one_of(*ENCODING_NAMES.split("|"))
 TeacherName = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="A CNN's timm name, or package.module:factory."),
@@ -49,7 +71,9 @@ TeacherName = Annotated[
 Weights = Annotated[
     str | None,
     typer.Option(
-        metavar="hub|FILE|random", help="The teacher's weights; random is for trials only."
+        metavar="hub|FILE|random",
+        help="The teacher's weights; random is for trials only.",
+        autocompletion=one_of("hub", "random"),
     ),
 ]
 CacheOption = Annotated[
@@ -88,7 +112,11 @@ Workers = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="auto (a GPU where there is one), cpu, cuda, cuda:1."),
+    typer.Option(
+        metavar="NAME",
+        help="auto (a GPU where there is one), cpu, cuda, cuda:1.",
+        autocompletion=one_of("auto", "cpu", "cuda"),
+    ),
 ]
 AcceptVersions = Annotated[
     bool,

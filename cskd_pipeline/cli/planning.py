@@ -25,6 +25,7 @@ from cskd_pipeline.cli.options import (
     UpdateSize,
     Weights,
     Workers,
+    complete_encoding,
     require,
     require_encodings,
 )
@@ -44,7 +45,11 @@ def plan_dump(
     weights: Weights = None,
     encoding: Annotated[
         list[str] | None,
-        typer.Option(metavar=ENCODING_NAMES, help="What the tried dump stores."),
+        typer.Option(
+            metavar=ENCODING_NAMES,
+            autocompletion=complete_encoding,
+            help="What the tried dump stores.",
+        ),
     ] = None,
     views: Annotated[
         list[int] | None,

@@ -16,7 +16,9 @@ app = typer.Typer(
     help="Distill a CNN into a ViT in two stages that meet at a cache (CSKD, arXiv 2307.08500): "
     "dump-teacher runs the CNN once over augmented images and stores what it says of every place, "
     "train reads that and never loads the CNN.",
-    add_completion=False,
+    # bash, zsh and fish ask the program itself, by an environment variable, which typer answers
+    # before any command runs: --install-completion writes the few lines that make them ask.
+    add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -28,6 +28,7 @@ from cskd_pipeline.cli.options import (
     UpdateSize,
     Weights,
     Workers,
+    complete_encoding,
     parse_range,
     path_text,
     require,
@@ -119,6 +120,7 @@ def dump_teacher(
         list[str] | None,
         typer.Option(
             metavar=ENCODING_NAMES,
+            autocompletion=complete_encoding,
             help="What to store: dense serves every loss; envelope hard ones, exactly, in 1/400 of "
             "the bytes; dense-q8 and topk soft ones, nearly. May be given more than once.",
         ),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cskd_pipeline.cli.options import Json, Outcome, Quiet
+from cskd_pipeline.cli.options import Json, Outcome, Quiet, one_of
 from cskd_pipeline.cli.root import app
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.terminal import Terminal
@@ -31,6 +31,7 @@ def export(
         typer.Option(
             "--format",
             metavar="|".join(FORMATS),
+            autocompletion=one_of(*FORMATS),
             help="timm: config.json and model.safetensors, which timm loads from the folder or the "
             "hub. onnx: model.onnx, the normalisation and the mean of the heads inside. May be "
             "given more than once; timm unless given.",
