@@ -270,7 +270,8 @@ def evaluate(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            metavar="CHECKPOINT", help="A student's .safetensors file, or a run's folder."
+            metavar="CHECKPOINT",
+            help="A student's .safetensors file, a run's folder, or an exported one.",
         ),
     ],
     shards: Annotated[str, typer.Option("--shards", metavar="SHARDS", help=SHARDS_HELP)],
