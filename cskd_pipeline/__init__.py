@@ -5,8 +5,9 @@ there, fused with the CNN's global response, which counts more and more as train
 Here the CNN runs once, in ``dump-teacher``; ``train`` reads what it said and never loads it.
 This docstring is the tour; the rooms come in the order in which a picture passes through them.
 
-1. **errors, progress, files, resources** -- one exception tree worded for the person who must act;
-   how long work is told; writes that happen whole or not at all; where recipes and schemas lie.
+1. **errors, progress, files, resources, plots** -- one exception tree worded for the person who
+   must act; how long work is told; writes that happen whole or not at all; where recipes and
+   schemas lie; plain data drawn.
 2. **recipe, manifest** -- what a user asks for (TOML, frozen, checked) and what a data set or a
    cache says of itself (JSON, checked against the schemas in ``manifests/``, every problem at
    once).

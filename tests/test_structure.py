@@ -21,7 +21,7 @@ ROOT = PACKAGE.parent
 FLOORS: list[set[str]] = [
     {"errors", "progress"},
     {"files", "resources", "interrupt"},
-    {"documents"},
+    {"documents", "plots"},
     {"views"},
     {"recipe", "manifest"},
     {"terminal"},
@@ -42,7 +42,7 @@ FLOORS: list[set[str]] = [
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 LIGHT = ["errors", "progress", "files", "resources", "documents", "views", "recipe", "manifest",
-         "terminal", "cache", "cli"]  # fmt: skip
+         "terminal", "plots", "cache", "cli"]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

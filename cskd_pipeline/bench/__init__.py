@@ -6,5 +6,5 @@
    the loader without, and caches of ImageNet's shape.
 3. **answers** -- real answers to measure encodings on: from a cache with ``dense``, or from a
    teacher. **encodings** -- each encoding's bytes, times and distortion on them. **plot** --
-   distortion against bytes, as an SVG.
+   distortion against bytes, drawn.
 """

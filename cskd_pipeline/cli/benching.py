@@ -48,7 +48,8 @@ def encodings(
         int, typer.Option(min=1, metavar="N", help="How many views to measure on.")
     ] = 256,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.svg", help="Draw distortion against bytes.")
+        Path | None,
+        typer.Option(metavar="FILE.svg|FILE.png", help="Draw distortion against bytes."),
     ] = None,
     encoding: Annotated[
         list[str] | None,
@@ -76,8 +77,12 @@ def encodings(
         "dump.device": device,
     }
     require_encodings(encoding or ())
-    if plot is not None and plot.suffix != ".svg":
-        raise UsageError("the plot is an SVG", found=str(plot), expected="a name that ends in .svg")
+    if plot is not None and plot.suffix not in (".svg", ".png"):
+        raise UsageError(
+            "the plot is an SVG or a PNG",
+            found=str(plot),
+            expected="a name that ends in .svg or .png",
+        )
     is_cache = "://" in source or Path(source).is_dir()
     asked = load_recipe(
         DumpRecipe, recipe, set_ or (), flags | ({} if is_cache else {"teacher.name": source})
@@ -86,8 +91,6 @@ def encodings(
         require({"--shards SHARDS (or a cache's folder)": asked.data.shards})
     from cskd_pipeline.bench.answers import from_cache, from_teacher
     from cskd_pipeline.bench.encodings import bench_encodings, show
-    from cskd_pipeline.bench.plot import scatter
-    from cskd_pipeline.files import write_text
     from cskd_pipeline.machine import pick_device
 
     answers = from_cache(source, views) if is_cache else from_teacher(asked, terminal, views)
@@ -96,7 +99,10 @@ def encodings(
     )
     show(report, terminal)
     if plot is not None:
-        write_text(plot, scatter(report))
+        from cskd_pipeline.bench.plot import scatter, title
+        from cskd_pipeline.plots import write
+
+        write(scatter(report), plot, title(report))
         terminal.line(f"plot: {plot}")
     return report if json else None
 

@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
+from PIL import Image
 
+from cskd_pipeline import plots
 from cskd_pipeline.bench import encodings as bench
 from cskd_pipeline.bench.answers import Answers, from_cache, from_teacher
 from cskd_pipeline.bench.plot import scatter
@@ -211,50 +214,52 @@ def test_answers_of_a_teacher_are_those_of_its_dump(small: World, tmp_path: Path
 # --- plot and command -----------------------------------------------------------------------------
 
 
-def places(svg: str) -> list[tuple[float, float]]:
-    root = ET.fromstring(svg)
-    circles = root.iter("{http://www.w3.org/2000/svg}circle")
-    return [(float(c.get("cx", 0)), float(c.get("cy", 0))) for c in circles][2:]  # after the key
-
-
 def test_the_plot_shows_bytes_across_and_loss_up(report: dict[str, Any]) -> None:
-    svg = scatter(report)
-    at = dict(
-        zip(
-            ["dense 1", "dense 4", "q8 1", "q8 4", "topk 1", "topk 4", "envelope"],
-            places(svg),
-            strict=True,
-        )
-    )
+    figure = scatter(report)
+    figure.draw_without_rendering()
+    above, lane = figure.axes
     e = report["encodings"]
-    assert (at["q8 1"][0] < at["dense 1"][0]) == (
-        e["dense-q8"]["bytes_per_view"] < e["dense"]["bytes_per_view"]
-    )
-    assert at["q8 1"][1] < at["q8 4"][1]  # more loss at tau = 1, and y grows downwards
-    assert at["dense 1"][1] == at["dense 4"][1] == at["envelope"][1] > at["q8 4"][1]
-    text = "".join(ET.fromstring(svg).itertext())
-    for name in ENCODINGS:
-        assert text.count(f"{name}") >= 1
+    assert above.get_xscale() == above.get_yscale() == lane.get_xscale() == "log"
+
+    def pixels(axes: Axes, curve: int) -> list[tuple[float, float]]:
+        return [tuple(at) for at in axes.transData.transform(axes.lines[curve].get_xydata())]
+
+    # per curve (tau = 1, tau = 4, hard labels): those that lose something, and those that do not
+    (q8_1, topk_1), (q8_4, topk_4) = pixels(above, 0), pixels(above, 1)
+    (dense_1,), (dense_4,), (envelope,) = (pixels(lane, curve) for curve in range(3))
+    assert pixels(above, 2) == []
+    sizes = [e[name]["bytes_per_view"] for name in ("dense-q8", "topk", "dense", "envelope")]
+    across = [at[0] for at in (q8_1, topk_1, dense_1, envelope)]
+    assert np.argsort(across).tolist() == np.argsort(sizes).tolist()
+    assert [q8_4[0], topk_4[0], dense_4[0]] == [q8_1[0], topk_1[0], dense_1[0]]
+    assert q8_1[1] > q8_4[1]  # more loss at tau = 1
+    assert topk_1[1] > topk_4[1]
+    assert dense_1[1] == dense_4[1] == envelope[1] < min(q8_4[1], topk_4[1])
+    text = list(ET.fromstring(plots.svg(figure, "t")).itertext())
+    for name in (*ENCODINGS, "exact", "hard labels", "KL at temperature 1", "KL at temperature 4"):
+        assert text.count(name) == 1, name
 
 
 def test_names_in_the_plot_stay_text(report: dict[str, Any]) -> None:
     entry = report["encodings"]["dense"]
-    svg = scatter({**report, "encodings": {"<script>&": entry}})
+    svg = plots.svg(scatter({**report, "encodings": {"<script>&$x^2$": entry}}), "t")
     assert "<script>" not in svg
-    assert "<script>&" in "".join(ET.fromstring(svg).itertext())
+    assert "<script>&$x^2$" in list(ET.fromstring(svg).itertext())
 
 
 def test_the_command_prints_one_object_or_a_table(
     small: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plot = tmp_path / "p.svg"
+    plot, picture = tmp_path / "p.svg", tmp_path / "p.png"
     words = ("bench", "encodings", small.cache, "--views", 20, "--device", "cpu")
     assert world.cli(*words, "--plot", plot, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["encodings"]) == list(ENCODINGS)
     assert (found["views"], found["classes"], found["grid"]) == (20, 4, [4, 4])
-    assert plot.read_text().startswith("<svg")
-    assert world.cli(*words, "--encoding", "topk", "--quiet") == 0
+    assert ET.parse(plot).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    assert world.cli(*words, "--encoding", "topk", "--plot", picture, "--quiet") == 0
+    with Image.open(picture) as image:
+        assert (image.format, image.getpixel((0, 0))[:3]) == ("PNG", (255, 255, 255))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["encoding", "topk"]
 
@@ -262,7 +267,7 @@ def test_the_command_prints_one_object_or_a_table(
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("CACHE", "--plot", "p.png"), 2, "ends in .svg"),
+        (("CACHE", "--plot", "p.pdf"), 2, "ends in .svg or .png"),
         (("resnet10t",), 2, "--shards SHARDS (or a cache's folder)"),
         (("CACHE", "--encoding", "topp"), 1, "--encoding topk"),
         (("no_such_net", "--shards", "SHARDS"), 1, "no_such_net"),
