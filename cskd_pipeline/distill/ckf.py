@@ -41,8 +41,12 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda t: 1.0 - t,
     "x2": lambda t: (1.0 - t) ** 2,
     "cos": lambda t: math.cos(math.pi / 2.0 * t),
+    "spatial": lambda t: 1.0,
+    "global": lambda t: 0.0,
 }
-"""The CKF ratio r by progress t, the paper's three (arXiv 2307.08500, its decay functions)."""
+"""The CKF ratio r by progress t: the paper's three decay functions (arXiv 2307.08500), and its two
+ends for ablations, the spatial response alone and the global one alone, at every place.
+"""
 
 
 def ckf_ratio(schedule: str, progress: float) -> float:

@@ -19,7 +19,7 @@ CHOICES = {
     "distill.method": ("none", "deit", "cskd"),
     "distill.kind": ("hard", "soft"),
     "distill.scaling": ("reference", "mean"),
-    "distill.schedule": ("linear", "x2", "cos"),
+    "distill.schedule": ("linear", "x2", "cos", "spatial", "global"),
     "distill.step": ("epoch", "update"),
     "run.amp": ("off", "bf16", "fp16"),
 }

@@ -98,7 +98,7 @@ class DistillSection:
     spatial_weight: float = 1.0  # lambda, weight of the spatial term
     temperature: float = 1.0
     scaling: str = "reference"  # of the soft terms: reference or mean
-    schedule: str = "linear"  # of the CKF ratio: linear, x2, cos
+    schedule: str = "linear"  # of the CKF ratio: linear, x2, cos; spatial, global: 1, 0 always
     step: str = "epoch"  # when the ratio moves: epoch or update
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from cskd_pipeline.distill import ckf
 from cskd_pipeline.errors import RecipeError, TeacherError
+from cskd_pipeline.recipe import CHOICES
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "distill.json").read_text())
 N = 65535
@@ -325,7 +326,7 @@ def test_the_planes_of_a_fixed_answer_never_change() -> None:
     assert zlib.crc32(planes.astype("<u2").tobytes()) == GOLDEN["envelope_crc32"]
 
 
-def test_schedules_fall_from_one_to_zero_as_published() -> None:
+def test_the_papers_schedules_fall_from_one_to_zero_as_published() -> None:
     for schedule, middle in (("linear", 0.5), ("x2", 0.25), ("cos", math.sqrt(0.5))):
         assert ckf.ckf_ratio(schedule, 0.0) == 1.0
         assert ckf.ckf_ratio(schedule, 0.5) == pytest.approx(middle, abs=1e-15)
@@ -333,10 +334,26 @@ def test_schedules_fall_from_one_to_zero_as_published() -> None:
     assert ckf.ckf_ratio("cos", 1 / 3) == pytest.approx(math.sqrt(3) / 2)
 
 
+def test_the_ends_of_the_fusion_are_schedules_too() -> None:
+    """The ablation's ``spatial`` is r = 1 and its ``global`` r = 0, however far a run is."""
+    for progress in (0.0, 0.3, 1.0):
+        assert ckf.ckf_ratio("spatial", progress) == 1.0
+        assert ckf.ckf_ratio("global", progress) == 0.0
+    spatial, global_ = random_answer(5, (2, 7, 3, 3))
+    alone = ckf.hard_labels(spatial, global_, ckf.ckf_ratio("spatial", 0.5))
+    assert torch.equal(alone, spatial.float().argmax(dim=1))
+    alike = ckf.hard_labels(spatial, global_, ckf.ckf_ratio("global", 0.5))
+    assert torch.equal(alike, ckf.hard_global_labels(global_)[:, None, None].expand(2, 3, 3))
+
+
+def test_recipes_know_every_schedule() -> None:
+    assert CHOICES["distill.schedule"] == tuple(ckf.SCHEDULES)
+
+
 def test_an_unknown_schedule_is_named_beside_the_known_ones() -> None:
     with pytest.raises(RecipeError, match="cubic") as caught:
         ckf.ckf_ratio("cubic", 0.5)
-    assert "linear, x2, cos" in str(caught.value)
+    assert "linear, x2, cos, spatial, global" in str(caught.value)
 
 
 def test_fused_logits_are_the_weighted_mean_in_float32() -> None:
