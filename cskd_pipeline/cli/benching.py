@@ -174,3 +174,55 @@ def join(
         report["simulation"] = bench.simulate(terminal)
     bench.show(report, terminal)
     return report if json else None
+
+
+@bench_app.command(
+    epilog="Example: cskd-pipeline bench step --student deit_tiny_distilled_patch16_224 "
+    "--teacher regnety_160"
+)
+def step(
+    student: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A ViT's timm name; more than once for several. Default: DeiT's three on a GPU, "
+            "its smallest elsewhere.",
+        ),
+    ] = None,
+    teacher: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="The live teacher's timm name; none: without that side."),
+    ] = "regnety_160",
+    size: Annotated[int, typer.Option(min=8, metavar="N", help="Of the views, in pixels.")] = 224,
+    rounds: Annotated[
+        int, typer.Option(min=3, metavar="N", help="How often each side takes its turn.")
+    ] = 9,
+    batch_size: UpdateSize = None,
+    device: Device = None,
+    recipe: RecipeFile = None,
+    set_: Sets = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """A training step from a cache against a plain one, and against one with a live teacher."""
+    terminal = Terminal(quiet=quiet, json=json)
+    flags = {"batch.batch_size": batch_size, "run.device": device}
+    asked = load_recipe(TrainRecipe, recipe, set_ or (), flags)
+    from dataclasses import replace
+
+    from cskd_pipeline.bench import step as bench
+    from cskd_pipeline.machine import pick_device
+    from cskd_pipeline.views.policy import ViewPolicy
+
+    asked = replace(asked, views=replace(asked.views or ViewPolicy(), size=size))
+    known = list(bench.LIVE_GOALS)
+    gpu = pick_device(asked.run.device).type == "cuda"
+    report = bench.bench_step(
+        asked,
+        terminal,
+        students=student or (known if gpu else known[:1]),
+        teacher=None if teacher == "none" else teacher,
+        rounds=rounds,
+    )
+    bench.show(report, terminal)
+    return report if json else None
