@@ -215,7 +215,7 @@ def test_ranks_dump_what_one_process_dumps(
     assert (summary["units_written"], summary["views_written"]) == (6, 4 * 96)
     one, many = tree(tmp_path / "one"), tree(tmp_path / "many")
     assert one.keys() == many.keys()
-    assert [name for name in one if one[name] != many[name]] == ["zarr.json"]  # it has the time
+    assert {name for name in one if one[name] != many[name]} <= {"zarr.json"}  # it has the time
 
 
 def test_ranks_finish_a_dump_that_was_begun(small: World, tmp_path: Path) -> None:
