@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cskd_pipeline.cache.buffer import UnitBuffer
 from cskd_pipeline.cache.encodings import ENCODINGS, AnswerShape
@@ -275,13 +278,17 @@ def _unit_data(
     specs = [spec for name in recipe.cache.encodings for spec in ENCODINGS[name].arrays(shape)]
     buffer = UnitBuffer(len(unit.views), len(shard), {spec.name: spec.fill for spec in specs})
     left = len(unit.views) * len(shard)
-    while left:
-        batch = next(batches)
-        rows = batch.index[:, 0].numpy() - unit.views[0]
-        offsets = batch.index[:, 2].numpy()
-        buffer.put(rows, offsets, answers(batch.to(teacher.device), teacher, recipe))
-        left -= len(rows)
-        advance(len(rows))
+    ahead, asked = batches_ahead(teacher.device), deque[Asked]()
+    while left or asked:
+        if left:
+            asked.append(Asked.of(next(batches), teacher, recipe.views))
+            left -= len(asked[-1].batch)
+        if len(asked) > ahead or not left:
+            first = asked.popleft()
+            rows = first.batch.index[:, 0].numpy() - unit.views[0]
+            offsets = first.batch.index[:, 2].numpy()
+            buffer.put(rows, offsets, first.answers(recipe.cache.encodings))
+            advance(len(rows))
     assert left == 0, (unit, left)
     arrays = buffer.arrays
     top1 = np.stack([arrays.pop("correct").sum(1), np.full(len(unit.views), len(shard))], axis=1)
@@ -296,24 +303,74 @@ def _unit_data(
     )
 
 
-def answers(batch: Batch, teacher: Teacher, recipe: DumpRecipe) -> dict[str, np.ndarray]:
-    """Every array's rows for a batch that lies on the device.
+def batches_ahead(device: torch.device) -> int:
+    """How many batches the teacher is at work on while an earlier one is encoded and copied back.
 
-    ``correct``: whether the teacher's class is the label of the picture that fills more of the
-    view.
+    A CPU does one thing after the other.
     """
-    answer = ask(teacher, batch, recipe.views)
-    label = torch.where(batch.lam >= 0.5, batch.label, batch.partner_label)
-    found = {"correct": hard_global_labels(answer.global_) == label}
-    for name in recipe.cache.encodings:
-        found |= ENCODINGS[name].encode(answer.spatial, answer.global_)
-    own = batch.own.cpu().numpy()
-    return {
-        **{name: values.cpu().numpy() for name, values in found.items()},
-        "seed": batch.seed.numpy()[own],
-        "view_digest": batch.view_digest.numpy()[own],
-        "image_crc32": batch.image_crc32.numpy()[own],
-    }
+    return 1 if device.type == "cuda" else 0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A batch that the teacher was asked about, and may still be at work on.
+
+    On CUDA the answer is encoded on a stream of its own, which waits for this answer only: encoding
+    reads counts back to the host, and would otherwise wait for the next batch's answer too.
+
+    ``batch`` lies on the host. ``answered`` is when the teacher is done, None on a CPU.
+    """
+
+    batch: Batch
+    teacher: Teacher
+    label: Tensor  # (B,) int64 of the picture that fills more of the view, on the device
+    answer: Answer
+    answered: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, batch: Batch, teacher: Teacher, policy: ViewPolicy) -> Asked:
+        """Start the teacher on a batch; the host does not wait for it."""
+        there = batch.to(teacher.device)
+        answer = teacher.unchecked(normalise(assemble(there, policy), teacher.mean, teacher.std))
+        label = torch.where(there.lam >= 0.5, there.label, there.partner_label)
+        answered = None
+        if teacher.device.type == "cuda":
+            answered = torch.cuda.Event()
+            answered.record(torch.cuda.current_stream(teacher.device))
+        return cls(batch, teacher, label, answer, answered)
+
+    def answers(self, encodings: Sequence[str]) -> dict[str, np.ndarray]:
+        """Every array's rows; ``correct``: whether the teacher's class is the label.
+
+        Raises:
+            TeacherError: a logit is NaN or infinite, or too large for float16.
+        """
+        if self.answered is None:
+            return self._read(encodings)
+        side = _side_stream(self.teacher.device)
+        side.wait_event(self.answered)
+        with torch.cuda.stream(side):
+            for tensor in (*self.answer, self.label):
+                tensor.record_stream(side)  # not to be given away before this stream is done
+            return self._read(encodings)
+
+    def _read(self, encodings: Sequence[str]) -> dict[str, np.ndarray]:
+        answer = self.teacher.checked(self.answer)
+        found = {"correct": hard_global_labels(answer.global_) == self.label}
+        for name in encodings:
+            found |= ENCODINGS[name].encode(answer.spatial, answer.global_)
+        own = self.batch.own.numpy()
+        return {
+            **{name: values.cpu().numpy() for name, values in found.items()},
+            "seed": self.batch.seed.numpy()[own],
+            "view_digest": self.batch.view_digest.numpy()[own],
+            "image_crc32": self.batch.image_crc32.numpy()[own],
+        }
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def ask(teacher: Teacher, batch: Batch, policy: ViewPolicy) -> Answer:

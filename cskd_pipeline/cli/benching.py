@@ -19,6 +19,7 @@ from cskd_pipeline.cli.options import (
     Sets,
     ShardsOption,
     Split,
+    TeacherName,
     UpdateSize,
     Weights,
     Workers,
@@ -223,6 +224,72 @@ def step(
         students=student or (known if gpu else known[:1]),
         teacher=None if teacher == "none" else teacher,
         rounds=rounds,
+    )
+    bench.show(report, terminal)
+    return report if json else None
+
+
+@bench_app.command(
+    epilog="Example: cskd-pipeline bench dump --shards 'train-*.tar' --recipe paper_regnety_160"
+)
+def dump(
+    shards: ShardsOption = None,
+    teacher: TeacherName = None,
+    weights: Weights = None,
+    size: Annotated[
+        int | None, typer.Option(min=8, metavar="N", help="Of the views, in pixels.")
+    ] = None,
+    images: Annotated[
+        int, typer.Option(min=1, metavar="N", help="How many images to dump in each round.")
+    ] = 128,
+    rounds: Annotated[
+        int, typer.Option(min=3, metavar="N", help="How often each side takes its turn.")
+    ] = 5,
+    variants: Annotated[
+        bool,
+        typer.Option(
+            "--variants",
+            help="Also the teacher in channels_last and lower precision, with the labels that "
+            "they change.",
+        ),
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="With --variants: torch.compile too.")
+    ] = False,
+    split: Split = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    device: Device = None,
+    recipe: RecipeFile = None,
+    set_: Sets = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """The dump against the bare teacher, blocks of views against single ones, and the limit."""
+    terminal = Terminal(quiet=quiet, json=json)
+    flags = {
+        "data.shards": shards,
+        "data.split": split,
+        "teacher.name": teacher,
+        "teacher.weights": weights,
+        "views.size": size,
+        "dump.batch_size": batch_size,
+        "dump.workers": workers,
+        "dump.device": device,
+    }
+    asked = load_recipe(DumpRecipe, recipe, set_ or (), flags)
+    require({"--shards SHARDS": asked.data.shards, "--teacher NAME": asked.teacher.name})
+    if compile and not variants:
+        raise UsageError("--compile does nothing alone", action="give --variants too")
+    from cskd_pipeline.bench import dump as bench
+
+    report = bench.bench_dump(
+        asked,
+        terminal,
+        images=images,
+        rounds=rounds,
+        with_variants=variants,
+        compile=compile,
     )
     bench.show(report, terminal)
     return report if json else None

@@ -74,8 +74,20 @@ class Teacher:
         Raises:
             TeacherError: a logit is NaN or infinite, or too large for float16.
         """
+        return self.checked(self.unchecked(x))
+
+    @torch.inference_mode()
+    def unchecked(self, x: Tensor) -> Answer:
+        """:meth:`answer` without looking at it: the host does not wait for the device."""
         pieces = [self._answer(piece) for piece in x.split(self.batch_size)]
-        answer = Answer(*(torch.cat(parts)[: len(x)] for parts in zip(*pieces, strict=True)))
+        return Answer(*(torch.cat(parts)[: len(x)] for parts in zip(*pieces, strict=True)))
+
+    def checked(self, answer: Answer) -> Answer:
+        """``answer``, once the device has it.
+
+        Raises:
+            TeacherError: a logit is NaN or infinite, or too large for float16.
+        """
         if not all_finite(*answer):
             raise TeacherError(
                 "the teacher's logits are not finite in float16",

@@ -21,6 +21,7 @@ import torch
 
 from cskd_pipeline.bench.answers import Answers
 from cskd_pipeline.bench.encodings import encode, store
+from cskd_pipeline.bench.steady import SteadyRate
 from cskd_pipeline.cache.encodings import ENCODINGS
 from cskd_pipeline.cache.info import describe as describe_cache
 from cskd_pipeline.cache.summary import size
@@ -32,7 +33,6 @@ from cskd_pipeline.loading.index import Dataset, describe, sample
 from cskd_pipeline.loading.unit_views import unit_batches
 from cskd_pipeline.machine import worker_count
 from cskd_pipeline.manifest import CacheManifest
-from cskd_pipeline.planning.steady import SteadyRate
 from cskd_pipeline.recipe import DumpRecipe
 from cskd_pipeline.terminal import Terminal, duration
 

@@ -15,9 +15,9 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+from cskd_pipeline.bench.steady import SteadyRate
 from cskd_pipeline.loading.batches import Batch
 from cskd_pipeline.machine import pick_device, use_threads
-from cskd_pipeline.planning.steady import SteadyRate
 from cskd_pipeline.recipe import TrainRecipe
 from cskd_pipeline.terminal import Terminal, duration
 from cskd_pipeline.training.data import open_training_data

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cskd_pipeline import dump
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.dump import dump_teacher
 from tests.pipeline import world
@@ -104,3 +105,14 @@ def test_the_recipe_names_the_data_set(small: World, tmp_path: Path) -> None:
     dump_teacher(recipe, world.quiet())
     assert CacheReader(tmp_path / "c").manifest.dataset.name == "mine"
     assert CacheReader(small.cache).manifest.dataset.name != "mine"
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_asking_ahead_of_reading_changes_no_byte(
+    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    """As on a GPU, where the next batch is with the teacher while one is encoded."""
+    monkeypatch.setattr(dump, "batches_ahead", lambda device: ahead)
+    sets = [*world.dump_sets(), "dump.workers=0"]
+    dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache", sets=sets), world.quiet())
+    assert data_files(tmp_path / "cache") == data_files(small.cache)

@@ -18,6 +18,10 @@ from tests.cache.making import tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 
+# Whether a process may fork after a backward pass is decided at its first one, by the devices that
+# are known then; torch's exporter makes more of them known.
+torch.ones(1, requires_grad=True).sum().backward()
+
 EPOCHS = 3
 LOSSES = ("loss", "base", "global", "spatial")
 

@@ -99,6 +99,10 @@ PROMISED = {
     "cache merge": "CACHE... --out --accept-versions --json --quiet",
     "bench encodings": "CACHE_OR_TEACHER --shards --weights --views --plot --json --quiet",
     "bench loader": "--shards --size --batch-size --rounds --json --quiet",
+    "bench step": "--student --teacher --size --rounds --batch-size --device --recipe --set "
+    "--json --quiet",
+    "bench dump": "--shards --teacher --weights --size --images --rounds --variants --compile "
+    "--batch-size --workers --device --recipe --set --json --quiet",
     "bench join": "--shards --cache --rounds --simulate --recipe --set --json --quiet",
     "plan dump": "--shards --teacher --weights --encoding --views --devices --images --recipe "
     "--set --workers --json --quiet",

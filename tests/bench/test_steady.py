@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cskd_pipeline.planning.steady import SteadyRate
+from cskd_pipeline.bench.steady import SteadyRate
 
 
 class Clock:
