@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -89,10 +90,14 @@ def launched() -> Ranks:
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def joined(patience: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
     """This process among its job's, connected while the block runs.
 
     Tensors on GPUs are reduced by NCCL, others by gloo.
+
+    Args:
+        patience: how long ranks wait for each other where one has more to do; a rank that has ended
+            is noticed at once.
 
     Raises:
         RankError: the others cannot be reached, or one of them has ended.
@@ -105,7 +110,7 @@ def joined() -> Iterator[Ranks]:
     if cuda:
         torch.cuda.set_device(ranks.local % torch.cuda.device_count())
     with _explained():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
     try:
         yield ranks
         ranks.wait()  # nobody leaves while another still needs an answer

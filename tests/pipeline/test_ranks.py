@@ -199,11 +199,11 @@ def test_an_error_on_one_rank_is_told_and_ends_all(
     assert (out / "thesis.tex").read_text() == "mine"
 
 
-def dump_words(small: World, cache: Path) -> list[object]:
+def dump_words(small: World, cache: Path, views: int = 4) -> list[object]:
     return [
         *("dump-teacher", "--shards", small.shards, "--teacher", world.TEACHER),
         *("--weights", "random", "--cache", cache, "--workers", 0, "--device", "cpu"),
-        *world.as_flags([*world.dump_sets(), "dump.threads=1"]),
+        *world.as_flags([*world.dump_sets(views=views), "dump.threads=1"]),
     ]
 
 
@@ -226,4 +226,31 @@ def test_ranks_finish_a_dump_that_was_begun(small: World, tmp_path: Path) -> Non
     words = dump_words(small, tmp_path / "c")
     run_in(1, [*words, "--shard-range", "1:2"])
     run_in(2, words)
+    assert CacheReader(tmp_path / "c").done().all()
+
+
+def test_a_rank_that_dies_ends_the_dump_with_an_error_once_the_others_have_done_theirs(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from cskd_pipeline.cache.writer import CacheWriter
+
+    original = CacheWriter.write_unit
+
+    def write_unit(self: CacheWriter, *arguments: Any) -> bool:
+        if os.environ["RANK"] == "1":
+            os._exit(9)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(CacheWriter, "write_unit", write_unit)
+    words = dump_words(small, tmp_path / "c")
+    assert finish(start(3, words), seconds=60) == [1, 9, 1]
+    message = capfd.readouterr().err
+    assert "the other ranks of this job cannot be reached" in message
+    assert "Traceback" not in message
+    assert CacheReader(tmp_path / "c").done().sum() == 4
+    monkeypatch.undo()
+    run_in(1, words)
     assert CacheReader(tmp_path / "c").done().all()
