@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
@@ -47,6 +48,9 @@ from cskd_pipeline.recipe import DumpRecipe
 from cskd_pipeline.terminal import Terminal
 from cskd_pipeline.views.policy import ViewPolicy
 
+PATIENCE = timedelta(days=7)
+"""Ranks meet only before and after their units, which on slower devices take longer."""
+
 
 def dump_teacher(
     recipe: DumpRecipe,
@@ -67,15 +71,15 @@ def dump_teacher(
         accept_versions: go on with a cache that was begun with other library versions.
 
     Returns:
-        The closing summary: views written now and in all, bytes and seconds, views per second,
-        the teacher's top-1 on the labels of the views.
+        The closing summary: views written now and in all, bytes and seconds, views per second, the
+        share of the time spent waiting for data, the teacher's top-1 on the labels of the views.
 
     Raises:
         CskdError: data, teacher or cache cannot be used, or do not belong together.
         KeyboardInterrupt: stopped by a signal, between units.
     """
     _require_within(view_range, recipe.cache.views)
-    with joined() as ranks:
+    with joined(PATIENCE) as ranks:
         terminal = terminal if ranks.first else Terminal.silent()
         dataset, teacher = open_stage_one(recipe, terminal, ranks)
         units: list[Unit] = []
@@ -110,10 +114,13 @@ def _dump(
     if recipe.teacher.weights == "random":
         terminal.warn("the teacher's weights are random: this cache is good for trials only")
     started = time.perf_counter()
-    with terminal.progress(sum(map(writer.size_of, mine)), "views", "dumping") as progress:
-        views = write_units(recipe, dataset, teacher, writer, mine, progress.advance)
+    with terminal.progress(sum(map(writer.size_of, mine)), "views", "dumping") as meter:
+        views = write_units(
+            recipe, dataset, teacher, writer, mine, meter.advance, watched=meter.timed
+        )
     views = sum(ranks.gather(views))
-    return _summary(writer, units, views, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return _summary(writer, units, views, seconds, meter.data_wait if views else None)
 
 
 def _require_within(view_range: tuple[int, int] | None, views: int) -> None:
@@ -224,11 +231,14 @@ def write_units(
     writer: CacheWriter,
     units: list[Unit],
     advance: Callable[[int], None],
+    *,
+    watched: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
 ) -> int:
     """Ask the teacher about every view of ``units`` and commit them one by one.
 
     Args:
         advance: told after every batch how many views it had.
+        watched: passes the loader's batches on, and may look at how long they take.
 
     Returns:
         How many views were written.
@@ -236,14 +246,16 @@ def write_units(
     Raises:
         KeyboardInterrupt: stopped by a signal, between units.
     """
-    loader = unit_batches(
-        dataset,
-        [(unit.shard, unit.views) for unit in units],
-        recipe.views,
-        recipe.cache.root_seed,
-        batch_size=recipe.dump.batch_size,
-        workers=worker_count(recipe.dump.workers),
-        pin_memory=teacher.device.type == "cuda",
+    loader = watched(
+        unit_batches(
+            dataset,
+            [(unit.shard, unit.views) for unit in units],
+            recipe.views,
+            recipe.cache.root_seed,
+            batch_size=recipe.dump.batch_size,
+            workers=worker_count(recipe.dump.workers),
+            pin_memory=teacher.device.type == "cuda",
+        )
     )
     written = 0
     # One unit is written while the next is computed; two would only hold memory.
@@ -378,7 +390,9 @@ def ask(teacher: Teacher, batch: Batch, policy: ViewPolicy) -> Answer:
     return teacher.answer(normalise(assemble(batch, policy), teacher.mean, teacher.std))
 
 
-def _summary(writer: CacheWriter, units: list[Unit], views: int, seconds: float) -> dict[str, Any]:
+def _summary(
+    writer: CacheWriter, units: list[Unit], views: int, seconds: float, data_wait: float | None
+) -> dict[str, Any]:
     info = describe_cache(writer.path)
     return {
         "cache": str(writer.path),
@@ -386,6 +400,7 @@ def _summary(writer: CacheWriter, units: list[Unit], views: int, seconds: float)
         "views_written": views,
         "seconds": seconds,
         "views_per_second": views / seconds if views else None,
+        "data_wait": data_wait,
         **{name: info[name] for name in ("views", "samples", "complete", "bytes")},
         "bytes_per_view": info["bytes_per_view"],
         "teacher_top1": info["teacher_top1"],

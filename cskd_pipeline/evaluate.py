@@ -108,7 +108,7 @@ def evaluate(
     with terminal.progress(dataset.samples, "images", "evaluating") as progress:
         metrics = measure(
             student,
-            loader,
+            progress.timed(loader),
             heads=card.heads,
             grid=card.grid,
             device=target,

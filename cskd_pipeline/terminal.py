@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.text import Text
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
+DATA_LIMITS = 0.1
+"""From this share of the time spent waiting for data on, data and not the device is the limit."""
 _LONGEST = 2000  # characters of a line
+
+T = TypeVar("T")
 
 
 class Meter:
@@ -47,14 +51,41 @@ class Meter:
         moved: Callable[[Meter], None] | None = None,
     ) -> None:
         self.total, self.unit, self.count = total, unit, done
+        self.waited = 0.0
+        """Seconds spent waiting for what :meth:`timed` passed on."""
         self._first, self._clock, self._moved = done, clock, moved
         self._started = clock()
+        self._fed = False
 
     def advance(self, count: int = 1) -> None:
         """``count`` more units are done."""
         self.count += count
         if self._moved is not None:
             self._moved(self)
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """``batches``, whose making counts as waiting for data, while all else is the device's."""
+        self._fed = True
+        source = iter(batches)
+        while True:
+            asked = self._clock()
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+            finally:
+                self.waited += self._clock() - asked
+            yield batch
+
+    @property
+    def data_wait(self) -> float:
+        """The share of the time that was spent waiting for data."""
+        return self.waited / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def limit(self) -> str:
+        """Which side holds up the other: ``data`` or ``device``."""
+        return "data" if self.data_wait >= DATA_LIMITS else "device"
 
     @property
     def seconds(self) -> float:
@@ -66,7 +97,7 @@ class Meter:
         return (self.count - self._first) / self.seconds if self.seconds > 0 else 0.0
 
     def __str__(self) -> str:
-        """``30/120 views, 12.3 views/s, 0:07 left``."""
+        """``30/120 views, 12.3 views/s, 0:07 left``, and ``data wait 2 %, limit: device``."""
         of = f"/{self.total}" if self.total is not None else ""
         parts = [f"{self.count}{of} {self.unit}"]
         if self.rate > 0:
@@ -74,6 +105,8 @@ class Meter:
             parts.append(f"{shown} {self.unit}/s")
             if self.total is not None and self.count < self.total:
                 parts.append(f"{duration((self.total - self.count) / self.rate)} left")
+        if self._fed and self.rate > 0:
+            parts += [f"data wait {100 * self.data_wait:.0f} %", f"limit: {self.limit}"]
         return ", ".join(parts)
 
 

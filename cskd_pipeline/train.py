@@ -117,24 +117,15 @@ def _claim(recipe: TrainRecipe, resume: bool) -> None:
         require_empty(out, action="choose another --out, or go on with a run there by --resume")
 
 
-class Clock:
-    """Seconds an epoch spent in all, and of those waiting for the loader."""
+class Drifted:
+    """Counts views unlike those the teacher saw, where the recipe lets them pass."""
 
     def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.waited = 0.0
-        self.drifted = 0  # views unlike those the teacher saw, where the recipe lets them pass
-        self.updates = 0
+        self.views = 0
 
-    def waiting_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        while True:
-            asked = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - asked
-            self.drifted += batch.drifted
+    def counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.views += batch.drifted
             yield batch
 
 
@@ -142,15 +133,14 @@ def _epoch(run: Run, batches: Iterator[Batch], log: RunLog, terminal: Terminal, 
     """The updates that are left of the current epoch, then its evaluation and checkpoints."""
     epoch, settings = run.epoch, run.recipe.run
     state_file = log.folder / STATE
-    clock = Clock()
-    timed = clock.waiting_for(batches)
+    drifted = Drifted()
     done = run.update % run.steps
-    with terminal.progress(run.steps, "updates", f"epoch {epoch + 1}", done=done) as progress:
+    with terminal.progress(run.steps, "updates", f"epoch {epoch + 1}", done=done) as meter:
+        timed = meter.timed(drifted.counted(batches))
         while run.epoch == epoch:
             ratio = run.ratio()
             parts = run.step(timed)
-            clock.updates += 1
-            progress.advance(1)
+            meter.advance()
             within = run.update % run.steps
             if run.update % settings.log_every == 0:
                 log.scalars(run.update, _point(run, parts, ratio))
@@ -159,12 +149,17 @@ def _epoch(run: Run, batches: Iterator[Batch], log: RunLog, terminal: Terminal, 
                 _save(run, state_file)
                 if stopping:
                     raise KeyboardInterrupt
-    if clock.drifted:
-        terminal.warn(f"epoch {epoch + 1}: {clock.drifted} views are not those the teacher saw")
-    row = _close_epoch(run, epoch, ratio, clock, log.folder)
+        means = _finite(run, run.sums / run.steps)  # waits for the device: the time is complete
+        speed = {
+            "images_per_second": meter.rate * run.recipe.batch.batch_size,
+            "data_wait": meter.data_wait,
+        }
+    if drifted.views:
+        terminal.warn(f"epoch {epoch + 1}: {drifted.views} views are not those the teacher saw")
+    row = _close_epoch(run, epoch, {**means, "ckf_ratio": ratio}, speed, log.folder)
     log.epoch(run.update, row)
     _save(run, state_file)
-    terminal.line(_epoch_line(row, run.recipe.schedule.epochs))
+    terminal.line(f"{_epoch_line(row, run.recipe.schedule.epochs)}  limit: {meter.limit}")
     if run.ranks.any(stop.asked) and run.update < run.updates:
         raise KeyboardInterrupt
 
@@ -209,20 +204,15 @@ def _finite(run: Run, parts: Tensor) -> dict[str, float]:
 
 
 def _close_epoch(
-    run: Run, epoch: int, ratio: float, clock: Clock, out: Path
+    run: Run, epoch: int, means: dict[str, float], speed: dict[str, float], out: Path
 ) -> dict[str, float | int | None]:
     """Evaluate where it is due, save the students, and give the epoch's row."""
-    means = _finite(run, run.sums / run.steps)
     run.sums.zero_()
-    seconds = time.perf_counter() - clock.started
-    images = clock.updates * run.recipe.batch.batch_size
     row: dict[str, float | int | None] = {
         "epoch": epoch + 1,
         **means,
-        "ckf_ratio": ratio,
         "lr": run.optimizer.param_groups[0]["lr"],
-        "images_per_second": images / seconds,
-        "data_wait": clock.waited / seconds,
+        **speed,
     }
     last = epoch + 1 == run.recipe.schedule.epochs
     if run.data.validation_set is not None and (

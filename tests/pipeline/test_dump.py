@@ -92,12 +92,14 @@ def test_the_summary_counts_what_was_written_and_how_right_the_teacher_was(
             right += int((rows["dense/global"].argmax(1) == reader.labels(shard)).sum())
             total += count
     assert summary["views_written"] == total
+    assert 0 < summary["data_wait"] < 1
     assert summary["teacher_top1"] == pytest.approx(100 * right / total)
     files = (tmp_path / "cache" / "envelope").rglob("c/**/*")
     sizes = [path.stat().st_size for path in files if path.is_file()]
     assert summary["bytes_per_view"]["envelope"] == pytest.approx(sum(sizes) / total, abs=0.5)
     again = dump_teacher(recipe, world.quiet())
     assert (again["views_written"], again["complete"]) == (0, True)
+    assert again["data_wait"] is None
 
 
 def test_the_recipe_names_the_data_set(small: World, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from cskd_pipeline.checkpoint import load_state, read_card
 from cskd_pipeline.errors import ViewDriftError
 from cskd_pipeline.evaluate import evaluate
 from cskd_pipeline.recipe import TrainRecipe
+from cskd_pipeline.terminal import Terminal
 from cskd_pipeline.train import train
 from cskd_pipeline.views import apply
 from tests.pipeline import world
@@ -242,6 +245,26 @@ def test_a_warm_up_that_outlasts_the_run_is_pointed_out(
 
     assert warned(1)
     assert not warned(2)
+
+
+@pytest.mark.parametrize(("threshold", "side"), [(0.0, "data"), (1.1, "device")])
+def test_an_epochs_line_says_which_side_is_the_limit(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    threshold: float,
+    side: str,
+) -> None:
+    err = io.StringIO()
+    monkeypatch.setattr("cskd_pipeline.terminal.DATA_LIMITS", threshold)
+    recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run", "deit", epochs=1)
+    train(recipe, Terminal(err=err))
+    [line] = [line for line in err.getvalue().splitlines() if line.startswith("epoch 1/1")]
+    wait = re.search(rf"  data wait (\d+) %  limit: {side}$", line)
+    assert wait, line
+    [row] = csv.DictReader((tmp_path / "run/summary.csv").read_text().splitlines())
+    assert int(wait[1]) == round(100 * float(row["data_wait"]))
+    assert 0 < float(row["data_wait"]) < 1
 
 
 def test_training_loads_no_teacher_and_needs_no_network(small: World, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -108,6 +109,30 @@ def test_plain_progress_is_a_line_now_and_then_with_rate_and_time_left() -> None
         "dumping: 1000/1000 views, 7.5 views/s",
         "dumping: 1000/1000 views, 7.5 views/s, 1:20 in all",
     ]
+
+
+def test_progress_tells_which_side_is_the_limit() -> None:
+    """Data, from a tenth of the time on that the device has to wait for it."""
+    speech = Speech()
+
+    def batches(seconds: float) -> Iterator[int]:
+        for number in range(100):
+            speech.clock.now += seconds
+            yield number
+
+    told = []
+    for wait in (0.05, 0.25):
+        with speech.terminal.progress(100, "updates", f"waiting {wait}") as meter:
+            for _ in meter.timed(batches(wait)):
+                speech.clock.now += 1
+                meter.advance()
+        told.append((meter.limit, round(meter.data_wait, 4), round(meter.waited, 6)))
+    assert told == [("device", 0.0476, 5), ("data", 0.2, 25)]
+    lines = speech.err.getvalue().splitlines()
+    assert "limit: device" in lines[0]
+    assert lines[-1] == (
+        "waiting 0.25: 100/100 updates, 0.8 updates/s, data wait 20 %, limit: data, 2:05 in all"
+    )
 
 
 def test_short_work_and_quiet_leave_no_progress_lines() -> None:
