@@ -29,6 +29,9 @@ from cskd_pipeline.training.initial import Started, read_source, start_from
 from cskd_pipeline.views.bits import derive_seed
 
 PARTS = ("loss", "base", "global", "spatial")
+FUSED = ("adam", "adamw")
+FUSED_ON = ("cuda",)
+"""One kernel for all parameters, which also skips float16's overflows without asking the host."""
 
 
 class Run:
@@ -80,12 +83,15 @@ class Run:
             self.parallel = DistributedDataParallel(self.student, device_ids=own)
         network = self.parallel or self.student
         self.forward: Any = torch.compile(network) if recipe.run.compile else network
+        fused = recipe.optim.name in FUSED and device.type in FUSED_ON
+        options: dict[str, Any] = {"fused": True} if fused else {}
         self.optimizer = create_optimizer_v2(
             self.student.model,
             opt=recipe.optim.name,
             lr=recipe.optim.lr * recipe.batch.batch_size / 1024,
             weight_decay=recipe.optim.weight_decay,
             betas=tuple(recipe.optim.betas),
+            **options,
         )
         self.schedule = CosineLRScheduler(
             self.optimizer,

@@ -157,10 +157,36 @@ def test_the_dense_head_sees_pooled_tokens() -> None:
     assert sorted(shape[:-1].numel() for shape in rows) == [8, 8 * 4]
 
 
+def test_the_fused_optimizer_steps_as_the_plain_one_and_reads_nothing_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU, where float16's scaler would ask whether gradients overflowed."""
+    batch = bench.synthetic_batch(POLICY, 8, (2, 2))
+    sets = ("run.amp=fp16", "optim.clip_grad=1.0", "run.ema=0.9")
+    sets = (*sets, "optim.lr=1.0", "schedule.warmup_epochs=0")
+    plain = small_runs("cpu", *sets)["cskd"]
+    monkeypatch.setattr("cskd_pipeline.training.run.FUSED_ON", ("cpu",))
+    fused = small_runs("cpu", *sets)["cskd"]
+    for run in (plain, fused):
+        for _ in range(2):
+            run.step(iter([batch]))
+    start = small_runs("cpu", *sets)["cskd"]
+    for one, other, first in zip(
+        *(r.student.parameters() for r in (fused, plain, start)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+        assert not torch.equal(one, first)
+    with Refusing():
+        fused.step(iter([batch]))
+    with pytest.raises(AssertionError, match="reads a value back"), Refusing():
+        plain.step(iter([batch]))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", ["fp16", "bf16"])
 @pytest.mark.parametrize("method", ["none", "deit", "cskd"])
-def test_on_a_gpu_the_host_never_waits_in_a_step(method: str) -> None:
-    run = small_runs("cuda", "run.amp=bf16")[method]
+def test_on_a_gpu_the_host_never_waits_in_a_step(method: str, amp: str) -> None:
+    run = small_runs("cuda", f"run.amp={amp}")[method]
     batch = bench.synthetic_batch(POLICY, 8, (2, 2)).to("cuda")
     run.step(iter([batch]))  # what is made once is made
     torch.cuda.set_sync_debug_mode("error")
