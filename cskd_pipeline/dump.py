@@ -120,7 +120,8 @@ def _dump(
         )
     views = sum(ranks.gather(views))
     seconds = time.perf_counter() - started
-    return _summary(writer, units, views, seconds, meter.data_wait if views else None)
+    data_wait = meter.data_wait if views else None
+    return _summary(writer, units, views, seconds, data_wait, terminal)
 
 
 def _require_within(view_range: tuple[int, int] | None, views: int) -> None:
@@ -391,9 +392,14 @@ def ask(teacher: Teacher, batch: Batch, policy: ViewPolicy) -> Answer:
 
 
 def _summary(
-    writer: CacheWriter, units: list[Unit], views: int, seconds: float, data_wait: float | None
+    writer: CacheWriter,
+    units: list[Unit],
+    views: int,
+    seconds: float,
+    data_wait: float | None,
+    terminal: Terminal,
 ) -> dict[str, Any]:
-    info = describe_cache(writer.path)
+    info = describe_cache(writer.path, terminal.progress)
     return {
         "cache": str(writer.path),
         "units_written": len(units),

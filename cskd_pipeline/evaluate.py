@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def measure(
     grid: tuple[int, int] | None,
     device: torch.device,
     amp: torch.dtype | None = None,
-    on_batch: Any = None,
+    on_batch: Callable[[int], None] | None = None,
     ranks: Ranks = ALONE,
 ) -> Metrics:
     """Top-1 and top-5 in percent, per head (``cls``, ``dist``, ``dense``) and for ``mean``.
@@ -41,6 +41,7 @@ def measure(
     ``mean`` averages the logits of ``heads`` (CSKD §4: class, distillation, and the mean over
     patches of the dense logits). A dense head is measured wherever the student was given a
     ``grid``. Ranks that each have a part of the samples all get the figures of the whole.
+    ``on_batch`` is told after every batch how many images it had.
 
     Raises:
         DataError: no samples.

@@ -156,7 +156,7 @@ def _epoch(run: Run, batches: Iterator[Batch], log: RunLog, terminal: Terminal, 
         }
     if drifted.views:
         terminal.warn(f"epoch {epoch + 1}: {drifted.views} views are not those the teacher saw")
-    row = _close_epoch(run, epoch, {**means, "ckf_ratio": ratio}, speed, log.folder)
+    row = _close_epoch(run, epoch, {**means, "ckf_ratio": ratio}, speed, log.folder, terminal)
     log.epoch(run.update, row)
     _save(run, state_file)
     terminal.line(f"{_epoch_line(row, run.recipe.schedule.epochs)}  limit: {meter.limit}")
@@ -204,7 +204,12 @@ def _finite(run: Run, parts: Tensor) -> dict[str, float]:
 
 
 def _close_epoch(
-    run: Run, epoch: int, means: dict[str, float], speed: dict[str, float], out: Path
+    run: Run,
+    epoch: int,
+    means: dict[str, float],
+    speed: dict[str, float],
+    out: Path,
+    terminal: Terminal,
 ) -> dict[str, float | int | None]:
     """Evaluate where it is due, save the students, and give the epoch's row."""
     run.sums.zero_()
@@ -218,7 +223,7 @@ def _close_epoch(
     if run.data.validation_set is not None and (
         last or (epoch + 1) % run.recipe.run.eval_every == 0
     ):
-        row.update(_evaluate(run, out))
+        row.update(_evaluate(run, out, terminal))
     if not run.ranks.first:
         return row
     top1, ema_top1 = row.get("top1"), row.get("ema_top1")
@@ -229,7 +234,7 @@ def _close_epoch(
     return row
 
 
-def _evaluate(run: Run, out: Path) -> dict[str, float]:
+def _evaluate(run: Run, out: Path, terminal: Terminal) -> dict[str, float]:
     """Top-1 and top-5 of the running weights and of their average; keeps the best student."""
     row: dict[str, float] = {}
     candidates = {"last": run.student.model}
@@ -237,15 +242,19 @@ def _evaluate(run: Run, out: Path) -> dict[str, float]:
         candidates["ema"] = run.ema.module
     for name, model in candidates.items():
         student = run.student.with_model(model)
-        metrics = measure(
-            student,
-            run.data.validation(student.preprocessing),
-            heads=run.heads,
-            grid=run.grid,
-            device=run.device,
-            amp=run.amp,
-            ranks=run.ranks,
-        )
+        with terminal.progress(
+            run.data.validation_samples, "images", f"evaluating {name}"
+        ) as meter:
+            metrics = measure(
+                student,
+                meter.timed(run.data.validation(student.preprocessing)),
+                heads=run.heads,
+                grid=run.grid,
+                device=run.device,
+                amp=run.amp,
+                on_batch=meter.advance,
+                ranks=run.ranks,
+            )
         prefix = "" if name == "last" else "ema_"
         row |= {f"{prefix}top1": metrics["mean"]["top1"], f"{prefix}top5": metrics["mean"]["top5"]}
         row |= {f"{prefix}top1_{head}": m["top1"] for head, m in metrics.items() if head != "mean"}

@@ -83,7 +83,7 @@ def convert(
             writer.write_unit(unit, unit_data(reader, writer, unit, unit.shard + first, device))
             written += writer.size_of(unit)
             meter.advance(writer.size_of(unit))
-    info = describe(target)
+    info = describe(target, progress)
     return {
         "cache": str(target),
         "units_written": len(ready),

@@ -32,7 +32,7 @@ def describe(path: Path | str, progress: Progress = silent) -> dict[str, Any]:
     manifest, done = reader.manifest, reader.done()
     sizes = _bytes_by_array(reader)
     views_done = int(done.sum(axis=0) @ list(reader.counts)) * manifest.view_block
-    correct, counted = reader.top1()
+    correct, counted = reader.top1(progress)
 
     def per_view(names: list[str]) -> float | None:
         if sizes is None or not views_done:

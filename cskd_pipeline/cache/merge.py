@@ -75,7 +75,7 @@ def merge(
                     raise KeyboardInterrupt
                 counts += _merge_unit(writer, result, parts, unit)
                 meter.advance(writer.size_of(unit))
-    info = describe(target)
+    info = describe(target, progress)
     return {
         "cache": str(target),
         "sources": [str(part.path) for part in parts],

@@ -153,7 +153,7 @@ class CacheReader:
         """CRC-32 of every view's uint8 pixels before mixing: (count,) uint32, read-only."""
         return self._small_slab("view_digest", view, shard)
 
-    def top1(self) -> tuple[int, int]:
+    def top1(self, progress: Progress = silent) -> tuple[int, int]:
         """(correct, counted) of the teacher's global response, over all finished units.
 
         Reads a small file per unit.
@@ -164,9 +164,12 @@ class CacheReader:
             pairs = self._store.chunk("top1", block * self.manifest.view_block, shard)
             return pairs[:, 0].sum(axis=0, dtype=np.int64)
 
-        units = np.argwhere(self._done).tolist()
-        correct, counted = sum(self._store.each(of, units), np.zeros(2, np.int64))
-        return int(correct), int(counted)
+        units, total = np.argwhere(self._done).tolist(), np.zeros(2, np.int64)
+        with progress(len(units), "units", "reading the teacher's top-1") as meter:
+            for pair in self._store.each(of, units):
+                total += pair
+                meter.advance()
+        return int(total[0]), int(total[1])
 
     def top1_of(self, view: int, shard: int) -> np.ndarray:
         """(correct, counted) of one view of one tar shard: (2,) uint32."""

@@ -74,6 +74,14 @@ class TrainingData:
         """What the teacher said of a batch, on the batch's device; None for method ``none``."""
         return None if self.encoding is None else self.encoding.targets(batch.targets)
 
+    @property
+    def validation_samples(self) -> int:
+        """How many validation images are this rank's."""
+        assert self.validation_set is not None
+        starts = range(0, self.validation_set.samples, self.eval_batch_size)
+        mine = starts[self.ranks.rank :: self.ranks.world]
+        return sum(min(self.eval_batch_size, self.validation_set.samples - s) for s in mine)
+
     def validation(self, preprocessing: Preprocessing) -> Iterable[EvalBatch]:
         """The validation images, resized and cropped as the student wants them."""
         assert self.validation_set is not None

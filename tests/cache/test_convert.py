@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,16 +15,12 @@ from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import CacheError, UsageError
 from cskd_pipeline.manifest import CacheManifest
+from cskd_pipeline.progress import silent
 from tests.cache.making import BLOCK, COUNTS, VIEWS, data_files, fill, make, manifest, tree
 
 
-@contextmanager
-def no_progress(total: int | None, unit: str, description: str) -> Iterator[Any]:
-    yield SimpleNamespace(advance=lambda count: None)
-
-
 def converted(source: Path, target: Path, *encodings: str, **options: Any) -> dict[str, Any]:
-    return convert(source, target, encodings=encodings, progress=no_progress, **options)
+    return convert(source, target, encodings=encodings, progress=silent, **options)
 
 
 @pytest.fixture(scope="module")

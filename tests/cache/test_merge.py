@@ -21,6 +21,7 @@ from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter, Unit
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.manifest import CacheManifest, DatasetManifest, ShardInfo
+from cskd_pipeline.progress import silent
 from tests.cache.making import (
     BLOCK,
     CLASSES,
@@ -35,7 +36,6 @@ from tests.cache.making import (
     tree,
     unit_data,
 )
-from tests.cache.test_convert import no_progress
 from tests.cache.test_writer import fail_at, processes
 
 UNITS = [
@@ -44,7 +44,7 @@ UNITS = [
 
 
 def merged(out: Path, *parts: Path, **options: Any) -> dict[str, Any]:
-    return merge(parts, out, progress=no_progress, **options)
+    return merge(parts, out, progress=silent, **options)
 
 
 def part(path: Path, units: list[Unit], **changes: Any) -> Path:
@@ -152,7 +152,7 @@ def slice_of(path: Path, shards: slice, **changes: Any) -> Path:
 
     source = path.with_name(f"source of {path.name}")
     make(source, **changes)
-    convert(source, path, shards=(shards.start, shards.stop), progress=no_progress)
+    convert(source, path, shards=(shards.start, shards.stop), progress=silent)
     return path
 
 
