@@ -33,7 +33,9 @@ This docstring is the tour; the rooms come in the order in which a picture passe
 8. **bench**, **planning**, **verifying** -- what encodings cost and lose, and how fast the loader
    is beside others; what a dump or a run will cost, from a small part done for real; whether a
    cache is whole, and fits the images and the teacher at hand.
-9. **cli** -- thin typer commands over 7 and 8.
+9. **showing** -- what there is to see, as HTML pages that need no network: real views of a cache
+   with the teacher's labels over them, for every r.
+10. **cli** -- thin typer commands over 7 to 9.
 
 Imports point one way, from later rooms to earlier ones; ``tests/test_structure.py`` holds that.
 """

@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
     {"evaluate"},
     {"training"},
     {"dump", "train"},
-    {"bench", "verifying", "exporting"},
+    {"bench", "verifying", "exporting", "showing"},
     {"planning"},
     {"demo_images"},
     {"demo"},

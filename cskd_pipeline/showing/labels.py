@@ -1,0 +1,92 @@
+"""The teacher's label at every place, for all ratios r at once.
+
+At one place the label changes at a few values of r. Exact encodings know them all; of approximate
+ones the label is asked for at some ratios, and what lies between two is put in the middle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.distill import ckf
+from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets
+
+PREFERRED = ("envelope", "dense", "dense-q8", "topk")
+RATIOS = np.linspace(0.0, 1.0, 21)
+_AT_ONCE = 32  # views whose logits are held
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Of n views.
+
+    Args:
+        encoding: where they come from.
+        exact: whether these are the labels of the teacher's own logits.
+        planes: (n, P, h, w) uint16, see :func:`cskd_pipeline.distill.ckf.upper_envelope`.
+    """
+
+    encoding: str
+    exact: bool
+    planes: np.ndarray
+
+    def at(self, r: float) -> np.ndarray:
+        """(n, h, w) int64."""
+        return ckf.envelope_labels(torch.from_numpy(self.planes), r).numpy()
+
+    def lines(self) -> np.ndarray:
+        """How many labels a place has between r = 0 and r = 1: (n, h, w) int64."""
+        return (self.planes[:, 0::2] != ckf.UNUSED).sum(axis=1)
+
+
+def read_labels(cache: CacheReader, rows: np.ndarray) -> Labels:
+    """The labels of the views ``rows``, (n, 3) view, shard, offset, n > 0.
+
+    Raises:
+        CacheError: a unit is not done, or damaged.
+    """
+    name = next(name for name in PREFERRED if name in cache.encodings)
+    parts = [
+        _planes(cache, name, rows[start : start + _AT_ONCE])
+        for start in range(0, len(rows), _AT_ONCE)
+    ]
+    planes = np.full(
+        (len(rows), max(part.shape[1] for part in parts), *parts[0].shape[2:]),
+        ckf.UNUSED,
+        np.uint16,
+    )
+    for start, part in zip(range(0, len(rows), _AT_ONCE), parts, strict=True):
+        planes[start : start + len(part), : part.shape[1]] = part
+    return Labels(name, cache.encodings[name].exact, planes)
+
+
+def _planes(cache: CacheReader, name: str, rows: np.ndarray) -> np.ndarray:
+    answers = {n: torch.from_numpy(a) for n, a in cache.gather(name, rows).items()}
+    encoding = cache.encodings[name]
+    targets = encoding.targets(answers)
+    if isinstance(targets, EnvelopeTargets):
+        return targets.planes.numpy()
+    if isinstance(targets, LogitTargets) and encoding.exact:
+        return ckf.upper_envelope(targets.spatial, targets.global_).numpy()
+    tau = max(1.0, encoding.min_temperature)
+    found = [targets.spatial_log_probabilities(float(r), tau).argmax(1).numpy() for r in RATIOS]
+    return planes_of(np.stack(found, axis=1))
+
+
+def planes_of(labels: np.ndarray) -> np.ndarray:
+    """Planes from labels at ``RATIOS``: (n, R, h, w) -> (n, P, h, w) uint16."""
+    count, _, height, width = labels.shape
+    changes = labels[:, 1:] != labels[:, :-1]
+    most = int(changes.sum(axis=1).max(initial=0))
+    planes = np.full((count, 2 * most + 1, height, width), ckf.UNUSED, np.uint16)
+    planes[:, 0] = labels[:, 0]
+    middle = ((RATIOS[1:] + RATIOS[:-1]) / 2 * ckf.QUANTUM - 0.5).round()
+    for i, step, row, column in np.argwhere(changes).tolist():
+        at = 2 * int(changes[i, : step + 1, row, column].sum()) - 1
+        planes[i, at, row, column] = middle[step]
+        planes[i, at + 1, row, column] = labels[i, step + 1, row, column]
+    return planes
