@@ -248,9 +248,9 @@ def _figure(i: int, views: Views, truth: Truth, reader: CacheReader, names: Sequ
         shares = ((larger, share), (smaller, 1 - share))
         contents = [(k, f"{names[k]} {part:.0%}") for k, part in shares]
     content = ", ".join(name for _, name in contents)
+    swatch = '<span class="swatch" data-class="{}"></span> {}'
     truths = " ".join(
-        f'<span class="truth"><span class="swatch" data-class="{k}"></span> {page.text(name)}</span>'
-        for k, name in contents
+        f'<span class="truth">{swatch.format(k, page.text(name))}</span>' for k, name in contents
     )
     warning = ""
     if not views.same[i]:
