@@ -14,11 +14,11 @@ from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.summary import size, summarise
 from cskd_pipeline.distill.ckf import SCHEDULES, ckf_ratio
-from cskd_pipeline.errors import JoinError, printable
+from cskd_pipeline.errors import JoinError
 from cskd_pipeline.files import write_text
 from cskd_pipeline.loading.index import load_dataset
 from cskd_pipeline.loading.join import join
-from cskd_pipeline.showing import page, statistics
+from cskd_pipeline.showing import page, parts, statistics
 from cskd_pipeline.showing.gallery import Views, choose_views, encoded, make_views
 from cskd_pipeline.showing.labels import Labels, read_labels
 from cskd_pipeline.showing.statistics import Statistics, Truth
@@ -29,7 +29,6 @@ IMAGES = 12
 SAMPLES = 2048
 EPOCHS = 300
 _SHARDS_SHOWN = 20
-_NAME = 80  # letters of a class name
 
 
 def show_cache(
@@ -79,10 +78,10 @@ def show_cache(
     views = make_views(found, rows, terminal.progress)
     labels = read_labels(reader, rows)
     counted = statistics.measure(found, sampled, terminal.progress)
-    names = class_names(reader)
+    names = parts.class_names(reader)
     info = describe(path, terminal.progress)
     drawn = _plots(counted)
-    parts = [
+    sections = [
         _provenance(info),
         _gallery(views, labels, statistics.truth(found, rows), reader, names),
         _figures(drawn, counted, names),
@@ -90,14 +89,16 @@ def show_cache(
     ]
     data = {
         "grid": reader.manifest.grid,
-        "views": [_places(planes) for planes in labels.planes],
-        "names": {k: names[k] for k in sorted({int(c) for c in _classes(labels)})},
+        "views": [parts.places(planes) for planes in labels.planes],
+        "names": {int(k): names[k] for k in parts.classes(labels.planes)},
         "schedules": _schedules(epochs),
         "epochs": epochs,
         "agreement": counted.agreement.round(4).tolist(),
     }
     title = f"{info['teacher']['name']} on {info['dataset']['name']}"
-    document = page.page(title, parts, data=data, script=page.asset("cache.js"))
+    document = page.page(
+        title, sections, data=data, script=page.asset("places.js") + page.asset("cache.js")
+    )
     write_text(out / PAGE, document)
     files = [] if export is None else [out / f"{name}.{export}" for name in drawn]
     for file, (figure, heading, caption) in zip(files, drawn.values(), strict=False):
@@ -114,29 +115,6 @@ def show_cache(
         "agreement": {"r=1": counted.agreement[-1], "r=0": counted.agreement[0]},
         "labels_a_place": counted.mean_lines,
     }
-
-
-def class_names(reader: CacheReader) -> list[str]:
-    """A name for every class, not too long, on one line."""
-    data = reader.manifest.dataset
-    if data.class_names is None:
-        return [f"class {k}" for k in range(data.num_classes)]
-    return [printable(name, _NAME) or f"class {k}" for k, name in enumerate(data.class_names)]
-
-
-def _places(planes: Any) -> list[list[int]]:
-    """One view's (P, h, w) planes, place by place, without what is unused."""
-    height, width = planes.shape[1:]
-    return [
-        [int(v) for v in planes[: 2 * int((planes[0::2, y, x] != 65535).sum()) - 1, y, x]]
-        for y in range(height)
-        for x in range(width)
-    ]
-
-
-def _classes(labels: Labels) -> Any:
-    lines = labels.planes[:, 0::2]
-    return lines[lines != 65535]
 
 
 def _schedules(epochs: int) -> dict[str, list[float]]:
@@ -176,9 +154,9 @@ def _completeness(info: Mapping[str, Any]) -> str:
         f"</progress>"
     )
     missing = [shard for shard in info["shards"] if shard["views_done"] < views]
-    parts = [page.paragraph(f"{share}."), f"<p>{bar}</p>"]
+    told = [page.paragraph(f"{share}."), f"<p>{bar}</p>"]
     if missing:
-        parts.append(
+        told.append(
             page.table(
                 ("shard", "samples", "views finished", "views in all"),
                 [
@@ -188,8 +166,8 @@ def _completeness(info: Mapping[str, Any]) -> str:
             )
         )
         if len(missing) > _SHARDS_SHOWN:
-            parts.append(page.paragraph(f"And {len(missing) - _SHARDS_SHOWN} shards more."))
-    return page.section("Completeness", *parts, name="completeness")
+            told.append(page.paragraph(f"And {len(missing) - _SHARDS_SHOWN} shards more."))
+    return page.section("Completeness", *told, name="completeness")
 
 
 _CONTROLS = """
@@ -211,7 +189,7 @@ _CONTROLS = """
 
 
 def _gallery(
-    views: Views, labels: Labels, truth: Truth, reader: CacheReader, names: Sequence[str]
+    views: Views, labels: Labels, truth: Truth, reader: CacheReader, names: list[str]
 ) -> str:
     options = "".join(
         f'<option value="{html.escape(name)}">epochs, {html.escape(name)}</option>'
@@ -239,32 +217,18 @@ def _gallery(
     )
 
 
-def _figure(i: int, views: Views, truth: Truth, reader: CacheReader, names: Sequence[str]) -> str:
+def _figure(i: int, views: Views, truth: Truth, reader: CacheReader, names: list[str]) -> str:
     view, shard, offset = views.rows[i].tolist()
     key = reader.keys(shard)[offset]
-    share, larger, smaller = truth.share[i], int(truth.larger[i]), int(truth.smaller[i])
-    contents = [(larger, names[larger])]
-    if share < 1:
-        shares = ((larger, share), (smaller, 1 - share))
-        contents = [(k, f"{names[k]} {part:.0%}") for k, part in shares]
-    content = ", ".join(name for _, name in contents)
-    swatch = '<span class="swatch" data-class="{}"></span> {}'
-    truths = " ".join(
-        f'<span class="truth">{swatch.format(k, page.text(name))}</span>' for k, name in contents
-    )
-    warning = ""
-    if not views.same[i]:
-        warning = "Made from another image than the teacher saw."
-    elif not views.exact[i]:
-        warning = "Differs by rounding from what the teacher saw."
+    content, marked = parts.content(truth, i, names)
     return "".join(
         [
             f'<figure data-view="{i}"><div class="stage">',
             page.picture(*encoded(views.pixels[i]), f"a view of {content}"),
             f'<div class="places" role="grid" aria-label="{page.text(f"labels of {content}")}">',
             "</div></div>",
-            f"<figcaption><strong>{truths}</strong><br>{page.text(f'{key}, view {view}')}",
-            f'<br><span class="warning">{page.text(warning)}</span>' if warning else "",
+            f"<figcaption><strong>{marked}</strong><br>{page.text(f'{key}, view {view}')}",
+            parts.warning(views, i),
             '</figcaption><ul class="legend"></ul><div class="here" aria-live="polite"></div>',
             "</figure>",
         ]

@@ -108,9 +108,13 @@ def _cell(value: object) -> str:
     return f"<td{' class=number' if number else ''}>{text(value)}</td>"
 
 
-def plot(figure: Figure, title: str, caption: str) -> str:
-    """A plot in the page's own ink."""
-    drawn = plots.svg(figure, title, caption)
+def plot(figure: Figure, title: str, caption: str, description: str = "") -> str:
+    """A plot in the page's own ink.
+
+    Args:
+        description: for those who cannot see it; the caption unless given.
+    """
+    drawn = plots.svg(figure, title, description or caption)
     return (
         f'<figure class="plot"><h3>{text(title)}</h3>{drawn}'
         f"<figcaption>{text(caption)}</figcaption></figure>"
