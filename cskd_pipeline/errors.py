@@ -159,6 +159,10 @@ class TrainingError(CskdError):
     """A run that cannot go on."""
 
 
+class RunError(CskdError):
+    """A folder that is no training run's, or whose log is damaged."""
+
+
 class RankError(CskdError):
     """The processes of a job cannot reach each other."""
 

@@ -94,13 +94,20 @@ def lines(
     y_label: str,
     log_x: bool = False,
     log_y: bool = False,
+    y_limits: tuple[float, float] | None = None,
     size: tuple[float, float] = SIZE,
 ) -> Figure:
-    """Curves over a common x. A curve of a single point is a marker, as are those of few points."""
+    """Curves over a common x. A curve of a single point is a marker, as are those of few points.
+
+    Args:
+        y_limits: what the y axis spans; None: what is drawn.
+    """
     with _settings():
         figure, axes = _axes(size, x_label, y_label)
         for one in series:
             axes.plot(one.x, one.y, **_look(one.style, markers=len(one.x) <= 12))
+        if y_limits is not None:
+            axes.set_ylim(*y_limits)
         if log_y:
             logarithmic(axes, "y")
         if log_x:

@@ -7,38 +7,60 @@ from typing import Annotated, Literal
 
 import typer
 
-from cskd_pipeline.cli.options import (
-    CacheArgument,
-    Json,
-    Outcome,
-    Quiet,
-    ShardsOption,
-    Split,
-    require,
-)
+from cskd_pipeline.cli.options import Json, Outcome, Quiet, ShardsOption, Split, require
 from cskd_pipeline.cli.root import app
+from cskd_pipeline.errors import UsageError
 from cskd_pipeline.terminal import Terminal
 
 
-@app.command(epilog="Example: cskd-pipeline show cache --shards 'shards/train-*.tar' --out page")
+@app.command(
+    epilog="Examples: cskd-pipeline show cache --shards 'shards/train-*.tar' --out page; "
+    "cskd-pipeline show runs/cskd runs/deit --out page --export png"
+)
 def show(
-    cache: CacheArgument,
+    target: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TARGET...",
+            help="A cache, a folder or a URL; or one or more training runs' folders.",
+        ),
+    ],
     shards: ShardsOption = None,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Where index.html goes; one there is replaced.")
     ] = Path("show"),
     images: Annotated[
-        int, typer.Option(min=1, max=200, metavar="N", help="Views in the gallery.")
-    ] = 12,
-    samples: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Views whose labels are counted.")
-    ] = 2048,
-    epochs: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=1, max=10_000, metavar="N", help="Of the run that the schedules' slider follows."
+            min=1, max=200, metavar="N", help="Views to show; 12 unless given, of runs 8."
         ),
-    ] = 300,
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Of a cache: views whose labels are counted; 2048 unless given.",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=10_000,
+            metavar="N",
+            help="Of a cache: how long the run is that the schedules' slider follows; 300 unless "
+            "given.",
+        ),
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|URL",
+            help="Of runs, with --shards: what they were trained from; the folder that the first "
+            "recipe names unless given.",
+        ),
+    ] = None,
     export: Annotated[
         Literal["png", "svg"] | None,
         typer.Option(help="Every plot as a file beside the page too."),
@@ -47,19 +69,66 @@ def show(
     quiet: Quiet = False,
     json: Json = False,
 ) -> Outcome:
-    """One HTML page, which needs no network: the teacher's labels over real views, and figures."""
-    terminal = Terminal(quiet=quiet, json=json)
-    require({"--shards SHARDS": shards or ""})
-    from cskd_pipeline.showing.caches import show_cache
+    """One HTML page, which needs no network.
 
-    return show_cache(
-        cache,
+    Of a cache, with --shards: the teacher's labels over real views, and figures. Of training runs:
+    their curves side by side; with --shards also what their students say of every place of real
+    views, beside the teacher's labels.
+    """
+    terminal = Terminal(quiet=quiet, json=json)
+    if _are_runs(target):
+        _refuse("a cache", {"--epochs": epochs})
+        if shards is None:
+            views = {"--images": images, "--samples": samples, "--split": split}
+            _refuse("runs with --shards", {"--cache": cache, **views})
+        from cskd_pipeline.showing import runs
+
+        return runs.show_runs(
+            [Path(one) for one in target],
+            out,
+            terminal,
+            shards=shards,
+            cache=cache,
+            split=split,
+            images=images or runs.IMAGES,
+            samples=samples or runs.SAMPLES,
+            export=export,
+        )
+    _refuse("runs", {"--cache": cache})
+    require({"--shards SHARDS": shards or ""})
+    from cskd_pipeline.showing import caches
+
+    return caches.show_cache(
+        target[0],
         shards or "",
         out,
         terminal,
         split=split,
-        images=images,
-        samples=samples,
-        epochs=epochs,
+        images=images or caches.IMAGES,
+        samples=samples or caches.SAMPLES,
+        epochs=epochs or caches.EPOCHS,
         export=export,
     )
+
+
+def _are_runs(targets: list[str]) -> bool:
+    """Whether the targets are runs' folders; a single one that is not is a cache, or refused."""
+    from cskd_pipeline.cache.remote import is_remote
+    from cskd_pipeline.showing.records import is_run
+
+    if any(is_run(Path(one)) for one in targets) or len(targets) > 1:
+        return True  # where another is none, its reader says so
+    if not is_remote(targets[0]) and not (Path(targets[0]) / "zarr.json").exists():
+        raise UsageError(
+            "neither a cache nor a training run is here",
+            where=targets[0],
+            expected="zarr.json, as dump-teacher leaves it, or recipe.toml, as train does",
+        )
+    return False
+
+
+def _refuse(serves: str, flags: dict[str, object]) -> None:
+    """Refuse flags that would do nothing."""
+    for flag, value in flags.items():
+        if value is not None:
+            raise UsageError(f"{flag} is for {serves}", action=f"leave {flag} out")
