@@ -34,7 +34,8 @@ This docstring is the tour; the rooms come in the order in which a picture passe
    is beside others; what a dump or a run will cost, from a small part done for real; whether a
    cache is whole, and fits the images and the teacher at hand.
 9. **showing** -- what there is to see, as HTML pages that need no network: real views of a cache
-   with the teacher's labels over them, for every r.
+   with the teacher's labels over them, for every r; training runs side by side, and what their
+   students say of every place.
 10. **cli** -- thin typer commands over 7 to 9.
 
 Imports point one way, from later rooms to earlier ones; ``tests/test_structure.py`` holds that.

@@ -44,6 +44,8 @@ SIZE = (4.8, 3.0)
 """Inches. Text of 9 points stays legible where the figure is as wide as a phone."""
 
 _NAME = 48  # letters of a name that are shown
+_LEGEND_ROWS = 3  # that a figure of the usual size has room for
+_ROW = 0.17  # inches
 _SETTINGS: Any = {
     "axes.edgecolor": INK,
     "axes.facecolor": "none",
@@ -257,12 +259,16 @@ def dots(style: int) -> dict[str, Any]:
 
 
 def _legend(figure: Figure, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """One entry a name, above the axes."""
+    """One entry a name, above the axes; many make the figure taller, not the axes smaller."""
     named = {name: look for name, look in entries if name}
     if not named:
         return
     handles = [Line2D([], [], **look) for look in named.values()]
     columns = 1 if max(map(len, named)) > 24 else 2 if max(map(len, named)) > 11 else 3
+    rows = -(-len(named) // columns)
+    if rows > _LEGEND_ROWS:
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + _ROW * (rows - _LEGEND_ROWS))
     legend = figure.legend(
         handles,
         [str(i) for i in range(len(handles))],  # names that begin with _ would be left out
@@ -305,8 +311,12 @@ def number(value: float) -> str:
 
 
 def shown(name: str) -> str:
-    """A name as it stands in a plot: on one line, its letters as they are, and not too many."""
-    return printable(name, _NAME)
+    """A name as it stands in a plot: on one line, its letters as they are, and not too many: of
+    long names the end too, in which those of several things differ.
+    """
+    line = printable(name, 10 * _NAME)
+    half = _NAME // 2
+    return line if len(line) <= _NAME else f"{line[: half - 1]}…{line[-half:]}"
 
 
 # --- what they become -----------------------------------------------------------------------------

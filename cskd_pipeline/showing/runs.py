@@ -134,7 +134,7 @@ def _overview(runs: Sequence[RunRecord], differences: Mapping[str, Sequence[str]
         told.append(page.table(("recipe", *(run.name for run in runs)), rows))
     elif len(runs) > 1:
         told.append(page.paragraph("Their recipes do not differ."))
-    return page.section("Runs", *told, name="runs")
+    return page.section("Runs" if len(runs) > 1 else "The run", *told, name="runs")
 
 
 def _row(run: RunRecord) -> tuple[object, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cskd_pipeline import plots
 from cskd_pipeline.errors import RecipeError, RunError, UsageError
 from cskd_pipeline.showing import curves
 from cskd_pipeline.showing.records import (
@@ -198,3 +199,21 @@ def test_one_run_needs_no_legend_and_what_nobody_logged_no_plot(tmp_path: Path) 
     assert {"loss", "top1", "top1_ema", "lr", "images_per_second", "data_wait"} < set(names)
     assert not any(plot.figure.legends for plot in drawn)
     assert list(curves.draw(read_runs([make_run(tmp_path / "new", logged=0)]), curves.LOSSES)) == []
+
+
+def test_many_long_names_leave_the_curves_their_room(tmp_path: Path) -> None:
+    """And are shown with their ends, in which such names differ."""
+    name = "a-name-that-says-everything-about-what-was-tried-in-run-{}"
+    figures = []
+    for count in (2, 20):
+        folders = [make_run(tmp_path / f"{count}/{name.format(i)}") for i in range(count)]
+        figures.append(next(curves.draw(read_runs(folders), curves.LOSSES)).figure)
+    few, many = figures
+    for figure in (few, many):
+        plots.svg(figure, "t")  # lays it out
+    height = [f.axes[0].get_window_extent().height for f in (few, many)]
+    assert height[1] > 0.75 * height[0]
+    texts = {text.get_text() for text in many.legends[0].get_texts()}
+    assert len(texts) == 20
+    assert any(text.endswith("-in-run-19") for text in texts)
+    assert max(map(len, texts)) <= 48
