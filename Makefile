@@ -1,4 +1,4 @@
-# make demo, make test, make check: each sets up .venv first, once. make PYTHON=python3.12 picks a Python;
+# make demo, make test, make check, make study: each sets up .venv first, once. make PYTHON=python3.12 picks a Python;
 # PIP_ARGS reaches pip, say with the index of a smaller torch.
 
 PYTHON ?= python3
@@ -11,12 +11,31 @@ KEY := $(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d' ' -f1
 STAMP := .venv/installed-$(KEY)
 BIN := .venv/bin
 
-.PHONY: demo test lint types check format clean distclean
+.PHONY: demo study test lint types check format clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
 	rm -rf demo-out
 	$(BIN)/cskd-pipeline demo --out demo-out
+
+# A teacher, its cache and a student trained every way on CIFAR-10; see the README's "The study".
+# STUDY_ARGS reaches the command: --size gpu, --seeds 5, --jobs 4. Run it again to go on.
+STUDY_SHARDS ?=
+STUDY_VAL ?=
+STUDY_OUT ?= study-out
+STUDY_ARGS ?=
+
+study: study-shards $(STAMP)
+	$(BIN)/cskd-pipeline study --shards '$(STUDY_SHARDS)' --val-shards '$(STUDY_VAL)' \
+		--out '$(STUDY_OUT)' $(STUDY_ARGS)
+
+.PHONY: study-shards
+study-shards:
+	@test -n '$(STUDY_SHARDS)' && test -n '$(STUDY_VAL)' || { \
+		echo "make study needs CIFAR-10 as shards:" >&2; \
+		echo "  make study STUDY_SHARDS='cifar10/train-{0000..0005}.tar' STUDY_VAL='cifar10/validation-*.tar'" >&2; \
+		echo "To make them: class folders of pictures, then cskd-pipeline make-shards for each split;" >&2; \
+		echo "the README's section \"The study\" has the lines." >&2; exit 1; }
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --cov --cov-report=term $(PYTEST_ARGS)

@@ -6,20 +6,17 @@ Every number in the table was measured by the run that prints it.
 
 from __future__ import annotations
 
-import shlex
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cskd_pipeline.commands import Command, spoken
 from cskd_pipeline.files import require_empty, write_json
 from cskd_pipeline.terminal import Terminal
 
 TRAIN_PICTURES = 2400
 VALIDATION_PICTURES = 800
 METHODS = ("none", "deit", "cskd")
-
-Command = Callable[[list[str]], dict[str, Any]]
 
 
 def run_demo(out: Path, terminal: Terminal, command: Command) -> dict[str, Any]:
@@ -40,11 +37,7 @@ def run_demo(out: Path, terminal: Terminal, command: Command) -> dict[str, Any]:
     terminal.line(f"making {TRAIN_PICTURES + VALIDATION_PICTURES} pictures of handwritten digits")
     write_digit_folders(pictures, train=TRAIN_PICTURES, validation=VALIDATION_PICTURES, seed=0)
 
-    def call(*arguments: str | Path) -> dict[str, Any]:
-        words = [str(a) for a in arguments]
-        terminal.line(f"$ cskd-pipeline {shlex.join(words)}")
-        return command(words)
-
+    call = spoken(command, terminal)
     train, validation = shards / "train", shards / "validation"
     call("make-shards", pictures / "train", train, "--shard-size", "400")
     call("make-shards", pictures / "validation", validation, "--shard-size", "400")

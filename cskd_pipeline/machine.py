@@ -41,9 +41,13 @@ def use_threads(threads: int) -> None:
 
 def worker_count(workers: int) -> int:
     """``workers``, or for -1 one for each core this process may use but one, at least one."""
-    if workers >= 0:
-        return workers
-    # A container's or Slurm job's share, where the system tells it; macOS does not.
+    return workers if workers >= 0 else max(1, cores() - 1)
+
+
+def cores() -> int:
+    """How many this process may use: a container's or Slurm job's share, where the system tells it.
+
+    macOS does not.
+    """
     affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, cores - 1)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

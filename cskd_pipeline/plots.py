@@ -184,6 +184,35 @@ def bars(
     return figure
 
 
+def means(
+    names: Sequence[str],
+    values: Sequence[Sequence[float]],
+    centres: Sequence[float],
+    deviations: Sequence[float | None],
+    *,
+    x_label: str,
+    size: tuple[float, float] | None = None,
+) -> Figure:
+    """One row a name, the first on top: single values as dots, their mean and deviation as a bar.
+
+    Args:
+        deviations: half the length of each bar; None for none.
+    """
+    with _settings():
+        figure, axes = _axes(size or (SIZE[0], 0.9 + 0.32 * max(len(names), 1)), x_label, "")
+        for place, (single, centre, deviation) in enumerate(
+            zip(values, centres, deviations, strict=True)
+        ):
+            axes.plot(single, [place] * len(single), **dots(0) | {"alpha": 0.5, "markersize": 4.5})
+            half = None if deviation is None else [deviation]
+            axes.errorbar([centre], [place], xerr=half, fmt="|", color=PALETTE[1], capsize=3,
+                          markersize=13, markeredgewidth=1.8, elinewidth=1.4)  # fmt: skip
+        axes.grid(visible=False, axis="y")
+        axes.set_yticks(range(len(names)), [shown(name) for name in names])
+        axes.set_ylim(len(names) - 0.5, -0.5)
+    return figure
+
+
 def histogram(
     edges: Sequence[float],
     counts: Sequence[float],

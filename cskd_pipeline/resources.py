@@ -13,7 +13,7 @@ def _folder(name: str) -> Path:
 
 
 def stages() -> Path:
-    """The folder of recipes: ``dump_teacher/*.toml`` and ``train/*.toml``."""
+    """The folder of recipes: ``dump_teacher/*.toml``, ``train/*.toml``, ``study/*.toml``."""
     return _folder("stages")
 
 

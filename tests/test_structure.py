@@ -35,8 +35,8 @@ FLOORS: list[set[str]] = [
     {"dump", "train"},
     {"bench", "verifying", "exporting", "showing"},
     {"planning"},
-    {"demo_images"},
-    {"demo"},
+    {"demo_images", "commands"},
+    {"demo", "study"},
     {"cli"},
     {"__main__"},
 ]

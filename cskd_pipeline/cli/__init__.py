@@ -5,12 +5,23 @@ or failed with a message, 2 wrong usage, 130 interrupted where the work can be t
 
 1. **root** -- the program and its groups of commands.
 2. **options** -- what several commands ask for, and how flags are checked.
-3. **stages**, **students**, **caches**, **planning**, **benching**, **showing** -- the commands.
+3. **stages**, **students**, **caches**, **planning**, **benching**, **showing**, **whole** -- the
+   commands; the last are those that run others.
 4. **running** -- one command run: results, errors, signals, exit codes.
 """
 
-from cskd_pipeline.cli import benching, caches, planning, showing, stages, students
+from cskd_pipeline.cli import benching, caches, planning, showing, stages, students, whole
 from cskd_pipeline.cli.root import app
 from cskd_pipeline.cli.running import main
 
-__all__ = ["app", "benching", "caches", "main", "planning", "showing", "stages", "students"]
+__all__ = [
+    "app",
+    "benching",
+    "caches",
+    "main",
+    "planning",
+    "showing",
+    "stages",
+    "students",
+    "whole",
+]

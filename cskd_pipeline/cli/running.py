@@ -96,6 +96,8 @@ def _how_to_go_on(arguments: list[str]) -> str:
     line = shlex.join([PROGRAM, *arguments])
     if command == "dump-teacher" or arguments[:2] in (["cache", "convert"], ["cache", "merge"]):
         return f"finished units are kept, go on with: {line}"
+    if command == "study":
+        return f"finished runs are kept, go on with: {line}"
     if command == "train":
         resume = "" if "--resume" in arguments else " --resume"
         return f"the last checkpoint is kept, go on with: {line}{resume}"

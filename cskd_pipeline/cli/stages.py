@@ -1,9 +1,9 @@
-"""Shards, the two stages, evaluation, and the demo of it all."""
+"""Shards, the two stages, and evaluation."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -34,7 +34,7 @@ from cskd_pipeline.cli.options import (
     require,
     require_encodings,
 )
-from cskd_pipeline.cli.root import app, parse_and_run
+from cskd_pipeline.cli.root import app
 from cskd_pipeline.recipe import DumpRecipe, TrainRecipe, load_recipe
 from cskd_pipeline.terminal import Terminal
 
@@ -295,27 +295,3 @@ def evaluate(
         workers=-1 if workers is None else workers,
         device=device or "auto",
     )
-
-
-@app.command(epilog="Example: cskd-pipeline demo --out demo-out")
-def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="An empty or new folder.")] = Path(
-        "demo-out"
-    ),
-    quiet: Quiet = False,
-    json: Json = False,
-) -> Outcome:
-    """Run the whole pipeline on small real images: shards, teacher, cache, students, a table."""
-    terminal = Terminal(quiet=quiet, json=json)
-    from cskd_pipeline.demo import run_demo
-
-    inherited = [flag for flag, given in (("--quiet", quiet), ("--json", json)) if given]
-
-    def command(arguments: list[str]) -> dict[str, Any]:
-        outcome = parse_and_run([*arguments, *inherited])
-        if not isinstance(outcome, dict):  # typer's way with KeyboardInterrupt is an exit code
-            raise KeyboardInterrupt
-        return outcome
-
-    found = run_demo(out, terminal, command)
-    return found if json else None  # without --json the demo has drawn its own table

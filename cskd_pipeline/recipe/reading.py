@@ -19,6 +19,7 @@ from cskd_pipeline.recipe.sections import DumpRecipe, TrainRecipe
 R = TypeVar("R", DumpRecipe, TrainRecipe)
 
 _FOLDERS: dict[type, str] = {DumpRecipe: "dump_teacher", TrainRecipe: "train"}
+_STUDIES = "study"
 _MAX_BYTES = 2**20
 _HUBS = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's prefixes; what else has a colon is a factory
 
@@ -83,17 +84,17 @@ def find_recipe(kind: type, source: str | Path) -> Path:
     given = str(source)
     if given.endswith(".toml") or os.sep in given:
         return Path(given)
-    folder = resources.stages() / _FOLDERS[kind]
+    files = _recipe_files(kind)
     for name in (given, f"{given}_cskd"):
-        if (folder / f"{name}.toml").is_file():
-            return folder / f"{name}.toml"
+        if name in files:
+            return files[name]
     if Path(given).is_file():
         return Path(given)
-    known = recipe_names(kind)
+    known = sorted(files)
     near = difflib.get_close_matches(given, known, 1)
     raise RecipeError(
         "no recipe of that name",
-        where=folder,
+        where=resources.stages() / _FOLDERS[kind],
         found=given,
         expected="a .toml file or one of " + ", ".join(known),
         action=f"--recipe {near[0]}" if near else None,
@@ -102,7 +103,16 @@ def find_recipe(kind: type, source: str | Path) -> Path:
 
 def recipe_names(kind: type) -> list[str]:
     """The names of the recipes in ``stages/`` for this kind."""
-    return sorted(path.stem for path in (resources.stages() / _FOLDERS[kind]).glob("*.toml"))
+    return sorted(_recipe_files(kind))
+
+
+def _recipe_files(kind: type) -> dict[str, Path]:
+    """Name to file. A study's recipes lie together; the one of its dump says so at its end."""
+    own = (resources.stages() / _FOLDERS[kind]).glob("*.toml")
+    studies = (resources.stages() / _STUDIES).glob("*.toml")
+    dumps = kind is DumpRecipe
+    mine = (path for path in studies if path.stem.endswith("_dump") == dumps)
+    return {path.stem: path for path in (*own, *mine)}
 
 
 def _read(path: Path) -> dict[str, Any]:
