@@ -1,5 +1,5 @@
-# make demo, make test, make check, make study: each sets up .venv first, once. make PYTHON=python3.12 picks a Python;
-# PIP_ARGS reaches pip, say with the index of a smaller torch.
+# make demo, make test, make check, make study: each sets up .venv first, once. make PYTHON=python3.12
+# picks a Python; PIP_ARGS reaches pip, say with the index of a smaller torch.
 
 PYTHON ?= python3
 PIP_ARGS ?=

@@ -29,7 +29,8 @@ This docstring is the tour; the rooms come in the order in which a picture passe
    floats).
 7. **dump** and **train** -- the two stages, each one readable function over the rooms above. They
    never import each other. ``evaluate`` measures a checkpoint, **exporting** hands it on to timm
-   and ONNX; ``demo`` runs all of it on small images.
+   and ONNX. **demo** runs all of it on small images, **study** compares what it is for, over seeds,
+   both by this program's own ``commands``.
 8. **bench**, **planning**, **verifying** -- what encodings cost and lose, and how fast the loader
    is beside others; what a dump or a run will cost, from a small part done for real; whether a
    cache is whole, and fits the images and the teacher at hand.

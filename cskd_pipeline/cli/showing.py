@@ -13,10 +13,7 @@ from cskd_pipeline.errors import UsageError
 from cskd_pipeline.terminal import Terminal
 
 
-@app.command(
-    epilog="Examples: cskd-pipeline show cache --shards 'shards/train-*.tar' --out page; "
-    "cskd-pipeline show runs/cskd runs/deit --out page --export png"
-)
+@app.command(epilog="Example: cskd-pipeline show runs/cskd runs/deit --out page --export png")
 def show(
     target: Annotated[
         list[str],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -11,8 +11,11 @@ from cskd_pipeline.cli.options import SHARDS_HELP, Device, Json, Outcome, Quiet
 from cskd_pipeline.cli.root import app, parse_and_run
 from cskd_pipeline.terminal import Terminal
 
+if TYPE_CHECKING:
+    from cskd_pipeline.commands import Command
 
-def _run_inside(quiet: bool, json: bool) -> Any:
+
+def _run_inside(quiet: bool, json: bool) -> Command:
     """Runs a command in this process, in the same tone, and gives what it found."""
     inherited = [flag for flag, given in (("--quiet", quiet), ("--json", json)) if given]
 

@@ -95,14 +95,14 @@ def judge(better: Mapping[int, float], worse: Mapping[int, float]) -> Verdict:
     """Compare two methods by seed -> top-1; at least one seed is in both."""
     seeds = [seed for seed in better if seed in worse]
     differences = tuple(better[seed] - worse[seed] for seed in seeds)
-    spreads = (Spread.of([side[seed] for seed in seeds]) for side in (better, worse))
+    upper, lower = (Spread.of([side[seed] for seed in seeds]) for side in (better, worse))
     difference = Spread.of(differences)
     held = clear = None
     if math.isfinite(difference.mean):
         held = difference.mean > 0
         error = difference.error
         clear = None if error is None else difference.mean != 0 and _outside(difference.mean, error)
-    return Verdict(*spreads, differences, held, clear)
+    return Verdict(upper, lower, differences, held, clear)
 
 
 def _outside(mean: float, error: float) -> bool:

@@ -32,8 +32,9 @@ class Recipes:
 
     @property
     def digests(self) -> dict[str, str]:
-        roles = {"teacher": self.teacher, "dump": self.dump, **self.students}
-        return {role: result_digest(recipe) for role, recipe in roles.items()}
+        training = {"teacher": self.teacher, **self.students}
+        found = {role: result_digest(recipe) for role, recipe in training.items()}
+        return {"dump": result_digest(self.dump), **found}
 
 
 def load_recipes(size: str, folder: Path | None = None) -> Recipes:

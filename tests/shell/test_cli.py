@@ -108,7 +108,10 @@ PROMISED = {
     "--set --workers --json --quiet",
     "plan train": "--shards --cache --student --method --epochs --updates --recipe --set "
     "--workers --json --quiet",
+    "show": "TARGET... --shards --out --images --samples --epochs --cache --export --split --json "
+    "--quiet",
     "demo": "--out --json --quiet",
+    "study": "--shards --val-shards --out --size --recipes --seeds --jobs --device --json --quiet",
 }
 
 

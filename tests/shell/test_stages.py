@@ -19,7 +19,11 @@ from cskd_pipeline.recipe import (
 )
 from cskd_pipeline.views.policy import ViewPolicy
 
-KINDS = {"dump_teacher": DumpRecipe, "train": TrainRecipe}
+STUDY = {
+    f"cifar10{size}_{role}": DumpRecipe if role == "dump" else TrainRecipe
+    for size in ("", "_cpu")
+    for role in ("teacher", "dump", "none", "deit", "cskd")
+}
 FILES = sorted(resources.stages().glob("*/*.toml"))
 PAPER = {
     "paper_tiny": "deit_tiny_distilled_patch16_224",
@@ -29,18 +33,20 @@ PAPER = {
 
 
 def test_the_stages_folder_has_the_promised_recipes() -> None:
-    assert recipe_names(DumpRecipe) == ["demo", "paper_regnety_160"]
+    dumps = [name for name, kind in STUDY.items() if kind is DumpRecipe]
+    assert recipe_names(DumpRecipe) == sorted(["demo", "paper_regnety_160", *dumps])
     assert recipe_names(TrainRecipe) == sorted(
-        ["finetune_cifar100"]
+        ["finetune_cifar100", *(name for name in STUDY if name not in dumps)]
         + [f"demo_{kind}" for kind in ("none", "deit", "cskd", "teacher")]
         + [f"{size}_{method}" for size in PAPER for method in ("cskd", "deit", "none")]
     )
-    assert len(FILES) == 16  # and every one is checked below
+    assert len(FILES) == 16 + len(STUDY)  # and every one is checked below
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_recipe_is_valid_names_every_field_and_says_what_it_is(path: Path) -> None:
-    kind = KINDS[path.parent.name]
+    kinds = {"dump_teacher": DumpRecipe, "train": TrainRecipe}
+    kind = kinds.get(path.parent.name) or STUDY[path.stem]
     recipe = load_recipe(kind, path)
     text = path.read_text(encoding="utf-8")
     document = tomllib.loads(text)
