@@ -12,6 +12,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from cskd_pipeline.errors import RecipeError, printable
 
 T = TypeVar("T")
+MAX_DEPTH = 20
+"""Of tables and arrays in one another: what walks through them calls itself."""
 _WRONG = object()  # a value that cannot be taken; its problem is already noted
 
 _NAMES = {
@@ -128,13 +130,15 @@ def _convert_table(value: Any, path: str, problems: Problems) -> Any:
     return value if len(problems.lines) == before else _WRONG
 
 
-def _note_flaws(value: Any, path: str, problems: Problems) -> None:
-    if isinstance(value, dict):
+def _note_flaws(value: Any, path: str, problems: Problems, depth: int = 0) -> None:
+    if isinstance(value, dict | list) and depth == MAX_DEPTH:
+        _refuse(value, f"at most {MAX_DEPTH} tables in one another", path, problems)
+    elif isinstance(value, dict):
         for name, item in value.items():
-            _note_flaws(item, f"{path}.{name}", problems)
+            _note_flaws(item, f"{path}.{name}", problems, depth + 1)
     elif isinstance(value, list):
         for place, item in enumerate(value):
-            _note_flaws(item, f"{path}[{place}]", problems)
+            _note_flaws(item, f"{path}[{place}]", problems, depth + 1)
     elif flaw := _flaw(value):
         _refuse(value, flaw, path, problems)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
@@ -21,6 +22,9 @@ R = TypeVar("R", DumpRecipe, TrainRecipe)
 _FOLDERS: dict[type, str] = {DumpRecipe: "dump_teacher", TrainRecipe: "train"}
 _STUDIES = "study"
 _MAX_BYTES = 2**20
+_MAX_DOTS = 30
+_BESIDE_A_QUOTE = re.compile(rb"""["'][ \t]*\.|\.[ \t]*["']""")
+_NO_BARE_KEY = re.compile(rb"[^\w\-. \t]+")
 _HUBS = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's prefixes; what else has a colon is a factory
 
 
@@ -121,6 +125,8 @@ def _read(path: Path) -> dict[str, Any]:
             data = file.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
             raise RecipeError("too large for a recipe", where=path, expected="at most 1 MiB")
+        if _nests_deeply(data):
+            raise RecipeError("too many keys in one another for a recipe", where=path)
         return tomllib.loads(data.decode())
     except OSError as error:
         raise RecipeError(
@@ -128,6 +134,19 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError too
         raise RecipeError("the recipe is not TOML", where=path, found=error) from error
+
+
+def _nests_deeply(data: bytes) -> bool:
+    """Whether a line could hold a key of thousands of parts, ``a.a.a``.
+
+    tomllib takes memory that grows with the square of their number. A dot between parts stands
+    beside a quote, or in a row of bare words that nothing else interrupts.
+    """
+    return any(
+        len(_BESIDE_A_QUOTE.findall(line)) > _MAX_DOTS
+        or any(row.count(b".") > _MAX_DOTS for row in _NO_BARE_KEY.split(line))
+        for line in data.split(b"\n")
+    )
 
 
 def _refuse_code(

@@ -232,6 +232,26 @@ def test_unreadable_recipes_are_refused_with_the_reason(tmp_path: Path) -> None:
         load_recipe(TrainRecipe, tmp_path / "deep.toml")
 
 
+@pytest.mark.parametrize("joint", [".", " . ", '."a".', ".'/'.", '."=".'])
+def test_keys_in_one_another_are_refused_before_they_take_memory(
+    tmp_path: Path, joint: str
+) -> None:
+    """40,000 of them would take gigabytes."""
+    key = joint.join(["a"] * 40_000)
+    for text in (f"[student.kwargs]\n{key} = 1\n", f"[student.kwargs.{key}]\n"):
+        with pytest.raises(RecipeError, match="too many keys in one another"):
+            load_recipe(TrainRecipe, write(tmp_path, text))
+    tables = "[student.kwargs]\nx = " + "{a = " * 25 + "1" + "}" * 25
+    with pytest.raises(RecipeError, match="at most 20 tables in one another"):
+        load_recipe(TrainRecipe, write(tmp_path, tables))
+
+
+def test_a_long_list_of_shards_is_no_nest_of_keys(tmp_path: Path) -> None:
+    shards = ",".join(f"/data/v1.2/train-{n:04}.tar" for n in range(3000))
+    recipe = load_recipe(TrainRecipe, write(tmp_path, f'[data]\nshards = "{shards}"\n'))
+    assert recipe.data.shards == shards
+
+
 def test_names_find_recipes_and_a_name_without_method_means_cskd() -> None:
     assert find_recipe(TrainRecipe, "paper_tiny").name == "paper_tiny_cskd.toml"
     assert find_recipe(TrainRecipe, "paper_tiny_deit").name == "paper_tiny_deit.toml"
