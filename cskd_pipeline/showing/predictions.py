@@ -122,8 +122,8 @@ def _figure(i: int, compared: Comparison) -> str:
     return (
         f'<figure data-view="{i}"><figcaption><strong>{marked}</strong> '
         f"{page.text(f'{key}, view {view}')}{parts.warning(views, i)}</figcaption>"
-        f'<div class="panels" style="--panels: {len(panels)}">{"".join(panels)}</div><div class="here" aria-live="polite"></div>'
-        "</figure>"
+        f'<div class="panels" style="--panels: {len(panels)}">{"".join(panels)}</div>'
+        '<div class="here" aria-live="polite"></div></figure>'
     )
 
 

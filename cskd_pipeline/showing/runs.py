@@ -17,6 +17,7 @@ from cskd_pipeline.terminal import Terminal
 
 IMAGES = 8
 SAMPLES = 256
+_KEYS = 200  # of recipes that differ, shown
 
 
 def show_runs(
@@ -131,7 +132,9 @@ def _overview(runs: Sequence[RunRecord], differences: Mapping[str, Sequence[str]
     if differences:
         rows = [(name, *values) for name, values in differences.items()]
         told.append("<h3>Where their recipes differ</h3>")
-        told.append(page.table(("recipe", *(run.name for run in runs)), rows))
+        told.append(page.table(("recipe", *(run.name for run in runs)), rows[:_KEYS]))
+        if len(rows) > _KEYS:
+            told.append(page.paragraph(f"And {len(rows) - _KEYS} keys more, which --json lists."))
     elif len(runs) > 1:
         told.append(page.paragraph("Their recipes do not differ."))
     return page.section("Runs" if len(runs) > 1 else "The run", *told, name="runs")

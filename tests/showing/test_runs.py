@@ -59,6 +59,7 @@ def shown(small: World, tmp_path_factory: pytest.TempPathFactory) -> Shown:
         small.cache,
         root / "cskd",
         epochs=EPOCHS,
+        kwargs=world.STUDENT_KWARGS.replace("}", ", drop_rate=0.2}"),  # that asking it shuts off
         sets=[f'data.val_shards="{small.validation}"'],
     )
     train(recipe, world.quiet())
@@ -269,6 +270,19 @@ def test_a_run_in_its_first_epoch_is_shown_as_one(chrome: webdriver.Chrome, tmp_
     assert complaints(chrome) == []
     assert "new has not finished an epoch yet" in one(chrome, "#runs").text
     assert "0 of 4" in one(chrome, "#runs table").text
+
+
+def test_recipes_without_end_are_cut_short(chrome: webdriver.Chrome, tmp_path: Path) -> None:
+    keys = ", ".join(f"k{n} = {n}" for n in range(5000))
+    runs = [
+        make_run(tmp_path / "a", sets=(f"student.kwargs={{{keys}}}",)),
+        make_run(tmp_path / "b"),
+    ]
+    told = show(tmp_path / "out", *runs)
+    assert len(told["differences"]) == 5000
+    look(chrome, tmp_path / "out/index.html")
+    assert len(all_of(chrome, "#runs table")[1].find_elements("css selector", "tbody tr")) == 200
+    assert "And 4800 keys more, which --json lists." in one(chrome, "#runs").text
 
 
 # Students that are not there
