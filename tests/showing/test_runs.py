@@ -38,6 +38,7 @@ from tests.showing.making_runs import log_text, make_run, rows
 
 Capture = pytest.CaptureFixture[str]
 EVIL = '<img src=x onerror="window.hurt=1"> $x_1$ \u202e'
+BOLD = '<b onclick="window.hurt=2">cskd'
 EPOCHS = 3
 
 
@@ -57,15 +58,15 @@ def shown(small: World, tmp_path_factory: pytest.TempPathFactory) -> Shown:
     recipe = world.train_recipe(
         small.shards,
         small.cache,
-        root / "cskd",
+        root / BOLD,
         epochs=EPOCHS,
         kwargs=world.STUDENT_KWARGS.replace("}", ", drop_rate=0.2}"),  # that asking it shuts off
         sets=[f'data.val_shards="{small.validation}"'],
     )
     train(recipe, world.quiet())
     plain = make_run(root / EVIL.replace("/", "|"), method="none", sets=(f"run.wandb={EVIL}",))
-    found = show(root / "page", root / "cskd", plain, "--shards", small.shards, "--images", 5)
-    return Shown(root / "cskd", plain, root / "page/index.html", found)
+    found = show(root / "page", root / BOLD, plain, "--shards", small.shards, "--images", 5)
+    return Shown(root / BOLD, plain, root / "page/index.html", found)
 
 
 def show(out: Path, *words: object) -> dict[str, Any]:
@@ -73,13 +74,6 @@ def show(out: Path, *words: object) -> dict[str, Any]:
     with contextlib.redirect_stdout(io.StringIO()) as stdout:
         assert world.cli("show", *words, "--out", out, "--json", "-q") == 0
     found: dict[str, Any] = json.loads(stdout.getvalue())
-    return found
-
-
-def data_of(page: Path) -> dict[str, Any]:
-    inside = re.search(r'id="data">(.*?)</script>', page.read_text())
-    assert inside is not None
-    found: dict[str, Any] = json.loads(inside[1])
     return found
 
 
@@ -110,7 +104,7 @@ def test_names_and_recipes_stay_text(chrome: webdriver.Chrome, shown: Shown) -> 
     look(chrome, shown.page)
     one(chrome, "#at").send_keys(Keys.PAGE_UP)
     assert chrome.execute_script("return window.hurt") is None
-    assert not all_of(chrome, "main img:not(.stage img), main [onerror]")
+    assert not all_of(chrome, "main img:not(.stage img), main [onerror], main b")
     cells = [cell.text for cell in all_of(chrome, "#runs td")]
     spelled = EVIL.replace("\u202e", r"\u202e")
     assert cells.count(spelled) == 2  # the run's name, and a value of its recipe
@@ -159,7 +153,7 @@ def test_the_slider_moves_the_teacher_and_what_agrees(
             assert not any(teacher["same"])
             assert said["share"] == f"agrees at {same.sum()} of 16"
             total += int(same.sum())
-        assert f"cskd agrees at {total / 0.8:.1f} % of 80 places" in one(chrome, "#told").text
+        assert f"{BOLD} agrees at {total / 0.8:.1f} % of 80 places" in one(chrome, "#told").text
 
 
 def test_a_place_is_read_out_for_all(chrome: webdriver.Chrome, shown: Shown) -> None:
@@ -170,7 +164,7 @@ def test_a_place_is_read_out_for_all(chrome: webdriver.Chrome, shown: Shown) -> 
     said = chrome.switch_to.active_element.get_attribute("aria-label")
     text = one(figure, ".here").text
     assert text.startswith("Row 1, column 2: teacher: ")
-    assert text.endswith(f"; cskd: {said}")
+    assert text.endswith(f"; {BOLD}: {said}")
 
 
 # Numbers
