@@ -37,7 +37,7 @@ def show(
         typer.Option(
             min=1,
             metavar="N",
-            help="Of a cache: views whose labels are counted; 2048 unless given.",
+            help="Views whose labels are counted; 2048 unless given, of runs 256.",
         ),
     ] = None,
     epochs: Annotated[
@@ -68,9 +68,9 @@ def show(
 ) -> Outcome:
     """One HTML page, which needs no network.
 
-    Of a cache, with --shards: the teacher's labels over real views, and figures. Of training runs:
-    their curves side by side; with --shards also what their students say of every place of real
-    views, beside the teacher's labels.
+    Of a cache, with --shards: the teacher's labels over real views, and figures.
+
+    Of runs: curves side by side; with --shards what their students say of every place, too.
     """
     terminal = Terminal(quiet=quiet, json=json)
     if _are_runs(target):

@@ -152,14 +152,14 @@ def test_only_the_keys_in_which_recipes_differ(tmp_path: Path) -> None:
 
 def test_curves_are_the_logs_numbers_in_the_runs_style(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "one"), make_run(tmp_path / "two", shift=1.0, epochs=3)]
-    runs = read_runs([*folders, make_run(tmp_path / "plain", method="none")])
-    logged = [rows(4), rows(3, shift=1.0), rows(4, method="none")]
+    runs = read_runs([make_run(tmp_path / "plain", method="none"), *folders])
+    logged = [rows(4, method="none"), rows(4), rows(3, shift=1.0)]
     seen = set()
     for group in curves.GROUPS.values():
         for curve in group:
             found = {one.style: one for one in curves.series(runs, curve)}
-            wanted = {0, 1} if "none" not in curve.methods else {0, 1, 2}
-            wanted -= {2} if curve.column == "top1_dense" else set()
+            wanted = {1, 2} if "none" not in curve.methods else {0, 1, 2}
+            wanted -= {0} if curve.column == "top1_dense" else set()
             assert set(found) == wanted, curve
             for style, one in found.items():
                 assert one.name == runs[style].name
