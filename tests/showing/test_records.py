@@ -211,8 +211,10 @@ def test_many_long_names_leave_the_curves_their_room(tmp_path: Path) -> None:
     few, many = figures
     for figure in (few, many):
         plots.svg(figure, "t")  # lays it out
-    height = [f.axes[0].get_window_extent().height for f in (few, many)]
-    assert height[1] > 0.75 * height[0]
+    axes = [figure.axes[0].get_window_extent() for figure in (few, many)]
+    assert axes[1].height > 0.75 * axes[0].height
+    overlap = axes[1].y1 - many.legends[0].get_window_extent().y0
+    assert overlap < 10  # pixels: the padding of both
     texts = {text.get_text() for text in many.legends[0].get_texts()}
     assert len(texts) == 20
     assert any(text.endswith("-in-run-19") for text in texts)

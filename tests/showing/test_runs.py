@@ -259,6 +259,9 @@ def test_every_plot_becomes_a_file(tmp_path: Path) -> None:
         data = [Path(path).read_bytes() for path in told["plots"]]
         assert all(one.startswith(head) for one in data)
         assert len(set(data)) == len(names)
+    for group in curves.GROUPS.values():
+        for curve in group:
+            assert f">{curve.y_label}<" in (tmp_path / f"svg/{curve.name}.svg").read_text()
 
 
 def test_a_run_in_its_first_epoch_is_shown_as_one(chrome: webdriver.Chrome, tmp_path: Path) -> None:
