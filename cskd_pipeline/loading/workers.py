@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -127,13 +128,14 @@ def _unchanged(item: Item) -> Item:
 
 @contextmanager
 def _interrupts_held(start_method: str) -> Iterator[None]:
-    """Processes started inside begin with Ctrl-C held back, and so never see one.
+    """Processes started inside begin with Ctrl-C and SIGTERM held back.
 
-    It reaches every process of a terminal; only the parent acts on it, and ends the others.
+    A terminal, Slurm and timeout send them to every process of a group; only the parent acts on
+    them, and ends the others.
     """
     if start_method != "fork":
         resource_tracker.ensure_running()  # its start would let go of what is held
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
@@ -142,6 +144,10 @@ def _interrupts_held(start_method: str) -> Iterator[None]:
 
 def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for start methods that reset what is held
+    os.setpgid(0, 0)  # SIGTERM is seen only if it is the parent's own, who ends a process by it
+    if hasattr(signal, "sigtimedwait"):
+        signal.sigtimedwait({signal.SIGTERM}, 0)  # one that came before that
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     if sys.platform == "linux":
         # Of a parent that was killed torch's own watch learns late, or never while a pipe is full.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

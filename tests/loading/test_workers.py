@@ -122,7 +122,8 @@ if __name__ == "__main__":
 """
 FINISHING = f"""{SLOW}
 for number in Loader(Slow(), range(60), workers=2):
-    signal.signal(signal.SIGINT, lambda *_: os.write(1, b"asked to stop\\n") and None)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, lambda *_: os.write(1, b"asked to stop\\n") and None)
     print(number, flush=True)
 """
 
@@ -149,14 +150,14 @@ def started(program: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def alive(group: int) -> bool:
-    """Whether any process of the group is there and no zombie."""
+def alive(session: int) -> bool:
+    """Whether any process of the session is there and no zombie."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if int(fields[2]) == group and fields[0] != "Z":
+        if int(fields[3]) == session and fields[0] != "Z":
             return True
     return False
 
@@ -177,10 +178,16 @@ def test_ctrl_c_ends_all_processes_without_a_word_from_them(tmp_path: Path, prog
     assert errors == ""
 
 
-def test_a_parent_that_goes_on_after_ctrl_c_keeps_its_processes(tmp_path: Path) -> None:
-    """Stage two finishes its update and saves before it stops; it needs its loader for that."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_parent_that_goes_on_after_a_signal_to_all_keeps_its_processes(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """Stage two finishes its update and saves before it stops; it needs its loader for that.
+
+    Terminals send SIGINT to every process of a group, Slurm and timeout SIGTERM.
+    """
     with started(FINISHING, tmp_path) as process:
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         output, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (0, "")
     assert [line for line in output.split("\n") if line.isdigit()] == list(map(str, range(3, 60)))
