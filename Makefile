@@ -11,7 +11,7 @@ KEY := $(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d' ' -f1
 STAMP := .venv/installed-$(KEY)
 BIN := .venv/bin
 
-.PHONY: demo study test lint types check format clean distclean
+.PHONY: demo study test coverage lint types check format clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -38,7 +38,10 @@ study-shards:
 		echo "the README's section \"The study\" has the lines." >&2; exit 1; }
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --cov --cov-report=term $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope $(PYTEST_ARGS)
+
+coverage: PYTEST_ARGS += --cov --cov-report=term
+coverage: test
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -94,8 +94,6 @@ def lines(
     *,
     x_label: str,
     y_label: str,
-    log_x: bool = False,
-    log_y: bool = False,
     y_limits: tuple[float, float] | None = None,
     size: tuple[float, float] = SIZE,
 ) -> Figure:
@@ -110,11 +108,7 @@ def lines(
             axes.plot(one.x, one.y, **_look(one.style, markers=len(one.x) <= 12))
         if y_limits is not None:
             axes.set_ylim(*y_limits)
-        if log_y:
-            logarithmic(axes, "y")
-        if log_x:
-            logarithmic(axes, "x")
-        elif all(float(value).is_integer() for one in series for value in one.x):
+        if all(float(value).is_integer() for one in series for value in one.x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         _legend(figure, [(one.name, _look(one.style)) for one in series])
     return figure
@@ -210,23 +204,6 @@ def means(
         axes.grid(visible=False, axis="y")
         axes.set_yticks(range(len(names)), [shown(name) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
-    return figure
-
-
-def histogram(
-    edges: Sequence[float],
-    counts: Sequence[float],
-    *,
-    x_label: str,
-    y_label: str,
-    style: int = 0,
-    size: tuple[float, float] = SIZE,
-) -> Figure:
-    """Bars between ``edges`` (one more than ``counts``), as numpy's histogram gives them."""
-    with _settings():
-        figure, axes = _axes(size, x_label, y_label)
-        axes.stairs(counts, edges, fill=True, color=PALETTE[style % len(PALETTE)], alpha=0.9)
-        axes.grid(visible=False, axis="x")
     return figure
 
 

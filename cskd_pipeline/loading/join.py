@@ -11,7 +11,7 @@ import numpy as np
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.errors import JoinError
 from cskd_pipeline.loading.images import NOWHERE, SHOWN, ImageSource, Places
-from cskd_pipeline.loading.index import Dataset
+from cskd_pipeline.loading.index import Dataset, load_dataset
 from cskd_pipeline.loading.plan import SampleSet
 from cskd_pipeline.progress import Progress, silent
 
@@ -143,6 +143,20 @@ def join(
         missing=count,
         unused=dataset.samples - (total - count),
     )
+
+
+def join_to_look(
+    cache: CacheReader, shards: str, *, split: str | None = None, progress: Progress = silent
+) -> Join:
+    """The cache's samples among the user's ``shards``, for those who compare or show them: samples
+    that are missing and images that differ are no error.
+
+    Raises:
+        CskdError: there are no such shards, or none of the cache's samples in them.
+    """
+    classes = cache.manifest.dataset.num_classes
+    dataset = load_dataset(shards, split=split, num_classes=classes, progress=progress)
+    return join(dataset, cache, missing="skip", drift="warn")
 
 
 def find_differing(

@@ -16,10 +16,9 @@ from cskd_pipeline.cache.summary import size, summarise
 from cskd_pipeline.distill.ckf import SCHEDULES, ckf_ratio
 from cskd_pipeline.errors import JoinError
 from cskd_pipeline.files import write_text
-from cskd_pipeline.loading.index import load_dataset
-from cskd_pipeline.loading.join import join
+from cskd_pipeline.loading.join import join_to_look
 from cskd_pipeline.showing import page, parts, statistics
-from cskd_pipeline.showing.gallery import Views, choose_views, encoded, make_views
+from cskd_pipeline.showing.gallery import SMALL, Views, choose_views, encoded, make_views
 from cskd_pipeline.showing.labels import Labels, read_labels
 from cskd_pipeline.showing.statistics import Statistics, Truth
 from cskd_pipeline.terminal import Terminal
@@ -59,13 +58,7 @@ def show_cache(
         CskdError: the cache, or the shards, cannot be used, or do not belong together.
     """
     reader = CacheReader(path, progress=terminal.progress)
-    dataset = load_dataset(
-        shards,
-        split=split,
-        num_classes=reader.manifest.dataset.num_classes,
-        progress=terminal.progress,
-    )
-    found = join(dataset, reader, missing="skip", drift="warn")
+    found = join_to_look(reader, shards, split=split, progress=terminal.progress)
     rows = choose_views(found, images)
     sampled = statistics.sample_rows(found, samples)
     if not len(rows) or not len(sampled):
@@ -170,30 +163,15 @@ def _completeness(info: Mapping[str, Any]) -> str:
     return page.section("Completeness", *told, name="completeness")
 
 
-_CONTROLS = """
-<div class="controls">
-<label>along <select id="drive"><option value="r">r</option>{options}</select></label>
-<div class="slide">
-<input type="range" id="at" min="0" max="100" value="0" step="1"
- aria-label="from local labels to the global one">
-<div class="ends" aria-hidden="true"><span>local, r = 1</span><span>global, r = 0</span></div>
-</div>
-<label><input type="checkbox" id="labels" checked> labels</label>
-<label class="strength">strength
-<input type="range" id="strength" min="10" max="100" value="50"></label>
-<output id="told" for="at drive" aria-live="polite"></output>
-</div>
-<noscript><p class="note">The labels over the views need JavaScript, which this page carries itself.
-</p></noscript>
-"""
-
-
 def _gallery(
     views: Views, labels: Labels, truth: Truth, reader: CacheReader, names: list[str]
 ) -> str:
     options = "".join(
         f'<option value="{html.escape(name)}">epochs, {html.escape(name)}</option>'
         for name in _schedules(1)
+    )
+    drive = (
+        f'<label>along <select id="drive"><option value="r">r</option>{options}</select></label>\n'
     )
     about = (
         "Views as the network saw them. Each place has the colour of its label: at r = 1 the "
@@ -207,11 +185,11 @@ def _gallery(
             "approximates what the teacher said.</p>"
         )
     figures = [_figure(i, views, truth, reader, names) for i in range(len(views.rows))]
-    small = " small" if views.pixels.shape[1] <= 64 else ""
+    small = " small" if views.pixels.shape[1] <= SMALL else ""
     return page.section(
         "What the teacher says",
         *notes,
-        _CONTROLS.format(options=options),
+        parts.controls(1.0, drive),
         f'<div class="gallery{small}" id="gallery">{"".join(figures)}</div>',
         name="views",
     )

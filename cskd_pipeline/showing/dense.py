@@ -17,8 +17,7 @@ from cskd_pipeline.checkpoint import StudentCard, load_student, read_card, stude
 from cskd_pipeline.errors import JoinError, UsageError
 from cskd_pipeline.loading.batches import render_batch
 from cskd_pipeline.loading.device import assemble, normalise
-from cskd_pipeline.loading.index import load_dataset
-from cskd_pipeline.loading.join import Join, join
+from cskd_pipeline.loading.join import Join, join_to_look
 from cskd_pipeline.loading.replay import renderer_of
 from cskd_pipeline.progress import Progress
 from cskd_pipeline.showing.gallery import Views, choose_views, make_views
@@ -107,13 +106,7 @@ def compare(
     without |= {name: why for name, card in cards.items() if (why := _misfit(card, reader))}
     if len(without) == len(runs):
         return None, without
-    dataset = load_dataset(
-        shards,
-        split=split,
-        num_classes=reader.manifest.dataset.num_classes,
-        progress=terminal.progress,
-    )
-    found = join(dataset, reader, missing="skip", drift="warn")
+    found = join_to_look(reader, shards, split=split, progress=terminal.progress)
     rows = choose_views(found, max(images, samples))
     if not len(rows):
         raise JoinError(

@@ -15,7 +15,8 @@ from cskd_pipeline.loading.join import Join
 from cskd_pipeline.loading.replay import cache_of, renderer_of, same_images, spread_views
 from cskd_pipeline.progress import Progress, silent
 
-_LOSSLESS = 64  # pixels up to which a view is stored as it is
+SMALL = 64
+"""Pixels up to which a view is stored as it is, and shown without smoothing."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def make_views(found: Join, rows: np.ndarray, progress: Progress = silent) -> Vi
 
 def encoded(pixels: np.ndarray) -> tuple[bytes, str]:
     """(S, S, 3) uint8 as an image file, and its kind: small ones PNG, others JPEG."""
-    kind = "png" if len(pixels) <= _LOSSLESS else "jpeg"
+    kind = "png" if len(pixels) <= SMALL else "jpeg"
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=kind.upper(), quality=88)
     return buffer.getvalue(), kind

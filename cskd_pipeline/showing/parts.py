@@ -14,6 +14,28 @@ from cskd_pipeline.showing.statistics import Truth
 _NAME = 80  # letters of a class name
 
 
+_CONTROLS = """
+<div class="controls">
+{first}<div class="slide">
+<input type="range" id="at" min="0" max="100" value="{value}" step="1"
+ aria-label="r of the teacher's labels, from local to global">
+<div class="ends" aria-hidden="true"><span>local, r = 1</span><span>global, r = 0</span></div>
+</div>
+<label><input type="checkbox" id="labels" checked> labels</label>
+<label class="strength">strength
+<input type="range" id="strength" min="10" max="100" value="50"></label>
+<output id="told" for="at" aria-live="polite"></output>
+</div>
+<noscript><p class="note">The labels over the views need JavaScript, which this page carries itself.
+</p></noscript>
+"""
+
+
+def controls(ratio: float, first: str = "") -> str:
+    """The slider that starts at r = ``ratio``, and how the labels are shown; ``first``: HTML."""
+    return _CONTROLS.format(value=round(100 * (1 - ratio)), first=first)
+
+
 def class_names(reader: CacheReader) -> list[str]:
     """A name for every class, not too long, on one line."""
     data = reader.manifest.dataset

@@ -13,11 +13,9 @@ from cskd_pipeline.errors import printable
 from cskd_pipeline.showing import page, parts
 from cskd_pipeline.showing.curves import Plot, side_by_side
 from cskd_pipeline.showing.dense import Comparison, last_ratio
-from cskd_pipeline.showing.gallery import encoded
+from cskd_pipeline.showing.gallery import SMALL, encoded
 from cskd_pipeline.showing.records import which
 from cskd_pipeline.showing.statistics import RATIOS
-
-_SMALL = 64  # pixels up to which views are shown without smoothing
 
 
 def agreement_plot(compared: Comparison) -> Plot:
@@ -40,23 +38,6 @@ def agreement_plot(compared: Comparison) -> Plot:
     )
     title = "Places at which student and teacher agree"
     return Plot("dense_agreement", title, figure, caption, f"{caption} {values}")
-
-
-_CONTROLS = """
-<div class="controls">
-<div class="slide">
-<input type="range" id="at" min="0" max="100" value="{value}" step="1"
- aria-label="r of the teacher's labels, from local to global">
-<div class="ends" aria-hidden="true"><span>local, r = 1</span><span>global, r = 0</span></div>
-</div>
-<label><input type="checkbox" id="labels" checked> labels</label>
-<label class="strength">strength
-<input type="range" id="strength" min="10" max="100" value="50"></label>
-<output id="told" for="at" aria-live="polite"></output>
-</div>
-<noscript><p class="note">The labels over the views need JavaScript, which this page carries itself.
-</p></noscript>
-"""
 
 
 def section(compared: Comparison | None, without: Mapping[str, str], drawn: Sequence[Plot]) -> str:
@@ -90,15 +71,14 @@ def section(compared: Comparison | None, without: Mapping[str, str], drawn: Sequ
         ],
     )
     figures = "".join(_figure(i, compared) for i in range(len(compared.views.rows)))
-    small = " small" if compared.views.pixels.shape[1] <= _SMALL else ""
-    value = round(100 * (1 - last_ratio(compared.students[0].run)))
+    small = " small" if compared.views.pixels.shape[1] <= SMALL else ""
     return page.section(
         title,
         *notes,
         table,
         *reasons,
         side_by_side(drawn),
-        _CONTROLS.format(value=value),
+        parts.controls(last_ratio(compared.students[0].run)),
         f'<div class="compared{small}" id="gallery">{figures}</div>',
         name="dense",
     )

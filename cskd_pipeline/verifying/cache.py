@@ -18,8 +18,7 @@ from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.store import RESTORE, CacheStore
 from cskd_pipeline.cache.verify import Problem, check_bytes, check_structure
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.loading.index import load_dataset
-from cskd_pipeline.loading.join import Join, join
+from cskd_pipeline.loading.join import Join, join_to_look
 from cskd_pipeline.loading.replay import Replay, replay, spread_views
 from cskd_pipeline.manifest import library_versions
 from cskd_pipeline.terminal import Terminal, format_value
@@ -63,13 +62,7 @@ def verify(
     if shards is not None and broken:
         terminal.warn("the cache itself is damaged: it is not compared with the shards")
     elif shards is not None:
-        dataset = load_dataset(
-            shards,
-            split=split,
-            num_classes=reader.manifest.dataset.num_classes,
-            progress=terminal.progress,
-        )
-        found = join(dataset, reader, missing="skip", drift="warn")
+        found = join_to_look(reader, shards, split=split, progress=terminal.progress)
         replayed = replay(found, spread_views(found, samples), terminal.progress)
         checks += [_join_check(found), *_replay_checks(found, replayed, differences)]
         if teacher is not None:
