@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cskd_pipeline.cache.buffer import UnitBuffer
 from cskd_pipeline.cache.encodings import ENCODINGS, AnswerShape
@@ -33,7 +32,9 @@ from cskd_pipeline.errors import UsageError
 from cskd_pipeline.interrupt import stop_requests
 from cskd_pipeline.loading.batches import Batch
 from cskd_pipeline.loading.device import assemble, normalise
+from cskd_pipeline.loading.full_batches import Views, full_batches
 from cskd_pipeline.loading.index import Dataset, describe, load_dataset
+from cskd_pipeline.loading.shards import TarShard
 from cskd_pipeline.loading.unit_views import unit_batches
 from cskd_pipeline.machine import pick_device, use_threads, worker_count
 from cskd_pipeline.manifest import (
@@ -258,12 +259,13 @@ def write_units(
             pin_memory=teacher.device.type == "cuda",
         )
     )
+    pieces = (Views.of(batch, recipe.views, teacher.device) for batch in loader)
+    answers = _answers(full_batches(pieces, recipe.dump.batch_size), teacher, recipe)
     written = 0
     # One unit is written while the next is computed; two would only hold memory.
     with stop_requests() as stop, ThreadPoolExecutor(1) as pool:
         pending: Future[bool] | None = None
-        for unit in units:
-            data = _unit_data(unit, loader, dataset, teacher, recipe, advance)
+        for unit, data in _units(units, answers, dataset, teacher, recipe, advance):
             if pending is not None:
                 pending.result()
             pending = pool.submit(writer.write_unit, unit, data)
@@ -277,33 +279,54 @@ def write_units(
     return written
 
 
-def _unit_data(
-    unit: Unit,
-    batches: Iterator[Batch],
+Answered = tuple[np.ndarray, dict[str, np.ndarray]]
+"""(n, 3) view, shard, offset, and every array's rows."""
+
+
+def _answers(batches: Iterator[Views], teacher: Teacher, recipe: DumpRecipe) -> Iterator[Answered]:
+    """What is to be stored of every batch; later ones are with the teacher already."""
+    ahead, asked = batches_ahead(teacher.device), deque[Asked]()
+    for views in batches:
+        asked.append(Asked.of(views, teacher))
+        if len(asked) > ahead:
+            yield asked.popleft().arrays(recipe.cache.encodings)
+    while asked:
+        yield asked.popleft().arrays(recipe.cache.encodings)
+
+
+def _units(
+    units: Sequence[Unit],
+    answers: Iterator[Answered],
     dataset: Dataset,
     teacher: Teacher,
     recipe: DumpRecipe,
     advance: Callable[[int], None],
-) -> UnitData:
-    """Take the unit's views off ``batches`` and put the teacher's answers in their places."""
-    shard = dataset.shards[unit.shard]
+) -> Iterator[tuple[Unit, UnitData]]:
+    """Each unit once all its answers are there; a batch may end one unit and begin the next."""
     shape = AnswerShape(teacher.num_classes, *teacher.grid)
     specs = [spec for name in recipe.cache.encodings for spec in ENCODINGS[name].arrays(shape)]
-    buffer = UnitBuffer(len(unit.views), len(shard), {spec.name: spec.fill for spec in specs})
-    left = len(unit.views) * len(shard)
-    ahead, asked = batches_ahead(teacher.device), deque[Asked]()
-    while left or asked:
-        if left:
-            asked.append(Asked.of(next(batches), teacher, recipe.views))
-            left -= len(asked[-1].batch)
-        if len(asked) > ahead or not left:
-            first = asked.popleft()
-            rows = first.batch.index[:, 0].numpy() - unit.views[0]
-            offsets = first.batch.index[:, 2].numpy()
-            buffer.put(rows, offsets, first.answers(recipe.cache.encodings))
-            advance(len(rows))
-    assert left == 0, (unit, left)
-    arrays = buffer.arrays
+    fill = {spec.name: spec.fill for spec in specs}
+    index: np.ndarray = np.empty((0, 3), np.int32)
+    arrays: dict[str, np.ndarray] = {}
+    for unit in units:
+        shard = dataset.shards[unit.shard]
+        buffer = UnitBuffer(len(unit.views), len(shard), fill)
+        left = len(unit.views) * len(shard)
+        while left:
+            if not len(index):
+                index, arrays = next(answers)
+                advance(len(index))
+            now = index[:left]
+            assert (now[:, 1] == unit.shard).all(), (unit, now)
+            own = {name: values[: len(now)] for name, values in arrays.items()}
+            buffer.put(now[:, 0] - unit.views[0], now[:, 2], own)
+            index = index[len(now) :]
+            arrays = {name: values[len(now) :] for name, values in arrays.items()}
+            left -= len(now)
+        yield unit, _unit_data(shard, unit, buffer.arrays)
+
+
+def _unit_data(shard: TarShard, unit: Unit, arrays: dict[str, np.ndarray]) -> UnitData:
     top1 = np.stack([arrays.pop("correct").sum(1), np.full(len(unit.views), len(shard))], axis=1)
     return UnitData(
         keys=shard.keys,
@@ -326,33 +349,30 @@ def batches_ahead(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Asked:
-    """A batch that the teacher was asked about, and may still be at work on.
+    """Views that the teacher was asked about, and may still be at work on.
 
     On CUDA the answer is encoded on a stream of its own, which waits for this answer only: encoding
     reads counts back to the host, and would otherwise wait for the next batch's answer too.
 
-    ``batch`` lies on the host. ``answered`` is when the teacher is done, None on a CPU.
+    ``answered`` is when the teacher is done, None on a CPU.
     """
 
-    batch: Batch
+    views: Views
     teacher: Teacher
-    label: Tensor  # (B,) int64 of the picture that fills more of the view, on the device
     answer: Answer
     answered: torch.cuda.Event | None
 
     @classmethod
-    def of(cls, batch: Batch, teacher: Teacher, policy: ViewPolicy) -> Asked:
-        """Start the teacher on a batch; the host does not wait for it."""
-        there = batch.to(teacher.device)
-        answer = teacher.unchecked(normalise(assemble(there, policy), teacher.mean, teacher.std))
-        label = torch.where(there.lam >= 0.5, there.label, there.partner_label)
+    def of(cls, views: Views, teacher: Teacher) -> Asked:
+        """Start the teacher on views on its device; the host does not wait for it."""
+        answer = teacher.unchecked(normalise(views.images, teacher.mean, teacher.std))
         answered = None
         if teacher.device.type == "cuda":
             answered = torch.cuda.Event()
             answered.record(torch.cuda.current_stream(teacher.device))
-        return cls(batch, teacher, label, answer, answered)
+        return cls(views, teacher, answer, answered)
 
-    def answers(self, encodings: Sequence[str]) -> dict[str, np.ndarray]:
+    def arrays(self, encodings: Sequence[str]) -> Answered:
         """Every array's rows; ``correct``: whether the teacher's class is the label.
 
         Raises:
@@ -363,21 +383,20 @@ class Asked:
         side = _side_stream(self.teacher.device)
         side.wait_event(self.answered)
         with torch.cuda.stream(side):
-            for tensor in (*self.answer, self.label):
+            for tensor in (*self.answer, self.views.label):
                 tensor.record_stream(side)  # not to be given away before this stream is done
             return self._read(encodings)
 
-    def _read(self, encodings: Sequence[str]) -> dict[str, np.ndarray]:
-        answer = self.teacher.checked(self.answer)
-        found = {"correct": hard_global_labels(answer.global_) == self.label}
+    def _read(self, encodings: Sequence[str]) -> Answered:
+        answer, views = self.teacher.checked(self.answer), self.views
+        found = {"correct": hard_global_labels(answer.global_) == views.label}
         for name in encodings:
             found |= ENCODINGS[name].encode(answer.spatial, answer.global_)
-        own = self.batch.own.numpy()
-        return {
+        return views.index, {
             **{name: values.cpu().numpy() for name, values in found.items()},
-            "seed": self.batch.seed.numpy()[own],
-            "view_digest": self.batch.view_digest.numpy()[own],
-            "image_crc32": self.batch.image_crc32.numpy()[own],
+            "seed": views.seed,
+            "view_digest": views.view_digest,
+            "image_crc32": views.image_crc32,
         }
 
 

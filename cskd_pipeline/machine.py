@@ -1,4 +1,4 @@
-"""Which device computes, and how many processes load."""
+"""Which device computes, in which memory format, and how many processes load."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def use_threads(threads: int) -> None:
     """
     if threads > 0:
         torch.set_num_threads(threads)
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """Of a network's weights and of the images it is given: convolutions follow both."""
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def worker_count(workers: int) -> int:

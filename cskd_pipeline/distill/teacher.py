@@ -17,6 +17,7 @@ from cskd_pipeline.distill.ckf import all_finite
 from cskd_pipeline.distill.models import HUB_PREFIXES, classes_in, create_timm
 from cskd_pipeline.distill.weights import load_into, load_state, state_digest
 from cskd_pipeline.errors import TeacherError
+from cskd_pipeline.machine import memory_format
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -100,8 +101,7 @@ class Teacher:
     def _answer(self, x: Tensor) -> Answer:
         """At most ``batch_size`` views; always ``batch_size`` answers."""
         x = pad(x, (0, 0, 0, 0, 0, 0, 0, self.batch_size - len(x)))
-        if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=memory_format(self.channels_last))
         dtype = PRECISIONS[self.precision]
         # cuDNN would round float32 convolutions to TF32, and pick its kernels by racing them.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
@@ -133,7 +133,7 @@ def load_teacher(
     size: int,
     precision: str = "float32",
     batch_size: int = 64,
-    channels_last: bool = False,
+    channels_last: bool = True,
     compile: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -178,9 +178,7 @@ def load_teacher(
     config = getattr(model, "pretrained_cfg", None) or {}
     tag = config.get("tag") if source == "hub" else None
     digest = state_digest(model.state_dict())
-    model = model.to(device)
-    if channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    model = model.to(device, memory_format=memory_format(channels_last))
     return Teacher(
         model=model,
         backbone=torch.compile(model.forward_features) if compile else model.forward_features,

@@ -2,9 +2,8 @@
 
 A unit is (tar shard, block of views). It is cut into items, windows of neighbouring samples in all
 the block's views, and an item into batches. Partners never leave their window, so an item needs
-nothing from outside. Both cuts depend on the unit, the policy and the batch size alone: a CNN's
-answer can depend on its batch in the last bit, and a resumed dump must equal one that was never
-stopped, whatever the number of processes.
+nothing from outside. Both cuts depend on the unit, the policy and the batch size alone, not on the
+number of processes.
 """
 
 from __future__ import annotations
@@ -102,7 +101,8 @@ class _UnitStream(IterableDataset[Batch | None]):
     def _batches(self, item: Item) -> Iterator[Batch]:
         rows = item.rows()
         views = self.renderer.render(rows)
-        for part in np.array_split(rows, item.batches(self.batch_size)):
+        for start in range(0, len(rows), self.batch_size):
+            part = rows[start : start + self.batch_size]
             yield compose(self.renderer, self.renderer.pair(part), views)
 
 

@@ -51,7 +51,7 @@ class DumpLoop:
     workers: int = _free(-1)  # -1: one per core but one
     threads: int = _free(0)  # of the network on CPU; 0: torch's choice
     device: str = _free("auto")
-    channels_last: bool = _free(False)
+    channels_last: bool = _free(True)  # memory format of the network and its images
     compile: bool = _free(False)
 
 
@@ -138,7 +138,7 @@ class RunSection:
     workers: int = _free(-1)
     threads: int = _free(0)  # of the network on CPU; 0: torch's choice
     compile: bool = _free(False)
-    channels_last: bool = _free(False)
+    channels_last: bool = _free(True)  # memory format of the network and its images
     eval_batch_size: int = _free(256)
     eval_every: int = 1  # epochs; the last epoch is always evaluated
     log_every: int = _free(50)  # updates between TensorBoard points

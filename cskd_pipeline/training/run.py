@@ -21,7 +21,7 @@ from cskd_pipeline.distill.student import create_student
 from cskd_pipeline.errors import OutputError, WeightsError
 from cskd_pipeline.loading.batches import Batch
 from cskd_pipeline.loading.device import assemble, normalise
-from cskd_pipeline.machine import AMP
+from cskd_pipeline.machine import AMP, memory_format
 from cskd_pipeline.ranks import ALONE, Ranks, lost
 from cskd_pipeline.recipe import TrainRecipe, result_digest
 from cskd_pipeline.training.data import TrainingData
@@ -73,9 +73,8 @@ class Run:
             drop_path=recipe.student.drop_path,
         )
         self.student.require(method=recipe.distill.method, grid=self.grid)
-        self.student.to(device)
-        if recipe.run.channels_last:
-            self.student.to(memory_format=torch.channels_last)
+        self.format = memory_format(recipe.run.channels_last)
+        self.student.to(device).to(memory_format=self.format)
         self.heads = inference_heads(recipe.distill.method, self.student)
         self.parallel: DistributedDataParallel | None = None
         if ranks.many:  # averages gradients, so that equal parts of a batch act as the whole
@@ -158,6 +157,7 @@ class Run:
             self.recipe.optim.smoothing,
         )
         images = normalise(assemble(batch, self.data.policy), self.student.mean, self.student.std)
+        images = images.contiguous(memory_format=self.format)
         autocast = torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
         with autocast:
             heads = self.forward(images, self.grid)

@@ -101,9 +101,9 @@ def test_variants_are_teachers_with_other_settings_beside_float32(small: World) 
     assert list(report) == ["float32", "channels_last", "bfloat16", "bfloat16 channels_last"]
     assert report["float32"]["hard_labels_changed"] == 0.0
     halves = bench._with(recipe, world.quiet(), {"precision": "bfloat16", "channels_last": True})
-    assert (halves.precision, halves.channels_last, teacher.channels_last) == (
-        *("bfloat16", True, False),
-    )
+    plain = bench._with(recipe, world.quiet(), {})
+    assert (halves.precision, halves.channels_last) == ("bfloat16", True)
+    assert (plain.precision, plain.channels_last) == ("float32", False)
     assert all(row["ratio"]["median"] == 1.0 for row in report.values())
 
 

@@ -150,8 +150,26 @@ def test_logits_are_rounded_once_to_float16() -> None:
     assert torch.equal(answer.global_, whole.half())
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_weights_and_views_are_in_the_asked_memory_format_whatever_comes(
+    channels_last: bool,
+) -> None:
+    formats = {True: torch.channels_last, False: torch.contiguous_format}
+    teacher = small("resnet10t", channels_last=channels_last)
+    weight = teacher.model.conv1[3].weight
+    assert weight.is_contiguous(memory_format=formats[channels_last])
+    assert not weight.is_contiguous(memory_format=formats[not channels_last])
+    seen = []
+    teacher.model.conv1.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    for given in formats.values():
+        for count in (3, teacher.batch_size):  # filled up and full
+            teacher.answer(views(count, 64).contiguous(memory_format=given))
+    assert len(seen) == 4
+    assert all(x.is_contiguous(memory_format=formats[channels_last]) for x in seen)
+
+
 def test_channels_last_gives_the_same_answer_up_to_rounding() -> None:
-    plain = small("resnet10t").answer(views(2, 64))
+    plain = small("resnet10t", channels_last=False).answer(views(2, 64))
     strided = small("resnet10t", channels_last=True).answer(views(2, 64))
     torch.testing.assert_close(plain.spatial, strided.spatial, rtol=2e-3, atol=2e-3)
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from cskd_pipeline import dump
 from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.distill.teacher import Answer, Teacher
 from cskd_pipeline.dump import dump_teacher
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -107,6 +109,28 @@ def test_the_recipe_names_the_data_set(small: World, tmp_path: Path) -> None:
     dump_teacher(recipe, world.quiet())
     assert CacheReader(tmp_path / "c").manifest.dataset.name == "mine"
     assert CacheReader(small.cache).manifest.dataset.name != "mine"
+
+
+def test_batches_cross_units_so_that_only_the_last_is_filled_up(
+    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    answer = Teacher._answer
+
+    def counting(teacher: Teacher, x: Tensor) -> Answer:
+        asked.append(len(x))
+        return answer(teacher, x)
+
+    monkeypatch.setattr(Teacher, "_answer", counting)
+    for size in (7, 1000):
+        asked.clear()
+        sets = [*world.dump_sets(), "dump.workers=0", f"dump.batch_size={size}"]
+        cache = tmp_path / str(size)
+        summary = dump_teacher(world.dump_recipe(small.shards, cache, sets=sets), world.quiet())
+        units, views = summary["units_written"], summary["views_written"]
+        assert units > 2
+        assert asked == [size] * (views // size) + [views % size]
+        assert CacheReader(cache).done().all()
 
 
 @pytest.mark.parametrize("ahead", [1, 3])
