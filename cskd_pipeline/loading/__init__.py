@@ -12,5 +12,6 @@
    teacher's answers, for training. ``unit_views`` -- the same for the dump. ``evalset`` -- for
    evaluation.
 5. ``workers`` -- the processes in which 4 happens; their errors arrive as raised. ``device`` --
-   uint8 to mixed floats, where the network is.
+   uint8 to mixed floats, where the network is. ``full_batches`` -- for a teacher, which always
+   sees a whole batch.
 """

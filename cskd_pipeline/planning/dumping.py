@@ -221,7 +221,8 @@ def _ask(
         answer = ask(teacher, batch.to(teacher.device), recipe.views)
         spatial.append(answer.spatial.cpu())
         global_.append(answer.global_.cpu())
-        seconds.append((time.perf_counter() - began) / len(batch.index))
+        # The model sees a whole batch, however short this one is; a dump's are full.
+        seconds.append((time.perf_counter() - began) / teacher.batch_size)
     answers = Answers(torch.cat(spatial), torch.cat(global_), manifest, teacher.name)
     return statistics.median(seconds), answers
 

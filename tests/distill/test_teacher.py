@@ -18,6 +18,8 @@ from cskd_pipeline.distill.teacher import Teacher, load_teacher
 from cskd_pipeline.distill.weights import state_digest
 from cskd_pipeline.errors import TeacherError, WeightsError
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 FAMILIES = {
     "resnet10t": 32,
     "regnetx_002": 32,
@@ -98,9 +100,23 @@ def test_a_size_that_the_model_cannot_take_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050"])
-def test_an_answer_does_not_depend_on_the_views_asked_with_it(name: str) -> None:
-    teacher = small(name, batch_size=4)
-    x = views(9, 64)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"channels_last": False},
+        *(
+            pytest.param({"device": "cuda", "precision": precision}, marks=NEEDS_GPU)
+            for precision in ("float32", "float16")
+        ),
+    ],
+    ids=str,
+)
+def test_an_answer_does_not_depend_on_the_views_asked_with_it(
+    name: str, options: dict[str, Any]
+) -> None:
+    teacher = small(name, batch_size=4, **options)
+    x = views(9, 64).to(teacher.device)
     together = teacher.answer(x)
     for i in range(len(x)):
         alone = teacher.answer(x[i : i + 1])
@@ -174,7 +190,7 @@ def test_channels_last_gives_the_same_answer_up_to_rounding() -> None:
     torch.testing.assert_close(plain.spatial, strided.spatial, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@NEEDS_GPU
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_a_gpu_answers_as_the_cpu_does(precision: str) -> None:
     options: dict[str, Any] = {"precision": precision, "channels_last": True}
