@@ -214,3 +214,17 @@ def test_the_command_prints_every_side(capsys: Capture) -> None:
     assert list(report["students"]) == [STUDENT]
     assert list(report["students"][STUDENT]["ratio"]) == ["deit", "cskd"]
     assert (report["device"], report["batch_size"], report["size"]) == ("cpu", 8, SIZE)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_weights_and_images_of_a_step_are_in_the_asked_memory_format(channels_last: bool) -> None:
+    formats = {True: torch.channels_last, False: torch.contiguous_format}
+    run = small_runs("cpu", f"run.channels_last={str(channels_last).lower()}")["none"]
+    patches = run.student.model.patch_embed.proj
+    seen: list[Tensor] = []
+    patches.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    run.step(iter([bench.synthetic_batch(POLICY, 8, (2, 2))]))
+    for tensor in (*seen, patches.weight):
+        assert tensor.is_contiguous(memory_format=formats[channels_last])
+        assert not tensor.is_contiguous(memory_format=formats[not channels_last])
+    assert len(seen) == 1
