@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from cskd_pipeline.distill.ckf import hard_global_labels, hard_labels
 from cskd_pipeline.distill.teacher import Answer, Teacher
 from cskd_pipeline.dump import cache_manifest, open_stage_one, write_units
 from cskd_pipeline.errors import DataError
-from cskd_pipeline.loading.device import assemble, normalise
+from cskd_pipeline.loading.device import normalise
+from cskd_pipeline.loading.full_batches import Views, full_batches
 from cskd_pipeline.loading.index import Dataset, describe, sample
 from cskd_pipeline.loading.unit_views import unit_batches
 from cskd_pipeline.machine import worker_count
@@ -234,19 +236,20 @@ def _changed(expected: Sequence[Answer], found: Sequence[Answer]) -> tuple[float
 
 def _resident(recipe: DumpRecipe, few: Dataset, teacher: Teacher) -> list[Tensor]:
     """Some full batches of real views, normalised, on the teacher's device."""
-    size, kept = recipe.dump.batch_size, list[Tensor]()
-    for batch in unit_batches(
+    size = recipe.dump.batch_size
+    batches = unit_batches(
         few,
         [(shard, range(BLOCK)) for shard in range(len(few.shards))],
         recipe.views,
         recipe.cache.root_seed,
-        batch_size=recipe.dump.batch_size,
-    ):
-        views = assemble(batch.to(teacher.device), recipe.views)
-        kept.append(normalise(views, teacher.mean, teacher.std))
-        if sum(map(len, kept)) >= size * _RESIDENT:
-            break
-    full = [views for views in torch.cat(kept).split(size) if len(views) == size]
+        batch_size=size,
+    )
+    pieces = (Views.of(batch, recipe.views, teacher.device) for batch in batches)
+    full = [
+        normalise(views.images, teacher.mean, teacher.std)
+        for views in islice(full_batches(pieces, size), _RESIDENT)
+        if len(views) == size
+    ]
     if not full:
         raise DataError(
             "too few images for a full batch",

@@ -59,8 +59,8 @@ def study(
     size: Annotated[
         Literal["cpu", "gpu"] | None,
         typer.Option(
-            help="Which of stages/study's recipes: cifar10_cpu_* for two cores and half an "
-            "hour, cifar10_* for an hour of a GPU. Default: what there is."
+            help="Which of stages/study's recipes: cifar10_cpu_* for two cores and half an hour, "
+            "cifar10_* for an hour of a GPU. Default: what there is."
         ),
     ] = None,
     recipes: Annotated[
