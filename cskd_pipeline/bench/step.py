@@ -180,20 +180,28 @@ def _runs(
     for method in METHODS:
         asked = replace(recipe, distill=replace(recipe.distill, method=method, kind="hard"))
         encoding = None if method == "none" else ENCODINGS["envelope"]
-        runs[method] = Run(asked, _data(asked, policy, grid, encoding), device)
+        runs[method] = Run(asked, synthetic_data(asked, policy, grid, encoding), device)
     if teacher is not None:
-        data = _data(asked, policy, grid, ENCODINGS["envelope"])
+        data = synthetic_data(asked, policy, grid, ENCODINGS["envelope"])
         runs[LIVE] = Run(asked, _Live(**vars(data), teacher=teacher), device)
     return runs
 
 
-def _data(
-    recipe: TrainRecipe, policy: ViewPolicy, grid: tuple[int, int], encoding: Encoding | None
+def synthetic_data(
+    recipe: TrainRecipe,
+    policy: ViewPolicy,
+    grid: tuple[int, int],
+    encoding: Encoding | None,
+    samples: int | None = None,
 ) -> TrainingData:
-    """What a run knows of its data, without any: batches are given to it."""
+    """Return what a run knows of its data, without any: batches are given to it.
+
+    Args:
+        samples: of the data set; None: enough for an epoch of 10,000 updates.
+    """
     size = recipe.batch.batch_size
-    samples = SampleSet((size * _STEPS,), ("",))
-    plan = EpochPlan(samples, policy, root_seed=0, views=None, repeats=1, batch_size=size, seed=0)
+    counted = SampleSet((samples or size * _STEPS,), ("",))
+    plan = EpochPlan(counted, policy, root_seed=0, views=None, repeats=1, batch_size=size, seed=0)
     return TrainingData(
         name="synthetic",
         plan=plan,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cskd_pipeline import resources
+from cskd_pipeline.bench.step import synthetic_data
+from cskd_pipeline.cache.encodings import ENCODINGS
 from cskd_pipeline.recipe import (
     DistillSection,
     DumpRecipe,
@@ -17,6 +21,7 @@ from cskd_pipeline.recipe import (
     load_recipe,
     recipe_names,
 )
+from cskd_pipeline.training.run import Run
 from cskd_pipeline.views.policy import ViewPolicy
 
 STUDY = {
@@ -30,6 +35,8 @@ PAPER = {
     "paper_small": "deit_small_distilled_patch16_224",
     "paper_base": "deit_base_distilled_patch16_224",
 }
+AUTHORS = {"paper_tiny": (1024, 1e-3), "paper_small": (512, 5e-4), "paper_base": (256, 2.5e-4)}
+"""Global batch and peak learning rate in the authors' configurations."""
 
 
 def test_the_stages_folder_has_the_promised_recipes() -> None:
@@ -121,13 +128,40 @@ def test_the_papers_values_stand_in_its_recipes(size: str, method: str) -> None:
         "schedule.warmup_epochs": 5,
         "schedule.warmup_lr": 1e-6,
         "schedule.min_lr": 1e-5,
-        "batch.batch_size": 1024,
+        "batch.batch_size": AUTHORS[size][0],
         "batch.accumulation": 1,
         "batch.repeats": 3,
         "batch.shuffle_shards": 16,
     }
     assert recipe.run.ema == 0.99996
     assert recipe.data.num_classes == 1000
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_a_papers_run_has_the_authors_learning_rates_and_the_updates_its_recipe_states(
+    size: str,
+) -> None:
+    """Warm-up and minimum are the recipe's own numbers: only the peak is scaled with the batch."""
+    recipe = load_recipe(TrainRecipe, size, ["student.kwargs={embed_dim=24, depth=1, num_heads=2}"])
+    policy = recipe.views
+    assert policy is not None
+    data = synthetic_data(recipe, policy, (7, 7), ENCODINGS["envelope"], samples=1_281_167)
+    run = Run(recipe, data, torch.device("cpu"))
+    rates = []
+    for epoch in range(301):
+        run.schedule.step_update(epoch * run.steps)
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    batch, peak = AUTHORS[size]
+    assert rates[0] == pytest.approx(1e-6)
+    assert rates.index(max(rates)) == 5
+    assert max(rates) == pytest.approx(peak, rel=1e-3)
+    assert rates[-1] == pytest.approx(1e-5)
+    for method in ("cskd", "deit", "none"):
+        text = (resources.stages() / f"train/{size}_{method}.toml").read_text()
+        assert f"{run.updates:,} updates of {batch:,}" in text
+        stated = re.search(r"scaled linearly with the batch: (\S+) here", text)
+        assert stated is not None
+        assert float(stated[1]) == peak
 
 
 def test_fine_tuning_is_deits_and_else_the_papers() -> None:
