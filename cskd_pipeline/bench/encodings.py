@@ -276,7 +276,7 @@ def _summary(divergences: Tensor) -> dict[str, float]:
 def _cosine(
     kind: str, exact: Targets, found: Targets, answers: Answers, part: slice, r: float
 ) -> float:
-    loss = DistillationLoss(method="cskd", kind=kind)
+    loss = DistillationLoss(method="cskd", global_kind=kind, spatial_kind=kind)
     shape = answers.spatial[part].shape
     labels = torch.full(shape[:2], 1.0 / shape[1])
 

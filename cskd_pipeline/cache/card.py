@@ -155,11 +155,12 @@ def _front_matter(info: Info) -> str:
 
 def _commands(info: Info, location: str) -> str:
     place = _fenced(shlex.quote(printable(location)))
-    kind = "" if "hard" in info["losses"]["cskd"] else " --set distill.kind=soft"
+    soft = " --set distill.global_kind=soft --set distill.spatial_kind=soft"
+    kinds = "" if "hard" in info["losses"]["cskd"] else soft
     return (
         "```\n"
         f"cskd-pipeline cache verify {place} --depth structure --shards 'YOUR/train-*.tar'\n"
-        f"cskd-pipeline train --cache {place} --shards 'YOUR/train-*.tar' --method cskd{kind} "
+        f"cskd-pipeline train --cache {place} --shards 'YOUR/train-*.tar' --method cskd{kinds} "
         f"--epochs {info['epochs']} --out run\n"
         "```"
     )

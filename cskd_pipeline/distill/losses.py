@@ -70,7 +70,9 @@ class DistillationLoss:
 
     Args:
         method: ``none``, ``deit`` or ``cskd``.
-        kind: ``hard`` (cross entropy with the teacher's class) or ``soft`` (KL divergence).
+        global_kind: of the global term, ``hard`` (cross entropy with the teacher's class) or
+            ``soft`` (KL divergence).
+        spatial_kind: of the spatial term, likewise.
         alpha: weight of the global term.
         spatial_weight: lambda, weight of the spatial term.
         temperature: tau of the soft terms.
@@ -83,14 +85,20 @@ class DistillationLoss:
     """
 
     method: str = "cskd"
-    kind: str = "hard"
+    global_kind: str = "hard"
+    spatial_kind: str = "hard"
     alpha: float = 0.5
     spatial_weight: float = 1.0
     temperature: float = 1.0
     scaling: str = "reference"
 
     def __post_init__(self) -> None:
-        for name, known in (("method", METHODS), ("kind", KINDS), ("scaling", SCALINGS)):
+        for name, known in (
+            ("method", METHODS),
+            ("global_kind", KINDS),
+            ("spatial_kind", KINDS),
+            ("scaling", SCALINGS),
+        ):
             if getattr(self, name) not in known:
                 raise RecipeError(
                     f"unknown {name}",
@@ -145,14 +153,14 @@ class DistillationLoss:
         return LossParts(total, base.detach(), global_.detach(), spatial.detach())
 
     def _global(self, logits: Tensor, targets: Targets) -> Tensor:
-        if self.kind == "hard":
+        if self.global_kind == "hard":
             return cross_entropy(logits, targets.hard_global())
         samples = len(logits) if self.scaling == "mean" else logits.numel()
         teacher = targets.global_log_probabilities(self.temperature)
         return self._divergence(logits, teacher) / samples
 
     def _spatial(self, logits: Tensor, targets: Targets, r: float) -> Tensor:
-        if self.kind == "hard":
+        if self.spatial_kind == "hard":
             return cross_entropy(logits, targets.hard_spatial(r))
         locations = logits[:, 0].numel() if self.scaling == "mean" else len(logits)
         teacher = targets.spatial_log_probabilities(r, self.temperature)

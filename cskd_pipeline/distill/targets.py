@@ -88,5 +88,6 @@ class EnvelopeTargets:
             "soft distillation needs the teacher's logits",
             found="the envelope encoding, which holds hard labels only",
             expected="the encoding dense, dense-q8 or topk",
-            action="use --set distill.kind=hard, or a cache dumped with one of these encodings",
+            action="set distill.global_kind and distill.spatial_kind to hard, or use a cache "
+            "dumped with one of these encodings",
         )

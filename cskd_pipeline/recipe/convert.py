@@ -50,9 +50,10 @@ class Problems:
         near = [
             f"{section}.{last}".lstrip(".") for last in difflib.get_close_matches(key, inside, 1)
         ]
+        near = near or [f"{section}.{last}" for last in inside if key in last.split("_")]
         near = near or [name for name, (_, _, last) in split.items() if last == key]
         near = near or difflib.get_close_matches(path, self._names, 1)
-        hint = f", did you mean {near[0]}?" if near else ""
+        hint = f", did you mean {' or '.join(near)}?" if near else ""
         self.add(path, f"found an unknown {'key' if section else 'section'}{hint}")
 
 

@@ -92,14 +92,25 @@ class StudentSection:
 @dataclass(frozen=True)
 class DistillSection:
     method: str = "cskd"  # none, deit, cskd
-    kind: str = "hard"  # hard, soft
-    encoding: str = "auto"  # auto: the smallest exact one that serves the kind, else the closest
+    global_kind: str = "hard"  # of the global term: hard, soft
+    spatial_kind: str = "hard"  # of the spatial term: hard, soft
+    encoding: str = "auto"  # auto: the smallest exact one that serves the kinds, else the closest
     alpha: float = 0.5  # weight of the global distillation term
     spatial_weight: float = 1.0  # lambda, weight of the spatial term
     temperature: float = 1.0
     scaling: str = "reference"  # of the soft terms: reference or mean
     schedule: str = "linear"  # of the CKF ratio: linear, x2, cos; spatial, global: 1, 0 always
     step: str = "epoch"  # when the ratio moves: epoch or update
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Return the kind of each term that the method has, by its key."""
+        terms: dict[str, tuple[str, ...]] = {
+            "none": (),
+            "deit": ("global_kind",),
+            "cskd": ("global_kind", "spatial_kind"),
+        }
+        return {key: getattr(self, key) for key in terms[self.method]}
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def open_training_data(
     else:
         policy, root_seed = cache.manifest.policy, cache.manifest.root_seed
         views, grid = cache.views, cache.manifest.grid
-        encoding_name = _choose_encoding(recipe, cache)
+        encoding_name = choose_encoding(recipe, cache)
         encoding = cache.encodings[encoding_name]
         if not encoding.exact:
             terminal.line(f"targets from {encoding_name}: an approximation of the teacher's answer")
@@ -211,15 +211,17 @@ def _open_cache(recipe: TrainRecipe, terminal: Terminal) -> CacheReader:
     return cache
 
 
-def _choose_encoding(recipe: TrainRecipe, cache: CacheReader) -> str:
-    """The encoding asked for; for ``auto`` the smallest exact one that serves the loss, else the
-    closest approximation, which is the largest.
+def choose_encoding(recipe: TrainRecipe, cache: CacheReader) -> str:
+    """Return the encoding asked for; for ``auto`` the smallest exact one that serves the loss, else
+    the closest approximation, which is the largest.
     """
-    kind, asked, tau = recipe.distill.kind, recipe.distill.encoding, recipe.distill.temperature
+    kinds, tau = recipe.distill.kinds, recipe.distill.temperature
+    asked, wanted = recipe.distill.encoding, set(kinds.values())
     serving = {
         name: sum(spec.row_bytes for spec in cache.specs(name))
         for name, encoding in cache.encodings.items()
-        if kind in encoding.serves and (kind == "hard" or tau >= encoding.min_temperature)
+        if wanted <= set(encoding.serves)
+        and ("soft" not in wanted or tau >= encoding.min_temperature)
     }
     if asked == "auto" and serving:
         exact = [name for name in serving if cache.encodings[name].exact]
@@ -227,16 +229,17 @@ def _choose_encoding(recipe: TrainRecipe, cache: CacheReader) -> str:
         return min(exact, key=size) if exact else max(serving, key=size)
     if asked in serving:
         return asked
-    targets = f"soft targets at temperature {tau:g}" if kind == "soft" else "hard targets"
+    known = asked == "auto" or asked in cache.encodings
+    told = {"hard": "hard targets", "soft": f"soft targets at temperature {tau:g}"}
+    targets = " and ".join(told[kind] for kind in sorted(wanted))
+    to_hard = " ".join(f"--set distill.{key}=hard" for key in kinds if kinds[key] == "soft")
     raise CacheError(
-        f"the cache cannot serve {targets}"
-        if asked == "auto" or asked in cache.encodings
-        else f"the cache has no encoding {asked}",
+        f"the cache cannot serve {targets}" if known else f"the cache has no encoding {asked}",
         where=cache.path,
         found=f"encodings {', '.join(cache.encodings)}",
-        expected=f"one that serves {targets}" if asked == "auto" else asked,
-        action="use --set distill.kind=hard, or a cache dumped with --encoding dense"
-        if kind == "soft"
+        expected=f"one that serves {targets}" if known else asked,
+        action=f"use {to_hard}, or a cache dumped with --encoding dense"
+        if to_hard
         else "use --set distill.encoding=auto, or a cache dumped with --encoding envelope",
     )
 

@@ -58,7 +58,8 @@ class Run:
         self.grid = data.grid if recipe.distill.method == "cskd" else None
         self.loss = DistillationLoss(
             method=recipe.distill.method,
-            kind=recipe.distill.kind,
+            global_kind=recipe.distill.global_kind,
+            spatial_kind=recipe.distill.spatial_kind,
             alpha=recipe.distill.alpha,
             spatial_weight=recipe.distill.spatial_weight,
             temperature=recipe.distill.temperature,

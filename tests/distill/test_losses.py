@@ -17,6 +17,7 @@ from cskd_pipeline.errors import CacheError, RecipeError
 
 B, K, H, W = 3, 7, 2, 4
 RATIO = 0.37
+SOFT = {"global_kind": "soft", "spatial_kind": "soft"}
 
 
 class Case:
@@ -82,12 +83,19 @@ def test_soft_terms_are_divergences_in_both_scalings(
     tau: float, scaling: str, global_count: int, spatial_count: int
 ) -> None:
     case = Case(1)
-    parts = case.loss(kind="soft", temperature=tau, scaling=scaling)
+    parts = case.loss(**SOFT, temperature=tau, scaling=scaling)
     base = soft_ce(case.cls, case.labels)
     global_ = kl(case.dist, case.g, tau) * tau**2 / global_count
     spatial = kl(case.dense, case.fused, tau) * tau**2 / spatial_count
     expected = [0.5 * base + 0.5 * global_ + spatial, base, global_, spatial]
     np.testing.assert_allclose(parts.detached(), expected, rtol=1e-5)
+
+
+def test_either_term_may_be_soft_while_the_other_is_hard() -> None:
+    case = Case(1)
+    hard, soft = case.loss(), case.loss(**SOFT)
+    assert case.loss(spatial_kind="soft")[1:] == (hard.base, hard.global_, soft.spatial)
+    assert case.loss(global_kind="soft")[1:] == (hard.base, soft.global_, hard.spatial)
 
 
 def test_deit_has_no_spatial_term() -> None:
@@ -153,7 +161,7 @@ def test_envelope_and_logits_give_the_same_hard_loss_bit_for_bit() -> None:
     case.targets = EnvelopeTargets(planes, case.targets.hard_global())
     assert torch.equal(case.loss().detached(), live)
     with pytest.raises(CacheError, match="soft distillation"):
-        case.loss(kind="soft")
+        case.loss(**SOFT)
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
@@ -165,7 +173,7 @@ def test_no_loss_waits_for_the_device(method: str, kind: str) -> None:
         label = torch.zeros(B, dtype=torch.int64)
         targets = LogitTargets(torch.empty(B, K, H, W).half(), torch.empty(B, K).half())
         labels = mixed_targets(label, label, torch.ones(B), K, 0.1)
-        parts = DistillationLoss(method=method, kind=kind)(heads, labels, targets, 0.5)
+        parts = DistillationLoss(method, kind, kind)(heads, labels, targets, 0.5)
         assert parts.detached().shape == (4,)
 
 
@@ -190,7 +198,8 @@ def test_mixed_labels_are_smoothed_and_shared_by_lambda() -> None:
     ("field", "value"),
     [
         ("method", "fitnet"),
-        ("kind", "medium"),
+        ("global_kind", "medium"),
+        ("spatial_kind", "medium"),
         ("scaling", "sum"),
         ("alpha", 1.5),
         ("spatial_weight", -1.0),

@@ -313,5 +313,7 @@ def test_a_live_answer_can_be_learned_from(kind: str) -> None:
     dense = torch.randn(2, 5, 4, 4, requires_grad=True)
     label = torch.tensor([0, 1])
     labels = mixed_targets(label, label, torch.ones(2), 5, 0.0)
-    DistillationLoss(kind=kind)(Heads(cls, dist, dense), labels, targets, 0.5).total.backward()
+    DistillationLoss(global_kind=kind, spatial_kind=kind)(
+        Heads(cls, dist, dense), labels, targets, 0.5
+    ).total.backward()
     assert all(bool(leaf.grad.abs().sum() > 0) for leaf in (cls, dist, dense))

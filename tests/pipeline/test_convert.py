@@ -36,7 +36,7 @@ def test_a_converted_envelope_is_the_dumped_one(small: World, tmp_path: Path) ->
 def test_soft_training_from_an_approximation_is_close_to_the_logits(
     small: World, soft: World, tmp_path: Path, encoding: str
 ) -> None:
-    sets = ["distill.kind=soft", "distill.scaling=mean", "distill.temperature=2.0"]
+    sets = [*world.SOFT, "distill.scaling=mean", "distill.temperature=2.0"]
     exact = loss_curve(small, tmp_path, "cskd", sets)
     near = loss_curve(soft, tmp_path, "cskd", [*sets, f"distill.encoding={encoding}"])
     assert not torch.equal(exact, near)
@@ -50,7 +50,7 @@ def test_auto_takes_the_closest_approximation_and_says_so(
     from cskd_pipeline.terminal import Terminal
     from cskd_pipeline.training.data import open_training_data
 
-    recipe = world.train_recipe(soft.shards, soft.cache, tmp_path, "cskd", ["distill.kind=soft"])
+    recipe = world.train_recipe(soft.shards, soft.cache, tmp_path, "cskd", world.SOFT)
     data = open_training_data(recipe, Terminal())
     assert data.encoding is not None
     assert data.encoding.name == "dense-q8"
@@ -76,7 +76,7 @@ def test_a_temperature_that_no_encoding_serves_is_refused_at_the_start(
     words = (small.cache, tmp_path / "c", "--encoding", "topk", "--quiet")
     assert world.cli("cache", "convert", *words) == 0
     capsys.readouterr()
-    sets = [*world.train_sets(), "distill.kind=soft", "distill.temperature=0.5"]
+    sets = [*world.train_sets(), *world.SOFT, "distill.temperature=0.5"]
     words = ("--shards", small.shards, "--cache", tmp_path / "c", "--out", tmp_path / "run")
     code = world.cli(
         "train", *words, "--student", world.STUDENT, "--epochs", 1, *world.as_flags(sets)

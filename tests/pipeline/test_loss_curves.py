@@ -51,13 +51,34 @@ def test_dense_cache_envelope_cache_and_live_teacher_give_one_loss_curve(
     assert dense[-1, 0] < dense[0, 0]
 
 
+@pytest.mark.parametrize(
+    "kinds", [world.SOFT, ["distill.spatial_kind=soft"], ["distill.global_kind=soft"]]
+)
 def test_soft_targets_of_the_dense_cache_and_of_the_live_teacher_give_one_loss_curve(
-    small: World, tmp_path: Path
+    small: World, tmp_path: Path, kinds: list[str]
 ) -> None:
-    sets = ["distill.kind=soft", "distill.temperature=2.0"]
+    """Also where only one of the two terms is soft: no encoding but dense serves both kinds."""
+    sets = [*kinds, "distill.temperature=2.0"]
     dense = loss_curve(small, tmp_path, "cskd", sets)
     live = loss_curve(small, tmp_path, "cskd", sets, _ask_live(small))
     assert torch.equal(dense, live)
+
+
+def test_everything_that_the_recipe_says_of_the_loss_reaches_it(
+    small: World, tmp_path: Path
+) -> None:
+    said = {
+        "global_kind": "soft",
+        "spatial_kind": "soft",
+        "alpha": 0.3,
+        "spatial_weight": 1.7,
+        "temperature": 2.5,
+        "scaling": "mean",
+    }
+    sets = [f"distill.{name}={value}" for name, value in said.items()]
+    recipe = world.train_recipe(small.shards, small.cache, tmp_path, "cskd", sets)
+    run = Run(recipe, open_training_data(recipe, world.quiet()), CPU)
+    assert vars(run.loss) == {"method": "cskd", **said}
 
 
 def test_accumulation_changes_a_loss_curve_by_rounding_only(small: World, tmp_path: Path) -> None:

@@ -112,9 +112,11 @@ def test_soft_targets_asked_of_an_envelope_cache_are_refused(
     cache = tmp_path / "cache"
     recipe = world.dump_recipe(small.shards, cache, views=2, encodings='["envelope"]')
     dump_teacher(recipe, world.quiet())
-    message = refused(*train(small, tmp_path / "run", "--set", "distill.kind=soft", cache=cache))
-    assert "soft" in message
+    one = "distill.spatial_kind=soft"
+    message = refused(*train(small, tmp_path / "run", "--set", one, cache=cache))
+    assert "cannot serve hard targets and soft targets at temperature 1" in message
     assert "encodings envelope" in message
+    assert "use --set distill.spatial_kind=hard, or" in message
     assert "--encoding dense" in message
     assert not (tmp_path / "run").exists()
 

@@ -141,6 +141,9 @@ def train_recipe(
     return load_recipe(TrainRecipe, None, [*train_sets(kwargs), *(sets or [])], flags)
 
 
+SOFT = ["distill.global_kind=soft", "distill.spatial_kind=soft"]
+
+
 def quiet() -> Terminal:
     return Terminal(quiet=True)
 

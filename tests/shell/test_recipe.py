@@ -64,7 +64,8 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         method = "cskd"
         [distill]
         methd = "none"
-        kind = "medium"
+        global_kind = "medium"
+        kind = "hard"
         alpha = "half"
         [optim]
         betas = [0.9, true]
@@ -90,7 +91,9 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         "lr: found an unknown section, did you mean optim.lr?",
         "distil: found an unknown section, did you mean distill?",
         "distill.methd: found an unknown key, did you mean distill.method?",
-        "distill.kind: found 'medium', expected one of hard, soft",
+        "distill.global_kind: found 'medium', expected one of hard, soft",
+        "distill.kind: found an unknown key, did you mean distill.global_kind or "
+        "distill.spatial_kind?",
         "distill.alpha: found 'half', expected a number",
         "optim.betas[1]: found true, expected a number",
         "optim.epochs: found an unknown key, did you mean schedule.epochs?",
@@ -430,7 +433,8 @@ def test_the_choices_are_those_of_the_rooms_that_know_them() -> None:
     assert {name: CHOICES[name] for name in CHOICES if not name.startswith("data.")} == {
         "teacher.precision": tuple(teacher.PRECISIONS),
         "distill.method": losses.METHODS,
-        "distill.kind": losses.KINDS,
+        "distill.global_kind": losses.KINDS,
+        "distill.spatial_kind": losses.KINDS,
         "distill.scaling": losses.SCALINGS,
         "distill.schedule": tuple(ckf.SCHEDULES),
         "distill.step": ("epoch", "update"),

@@ -108,7 +108,8 @@ def test_the_papers_values_stand_in_its_recipes(size: str, method: str) -> None:
     )
     assert recipe.distill == DistillSection(
         method=method,
-        kind="hard",
+        global_kind="hard",
+        spatial_kind="hard",
         alpha=0.5,
         spatial_weight=1.0,
         schedule="linear",

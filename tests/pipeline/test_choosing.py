@@ -1,0 +1,78 @@
+"""The encoding that a run reads its targets from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cskd_pipeline.cache.encodings import ENCODINGS
+from cskd_pipeline.cache.encodings.base import AnswerShape
+from cskd_pipeline.errors import CacheError
+from cskd_pipeline.recipe import TrainRecipe, load_recipe
+from cskd_pipeline.training.data import choose_encoding
+
+SHAPE = AnswerShape(1000, 7, 7)  # ImageNet's: at a few classes all encodings are about as large
+
+
+def a_cache(names: list[str]) -> Any:
+    encodings = {name: ENCODINGS[name] for name in names}
+    return SimpleNamespace(
+        path=Path("cache"), encodings=encodings, specs=lambda name: ENCODINGS[name].arrays(SHAPE)
+    )
+
+
+def chosen(names: list[str], sets: list[str]) -> str:
+    recipe = load_recipe(TrainRecipe, None, [f"distill.{one}" for one in sets])
+    found = {choose_encoding(recipe, a_cache(n)) for n in (names, names[::-1])}
+    assert len(found) == 1, "the order in a manifest decides nothing"
+    return found.pop()
+
+
+SOFT = ["global_kind=soft", "spatial_kind=soft"]
+EVERY = ["dense", "dense-q8", "topk", "envelope"]
+
+
+@pytest.mark.parametrize(
+    ("names", "sets", "expected"),
+    [
+        (EVERY, [], "envelope"),
+        (["dense", "dense-q8", "topk"], [], "dense"),
+        (EVERY, SOFT, "dense"),
+        (["dense-q8", "topk", "envelope"], SOFT, "dense-q8"),
+        (["dense-q8", "topk"], [*SOFT, "temperature=4.0"], "dense-q8"),
+        (["topk", "envelope"], SOFT, "topk"),
+        (EVERY, ["spatial_kind=soft"], "dense"),
+        (EVERY, ["global_kind=soft"], "dense"),
+        (EVERY, ["method=deit"], "envelope"),
+        (EVERY, ["method=deit", "spatial_kind=soft"], "envelope"),  # deit has no spatial term
+        (["dense-q8", "envelope"], ["method=deit", "global_kind=soft"], "dense-q8"),
+    ],
+)
+def test_auto_is_the_smallest_exact_encoding_else_the_closest_approximation(
+    names: list[str], sets: list[str], expected: str
+) -> None:
+    assert chosen(names, sets) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "sets", "says"),
+    [
+        (["dense-q8", "topk"], [], "cannot serve hard targets"),
+        (["topk"], [*SOFT, "temperature=0.5"], "cannot serve soft targets at temperature 0.5"),
+        (
+            ["dense-q8", "topk", "envelope"],
+            ["spatial_kind=soft"],
+            "cannot serve hard targets and soft targets at temperature 1",
+        ),
+        (["dense", "envelope"], [*SOFT, "encoding=envelope"], "cannot serve soft targets"),
+        (["dense"], ["encoding=envelope"], "has no encoding envelope"),
+    ],
+)
+def test_what_no_encoding_of_the_cache_serves_is_refused(
+    names: list[str], sets: list[str], says: str
+) -> None:
+    with pytest.raises(CacheError, match=says):
+        chosen(names, sets)
