@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
 from cskd_pipeline import __version__
 from cskd_pipeline.cli.options import Outcome
 
 PROGRAM = "cskd-pipeline"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-app = typer.Typer(
+
+@dataclass(frozen=True)
+class _Raised:
+    """What a command raised, as a value: typer would make an Abort of an EOFError, exit silently on
+    a broken pipe of any kind, and make an exit code of a KeyboardInterrupt.
+    """
+
+    error: BaseException
+
+
+class _Command(TyperCommand):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BaseException as error:
+            return _Raised(error)
+
+
+class _Commands(typer.Typer):
+    def command(self, *args: Any, **options: Any) -> Callable[[_Function], _Function]:
+        return super().command(*args, cls=_Command, **options)
+
+
+app = _Commands(
     name=PROGRAM,
     help="Distill a CNN into a ViT in two stages that meet at a cache (CSKD, arXiv 2307.08500): "
     "dump-teacher runs the CNN once over augmented images and stores what it says of every place, "
@@ -22,11 +49,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cache_app = typer.Typer(help="Look at teacher caches.")
+cache_app = _Commands(help="Look at teacher caches.")
 app.add_typer(cache_app, name="cache")
-plan_app = typer.Typer(help="Know the cost before paying it: a small part is done for real.")
+plan_app = _Commands(help="Know the cost before paying it: a small part is done for real.")
 app.add_typer(plan_app, name="plan")
-bench_app = typer.Typer(help="Measure, on this machine and your data.")
+bench_app = _Commands(help="Measure, on this machine and your data.")
 app.add_typer(bench_app, name="bench")
 
 
@@ -49,6 +76,12 @@ def program(
 
 
 def parse_and_run(arguments: list[str]) -> Outcome | int:
-    """What the command returned, or an exit code, with which typer answers --version, say."""
-    outcome: Outcome | int = app(args=arguments, prog_name=PROGRAM, standalone_mode=False)
+    """Return what the command returned, or an exit code, with which typer answers --version, say.
+
+    Raises:
+        BaseException: what the command raised, unchanged, or the parser's own.
+    """
+    outcome: Outcome | int | _Raised = app(args=arguments, prog_name=PROGRAM, standalone_mode=False)
+    if isinstance(outcome, _Raised):
+        raise outcome.error
     return outcome

@@ -61,16 +61,13 @@ def _run(arguments: list[str], terminal: Terminal) -> Outcome | int:
     away = contextlib.redirect_stdout(sys.stderr) if terminal.json else contextlib.nullcontext()
     try:
         with _sigterm_interrupts(), away:
-            outcome = parse_and_run(arguments)
-    except (KeyboardInterrupt, typer.Abort):
-        outcome = Interrupted.exit_code
+            return parse_and_run(arguments)
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted", action=_how_to_go_on(arguments)) from error
     except _ParserError as error:
         context = getattr(error, "ctx", None)
         path = PROGRAM if context is None else context.command_path
         raise UsageError(error.format_message(), action=f"see {path} --help") from error
-    if outcome == Interrupted.exit_code:  # typer has its own way with KeyboardInterrupt
-        raise Interrupted("interrupted", action=_how_to_go_on(arguments))
-    return outcome
 
 
 @contextlib.contextmanager

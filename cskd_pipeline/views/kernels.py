@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from numba.core.caching import FunctionCache
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -27,12 +29,32 @@ BLEND_UNITS = 4096
 """Factors of :func:`saturated` and :func:`sharpened` are multiples of 1/4096."""
 
 
+class _Kept(FunctionCache):
+    """A function's compiled code on disk: made anew where it cannot be read, done without where it
+    cannot be written.
+    """
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        try:
+            return super().load_overload(signature, context)
+        except Exception:  # the files are pickles: cut short or overwritten they raise anything
+            try:
+                self.flush()
+            except OSError:
+                self.disable()
+            return None  # numba compiles, and saves that
+
+    def save_overload(self, signature: Any, code: Any) -> None:
+        with suppress(OSError):  # a full disk, or a folder that is read-only by now
+            super().save_overload(signature, code)
+
+
 def compiled(function: Function) -> Function:
     """Compiled when first called; kept on disk where numba finds a folder that it may write."""
-    try:
-        return cast(Function, numba.njit(cache=True)(function))
-    except RuntimeError:  # no such folder: every process compiles for itself
-        return cast(Function, numba.njit(function))
+    dispatcher = numba.njit(function)
+    with suppress(RuntimeError):  # no such folder: every process compiles for itself
+        dispatcher._cache = _Kept(function)
+    return cast(Function, dispatcher)
 
 
 @compiled

@@ -496,6 +496,18 @@ def test_sigterm_is_as_it_was_after_a_command(replace: Replace) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("error", [EOFError("Ran out of input"), BrokenPipeError(32, "a worker")])
+def test_what_a_parser_would_take_for_the_users_doing_stays_what_it_is(
+    error: Exception, replace: Replace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """typer tells an EOFError as an interruption and exits on a broken pipe without a word."""
+    replace("evaluate.evaluate", error)
+    with pytest.raises(type(error)) as caught:
+        run("evaluate", "c", "--shards", "s")
+    assert caught.value is error
+    assert "interrupted" not in capsys.readouterr().err
+
+
 # --- streams that end -----------------------------------------------------------------------------
 
 TALKS = """

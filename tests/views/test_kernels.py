@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,6 +86,68 @@ def test_views_are_the_same_whether_compiled_code_is_kept_or_not(
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(some_views())
     assert bool(list(tmp_path.rglob("*.nbc"))) == writable
+
+
+SUM = """
+from cskd_pipeline.views.kernels import compiled
+
+@compiled
+def inner(x):
+    return 3 * x
+
+@compiled
+def outer(x):
+    return inner(x) + 1
+"""
+
+
+def outer_of(module: Path) -> Any:
+    """A function as a new process has it: not compiled yet, its files where they were."""
+    space: dict[str, Any] = {"__name__": module.stem, "__file__": str(module)}
+    exec(compile(module.read_text(), str(module), "exec"), space)  # our own text
+    return space["outer"]
+
+
+@pytest.mark.parametrize("kind", ["*.nbi", "*.nbc"])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_compiled_code_that_was_cut_short_is_made_anew(
+    kind: str, share: float, tmp_path: Path
+) -> None:
+    (tmp_path / "sum.py").write_text(SUM)
+    assert outer_of(tmp_path / "sum.py")(2) == 7
+    files = sorted(tmp_path.rglob(kind))
+    before = {file: file.stat().st_size for file in files}
+    assert len(files) == 2
+    for file, size in before.items():
+        os.truncate(file, int(size * share))
+    assert outer_of(tmp_path / "sum.py")(2) == 7
+    whole = outer_of(tmp_path / "sum.py")
+    assert whole(2) == 7
+    assert sum(whole.stats.cache_hits.values()) == 1, "what was made anew is not on disk"
+
+
+def test_compiled_code_that_can_neither_be_read_nor_replaced_is_done_without(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "sum.py").write_text(SUM)
+    assert outer_of(tmp_path / "sum.py")(2) == 7
+    for file in tmp_path.rglob("*.nbi"):
+        file.unlink()
+        file.mkdir()
+    assert outer_of(tmp_path / "sum.py")(2) == 7
+
+
+def test_a_disk_without_room_for_compiled_code_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from numba.core.caching import IndexDataCacheFile
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(IndexDataCacheFile, "_save_data", full)
+    (tmp_path / "sum.py").write_text(SUM)
+    assert outer_of(tmp_path / "sum.py")(2) == 7
 
 
 def some_views() -> list[int]:
