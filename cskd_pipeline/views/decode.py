@@ -8,13 +8,17 @@ from contextlib import suppress
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from cskd_pipeline.errors import ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 """Tried by content, so a PNG named .JPEG is read. Other decoders are never reached."""
 MAX_PIXELS = 100_000_000
+_ACTION = (
+    "list all such images: cskd-pipeline index SHARDS --out FILE --check-images; replace them, or "
+    "dump and train without them: --set data.corrupt=skip"
+)
 
 
 def decode(data: bytes, where: object) -> np.ndarray:
@@ -42,16 +46,17 @@ def decode(data: bytes, where: object) -> np.ndarray:
                 pixels = _jpeg(data, image.size)
                 if pixels is not None:
                     return pixels
+            key = _transparent_colour(image)
             image.load()
             upright = image if turn is None else image.transpose(turn)
-            return np.array(_to_rgb(upright))
+            return _to_rgb(upright) if key is None else _without_colour(upright, key)
     except Image.DecompressionBombError as error:  # Pillow raises it too, of what is larger still
         raise ImageError(
             "the image is larger than any honest one",
             where=where,
             found=str(error),
             expected=f"at most {MAX_PIXELS:,} pixels",
-            action="replace the image, or make the shards without it",
+            action=_ACTION,
         ) from error
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise ImageError(
@@ -59,7 +64,7 @@ def decode(data: bytes, where: object) -> np.ndarray:
             where=where,
             found=f"{len(data)} bytes: {type(error).__name__}: {error}",
             expected="a whole JPEG, PNG or WebP file",
-            action="replace the image, or make the shards without it",
+            action=_ACTION,
         ) from error
 
 
@@ -95,11 +100,42 @@ def _jpeg(data: bytes, size: tuple[int, int]) -> np.ndarray | None:
     return None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+_GREY_SCALE = {"L;2": 85, "L;4": 17}
+"""What Pillow multiplies grey values of 2 and 4 bits by, and the transparent one not."""
+
+
+def _transparent_colour(image: ImageFile.ImageFile) -> int | tuple[int, ...] | None:
+    """The one transparent colour that a PNG without alpha names, at the depth of its pixels.
+
+    Asked before the pixels are loaded. Of 16 bits per channel Pillow keeps the upper 8 in colour
+    and all in grey; the file's colour has 16 in both.
+    """
+    key = image.info.get("transparency")
+    if image.mode not in ("L", "RGB", "I", "I;16", "I;16B") or not isinstance(key, int | tuple):
+        return None
+    packing = str(image.tile[0][3]) if image.tile else ""
+    if isinstance(key, int):
+        return key * _GREY_SCALE.get(packing, 1)
+    return tuple(value >> 8 for value in key) if packing == "RGB;16B" else key
+
+
+def _without_colour(image: Image.Image, key: int | tuple[int, ...]) -> np.ndarray:
+    """The image with white where it has the colour ``key``."""
+    values = np.asarray(image.convert("I") if image.mode.startswith("I") else image)
+    transparent = values == key
+    if transparent.ndim == 3:
+        transparent = transparent.all(axis=2)
+    del image.info["transparency"]
+    pixels = _to_rgb(image)
+    pixels[transparent] = 255
+    return pixels
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):  # 16-bit grey: conversion alone would clip to white
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))

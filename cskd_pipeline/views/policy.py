@@ -12,6 +12,10 @@ Range = tuple[float, float]
 RGB = tuple[float, float, float]
 
 # ``version`` names the code that draws and applies: another meaning of a field, another version.
+#
+# Notes on deit-v1. A PNG of 2, 4 or 16 bits per channel with one transparent colour (tRNS) is white
+# at that colour; in caches of format version 1 another colour, or none, turned white. Views of all
+# other files are as they were.
 VERSIONS = ("deit-v1",)
 
 

@@ -166,6 +166,56 @@ def test_transparency_shows_white(data: bytes, expected: list[list[int]]) -> Non
     assert decoded(data) == expected
 
 
+def transparent(*values: int) -> bytes:
+    return chunk(b"tRNS", struct.pack(f">{len(values)}H", *values))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        # 0x0203 and 0x0003 share a byte, 0x0203 and 0x02FF the other.
+        (
+            png(
+                3, 1, 16, 0, b"\0" + struct.pack(">3H", 0x0203, 0x0003, 0x02FF), transparent(0x203)
+            ),
+            [255, 0, 2],
+        ),
+        (
+            png(2, 1, 16, 0, b"\0" + struct.pack(">2H", 0x0500, 0x0005), transparent(5)),
+            [5, 255],
+        ),
+        (png(4, 1, 2, 0, b"\0\x1b", transparent(1)), [0, 255, 170, 255]),
+        (png(2, 1, 4, 0, b"\0\x1b", transparent(1)), [255, 187]),
+        (
+            png(
+                2,
+                1,
+                16,
+                2,
+                b"\0" + struct.pack(">6H", *[0x0102] * 3, *[0x0203] * 3),
+                transparent(*[0x0102] * 3),
+            ),
+            [255, 2],
+        ),
+    ],
+    ids=["grey 16 bit", "low byte alone", "grey 2 bit", "grey 4 bit", "rgb 16 bit"],
+)
+def test_the_transparent_colour_is_compared_at_the_depth_of_the_file(
+    data: bytes, expected: list[int]
+) -> None:
+    assert decoded(data) == [[value] * 3 for value in expected]
+
+
+def test_a_transparent_colour_is_found_in_a_turned_image_too() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rows = b"\0" + struct.pack(">2H", 0x0500, 0x0005)
+    data = png(2, 1, 16, 0, rows, transparent(5) + chunk(b"eXIf", exif.tobytes()[6:]))
+    found = np.asarray(decode(data, ""))
+    assert found.shape == (2, 1, 3)
+    assert found[:, 0, 0].tolist() == [5, 255]
+
+
 TURNED = np.arange(6, dtype=np.uint8).reshape(2, 3) * 51  # in every palette
 UPRIGHT = {  # how the stored rows are to be shown, by EXIF orientation (Exif 2.32, 4.6.4)
     1: TURNED,
