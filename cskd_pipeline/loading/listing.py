@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -69,18 +70,33 @@ def list_shards(
     return listing
 
 
-def _pieces(text: str) -> list[str]:
-    """``text`` split at commas outside braces; a path that exists is taken as it is."""
-    if Path(text).exists():
-        return [text]
-    pieces, depth = [""], 0
-    for character in text:
-        depth += (character == "{") - (character == "}")
-        if character == "," and depth == 0:
-            pieces.append("")
-        else:
-            pieces[-1] += character
-    return [piece.strip() for piece in pieces if piece.strip()]
+def _pieces(text: str) -> Iterator[str]:
+    """``text`` split at commas; commas and braces in names that exist are part of them."""
+    while text := os.path.expanduser(text.strip(" ,")):
+        end = _end_of_first(text)
+        yield text[:end].rstrip()
+        text = text[end:]
+
+
+def _end_of_first(text: str) -> int:
+    """Where the first of the listed paths ends: at a comma outside braces, or at the end."""
+    start = len(_existing_folders(text))
+    commas = [place for place in range(start, len(text)) if text[place] == ","]
+    for place in (len(text), *commas):
+        if os.path.exists(text[:place]):
+            return place
+    for place in commas:
+        if text.count("{", start, place) == text.count("}", start, place):
+            return place
+    return len(text)
+
+
+def _existing_folders(text: str) -> str:
+    """The longest beginning of ``text``, up to a slash, that is a folder as it is written."""
+    end, following = 0, text.find("/") + 1
+    while following and os.path.isdir(text[:following]):
+        end, following = following, text.find("/", following) + 1
+    return text[:end]
 
 
 def _resolve(text: str, split: str | None, prefer: Sequence[str]) -> Listing:
@@ -91,7 +107,7 @@ def _resolve(text: str, split: str | None, prefer: Sequence[str]) -> Listing:
             expected=EXPECTED,
             action="download them first; a pipe: would run a program and is never opened",
         )
-    path = Path(text).expanduser()
+    path = Path(text)
     if path.is_dir() and (path / INFO).is_file():
         path = path / INFO
     if path.suffix == ".json":
@@ -101,22 +117,37 @@ def _resolve(text: str, split: str | None, prefer: Sequence[str]) -> Listing:
             "a split is asked for, and only an _info.json has splits", where=text, found=split
         )
     if path.is_dir():
-        found = sorted((p for p in path.glob("*.tar")), key=_natural)
+        found = sorted(map(Path, glob.glob(f"{glob.escape(text)}/*.tar")), key=_natural)
         if not found:
             raise DataError("the folder holds no tars", where=path, expected=EXPECTED)
         return Listing(tuple(found))
-    if path.exists():
-        return Listing((path,))
-    return Listing(tuple(Path(p) for pattern in expand_urls(str(path)) for p in _glob(pattern)))
+    return Listing(tuple(Path(name) for pattern in _expanded(text) for name in _glob(pattern)))
+
+
+def _expanded(text: str) -> list[str]:
+    """What the braces of a path stand for; those in folders that exist are part of their names."""
+    if os.path.exists(text):
+        return [text]
+    folders = _existing_folders(text)
+    try:
+        return [folders + rest for rest in expand_urls(text[len(folders) :])]
+    except ValueError as error:  # braces without their other half
+        raise DataError(
+            "the pattern's braces cannot be expanded",
+            where=text,
+            found=str(error),
+            expected="as in 'train-{0000..0009}.tar' or '{a,b}.tar'",
+        ) from error
 
 
 def _glob(pattern: str) -> list[str]:
-    if not glob.has_magic(pattern):
+    if os.path.exists(pattern) or not glob.has_magic(pattern):
         return [pattern]
-    found = sorted(glob.glob(pattern), key=lambda name: _natural(Path(name)))
-    if not found:
+    folders = _existing_folders(pattern)
+    names = glob.glob(glob.escape(folders) + pattern[len(folders) :])
+    if not names:
         raise DataError("no file matches the pattern", where=pattern, expected=EXPECTED)
-    return found
+    return sorted(names, key=lambda name: _natural(Path(name)))
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

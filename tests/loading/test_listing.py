@@ -59,6 +59,54 @@ def test_a_path_that_exists_is_taken_literally(tmp_path: Path) -> None:
     assert names(str(odd)) == ["a,b{1}.tar"]
 
 
+@pytest.mark.parametrize("name", ["data [v1]", "a,b", "{old}", "x{1..2}[y]*", "half{"])
+def test_a_folder_with_signs_in_its_name_is_meant_literally(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    every = [f"t-{number}.tar" for number in range(3)]
+    for tar in every:
+        (folder / tar).touch()
+    for spec in (folder, f"{folder}/t-*.tar", f"{folder}/t-{{0..2}}.tar"):
+        assert names(spec) == every
+    assert names(f"{folder}/t-[12].tar,{folder}/t-0.tar") == ["t-1.tar", "t-2.tar", "t-0.tar"]
+    braces = f"{tmp_path}/{{{name},other}}/t-{{0,1}}.tar"
+    if name == "data [v1]":
+        (tmp_path / "other").mkdir()
+        for tar in every:
+            (tmp_path / "other" / tar).touch()
+        assert names(braces) == every[:2] * 2
+
+
+@pytest.mark.parametrize("name", ["t-[1].tar", "t,0.tar", "t-{0..1}.tar", "t-{.tar"])
+def test_a_file_with_signs_in_its_name_is_meant_literally(tmp_path: Path, name: str) -> None:
+    for tar in (name, "plain.tar"):
+        (tmp_path / tar).touch()
+    assert names(tmp_path / name) == [name]
+    assert names(f"{tmp_path}/plain.tar, {tmp_path / name}") == ["plain.tar", name]
+    assert names(f"{tmp_path / name},{tmp_path}/plain.tar") == [name, "plain.tar"]
+
+
+@pytest.mark.parametrize("spec", ["t-{0..2.tar", "t-0..2}.tar", "{a,b.tar", "t-{0..1}}.tar"])
+def test_braces_without_their_other_half_are_refused(tmp_path: Path, spec: str) -> None:
+    for number in range(3):
+        (tmp_path / f"t-{number}.tar").touch()
+    with pytest.raises(DataError) as caught:
+        expand_shards(f"{tmp_path}/{spec}")
+    assert spec in str(caught.value)
+
+
+def test_a_list_longer_than_a_path_may_be_is_read(tmp_path: Path) -> None:
+    every = [f"train-{number:04d}.tar" for number in range(300)]
+    for tar in every:
+        (tmp_path / tar).touch()
+    assert names(",".join(str(tmp_path / tar) for tar in every)) == every
+
+
+def test_hidden_files_in_a_folder_are_no_shards(folder: Path) -> None:
+    (folder / "._b-1.tar").write_bytes(b"half of a file, by macOS")
+    assert names(folder) == ["a-0.tar", "b-1.tar", "b-2.tar", "b-10.tar"]
+
+
 def test_an_info_gives_the_split_asked_for(folder: Path) -> None:
     info = write_info(
         folder,
