@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from cskd_pipeline import files
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.loading.index import CLASSES
 from cskd_pipeline.loading.listing import INFO
-from cskd_pipeline.loading.tar_index import MAX_IMAGE_BYTES
+from cskd_pipeline.loading.tar_index import MAX_IMAGE_BYTES, is_left_behind
 from cskd_pipeline.progress import Meter, Progress, silent
 from cskd_pipeline.views.bits import BitStream, derive_seed
 
@@ -48,7 +49,11 @@ class FolderImage:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """A tree with one folder per class, in sorted order; ``skipped`` files are no images."""
+    """A tree with one folder per class, in sorted order.
+
+    ``skipped``: everything else below the root: files that are no images or lie in no class folder,
+    and what systems leave behind. A folder ends with a slash and is one entry.
+    """
 
     images: tuple[FolderImage, ...]
     classes: tuple[str, ...]
@@ -66,17 +71,19 @@ def make_shards(
 ) -> dict[str, Any]:
     """Write ``out/{split}-0000.tar`` …, ``out/_info.json`` and ``out/classes.json``.
 
-    Class folders are numbered in sorted order and searched at any depth; hidden files are passed
-    over; files that are no jpg, png or webp by their ending are left out and counted. Shards hold
-    at most ``shard_size`` samples and differ by at most one. The same tree, seed and size give the
-    same bytes. Everything stands in ``out`` when all is written, or nothing.
+    Class folders are numbered in sorted order and searched at any depth, linked folders too. Files
+    that are no jpg, png or webp by their ending, hidden files and folders, ``__MACOSX`` and
+    ``@eaDir`` are left out and counted. Shards hold at most ``shard_size`` samples and differ by at
+    most one. The same tree, seed and size give the same bytes. Everything stands in ``out`` when
+    all is written, or nothing.
 
     Returns:
         ``out``, ``shards``, ``samples``, ``classes``, ``bytes``, ``skipped`` (a count) and
         ``skipped_examples``.
 
     Raises:
-        DataError: no class folders, a class without images, an empty image, two images of one key.
+        DataError: no class folders, a class without images, images that are empty or cannot be
+            read, two images of one key.
         OutputError: ``out`` holds something already, or no space is left.
     """
     out = Path(out)
@@ -99,7 +106,7 @@ def make_shards(
         "classes": len(tree.classes),
         "bytes": sum(written),
         "skipped": len(tree.skipped),
-        "skipped_examples": list(tree.skipped[:5]),
+        "skipped_examples": list(tree.skipped[:20]),
     }
 
 
@@ -111,42 +118,74 @@ def scan_image_folder(root: Path) -> ImageFolder:
     """
     if not root.is_dir():
         raise DataError("no such folder", where=root, expected="a folder with one folder per class")
-    folders = sorted(entry.name for entry in os.scandir(root) if _is_class(entry))
+    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    folders = [entry.name for entry in entries if _is_class(entry)]
     _refuse_odd_trees(root, folders)
     images: list[FolderImage] = []
-    skipped: list[str] = []
-    empty: list[str] = []
+    skipped = [_listed(root, entry) for entry in entries if not _is_class(entry)]
+    hollow: list[str] = []
     for label, folder in enumerate(folders):
         before = len(images)
-        for name in _files_below(root, folder):
-            if Path(name).suffix.lower() in EXTENSIONS:
-                images.append(FolderImage(root / name, name, label))
-            else:
-                skipped.append(name)
+        for name in _files_below(root, root / folder, (), skipped):
+            images.append(FolderImage(root / name, name, label))
         if len(images) == before:
-            empty.append(f"no jpg, png or webp in {root / folder}")
-    if empty:
+            hollow.append(f"no jpg, png or webp in {root / folder}")
+    if hollow:
         raise DataError(
-            f"{len(empty)} class folders hold no images",
+            f"{len(hollow)} class folders hold no images",
             where=root,
-            problems=empty,
+            problems=hollow,
             action="remove them, or add their images: they would shift the labels",
         )
+    _check_files(images)
     _check_keys(images)
     return ImageFolder(tuple(images), tuple(folders), tuple(skipped))
 
 
 def _is_class(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")
+    return entry.is_dir() and not is_left_behind(entry.name)
 
 
-def _files_below(root: Path, folder: str) -> Iterator[str]:
-    """Paths below ``root`` of all files in ``folder``, sorted, hidden ones left out."""
-    for parent, inner, names in os.walk(root / folder):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield (Path(parent) / name).relative_to(root).as_posix()
+def _listed(root: Path, entry: os.DirEntry[str]) -> str:
+    """An entry as ``skipped`` has it."""
+    return Path(entry.path).relative_to(root).as_posix() + ("/" if entry.is_dir() else "")
+
+
+def _files_below(
+    root: Path, folder: Path, above: tuple[str, ...], skipped: list[str]
+) -> Iterator[str]:
+    """Paths below ``root`` of all images in ``folder``, sorted; the rest goes to ``skipped``.
+
+    Links to folders are followed, but for those that lead back to where they are.
+
+    Args:
+        above: real paths of the folders on the way to ``folder``.
+    """
+    above = (*above, os.path.realpath(folder))
+    inner = []
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError("a folder cannot be read", where=folder, found=error.strerror) from error
+    for entry in entries:
+        if is_left_behind(entry.name):
+            skipped.append(_listed(root, entry))
+        elif entry.is_dir():
+            inner.append(entry)
+        elif Path(entry.name).suffix.lower() in EXTENSIONS:
+            yield _listed(root, entry)
+        else:
+            skipped.append(_listed(root, entry))
+    for entry in inner:
+        if entry.is_symlink() and _leads_back(entry.path, above):
+            skipped.append(_listed(root, entry))
+        else:
+            yield from _files_below(root, Path(entry.path), above, skipped)
+
+
+def _leads_back(link: str, above: Sequence[str]) -> bool:
+    target = os.path.realpath(link)
+    return any(os.path.commonpath([target, folder]) == target for folder in above)
 
 
 def _refuse_odd_trees(root: Path, folders: Sequence[str]) -> None:
@@ -167,6 +206,28 @@ def _refuse_odd_trees(root: Path, folders: Sequence[str]) -> None:
             where=root,
             found=", ".join(splits),
             action=f"pack each on its own: cskd-pipeline make-shards {root / splits[0]} OUT",
+        )
+
+
+def _check_files(images: Sequence[FolderImage]) -> None:
+    """Refuse, all at once, what cannot be read, is empty, or is too large."""
+    problems = []
+    for image in images:
+        try:
+            found = image.path.stat()
+        except OSError as error:
+            problems.append(f"{image.name}: {error.strerror}")
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            problems.append(f"{image.name}: not a file")
+        elif not 0 < found.st_size <= MAX_IMAGE_BYTES:
+            problems.append(f"{image.name}: {found.st_size} bytes")
+    if problems:
+        raise DataError(
+            f"{len(problems)} of {len(images)} images are empty, too large, or cannot be read",
+            expected=f"files of 1 to {MAX_IMAGE_BYTES} bytes",
+            problems=problems,
+            action="replace or remove them",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,10 +73,19 @@ class TarShard:
 
     def part(self, rows: range) -> TarShard:
         """These samples alone, as if the tar held no others."""
-        index = self.index
+        return self._with(self.index.at(slice(rows.start, rows.stop, rows.step)))
+
+    def without(self, rows: Sequence[int]) -> TarShard:
+        """The same as if the tar did not hold samples ``rows``; its manifest's entry goes along."""
+        kept = np.delete(np.arange(len(self.index)), rows)
+        shard = self._with(self.index.at(kept))
+        if self.info:
+            shard.info = ShardInfo.of(self.info.name, shard.keys, self.info.bytes, self.info.sha256)
+        return shard
+
+    def _with(self, index: ShardIndex) -> TarShard:
         shard = TarShard(self.path, num_classes=self.num_classes)
-        at = slice(rows.start, rows.stop, rows.step)
-        shard._index = ShardIndex(index.keys[at], index.offset[at], index.size[at], index.label[at])
+        shard._index = index
         return shard
 
     @property

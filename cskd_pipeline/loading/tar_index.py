@@ -2,7 +2,8 @@
 
 Members belong to samples by webdataset's rule: the key is the path up to the first dot of the
 file's name, the rest is the field. ``n01440764_10026.jpg`` and ``n01440764_10026.cls`` are one
-sample.
+sample. Hidden files (``._x.jpg``, ``.DS_Store``) and folders that systems leave behind
+(``__MACOSX``, ``@eaDir``) hold no samples, wherever in the tar they lie.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ COMPRESSED = {
     b"\xfd7zXZ": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
+LEFT_BEHIND = frozenset({"__MACOSX", "@eaDir"})
+"""Folders that macOS and Synology put beside images: halves of files, and thumbnails."""
 META = re.compile(r"__[^/]*__($|/)")
 END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
 
@@ -64,6 +67,15 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def at(self, rows: slice | np.ndarray) -> ShardIndex:
+        """The entries of some samples."""
+        return ShardIndex(self.keys[rows], self.offset[rows], self.size[rows], self.label[rows])
+
+
+def is_left_behind(name: str) -> bool:
+    """Say that a file or folder name is a system's, not part of a data set."""
+    return name.startswith(".") or name in LEFT_BEHIND
+
 
 def read_index(path: Path) -> ShardIndex:
     """Read the headers and labels of a tar; image bytes are skipped.
@@ -73,10 +85,17 @@ def read_index(path: Path) -> ShardIndex:
     """
     with open_shard(path) as file:
         descriptor = file.fileno()
-        rows = [
-            (key.encode(), *_image(fields, path, key), _label(fields, descriptor, path, key))
-            for key, fields in _samples(_members(file, path), path)
-        ]
+        samples = _samples(_members(file, path), path)
+        rows: list[tuple[bytes, int, int, int]] = []
+        for key, fields in samples:
+            try:
+                place = _image(fields, path, key)
+                rows.append((key.encode(), *place, _label(fields, descriptor, path, key)))
+            except ShardError:
+                others = {key.decode() for key, *_ in rows} | {other for other, _ in samples}
+                if _is_part(fields) and key in others:
+                    raise _apart(key, fields, path) from None
+                raise
     if not rows:
         raise ShardError("the tar holds no samples", where=path, expected="image and label files")
     keys, offsets, sizes, labels = zip(*rows, strict=True)
@@ -207,9 +226,13 @@ def _samples(
     """Key and fields of each run of members with one key, as webdataset groups them."""
     current, fields = "", dict[str, Place]()
     for name, place in members:
+        *folders, file = name.split("/")
+        if is_left_behind(file) or not LEFT_BEHIND.isdisjoint(folders):
+            continue
         key, field = base_plus_ext(name)
         if key is None or META.match(name):  # webdataset skips these too
             continue
+        _check_name(name, place, path)
         if key != current:
             if fields:
                 yield current, fields
@@ -224,6 +247,33 @@ def _samples(
         yield current, fields
 
 
+def _check_name(name: str, place: Place, path: Path) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ShardError(
+            "a file in the tar has a name that is not UTF-8",
+            where=f"{path}: the file whose content begins at byte {place[0]}",
+            found=name.encode(errors="surrogateescape").decode(errors="backslashreplace"),
+            expected="UTF-8, as keys are compared as text",
+            action="rename the file, and write the tar again",
+        ) from error
+
+
+def _is_part(fields: dict[str, Place]) -> bool:
+    return not (any(f in fields for f in IMAGE_FIELDS) and any(f in fields for f in LABEL_FIELDS))
+
+
+def _apart(key: str, fields: dict[str, Place], path: Path) -> ShardError:
+    return ShardError(
+        "the files of a sample do not stand together in the tar",
+        where=f"{path}: {key}",
+        found=f"{', '.join(fields)} alone, and more files of that key elsewhere",
+        expected="all files of a sample in a row, as webdataset reads them",
+        action="write the tar again in the order of names: tar --sort=name -cf NEW.tar FOLDER",
+    )
+
+
 def _image(fields: dict[str, Place], path: Path, key: str) -> Place:
     _check_key(key, path)
     found = [field for field in IMAGE_FIELDS if field in fields]
@@ -235,12 +285,12 @@ def _image(fields: dict[str, Place], path: Path, key: str) -> Place:
             expected="one of " + ", ".join(IMAGE_FIELDS),
         )
     offset, size = fields[found[0]]
-    if not 0 < size <= MAX_IMAGE_BYTES:
+    if size > MAX_IMAGE_BYTES:
         raise ShardError(
-            "an image is empty or too large to be one",
+            "an image is too large to be one",
             where=f"{path}: {key}.{found[0]}",
             found=f"{size} bytes",
-            expected=f"1 to {MAX_IMAGE_BYTES} bytes",
+            expected=f"at most {MAX_IMAGE_BYTES} bytes",
         )
     return offset, size
 
@@ -284,11 +334,7 @@ def _parse_json(text: bytes) -> int | None:
 
 
 def _check_key(key: str, path: Path) -> None:
-    try:
-        fits = len(key.encode()) <= MAX_KEY_BYTES and "\0" not in key
-    except UnicodeEncodeError:
-        fits = False
-    if not fits:
+    if len(key.encode()) > MAX_KEY_BYTES or "\0" in key:
         raise ShardError(
             "a sample's key is not usable",
             where=f"{path}: {key[:80]!r}",
@@ -301,7 +347,8 @@ def _refuse_duplicates(keys: tuple[bytes, ...], path: Path) -> None:
         return
     twice = Counter(keys).most_common(1)[0][0]
     raise ShardError(
-        "two samples have the same key, or the files of one sample are not next to each other",
+        "two samples have the same key",
         where=f"{path}: {twice.decode()}",
-        action="write the shard again with each sample's files in a row",
+        expected="keys that are unique in the data set",
+        action="write the shard again with other keys",
     )

@@ -81,21 +81,71 @@ def test_keys_are_those_of_the_published_shards(name: str, key: str) -> None:
     assert FolderImage(Path(name), name, 0).key == key
 
 
-def test_hidden_files_are_passed_over_and_others_counted(
+def test_what_is_not_packed_is_counted_and_named(tmp_path: Path, image_folder: Path) -> None:
+    copy = shutil.copytree(image_folder, tmp_path / "tree")
+    for name in (
+        *(".cache/1.jpg", "@eaDir/1.jpg", "__MACOSX/1.jpg", "cat/.thumbs/1.jpg"),
+        *("cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "cat/.DS_Store", "cat/._1.jpg"),
+        *("notes.txt", "loose.jpg", "cat/readme.txt", "dog/clip.gif"),
+    ):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(b"x")
+    summary = make_shards(copy, tmp_path / "out")
+    assert summary["samples"] == 23
+    assert summary["classes"] == len(CLASSES)
+    left_out = [
+        *(".cache/", "@eaDir/", "__MACOSX/", "loose.jpg", "notes.txt"),
+        *("cat/.DS_Store", "cat/._1.jpg", "cat/.thumbs/", "cat/@eaDir/", "cat/readme.txt"),
+        "dog/clip.gif",
+    ]
+    assert summary["skipped_examples"] == left_out
+    assert summary["skipped"] == len(left_out)
+
+
+def test_images_behind_linked_folders_are_packed(tmp_path: Path, image_folder: Path) -> None:
+    copy = shutil.copytree(image_folder, tmp_path / "tree")
+    shutil.move(copy / "cat", tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/deep").mkdir()
+    shutil.copy(next((copy / "dog").iterdir()), tmp_path / "elsewhere/deep/1.jpg")
+    (copy / "cat").mkdir()
+    (copy / "cat/disk2").symlink_to(tmp_path / "elsewhere")
+    summary = make_shards(copy, tmp_path / "out")
+    assert (summary["samples"], summary["skipped"]) == (24, 0)
+    names = [image.name for image in scan_image_folder(copy).images]
+    assert "cat/disk2/deep/1.jpg" in names
+
+
+def test_a_linked_folder_that_leads_back_is_followed_once_and_named(
     tmp_path: Path, image_folder: Path
 ) -> None:
     copy = shutil.copytree(image_folder, tmp_path / "tree")
-    (copy / ".cache").mkdir()
-    (copy / "notes.txt").touch()
-    (copy / "cat/.DS_Store").touch()
-    (copy / "cat/.thumbs").mkdir()
-    (copy / "cat/.thumbs/1.jpg").touch()
-    (copy / "cat/readme.txt").touch()
-    (copy / "dog/clip.gif").touch()
-    summary = make_shards(copy, tmp_path / "out")
-    assert summary["samples"] == 23
-    assert summary["skipped"] == 2
-    assert summary["skipped_examples"] == ["cat/readme.txt", "dog/clip.gif"]
+    (copy / "cat/all").symlink_to(copy)  # to a folder that it lies in
+    (copy / "dog/self").symlink_to(".")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "back").symlink_to(copy / "fox")  # by way of a folder elsewhere
+    (copy / "fox/other").symlink_to(other)
+    tree = scan_image_folder(copy)
+    assert len(tree.images) == 23
+    assert set(tree.skipped) == {"cat/all/", "dog/self/", "fox/other/back/"}
+
+
+def test_a_folder_that_cannot_be_read_is_refused(
+    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(image_folder, tmp_path / "tree")
+    (copy / "cat/closed").mkdir()
+    scandir = os.scandir
+
+    def closed(path: Any) -> Any:  # root may read everything, so permissions are no test
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(make.os, "scandir", closed)
+    with pytest.raises(DataError, match="a folder cannot be read") as caught:
+        scan_image_folder(copy)
+    assert caught.value.where == copy / "cat/closed"
 
 
 def test_a_folder_of_splits_is_told_apart_from_classes(image_folder: Path, tmp_path: Path) -> None:
@@ -153,21 +203,23 @@ def test_names_that_are_not_utf8_are_refused(tmp_path: Path, image_folder: Path)
     assert caught.value.problems == [r"'cat/\udcff.jpg' is not UTF-8"]
 
 
-def test_an_image_that_cannot_be_read_is_named(tmp_path: Path, image_folder: Path) -> None:
+def test_images_that_are_empty_or_cannot_be_read_are_all_named(
+    tmp_path: Path, image_folder: Path
+) -> None:
     copy = shutil.copytree(image_folder, tmp_path / "tree")
     (copy / "cat/gone.jpg").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="an image cannot be read") as caught:
-        make_shards(copy, tmp_path / "out")
-    assert caught.value.where == copy / "cat/gone.jpg"
-
-
-def test_an_empty_image_is_refused_and_nothing_stays(tmp_path: Path, image_folder: Path) -> None:
-    copy = shutil.copytree(image_folder, tmp_path / "tree")
     (copy / "cat/empty.jpg").touch()
-    with pytest.raises(DataError, match="empty or too large") as caught:
+    (copy / "dog/empty.png").touch()
+    os.mkfifo(copy / "dog/pipe.jpg")
+    with pytest.raises(DataError, match="4 of 27 images are empty") as caught:
         make_shards(copy, tmp_path / "out")
-    assert caught.value.where == copy / "cat/empty.jpg"
-    assert not any((tmp_path / "out").iterdir())
+    assert caught.value.problems == [
+        "cat/empty.jpg: 0 bytes",
+        "cat/gone.jpg: No such file or directory",
+        "dog/empty.png: 0 bytes",
+        "dog/pipe.jpg: not a file",
+    ]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_holds_something_is_not_touched(tmp_path: Path, image_folder: Path) -> None:

@@ -208,7 +208,6 @@ BAD_SAMPLES = {
         *(("b.jpg", IMAGE), ("b.cls", b"1")),
         *(("a.jpg", IMAGE), ("a.cls", b"1")),
     ],
-    "an image is empty": [("a.jpg", b""), ("a.cls", b"1")],
     "a sample's key is not usable": [("k" * 2000 + ".jpg", IMAGE), ("k" * 2000 + ".cls", b"1")],
 }
 
@@ -219,9 +218,57 @@ def test_a_bad_sample_is_refused(tmp_path: Path, problem: str) -> None:
     assert problem in refused(path)
 
 
-def test_files_of_one_sample_that_are_apart_are_refused(tmp_path: Path) -> None:
-    apart = [("a.jpg", IMAGE), ("b.jpg", IMAGE), ("a.cls", b"1"), ("b.cls", b"1")]
-    assert "a sample has no label" in refused(write_tar(tmp_path / "apart.tar", apart))
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.jpg", "b.jpg", "a.cls", "b.cls"],  # all images, then all labels
+        ["a.cls", "b.cls", "a.jpg", "b.jpg"],
+        ["a.jpg", "a.cls", "b.jpg", "b.cls", "a.json"],  # a whole sample, and a file of it later
+    ],
+)
+def test_files_of_one_sample_that_are_apart_are_refused_and_called_that(
+    tmp_path: Path, names: list[str]
+) -> None:
+    apart = [(name, IMAGE if name.endswith("jpg") else b"1") for name in names]
+    message = refused(write_tar(tmp_path / "apart.tar", apart))
+    assert "the files of a sample do not stand together" in message
+    assert "tar --sort=name" in message
+    assert "apart.tar: a" in message
+
+
+def test_what_systems_leave_behind_is_no_sample_wherever_it_lies(tmp_path: Path) -> None:
+    members = [
+        ("a/x.jpg", IMAGE),
+        ("a/._x.jpg", b"half of a file"),
+        ("a/x.cls", b"1"),
+        ("a/._x.cls", b"half of a file"),
+        ("a/.DS_Store", b""),
+        ("__MACOSX/a/._x.jpg", b"half of a file"),
+        ("a/__MACOSX/x.jpg", b"half of a file"),
+        ("a/@eaDir/x.jpg/SYNOPHOTO_THUMB_M.jpg", b"a thumbnail"),
+        ("./._y.jpg", b"half of a file"),
+        ("./y.jpg", IMAGE),
+        ("./y.cls", b"2"),
+    ]
+    shard = TarShard(write_tar(tmp_path / "mac.tar", members))
+    assert shard.keys == ["a/x", "./y"]
+    assert shard.index.label.tolist() == [1, 2]
+    assert list(shard.read_images([0, 1])) == [IMAGE, IMAGE]
+
+
+def test_a_name_that_is_not_utf8_is_refused_and_spelled_out(tmp_path: Path) -> None:
+    path = tmp_path / "latin.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name, data in (("a.jpg", IMAGE), ("a.cls", b"1"), ("caf\u00e9.jpg", IMAGE)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    message = refused(path)
+    assert "not UTF-8" in message
+    assert r"caf\xe9.jpg" in message
+    with tarfile.open(path, encoding="latin-1") as tar:
+        last = tar.getmembers()[-1]
+    assert f"byte {last.offset_data}" in message
 
 
 @pytest.mark.parametrize(
