@@ -35,7 +35,7 @@ from cskd_pipeline.interrupt import stop_requests
 from cskd_pipeline.loading.batches import Batch
 from cskd_pipeline.loading.device import assemble, normalise
 from cskd_pipeline.loading.full_batches import Views, full_batches
-from cskd_pipeline.loading.index import Dataset, describe, load_dataset
+from cskd_pipeline.loading.index import Dataset, describe, load_dataset, refuse_repeated_keys
 from cskd_pipeline.loading.shards import TarShard
 from cskd_pipeline.loading.unit_views import unit_batches
 from cskd_pipeline.machine import pick_device, use_threads, worker_count
@@ -87,6 +87,7 @@ def dump_teacher(
         dataset, teacher = open_stage_one(recipe, terminal, ranks)
         units: list[Unit] = []
         if ranks.first:
+            refuse_repeated_keys(dataset)
             described = describe(dataset, progress=terminal.progress)
             manifest = cache_manifest(recipe, described, teacher, view_range)
             writer = CacheWriter.create(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 
+import numpy as np
+
 from cskd_pipeline import documents
-from cskd_pipeline.errors import DataError, ShardError
+from cskd_pipeline.errors import DataError, ImageError, ShardError
 from cskd_pipeline.loading.listing import INFO, Spec, list_shards
 from cskd_pipeline.loading.shards import TarShard
 from cskd_pipeline.manifest import DatasetManifest, ShardInfo
@@ -61,6 +62,32 @@ class Dataset:
         shards = tuple(shard.with_classes(num_classes) for shard in self.shards)
         return replace(self, shards=shards, num_classes=classes)
 
+    def without(self, offsets: Mapping[int, Sequence[int]]) -> Dataset:
+        """The same as if the tars did not hold these samples, given as shard -> offsets.
+
+        Raises:
+            DataError: a tar would have none left.
+        """
+        empty = [s for s, left_out in offsets.items() if len(left_out) == self.counts[s]]
+        if empty:
+            raise DataError(
+                f"{len(empty)} shards would be left with no sample",
+                where=self.name,
+                problems=[f"every image is corrupt: {self.shards[s].path}" for s in empty],
+                action="name the other shards only",
+            )
+        shards, manifest = list(self.shards), self.manifest
+        infos = list(manifest.shards) if manifest else []
+        for number, rows in offsets.items():
+            shards[number] = shards[number].without(rows)
+            if manifest:
+                info = infos[number]
+                keys = shards[number].keys
+                infos[number] = ShardInfo.of(info.name, keys, info.bytes, info.sha256)
+        if manifest:
+            manifest = replace(manifest, shards=tuple(infos))
+        return replace(self, shards=tuple(shards), manifest=manifest)
+
 
 def sample(dataset: Dataset, samples: int, parts: int = 4) -> Dataset:
     """About ``samples`` samples of ``dataset``: neighbours from ``parts`` places spread over it.
@@ -90,6 +117,7 @@ def load_dataset(
     split: str | None = None,
     prefer: Sequence[str] = ("train",),
     num_classes: int | None = None,
+    empty: str = "error",
     progress: Progress = silent,
 ) -> Dataset:
     """Open shards, or a ``manifest.json`` beside them.
@@ -100,10 +128,13 @@ def load_dataset(
     Args:
         spec, split, prefer: see :func:`cskd_pipeline.loading.listing.expand_shards`.
         num_classes: None or 0: the manifest's, or as many as there are class names.
+        empty: images of 0 bytes, where the headers are read: ``error``, or ``pass``: for callers
+            that look for all images that cannot be decoded
+            (:mod:`cskd_pipeline.loading.corrupt`).
 
     Raises:
         DataError: shards that are missing, damaged or not those of the manifest; class counts that
-            contradict each other.
+            contradict each other; images of 0 bytes, all at once.
         ManifestError: a manifest that does not fit its schema.
     """
     listing = list_shards(spec, split=split, prefer=prefer)
@@ -127,6 +158,8 @@ def load_dataset(
                 _ = shard.index
                 meter.advance()
         _check_counts(shards, listing.counts)
+        if empty == "error":
+            _refuse_empty_images(shards)
     name = manifest.name if manifest else name_of(listing.paths)
     return Dataset(name, shards, classes, names, manifest)
 
@@ -137,14 +170,28 @@ def index_shards(
     name: str | None = None,
     num_classes: int | None = None,
     split: str | None = None,
+    check: Callable[[Dataset], None] | None = None,
     progress: Progress = silent,
 ) -> DatasetManifest:
     """Read every byte of the shards once, and describe them.
 
+    Args:
+        check: looks at every image, empty ones too, before the shards are hashed.
+
     Raises:
-        DataError: as :func:`load_dataset`; also if nothing tells the number of classes.
+        DataError: as :func:`load_dataset`, and what ``check`` raises; a key that is there twice;
+            nothing tells the number of classes.
     """
-    dataset = load_dataset(spec, split=split, num_classes=num_classes, progress=progress)
+    dataset = load_dataset(
+        spec,
+        split=split,
+        num_classes=num_classes,
+        empty="pass" if check else "error",
+        progress=progress,
+    )
+    refuse_repeated_keys(dataset)
+    if check:
+        check(dataset)
     if name:
         dataset = replace(dataset, name=name)
     return describe(dataset, progress=progress)
@@ -154,7 +201,7 @@ def describe(dataset: Dataset, *, progress: Progress = silent) -> DatasetManifes
     """The manifest of ``dataset``: the one it was opened by, or made by reading every byte.
 
     Raises:
-        DataError: nothing tells the number of classes; two tars hold the same keys.
+        DataError: nothing tells the number of classes.
     """
     if dataset.manifest is not None:
         return dataset.manifest
@@ -165,7 +212,6 @@ def describe(dataset: Dataset, *, progress: Progress = silent) -> DatasetManifes
             expected=f"a list of names in {CLASSES} beside the shards, or a number",
             action="pass --num-classes N",
         )
-    _refuse_equal_shards(dataset)
     names = _relative_names([shard.path for shard in dataset.shards])
     infos = []
     with progress(sum(map(_size, dataset.shards)), "bytes", "hashing shards") as meter:
@@ -256,14 +302,55 @@ def _relative_names(paths: Sequence[Path]) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in absolute]
 
 
-def _refuse_equal_shards(dataset: Dataset) -> None:
-    twice = [key for key, count in Counter(dataset.shard_ids).items() if count > 1]
-    if twice:
-        same = [s.path.name for s in dataset.shards if s.keys_sha256 == twice[0]]
+def _refuse_empty_images(shards: Sequence[TarShard]) -> None:
+    empty = [
+        shard.where(row)
+        for shard in shards
+        for row in np.flatnonzero(shard.index.size == 0).tolist()
+    ]
+    if empty:
+        raise ImageError(
+            "an image has 0 bytes" if len(empty) == 1 else f"{len(empty)} images have 0 bytes",
+            expected="whole JPEG, PNG or WebP files",
+            action="make the shards again with the whole files, or dump and train without these: "
+            "--set data.corrupt=skip",
+            problems=empty,
+        )
+
+
+def refuse_repeated_keys(dataset: Dataset) -> None:
+    """Refuse a data set in which a key is there twice: the cache joins by keys.
+
+    Reads the headers of all tars.
+
+    Raises:
+        DataError: which keys, and in which tars.
+    """
+    counts = [len(shard.index) for shard in dataset.shards]
+    hashes = np.concatenate(
+        [np.fromiter(map(hash, s.index.keys.tolist()), np.int64, len(s)) for s in dataset.shards]
+    )
+    order = np.argsort(hashes, kind="stable")
+    again = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
+    suspects = np.flatnonzero(np.isin(hashes, hashes[again]))
+    ends = np.cumsum(counts)
+    seen: dict[bytes, Path] = {}
+    problems = []
+    for number in suspects.tolist():
+        shard = int(np.searchsorted(ends, number, side="right"))
+        tar = dataset.shards[shard]
+        key = tar.index.keys[number - int(ends[shard]) + counts[shard]]
+        first = seen.setdefault(key, tar.path)
+        if first is not tar.path:
+            problems.append(f"{key.decode()}: in {first} and {tar.path}")
+    if problems:
         raise DataError(
-            "two shards hold samples with the same keys",
+            "a key is there twice"
+            if len(problems) == 1
+            else f"{len(problems)} keys are there twice",
             where=dataset.name,
-            found=" and ".join(same[:2]),
             expected="keys that are unique in the data set, as the cache joins by them",
-            action="write the shards again with other keys; cskd-pipeline make-shards does",
+            action="leave one of the shards out, or write them with other keys, as "
+            "cskd-pipeline make-shards does",
+            problems=problems,
         )

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cskd_pipeline.errors import DataError, ShardError
+from cskd_pipeline.errors import DataError, ImageError, ShardError
+from cskd_pipeline.loading import index as index_module
 from cskd_pipeline.loading import shards as shards_module
 from cskd_pipeline.loading.index import (
     Dataset,
@@ -20,10 +21,12 @@ from cskd_pipeline.loading.index import (
     index_shards,
     load_dataset,
     name_of,
+    refuse_repeated_keys,
 )
+from cskd_pipeline.loading.shards import TarShard
 from cskd_pipeline.manifest import DatasetManifest
 from tests.conftest import COUNTS
-from tests.pictures import CLASSES, samples, write_shard, write_shards
+from tests.pictures import CLASSES, Sample, sample, samples, write_shard, write_shards
 
 
 class Heard:
@@ -147,12 +150,77 @@ def test_class_names_are_found_beside_the_shards(tmp_path: Path) -> None:
             find_class_names(tmp_path)
 
 
-def test_shards_with_the_same_keys_cannot_make_a_data_set(tmp_path: Path) -> None:
-    write_shard(tmp_path / "a.tar", samples(0, 3))
-    write_shard(tmp_path / "b.tar", samples(0, 3))
-    with pytest.raises(DataError, match="same keys") as caught:
-        describe(load_dataset(tmp_path, num_classes=5))
-    assert caught.value.found == "a.tar and b.tar"
+def test_a_key_that_is_in_two_shards_is_refused_with_both(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", samples(0, 5))
+    write_shard(tmp_path / "b.tar", samples(5, 4))
+    write_shard(tmp_path / "c.tar", samples(8, 3))  # one of b's
+    write_shard(tmp_path / "d.tar", samples(4, 1))  # one of a's
+    with pytest.raises(DataError, match="2 keys are there twice") as caught:
+        index_shards(tmp_path, num_classes=5)
+    keys = [sample(number)[0] for number in (8, 4)]
+    pairs = [("b.tar", "c.tar"), ("a.tar", "d.tar")]
+    assert caught.value.problems == [
+        f"{key}: in {tmp_path / first} and {tmp_path / second}"
+        for key, (first, second) in zip(keys, pairs, strict=True)
+    ]
+
+
+def test_keys_are_compared_though_their_hashes_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(tmp_path, (3, 4))
+    monkeypatch.setattr(index_module, "hash", lambda key: len(key), raising=False)
+    refuse_repeated_keys(load_dataset(tmp_path))
+
+
+def test_images_of_no_bytes_are_all_named(tmp_path: Path) -> None:
+    paths = write_shards(tmp_path, (4, 6))
+    for path, spoiled in zip(paths, ((1,), (0, 5)), strict=True):
+        write_shard(path, [hollow(s) if i in spoiled else s for i, s in enumerate(named(path))])
+    with pytest.raises(ImageError, match="3 images have 0 bytes") as caught:
+        load_dataset(tmp_path)
+    assert caught.value.problems == [
+        f"{paths[shard]}: {sample(number)[0]}" for shard, number in ((0, 1), (1, 4), (1, 9))
+    ]
+    assert "data.corrupt=skip" in str(caught.value)
+    assert load_dataset(tmp_path, empty="pass").counts == (4, 6)
+
+
+def named(path: Path) -> list[Sample]:
+    """The samples of one of :func:`write_shards`' tars."""
+    keys = TarShard(path).keys
+    first = int(keys[0].rpartition("_")[2])
+    return samples(first, len(keys))
+
+
+def hollow(content: Sample) -> Sample:
+    key, fields = content
+    return key, {n: data if n in ("cls", "json") else b"" for n, data in fields.items()}
+
+
+def test_a_data_set_without_samples_is_one_whose_tars_do_not_hold_them(tmp_path: Path) -> None:
+    every = samples(0, 7)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "fewer").mkdir()
+    for name, rows in (("a.tar", range(4)), ("b.tar", range(4, 7))):
+        write_shard(tmp_path / "whole" / name, [every[i] for i in rows])
+        write_shard(tmp_path / "fewer" / name, [every[i] for i in rows if i not in (1, 3)])
+    fewer = load_dataset(tmp_path / "fewer", num_classes=5)
+    index_shards(tmp_path / "whole", num_classes=5).save(tmp_path / "whole/manifest.json")
+    for whole in (tmp_path / "whole", tmp_path / "whole/manifest.json"):
+        found = load_dataset(whole, num_classes=5).without({0: [3, 1]})
+        assert found.counts == fewer.counts == (2, 3)
+        assert found.shard_ids == fewer.shard_ids
+        assert describe(found).shard_ids == fewer.shard_ids
+        assert describe(found).counts == (2, 3)
+        for mine, theirs in zip(found.shards, fewer.shards, strict=True):
+            assert mine.keys == theirs.keys
+            assert mine.index.label.tolist() == theirs.index.label.tolist()
+            rows = range(len(mine))
+            assert list(mine.read_images(rows)) == list(theirs.read_images(rows))
+    with pytest.raises(DataError, match="no sample") as caught:
+        found.without({1: [0, 1, 2]})
+    assert "b.tar" in caught.value.problems[0]
 
 
 @pytest.mark.parametrize(
