@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ def dump_teacher(
 
     Raises:
         CskdError: data, teacher or cache cannot be used, or do not belong together.
-        KeyboardInterrupt: stopped by a signal, between units.
+        KeyboardInterrupt, Requeue: stopped by a signal, between units.
     """
     _require_within(view_range, recipe.cache.views)
     with joined(PATIENCE) as ranks:
@@ -249,7 +250,8 @@ def write_units(
         How many views were written.
 
     Raises:
-        KeyboardInterrupt: stopped by a signal, between units.
+        KeyboardInterrupt, Requeue: stopped by a signal. Ctrl-C waits for the unit in hand, which
+            may take long; a scheduler does not, and gets what is computed already written.
     """
     loader = watched(
         unit_batches(
@@ -263,10 +265,11 @@ def write_units(
         )
     )
     pieces = (Views.of(batch, recipe.views, teacher.device) for batch in loader)
-    answers = _answers(full_batches(pieces, recipe.dump.batch_size), teacher, recipe)
     written = 0
     # One unit is written while the next is computed; two would only hold memory.
     with stop_requests() as stop, ThreadPoolExecutor(1) as pool:
+        answers = _answers(full_batches(pieces, recipe.dump.batch_size), teacher, recipe)
+        answers = takewhile(lambda _: not stop.requeue, answers)
         pending: Future[bool] | None = None
         for unit, data in _units(units, answers, dataset, teacher, recipe, advance):
             if pending is not None:
@@ -317,7 +320,10 @@ def _units(
         left = len(unit.views) * len(shard)
         while left:
             if not len(index):
-                index, arrays = next(answers)
+                answered = next(answers, None)
+                if answered is None:  # stopped: the unit is made anew another time
+                    return
+                index, arrays = answered
                 advance(len(index))
             now = index[:left]
             assert (now[:, 1] == unit.shard).all(), (unit, now)

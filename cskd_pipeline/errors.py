@@ -18,7 +18,8 @@ CskdError                exit code 1 unless said otherwise
 |-- RankError            a job of several processes that have lost each other
 |-- OutputError          a folder that holds something else, a full disk
 |-- MissingPackageError  an optional package that this command needs
-`-- Interrupted          Ctrl-C or SIGTERM, told at the end (exit code 130)
+|-- Interrupted          Ctrl-C, told at the end (exit code 130)
+`-- Preempted            SIGTERM, SIGHUP or SIGUSR1: work is kept, to be requeued (exit code 75)
 """
 
 from __future__ import annotations
@@ -176,6 +177,15 @@ class MissingPackageError(CskdError):
 
 
 class Interrupted(CskdError):
-    """Ctrl-C or SIGTERM; ``action`` says how to go on."""
+    """Ctrl-C; ``action`` says how to go on."""
 
     exit_code = 130
+
+
+class Preempted(CskdError):
+    """SIGTERM, SIGHUP or SIGUSR1, as schedulers send them; ``action`` says how to go on.
+
+    The exit code is ``EX_TEMPFAIL`` of sysexits(3): the same command, queued again, goes on.
+    """
+
+    exit_code = 75

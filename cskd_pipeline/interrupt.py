@@ -1,49 +1,104 @@
-"""Stopping where the work can be taken up again."""
+"""Stopping where the work can be taken up again.
+
+Ctrl-C (SIGINT) is a person's, and ends a command with ``KeyboardInterrupt``. SIGTERM, SIGHUP and
+SIGUSR1 are a scheduler's or a closing terminal's: the command saves as well, and ends with
+:class:`Requeue`, so that its exit code says that the same command may be queued again.
+"""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+REQUEUE = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""The second is a closed terminal's, the third Slurm's before a time limit, where asked for."""
+STOPPING = (signal.SIGINT, *REQUEUE)
+
+
+class Requeue(BaseException):
+    """The counterpart of ``KeyboardInterrupt`` for the signals in ``REQUEUE``; names them."""
+
+    def __init__(self, signals: Iterable[int]) -> None:
+        super().__init__(", ".join(signal.Signals(number).name for number in sorted(signals)))
 
 
 class Stop:
-    """Whether somebody asked the process to stop; asked again in the same way, it stops at once.
+    """Which signals asked the process to stop.
 
-    torchrun sends SIGTERM to processes that had a terminal's Ctrl-C already: one request, not two.
+    A second SIGINT stops it at once. Others may come several times: ``timeout`` sends SIGTERM
+    twice, torchrun after a terminal's Ctrl-C.
     """
 
     def __init__(self) -> None:
-        self._signals: set[int] = set()
+        self.signals: set[int] = set()
 
     @property
     def asked(self) -> bool:
-        return bool(self._signals)
+        return bool(self.signals)
+
+    @property
+    def requeue(self) -> bool:
+        """A scheduler asked, which gives little time; a person's Ctrl-C outweighs it."""
+        return self.asked and signal.SIGINT not in self.signals
+
+    def add(self, signals: Iterable[int]) -> None:
+        """Other processes of the job got these."""
+        self.signals.update(signals)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if signum in self._signals:
+        if signum == signal.SIGINT and signum in self.signals:
             raise KeyboardInterrupt
-        self._signals.add(signum)
+        self.signals.add(signum)
 
 
 @contextmanager
 def stop_requests() -> Iterator[Stop]:
-    """Collect SIGINT and SIGTERM instead of dying of them, for work that commits in small steps.
+    """Collect the signals in ``STOPPING`` instead of dying of them, for work in small steps.
 
     The loop inside asks ``stop.asked`` wherever it could stop without loss, saves, and raises
-    ``KeyboardInterrupt`` itself. Outside the main thread, where Python delivers no signals, nothing
-    is collected and ``asked`` stays False.
+    ``KeyboardInterrupt``, which leaves the block as :class:`Requeue` if a scheduler asked. Outside
+    the main thread, where Python delivers no signals, ``asked`` stays False.
     """
     stop = Stop()
-    previous: dict[signal.Signals, object] = {}
+    with _handled(STOPPING, stop._ask):
+        try:
+            yield stop
+        except KeyboardInterrupt:
+            if stop.requeue:
+                raise Requeue(stop.signals) from None
+            raise
+
+
+@contextmanager
+def requeue_requests() -> Iterator[None]:
+    """Raise :class:`Requeue` at the first signal in ``REQUEUE``; later ones change nothing."""
+    asked = False
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if not asked:
+            asked = True
+            raise Requeue({signum})
+
+    with _handled(REQUEUE, ask):
+        yield
+
+
+@contextmanager
+def _handled(numbers: Iterable[signal.Signals], handler: Callable[..., Any]) -> Iterator[None]:
+    """Handle signals, but for schedulers' that were ignored before, as ``nohup`` ignores SIGHUP."""
+    previous: dict[signal.Signals, Any] = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, stop._ask)
+        for number in numbers:
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, handler)
     except ValueError:  # not the main thread
         previous.clear()
     try:
-        yield stop
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal() gave us
+        for number, before in previous.items():
+            signal.signal(number, before)

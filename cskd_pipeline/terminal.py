@@ -7,14 +7,16 @@ spelled out and rich markup is never interpreted.
 
 from __future__ import annotations
 
+import errno
 import io
 import json as json_module
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -139,7 +141,7 @@ class Terminal:
         self.quiet = quiet
         self.json = json
         self._out = Console(file=out or sys.stdout)
-        self._err = Console(file=err or sys.stderr)
+        self._err = Console(file=cast(TextIO, _Lasting(err or sys.stderr)))
         self._clock = clock
         self._bars: Progress | None = None
 
@@ -319,6 +321,36 @@ def format_value(value: Any) -> str:
 
 def _is_numeric(values: Iterable[object]) -> bool:
     return all(value is None or isinstance(value, int | float) for value in values)
+
+
+class _Lasting:
+    """A text stream that takes no harm when its terminal is closed: it then speaks to nobody."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._unless_closed():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._unless_closed():
+            self._stream.flush()
+
+    @contextmanager
+    def _unless_closed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # what is buffered goes there too
+            os.close(nowhere)
 
 
 def _print(console: Console, text: str, style: str = "") -> None:

@@ -48,7 +48,7 @@ def train(recipe: TrainRecipe, terminal: Terminal, *, resume: bool = False) -> d
 
     Raises:
         CskdError: data, cache and student do not fit, or the output folder is not this run's.
-        KeyboardInterrupt: stopped by a signal, after the state was written.
+        KeyboardInterrupt, Requeue: stopped by a signal, after the state was written.
     """
     with joined() as ranks:
         return _train(recipe, terminal if ranks.first else Terminal.silent(), ranks, resume)
@@ -160,15 +160,24 @@ def _epoch(run: Run, batches: Iterator[Batch], log: RunLog, terminal: Terminal, 
     log.epoch(run.update, row)
     _save(run, state_file)
     terminal.line(f"{_epoch_line(row, run.recipe.schedule.epochs)}  limit: {meter.limit}")
-    if run.ranks.any(stop.asked) and run.update < run.updates:
+    if _asked(run, stop) and run.update < run.updates:
         raise KeyboardInterrupt
 
 
 def _stopping(run: Run, stop: Stop) -> bool:
     """Whether to stop here; ranks ask each other now and then, so that all stop at one update."""
-    if not run.ranks.many:
-        return stop.asked
-    return run.update % ASK_EVERY == 0 and run.ranks.any(stop.asked)
+    if run.ranks.many and run.update % ASK_EVERY:
+        return False
+    return _asked(run, stop)
+
+
+def _asked(run: Run, stop: Stop) -> bool:
+    """Whether some rank got a signal; then all know which."""
+    if not run.ranks.any(stop.asked):
+        return False
+    for signals in run.ranks.gather(sorted(stop.signals)):
+        stop.add(signals)
+    return True
 
 
 def _save(run: Run, path: Path) -> None:

@@ -40,6 +40,10 @@ class Process:
         os.kill(self.pid, signal.SIGKILL)  # it waits for wait(), so the number is not another's
         return self.wait()
 
+    def send(self, number: signal.Signals) -> None:
+        """A signal, unless it has ended by itself."""
+        os.kill(self.pid, number)
+
     def wait(self) -> Ended:
         found = self._server.ask(wait=self.pid)
         output = self._log.read_text(encoding="utf-8", errors="replace")

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import shlex
-import signal
 import sys
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import typer
 
 from cskd_pipeline.cli.options import Outcome
 from cskd_pipeline.cli.root import PROGRAM, parse_and_run
-from cskd_pipeline.errors import CskdError, Interrupted, OutputError, UsageError
+from cskd_pipeline.errors import CskdError, Interrupted, OutputError, Preempted, UsageError
 from cskd_pipeline.files import FULL
+from cskd_pipeline.interrupt import Requeue, requeue_requests
 from cskd_pipeline.terminal import Terminal
 
 # The parser's own error, which typer does not export: click's, or typer's copy of it.
@@ -60,32 +59,16 @@ def _run(arguments: list[str], terminal: Terminal) -> Outcome | int:
     # With --json, what libraries print must not reach the one object on stdout.
     away = contextlib.redirect_stdout(sys.stderr) if terminal.json else contextlib.nullcontext()
     try:
-        with _sigterm_interrupts(), away:
+        with requeue_requests(), away:
             return parse_and_run(arguments)
+    except Requeue as error:
+        raise Preempted(f"stopped by {error}", action=_how_to_go_on(arguments)) from error
     except KeyboardInterrupt as error:
         raise Interrupted("interrupted", action=_how_to_go_on(arguments)) from error
     except _ParserError as error:
         context = getattr(error, "ctx", None)
         path = PROGRAM if context is None else context.command_path
         raise UsageError(error.format_message(), action=f"see {path} --help") from error
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM, which schedulers send, stop a command as Ctrl-C does."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        previous = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _how_to_go_on(arguments: list[str]) -> str:

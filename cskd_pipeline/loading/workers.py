@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from cskd_pipeline.errors import CskdError, DataError
+from cskd_pipeline.interrupt import STOPPING
 
 Item = TypeVar("Item")
 
@@ -128,14 +129,14 @@ def _unchanged(item: Item) -> Item:
 
 @contextmanager
 def _interrupts_held(start_method: str) -> Iterator[None]:
-    """Processes started inside begin with Ctrl-C and SIGTERM held back.
+    """Processes started inside begin with the signals that stop a command held back.
 
     A terminal, Slurm and timeout send them to every process of a group; only the parent acts on
     them, and ends the others.
     """
     if start_method != "fork":
         resource_tracker.ensure_running()  # its start would let go of what is held
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
     finally:
@@ -143,7 +144,9 @@ def _interrupts_held(start_method: str) -> Iterator[None]:
 
 
 def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for start methods that reset what is held
+    for number in STOPPING:  # also for start methods that reset what is held
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
     os.setpgid(0, 0)  # SIGTERM is seen only if it is the parent's own, who ends a process by it
     if hasattr(signal, "sigtimedwait"):
         signal.sigtimedwait({signal.SIGTERM}, 0)  # one that came before that

@@ -49,7 +49,7 @@ def run_study(
 
     Raises:
         CskdError: a recipe, the data or a command's refusal; ``out`` holds something else.
-        KeyboardInterrupt: stopped; the same call goes on.
+        KeyboardInterrupt, Requeue: stopped; the same call goes on.
     """
     started = time.perf_counter()
     gpu = pick_device(device or "auto").type == "cuda"

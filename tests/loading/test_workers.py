@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from cskd_pipeline import interrupt
 from cskd_pipeline.errors import DataError, ImageError
 from cskd_pipeline.loading.workers import Loader
 
@@ -122,7 +123,7 @@ if __name__ == "__main__":
 """
 FINISHING = f"""{SLOW}
 for number in Loader(Slow(), range(60), workers=2):
-    for stop in (signal.SIGINT, signal.SIGTERM):
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(stop, lambda *_: os.write(1, b"asked to stop\\n") and None)
     print(number, flush=True)
 """
@@ -178,13 +179,14 @@ def test_ctrl_c_ends_all_processes_without_a_word_from_them(tmp_path: Path, prog
     assert errors == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", interrupt.STOPPING)
 def test_a_parent_that_goes_on_after_a_signal_to_all_keeps_its_processes(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     """Stage two finishes its update and saves before it stops; it needs its loader for that.
 
-    Terminals send SIGINT to every process of a group, Slurm and timeout SIGTERM.
+    Terminals send SIGINT and SIGHUP to every process of a group, Slurm and timeout SIGTERM, and
+    Slurm SIGUSR1 where asked to.
     """
     with started(FINISHING, tmp_path) as process:
         os.killpg(process.pid, number)

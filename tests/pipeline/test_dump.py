@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,11 @@ from torch import Tensor
 
 from cskd_pipeline import dump
 from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.teacher import Answer, Teacher
 from cskd_pipeline.dump import dump_teacher
+from cskd_pipeline.errors import OutputError
+from cskd_pipeline.interrupt import Requeue
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 
@@ -60,6 +64,59 @@ def test_a_dump_asked_to_stop_keeps_its_units_and_says_how_to_go_on(
         assert b"cskd-pipeline dump-teacher" in errors
         assert done.sum() < done.size
     assert b"Traceback" not in errors
+
+
+def send_at(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, number: signal.Signals
+) -> list[int]:
+    """Get a signal at the n-th call of a function, which the list counts."""
+    real, calls = getattr(owner, name), [0]
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, watched)
+    return calls
+
+
+def test_what_is_computed_when_a_dump_is_stopped_is_written(
+    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first unit while the second is computed, the second before the command ends."""
+    send_at(monkeypatch, dump, "_unit_data", 2, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"), world.quiet())
+    assert CacheReader(tmp_path / "cache").done().sum() == 2
+
+
+def test_a_unit_that_cannot_be_written_as_a_dump_stops_is_an_error(
+    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send_at(monkeypatch, dump, "_unit_data", 1, signal.SIGTERM)
+
+    def full(*args: object) -> bool:
+        raise OutputError("no space left")
+
+    monkeypatch.setattr(CacheWriter, "write_unit", full)
+    with pytest.raises(OutputError):
+        dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"), world.quiet())
+
+
+def test_a_schedulers_signal_does_not_wait_for_the_unit_in_hand(
+    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Units of 35 samples in two views are 5 batches of 16 or less: the 7th is in the second."""
+    batches = send_at(monkeypatch, Teacher, "_answer", 7, signal.SIGTERM)
+    with pytest.raises(Requeue, match="SIGTERM"):
+        dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"), world.quiet())
+    assert batches == [7]
+    assert CacheReader(tmp_path / "cache").done().sum() == 1
+    monkeypatch.undo()
+    dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"), world.quiet())
+    assert data_files(tmp_path / "cache") == data_files(small.cache)
 
 
 def test_extending_a_finished_cache_equals_dumping_all_views_at_once(

@@ -26,6 +26,7 @@ import typer.main
 from cskd_pipeline import __version__
 from cskd_pipeline.cli import app, main
 from cskd_pipeline.errors import CacheError, DataError
+from cskd_pipeline.interrupt import REQUEUE
 from cskd_pipeline.recipe import DumpRecipe, TrainRecipe
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -470,8 +471,18 @@ sys.exit(main(["cache", "info", "c", "--json"]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_real_process_with_130(number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "kind", "problem"),
+    [
+        (signal.SIGINT, 130, "Interrupted", "interrupted"),
+        (signal.SIGTERM, 75, "Preempted", "stopped by SIGTERM"),
+        (signal.SIGHUP, 75, "Preempted", "stopped by SIGHUP"),
+        (signal.SIGUSR1, 75, "Preempted", "stopped by SIGUSR1"),
+    ],
+)
+def test_a_signal_ends_a_real_process_with_a_code_of_its_own(
+    number: signal.Signals, code: int, kind: str, problem: str
+) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", WAITS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -479,21 +490,31 @@ def test_a_signal_ends_a_real_process_with_130(number: signal.Signals) -> None:
     assert process.stderr.readline() == "ready\n"
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert json.loads(out)["error"]["kind"] == "Interrupted"
-    assert (
-        err
-        == "error: interrupted\n  to do:    start again with: cskd-pipeline cache info c --json\n"
-    )
+    assert process.returncode == code
+    assert json.loads(out)["error"]["kind"] == kind
+    action = "start again with: cskd-pipeline cache info c --json"
+    assert err == f"error: {problem}\n  to do:    {action}\n"
 
 
-def test_sigterm_is_as_it_was_after_a_command(replace: Replace) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", REQUEUE)
+def test_signals_are_as_they_were_after_a_command(replace: Replace, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
     during: list[Any] = []
-    replace("cache.info.describe", lambda *_: during.append(signal.getsignal(signal.SIGTERM)))
+    replace("cache.info.describe", lambda *_: during.append(signal.getsignal(number)))
     assert run("cache", "info", "c", "--json") == 0
     assert during != [before]
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+
+
+def test_a_command_under_nohup_does_not_notice_that_its_terminal_is_closed(
+    replace: Replace,
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    replace("cache.info.describe", lambda *_: os.kill(os.getpid(), signal.SIGHUP) or {})
+    try:
+        assert run("cache", "info", "c", "--json") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("error", [EOFError("Ran out of input"), BrokenPipeError(32, "a worker")])

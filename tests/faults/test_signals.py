@@ -1,0 +1,71 @@
+"""A scheduler's signals at random moments: work is kept, and the exit code says to queue again."""
+
+from __future__ import annotations
+
+import os
+import pty
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cskd_pipeline.checkpoint import load_state
+from tests.faults.commands import Stages, Whole, left_by
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        ("dump", signal.SIGTERM),
+        ("convert", signal.SIGHUP),
+        ("merge", signal.SIGUSR1),
+        ("train", signal.SIGUSR1),
+    ],
+)
+def test_a_command_stopped_by_a_scheduler_goes_on_when_queued_again(
+    kind: str,
+    number: signal.Signals,
+    stages: Stages,
+    whole: Callable[[str], Whole],
+    tmp_path: Path,
+) -> None:
+    command, out = getattr(stages, kind), tmp_path / "out"
+    expected, _, seconds = whole(kind)
+    moments = random.Random(f"{kind} {number}")
+    for _ in range(2):
+        process = stages.server.start(*command(out), log=stages.log)
+        while not out.exists():  # its signals are handled from before that on
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, seconds / 3))
+        process.send(number)
+        ended = process.wait()
+        assert ended.code in (0, 75), ended.output
+        if ended.code == 75:
+            assert f"error: stopped by {number.name}\n" in ended.output
+            assert "go on with" in ended.output
+        assert "Traceback" not in ended.output
+    ended = stages.server.run(*command(out), log=stages.log)
+    assert ended.code == 0, ended.output
+    assert left_by(kind, out) == expected
+
+
+def test_a_run_whose_terminal_is_closed_saves_and_ends(stages: Stages, tmp_path: Path) -> None:
+    """The kernel sends SIGHUP, and nothing can be written to the terminal any more."""
+    out = tmp_path / "run"
+    words = [str(word) for word in stages.train(out) if word != "--quiet"]
+    words[words.index("--epochs") + 1] = "5000"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "cskd_pipeline", *words])
+    while not (out / "state.pt").exists():
+        os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    before = load_state(out / "state.pt")["update"]
+    assert before > 0
+    assert not list(out.glob(".*.partial"))
