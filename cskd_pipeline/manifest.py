@@ -22,7 +22,7 @@ from cskd_pipeline import documents, files
 from cskd_pipeline.errors import CskdError, ManifestError
 from cskd_pipeline.views.policy import ViewPolicy
 
-FORMAT_VERSION = 1
+DATASET_FORMAT, CACHE_FORMAT = 1, 2  # versions of the two documents
 MAX_UNITS = 10_000_000  # blocks of views times tar shards; ImageNet's paper recipe has 30,720
 
 # Versions that decide pixels or answers: a cache made half by one and half by another says so.
@@ -109,7 +109,7 @@ class DatasetManifest:
     def to_json(self) -> dict[str, Any]:
         return {
             "format": "cskd-dataset",
-            "format_version": FORMAT_VERSION,
+            "format_version": DATASET_FORMAT,
             "name": self.name,
             "num_classes": self.num_classes,
             "class_names": None if self.class_names is None else list(self.class_names),
@@ -200,7 +200,7 @@ class CacheManifest:
             teacher[name] = list(teacher[name])
         return {
             "format": "cskd-cache",
-            "format_version": FORMAT_VERSION,
+            "format_version": CACHE_FORMAT,
             "dataset": self.dataset.to_json(),
             "teacher": teacher,
             "policy": self.policy.to_json(),
@@ -216,9 +216,14 @@ class CacheManifest:
             **({} if self.parent is None else {"parent": dict(self.parent)}),
         }
 
-    def as_parent(self) -> dict[str, Any]:
-        """What a cache converted from this one says of it."""
+    def as_parent(self, digest: str | None) -> dict[str, Any]:
+        """Return what a cache converted from this one records of it.
+
+        Args:
+            digest: of this cache's contents; None if it is not finished.
+        """
         return {
+            "digest": digest,
             "manifest_sha256": self.digest(),
             "created": self.created,
             "encodings": list(self.encodings),
@@ -254,11 +259,12 @@ class CacheManifest:
         return documents.sha256(self.to_json())
 
     def lineage(self) -> str:
-        """SHA-256 (hex) of what stays the same while a cache grows: its finished files are too."""
-        document = self.to_json()
-        for name in ("views", "other_versions", "license", "notes"):
-            document.pop(name, None)
-        return documents.sha256(document)
+        """Return the SHA-256 (hex) of what decides the bytes of a unit's files.
+
+        That is the data set's contents and classes, teacher, policy, root seed, view block and
+        encodings; not names, provenance, versions, or the number of views, which grows.
+        """
+        return documents.sha256(self._deciding("view_block"))
 
     def differences(self, other: CacheManifest) -> list[str]:
         """What forbids writing ``other``'s units into this cache, one line each; empty if nothing.
@@ -270,19 +276,20 @@ class CacheManifest:
 
     def conflicts(self, other: CacheManifest) -> list[tuple[str, Any, Any]]:
         """The same as :meth:`differences`: the path of a value, its value here, and there."""
-        free = (
-            *("views", "view_block", "versions", "other_versions"),
-            *("license", "notes", "created", "parent"),
-        )
-        mine, theirs = self.to_json(), other.to_json()
+        mine, theirs = self._deciding(), other._deciding()
         for document in (mine, theirs):
-            for name in free:
-                document.pop(name, None)
-            del document["teacher"]["source"], document["teacher"]["top1"]
-            del document["dataset"]["name"], document["dataset"]["class_names"]
-            for shard in document["dataset"]["shards"]:
-                del shard["name"]
+            del document["dataset"]["class_names"]
         return list(_differences(mine, theirs, ""))
+
+    def _deciding(self, *also: str) -> dict[str, Any]:
+        """Return the document without what leaves a unit's values as they are."""
+        document = self.to_json()
+        deciding = ("format_version", "dataset", "teacher", "policy", "root_seed", "encodings")
+        document = {name: document[name] for name in (*deciding, *also)}
+        del document["teacher"]["source"], document["teacher"]["top1"], document["dataset"]["name"]
+        for shard in document["dataset"]["shards"]:
+            del shard["name"]
+        return document
 
     def version_differences(self, versions: Mapping[str, str]) -> list[str]:
         """Lines ``name: recorded, present`` for the versions that decide pixels or answers."""

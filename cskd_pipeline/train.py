@@ -97,6 +97,7 @@ def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) 
         "out": str(out),
         "student": recipe.student.name,
         "method": recipe.distill.method,
+        "cache_digest": data.cache_digest,
         "init": run.init,
         "epochs": recipe.schedule.epochs,
         "updates": run.updates,

@@ -89,7 +89,7 @@ def test_every_problem_is_reported_at_once() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        ("format_version", 2, "$.format_version: found 2, expected 1"),
+        ("format_version", 3, "$.format_version: found 3, expected 2"),
         ("format", "zip", '$.format: found "zip", expected "cskd-cache"'),
         ("views", 5, "$.views: found 5, expected a multiple of view_block = 2"),
         ("teacher.num_classes", 9, "$.teacher.num_classes: found 9"),

@@ -2,7 +2,7 @@
 
 The same batches are made with the join (seeds, digests and answers from the cache, images compared
 with it) and without any cache, in turn, in this process: on one core. :func:`simulate` opens caches
-of ImageNet's shape, which have their documents and marks of finished units, and nothing else.
+of ImageNet's shape, which have their documents and a file for each unit's record, and nothing else.
 """
 
 from __future__ import annotations
@@ -153,9 +153,11 @@ def _write_hollow(path: Path, shards: int, views: int) -> None:
     manifest = _manifest(shards, views)
     documents = {layout.GROUP: layout.manifest_document(manifest)}
     documents |= layout.array_documents(manifest)
-    done = layout.stored_arrays(manifest)["done"]
-    mark = encode_file(done, np.ones((1, 1), np.uint8))
-    documents |= {done.key(*unit): mark for unit in np.ndindex(manifest.blocks, shards)}
+    array = layout.stored_arrays(manifest)[layout.RECORD]
+    size = array.file_shape[1]
+    mark = encode_file(array, np.ones((1, size), np.uint8))
+    units = np.ndindex(manifest.blocks, shards)
+    documents |= {array.key(block, shard * size): mark for block, shard in units}
     for key, content in documents.items():
         file = path / key
         file.parent.mkdir(parents=True, exist_ok=True)

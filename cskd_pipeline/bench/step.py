@@ -218,6 +218,7 @@ def synthetic_data(
         eval_batch_size=size,
         ranks=ALONE,
         joined=None,
+        cache_digest=None,
     )
 
 

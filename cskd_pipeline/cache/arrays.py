@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -97,38 +97,29 @@ class StoredArray:
             "storage_transformers": [],
         }
 
-    def problems(self, document: Any) -> list[str]:
-        """How a ``zarr.json`` differs from :meth:`document` in what decides values; lines.
+    def grown(self, document: Any) -> StoredArray:
+        """Return the array with the views that a ``zarr.json`` says, if these are more.
 
-        Free are the zstd level, attributes, and more views than the manifest counts (an extension
-        that is under way, or was cut off).
+        That is an extension under way, or one that was cut off: the manifest counts.
         """
+        shape = document.get("shape") if isinstance(document, dict) else None
+        if self.axes[0] not in ("view", "block") or not isinstance(shape, list) or not shape:
+            return self
+        first = shape[0]
+        if not isinstance(first, int) or first <= self.shape[0]:
+            return self
+        return replace(self, shape=(first, *self.shape[1:]))
+
+    def problems(self, document: Any) -> list[str]:
+        """Return where a ``zarr.json`` differs from :meth:`document`, a line for each field."""
         if not isinstance(document, dict):
             return ["found no JSON object"]
-        expected, found = self.document(), json.loads(json.dumps(document))
-        shape = found.get("shape")
-        if isinstance(shape, list) and shape and isinstance(shape[0], int):
-            grows = self.axes[0] in ("view", "block")
-            if grows and shape[0] >= self.shape[0]:
-                shape[0] = self.shape[0]
-        for part in (expected, found):
-            part.pop("attributes", None)
-            _drop_level(part.get("codecs"))
-        found.setdefault("storage_transformers", [])
+        expected = self.document()
         return [
-            f"{name}: found {_shown(found.get(name))}, expected {_shown(value)}"
-            for name, value in expected.items()
-            if found.get(name) != value
+            f"{name}: found {_shown(document.get(name))}, expected {_shown(expected.get(name))}"
+            for name in dict.fromkeys((*expected, *document))
+            if document.get(name) != expected.get(name)
         ]
-
-
-def _drop_level(codecs: Any) -> None:
-    for codec in codecs if isinstance(codecs, list) else ():
-        configuration = codec.get("configuration") if isinstance(codec, dict) else None
-        if isinstance(configuration, dict):
-            if codec.get("name") == "zstd":
-                configuration.pop("level", None)
-            _drop_level(configuration.get("codecs"))
 
 
 def _shown(value: Any) -> str:

@@ -62,7 +62,7 @@ def write_card(
             action="move it away, or name another file: --out FILE",
         )
     files.write_text(path, card(info, location or cache.resolve().name))
-    return {"card": str(path), "manifest_sha256": info["manifest_sha256"]}
+    return {"card": str(path), "digest": info["digest"]}
 
 
 def _is_card(path: Path) -> bool:
@@ -88,7 +88,8 @@ def card(info: Info, location: str) -> str:
         "## Use",
         _commands(info, location),
         "`cache verify` makes a sample of the views again from your images and compares them bit "
-        "by bit. The images may lie in other tar shards, and in another order.",
+        "by bit. The images may lie in other tar shards, and in another order. What follows "
+        "`@sha256:` names the contents of the whole cache: any other is refused.",
         "## What it is",
         table(
             ("", ""),
@@ -101,6 +102,7 @@ def card(info: Info, location: str) -> str:
                 ("complete", told["complete"]),
                 ("made", told["made"]),
                 ("teacher's weights, SHA-256", teacher["weights_sha256"]),
+                ("contents", told["digest"]),
                 ("manifest, SHA-256", info["manifest_sha256"]),
                 ("license", told["license"]),
             ],
@@ -157,6 +159,8 @@ def _commands(info: Info, location: str) -> str:
     place = _fenced(shlex.quote(printable(location)))
     soft = " --set distill.global_kind=soft --set distill.spatial_kind=soft"
     kinds = "" if "hard" in info["losses"]["cskd"] else soft
+    if info["digest"] is not None:
+        place += f"@sha256:{info['digest']}"
     return (
         "```\n"
         f"cskd-pipeline cache verify {place} --depth structure --shards 'YOUR/train-*.tar'\n"

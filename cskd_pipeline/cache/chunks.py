@@ -8,6 +8,7 @@ is missing it gives fill values.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import stat
@@ -76,6 +77,15 @@ class Folder:
             return _pread(descriptor, start if start >= 0 else size + start, length)
         finally:
             os.close(descriptor)
+
+    def sha256(self, key: str) -> bytes:
+        """Return the SHA-256 of the whole file."""
+        descriptor, _ = self._open(key)
+        with open(descriptor, "rb", buffering=0) as file:
+            try:
+                return hashlib.file_digest(file, "sha256").digest()
+            except OSError as error:
+                raise DamageError(f"the file cannot be read: {error.strerror}") from error
 
     def length(self, key: str) -> int:
         """Of the file, in bytes."""
@@ -153,15 +163,6 @@ class ChunkReader:
             DamageError: the file is missing, or a checksum or a length does not fit.
         """
         key = array.key(*at)
-        try:
-            return self._read(array, key, at)
-        except DamageError:
-            if not self._folder.forget(key):
-                raise
-            self._indices.drop(key)
-            return self._read(array, key, at)
-
-    def _read(self, array: StoredArray, key: str, at: tuple[int, ...]) -> np.ndarray | None:
         if array.chunk_shape is None:
             data = self._folder.read(key, limit=_most_bytes(array, array.file_shape))
             return _decode(array, data, array.file_shape)
@@ -177,6 +178,10 @@ class ChunkReader:
         if start >= 2**63:  # where no file reaches, and no system call
             raise DamageError(f"a chunk at byte {start}")
         return _decode(array, self._folder.read_part(key, start, length), array.chunk_shape)
+
+    def forget(self, key: str) -> None:
+        """Let go of what is known of a file that is to be read anew."""
+        self._indices.drop(key)
 
     def _index(self, array: StoredArray, key: str) -> np.ndarray:
         """(*chunks_per_file, 2) uint64: start and length of each chunk in the file."""

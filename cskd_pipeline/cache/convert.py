@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cskd_pipeline.cache.buffer import UnitBuffer
+from cskd_pipeline.cache.digests import split_pin
 from cskd_pipeline.cache.encodings import ENCODINGS, Rows
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.layout import choose_view_block
@@ -60,7 +61,7 @@ def convert(
         KeyboardInterrupt: stopped between units.
     """
     reader = CacheReader(source, progress=progress)
-    if Path(source).resolve() == Path(target).resolve():
+    if Path(split_pin(source)[0]).resolve() == Path(target).resolve():
         raise UsageError(
             "a cache cannot be converted into itself",
             where=target,
@@ -69,7 +70,8 @@ def convert(
     first, last = _shard_range(reader, shards)
     wanted = tuple(encodings) or reader.manifest.encodings
     _require_sources(reader, wanted)
-    made = _converted(reader, wanted, _view_count(reader, views), first, last)
+    parent = reader.manifest.as_parent(reader.digest(progress))
+    made = _converted(reader, wanted, _view_count(reader, views), (first, last), parent)
     writer = CacheWriter.create(target, made, accept_versions=True)
     if made.views > writer.manifest.views:
         writer.extend(made.views)
@@ -95,11 +97,15 @@ def convert(
 
 
 def _converted(
-    reader: CacheReader, encodings: tuple[str, ...], views: int, first: int, last: int
+    reader: CacheReader,
+    encodings: tuple[str, ...],
+    views: int,
+    shards: tuple[int, int],
+    parent: dict[str, Any],
 ) -> CacheManifest:
     """The new cache's manifest."""
     old = reader.manifest
-    dataset = replace(old.dataset, shards=old.dataset.shards[first:last])
+    dataset = replace(old.dataset, shards=old.dataset.shards[slice(*shards)])
     block = old.view_block
     if views % block:
         block = choose_view_block(views, max(dataset.counts), encodings, reader.shape)
@@ -110,7 +116,7 @@ def _converted(
         view_block=block,
         encodings=encodings,
         created=utc_now(),
-        parent=old.as_parent(),
+        parent=parent,
     )
 
 

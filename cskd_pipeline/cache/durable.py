@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,10 +15,14 @@ from cskd_pipeline.errors import OutputError
 
 
 class DurableFolder:
-    """Files below ``root``, by key. After :meth:`flush`, what was written survives a power cut."""
+    """Files below ``root``, by key. After :meth:`flush`, what was written survives a power cut.
+
+    ``digests`` has the SHA-256 of every file written, by key.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.digests: dict[str, bytes] = {}
         self._touched: set[Path] = set()
 
     def write(self, key: str, data: bytes) -> None:
@@ -27,10 +32,17 @@ class DurableFolder:
             OutputError: no space left, no permission, or a link that leads out of the folder.
         """
         self._put(key, lambda partial: partial.write_bytes(data))
+        self.digests[key] = hashlib.sha256(data).digest()
 
     def copy(self, source: Path, key: str) -> None:
         """The same with the bytes of the file ``source``, whatever their length."""
-        self._put(key, lambda partial: shutil.copyfile(source, partial))
+
+        def write(partial: Path) -> None:
+            shutil.copyfile(source, partial)
+            with open(partial, "rb") as file:
+                self.digests[key] = hashlib.file_digest(file, "sha256").digest()
+
+        self._put(key, write)
 
     def _put(self, key: str, write: Callable[[Path], object]) -> None:
         path = inside(self.root, key)

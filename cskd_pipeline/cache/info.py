@@ -22,6 +22,7 @@ def describe(path: Path | str, progress: Progress = silent) -> dict[str, Any]:
     Sizes are file lengths in bytes, counted over all files, those of unfinished units too, and None
     where they are not listed; ``bytes_per_view`` is per view of one sample, over finished units.
     ``teacher_top1`` is the share of views whose label the teacher had on top, in percent.
+    ``digest`` is the SHA-256 that names a finished cache's contents, else None.
     ``epochs``: how long a training run sees no view twice, which is as many epochs as there are
     views, whatever its repeats.
 
@@ -32,6 +33,7 @@ def describe(path: Path | str, progress: Progress = silent) -> dict[str, Any]:
     manifest, done = reader.manifest, reader.done()
     sizes = _bytes_by_array(reader)
     views_done = int(done.sum(axis=0) @ list(reader.counts)) * manifest.view_block
+    digest = reader.digest(progress)
     correct, counted = reader.top1(progress)
 
     def per_view(names: list[str]) -> float | None:
@@ -53,6 +55,7 @@ def describe(path: Path | str, progress: Progress = silent) -> dict[str, Any]:
     document = manifest.to_json()
     return {
         "path": str(reader.path),
+        "digest": digest,
         "manifest_sha256": manifest.digest(),
         "parent": document.get("parent"),
         "format_version": document["format_version"],
@@ -78,7 +81,7 @@ def describe(path: Path | str, progress: Progress = silent) -> dict[str, Any]:
         "bytes": None if sizes is None else sum(sizes.values()),
         "bytes_by_array": sizes,
         "bytes_per_view": {
-            "seeds_and_digests": per_view(["seed", "view_digest", "top1", "done"]),
+            "seeds_and_digests": per_view(["seed", "view_digest", "top1", layout.RECORD]),
             **{name: encoding["bytes_per_view"] for name, encoding in encodings.items()},
         },
         "encodings": encodings,
@@ -89,18 +92,24 @@ def describe(path: Path | str, progress: Progress = silent) -> dict[str, Any]:
         "license": manifest.license,
         "notes": manifest.notes,
         "created": manifest.created,
-        "cite": cite(manifest),
+        "cite": cite(manifest, digest),
     }
 
 
-def cite(manifest: CacheManifest) -> dict[str, str]:
-    """How to cite the cache (text and BibTeX), named by its manifest's digest, and the method."""
-    data, teacher, digest = manifest.dataset, manifest.teacher, manifest.digest()
+def cite(manifest: CacheManifest, digest: str | None) -> dict[str, str]:
+    """How to cite the cache (text and BibTeX) and the method.
+
+    Args:
+        digest: of its contents; the manifest's names a cache that is not finished.
+    """
+    data, teacher = manifest.dataset, manifest.teacher
     title = (
         f"Teacher cache of {teacher.name} on {data.name}: {manifest.views} views, policy "
         f"{manifest.policy.version}"
     )
-    identity = f"manifest sha256 {digest}"
+    of = "manifest sha256 " if digest is None else "sha256:"
+    digest = digest or manifest.digest()
+    identity = f"{of}{digest}"
     year = manifest.created[:4]
     return {
         "cache": f"{title}. {year}. {identity}.",

@@ -8,6 +8,7 @@ each unit. ``manifests/cache-format.md`` is the specification.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from cskd_pipeline import documents
 from cskd_pipeline.cache.arrays import StoredArray
+from cskd_pipeline.cache.digests import SIZE
 from cskd_pipeline.cache.encodings import ENCODINGS, AnswerShape, ArraySpec, Encoding
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.manifest import CacheManifest
@@ -22,6 +24,8 @@ from cskd_pipeline.manifest import CacheManifest
 GROUP = "zarr.json"
 ATTRIBUTE = "cskd"
 PER_SHARD = ("key", "label", "image_crc32")
+RECORD = "digest"
+"""The array whose files, one for each unit, are written last: a unit without one does not exist."""
 MAX_VIEW_BLOCK = 10
 MAX_UNIT_BYTES = 2**30
 MAX_CHUNK_BYTES = 2**28
@@ -100,9 +104,16 @@ def stored_arrays(manifest: CacheManifest) -> dict[str, StoredArray]:
             "top1", "uint32", ("view", "shard", "correct_and_counted"), (views, shards, 2),
             (block, 1, 2), fill=0,
         ),
-        StoredArray("done", "uint8", ("block", "shard"), (views // block, shards), (1, 1), fill=0),
     ]  # fmt: skip
     arrays += [_stored(spec, manifest, longest) for spec in specs(manifest).values()]
+    files = sum(files_in_unit(array, block) for array in arrays)
+    record = (2 + files) * SIZE
+    arrays.append(
+        StoredArray(
+            RECORD, "uint8", ("block", "byte"), (views // block, shards * record), (1, record),
+            fill=0,
+        )
+    )  # fmt: skip
     for array in arrays:
         if array.most_bytes > MAX_CHUNK_BYTES:
             raise CacheError(
@@ -133,6 +144,11 @@ def _stored(spec: ArraySpec, manifest: CacheManifest, longest: int) -> StoredArr
         order=spec.order,
         level=spec.level,
     )
+
+
+def files_in_unit(array: StoredArray, view_block: int) -> int:
+    """Return how many files of an array belong to one unit, its tar shard's own ones included."""
+    return 1 if array.name in PER_SHARD else view_block // array.file_shape[0]
 
 
 def round_up(length: int, step: int) -> int:
@@ -196,6 +212,7 @@ def parse_manifest(data: bytes, where: object) -> CacheManifest:
     problems = group_problems(document)
     attributes = document.get("attributes") if isinstance(document, dict) else None
     content = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
+    _refuse_version_1(content, where)
     if not isinstance(content, dict) or "manifest" not in content or problems:
         raise CacheError(
             "not a teacher cache",
@@ -212,7 +229,39 @@ def parse_manifest(data: bytes, where: object) -> CacheManifest:
             expected=f"sha256 {content.get('sha256')}",
             action="copy the file again from where the cache came from",
         )
+    written = manifest_document(manifest)
+    if data != written:
+        raise CacheError(
+            "the manifest is not what was written",
+            where=where,
+            found=difference(data, written),
+            action="copy the file again from where the cache came from",
+        )
     return manifest
+
+
+def difference(found: bytes, expected: bytes) -> str:
+    """Return where two documents part, for a message."""
+    pairs = zip(found, expected, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(expected)))
+    here, there = (bytes(text[at : at + 20]) for text in (found, expected))
+    return f"other bytes from {at} on: {here!r} instead of {there!r}"
+
+
+def _refuse_version_1(content: Any, where: object) -> None:
+    """Raises: CacheError, the command that makes version 2 of it."""
+    manifest = content.get("manifest") if isinstance(content, dict) else None
+    if isinstance(manifest, dict) and manifest.get("format_version") == 1:
+        folder = str(where).removesuffix(GROUP).rstrip("/")
+        remote = "://" in folder
+        raise CacheError(
+            "a cache of format version 1, which has no digests of its files",
+            where=where,
+            found="format_version 1",
+            expected="format_version 2",
+            action=f"{'copy it to this machine, then ' if remote else ''}cskd-pipeline cache "
+            f"upgrade {'FOLDER' if remote else shlex.quote(folder)}",
+        )
 
 
 def key_matrix(keys: Sequence[str], array: StoredArray) -> np.ndarray:

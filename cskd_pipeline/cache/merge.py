@@ -2,13 +2,13 @@
 
 A unit that several have must be equal in all of them: their files' bytes, or, where another zstd
 wrote them, every value. A unit is decoded once, which looks at every checksum, and its files are
-copied as they are; ``done`` comes last. What an earlier merge left is compared, not copied again.
+copied as they are; its record comes last. What an earlier merge left is compared, not copied again.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from cskd_pipeline import files
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.convert import unit_data
+from cskd_pipeline.cache.digests import split_pin
 from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.parts import Part, unite
@@ -56,7 +57,8 @@ def merge(
         KeyboardInterrupt: stopped between units.
     """
     for source in sources:
-        require_local(source, "merge copies files of folders", "copy this cache here first")
+        location, _ = split_pin(source)
+        require_local(location, "merge copies files of folders", "copy this cache here first")
     _require_apart(sources, target)
     whole, parts = unite([CacheReader(source, memory=0) for source in sources])
     _require_accepted(whole, parts, accept_versions)
@@ -104,7 +106,7 @@ def _merge_unit(
 
 def _require_apart(sources: Iterable[Path | str], target: Path | str) -> None:
     for source in sources:
-        if Path(source).resolve() == Path(target).resolve():
+        if Path(split_pin(source)[0]).resolve() == Path(target).resolve():
             raise UsageError(
                 "a cache cannot be merged into itself",
                 where=target,
@@ -148,9 +150,7 @@ def _compare_shard(caches: Sequence[Part], shard: int) -> None:
     begun = [cache for cache in caches if cache.has_any(shard)]
     for other in begun[1:]:
         for name in ("label", "image_crc32"):
-            values = (
-                cache.store.shard_chunk(name, cache.shards[shard]) for cache in (begun[0], other)
-            )
+            values = (cache.shard_values(name, shard) for cache in (begun[0], other))
             _require_equal(begun[0], other, name, None, shard, *values)
 
 
@@ -225,17 +225,18 @@ def _take(writer: CacheWriter, result: Part, part: Part, unit: Unit) -> bool:
     if part.geometry != result.geometry:  # its longest tar shard is another: so are its files
         return writer.write_unit(unit, unit_data(part.reader, writer, unit, own))
     _decode(part, unit)
+    digests = part.digests(unit.block, unit.shard)
     with writer.committing(unit) as folder:
         if folder is None:
             return False
-        _copy_shard(folder, result, part, unit.shard)
+        _copy_shard(folder, result, part, unit.shard, digests)
         pairs = zip(
             result.keys_of_files(unit.views, unit.shard),
             part.keys_of_files(unit.views, unit.shard),
             strict=True,
         )
         for key, source in pairs:
-            _copy(folder, key, part.path / source)
+            _copy(folder, key, part, source, digests)
     return True
 
 
@@ -248,19 +249,31 @@ def _decode(part: Part, unit: Unit) -> None:
         pass
 
 
-def _copy_shard(folder: DurableFolder, result: Part, part: Part, shard: int) -> None:
+def _copy_shard(
+    folder: DurableFolder, result: Part, part: Part, shard: int, digests: Mapping[str, bytes]
+) -> None:
     """Keys, labels and image CRCs, if no unit of the tar shard has brought them yet."""
     with exclusive(result.file("key", None, shard).parent):
         for name in layout.PER_SHARD:
-            source, target = (cache.file(name, None, shard) for cache in (part, result))
-            if not target.exists():
-                _copy(folder, result.array(name).key(shard), source)
+            if not result.file(name, None, shard).exists():
+                source = part.array(name).key(part.shards[shard])
+                _copy(folder, result.array(name).key(shard), part, source, digests)
             elif name != "key":
-                mine, theirs = (c.store.shard_chunk(name, c.shards[shard]) for c in (result, part))
+                mine, theirs = (cache.shard_values(name, shard) for cache in (result, part))
                 _require_equal(result, part, name, None, shard, mine, theirs)
 
 
-def _copy(folder: DurableFolder, key: str, source: Path) -> None:
+def _copy(
+    folder: DurableFolder, key: str, part: Part, source: str, digests: Mapping[str, bytes]
+) -> None:
     path = inside(folder.root, key)
     files.sweep(path.parent, path.name)  # what a killed writer left; the unit is held by us
-    folder.copy(source, key)
+    folder.copy(part.path / source, key)
+    if folder.digests[key] != digests[source]:
+        raise CacheError(
+            "a file changed while it was copied",
+            where=part.path / source,
+            found=f"sha256 {folder.digests[key].hex()}",
+            expected=digests[source].hex(),
+            action="run the command again when nothing else writes there",
+        )

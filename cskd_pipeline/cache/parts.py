@@ -68,10 +68,21 @@ class Part:
         return self.path / self.array(name).key(*((own,) if view is None else (view, own)))
 
     def keys_of_files(self, views: range, shard: int) -> Iterator[str]:
-        """The key of every per-view file of a unit, ``done`` left out."""
+        """The key of every per-view file of a unit."""
         block = views[0] // self.reader.manifest.view_block
-        files = self.store.unit_files(block, self.shards[shard])
-        return (key for name, key in files if name != "done")
+        return (key for _, key in self.store.unit_files(block, self.shards[shard]))
+
+    def shard_values(self, name: str, shard: int) -> np.ndarray:
+        """``key``, ``label`` or ``image_crc32`` of a tar shard of the whole."""
+        own = self.shards[shard]
+        block = int(self.done[:, own].argmax()) if self.done[:, own].any() else None
+        return self.store.shard_chunk(name, own, block)
+
+    def digests(self, block: int, shard: int) -> dict[str, bytes]:
+        """The SHA-256 of every file of a unit, its tar shard's too, by key."""
+        own = self.shards[shard]
+        keys = (key for _, key in self.store.recorded_files(block, own))
+        return dict(zip(keys, self.store.record(block, own).files, strict=True))
 
     def values(self, views: range, shard: int) -> Iterator[tuple[str, int, np.ndarray]]:
         """Array, view and values of everything in a unit, view by view, every checksum looked at.

@@ -1,4 +1,4 @@
-"""Reading a cache: nothing that is not done, nothing that was altered or lost."""
+"""Reading a cache: nothing that is not done, nothing that was altered, exchanged or lost."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.digests import SIZE, root_digest, split_pin
 from cskd_pipeline.cache.encodings import AnswerShape, ArraySpec, Rows
 from cskd_pipeline.cache.lru import BytesLRU
 from cskd_pipeline.cache.store import FINISH, CacheStore
@@ -24,6 +25,9 @@ MAX_SLAB_BYTES = 2**29
 class CacheReader:
     """The finished units of the cache at ``path``, a folder or URL, as they are when it is opened.
 
+    Every file is compared with its unit's record when it is first used; every record with the
+    cache's root digest where ``path`` ends with one, ``CACHE@sha256:DIGEST``.
+
     A unit is a block of ``view_block`` views of one tar shard; what is not done does not exist.
     Cheap to open, and to pickle: a copy in another process opens its own files. One reader serves
     one thread.
@@ -33,31 +37,53 @@ class CacheReader:
         progress: of finding out what is finished, which takes time where files are not listed.
 
     Raises:
-        CacheError: no cache, one cut off while it was created, metadata that was altered, or an
-            encoding this version does not know. Reading raises it for units that are not done and
-            for files that are missing or damaged; it names array, views, shard and file.
+        CacheError: no cache, one cut off while it was created, metadata that was altered, an
+            encoding this version does not know, or another digest than ``path`` states. Reading
+            raises it for units that are not done and for files that are missing, damaged or not
+            what was written; it names array, views, shard and file.
         ManifestError: the manifest does not fit its schema.
+        UsageError: ``path`` ends with what is no digest.
     """
 
     def __init__(
         self, path: Path | str, *, memory: int = 192 * 2**20, progress: Progress = silent
     ) -> None:
-        store = CacheStore(path)
+        location, stated = split_pin(path)
+        store = CacheStore(location)
         store.check_metadata()
-        self._start(store, store.done(progress), memory)
+        self._start(store, store.done(progress), memory, None)
+        if stated is not None:
+            self._require_digest(stated, progress)
 
-    def _start(self, store: CacheStore, done: np.ndarray, memory: int) -> None:
+    @classmethod
+    def over(cls, store: CacheStore, done: np.ndarray, memory: int = 0) -> CacheReader:
+        """Read what an open store holds.
+
+        Args:
+            done: (blocks, shards) bool, the finished units.
+        """
+        reader = cls.__new__(cls)
+        reader._start(store, done, memory, None)
+        return reader
+
+    def _start(
+        self, store: CacheStore, done: np.ndarray, memory: int, units: np.ndarray | None
+    ) -> None:
         self.path = store.path
         self.manifest: CacheManifest = store.manifest
         self.encodings = layout.encodings_of(self.manifest)
         self._store, self._done, self._memory = store, done, memory
+        self._units = units
         self._specs = layout.specs(self.manifest)
         self._shape = layout.answer_shape(self.manifest)
         self._slabs: BytesLRU[tuple[str, int, int], Rows] = BytesLRU(memory)
         self._checked: set[tuple[int, int]] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"store": self._store, "done": self._done, "memory": self._memory}
+        return {
+            **{"store": self._store, "done": self._done},
+            **{"memory": self._memory, "units": self._units},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._start(**state)
@@ -87,6 +113,54 @@ class CacheReader:
     def done(self) -> np.ndarray:
         """Which units are finished: (blocks, shards) bool."""
         return self._done.copy()
+
+    @property
+    def lineage(self) -> str:
+        """SHA-256 (hex) of what decides the bytes of the cache's units."""
+        return self._store.lineage
+
+    def digest(self, progress: Progress = silent) -> str | None:
+        """Return the root digest, SHA-256 (hex), of a finished cache's contents, else None.
+
+        Reads a small file per unit, once; from then on a unit that changes is refused.
+
+        Raises:
+            CacheError: a unit's record is damaged, or of another unit or cache.
+        """
+        if not self._done.all():
+            return None
+        if self._units is None:
+            self._units = self.unit_digests(self._done, progress)
+        return root_digest(self.lineage, self.views, self._units)
+
+    def unit_digests(self, chosen: np.ndarray, progress: Progress = silent) -> np.ndarray:
+        """Return the digests of finished units: (blocks, shards, 32) uint8, 0 where not chosen.
+
+        Args:
+            chosen: (blocks, shards) bool.
+        """
+        if self._units is not None:
+            return np.where(chosen[..., None], self._units, 0)
+        found = np.zeros((*chosen.shape, SIZE), np.uint8)
+        units = np.argwhere(chosen).tolist()
+        with progress(len(units), "units", "reading their digests") as meter:
+            records = self._store.each(lambda unit: self._store.record(*unit), units)
+            for unit, record in zip(units, records, strict=True):
+                found[tuple(unit)] = np.frombuffer(record.unit, np.uint8)
+                meter.advance()
+        return found
+
+    def _require_digest(self, stated: str, progress: Progress) -> None:
+        found = self.digest(progress)
+        if found != stated:
+            count = f"{np.count_nonzero(self._done)} of {self._done.size} units are finished"
+            raise CacheError(
+                "the cache is not the one that was stated",
+                where=self.path,
+                found=f"no digest: {count}" if found is None else f"sha256:{found}",
+                expected=f"sha256:{stated}",
+                action="get the cache that has this digest, or leave out @sha256:… to use this one",
+            )
 
     def require_done(
         self, views: Iterable[int] | None = None, shards: Iterable[int] | None = None
@@ -127,6 +201,15 @@ class CacheReader:
     def file(self, name: str, *at: int) -> str:
         """The file of an array that holds the element ``at``, below the cache's folder."""
         return self._store.arrays[name].key(*at)
+
+    def check_shard_files(self, block: int, shard: int) -> None:
+        """Compare keys, labels and image CRCs of a tar shard with the record of this unit of it.
+
+        Raises:
+            CacheError: one is damaged, or not the one that the unit was made beside.
+        """
+        for name in layout.PER_SHARD:
+            self._store.shard_chunk(name, shard, block)
 
     def keys(self, shard: int) -> list[str]:
         """Sample keys in the tar's order."""
@@ -297,17 +380,25 @@ class CacheReader:
     def _per_shard(self, name: str, shard: int) -> np.ndarray:
         if not self._done[:, shard].any():
             raise self._not_done(0, shard)
-        return self._store.shard_chunk(name, shard)
+        return self._store.shard_chunk(name, shard, int(self._done[:, shard].argmax()))
 
     def _require(self, view: int, shard: int) -> None:
-        """A unit's ``done`` is read at its first use: opening looked only at which files exist."""
+        """A unit's record is read at its first use: opening looked only at which files exist."""
         assert 0 <= view < self.views, view
         unit = (view // self.manifest.view_block, shard)
         if unit in self._checked:
             return
         if not self._done[unit]:
             raise self._not_done(*unit)
-        self._store.check_done(*unit)
+        record = self._store.record(*unit)
+        if self._units is not None and record.unit != self._units[unit].tobytes():
+            raise CacheError(
+                "the cache has changed since it was opened",
+                where=self.path,
+                found=f"another record of {self._store.unit_name(*unit)}",
+                expected="finished units, which never change",
+                action="run the command again; if the cache was exchanged on purpose, start anew",
+            )
         self._checked.add(unit)
 
     def _not_done(self, block: int, shard: int) -> CacheError:

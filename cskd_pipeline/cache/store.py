@@ -1,10 +1,11 @@
-"""A cache's folder: its manifest, its units that are done, its chunks; errors that say where."""
+"""A cache's folder: its manifest, its finished units, its chunks; errors that say where."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from mmap import mmap
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ import numpy as np
 from cskd_pipeline import documents
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder
+from cskd_pipeline.cache.digests import Record
 from cskd_pipeline.cache.remote import is_remote, open_folder
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.manifest import CacheManifest
@@ -23,13 +25,16 @@ V = TypeVar("V")
 
 FINISH = "run the dump-teacher command that made it again: it makes what is missing"
 RESTORE = (
-    "copy this file again from where the cache came from, or delete it and its unit's file in "
-    "done/ and run the dump-teacher command that made it again"
+    "copy this file again from where the cache came from, or delete its unit's file in digest/ and "
+    "run the dump-teacher command that made it again"
 )
 
 
 class CacheStore:
     """The folder ``path`` as a cache; ``reader`` and ``writer`` stand on it.
+
+    A file of a finished unit is compared with the unit's record when it is first used, by whichever
+    process does so first: forked processes share what is known.
 
     Args:
         path: a folder, or a URL to read from; see :mod:`cskd_pipeline.cache.remote`.
@@ -45,28 +50,32 @@ class CacheStore:
         self.path: Path | str = str(path) if is_remote(path) else Path(path)
         self.manifest = manifest or _read_manifest(folder)
         self.arrays = layout.stored_arrays(self.manifest)
-        self._folder = folder.settled(self.manifest.lineage())
+        self.lineage = self.manifest.lineage()
+        self._folder = folder.settled(self.lineage)
         self._chunks = ChunkReader(self._folder)
+        rows = [name for name, _ in self.recorded_files(0, 0)]
+        self._rows, self._first_row = len(rows), {name: rows.index(name) for name in rows}
+        units = self.manifest.blocks * len(self.manifest.dataset.shards)
+        self._trusted = mmap(-1, units * self._rows)  # a byte for each file: compared already
 
     def __reduce__(self) -> tuple[object, ...]:
         return CacheStore, (self.path, self.manifest)
 
     def check_metadata(self) -> None:
-        """Compare every array's ``zarr.json`` with what the manifest implies.
+        """Compare every ``zarr.json`` with the one that the manifest implies, byte for byte.
 
         Raises:
-            CacheError: lists what is missing or decides values and differs.
+            CacheError: lists what is missing or differs.
         """
         problems = []
-        for key in layout.array_documents(self.manifest):
-            array = self.arrays.get(key.removesuffix("/zarr.json"))
+        for key, expected in layout.array_documents(self.manifest).items():
             try:
-                found = documents.parse(self._folder.read(key, documents.MAX_BYTES), key)
+                data = self._folder.read(key, documents.MAX_BYTES)
             except DamageError as error:
                 problems.append(f"{key}: {error}")
             else:
-                lines = layout.group_problems(found) if array is None else array.problems(found)
-                problems += [f"{key}: {line}" for line in lines]
+                if data != expected:
+                    problems += self._document_problems(key, data, expected)
         if problems:
             raise CacheError(
                 "the cache's arrays are not what its manifest says",
@@ -78,55 +87,149 @@ class CacheStore:
                 problems=problems,
             )
 
+    def _document_problems(self, key: str, data: bytes, expected: bytes) -> list[str]:
+        document = documents.parse(data, key)
+        array = self.arrays.get(key.removesuffix("/zarr.json"))
+        if array is None:
+            lines = layout.group_problems(document)
+        else:
+            array = array.grown(document)
+            expected = layout.to_bytes(array.document())
+            if data == expected:
+                return []
+            lines = array.problems(document)
+        return [f"{key}: {line}" for line in lines or [layout.difference(data, expected)]]
+
     def done(self, progress: Progress = silent) -> np.ndarray:
-        """(blocks, shards) bool, from the names of the files in ``done``: 30,000 in 30 ms.
+        """(blocks, shards) bool, from the names of the records: 30,000 in 30 ms.
 
         Where files are not listed, each is asked for.
         """
         done = np.zeros((self.manifest.blocks, len(self.manifest.dataset.shards)), bool)
         if not self._folder.lists:
-            keys = [self.arrays["done"].key(*unit) for unit in np.ndindex(*done.shape)]
+            keys = [self.record_key(*unit) for unit in np.ndindex(*done.shape)]
             return np.array(self._folder.there(keys, progress), bool).reshape(done.shape)
-        blocks = {int(n) for n in self._folder.names("done/c") if n.isdecimal()}
+        root = f"{layout.RECORD}/c"
+        blocks = {int(n) for n in self._folder.names(root) if n.isdecimal()}
         for block in sorted(n for n in blocks if n < len(done)):
-            names = (int(n) for n in self._folder.names(f"done/c/{block}") if n.isdecimal())
+            names = (int(n) for n in self._folder.names(f"{root}/{block}") if n.isdecimal())
             done[block, [n for n in names if n < done.shape[1]]] = True
         return done
 
-    def check_done(self, block: int, shard: int) -> None:
-        """Read the ``done`` of a unit whose file is there.
+    def record_key(self, block: int, shard: int) -> str:
+        """Return the key of a unit's record."""
+        array = self.arrays[layout.RECORD]
+        return array.key(block, shard * array.file_shape[1])
+
+    def record(self, block: int, shard: int) -> Record:
+        """Return the record of a finished unit.
 
         Raises:
-            CacheError: the file is damaged.
+            CacheError: it is damaged, or of another unit or cache.
         """
-        with self.explained("done", block * self.manifest.view_block, shard):
-            chunk = self._chunks.read(self.arrays["done"], block, shard)
-            if chunk is None or chunk.item() != 1:
-                raise DamageError("it does not hold 1")
+        key = self.record_key(block, shard)
+        try:
+            return self._once_more(lambda: self._read_record(block, shard), key)
+        except DamageError as error:
+            what = f"the record of {self.unit_name(block, shard)}"
+            raise self._damaged(key, what, error) from error
+
+    def _read_record(self, block: int, shard: int) -> Record:
+        array = self.arrays[layout.RECORD]
+        chunk = self._chunks.read(array, block, shard * array.file_shape[1])
+        assert chunk is not None
+        record = Record.from_row(chunk[0])
+        keys = [key for _, key in self.recorded_files(block, shard)]
+        if record != Record.of(record.lineage.hex(), keys, record.files):
+            raise DamageError("it is not this unit's: the record of another one, or altered")
+        if record.lineage.hex() != self.lineage:
+            raise DamageError(
+                f"it was written for another cache, of lineage {record.lineage.hex()[:12]}…; this "
+                f"manifest's is {self.lineage[:12]}…: another data set, teacher, policy, seed or "
+                "set of encodings, or one of them was edited"
+            )
+        return record
 
     def chunk(self, name: str, view: int, shard: int, *at: int) -> np.ndarray:
         """The chunk that holds these indices, at its full shape.
 
         Raises:
-            CacheError: it is missing or damaged; names array, views, shard and file.
+            CacheError: it is missing, damaged, or not what the unit's record says; names array,
+                views, shard and file.
         """
-        with self.explained(name, view, shard):
-            chunk = self._chunks.read(self.arrays[name], view, shard, *at)
-            if chunk is None:
+        chunk = self.chunk_if_written(name, view, shard, *at)
+        if chunk is None:
+            with self.explained(name, view, shard):
                 raise DamageError("a chunk that should be in it is not")
-            return chunk
+        return chunk
 
     def chunk_if_written(self, name: str, view: int, shard: int, *at: int) -> np.ndarray | None:
         """Like :meth:`chunk`; None where a chunk inside a file is all fill."""
-        with self.explained(name, view, shard):
-            return self._chunks.read(self.arrays[name], view, shard, *at)
+        array, block = self.arrays[name], view // self.manifest.view_block
 
-    def shard_chunk(self, name: str, shard: int) -> np.ndarray:
-        """``key``, ``label`` or ``image_crc32`` of a tar shard: (count, ...)."""
-        with self.explained(name, None, shard):
-            chunk = self._chunks.read(self.arrays[name], shard)
+        def read() -> np.ndarray | None:
+            row = view % self.manifest.view_block // array.file_shape[0]
+            self._compare(block, shard, self._first_row[name] + row, array.key(view, shard))
+            return self._chunks.read(array, view, shard, *at)
+
+        with self.explained(name, view, shard):
+            return self._once_more(read, array.key(view, shard), self.record_key(block, shard))
+
+    def shard_chunk(self, name: str, shard: int, block: int | None) -> np.ndarray:
+        """``key``, ``label`` or ``image_crc32`` of a tar shard: (count, ...).
+
+        Args:
+            block: of a finished unit of the tar shard, whose record says what the file is; None
+                before there is one.
+        """
+        array = self.arrays[name]
+
+        def read() -> np.ndarray:
+            if block is not None:
+                self._compare(block, shard, self._first_row[name], array.key(shard))
+            chunk = self._chunks.read(array, shard)
             assert chunk is not None
             return chunk[0, : self.manifest.dataset.counts[shard]]
+
+        keys = [array.key(shard), *([] if block is None else [self.record_key(block, shard)])]
+        with self.explained(name, None, shard):
+            return self._once_more(read, *keys)
+
+    def _compare(self, block: int, shard: int, row: int, key: str) -> None:
+        """Compare a file with its unit's record, unless it was."""
+        unit = block * len(self.manifest.dataset.shards) + shard
+        if self._trusted[unit * self._rows + row]:
+            return
+        expected, found = self.record(block, shard).files[row], self._folder.sha256(key)
+        if found != expected:
+            raise DamageError(
+                f"sha256 {found.hex()}, where its unit's record says {expected.hex()}: altered, or "
+                "a file of another unit or cache"
+            )
+        self._trusted[unit * self._rows + row] = 1
+
+    def _once_more(self, read: Callable[[], T], *keys: str) -> T:
+        """Return what ``read`` does; once more if it fails on copies of files that lie elsewhere.
+
+        Their newest record may be of a file that was replaced since, so both are fetched again.
+        """
+        try:
+            return read()
+        except DamageError:
+            forgotten = [self._folder.forget(key) for key in keys]
+            if not any(forgotten):
+                raise
+            for key in keys:
+                self._chunks.forget(key)
+            return read()
+
+    def sha256(self, key: str) -> bytes:
+        """Return the SHA-256 of a file's bytes.
+
+        Raises:
+            DamageError: there is none, or it is no plain file.
+        """
+        return self._folder.sha256(key)
 
     def length(self, key: str) -> int:
         """Of a file, in bytes.
@@ -149,13 +252,18 @@ class CacheStore:
         return self._folder.sizes()
 
     def unit_files(self, block: int, shard: int) -> Iterator[tuple[str, str]]:
-        """Array and key of every per-view file of a unit, ``done`` last."""
+        """Array and key of every per-view file of a unit, without its record."""
         first = block * self.manifest.view_block
         for name, array in self.arrays.items():
-            if name not in (*layout.PER_SHARD, "done"):
+            if name not in (*layout.PER_SHARD, layout.RECORD):
                 for view in range(first, first + self.manifest.view_block, array.file_shape[0]):
                     yield name, array.key(view, shard)
-        yield "done", self.arrays["done"].key(block, shard)
+
+    def recorded_files(self, block: int, shard: int) -> Iterator[tuple[str, str]]:
+        """Array and key of every file in a unit's record: its tar shard's, then its own."""
+        for name in layout.PER_SHARD:
+            yield name, self.arrays[name].key(shard)
+        yield from self.unit_files(block, shard)
 
     def unit_name(self, block: int, shard: int) -> str:
         size = self.manifest.view_block
@@ -165,23 +273,24 @@ class CacheStore:
     @contextmanager
     def explained(self, name: str, view: int | None, shard: int) -> Iterator[None]:
         """Name array, unit and file in errors about bytes."""
-        array = self.arrays[name]
         try:
             yield
         except (DamageError, ValueError) as error:
             if view is None:
-                part, key = f"shard {shard}", array.key(shard)
+                part, key = f"shard {shard}", self.arrays[name].key(shard)
             else:
-                block = view // self.manifest.view_block
-                part = self.unit_name(block, shard)
-                key = array.key(block if name == "done" else view, shard)
-            raise CacheError(
-                "the cache is damaged",
-                where=self._folder.where(key),
-                found=f"array {name}, {part}: {error}",
-                expected="the bytes that were written",
-                action=RESTORE,
-            ) from error
+                part = self.unit_name(view // self.manifest.view_block, shard)
+                key = self.arrays[name].key(view, shard)
+            raise self._damaged(key, f"array {name}, {part}", error) from error
+
+    def _damaged(self, key: str, what: str, error: Exception) -> CacheError:
+        return CacheError(
+            "the cache is damaged",
+            where=self._folder.where(key),
+            found=f"{what}: {error}",
+            expected="the bytes that were written",
+            action=RESTORE,
+        )
 
 
 def _read_manifest(folder: Folder) -> CacheManifest:

@@ -41,7 +41,9 @@ def summarise(info: Info) -> dict[str, Any]:
             if count
         ),
         "made": _making(info),
-        "manifest_sha256": info["manifest_sha256"],
+        "digest": "none before it is finished"
+        if info["digest"] is None
+        else f"sha256:{info['digest']}",
         "license": info["license"] or "none stated",
         "notes": info["notes"] or None,
         "cite": {"cache": info["cite"]["cache"], "method": info["cite"]["method"]},
@@ -108,13 +110,19 @@ def _making(info: Info) -> str:
     libraries = ", ".join(f"{n} {versions[n]}" for n in names if n in versions)
     parent = info["parent"]
     source = (
-        f", converted from {parent['manifest_sha256'][:12]}… ({', '.join(parent['encodings'])}, "
+        f", converted from {_identity(parent)} ({', '.join(parent['encodings'])}, "
         f"{parent['views']} views, {parent['shards']} shards)"
         if parent
         else ""
     )
     others = f"; {len(info['other_versions'])} other sets too" if info["other_versions"] else ""
     return f"{info['created']}{source}, with {libraries}{others}"
+
+
+def _identity(parent: Info) -> str:
+    if parent["digest"] is None:
+        return f"an unfinished cache, manifest {parent['manifest_sha256'][:12]}…"
+    return f"sha256:{parent['digest']}"
 
 
 def _value(value: Any) -> str:

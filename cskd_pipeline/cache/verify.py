@@ -1,9 +1,9 @@
 """Whether a cache is whole, from nothing but itself, to two depths.
 
-*structure*: every finished unit has the files that the manifest implies, long enough to be what
-they should be. *bytes*: everything decodes, so that every checksum is looked at, and holds values
-that an answer can have. That it belongs to someone's images is another question, which
-:mod:`cskd_pipeline.loading.replay` answers.
+*structure*: every finished unit has a record of its own, and the files that the manifest implies,
+long enough to be what they should be. *bytes*: every file is the one in its unit's record, decodes,
+and holds values that a response can have. That it belongs to someone's images is another question,
+which :mod:`cskd_pipeline.loading.replay` answers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Problem:
 
 
 def check_structure(store: CacheStore, units: Sequence[Unit], progress: Progress) -> list[Problem]:
-    """Look at the lengths of all files that ``units`` should have.
+    """Check the records of ``units``, and the lengths of all files that they should have.
 
     Args:
         units: finished ones.
@@ -68,7 +68,13 @@ def check_structure(store: CacheStore, units: Sequence[Unit], progress: Progress
 
 def _missing_files(store: CacheStore, unit: Unit) -> list[Problem]:
     found = (_length_problems(store, name, key) for name, key in store.unit_files(*unit))
-    return [problem for problems in found for problem in problems]
+    problems = [problem for problems in found for problem in problems]
+    try:
+        store.record(*unit)
+    except CacheError as error:
+        where = str(error.where).removeprefix(f"{store.path}/")
+        problems.append(Problem("structure", where, str(error.found)))
+    return problems
 
 
 def _length_problems(store: CacheStore, name: str, key: str) -> list[Problem]:
@@ -131,7 +137,7 @@ def _shard_problems(reader: CacheReader, shard: int) -> list[Problem]:
 def _unit_problems(reader: CacheReader, block: int, shard: int) -> list[Problem]:
     size, every = reader.manifest.view_block, np.arange(reader.counts[shard])
 
-    problems = []
+    problems = _damage(reader, [partial(reader.check_shard_files, block, shard)])
     for view in range(block * size, (block + 1) * size):
         reads = (reader.seeds, reader.view_digests, reader.top1_of)
         problems += _damage(reader, (partial(read, view, shard) for read in reads))

@@ -1,4 +1,4 @@
-"""Writing a cache, unit by unit: arrays first, ``done`` last.
+"""Writing a cache, unit by unit: arrays first, the unit's record of their digests last.
 
 A unit is (block of views, tar shard). No two units share a file, so any number of processes may
 write different units of one cache at once. A unit that was cut off is not done: it is written
@@ -18,14 +18,13 @@ import numpy as np
 from cskd_pipeline import files
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import encode_file
+from cskd_pipeline.cache.digests import Record
 from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
 from cskd_pipeline.cache.encodings import ENCODINGS, ArraySpec
 from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.manifest import CacheManifest, keys_sha256
-
-_DONE = np.ones((1, 1), np.uint8)
 
 
 class Unit(NamedTuple):
@@ -72,7 +71,6 @@ class CacheWriter:
         self.manifest: CacheManifest = store.manifest
         self._store = store
         self._specs = layout.specs(store.manifest)
-        self._files = DurableFolder(self.path)
 
     @classmethod
     def create(
@@ -220,14 +218,14 @@ class CacheWriter:
         values = self._per_view(data)
         with self.committing(unit) as folder:
             if folder is not None:
-                self._write_shard(unit.shard, data)
+                self._write_shard(folder, unit.shard, data)
                 for name, array in values.items():
-                    self._write_views(name, unit, array)
+                    self._write_views(folder, name, unit, array)
         return folder is not None
 
     @contextmanager
     def committing(self, unit: Unit) -> Iterator[DurableFolder | None]:
-        """Where the unit's files go while the block runs; ``done`` follows if it ends well.
+        """Where the unit's files go while the block runs; its record follows if it ends well.
 
         Other processes are kept out of this unit meanwhile. None: it is done already. When the
         block has ended, the unit survives a power cut.
@@ -235,18 +233,26 @@ class CacheWriter:
         Raises:
             OutputError: no space left; the unit stays undone.
         """
-        done = self._file("done", unit.block, unit.shard)
+        record = inside(self.path, self._store.record_key(unit.block, unit.shard))
         own_folder = self._file("seed", unit.views[0], unit.shard).parent
         with files.explained_os_errors(self.path), exclusive(own_folder):
-            if done.exists():
+            if record.exists():
                 yield None
                 return
-            yield self._files
-            self._files.flush()
-            files.sweep(done.parent, done.name)
-            array = self._store.arrays["done"]
-            self._files.write(array.key(unit.block, unit.shard), encode_file(array, _DONE))
-            self._files.flush()
+            folder = DurableFolder(self.path)
+            yield folder
+            folder.flush()
+            files.sweep(record.parent, record.name)
+            self._write_record(folder, unit)
+            folder.flush()
+
+    def _write_record(self, folder: DurableFolder, unit: Unit) -> None:
+        keys = [key for _, key in self._store.recorded_files(unit.block, unit.shard)]
+        # What an earlier unit of the tar shard wrote was compared by value: its bytes count.
+        digests = [folder.digests.get(key) or self._store.sha256(key) for key in keys]
+        row = Record.of(self._store.lineage, keys, digests).row()
+        key = self._store.record_key(unit.block, unit.shard)
+        folder.write(key, encode_file(self._store.arrays[layout.RECORD], row[None]))
 
     def _check(self, unit: Unit, data: UnitData) -> None:
         shard = self.manifest.dataset.shards[unit.shard]
@@ -279,7 +285,9 @@ class CacheWriter:
             values |= ENCODINGS[name].pack(rows)
         return values
 
-    def _write_views(self, name: str, unit: Unit, values: np.ndarray) -> None:
+    def _write_views(
+        self, folder: DurableFolder, name: str, unit: Unit, values: np.ndarray
+    ) -> None:
         array = self._store.arrays[name]
         step = array.file_shape[0]
         for start in range(0, len(values), step):
@@ -287,9 +295,9 @@ class CacheWriter:
             key = array.key(unit.views[start], unit.shard)
             path = inside(self.path, key)
             files.sweep(path.parent, path.name)
-            self._files.write(key, encode_file(array, part))
+            folder.write(key, encode_file(array, part))
 
-    def _write_shard(self, shard: int, data: UnitData) -> None:
+    def _write_shard(self, folder: DurableFolder, shard: int, data: UnitData) -> None:
         """Keys, labels and image CRCs: the first unit of a tar shard writes, later ones compare."""
         matrix = layout.key_matrix(data.keys, self._store.arrays["key"])
         values = {"key": matrix, "label": data.labels, "image_crc32": data.image_crc32}
@@ -301,10 +309,10 @@ class CacheWriter:
                 if path.exists():
                     self._compare(name, shard, values[name], data.keys)
                 else:
-                    self._files.write(array.key(shard), encode_file(array, values[name][None]))
+                    folder.write(array.key(shard), encode_file(array, values[name][None]))
 
     def _compare(self, name: str, shard: int, values: np.ndarray, keys: Sequence[str]) -> None:
-        recorded = self._store.shard_chunk(name, shard)
+        recorded = self._store.shard_chunk(name, shard, self._finished_block(shard))
         differing = np.flatnonzero((recorded != values).reshape(len(values), -1).any(axis=1))
         if differing.size:
             first = int(differing[0])
@@ -318,6 +326,11 @@ class CacheWriter:
                 expected=f"{expected}, in {self._file(name, shard)}",
                 action="use the shards that the cache was begun with",
             )
+
+    def _finished_block(self, shard: int) -> int | None:
+        """Return a block of views that is finished of this tar shard."""
+        keys = (self._store.record_key(block, shard) for block in range(self.manifest.blocks))
+        return next((n for n, key in enumerate(keys) if inside(self.path, key).exists()), None)
 
     def _require_same(self, manifest: CacheManifest) -> None:
         differences = self.manifest.differences(manifest)

@@ -17,8 +17,8 @@ class StudentCard:
 
     ``kwargs`` are the timm constructor's, ``heads`` those whose mean is the answer, ``grid`` the
     teacher grid (rows, columns) that the dense head was trained on, or None. The digests are
-    SHA-256 in hex: of the recipe's deciding fields, of the cache's manifest, and of the weights
-    that the run started from.
+    SHA-256 in hex: of the recipe's deciding fields, of the contents of the cache (None where it was
+    not finished), and of the weights that the run started from.
     """
 
     model: str

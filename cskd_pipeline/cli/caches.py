@@ -177,6 +177,24 @@ def convert(
         )
 
 
+@cache_app.command(epilog="Example: cskd-pipeline cache upgrade cache")
+def upgrade(
+    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="A cache of format version 1.")],
+    quiet: Quiet = False,
+    json: Json = False,
+) -> Outcome:
+    """Make a cache of format version 1 one of version 2, in place: it gets digests of its files.
+
+    Run the same command again after an interruption.
+    """
+    terminal = Terminal(quiet=quiet, json=json)
+    from cskd_pipeline.cache.upgrade import upgrade as make
+    from cskd_pipeline.interrupt import stop_requests
+
+    with stop_requests() as stop:
+        return make(cache, progress=terminal.progress, stopped=lambda: stop.asked)
+
+
 @cache_app.command(epilog="Example: cskd-pipeline cache merge part-0 part-1 --out cache")
 def merge(
     caches: Annotated[

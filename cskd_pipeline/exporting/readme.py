@@ -108,7 +108,7 @@ def _rows(card: StudentCard) -> list[tuple[str, object]]:
         ("weights", f"{card.weights}, after epoch {card.epoch}"),
         ("answer", f"mean of {', '.join(card.heads)}"),
         ("recipe, SHA-256", card.recipe_sha256),
-        ("teacher's cache, SHA-256 of its manifest", card.cache_sha256),
+        ("teacher's cache, SHA-256 of its contents", card.cache_sha256),
         ("started from weights of SHA-256", card.init_sha256),
     ]
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cskd_pipeline import documents
+from cskd_pipeline.cache.digests import root_digest
 from cskd_pipeline.cache.encodings import Encoding
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.distill.student import Preprocessing
@@ -36,7 +37,7 @@ class TrainingData:
     ``encoding`` is the one that targets are read in and ``grid`` the cache's (rows, columns); both
     are None for method ``none``. ``digest`` changes with anything that decides batches or targets.
     ``name`` is the data set's. ``joined``: where the cache's samples are, and which are left out;
-    None without a cache.
+    None without a cache. ``cache_digest`` names the contents of a finished cache.
     """
 
     name: str
@@ -53,6 +54,7 @@ class TrainingData:
     eval_batch_size: int
     ranks: Ranks
     joined: Join | None
+    cache_digest: str | None
 
     @property
     def cache(self) -> CacheReader | None:
@@ -168,7 +170,7 @@ def open_training_data(
                 "allowed": None if allowed is None else [_hash(mask) for mask in allowed],
                 "policy": policy.to_json(),
                 "root_seed": root_seed,
-                "cache": None if cache is None else cache.manifest.digest(),
+                "cache": None if cache is None else _identity(cache),
                 "encoding": encoding_name,
             }
         ),
@@ -177,7 +179,15 @@ def open_training_data(
         eval_batch_size=recipe.run.eval_batch_size,
         ranks=ranks,
         joined=joined,
+        cache_digest=None if cache is None else cache.digest(terminal.progress),
     )
+
+
+def _identity(cache: CacheReader) -> str:
+    """Name a cache by its first block of views, which stays the same while it grows."""
+    first = np.zeros_like(cache.done())
+    first[0] = True
+    return root_digest(cache.lineage, cache.views, cache.unit_digests(first))
 
 
 def _hash(mask: np.ndarray) -> str:

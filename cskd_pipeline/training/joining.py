@@ -147,7 +147,7 @@ def _identity(found: Join) -> dict[str, Any]:
     cache = found.images.cache
     assert cache is not None
     tars = [[tar.keys_sha256, tar.path.stat().st_size] for tar in found.images.shards]
-    return {"cache": cache.manifest.digest(), "shards": documents.sha256(tars)}
+    return {"cache": cache.lineage, "shards": documents.sha256(tars)}
 
 
 def _checked(differing: Any, found: Join, path: Path) -> Differing:

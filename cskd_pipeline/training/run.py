@@ -304,6 +304,6 @@ class Run:
             dataset=self.data.name,
             teacher=None if manifest is None else manifest.teacher.name,
             recipe_sha256=result_digest(self.recipe),
-            cache_sha256=None if manifest is None else manifest.digest(),
+            cache_sha256=self.data.cache_digest,
             init_sha256=None if self.init is None else self.init["sha256"],
         )

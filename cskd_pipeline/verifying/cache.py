@@ -67,7 +67,8 @@ def verify(
         checks += [_join_check(found), *_replay_checks(found, replayed, differences)]
         if teacher is not None:
             checks.append(check_answers(found, replayed, teacher, terminal))
-    report = _report(reader, checks, differences)
+    digest = None if broken else reader.digest(terminal.progress)
+    report = _report(reader, checks, differences, digest)
     _show(checks, terminal)
     if not report["ok"]:
         raise _failure(reader, checks, report)
@@ -85,7 +86,7 @@ def _own_checks(reader: CacheReader, depth: str, partial: bool, terminal: Termin
     ]
     counts = {"done": len(units), "total": done.size}
     checks = [Check("units", counts, () if partial else missing)]
-    files = sum(1 for unit in units for _ in store.unit_files(*unit))
+    files = sum(1 for unit in units for _ in store.recorded_files(*unit))
     problems = check_structure(store, units, terminal.progress)
     checks.append(Check("structure", {"files": files}, problems))
     if depth == "bytes" and not problems:
@@ -135,11 +136,11 @@ def _replay_checks(found: Join, replayed: Replay, differences: Sequence[str]) ->
 
 
 def _report(
-    reader: CacheReader, checks: Sequence[Check], differences: Sequence[str]
+    reader: CacheReader, checks: Sequence[Check], differences: Sequence[str], digest: str | None
 ) -> dict[str, Any]:
     return {
         "cache": str(reader.path),
-        "manifest_sha256": reader.manifest.digest(),
+        "digest": digest,
         "ok": not any(check.problems for check in checks),
         "checks": {
             check.depth: {**check.counts, "problems": len(check.problems)} for check in checks

@@ -62,6 +62,7 @@ def test_everything_else_comes_along(source: Path, tmp_path: Path) -> None:
     assert new.top1() == old.top1()
     mine, theirs = new.manifest.to_json(), old.manifest.to_json()
     assert mine.pop("parent") == {
+        "digest": old.digest(),
         "manifest_sha256": old.manifest.digest(),
         "created": theirs["created"],
         "encodings": ["dense"],
@@ -175,7 +176,7 @@ def test_a_target_of_another_making_is_refused(source: Path, tmp_path: Path) -> 
 
 
 def test_the_parent_survives_the_manifest_and_is_checked() -> None:
-    parent = manifest().as_parent()
+    parent = manifest().as_parent(None)
     made = manifest(parent=parent)
     assert CacheManifest.from_json(made.to_json()) == made
     assert made.differences(manifest()) == []

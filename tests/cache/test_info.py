@@ -10,6 +10,7 @@ import pytest
 
 from cskd_pipeline.cache.encodings import ENCODINGS
 from cskd_pipeline.cache.info import describe
+from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.summary import size, summarise
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import CacheError
@@ -66,9 +67,9 @@ def test_an_unfinished_cache_says_what_is_done(tmp_path: Path) -> None:
 def test_it_says_how_to_cite_the_cache_and_the_method(tmp_path: Path) -> None:
     made = make(tmp_path / "c", dataset=replace(dataset(), name="to{y}\\x"))
     found = describe(tmp_path / "c")
-    digest = made.manifest.digest()
-    assert found["manifest_sha256"] == digest
-    assert digest in found["cite"]["cache"]
+    assert found["manifest_sha256"] == made.manifest.digest()
+    assert found["digest"] == CacheReader(tmp_path / "c").digest()
+    assert f"sha256:{found['digest']}" in found["cite"]["cache"]
     assert "resnet10t" in found["cite"]["cache"]
     assert "2307.08500" in found["cite"]["method"]
     bibtex = found["cite"]["bibtex"]
@@ -89,12 +90,12 @@ def test_encodings_say_what_they_serve(tmp_path: Path) -> None:
 
 
 def test_the_parent_of_a_converted_cache_is_named(tmp_path: Path) -> None:
-    parent = manifest().as_parent()
+    parent = manifest().as_parent("cd" * 32)
     CacheWriter.create(tmp_path / "c", manifest(parent=parent))
     found = describe(tmp_path / "c")
     assert found["parent"] == parent
     text = summarise(found)["made"]
-    assert f"converted from {parent['manifest_sha256'][:12]}… (dense, envelope, 4 views" in text
+    assert f"converted from sha256:{'cd' * 32} (dense, envelope, 4 views" in text
 
 
 def test_a_finished_cache_fits_in_half_a_screen(tmp_path: Path) -> None:

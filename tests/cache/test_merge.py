@@ -109,7 +109,7 @@ def test_the_same_again_changes_nothing(tmp_path: Path, whole: dict[str, bytes])
 
 def test_what_a_part_has_begun_and_not_finished_is_not_taken(tmp_path: Path) -> None:
     a = part(tmp_path / "a", UNITS[:2])
-    os.unlink(a / "done/c/0/1")
+    os.unlink(a / "digest/c/0/1")
     assert merged(tmp_path / "out", a)["units_missing"] == 5
     assert {name for name in data_files(tmp_path / "out") if name.startswith("seed")} == {
         "seed/c/0/0/0"
@@ -129,7 +129,7 @@ def test_a_later_merge_brings_what_was_finished_since(
 
 
 def test_a_merged_cache_says_what_its_parts_say(tmp_path: Path) -> None:
-    parent = {**manifest().as_parent(), "manifest_sha256": "0" * 64}
+    parent = {**manifest().as_parent(None), "manifest_sha256": "0" * 64}
     changes: list[dict[str, Any]] = [
         {"license": "CC0", "notes": "one", "parent": parent},
         {"license": "MIT", "notes": "two", "parent": parent},
@@ -376,7 +376,7 @@ def test_what_was_merged_before_is_compared_too(tmp_path: Path) -> None:
 # Damage, kills, full disks, others at work
 
 
-@pytest.mark.parametrize("name", [*NAMES, "key", "label", "image_crc32", "done"])
+@pytest.mark.parametrize("name", [*NAMES, "key", "label", "image_crc32", "digest"])
 @pytest.mark.parametrize("how", ["flipped", "gone"])
 def test_a_damaged_part_is_not_copied(tmp_path: Path, name: str, how: str) -> None:
     a = part(tmp_path / "a", UNITS)
@@ -387,7 +387,7 @@ def test_a_damaged_part_is_not_copied(tmp_path: Path, name: str, how: str) -> No
         path.write_bytes(content)
     else:
         path.unlink()
-    if (name, how) == ("done", "gone"):
+    if (name, how) == ("digest", "gone"):
         assert merged(tmp_path / "out", a)["units_missing"] == 1
         return
     with pytest.raises(CacheError, match="damaged") as caught:
@@ -414,7 +414,7 @@ def test_a_full_disk_leaves_what_the_same_command_finishes(
     template = tmp_path / "template"
     CacheWriter.create(template, manifest(view_block=4))
     copies, copyfile = [0], shutil.copyfile
-    count = 3 + 3 + 5 + 2  # tar shard, views, dense (a file per view), envelope; then done
+    count = 3 + 3 + 5 + 2  # tar shard, views, dense (a file per view), envelope; then the record
     for number in range(count + 1):
         out = tmp_path / str(number)
         shutil.copytree(template, out)
@@ -469,7 +469,7 @@ def test_a_merge_killed_at_any_file_ends_as_an_uninterrupted_one(
     assert without_manifest(tmp_path / "out") == whole  # and nothing half written beside it
 
 
-def test_files_are_synced_before_they_are_named_and_done_comes_last(
+def test_files_are_synced_before_they_are_named_and_records_come_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a = part(tmp_path / "a", UNITS[:2])
@@ -490,7 +490,7 @@ def test_files_are_synced_before_they_are_named_and_done_comes_last(
     monkeypatch.setattr(files.os, "replace", watched)
     merged(tmp_path / "out", a)
     assert sorted(named) == sorted(data_files(a))
-    last = {name.split("/")[-1]: name for name in named if name.startswith("done")}
+    last = {name.split("/")[-1]: name for name in named if name.startswith("digest")}
     for shard in ("0", "1"):
         own = [name for name in named if f"/c/0/{shard}/" in name or name == last[shard]]
         assert own[-1] == last[shard]

@@ -173,7 +173,7 @@ def test_other_versions_are_refused_unless_accepted_and_then_recorded(tmp_path: 
     CacheWriter.create(path, manifest(versions=newer))  # known by now
 
 
-@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "done"])
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "digest"])
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(OutputError, match="holds something else") as caught:
@@ -315,7 +315,7 @@ def test_a_disk_that_is_really_full_is_reported(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_done_comes_after_every_file_and_folder_is_synced(
+def test_the_record_comes_after_every_file_and_folder_is_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = CacheWriter.create(tmp_path, manifest())
@@ -338,7 +338,7 @@ def test_done_comes_after_every_file_and_folder_is_synced(
     monkeypatch.setattr(files.os, "replace", watched_replace)
     writer.write_unit(unit, data)
     last, before = state[-1]
-    assert last == str(tmp_path / "done/c/0/0")
+    assert last == str(tmp_path / "digest/c/0/0")
     for target, _ in state[:-1]:
         for folder in Path(target).parents:
             if folder == tmp_path.parent:
@@ -379,7 +379,7 @@ def test_kill_at_random_moments_then_resume_equals_uninterrupted(
 
 def check_what_is_done(path: Path) -> None:
     """Whatever is done is complete at any moment."""
-    if not all((path / name / "zarr.json").exists() for name in ("done", "dense", "envelope")):
+    if not all((path / name / "zarr.json").exists() for name in ("digest", "dense", "envelope")):
         return  # killed while it was created
     reader = CacheReader(path)
     for block, shard in np.argwhere(reader.done()).tolist():

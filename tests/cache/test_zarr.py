@@ -18,6 +18,7 @@ from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder, _content_size, encode_file
 from cskd_pipeline.cache.encodings import ENCODINGS
+from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import Unit
 from tests.cache.making import BLOCK, COUNTS, VIEWS, make, manifest, tree, unit_data
 
@@ -31,8 +32,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_plain_zarr_reads_every_array(cache: Path) -> None:
     group = zarr.open_group(cache, mode="r")
+    every = np.ones((VIEWS // BLOCK, len(COUNTS)), bool)
     assert group.attrs["cskd"]["manifest"] == manifest().to_json()
-    assert (group["done"][:] == 1).all()
+    records = group["digest"][:].reshape(VIEWS // BLOCK, len(COUNTS), -1, 32)
+    assert bytes(records[1, 2, 0]) == CacheReader(cache).unit_digests(every)[1, 2].tobytes()
     for block in range(VIEWS // BLOCK):
         views = range(block * BLOCK, (block + 1) * BLOCK)
         for shard, count in enumerate(COUNTS):
@@ -117,8 +120,8 @@ def test_no_two_units_share_a_file(cache: Path) -> None:
         for view in range(VIEWS):
             for shard in range(len(COUNTS)):
                 unit = (view // BLOCK, shard)
-                key = array.key(unit[0] if name == "done" else view, shard)
-                assert owners.setdefault(key, unit) == unit
+                at = (unit[0], shard * array.file_shape[1]) if name == "digest" else (view, shard)
+                assert owners.setdefault(array.key(*at), unit) == unit
     per_shard = {arrays[name].key(shard) for name in layout.PER_SHARD for shard in range(3)}
     assert owners.keys() | per_shard == {n for n in tree(cache) if not n.endswith("zarr.json")}
 

@@ -65,7 +65,7 @@ def said_of(reader: CacheReader, array: str) -> Iterator[object]:
         elif array == "image_crc32":
             yield reader.image_crc32(shard).tobytes()
         for view in range(reader.views):
-            if array in ("seed", "done"):  # the first use of a unit reads its done
+            if array in ("seed", "digest"):  # the first use of a unit reads its record
                 yield reader.seeds(view, shard).tobytes()
             elif array == "view_digest":
                 yield reader.view_digests(view, shard).tobytes()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import random
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,7 +78,7 @@ class Watch:
             assert list(said_of(pickle.loads(self.reader), array)) == self.said[array]
 
 
-def test_a_thousand_flipped_bits_are_found_or_change_nothing(cache: Path) -> None:
+def test_a_thousand_flipped_bits_are_all_found(cache: Path) -> None:
     """As many in each kind of file: every array, every ``zarr.json``, the manifest."""
     files = tree(cache)
     kinds: dict[str, list[str]] = {}
@@ -89,18 +88,17 @@ def test_a_thousand_flipped_bits_are_found_or_change_nothing(cache: Path) -> Non
     assert set(watch.arrays) < set(kinds)
     assert {"zarr.json", "topk/zarr.json", "seed/zarr.json"} < set(kinds)
     rng = random.Random(20)
-    silent: Counter[str] = Counter()
+    silent: list[str] = []
     for number in range(FLIPS):
         kind = list(kinds)[number % len(kinds)]
         name = rng.choice(kinds[kind])
         content = files[name]
         bit = rng.randrange(8 * len(content))
         (cache / name).write_bytes(flipped(content, bit))
-        silent[kind] += not found(lambda name=name: watch.look(name), name)
+        if not found(lambda name=name: watch.look(name), name):
+            silent.append(name)
         (cache / name).write_bytes(content)
-    # What may: compression levels, attributes, bits of a frame's header without meaning.
-    assert sum(count for kind, count in silent.items() if not kind.endswith("zarr.json")) < 20
-    assert silent.total() < 40
+    assert silent == []
 
 
 @pytest.mark.parametrize("emptied", [False, True], ids=["deleted", "emptied"])
@@ -111,7 +109,7 @@ def test_every_file_of_a_finished_cache_is_missed(cache: Path, emptied: bool) ->
             (cache / name).write_bytes(b"")
         else:
             (cache / name).unlink()
-        if name.startswith("done/c/") and not emptied:  # the unit is undone, and made again
+        if name.startswith("digest/c/") and not emptied:  # the unit is undone, and made again
             with pytest.raises(CacheError, match="1 of 2 units missing"):
                 CacheReader(cache).require_done()
         else:
@@ -120,7 +118,8 @@ def test_every_file_of_a_finished_cache_is_missed(cache: Path, emptied: bool) ->
             assert name in str(caught.value)
             array = array_of(name)
             if array is not None:
-                assert f"array {array}" in str(caught.value)
+                what = "the record" if array == "digest" else f"array {array}"
+                assert what in str(caught.value)
         missed.add(array_of(name) or "metadata")
         (cache / name).write_bytes(content)
     assert missed == {*watch.arrays, "metadata"}
@@ -140,7 +139,7 @@ def test_a_run_does_not_start_on_a_lost_unit_nor_go_past_a_lost_file(
     assert f"{lost}" in ended.output
     assert "Traceback" not in ended.output
     lost.write_bytes(content)
-    (cache / "done/c/1/2").unlink()
+    (cache / "digest/c/1/2").unlink()
     ended = stages.server.run(*words, log=stages.log)
     assert ended.code == 1
     assert "1 of 6 units missing" in ended.output

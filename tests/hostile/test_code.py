@@ -243,8 +243,8 @@ def test_no_program_is_run_for_a_shard(
         ("seed", {"codecs": [{"name": "vlen-utf8"}]}),
         ("dense/spatial", {"codecs": [{"name": "bytes"}, {"name": "os:system"}]}),
         ("dense/global", {"storage_transformers": [{"name": "pickle"}]}),
-        ("done", {"chunk_key_encoding": {"name": "../../c"}}),
-        ("done", {"fill_value": "gASVAAAA"}),
+        ("digest", {"chunk_key_encoding": {"name": "../../c"}}),
+        ("digest", {"fill_value": "gASVAAAA"}),
     ],
 )
 def test_arrays_of_objects_and_codecs_that_run_are_refused(

@@ -84,7 +84,7 @@ def test_merging_and_verifying_spell_names_out(
     assert code == 1
     assert r"teacher.name: resnet10t" in output
     assert r"\x1b]0;owned\x07" in output
-    (tmp_path / "a/done/c/0/0").unlink()
+    (tmp_path / "a/digest/c/0/0").unlink()
     code, output = says("cache", "verify", tmp_path / "a")
     assert code == 1
     assert "shard 0 ([bold red]x[/bold red].tar)" in output

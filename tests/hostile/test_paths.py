@@ -96,7 +96,9 @@ def test_a_document_that_never_ends_is_refused(tmp_path: Path, document: str) ->
         CacheReader(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["done", "done/c", "seed/c/0", "dense", "key/c", "envelope/lines"])
+@pytest.mark.parametrize(
+    "name", ["digest", "digest/c", "seed/c/0", "dense", "key/c", "envelope/lines"]
+)
 def test_nothing_is_written_through_a_link_for_a_folder(tmp_path: Path, name: str) -> None:
     """Going on with a stranger's cache, or extending it, could write over anything."""
     cache, away = tmp_path / "cache", tmp_path / "away"
@@ -131,6 +133,6 @@ def test_a_cache_that_is_itself_behind_a_link_is_written(tmp_path: Path) -> None
 def test_odd_names_among_the_finished_units_are_no_units(tmp_path: Path, name: str) -> None:
     writer = CacheWriter.create(tmp_path, manifest())
     fill(writer, writer.todo()[:1])
-    (tmp_path / "done/c/0" / name).touch()
-    os.makedirs(tmp_path / "done/c" / name)
+    (tmp_path / "digest/c/0" / name).touch()
+    os.makedirs(tmp_path / "digest/c" / name)
     assert np.count_nonzero(CacheReader(tmp_path).done()) == 1

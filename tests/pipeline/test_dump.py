@@ -52,7 +52,7 @@ def test_a_dump_asked_to_stop_keeps_its_units_and_says_how_to_go_on(
         stderr=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    while not list(cache.glob("done/c/*/*")):
+    while not list(cache.glob("digest/c/*/*")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

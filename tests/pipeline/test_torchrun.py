@@ -78,7 +78,7 @@ def test_a_killed_process_takes_its_dump_down_and_nothing_is_lost(
     log = tmp_path / "log"
     with torchrun(words, log, "--standalone", "--nproc-per-node", 2) as agent:
         until = time.monotonic() + SECONDS
-        while not list((tmp_path / "c").glob("done/c/*/*")):
+        while not list((tmp_path / "c").glob("digest/c/*/*")):
             assert agent.poll() is None, log.read_text()
             assert time.monotonic() < until, log.read_text()
             time.sleep(0.01)

@@ -87,7 +87,7 @@ def test_the_depth_structure_decodes_nothing(copy: World, verify: Verify) -> Non
 
 
 def test_units_that_are_not_made_are_a_problem_unless_partial(copy: World, verify: Verify) -> None:
-    (copy.cache / "done/c/1/2").unlink()
+    (copy.cache / "digest/c/1/2").unlink()
     code, report = verify(copy.cache)
     assert code == 1
     assert report["checks"]["units"] == {"done": 5, "total": 6, "problems": 1}

@@ -1,0 +1,143 @@
+"""``cache upgrade``: a cache of format version 1 becomes one of version 2, where it lies.
+
+Version 1 marked a finished unit by a file in ``done``, and had no digests. Every finished unit is
+decoded, which looks at every checksum, and gets its record; the manifest of version 2 follows, and
+``done`` goes last. A killed upgrade is run again and goes on. What the files were before nobody can
+tell any more: a record says what they are now.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cskd_pipeline import documents, files
+from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.chunks import DamageError, encode_file
+from cskd_pipeline.cache.digests import Record
+from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.remote import require_local
+from cskd_pipeline.cache.store import CacheStore
+from cskd_pipeline.cache.verify import check_bytes
+from cskd_pipeline.errors import CacheError
+from cskd_pipeline.manifest import CacheManifest
+from cskd_pipeline.progress import Progress
+
+_MARKS = "done"
+
+
+def upgrade(
+    path: Path | str, *, progress: Progress, stopped: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Make a cache of format version 2 of the folder ``path``.
+
+    Returns:
+        The cache, how many units got a record, and the root digest if it is finished.
+
+    Raises:
+        CacheError: no cache, or a unit of it is damaged: lists every file that is.
+        KeyboardInterrupt: stopped between units.
+    """
+    root = require_local(path, "a cache is upgraded where it lies", "copy it to this machine")
+    with files.explained_os_errors(root), exclusive(root):
+        old = _old_manifest(root)
+        written = 0 if old is None else _write_records(root, old, progress, stopped)
+        shutil.rmtree(inside(root, f"{_MARKS}/zarr.json").parent, ignore_errors=True)
+    reader = CacheReader(root, progress=progress)
+    return {
+        "cache": str(root),
+        "units": written,
+        "complete": bool(reader.done().all()),
+        "digest": reader.digest(progress),
+    }
+
+
+def _old_manifest(root: Path) -> CacheManifest | None:
+    """Return the manifest as version 2 has it; None if the cache is of version 2 already.
+
+    Raises:
+        CacheError: there is no cache, or its manifest was altered.
+    """
+    path = root / layout.GROUP
+    document = documents.read(path) if path.exists() else None
+    try:
+        content = document["attributes"][layout.ATTRIBUTE]  # type: ignore[index]  # see below
+        old, digest = dict(content["manifest"]), content["sha256"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CacheError(
+            "not a teacher cache",
+            where=root,
+            expected="a folder made by cskd-pipeline dump-teacher",
+        ) from error
+    if old.get("format_version") != 1:
+        return None
+    if documents.sha256(old) != digest:
+        raise CacheError(
+            "the manifest is not what was written",
+            where=path,
+            found=f"sha256 {documents.sha256(old)}",
+            expected=f"sha256 {digest}",
+            action="copy the file again from where the cache came from",
+        )
+    if isinstance(old.get("parent"), dict):
+        old["parent"] = {"digest": None, **old["parent"]}
+    return CacheManifest.from_json(old | {"format_version": 2}, path)
+
+
+def _write_records(
+    root: Path, manifest: CacheManifest, progress: Progress, stopped: Callable[[], bool]
+) -> int:
+    """Write what version 2 has more, the manifest last; return how many units there are."""
+    folder = DurableFolder(root)
+    for key, document in layout.array_documents(manifest).items():
+        folder.write(key, document)
+    store = CacheStore(root, manifest)
+    array = store.arrays[layout.RECORD]
+    done = np.zeros((manifest.blocks, len(manifest.dataset.shards)), bool)
+    for block, shard in np.ndindex(*done.shape):
+        done[block, shard] = (root / f"{_MARKS}/c/{block}/{shard}").is_file()
+    units: list[tuple[int, int]] = [(block, shard) for block, shard in np.argwhere(done).tolist()]
+    with progress(len(units), "units", "writing their digests") as meter:
+        for block, shard in units:
+            if stopped():
+                raise KeyboardInterrupt
+            keys = [key for _, key in store.recorded_files(block, shard)]
+            record = Record.of(store.lineage, keys, _digests(store, keys))
+            folder.write(store.record_key(block, shard), encode_file(array, record.row()[None]))
+            meter.advance()
+    folder.flush()
+    problems = check_bytes(CacheReader.over(store, done), units, progress)
+    if problems:
+        raise CacheError(
+            "the cache is damaged, and stays of format version 1",
+            where=root,
+            expected="files that decode",
+            action="copy these files again, or delete their unit's file in done/ and dump the unit "
+            "again afterwards; then run this command again",
+            problems=[str(problem) for problem in problems],
+        )
+    folder.write(layout.GROUP, layout.manifest_document(manifest))
+    folder.flush()
+    return len(units)
+
+
+def _digests(store: CacheStore, keys: list[str]) -> list[bytes]:
+    """Raises: CacheError, the first file that is missing."""
+    found = []
+    for key in keys:
+        try:
+            found.append(store.sha256(key))
+        except DamageError as error:
+            raise CacheError(
+                "a finished unit lacks a file",
+                where=f"{store.path}/{key}",
+                found=str(error),
+                action="copy it again, or delete its unit's file in done/ and dump the unit again "
+                "after the upgrade",
+            ) from error
+    return found

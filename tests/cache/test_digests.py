@@ -1,0 +1,440 @@
+"""What checksums cannot find: whole files, units and arrays that belong elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+from cskd_pipeline import documents
+from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.convert import convert
+from cskd_pipeline.cache.digests import split_pin
+from cskd_pipeline.cache.merge import merge
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.store import CacheStore
+from cskd_pipeline.cache.upgrade import upgrade
+from cskd_pipeline.cache.verify import check_bytes, check_structure
+from cskd_pipeline.cache.writer import CacheWriter, UnitData
+from cskd_pipeline.errors import CacheError, UsageError
+from cskd_pipeline.manifest import CacheManifest
+from cskd_pipeline.progress import silent
+from tests.cache.making import (
+    COUNTS,
+    VIEWS,
+    dataset,
+    fill,
+    make,
+    manifest,
+    teacher,
+    tree,
+    unit_data,
+)
+
+UNITS = VIEWS // 2 * len(COUNTS)
+
+
+def read_all(path: Path | str) -> None:
+    """Read all that training reads of a cache."""
+    reader = CacheReader(path)
+    for shard, count in enumerate(COUNTS):
+        reader.keys(shard), reader.labels(shard), reader.image_crc32(shard)
+        for view in range(VIEWS):
+            reader.seeds(view, shard), reader.view_digests(view, shard), reader.top1_of(view, shard)
+            for name in reader.encodings:
+                reader.rows(name, view, shard, range(count))
+
+
+def problems(path: Path) -> list[str]:
+    """What ``cache verify`` finds in the cache alone, by file."""
+    reader = CacheReader(path)
+    units = [(block, shard) for block, shard in np.argwhere(reader.done()).tolist()]
+    found = check_structure(CacheStore(path), units, silent)
+    return [problem.where for problem in found or check_bytes(reader, units, silent)]
+
+
+def swap(one: Path, other: Path) -> None:
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+def other_teacher(path: Path) -> Path:
+    """A cache of the same data, views and shapes from another teacher."""
+    writer = CacheWriter.create(path, manifest(teacher=teacher(weights_sha256="cd" * 32)))
+    for unit in writer.todo():
+        data = unit_data(unit, writer.manifest)
+        spatial = data.arrays["dense/spatial"]
+        data.arrays = {**data.arrays, "dense/spatial": spatial[:, :, ::-1].copy()}
+        writer.write_unit(unit, data)
+    return path
+
+
+def copy_over(source: Path, target: Path, names: Callable[[str], bool]) -> None:
+    """One wrong rsync."""
+    for name, content in tree(source).items():
+        if names(name):
+            (target / name).write_bytes(content)
+
+
+def rewrite_manifest(path: Path, change: Callable[[CacheManifest], CacheManifest]) -> None:
+    """As one would by hand, who knows the format: every document and checksum fits."""
+    edited = change(CacheStore(path).manifest)
+    for key, document in layout.array_documents(edited).items():
+        (path / key).write_bytes(document)
+    (path / layout.GROUP).write_bytes(layout.manifest_document(edited))
+
+
+EXCHANGES: dict[str, Callable[[Path, Path], None]] = {
+    "lines of two shards": lambda c, _: swap(
+        c / "envelope/lines/c/0/0/0/0/0/0/0", c / "envelope/lines/c/0/2/0/0/0/0/0"
+    ),
+    "logits of two views": lambda c, _: swap(
+        c / "dense/spatial/c/0/1/0/0/0/0", c / "dense/spatial/c/1/1/0/0/0/0"
+    ),
+    "lines of two blocks": lambda c, _: swap(
+        c / "envelope/lines/c/0/0/0/0/0/0/0", c / "envelope/lines/c/1/0/0/0/0/0/0"
+    ),
+    "records of two blocks": lambda c, _: swap(c / "digest/c/0/0", c / "digest/c/1/0"),
+    "records of two shards": lambda c, _: swap(c / "digest/c/0/0", c / "digest/c/0/1"),
+    "seeds of another block": lambda c, _: shutil.copy(c / "seed/c/0/0/0", c / "seed/c/1/0/0"),
+    "counts of another block": lambda c, _: shutil.copy(c / "top1/c/0/1/0", c / "top1/c/1/1/0"),
+    "an encoding of another teacher": lambda c, other: copy_over(
+        other, c, lambda name: name.startswith("dense/spatial/c")
+    ),
+    "all but the manifest of another teacher": lambda c, other: copy_over(
+        other, c, lambda name: not name.endswith("zarr.json")
+    ),
+    "the manifest of another teacher": lambda c, other: copy_over(
+        other, c, lambda name: name.endswith("zarr.json")
+    ),
+    "a policy that was edited": lambda c, _: rewrite_manifest(
+        c, lambda m: replace(m, policy=replace(m.policy, erase=0.5))
+    ),
+    "a seed that was edited": lambda c, _: rewrite_manifest(c, lambda m: replace(m, root_seed=8)),
+    "class names that were edited": lambda c, _: rewrite_manifest(
+        c,
+        lambda m: replace(
+            m,
+            dataset=replace(m.dataset, class_names=m.dataset.class_names[::-1]),  # type: ignore[index]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", EXCHANGES)
+def test_what_was_exchanged_is_refused_by_reader_and_verify(tmp_path: Path, how: str) -> None:
+    cache, other = tmp_path / "c", other_teacher(tmp_path / "other")
+    make(cache)
+    read_all(cache)
+    EXCHANGES[how](cache, other)
+    with pytest.raises(CacheError, match="the cache is damaged") as caught:
+        read_all(cache)
+    assert str(caught.value.where).startswith(f"{cache}/")
+    assert problems(cache) != []
+
+
+def test_labels_set_to_zero_are_refused(tmp_path: Path) -> None:
+    """With valid checksums, and the same in every later unit."""
+    make(tmp_path / "c")
+    zeros = CacheWriter.create(tmp_path / "zeros", manifest())
+    for unit in zeros.todo():
+        data: UnitData = unit_data(unit, zeros.manifest)
+        data.labels = np.zeros_like(data.labels)
+        zeros.write_unit(unit, data)
+    shutil.copy(tmp_path / "zeros/label/c/1/0", tmp_path / "c/label/c/1/0")
+    with pytest.raises(CacheError, match="a file of another unit or cache") as caught:
+        CacheReader(tmp_path / "c").labels(1)
+    assert caught.value.where == tmp_path / "c/label/c/1/0"
+    assert set(problems(tmp_path / "c")) == {"label/c/1/0"}
+
+
+def test_a_unit_with_other_keys_beside_it_is_found(tmp_path: Path) -> None:
+    """A record of its own, but its tar shard's files are those of another unit's record."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    make(a)
+    writer = CacheWriter.create(b, manifest())
+    for unit in writer.todo():
+        data = unit_data(unit, writer.manifest)
+        data.image_crc32 = data.image_crc32 + np.uint32(1)
+        writer.write_unit(unit, data)
+    copy_over(b, a, lambda name: f"{name}/".startswith(("digest/c/1/2/", "seed/c/1/2/")))
+    assert "image_crc32/c/2/0" in problems(a)
+
+
+def test_digests_are_what_the_page_says(tmp_path: Path) -> None:
+    """Computed from the page's words, with zarr and hashlib alone."""
+    make(tmp_path / "c")
+    group = zarr.open_group(tmp_path / "c", mode="r")
+    document = dict(group.attrs["cskd"]["manifest"])  # type: ignore[arg-type, index, call-overload]
+    kept = ("format_version", "dataset", "teacher", "policy", "root_seed", "encodings")
+    document = {name: document[name] for name in (*kept, "view_block")}
+    for part, name in (("dataset", "name"), ("teacher", "source"), ("teacher", "top1")):
+        del document[part][name]
+    for shard in document["dataset"]["shards"]:
+        del shard["name"]
+
+    def sha256(value: Any) -> str:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+    lineage = sha256(document)
+    units = b""
+    for block in range(VIEWS // 2):
+        for shard in range(len(COUNTS)):
+            keys = [f"key/c/{shard}/0/0", f"label/c/{shard}/0", f"image_crc32/c/{shard}/0"]
+            keys += [f"seed/c/{block}/{shard}/0", f"view_digest/c/{block}/{shard}/0"]
+            keys += [f"top1/c/{block}/{shard}/0"]
+            keys += [f"dense/spatial/c/{2 * block + i}/{shard}/0/0/0/0" for i in range(2)]
+            keys += [f"dense/global/c/{block}/{shard}/0/0"]
+            keys += [f"envelope/lines/c/{block}/{shard}/0/0/0/0/0"]
+            keys += [f"envelope/global_label/c/{block}/{shard}/0"]
+            files = {key: hashlib.sha256((tmp_path / "c" / key).read_bytes()) for key in keys}
+            unit = sha256({"cache": lineage, "files": {k: f.hexdigest() for k, f in files.items()}})
+            record = b"".join(
+                [bytes.fromhex(unit), bytes.fromhex(lineage), *(f.digest() for f in files.values())]
+            )
+            row = np.asarray(group["digest"][block]).reshape(len(COUNTS), -1)[shard]  # type: ignore[index]
+            assert row.tobytes() == record
+            units += bytes.fromhex(unit)
+    root = hashlib.sha256(bytes.fromhex(lineage) + VIEWS.to_bytes(8, "little") + units)
+    assert CacheReader(tmp_path / "c").digest() == root.hexdigest()
+
+
+def test_the_root_digest_names_contents_and_not_who_made_them(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    root = CacheReader(tmp_path / "a").digest()
+    elsewhere = replace(dataset(), name="my copy")
+    other = CacheWriter.create(
+        tmp_path / "b",
+        manifest(
+            dataset=elsewhere,
+            created="2027-01-01T00:00:00Z",
+            versions={"python": "3.13"},
+            license="MIT",
+            notes="x",
+        ),
+    )
+    units = other.todo()
+    random.Random(1).shuffle(units)
+    fill(other, units[:4])
+    assert CacheReader(tmp_path / "b").digest() is None
+    fill(other, units[4:])
+    assert CacheReader(tmp_path / "b").digest() == root
+    differing = [
+        manifest(root_seed=8),
+        manifest(view_block=4),
+        manifest(encodings=("dense",)),
+        manifest(views=6),
+        manifest(teacher=teacher(mean=(0.4, 0.5, 0.5))),
+    ]
+    roots = {root}
+    for number, changed in enumerate(differing):
+        fill(CacheWriter.create(tmp_path / f"{number}", changed))
+        roots.add(CacheReader(tmp_path / f"{number}").digest())
+    assert len(roots) == 1 + len(differing)
+
+
+def test_a_merge_of_parts_has_the_digest_of_the_cache_made_at_once(tmp_path: Path) -> None:
+    make(tmp_path / "whole")
+    root = CacheReader(tmp_path / "whole").digest()
+    for name, chosen in (("a", slice(0, 3)), ("b", slice(2, None))):
+        writer = CacheWriter.create(tmp_path / name, manifest())
+        fill(writer, writer.todo()[chosen])
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out", progress=silent)
+    assert CacheReader(tmp_path / "out").digest() == root
+    for name, shards in (("c", (0, 1)), ("d", (1, 3))):  # other lists of shards, other lineages
+        convert(tmp_path / "whole", tmp_path / name, shards=shards, progress=silent)
+    merge([tmp_path / "c", tmp_path / "d"], tmp_path / "again", progress=silent)
+    assert CacheReader(tmp_path / "again").digest() == root
+
+
+def test_a_cache_that_grew_has_the_digest_of_one_made_at_once(tmp_path: Path) -> None:
+    writer = make(tmp_path / "c", views=2)
+    small = CacheReader(tmp_path / "c").digest()
+    writer.extend(VIEWS)
+    assert CacheReader(tmp_path / "c").digest() is None
+    fill(writer)
+    make(tmp_path / "whole")
+    assert CacheReader(tmp_path / "c").digest() == CacheReader(tmp_path / "whole").digest() != small
+
+
+# A digest that is stated
+
+
+def test_a_stated_digest_lets_this_content_pass_and_no_other(tmp_path: Path) -> None:
+    make(tmp_path / "c")
+    root = CacheReader(tmp_path / "c").digest()
+    read_all(f"{tmp_path / 'c'}@sha256:{root}")
+    with pytest.raises(CacheError, match="not the one that was stated") as caught:
+        CacheReader(f"{tmp_path / 'c'}@sha256:{'0' * 64}")
+    assert caught.value.found == f"sha256:{root}"
+    # A forger who writes every record anew: only the stated digest tells.
+    writer = CacheWriter.create(tmp_path / "forged", manifest())
+    for unit in writer.todo():
+        data = unit_data(unit, writer.manifest)
+        data.labels = np.zeros_like(data.labels)
+        writer.write_unit(unit, data)
+    read_all(tmp_path / "forged")
+    assert problems(tmp_path / "forged") == []
+    with pytest.raises(CacheError, match="not the one that was stated"):
+        CacheReader(f"{tmp_path / 'forged'}@sha256:{root}")
+
+
+def test_an_unfinished_cache_has_no_digest_to_be_stated(tmp_path: Path) -> None:
+    writer = CacheWriter.create(tmp_path / "c", manifest())
+    fill(writer, writer.todo()[:2])
+    with pytest.raises(CacheError, match="not the one that was stated") as caught:
+        CacheReader(f"{tmp_path / 'c'}@sha256:{'0' * 64}")
+    assert caught.value.found == f"no digest: 2 of {UNITS} units are finished"
+
+
+def test_a_unit_exchanged_after_opening_is_refused(tmp_path: Path) -> None:
+    """With its record: so only what was known of the whole tells."""
+    make(tmp_path / "c")
+    reader = CacheReader(f"{tmp_path / 'c'}@sha256:{CacheReader(tmp_path / 'c').digest()}")
+    other = CacheWriter.create(tmp_path / "other", manifest())
+    for unit in other.todo():
+        data = unit_data(unit, other.manifest)
+        data.top1 = data.top1 + np.uint32(1)
+        other.write_unit(unit, data)
+    copy_over(
+        tmp_path / "other", tmp_path / "c", lambda name: name in ("digest/c/1/1", "top1/c/1/1/0")
+    )
+    reader.rows("dense", 0, 1, [0])
+    with pytest.raises(CacheError, match="has changed since it was opened"):
+        reader.rows("dense", 2, 1, [0])
+
+
+@pytest.mark.parametrize("digest", ["", "00", "x" * 64, "0" * 63, "0" * 65])
+def test_what_is_no_digest_is_refused(digest: str) -> None:
+    with pytest.raises(UsageError, match="not the digest of a cache"):
+        split_pin(f"cache@sha256:{digest}")
+
+
+def test_locations_without_a_digest_stay_as_they_are() -> None:
+    for location in ("cache", "https://host/c@ache", "a@b", "s3://b/@sha256", "x@sha256:0/y"):
+        assert split_pin(location) == (location, None)
+    assert split_pin(f"hf://a/b@sha256:{'AB' * 32}") == ("hf://a/b", "ab" * 32)
+
+
+def test_convert_names_the_contents_it_was_made_from(tmp_path: Path) -> None:
+    make(tmp_path / "c", encodings=("dense",))
+    root = CacheReader(tmp_path / "c").digest()
+    source = f"{tmp_path / 'c'}@sha256:{root}"
+    convert(source, tmp_path / "small", encodings=["envelope"], progress=silent)
+    parent = CacheReader(tmp_path / "small").manifest.parent
+    assert parent is not None
+    assert parent["digest"] == root
+
+
+# When files are compared
+
+
+def test_a_file_is_hashed_once_however_many_processes_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "c")
+    reader = CacheReader(tmp_path / "c", memory=0)
+    log = tmp_path / "log"
+    folder = type(reader._store._folder)
+    hashed = folder.sha256
+
+    def noted(self: Any, key: str) -> bytes:
+        with open(log, "a") as file:
+            file.write(f"{key}\n")
+        return hashed(self, key)
+
+    monkeypatch.setattr(folder, "sha256", noted)
+    for _ in range(3):
+        pid = os.fork()
+        if pid == 0:
+            reader.rows("dense", 1, 0, [0, 1])
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+    reader.rows("dense", 0, 0, [0])
+    assert sorted(log.read_text().split()) == [
+        "dense/global/c/0/0/0/0",
+        "dense/spatial/c/0/0/0/0/0/0",
+        "dense/spatial/c/1/0/0/0/0/0",
+    ]
+
+
+# Version 1
+
+
+def downgrade(path: Path) -> None:
+    """Make of a cache what version 1 wrote."""
+    document = json.loads((path / layout.GROUP).read_text())
+    content = document["attributes"]["cskd"]
+    content["manifest"]["format_version"] = 1
+    content["sha256"] = documents.sha256(content["manifest"])
+    (path / layout.GROUP).write_bytes(layout.to_bytes(document))
+    for record in (path / "digest/c").glob("*/*"):
+        mark = path / "done/c" / record.relative_to(path / "digest/c")
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_bytes(b"1")
+    shutil.rmtree(path / "digest")
+
+
+def test_a_cache_of_version_1_is_refused_with_the_command_that_makes_version_2(
+    tmp_path: Path,
+) -> None:
+    make(tmp_path / "c")
+    whole = tree(tmp_path / "c")
+    downgrade(tmp_path / "c")
+    for open_it in (CacheReader, CacheWriter.open):
+        with pytest.raises(CacheError, match="format version 1") as caught:
+            open_it(tmp_path / "c")
+        assert caught.value.action == f"cskd-pipeline cache upgrade {tmp_path / 'c'}"
+    found = upgrade(tmp_path / "c", progress=silent)
+    assert tree(tmp_path / "c") == whole
+    assert found["units"] == UNITS
+    assert found["digest"] == CacheReader(tmp_path / "c").digest()
+    assert upgrade(tmp_path / "c", progress=silent)["units"] == 0
+    assert tree(tmp_path / "c") == whole
+
+
+def test_an_upgrade_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    make(tmp_path / "c")
+    whole = tree(tmp_path / "c")
+    downgrade(tmp_path / "c")
+    for number in range(UNITS):
+        answers = iter([False] * number + [True])
+        with pytest.raises(KeyboardInterrupt):
+            upgrade(tmp_path / "c", progress=silent, stopped=lambda a=answers: next(a))  # type: ignore[misc]
+        with pytest.raises(CacheError, match="format version 1"):
+            CacheReader(tmp_path / "c")
+    upgrade(tmp_path / "c", progress=silent)
+    assert tree(tmp_path / "c") == whole
+
+
+@pytest.mark.parametrize("how", ["flipped", "gone"])
+def test_a_damaged_cache_is_not_upgraded(tmp_path: Path, how: str) -> None:
+    make(tmp_path / "c")
+    downgrade(tmp_path / "c")
+    path = tmp_path / "c/seed/c/1/2/0"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content) if how == "flipped" else path.unlink()
+    with pytest.raises(CacheError) as caught:
+        upgrade(tmp_path / "c", progress=silent)
+    assert "seed/c/1/2/0" in str(caught.value)
+    with pytest.raises(CacheError, match="format version 1"):
+        CacheReader(tmp_path / "c")
+
+
+def test_what_is_no_cache_is_not_upgraded(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="not a teacher cache"):
+        upgrade(tmp_path, progress=silent)
