@@ -105,6 +105,8 @@ def test_every_array_stands_in_the_tables_with_its_type_and_shape() -> None:
     lengths = {"B": 2, "S": 3, "N": 5, "V": 4, "K": 40, "h": 2, "w": 3, "V / B": 2, "k": 24}
     # At most N = 5 rows in a chunk.
     lengths |= {"L": arrays["key"].shape[2], "c": 8, "2048": 5}
+    files = 3 + 3 + (2 + 1) + (2 + 1 + 1) + 6 + 2  # of a tar shard, a unit, and the encodings
+    lengths |= {"R": 32 * (2 + files), "S · R": 3 * 32 * (2 + files)}
     lengths |= {"a": 5, "b": 5, "2a": 5, "2b": 5}
 
     def numbers(cell: str) -> tuple[int, ...]:
