@@ -36,12 +36,12 @@ def measure(
     on_batch: Callable[[int], None] | None = None,
     ranks: Ranks = ALONE,
 ) -> Metrics:
-    """Top-1 and top-5 in percent, per head (``cls``, ``dist``, ``dense``) and for ``mean``.
+    """Return top-1 and top-5 in percent of each of ``heads`` and of ``mean``.
 
     ``mean`` averages the logits of ``heads`` (CSKD §4: class, distillation, and the mean over
-    patches of the dense logits). A dense head is measured wherever the student was given a
-    ``grid``. Ranks that each have a part of the samples all get the figures of the whole.
-    ``on_batch`` is told after every batch how many images it had.
+    patches of the dense logits). A head that was not trained is not measured. Ranks
+    that each have a part of the samples all get the figures of the whole. ``on_batch`` is told
+    after every batch how many images it had.
 
     Raises:
         DataError: no samples.
@@ -55,7 +55,8 @@ def measure(
         images = normalise(pixels.permute(0, 3, 1, 2).float() / 255, student.mean, student.std)
         with autocast:
             predicted = student(images, grid)
-        logits = {name: value.float() for name, value in predicted.logits().items()}
+        every = predicted.logits()
+        logits = {name: every[name].float() for name in heads}
         logits["mean"] = inference_logits(predicted, heads).float()
         for name, value in logits.items():
             top1, top5 = accuracy(value, labels, topk=(1, 5))

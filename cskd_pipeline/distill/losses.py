@@ -16,7 +16,7 @@ from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from cskd_pipeline.distill.student import Heads, Student, inference_logits
+from cskd_pipeline.distill.student import Heads, Student
 from cskd_pipeline.distill.targets import Targets
 from cskd_pipeline.errors import RecipeError
 
@@ -46,7 +46,9 @@ def mixed_targets(
 
 
 def inference_heads(method: str, student: Student) -> tuple[str, ...]:
-    """The heads whose mean is the student's answer, for :func:`inference_logits`."""
+    """Return the heads that the method trains; their mean is the student's answer."""
+    if method == "none":
+        return ("cls",)
     heads = ("cls", "dist") if student.has_distillation_token else ("cls",)
     return (*heads, "dense") if method == "cskd" else heads
 
@@ -136,13 +138,11 @@ class DistillationLoss:
         """
         heads = heads.float()
         unused = heads.cls.new_zeros(())
+        base = soft_cross_entropy(heads.cls, label_targets)
         if self.method == "none":
-            prediction = inference_logits(heads, ["cls"] if heads.dist is None else ["cls", "dist"])
-            base = soft_cross_entropy(prediction, label_targets)
             return LossParts(base, base.detach(), unused, unused)
         assert targets is not None, self.method
         distilled = heads.cls if heads.dist is None else heads.dist
-        base = soft_cross_entropy(heads.cls, label_targets)
         global_ = self._global(distilled, targets)
         total = (1.0 - self.alpha) * base + self.alpha * global_
         if self.method == "deit":

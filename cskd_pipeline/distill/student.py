@@ -82,6 +82,16 @@ class Student(nn.Module):
         """The same student around another copy of the network, such as a moving average."""
         return Student(model, self.name, self.preprocessing.size, self.kwargs)
 
+    def leave_out_distillation_head(self) -> None:
+        """Set the distillation head to zero and freeze it, for a method that does not train it.
+
+        timm's own forward averages both heads: with zeros it ranks classes as the class head does.
+        """
+        if self.has_distillation_token:
+            model: Any = self.model
+            for parameter in model.head_dist.parameters():
+                parameter.requires_grad_(False).zero_()
+
     def require(self, *, method: str, grid: Grid | None) -> None:
         """Refuse a method or a teacher grid (rows, columns) that this student cannot serve.
 

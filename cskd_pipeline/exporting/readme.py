@@ -50,10 +50,12 @@ def model_card(
 def own_answer(student: Student, card: StudentCard) -> str | None:
     """Python that makes ``logits`` of a timm ``model`` and normalised ``images``, as trained.
 
-    None where timm's own forward gives the same: without a dense head it is the mean of the others.
+    None where timm's own forward gives the same: it averages the class and distillation heads.
     """
-    if "dense" not in card.heads:
+    if card.heads == timms_heads(student):
         return None
+    if card.heads == ("cls",):
+        return "logits = model.head(model.forward_features(images)[:, 0])"
     model = student.model
     dense_head, lines = "head", ["tokens = model.forward_features(images)"]
     if student.has_distillation_token:
@@ -72,6 +74,11 @@ def own_answer(student: Student, card: StudentCard) -> str | None:
     return "\n".join([*lines, f"logits = ({' + '.join(names)}) / {len(names)}"])
 
 
+def timms_heads(student: Student) -> tuple[str, ...]:
+    """Return the heads that timm's own forward averages."""
+    return ("cls", "dist") if student.has_distillation_token else ("cls",)
+
+
 def _pooled(patches: str, student: Student, card: StudentCard) -> str:
     """The mean over the grid that the dense head was trained on, which may weigh patches."""
     assert card.grid is not None
@@ -83,15 +90,18 @@ def _pooled(patches: str, student: Student, card: StudentCard) -> str:
 
 
 def _own_answer(student: Student, card: StudentCard) -> list[str]:
-    distilled = "dist" in card.heads
+    distilled = student.has_distillation_token
     code = own_answer(student, card)
     if code is None:
         told = "the mean of its class and distillation heads" if distilled else "its answer"
         return [f"`model(images)` is {told}, as trained."]
     told = "the mean of its class and distillation heads" if distilled else "its class head alone"
+    own = "that of its class head: the distillation head was not trained"
+    if "dense" in card.heads:
+        own = f"the mean of {', '.join(card.heads)}, where `dense` is the head's answer at every "
+        own += "patch, averaged"
     return [
-        f"`model(images)` is {told}. The answer that it was trained for is the mean of "
-        f"{', '.join(card.heads)}, where `dense` is the head's answer at every patch, averaged:",
+        f"`model(images)` is {told}. The answer that it was trained for is {own}:",
         _fence("python", code),
     ]
 

@@ -74,9 +74,11 @@ class Run:
             drop_path=recipe.student.drop_path,
         )
         self.student.require(method=recipe.distill.method, grid=self.grid)
+        self.heads = inference_heads(recipe.distill.method, self.student)
+        if "dist" not in self.heads:
+            self.student.leave_out_distillation_head()
         self.format = memory_format(recipe.run.channels_last)
         self.student.to(device).to(memory_format=self.format)
-        self.heads = inference_heads(recipe.distill.method, self.student)
         self.parallel: DistributedDataParallel | None = None
         if ranks.many:  # averages gradients, so that equal parts of a batch act as the whole
             own = [device.index] if device.type == "cuda" else None

@@ -110,13 +110,22 @@ def test_the_answer_is_the_mean_of_the_heads_of_its_method() -> None:
     mean = (heads.cls + heads.dist + heads.dense.mean((2, 3))) / 3
     close(inference_logits(heads, names), mean)
     close(inference_logits(coarse, names), mean)
-    for method in ("none", "deit"):
-        assert inference_heads(method, vit) == ("cls", "dist")
-        close(inference_logits(heads, ("cls", "dist")), vit.model(images()).detach())
-    assert inference_heads("none", student(PLAIN)) == ("cls",)
+    assert inference_heads("deit", vit) == ("cls", "dist")
+    close(inference_logits(heads, ("cls", "dist")), vit.model(images()).detach())
+    assert inference_heads("none", vit) == inference_heads("none", student(PLAIN)) == ("cls",)
     assert inference_heads("cskd", student(PLAIN)) == ("cls", "dense")
     assert heads.logits().keys() == {"cls", "dist", "dense"}
     assert Heads(heads.cls).logits().keys() == {"cls"}
+
+
+def test_without_its_distillation_head_timms_forward_is_half_the_class_head() -> None:
+    vit = student()
+    vit.leave_out_distillation_head()
+    with torch.inference_mode():
+        close(vit.model(images()), vit(images()).cls / 2)
+    frozen = {name for name, p in vit.model.named_parameters() if not p.requires_grad}
+    assert frozen == {"head_dist.weight", "head_dist.bias"}
+    student(PLAIN).leave_out_distillation_head()  # has none
 
 
 def test_any_timm_classifier_can_train_without_distillation() -> None:

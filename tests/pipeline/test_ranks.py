@@ -107,6 +107,15 @@ def test_ranks_give_the_loss_curve_of_one_process(
     assert len(list((out / "tensorboard").iterdir())) == 1
 
 
+def test_ranks_train_the_class_head_alone_where_there_is_no_teacher(
+    small: World, tmp_path: Path
+) -> None:
+    """The distillation head has no gradient then, for which ranks must not wait."""
+    for ranks in (1, 2):
+        run_in(ranks, arguments(small, tmp_path / str(ranks), *world.VIEWS, method="none"))
+    same_curve(summary(tmp_path / "2"), summary(tmp_path / "1"))
+
+
 def test_one_rank_speaks(small: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = [w for w in arguments(small, tmp_path / "run") if w != "--quiet"]
     run_in(2, [*words, "--json", "--set", "schedule.warmup_epochs=3"])

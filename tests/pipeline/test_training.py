@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 from cskd_pipeline import train as stage_two
 from cskd_pipeline.checkpoint import load_state, read_card
@@ -172,7 +173,7 @@ def test_students_load_into_timm_and_evaluate_as_the_run_said(small: World, tmp_
     ("method", "student", "kwargs", "heads"),
     [
         ("none", "resnet10t", "{channels=[8, 8, 8, 8]}", ["cls"]),
-        ("none", world.STUDENT, world.STUDENT_KWARGS, ["cls", "dist"]),
+        ("none", world.STUDENT, world.STUDENT_KWARGS, ["cls"]),
         ("deit", "vit_tiny_patch16_224", world.STUDENT_KWARGS, ["cls"]),
         ("cskd", "vit_tiny_patch16_224", world.STUDENT_KWARGS, ["cls", "dense"]),
         ("cskd", world.STUDENT, world.STUDENT_KWARGS, ["cls", "dist", "dense"]),
@@ -197,6 +198,13 @@ def test_every_method_trains_and_answers_with_the_heads_it_trained(
     assert 0 <= summary["last"]["top1"] <= 100
     measured = evaluate(tmp_path / "run", str(small.validation), world.quiet(), device="cpu")
     assert measured["heads"] == heads
+    assert list(measured["per_head"]) == [*heads, "mean"]
+    logged = {name for name in summary["last"] if name.startswith("top1_")}
+    assert logged == {f"top1_{head}" for head in heads}
+    state = load_file(tmp_path / "run" / "last.safetensors")
+    if "head_dist.weight" in state:  # fresh heads start at zero biases and other weights
+        assert bool(state["head_dist.bias"].any()) == ("dist" in heads)
+        assert bool(state["head_dist.weight"].any()) == ("dist" in heads)
 
 
 def test_views_come_again_when_epochs_outlast_them_and_the_run_says_so(
