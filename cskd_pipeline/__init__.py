@@ -20,7 +20,7 @@ This docstring is the tour; the rooms come in the order in which a picture passe
    gives the class, distillation and dense predictions; ``losses`` compares the two.
 5. **cache** -- what is stored: a zarr v3 group with leading axes (view, shard, offset).
    ``encodings`` has one file per way of storing the teacher's answer; ``writer`` commits units
-   (block of views, tar shard), ``done`` last; ``reader`` knows nothing that is not done;
+   (block of views, tar shard), their digests last; ``reader`` knows nothing that is not done;
    ``convert`` makes a smaller cache of another, ``merge`` one of several parts; ``remote`` reads
    one where it is published.
 6. **loading** -- what is read: ``shards`` (tars), ``plan`` (which sample in which view comes when:

@@ -2,10 +2,10 @@
 
 ``dump_teacher`` is the whole of it: open the data, load the teacher, make or open the cache, and
 for each unit (block of views, tar shard) that is not done yet: views from the loader, logits from
-the teacher, encodings on the device, arrays to the cache, ``done`` last. The teacher's batches are
-full: one may end a unit and begin the next. What it says of a view does not depend on the others in
-the batch, so a killed dump is run again with the same command, goes on with the units that are
-left, and equals one that was never stopped.
+the teacher, encodings on the device, arrays to the cache, its record last. The teacher's batches
+are full: one may end a unit and begin the next. What it says of a view does not depend on the
+others in the batch, so a killed dump is run again with the same command, goes on with the units
+that are left, and equals one that was never stopped.
 """
 
 from __future__ import annotations

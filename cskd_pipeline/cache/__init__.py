@@ -8,7 +8,8 @@
 3. **chunks** -- bytes: a file of chunks encoded, one chunk decoded, every checksum looked at.
 4. **store** -- a folder as a cache: manifest, units done, chunks; errors name array, unit and file.
 5. **writer** -- commits units: files written beside their place, synced, renamed (``durable``);
-   ``done`` after all others. **reader** -- sees units that are done, keeps decoded slabs (``lru``).
+   their record (``digests``) after all others. **reader** -- sees finished units, compares every
+   file with its record once, keeps decoded slabs (``lru``).
    **remote** -- the same of a URL, through copies on this machine (``mirror``).
 6. **info** -- what ``cskd-pipeline cache info`` tells (``summary``: to a person); **card** -- the
    README of a published cache.
