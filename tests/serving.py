@@ -7,12 +7,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+Reply = tuple[int, dict[str, str], bytes]
 
 BUCKET = "bucket"
 
@@ -23,9 +25,12 @@ class Served:
     Attributes:
         faults: for each, the end of a path and what happens to requests for it, once: ``reset``,
             ``truncate`` (half of the body, then the connection ends), ``silence`` (half of the
-            body, then nothing for two seconds) or an HTTP status.
+            body, then nothing for two seconds), ``trickle`` and ``trickle head`` (a byte now and
+            then, of the body or of a header without end) or an HTTP status.
         always: the same, each time.
+        replies: for the end of a path, status, headers and body to send as they are.
         asked: method, path and Range of every request.
+        headers: of every request, by name in lower case.
         ranges: whether Range is heeded.
     """
 
@@ -33,7 +38,9 @@ class Served:
         self.root = root
         self.faults: list[tuple[str, str | int]] = []
         self.always: dict[str, str | int] = {}
+        self.replies: dict[str, Reply] = {}
         self.asked: list[tuple[str, str, str | None]] = []
+        self.headers: list[dict[str, str]] = []
         self.ranges = True
         self.url = ""
         self.lock = threading.Lock()
@@ -66,12 +73,18 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         path, wanted = unquote(parts.path), self.headers.get("Range")
         self.served.asked.append((self.command, path, wanted))
+        self.served.headers.append({name.lower(): value for name, value in self.headers.items()})
         fault = self.served.fault(path)
         if isinstance(fault, int):
             return self.send(fault, b"no", body)
         if fault == "reset":
             self.close_connection = True
             return self.connection.close()
+        if fault == "trickle head":
+            return self.trickle(b"HTTP/1.1 200 OK\r\nX: ")
+        for end, reply in self.served.replies.items():
+            if path.endswith(end):
+                return self.reply(*reply)
         found = self.content(path, parse_qs(parts.query, keep_blank_values=True))
         if found is None:
             return self.send(404, b"not found", body)
@@ -108,11 +121,30 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is None:
             self.wfile.write(data)
             return
+        if fault == "trickle":
+            return self.trickle(b"")
         self.wfile.write(data[: len(data) // 2])
         self.wfile.flush()
         if fault == "silence":
             time.sleep(2)
         self.close_connection = True
+
+    def reply(self, status: int, headers: dict[str, str], data: bytes) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.close_connection = True
+        self.wfile.write(data)
+
+    def trickle(self, beginning: bytes) -> None:
+        """Until the client has gone."""
+        self.close_connection = True
+        self.wfile.write(beginning)
+        with suppress(ConnectionError):
+            while True:
+                self.wfile.write(b"x")
+                time.sleep(0.02)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -123,7 +123,12 @@ def test_light_rooms_import_without_torch(room: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-DISTRIBUTIONS = {"PIL": "pillow", "google_crc32c": "google-crc32c", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "google_crc32c": "google-crc32c",
+    "huggingface_hub": "huggingface-hub",
+    "sklearn": "scikit-learn",
+}
 
 
 def test_every_package_that_is_imported_is_declared_and_pinned() -> None:

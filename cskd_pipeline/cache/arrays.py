@@ -63,6 +63,19 @@ class StoredArray:
         """Of a file: its shard index, or a zstd frame (RFC 8878) of one empty block."""
         return 13 if self.chunk_shape is None else 16 * math.prod(self.chunks_per_file) + 4
 
+    def most_encoded(self, shape: tuple[int, ...]) -> int:
+        """What a chunk of ``shape`` can take when nothing in it compresses."""
+        size = math.prod(shape) * self.little.itemsize
+        return size + size // 128 + 1024
+
+    @property
+    def most_file_bytes(self) -> int:
+        """Of a file: all of its chunks, none of which compresses, and its shard index."""
+        if self.chunk_shape is None:
+            return self.most_encoded(self.file_shape)
+        chunks = math.prod(self.chunks_per_file)
+        return chunks * (self.most_encoded(self.chunk_shape) + 16) + 4
+
     def document(self) -> dict[str, Any]:
         """``zarr.json``: core zarr v3 metadata."""
         bytes_codec: dict[str, Any] = {"name": "bytes"}

@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
@@ -48,8 +48,12 @@ class Folder:
     def __init__(self, root: Path) -> None:
         self.root, self.lists, self.at_once = root, True, 1
 
-    def settled(self, identity: str) -> Folder:
-        """The same, now that it is known which cache's files these are."""
+    def settled(self, identity: str, most: Callable[[str], int]) -> Folder:
+        """The same, now that it is known which cache's files these are.
+
+        Args:
+            most: the most bytes that a file may have, by its key.
+        """
         return self
 
     def where(self, key: str) -> Path | str:
@@ -164,7 +168,7 @@ class ChunkReader:
         """
         key = array.key(*at)
         if array.chunk_shape is None:
-            data = self._folder.read(key, limit=_most_bytes(array, array.file_shape))
+            data = self._folder.read(key, limit=array.most_encoded(array.file_shape))
             return _decode(array, data, array.file_shape)
         full = at + (0,) * (len(array.shape) - len(at))
         inside = tuple(
@@ -173,7 +177,7 @@ class ChunkReader:
         start, length = map(int, self._index(array, key)[inside])
         if start == _EMPTY:
             return None
-        if length > _most_bytes(array, array.chunk_shape):
+        if length > array.most_encoded(array.chunk_shape):
             raise DamageError(f"a chunk of {length} bytes, more than it may have")
         if start >= 2**63:  # where no file reaches, and no system call
             raise DamageError(f"a chunk at byte {start}")
@@ -234,12 +238,6 @@ def _encode(array: StoredArray, values: np.ndarray, shape: tuple[int, ...]) -> b
         values = values.transpose(array.order)
     little = np.ascontiguousarray(values, array.little)
     return bytes(Zstd(level=array.level, checksum=True).encode(little))
-
-
-def _most_bytes(array: StoredArray, shape: tuple[int, ...]) -> int:
-    """What a chunk of ``shape`` can take when nothing in it compresses."""
-    size = math.prod(shape) * array.little.itemsize
-    return size + size // 128 + 1024
 
 
 def _decode(array: StoredArray, data: bytes, shape: tuple[int, ...]) -> np.ndarray:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -78,20 +79,38 @@ def inside(root: Path, key: str) -> Path:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[bool]:
+def exclusive(folder: Path, seconds: float | None = None) -> Iterator[bool]:
     """Hold ``folder``, made if need be, against other processes; a killed holder lets go.
 
     False on file systems without locks on folders (some network ones), which let everyone in:
-    there, two writers of one unit at once are not kept apart.
+    there, two writers of one unit at once are not kept apart. Also False when others held it for
+    ``seconds`` (default: as long as it takes).
     """
     with files.explained_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
+    held = False
     try:
-        held = False
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            held = True
+            held = _locked(descriptor, seconds)
         yield held
     finally:
+        if held:  # closing alone would leave it to processes that were forked meanwhile
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+def _locked(descriptor: int, seconds: float | None) -> bool:
+    if seconds is None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return True
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(min(0.02, seconds))
+        else:
+            return True

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cskd_pipeline.cache.durable import exclusive
-from cskd_pipeline.errors import UsageError
+from cskd_pipeline.errors import OutputError, UsageError
+from cskd_pipeline.files import explained_os_errors
 
 FOLDER, GIGABYTES = "CSKD_CACHE_DIR", "CSKD_CACHE_GB"
 _DEFAULT_GIGABYTES = "50"
 _LOCKS = "locks"
 _STRIPES = 256  # files whose names share one wait for each other
+HELD_UP = 300.0  # seconds to wait for another process that fetches a file
 _FRESH = 600.0  # seconds in which a use need not be noted again
 _ABANDONED = 86_400.0  # seconds after which a half-written file has no writer any more
 
@@ -42,9 +46,11 @@ class Mirror:
 
         Raises:
             UsageError: a size that is none.
+            OutputError: a folder that others may write to.
         """
         default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cskd-pipeline"
         folder = Path(os.environ.get(FOLDER) or default).expanduser()
+        _make_private(folder)
         size = os.environ.get(GIGABYTES) or _DEFAULT_GIGABYTES
         try:
             limit = int(float(size) * 10**9)
@@ -77,10 +83,14 @@ class Mirror:
 
     @contextmanager
     def adding(self, key: str) -> Iterator[tuple[Path, bool]]:
-        """Where the copy belongs, and whether it is missing still; one process at a time."""
+        """Where the copy belongs, and whether it is missing still; one process at a time.
+
+        But for one that holds the others up (it may be stopped): after a while they make copies of
+        their own, of which the last stays.
+        """
         path = self.root / key
         stripe = int(hashlib.sha256(str(path).encode()).hexdigest(), 16) % _STRIPES
-        with exclusive(self.folder / _LOCKS / f"{stripe:02x}"):
+        with exclusive(self.folder / _LOCKS / f"{stripe:02x}", HELD_UP):
             missing = self.find(key) is None
             if missing:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,3 +132,28 @@ class Mirror:
                     status = os.stat(path)
                     if not name.endswith(".partial") or now - status.st_mtime > _ABANDONED:
                         yield status.st_mtime, status.st_size, path
+
+
+def _make_private(folder: Path) -> None:
+    """Make ``folder`` for this user alone, or refuse one in which others may put files.
+
+    Others may read what is there; copies that they exchange would be taken for the cache's. That
+    is refused for a group too: its members share no copies, each needs a folder.
+    """
+    with explained_os_errors(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    user, problem, action = os.geteuid(), None, ""
+    for status in (os.lstat(folder), os.stat(folder)):  # a link's owner may lead elsewhere
+        if status.st_uid != user:
+            problem = f"owned by user {status.st_uid}, not by {user}"
+        elif stat.S_ISDIR(status.st_mode) and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            problem = f"mode {stat.S_IMODE(status.st_mode):o}: others may write to it"
+            action = f"chmod go-w {shlex.quote(str(folder))}, or "
+    if problem is not None:
+        raise OutputError(
+            "copies of a cache's files are kept only where nobody else can exchange them",
+            where=folder,
+            found=problem,
+            expected="a folder of your own, to which neither your group nor others may write",
+            action=f"{action}set {FOLDER} to another folder",
+        )

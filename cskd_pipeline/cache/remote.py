@@ -1,4 +1,4 @@
-"""A cache read where it lies: ``https://``, ``s3://``, ``gs://``, ``hf://``, through fsspec.
+"""A cache read where it lies: ``https://``, ``s3://``, ``gs://``, ``hf://``.
 
 A file is copied to this machine when it is first needed, whole, and read from there: training goes
 through the shards in an order that needs a file often for a while and then not for long. Copies are
@@ -7,9 +7,10 @@ kept below ``CSKD_CACHE_DIR`` (default ``~/.cache/cskd-pipeline``), about ``CSKD
 finished units never change, so copies stay good; documents are read anew at every opening, since
 caches grow.
 
-Transfers that break are taken up where they broke. What arrives is checked as any cache is, by the
-checksum of every chunk; a copy that fails is fetched once more before that is an error. Only keys
-that follow from the manifest are asked for.
+Only keys that follow from the manifest are asked for, and no file may be larger than the manifest
+implies; :mod:`cskd_pipeline.cache.transfers` has the other bounds. Transfers that break are taken
+up where they broke. What arrives is checked as any cache is, by the checksum of every chunk; a copy
+that fails is fetched once more before that is an error.
 """
 
 from __future__ import annotations
@@ -19,39 +20,34 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
+from cskd_pipeline.cache import transfers
 from cskd_pipeline.cache.chunks import DamageError, Folder
 from cskd_pipeline.cache.mirror import Mirror
+from cskd_pipeline.cache.transfers import Pace
 from cskd_pipeline.errors import CskdError, MissingPackageError, RemoteError, UsageError
 from cskd_pipeline.files import explained_os_errors
 from cskd_pipeline.progress import Progress, silent
 
 PACKAGES = {
     **{"https": "aiohttp", "http": "aiohttp", "s3": "s3fs", "gs": "gcsfs"},
-    "hf": "huggingface_hub",
+    "hf": "huggingface_hub aiohttp",
 }
-"""The schemes that may be read, and what fsspec needs for each."""
+"""The schemes that may be read, and the packages that each needs."""
 TRIES = 6  # in a row, of what may be otherwise the next time
 WAIT = 0.5  # seconds before the second try; about twice as many before each further one
-TIMEOUT = 60.0  # seconds of silence after which a try has failed
 CONNECTIONS = 32  # at once, to find out what is there
-MAX_FILE_BYTES = 2**32  # far above honest ones, so that no server fills the disk
-_PIECE = 2**20
-_REQUEST = 2**24  # of an object store, which is asked for one range after the other
+MAX_FILE_BYTES = 2**32  # far above honest ones, so that no manifest fills the disk
 _FINAL = frozenset(range(400, 500)) - {404, 408, 425, 429}  # answers that asking again won't change
 _LOGIN = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError")  # botocore's
 # What no network does: our own mistakes, or a library's.
 _BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError)
-
-# File systems of a process that was forked. Their connections and epoll are the parent's: finalised
-# here they would close under it, and leave it waiting for answers until it gives up.
-_LEFT_TO_THE_PARENT: list[Any] = []
 
 T = TypeVar("T")
 
@@ -89,23 +85,30 @@ class RemoteFolder(Folder):
     Args:
         url: see :func:`open_folder`.
         mirror: holds the copies; None until :meth:`settled` knows of which cache.
+        most: the most bytes that a file may have, by its key.
 
     Raises:
-        RemoteError: the server refuses, or cannot be reached.
+        RemoteError: the server refuses, or cannot be reached, or answers what it should not.
         DamageError: a file that is missing, or larger than it may be.
     """
 
-    def __init__(self, url: str, mirror: Mirror | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        mirror: Mirror | None = None,
+        most: Callable[[str], int] = lambda key: MAX_FILE_BYTES,
+    ) -> None:
         super().__init__(Path() if mirror is None else mirror.root)
         self.url, self.scheme = _checked(url)
-        self._mirror = mirror
+        self._mirror, self._most = mirror, most
         self._opened: tuple[int, Any] | None = None
         self._forgotten: set[str] = set()
-        self.lists = self.scheme not in ("https", "http")  # object stores do, web servers do not
+        self._web = self.scheme in ("https", "http")
+        self.lists = not self._web  # object stores do, web servers do not
         self.at_once = CONNECTIONS
 
-    def settled(self, identity: str) -> Folder:
-        return RemoteFolder(self.url, Mirror.of(f"{self.url} {identity}"))
+    def settled(self, identity: str, most: Callable[[str], int]) -> Folder:
+        return RemoteFolder(self.url, Mirror.of(f"{self.url} {identity}"), most)
 
     def where(self, key: str) -> str:
         return f"{self.url}/{key}"
@@ -119,7 +122,7 @@ class RemoteFolder(Folder):
 
     def length(self, key: str) -> int:
         kept = None if self._mirror is None else self._mirror.length(key)
-        return self._insisting(key, lambda: self._length(key)) if kept is None else kept
+        return self._insisting(key, lambda pace: self._length(key, pace)) if kept is None else kept
 
     def names(self, key: str) -> list[str]:
         def ask() -> list[str]:
@@ -128,7 +131,7 @@ class RemoteFolder(Folder):
             return [str(name).rsplit("/", 1)[-1] for name in fs.ls(self.where(key), detail=False)]
 
         try:
-            return self._insisting(key, ask)
+            return self._insisting(key, lambda pace: transfers.within(pace, ask))
         except DamageError:  # there is none
             return []
 
@@ -153,7 +156,7 @@ class RemoteFolder(Folder):
             root = len(self._fs()._strip_protocol(self.url)) + 1
             return {name[root:]: int(info["size"]) for name, info in found.items()}
 
-        return self._insisting("", ask)
+        return self._insisting("", lambda pace: transfers.within(pace, ask))
 
     def forget(self, key: str) -> bool:
         """Once for each file: a server whose file is damaged would be asked forever."""
@@ -192,79 +195,88 @@ class RemoteFolder(Folder):
         """Fetch a file; under its name it is whole."""
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         try:
-            with open(partial, "w+b") as file:
-                self._fetch(key, file, MAX_FILE_BYTES)
+            with explained_os_errors(partial), open(partial, "x+b") as file:
+                self._fetch(key, file, min(self._most(key), MAX_FILE_BYTES))
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
     def _fetch(self, key: str, file: IO[bytes], limit: int) -> None:
-        self._insisting(key, lambda: self._go_on(key, file, limit), file.tell)
+        self._insisting(key, lambda pace: self._go_on(key, file, limit, pace))
 
-    def _go_on(self, key: str, file: IO[bytes], limit: int) -> None:
-        """Fetch what ``file`` lacks."""
-        with self._stream(key, file.tell()) as (start, pieces, total):
-            file.seek(start)
+    def _go_on(self, key: str, file: IO[bytes], limit: int, pace: Pace) -> None:
+        """Fetch what ``file`` lacks; all of it, where the server's is not longer."""
+        try:
+            self._go_on_from(key, file, limit, pace)
+        except transfers.StatusError as error:
+            if error.status != 416 or not file.tell():
+                raise
+            file.seek(0)
             file.truncate()
-            for piece in pieces:
+            raise OSError(str(error)) from error
+
+    def _go_on_from(self, key: str, file: IO[bytes], limit: int, pace: Pace) -> None:
+        with self._answer(key, file.tell(), pace) as answer:
+            file.seek(answer.start)
+            file.truncate()
+            if answer.total is not None and answer.total > limit:
+                raise DamageError(f"{answer.total} bytes, more than the {limit} it may have")
+            for piece in answer.pieces(pace):
                 if file.tell() + len(piece) > limit:
                     raise DamageError(f"more than the {limit} bytes it may have")
                 with explained_os_errors(self.root):
                     file.write(piece)
-        if total is not None and file.tell() != total:
-            raise OSError(f"{file.tell()} bytes arrived where {total} should")
+                pace.reached(file.tell())
+        if answer.total is not None and file.tell() != answer.total:
+            raise OSError(f"{file.tell()} bytes arrived where {answer.total} should")
 
-    @contextmanager
-    def _stream(self, key: str, start: int) -> Iterator[tuple[int, Iterator[bytes], int | None]]:
-        """Where the bytes begin that come, these bytes, and the file's length if it is known."""
-        if self.lists:
-            file = self._fs().open(self.where(key), "rb", block_size=_REQUEST, cache_type="none")
-            file.seek(start)
-            total: int | None = file.size
+    def _answer(self, key: str, start: int, pace: Pace) -> AbstractContextManager[transfers.Answer]:
+        where = self.where(key)
+        if self._web:
+            return transfers.from_web(where, start, where, pace)
+        if self.scheme == "s3":
+            return transfers.from_s3(transfers.within(pace, self._fs), where, start, where, pace)
+        url, login = transfers.within(pace, lambda: self._linked(where))
+        return transfers.from_web(url, start, where, pace, login)
+
+    def _linked(self, path: str) -> tuple[str, dict[str, str]]:
+        """The web address of a file in a store, and the headers that log in there."""
+        fs = self._fs()
+        login: dict[str, str] = {}
+        if self.scheme == "gs":
+            fs.credentials.apply(login)
         else:
-            file = self._get(key, f"bytes={start}-" if start else None)
-            start, total = _extent(file.r, start)
-        step = _REQUEST if self.lists else _PIECE
-        try:
-            yield start, iter(lambda: file.read(step), b""), total
-        finally:
-            file.close()
+            from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    def _length(self, key: str) -> int:
-        if self.lists:
-            return int(self._fs().info(self.where(key))["size"])
-        file = self._get(key, None)
-        try:
-            total = _extent(file.r, 0)[1]
-        finally:
-            file.close()
-        if total is None:
-            raise OSError("the server does not tell the file's length")
-        return total
+            login = build_hf_headers(token=fs.token)
+        return fs.url(path), login
 
-    def _get(self, key: str, range_: str | None) -> Any:
-        """fsspec's stream of an answer; its own look at a file takes every failure for a missing
-        one, hence the size that keeps it from looking.
-        """
-        headers = {"Accept-Encoding": "identity"} | ({} if range_ is None else {"Range": range_})
-        return self._fs().open(self.where(key), "rb", block_size=0, size=1, headers=headers)
+    def _length(self, key: str, pace: Pace) -> int:
+        if not self._web:
+            return transfers.within(pace, lambda: int(self._fs().info(self.where(key))["size"]))
+        with self._answer(key, 0, pace) as answer:
+            if answer.total is None:
+                raise OSError("the server does not tell the file's length")
+            return answer.total
 
-    def _insisting(
-        self, key: str, ask: Callable[[], T], progress: Callable[[], int] = lambda: 0
-    ) -> T:
-        """What ``ask`` returns, tried again while failures may pass or ``progress`` grows."""
-        failures, reached = 0, progress()
+    def _insisting(self, key: str, ask: Callable[[Pace], T]) -> T:
+        """What ``ask`` returns, tried again while failures may pass or more bytes arrive."""
+        failures, reached, pace = 0, 0, Pace()
         while True:
             try:
-                return ask()
+                return ask(pace)
             except FileNotFoundError:
                 raise DamageError("the file is missing") from None
+            except ImportError as error:
+                raise self._lacks_package(error) from error
+            except transfers.SlowError as error:
+                raise self._slow(key, error) from error
             except (DamageError, CskdError, *_BUGS):
                 raise
             except Exception as error:
-                failures = failures + 1 if progress() <= reached else 1
-                reached = progress()
-                status = getattr(error, "status", None)
+                failures = failures + 1 if pace.position <= reached else 1
+                reached = pace.position
+                status = error.status if isinstance(error, transfers.StatusError) else None
                 login = isinstance(error, PermissionError) or type(error).__name__ in _LOGIN
                 if status in _FINAL or login:
                     raise self._refused(key, error) from error
@@ -292,41 +304,42 @@ class RemoteFolder(Folder):
             "folder to this machine",
         )
 
+    def _slow(self, key: str, error: Exception) -> RemoteError:
+        return RemoteError(
+            "the server brings next to nothing",
+            where=self.where(key),
+            found=str(error),
+            expected=f"at least {transfers.SLOWEST} bytes a second",
+            action="run the same command again later, copy the cache's folder to this machine, or "
+            f"wait longer for bytes: {transfers.SECONDS}=1200",
+        )
+
     def _fs(self) -> Any:
         """fsspec's file system: of this process, since connections do not survive a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
-            if self._opened is not None:
-                _LEFT_TO_THE_PARENT.append(self._opened)
-            self._opened = os.getpid(), self._connect()
+            self._opened = os.getpid(), transfers.keep_over_forks(self._connect())
         return self._opened[1]
 
     def _connect(self) -> Any:
         import fsspec
 
-        try:
-            # Its own memory of connections and listings would outlive what they were true of.
-            return fsspec.filesystem(
-                self.scheme, skip_instance_cache=True, use_listings_cache=False, **self._options()
-            )
-        except ImportError as error:
-            package = PACKAGES[self.scheme]
-            raise MissingPackageError(
-                f"reading {self.scheme}:// needs the package {package}",
-                where=self.url,
-                found=str(error),
-                action=f"pip install {package}",
-            ) from error
-
-    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {}
         if self.scheme == "s3":
-            timeouts = {"connect_timeout": TIMEOUT, "read_timeout": TIMEOUT}
-            return {"config_kwargs": timeouts}
-        if self.lists:
-            return {}
-        import aiohttp
+            seconds = transfers.TIMEOUT
+            options["config_kwargs"] = {"connect_timeout": seconds, "read_timeout": seconds}
+        # Its own memory of connections and listings would outlive what they were true of.
+        return fsspec.filesystem(
+            self.scheme, skip_instance_cache=True, use_listings_cache=False, **options
+        )
 
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
-        return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+    def _lacks_package(self, error: ImportError) -> MissingPackageError:
+        package = PACKAGES[self.scheme]
+        return MissingPackageError(
+            f"reading {self.scheme}:// needs {package.replace(' ', ' and ')}",
+            where=self.url,
+            found=str(error),
+            action=f"pip install {package}",
+        )
 
 
 def _checked(url: str) -> tuple[str, str]:
@@ -350,21 +363,7 @@ def _checked(url: str) -> tuple[str, str]:
     return url.rstrip("/"), parts.scheme
 
 
-def _extent(response: Any, start: int) -> tuple[int, int | None]:
-    """Where an HTTP answer's bytes begin, and how long the file is."""
-    length = response.headers.get("Content-Length")
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        length = None  # of the compressed form
-    if response.status != 206:
-        start = 0  # the server knows no ranges: all of it again
-    elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-        raise OSError(f"another range than asked for: {response.headers.get('Content-Range')}")
-    return start, None if length is None else start + int(length)
-
-
 def _told(error: Exception) -> str:
-    """On one line; some errors have no words, and aiohttp's repeat the URL."""
-    status = getattr(error, "status", None)
-    if status is not None:
-        return f"HTTP status {status} {getattr(error, 'message', '')}".rstrip()
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    """On one line: of what is no HTTP, aiohttp quotes all."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -51,7 +51,7 @@ class CacheStore:
         self.manifest = manifest or _read_manifest(folder)
         self.arrays = layout.stored_arrays(self.manifest)
         self.lineage = self.manifest.lineage()
-        self._folder = folder.settled(self.lineage)
+        self._folder = folder.settled(self.lineage, self._most_bytes)
         self._chunks = ChunkReader(self._folder)
         rows = [name for name, _ in self.recorded_files(0, 0)]
         self._rows, self._first_row = len(rows), {name: rows.index(name) for name in rows}
@@ -60,6 +60,11 @@ class CacheStore:
 
     def __reduce__(self) -> tuple[object, ...]:
         return CacheStore, (self.path, self.manifest)
+
+    def _most_bytes(self, key: str) -> int:
+        """The most bytes that the file ``key`` may have."""
+        array = self.arrays.get(key.partition("/c/")[0])
+        return documents.MAX_BYTES if array is None else array.most_file_bytes
 
     def check_metadata(self) -> None:
         """Compare every ``zarr.json`` with the one that the manifest implies, byte for byte.

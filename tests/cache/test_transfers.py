@@ -1,0 +1,653 @@
+"""What a server may do to whoever reads from it: nothing beyond bounds."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import gzip
+import io
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cskd_pipeline.cache import durable, mirror, remote, transfers
+from cskd_pipeline.cache.arrays import StoredArray
+from cskd_pipeline.cache.chunks import DamageError, encode_file
+from cskd_pipeline.cache.mirror import Mirror
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.remote import RemoteFolder
+from cskd_pipeline.cli import main
+from cskd_pipeline.errors import CacheError, OutputError, RemoteError, UsageError
+from tests.serving import BUCKET, Served, serving
+
+Capture = pytest.CaptureFixture[str]
+LARGE = 2**28
+
+
+@pytest.fixture
+def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "copies"))
+    monkeypatch.setattr(remote, "WAIT", 0.001)
+    return tmp_path / "copies"
+
+
+@pytest.fixture
+def served(tmp_path: Path, copies: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """A web server that has a file of 1,000 bytes."""
+    monkeypatch.setenv("NETRC", os.devnull)
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served/file").write_bytes(CONTENT)
+    with serving(tmp_path / "served") as found:
+        yield found
+
+
+@pytest.fixture
+def store(tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    with serving(tmp_path / "served", "s3") as found:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", found.url)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+        yield found
+
+
+CONTENT = bytes(range(250)) * 4
+
+
+def read(url: str, limit: int = 1000) -> bytes:
+    return RemoteFolder(url).read("file", limit)
+
+
+# --- size -----------------------------------------------------------------------------------------
+
+
+def bomb() -> bytes:
+    """256 MiB of what inflates, in 260 kB."""
+    return gzip.compress(bytes(LARGE))
+
+
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+def test_a_compressed_answer_is_not_wanted_and_is_refused(
+    scheme: str, served: Served, store: Served
+) -> None:
+    server = served if scheme == "http" else store
+    headers = {"Content-Encoding": "gzip", "Content-Length": "13"}
+    server.replies["file"] = (200, headers, b"not even gzip")
+    with pytest.raises(RemoteError, match="compressed") as error:
+        read(served.url if scheme == "http" else f"s3://{BUCKET}")
+    assert "switch compression off" in str(error.value.action)
+    assert error.value.found == "Content-Encoding: gzip"
+    assert {headers["accept-encoding"] for headers in server.headers} == {"identity"}
+    assert len(server.gets("file")) == 1
+
+
+@pytest.mark.parametrize("encoding", ["identity", "Identity", ""])
+def test_an_answer_that_says_that_it_is_plain_is_read(encoding: str, served: Served) -> None:
+    headers = {"Content-Encoding": encoding, "Content-Length": "1000"}
+    served.replies["file"] = (200, headers, CONTENT)
+    assert read(served.url) == CONTENT
+
+
+def test_info_about_a_compression_bomb_stays_small(
+    served: Served, tmp_path: Path, copies: Path
+) -> None:
+    """In a process that could not hold what the answer unfolds to."""
+    data = bomb()
+    headers = {"Content-Encoding": "gzip", "Content-Length": str(len(data))}
+    served.replies["zarr.json"] = (200, headers, data)
+    code = f"""
+        import resource, sys
+        from cskd_pipeline.cache.reader import CacheReader
+        from cskd_pipeline.errors import RemoteError
+        import fsspec, aiohttp
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            CacheReader({f"{served.url}/cache"!r})
+        except RemoteError as error:
+            assert "compressed" in str(error)
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) * 1024 < LARGE // 4
+
+
+def test_a_file_is_cut_off_where_it_exceeds_its_bound(served: Served, store: Served) -> None:
+    """By what the server states, before a byte is read; or else as soon as one is too many."""
+    for url in (served.url, f"s3://{BUCKET}"):
+        assert read(url, 1000) == CONTENT
+        with pytest.raises(DamageError, match="1000 bytes, more than the 999 it may have"):
+            read(url, 999)
+    served.replies["file"] = (200, {}, CONTENT)  # no length: the end of the connection is its end
+    assert read(served.url, 1000) == CONTENT
+    with pytest.raises(DamageError, match="more than the 999 bytes it may have"):
+        read(served.url, 999)
+
+
+def test_bytes_beyond_the_stated_length_are_not_taken(served: Served) -> None:
+    served.replies["file"] = (200, {"Content-Length": "1000"}, CONTENT + bytes(5_000_000))
+    with suppress(RemoteError):  # an answer that is no HTTP, where they come with the others
+        assert read(served.url, 10_000_000) == CONTENT
+
+
+def test_what_is_no_http_is_told_on_one_line(served: Served) -> None:
+    served.replies["file"] = (200, {"Content-Length": "x\r\n\r\ny"}, CONTENT)
+    with pytest.raises(RemoteError, match="cannot be reached") as error:
+        read(served.url)
+    assert len(str(error.value).splitlines()) == 4
+    assert "400" in str(error.value.found)
+
+
+def test_no_copy_is_larger_than_the_manifest_implies(
+    finished: Path, served: Served, copies: Path
+) -> None:
+    reader = CacheReader(finished)
+    (served.root / "cache").symlink_to(finished)
+    url = f"{served.url}/cache"
+    key = reader.file("label", 1)
+    bound = CacheReader(url)._store.arrays["label"].most_file_bytes
+    assert bound < 2000
+    served.replies[key] = (200, {}, bytes(LARGE))
+    with pytest.raises(CacheError, match="damaged") as error:
+        CacheReader(url).labels(1)
+    assert f"more than the {bound} bytes it may have" in str(error.value.found)
+    assert not [p for p in copies.rglob("*") if "label" in str(p) and p.is_file()]
+
+
+def test_every_file_of_a_cache_fits_its_bound(finished: Path) -> None:
+    store = CacheReader(finished)._store
+    sizes = store.sizes()
+    assert sizes is not None
+    bounds = {key: store._most_bytes(key) for key in sizes}
+    assert all(sizes[key] <= bounds[key] for key in sizes)
+
+
+def test_the_bound_of_a_file_is_what_it_takes_when_nothing_compresses() -> None:
+    one = StoredArray(
+        "x", "uint16", ("view", "shard", "offset", "class"), (4, 3, 60, 500), (1, 1, 64, 500), 0,
+        chunk_shape=(1, 1, 16, 500),
+    )  # fmt: skip
+    noise = np.random.default_rng(0).integers(1, 2**16, one.file_shape, np.uint16)
+    assert 0 <= one.most_file_bytes - len(encode_file(one, noise)) <= 4 * 1200
+    whole = dataclasses.replace(one, chunk_shape=None)
+    assert 0 <= whole.most_file_bytes - len(encode_file(whole, noise)) <= 2000
+
+
+# --- ranges ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stated",
+    ["bytes 400-999/1000", "bytes 0-999/1000", "bytes 600-999/1000", "bytes */1000", "500-999", ""],
+)
+@pytest.mark.parametrize("start", [0, 500])
+def test_another_range_than_the_missing_one_is_not_taken(
+    stated: str, start: int, served: Served
+) -> None:
+    """It would leave a gap, or bytes twice."""
+    headers = {"Content-Length": "500"} | ({"Content-Range": stated} if stated else {})
+    served.replies["file"] = (206, headers, CONTENT[500:])
+    if (stated, start) == ("bytes 0-999/1000", 0):
+        pytest.skip("the right one")
+    with (
+        pytest.raises(OSError, match=f"another range than the one from byte {start} on"),
+        transfers.from_web(f"{served.url}/file", start, "x", transfers.Pace()),
+    ):
+        pass
+
+
+def test_a_range_that_ends_early_is_asked_for_on(served: Served) -> None:
+    headers = {"Content-Length": "300", "Content-Range": "bytes 0-299/1000"}
+    served.replies["file"] = (206, headers, CONTENT[:300])
+    folder = RemoteFolder(served.url)
+    taken = folder._go_on_from
+
+    def then_as_usual(*arguments: object) -> None:
+        try:
+            taken(*arguments)  # type: ignore[arg-type]
+        finally:
+            served.replies.clear()
+
+    folder._go_on_from = then_as_usual  # type: ignore[method-assign]
+    assert folder.read("file", 1000) == CONTENT
+    assert served.gets("file") == [None, "bytes=300-"]
+
+
+def test_a_file_that_became_shorter_is_fetched_from_its_beginning(served: Served) -> None:
+    """The server has no bytes where those that are missing should begin."""
+    file = io.BytesIO()
+    file.write(bytes(1200))
+    RemoteFolder(served.url)._fetch("file", file, 1300)
+    assert file.getvalue() == CONTENT
+    assert served.gets("file") == ["bytes=1200-", None]
+
+
+def test_a_length_that_is_stated_wrong_is_an_error(served: Served) -> None:
+    served.replies["file"] = (
+        206, {"Content-Range": "bytes 0-999/2000", "Content-Length": "1000"}, CONTENT
+    )  # fmt: skip
+    with pytest.raises(RemoteError, match="cannot be reached"):
+        read(served.url, 3000)
+
+
+# --- redirects ------------------------------------------------------------------------------------
+
+
+def to(location: str, status: int = 302) -> tuple[int, dict[str, str], bytes]:
+    return status, {"Location": location, "Content-Length": "0"}, b""
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_to_another_web_server_is_followed(
+    status: int, served: Served, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/moved").write_bytes(CONTENT)
+    with serving(tmp_path / "other") as other:
+        served.replies["file"] = to(f"{other.url}/moved", status)
+        assert read(served.url) == CONTENT
+        assert len(other.gets("moved")) == 1
+
+
+def test_a_redirect_keeps_the_range(served: Served) -> None:
+    (served.root / "moved").write_bytes(CONTENT)
+    served.replies["file"] = to("/moved")
+    pace = transfers.Pace()
+    with transfers.from_web(f"{served.url}/file", 500, "x", pace) as answer:
+        assert (answer.start, answer.total) == (500, 1000)
+        assert b"".join(answer.pieces(pace)) == CONTENT[500:]
+    assert served.gets("moved") == ["bytes=500-"]
+
+
+@pytest.mark.parametrize(
+    ("location", "told"),
+    [
+        *((f"{scheme}://host/file?secret", scheme) for scheme in ("ftp", "file", "gopher", "data")),
+        ("file:///etc/passwd?secret", "nowhere"),
+        ("http://me:secret@127.0.0.1/file", "with a name or password"),
+        ("", "nowhere"),
+        ("http://[::/", "no URL"),
+        ("/file", "more than 5 redirects"),
+    ],
+)
+def test_other_redirects_are_refused_at_once(location: str, told: str, served: Served) -> None:
+    served.replies["file"] = to(location)
+    with pytest.raises(RemoteError, match="redirects to where it should not") as error:
+        read(served.url)
+    assert told in str(error.value.found)
+    assert "secret" not in str(error.value)
+    assert error.value.where == f"{served.url}/file"
+    assert len(served.asked) == (6 if location == "/file" else 1)
+
+
+def test_https_is_not_left_for_http() -> None:
+    import yarl
+
+    here = yarl.URL("https://host/file")
+    with pytest.raises(RemoteError, match="redirects") as error:
+        transfers._followed(here, "http://host/file", "x")
+    assert error.value.found == "a redirect from https:// to http://host"
+    assert str(transfers._followed(here, "//other/file", "x")) == "https://other/file"
+    assert str(transfers._followed(yarl.URL("http://a/b"), "https://c/d", "x")) == "https://c/d"
+
+
+def test_a_login_is_for_the_caches_own_server_alone(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever other logins ``~/.netrc`` has; cookies are kept for nobody."""
+    logins = tmp_path / "netrc"
+    logins.write_text("machine 127.0.0.1 login me password secret\n")
+    monkeypatch.setenv("NETRC", str(logins))
+    basic = "Basic " + base64.b64encode(b"me:secret").decode()
+    (served.root / "moved").write_bytes(CONTENT)
+    served.replies["file"] = to("/moved")
+    assert read(served.url) == CONTENT
+    assert [headers["authorization"] for headers in served.headers] == [basic, basic]
+    with serving(served.root) as other:  # the same host: another port is another server
+        served.replies["file"] = (
+            302, {"Location": f"{other.url}/moved", "Set-Cookie": "a=b", "Content-Length": "0"}, b""
+        )  # fmt: skip
+        assert read(served.url) == CONTENT
+        assert read(served.url) == CONTENT
+        for headers in other.headers:
+            assert not {"authorization", "cookie"} & set(headers)
+    assert not any("cookie" in headers for headers in served.headers)
+
+
+def test_a_token_does_not_follow_a_redirect(served: Served, tmp_path: Path) -> None:
+    """As the hub's, whose files lie on other servers."""
+    token = {"authorization": "Bearer secret"}
+    with serving(served.root) as other:
+        served.replies["moved"] = to(f"{other.url}/file")
+        url, pace = f"{served.url}/moved", transfers.Pace()
+        with transfers.from_web(url, 0, "x", pace, token) as answer:
+            assert b"".join(answer.pieces(pace)) == CONTENT
+        assert served.headers[0]["authorization"] == "Bearer secret"
+        assert "authorization" not in other.headers[0]
+
+
+def test_the_hubs_files_come_over_its_web_address(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hub:
+        token = "hf_secret"
+
+        def url(self, path: str) -> str:
+            assert path == "hf://datasets/lab/cache/file"
+            return f"{served.url}/file"
+
+    folder = RemoteFolder("hf://datasets/lab/cache")
+    monkeypatch.setattr(folder, "_fs", Hub)
+    assert folder.read("file", 1000) == CONTENT
+    assert served.headers[0]["authorization"] == "Bearer hf_secret"
+    assert served.headers[0]["accept-encoding"] == "identity"
+
+
+def test_a_file_of_logins_that_cannot_be_read_is_told(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(UsageError, match="file of logins"):
+        read(served.url)
+
+
+def test_a_proxy_of_the_environment_is_used(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", served.url)
+    assert read("http://cache.invalid") == CONTENT
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert read(served.url) == CONTENT
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["trickle", "trickle head", "silence"])
+def test_a_server_that_brings_next_to_nothing_is_given_up(
+    kind: str, served: Served, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("CSKD_REMOTE_TIMEOUT", "0.3")
+    served.always["zarr.json"] = kind
+    (served.root / "zarr.json").write_bytes(CONTENT)
+    assert main(["cache", "info", served.url]) == 1
+    told = capsys.readouterr().err
+    assert "brings next to nothing" in told
+    assert "bytes in 0.3 seconds" in told
+    assert "CSKD_REMOTE_TIMEOUT" in told
+
+
+def test_a_transfer_that_breaks_again_and_again_after_a_byte_is_given_up(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each try brings something, so that none is the last of six failures."""
+    monkeypatch.setenv("CSKD_REMOTE_TIMEOUT", "0.3")
+    folder = RemoteFolder(served.url)
+
+    def a_byte(key: str, file: object, limit: int, pace: transfers.Pace) -> None:
+        pace.left()
+        pace.reached(pace.position + 1)
+        raise ConnectionResetError
+
+    monkeypatch.setattr(folder, "_go_on", a_byte)
+    with pytest.raises(RemoteError, match="next to nothing"):
+        folder.read("file", 1000)
+
+
+def test_a_slow_transfer_that_goes_on_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(transfers.time, "monotonic", lambda: now[0])
+    pace = transfers.Pace()
+    for minute in range(1, 61):
+        now[0] = minute * 60.0
+        pace.reached(minute * 60 * transfers.SLOWEST)
+        assert 0 < pace.left() <= 300
+    now[0] += 299  # a server that brings nothing more, however much it brought
+    assert pace.left() <= 300
+    now[0] += 301
+    with pytest.raises(transfers.SlowError):
+        pace.left()
+
+
+def test_a_store_whose_library_does_not_return_is_given_up(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CSKD_REMOTE_TIMEOUT", "0.3")
+    folder, ever = RemoteFolder(f"s3://{BUCKET}"), threading.Event()
+
+    class Silent:
+        def invalidate_cache(self) -> None:
+            pass
+
+        def ls(self, *_: object, **__: object) -> list[str]:
+            ever.wait()
+            return []
+
+        find = info = ls
+
+    monkeypatch.setattr(folder, "_fs", Silent)
+    for call in (lambda: folder.names("done/c"), folder.sizes, lambda: folder.length("x")):
+        with pytest.raises(RemoteError, match="next to nothing"):
+            call()
+    ever.set()
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "x", "nan", "inf", "1e300"])
+def test_a_time_that_is_none_is_refused(
+    seconds: str, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CSKD_REMOTE_TIMEOUT", seconds)
+    with pytest.raises(UsageError, match="not a time in seconds"):
+        read(served.url)
+    assert served.asked == []
+
+
+def test_tries_are_further_and_further_apart(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    monkeypatch.setattr(remote, "WAIT", 0.5)
+    served.always["file"] = 503
+    with pytest.raises(RemoteError, match="cannot be reached"):
+        read(served.url)
+    assert len(served.asked) == 6
+    assert [b / a for a, b in pairwise(waits)] == [2.0] * 4
+    assert 0.25 < waits[0] < 0.75
+
+
+# --- the folder of copies -------------------------------------------------------------------------
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_the_folder_of_copies_is_its_users_alone(served: Served, copies: Path) -> None:
+    before = os.umask(0)
+    try:
+        folder = RemoteFolder(served.url).settled("a cache", lambda _: 1000)
+        folder.read("file", 1000)
+    finally:
+        os.umask(before)
+    assert mode(copies) == 0o700
+
+
+@pytest.mark.parametrize("wrong", [0o777, 0o770, 0o720, 0o702, 0o1777])
+def test_a_folder_of_copies_in_which_others_may_write_is_refused(
+    wrong: int, served: Served, copies: Path, capsys: Capture
+) -> None:
+    copies.mkdir()
+    copies.chmod(wrong)
+    with pytest.raises(OutputError, match="nobody else can exchange them") as error:
+        Mirror.of("a cache")
+    assert f"chmod go-w {copies}" in str(error.value.action)
+    assert "CSKD_CACHE_DIR" in str(error.value.action)
+    assert not list(copies.iterdir())
+    copies.chmod(wrong & ~0o022)
+    Mirror.of("a cache")
+    assert mode(copies) == wrong & ~0o022
+
+
+@pytest.mark.parametrize("which", ["folder", "link"])
+def test_a_folder_of_copies_of_another_user_is_refused(
+    which: str, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another may have made it first, in a shared place."""
+    (tmp_path / "mine").mkdir(mode=0o700)
+    copies.symlink_to(tmp_path / "mine")
+    Mirror.of("a cache")  # a link of one's own
+    look = os.lstat if which == "link" else os.stat
+
+    def foreign(path: object, **options: object) -> os.stat_result:
+        found = list(look(path))  # type: ignore[arg-type]
+        found[4] = os.geteuid() + 1
+        return os.stat_result(found)
+
+    monkeypatch.setattr(mirror.os, look.__name__, foreign)
+    with pytest.raises(OutputError, match="nobody else can exchange them") as error:
+        Mirror.of("a cache")
+    assert f"owned by user {os.geteuid() + 1}" in str(error.value.found)
+
+
+def test_copies_are_not_written_through_what_lies_there_already(
+    served: Served, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RemoteFolder(served.url).settled("a cache", lambda _: 1000)
+    monkeypatch.setattr(remote.uuid, "uuid4", lambda: type("", (), {"hex": "known"}))
+    folder.root.mkdir()
+    (tmp_path / "target").write_text("mine")
+    (folder.root / ".file.known.partial").symlink_to(tmp_path / "target")
+    with pytest.raises(FileExistsError):
+        folder.read("file", 1000)
+    assert (tmp_path / "target").read_text() == "mine"
+
+
+def test_who_is_held_up_by_a_stopped_process_fetches_a_copy_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "HELD_UP", 0.05)
+    one = Mirror(tmp_path, "a cache", limit=1000)
+    ready, start = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with one.adding("x"):
+            os.write(start, b"x")
+            signal.pause()
+        os._exit(0)
+    try:
+        os.read(ready, 1)
+        os.kill(child, signal.SIGSTOP)
+        with one.adding("x") as (path, missing):
+            assert missing
+            path.write_bytes(b"1")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert one.find("x") is not None
+
+
+def test_a_lock_is_let_go_though_a_process_was_forked_while_it_was_held(tmp_path: Path) -> None:
+    ready, start = os.pipe()
+    with durable.exclusive(tmp_path / "lock"):
+        child = os.fork()
+        if child == 0:
+            os.close(start)
+            os.read(ready, 1)
+            os._exit(0)
+    with durable.exclusive(tmp_path / "lock", 0.05) as held:
+        assert held
+    os.close(start)
+    os.waitpid(child, 0)
+    os.close(ready)
+
+
+# --- mirror's room --------------------------------------------------------------------------------
+
+
+def add(to: Mirror, key: str, size: int) -> None:
+    with to.adding(key) as (path, missing):
+        assert missing
+        path.write_bytes(bytes(size))
+        os.utime(path, (add.clock, add.clock))  # type: ignore[attr-defined]
+    add.clock += 1  # type: ignore[attr-defined]
+
+
+add.clock = 0  # type: ignore[attr-defined]
+
+
+def kept(one: Mirror) -> set[int]:
+    return {int(p.name) for p in one.root.rglob("*") if p.is_file()}
+
+
+def test_room_is_made_only_when_there_is_too_much_and_then_for_an_eighth(tmp_path: Path) -> None:
+    one = Mirror(tmp_path, "a cache", limit=800)
+    for number in range(8):
+        add(one, str(number), 100)
+    assert kept(one) == set(range(8))  # exactly the bound
+    add(one, "8", 13)
+    assert kept(one) == set(range(2, 9))  # 13 too much, and 100 more
+
+
+def test_what_was_just_added_stays_however_large_it_is(tmp_path: Path) -> None:
+    one = Mirror(tmp_path, "a cache", limit=100)
+    add(one, "0", 60)
+    add(one, "1", 500)
+    assert kept(one) == {1}
+
+
+def test_copies_of_other_caches_count_and_give_way(tmp_path: Path) -> None:
+    one, other = (Mirror(tmp_path, name, limit=640) for name in ("one", "other"))
+    add(one, "0", 600)
+    add(other, "1", 100)
+    assert kept(one) == set()
+    assert kept(other) == {1}
+
+
+def test_copies_are_counted_anew_after_each_64th_part_that_was_added(tmp_path: Path) -> None:
+    one = Mirror(tmp_path, "a cache", limit=6400)
+    looks: list[int] = []
+    counted = one._copies
+
+    def counting() -> Iterator[tuple[float, int, str]]:
+        looks.append(1)
+        return counted()
+
+    one._copies = counting  # type: ignore[method-assign]
+    add(one, "0", 10)
+    assert len(looks) == 1  # the first: others' may fill the folder
+    for number in range(1, 4):
+        add(one, str(number), 33)
+    assert len(looks) == 1
+    add(one, "4", 1)
+    assert len(looks) == 2
+    add(one, "5", 99)
+    assert len(looks) == 2
+    add(one, "6", 100)
+    assert len(looks) == 3
+
+
+def test_a_use_is_noted_when_the_last_one_was_a_while_ago(tmp_path: Path) -> None:
+    one = Mirror(tmp_path, "a cache", limit=100)
+    add(one, "0", 1)
+    path = one.find("0")
+    assert path is not None
+    noted = path.stat().st_mtime_ns
+    assert noted > 10**18
+    one.find("0")
+    assert path.stat().st_mtime_ns == noted
