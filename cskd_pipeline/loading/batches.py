@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,6 @@ from cskd_pipeline.loading.plan import EpochPlan, part_size
 from cskd_pipeline.loading.render import Pairing, RenderedViews, Renderer
 from cskd_pipeline.loading.workers import Loader
 from cskd_pipeline.views.apply import erase_noise
-
-# Tensors below this travel between processes inside the message: shared memory costs a file
-# descriptor and a mapping for each.
-_INLINE_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -75,30 +71,11 @@ class Batch:
         targets = {name: change(tensor) for name, tensor in self.targets.items()}
         return replace(self, targets=targets, **moved)
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = {f.name: _light(getattr(self, f.name)) for f in fields(self)}
-        state["targets"] = {name: _light(tensor) for name, tensor in self.targets.items()}
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = {name: _tensor(value) for name, value in state.items()}
-        state["targets"] = {name: _tensor(value) for name, value in state["targets"].items()}
-        self.__dict__.update(state)
-
 
 _ON_DEVICE = (
     *("pixels", "own", "partner", "lam", "cutmix_box", "label", "partner_label"),
     *("erase_box", "erase_noise"),
 )
-
-
-def _light(value: Any) -> Any:
-    small = isinstance(value, Tensor) and value.nbytes < _INLINE_BYTES
-    return value.numpy() if small else value
-
-
-def _tensor(value: Any) -> Any:
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 def render_batch(renderer: Renderer, rows: np.ndarray) -> Batch:

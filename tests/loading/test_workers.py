@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -32,6 +33,16 @@ class Squares(Dataset[int]):
             raise ERROR
         if number == 3 and self.kind == "bug":
             raise ZeroDivisionError
+        if number == 3 and self.kind == "runtime":
+            raise RuntimeError("of the data set")
+        if number == 3 and self.kind == "local":
+
+            class OnTheFlyError(Exception):
+                pass
+
+            raise OnTheFlyError("cannot be named elsewhere")
+        if number == 3 and self.kind == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if number == 3 and self.kind == "killed":
             assert get_worker_info() is not None
             os.kill(os.getpid(), signal.SIGKILL)
@@ -75,20 +86,30 @@ def test_a_bug_keeps_its_traceback() -> None:
         list(Loader(Squares("bug"), range(6), workers=1))
 
 
+def test_a_bug_is_not_told_as_a_process_that_died() -> None:
+    with pytest.raises(RuntimeError, match="of the data set"):
+        list(Loader(Squares("runtime"), range(6), workers=1))
+
+
+def test_an_error_whose_type_no_other_process_knows_is_not_lost() -> None:
+    """torch's queue drops what it cannot pickle, and the parent would wait for it."""
+    with pytest.raises(RuntimeError, match="OnTheFlyError: cannot be named elsewhere"):
+        list(Loader(Squares("local"), range(6), workers=1))
+
+
 def test_a_process_that_dies_is_told_with_the_usual_reason() -> None:
     with pytest.raises(DataError, match="a loader process died") as caught:
         list(Loader(Squares("killed"), range(6), workers=1))
     assert "DataLoader worker (pid" in str(caught.value.found)
-    assert "--shm-size" in str(caught.value.action)
+    assert "memory is the usual reason" in str(caught.value.action)
 
 
-def test_processes_can_be_kept_between_iterations() -> None:
-    class Pids(Dataset[int]):
-        def __getitem__(self, number: int) -> int:
-            return os.getpid()
-
-    loader = Loader(Pids(), range(4), workers=2, reused=True, start_method="fork")
-    assert len(set(loader) | set(loader)) == 2
+def test_a_process_that_is_stopped_is_given_up_and_ended() -> None:
+    before = set(multiprocessing.active_children())
+    with pytest.raises(DataError, match="no loader process has delivered anything") as caught:
+        list(Loader(Squares("stopped"), range(6), workers=1, patience=1))
+    assert "1 seconds" in str(caught.value.found)
+    assert not set(multiprocessing.active_children()) - before
 
 
 SLOW = """
