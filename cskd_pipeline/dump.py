@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from cskd_pipeline.cache.encodings import ENCODINGS, AnswerShape
 from cskd_pipeline.cache.info import describe as describe_cache
 from cskd_pipeline.cache.layout import choose_view_block
 from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
+from cskd_pipeline.checkpoint import has_card, read_card
+from cskd_pipeline.classes import Classes, ClassGuard
 from cskd_pipeline.distill.ckf import hard_global_labels
 from cskd_pipeline.distill.teacher import Answer, Teacher, load_teacher
 from cskd_pipeline.errors import UsageError
@@ -63,6 +66,7 @@ def dump_teacher(
     shard_range: tuple[int, int] | None = None,
     view_range: tuple[int, int] | None = None,
     accept_versions: bool = False,
+    accept_classes: bool = False,
 ) -> dict[str, Any]:
     """``cskd-pipeline dump-teacher``: make, go on with or extend the cache of ``recipe``.
 
@@ -73,6 +77,7 @@ def dump_teacher(
             several processes, on one machine or many, may fill one cache, or caches of their own
             that ``cache merge`` joins.
         accept_versions: go on with a cache that was begun with other library versions.
+        accept_classes: go on though the teacher, or the cache, names its classes otherwise.
 
     Returns:
         The closing summary: views written now and in all, bytes and seconds, views per second, the
@@ -85,15 +90,17 @@ def dump_teacher(
     _require_within(view_range, recipe.cache.views)
     with joined(PATIENCE) as ranks:
         terminal = terminal if ranks.first else Terminal.silent()
-        dataset, teacher = open_stage_one(recipe, terminal, ranks)
+        guard = ClassGuard(accept=accept_classes)
+        dataset, teacher = open_stage_one(recipe, terminal, ranks, guard)
         units: list[Unit] = []
         if ranks.first:
             refuse_repeated_keys(dataset)
             described = describe(dataset, progress=terminal.progress)
             manifest = cache_manifest(recipe, described, teacher, view_range)
             writer = CacheWriter.create(
-                recipe.cache.path, manifest, accept_versions=accept_versions
+                recipe.cache.path, manifest, accept_versions=accept_versions, guard=guard
             )
+            guard.tell(terminal.warn)
             if recipe.cache.views > writer.manifest.views:
                 writer.extend(recipe.cache.views)
             ranges = (None if r is None else range(*r) for r in (shard_range, view_range))
@@ -140,13 +147,21 @@ def _require_within(view_range: tuple[int, int] | None, views: int) -> None:
 
 
 def open_stage_one(
-    recipe: DumpRecipe, terminal: Terminal, ranks: Ranks = ALONE
+    recipe: DumpRecipe,
+    terminal: Terminal,
+    ranks: Ranks = ALONE,
+    guard: ClassGuard | None = None,
 ) -> tuple[Dataset, Teacher]:
-    """The recipe's data and its teacher, on the recipe's device, with one number of classes.
+    """The recipe's data and its teacher, on the recipe's device, with the same classes.
+
+    Args:
+        guard: compares the class names of a teacher that ``train`` made; without, they must be the
+            same.
 
     Raises:
         CskdError: one of them cannot be used, or they do not belong together.
     """
+    guard = guard or ClassGuard(switch=None)
     device = ranks.device(pick_device(recipe.dump.device))
     use_threads(recipe.dump.threads)
     dataset = load_dataset(
@@ -155,6 +170,10 @@ def open_stage_one(
         num_classes=recipe.data.num_classes or None,
         progress=terminal.progress,
     )
+    weights = Path(recipe.teacher.weights)
+    if weights.suffix == ".safetensors" and weights.is_file() and has_card(weights):
+        dataset = dataset.fitting(_teacher_classes(weights), "the shards", guard)
+    guard.tell(terminal.warn)
     teacher = load_teacher(
         recipe.teacher.name,
         weights=recipe.teacher.weights,
@@ -171,6 +190,10 @@ def open_stage_one(
     if dataset.num_classes is None:
         dataset = dataset.with_classes(teacher.num_classes)
     return dataset, teacher
+
+
+def _teacher_classes(weights: Path) -> Classes:
+    return replace(read_card(weights).classes(weights), of="the teacher")
 
 
 def cache_manifest(

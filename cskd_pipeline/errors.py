@@ -7,6 +7,7 @@ CskdError                exit code 1 unless said otherwise
 |-- DataError            shards and what is in them
 |   |-- ShardError       a tar: not one, cut short, a sample without image or label
 |   |-- ImageError       bytes that are no image, or one too large to be honest
+|   |-- ClassesError     two sides whose class numbers mean different classes
 |   `-- JoinError        the shards at hand and the cache's data set differ
 |-- ViewDriftError       a replayed view is not the recorded one
 |-- CacheError           a cache: incomplete, damaged, or of another kind than asked for
@@ -126,6 +127,10 @@ class ShardError(DataError):
 
 class ImageError(DataError):
     """Bytes that are no image, or one too large to be honest."""
+
+
+class ClassesError(DataError):
+    """Two sides number different classes, or number them differently."""
 
 
 class JoinError(DataError):

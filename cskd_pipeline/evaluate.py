@@ -12,6 +12,7 @@ import torch
 from timm.utils import AverageMeter, accuracy
 
 from cskd_pipeline.checkpoint import load_student, student_file
+from cskd_pipeline.classes import ClassGuard
 from cskd_pipeline.distill.student import Student, inference_logits
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.loading.device import normalise
@@ -87,8 +88,16 @@ def evaluate(
     batch_size: int = 256,
     workers: int = -1,
     device: str = "auto",
+    accept_classes: bool = False,
 ) -> dict[str, Any]:
-    """``cskd-pipeline evaluate``: measure a checkpoint (or a run folder's best) on shards."""
+    """``cskd-pipeline evaluate``: measure a checkpoint (or a run folder's best) on shards.
+
+    Args:
+        accept_classes: class k of the shards is the student's, whatever the names say.
+
+    Raises:
+        CskdError: student or shards cannot be used, or do not have the same classes.
+    """
     path = student_file(Path(checkpoint))
     target = pick_device(device)
     student, card = load_student(path, target)
@@ -96,9 +105,11 @@ def evaluate(
         shards,
         split=split or None,
         prefer=("validation", "val", "test"),
-        num_classes=card.num_classes,
         progress=terminal.progress,
     )
+    guard = ClassGuard(accept=accept_classes)
+    dataset = dataset.fitting(card.classes(path), "the shards", guard)
+    guard.tell(terminal.warn)
     loader = eval_loader(
         dataset,
         student.preprocessing,
@@ -122,6 +133,7 @@ def evaluate(
         "method": card.method,
         "heads": list(card.heads),
         "samples": dataset.samples,
+        "accepted_classes": guard.accepted,
         "seconds": time.perf_counter() - started,
         "top1": metrics["mean"]["top1"],
         "top5": metrics["mean"]["top5"],

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cskd_pipeline import documents, files
+from cskd_pipeline.classes import Classes
 from cskd_pipeline.errors import CskdError, ManifestError
 from cskd_pipeline.views.policy import ViewPolicy
 
@@ -105,6 +106,10 @@ class DatasetManifest:
     @property
     def samples(self) -> int:
         return sum(self.counts)
+
+    def classes(self, of: str, where: object) -> Classes:
+        """Return the classes as those of ``of``, for a comparison."""
+        return Classes(of, where, self.num_classes, self.class_names)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -76,6 +76,7 @@ def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) 
         terminal.line(f"resuming at epoch {run.epoch}, update {run.update} of {run.updates}")
     elif recipe.student.init_from:
         terminal.line(str(run.start_from(recipe.student.init_from)))
+    data.guard.tell(terminal.warn)
     if ranks.first:
         write_text(out / "recipe.toml", to_toml(recipe))
         if data.joined is not None:
@@ -99,6 +100,7 @@ def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) 
         "method": recipe.distill.method,
         "cache_digest": data.cache_digest,
         "init": run.init,
+        "accepted_classes": list(data.guard.accepted),
         "epochs": recipe.schedule.epochs,
         "updates": run.updates,
         "seconds": seconds,

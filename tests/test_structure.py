@@ -20,7 +20,7 @@ ROOT = PACKAGE.parent
 # Lower floors first. A module imports from floors below its own, and from its own room.
 FLOORS: list[set[str]] = [
     {"errors", "progress"},
-    {"files", "resources", "interrupt"},
+    {"files", "resources", "interrupt", "classes"},
     {"documents", "plots"},
     {"views"},
     {"recipe", "manifest"},
@@ -41,8 +41,8 @@ FLOORS: list[set[str]] = [
     {"__main__"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-LIGHT = ["errors", "progress", "files", "resources", "documents", "views", "recipe", "manifest",
-         "terminal", "plots", "cache", "cli"]  # fmt: skip
+LIGHT = ["errors", "progress", "classes", "files", "resources", "documents", "views", "recipe",
+         "manifest", "terminal", "plots", "cache", "cli"]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from cskd_pipeline.bench.turns import Clock, rates, ratio, take_turns
 from cskd_pipeline.cache.encodings import ENCODINGS
 from cskd_pipeline.cache.encodings.base import Encoding
+from cskd_pipeline.classes import ClassGuard
 from cskd_pipeline.distill.targets import LogitTargets, Targets
 from cskd_pipeline.distill.teacher import Teacher, load_teacher
 from cskd_pipeline.loading.batches import Batch, TrainBatches
@@ -210,6 +211,7 @@ def synthetic_data(
         policy=policy,
         num_classes=CLASSES,
         class_names=None,
+        guard=ClassGuard(),
         encoding=encoding,
         grid=None if encoding is None else grid,
         digest="",

@@ -25,6 +25,7 @@ from cskd_pipeline.cache.parts import Part, unite
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.writer import CacheWriter, Unit
+from cskd_pipeline.classes import ClassGuard
 from cskd_pipeline.errors import CacheError, UsageError
 from cskd_pipeline.manifest import CacheManifest
 from cskd_pipeline.progress import Progress
@@ -37,6 +38,7 @@ def merge(
     target: Path | str,
     *,
     accept_versions: bool = False,
+    guard: ClassGuard | None = None,
     progress: Progress,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -45,6 +47,8 @@ def merge(
     Args:
         accept_versions: merge though library versions that decide pixels or answers differ; the
             manifest then lists all.
+        guard: compares the class names; without, they must be the same. It keeps what was accepted,
+            which the new cache does not say: it has the names of the first part that has some.
         stopped: asked between units.
 
     Returns:
@@ -60,9 +64,10 @@ def merge(
         location, _ = split_pin(source)
         require_local(location, "merge copies files of folders", "copy this cache here first")
     _require_apart(sources, target)
-    whole, parts = unite([CacheReader(source, memory=0) for source in sources])
+    guard = guard or ClassGuard(switch=None)
+    whole, parts = unite([CacheReader(source, memory=0) for source in sources], guard)
     _require_accepted(whole, parts, accept_versions)
-    writer = CacheWriter.create(target, whole, accept_versions=accept_versions)
+    writer = CacheWriter.create(target, whole, accept_versions=accept_versions, guard=guard)
     if whole.views > writer.manifest.views:
         writer.extend(whole.views)
     numbers = range(len(whole.dataset.shards))
@@ -81,6 +86,7 @@ def merge(
     return {
         "cache": str(target),
         "sources": [str(part.path) for part in parts],
+        "accepted_classes": guard.accepted,
         **{name: counts[name] for name in ("units_copied", "views_copied", "units_compared")},
         "units_missing": info["units"]["total"] - info["units"]["done"],
         **{name: info[name] for name in ("views", "samples", "complete", "bytes")},

@@ -17,6 +17,7 @@ import numpy as np
 from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.store import CacheStore
+from cskd_pipeline.classes import ClassGuard
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.manifest import CacheManifest, ShardInfo, utc_now
 
@@ -101,8 +102,10 @@ class Part:
                 yield from ((name, view, values) for name, values in rows.items())
 
 
-def unite(readers: Sequence[CacheReader]) -> tuple[CacheManifest, list[Part]]:
+def unite(readers: Sequence[CacheReader], guard: ClassGuard) -> tuple[CacheManifest, list[Part]]:
     """The manifest of the whole, and its parts.
+
+    The classes have the names of the first part that names them; ``guard`` compares the others'.
 
     Versions are the first part's; those of the others that differ in what decides pixels or answers
     are listed in ``other_versions``.
@@ -114,6 +117,11 @@ def unite(readers: Sequence[CacheReader]) -> tuple[CacheManifest, list[Part]]:
     shards, conflicts = _united_shards(readers)
     for reader in readers[1:]:
         conflicts += _conflicts(readers[0], reader)
+    named = next((r for r in readers if r.manifest.dataset.class_names is not None), readers[0])
+    for reader in readers:
+        sides = (r.manifest.dataset.classes(str(r.path), r.path) for r in (reader, named))
+        classes = guard.conflict(*sides)
+        conflicts += [] if classes is None else [classes]
     if conflicts:
         raise CacheError(
             "the caches cannot be merged: they are not of one making",
@@ -133,7 +141,9 @@ def unite(readers: Sequence[CacheReader]) -> tuple[CacheManifest, list[Part]]:
     parents = [manifest.parent for manifest in manifests]
     whole = replace(
         first,
-        dataset=replace(first.dataset, shards=shards),
+        dataset=replace(
+            first.dataset, shards=shards, class_names=named.manifest.dataset.class_names
+        ),
         views=max(manifest.views for manifest in manifests),
         license="; ".join(dict.fromkeys(m.license for m in manifests if m.license)),
         notes="\n".join(dict.fromkeys(m.notes for m in manifests if m.notes)),
@@ -177,16 +187,13 @@ def _united_shards(readers: Sequence[CacheReader]) -> tuple[tuple[ShardInfo, ...
 
 def _conflicts(one: CacheReader, other: CacheReader) -> list[str]:
     """What contradicts beside the tar shards; those of one list are told apart by contents alone,
-    those of different lists belong together only if the data set has the same name and classes.
+    those of different lists belong together only if the data set has the same name.
     """
     mine, theirs = one.manifest, other.manifest
     alike = replace(theirs, dataset=replace(theirs.dataset, shards=mine.dataset.shards))
     found = [*mine.conflicts(alike), ("view_block", mine.view_block, theirs.view_block)]
     if not set(other.shard_ids) & set(one.shard_ids):
-        found += [
-            (f"dataset.{name}", getattr(mine.dataset, name), getattr(theirs.dataset, name))
-            for name in ("name", "class_names")
-        ]
+        found.append(("dataset.name", mine.dataset.name, theirs.dataset.name))
     return [_conflict(at, (a, one.path), (b, other.path)) for at, a, b in found if a != b]
 
 

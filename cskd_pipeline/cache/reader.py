@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -223,6 +223,10 @@ class CacheReader:
     def labels(self, shard: int) -> np.ndarray:
         """(count,) int32."""
         return self._per_shard("label", shard)
+
+    def labels_of(self, shards: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yield :meth:`labels` of each shard, several read at a time where files are far."""
+        return self._store.each(self.labels, shards)
 
     def image_crc32(self, shard: int) -> np.ndarray:
         """CRC-32 of every image's bytes: (count,) uint32."""

@@ -23,6 +23,7 @@ from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
 from cskd_pipeline.cache.encodings import ENCODINGS, ArraySpec
 from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.store import CacheStore
+from cskd_pipeline.classes import ClassGuard
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.manifest import CacheManifest, keys_sha256
 
@@ -74,7 +75,12 @@ class CacheWriter:
 
     @classmethod
     def create(
-        cls, path: Path | str, manifest: CacheManifest, *, accept_versions: bool = False
+        cls,
+        path: Path | str,
+        manifest: CacheManifest,
+        *,
+        accept_versions: bool = False,
+        guard: ClassGuard | None = None,
     ) -> CacheWriter:
         """Make a cache, or go on with the one that is there if it is of the same making.
 
@@ -83,6 +89,7 @@ class CacheWriter:
         Args:
             accept_versions: go on though library versions that decide pixels or answers differ
                 from those recorded; the manifest then lists both.
+            guard: compares the class names; without, they must be the same.
 
         Raises:
             OutputError: the folder holds something else.
@@ -101,7 +108,7 @@ class CacheWriter:
                 if not (path / layout.GROUP).exists():
                     _write(path / layout.GROUP, layout.manifest_document(manifest))
         writer = cls.open(path)
-        writer._require_same(manifest)
+        writer._require_same(manifest, guard or ClassGuard(switch=None))
         for versions in (manifest.versions, *manifest.other_versions):
             writer._join_versions(versions, accept_versions)
         return writer
@@ -332,8 +339,14 @@ class CacheWriter:
         keys = (self._store.record_key(block, shard) for block in range(self.manifest.blocks))
         return next((n for n, key in enumerate(keys) if inside(self.path, key).exists()), None)
 
-    def _require_same(self, manifest: CacheManifest) -> None:
+    def _require_same(self, manifest: CacheManifest, guard: ClassGuard) -> None:
         differences = self.manifest.differences(manifest)
+        classes = guard.conflict(
+            self.manifest.dataset.classes("the cache", self.path),
+            manifest.dataset.classes("what was asked for", self.path),
+        )
+        if classes is not None:
+            differences.append(classes)
         if differences:
             raise CacheError(
                 "the folder holds a cache of another making (what it records, what was asked for)",

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from cskd_pipeline.classes import Classes
+
 MAX_ARGUMENT = 65535
 """The largest number among a stranger's model arguments."""
 
@@ -16,9 +18,10 @@ class StudentCard:
     """What a student's file says of itself.
 
     ``kwargs`` are the timm constructor's, ``heads`` those whose mean is the answer, ``grid`` the
-    teacher grid (rows, columns) that the dense head was trained on, or None. The digests are
-    SHA-256 in hex: of the recipe's deciding fields, of the contents of the cache (None where it was
-    not finished), and of the weights that the run started from.
+    teacher grid (rows, columns) that the dense head was trained on, or None. ``accepted_classes``
+    has a line for each difference between classes with which the run was made all the same. The
+    digests are SHA-256 in hex: of the recipe's deciding fields, of the contents of the cache (None
+    where it was not finished), and of the weights that the run started from.
     """
 
     model: str
@@ -32,11 +35,16 @@ class StudentCard:
     epoch: int = 0
     top1: float | None = None  # percent, on the validation shards of the run
     class_names: tuple[str, ...] | None = None
+    accepted_classes: tuple[str, ...] = ()
     dataset: str | None = None
     teacher: str | None = None  # its timm name
     recipe_sha256: str | None = None
     cache_sha256: str | None = None
     init_sha256: str | None = None
+
+    def classes(self, where: object) -> Classes:
+        """Return the classes, for a comparison; ``where`` is the student's file."""
+        return Classes("the student", where, self.num_classes, self.class_names)
 
 
 def check_card(card: StudentCard) -> None:
@@ -57,8 +65,10 @@ def check_card(card: StudentCard) -> None:
         raise ValueError(f"grid {card.grid}")
     if card.top1 is not None and not (type(card.top1) is float and math.isfinite(card.top1)):
         raise ValueError(f"top1 {card.top1!r}")
-    if not all(type(name) is str for name in card.class_names or ()):
+    if not all(type(name) is str for name in (*(card.class_names or ()), *card.accepted_classes)):
         raise ValueError("class_names that are no text")
+    if card.class_names is not None and len(card.class_names) != card.num_classes:
+        raise ValueError(f"{len(card.class_names)} class_names of {card.num_classes} classes")
     for name in ("dataset", "teacher"):
         if type(getattr(card, name)) not in (str, type(None)):
             raise ValueError(f"{name} {getattr(card, name)!r}")

@@ -9,6 +9,7 @@ import typer
 
 from cskd_pipeline.cli.options import (
     ENCODING_NAMES,
+    AcceptClasses,
     AcceptVersions,
     BatchSize,
     CacheArgument,
@@ -67,6 +68,7 @@ def verify(
     split: Split = None,
     batch_size: BatchSize = None,
     device: Device = None,
+    accept_classes: AcceptClasses = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> Outcome:
@@ -78,6 +80,7 @@ def verify(
     terminal = Terminal(quiet=quiet, json=json)
     of_teacher = {"--weights": weights, "--batch-size": batch_size, "--device": device}
     of_shards = {"--teacher": teacher, "--samples": samples, "--split": split}
+    of_shards["--accept-classes"] = accept_classes or None
     require_companion("--teacher NAME", teacher, of_teacher)
     require_companion("--shards SHARDS", shards, of_shards)
     from cskd_pipeline.verifying.answers import TeacherChoice
@@ -96,6 +99,7 @@ def verify(
         teacher=choice,
         samples=samples or SAMPLES,
         partial=partial,
+        accept_classes=accept_classes,
     )
     return report if json else None
 
@@ -208,6 +212,7 @@ def merge(
         Path, typer.Option(metavar="DIR", help="The cache to make from them, or to go on with.")
     ],
     accept_versions: AcceptVersions = False,
+    accept_classes: AcceptClasses = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> Outcome:
@@ -217,13 +222,18 @@ def merge(
     """
     terminal = Terminal(quiet=quiet, json=json)
     from cskd_pipeline.cache.merge import merge as join
+    from cskd_pipeline.classes import ClassGuard
     from cskd_pipeline.interrupt import stop_requests
 
+    guard = ClassGuard(accept=accept_classes)
     with stop_requests() as stop:
-        return join(
+        merged = join(
             caches,
             out,
             accept_versions=accept_versions,
+            guard=guard,
             progress=terminal.progress,
             stopped=lambda: stop.asked,
         )
+    guard.tell(terminal.warn)
+    return merged

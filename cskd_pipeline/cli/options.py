@@ -126,6 +126,14 @@ AcceptVersions = Annotated[
         "lists both.",
     ),
 ]
+AcceptClasses = Annotated[
+    bool,
+    typer.Option(
+        "--accept-classes",
+        help="Take class k of one side for class k of the other, though their names, order or "
+        "labels differ.",
+    ),
+]
 
 
 def path_text(path: Path | None) -> str | None:

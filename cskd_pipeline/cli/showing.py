@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from cskd_pipeline.cli.options import Json, Outcome, Quiet, ShardsOption, Split, require
+from cskd_pipeline.cli.options import (
+    AcceptClasses,
+    Json,
+    Outcome,
+    Quiet,
+    ShardsOption,
+    Split,
+    require,
+)
 from cskd_pipeline.cli.root import app
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.terminal import Terminal
@@ -63,6 +71,7 @@ def show(
         typer.Option(help="Every plot as a file beside the page too."),
     ] = None,
     split: Split = None,
+    accept_classes: AcceptClasses = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> Outcome:
@@ -77,6 +86,7 @@ def show(
         _refuse("a cache", {"--epochs": epochs})
         if shards is None:
             views = {"--images": images, "--samples": samples, "--split": split}
+            views["--accept-classes"] = accept_classes or None
             _refuse("runs with --shards", {"--cache": cache, **views})
         from cskd_pipeline.showing import runs
 
@@ -90,6 +100,7 @@ def show(
             images=images or runs.IMAGES,
             samples=samples or runs.SAMPLES,
             export=export,
+            accept_classes=accept_classes,
         )
     _refuse("runs", {"--cache": cache})
     require({"--shards SHARDS": shards or ""})
@@ -105,6 +116,7 @@ def show(
         samples=samples or caches.SAMPLES,
         epochs=epochs or caches.EPOCHS,
         export=export,
+        accept_classes=accept_classes,
     )
 
 

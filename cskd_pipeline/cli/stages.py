@@ -10,6 +10,7 @@ import typer
 from cskd_pipeline.cli.options import (
     ENCODING_NAMES,
     SHARDS_HELP,
+    AcceptClasses,
     AcceptVersions,
     BatchSize,
     CacheOption,
@@ -144,6 +145,7 @@ def dump_teacher(
         ),
     ] = None,
     accept_versions: AcceptVersions = False,
+    accept_classes: AcceptClasses = False,
     batch_size: BatchSize = None,
     workers: Workers = None,
     device: Device = None,
@@ -189,6 +191,7 @@ def dump_teacher(
         shard_range=shard_numbers,
         view_range=view_numbers,
         accept_versions=accept_versions,
+        accept_classes=accept_classes,
     )
     return summary if launched().first else None
 
@@ -279,6 +282,7 @@ def evaluate(
     batch_size: BatchSize = None,
     workers: Workers = None,
     device: Device = None,
+    accept_classes: AcceptClasses = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> Outcome:
@@ -294,4 +298,5 @@ def evaluate(
         batch_size=batch_size or 256,
         workers=-1 if workers is None else workers,
         device=device or "auto",
+        accept_classes=accept_classes,
     )

@@ -82,11 +82,10 @@ def _write_timm(student: Student, card: StudentCard, folder: Path) -> None:
         "std": shown.std,
     }
     fixed = {"img_size": card.size} if own.get("fixed_input_size") else {}
-    named = card.class_names is not None and len(card.class_names) == card.num_classes
     save_for_hf(
         model,
         str(folder),
-        model_config={"label_names": list(card.class_names or ())} if named else {},
+        model_config={"label_names": list(card.class_names)} if card.class_names else {},
         model_args=dict(card.kwargs) | fixed,
         safe_serialization=True,
     )

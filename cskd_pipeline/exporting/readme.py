@@ -120,6 +120,7 @@ def _rows(card: StudentCard) -> list[tuple[str, object]]:
         ("recipe, SHA-256", card.recipe_sha256),
         ("teacher's cache, SHA-256 of its contents", card.cache_sha256),
         ("started from weights of SHA-256", card.init_sha256),
+        ("accepted differences of classes", "; ".join(card.accepted_classes) or None),
     ]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.classes import renumbering
 from cskd_pipeline.errors import JoinError
 from cskd_pipeline.loading.shards import TarShard
 
@@ -38,6 +39,7 @@ class ImageSource:
             the same order, or a place for each. None: the tars are the layout.
         cache: what must agree with the tars: labels, and every image's CRC-32.
         strict: an image with another CRC is an error; otherwise :meth:`read` passes it on.
+        same_labels: labels unlike the cache's are an error.
     """
 
     def __init__(
@@ -47,16 +49,24 @@ class ImageSource:
         places: Sequence[Places | int] | None = None,
         cache: CacheReader | None = None,
         strict: bool = True,
+        same_labels: bool = True,
     ) -> None:
         self.shards = tuple(shards)
         self.cache = cache
         self.strict = strict
+        self.same_labels = same_labels
         self._places = tuple(range(len(shards)) if places is None else places)
         self._crcs: dict[int, np.ndarray] = {}
 
     def lenient(self) -> ImageSource:
         """The same that refuses no image for its CRC."""
-        return ImageSource(self.shards, places=self._places, cache=self.cache, strict=False)
+        return ImageSource(
+            self.shards,
+            places=self._places,
+            cache=self.cache,
+            strict=False,
+            same_labels=self.same_labels,
+        )
 
     def alone(self) -> ImageSource:
         """The same that knows of no cache."""
@@ -134,30 +144,53 @@ class ImageSource:
             labels[here] = self.shards[tar].index.label[rows[here]]
         return labels
 
+    def relabelled(self, shard: int, recorded: np.ndarray) -> np.ndarray:
+        """Samples of a layout shard whose label in the tars is not the cache's.
+
+        Args:
+            recorded: (count,) the cache's labels. What no tar has is left out.
+
+        Returns:
+            (n, 3) int64 shard, offset, and the cache's label.
+        """
+        offsets = np.arange(len(recorded))
+        rows = np.stack(np.broadcast_arrays(shard, offsets, recorded), axis=1).astype(np.int64)
+        rows = rows[self.locate(rows)[0] != NOWHERE]
+        return rows[self._labels(rows) != rows[:, 2]]
+
+    def label_error(self, relabelled: np.ndarray, among: int, switch: str | None) -> JoinError:
+        """The error about the samples that :meth:`relabelled` gave.
+
+        Args:
+            relabelled: (n, 3), n > 0.
+            among: how many samples were compared.
+            switch: what accepts it, if anything does.
+        """
+        found, recorded = self._labels(relabelled), relabelled[:, 2]
+        pairs = np.unique(np.stack([recorded, found], axis=1), axis=0).tolist()
+        changed = renumbering([(a, b) for a, b in pairs])
+        order = ", ".join(f"{a} is {b} here" for a, b in [*changed.items()][:SHOWN])
+        few = slice(SHOWN)
+        shown = zip(self.keys(relabelled[few]), found[few], recorded[few], strict=True)
+        return JoinError(
+            f"{len(found)} of {among} samples have other labels than in the cache",
+            where=self.where(*relabelled[0, :2].tolist()),
+            found=f"classes in another order: {order}" if order else None,
+            expected="classes numbered as in the cache's data set",
+            action="pack the images again from class folders with the same names as the cache's"
+            + (f"; or train on these labels all the same: {switch}" if switch else ""),
+            problems=[f"{key}: label {a}, in the cache {b}" for key, a, b in shown],
+        )
+
     def _checked(self, shard: int) -> np.ndarray:
         """The cache's image CRCs of a layout shard, (count,) uint32, after comparing labels."""
         if shard not in self._crcs:
             assert self.cache is not None
-            recorded = self.cache.labels(shard)
-            samples = np.stack(np.broadcast_arrays(shard, np.arange(len(recorded))), axis=1)
-            samples = samples[self.locate(samples)[0] != NOWHERE]
-            found = self._labels(samples)
-            wrong = np.flatnonzero(found != recorded[samples[:, 1]])
-            if len(wrong):
-                raise JoinError(
-                    f"{len(wrong)} of {len(samples)} samples have other labels than in the cache",
-                    where=self.where(*samples[wrong[0]].tolist()),
-                    expected="classes numbered as in the cache's data set",
-                    problems=[
-                        f"{key}: label {label}, in the cache {recorded[offset]}"
-                        for key, label, (_, offset) in zip(
-                            self.keys(samples[wrong[:SHOWN]]),
-                            found[wrong[:SHOWN]],
-                            samples[wrong[:SHOWN]],
-                            strict=True,
-                        )
-                    ],
-                )
+            if self.same_labels:
+                recorded = self.cache.labels(shard)
+                wrong = self.relabelled(shard, recorded)
+                if len(wrong):
+                    raise self.label_error(wrong, len(recorded), None)
             self._crcs[shard] = self.cache.image_crc32(shard)
         return self._crcs[shard]
 

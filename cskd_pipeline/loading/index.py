@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cskd_pipeline import documents
+from cskd_pipeline.classes import Classes, ClassGuard
 from cskd_pipeline.errors import DataError, ImageError, ShardError
 from cskd_pipeline.loading.listing import INFO, Spec, list_shards
 from cskd_pipeline.loading.shards import TarShard
@@ -49,6 +50,19 @@ class Dataset:
     @property
     def samples(self) -> int:
         return sum(self.counts)
+
+    def classes(self, of: str) -> Classes:
+        """Return the classes as those of ``of``, for a comparison."""
+        return Classes(of, self.shards[0].path.parent, self.num_classes, self.class_names)
+
+    def fitting(self, other: Classes, of: str, guard: ClassGuard) -> Dataset:
+        """Return the same with ``other``'s number of classes, if names and order are ``other``'s.
+
+        Raises:
+            DataError: they are not, and that is not accepted; a label lies outside.
+        """
+        guard.compare(self.classes(of), other)
+        return self if other.count is None else self.with_classes(other.count)
 
     def with_classes(self, num_classes: int) -> Dataset:
         """The same with a known number of classes; labels are checked against it.
@@ -143,7 +157,7 @@ def load_dataset(
         names: tuple[str, ...] | None = manifest.class_names
         classes = _agreed(num_classes, manifest.num_classes, "the manifest")
     else:
-        names = find_class_names(listing.paths[0].parent)
+        names = _names_beside(listing.paths)
         classes = _agreed(num_classes, len(names) if names else None, "the class names")
     infos = manifest.shards if manifest else (None,) * len(listing.paths)
     shards = tuple(
@@ -224,6 +238,19 @@ def describe(dataset: Dataset, *, progress: Progress = silent) -> DatasetManifes
                     meter.advance(len(piece))
             infos.append(ShardInfo.of(relative, shard.keys, size, digest.hexdigest()))
     return DatasetManifest(dataset.name, dataset.num_classes, tuple(infos), dataset.class_names)
+
+
+def _names_beside(paths: Sequence[Path]) -> tuple[str, ...] | None:
+    """Return the class names in the folders of ``paths``, which must be the same in all."""
+    guard = ClassGuard(switch=None)
+    known: Classes | None = None
+    for folder in dict.fromkeys(path.parent for path in paths):
+        names = find_class_names(folder)
+        if names is not None:
+            found = Classes(f"the shards in {folder}", folder, len(names), names)
+            guard.compare(found, known or found)
+            known = known or found
+    return None if known is None else known.names
 
 
 def find_class_names(folder: Path) -> tuple[str, ...] | None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.classes import Classes, ClassGuard
 from cskd_pipeline.errors import JoinError
 from cskd_pipeline.loading.images import NOWHERE, SHOWN, ImageSource, Places
 from cskd_pipeline.loading.index import Dataset, load_dataset
@@ -28,6 +29,8 @@ class Join:
         missing: samples that the user's tars lack.
         differing: samples left out because the user's image is another one.
         unused: the user's samples that the cache does not know.
+        compared: samples whose labels were compared with the cache's.
+        relabelled: (n, 3) shard, offset and the cache's label of those that have another here.
     """
 
     samples: SampleSet
@@ -36,6 +39,8 @@ class Join:
     same_shards: int
     missing: int
     unused: int
+    compared: int
+    relabelled: np.ndarray
     differing: int = 0
 
     def there(self) -> np.ndarray:
@@ -101,16 +106,19 @@ class LeftOut(NamedTuple):
 def join(
     dataset: Dataset,
     cache: CacheReader,
+    guard: ClassGuard | None = None,
     *,
     missing: str = "error",
     drift: str = "error",
+    progress: Progress = silent,
 ) -> Join:
-    """Find the cache's samples among the user's.
+    """Find the cache's samples among the user's, and compare their labels.
 
     Tars that hold the same keys in the same order are taken as a whole, by their manifest where
     there is one; only what is left is looked up key by key.
 
     Args:
+        guard: accepts labels that are not the cache's, or does not; without, they are refused.
         missing: ``error``, or ``skip``: train without the samples that are missing, and their
             partners.
         drift: ``error``; ``warn``: images that are not byte for byte the cache's are not refused;
@@ -118,9 +126,8 @@ def join(
             leaves them out (:meth:`Join.without`).
 
     Raises:
-        JoinError: samples missing, or keys that fit twice. Labels are compared when a shard is
-            first used, images when they are read; :mod:`cskd_pipeline.loading.replay` does both for
-            a sample in advance.
+        JoinError: samples missing, keys that fit twice, or other labels. Images are compared when
+            they are read; :mod:`cskd_pipeline.loading.replay` does so for a sample in advance.
     """
     places = _places(dataset, cache)
     absent = [_absent(place) for place in places]
@@ -128,7 +135,19 @@ def join(
     total = sum(cache.counts)
     if count and (missing == "error" or count == total):
         raise _missing_error(dataset, cache, absent, count)
-    images = ImageSource(dataset.shards, places=places, cache=cache, strict=drift != "warn")
+    guard = guard or ClassGuard(switch=None)
+    images = ImageSource(
+        dataset.shards,
+        places=places,
+        cache=cache,
+        strict=drift != "warn",
+        same_labels=not guard.accept,
+    )
+    compared, relabelled = _compare_labels(images, dataset, cache, places, progress)
+    if len(relabelled):
+        if not guard.accept:
+            raise images.label_error(relabelled, compared, guard.switch)
+        guard.note(f"{len(relabelled)} of {compared} samples have other labels than in the cache")
     allowed = None
     if count:
         allowed = tuple(
@@ -142,21 +161,33 @@ def join(
         same_shards=sum(isinstance(place, int) for place in places),
         missing=count,
         unused=dataset.samples - (total - count),
+        compared=compared,
+        relabelled=relabelled,
     )
 
 
 def join_to_look(
-    cache: CacheReader, shards: str, *, split: str | None = None, progress: Progress = silent
+    cache: CacheReader,
+    shards: str,
+    guard: ClassGuard,
+    *,
+    split: str | None = None,
+    progress: Progress = silent,
 ) -> Join:
     """The cache's samples among the user's ``shards``, for those who compare or show them: samples
     that are missing and images that differ are no error.
 
     Raises:
-        CskdError: there are no such shards, or none of the cache's samples in them.
+        CskdError: there are no such shards, none of the cache's samples in them, or other classes
+            that ``guard`` does not accept.
     """
-    classes = cache.manifest.dataset.num_classes
-    dataset = load_dataset(shards, split=split, num_classes=classes, progress=progress)
-    return join(dataset, cache, missing="skip", drift="warn")
+    dataset = load_dataset(shards, split=split, progress=progress)
+    dataset = dataset.fitting(classes_of(cache), "the shards", guard)
+    return join(dataset, cache, guard, missing="skip", drift="warn", progress=progress)
+
+
+def classes_of(cache: CacheReader) -> Classes:
+    return cache.manifest.dataset.classes("the cache", cache.path)
 
 
 def find_differing(
@@ -196,6 +227,37 @@ def _places(dataset: Dataset, cache: CacheReader) -> list[Places | int]:
     same = [tars.get(shard_id) for shard_id in cache.shard_ids]
     looked_up = _look_up(dataset, cache, same)
     return [next(looked_up) if tar is None else tar for tar in same]
+
+
+def _compare_labels(
+    images: ImageSource,
+    dataset: Dataset,
+    cache: CacheReader,
+    places: Sequence[Places | int],
+    progress: Progress,
+) -> tuple[int, np.ndarray]:
+    """How many labels were compared; :attr:`Join.relabelled`.
+
+    Not compared here are tars whose SHA-256, by a manifest, is the one that the cache's labels were
+    read from; nothing of such a tar is read before its first use, which compares them.
+    """
+    recorded = cache.manifest.dataset.shards
+    infos = [dataset.shards[place].info if isinstance(place, int) else None for place in places]
+    shards = [
+        shard
+        for shard in np.flatnonzero(cache.done().any(axis=0)).tolist()
+        if (info := infos[shard]) is None or info.sha256 != recorded[shard].sha256
+    ]
+    compared, found = 0, [np.empty((0, 3), np.int64)]
+    if not shards:
+        return compared, found[0]
+    with progress(len(shards), "shards", "comparing labels with the cache's") as meter:
+        for shard, labels in zip(shards, cache.labels_of(shards), strict=True):
+            absent = _absent(places[shard])
+            compared += len(labels) - (0 if absent is None else int(absent.sum()))
+            found.append(images.relabelled(shard, labels))
+            meter.advance()
+    return compared, np.concatenate(found)
 
 
 def _look_up(dataset: Dataset, cache: CacheReader, same: Sequence[int | None]) -> Iterator[Places]:

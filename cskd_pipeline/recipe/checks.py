@@ -16,6 +16,7 @@ CHOICES = {
     "teacher.precision": ("float32", "bfloat16", "float16"),
     "data.missing": ("error", "skip"),
     "data.drift": ("error", "warn", "skip"),
+    "data.classes": ("error", "accept"),
     "distill.method": ("none", "deit", "cskd"),
     "distill.global_kind": ("hard", "soft"),
     "distill.spatial_kind": ("hard", "soft"),

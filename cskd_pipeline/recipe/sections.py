@@ -76,6 +76,9 @@ class TrainData:
     num_classes: int = 0  # 0: from the cache, the class names, or an error
     missing: str = "error"  # samples of the cache that the shards lack: error or skip
     drift: str = "error"  # images or views unlike the teacher's: error, warn; skip: those images
+    # Other class names, order or labels on two sides: error, accept. Decides whether a run starts,
+    # not what it computes: no part of the digest.
+    classes: str = _free("error")
     check: int = _free(64)  # views of the cache made again and compared before training; 0: none
 
 

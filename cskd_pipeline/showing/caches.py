@@ -13,6 +13,7 @@ from cskd_pipeline import plots
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.summary import size, summarise
+from cskd_pipeline.classes import ClassGuard
 from cskd_pipeline.distill.ckf import SCHEDULES, ckf_ratio
 from cskd_pipeline.errors import JoinError
 from cskd_pipeline.files import write_text
@@ -41,6 +42,7 @@ def show_cache(
     samples: int = SAMPLES,
     epochs: int = EPOCHS,
     export: str | None = None,
+    accept_classes: bool = False,
 ) -> dict[str, Any]:
     """``cskd-pipeline show CACHE``: write ``out/index.html``.
 
@@ -50,6 +52,7 @@ def show_cache(
         samples: views whose labels are counted.
         epochs: of the run that the schedules' slider goes through.
         export: one of ``plots.FORMATS``, in which each plot becomes a file too.
+        accept_classes: class k of the shards is the cache's, whatever names and labels say.
 
     Returns:
         The files, the page's bytes, and the figures that it tells.
@@ -58,7 +61,9 @@ def show_cache(
         CskdError: the cache, or the shards, cannot be used, or do not belong together.
     """
     reader = CacheReader(path, progress=terminal.progress)
-    found = join_to_look(reader, shards, split=split, progress=terminal.progress)
+    guard = ClassGuard(accept=accept_classes)
+    found = join_to_look(reader, shards, guard, split=split, progress=terminal.progress)
+    guard.tell(terminal.warn)
     rows = choose_views(found, images)
     sampled = statistics.sample_rows(found, samples)
     if not len(rows) or not len(sampled):
@@ -100,6 +105,7 @@ def show_cache(
         "page": str(out / PAGE),
         "bytes": len(document.encode()),
         "plots": [str(file) for file in files],
+        "accepted_classes": guard.accepted,
         "views_shown": len(rows),
         "views_exact": int((views.same & views.exact).sum()),
         "views_counted": counted.views,

@@ -14,10 +14,11 @@ import torch
 
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.checkpoint import StudentCard, load_student, read_card, student_file
+from cskd_pipeline.classes import ClassGuard
 from cskd_pipeline.errors import JoinError, UsageError
 from cskd_pipeline.loading.batches import render_batch
 from cskd_pipeline.loading.device import assemble, normalise
-from cskd_pipeline.loading.join import Join, join_to_look
+from cskd_pipeline.loading.join import Join, classes_of, join_to_look
 from cskd_pipeline.loading.replay import renderer_of
 from cskd_pipeline.progress import Progress
 from cskd_pipeline.showing.gallery import Views, choose_views, make_views
@@ -71,6 +72,7 @@ def compare(
     runs: Sequence[RunRecord],
     shards: str,
     terminal: Terminal,
+    guard: ClassGuard,
     *,
     cache: str | None = None,
     split: str | None = None,
@@ -81,6 +83,7 @@ def compare(
 
     Args:
         shards, split: the images that the cache was made from.
+        guard: compares the classes of shards, cache and students.
         cache: what the runs were trained from; None: the folder that the first recipe names.
         images: how many views are shown, of as many images spread over the cache.
         samples: over how many views agreement is counted; those that are shown are among them.
@@ -104,9 +107,13 @@ def compare(
     files = {run.name: student_file(run.folder) for run in dense}
     cards = {name: read_card(file) for name, file in files.items()}
     without |= {name: why for name, card in cards.items() if (why := _misfit(card, reader))}
+    for name in cards.keys() - without.keys():
+        student = replace(cards[name].classes(files[name]), of=f"the student of {name}")
+        guard.compare(student, classes_of(reader))
     if len(without) == len(runs):
         return None, without
-    found = join_to_look(reader, shards, split=split, progress=terminal.progress)
+    found = join_to_look(reader, shards, guard, split=split, progress=terminal.progress)
+    guard.tell(terminal.warn)
     rows = choose_views(found, max(images, samples))
     if not len(rows):
         raise JoinError(

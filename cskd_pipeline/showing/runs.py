@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cskd_pipeline import plots
+from cskd_pipeline.classes import ClassGuard
 from cskd_pipeline.files import write_text
 from cskd_pipeline.showing import curves, page, predictions
 from cskd_pipeline.showing.caches import PAGE
@@ -31,6 +32,7 @@ def show_runs(
     images: int = IMAGES,
     samples: int = SAMPLES,
     export: str | None = None,
+    accept_classes: bool = False,
 ) -> dict[str, Any]:
     """``cskd-pipeline show RUN...``: write ``out/index.html``.
 
@@ -41,6 +43,7 @@ def show_runs(
         samples: views over which agreement is counted.
         export: one of ``plots.FORMATS``, in which each plot becomes a file too, named as its curve
             (:data:`cskd_pipeline.showing.curves.GROUPS`) or ``dense_agreement``.
+        accept_classes: class k is the same in shards, cache and students, whatever the names say.
 
     Returns:
         The files, the page's bytes, and each run's figures, by its name.
@@ -55,12 +58,13 @@ def show_runs(
         _overview(runs, differences),
         *(page.section(name, side_by_side(found)) for name, found in drawn.items() if found),
     ]
-    compared, without = None, dict[str, str]()
+    compared, without, guard = None, dict[str, str](), ClassGuard(accept=accept_classes)
     if shards is not None:
         compared, without = compare(
             runs,
             shards,
             terminal,
+            guard,
             cache=cache,
             split=split,
             images=images,
@@ -86,6 +90,7 @@ def show_runs(
         "bytes": len(document.encode()),
         "plots": [str(file) for file in files],
         "runs": {run.name: _figures(run, students, without) for run in runs},
+        "accepted_classes": guard.accepted,
         "differences": differences,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from cskd_pipeline import documents
 from cskd_pipeline.cache.digests import root_digest
 from cskd_pipeline.cache.encodings import Encoding
 from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.classes import TRAIN_SWITCH, Classes, ClassGuard
 from cskd_pipeline.distill.student import Preprocessing
 from cskd_pipeline.distill.targets import Targets
 from cskd_pipeline.errors import CacheError, DataError, UsageError
@@ -20,14 +21,16 @@ from cskd_pipeline.loading.batches import Batch, Position, TrainBatches, train_l
 from cskd_pipeline.loading.evalset import EvalBatch, eval_loader
 from cskd_pipeline.loading.images import ImageSource
 from cskd_pipeline.loading.index import Dataset, load_dataset
-from cskd_pipeline.loading.join import Join
+from cskd_pipeline.loading.join import Join, classes_of, join
 from cskd_pipeline.loading.plan import EpochPlan, SampleSet
 from cskd_pipeline.machine import worker_count
 from cskd_pipeline.ranks import ALONE, Ranks
 from cskd_pipeline.recipe import TrainRecipe
 from cskd_pipeline.terminal import Terminal
-from cskd_pipeline.training.joining import join_for_run
+from cskd_pipeline.training.joining import settle
 from cskd_pipeline.views.policy import ViewPolicy
+
+SHARDS = "the training shards"
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class TrainingData:
 
     ``encoding`` is the one that targets are read in and ``grid`` the cache's (rows, columns); both
     are None for method ``none``. ``digest`` changes with anything that decides batches or targets.
-    ``name`` is the data set's. ``joined``: where the cache's samples are, and which are left out;
-    None without a cache. ``cache_digest`` names the contents of a finished cache.
+    ``name`` is the data set's. ``guard`` compares classes, and keeps what was accepted. ``joined``:
+    where the cache's samples are, and which are left out; None without a cache. ``cache_digest``
+    names the contents of a finished cache.
     """
 
     name: str
@@ -46,6 +50,7 @@ class TrainingData:
     policy: ViewPolicy
     num_classes: int
     class_names: tuple[str, ...] | None
+    guard: ClassGuard
     encoding: Encoding | None
     grid: tuple[int, int] | None
     digest: str
@@ -59,6 +64,10 @@ class TrainingData:
     @property
     def cache(self) -> CacheReader | None:
         return None if self.joined is None else self.joined.images.cache
+
+    @property
+    def classes(self) -> Classes:
+        return Classes(SHARDS, self.name, self.num_classes, self.class_names)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -106,21 +115,10 @@ def open_training_data(
         CskdError: whatever does not fit: classes, policy, views, encoding, samples.
     """
     cache = None if recipe.distill.method == "none" else _open_cache(recipe, terminal)
-    classes = recipe.data.num_classes or None
-    dataset = load_dataset(
-        recipe.data.shards,
-        split=recipe.data.split or None,
-        num_classes=classes or (cache.manifest.dataset.num_classes if cache else None),
-        progress=terminal.progress,
-    )
-    num_classes = dataset.num_classes
-    if num_classes is None:
-        raise DataError(
-            "nothing tells how many classes there are",
-            where=dataset.name,
-            action="put classes.json beside the shards, or pass --set data.num_classes=N",
-        )
-    validation_set = _open_validation(recipe, num_classes, terminal)
+    guard = ClassGuard(TRAIN_SWITCH, accept=recipe.data.classes == "accept")
+    dataset, classes = _open_shards(recipe, cache, guard, terminal)
+    assert dataset.num_classes is not None
+    validation_set = _open_validation(recipe, classes, guard, terminal)
     if cache is None:
         policy, root_seed, views = recipe.views or ViewPolicy(), recipe.run.seed, None
         samples, images, allowed = SampleSet.of(dataset), ImageSource(dataset.shards), None
@@ -133,8 +131,17 @@ def open_training_data(
         if not encoding.exact:
             terminal.line(f"targets from {encoding_name}: an approximation of the teacher's answer")
         _check_views(recipe, cache, terminal)
-        joined = join_for_run(recipe, dataset, cache, encoding_name, terminal, ranks)
+        joined = join(
+            dataset,
+            cache,
+            guard,
+            missing=recipe.data.missing,
+            drift=recipe.data.drift,
+            progress=terminal.progress,
+        )
+        joined = settle(recipe, joined, encoding_name, terminal, ranks)
         samples, images, allowed = joined.samples, joined.images, joined.allowed
+    guard.tell(terminal.warn)
     plan = EpochPlan(
         samples,
         policy,
@@ -160,8 +167,9 @@ def open_training_data(
             drift=recipe.data.drift,
         ),
         policy=policy,
-        num_classes=num_classes,
-        class_names=dataset.class_names,
+        num_classes=dataset.num_classes,
+        class_names=classes.names,
+        guard=guard,
         encoding=encoding,
         grid=grid,
         digest=documents.sha256(
@@ -266,13 +274,38 @@ def _check_views(recipe: TrainRecipe, cache: CacheReader, terminal: Terminal) ->
         )
 
 
-def _open_validation(recipe: TrainRecipe, num_classes: int, terminal: Terminal) -> Dataset | None:
+def _open_shards(
+    recipe: TrainRecipe, cache: CacheReader | None, guard: ClassGuard, terminal: Terminal
+) -> tuple[Dataset, Classes]:
+    """The training shards, and their classes, named by the cache where they have no names."""
+    dataset = load_dataset(
+        recipe.data.shards,
+        split=recipe.data.split or None,
+        num_classes=recipe.data.num_classes or None,
+        progress=terminal.progress,
+    )
+    names = dataset.class_names
+    if cache is not None:
+        dataset = dataset.fitting(classes_of(cache), SHARDS, guard)
+        names = names or cache.manifest.dataset.class_names
+    if dataset.num_classes is None:
+        raise DataError(
+            "nothing tells how many classes there are",
+            where=dataset.name,
+            action="put classes.json beside the shards, or pass --set data.num_classes=N",
+        )
+    return dataset, replace(dataset.classes(SHARDS), names=names)
+
+
+def _open_validation(
+    recipe: TrainRecipe, classes: Classes, guard: ClassGuard, terminal: Terminal
+) -> Dataset | None:
     if not recipe.data.val_shards:
         return None
-    return load_dataset(
+    dataset = load_dataset(
         recipe.data.val_shards,
         split=recipe.data.val_split or None,
         prefer=("validation", "val", "test"),
-        num_classes=num_classes,
         progress=terminal.progress,
     )
+    return dataset.fitting(classes, "the validation shards", guard)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cskd_pipeline import documents
 from cskd_pipeline.checkpoint import bounded_student, has_card, read_student, student_file
 from cskd_pipeline.checkpoint.card import MAX_ARGUMENT, check_arguments
+from cskd_pipeline.classes import Classes, ClassGuard, difference
 from cskd_pipeline.distill.student import Grid, Student
 from cskd_pipeline.distill.weights import load_into, load_state, state_digest
 from cskd_pipeline.errors import ManifestError, OutputError, WeightsError
@@ -56,6 +57,11 @@ class Source:
         """Of the tensors, in whatever file they lie."""
         return state_digest(self.state)
 
+    @property
+    def classes(self) -> Classes:
+        of = "the weights to start from"
+        return Classes(of, self.path, self.num_classes, self.class_names)
+
 
 @dataclass(frozen=True)
 class Started:
@@ -65,17 +71,20 @@ class Started:
     sha256: str
     loaded: int
     new: tuple[str, ...]
-    classes: tuple[int, int]  # before, now
+    classes: tuple[Classes, Classes]  # before, now
     resized: tuple[Grid, Grid] | None  # of the position embedding
 
     def __str__(self) -> str:
         told = [f"starting from {self.source}: {self.loaded} tensors, SHA-256 {self.sha256[:12]}"]
         if self.new:
-            told.append(f"new {' and '.join(self.new)} ({self.classes[0]} classes before, "
-                        f"{self.classes[1]} now)")  # fmt: skip
+            before, now = self.classes
+            found = difference(now, before) if before.count == now.count else None
+            others = "" if found is None else f", {found.kind}"
+            told.append(f"new {' and '.join(self.new)} ({before.count} classes before, "
+                        f"{now.count} now{others})")  # fmt: skip
         if self.resized is not None:
-            before, now = (f"{rows}x{columns}" for rows, columns in self.resized)
-            told.append(f"pos_embed resized from {before} to {now}")
+            grids = (f"{rows}x{columns}" for rows, columns in self.resized)
+            told.append(f"pos_embed resized from {' to '.join(grids)}")
         return "; ".join(told)
 
 
@@ -99,19 +108,19 @@ def read_source(path: Path) -> Source:
     )
 
 
-def start_from(
-    source: Source, student: Student, num_classes: int, class_names: tuple[str, ...] | None
-) -> Started:
-    """Put the source's weights into ``student``, which has ``num_classes`` and its own size.
+def start_from(source: Source, student: Student, classes: Classes, guard: ClassGuard) -> Started:
+    """Put the source's weights into ``student``, which has ``classes`` and its own size.
 
-    Heads are kept where the classes are as many and, as far as both sides name them, the same.
+    Heads are kept where the classes are the same, new for others. The same classes in another order
+    or spelling are refused: new heads would throw away what the old ones know.
 
     Raises:
         WeightsError: another architecture, or tensors that fit neither as they are nor resized.
+        ClassesError: the same classes, numbered or spelled otherwise, where that is not accepted.
     """
     _require_same_model(source, student)
     model, state = student.model, dict(source.state)
-    new = () if _same_classes(source, num_classes, class_names) else _classifiers(model)
+    new = () if _same_classes(classes, source.classes, guard) else _classifiers(model)
     own = model.state_dict()
     for name in [name for name in own if name.rpartition(".")[0] in new]:
         state[name] = own[name].detach().cpu()
@@ -122,7 +131,7 @@ def start_from(
         sha256=source.sha256,
         loaded=sum(name in source.state and name.rpartition(".")[0] not in new for name in own),
         new=new,
-        classes=(source.num_classes, num_classes),
+        classes=(source.classes, classes),
         resized=resized,
     )
 
@@ -180,6 +189,9 @@ def _read_timm_folder(path: Path) -> Source:
         mean, std = (tuple(map(float, pretrained[name])) for name in ("mean", "std"))
         if [type(x) for x in (model, classes, height, kwargs)] != [str, int, int, dict]:
             raise ValueError(f"architecture {model!r}, num_classes {classes!r}")
+        listed = isinstance(names, list) and all(type(name) is str for name in names)
+        if listed and len(names) != classes:
+            raise ValueError(f"{len(names)} label_names for {classes} classes")
         if height != width or not 0 < height <= MAX_ARGUMENT:
             raise ValueError(f"an input of {height}x{width} pixels")
         check_arguments(kwargs)
@@ -192,7 +204,6 @@ def _read_timm_folder(path: Path) -> Source:
             found=f"{type(error).__name__}: {error}",
             expected="architecture, num_classes, mean, std and a square input, as timm writes them",
         ) from error
-    listed = isinstance(names, list) and all(type(name) is str for name in names)
     weights = next((path / name for name in TIMM_WEIGHTS if (path / name).is_file()), path)
     return Source(
         path,
@@ -265,10 +276,15 @@ def _architecture(name: str) -> str:
     return re.sub(r"_\d{2,4}$", "", name.partition(".")[0])
 
 
-def _same_classes(source: Source, count: int, names: tuple[str, ...] | None) -> bool:
-    if source.num_classes != count:
+def _same_classes(mine: Classes, theirs: Classes, guard: ClassGuard) -> bool:
+    """Whether class k is class k of the weights, as far as both sides name them."""
+    if mine.count != theirs.count:
         return False
-    return source.class_names is None or names is None or source.class_names == names
+    found = difference(mine, theirs)
+    if found is not None and not found.same_classes:
+        return False
+    guard.compare(mine, theirs)
+    return True
 
 
 def _classifiers(model: Any) -> tuple[str, ...]:

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cskd_pipeline import documents
-from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.errors import ManifestError
 from cskd_pipeline.files import write_json, write_text
-from cskd_pipeline.loading.index import Dataset
-from cskd_pipeline.loading.join import Join, LeftOut, find_differing, join
+from cskd_pipeline.loading.join import Join, LeftOut, find_differing
 from cskd_pipeline.loading.replay import cache_of, renderer_of, replay, spread_views
 from cskd_pipeline.ranks import Ranks
 from cskd_pipeline.recipe import TrainRecipe
@@ -29,25 +27,19 @@ Differing = dict[int, list[int]]
 """Shard -> offsets of samples whose image is not the cache's."""
 
 
-def join_for_run(
-    recipe: TrainRecipe,
-    dataset: Dataset,
-    cache: CacheReader,
-    encoding: str,
-    terminal: Terminal,
-    ranks: Ranks,
+def settle(
+    recipe: TrainRecipe, found: Join, encoding: str, terminal: Terminal, ranks: Ranks
 ) -> Join:
-    """Join as the recipe says, tell what is left out, and check a sample of what is not.
+    """Leave out of a join what the recipe says, tell it, and check a sample of what is left.
 
     With ``data.drift = "skip"`` every image is read once, each rank its share of the tars; a run
     that is resumed has the outcome in its folder.
 
     Raises:
-        JoinError: what does not match and may not be left out.
+        JoinError: no image is the cache's.
         ViewDriftError, CacheError: see :func:`check_sample`.
     """
     data = recipe.data
-    found = join(dataset, cache, missing=data.missing, drift=data.drift)
     if data.drift == "skip":
         found = found.without(_differing(recipe, found, terminal, ranks))
     left_out = found.missing + found.differing

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cskd_pipeline.checkpoint import FORMAT, StudentCard
+from cskd_pipeline.classes import Classes
 from cskd_pipeline.distill.ckf import ckf_ratio
 from cskd_pipeline.distill.losses import DistillationLoss, LossParts, inference_heads, mixed_targets
 from cskd_pipeline.distill.student import create_student
@@ -118,9 +119,10 @@ class Run:
 
         Raises:
             WeightsError: they do not fit, or are others on another rank.
+            ClassesError: they are of the same classes, numbered or spelled otherwise.
         """
         started = start_from(
-            read_source(Path(path)), self.student, self.data.num_classes, self.data.class_names
+            read_source(Path(path)), self.student, self.data.classes, self.data.guard
         )
         if len(set(self.ranks.gather(started.sha256))) > 1:
             raise WeightsError("the ranks found different weights to start from", where=path)
@@ -234,6 +236,8 @@ class Run:
             "recipe": result_digest(self.recipe),
             "data": self.data.digest,
             "init": self.init,
+            "class_names": self.data.class_names,
+            "accepted_classes": list(self.data.guard.accepted),
             "update": self.update,
             "student": self.student.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
@@ -249,6 +253,7 @@ class Run:
 
         Raises:
             OutputError: the state is of another recipe or of other data.
+            ClassesError: the data's classes had other names, or another order.
             WeightsError: its values are not those of a run.
         """
         for name, mine in (("recipe", result_digest(self.recipe)), ("data", self.data.digest)):
@@ -272,13 +277,22 @@ class Run:
 
     def _take(self, state: dict[str, Any]) -> None:
         update, rows, best = state["update"], state["rows"], state["best"]
-        init = state.get("init")
+        init, accepted = state.get("init"), state.get("accepted_classes", [])
+        names = [*(state.get("class_names") or ()), *accepted]
         if type(update) is not int or not 0 <= update <= self.updates:
             raise ValueError(f"update {update!r} of {self.updates}")
         if not all(isinstance(row, dict) for row in [*rows, best]):
             raise ValueError("rows that are none")
+        if not all(type(name) is str for name in names):
+            raise ValueError("class names that are no text")
         if init is not None and [type(init[name]) for name in ("from", "sha256")] != [str, str]:
             raise ValueError("a start that is none")
+        if "class_names" in state:  # older states say nothing of classes
+            count = self.data.num_classes
+            of = Classes("the run to resume", self.recipe.run.out, count, state["class_names"])
+            self.data.guard.compare(self.data.classes, of)
+            for line in accepted:
+                self.data.guard.note(line)
         self.update = update
         self.student.model.load_state_dict(state["student"])
         if self.ema is not None:
@@ -303,6 +317,7 @@ class Run:
             epoch=self.epoch,
             top1=top1,
             class_names=self.data.class_names,
+            accepted_classes=tuple(self.data.guard.accepted),
             dataset=self.data.name,
             teacher=None if manifest is None else manifest.teacher.name,
             recipe_sha256=result_digest(self.recipe),

@@ -17,6 +17,7 @@ import numpy as np
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.store import RESTORE, CacheStore
 from cskd_pipeline.cache.verify import Problem, check_bytes, check_structure
+from cskd_pipeline.classes import COMMAND_SWITCH, ClassGuard
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.loading.join import Join, join_to_look
 from cskd_pipeline.loading.replay import Replay, replay, spread_views
@@ -38,6 +39,7 @@ def verify(
     teacher: TeacherChoice | None = None,
     samples: int = SAMPLES,
     partial: bool = False,
+    accept_classes: bool = False,
 ) -> dict[str, Any]:
     """``cskd-pipeline cache verify``: look at everything, tell all that is wrong.
 
@@ -47,6 +49,7 @@ def verify(
         teacher: needs ``shards``.
         samples: how many views are made again, and asked about.
         partial: units that are not made yet are no problem.
+        accept_classes: nor are class names and labels of ``shards`` that are not the cache's.
 
     Returns:
         Per depth what was counted, and ``ok``.
@@ -62,7 +65,9 @@ def verify(
     if shards is not None and broken:
         terminal.warn("the cache itself is damaged: it is not compared with the shards")
     elif shards is not None:
-        found = join_to_look(reader, shards, split=split, progress=terminal.progress)
+        guard = ClassGuard(accept=True)  # every difference becomes a problem, unless it is accepted
+        found = join_to_look(reader, shards, guard, split=split, progress=terminal.progress)
+        checks.append(_classes_check(found, guard, accept_classes, terminal))
         replayed = replay(found, spread_views(found, samples), terminal.progress)
         checks += [_join_check(found), *_replay_checks(found, replayed, differences)]
         if teacher is not None:
@@ -94,6 +99,23 @@ def _own_checks(reader: CacheReader, depth: str, partial: bool, terminal: Termin
         problems = check_bytes(reader, units, terminal.progress)
         checks.append(Check("bytes", {"views": views}, problems))
     return checks
+
+
+def _classes_check(found: Join, guard: ClassGuard, accept: bool, terminal: Terminal) -> Check:
+    """Of names, and of labels by key; what is accepted is told."""
+    if accept:
+        guard.tell(terminal.warn)
+    else:
+        for line in guard.unknown:
+            terminal.warn(line)
+    images = found.images
+    problems = [Problem("classes", "class names and labels", line) for line in guard.accepted]
+    problems += [
+        Problem("classes", images.where(shard, offset), f"another label than {label}, the cache's")
+        for shard, offset, label in found.relabelled.tolist()
+    ]
+    counts = {"labels_compared": found.compared, "relabelled": len(found.relabelled)}
+    return Check("classes", counts, () if accept else problems)
 
 
 def _join_check(found: Join) -> Check:
@@ -163,6 +185,8 @@ TO_DO = {
     "--partial",
     "structure": RESTORE,
     "bytes": RESTORE,
+    "classes": "pack the images again from class folders with the cache's names; or, where class k "
+    f"is the same on both sides all the same, pass {COMMAND_SWITCH}",
     "join": "get the missing images, or train without them: --set data.missing=skip",
     "images": "get the original images, or train without these: --set data.drift=skip",
     "views": "install the versions that the cache was made with, or train on what these give: "

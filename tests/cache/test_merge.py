@@ -19,6 +19,7 @@ from cskd_pipeline.cache import chunks
 from cskd_pipeline.cache.merge import merge
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter, Unit
+from cskd_pipeline.classes import ClassGuard
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.manifest import CacheManifest, DatasetManifest, ShardInfo
 from cskd_pipeline.progress import silent
@@ -191,6 +192,39 @@ def test_slices_of_another_data_set_are_refused(tmp_path: Path, field: str) -> N
     assert line.startswith(f"dataset.{field}: ")
     assert str(parts[0]) in line
     assert str(parts[1]) in line
+
+
+def test_classes_in_another_order_are_refused_unless_accepted(tmp_path: Path) -> None:
+    """Of caches of the same tar shards too, whose contents do not tell which list is right."""
+    names = tuple(f"c{k}" for k in range(CLASSES))
+    parts = [
+        part(tmp_path / str(n), [unit], dataset=replace(dataset(), class_names=own))
+        for n, (unit, own) in enumerate(zip(UNITS, (None, names, names[::-1]), strict=False))
+    ]
+    with pytest.raises(CacheError, match="not of one making") as caught:
+        merged(tmp_path / "out", *parts, guard=ClassGuard())
+    [line] = caught.value.problems
+    assert line.startswith(f"dataset.class_names: the same {CLASSES} names in another order (class")
+    assert f'"{names[-1]}" in {parts[2]}, "c0" in {parts[1]}' in line
+    assert line.endswith("--accept-classes accepts it")
+    assert not (tmp_path / "out").exists()
+    guard = ClassGuard(accept=True)
+    found = merged(tmp_path / "out", *parts, guard=guard)
+    assert len(found["accepted_classes"]) == 1
+    assert guard.unknown == [
+        f"no class names in {parts[0]}: class k is taken for class k of {parts[1]}"
+    ]
+    assert CacheReader(tmp_path / "out").manifest.dataset.class_names == names
+
+
+def test_a_target_whose_classes_have_another_order_is_refused(tmp_path: Path) -> None:
+    names = dataset().class_names
+    assert names is not None
+    turned = replace(dataset(), class_names=names[::-1])
+    a, out = part(tmp_path / "a", UNITS[:1]), part(tmp_path / "out", [], dataset=turned)
+    with pytest.raises(CacheError, match="of another making") as caught:
+        merged(out, a)
+    assert "dataset.class_names: the same" in caught.value.problems[0]
 
 
 def test_another_cut_of_the_same_samples_is_refused(tmp_path: Path) -> None:

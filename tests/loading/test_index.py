@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cskd_pipeline.errors import DataError, ImageError, ShardError
+from cskd_pipeline.errors import ClassesError, DataError, ImageError, ShardError
 from cskd_pipeline.loading import index as index_module
 from cskd_pipeline.loading import shards as shards_module
 from cskd_pipeline.loading.index import (
@@ -239,3 +239,17 @@ def test_a_data_set_is_named_by_what_its_tars_share(names: list[str], expected: 
 def test_a_data_set_without_manifest_knows_its_shards_by_their_keys(dataset: Dataset) -> None:
     assert len(set(dataset.shard_ids)) == len(COUNTS)
     assert describe(dataset).shard_ids == dataset.shard_ids
+
+
+def test_folders_of_one_data_set_name_the_same_classes(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        write_shard(folder / "x.tar", samples(10 * number, 4))
+    (folders[1] / "classes.json").write_text(json.dumps(CLASSES))
+    spec = ",".join(f"{folder}/x.tar" for folder in folders)
+    assert load_dataset(spec).class_names == CLASSES  # one that names none says nothing
+    (folders[2] / "classes.json").write_text(json.dumps(CLASSES[::-1]))
+    with pytest.raises(ClassesError, match="the same 5 names in another order") as caught:
+        load_dataset(spec)
+    assert f"the shards in {folders[2]} and the shards in {folders[1]}" in str(caught.value)

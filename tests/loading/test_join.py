@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.classes import ClassGuard
 from cskd_pipeline.errors import JoinError, ViewDriftError
 from cskd_pipeline.loading import shards as shards_module
 from cskd_pipeline.loading.batches import TrainBatches
@@ -164,16 +165,51 @@ def relabelled(sample: Sample, label: int) -> Sample:
     return key, {**fields, "cls": b"%d" % label}
 
 
-def test_labels_unlike_the_cache_s_are_refused(tmp_path: Path, cache: CacheReader) -> None:
-    other = recut(tmp_path, [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)])
-    joined = join(other, cache)
-    with pytest.raises(JoinError, match="other labels than in the cache") as caught:
-        replay(joined, spread_views(joined, 3))
+def test_labels_unlike_the_cache_s_are_refused_by_key(tmp_path: Path, cache: CacheReader) -> None:
+    """Of every sample, before any is read; classes that were only numbered otherwise are said."""
+    turned = [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)]
+    with pytest.raises(JoinError, match="34 of 43 samples have other labels") as caught:
+        join(recut(tmp_path, turned[::-1]), cache)
     assert caught.value.problems[0] == "bird_0000: label 4, in the cache 0"
-    # A single one is found when its shard is first used.
-    one = recut(tmp_path, *([relabelled(s, 0) if i == 1 else s] for i, s in enumerate(EVERY)))
-    joined = join(one, cache)
-    with pytest.raises(JoinError, match="1 of 21 samples have other labels"):
+    assert caught.value.found == (
+        "classes in another order: 0 is 4 here, 1 is 3 here, 3 is 1 here, 4 is 0 here"
+    )
+    ends = np.cumsum(COUNTS)
+    last = [relabelled(s, 0) if i == 41 else s for i, s in enumerate(EVERY)]
+    parts = [last[end - n : end] for n, end in zip(COUNTS, ends, strict=True)]
+    with pytest.raises(JoinError, match="1 of 43 samples have other labels") as caught:
+        join(recut(tmp_path, *parts), cache)
+    assert caught.value.problems == [f"{EVERY[41][0]}: label 0, in the cache 1"]
+
+
+def test_labels_of_what_is_missing_are_not_compared(tmp_path: Path, cache: CacheReader) -> None:
+    joined = join(recut(tmp_path, EVERY[1:30]), cache, missing="skip")
+    assert (joined.compared, len(joined.relabelled)) == (29, 0)
+
+
+def test_labels_that_are_accepted_are_counted_and_read_as_they_are(
+    tmp_path: Path, cache: CacheReader
+) -> None:
+    guard = ClassGuard(accept=True)
+    turned = [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)]
+    joined = join(recut(tmp_path, turned), cache, guard)
+    assert guard.accepted == ["34 of 43 samples have other labels than in the cache"]
+    assert joined.relabelled[:2].tolist() == [[0, 0, 0], [0, 1, 1]]
+    assert joined.images.labels(np.array([[0, 0], [0, 1]])).tolist() == [4, 3]
+    assert replay(joined, spread_views(joined, 3)).exact.all()
+
+
+def test_labels_altered_after_the_tar_was_indexed_are_found_at_its_first_use(
+    tmp_path: Path, cache: CacheReader
+) -> None:
+    """Its manifest still names the cache's own tar, so nothing was read when it was joined."""
+    first = [relabelled(s, i % 5) for i, s in enumerate(EVERY)]
+    own = make_cache(tmp_path / "cache", recut(tmp_path, first))
+    index_shards(tmp_path, num_classes=5).save(tmp_path / "manifest.json")
+    recut(tmp_path, [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)])
+    joined = join(load_dataset(tmp_path / "manifest.json"), own)
+    assert joined.compared == 0
+    with pytest.raises(JoinError, match="34 of 43 samples have other labels"):
         joined.images.labels(np.array([[0, 0]]))
 
 
@@ -304,5 +340,5 @@ def test_views_that_drift_though_images_are_the_same_are_not_skipped_but_refused
 
 def test_a_join_says_what_it_found(dataset: Dataset, cache: CacheReader) -> None:
     fields = {field.name for field in dataclasses.fields(join(dataset, cache))}
-    counts = {"same_shards", "missing", "differing", "unused"}
+    counts = {"same_shards", "missing", "differing", "unused", "compared", "relabelled"}
     assert {"samples", "images", "allowed", *counts} == fields

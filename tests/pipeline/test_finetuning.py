@@ -173,7 +173,7 @@ def test_as_many_classes_of_other_names_get_new_heads(transfer: Transfer, tmp_pa
     state = load_file(transfer.run / "best.safetensors")
     state = {k: v[:7] if k in HEADS else v for k, v in state.items()}
     mine = tuple(f"hue{n:02d}" for n in range(7))
-    for names, new in ((mine, False), (mine[::-1], True), (None, False)):
+    for names, new in ((mine, False), (("tone", *mine[1:]), True), (None, False)):
         changed = {**vars(card), "num_classes": 7, "class_names": names}
         save_student(tmp_path / "seven.safetensors", state, type(card)(**changed))
         run = transfer.started(tmp_path, tmp_path / "seven.safetensors")

@@ -63,7 +63,8 @@ def test_a_good_cache_passes_every_depth(small: World, verify: Verify) -> None:
     assert report["ok"] is True
     assert report["problems"] == []
     checks = report["checks"]
-    assert list(checks) == ["units", "structure", "bytes", "join", "images", "views", "answers"]
+    depths = ["units", "structure", "bytes", "classes", "join", "images", "views", "answers"]
+    assert list(checks) == depths
     assert checks["structure"]["files"] == len(data_files(small.cache)) - 9  # 3 of every tar shard
     assert checks["bytes"]["views"] == 4 * 96
     assert checks["join"]["found"] == checks["images"]["equal"] == 96
@@ -253,7 +254,7 @@ def test_for_people_there_is_a_table_and_the_list(copy: World, capsys: Capture) 
     assert world.cli("cache", "verify", copy.cache, "--shards", copy.shards, "--quiet") == 0
     out, err = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()[2:]] == [
-        *("units", "structure", "bytes", "join", "images", "views")
+        *("units", "structure", "bytes", "classes", "join", "images", "views")
     ]
     assert err == ""
     (copy.cache / "seed/c/0/0/0").unlink()

@@ -1,0 +1,450 @@
+"""Wherever two sides meet, class k must be the same class: by name and order, and by labels."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.checkpoint import StudentCard, read_card, save_student
+from cskd_pipeline.loading.index import load_dataset
+from cskd_pipeline.loading.make import make_shards
+from cskd_pipeline.recipe import TrainRecipe, load_recipe
+from cskd_pipeline.train import train
+from tests.pictures import write_shard
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+from tests.pipeline.test_finetuning import KWARGS, draw_colours
+
+Capture = pytest.CaptureFixture[str]
+NAMES = ("bars", "cross", "disc", "square")
+ACCEPT = ("--set", "data.classes=accept")
+
+
+@pytest.fixture
+def refused(capsys: Capture) -> Callable[..., str]:
+    """Runs a command that must exit with 1; gives its message as one line."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        assert world.cli(*arguments) == 1
+        return " ".join(capsys.readouterr().err.split())
+
+    return run
+
+
+@pytest.fixture
+def done(capsys: Capture) -> Callable[..., tuple[dict[str, Any], str]]:
+    """Runs a command that must succeed; gives its summary, and what it said as one line."""
+
+    def run(*arguments: object) -> tuple[dict[str, Any], str]:
+        capsys.readouterr()
+        assert world.cli(*arguments, "--json") == 0
+        captured = capsys.readouterr()
+        return world.last_json(captured.out), " ".join(captured.err.split())
+
+    return run
+
+
+def named(shards: Path, to: Path, names: Sequence[str] | None) -> Path:
+    """The same tars beside another list of class names, or beside none."""
+    shutil.copytree(shards, to)
+    (to / "_info.json").unlink()
+    (to / "classes.json").unlink()
+    if names is not None:
+        (to / "classes.json").write_text(json.dumps(names))
+    return to
+
+
+def turned(shards: Path, to: Path, names: Sequence[str] | None) -> Path:
+    """The same images with the labels in reverse, as a list of names in reverse gives them."""
+    to.mkdir()
+    for shard in load_dataset(shards).shards:
+        rows = range(len(shard))
+        content = [
+            (shard.key(i), {"jpg": shard.read_image(i), "cls": b"%d" % (3 - shard.label(i))})
+            for i in rows
+        ]
+        write_shard(to / shard.path.name, content)
+    if names is not None:
+        (to / "classes.json").write_text(json.dumps(names))
+    return to
+
+
+def command(shards: Path, cache: Path | None, out: Path, *more: object) -> list[object]:
+    method = ("none",) if cache is None else ("cskd", "--cache", cache)
+    views = world.VIEWS if cache is None else []
+    return [
+        *("train", "--shards", shards, "--out", out, "--student", world.STUDENT),
+        *("--method", *method, "--epochs", 1, "--batch-size", 16, "--workers", 0),
+        *("--device", "cpu", *world.as_flags([*world.train_sets(), *views]), *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(small: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one epoch."""
+    out = tmp_path_factory.mktemp("classes") / "run"
+    train(world.train_recipe(small.shards, small.cache, out, epochs=1), world.quiet())
+    return out
+
+
+# A student and the shards it is measured on
+
+
+def test_the_same_pictures_under_numbers_in_the_order_of_text_are_refused(
+    tmp_path: Path, refused: Callable[..., str], done: Callable[..., Any]
+) -> None:
+    draw_colours(tmp_path / "padded", 12, 2, seed=0)
+    for number in range(12):
+        folder = tmp_path / "padded" / f"hue{number:02d}"
+        shutil.copytree(folder, tmp_path / "plain" / str(number))
+        folder.rename(folder.with_name(f"n{number:08d}"))
+    for name in ("padded", "plain"):
+        make_shards(tmp_path / name, tmp_path / f"{name} shards")
+    trained = world.train_recipe(
+        *(tmp_path / "padded shards", None, tmp_path / "run", "none", world.VIEWS),
+        epochs=1,
+        batch_size=4,
+        kwargs=KWARGS,
+    )
+    train(trained, world.quiet())
+    evaluate = ["evaluate", tmp_path / "run", "--workers", 0, "--device", "cpu"]
+    summary, told = done(*evaluate, "--shards", tmp_path / "padded shards")
+    assert (summary["accepted_classes"], told) == ([], "")
+
+    message = refused(*evaluate, "--shards", tmp_path / "plain shards")
+    for words in (
+        "the shards and the student do not have the same classes: other names with the same 12 "
+        "numbers in another order, as one side sorts numbers as text: 0, 1, 10, 11, 2, …",
+        'class 2: "10" in the shards, "n00000002" in the student',
+        "pass --accept-classes",
+    ):
+        assert words in message
+    summary, told = done(
+        *evaluate, "--shards", tmp_path / "plain shards", "--accept-classes", "--quiet"
+    )
+    assert "accepted by --accept-classes: classes of the shards and the student: other" in told
+    [line] = summary["accepted_classes"]
+    assert "the same 12 numbers in another order" in line
+
+    (tmp_path / "plain shards/classes.json").unlink()
+    (tmp_path / "plain shards/_info.json").unlink()
+    summary, told = done(*evaluate, "--shards", tmp_path / "plain shards", "--quiet")
+    assert told == (
+        "warning: no class names in the shards: class k is taken for class k of the student"
+    )
+
+
+def test_a_student_of_another_number_of_classes_is_not_measured_by_any_switch(
+    run: Path, small: World, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    more = named(small.validation, tmp_path / "more", (*NAMES, "zebra"))
+    message = refused("evaluate", run, "--shards", more, "--accept-classes")
+    assert "5 names and 4, 4 of them in common" in message
+    assert 'class 4: "zebra" in the shards, none in the student' in message
+
+
+# A run's shards, validation shards and cache
+
+
+def test_shards_that_name_the_caches_classes_in_another_order_are_refused(
+    small: World, tmp_path: Path, refused: Callable[..., str], done: Callable[..., Any]
+) -> None:
+    other = named(small.shards, tmp_path / "other", NAMES[::-1])
+    message = refused(*command(other, small.cache, tmp_path / "run"))
+    assert "the training shards and the cache do not have the same classes: the same 4" in message
+    assert 'class 0: "square" in the training shards, "bars" in the cache' in message
+    assert f"bars, cross, disc, square as in {small.cache}" in message
+    assert "pass --set data.classes=accept" in message
+    assert not (tmp_path / "run").exists()
+
+    summary, told = done(*command(other, small.cache, tmp_path / "run", *ACCEPT, "--quiet"))
+    [line] = summary["accepted_classes"]
+    assert line.startswith("classes of the training shards and the cache: the same 4 names in")
+    assert f"accepted by --set data.classes=accept: {line}" in told
+    card = read_card(tmp_path / "run/last.safetensors")
+    assert (card.accepted_classes, card.class_names) == ((line,), NAMES[::-1])
+    recipe = load_recipe(TrainRecipe, tmp_path / "run/recipe.toml")
+    assert recipe.data.classes == "accept"
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_validation_shards_with_other_classes_are_refused(
+    small: World,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    done: Callable[..., Any],
+    cached: bool,
+) -> None:
+    cache = small.cache if cached else None
+    other = named(small.validation, tmp_path / "other", NAMES[::-1])
+    words = command(small.shards, cache, tmp_path / "run", "--val-shards", other)
+    message = refused(*words)
+    assert "the validation shards and the training shards do not have the same classes" in message
+    assert 'class 0: "square" in the validation shards, "bars" in the training shards' in message
+    assert not (tmp_path / "run").exists()
+    if not cached:
+        summary, _ = done(*words, *ACCEPT, "--quiet")
+        [line] = summary["accepted_classes"]
+        assert line.startswith("classes of the validation shards and the training shards: ")
+        assert read_card(tmp_path / "run/best.safetensors").accepted_classes == (line,)
+
+
+def test_validation_shards_of_another_number_of_classes_are_told_by_name(
+    small: World, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    other = named(small.validation, tmp_path / "other", ("ant", *NAMES))
+    words = command(small.shards, None, tmp_path / "run", "--val-shards", other)
+    message = refused(*words, *ACCEPT)
+    assert "5 names and 4, 4 of them in common" in message
+    assert 'class 0: "ant" in the validation shards, "bars" in the training shards' in message
+
+
+def test_names_that_a_side_lacks_are_one_line_and_the_students_are_the_caches(
+    small: World, tmp_path: Path, done: Callable[..., Any]
+) -> None:
+    unnamed = named(small.shards, tmp_path / "unnamed", None)
+    validation = named(small.validation, tmp_path / "validation", None)
+    words = command(unnamed, small.cache, tmp_path / "run", "--val-shards", validation, "--quiet")
+    summary, told = done(*words, "--set", "schedule.warmup_epochs=0")
+    assert told == (
+        "warning: no class names in the training shards: class k is taken for class k of the cache "
+        "warning: no class names in the validation shards: class k is taken for class k of the "
+        "training shards"
+    )
+    assert summary["accepted_classes"] == []
+    assert read_card(tmp_path / "run/last.safetensors").class_names == NAMES
+
+
+def test_labels_that_are_not_the_caches_are_refused_before_the_first_step(
+    small: World, tmp_path: Path, refused: Callable[..., str], done: Callable[..., Any]
+) -> None:
+    """Without names on one side, only labels by key tell that classes are numbered otherwise."""
+    other = turned(small.shards, tmp_path / "other", None)
+    message = refused(*command(other, small.cache, tmp_path / "run"))
+    assert "96 of 96 samples have other labels than in the cache" in message
+    assert "0 is 3 here, 1 is 2 here" in message
+    assert "--set data.classes=accept" in message
+    assert not (tmp_path / "run").exists()
+    summary, told = done(*command(other, small.cache, tmp_path / "run", *ACCEPT, "--quiet"))
+    line = "96 of 96 samples have other labels than in the cache"
+    assert summary["accepted_classes"] == [line]
+    assert line in told
+    assert read_card(tmp_path / "run/last.safetensors").accepted_classes == (line,)
+
+
+# Weights to start from
+
+
+def student_with(run: Path, names: tuple[str, ...] | None, to: Path) -> Path:
+    card = replace(read_card(run / "last.safetensors"), class_names=names)
+    save_student(to, load_file(run / "last.safetensors"), card)
+    return to
+
+
+def test_weights_of_the_same_classes_in_another_order_are_refused(
+    run: Path,
+    small: World,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    done: Callable[..., Any],
+) -> None:
+    init = student_with(run, NAMES[::-1], tmp_path / "init.safetensors")
+    words = command(small.shards, None, tmp_path / "run", "--init-from", init)
+    message = refused(*words)
+    assert "the training shards and the weights to start from do not have the same" in message
+    assert "the same 4 names in another order" in message
+    assert not (tmp_path / "run").exists()
+    summary, told = done(*words, *ACCEPT)
+    assert "new head" not in told
+    [line] = summary["accepted_classes"]
+    assert line.startswith("classes of the training shards and the weights to start from: ")
+    assert read_card(tmp_path / "run/last.safetensors").accepted_classes == (line,)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("ant", "bee", "cat", "disc"), "4 now, 1 of 4 names in common"),
+        (None, "no class names in the weights to start from"),
+    ],
+)
+def test_weights_of_other_classes_get_new_heads_and_unknown_ones_a_warning(
+    run: Path,
+    small: World,
+    tmp_path: Path,
+    done: Callable[..., Any],
+    names: tuple[str, ...] | None,
+    says: str,
+) -> None:
+    init = student_with(run, names, tmp_path / "init.safetensors")
+    words = command(small.shards, None, tmp_path / "run", "--init-from", init)
+    _, told = done(*words)
+    assert says in told
+    assert ("new head and head_dist" in told) == (names is not None)
+
+
+def test_the_names_of_a_model_in_timms_form_are_compared_too(
+    small: World, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    arguments: dict[str, Any] = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = timm.create_model(world.STUDENT, num_classes=4, img_size=32, **arguments)
+    for names, says in ((NAMES[::-1], "the same 4 names in another order"),
+                        (NAMES[:3], "3 label_names for 4 classes")):  # fmt: skip
+        folder = tmp_path / f"timm {len(names)}"
+        save_for_hf(
+            model,
+            str(folder),
+            model_config={"label_names": list(names)},
+            model_args={**arguments, "img_size": 32},
+            safe_serialization=True,
+        )
+        words = command(small.shards, None, tmp_path / "run", "--init-from", folder)
+        assert says in refused(*words)
+
+
+# Going on
+
+
+def test_a_run_goes_on_with_its_own_classes_only(
+    small: World, tmp_path: Path, refused: Callable[..., str], done: Callable[..., Any]
+) -> None:
+    shards = named(small.shards, tmp_path / "shards", NAMES)
+    words = command(shards, None, tmp_path / "run", "--set", "data.num_classes=4")
+    done(*words)
+    (shards / "classes.json").write_text(json.dumps(NAMES[::-1]))
+    message = refused(*words, "--resume")
+    assert "the training shards and the run to resume do not have the same classes" in message
+    summary, _ = done(*words, "--resume", *ACCEPT, "--quiet")
+    [line] = summary["accepted_classes"]
+    assert "the run to resume" in line
+    (shards / "classes.json").unlink()
+    _, told = done(*words, "--resume", "--quiet")
+    assert "no class names in the training shards" in told
+
+
+def test_what_was_accepted_stays_written_down_when_a_run_goes_on(
+    run: Path, small: World, tmp_path: Path, done: Callable[..., Any]
+) -> None:
+    """Weights to start from are compared only once."""
+    init = student_with(run, NAMES[::-1], tmp_path / "init.safetensors")
+    words = command(small.shards, None, tmp_path / "run", "--init-from", init, *ACCEPT)
+    first, _ = done(*words)
+    again, _ = done(*words, "--resume")
+    assert len(first["accepted_classes"]) == 1
+    assert again["accepted_classes"] == first["accepted_classes"]
+
+
+# Looking at a cache beside shards
+
+
+def test_verify_lists_names_and_labels_unless_they_are_accepted(
+    small: World, tmp_path: Path, capsys: Capture
+) -> None:
+    other = turned(small.shards, tmp_path / "other", NAMES[::-1])
+    verify = ["cache", "verify", small.cache, "--shards", other, "--json", "--quiet"]
+    capsys.readouterr()
+    assert world.cli(*verify) == 1
+    report = world.last_json(capsys.readouterr().out)
+    assert report["checks"]["classes"] == {
+        **{"labels_compared": 96, "relabelled": 96, "problems": 2 + 96}
+    }
+    found = [p["found"] for p in report["problems"] if p["depth"] == "classes"]
+    assert found[0].startswith("classes of the shards and the cache: the same 4 names in another")
+    assert found[1:3] == [
+        "96 of 96 samples have other labels than in the cache",
+        "another label than 0, the cache's",
+    ]
+    assert "--accept-classes" in report["error"]["action"]
+    assert world.cli(*verify, "--accept-classes") == 0
+    captured = capsys.readouterr()
+    report = world.last_json(captured.out)
+    assert report["checks"]["classes"]["problems"] == 0
+    assert report["checks"]["images"]["equal"] == 96
+    assert "accepted by --accept-classes: classes of the shards and the cache" in captured.err
+
+
+def test_pages_refuse_classes_that_differ(
+    run: Path,
+    small: World,
+    tmp_path: Path,
+    refused: Callable[..., str],
+    done: Callable[..., Any],
+) -> None:
+    other = named(small.shards, tmp_path / "other", NAMES[::-1])
+    page = ("--images", 2, "--samples", 2, "--out", tmp_path / "page")
+    for target in ((small.cache,), (run, "--cache", small.cache)):
+        words = ["show", *target, "--shards", other, *page]
+        message = refused(*words)
+        assert "the shards and the cache do not have the same classes" in message
+        assert not (tmp_path / "page").exists()
+        summary, told = done(*words, "--accept-classes", "--quiet")
+        assert len(summary["accepted_classes"]) == 1
+        assert summary["accepted_classes"][0] in told
+        shutil.rmtree(tmp_path / "page")
+
+
+def test_a_page_refuses_a_student_of_other_classes_than_the_caches(
+    run: Path, small: World, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    student_with(run, NAMES[::-1], tmp_path / "run/last.safetensors")
+    words = ["show", tmp_path / "run", "--cache", small.cache, "--shards", small.shards]
+    message = refused(*words, "--out", tmp_path / "page", "--images", 2, "--samples", 2)
+    assert "the student of run and the cache do not have the same classes" in message
+
+
+# Stage one
+
+
+def dump(shards: Path, cache: Path, *more: object) -> list[object]:
+    return [
+        *("dump-teacher", "--shards", shards, "--cache", cache, "--shard-range", "2:3"),
+        *("--teacher", world.TEACHER, "--weights", "random", "--workers", 0, "--device", "cpu"),
+        *world.as_flags(world.dump_sets('["envelope"]', 2)),
+        *more,
+    ]
+
+
+def test_a_dump_goes_on_with_its_own_classes_only(
+    small: World, tmp_path: Path, refused: Callable[..., str], done: Callable[..., Any]
+) -> None:
+    cache = tmp_path / "cache"
+    done(*dump(small.shards, cache))
+    other = named(small.shards, tmp_path / "other", NAMES[::-1])
+    message = refused(*dump(other, cache))
+    assert "another making" in message
+    assert "dataset.class_names: the same 4 names in another order" in message
+    assert "--accept-classes accepts it" in message
+    _, told = done(*dump(other, cache, "--accept-classes", "--quiet"))
+    assert "accepted by --accept-classes: classes of the cache and what was asked for" in told
+    (other / "classes.json").unlink()
+    _, told = done(*dump(other, cache, "--quiet", "--set", "data.num_classes=4"))
+    assert "no class names in what was asked for" in told
+    assert CacheReader(cache).manifest.dataset.class_names == NAMES
+
+
+def test_a_teacher_that_train_made_must_know_the_shards_classes(
+    small: World, tmp_path: Path, refused: Callable[..., str], done: Callable[..., Any]
+) -> None:
+    kwargs = {"output_stride": 8, "channels": [8, 12, 16, 24]}
+    model = timm.create_model(world.TEACHER, num_classes=4, **kwargs)
+    card = StudentCard(world.TEACHER, 4, 32, ("cls",), "none", kwargs, class_names=NAMES[::-1])
+    save_student(tmp_path / "teacher.safetensors", model.state_dict(), card)
+    words = dump(small.shards, tmp_path / "cache")
+    words[words.index("random")] = tmp_path / "teacher.safetensors"
+    message = refused(*words)
+    assert "the shards and the teacher do not have the same classes: the same 4 names" in message
+    assert not (tmp_path / "cache").exists()
+    _, told = done(*words, "--accept-classes", "--quiet")
+    assert "accepted by --accept-classes: classes of the shards and the teacher" in told
