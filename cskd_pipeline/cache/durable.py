@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import math
 import os
 import shutil
 import time
@@ -79,12 +80,14 @@ def inside(root: Path, key: str) -> Path:
 
 
 @contextmanager
-def exclusive(folder: Path, seconds: float | None = None) -> Iterator[bool]:
+def exclusive(
+    folder: Path, seconds: float = math.inf, busy: Callable[[], bool] = lambda: False
+) -> Iterator[bool]:
     """Hold ``folder``, made if need be, against other processes; a killed holder lets go.
 
     False on file systems without locks on folders (some network ones), which let everyone in:
-    there, two writers of one unit at once are not kept apart. Also False when others held it for
-    ``seconds`` (default: as long as it takes).
+    there, two writers of one unit at once are not kept apart. Also False when another has
+    held it for ``seconds`` and is not ``busy``.
     """
     with files.explained_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +95,7 @@ def exclusive(folder: Path, seconds: float | None = None) -> Iterator[bool]:
     held = False
     try:
         with suppress(OSError):
-            held = _locked(descriptor, seconds)
+            held = _locked(descriptor, seconds, busy)
         yield held
     finally:
         if held:  # closing alone would leave it to processes that were forked meanwhile
@@ -100,8 +103,8 @@ def exclusive(folder: Path, seconds: float | None = None) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _locked(descriptor: int, seconds: float | None) -> bool:
-    if seconds is None:
+def _locked(descriptor: int, seconds: float, busy: Callable[[], bool]) -> bool:
+    if seconds == math.inf:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         return True
     until = time.monotonic() + seconds
@@ -110,7 +113,9 @@ def _locked(descriptor: int, seconds: float | None) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > until:
-                return False
-            time.sleep(min(0.02, seconds))
+                if not busy():
+                    return False
+                until = time.monotonic() + seconds
+            time.sleep(min(0.05, seconds))
         else:
             return True

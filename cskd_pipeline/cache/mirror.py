@@ -7,6 +7,7 @@ import os
 import shlex
 import stat
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ FOLDER, GIGABYTES = "CSKD_CACHE_DIR", "CSKD_CACHE_GB"
 _DEFAULT_GIGABYTES = "50"
 _LOCKS = "locks"
 _STRIPES = 256  # files whose names share one wait for each other
-HELD_UP = 300.0  # seconds to wait for another process that fetches a file
+HELD_UP = 300.0  # seconds to wait for another process whose copy of a file does not grow
 _FRESH = 600.0  # seconds in which a use need not be noted again
 _ABANDONED = 86_400.0  # seconds after which a half-written file has no writer any more
 
@@ -85,12 +86,13 @@ class Mirror:
     def adding(self, key: str) -> Iterator[tuple[Path, bool]]:
         """Where the copy belongs, and whether it is missing still; one process at a time.
 
-        But for one that holds the others up (it may be stopped): after a while they make copies of
-        their own, of which the last stays.
+        But for one whose copy does not grow (it may be stopped): the others make copies of their
+        own after a while, of which the last stays.
         """
         path = self.root / key
         stripe = int(hashlib.sha256(str(path).encode()).hexdigest(), 16) % _STRIPES
-        with exclusive(self.folder / _LOCKS / f"{stripe:02x}", HELD_UP):
+        lock = self.folder / _LOCKS / f"{stripe:02x}"
+        with exclusive(lock, HELD_UP, lambda: _grows(path)):
             missing = self.find(key) is None
             if missing:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,6 +134,20 @@ class Mirror:
                     status = os.stat(path)
                     if not name.endswith(".partial") or now - status.st_mtime > _ABANDONED:
                         yield status.st_mtime, status.st_size, path
+
+
+def partial_of(path: Path) -> Path:
+    """Return a name, which nobody can guess, for a copy that is being written."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+
+
+def _grows(path: Path) -> bool:
+    """Whether some process has added to a copy of ``path`` lately."""
+    for partial in path.parent.glob(f".{path.name}.*.partial"):
+        with suppress(FileNotFoundError):
+            if time.time() - partial.stat().st_mtime < HELD_UP:
+                return True
+    return False
 
 
 def _make_private(folder: Path) -> None:

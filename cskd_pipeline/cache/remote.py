@@ -19,7 +19,6 @@ import io
 import os
 import re
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -29,7 +28,7 @@ from urllib.parse import urlsplit
 
 from cskd_pipeline.cache import transfers
 from cskd_pipeline.cache.chunks import DamageError, Folder
-from cskd_pipeline.cache.mirror import Mirror
+from cskd_pipeline.cache.mirror import Mirror, partial_of
 from cskd_pipeline.cache.transfers import Pace
 from cskd_pipeline.errors import CskdError, MissingPackageError, RemoteError, UsageError
 from cskd_pipeline.files import explained_os_errors
@@ -193,7 +192,7 @@ class RemoteFolder(Folder):
 
     def _copy(self, key: str, path: Path) -> None:
         """Fetch a file; under its name it is whole."""
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        partial = partial_of(path)
         try:
             with explained_os_errors(partial), open(partial, "x+b") as file:
                 self._fetch(key, file, min(self._most(key), MAX_FILE_BYTES))
@@ -276,9 +275,8 @@ class RemoteFolder(Folder):
             except Exception as error:
                 failures = failures + 1 if pace.position <= reached else 1
                 reached = pace.position
-                status = error.status if isinstance(error, transfers.StatusError) else None
                 login = isinstance(error, PermissionError) or type(error).__name__ in _LOGIN
-                if status in _FINAL or login:
+                if login or _status(error) in _FINAL:
                     raise self._refused(key, error) from error
                 if failures >= TRIES:
                     raise self._unreachable(key, error) from error
@@ -361,6 +359,14 @@ def _checked(url: str) -> tuple[str, str]:
             "hf://datasets/lab/cache",
         )
     return url.rstrip("/"), parts.scheme
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status that an error is about; the hub's library has it in the answer."""
+    if isinstance(error, transfers.StatusError):
+        return error.status
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
 
 
 def _told(error: Exception) -> str:

@@ -7,8 +7,9 @@ to the cache's own server alone. Every wait ends: what brings next to nothing fo
 ``CSKD_REMOTE_TIMEOUT`` seconds (default 300) is given up.
 
 ``gs://`` and ``hf://`` name web servers, whose answers come the same way. An ``s3://`` store is
-asked by its library, which signs and redirects requests; its answers are read under the same
-bounds. Listings and logins are left to the stores' libraries: they are bounded in time only.
+asked by its library, which signs requests and follows redirects itself (between web servers, the
+signature for the first alone); its answers are read under the same bounds. Listings, sizes and
+logins are left to the stores' libraries, and are bounded in time only.
 """
 
 from __future__ import annotations

@@ -13,10 +13,12 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ from cskd_pipeline.errors import CacheError, OutputError, RemoteError, UsageErro
 from tests.serving import BUCKET, Served, serving
 
 Capture = pytest.CaptureFixture[str]
-LARGE = 2**28
+LARGE = 2**27
 
 
 @pytest.fixture
@@ -74,8 +76,8 @@ def read(url: str, limit: int = 1000) -> bytes:
 
 
 def bomb() -> bytes:
-    """256 MiB of what inflates, in 260 kB."""
-    return gzip.compress(bytes(LARGE))
+    """What inflates to ``LARGE`` bytes, in a 200th of them."""
+    return gzip.compress(bytes(LARGE), compresslevel=1)
 
 
 @pytest.mark.parametrize("scheme", ["http", "s3"])
@@ -160,7 +162,7 @@ def test_no_copy_is_larger_than_the_manifest_implies(
     key = reader.file("label", 1)
     bound = CacheReader(url)._store.arrays["label"].most_file_bytes
     assert bound < 2000
-    served.replies[key] = (200, {}, bytes(LARGE))
+    served.replies[key] = (200, {}, bytes(2**20))
     with pytest.raises(CacheError, match="damaged") as error:
         CacheReader(url).labels(1)
     assert f"more than the {bound} bytes it may have" in str(error.value.found)
@@ -339,21 +341,41 @@ def test_a_token_does_not_follow_a_redirect(served: Served, tmp_path: Path) -> N
         assert "authorization" not in other.headers[0]
 
 
-def test_the_hubs_files_come_over_its_web_address(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("scheme", ["hf", "gs"])
+def test_files_of_the_hub_and_of_google_come_over_their_web_address(
+    scheme: str, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Hub:
-        token = "hf_secret"
+    class Store:
+        token = "secret"
 
         def url(self, path: str) -> str:
-            assert path == "hf://datasets/lab/cache/file"
+            assert path == f"{scheme}://lab/cache/file"
             return f"{served.url}/file"
 
-    folder = RemoteFolder("hf://datasets/lab/cache")
-    monkeypatch.setattr(folder, "_fs", Hub)
+        credentials = SimpleNamespace(
+            apply=lambda headers: headers.update(authorization="Bearer secret")
+        )
+
+    folder = RemoteFolder(f"{scheme}://lab/cache")
+    monkeypatch.setattr(folder, "_fs", Store)
     assert folder.read("file", 1000) == CONTENT
-    assert served.headers[0]["authorization"] == "Bearer hf_secret"
+    assert served.headers[0]["authorization"] == "Bearer secret"
     assert served.headers[0]["accept-encoding"] == "identity"
+
+
+def test_a_refusal_by_a_stores_library_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, asked = RemoteFolder("hf://lab/cache"), []
+
+    def refuses() -> None:
+        asked.append(1)
+        error = OSError("no token")
+        error.response = SimpleNamespace(status_code=401)  # type: ignore[attr-defined]
+        raise error
+
+    monkeypatch.setattr(folder, "_fs", refuses)
+    with pytest.raises(RemoteError, match="may not be read"):
+        folder.read("file", 1000)
+    assert asked == [1]
 
 
 def test_a_file_of_logins_that_cannot_be_read_is_told(
@@ -529,7 +551,7 @@ def test_copies_are_not_written_through_what_lies_there_already(
     served: Served, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RemoteFolder(served.url).settled("a cache", lambda _: 1000)
-    monkeypatch.setattr(remote.uuid, "uuid4", lambda: type("", (), {"hex": "known"}))
+    monkeypatch.setattr(mirror.uuid, "uuid4", lambda: SimpleNamespace(hex="known"))
     folder.root.mkdir()
     (tmp_path / "target").write_text("mine")
     (folder.root / ".file.known.partial").symlink_to(tmp_path / "target")
@@ -560,6 +582,32 @@ def test_who_is_held_up_by_a_stopped_process_fetches_a_copy_of_its_own(
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert one.find("x") is not None
+
+
+def test_who_waits_for_a_copy_that_grows_waits_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "HELD_UP", 0.2)
+    one = Mirror(tmp_path, "a cache", limit=1000)
+    ready = threading.Event()
+
+    def grow() -> None:
+        with one.adding("x") as (path, _):
+            partial = mirror.partial_of(path)
+            for _ in range(30):
+                with open(partial, "ab") as file:
+                    file.write(b"x")
+                ready.set()
+                time.sleep(0.03)
+            partial.rename(path)
+
+    other = threading.Thread(target=grow)
+    other.start()
+    ready.wait()
+    with one.adding("x") as (path, missing):
+        assert not missing
+        assert path.stat().st_size == 30
+    other.join()
 
 
 def test_a_lock_is_let_go_though_a_process_was_forked_while_it_was_held(tmp_path: Path) -> None:
