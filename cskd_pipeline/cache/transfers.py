@@ -8,8 +8,8 @@ to the cache's own server alone. Every wait ends: what brings next to nothing fo
 
 ``gs://`` and ``hf://`` name web servers, whose answers come the same way. An ``s3://`` store is
 asked by its library, which signs requests and follows redirects itself (between web servers, the
-signature for the first alone); its answers are read under the same bounds. Listings, sizes and
-logins are left to the stores' libraries, and are bounded in time only.
+signature for the first alone); its files are read under the same bounds. Listings, sizes, errors
+and logins of stores are left to their libraries, and are bounded in time only.
 """
 
 from __future__ import annotations

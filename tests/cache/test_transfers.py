@@ -93,6 +93,8 @@ def test_a_compressed_answer_is_not_wanted_and_is_refused(
     assert error.value.found == "Content-Encoding: gzip"
     assert {headers["accept-encoding"] for headers in server.headers} == {"identity"}
     assert len(server.gets("file")) == 1
+    if scheme == "http":  # nor is anything inflated before that is known
+        assert not transfers._SESSIONS[os.getpid()].auto_decompress
 
 
 @pytest.mark.parametrize("encoding", ["identity", "Identity", ""])
