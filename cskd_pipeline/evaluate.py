@@ -85,6 +85,7 @@ def evaluate(
     terminal: Terminal,
     *,
     split: str = "",
+    crop_pct: float | None = None,
     batch_size: int = 256,
     workers: int = -1,
     device: str = "auto",
@@ -93,6 +94,7 @@ def evaluate(
     """``cskd-pipeline evaluate``: measure a checkpoint (or a run folder's best) on shards.
 
     Args:
+        crop_pct: see :class:`Preprocessing`; None: as the run that made the checkpoint evaluated.
         accept_classes: class k of the shards is the student's, whatever the names say.
 
     Raises:
@@ -110,9 +112,10 @@ def evaluate(
     guard = ClassGuard(accept=accept_classes)
     dataset = dataset.fitting(card.classes(path), "the shards", guard)
     guard.tell(terminal.warn)
+    shown = student.preprocessing.changed(crop_pct, None)
     loader = eval_loader(
         dataset,
-        student.preprocessing,
+        shown,
         batch_size=batch_size,
         workers=worker_count(workers),
         pin_memory=target.type == "cuda",
@@ -132,6 +135,8 @@ def evaluate(
         "model": card.model,
         "method": card.method,
         "heads": list(card.heads),
+        "crop_pct": shown.crop_pct,
+        "interpolation": shown.interpolation,
         "samples": dataset.samples,
         "accepted_classes": guard.accepted,
         "seconds": time.perf_counter() - started,

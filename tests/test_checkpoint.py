@@ -34,6 +34,8 @@ CARD = StudentCard(
     method="cskd",
     kwargs={"patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2},
     grid=(2, 2),
+    crop_pct=0.875,
+    interpolation="bilinear",
     top1=51.5,
     epoch=4,
     class_names=("a", "b", "c"),
@@ -71,6 +73,8 @@ def rewrite(file: Path, **changes: Any) -> None:
 def test_a_student_comes_back_as_it_was_saved(file: Path) -> None:
     student, card = load_student(file, CPU)
     assert card == CARD
+    shown = student.preprocessing
+    assert (shown.crop_pct, shown.interpolation) == (0.875, "bilinear")
     for name, tensor in student_of().model.state_dict().items():
         assert torch.equal(student.model.state_dict()[name], tensor), name
 
@@ -109,10 +113,12 @@ def test_a_header_of_this_format_cannot_do_without_the_digest(file: Path) -> Non
 
 
 def test_files_of_format_1_which_had_no_digest_are_read(file: Path) -> None:
-    later = ("sha256", "dataset", "teacher", "recipe_sha256", "cache_sha256", "init_sha256")
-    rewrite(file, format=1, **dict.fromkeys(later))
-    _, card = load_student(file, CPU)
-    assert card == replace(CARD, dataset=None, teacher=None, recipe_sha256=None, cache_sha256=None)
+    later = ("dataset", "teacher", "recipe_sha256", "cache_sha256", "crop_pct", "interpolation")
+    rewrite(file, format=1, sha256=None, init_sha256=None, **dict.fromkeys(later))
+    student, card = load_student(file, CPU)
+    assert card == replace(CARD, **dict.fromkeys(later))
+    shown = student.preprocessing
+    assert (shown.crop_pct, shown.interpolation) == (0.9, "bicubic")  # timm's for this model
 
 
 @pytest.mark.parametrize(

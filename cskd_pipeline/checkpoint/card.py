@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cskd_pipeline.classes import Classes
+from cskd_pipeline.distill.student import INTERPOLATIONS, LEAST_CROP_PCT
 
 MAX_ARGUMENT = 65535
 """The largest number among a stranger's model arguments."""
@@ -18,10 +19,11 @@ class StudentCard:
     """What a student's file says of itself.
 
     ``kwargs`` are the timm constructor's, ``heads`` those whose mean is the answer, ``grid`` the
-    teacher grid (rows, columns) that the dense head was trained on, or None. ``accepted_classes``
-    has a line for each difference between classes with which the run was made all the same. The
-    digests are SHA-256 in hex: of the recipe's deciding fields, of the contents of the cache (None
-    where it was not finished), and of the weights that the run started from.
+    teacher grid (rows, columns) that the dense head was trained on, or None. ``crop_pct`` and
+    ``interpolation`` say how images are resized to evaluate it; None: as timm does for the model.
+    ``accepted_classes`` has a line for each difference between classes with which the run was made
+    all the same. The digests are SHA-256 in hex: of the recipe's deciding fields, of the contents
+    of the cache (None where it was not finished), and of the weights that the run started from.
     """
 
     model: str
@@ -31,6 +33,8 @@ class StudentCard:
     method: str
     kwargs: dict[str, Any] = field(default_factory=dict)
     grid: tuple[int, int] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
     weights: str = "last"  # last or ema
     epoch: int = 0
     top1: float | None = None  # percent, on the validation shards of the run
@@ -63,6 +67,11 @@ def check_card(card: StudentCard) -> None:
         raise ValueError(f"heads {card.heads}")
     if card.grid is not None and len(card.grid) != 2:
         raise ValueError(f"grid {card.grid}")
+    crop = card.crop_pct
+    if crop is not None and not (type(crop) is float and LEAST_CROP_PCT <= crop <= 1.0):
+        raise ValueError(f"crop_pct {crop!r}")
+    if card.interpolation not in (None, *INTERPOLATIONS):
+        raise ValueError(f"interpolation {card.interpolation!r}")
     if card.top1 is not None and not (type(card.top1) is float and math.isfinite(card.top1)):
         raise ValueError(f"top1 {card.top1!r}")
     if not all(type(name) is str for name in (*(card.class_names or ()), *card.accepted_classes)):

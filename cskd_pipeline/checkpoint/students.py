@@ -112,6 +112,7 @@ def load_student(path: Path, device: torch.device) -> tuple[Student, StudentCard
         size=card.size,
         kwargs=card.kwargs,
     )
+    student.preprocessing = student.preprocessing.changed(card.crop_pct, card.interpolation)
     student.require(method=card.method, grid=card.grid)
     given = {"cls", "dist" if student.has_distillation_token else "", "dense" if card.grid else ""}
     if not set(card.heads) <= given:

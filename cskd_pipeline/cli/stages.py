@@ -279,6 +279,15 @@ def evaluate(
     ],
     shards: Annotated[str, typer.Option("--shards", metavar="SHARDS", help=SHARDS_HELP)],
     split: Split = None,
+    crop_pct: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            max=1.0,
+            help="The central crop's side in units of the resized image's shorter side; the "
+            "training run's unless given.",
+        ),
+    ] = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
     device: Device = None,
@@ -295,6 +304,7 @@ def evaluate(
         shards,
         terminal,
         split=split or "",
+        crop_pct=crop_pct,
         batch_size=batch_size or 256,
         workers=-1 if workers is None else workers,
         device=device or "auto",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -43,15 +43,38 @@ def inference_logits(heads: Heads, names: Sequence[str]) -> Tensor:
     return torch.stack([logits[name] for name in names]).mean(dim=0)
 
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+LEAST_CROP_PCT = 0.1
+"""Images are resized to at most ten times the size of the crop."""
+
+
 @dataclass(frozen=True)
 class Preprocessing:
-    """How the student wants to see evaluation images; ``mean`` and ``std`` are in [0, 1] units."""
+    """How the student sees evaluation images: resized, then the central ``size`` pixels.
+
+    ``crop_pct`` is ``size`` in units of the resized image's shorter side; ``mean`` and ``std`` are
+    in [0, 1] units.
+    """
 
     size: int
     crop_pct: float
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def resized(self) -> int:
+        """Return the shorter side of the resized image in pixels, as timm rounds it."""
+        return int(self.size / self.crop_pct)
+
+    def changed(self, crop_pct: float | None, interpolation: str | None) -> Preprocessing:
+        """Return the same with another crop and filter; 0, ``auto`` and None keep its own."""
+        given = interpolation if interpolation != "auto" else None
+        return replace(
+            self,
+            crop_pct=crop_pct or self.crop_pct,
+            interpolation=given or self.interpolation,
+        )
 
 
 class Student(nn.Module):
@@ -80,7 +103,9 @@ class Student(nn.Module):
 
     def with_model(self, model: nn.Module) -> Student:
         """The same student around another copy of the network, such as a moving average."""
-        return Student(model, self.name, self.preprocessing.size, self.kwargs)
+        student = Student(model, self.name, self.preprocessing.size, self.kwargs)
+        student.preprocessing = self.preprocessing
+        return student
 
     def leave_out_distillation_head(self) -> None:
         """Set the distillation head to zero and freeze it, for a method that does not train it.

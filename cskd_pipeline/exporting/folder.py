@@ -18,7 +18,7 @@ from cskd_pipeline.progress import Progress, silent
 
 # Of what timm says of an architecture: the rest is about its own weights, their tag and license.
 _OF_ANY_WEIGHTS = (
-    *("architecture", "custom_load", "fixed_input_size", "crop_mode", "first_conv", "classifier"),
+    *("architecture", "custom_load", "fixed_input_size", "first_conv", "classifier"),
 )
 
 
@@ -77,6 +77,7 @@ def _write_timm(student: Student, card: StudentCard, folder: Path) -> None:
         "num_classes": card.num_classes,
         "input_size": (3, card.size, card.size),
         "crop_pct": shown.crop_pct,
+        "crop_mode": "center",
         "interpolation": shown.interpolation,
         "mean": shown.mean,
         "std": shown.std,

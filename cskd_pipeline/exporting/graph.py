@@ -113,7 +113,7 @@ def _about(student: Student, card: StudentCard) -> dict[str, str]:
     side = card.size
     about = {
         "input": f"float32 (batch, 3, {side}, {side}), RGB in [0, 1]; it is normalised inside",
-        "resize": f"shorter side to {int(side / student.preprocessing.crop_pct)} pixels, "
+        "resize": f"shorter side to {student.preprocessing.resized} pixels, "
         f"{student.preprocessing.interpolation}, then the central {side} x {side}",
         "output": f"logits of {card.num_classes} classes, the mean of {', '.join(card.heads)}",
         "model": card.model,

@@ -156,7 +156,7 @@ def _with_onnx(student: Student, card: StudentCard, each_head: bool) -> list[str
         f"`model.onnx` takes `images`, float32 (batch, 3, {card.size}, {card.size}), RGB in "
         f"[0, 1], and gives `logits` (batch, {card.num_classes}), the mean of "
         f"{', '.join(card.heads)}{outputs}. The normalisation is inside. Pictures were evaluated "
-        f"with the shorter side resized to {int(card.size / shown.crop_pct)} pixels "
+        f"with the shorter side resized to {shown.resized} pixels "
         f"({shown.interpolation}), and the centre cut out.",
         _fence(
             "python",

@@ -23,6 +23,7 @@ CHOICES = {
     "distill.scaling": ("reference", "mean"),
     "distill.schedule": ("linear", "x2", "cos", "spatial", "global"),
     "distill.step": ("epoch", "update"),
+    "eval.interpolation": ("auto", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
     "run.amp": ("off", "bf16", "fp16"),
 }
 
@@ -54,6 +55,7 @@ RANGES = {
     "batch.accumulation": "[1, inf)",
     "batch.repeats": "[1, 1000]",
     "batch.shuffle_shards": "[1, inf)",
+    "eval.crop_pct": "[0, 1]",
     "run.seed": "[0, 2**63)",
     "run.ema": "[0, 1)",
     "run.workers": "[-1, 1024]",
@@ -119,6 +121,8 @@ def _check_dump(recipe: DumpRecipe) -> Iterator[tuple[str, str]]:
 def _check_train(recipe: TrainRecipe) -> Iterator[tuple[str, str]]:
     if not recipe.optim.betas:
         yield "optim.betas", "found an empty array, expected at least one number"
+    if 0.0 < recipe.eval.crop_pct < 0.1:  # the whole image would be resized to ten times the view
+        yield "eval.crop_pct", f"found {recipe.eval.crop_pct}, expected 0, or 0.1 to 1"
     parts = recipe.batch.accumulation
     if parts > 0 and recipe.batch.batch_size % parts:
         yield "batch.accumulation", f"found {parts}, expected a divisor of batch.batch_size"

@@ -143,6 +143,12 @@ class BatchSection:
 
 
 @dataclass(frozen=True)
+class EvalSection:
+    crop_pct: float = 0.0  # side of the central crop in resized sides; 0: the student's own
+    interpolation: str = "auto"  # of the resizing: auto (the student's own), bicubic, bilinear, ...
+
+
+@dataclass(frozen=True)
 class RunSection:
     out: str = _free("")
     seed: int = 0
@@ -171,4 +177,5 @@ class TrainRecipe:
     optim: OptimSection = OptimSection()
     schedule: ScheduleSection = ScheduleSection()
     batch: BatchSection = BatchSection()
+    eval: EvalSection = EvalSection()
     run: RunSection = RunSection()

@@ -74,6 +74,9 @@ class Run:
             kwargs=recipe.student.kwargs,
             drop_path=recipe.student.drop_path,
         )
+        self.student.preprocessing = self.student.preprocessing.changed(
+            recipe.eval.crop_pct, recipe.eval.interpolation
+        )
         self.student.require(method=recipe.distill.method, grid=self.grid)
         self.heads = inference_heads(recipe.distill.method, self.student)
         if "dist" not in self.heads:
@@ -313,6 +316,8 @@ class Run:
             method=self.recipe.distill.method,
             kwargs=dict(self.recipe.student.kwargs),
             grid=self.grid,
+            crop_pct=self.student.preprocessing.crop_pct,
+            interpolation=self.student.preprocessing.interpolation,
             weights=weights,
             epoch=self.epoch,
             top1=top1,

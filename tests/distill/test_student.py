@@ -178,6 +178,7 @@ def test_what_is_saved_loads_with_timm_alone(tmp_path: Path) -> None:
 
 def test_another_copy_of_the_network_makes_the_same_student() -> None:
     vit, other = student(), student(depth=1)
+    vit.preprocessing = vit.preprocessing.changed(0.5, "bilinear")
     average = vit.with_model(other.model)
     assert average.model is other.model
     assert (average.name, average.preprocessing) == (vit.name, vit.preprocessing)
@@ -192,6 +193,12 @@ def test_a_student_says_how_it_wants_evaluation_images() -> None:
     assert (asked.size, asked.crop_pct, asked.interpolation) == (32, 0.9, "bicubic")
     assert (asked.mean, asked.std) == (vit.mean, vit.std)
     assert student(PLAIN).mean == (0.5, 0.5, 0.5)
+    for same in ((None, None), (0.0, "auto")):
+        assert asked.changed(*same) == asked
+    other = asked.changed(0.875, "bilinear")
+    assert (other.crop_pct, other.interpolation) == (0.875, "bilinear")
+    assert (other.size, other.mean, other.std) == (asked.size, asked.mean, asked.std)
+    assert (asked.resized, other.resized) == (35, 36)
 
 
 def test_logits_can_be_had_in_float32() -> None:

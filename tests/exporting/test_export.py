@@ -55,7 +55,9 @@ def save(path: Path, kind: str, size: int = 48, **about: Any) -> Path:
     student = create_student(name, num_classes=5, size=size, kwargs=kwargs)
     for parameter in student.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    card = StudentCard(name, 5, size, heads, method, kwargs=kwargs, grid=grid)
+    card = StudentCard(
+        name, 5, size, heads, method, kwargs, grid, crop_pct=0.8, interpolation="bilinear"
+    )
     save_student(path, student.model.state_dict(), replace(card, **about))
     return path
 
@@ -106,7 +108,10 @@ def test_timm_prepares_pictures_as_evaluate_does(exported: Exported) -> None:
     data = timm.data.resolve_data_config({}, model=model)
     shown = exported.student.preprocessing
     assert data["input_size"] == (3, shown.size, shown.size)
-    assert (data["crop_pct"], data["interpolation"]) == (shown.crop_pct, shown.interpolation)
+    assert (data["crop_pct"], data["interpolation"], data["crop_mode"]) == (
+        *(0.8, "bilinear", "center"),
+    )
+    assert (shown.crop_pct, shown.interpolation) == (0.8, "bilinear")
     assert (tuple(data["mean"]), tuple(data["std"])) == (shown.mean, shown.std)
 
 

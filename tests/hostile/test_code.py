@@ -120,6 +120,8 @@ CARDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "classes": (lambda c: {**c, "num_classes": 10**12}, "does not say"),
     "size": (lambda c: {**c, "size": -1}, "does not say"),
     "grid": (lambda c: {**c, "grid": [4, 10**9]}, "does not say"),
+    "crop": (lambda c: {**c, "crop_pct": 1e-9}, "does not say"),
+    "filter": (lambda c: {**c, "interpolation": "random"}, "does not say"),
     "field": (lambda c: {**c, "__reduce__": 1}, "does not say"),
     "deep": (lambda c: "[" * 10**5, "does not say"),
     "number": (lambda c: "9" * 10**6, "does not say"),

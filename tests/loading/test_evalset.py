@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
 from cskd_pipeline.loading.evalset import eval_loader
 from cskd_pipeline.loading.index import Dataset
+from cskd_pipeline.recipe import TrainRecipe, load_recipe
 from cskd_pipeline.views.decode import decode
 
 
@@ -53,6 +55,17 @@ def test_ranks_share_the_batches_out(dataset: Dataset) -> None:
         for rank in range(2)
     ]  # fmt: skip
     assert parts == [whole[0::2], whole[1::2]]
+
+
+def test_the_papers_images_are_resized_to_256_and_cropped_to_224(dataset: Dataset) -> None:
+    """As the authors do with torchvision, which timm's own 0.9 for these students does not."""
+    recipe = load_recipe(TrainRecipe, "paper_tiny")
+    wanted = Preprocessing(224, recipe.eval.crop_pct, recipe.eval.interpolation)
+    theirs = Compose([Resize(256, InterpolationMode.BICUBIC), CenterCrop(224), PILToTensor()])
+    found = next(iter(eval_loader(dataset, wanted, batch_size=3))).pixels
+    for row, pixels in enumerate(found):
+        image = Image.fromarray(decode(dataset.shards[0].read_image(row), ""))
+        assert torch.equal(pixels.permute(2, 0, 1), theirs(image))
 
 
 def test_the_share_of_the_image_and_the_filter_are_those_asked_for(dataset: Dataset) -> None:

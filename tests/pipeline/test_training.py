@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import re
 import signal
@@ -22,12 +23,15 @@ from cskd_pipeline import train as stage_two
 from cskd_pipeline.checkpoint import load_state, read_card
 from cskd_pipeline.errors import ViewDriftError
 from cskd_pipeline.evaluate import evaluate
+from cskd_pipeline.loading import evalset
 from cskd_pipeline.recipe import TrainRecipe
 from cskd_pipeline.terminal import Terminal
 from cskd_pipeline.train import train
 from cskd_pipeline.views import apply
 from tests.pipeline import world
 from tests.pipeline.conftest import World
+
+Capture = pytest.CaptureFixture[str]
 
 
 def run_to_end(recipe: Any, resume: bool = False) -> dict[str, Any]:
@@ -205,6 +209,36 @@ def test_every_method_trains_and_answers_with_the_heads_it_trained(
     if "head_dist.weight" in state:  # fresh heads start at zero biases and other weights
         assert bool(state["head_dist.bias"].any()) == ("dist" in heads)
         assert bool(state["head_dist.weight"].any()) == ("dist" in heads)
+
+
+def test_a_run_and_its_students_are_evaluated_as_the_recipe_says(
+    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Students' files say it too, for ``evaluate`` and ``export``; a flag evaluates otherwise."""
+    seen: list[tuple[float, str]] = []
+    original = evalset.EvalImages.__init__
+
+    def noted(self: Any, dataset: Any, shown: Any, batch_size: int) -> None:
+        seen.append((shown.crop_pct, shown.interpolation))
+        original(self, dataset, shown, batch_size)
+
+    monkeypatch.setattr(evalset.EvalImages, "__init__", noted)
+    sets = [
+        f'data.val_shards="{small.validation}"',
+        "eval.crop_pct=0.5",
+        "eval.interpolation=nearest",
+    ]
+    out = tmp_path / "run"
+    run_to_end(world.train_recipe(small.shards, small.cache, out, "cskd", sets, epochs=2))
+    assert seen == [(0.5, "nearest")] * 4  # last and EMA weights, two epochs
+    words = ("evaluate", out, "--shards", small.validation, "--json", "--workers", 0)
+    for flags, wanted in (((), (0.5, "nearest")), (("--crop-pct", 1), (1.0, "nearest"))):
+        assert world.cli(*words, *flags) == 0
+        found = world.last_json(capsys.readouterr().out)
+        assert (found["crop_pct"], found["interpolation"]) == seen.pop() == wanted
+    assert world.cli("export", out, "--out", tmp_path / "exported") == 0
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())["pretrained_cfg"]
+    assert (config["crop_pct"], config["interpolation"]) == (0.5, "nearest")
 
 
 def test_views_come_again_when_epochs_outlast_them_and_the_run_says_so(

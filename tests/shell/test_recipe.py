@@ -311,6 +311,7 @@ def test_validate_checks_recipes_made_in_code() -> None:
         ("run.workers", [-2], [-1, 0]),
         ("run.threads", [-1], [0]),
         ("run.eval_every", [0], [1]),
+        ("eval.crop_pct", [-0.1, 1.01], [0.0, 0.1, 0.875, 1.0]),
         ("run.checkpoint_every", [-1], [0]),
     ],
 )
@@ -322,6 +323,11 @@ def test_ranges_end_where_the_meaning_does(
     for value in refused:
         with pytest.raises(RecipeError, match=f"{name} .*expected a value in"):
             load_recipe(TrainRecipe, None, (), {name: value})
+
+
+def test_an_image_resized_to_more_than_ten_times_its_crop_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"eval.crop_pct .*expected 0, or 0.1 to 1"):
+        load_recipe(TrainRecipe, None, (), {"eval.crop_pct": 0.09})
 
 
 def all_fields(kind: type) -> list[tuple[str, str]]:
@@ -428,7 +434,7 @@ def test_every_named_recipe_survives_writing(tmp_path: Path) -> None:
 
 def test_the_choices_are_those_of_the_rooms_that_know_them() -> None:
     from cskd_pipeline import machine
-    from cskd_pipeline.distill import ckf, losses, teacher
+    from cskd_pipeline.distill import ckf, losses, student, teacher
 
     assert {name: CHOICES[name] for name in CHOICES if not name.startswith("data.")} == {
         "teacher.precision": tuple(teacher.PRECISIONS),
@@ -438,5 +444,6 @@ def test_the_choices_are_those_of_the_rooms_that_know_them() -> None:
         "distill.scaling": losses.SCALINGS,
         "distill.schedule": tuple(ckf.SCHEDULES),
         "distill.step": ("epoch", "update"),
+        "eval.interpolation": ("auto", *student.INTERPOLATIONS),
         "run.amp": tuple(machine.AMP),
     }

@@ -17,6 +17,7 @@ from cskd_pipeline.cache.encodings import ENCODINGS
 from cskd_pipeline.recipe import (
     DistillSection,
     DumpRecipe,
+    EvalSection,
     TrainRecipe,
     load_recipe,
     recipe_names,
@@ -134,6 +135,7 @@ def test_the_papers_values_stand_in_its_recipes(size: str, method: str) -> None:
         "batch.repeats": 3,
         "batch.shuffle_shards": 16,
     }
+    assert recipe.eval == EvalSection(crop_pct=0.875, interpolation="bicubic")
     assert recipe.run.ema == 0.99996
     assert recipe.data.num_classes == 1000
 
@@ -182,6 +184,7 @@ def test_fine_tuning_is_deits_and_else_the_papers() -> None:
         "batch.batch_size": 768,
     }
     assert tuned.optim.lr * tuned.batch.batch_size / 1024 == pytest.approx(0.01)
+    assert tuned.eval == paper.eval
     assert tuned.views == replace(paper.views, erase=0.0)
     assert tuned.data.num_classes == 100
     text = (resources.stages() / "train/finetune_cifar100.toml").read_text()
