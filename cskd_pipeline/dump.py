@@ -29,11 +29,13 @@ from cskd_pipeline.cache.buffer import UnitBuffer
 from cskd_pipeline.cache.encodings import ENCODINGS, AnswerShape
 from cskd_pipeline.cache.info import describe as describe_cache
 from cskd_pipeline.cache.layout import choose_view_block
+from cskd_pipeline.cache.summary import size
 from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
 from cskd_pipeline.checkpoint import has_card, read_card
 from cskd_pipeline.classes import Classes, ClassGuard
 from cskd_pipeline.distill.ckf import hard_global_labels
 from cskd_pipeline.distill.teacher import Answer, Teacher, load_teacher
+from cskd_pipeline.distill.weights import is_safetensors
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.interrupt import stop_requests
 from cskd_pipeline.loading.batches import Batch
@@ -55,6 +57,8 @@ from cskd_pipeline.recipe import DumpRecipe
 from cskd_pipeline.terminal import Terminal
 from cskd_pipeline.views.policy import ViewPolicy
 
+LARGE_GRID = 16
+"""Locations along a side; a CNN for 224 px has 7."""
 PATIENCE = timedelta(days=7)
 """Ranks meet only before and after their units, which on slower devices take longer."""
 
@@ -171,7 +175,7 @@ def open_stage_one(
         progress=terminal.progress,
     )
     weights = Path(recipe.teacher.weights)
-    if weights.suffix == ".safetensors" and weights.is_file() and has_card(weights):
+    if weights.is_file() and is_safetensors(weights) and has_card(weights):
         dataset = dataset.fitting(_teacher_classes(weights), "the shards", guard)
     guard.tell(terminal.warn)
     teacher = load_teacher(
@@ -180,6 +184,8 @@ def open_stage_one(
         num_classes=dataset.num_classes,
         size=recipe.views.size,
         kwargs=recipe.teacher.kwargs,
+        mean=recipe.teacher.mean,
+        std=recipe.teacher.std,
         precision=recipe.teacher.precision,
         seed=recipe.teacher.seed,
         batch_size=recipe.dump.batch_size,
@@ -187,6 +193,7 @@ def open_stage_one(
         compile=recipe.dump.compile,
         device=device,
     )
+    _warn_of_a_large_grid(teacher, terminal)
     if dataset.num_classes is None:
         dataset = dataset.with_classes(teacher.num_classes)
     return dataset, teacher
@@ -194,6 +201,18 @@ def open_stage_one(
 
 def _teacher_classes(weights: Path) -> Classes:
     return replace(read_card(weights).classes(weights), of="the teacher")
+
+
+def _warn_of_a_large_grid(teacher: Teacher, terminal: Terminal) -> None:
+    """A network for small images fed large ones has a grid that costs much and means little."""
+    rows, columns = teacher.grid
+    if max(rows, columns) > LARGE_GRID:
+        stored = 2 * teacher.num_classes * (rows * columns + 1)  # float16
+        terminal.warn(
+            f"at {teacher.size} px {teacher.name} answers on a grid of {rows}x{columns} locations, "
+            f"{size(stored)} a view uncompressed: if it was trained on smaller images, set "
+            "views.size to theirs"
+        )
 
 
 def cache_manifest(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from itertools import chain
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from cskd_pipeline.errors import UsageError
 
+N = TypeVar("N", bound=nn.Module)
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,6 +46,18 @@ def use_threads(threads: int) -> None:
 def memory_format(channels_last: bool) -> torch.memory_format:
     """Of a network's weights and of the images it is given: convolutions follow both."""
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def place(network: N, device: torch.device | str, channels_last: bool) -> N:
+    """Move ``network`` to a device and into a memory format, in place.
+
+    Of its tensors those with four dimensions have one: ``Module.to`` would fail at those with five.
+    """
+    network.to(device)
+    for tensor in chain(network.parameters(), network.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.to(memory_format=memory_format(channels_last))
+    return network
 
 
 def worker_count(workers: int) -> int:

@@ -24,7 +24,8 @@ def summarise(info: Info) -> dict[str, Any]:
         ),
         "teacher": (
             f"{teacher['name']}, {teacher['precision']}, {teacher['size']} px, {height}x{width} "
-            f"places; weights from {teacher['source']}, sha256 {teacher['weights_sha256'][:12]}…"
+            f"locations; mean {_value(teacher['mean'])}, std {_value(teacher['std'])}; "
+            f"weights from {teacher['source']}, sha256 {teacher['weights_sha256'][:12]}…"
         ),
         "teacher_top1": _top1(info),
         "policy": _policy(info["policy"]),

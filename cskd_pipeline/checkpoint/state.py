@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cskd_pipeline.distill.weights import load_plain
+from cskd_pipeline.distill.weights import load_plain, unloadable
 from cskd_pipeline.errors import WeightsError
 from cskd_pipeline.files import atomic_write
 
@@ -45,7 +45,7 @@ def load_state(path: Path) -> dict[str, Any]:
         raise WeightsError(
             "the training state cannot be read",
             where=path,
-            found=str(error).splitlines()[0],
+            found=unloadable(error),
             action="start again in a new output folder; the students beside it are still good",
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -16,7 +16,7 @@ from cskd_pipeline import documents
 from cskd_pipeline.checkpoint.card import StudentCard, check_card, check_digest
 from cskd_pipeline.distill.allocation import AllocationLimit, OversizeError
 from cskd_pipeline.distill.student import Student, create_student
-from cskd_pipeline.distill.weights import load_state, state_digest
+from cskd_pipeline.distill.weights import is_safetensors, load_state, state_digest
 from cskd_pipeline.errors import ManifestError, StudentError, WeightsError
 from cskd_pipeline.files import atomic_write
 
@@ -196,6 +196,14 @@ def _read_header(path: Path) -> tuple[StudentCard, str | None]:
 
 def _metadata(path: Path) -> dict[str, str]:
     try:
+        if not is_safetensors(path):
+            raise WeightsError(
+                "the checkpoint cannot be read",
+                where=path,
+                found="no safetensors header",
+                expected="a .safetensors file that train or export wrote",
+                action="of what torch.save writes, train --init-from takes the tensors",
+            )
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (OSError, SafetensorError) as error:

@@ -15,13 +15,16 @@ from cskd_pipeline.cli.options import (
     CacheArgument,
     Device,
     Json,
+    Mean,
     Outcome,
     Quiet,
     ShardsOption,
     Split,
+    Std,
     TeacherName,
     Weights,
     complete_encoding,
+    parse_channels,
     parse_range,
     require_companion,
     require_encodings,
@@ -54,6 +57,8 @@ def verify(
     shards: ShardsOption = None,
     teacher: TeacherName = None,
     weights: Weights = None,
+    mean: Mean = None,
+    std: Std = None,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -78,7 +83,10 @@ def verify(
     image.
     """
     terminal = Terminal(quiet=quiet, json=json)
-    of_teacher = {"--weights": weights, "--batch-size": batch_size, "--device": device}
+    of_teacher = {
+        **{"--weights": weights, "--mean": mean, "--std": std},
+        **{"--batch-size": batch_size, "--device": device},
+    }
     of_shards = {"--teacher": teacher, "--samples": samples, "--split": split}
     of_shards["--accept-classes"] = accept_classes or None
     require_companion("--teacher NAME", teacher, of_teacher)
@@ -89,7 +97,14 @@ def verify(
 
     choice = None
     if teacher is not None:
-        choice = TeacherChoice(teacher, weights or "hub", batch_size or 32, device or "auto")
+        choice = TeacherChoice(
+            teacher,
+            weights or "hub",
+            parse_channels(mean, "--mean"),
+            parse_channels(std, "--std"),
+            batch_size or 32,
+            device or "auto",
+        )
     report = check(
         cache,
         terminal,

@@ -66,7 +66,21 @@ ENCODING_NAMES = "dense|dense-q8|topk|envelope"
 complete_encoding = one_of(*ENCODING_NAMES.split("|"))
 TeacherName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="A CNN's timm name, or package.module:factory."),
+    typer.Option(
+        metavar="NAME",
+        help="A CNN's timm name, torchvision:NAME, or package.module:factory of your own.",
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R,G,B",
+        help="Of the images that the teacher was trained on, in [0, 1] units; default: what the "
+        "network states.",
+    ),
+]
+Std = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="Their standard deviation, in the same way.")
 ]
 Weights = Annotated[
     str | None,
@@ -174,6 +188,19 @@ def require_encodings(names: Sequence[str]) -> None:
             expected=", ".join(ENCODINGS),
             action=f"--encoding {near[0]}" if near else None,
         )
+
+
+def parse_channels(text: str | None, flag: str) -> list[float] | None:
+    """``R,G,B``."""
+    if text is None:
+        return None
+    try:
+        red, green, blue = map(float, text.split(","))
+    except ValueError as error:
+        raise UsageError(
+            f"{flag} takes R,G,B", found=text, expected="as in 0.485,0.456,0.406"
+        ) from error
+    return [red, green, blue]
 
 
 def parse_range(text: str, flag: str) -> tuple[int, int]:

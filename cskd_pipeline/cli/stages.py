@@ -17,6 +17,7 @@ from cskd_pipeline.cli.options import (
     Device,
     Epochs,
     Json,
+    Mean,
     Method,
     Outcome,
     Quiet,
@@ -24,12 +25,14 @@ from cskd_pipeline.cli.options import (
     Sets,
     ShardsOption,
     Split,
+    Std,
     StudentName,
     TeacherName,
     UpdateSize,
     Weights,
     Workers,
     complete_encoding,
+    parse_channels,
     parse_range,
     path_text,
     require,
@@ -117,6 +120,8 @@ def dump_teacher(
         ),
     ] = None,
     weights: Weights = None,
+    mean: Mean = None,
+    std: Std = None,
     encoding: Annotated[
         list[str] | None,
         typer.Option(
@@ -157,6 +162,17 @@ def dump_teacher(
     """Stage one: run the teacher over augmented views and store its answers in a cache.
 
     Run the same command again after an interruption: finished units are kept.
+
+    A teacher of your own is --teacher package.module:factory. The factory takes num_classes or
+    nothing (and --set teacher.kwargs={...}) and returns a torch module whose forward ends in global
+    average pooling and a linear layer, or which has forward_features, giving (B, C, h, w), and
+    forward_head, which averages that before anything else. The mean and std of its images are
+    --mean and --std, or in a dict pretrained_cfg on the module. With ResNet18 in my_resnet.py:
+
+    \b
+    PYTHONPATH=. cskd-pipeline dump-teacher --teacher my_resnet:ResNet18
+        --weights cifar10.pth --mean 0.491,0.482,0.447 --std 0.247,0.244,0.262
+        --set views.size=32 --shards 'train-*.tar' --cache cache
     """
     terminal = Terminal(quiet=quiet, json=json)
     flags = {
@@ -164,6 +180,8 @@ def dump_teacher(
         "data.split": split,
         "teacher.name": teacher,
         "teacher.weights": weights,
+        "teacher.mean": parse_channels(mean, "--mean"),
+        "teacher.std": parse_channels(std, "--std"),
         "cache.path": path_text(cache),
         "cache.encodings": tuple(encoding) if encoding else None,
         "cache.views": views,
@@ -218,7 +236,8 @@ def train(
         Path | None,
         typer.Option(
             metavar="CHECKPOINT",
-            help="Fine-tune a student: its .safetensors file, a run's folder, or an exported one.",
+            help="Fine-tune a student: its .safetensors file, a run's folder, or an exported one; "
+            "or a .pth file of the same timm model.",
         ),
     ] = None,
     resume: Annotated[

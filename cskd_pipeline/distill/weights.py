@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,16 +15,19 @@ from torch import Tensor, nn
 
 from cskd_pipeline.errors import WeightsError
 
-_NESTINGS = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: averages first
+# Averages first, as timm does; "net" is what the common CIFAR scripts write.
+_NESTINGS = ("state_dict_ema", "model_ema", "state_dict", "model", "net")
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")  # torch writes in bold
+_FOREIGN = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
 _WRAPPERS = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel
 
 
 def load_state(path: Path | str) -> dict[str, Tensor]:
     """Parameters and buffers by name, on the CPU.
 
-    ``.safetensors``, or anything that ``torch.save`` wrote (``.pth``, ``.pt``, ``.bin``) as long as
-    it holds tensors and plain values only. What training scripts wrap around the tensors is
-    removed; of a model and its moving average the average is taken, as timm does.
+    Of a safetensors file, or of anything that ``torch.save`` wrote as long as it holds tensors and
+    plain values only: contents decide which, not names. What training scripts wrap around the
+    tensors is removed; of a model and its moving average the average is taken, as timm does.
 
     Raises:
         WeightsError: no such file, no checkpoint, or objects in it that only running code could
@@ -33,7 +37,7 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError("there is no such weights file", where=path)
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             checkpoint: object = load_file(path)
         else:
             # Training scripts store their arguments beside the weights: a Namespace is only a
@@ -44,9 +48,10 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
         raise WeightsError(
             "the weights file does not load as plain tensors",
             where=path,
-            found=f"{type(error).__name__}: {error}".splitlines()[0],
+            found=unloadable(error),
             expected="a .safetensors file, or a torch checkpoint of tensors and plain values",
-            action="nothing in it was run; ask whoever made it for a .safetensors file",
+            action="nothing in it was run; where it was made, torch.save(model.state_dict(), FILE) "
+            "writes the tensors alone",
         ) from error
     state = _unwrap(checkpoint)
     if not isinstance(state, dict) or not state or not _only_tensors(state):
@@ -65,6 +70,12 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
                 expected="tensors that were saved whole",
             )
     return {_bare(name): tensor for name, tensor in state.items()}
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as that format does: the length of a header, then JSON."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def load_plain(path: Path) -> object:
@@ -89,6 +100,16 @@ def load_plain(path: Path) -> object:
             if damaged is not None:
                 raise ValueError(f"the CRC-32 of {damaged} does not fit")
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def unloadable(error: Exception) -> str:
+    """Why :func:`load_plain` failed, short: of an object that is not plain, its whole type."""
+    text = _ESCAPE.sub("", str(error))
+    kind = _FOREIGN.search(text)
+    if kind:
+        return f"an object made by {kind[1]}, which is neither a tensor nor a plain value"
+    reason = text.rpartition("WeightsUnpickler error:")[2].strip()  # after torch's advice
+    return f"{type(error).__name__}: {reason}".splitlines()[0]
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], where: object) -> None:

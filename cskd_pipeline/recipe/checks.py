@@ -31,6 +31,8 @@ CHOICES = {
 RANGES = {
     "data.num_classes": "[0, 65535]",
     "data.check": "[0, inf)",
+    "teacher.mean": "[0, 1]",
+    "teacher.std": "(0, 1]",
     "teacher.seed": "[0, 2**63)",
     "cache.views": "[1, 1000000]",
     "cache.view_block": "[0, 1000]",
@@ -113,6 +115,9 @@ def _check_dump(recipe: DumpRecipe) -> Iterator[tuple[str, str]]:
     encodings = recipe.cache.encodings
     if not encodings or len(set(encodings)) < len(encodings):
         yield "cache.encodings", f"found {shown(encodings)}, expected one or more, each once"
+    for name in ("mean", "std"):
+        if len(getattr(recipe.teacher, name)) not in (0, 3):
+            yield f"teacher.{name}", "expected a number for each of three channels, or none at all"
     block = recipe.cache.view_block
     if block and recipe.cache.views % block:
         yield "cache.view_block", f"found {block}, expected a divisor of cache.views"

@@ -25,7 +25,8 @@ _MAX_BYTES = 2**20
 _MAX_DOTS = 30
 _BESIDE_A_QUOTE = re.compile(rb"""["'][ \t]*\.|\.[ \t]*["']""")
 _NO_BARE_KEY = re.compile(rb"[^\w\-. \t]+")
-_HUBS = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's prefixes; what else has a colon is a factory
+# timm's prefixes, and torchvision's own models; what else has a colon is a factory.
+_HUBS = ("hf-hub:", "hf_hub:", "local-dir:", "torchvision:")
 
 
 def load_recipe(

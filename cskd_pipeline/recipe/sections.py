@@ -27,9 +27,11 @@ class DumpData:
 
 @dataclass(frozen=True)
 class TeacherSection:
-    name: str = ""  # timm name or package.module:factory
+    name: str = ""  # timm name, torchvision:NAME or package.module:factory
     weights: str = "hub"  # hub, random, or a .safetensors/.pth file
     kwargs: dict[str, Any] = field(default_factory=dict)  # for the model's constructor
+    mean: tuple[float, ...] = ()  # of each channel in [0, 1] units; empty: as the network states it
+    std: tuple[float, ...] = ()
     precision: str = "float32"  # of the backbone: float32, bfloat16, float16; the head is float32
     seed: int = 0  # of weights = "random"
 

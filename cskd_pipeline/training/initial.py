@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from cskd_pipeline.checkpoint import bounded_student, has_card, read_student, st
 from cskd_pipeline.checkpoint.card import MAX_ARGUMENT, check_arguments
 from cskd_pipeline.classes import Classes, ClassGuard, difference
 from cskd_pipeline.distill.student import Grid, Student
-from cskd_pipeline.distill.weights import load_into, load_state, state_digest
+from cskd_pipeline.distill.weights import is_safetensors, load_into, load_state, state_digest
 from cskd_pipeline.errors import ManifestError, OutputError, WeightsError
 
 TIMM_CONFIG = "config.json"
@@ -39,16 +39,17 @@ _ADAPTED = (
 class Source:
     """Weights, and what they are of: ``model`` by its timm name, ``size`` the side of its input.
 
-    ``mean`` and ``std`` are in [0, 1] units, where the source names its own.
+    ``mean`` and ``std`` are in [0, 1] units, where the source names its own. A state dict alone
+    names no model (an empty name): it is taken for the student's.
     """
 
     path: Path
-    model: str
-    kwargs: Mapping[str, Any]
-    size: int
-    num_classes: int
-    class_names: tuple[str, ...] | None
     state: dict[str, Tensor]
+    model: str = ""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    size: int = 0
+    num_classes: int = 0
+    class_names: tuple[str, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -73,6 +74,7 @@ class Started:
     new: tuple[str, ...]
     classes: tuple[Classes, Classes]  # before, now
     resized: tuple[Grid, Grid] | None  # of the position embedding
+    named: bool  # whether the source names its model
 
     def __str__(self) -> str:
         told = [f"starting from {self.source}: {self.loaded} tensors, SHA-256 {self.sha256[:12]}"]
@@ -85,11 +87,15 @@ class Started:
         if self.resized is not None:
             grids = (f"{rows}x{columns}" for rows, columns in self.resized)
             told.append(f"pos_embed resized from {' to '.join(grids)}")
+        if not self.named:
+            told.append("the file names no model: its arguments, mean and std are taken to be the "
+                        "student's")  # fmt: skip
         return "; ".join(told)
 
 
 def read_source(path: Path) -> Source:
-    """The weights at ``path``: a student's file, a run's folder, or a folder in timm's form.
+    """The weights at ``path``: a student's file, a run's folder, a folder in timm's form, or a file
+    of tensors alone.
 
     Raises:
         WeightsError: none of these, or damaged.
@@ -102,9 +108,12 @@ def read_source(path: Path) -> Source:
         )
     if _is_foreign(path):
         return _read_timm_folder(path)
-    card, state = read_student(student_file(path))
+    file = student_file(path)
+    if not is_safetensors(file) or not has_card(file):
+        return Source(path, load_state(file))
+    card, state = read_student(file)
     return Source(
-        path, card.model, card.kwargs, card.size, card.num_classes, card.class_names, state
+        path, state, card.model, card.kwargs, card.size, card.num_classes, card.class_names
     )
 
 
@@ -118,7 +127,11 @@ def start_from(source: Source, student: Student, classes: Classes, guard: ClassG
         WeightsError: another architecture, or tensors that fit neither as they are nor resized.
         ClassesError: the same classes, numbered or spelled otherwise, where that is not accepted.
     """
-    _require_same_model(source, student)
+    named = bool(source.model)
+    if named:
+        _require_same_model(source, student)
+    else:
+        source = replace(source, num_classes=_class_count(source.state, student.model))
     model, state = student.model, dict(source.state)
     new = () if _same_classes(classes, source.classes, guard) else _classifiers(model)
     own = model.state_dict()
@@ -133,6 +146,7 @@ def start_from(source: Source, student: Student, classes: Classes, guard: ClassG
         new=new,
         classes=(source.classes, classes),
         resized=resized,
+        named=named,
     )
 
 
@@ -207,12 +221,12 @@ def _read_timm_folder(path: Path) -> Source:
     weights = next((path / name for name in TIMM_WEIGHTS if (path / name).is_file()), path)
     return Source(
         path,
+        load_state(weights),
         model,
         kwargs,
         height,
         classes,
         tuple(names) if listed else None,
-        load_state(weights),
         mean,
         std,
     )
@@ -285,6 +299,12 @@ def _same_classes(mine: Classes, theirs: Classes, guard: ClassGuard) -> bool:
         return False
     guard.compare(mine, theirs)
     return True
+
+
+def _class_count(state: Mapping[str, Tensor], model: nn.Module) -> int:
+    """The rows of a state dict's classifier; 0 where it has none."""
+    rows = [len(state[name]) for n in _classifiers(model) if (name := f"{n}.weight") in state]
+    return rows[0] if rows else 0
 
 
 def _classifiers(model: Any) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from cskd_pipeline.distill.student import create_student
 from cskd_pipeline.errors import OutputError, WeightsError
 from cskd_pipeline.loading.batches import Batch
 from cskd_pipeline.loading.device import assemble, normalise
-from cskd_pipeline.machine import AMP, memory_format
+from cskd_pipeline.machine import AMP, memory_format, place
 from cskd_pipeline.ranks import ALONE, Ranks, lost
 from cskd_pipeline.recipe import TrainRecipe, result_digest
 from cskd_pipeline.training.data import TrainingData
@@ -82,7 +82,7 @@ class Run:
         if "dist" not in self.heads:
             self.student.leave_out_distillation_head()
         self.format = memory_format(recipe.run.channels_last)
-        self.student.to(device).to(memory_format=self.format)
+        place(self.student, device, recipe.run.channels_last)
         self.parallel: DistributedDataParallel | None = None
         if ranks.many:  # averages gradients, so that equal parts of a batch act as the whole
             own = [device.index] if device.type == "cuda" else None

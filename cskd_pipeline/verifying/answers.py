@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,39 +29,54 @@ change far more."""
 VIEW_AGREEMENT = 0.5
 """The least of one view: a tie of its global logits costs a third."""
 RATIOS = (1.0, 0.5)
+COMPARED = ("weights_sha256", "mean", "std", "grid", "num_classes", "size", "precision")
+"""What a manifest says of its teacher, and the one at hand must share; its name may differ."""
 
 
 @dataclass(frozen=True)
 class TeacherChoice:
-    """Who is asked again; ``name`` and ``weights`` as for dump-teacher."""
+    """Who is asked again; ``name``, ``weights``, ``mean`` and ``std`` as for dump-teacher."""
 
     name: str
     weights: str = "hub"
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
     batch_size: int = 32
     device: str = "auto"
 
 
-def check_answers(
+def check_teacher(
     found: Join, replayed: Replay, choice: TeacherChoice, terminal: Terminal
-) -> Check:
-    """Ask about those views that were made again to the bit, and so were their partners' images.
+) -> list[Check]:
+    """Whether the teacher is the cache's, and if so whether it still gives its answers.
 
     Raises:
         TeacherError, WeightsError: there is no such teacher.
     """
+    recorded = cache_of(found).manifest.teacher
+    teacher = _load(choice, recorded)
+    problems = [
+        Problem("teacher", teacher.name, f"{name} is {here}, in the cache's manifest {its}")
+        for name in COMPARED
+        if (here := getattr(teacher, name)) != (its := getattr(recorded, name))
+    ]
+    counts = {"compared": len(COMPARED), "equal": len(COMPARED) - len(problems)}
+    identity = Check("teacher", counts, problems)
+    if problems:
+        return [identity]
+    return [identity, _check_answers(found, replayed, teacher, terminal)]
+
+
+def _check_answers(found: Join, replayed: Replay, teacher: Teacher, terminal: Terminal) -> Check:
+    """Ask about those views that were made again to the bit, and so were their partners' images."""
     cache = cache_of(found)
-    teacher = _load(choice, cache.manifest.teacher)
-    recorded = cache.manifest.teacher.weights_sha256
-    if teacher.weights_sha256 != recorded:
-        wrong = f"weights of sha256 {teacher.weights_sha256}, the cache's are {recorded}"
-        return Check("answers", {"views": 0}, [Problem("answers", teacher.name, wrong)])
     renderer = renderer_of(found, strict=False)
     rows = replayed.rows[replayed.exact & replayed.same_seed]
     rows = rows[same_images(found, renderer.pair(rows).partner)] if len(rows) else rows
     parts: dict[str, list[np.ndarray]] = {name: [] for name in cache.encodings}
     with terminal.progress(len(rows), "views", "asking the teacher again") as meter:
-        for start in range(0, len(rows), choice.batch_size):
-            part = rows[start : start + choice.batch_size]
+        for start in range(0, len(rows), teacher.batch_size):
+            part = rows[start : start + teacher.batch_size]
             batch = render_batch(renderer, part).to(teacher.device)
             answer = ask(teacher, batch, cache.manifest.policy)
             for name, encoding in cache.encodings.items():
@@ -133,6 +148,8 @@ def _load(choice: TeacherChoice, recorded: TeacherInfo) -> Teacher:
         num_classes=recorded.num_classes,
         size=recorded.size,
         kwargs=recorded.kwargs,
+        mean=choice.mean or (),
+        std=choice.std or (),
         precision=recorded.precision,
         batch_size=choice.batch_size,
         device=pick_device(choice.device),

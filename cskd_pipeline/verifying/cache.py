@@ -23,7 +23,7 @@ from cskd_pipeline.loading.join import Join, join_to_look
 from cskd_pipeline.loading.replay import Replay, replay, spread_views
 from cskd_pipeline.manifest import library_versions
 from cskd_pipeline.terminal import Terminal, format_value
-from cskd_pipeline.verifying.answers import TeacherChoice, check_answers
+from cskd_pipeline.verifying.answers import TeacherChoice, check_teacher
 from cskd_pipeline.verifying.check import Check
 
 SAMPLES = 512  # views that are made again unless told otherwise
@@ -71,7 +71,7 @@ def verify(
         replayed = replay(found, spread_views(found, samples), terminal.progress)
         checks += [_join_check(found), *_replay_checks(found, replayed, differences)]
         if teacher is not None:
-            checks.append(check_answers(found, replayed, teacher, terminal))
+            checks += check_teacher(found, replayed, teacher, terminal)
     digest = None if broken else reader.digest(terminal.progress)
     report = _report(reader, checks, differences, digest)
     _show(checks, terminal)
@@ -191,7 +191,10 @@ TO_DO = {
     "images": "get the original images, or train without these: --set data.drift=skip",
     "views": "install the versions that the cache was made with, or train on what these give: "
     "--set data.drift=warn",
-    "answers": "ask for the teacher's own weights: the cache names them in cache info",
+    "teacher": "give the teacher that made the cache by --teacher, --weights, --mean and --std: "
+    "cache info shows them",
+    "answers": "the teacher is the cache's but its answers are not: compare the library versions "
+    "that cache info shows, and the code of a factory; else copy the cache again",
 }
 
 

@@ -104,7 +104,10 @@ def test_a_finished_cache_fits_in_half_a_screen(tmp_path: Path) -> None:
     assert len(lines) <= 20
     assert lines["data"] == "toy: 12 samples of 20 classes in 3 shards"
     assert lines["complete"] == "yes, 6 units"
-    assert lines["teacher"].startswith("resnet10t, float32, 32 px, 2x3 places; weights from random")
+    assert lines["teacher"].startswith(
+        "resnet10t, float32, 32 px, 2x3 locations; mean 0.5/0.5/0.5, std 0.25/0.25/0.25; "
+        "weights from random"
+    )
     assert lines["policy"] == "deit-v1, 32 px, its defaults"
     assert lines["encodings.dense"].endswith("bytes a view; hard and soft targets, exactly")
     assert lines["encodings.envelope"].endswith("bytes a view; hard targets, exactly")

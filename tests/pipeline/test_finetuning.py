@@ -373,7 +373,7 @@ def test_what_is_no_student_is_refused(transfer: Transfer, tmp_path: Path) -> No
         empty: "holds no student",
         odd: "does not say which model",
         oblong: "an input of 32x64 pixels",
-        text: "cannot be read",
+        text: "does not load as plain tensors",
     }
     for path, part in told.items():
         with pytest.raises(CskdError) as caught:

@@ -345,7 +345,7 @@ def test_every_number_has_a_range_and_every_rule_a_field() -> None:
         for section, key in all_fields(kind):
             value = getattr(getattr(kind(), section), key)
             names.add(f"{section}.{key}")
-            if type(value) in (int, float) or key == "betas":
+            if type(value) in (int, float) or key in ("betas", "mean", "std"):
                 numbers.add(f"{section}.{key}")
     assert numbers == set(RANGES)
     assert set(CHOICES) <= names
@@ -358,7 +358,7 @@ def changed(value: object) -> object:
     if isinstance(value, str):
         return value + "x"
     if isinstance(value, tuple):
-        return value[:-1]
+        return value[:-1] if value else (0.5,)
     return {"x": 1} if isinstance(value, dict) else value + 1  # type: ignore[operator]
 
 
