@@ -39,9 +39,11 @@ from cskd_pipeline.distill.weights import is_safetensors
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.interrupt import stop_requests
 from cskd_pipeline.loading.batches import Batch
+from cskd_pipeline.loading.corrupt import without_corrupt
 from cskd_pipeline.loading.device import assemble, normalise
 from cskd_pipeline.loading.full_batches import Views, full_batches
 from cskd_pipeline.loading.index import Dataset, describe, load_dataset, refuse_repeated_keys
+from cskd_pipeline.loading.left_out import LeftOuts
 from cskd_pipeline.loading.shards import TarShard
 from cskd_pipeline.loading.unit_views import unit_batches
 from cskd_pipeline.machine import pick_device, use_threads, worker_count
@@ -96,6 +98,8 @@ def dump_teacher(
         terminal = terminal if ranks.first else Terminal.silent()
         guard = ClassGuard(accept=accept_classes)
         dataset, teacher = open_stage_one(recipe, terminal, ranks, guard)
+        left_out = LeftOuts(Path(recipe.cache.path), ranks, terminal)
+        dataset = usable(recipe, dataset, left_out)
         units: list[Unit] = []
         if ranks.first:
             refuse_repeated_keys(dataset)
@@ -105,6 +109,7 @@ def dump_teacher(
                 recipe.cache.path, manifest, accept_versions=accept_versions, guard=guard
             )
             guard.tell(terminal.warn)
+            left_out.write()
             if recipe.cache.views > writer.manifest.views:
                 writer.extend(recipe.cache.views)
             ranges = (None if r is None else range(*r) for r in (shard_range, view_range))
@@ -113,7 +118,8 @@ def dump_teacher(
         units = ranks.gather(units)[0]
         if not ranks.first:
             writer = CacheWriter.open(recipe.cache.path)
-        return _dump(recipe, dataset, teacher, writer, units, terminal, ranks)
+        summary = _dump(recipe, dataset, teacher, writer, units, terminal, ranks)
+        return {**summary, "left_out": len(left_out)}
 
 
 def _dump(
@@ -172,6 +178,7 @@ def open_stage_one(
         recipe.data.shards,
         split=recipe.data.split or None,
         num_classes=recipe.data.num_classes or None,
+        empty="pass" if recipe.data.corrupt == "skip" else "error",
         progress=terminal.progress,
     )
     weights = Path(recipe.teacher.weights)
@@ -213,6 +220,14 @@ def _warn_of_a_large_grid(teacher: Teacher, terminal: Terminal) -> None:
             f"{size(stored)} a view uncompressed: if it was trained on smaller images, set "
             "views.size to theirs"
         )
+
+
+def usable(recipe: DumpRecipe, dataset: Dataset, left_out: LeftOuts) -> Dataset:
+    """The data set without images that cannot be decoded, where the recipe says so."""
+    if recipe.data.corrupt != "skip":
+        return dataset
+    workers = worker_count(recipe.dump.workers)
+    return without_corrupt(dataset, left_out, workers=workers, doing="dumping")
 
 
 def cache_manifest(

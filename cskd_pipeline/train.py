@@ -29,7 +29,6 @@ from cskd_pipeline.terminal import Terminal
 from cskd_pipeline.training.board import open_board, require_board
 from cskd_pipeline.training.data import open_training_data
 from cskd_pipeline.training.initial import check_resumed
-from cskd_pipeline.training.joining import write_join
 from cskd_pipeline.training.log import RunLog
 from cskd_pipeline.training.run import PARTS, Run
 
@@ -79,8 +78,8 @@ def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) 
     data.guard.tell(terminal.warn)
     if ranks.first:
         write_text(out / "recipe.toml", to_toml(recipe))
-        if data.joined is not None:
-            write_join(data.joined, recipe)
+        for left_out in data.left_out:
+            left_out.write()
     board = open_board(recipe, terminal) if ranks.first else None
     log = RunLog(out, run.rows, run.update, writes=ranks.first, board=board)
     started = time.perf_counter()

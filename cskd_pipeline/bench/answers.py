@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from cskd_pipeline.cache.reader import CacheReader
-from cskd_pipeline.dump import ask, cache_manifest, open_stage_one
+from cskd_pipeline.dump import ask, cache_manifest, open_stage_one, usable
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.loading.index import describe, sample
+from cskd_pipeline.loading.left_out import LeftOuts
 from cskd_pipeline.loading.unit_views import unit_batches
 from cskd_pipeline.machine import worker_count
 from cskd_pipeline.manifest import CacheManifest
+from cskd_pipeline.ranks import ALONE
 from cskd_pipeline.recipe import DumpRecipe
 from cskd_pipeline.terminal import Terminal
 from cskd_pipeline.views.bits import BitStream, derive_seed
@@ -83,6 +85,7 @@ def from_teacher(recipe: DumpRecipe, terminal: Terminal, views: int) -> Answers:
     dataset, teacher = open_stage_one(recipe, terminal)
     # A teacher always answers whole batches: parts are no smaller than one.
     few = sample(dataset, views, parts=max(1, min(4, views // recipe.dump.batch_size)))
+    few = usable(recipe, few, LeftOuts(None, ALONE, terminal))
     each = range(-(-views // few.samples))
     spatial, global_ = [], []
     with terminal.progress(len(each) * few.samples, "views", "asking the teacher") as progress:

@@ -26,13 +26,15 @@ from cskd_pipeline.bench.turns import Clock, ratio, spread, take_turns
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.ckf import hard_global_labels, hard_labels
 from cskd_pipeline.distill.teacher import Answer, Teacher
-from cskd_pipeline.dump import cache_manifest, open_stage_one, write_units
+from cskd_pipeline.dump import cache_manifest, open_stage_one, usable, write_units
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.loading.device import normalise
 from cskd_pipeline.loading.full_batches import Views, full_batches
 from cskd_pipeline.loading.index import Dataset, describe, sample
+from cskd_pipeline.loading.left_out import LeftOuts
 from cskd_pipeline.loading.unit_views import unit_batches
 from cskd_pipeline.machine import worker_count
+from cskd_pipeline.ranks import ALONE
 from cskd_pipeline.recipe import DumpRecipe
 from cskd_pipeline.terminal import Terminal
 
@@ -69,6 +71,7 @@ def bench_dump(
     recipe = replace(recipe, cache=replace(recipe.cache, views=BLOCK, view_block=BLOCK))
     dataset, teacher = open_stage_one(recipe, terminal)
     few = sample(dataset, min(images, dataset.samples))
+    few = usable(recipe, few, LeftOuts(None, ALONE, terminal))
     workers = worker_count(recipe.dump.workers)
     resident = _resident(recipe, few, teacher)
     found: dict[str, list[float]] = {}

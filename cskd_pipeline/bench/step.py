@@ -221,6 +221,7 @@ def synthetic_data(
         ranks=ALONE,
         joined=None,
         cache_digest=None,
+        left_out=(),
     )
 
 

@@ -36,6 +36,7 @@ from cskd_pipeline.cli.options import (
     parse_range,
     path_text,
     require,
+    require_companion,
     require_encodings,
 )
 from cskd_pipeline.cli.root import app
@@ -85,15 +86,41 @@ def index(
         typer.Option(min=1, max=65535, metavar="N", help="Default: from the class names."),
     ] = None,
     split: Split = None,
+    check_images: Annotated[
+        bool,
+        typer.Option(
+            "--check-images",
+            help="Decode every image first; list all that cannot be, and write nothing then.",
+        ),
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=-1, metavar="N", help="Processes for --check-images; -1: one a core but one."
+        ),
+    ] = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> Outcome:
     """Read shards once and write their manifest: counts, order of keys, SHA-256, class names."""
     terminal = Terminal(quiet=quiet, json=json)
+    require_companion("--check-images", check_images or None, {"--workers": workers})
     from cskd_pipeline.loading import index as indexing
 
+    def check(dataset: indexing.Dataset) -> None:
+        from cskd_pipeline.loading.corrupt import require_images
+        from cskd_pipeline.machine import worker_count
+
+        count = worker_count(-1 if workers is None else workers)
+        require_images(dataset, terminal, workers=count)
+
     dataset = indexing.index_shards(
-        shards, name=name, num_classes=num_classes, split=split, progress=terminal.progress
+        shards,
+        name=name,
+        num_classes=num_classes,
+        split=split,
+        check=check if check_images else None,
+        progress=terminal.progress,
     )
     dataset.save(out)
     return {

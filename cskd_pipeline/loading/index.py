@@ -203,6 +203,7 @@ def index_shards(
         empty="pass" if check else "error",
         progress=progress,
     )
+    _require_num_classes(dataset)
     refuse_repeated_keys(dataset)
     if check:
         check(dataset)
@@ -219,13 +220,7 @@ def describe(dataset: Dataset, *, progress: Progress = silent) -> DatasetManifes
     """
     if dataset.manifest is not None:
         return dataset.manifest
-    if dataset.num_classes is None:
-        raise DataError(
-            "nothing tells how many classes there are",
-            where=dataset.name,
-            expected=f"a list of names in {CLASSES} beside the shards, or a number",
-            action="pass --num-classes N",
-        )
+    classes = _require_num_classes(dataset)
     names = _relative_names([shard.path for shard in dataset.shards])
     infos = []
     with progress(sum(map(_size, dataset.shards)), "bytes", "hashing shards") as meter:
@@ -237,7 +232,18 @@ def describe(dataset: Dataset, *, progress: Progress = silent) -> DatasetManifes
                     size += len(piece)
                     meter.advance(len(piece))
             infos.append(ShardInfo.of(relative, shard.keys, size, digest.hexdigest()))
-    return DatasetManifest(dataset.name, dataset.num_classes, tuple(infos), dataset.class_names)
+    return DatasetManifest(dataset.name, classes, tuple(infos), dataset.class_names)
+
+
+def _require_num_classes(dataset: Dataset) -> int:
+    if dataset.num_classes is None:
+        raise DataError(
+            "nothing tells how many classes there are",
+            where=dataset.name,
+            expected=f"a list of names in {CLASSES} beside the shards, or a number",
+            action="pass --num-classes N",
+        )
+    return dataset.num_classes
 
 
 def _names_beside(paths: Sequence[Path]) -> tuple[str, ...] | None:

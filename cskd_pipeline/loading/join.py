@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from cskd_pipeline.classes import Classes, ClassGuard
 from cskd_pipeline.errors import JoinError
 from cskd_pipeline.loading.images import NOWHERE, SHOWN, ImageSource, Places
 from cskd_pipeline.loading.index import Dataset, load_dataset
+from cskd_pipeline.loading.left_out import LeftOut, Offsets
 from cskd_pipeline.loading.plan import SampleSet
 from cskd_pipeline.progress import Progress, silent
 
@@ -27,10 +27,10 @@ class Join:
         allowed: per shard (count,) bool, samples the user has; None: all.
         same_shards: shards whose tar holds the same keys in the same order.
         missing: samples that the user's tars lack.
-        differing: samples left out because the user's image is another one.
         unused: the user's samples that the cache does not know.
         compared: samples whose labels were compared with the cache's.
         relabelled: (n, 3) shard, offset and the cache's label of those that have another here.
+        reasons: reason -> shard -> offsets of samples that the user has and that are left out.
     """
 
     samples: SampleSet
@@ -41,7 +41,7 @@ class Join:
     unused: int
     compared: int
     relabelled: np.ndarray
-    differing: int = 0
+    reasons: Mapping[str, Offsets] = field(default_factory=dict)
 
     def there(self) -> np.ndarray:
         """(n, 2) int64 shard and offset of the samples that the user has."""
@@ -59,17 +59,19 @@ class Join:
         offset = np.concatenate([np.arange(count) for count in counts])
         return np.stack([shard, offset], axis=1)
 
-    def without(self, differing: Mapping[int, Sequence[int]]) -> Join:
-        """The same without these samples, given as shard -> offsets, which the user has.
+    def without(self, offsets: Offsets, reason: str) -> Join:
+        """The same without these samples, which the user has.
 
         Raises:
             JoinError: nothing would be left.
         """
+        if not offsets:
+            return self
         allowed = [np.ones(count, bool) for count in self.samples.counts]
         if self.allowed is not None:
             allowed = [mask.copy() for mask in self.allowed]
-        for shard, offsets in differing.items():
-            allowed[shard][list(offsets)] = False
+        for shard, rows in offsets.items():
+            allowed[shard][rows] = False
         if not any(mask.any() for mask in allowed):
             raise JoinError(
                 "none of the images is the one the cache was made from",
@@ -77,30 +79,30 @@ class Join:
                 action="use the original files: from copies that were resized or compressed again "
                 "come other views than the teacher saw",
             )
-        count = sum(map(len, differing.values()))
-        return replace(self, allowed=tuple(allowed) if count else self.allowed, differing=count)
+        reasons = {**self.reasons, reason: offsets}
+        return replace(self, allowed=tuple(allowed), reasons=reasons)
+
+    def count(self, reason: str) -> int:
+        """How many samples are left out for a reason of :attr:`reasons`."""
+        return sum(map(len, self.reasons.get(reason, {}).values()))
 
     def left_out(self) -> Iterator[LeftOut]:
         """Every sample of the cache that is not allowed, in the cache's order."""
         cache = self.images.cache
         assert cache is not None
+        why = {
+            (shard, offset): reason
+            for reason, offsets in self.reasons.items()
+            for shard, rows in offsets.items()
+            for offset in rows
+        }
         for shard, mask in enumerate(self.allowed or ()):
             offsets = np.flatnonzero(~mask)
             if len(offsets):
                 keys = cache.keys(shard)
-                samples = np.stack(np.broadcast_arrays(shard, offsets), axis=1)
-                absent = self.images.locate(samples)[0] == NOWHERE
-                for offset, gone in zip(offsets.tolist(), absent.tolist(), strict=True):
-                    yield LeftOut("missing" if gone else "other image", shard, offset, keys[offset])
-
-
-class LeftOut(NamedTuple):
-    """A sample that is not trained on: ``reason`` is ``missing`` or ``other image``."""
-
-    reason: str
-    shard: int
-    offset: int
-    key: str
+                for offset in offsets.tolist():
+                    reason = why.get((shard, offset), "missing")
+                    yield LeftOut(reason, shard, offset, keys[offset])
 
 
 def join(
@@ -192,8 +194,8 @@ def classes_of(cache: CacheReader) -> Classes:
 
 def find_differing(
     found: Join, *, part: int = 0, parts: int = 1, progress: Progress = silent
-) -> dict[int, list[int]]:
-    """Read every image once: shard -> offsets of those that are not the cache's.
+) -> Offsets:
+    """Read every image that is not left out: shard -> offsets of those that are not the cache's.
 
     Args:
         part, parts: of the user's tars, read every ``parts``-th, from number ``part`` on.
@@ -203,9 +205,9 @@ def find_differing(
     """
     cache = found.images.cache
     assert cache is not None
-    samples = found.there()
+    samples = found.usable()
     samples = samples[found.images.locate(samples)[0] % parts == part]
-    differing: dict[int, list[int]] = {}
+    differing: Offsets = {}
     if not len(samples):
         return differing
     recorded = {shard: cache.image_crc32(shard) for shard in np.unique(samples[:, 0]).tolist()}

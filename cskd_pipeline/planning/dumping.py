@@ -27,12 +27,14 @@ from cskd_pipeline.cache.info import describe as describe_cache
 from cskd_pipeline.cache.summary import size
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.teacher import Teacher
-from cskd_pipeline.dump import ask, cache_manifest, open_stage_one, write_units
+from cskd_pipeline.dump import ask, cache_manifest, open_stage_one, usable, write_units
 from cskd_pipeline.loading.batches import Batch
 from cskd_pipeline.loading.index import Dataset, describe, sample
+from cskd_pipeline.loading.left_out import LeftOuts
 from cskd_pipeline.loading.unit_views import unit_batches
 from cskd_pipeline.machine import worker_count
 from cskd_pipeline.manifest import CacheManifest
+from cskd_pipeline.ranks import ALONE
 from cskd_pipeline.recipe import DumpRecipe
 from cskd_pipeline.terminal import Terminal, duration
 
@@ -167,6 +169,7 @@ def try_dump(
     # Every process needs a few pieces of work before the rate is steady.
     images = min(dataset.samples, max(images, 3 * workers * recipe.views.window))
     few = sample(dataset, images)
+    few = usable(recipe, few, LeftOuts(None, ALONE, terminal))
     manifest = cache_manifest(recipe, describe(few), teacher)
     block = manifest.view_block
     total = few.samples * block

@@ -17,6 +17,7 @@ CHOICES = {
     "data.missing": ("error", "skip"),
     "data.drift": ("error", "warn", "skip"),
     "data.classes": ("error", "accept"),
+    "data.corrupt": ("error", "skip"),
     "distill.method": ("none", "deit", "cskd"),
     "distill.global_kind": ("hard", "soft"),
     "distill.spatial_kind": ("hard", "soft"),

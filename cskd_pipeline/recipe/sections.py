@@ -23,6 +23,7 @@ class DumpData:
     split: str = _free("")  # of an _info.json with several splits
     name: str = _free("")  # of the data set, for the manifest; empty: taken from the shards
     num_classes: int = 0  # 0: from the class names, or the teacher's own head
+    corrupt: str = "error"  # images that cannot be decoded: error or skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class TrainData:
     # Other class names, order or labels on two sides: error, accept. Decides whether a run starts,
     # not what it computes: no part of the digest.
     classes: str = _free("error")
+    corrupt: str = "error"  # images that cannot be decoded: error or skip
     check: int = _free(64)  # views of the cache made again and compared before training; 0: none
 
 

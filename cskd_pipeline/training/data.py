@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from cskd_pipeline.distill.student import Preprocessing
 from cskd_pipeline.distill.targets import Targets
 from cskd_pipeline.errors import CacheError, DataError, UsageError
 from cskd_pipeline.loading.batches import Batch, Position, TrainBatches, train_loader
+from cskd_pipeline.loading.corrupt import without_corrupt
 from cskd_pipeline.loading.evalset import EvalBatch, eval_loader
 from cskd_pipeline.loading.images import ImageSource
 from cskd_pipeline.loading.index import Dataset, load_dataset
 from cskd_pipeline.loading.join import Join, classes_of, join
+from cskd_pipeline.loading.left_out import LeftOuts
 from cskd_pipeline.loading.plan import EpochPlan, SampleSet
 from cskd_pipeline.machine import worker_count
 from cskd_pipeline.ranks import ALONE, Ranks
@@ -40,8 +43,8 @@ class TrainingData:
     ``encoding`` is the one that targets are read in and ``grid`` the cache's (rows, columns); both
     are None for method ``none``. ``digest`` changes with anything that decides batches or targets.
     ``name`` is the data set's. ``guard`` compares classes, and keeps what was accepted. ``joined``:
-    where the cache's samples are, and which are left out; None without a cache. ``cache_digest``
-    names the contents of a finished cache.
+    where the cache's samples are; None without a cache. ``cache_digest`` names the contents of a
+    finished cache. ``left_out``: of the images for training, and for validation.
     """
 
     name: str
@@ -60,6 +63,7 @@ class TrainingData:
     ranks: Ranks
     joined: Join | None
     cache_digest: str | None
+    left_out: tuple[LeftOuts, ...]
 
     @property
     def cache(self) -> CacheReader | None:
@@ -117,9 +121,15 @@ def open_training_data(
     cache = None if recipe.distill.method == "none" else _open_cache(recipe, terminal)
     guard = ClassGuard(TRAIN_SWITCH, accept=recipe.data.classes == "accept")
     dataset, classes = _open_shards(recipe, cache, guard, terminal)
-    assert dataset.num_classes is not None
-    validation_set = _open_validation(recipe, classes, guard, terminal)
+    num_classes = dataset.num_classes
+    assert num_classes is not None
+    folder = Path(recipe.run.out) if recipe.run.out else None
+    left_out = LeftOuts(folder, ranks, terminal)
+    left_out_of_validation = LeftOuts(folder, ranks, terminal, part="validation")
+    validation_set = _open_validation(recipe, classes, guard, left_out_of_validation)
     if cache is None:
+        if recipe.data.corrupt == "skip":
+            dataset = without_corrupt(dataset, left_out, workers=worker_count(recipe.run.workers))
         policy, root_seed, views = recipe.views or ViewPolicy(), recipe.run.seed, None
         samples, images, allowed = SampleSet.of(dataset), ImageSource(dataset.shards), None
         encoding_name, encoding, grid, joined = None, None, None, None
@@ -139,7 +149,7 @@ def open_training_data(
             drift=recipe.data.drift,
             progress=terminal.progress,
         )
-        joined = settle(recipe, joined, encoding_name, terminal, ranks)
+        joined = settle(recipe, joined, encoding_name, left_out)
         samples, images, allowed = joined.samples, joined.images, joined.allowed
     guard.tell(terminal.warn)
     plan = EpochPlan(
@@ -167,7 +177,7 @@ def open_training_data(
             drift=recipe.data.drift,
         ),
         policy=policy,
-        num_classes=dataset.num_classes,
+        num_classes=num_classes,
         class_names=classes.names,
         guard=guard,
         encoding=encoding,
@@ -188,6 +198,7 @@ def open_training_data(
         ranks=ranks,
         joined=joined,
         cache_digest=None if cache is None else cache.digest(terminal.progress),
+        left_out=(left_out, left_out_of_validation),
     )
 
 
@@ -282,6 +293,7 @@ def _open_shards(
         recipe.data.shards,
         split=recipe.data.split or None,
         num_classes=recipe.data.num_classes or None,
+        empty="pass" if recipe.data.corrupt == "skip" else "error",
         progress=terminal.progress,
     )
     names = dataset.class_names
@@ -298,14 +310,20 @@ def _open_shards(
 
 
 def _open_validation(
-    recipe: TrainRecipe, classes: Classes, guard: ClassGuard, terminal: Terminal
+    recipe: TrainRecipe, classes: Classes, guard: ClassGuard, left_out: LeftOuts
 ) -> Dataset | None:
     if not recipe.data.val_shards:
         return None
+    skip = recipe.data.corrupt == "skip"
     dataset = load_dataset(
         recipe.data.val_shards,
         split=recipe.data.val_split or None,
         prefer=("validation", "val", "test"),
-        progress=terminal.progress,
+        empty="pass" if skip else "error",
+        progress=left_out.terminal.progress,
     )
-    return dataset.fitting(classes, "the validation shards", guard)
+    dataset = dataset.fitting(classes, "the validation shards", guard)
+    if not skip:
+        return dataset
+    workers = worker_count(recipe.run.workers)
+    return without_corrupt(dataset, left_out, workers=workers, doing="evaluating")

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from cskd_pipeline.errors import ImageError
 
@@ -59,10 +59,12 @@ def decode(data: bytes, where: object) -> np.ndarray:
             action=_ACTION,
         ) from error
     except Exception as error:  # Pillow raises many kinds for damaged files
+        unknown = isinstance(error, UnidentifiedImageError)  # its text is an address in memory
+        reason = "no image" if unknown else f"{type(error).__name__}: {error}"
         raise ImageError(
             "the image cannot be decoded",
             where=where,
-            found=f"{len(data)} bytes: {type(error).__name__}: {error}",
+            found=f"{len(data)} bytes: {reason}",
             expected="a whole JPEG, PNG or WebP file",
             action=_ACTION,
         ) from error

@@ -286,8 +286,8 @@ def test_images_that_differ_are_found_by_reading_all_and_left_out(
     together = [(s, i) for share in shares for s, offsets in share.items() for i in offsets]
     assert sorted(together) == [(s, i) for s, offsets in found.items() for i in offsets]
 
-    skipping = joined.without(found)
-    assert (skipping.missing, skipping.differing) == (2, 4)
+    skipping = joined.without(found, "other image")
+    assert (skipping.missing, skipping.count("other image")) == (2, 4)
     left_out = [(x.reason, starts[x.shard] + x.offset, x.key) for x in skipping.left_out()]
     assert left_out == [
         ("missing" if i in gone else "other image", i, EVERY[i][0])
@@ -306,8 +306,8 @@ def test_images_that_differ_are_found_by_reading_all_and_left_out(
 def test_where_no_image_differs_nothing_is_left_out(dataset: Dataset, cache: CacheReader) -> None:
     joined = join(dataset, cache, drift="skip")
     assert find_differing(joined) == {}
-    assert joined.without({}) == joined
-    assert list(joined.without({}).left_out()) == []
+    assert joined.without({}, "other image") == joined
+    assert list(joined.without({}, "other image").left_out()) == []
 
 
 def test_where_every_image_differs_nothing_could_be_trained_on(
@@ -317,7 +317,7 @@ def test_where_every_image_differs_nothing_could_be_trained_on(
     found = find_differing(other)
     assert sum(map(len, found.values())) == len(EVERY)
     with pytest.raises(JoinError, match="none of the images is the one"):
-        other.without(found)
+        other.without(found, "other image")
 
 
 def test_an_image_that_was_altered_after_the_search_is_still_refused(
@@ -340,5 +340,5 @@ def test_views_that_drift_though_images_are_the_same_are_not_skipped_but_refused
 
 def test_a_join_says_what_it_found(dataset: Dataset, cache: CacheReader) -> None:
     fields = {field.name for field in dataclasses.fields(join(dataset, cache))}
-    counts = {"same_shards", "missing", "differing", "unused", "compared", "relabelled"}
+    counts = {"same_shards", "missing", "unused", "compared", "relabelled", "reasons"}
     assert {"samples", "images", "allowed", *counts} == fields

@@ -122,7 +122,7 @@ def test_what_is_left_out_is_counted_and_listed(
 def test_where_everything_is_there_no_list_is_written(small: World, tmp_path: Path) -> None:
     assert world.cli(*command(small, tmp_path / "run"), "-q") == 0
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert not left & {"left_out.csv", "join.json"}
+    assert not left & {"left_out.csv", "differing.json"}
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_resumed_run_knows_what_it_leaves_out_without_reading_every_image(
         patch.setattr(joining, "find_differing", None)
         train(stopped("run"), world.quiet(), resume=True)
     assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "run"))
-    for name in ("left_out.csv", "join.json"):
+    for name in ("left_out.csv", "differing.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert (tmp_path / "run/left_out.csv").read_bytes() == before
 
@@ -196,7 +196,7 @@ def test_a_resumed_run_knows_what_it_leaves_out_without_reading_every_image(
 def test_a_record_of_other_shards_is_not_believed(
     stopped: Callable[..., Any], tmp_path: Path, capsys: Capture
 ) -> None:
-    path = tmp_path / "run/join.json"
+    path = tmp_path / "run/differing.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "shards": "0" * 64, "differing": {}}))
     train(stopped("run"), Terminal(), resume=True)
@@ -210,7 +210,7 @@ def test_a_record_of_other_shards_is_not_believed(
 def test_a_record_that_was_altered_is_refused(
     stopped: Callable[..., Any], tmp_path: Path, differing: Any
 ) -> None:
-    path = tmp_path / "run/join.json"
+    path = tmp_path / "run/differing.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"differing": differing}))
     with pytest.raises(ManifestError, match="1 problem") as caught:
         train(stopped("run"), world.quiet(), resume=True)
@@ -238,7 +238,7 @@ def test_ranks_share_the_reading_and_leave_out_the_same(
     for ranks, out in ((1, "one"), (2, "two")):
         words = command(other, tmp_path / out, *SKIP)
         assert finish(start(ranks, words)) == [0] * ranks
-    for name in ("left_out.csv", "join.json"):
+    for name in ("left_out.csv", "differing.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 

@@ -1,0 +1,225 @@
+"""``data.corrupt``: both stages refuse images that cannot be decoded, or go on without them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.dump import dump_teacher
+from cskd_pipeline.errors import DataError, ImageError
+from cskd_pipeline.loading import corrupt
+from cskd_pipeline.loading.index import index_shards
+from cskd_pipeline.planning.dumping import plan_dump
+from cskd_pipeline.train import train
+from cskd_pipeline.training.data import open_training_data
+from tests.pictures import Sample, write_shard
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+from tests.pipeline.test_layouts import recut, samples
+from tests.pipeline.test_loss_curves import loss_curve
+from tests.pipeline.test_ranks import finish, start
+
+__all__ = ["samples"]  # a fixture
+
+CORRUPT = (3, 40, 41, 95)
+SKIP = ["data.corrupt=skip"]
+
+
+def spoiled(content: Sequence[Sample]) -> list[Sample]:
+    """The samples with images cut short, the last of no bytes."""
+    found = list(content)
+    for row in CORRUPT:
+        key, fields = found[row]
+        size = 0 if row == CORRUPT[-1] else len(fields["jpg"]) // 2
+        found[row] = key, {**fields, "jpg": fields["jpg"][:size]}
+    return found
+
+
+def kept(content: Sequence[Sample]) -> list[Sample]:
+    return [sample for row, sample in enumerate(content) if row not in CORRUPT]
+
+
+@pytest.fixture(scope="module")
+def broken(
+    small: World, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[World, World]:
+    """The small world with images that cannot be decoded, and the same without those."""
+    root = tmp_path_factory.mktemp("broken")
+    ends = [len(kept(samples[: 32 * (number + 1)])) for number in range(3)]
+    whole = recut(small, root / "spoiled", spoiled(samples), 32)
+    fewer = root / "fewer"
+    fewer.mkdir()
+    shutil.copy(small.shards / "classes.json", fewer)
+    for number, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
+        write_shard(fewer / f"x-{number:02d}.tar", kept(samples)[first:last])
+    return whole, replace(small, shards=fewer)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_content(one: Path, other: Path) -> None:
+    """Everything but what describes the tars."""
+    first, second = CacheReader(one), CacheReader(other)
+    assert first.counts == second.counts
+    assert first.shard_ids == second.shard_ids
+    for shard, count in enumerate(first.counts):
+        assert first.keys(shard) == second.keys(shard)
+        assert np.array_equal(first.image_crc32(shard), second.image_crc32(shard))
+        for view in range(first.views):
+            assert np.array_equal(first.seeds(view, shard), second.seeds(view, shard))
+            digests = [cache.view_digests(view, shard) for cache in (first, second)]
+            assert np.array_equal(*digests)
+            places = np.array([(view, shard, offset) for offset in range(count)])
+            for name, values in first.gather("dense", places).items():
+                assert np.array_equal(values, second.gather("dense", places)[name])
+
+
+def test_a_dump_without_them_is_that_of_shards_that_do_not_hold_them(
+    broken: tuple[World, World], samples: list[Sample], tmp_path: Path
+) -> None:
+    whole, fewer = broken
+    dump_teacher(world.dump_recipe(fewer.shards, tmp_path / "fewer"), world.quiet())
+    index_shards(whole.shards, check=lambda dataset: None).save(whole.shards / "manifest.json")
+    for name, shards in (("cache", whole.shards), ("listed", whole.shards / "manifest.json")):
+        recipe = world.dump_recipe(shards, tmp_path / name, SKIP)
+        recipe = replace(recipe, dump=replace(recipe.dump, workers=2))
+        assert dump_teacher(recipe, world.quiet())["left_out"] == len(CORRUPT)
+        assert_same_content(tmp_path / name, tmp_path / "fewer")
+        listed = rows(tmp_path / name / "left_out.csv")
+        assert [(row["reason"], row["key"]) for row in listed] == [
+            ("corrupt", samples[row][0]) for row in CORRUPT
+        ]
+        assert [(int(row["shard"]), int(row["offset"])) for row in listed] == [
+            divmod(row, 32) for row in CORRUPT
+        ]
+    assert not (tmp_path / "fewer/left_out.csv").exists()
+
+
+def test_a_dump_that_goes_on_does_not_decode_every_image_again(
+    broken: tuple[World, World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = broken
+    recipe = world.dump_recipe(whole.shards, tmp_path / "cache", SKIP, views=2)
+    dump_teacher(recipe, world.quiet(), shard_range=(0, 1))
+    monkeypatch.setattr(corrupt, "find_corrupt", None)
+    assert dump_teacher(recipe, world.quiet())["complete"]
+
+
+def test_ranks_share_the_search_of_a_dump(broken: tuple[World, World], tmp_path: Path) -> None:
+    whole, _ = broken
+    for ranks, name in ((1, "one"), (2, "two")):
+        words = [
+            *("dump-teacher", "--shards", whole.shards, "--cache", tmp_path / name),
+            *("--teacher", world.TEACHER, "--weights", "random", "--workers", 0),
+            *("--device", "cpu", *world.as_flags([*world.dump_sets(views=2), *SKIP])),
+        ]
+        assert finish(start(ranks, words)) == [0] * ranks
+    assert_same_content(tmp_path / "one", tmp_path / "two")
+    for name in ("left_out.csv", "corrupt.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_without_being_told_both_stages_refuse_them_with_what_to_do(
+    broken: tuple[World, World], small: World, samples: list[Sample], tmp_path: Path
+) -> None:
+    whole, _ = broken
+    with pytest.raises(ImageError, match="an image has 0 bytes"):
+        dump_teacher(world.dump_recipe(whole.shards, tmp_path / "cache"), world.quiet())
+    cut = recut(small, tmp_path / "cut", spoiled(samples)[:-1], 32)
+    plain = world.train_recipe(cut.shards, None, tmp_path / "run", "none", world.VIEWS, epochs=2)
+    tries: list[Callable[[], Any]] = [
+        lambda: dump_teacher(world.dump_recipe(cut.shards, tmp_path / "cache"), world.quiet()),
+        lambda: train(plain, world.quiet()),
+    ]
+    for attempt in tries:
+        with pytest.raises(ImageError, match="the image cannot be decoded") as caught:
+            attempt()
+        message = str(caught.value)
+        assert "x-0" in message
+        assert any(samples[row][0] in message for row in CORRUPT)
+        assert "index SHARDS --out FILE --check-images" in message
+        assert "--set data.corrupt=skip" in message
+
+
+def test_training_on_labels_without_them_is_that_on_shards_that_do_not_hold_them(
+    broken: tuple[World, World], tmp_path: Path
+) -> None:
+    whole, fewer = broken
+    expected = loss_curve(fewer, tmp_path, "none", world.VIEWS)
+    assert torch.equal(loss_curve(whole, tmp_path, "none", [*world.VIEWS, *SKIP]), expected)
+
+
+@pytest.mark.parametrize("drift", ["error", "skip"])
+def test_training_from_a_whole_cache_leaves_them_and_their_partners_out(
+    broken: tuple[World, World], samples: list[Sample], tmp_path: Path, drift: str
+) -> None:
+    whole, fewer = broken
+    recipe = world.train_recipe(
+        whole.shards,
+        whole.cache,
+        tmp_path / "run",
+        sets=[*SKIP, f"data.drift={drift}"],
+        epochs=1,
+    )
+    expected = loss_curve(fewer, tmp_path, "cskd", ["data.missing=skip"])
+    found = loss_curve(whole, tmp_path, "cskd", [*SKIP, f"data.drift={drift}"])
+    assert torch.equal(found, expected)
+    train(recipe, world.quiet())
+    listed = [(row["reason"], row["key"]) for row in rows(tmp_path / "run/left_out.csv")]
+    assert sorted(listed) == sorted(("corrupt", samples[row][0]) for row in CORRUPT)
+    record = json.loads((tmp_path / "run/corrupt.json").read_text())
+    assert sum(map(len, record["corrupt"].values())) == len(CORRUPT)
+
+
+def test_validation_images_are_left_out_too_and_listed_apart(
+    broken: tuple[World, World], small: World, tmp_path: Path
+) -> None:
+    whole, _ = broken
+    sets = [*SKIP, f"data.val_shards={json.dumps(str(whole.shards))}"]
+    recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run", sets=sets, epochs=1)
+    assert open_training_data(recipe, world.quiet()).validation_samples == 92
+    train(recipe, world.quiet())
+    assert len(rows(tmp_path / "run/left_out-validation.csv")) == len(CORRUPT)
+    assert not (tmp_path / "run/left_out.csv").exists()
+
+
+def test_a_tar_without_a_whole_image_is_refused(
+    small: World, samples: list[Sample], tmp_path: Path
+) -> None:
+    bad = [(key, {**fields, "jpg": b"no image"}) for key, fields in samples[:4]]
+    other = recut(small, tmp_path / "bad", [*bad, *samples[4:12]], 4)
+    with pytest.raises(DataError, match="1 shards would be left with no sample") as caught:
+        dump_teacher(world.dump_recipe(other.shards, tmp_path / "cache", SKIP), world.quiet())
+    assert "x-00.tar" in caught.value.problems[0]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_forecast_goes_without_them_too(broken: tuple[World, World], tmp_path: Path) -> None:
+    whole, _ = broken
+    report = plan_dump(world.dump_recipe(whole.shards, tmp_path / "cache", SKIP), world.quiet())
+    assert report["measured"]["samples"] == 96 - len(CORRUPT)
+
+
+def test_a_key_in_two_shards_is_refused_before_the_dump(
+    small: World, samples: list[Sample], tmp_path: Path
+) -> None:
+    other = recut(small, tmp_path / "twice", [*samples[:20], samples[3]], 10)
+    with pytest.raises(DataError, match="a key is there twice") as caught:
+        dump_teacher(world.dump_recipe(other.shards, tmp_path / "cache"), world.quiet())
+    assert caught.value.problems == [
+        f"{samples[3][0]}: in {other.shards / 'x-00.tar'} and {other.shards / 'x-02.tar'}"
+    ]
+    assert not (tmp_path / "cache").exists()
