@@ -225,6 +225,14 @@ def _warn_of_a_large_grid(teacher: Teacher, terminal: Terminal) -> None:
 def usable(recipe: DumpRecipe, dataset: Dataset, left_out: LeftOuts) -> Dataset:
     """The data set without images that cannot be decoded, where the recipe says so."""
     if recipe.data.corrupt != "skip":
+        record = left_out.path("corrupt.json")
+        if record is not None and record.exists():
+            raise UsageError(
+                "this cache was begun without the images that cannot be decoded",
+                where=record,
+                found="data.corrupt = error",
+                action="go on with it by --set data.corrupt=skip, or begin another cache",
+            )
         return dataset
     workers = worker_count(recipe.dump.workers)
     return without_corrupt(dataset, left_out, workers=workers, doing="dumping")

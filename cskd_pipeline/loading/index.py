@@ -217,6 +217,7 @@ def describe(dataset: Dataset, *, progress: Progress = silent) -> DatasetManifes
 
     Raises:
         DataError: nothing tells the number of classes.
+        ManifestError: a tar's name that no reader of manifests accepts.
     """
     if dataset.manifest is not None:
         return dataset.manifest
@@ -232,7 +233,8 @@ def describe(dataset: Dataset, *, progress: Progress = silent) -> DatasetManifes
                     size += len(piece)
                     meter.advance(len(piece))
             infos.append(ShardInfo.of(relative, shard.keys, size, digest.hexdigest()))
-    return DatasetManifest(dataset.name, classes, tuple(infos), dataset.class_names)
+    made = DatasetManifest(dataset.name, classes, tuple(infos), dataset.class_names)
+    return DatasetManifest.from_json(made.to_json(), f"the manifest of {dataset.name}")
 
 
 def _require_num_classes(dataset: Dataset) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cskd_pipeline.errors import ClassesError, DataError, ImageError, ShardError
+from cskd_pipeline.errors import ClassesError, DataError, ImageError, ManifestError, ShardError
 from cskd_pipeline.loading import index as index_module
 from cskd_pipeline.loading import shards as shards_module
 from cskd_pipeline.loading.index import (
@@ -196,6 +196,15 @@ def named(path: Path) -> list[Sample]:
 def hollow(content: Sample) -> Sample:
     key, fields = content
     return key, {n: data if n in ("cls", "json") else b"" for n, data in fields.items()}
+
+
+def test_a_tar_whose_name_no_manifest_may_have_is_refused_before_it_is_written(
+    tmp_path: Path,
+) -> None:
+    write_shard(tmp_path / "a:b.tar", samples(0, 5))
+    with pytest.raises(ManifestError, match="1 problem") as caught:
+        index_shards(tmp_path, num_classes=5)
+    assert "'a:b.tar'" in caught.value.problems[0]
 
 
 def test_a_data_set_without_samples_is_one_whose_tars_do_not_hold_them(tmp_path: Path) -> None:

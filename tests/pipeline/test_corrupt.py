@@ -16,7 +16,7 @@ import torch
 
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.dump import dump_teacher
-from cskd_pipeline.errors import DataError, ImageError
+from cskd_pipeline.errors import CskdError, DataError, ImageError
 from cskd_pipeline.loading import corrupt
 from cskd_pipeline.loading.index import index_shards
 from cskd_pipeline.planning.dumping import plan_dump
@@ -111,10 +111,16 @@ def test_a_dump_without_them_is_that_of_shards_that_do_not_hold_them(
 def test_a_dump_that_goes_on_does_not_decode_every_image_again(
     broken: tuple[World, World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, _ = broken
+    whole, fewer = broken
     recipe = world.dump_recipe(whole.shards, tmp_path / "cache", SKIP, views=2)
     dump_teacher(recipe, world.quiet(), shard_range=(0, 1))
     monkeypatch.setattr(corrupt, "find_corrupt", None)
+    forgotten = replace(recipe, data=replace(recipe.data, corrupt="error"))
+    for shards in (whole.shards, fewer.shards):
+        other = replace(forgotten, data=replace(forgotten.data, shards=str(shards)))
+        with pytest.raises(CskdError, match=r"0 bytes|was begun without") as caught:
+            dump_teacher(other, world.quiet())
+        assert "data.corrupt=skip" in str(caught.value)
     assert dump_teacher(recipe, world.quiet())["complete"]
 
 

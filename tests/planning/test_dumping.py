@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from cskd_pipeline.cache.encodings import ENCODINGS
 from cskd_pipeline.cache.info import describe
+from cskd_pipeline.distill.teacher import Answer
 from cskd_pipeline.dump import dump_teacher
 from cskd_pipeline.planning import dumping
 from cskd_pipeline.recipe import DumpRecipe, load_recipe
+from tests.bench.test_bench_join import Time
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.planning import slow
@@ -127,3 +131,28 @@ def test_the_command_forecasts_and_leaves_nothing(
     assert report["measured"]["workers"] == 0
     assert [row["encodings"] for row in report["forecast"]] == [[name] for name in ENCODINGS]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_that_is_short_costs_the_teacher_a_whole_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The network sees full batches in a dump, and short ones filled up in a trial."""
+    clock = Time()
+
+    def ask(teacher: Any, batch: Any, policy: Any) -> Answer:
+        clock.work(8.0)  # however many are asked about
+        return Answer(torch.zeros(batch.count, 2, 1, 1), torch.zeros(batch.count, 2))
+
+    def batch(count: int) -> Any:
+        made = SimpleNamespace(count=count)
+        made.to = lambda device: made
+        return made
+
+    monkeypatch.setattr(dumping, "ask", ask)
+    monkeypatch.setattr(dumping.time, "perf_counter", clock)
+    teacher: Any = SimpleNamespace(batch_size=16, device="cpu", name="teacher")
+    recipe: Any = SimpleNamespace(views=None)
+    manifest: Any = None
+    seconds, answers = dumping._ask(recipe, teacher, [batch(3), batch(16), batch(5)], manifest)
+    assert seconds == 8.0 / 16
+    assert len(answers) == 24
