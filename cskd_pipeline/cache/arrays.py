@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -109,19 +109,6 @@ class StoredArray:
             "dimension_names": list(self.axes),
             "storage_transformers": [],
         }
-
-    def grown(self, document: Any) -> StoredArray:
-        """Return the array with the views that a ``zarr.json`` says, if these are more.
-
-        That is an extension under way, or one that was cut off: the manifest counts.
-        """
-        shape = document.get("shape") if isinstance(document, dict) else None
-        if self.axes[0] not in ("view", "block") or not isinstance(shape, list) or not shape:
-            return self
-        first = shape[0]
-        if not isinstance(first, int) or first <= self.shape[0]:
-            return self
-        return replace(self, shape=(first, *self.shape[1:]))
 
     def problems(self, document: Any) -> list[str]:
         """Return where a ``zarr.json`` differs from :meth:`document`, a line for each field."""

@@ -26,6 +26,8 @@ ATTRIBUTE = "cskd"
 PER_SHARD = ("key", "label", "image_crc32")
 RECORD = "digest"
 """The array whose files, one for each unit, are written last: a unit without one does not exist."""
+EXTENDING = ".extending"
+"""A file that says how many views there will be, while arrays get longer than the manifest says."""
 MAX_VIEW_BLOCK = 10
 MAX_UNIT_BYTES = 2**30
 MAX_CHUNK_BYTES = 2**28

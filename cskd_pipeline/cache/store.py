@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from mmap import mmap
 from pathlib import Path
 from typing import TypeVar
@@ -73,6 +74,7 @@ class CacheStore:
             CacheError: lists what is missing or differs.
         """
         problems = []
+        differing: dict[str, bytes] = {}
         for key, expected in layout.array_documents(self.manifest).items():
             try:
                 data = self._folder.read(key, documents.MAX_BYTES)
@@ -80,7 +82,11 @@ class CacheStore:
                 problems.append(f"{key}: {error}")
             else:
                 if data != expected:
-                    problems += self._document_problems(key, data, expected)
+                    differing[key] = data
+        longer = self._extended_documents() if differing else {}
+        for key, data in differing.items():
+            if data != longer.get(key):
+                problems += self._document_problems(key, data)
         if problems:
             raise CacheError(
                 "the cache's arrays are not what its manifest says",
@@ -92,18 +98,24 @@ class CacheStore:
                 problems=problems,
             )
 
-    def _document_problems(self, key: str, data: bytes, expected: bytes) -> list[str]:
+    def _extended_documents(self) -> dict[str, bytes]:
+        """Return the documents of the longer cache that an extension, perhaps cut off, begins."""
+        try:
+            views = int(self._folder.read(layout.EXTENDING, 100))
+        except (DamageError, ValueError):
+            return {}
+        if views <= self.manifest.views or views % self.manifest.view_block:
+            return {}
+        return layout.array_documents(replace(self.manifest, views=views))
+
+    def _document_problems(self, key: str, data: bytes) -> list[str]:
         document = documents.parse(data, key)
         array = self.arrays.get(key.removesuffix("/zarr.json"))
-        if array is None:
-            lines = layout.group_problems(document)
-        else:
-            array = array.grown(document)
-            expected = layout.to_bytes(array.document())
-            if data == expected:
-                return []
-            lines = array.problems(document)
-        return [f"{key}: {line}" for line in lines or [layout.difference(data, expected)]]
+        lines = layout.group_problems(document) if array is None else array.problems(document)
+        if not lines:
+            expected = layout.array_documents(self.manifest)[key]
+            lines = [layout.difference(data, expected)]
+        return [f"{key}: {line}" for line in lines]
 
     def done(self, progress: Progress = silent) -> np.ndarray:
         """(blocks, shards) bool, from the names of the records: 30,000 in 30 ms.

@@ -125,12 +125,14 @@ class CacheWriter:
         with exclusive(root) as held:
             if held:
                 files.sweep(root, layout.GROUP)
+            cut_off = (root / layout.EXTENDING).exists()
             for key, document in layout.array_documents(store.manifest).items():
                 path = inside(root, key)
                 if held:
                     files.sweep(path.parent, path.name)
-                if not path.exists():
+                if cut_off or not path.exists():
                     _write(path, document)
+            (root / layout.EXTENDING).unlink(missing_ok=True)
         store.check_metadata()
         return cls(store)
 
@@ -155,9 +157,11 @@ class CacheWriter:
             present = CacheStore(self.path).manifest
             if views > present.views:
                 extended = replace(present, views=views)
+                files.write_text(self.path / layout.EXTENDING, f"{views}\n")
                 for key, document in layout.array_documents(extended).items():
                     _write(inside(self.path, key), document)
                 self._write_manifest(extended)
+                (self.path / layout.EXTENDING).unlink()
             else:
                 self._start(CacheStore(self.path, present))
 

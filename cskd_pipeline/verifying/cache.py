@@ -91,7 +91,7 @@ def _own_checks(reader: CacheReader, depth: str, partial: bool, terminal: Termin
     ]
     counts = {"done": len(units), "total": done.size}
     checks = [Check("units", counts, () if partial else missing)]
-    files = sum(1 for unit in units for _ in store.recorded_files(*unit))
+    files = len({key for unit in units for _, key in store.recorded_files(*unit)})
     problems = check_structure(store, units, terminal.progress)
     checks.append(Check("structure", {"files": files}, problems))
     if depth == "bytes" and not problems:

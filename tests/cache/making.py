@@ -10,6 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.chunks import encode_file
+from cskd_pipeline.cache.digests import Record
+from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
 from cskd_pipeline.manifest import CacheManifest, DatasetManifest, ShardInfo, TeacherInfo
 from cskd_pipeline.views.policy import ViewPolicy
@@ -136,6 +140,16 @@ def write_all(path: Path, order: int = 0, started: Event | None = None) -> None:
     units = writer.todo()
     random.Random(order).shuffle(units)
     fill(writer, units)
+
+
+def record_anew(path: Path) -> None:
+    """Write every finished unit's record as its files are now, as a forger would."""
+    store = CacheStore(path)
+    array = store.arrays[layout.RECORD]
+    for block, shard in np.argwhere(store.done()).tolist():
+        keys = [key for _, key in store.recorded_files(block, shard)]
+        record = Record.of(store.lineage, keys, [store.sha256(key) for key in keys])
+        (path / store.record_key(block, shard)).write_bytes(encode_file(array, record.row()[None]))
 
 
 def tree(path: Path) -> dict[str, bytes]:

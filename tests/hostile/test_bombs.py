@@ -32,7 +32,7 @@ from cskd_pipeline.loading.index import load_dataset
 from cskd_pipeline.loading.tar_index import read_index
 from cskd_pipeline.manifest import CacheManifest, DatasetManifest
 from cskd_pipeline.views.decode import decode
-from tests.cache.making import dataset, make, manifest
+from tests.cache.making import dataset, make, manifest, record_anew
 from tests.faults.commands import Stages
 from tests.views.test_decode import chunk, png
 
@@ -169,6 +169,7 @@ def test_a_chunk_that_would_unfold_is_refused(
     made = frame(bytes(length), claims)
     (cache / "label/c/0/0").write_bytes(made)
     (cache / "top1/c/0/0/0").write_bytes(made)
+    record_anew(cache)
     with pytest.raises(CacheError, match=r"not a zstd frame of 20|zstd: |more than"):
         CacheReader(cache).labels(0)
     assert "array top1" in bounded("cache", "info", cache)
@@ -178,6 +179,7 @@ def test_frames_behind_the_first_are_no_part_of_a_chunk(cache: Path) -> None:
     whole = (cache / "label/c/0/0").read_bytes()
     bomb = Zstd(level=3, checksum=True).encode(bytes(50_000_000))
     (cache / "label/c/0/0").write_bytes(whole + bytes(bomb)[:400])
+    record_anew(cache)
     with pytest.raises(CacheError, match="the cache is damaged"):
         CacheReader(cache).labels(0)
 
@@ -223,6 +225,7 @@ def test_an_index_that_leads_elsewhere_is_refused(cache: Path) -> None:
         checksum = google_crc32c.value(table).to_bytes(4, "little")
         path.write_bytes(content[: -size - 4] + table + checksum)
         names.append(name)
+        record_anew(cache)
         try:
             CacheReader(cache).rows("dense", 0, 0, [0])
         except CacheError as error:

@@ -58,7 +58,7 @@ def test_a_samples_key_is_never_a_path(tmp_path: Path, key: str) -> None:
 
 
 def test_links_among_a_caches_files_show_nothing_of_what_they_lead_to(tmp_path: Path) -> None:
-    """Links of files are followed, as the hub's snapshots have them; only chunks are believed."""
+    """Links of files are followed, as in the hub's snapshots; what they lead to is compared."""
     secret = tmp_path / "secret"
     secret.write_text("root:x:0:0:do not tell\n" * 9)
     cache = tmp_path / "cache"
@@ -73,7 +73,7 @@ def test_links_among_a_caches_files_show_nothing_of_what_they_lead_to(tmp_path: 
         (cache / name).symlink_to(target)
     reader = CacheReader(cache)
     for look, says in (
-        (lambda: reader.labels(0), "not a zstd frame"),
+        (lambda: reader.labels(0), "altered, or a file of another unit"),
         (lambda: reader.labels(1), "not a plain file"),
         (lambda: reader.labels(2), "cannot be opened"),
         (lambda: reader.seeds(0, 0), "not a plain file"),

@@ -94,6 +94,7 @@ PROMISED = {
     "evaluate": "CHECKPOINT --shards --json --quiet",
     "export": "CHECKPOINT --out --format --heads --json --quiet",
     "cache info": "CACHE --json --quiet",
+    "cache upgrade": "CACHE --json --quiet",
     "cache verify": "CACHE --depth --shards --teacher --weights --samples --partial --json --quiet",
     "cache card": "CACHE --out --location --json --quiet",
     "cache convert": "SRC DST --encoding --views --shards --json --quiet",
