@@ -74,10 +74,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    with open(file, "rb") as opened:
+            for inner in partial.rglob("*"):
+                if inner.is_dir():
+                    sync_folder(inner)
+                else:
+                    with open(inner, "rb") as opened:
                         os.fsync(opened.fileno())
+            sync_folder(partial)
             os.replace(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cskd_pipeline.cache import convert as converting
 from cskd_pipeline.cache.convert import convert
 from cskd_pipeline.cache.encodings import ENCODINGS
 from cskd_pipeline.cache.reader import CacheReader
@@ -30,7 +31,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_new_encodings_are_those_of_the_logits(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 4, 64])
+def test_new_encodings_are_those_of_the_logits(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """However many samples are encoded at once: the last ones of a shard may be fewer."""
+    monkeypatch.setattr(converting, "_ROWS", rows)
     names = ("envelope", "topk", "dense-q8")
     found = converted(source, tmp_path / "c", *names)
     assert found["complete"] is True
@@ -135,6 +141,18 @@ def test_an_unfinished_cache_is_converted_as_far_as_it_goes(tmp_path: Path) -> N
     found = converted(tmp_path / "a", tmp_path / "b", "envelope")
     assert (found["units_written"], found["units_missing"]) == (4, 0)
     assert found["complete"] is True
+
+
+def test_a_larger_block_waits_for_all_of_the_blocks_that_it_is_made_of(tmp_path: Path) -> None:
+    """Three views in one block, of which the source has two in its first, and one in its second."""
+    writer = CacheWriter.create(tmp_path / "a", manifest(encodings=("dense",)))
+    fill(writer, [unit for unit in writer.todo() if unit.block == 0 or unit.shard == 1])
+    found = converted(tmp_path / "a", tmp_path / "b", "envelope", views=3)
+    assert (found["units_written"], found["units_missing"]) == (1, 2)
+    assert CacheReader(tmp_path / "b").done().tolist() == [[False, True, False]]
+    fill(writer)
+    found = converted(tmp_path / "a", tmp_path / "b", "envelope", views=3)
+    assert (found["units_written"], found["complete"]) == (2, True)
 
 
 def test_an_encoding_without_logits_to_make_it_from_is_refused(tmp_path: Path) -> None:

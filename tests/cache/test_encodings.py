@@ -196,6 +196,19 @@ def test_values_that_no_answer_has_are_refused(
         encoding.unpack(rows, shape)
 
 
+@pytest.mark.parametrize("line", [0, 1, 2])
+def test_a_class_that_the_teacher_lacks_is_refused_on_every_line(line: int) -> None:
+    encoding, shape = ENCODINGS["envelope"], AnswerShape(CLASSES, HEIGHT, WIDTH)
+    planes = lines(np.random.default_rng(0), 3, most=4)
+    rows = {"envelope/lines": planes, "envelope/global_label": np.zeros(3, np.uint16)}
+    encoding.unpack(encoding.pack(rows), shape)
+    used = np.argwhere(planes[:, line, 0] != 65535)
+    sample, row, column = used[-1]
+    planes[sample, line, 0, row, column] = CLASSES
+    with pytest.raises(ValueError, match=f"class {CLASSES} of {CLASSES}"):
+        encoding.unpack(encoding.pack(rows), shape)
+
+
 @pytest.mark.parametrize("classes", [1, 7, 8, 10, 1000, 21841, 65535])
 def test_the_index_of_an_envelope_file_stays_small(classes: int) -> None:
     spec = ENCODINGS["envelope"].arrays(AnswerShape(classes, 7, 7))[0]

@@ -214,6 +214,25 @@ def test_the_graph_is_valid_and_says_what_it_takes(exported: Exported) -> None:
     assert ", ".join(exported.card.heads) in about["output"]
 
 
+def test_the_graph_and_the_card_say_how_the_student_was_evaluated(exported: Exported) -> None:
+    """The size to resize to is the one that timm's own transform resizes to."""
+    shown = exported.student.preprocessing
+    transform = timm.data.create_transform(
+        (3, 48, 48), crop_pct=shown.crop_pct, interpolation=shown.interpolation
+    )
+    resize, crop = transform.transforms[:2]
+    size = resize.size if isinstance(resize.size, int) else resize.size[0]
+    assert tuple(crop.size) == (48, 48)
+    assert size > 48
+    model = onnx.load(exported.folder / "model.onnx")
+    about = {entry.key: entry.value for entry in model.metadata_props}
+    assert about["resize"] == (
+        f"shorter side to {size} pixels, {shown.interpolation}, then the central 48 x 48"
+    )
+    said = " ".join((exported.folder / "README.md").read_text().split())
+    assert f"resized to {size} pixels ({shown.interpolation})" in said
+
+
 def test_the_graph_names_no_file_of_the_machine_it_was_made_on(exported: Exported) -> None:
     data = (exported.folder / "model.onnx").read_bytes()
     for word in (b"site-packages", b"cskd_pipeline/", b".py", os.fsencode(Path.home())):

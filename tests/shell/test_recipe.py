@@ -50,6 +50,28 @@ def test_a_file_overrides_defaults_and_leaves_the_rest(tmp_path: Path) -> None:
     assert load_recipe(DumpRecipe) == DumpRecipe()
 
 
+def test_an_integer_where_a_number_is_due_is_that_number_to_the_digest_too(tmp_path: Path) -> None:
+    """1 and 1.0 are two texts in JSON, and one learning rate."""
+    pairs = [("optim", "lr", "1", "1.0"), ("optim", "betas", "[0, 0]", "[0.0, 0.0]"),
+             ("views", "crop_area", "[1, 1]", "[1.0, 1.0]")]  # fmt: skip
+    for section, key, *texts in pairs:
+        one, other = (
+            load_recipe(TrainRecipe, write(tmp_path, f"[{section}]\n{key} = {text}\n"))
+            for text in texts
+        )
+        flagged = load_recipe(TrainRecipe, None, [f"{section}.{key}={texts[0]}"])
+        assert result_digest(one) == result_digest(other) == result_digest(flagged), key
+        assert to_toml(one) == to_toml(other)
+
+
+@pytest.mark.parametrize("digits", [20, 400])
+def test_integers_beyond_64_bits_are_refused_however_long(tmp_path: Path, digits: int) -> None:
+    for text in ("9" * digits, "-" + "9" * digits):
+        (problem,) = problems_of(tmp_path, f"[optim]\nlr = {text}\n")
+        assert problem.startswith("optim.lr: found ")
+        assert problem.endswith("expected a number")
+
+
 def test_a_partial_policy_is_completed_by_deit_v1(tmp_path: Path) -> None:
     recipe = load_recipe(TrainRecipe, write(tmp_path, "[views]\nsize = 64\ncrop_area = [1, 1]\n"))
     assert recipe.views == ViewPolicy(size=64, crop_area=(1.0, 1.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from cskd_pipeline.study.arms import ARMS, FUSION, ORDERING, all_runs
 from cskd_pipeline.study.judging import Spread, judge, ordering
 from cskd_pipeline.study.ledger import FAMILIES, load_recipes
+from cskd_pipeline.study.report import make_report
+from cskd_pipeline.study.run import Stages
 
 # --- numbers --------------------------------------------------------------------------------------
 
@@ -109,6 +112,46 @@ def test_every_method_and_schedule_runs_with_every_seed() -> None:
     assert [claim.text for claim in ORDERING] == ["cskd > deit", "deit > none"]
     names = {arm.name for arm in ARMS}
     assert all({claim.better, claim.worse} < names for claim in (*ORDERING, FUSION))
+
+
+def reported(**top1: float) -> dict[str, Any]:
+    """The report of one seed's runs; what is not named reached 50 %."""
+    runs = all_runs([1])
+    results = {
+        run.name: {"top1": top1.get(run.arm.name, 50.0), "per_head": {}, "seconds": 1.0}
+        for run in runs
+    }
+    return make_report(runs, results)
+
+
+@pytest.mark.parametrize(
+    ("claim", "better", "worse"),
+    [
+        ("cskd > deit", "cskd_linear", "deit"),
+        ("deit > none", "deit", "none"),
+        ("CKF > spatial only", "cskd_linear", "cskd_spatial"),
+    ],
+)
+def test_a_claim_holds_where_what_it_names_first_is_better(
+    claim: str, better: str, worse: str
+) -> None:
+    for top1, held in (({better: 60.0, worse: 55.0}, True), ({better: 55.0, worse: 60.0}, False)):
+        found = {one["claim"]: one for one in reported(**top1)["claims"]}[claim]
+        assert found["held"] is held
+        assert found["difference"] == pytest.approx(5.0 if held else -5.0)
+
+
+def test_the_papers_order_holds_and_its_reverse_does_not() -> None:
+    assert reported(cskd_linear=60, deit=55, none=50)["ordering"]["verdict"].startswith("held")
+    assert reported(cskd_linear=50, deit=55, none=60)["ordering"]["verdict"] == "did not hold"
+
+
+def test_the_cache_is_of_the_teachers_last_weights_which_no_validation_image_chose() -> None:
+    stages = Stages("shards", "val", Path("out"), load_recipes("cpu"), ())
+    words = list(map(str, stages.dump()))
+    weights = Path(words[words.index("--weights") + 1])
+    trained = list(map(str, stages.teacher()))
+    assert weights == Path(trained[trained.index("--out") + 1]) / "last.safetensors"
 
 
 @pytest.mark.parametrize("size", FAMILIES)
