@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from cskd_pipeline.errors import UsageError
+from cskd_pipeline.errors import MissingPackageError, UsageError
 
+T = TypeVar("T")
 N = TypeVar("N", bound=nn.Module)
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,6 +60,26 @@ def place(network: N, device: torch.device | str, channels_last: bool) -> N:
         if tensor.ndim == 4:
             tensor.data = tensor.data.to(memory_format=memory_format(channels_last))
     return network
+
+
+def compiled(function: Callable[..., T], device: torch.device | str) -> Callable[..., T]:
+    """Return ``torch.compile`` of ``function``, after showing that this machine can compile.
+
+    Raises:
+        MissingPackageError: what torch generates cannot be built, as without a C compiler.
+    """
+    length = 2 + int.from_bytes(os.urandom(2), "big")  # new code: nothing built before serves it
+    try:
+        torch.compile(torch.sin, dynamic=False)(torch.ones(length, device=device))
+    except Exception as problem:  # of torch's own stages, or of the tools that they call
+        raise MissingPackageError(
+            "torch.compile does not work here",
+            found=str(problem).partition("\n")[0],
+            expected="a working C and C++ compiler, beside Triton on a GPU",
+            action="install gcc and g++ (on Debian: apt install build-essential), or do without: "
+            "run.compile=false for train, dump.compile=false for dump-teacher",
+        ) from problem
+    return torch.compile(function)
 
 
 def worker_count(workers: int) -> int:

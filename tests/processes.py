@@ -71,21 +71,28 @@ class Server:
         self._server.stdin.flush()
         return json.loads(self._server.stdout.readline())
 
-    def start(self, *arguments: object, log: Path, limits: dict[str, int] | None = None) -> Process:
+    def start(
+        self,
+        *arguments: object,
+        log: Path,
+        limits: dict[str, int] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> Process:
         """``cskd-pipeline`` with these arguments.
 
         Args:
             log: a file for stdout and stderr, gone when the process was waited for.
             limits: soft limits by name, without ``RLIMIT_``; ``AS`` is beyond what torch takes.
+            environment: variables that differ from this process's.
         """
         log.touch()  # a process killed at once writes none
         words = [str(word) for word in arguments]
-        pid = self.ask(run=words, log=str(log), limits=limits or {})
+        pid = self.ask(run=words, log=str(log), limits=limits or {}, environment=environment or {})
         return Process(self, pid, log)
 
-    def run(self, *arguments: object, log: Path, limits: dict[str, int] | None = None) -> Ended:
-        """:meth:`start` and wait."""
-        return self.start(*arguments, log=log, limits=limits).wait()
+    def run(self, *arguments: object, log: Path, **options: dict[str, Any]) -> Ended:
+        """:meth:`start`, with its options, and wait."""
+        return self.start(*arguments, log=log, **options).wait()
 
     def close(self) -> None:
         assert self._server.stdin is not None
@@ -141,6 +148,7 @@ def _run(request: dict[str, Any]) -> None:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             limit += pages * resource.getpagesize()
         resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))
+    os.environ.update(request["environment"])
     code = 70
     try:
         code = main(request["run"])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torchvision
-from timm.models import PretrainedCfg, get_pretrained_cfg
+from timm.models import PretrainedCfg, get_deprecated_models, get_pretrained_cfg
 from torch import Tensor, nn
 
 from cskd_pipeline.distill.weights import load_into
@@ -108,6 +108,9 @@ def create_timm(
             where=name,
             found=f"timm {timm.__version__}" + (f", which has {', '.join(close)}" if close else ""),
         )
+    known = _current_name(name)
+    if known is None:
+        raise error("timm has removed this model", where=name, found=f"timm {timm.__version__}")
     _refuse_fetching(name, kwargs, error)
     arguments = dict(kwargs)
     if getattr(_config(name), "fixed_input_size", False):
@@ -122,7 +125,7 @@ def create_timm(
     if num_classes is not None:
         arguments["num_classes"] = num_classes
     try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
+        model: nn.Module = timm.create_model(known, pretrained=pretrained, **arguments)
     except Exception as problem:  # bad arguments fail inside the model, fetching in many libraries
         found = f"{type(problem).__name__}: {problem}"
         if pretrained:
@@ -266,6 +269,13 @@ def classes_in(state: Mapping[str, Tensor], name: str) -> int | None:
 
 def _config(name: str) -> PretrainedCfg | None:
     """What timm says of the architecture; None for models that only the hub knows."""
-    if name.startswith(HUB_PREFIXES):
-        return None
-    return get_pretrained_cfg(name.split(".")[0])
+    known = None if name.startswith(HUB_PREFIXES) else _current_name(name)
+    return None if known is None else get_pretrained_cfg(known.split(".")[0])
+
+
+def _current_name(name: str) -> str | None:
+    """What timm calls the model today, which may be a name with a tag; None: not any more.
+
+    Of an old name timm tells nothing else: neither its input size nor its classifier.
+    """
+    return get_deprecated_models().get(name.split(".")[0], name)

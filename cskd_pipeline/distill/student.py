@@ -144,6 +144,51 @@ class Student(nn.Module):
                 action="choose a student with smaller patches, or a teacher with a larger stride",
             )
 
+    def try_out(
+        self, images: Tensor, num_classes: int, grid: Grid | None, amp: torch.dtype | None = None
+    ) -> None:
+        """Refuse a model that fails in a training step; weights and random state stay as they are.
+
+        Args:
+            images: (B, 3, size, size) in the run's memory format, on the student's device; any
+                values. Few are enough, but as few as the run's own where those are fewer than two.
+            grid: as in :meth:`forward`.
+            amp: dtype of autocast; None: off.
+
+        Raises:
+            StudentError: with the model's own words.
+        """
+        buffers = {name: value.clone() for name, value in self.named_buffers()}
+        cuda = [images.device] if images.device.type == "cuda" else []
+        training = self.training
+        try:
+            with torch.random.fork_rng(devices=cuda):
+                with torch.autocast(images.device.type, amp, enabled=amp is not None):
+                    heads = self.train()(images, grid)
+                logits = heads.float().logits()
+                shapes = {name: tuple(values.shape) for name, values in logits.items()}
+                if set(shapes.values()) != {(len(images), num_classes)}:
+                    raise ValueError(f"logits {shapes}, expected {(len(images), num_classes)}")
+                torch.stack(list(logits.values())).sum().backward()
+        except StudentError:
+            raise
+        except Exception as problem:  # models are free to fail in any way
+            few = "; batch normalisation needs more than one image in every micro-batch"
+            raise StudentError(
+                "the student fails in its first training step",
+                where=self.name,
+                found=f"{type(problem).__name__}: {problem}",
+                expected=f"a classifier that trains on images of {tuple(images.shape[1:])}",
+                action="choose another student, student.kwargs or views.size"
+                + (few if len(images) == 1 else ""),
+            ) from problem
+        finally:
+            self.train(training)
+            self.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for name, value in self.named_buffers():
+                    value.copy_(buffers[name])
+
     def forward(self, x: Tensor, grid: Grid | None = None) -> Heads:
         """Logits of normalised images.
 
@@ -176,6 +221,14 @@ class Student(nn.Module):
         """
         model: Any = self.model
         assert self.token_grid is not None
+        if patches.shape[1] != self.token_grid[0] * self.token_grid[1]:
+            raise StudentError(
+                "the student does not keep a token for every patch",
+                where=self.name,
+                found=f"{patches.shape[1]} patch tokens",
+                expected="{}x{}, each at its place".format(*self.token_grid),
+                action="leave patch_drop_rate out of student.kwargs, or choose method deit or none",
+            )
         patches = pool_tokens(model.fc_norm(patches), self.token_grid, grid)
         head = model.head_dist if self.has_distillation_token else model.head
         return head(model.head_drop(patches)).permute(0, 3, 1, 2)

@@ -17,7 +17,7 @@ from cskd_pipeline.distill.cut import cut_network, head_per_location
 from cskd_pipeline.distill.models import build_teacher
 from cskd_pipeline.distill.weights import load_into, load_state, state_digest
 from cskd_pipeline.errors import CskdError, TeacherError, WeightsError
-from cskd_pipeline.machine import memory_format, place
+from cskd_pipeline.machine import compiled, memory_format, place
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -172,7 +172,7 @@ def load_teacher(
     model = place(cut.network, device, channels_last)
     return Teacher(
         model=model,
-        backbone=torch.compile(model.forward_features) if compile else model.forward_features,
+        backbone=compiled(model.forward_features, device) if compile else model.forward_features,
         name=built.name,
         source=built.source,
         weights_sha256=digest,

@@ -131,7 +131,8 @@ class ImageSource:
         tars, rows = self.locate(samples)
         assert (tars != NOWHERE).all(), "a sample that no tar has was asked for"
         order = np.lexsort((rows, tars))
-        for part in np.split(order, np.flatnonzero(np.diff(tars[order])) + 1):
+        parts = np.split(order, np.flatnonzero(np.diff(tars[order])) + 1)
+        for part in parts if len(order) else ():  # of nothing, split makes one part
             images = self.shards[int(tars[part[0]])].read_images(rows[part].tolist())
             for i, data in zip(part.tolist(), images, strict=True):
                 yield i, data, zlib.crc32(data)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -22,17 +21,15 @@ from cskd_pipeline.distill.student import create_student
 from cskd_pipeline.errors import OutputError, WeightsError
 from cskd_pipeline.loading.batches import Batch
 from cskd_pipeline.loading.device import assemble, normalise
-from cskd_pipeline.machine import AMP, memory_format, place
+from cskd_pipeline.machine import AMP, compiled, memory_format, place
 from cskd_pipeline.ranks import ALONE, Ranks, lost
 from cskd_pipeline.recipe import TrainRecipe, result_digest
 from cskd_pipeline.training.data import TrainingData
 from cskd_pipeline.training.initial import Started, read_source, start_from
+from cskd_pipeline.training.optimizer import make_optimizer
 from cskd_pipeline.views.bits import derive_seed
 
 PARTS = ("loss", "base", "global", "spatial")
-FUSED = ("adam", "adamw")
-FUSED_ON = ("cuda",)
-"""One kernel for all parameters, which also skips float16's overflows without asking the host."""
 
 
 class Run:
@@ -83,22 +80,17 @@ class Run:
             self.student.leave_out_distillation_head()
         self.format = memory_format(recipe.run.channels_last)
         place(self.student, device, recipe.run.channels_last)
+        least = min(2, recipe.batch.batch_size // (recipe.batch.accumulation * ranks.world))
+        few = torch.zeros(least, 3, data.policy.size, data.policy.size, device=device)
+        few = few.contiguous(memory_format=self.format)
+        self.student.try_out(few, data.num_classes, self.grid, self.amp)
         self.parallel: DistributedDataParallel | None = None
         if ranks.many:  # averages gradients, so that equal parts of a batch act as the whole
             own = [device.index] if device.type == "cuda" else None
             self.parallel = DistributedDataParallel(self.student, device_ids=own)
         network = self.parallel or self.student
-        self.forward: Any = torch.compile(network) if recipe.run.compile else network
-        fused = recipe.optim.name in FUSED and device.type in FUSED_ON
-        options: dict[str, Any] = {"fused": True} if fused else {}
-        self.optimizer = create_optimizer_v2(
-            self.student.model,
-            opt=recipe.optim.name,
-            lr=recipe.optim.lr * recipe.batch.batch_size / 1024,
-            weight_decay=recipe.optim.weight_decay,
-            betas=tuple(recipe.optim.betas),
-            **options,
-        )
+        self.forward: Any = compiled(network, device) if recipe.run.compile else network
+        self.optimizer = make_optimizer(self.student.model, recipe, device)
         self.schedule = CosineLRScheduler(
             self.optimizer,
             t_initial=self.updates,

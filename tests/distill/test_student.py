@@ -228,6 +228,99 @@ def test_the_input_size_reaches_the_model_and_must_not_contradict_its_arguments(
         student(img_size=64)
 
 
+# --- tried before training ------------------------------------------------------------------------
+
+
+def test_a_student_that_was_tried_is_as_it_was() -> None:
+    """Weights, batch norm's statistics, gradients, mode, and everybody's random numbers."""
+    kwargs = {"channels": [8, 8, 8, 8], "drop_rate": 0.5}
+    cnn = create_student("resnet10t", num_classes=5, size=32, kwargs=kwargs).eval()
+    before = {name: value.clone() for name, value in cnn.state_dict().items()}
+    random = torch.get_rng_state()
+    cnn.try_out(images(), 5, None)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not cnn.training
+    assert all(parameter.grad is None for parameter in cnn.parameters())
+    after = cnn.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kind", EVERY_VIT)
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_what_can_be_trained_passes(
+    kind: tuple[str, dict[str, Any]], amp: torch.dtype | None
+) -> None:
+    for grid in (None, (4, 4), (3, 3)):
+        student(kind).try_out(images(1), 5, grid, amp)
+
+
+def test_patches_that_are_dropped_serve_no_teacher_but_every_other_method() -> None:
+    vit = student(patch_drop_rate=0.5)
+    vit.try_out(images(), 5, None)
+    with pytest.raises(StudentError, match="does not keep a token for every patch") as caught:
+        vit.try_out(images(), 5, (4, 4))
+    assert caught.value.found in ("31 patch tokens", "32 patch tokens")
+    assert "patch_drop_rate" in str(caught.value.action)
+
+
+class Broken(torch.nn.Module):
+    """Fails as it is asked to: forward, backward, or in what it gives."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+        self.head = torch.nn.Linear(3, 5)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if self.fault == "size":
+            raise AssertionError(f"Input height ({x.shape[2]}) doesn't match model (224).")
+        logits = self.head(x.mean((2, 3)))
+        if self.fault == "backward":
+            logits = logits.detach()
+        return (logits, logits) if self.fault == "auxiliary" else logits
+
+
+@pytest.mark.parametrize(
+    ("fault", "classes", "says"),
+    [
+        ("size", 5, "AssertionError: Input height (32) doesn't match model (224)."),
+        ("backward", 5, "does not require grad"),
+        ("auxiliary", 5, "tuple"),
+        ("", 4, "logits {'cls': (2, 5)}, expected (2, 4)"),
+    ],
+)
+def test_a_model_that_fails_in_training_is_refused_in_its_own_words(
+    fault: str, classes: int, says: str
+) -> None:
+    broken = Student(Broken(fault), "broken", 32)
+    with pytest.raises(StudentError, match="fails in its first training step") as caught:
+        broken.try_out(images(), classes, None)
+    assert says in str(caught.value.found)
+    assert caught.value.where == "broken"
+    Student(Broken(""), "sound", 32).try_out(images(), 5, None)
+
+
+def test_batch_normalisation_of_one_image_is_refused_with_the_reason() -> None:
+    cnn = create_student("resnet10t", num_classes=5, size=32, kwargs={"channels": [8] * 4})
+    cnn.try_out(images(2), 5, None)
+    with pytest.raises(StudentError, match="more than one image in every micro-batch"):
+        cnn.try_out(images(1), 5, None)
+
+
+def test_names_that_timm_has_given_up_are_the_models_that_it_calls_otherwise_now() -> None:
+    """Of an old name timm does not say that its input size is fixed."""
+    kwargs = {"embed_dim": 24, "depth": 1, "num_heads": 2}
+    old = create_student("vit_tiny_patch16_224_in21k", num_classes=5, size=32, kwargs=kwargs)
+    new = create_student("vit_tiny_patch16_224", num_classes=5, size=32, kwargs=kwargs)
+    assert old.token_grid == new.token_grid == (2, 2)
+    assert old.state_dict().keys() == new.state_dict().keys()
+    old.try_out(images(), 5, (2, 2))
+    gone = [name for name, now in timm.models.get_deprecated_models().items() if now is None]
+    for name in gone[:1]:
+        with pytest.raises(StudentError, match="removed this model"):
+            create_student(name, num_classes=5, size=32)
+
+
 def test_names_and_arguments_that_timm_does_not_know_are_refused() -> None:
     with pytest.raises(StudentError, match="no model of this name") as caught:
         create_student("deit_tiny_distiled_patch16_224", num_classes=5, size=32)

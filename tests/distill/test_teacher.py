@@ -16,7 +16,7 @@ from cskd_pipeline.distill.student import Heads
 from cskd_pipeline.distill.targets import LogitTargets
 from cskd_pipeline.distill.teacher import Teacher, load_teacher
 from cskd_pipeline.distill.weights import state_digest
-from cskd_pipeline.errors import TeacherError, WeightsError
+from cskd_pipeline.errors import MissingPackageError, TeacherError, WeightsError
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -315,3 +315,20 @@ def test_a_live_answer_can_be_learned_from(kind: str) -> None:
         Heads(cls, dist, dense), labels, targets, 0.5
     ).total.backward()
     assert all(bool(leaf.grad.abs().sum() > 0) for leaf in (cls, dist, dense))
+
+
+def test_a_machine_that_cannot_compile_is_told_before_the_first_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def compile(function: Any, **options: Any) -> Any:
+        def called(*args: Any) -> Any:
+            raise RuntimeError("InvalidCxxCompiler: none\nmore for developers")
+
+        return called
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(MissingPackageError, match=r"torch\.compile does not work here") as caught:
+        small(compile=True)
+    assert caught.value.found == "InvalidCxxCompiler: none"
+    assert "dump.compile=false" in str(caught.value.action)
+    small(compile=False)

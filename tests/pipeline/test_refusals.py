@@ -17,6 +17,7 @@ from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.dump import dump_teacher
 from tests.pipeline import world
 from tests.pipeline.conftest import World
+from tests.processes import server
 
 Capture = pytest.CaptureFixture[str]
 
@@ -90,6 +91,48 @@ def test_a_student_coarser_than_the_teacher_is_refused(
     assert "coarser" in message
     assert "2x2" in message
     assert "4x4" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        (
+            [f"student.kwargs={world.STUDENT_KWARGS[:-1]}, patch_drop_rate=0.25}}"],
+            ["a token for every patch", " patch tokens", "8x8", "patch_drop_rate"],
+        ),
+        (["optim.name=adamm"], ["no optimizer of this name", "adamm", "did you mean adam"]),
+        (["optim.name=zzz"], ["no optimizer of this name", "such as adamw"]),
+        (["optim.name=adahessian"], ["second derivatives"]),
+        (["optim.betas=[0.9]"], ["optim.name = adamw", "betas [0.9]", "2 betas", "[0.9, 0.999]"]),
+        (["optim.name=lookahead_adan"], ["betas [0.9, 0.999]", "3 betas", "[0.98, 0.92, 0.99]"]),
+    ],
+)
+def test_what_would_fail_in_the_first_step_is_refused_before_anything_is_written(
+    small: World, tmp_path: Path, refused: Callable[..., str], sets: list[str], says: list[str]
+) -> None:
+    message = refused(*train(small, tmp_path / "run", *world.as_flags(sets)))
+    for words in says:
+        assert words in message, message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["lamb", "lookahead_adamw"])
+def test_other_optimizers_of_timm_train(small: World, tmp_path: Path, name: str) -> None:
+    flags = ("--epochs", 1, *world.as_flags([f"optim.name={name}"]))
+    assert world.cli(*train(small, tmp_path / "run", *flags)) == 0
+
+
+def test_compilation_without_a_compiler_is_refused_before_anything_is_written(
+    small: World, tmp_path: Path
+) -> None:
+    command = train(small, tmp_path / "run", *world.as_flags(["run.compile=true"]))
+    nothing = {"PATH": str(tmp_path), "CC": "", "CXX": ""}
+    ended = server().run(*command, log=tmp_path / "log", environment=nothing)
+    assert ended.code == 1
+    for words in ("torch.compile does not work here", "compiler", "gcc", "run.compile=false"):
+        assert words in ended.output
+    assert "Traceback" not in ended.output[ended.output.index("error:") :]
     assert not (tmp_path / "run").exists()
 
 

@@ -97,6 +97,8 @@ def test_units_that_are_not_made_are_a_problem_unless_partial(copy: World, verif
     assert code == 1
     assert report["checks"]["units"] == {"done": 5, "total": 6, "problems": 1}
     assert "views 2-3 of shard 2" in report["problems"][0]["found"]
+    code, report = verify(copy.cache, "--shards", copy.shards)  # what is there is compared
+    assert (code, report["checks"]["views"]["bit_exact"]) == (1, 96)
     code, report = verify(copy.cache, "--partial", "--shards", copy.shards)
     assert (code, report["ok"]) == (0, True)
     assert report["checks"]["views"]["bit_exact"] == 96
@@ -115,6 +117,7 @@ def test_someone_elses_images_are_told_apart(
     assert checks["images"] == {"compared": 93, "equal": 89, "problems": len(ALTERED)}
     assert checks["views"]["bit_exact"] == checks["views"]["replayed"] == 89
     assert checks["views"]["other_image"] == len(ALTERED)
+    assert checks["views"]["differing_by_rounding"] == 0  # they are not made again at all
     told = [p for p in report["problems"] if p["depth"] == "images"]
     tars = [Path(p["where"].split()[0]).name for p in told]
     assert all(name.startswith("x-0") for name in tars), told
@@ -179,7 +182,49 @@ def test_seeds_that_do_not_follow_from_the_root_seed_are_told(
     record_anew(tmp_path / "cache")
     code, report = verify(tmp_path / "cache", "--shards", small.shards)
     assert code == 1
-    assert report["checks"]["views"]["other_seed"] == 96
+    views = report["checks"]["views"]
+    assert views["other_seed"] == 96
+    assert views["differing_by_rounding"] == 0  # told once, as what it is
+    assert len(report["problems"]) == 96
+
+
+def test_the_teacher_is_asked_about_views_that_come_out_bit_for_bit_alone(
+    small: World, verify: Verify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other pixels get other answers, which are no fault of the cache's answers."""
+    shifted(monkeypatch)
+    _, report = verify(small.cache, "--shards", small.shards, *TEACHER)
+    checks = report["checks"]
+    assert 0 < checks["views"]["bit_exact"] < 96
+    assert checks["answers"]["views"] == checks["views"]["bit_exact"]
+    assert {problem["depth"] for problem in report["problems"]} == {"views"}
+
+
+def test_a_damaged_cache_is_not_compared_and_an_unfinished_one_is(
+    copy: World, verify: Verify, capsys: Capture
+) -> None:
+    (copy.cache / "seed/c/0/0/0").unlink()
+    assert world.cli("cache", "verify", copy.cache, "--shards", copy.shards) == 1
+    assert "is damaged: it is not compared with the shards" in capsys.readouterr().err
+    code, report = verify(copy.cache, "--shards", copy.shards, *TEACHER)
+    assert code == 1
+    assert list(report["checks"]) == ["units", "structure"]
+    assert {problem["depth"] for problem in report["problems"]} == {"structure"}
+
+
+@pytest.mark.parametrize("flags", [(), TEACHER])
+def test_a_cache_without_a_finished_unit_is_compared_as_far_as_it_goes(
+    small: World, tmp_path: Path, verify: Verify, flags: tuple[str, ...]
+) -> None:
+    CacheWriter.create(tmp_path / "cache", CacheReader(small.cache).manifest)
+    words = (tmp_path / "cache", "--shards", small.shards, *flags)
+    code, report = verify(*words)
+    assert code == 1
+    assert report["checks"]["units"]["done"] == 0
+    assert {problem["depth"] for problem in report["problems"]} == {"units"}
+    code, report = verify(*words, "--partial")
+    assert (code, report["ok"]) == (0, True)
+    assert report["checks"]["images"]["compared"] == 0
 
 
 def test_another_teacher_is_told_by_its_weights(small: World, verify: Verify) -> None:

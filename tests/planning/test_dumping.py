@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -156,3 +157,83 @@ def test_a_batch_that_is_short_costs_the_teacher_a_whole_one(
     seconds, answers = dumping._ask(recipe, teacher, [batch(3), batch(16), batch(5)], manifest)
     assert seconds == 8.0 / 16
     assert len(answers) == 24
+
+
+# --- the arithmetic, on rates that are made up ----------------------------------------------------
+
+SIZES = {"dense": 1000.0, "envelope": 10.0, "dense-q8": 500.0, "topk": 100.0, dumping.COMMON: 7.0}
+COSTS = {"dense": 0.0, "envelope": 0.01, "dense-q8": 0.0, "topk": 0.0}
+TRIAL = dumping.DumpTrial(
+    samples=10,
+    views=20,
+    workers=2,
+    loader=50.0,
+    teacher=100.0,
+    encode=COSTS,
+    together=40.0,
+    startup=3.0,
+    bytes_per_view=SIZES,
+)
+
+
+def forecast(
+    monkeypatch: pytest.MonkeyPatch, device: str, trial: dumping.DumpTrial = TRIAL
+) -> dict[str, Any]:
+    """Of 1000 samples in two views, encoded as ``dense``."""
+    dataset = SimpleNamespace(name="made up", samples=1000)
+    teacher = SimpleNamespace(name="made up", device=torch.device(device))
+    monkeypatch.setattr(dumping, "open_stage_one", lambda *_: (dataset, teacher))
+    monkeypatch.setattr(dumping, "try_dump", lambda *_: trial)
+    recipe = recipe_of(Path("shards"), Path("cache"), ["dense"])
+    return dumping.plan_dump(recipe, world.quiet(), views=(2,), devices=(1, 4))
+
+
+def test_bytes_are_the_answers_and_what_all_encodings_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    report = forecast(monkeypatch, "cpu")
+    for name in ENCODINGS:
+        assert row(report, 2, name)["bytes"] == 2000 * (SIZES[name] + 7)
+
+
+def test_time_is_the_start_and_then_the_rate_of_all_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loader is the limit: an encoding that costs the device more changes nothing."""
+    report = forecast(monkeypatch, "cuda")
+    assert report["limit"] == "loader"
+    for name in ENCODINGS:
+        assert row(report, 2, name)["seconds"] == pytest.approx(3.0 + 2000 / 40)
+
+
+def test_where_the_device_is_the_limit_an_encoding_costs_its_share_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A view of envelope takes the device twice as long as one of dense."""
+    report = forecast(monkeypatch, "cuda", replace(TRIAL, loader=400.0))
+    assert report["limit"] == "device"
+    assert row(report, 2, "dense")["seconds"] == pytest.approx(3.0 + 2000 / 40)
+    assert row(report, 2, "envelope")["seconds"] == pytest.approx(3.0 + 2000 / 20)
+
+
+@pytest.mark.parametrize(
+    ("device", "dense", "envelope"), [("cuda", 100.0, 50.0), ("cpu", 40.0, 40.0)]
+)
+def test_another_gpu_is_fed_by_its_own_loader_and_another_cpu_shares_its_cores(
+    monkeypatch: pytest.MonkeyPatch, device: str, dense: float, envelope: float
+) -> None:
+    report = forecast(monkeypatch, device)
+    for name, rate in (("dense", dense), ("envelope", envelope)):
+        found = row(report, 2, name)["device_seconds"]
+        assert found == pytest.approx({"1": 2000 / rate, "4": 2000 / (4 * rate)})
+
+
+@pytest.mark.parametrize(
+    ("workers", "loader", "needed"), [(2, 50.0, 4), (2, 400.0, 1), (0, 30.0, 4), (4, 100.0, 4)]
+)
+def test_as_many_loader_processes_feed_a_device_as_their_rate_says(
+    monkeypatch: pytest.MonkeyPatch, workers: int, loader: float, needed: int
+) -> None:
+    """The device takes 100 views a second; of 2 processes with 50 together, it needs 4."""
+    report = forecast(monkeypatch, "cuda", replace(TRIAL, workers=workers, loader=loader))
+    assert report["workers_to_feed_a_device"] == needed

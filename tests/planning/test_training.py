@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,33 @@ def test_a_run_without_a_cache_is_forecast_too(
     assert report["epochs"] == 3
     assert report["seconds"] >= 3 * report["seconds_per_epoch"]
     assert report["samples"] == 96
+
+
+class Known:
+    """In place of the clocks: the loader makes 2 updates a second, the run 1 after 5 seconds."""
+
+    made = 0
+
+    def __init__(self, total: int) -> None:
+        self.rate, self.startup = ((2.0, 1.0), (1.0, 5.0))[Known.made]
+        Known.made += 1
+
+    def advance(self, count: int) -> None:
+        pass
+
+
+def test_time_and_processes_follow_from_the_rates(
+    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Known, "made", 0)
+    monkeypatch.setattr(training, "SteadyRate", Known)
+    recipe = world.train_recipe(small.shards, small.cache, tmp_path, epochs=3)
+    recipe = replace(recipe, run=replace(recipe.run, workers=2))
+    report = training.plan_train(recipe, world.quiet(), updates=1)
+    rates = report["images_per_second"]
+    assert (rates["loader"], rates["together"]) == (2.0 * 16, 1.0 * 16)
+    assert report["seconds_per_epoch"] == report["updates_per_epoch"]
+    assert report["seconds"] == 5.0 + 3 * report["updates_per_epoch"]
+    each = rates["loader"] / 2
+    needed = report["workers_to_feed_the_device"]
+    assert (needed - 1) * each < rates["device"] <= needed * each
