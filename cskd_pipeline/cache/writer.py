@@ -157,7 +157,7 @@ class CacheWriter:
             present = CacheStore(self.path).manifest
             if views > present.views:
                 extended = replace(present, views=views)
-                files.write_text(self.path / layout.EXTENDING, f"{views}\n")
+                _write(self.path / layout.EXTENDING, f"{views}\n".encode())
                 for key, document in layout.array_documents(extended).items():
                     _write(inside(self.path, key), document)
                 self._write_manifest(extended)
