@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
@@ -61,8 +60,6 @@ from cskd_pipeline.views.policy import ViewPolicy
 
 LARGE_GRID = 16
 """Locations along a side; a CNN for 224 px has 7."""
-PATIENCE = timedelta(days=7)
-"""Ranks meet only before and after their units, which on slower devices take longer."""
 
 
 def dump_teacher(
@@ -94,7 +91,7 @@ def dump_teacher(
         KeyboardInterrupt, Requeue: stopped by a signal, between units.
     """
     _require_within(view_range, recipe.cache.views)
-    with joined(PATIENCE) as ranks:
+    with joined(recipe.dump.rank_timeout) as ranks:
         terminal = terminal if ranks.first else Terminal.silent()
         guard = ClassGuard(accept=accept_classes)
         dataset, teacher = open_stage_one(recipe, terminal, ranks, guard)
@@ -137,9 +134,11 @@ def _dump(
         terminal.warn("the teacher's weights are random: this cache is good for trials only")
     started = time.perf_counter()
     with terminal.progress(sum(map(writer.size_of, mine)), "views", "dumping") as meter:
-        views = write_units(
-            recipe, dataset, teacher, writer, mine, meter.advance, watched=meter.timed
-        )
+
+        def watched(batches: Iterator[Batch]) -> Iterator[Batch]:
+            return ranks.heeding(meter.timed(batches))
+
+        views = write_units(recipe, dataset, teacher, writer, mine, meter.advance, watched=watched)
     views = sum(ranks.gather(views))
     seconds = time.perf_counter() - started
     data_wait = meter.data_wait if views else None

@@ -49,7 +49,7 @@ def train(recipe: TrainRecipe, terminal: Terminal, *, resume: bool = False) -> d
         CskdError: data, cache and student do not fit, or the output folder is not this run's.
         KeyboardInterrupt, Requeue: stopped by a signal, after the state was written.
     """
-    with joined() as ranks:
+    with joined(recipe.run.rank_timeout) as ranks:
         return _train(recipe, terminal if ranks.first else Terminal.silent(), ranks, resume)
 
 

@@ -56,6 +56,7 @@ class DumpLoop:
     device: str = _free("auto")
     channels_last: bool = _free(True)  # memory format of the network and its images
     compile: bool = _free(False)
+    rank_timeout: int = _free(300)  # seconds without a sign of life, after which a rank is given up
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ class RunSection:
     eval_every: int = 1  # epochs; the last epoch is always evaluated
     log_every: int = _free(50)  # updates between TensorBoard points
     checkpoint_every: int = _free(0)  # updates between checkpoints within an epoch; 0: epochs only
+    rank_timeout: int = _free(300)  # seconds without a sign of life, after which a rank is given up
     wandb: str = _free("")  # project on Weights & Biases; empty: off
 
 

@@ -79,7 +79,7 @@ class TrainingData:
 
     def batches(self, positions: Iterable[Position], device: torch.device) -> Iterator[Batch]:
         """The micro-batches at ``positions``, in that order, from loader processes."""
-        return iter(
+        return self.ranks.heeding(
             train_loader(
                 self.source, positions, workers=self.workers, pin_memory=device.type == "cuda"
             )

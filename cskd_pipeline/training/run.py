@@ -22,7 +22,7 @@ from cskd_pipeline.errors import OutputError, WeightsError
 from cskd_pipeline.loading.batches import Batch
 from cskd_pipeline.loading.device import assemble, normalise
 from cskd_pipeline.machine import AMP, compiled, memory_format, place
-from cskd_pipeline.ranks import ALONE, Ranks, lost
+from cskd_pipeline.ranks import ALONE, Ranks
 from cskd_pipeline.recipe import TrainRecipe, result_digest
 from cskd_pipeline.training.data import TrainingData
 from cskd_pipeline.training.initial import Started, read_source, start_from
@@ -87,7 +87,9 @@ class Run:
         self.parallel: DistributedDataParallel | None = None
         if ranks.many:  # averages gradients, so that equal parts of a batch act as the whole
             own = [device.index] if device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(self.student, device_ids=own)
+            ranks.wait()  # some may have had more to read
+            with ranks.explained():
+                self.parallel = DistributedDataParallel(self.student, device_ids=own)
         network = self.parallel or self.student
         self.forward: Any = compiled(network, device) if recipe.run.compile else network
         self.optimizer = make_optimizer(self.student.model, recipe, device)
@@ -208,7 +210,8 @@ class Run:
                 yield
             except RuntimeError as error:
                 if "gloo" in str(error) or "NCCL" in str(error):
-                    raise lost(error) from error
+                    with self.ranks.explained():
+                        raise
                 raise
 
     def _seed_update(self) -> None:

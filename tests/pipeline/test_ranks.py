@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import multiprocessing
 import os
+import signal
 import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ import pytest
 import torch
 
 from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.errors import ImageError, UsageError
+from cskd_pipeline.ranks import Ranks, launched
 from tests.cache.making import tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -43,14 +48,17 @@ def _rank(rank: int, ranks: int, port: int, words: list[object]) -> None:
     raise SystemExit(world.cli(*words))
 
 
-def start(ranks: int, words: list[object]) -> list[Any]:
-    """The ranks' processes; forked, so that they need not import torch again."""
+def start(ranks: int, words: list[object], missing: int = 0) -> list[Any]:
+    """The ranks' processes, without the last ``missing``; forked, so that they need not import
+    torch again.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=_rank, args=(rank, ranks, port, words)) for rank in range(ranks)
+        context.Process(target=_rank, args=(rank, ranks, port, words))
+        for rank in range(ranks - missing)
     ]
     for process in processes:
         process.start()
@@ -191,7 +199,7 @@ def test_a_rank_that_dies_takes_the_job_down(
     assert codes[1] == 9
     assert codes[0] == codes[2] == 1
     message = capfd.readouterr().err
-    assert "the other ranks of this job cannot be reached" in message
+    assert message.count("error: rank 1 of this job cannot be reached") == 2
     assert "pair.cc" not in message
     assert "Traceback" not in message
 
@@ -214,6 +222,208 @@ def dump_words(small: World, cache: Path, views: int = 4) -> list[object]:
         *("--weights", "random", "--cache", cache, "--workers", 0, "--device", "cpu"),
         *world.as_flags([*world.dump_sets(views=views), "dump.threads=1"]),
     ]
+
+
+PATIENT = ["--set", "dump.rank_timeout=3"]
+
+
+def in_unit(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object]) -> None:
+    """One rank acts where it should write its first unit."""
+    from cskd_pipeline.cache.writer import CacheWriter
+
+    original = CacheWriter.write_unit
+
+    def write_unit(self: CacheWriter, *arguments: Any) -> bool:
+        if os.environ["RANK"] == str(rank):
+            act()
+        return original(self, *arguments)
+
+    monkeypatch.setattr(CacheWriter, "write_unit", write_unit)
+
+
+def in_step(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object]) -> None:
+    """One rank acts where the fourth update should be."""
+    from cskd_pipeline.training.run import Run
+
+    original = Run.step
+
+    def step(self: Run, batches: Any) -> Any:
+        if self.ranks.rank == rank and self.update == 3:
+            act()
+        return original(self, batches)
+
+    monkeypatch.setattr(Run, "step", step)
+
+
+def stop_myself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def ends_without(stopped: int, processes: list[Any], seconds: float = 90) -> list[int | None]:
+    """The exit codes of all but the stopped one, which is killed in the end."""
+    others = [process for number, process in enumerate(processes) if number != stopped]
+    for process in others:
+        process.join(seconds)
+    codes = [process.exitcode for process in others]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_is_stopped_ends_the_training_and_is_named(
+    stopped: int,
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The first one holds the job's store besides, as torchrun's agent does where there is one."""
+    in_step(monkeypatch, stopped, stop_myself)
+    processes = start(2, arguments(small, tmp_path / "run", "run.rank_timeout=5"))
+    assert ends_without(stopped, processes) == [1]
+    message = capfd.readouterr().err
+    assert f"error: rank {stopped} of this job cannot be reached" in message
+    assert "Traceback" not in message
+
+
+def test_a_rank_that_is_stopped_ends_the_dump_and_is_named(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    in_unit(monkeypatch, 1, stop_myself)
+    processes = start(2, [*dump_words(small, tmp_path / "c"), *PATIENT])
+    assert ends_without(1, processes) == [1]
+    message = capfd.readouterr().err
+    assert "error: rank 1 of this job cannot be reached" in message
+    assert "nothing was heard for 3 s" in message
+    assert CacheReader(tmp_path / "c").done().sum() == 3
+
+
+def test_a_rank_that_has_more_to_do_is_waited_for(
+    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is bounded is silence."""
+    in_unit(monkeypatch, 1, lambda: time.sleep(4))
+    words = [*dump_words(small, tmp_path / "c", views=2), "--set", "dump.rank_timeout=3"]
+    run_in(2, words)
+    assert CacheReader(tmp_path / "c").done().all()
+
+
+@pytest.mark.parametrize(("stage", "failing"), [("train", 2), ("dump", 0)])
+def test_one_ranks_error_ends_all_ranks_as_it_is(
+    stage: str,
+    failing: int,
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    error = ImageError("an image is damaged", where="a.tar: k", found="noise", action="get another")
+
+    def fail() -> None:
+        raise error
+
+    if stage == "train":
+        in_step(monkeypatch, failing, fail)
+        words = arguments(small, tmp_path / "run")
+    else:
+        in_unit(monkeypatch, failing, fail)
+        words = dump_words(small, tmp_path / "c")
+    assert finish(start(3, words), seconds=90) == [1] * 3
+    message = capfd.readouterr().err
+    told = (
+        f"error: an image is damaged\n  where:    rank {failing}, a.tar: k\n"
+        "  found:    noise\n  to do:    get another\n"
+    )
+    assert message.count(told) == 3
+    assert message.count("error:") == 3
+    assert "Traceback" not in message
+
+
+def test_a_bug_on_one_rank_is_named_by_the_others(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    in_step(monkeypatch, 1, lambda: 1 // 0)
+    codes = finish(start(2, arguments(small, tmp_path / "run")), seconds=90)
+    assert codes == [1, 1]
+    message = capfd.readouterr().err
+    assert "error: rank 1 of this job ended with ZeroDivisionError(" in message
+    assert message.count("Traceback") == 1
+
+
+WHOLE = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "node",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_the_environment_of_a_rank_is_read() -> None:
+    assert launched(WHOLE) == Ranks(1, 2, 0)
+    for alone in ({}, {"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}):
+        assert launched(alone) == Ranks()
+    assert launched({"MASTER_ADDR": "left over", "MASTER_PORT": "x"}) == Ranks()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"LOCAL_RANK": None}, "without LOCAL_RANK"),
+        ({"RANK": None}, "without RANK"),
+        ({"WORLD_SIZE": None}, "without WORLD_SIZE"),
+        ({"MASTER_ADDR": None, "MASTER_PORT": None}, "without MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "2"}, "RANK=2, WORLD_SIZE=2"),
+        ({"RANK": "first"}, "RANK=first"),
+        ({"RANK": "-1"}, "RANK=-1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"WORLD_SIZE": "1"}, "RANK=1, WORLD_SIZE=1"),
+        ({"LOCAL_RANK": "1.0"}, "LOCAL_RANK=1.0"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
+    ],
+)
+def test_half_an_environment_is_refused_and_nobody_trains_alone(
+    change: dict[str, str | None], named: str
+) -> None:
+    values = {name: value for name, value in {**WHOLE, **change}.items() if value is not None}
+    with pytest.raises(UsageError, match="the environment names a rank") as caught:
+        launched(values)
+    assert named in str(caught.value.found)
+
+
+@pytest.mark.parametrize("stage", ["train", "dump"])
+def test_a_rank_that_does_not_know_its_device_starts_nothing(
+    stage: str, small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = {
+        "train": arguments(small, tmp_path / "x"),
+        "dump": dump_words(small, tmp_path / "x"),
+    }
+    assert world.cli(*words[stage]) == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_ranks_that_do_not_come_are_counted(
+    small: World,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    words = arguments(small, tmp_path / "run", "run.rank_timeout=2")
+    assert finish(start(2, words, missing=1), seconds=60) == [1]
+    message = capfd.readouterr().err
+    assert "error: not all ranks of this job have come" in message
+    assert "1/2 clients" in message
+    assert "Traceback" not in message
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -255,9 +465,9 @@ def test_a_rank_that_dies_ends_the_dump_with_an_error_once_the_others_have_done_
 
     monkeypatch.setattr(CacheWriter, "write_unit", write_unit)
     words = dump_words(small, tmp_path / "c")
-    assert finish(start(3, words), seconds=60) == [1, 9, 1]
+    assert finish(start(3, [*words, *PATIENT]), seconds=60) == [1, 9, 1]
     message = capfd.readouterr().err
-    assert "the other ranks of this job cannot be reached" in message
+    assert message.count("error: rank 1 of this job cannot be reached") == 2
     assert "Traceback" not in message
     assert CacheReader(tmp_path / "c").done().sum() == 4
     monkeypatch.undo()

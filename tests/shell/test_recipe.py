@@ -389,10 +389,11 @@ FREE = {
     "data.check", "student.init_from",
     "cache.path", "cache.view_block", "cache.license", "cache.notes",
     "dump.batch_size", "dump.workers",
-    "dump.threads", "dump.device", "dump.channels_last", "dump.compile",
+    "dump.threads", "dump.device", "dump.channels_last", "dump.compile", "dump.rank_timeout",
     "run.out", "run.device", "run.workers",
     "run.threads", "run.compile", "run.channels_last",
     "run.eval_batch_size", "run.log_every", "run.checkpoint_every", "run.wandb",
+    "run.rank_timeout",
 }  # fmt: skip
 
 
