@@ -212,8 +212,8 @@ def _normalisation(
             where=name,
             found=f"no {' and no '.join(missing)} of three channels",
             expected="what it was trained with, in [0, 1] units",
-            action="give --mean R,G,B and --std R,G,B, or set teacher.mean and teacher.std in the "
-            "recipe (ImageNet's are 0.485,0.456,0.406 and 0.229,0.224,0.225)",
+            action="state both: --mean R,G,B --std R,G,B (ImageNet's are 0.485,0.456,0.406 and "
+            "0.229,0.224,0.225), or teacher.mean and teacher.std in a recipe or --set",
         )
     return tuple(map(float, stated["mean"])), tuple(map(float, stated["std"]))
 

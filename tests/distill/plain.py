@@ -57,6 +57,11 @@ def oblong(num_classes: int = 5) -> nn.Module:
     return Plain(_global, num_classes, (32, 16))
 
 
+def every_pixel(num_classes: int = 5) -> nn.Module:
+    """A location for each."""
+    return Plain(_global, num_classes, (1, 1))
+
+
 class TwoHeads(Plain):
     """Its last linear layer is not the one whose output it returns."""
 

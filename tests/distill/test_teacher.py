@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
+from cskd_pipeline.distill.cut import head_per_location
 from cskd_pipeline.distill.losses import DistillationLoss, mixed_targets
 from cskd_pipeline.distill.student import Heads
 from cskd_pipeline.distill.targets import LogitTargets
@@ -160,8 +162,14 @@ def test_logits_are_rounded_once_to_float16() -> None:
     x = views(2, 64)
     answer = teacher.answer(x)
     with torch.inference_mode():
-        whole = teacher.model.forward_head(teacher.model.forward_features(x))
-    assert torch.equal(answer.global_, whole.half())
+        features = teacher.model.forward_features(x)
+        whole = teacher.model.forward_head(features)
+        spatial = head_per_location(teacher.model, features)
+    for found, exact in ((answer.global_, whole), (answer.spatial, spatial)):
+        assert np.array_equal(found.numpy(), exact.numpy().astype(np.float16))
+    up = answer.spatial.float().abs() > spatial.abs()
+    assert up.any(), "to the nearest value, not towards zero"
+    assert not up.all()
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

@@ -29,6 +29,8 @@ def teacher_of(manifest: CacheManifest, batch_size: int = 16) -> Teacher:
         num_classes=info.num_classes,
         size=info.size,
         kwargs=info.kwargs,
+        mean=info.mean,
+        std=info.std,
         batch_size=batch_size,
     )
     assert teacher.weights_sha256 == info.weights_sha256

@@ -23,8 +23,10 @@ from cskd_pipeline.loading.join import join
 from cskd_pipeline.loading.replay import replay, spread_views
 from cskd_pipeline.terminal import Terminal
 from cskd_pipeline.training.data import open_training_data
+from cskd_pipeline.verifying import answers
 from cskd_pipeline.verifying.answers import agreement
 from cskd_pipeline.views import apply
+from cskd_pipeline.views.mixing import matching
 from tests.cache.making import data_files, record_anew
 from tests.pictures import Sample
 from tests.pipeline import world
@@ -234,6 +236,79 @@ def test_another_teacher_is_told_by_its_weights(small: World, verify: Verify) ->
     (problem,) = report["problems"]
     assert problem["depth"] == "teacher"
     assert CacheReader(small.cache).manifest.teacher.weights_sha256 in problem["found"]
+
+
+def test_mean_and_std_are_compared_before_any_answer(small: World, verify: Verify) -> None:
+    """With other pixels the same weights answer otherwise: that is not the weights' fault."""
+    flags = ("--mean", "0.5,0.5,0.5", "--std", "0.229,0.224,0.225")
+    code, report = verify(small.cache, "--shards", small.shards, *TEACHER, *flags)
+    assert code == 1
+    (problem,) = report["problems"]
+    assert (problem["depth"], problem["where"]) == ("teacher", world.TEACHER)
+    assert problem["found"] == (
+        "mean is (0.5, 0.5, 0.5), in the cache's manifest (0.485, 0.456, 0.406)"
+    )
+    assert "answers" not in report["checks"]
+    assert "--mean" in report["error"]["action"]
+    flags = ("--mean", "0.485,0.456,0.406", *flags[2:])
+    assert verify(small.cache, "--shards", small.shards, *TEACHER, *flags)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "wrong"),
+    [
+        ([0.981, 0.98], []),
+        ([0.98, 0.979], ["the mean of all views"]),
+        ([1.0, 0.5], ["the mean of all views"]),
+        ([1.0, 0.499], ["view"]),
+    ],
+)
+def test_answers_must_agree_on_the_whole_and_in_each_view(
+    small: World,
+    verify: Verify,
+    monkeypatch: pytest.MonkeyPatch,
+    values: list[float],
+    wrong: list[str],
+) -> None:
+    monkeypatch.setattr(answers, "agreement", lambda *_: np.array(values))
+    samples = ("--samples", 2, "--batch-size", 2)
+    code, report = verify(small.cache, "--shards", small.shards, *TEACHER, *samples)
+    assert code == (1 if wrong else 0)
+    told = [p for p in report["problems"] if p["found"].startswith("envelope")]
+    assert len(told) == len(wrong)
+    for problem, where in zip(told, wrong, strict=True):
+        assert where in problem["where"] + problem["found"]
+        bound = 0.5 if where == "view" else 0.98
+        assert problem["found"].endswith(f"expected {bound} at least")
+    if wrong:
+        assert "its answers are not" in report["error"]["action"]
+
+
+def test_views_whose_partners_image_is_another_are_not_asked_about(
+    small: World, samples: list[Sample], tmp_path: Path, verify: Verify
+) -> None:
+    """Their own pixels are the cache's, and so is their digest; what the teacher sees is not."""
+    content = [altered(s) if i in ALTERED else s for i, s in enumerate(samples)]
+    other = recut(small, tmp_path / "altered", content)
+    code, report = verify(small.cache, "--shards", other.shards, *TEACHER)
+    assert code == 1
+    assert {problem["depth"] for problem in report["problems"]} == {"images"}
+    cache = CacheReader(small.cache)
+    found = join(load_dataset(small.shards), cache)
+    starts = np.cumsum([0, *cache.counts])
+    whole = 0
+    for view, shard, offset in spread_views(found, 96).tolist():
+        partner = matching(
+            cache.manifest.root_seed,
+            cache.manifest.dataset.shard_ids[shard],
+            cache.counts[shard],
+            view,
+            cache.manifest.policy,
+        )[offset]
+        whole += not {starts[shard] + offset, starts[shard] + partner} & set(ALTERED)
+    assert report["checks"]["views"]["bit_exact"] == 96 - len(ALTERED)
+    assert report["checks"]["answers"]["views"] == whole < 96 - len(ALTERED)
+    assert report["checks"]["answers"]["dense"] == 1.0
 
 
 def rolled(copy: World, names: tuple[str, ...], units: int) -> None:
