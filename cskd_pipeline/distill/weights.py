@@ -99,7 +99,8 @@ def load_plain(path: Path) -> object:
             damaged = archive.testzip()
             if damaged is not None:
                 raise ValueError(f"the CRC-32 of {damaged} does not fit")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with open(path, "rb") as file:  # of a path torch would look at the suffix
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def unloadable(error: Exception) -> str:

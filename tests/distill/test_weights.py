@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -40,6 +41,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
         {"model": state(1.0), "model_ema": state()},
         {"state_dict": state(1.0), "state_dict_ema": state()},
         {"model": {"state_dict": state()}},
+        {"net": state(), "acc": 95.1, "epoch": 199},
         {f"module.{name}": tensor for name, tensor in state().items()},
         {f"module._orig_mod.{name}": tensor for name, tensor in state().items()},
         {"state_dict": state(), "args": argparse.Namespace(lr=0.1, model="net")},
@@ -57,6 +59,10 @@ def test_what_training_scripts_wrap_around_the_tensors_is_removed(
 def test_safetensors_are_read(tmp_path: Path) -> None:
     save_file(state(), tmp_path / "weights.safetensors")
     assert same(load_state(tmp_path / "weights.safetensors"), state())
+
+
+class OwnRecord(dict[str, int]):
+    """Somebody's own."""
 
 
 class Payload:
@@ -83,6 +89,35 @@ def test_a_hostile_checkpoint_is_refused_and_never_run(
     copy = path.rename(tmp_path / "copy.pth")
     torch.load(copy, weights_only=False)  # the payload is live: a careless reader does run it
     assert marker.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (np.float64(0.95), f"{np.float64(0).__reduce__()[0].__module__}.scalar"),
+        (OwnRecord(a=1), "tests.distill.test_weights.OwnRecord"),
+        (os.system, "posix.system"),
+    ],
+)
+def test_what_is_neither_tensor_nor_plain_is_named_in_full(
+    tmp_path: Path, value: object, kind: str, zipped: bool
+) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"model": state(), "best": value}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(WeightsError, match="does not load as plain tensors") as caught:
+        load_state(path)
+    message = str(caught.value)
+    assert f"an object made by {kind}, which is neither a tensor nor a plain value\n" in message
+    assert "x1b" not in message
+    assert "torch.save(model.state_dict(), FILE)" in message
+
+
+def test_contents_say_what_a_file_is_not_its_name(tmp_path: Path) -> None:
+    torch.save(state(), tmp_path / "w.safetensors")
+    save_file(state(), tmp_path / "w.pth")
+    assert same(load_state(tmp_path / "w.safetensors"), state())
+    assert same(load_state(tmp_path / "w.pth"), state())
 
 
 @pytest.mark.parametrize(

@@ -190,8 +190,9 @@ def test_a_factory_that_the_user_names_too_is_the_users(tmp_path: Path) -> None:
         (("teacher.name=my.models:teacher",), {}),
     ):
         assert load_recipe(DumpRecipe, recipe, sets, flags).teacher.name == "my.models:teacher"
-    recipe.write_text('[teacher]\nname = "hf-hub:timm/resnet18.a1_in1k"\n')  # fetches, runs nothing
-    assert load_recipe(DumpRecipe, recipe).teacher.name.startswith("hf-hub:")
+    for name in ("hf-hub:timm/resnet18.a1_in1k", "torchvision:resnet50"):  # fetch, run nothing
+        recipe.write_text(f'[teacher]\nname = "{name}"\n')
+        assert load_recipe(DumpRecipe, recipe).teacher.name == name
 
 
 # Lists of shards

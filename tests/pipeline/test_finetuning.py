@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from timm.models.vision_transformer import checkpoint_filter_fn
+from torch.nn import functional
 
 from cskd_pipeline import train as stage_two
 from cskd_pipeline.checkpoint import load_state, read_card, save_student
@@ -193,6 +194,71 @@ def test_a_model_in_timms_form_serves_too(transfer: Transfer, tmp_path: Path) ->
     mine = run.student.model.state_dict()
     for name, tensor in model.state_dict().items():
         assert name in HEADS | {"pos_embed"} or torch.equal(mine[name], tensor)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_pth_of_the_same_model_serves_too(
+    transfer: Transfer, tmp_path: Path, wrapped: bool
+) -> None:
+    """As the authors of DeiT publish theirs, and as timm's training script leaves them."""
+    source = load_file(transfer.run / "best.safetensors")
+    torch.save({"model": source, "epoch": 3} if wrapped else source, tmp_path / "w.pth")
+    run = transfer.started(tmp_path, tmp_path / "w.pth")
+    expected = transfer.started(tmp_path).student.model.state_dict()
+    assert_equal(dict(run.student.model.state_dict()), dict(expected))
+    assert run.init == {"from": str(tmp_path / "w.pth"), "sha256": state_digest(source)}
+
+
+def test_a_pth_names_no_model_which_is_said(
+    transfer: Transfer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = load_file(transfer.run / "best.safetensors")
+    torch.save(state, tmp_path / "w.pth")
+    train(transfer.recipe(tmp_path / "out", tmp_path / "w.pth", epochs=1), world.Terminal())
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert "new head and head_dist (10 classes before, 7 now)" in told
+    assert "the file names no model" in told
+    torch.save({"blocks.0.norm1.weight": torch.ones(32)}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="do not fit") as caught:
+        transfer.started(tmp_path, tmp_path / "w.pth")
+    assert "missing (cls_token" in str(caught.value)
+
+
+def test_a_pth_as_a_student_is_told_what_is_wanted_instead(
+    transfer: Transfer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(load_file(transfer.run / "best.safetensors"), tmp_path / "w.pth")
+    assert world.cli("evaluate", tmp_path / "w.pth", "--shards", transfer.shards) == 1
+    told = capsys.readouterr().err
+    assert "no safetensors header" in told
+    assert "train --init-from takes the tensors" in told
+
+
+@pytest.mark.parametrize(
+    ("student", "extra", "prefix"),
+    [
+        ("deit_tiny_patch16_224", "", 1),
+        ("deit_tiny_patch16_224", ", no_embed_class=true", 0),
+        ("deit_tiny_patch16_224", ", reg_tokens=4", 5),
+    ],
+)
+def test_positions_of_the_tokens_before_the_grid_are_kept_as_they_are(
+    transfer: Transfer, tmp_path: Path, student: str, extra: str, prefix: int
+) -> None:
+    kwargs = KWARGS.replace("}", extra + "}")
+    recipe = transfer.recipe(tmp_path / "b", student=student, kwargs=kwargs)
+    fresh: Any = Run(recipe, open_training_data(recipe, world.quiet()), CPU).student.model
+    grid = torch.randn(1, 4 * 4, 32)
+    before = torch.cat([torch.full((1, prefix, 32), 7.0), grid], dim=1)
+    torch.save({**fresh.state_dict(), "pos_embed": before}, tmp_path / "w.pth")
+    run = transfer.started(tmp_path, tmp_path / "w.pth", student=student, kwargs=kwargs)
+    positions = run.student.model.state_dict()["pos_embed"]
+    assert positions.shape == (1, prefix + 6 * 6, 32)
+    assert torch.equal(positions[:, :prefix], before[:, :prefix])
+    square = grid.reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
+    larger = functional.interpolate(square, size=(6, 6), mode="bicubic", antialias=True)
+    expected = larger.permute(0, 2, 3, 1).reshape(1, 36, 32)
+    torch.testing.assert_close(positions[:, prefix:], expected)
 
 
 def test_resolution_is_no_part_of_an_architectures_name(transfer: Transfer, tmp_path: Path) -> None:
