@@ -1,10 +1,12 @@
-"""Which device computes, in which memory format, and how many processes load."""
+"""Which device computes, in which memory format, how many processes load, in how much memory."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import chain
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -94,3 +96,22 @@ def cores() -> int:
     """
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def memory_limit(root: Path = Path("/")) -> int:
+    """How many bytes of memory this machine has, or a container or Slurm job may use of them."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, kind, own = line.split(":", 2)
+            if kind not in ("", "memory"):
+                continue
+            name = "memory.limit_in_bytes" if kind else "memory.max"
+            top = root / "sys/fs/cgroup" / kind
+            group = top / own.lstrip("/")
+            for folder in (group, *group.parents):
+                with suppress(OSError, ValueError):  # not there, or "max"
+                    limits.append(int((folder / name).read_text()))
+                if folder == top:
+                    break
+    return min(limits)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from cskd_pipeline.errors import DataError
+from cskd_pipeline.machine import memory_limit
 
 _INLINE_BYTES = 2**16  # up to here arrays travel inside the message
 _ALIGNMENT = 64
@@ -33,15 +34,20 @@ _RECEIVING: dict[int, list[socket.socket]] = {}
 
 
 class Handover:
-    """A parent's sockets to the loader processes that it is about to start."""
+    """A parent's sockets to the loader processes that it is about to start.
 
-    def __init__(self, workers: int) -> None:
+    Args:
+        ahead: how many batches there may be at a time, the parent's own among them.
+    """
+
+    def __init__(self, workers: int, ahead: int) -> None:
         pairs = [socket.socketpair() for _ in range(workers)]
         self._key = next(_KEYS)
         _RECEIVING[self._key] = [mine for mine, _ in pairs]
         for mine in _RECEIVING[self._key]:
             mine.settimeout(_SECONDS)
-        self.sender = Sender(self._key, [theirs for _, theirs in pairs])
+        theirs = [theirs for _, theirs in pairs]
+        self.sender = Sender(self._key, theirs, ahead, memory_limit())
 
     def close(self) -> None:
         """Receive nothing more."""
@@ -55,12 +61,15 @@ class Sender:
 
     key: int
     sockets: list[socket.socket]
+    ahead: int
+    memory: int  # bytes that there can be at most
 
     def pack(self, worker: int, item: Any) -> Parcel:
         """Put the arrays and tensors of ``item`` where the parent finds them.
 
         Raises:
-            DataError: there is no memory, or no descriptor, for them.
+            DataError: there is no memory, or no descriptor, for them; or there will be none once
+                the processes are as far ahead as they may be, which the first batch shows.
         """
         buffers: list[pickle.PickleBuffer] = []
         message = io.BytesIO()
@@ -74,6 +83,15 @@ class Sender:
             for (start, size), view in zip(spans, views, strict=True):
                 inline[start : start + size] = view
             return Parcel(self.key, worker, message.getvalue(), spans, total, bytes(inline))
+        if total * self.ahead > self.memory:
+            raise DataError(
+                "the batches of the loader processes will not fit in memory",
+                found=f"{self.ahead} batches of {total / 2**20:.1f} MiB",
+                expected=f"less than {self.memory / 2**20:.0f} MiB, which is all that this process "
+                "may use",
+                action="use fewer workers, smaller batches, or no workers (--workers 0); in a "
+                "container, raise its limit (--memory)",
+            )
         try:
             self._send(worker, spans, views, total)
         except (OSError, MemoryError) as error:

@@ -112,6 +112,7 @@ class Loader(Generic[Item]):
     ) -> None:
         self._start_method = start_method or multiprocessing.get_start_method()
         self._workers = workers
+        self._ahead = prefetch * workers + 1
         self._guarded: _Guarded | _GuardedStream = (
             _GuardedStream(dataset) if isinstance(dataset, IterableDataset) else _Guarded(dataset)
         )
@@ -130,7 +131,7 @@ class Loader(Generic[Item]):
         )
 
     def __iter__(self) -> Iterator[Item]:
-        handover = Handover(self._workers)
+        handover = Handover(self._workers, self._ahead)
         self._guarded.sender = handover.sender
         failed: Failed | None = None
         items: Iterator[Any] | None = None

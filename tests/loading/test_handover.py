@@ -22,6 +22,7 @@ from cskd_pipeline.errors import DataError
 from cskd_pipeline.loading import handover
 from cskd_pipeline.loading.handover import Handover
 from cskd_pipeline.loading.workers import Loader
+from cskd_pipeline.machine import memory_limit
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -172,6 +173,57 @@ def test_memory_that_is_refused_is_an_error_in_the_batchs_place(
     assert told(caught) == os.strerror(number)
 
 
+@pytest.mark.parametrize(("batches", "fits"), [(5, True), (4.9, False)])
+def test_batches_that_will_not_fit_are_told_before_the_first_arrives(
+    batches: float, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes may be two batches ahead each, and the parent has one."""
+    large = 2**20
+    monkeypatch.setattr(handover, "memory_limit", lambda: int(batches * large))
+    loader = iter(Loader(Rows(large), range(9), workers=2))
+    if fits:
+        assert len(next(loader)) == large
+        return
+    with pytest.raises(DataError, match="will not fit in memory") as caught:
+        next(loader)
+    assert caught.value.found == "5 batches of 1.0 MiB"
+    assert "--workers 0" in str(caught.value.action)
+
+
+class Rows(Dataset[Tensor]):
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __getitem__(self, number: int) -> Tensor:
+        return torch.zeros(self.size, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/", {"memory.max": "1000\n"}, 1000),
+        ("0::/a/b", {"a/memory.max": "2000\n", "a/b/memory.max": "max\n"}, 2000),
+        ("0::/a/b", {"a/memory.max": "2000\n", "a/b/memory.max": "1500\n"}, 1500),
+        ("5:cpu:/x\n4:memory:/job", {"memory/job/memory.limit_in_bytes": "3000\n"}, 3000),
+        ("0::/a:b", {"a:b/memory.max": "4000"}, 4000),
+        ("0::/", {"memory.max": "max\n"}, None),
+        (None, {}, None),
+    ],
+)
+def test_a_containers_memory_is_what_it_may_use(
+    groups: str | None, files: dict[str, str], expected: int | None, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    if groups is not None:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(groups + "\n")
+    everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert memory_limit(tmp_path) == (expected or everything)
+
+
 @pytest.fixture
 def few_files() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -197,7 +249,7 @@ def test_a_file_on_disk_serves_where_there_is_none_in_memory(
 
 
 def test_a_message_that_nobody_reads_costs_nothing_once_its_loader_is_gone() -> None:
-    sockets = Handover(2)
+    sockets = Handover(2, ahead=1)
     sockets.sender.pack(0, thing(1, 50_000))
     sockets.close()
     assert not handover._RECEIVING
