@@ -263,14 +263,15 @@ def test_batches_of_maps_equal_their_locations_one_by_one() -> None:
             assert ckf.hard_labels(spatial, global_, r)[b, y, x] == at_r
 
 
+@pytest.mark.parametrize("chunk", [50 * 9 * 2, 1])  # two samples; less than one
 def test_pieces_of_a_large_batch_give_the_planes_of_the_whole(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     spatial, global_ = random_answer(1, (5, 50, 3, 3))
     spatial[:2] = global_[:2, :, None, None]  # one line each
     whole, labels = ckf.upper_envelope(spatial, global_), ckf.hard_labels(spatial, global_, 0.6)
     assert whole.shape[1] > 1
-    monkeypatch.setattr(ckf, "_CHUNK", 50 * 9 * 2)
+    monkeypatch.setattr(ckf, "_CHUNK", chunk)
     assert torch.equal(ckf.upper_envelope(spatial, global_).int(), whole.int())
     assert torch.equal(ckf.hard_labels(spatial, global_, 0.6), labels)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,10 @@ SECONDS = 0.25  # a batch
 
 
 class Slow(nn.Module):
+    pretrained_cfg: ClassVar[dict[str, tuple[float, ...]]] = {
+        **{"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    }
+
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
