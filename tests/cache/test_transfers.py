@@ -213,6 +213,16 @@ def test_another_range_than_the_missing_one_is_not_taken(
         pass
 
 
+def test_a_server_that_knows_no_ranges_is_taken_to_begin_again(served: Served) -> None:
+    served.ranges = False
+    with transfers.from_web(f"{served.url}/file", 500, "x", transfers.Pace()) as answer:
+        assert (answer.start, answer.total) == (0, 1000)
+    file = io.BytesIO()
+    file.write(b"x" * 500)
+    RemoteFolder(served.url)._fetch("file", file, 1000)
+    assert file.getvalue() == CONTENT
+
+
 def test_a_range_that_ends_early_is_asked_for_on(served: Served) -> None:
     headers = {"Content-Length": "300", "Content-Range": "bytes 0-299/1000"}
     served.replies["file"] = (206, headers, CONTENT[:300])
@@ -431,6 +441,23 @@ def test_a_transfer_that_breaks_again_and_again_after_a_byte_is_given_up(
     monkeypatch.setattr(folder, "_go_on", a_byte)
     with pytest.raises(RemoteError, match="next to nothing"):
         folder.read("file", 1000)
+
+
+def test_a_pace_is_too_slow_below_a_thousand_bytes_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(transfers.time, "monotonic", lambda: now[0])
+    enough, one_less = transfers.Pace(), transfers.Pace()
+    now[0] = 300.0
+    enough.reached(299_000)
+    enough.reached(300_000)
+    enough.reached(1000)  # a server without ranges begins again
+    one_less.reached(299_999)
+    one_less.reached(299_999)
+    assert enough.left() == 300
+    with pytest.raises(transfers.SlowError, match="299999 bytes in 300 seconds"):
+        one_less.left()
 
 
 def test_a_slow_transfer_that_goes_on_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
