@@ -426,6 +426,17 @@ def test_a_server_that_brings_next_to_nothing_is_given_up(
     assert "CSKD_REMOTE_TIMEOUT" in told
 
 
+def test_a_try_is_over_after_a_minute_of_silence(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers, "TIMEOUT", 0.1)
+    served.always["file"] = "trickle head"
+    with pytest.raises(RemoteError, match="cannot be reached") as error:
+        read(served.url)
+    assert "no answer within 0.1 seconds, 6 times" in str(error.value.found)
+    assert len(served.asked) == 6
+
+
 def test_a_transfer_that_breaks_again_and_again_after_a_byte_is_given_up(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
