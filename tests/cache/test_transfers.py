@@ -474,6 +474,22 @@ def test_a_pace_is_too_slow_below_a_thousand_bytes_a_second(
         one_less.left()
 
 
+def test_six_failures_in_a_row_without_a_byte_are_the_end(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, positions = RemoteFolder(served.url), [10, 10, 10, 20, 20, 20, 20, 20, 20]
+    left = list(positions)
+
+    def so_far(key: str, file: object, limit: int, pace: transfers.Pace) -> None:
+        pace.reached(left.pop(0))
+        raise ConnectionResetError
+
+    monkeypatch.setattr(folder, "_go_on", so_far)
+    with pytest.raises(RemoteError, match="cannot be reached"):
+        folder.read("file", 1000)
+    assert left == []
+
+
 def test_a_slow_transfer_that_goes_on_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(transfers.time, "monotonic", lambda: now[0])
