@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
+import socket
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cskd_pipeline.errors import OutputError
+from cskd_pipeline.errors import OutputError, printable
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The disk, the user's share of it, or the largest file that it (or a limit) allows."""
+LOCK = ".cskd-lock"
+NO_LOCKS = "the file system of {} has no locks: a second run in this folder is not noticed"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
@@ -111,21 +116,98 @@ def write_json(path: Path, document: object) -> None:
 
 
 def require_empty(folder: Path, *, action: str) -> None:
-    """Refuse a folder that holds anything.
+    """Refuse a folder that holds anything but our own lock.
 
     Raises:
         OutputError: ``folder`` exists and is not an empty folder.
     """
-    folder = Path(folder)
+    _refuse(folder, _names(folder) - {LOCK}, "an empty or new folder", action)
+
+
+def require_free(folder: Path, names: Collection[str], *, action: str) -> None:
+    """Refuse a folder that holds one of ``names``; others, as the log of a job, are let be.
+
+    Raises:
+        OutputError: it does, or is a file.
+    """
+    _refuse(folder, _names(folder) & {*names}, "a folder without these", action)
+
+
+def _names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _refuse(folder: Path, found: Collection[str], expected: str, action: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise OutputError("the output is a file", where=folder, expected="a folder", action=action)
-    if folder.is_dir():
-        names = sorted(entry.name for entry in folder.iterdir())
-        if names:
-            raise OutputError(
-                "the output folder holds something else",
-                where=folder,
-                found=", ".join(names[:5]) + (" …" if len(names) > 5 else ""),
-                expected="an empty or new folder",
-                action=action,
-            )
+    if found:
+        names = sorted(found)
+        raise OutputError(
+            "the output folder holds something else",
+            where=folder,
+            found=", ".join(names[:5]) + (" …" if len(names) > 5 else ""),
+            expected=expected,
+            action=action,
+        )
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[bool]:
+    """Hold ``folder``, made if need be, against other processes; one that is killed lets go.
+
+    Yields:
+        False on file systems without locks, where a second writer is not noticed.
+
+    Raises:
+        OutputError: another process holds it; says which.
+    """
+    _refuse(folder, (), "a folder", "choose another --out")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with explained_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, held = _lock(folder / LOCK)
+    try:
+        yield held
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        os.close(descriptor)
+        with suppress(OSError):  # ours only if nothing was written
+            for path in made:
+                path.rmdir()
+
+
+def _lock(path: Path) -> tuple[int, bool]:
+    """Open and lock a file; a record lock, which forked processes do not share, and NFS knows."""
+    while True:
+        if path.is_symlink():  # what it leads to would be written over
+            raise OutputError("the lock is a link", where=path, action="remove the link")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            held = _try_lock(descriptor, path)
+            # Who let go in between has removed the file that we hold.
+            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return descriptor, held
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        holder = printable(os.read(descriptor, 200).decode(errors="replace"))
+        raise OutputError(
+            "another run is at work in this folder",
+            where=path.parent,
+            found=holder or "a process that has just begun",
+            action="wait until it has ended, or stop it; another run needs another --out",
+        ) from error
+    return True

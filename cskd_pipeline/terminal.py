@@ -87,7 +87,7 @@ class Meter:
     @property
     def limit(self) -> str:
         """Which side holds up the other: ``data`` or ``device``."""
-        return "data" if self.data_wait >= DATA_LIMITS else "device"
+        return limiting_side(self.data_wait)
 
     @property
     def seconds(self) -> float:
@@ -110,6 +110,11 @@ class Meter:
         if self._fed and self.rate > 0:
             parts += [f"data wait {100 * self.data_wait:.0f} %", f"limit: {self.limit}"]
         return ", ".join(parts)
+
+
+def limiting_side(data_wait: float) -> str:
+    """Return ``data`` or ``device`` by the share of the time that was spent waiting for data."""
+    return "data" if data_wait >= DATA_LIMITS else "device"
 
 
 def duration(seconds: float) -> str:

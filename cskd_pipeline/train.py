@@ -11,28 +11,37 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from cskd_pipeline.checkpoint import load_state, save_state, save_student
-from cskd_pipeline.errors import TrainingError, UsageError
+from cskd_pipeline.checkpoint import find_nonfinite, load_state, save_state, save_student
+from cskd_pipeline.errors import CskdError, TrainingError, UsageError
 from cskd_pipeline.evaluate import measure
-from cskd_pipeline.files import require_empty, sweep, write_text
+from cskd_pipeline.files import NO_LOCKS, require_free, sole_writer, sweep, write_text
 from cskd_pipeline.interrupt import Stop, stop_requests
 from cskd_pipeline.loading.batches import Batch
 from cskd_pipeline.machine import pick_device, use_threads
 from cskd_pipeline.ranks import Ranks, joined
 from cskd_pipeline.recipe import TrainRecipe, to_toml
-from cskd_pipeline.terminal import Terminal
+from cskd_pipeline.terminal import Meter, Terminal, limiting_side
 from cskd_pipeline.training.board import open_board, require_board
 from cskd_pipeline.training.data import open_training_data
 from cskd_pipeline.training.initial import check_resumed
-from cskd_pipeline.training.log import RunLog
+from cskd_pipeline.training.log import Row, RunLog
+from cskd_pipeline.training.resuming import told, write_changes
 from cskd_pipeline.training.run import PARTS, Run
 
-STATE = "state.pt"
+RECIPE, STATE = "recipe.toml", "state.pt"
+STUDENTS = ("last.safetensors", "last_ema.safetensors", "best.safetensors")
+WRITTEN = (
+    *(RECIPE, STATE, *STUDENTS, "summary.csv", "changes.jsonl", "tensorboard"),
+    *("left_out.csv", "left_out-validation.csv", "wandb", "wandb.json"),
+    "zarr.json",  # a cache
+)
+"""In a folder that has none of these a run can begin; a job's log may be there, say."""
 ASK_EVERY = 10  # updates between the ranks' questions whether one of them was told to stop
 
 
@@ -49,15 +58,24 @@ def train(recipe: TrainRecipe, terminal: Terminal, *, resume: bool = False) -> d
         CskdError: data, cache and student do not fit, or the output folder is not this run's.
         KeyboardInterrupt, Requeue: stopped by a signal, after the state was written.
     """
-    with joined(recipe.run.rank_timeout) as ranks:
-        return _train(recipe, terminal if ranks.first else Terminal.silent(), ranks, resume)
+    if not recipe.run.out:
+        raise UsageError("train needs an output folder", action="pass --out DIR")
+    out = Path(recipe.run.out)
+    with (
+        joined(recipe.run.rank_timeout) as ranks,
+        sole_writer(out) if ranks.first else nullcontext(True) as held,
+    ):
+        terminal = terminal if ranks.first else Terminal.silent()
+        if not held:
+            terminal.warn(NO_LOCKS.format(out))
+        return _train(recipe, terminal, ranks, resume)
 
 
 def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) -> dict[str, Any]:
     out = Path(recipe.run.out)
     require_board(recipe)
     if ranks.first:
-        _claim(recipe, resume)
+        _claim(out, resume)
     ranks.wait()
     use_threads(recipe.run.threads)
     data = open_training_data(recipe, terminal, ranks)
@@ -67,17 +85,10 @@ def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) 
             f"the warm-up ({recipe.schedule.warmup_epochs} epochs) outlasts the run: the learning "
             "rate never reaches optim.lr; set schedule.warmup_epochs"
         )
-    state_file = out / STATE
-    if resume and state_file.exists():
-        run.restore(load_state(state_file), state_file)
-        if not check_resumed(recipe.student.init_from, run.init, state_file):
-            terminal.line(f"{recipe.student.init_from} is gone; the run goes on without it")
-        terminal.line(f"resuming at epoch {run.epoch}, update {run.update} of {run.updates}")
-    elif recipe.student.init_from:
-        terminal.line(str(run.start_from(recipe.student.init_from)))
+    _begin(run, terminal, resume)
     data.guard.tell(terminal.warn)
     if ranks.first:
-        write_text(out / "recipe.toml", to_toml(recipe))
+        write_text(out / RECIPE, to_toml(recipe))
         for left_out in data.left_out:
             left_out.write()
     board = open_board(recipe, terminal) if ranks.first else None
@@ -86,6 +97,8 @@ def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) 
     first = run.update
     try:
         with stop_requests() as stop:
+            if run.pending is not None:
+                _close_epoch(run, log, terminal, stop)
             batches = data.batches(run.positions(), run.device)
             while run.update < run.updates:
                 _epoch(run, batches, log, terminal, stop)
@@ -102,6 +115,7 @@ def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) 
         "accepted_classes": list(data.guard.accepted),
         "epochs": recipe.schedule.epochs,
         "updates": run.updates,
+        "recipe_changes": told(run.changes),
         "seconds": seconds,
         "images_per_second": images / seconds if images else None,
         "last": run.rows[-1] if run.rows else {},
@@ -109,14 +123,38 @@ def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) 
     }
 
 
-def _claim(recipe: TrainRecipe, resume: bool) -> None:
-    if not recipe.run.out:
-        raise UsageError("train needs an output folder", action="pass --out DIR")
-    out = Path(recipe.run.out)
+def _claim(out: Path, resume: bool) -> None:
+    """Refuse a folder in which the run would write over something, but for a run to resume."""
+    known = (out / RECIPE).exists()
     if resume:
         sweep(out)
-    if not (resume and (out / "recipe.toml").exists()):
-        require_empty(out, action="choose another --out, or go on with a run there by --resume")
+    if not (resume and known):
+        goes_on = ", or go on with the run there by --resume" if known else ""
+        require_free(out, WRITTEN, action=f"choose another --out{goes_on}")
+
+
+def _begin(run: Run, terminal: Terminal, resume: bool) -> None:
+    """Take up the run's last state, or begin."""
+    recipe = run.recipe
+    state_file = Path(recipe.run.out) / STATE
+    if not (resume and state_file.exists()):
+        if recipe.student.init_from:
+            terminal.line(str(run.start_from(recipe.student.init_from)))
+        return
+    state = load_state(state_file)
+    run.restore(state, state_file)
+    if not check_resumed(recipe.student.init_from, run.init, state_file):
+        terminal.line(f"{recipe.student.init_from} is gone; the run goes on without it")
+    terminal.line(f"resuming at epoch {run.epoch}, update {run.update} of {run.updates}")
+    if len(run.changes) > len(state["changes"]):
+        for line in told(run.changes[-1:]):
+            terminal.warn(f"the recipe is changed from {line}")
+        _save(run, state_file)
+        if run.ranks.first:
+            write_changes(state_file.parent, run.changes)
+    ended = run.update == run.updates and run.pending is None
+    if ended and run.data.validation_set is not None and "top1" not in run.rows[-1]:
+        run.pending = run.rows.pop()  # of an epoch that was not the last when it ended
 
 
 class Drifted:
@@ -158,12 +196,10 @@ def _epoch(run: Run, batches: Iterator[Batch], log: RunLog, terminal: Terminal, 
         }
     if drifted.views:
         terminal.warn(f"epoch {epoch + 1}: {drifted.views} views are not those the teacher saw")
-    row = _close_epoch(run, epoch, {**means, "ckf_ratio": ratio}, speed, log.folder, terminal)
-    log.epoch(run.update, row)
-    _save(run, state_file)
-    terminal.line(f"{_epoch_line(row, run.recipe.schedule.epochs)}  limit: {meter.limit}")
-    if _asked(run, stop) and run.update < run.updates:
-        raise KeyboardInterrupt
+    run.sums.zero_()
+    lr = run.optimizer.param_groups[0]["lr"]
+    run.pending = {"epoch": epoch + 1, **means, "ckf_ratio": ratio, "lr": lr, **speed}
+    _close_epoch(run, log, terminal, stop)
 
 
 def _stopping(run: Run, stop: Stop) -> bool:
@@ -183,7 +219,11 @@ def _asked(run: Run, stop: Stop) -> bool:
 
 
 def _save(run: Run, path: Path) -> None:
+    """Write the state, whose numbers are all finite: a run can always go on from its last."""
     state = run.state()
+    found = find_nonfinite(state)
+    if run.ranks.any(found is not None):
+        raise _diverged(run, "the weights are not finite", f"NaN or infinity in {found}")
     if run.ranks.first:
         save_state(path, state)
 
@@ -205,49 +245,63 @@ def _point(run: Run, parts: Tensor, ratio: float) -> dict[str, float]:
 def _finite(run: Run, parts: Tensor) -> dict[str, float]:
     values = dict(zip(PARTS, run.ranks.mean(parts).tolist(), strict=True))
     if not math.isfinite(values["loss"]):
-        raise TrainingError(
-            "the loss is not finite",
-            where=f"update {run.update}",
-            found=", ".join(f"{k} {v:.4g}" for k, v in values.items()),
-            action="lower optim.lr or set optim.clip_grad, then --resume from the last checkpoint",
-        )
+        found = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+        raise _diverged(run, "the loss is not finite", found)
     return values
 
 
-def _close_epoch(
-    run: Run,
-    epoch: int,
-    means: dict[str, float],
-    speed: dict[str, float],
-    out: Path,
-    terminal: Terminal,
-) -> dict[str, float | int | None]:
-    """Evaluate where it is due, save the students, and give the epoch's row."""
-    run.sums.zero_()
-    row: dict[str, float | int | None] = {
-        "epoch": epoch + 1,
-        **means,
-        "lr": run.optimizer.param_groups[0]["lr"],
-        **speed,
-    }
-    last = epoch + 1 == run.recipe.schedule.epochs
-    if run.data.validation_set is not None and (
-        last or (epoch + 1) % run.recipe.run.eval_every == 0
-    ):
-        row.update(_evaluate(run, out, terminal))
-    if not run.ranks.first:
-        return row
-    top1, ema_top1 = row.get("top1"), row.get("ema_top1")
-    save_student(out / "last.safetensors", run.student.model.state_dict(), run.card("last", top1))
+def _diverged(run: Run, problem: str, found: str) -> TrainingError:
+    return TrainingError(
+        problem,
+        where=f"update {run.update}",
+        found=found,
+        action=f"lower the learning rate (optim.lr is {run.recipe.optim.lr:g}), clip gradients or "
+        "leave float16, and go on from the last checkpoint, which is from before (or begin anew, "
+        "if there is none): the same command with, say, --set optim.clip_grad=1 --resume",
+    )
+
+
+def _close_epoch(run: Run, log: RunLog, terminal: Terminal, stop: Stop) -> None:
+    """Evaluate the epoch whose updates are done where it is due, and write its row and students.
+
+    The state comes first: an evaluation that fails loses nothing of the epoch, and is made up for
+    when the run is resumed.
+    """
+    assert run.pending is not None
+    row, settings, state_file = run.pending, run.recipe.run, log.folder / STATE
+    last = run.update == run.updates
+    _save(run, state_file)
+    if run.data.validation_set is not None and (last or run.epoch % settings.eval_every == 0):
+        try:
+            row = row | _evaluate(run, log.folder, terminal, stop)
+        except CskdError:
+            terminal.warn(f"epoch {run.epoch} is saved; --resume evaluates it and goes on")
+            raise
+    if run.ranks.first:
+        _save_students(run, row, log.folder)
+    log.epoch(run.update, row)
+    run.pending = None
+    _save(run, state_file)
+    limit = limiting_side(row["data_wait"] or 0)
+    terminal.line(f"{_epoch_line(row, run.recipe.schedule.epochs)}  limit: {limit}")
+    if _asked(run, stop) and not last:
+        raise KeyboardInterrupt
+
+
+def _save_students(run: Run, row: Row, out: Path) -> None:
+    card = run.card("last", row.get("top1"))
+    save_student(out / "last.safetensors", run.student.model.state_dict(), card)
     if run.ema is not None:
-        state = run.ema.module.state_dict()
-        save_student(out / "last_ema.safetensors", state, run.card("ema", ema_top1))
-    return row
+        card = run.card("ema", row.get("ema_top1"))
+        save_student(out / "last_ema.safetensors", run.ema.module.state_dict(), card)
 
 
-def _evaluate(run: Run, out: Path, terminal: Terminal) -> dict[str, float]:
-    """Top-1 and top-5 of the running weights and of their average; keeps the best student."""
-    row: dict[str, float] = {}
+def _evaluate(run: Run, out: Path, terminal: Terminal, stop: Stop) -> dict[str, float | int | None]:
+    """Top-1 and top-5 of the running weights and of their average; keeps the best student.
+
+    A signal ends it at once where no other rank waits: the state is saved.
+    """
+    row: dict[str, float | int | None] = {}
     candidates = {"last": run.student.model}
     if run.ema is not None:
         candidates["ema"] = run.ema.module
@@ -256,6 +310,12 @@ def _evaluate(run: Run, out: Path, terminal: Terminal) -> dict[str, float]:
         with terminal.progress(
             run.data.validation_samples, "images", f"evaluating {name}"
         ) as meter:
+
+            def advance(count: int, meter: Meter = meter) -> None:
+                meter.advance(count)
+                if stop.asked and not run.ranks.many:
+                    raise KeyboardInterrupt
+
             metrics = measure(
                 student,
                 meter.timed(run.data.validation(student.preprocessing)),
@@ -263,7 +323,7 @@ def _evaluate(run: Run, out: Path, terminal: Terminal) -> dict[str, float]:
                 grid=run.grid,
                 device=run.device,
                 amp=run.amp,
-                on_batch=meter.advance,
+                on_batch=advance,
                 ranks=run.ranks,
             )
         prefix = "" if name == "last" else "ema_"

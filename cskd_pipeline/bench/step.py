@@ -216,7 +216,7 @@ def synthetic_data(
         guard=ClassGuard(),
         encoding=encoding,
         grid=None if encoding is None else grid,
-        digest="",
+        identity={},
         validation_set=None,
         workers=0,
         eval_batch_size=size,

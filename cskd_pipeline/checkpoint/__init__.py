@@ -8,7 +8,7 @@ plain values, nothing that could run.
 """
 
 from cskd_pipeline.checkpoint.card import StudentCard
-from cskd_pipeline.checkpoint.state import FORMAT, load_state, save_state
+from cskd_pipeline.checkpoint.state import FORMAT, find_nonfinite, load_state, save_state
 from cskd_pipeline.checkpoint.students import (
     bounded_student,
     has_card,
@@ -23,6 +23,7 @@ __all__ = [
     "FORMAT",
     "StudentCard",
     "bounded_student",
+    "find_nonfinite",
     "has_card",
     "load_state",
     "load_student",

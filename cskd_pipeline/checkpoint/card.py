@@ -22,8 +22,9 @@ class StudentCard:
     teacher grid (rows, columns) that the dense head was trained on, or None. ``crop_pct`` and
     ``interpolation`` say how images are resized to evaluate it; None: as timm does for the model.
     ``accepted_classes`` has a line for each difference between classes with which the run was made
-    all the same. The digests are SHA-256 in hex: of the recipe's deciding fields, of the contents
-    of the cache (None where it was not finished), and of the weights that the run started from.
+    all the same, ``recipe_changes`` one for what was changed where it was resumed. The digests are
+    SHA-256 in hex: of the recipe's deciding fields, of the contents of the cache (None where it was
+    not finished), and of the weights that the run started from.
     """
 
     model: str
@@ -45,6 +46,7 @@ class StudentCard:
     recipe_sha256: str | None = None
     cache_sha256: str | None = None
     init_sha256: str | None = None
+    recipe_changes: tuple[str, ...] = ()
 
     def classes(self, where: object) -> Classes:
         """Return the classes, for a comparison; ``where`` is the student's file."""
@@ -76,6 +78,8 @@ def check_card(card: StudentCard) -> None:
         raise ValueError(f"top1 {card.top1!r}")
     if not all(type(name) is str for name in (*(card.class_names or ()), *card.accepted_classes)):
         raise ValueError("class_names that are no text")
+    if not all(type(line) is str for line in card.recipe_changes):
+        raise ValueError("recipe_changes that are no text")
     if card.class_names is not None and len(card.class_names) != card.num_classes:
         raise ValueError(f"{len(card.class_names)} class_names of {card.num_classes} classes")
     for name in ("dataset", "teacher"):

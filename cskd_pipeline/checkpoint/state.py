@@ -11,7 +11,7 @@ from cskd_pipeline.distill.weights import load_plain, unloadable
 from cskd_pipeline.errors import WeightsError
 from cskd_pipeline.files import atomic_write
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -49,5 +49,20 @@ def load_state(path: Path) -> dict[str, Any]:
             action="start again in a new output folder; the students beside it are still good",
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise WeightsError("the file holds no training state of this version", where=path)
+        raise WeightsError(
+            "the file holds no training state of this version",
+            where=path,
+            action="go on with the version that wrote it, or start again in a new output folder",
+        )
     return state
+
+
+def find_nonfinite(state: Any, at: str = "") -> str | None:
+    """Return the dotted name of the first tensor of a state that holds NaN or infinity, or None."""
+    if isinstance(state, torch.Tensor):
+        return None if bool(torch.isfinite(state).all()) else at
+    if isinstance(state, dict | list | tuple):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        found = (find_nonfinite(value, f"{at}.{name}".lstrip(".")) for name, value in items)
+        return next((name for name in found if name is not None), None)
+    return None

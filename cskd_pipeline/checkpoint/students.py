@@ -179,7 +179,7 @@ def _read_header(path: Path) -> tuple[StudentCard, str | None]:
             check_digest("sha256", digest)
         elif version != 1:
             raise ValueError(f"format {version!r}")
-        for name in ("heads", "grid", "class_names", "accepted_classes"):
+        for name in ("heads", "grid", "class_names", "accepted_classes", "recipe_changes"):
             if document.get(name) is not None:
                 document[name] = tuple(document[name])
         card = StudentCard(**document)

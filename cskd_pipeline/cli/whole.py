@@ -92,18 +92,22 @@ def study(
     the same command again after an interruption: finished runs are kept.
     """
     terminal = Terminal(quiet=quiet, json=json)
+    from cskd_pipeline.files import NO_LOCKS, sole_writer
     from cskd_pipeline.study import run as studying
 
-    report = studying.run_study(
-        shards,
-        val_shards,
-        out,
-        terminal,
-        _run_inside(quiet, json),
-        size=size,
-        recipes=recipes,
-        seeds=seeds,
-        jobs=jobs,
-        device=device,
-    )
+    with sole_writer(out) as held:
+        if not held:
+            terminal.warn(NO_LOCKS.format(out))
+        report = studying.run_study(
+            shards,
+            val_shards,
+            out,
+            terminal,
+            _run_inside(quiet, json),
+            size=size,
+            recipes=recipes,
+            seeds=seeds,
+            jobs=jobs,
+            device=device,
+        )
     return report if json else None

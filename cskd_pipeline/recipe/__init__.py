@@ -2,8 +2,8 @@
 
 A recipe holds everything; ``--set section.key=value`` and flags override it. ``sections`` says what
 can be asked, ``checks`` which values make sense; ``convert`` and ``reading`` turn TOML into recipes
-and report every problem at once; ``writing`` turns them back, and into the digest that a resumed
-run must match.
+and report every problem at once; ``writing`` turns them back, and into what a resumed run
+must match.
 """
 
 from cskd_pipeline.recipe.checks import CHOICES, validate
@@ -24,7 +24,7 @@ from cskd_pipeline.recipe.sections import (
     TrainData,
     TrainRecipe,
 )
-from cskd_pipeline.recipe.writing import result_digest, to_toml
+from cskd_pipeline.recipe.writing import adjustable, deciding, result_digest, to_toml
 
 __all__ = [
     "CHOICES",
@@ -42,6 +42,8 @@ __all__ = [
     "TeacherSection",
     "TrainData",
     "TrainRecipe",
+    "adjustable",
+    "deciding",
     "find_recipe",
     "load_recipe",
     "recipe_names",

@@ -1,7 +1,9 @@
 """The sections of a recipe: every field, its default and what it means.
 
 A field that cannot change a result (worker counts, folders, notes) is made by ``_free``: only the
-others enter :func:`cskd_pipeline.recipe.result_digest`.
+others enter :func:`cskd_pipeline.recipe.result_digest`. Of these a resumed run keeps all but those
+made by ``_adjustable``: the others decide what its samples, targets and tensors are, so that with
+another value it would be another run.
 """
 
 from __future__ import annotations
@@ -15,6 +17,11 @@ from cskd_pipeline.views.policy import ViewPolicy
 def _free(default: Any = None) -> Any:
     """A field that cannot change results."""
     return field(default=default, metadata={"result": False})
+
+
+def _adjustable(default: Any = None) -> Any:
+    """A field that can change results, and that a run may be resumed with another value of."""
+    return field(default=default, metadata={"adjustable": True})
 
 
 @dataclass(frozen=True)
@@ -78,12 +85,12 @@ class TrainData:
     split: str = _free("")
     val_split: str = _free("")
     num_classes: int = 0  # 0: from the cache, the class names, or an error
-    missing: str = "error"  # samples of the cache that the shards lack: error or skip
-    drift: str = "error"  # images or views unlike the teacher's: error, warn; skip: those images
+    missing: str = _adjustable("error")  # samples of the cache that the shards lack: error or skip
+    drift: str = _adjustable("error")  # images or views unlike the teacher's: error, warn, skip
     # Other class names, order or labels on two sides: error, accept. Decides whether a run starts,
     # not what it computes: no part of the digest.
     classes: str = _free("error")
-    corrupt: str = "error"  # images that cannot be decoded: error or skip
+    corrupt: str = _adjustable("error")  # images that cannot be decoded: error or skip
     check: int = _free(64)  # views of the cache made again and compared before training; 0: none
 
 
@@ -124,40 +131,40 @@ class DistillSection:
 @dataclass(frozen=True)
 class OptimSection:
     name: str = "adamw"
-    lr: float = 1e-3  # at a batch of 1024, scaled linearly
+    lr: float = _adjustable(1e-3)  # at a batch of 1024, scaled linearly
     weight_decay: float = 0.05
     betas: tuple[float, ...] = (0.9, 0.999)
-    clip_grad: float = 0.0  # global norm; 0: off
+    clip_grad: float = _adjustable(0.0)  # global norm; 0: off
     smoothing: float = 0.1
 
 
 @dataclass(frozen=True)
 class ScheduleSection:
-    epochs: int = 300
-    warmup_epochs: int = 5
-    warmup_lr: float = 1e-6
-    min_lr: float = 1e-5
+    epochs: int = _adjustable(300)
+    warmup_epochs: int = _adjustable(5)
+    warmup_lr: float = _adjustable(1e-6)
+    min_lr: float = _adjustable(1e-5)
 
 
 @dataclass(frozen=True)
 class BatchSection:
     batch_size: int = 1024  # global, per optimizer update
-    accumulation: int = 1  # micro-batches per update
+    accumulation: int = _adjustable(1)  # micro-batches per update
     repeats: int = 3  # views of one image in an epoch (repeated augmentation); 1: off
     shuffle_shards: int = 16  # samples are shuffled within blocks of this many shards
 
 
 @dataclass(frozen=True)
 class EvalSection:
-    crop_pct: float = 0.0  # side of the central crop in resized sides; 0: the student's own
-    interpolation: str = "auto"  # of the resizing: auto (the student's own), bicubic, bilinear, ...
+    crop_pct: float = _adjustable(0.0)  # side of the central crop; 0: the student's own
+    interpolation: str = _adjustable("auto")  # auto (the student's own), bicubic, bilinear, ...
 
 
 @dataclass(frozen=True)
 class RunSection:
     out: str = _free("")
     seed: int = 0
-    amp: str = "off"  # off, bf16, fp16
+    amp: str = _adjustable("off")  # off, bf16, fp16
     ema: float = 0.99996  # decay of the weight average; 0: off
     device: str = _free("auto")
     workers: int = _free(-1)
@@ -165,7 +172,7 @@ class RunSection:
     compile: bool = _free(False)
     channels_last: bool = _free(True)  # memory format of the network and its images
     eval_batch_size: int = _free(256)
-    eval_every: int = 1  # epochs; the last epoch is always evaluated
+    eval_every: int = _adjustable(1)  # epochs; the last epoch is always evaluated
     log_every: int = _free(50)  # updates between TensorBoard points
     checkpoint_every: int = _free(0)  # updates between checkpoints within an epoch; 0: epochs only
     rank_timeout: int = _free(300)  # seconds without a sign of life, after which a rank is given up

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from cskd_pipeline import documents
+from cskd_pipeline.recipe.convert import field_types
 from cskd_pipeline.recipe.sections import DumpRecipe, TrainRecipe
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -25,18 +26,42 @@ def to_toml(recipe: DumpRecipe | TrainRecipe) -> str:
 
 def result_digest(recipe: DumpRecipe | TrainRecipe) -> str:
     """SHA-256 (hex) of the fields that can change a result: not of folders, workers or notes."""
-    deciding: dict[str, Any] = {}
+    return documents.sha256(_deciding(recipe))
+
+
+def deciding(recipe: DumpRecipe | TrainRecipe) -> dict[str, Any]:
+    """Return dotted name -> value, as JSON has it, of the fields that can change a result."""
+    sections = json.loads(json.dumps(_deciding(recipe)))
+    return {
+        f"{section}.{name}": value
+        for section, values in sections.items()
+        for name, value in (values or {}).items()
+    }
+
+
+def adjustable(kind: type[DumpRecipe | TrainRecipe]) -> set[str]:
+    """Return the dotted names of the fields that a run may be resumed with other values of."""
+    return {
+        f"{section}.{field.name}"
+        for section, wanted in field_types(kind).items()
+        for field in fields(wanted)
+        if field.metadata.get("adjustable", False)
+    }
+
+
+def _deciding(recipe: DumpRecipe | TrainRecipe) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for section, values in asdict(recipe).items():
         if values is None:
-            deciding[section] = None
+            found[section] = None
             continue
         free = {
             field.name
             for field in fields(getattr(recipe, section))
             if not field.metadata.get("result", True)
         }
-        deciding[section] = {name: v for name, v in values.items() if name not in free}
-    return documents.sha256(deciding)
+        found[section] = {name: v for name, v in values.items() if name not in free}
+    return found
 
 
 def _value(value: Any) -> str:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ class TrainingData:
     """What a run reads.
 
     ``encoding`` is the one that targets are read in and ``grid`` the cache's (rows, columns); both
-    are None for method ``none``. ``digest`` changes with anything that decides batches or targets.
+    are None for method ``none``. ``identity`` has all that decides batches or targets, as digests.
     ``name`` is the data set's. ``guard`` compares classes, and keeps what was accepted. ``joined``:
     where the cache's samples are; None without a cache. ``cache_digest`` names the contents of a
     finished cache. ``left_out``: of the images for training, and for validation.
@@ -56,7 +57,7 @@ class TrainingData:
     guard: ClassGuard
     encoding: Encoding | None
     grid: tuple[int, int] | None
-    digest: str
+    identity: dict[str, Any]
     validation_set: Dataset | None
     workers: int
     eval_batch_size: int
@@ -182,16 +183,14 @@ def open_training_data(
         guard=guard,
         encoding=encoding,
         grid=grid,
-        digest=documents.sha256(
-            {
-                "shards": list(samples.shard_ids),
-                "allowed": None if allowed is None else [_hash(mask) for mask in allowed],
-                "policy": policy.to_json(),
-                "root_seed": root_seed,
-                "cache": None if cache is None else _identity(cache),
-                "encoding": encoding_name,
-            }
-        ),
+        identity={
+            "shards": documents.sha256(list(samples.shard_ids)),
+            "left_out": None if allowed is None else _hash(allowed),
+            "policy": documents.sha256(policy.to_json()),
+            "root_seed": root_seed,
+            "cache": None if cache is None else _identity(cache),
+            "encoding": encoding_name,
+        },
         validation_set=validation_set,
         workers=worker_count(recipe.run.workers),
         eval_batch_size=recipe.run.eval_batch_size,
@@ -206,11 +205,12 @@ def _identity(cache: CacheReader) -> str:
     """Name a cache by its first block of views, which stays the same while it grows."""
     first = np.zeros_like(cache.done())
     first[0] = True
-    return root_digest(cache.lineage, cache.views, cache.unit_digests(first))
+    return root_digest(cache.lineage, cache.manifest.view_block, cache.unit_digests(first))
 
 
-def _hash(mask: np.ndarray) -> str:
-    return hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()
+def _hash(masks: Iterable[np.ndarray]) -> str:
+    packed = (np.packbits(mask).tobytes() for mask in masks)
+    return documents.sha256([hashlib.sha256(mask).hexdigest() for mask in packed])
 
 
 def _open_cache(recipe: TrainRecipe, terminal: Terminal) -> CacheReader:

@@ -18,15 +18,23 @@ from cskd_pipeline.classes import Classes
 from cskd_pipeline.distill.ckf import ckf_ratio
 from cskd_pipeline.distill.losses import DistillationLoss, LossParts, inference_heads, mixed_targets
 from cskd_pipeline.distill.student import create_student
-from cskd_pipeline.errors import OutputError, WeightsError
+from cskd_pipeline.errors import WeightsError
 from cskd_pipeline.loading.batches import Batch
 from cskd_pipeline.loading.device import assemble, normalise
 from cskd_pipeline.machine import AMP, compiled, memory_format, place
+from cskd_pipeline.manifest import utc_now
 from cskd_pipeline.ranks import ALONE, Ranks
-from cskd_pipeline.recipe import TrainRecipe, result_digest
+from cskd_pipeline.recipe import TrainRecipe, deciding, result_digest
 from cskd_pipeline.training.data import TrainingData
 from cskd_pipeline.training.initial import Started, read_source, start_from
 from cskd_pipeline.training.optimizer import make_optimizer
+from cskd_pipeline.training.resuming import (
+    Change,
+    changed_keys,
+    require_same_data,
+    require_within,
+    told,
+)
 from cskd_pipeline.views.bits import derive_seed
 
 PARTS = ("loss", "base", "global", "spatial")
@@ -108,7 +116,9 @@ class Run:
         self.update = 0
         self.sums = torch.zeros(len(PARTS), device=device)  # of this epoch's updates so far
         self.rows: list[dict[str, float | int | None]] = []
+        self.pending: dict[str, float | int | None] | None = None  # row of an epoch to be evaluated
         self.best: dict[str, Any] = {}
+        self.changes: list[Change] = []  # of the recipe, where the run was resumed with another
         self.init: dict[str, str] | None = None  # weights the run started from: from and sha256
 
     def start_from(self, path: str) -> Started:
@@ -231,8 +241,9 @@ class Run:
         """What :meth:`restore` needs, the same whatever the number of ranks; all ranks ask."""
         return {
             "format": FORMAT,
-            "recipe": result_digest(self.recipe),
-            "data": self.data.digest,
+            "recipe": deciding(self.recipe),
+            "changes": self.changes,
+            "data": self.data.identity,
             "init": self.init,
             "class_names": self.data.class_names,
             "accepted_classes": list(self.data.guard.accepted),
@@ -242,29 +253,26 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "sums": self.ranks.mean(self.sums),
+            "pending": self.pending,
             "rows": self.rows,
             "best": self.best,
         }
 
     def restore(self, state: dict[str, Any], where: Path) -> None:
-        """Go on from :meth:`state`.
+        """Go on from :meth:`state`; what its recipe has changed since is added to ``changes``.
 
         Raises:
-            OutputError: the state is of another recipe or of other data.
+            OutputError: the state is of another recipe or of other data, or past this recipe's end.
             ClassesError: the data's classes had other names, or another order.
             WeightsError: its values are not those of a run.
         """
-        for name, mine in (("recipe", result_digest(self.recipe)), ("data", self.data.digest)):
-            if state.get(name) != mine:
-                raise OutputError(
-                    f"the run to resume was made with another {name}",
-                    where=where,
-                    found=f"{name} digest {str(state.get(name))[:12]}",
-                    expected=mine[:12],
-                    action=f"compare with {where.parent}/recipe.toml, or use a new --out folder",
-                )
         try:
+            changed = changed_keys(state["recipe"], self.recipe, where)
+            require_same_data(state["data"], self.data.identity, where)
+            require_within(state["update"], self.steps, self.recipe.schedule.epochs, where)
             self._take(state)
+            if changed:
+                self.changes.append({"time": utc_now(), "update": self.update, "changed": changed})
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise WeightsError(
                 "the training state does not fit the run",
@@ -275,30 +283,33 @@ class Run:
 
     def _take(self, state: dict[str, Any]) -> None:
         update, rows, best = state["update"], state["rows"], state["best"]
-        init, accepted = state.get("init"), state.get("accepted_classes", [])
-        names = [*(state.get("class_names") or ()), *accepted]
+        init, pending, changes = state["init"], state["pending"], state["changes"]
+        accepted = state["accepted_classes"]
+        names = [*(state["class_names"] or ()), *accepted]
         if type(update) is not int or not 0 <= update <= self.updates:
             raise ValueError(f"update {update!r} of {self.updates}")
-        if not all(isinstance(row, dict) for row in [*rows, best]):
+        if not all(isinstance(row, dict) for row in [*rows, best, pending or {}, *changes]):
             raise ValueError("rows that are none")
         if not all(type(name) is str for name in names):
             raise ValueError("class names that are no text")
         if init is not None and [type(init[name]) for name in ("from", "sha256")] != [str, str]:
             raise ValueError("a start that is none")
-        if "class_names" in state:  # older states say nothing of classes
-            count = self.data.num_classes
-            of = Classes("the run to resume", self.recipe.run.out, count, state["class_names"])
-            self.data.guard.compare(self.data.classes, of)
-            for line in accepted:
-                self.data.guard.note(line)
+        count = self.data.num_classes
+        of = Classes("the run to resume", self.recipe.run.out, count, state["class_names"])
+        self.data.guard.compare(self.data.classes, of)
+        for line in accepted:
+            self.data.guard.note(line)
+        told(changes)  # as whoever made them would
         self.update = update
         self.student.model.load_state_dict(state["student"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty without float16, as one may go on
+            self.scaler.load_state_dict(state["scaler"])
         self.sums = state["sums"].to(self.device).reshape(len(PARTS))
         self.rows, self.best, self.init = rows, best, init
+        self.pending, self.changes = pending, list(changes)
 
     def card(self, weights: str, top1: float | None) -> StudentCard:
         cache = self.data.cache
@@ -323,4 +334,5 @@ class Run:
             recipe_sha256=result_digest(self.recipe),
             cache_sha256=self.data.cache_digest,
             init_sha256=None if self.init is None else self.init["sha256"],
+            recipe_changes=tuple(told(self.changes)),
         )

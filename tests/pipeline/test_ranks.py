@@ -209,11 +209,11 @@ def test_an_error_on_one_rank_is_told_and_ends_all(
 ) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    (out / "thesis.tex").write_text("mine")
+    (out / "summary.csv").write_text("mine")
     codes = finish(start(2, arguments(small, out)), seconds=60)
     assert codes == [1, 1]
-    assert "thesis.tex" in capfd.readouterr().err
-    assert (out / "thesis.tex").read_text() == "mine"
+    assert "summary.csv" in capfd.readouterr().err
+    assert (out / "summary.csv").read_text() == "mine"
 
 
 def dump_words(small: World, cache: Path, views: int = 4) -> list[object]:

@@ -242,12 +242,12 @@ def test_an_output_folder_that_holds_something_else_is_left_alone(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "thesis.tex").write_text("years of work")
+    (out / "summary.csv").write_text("years of work")
     arguments = train(small, out) if command == "train" else dump(small.shards, out)
     message = refused(*arguments)
     assert "holds something else" in message
-    assert "thesis.tex" in message
-    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+    assert "summary.csv" in message
+    assert [path.name for path in out.iterdir()] == ["summary.csv"]
 
 
 def test_a_cache_of_another_making_is_not_gone_on_with(

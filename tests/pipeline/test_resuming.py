@@ -1,0 +1,370 @@
+"""A run is never lost, and the advice it gives can be followed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cskd_pipeline import train as stage_two
+from cskd_pipeline.checkpoint import find_nonfinite, load_state, read_card
+from cskd_pipeline.errors import ImageError, OutputError, TrainingError
+from cskd_pipeline.files import LOCK, sole_writer
+from cskd_pipeline.interrupt import Requeue
+from cskd_pipeline.recipe import TrainRecipe, deciding, load_recipe
+from cskd_pipeline.training.resuming import changed_keys, require_same_data
+from cskd_pipeline.training.run import Run
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+from tests.pipeline.test_training import assert_equal, final_state, run_to_end
+
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
+
+
+def recipe_of(small: World, out: Path, *sets: str, epochs: int = 2) -> TrainRecipe:
+    """Three updates an epoch."""
+    own = ["schedule.warmup_epochs=0", "data.check=0", *sets]
+    return world.train_recipe(
+        small.shards, small.cache, out, sets=own, epochs=epochs, batch_size=32
+    )
+
+
+def words(small: World, out: Path, *more: object) -> list[object]:
+    """The same run as a command."""
+    return [
+        *("train", "--shards", small.shards, "--cache", small.cache, "--out", out, "--quiet"),
+        *("--student", world.STUDENT, "--method", "cskd", "--epochs", 2, "--batch-size", 32),
+        *("--workers", 0, "--device", "cpu", *world.as_flags(world.train_sets())),
+        *("--set", "schedule.warmup_epochs=0", "--set", "data.check=0", *more),
+    ]
+
+
+# The state comes before the evaluation
+
+
+def spoil(tar: Path) -> None:
+    with tarfile.open(tar) as shard:
+        image = next(m for m in shard if not m.name.endswith((".cls", ".json")))
+    with open(tar, "r+b") as file:
+        file.seek(image.offset_data)
+        file.write(bytes(image.size // 2))
+
+
+def test_a_failing_evaluation_loses_no_update_and_is_made_up_for(
+    small: World, tmp_path: Path, capsys: Capture
+) -> None:
+    shards = tmp_path / "validation"
+    shutil.copytree(small.validation, shards)
+    [tar] = shards.glob("*.tar")
+    whole = tar.read_bytes()
+    sets = [f'data.val_shards="{shards}"']
+    run_to_end(recipe_of(small, tmp_path / "whole", *sets))
+    spoil(tar)
+    broken = recipe_of(small, tmp_path / "broken", *sets)
+    for epoch in (1, 2):
+        with pytest.raises(ImageError):
+            run_to_end(broken, resume=epoch == 2)
+        assert f"epoch {epoch} is saved; --resume evaluates it" in capsys.readouterr().err
+        assert load_state(tmp_path / "broken/state.pt")["update"] == 3 * epoch
+        if epoch == 1:
+            tar.write_bytes(whole)
+            stopped_after_one_epoch(broken)
+            spoil(tar)
+    tar.write_bytes(whole)
+    run_to_end(broken, resume=True)
+    assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
+    for name in ("last", "last_ema", "best"):
+        one, other = (tmp_path / run / f"{name}.safetensors" for run in ("whole", "broken"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def stopped_after_one_epoch(recipe: TrainRecipe) -> None:
+    """Resume, and get SIGTERM in the first update."""
+    step = Run.step
+
+    def stopping(run: Run, batches: Any) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, batches)
+
+    with Patch.context() as patch:
+        patch.setattr(Run, "step", stopping)
+        with pytest.raises(Requeue):
+            run_to_end(recipe, resume=True)
+
+
+def test_a_signal_in_an_evaluation_ends_it_at_once(
+    small: World, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    sets = [f'data.val_shards="{small.validation}"', "run.eval_batch_size=4"]
+    run_to_end(recipe_of(small, tmp_path / "whole", *sets))
+    measure, batches = stage_two.measure, 0
+
+    def watched(*args: Any, on_batch: Any, **kwargs: Any) -> Any:
+        def counted(count: int) -> None:
+            nonlocal batches
+            batches += 1
+            os.kill(os.getpid(), signal.SIGUSR1)
+            on_batch(count)
+
+        return measure(*args, on_batch=counted, **kwargs)
+
+    stopped = recipe_of(small, tmp_path / "stopped", *sets)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_two, "measure", watched)
+        with pytest.raises(Requeue):
+            run_to_end(stopped)
+    assert batches == 1
+    run_to_end(stopped, resume=True)
+    assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "stopped"))
+
+
+def test_the_state_is_written_as_often_as_asked(
+    small: World, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    saved = []
+    save = stage_two.save_state
+    monkeypatch.setattr(
+        stage_two, "save_state", lambda path, s: (saved.append(s["update"]), save(path, s))
+    )
+    for every, expected in ((0, {3, 6}), (1, {1, 2, 3, 4, 5, 6}), (2, {2, 3, 5, 6})):
+        saved.clear()
+        run_to_end(recipe_of(small, tmp_path / f"{every}", f"run.checkpoint_every={every}"))
+        assert set(saved) == expected
+
+
+# Nothing but finite numbers is saved, and what follows from that can be done
+
+
+def test_a_run_that_diverges_keeps_its_last_good_state_and_goes_on_as_advised(
+    small: World, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    out = tmp_path / "run"
+    step = Run.step
+
+    def poisoned(run: Run, batches: Any) -> torch.Tensor:
+        parts = step(run, batches)
+        if run.update == 5:
+            with torch.no_grad():
+                next(run.student.parameters()).view(-1)[0] = torch.nan
+        return parts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "step", poisoned)
+        with pytest.raises(TrainingError, match="the weights are not finite") as caught:
+            run_to_end(recipe_of(small, out, "run.checkpoint_every=2"))
+    assert str(caught.value.found).startswith("NaN or infinity in student.")
+    state = load_state(out / "state.pt")
+    assert state["update"] == 3
+    assert find_nonfinite(state) is None
+    capsys.readouterr()
+    asked = ("run.checkpoint_every=2", "optim.lr=0.01", "optim.clip_grad=1", "batch.accumulation=2")
+    summary = run_to_end(recipe_of(small, out, *asked, epochs=3), resume=True)
+    lines = [
+        "update 3: batch.accumulation 1 -> 2",
+        "update 3: optim.clip_grad 0.0 -> 1.0",
+        "update 3: optim.lr 0.05 -> 0.01",
+        "update 3: schedule.epochs 2 -> 3",
+    ]
+    assert sorted(summary["recipe_changes"]) == lines
+    assert sorted(read_card(out / "last.safetensors").recipe_changes) == lines
+    err = capsys.readouterr().err
+    assert all(f"the recipe is changed from {line}" in err for line in lines)
+    [change] = [json.loads(line) for line in (out / "changes.jsonl").read_text().splitlines()]
+    assert change["update"] == 3
+    assert change["changed"]["optim.lr"] == [0.05, 0.01]
+    assert summary["last"]["lr"] < 0.01 * 32 / 1024
+    assert summary["last"]["epoch"] == 3
+    run_to_end(recipe_of(small, out, *asked, epochs=3), resume=True)  # changes nothing any more
+    assert len((out / "changes.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_found_anywhere_in_a_state(value: float) -> None:
+    good, bad = torch.ones(3), torch.tensor([0, value])
+    state = {"ema": None, "optimizer": {"state": {0: {"exp_avg": good, "step": 3}}}, "n": [good]}
+    assert find_nonfinite(state) is None
+    state["optimizer"]["state"][0]["exp_avg_sq"] = bad  # type: ignore[index]
+    assert find_nonfinite(state) == "optimizer.state.0.exp_avg_sq"
+    assert find_nonfinite({"sums": bad, "n": [good]}) == "sums"
+
+
+@pytest.mark.parametrize(("first", "then"), [("off", "fp16"), ("fp16", "bf16")])
+def test_a_run_goes_on_in_another_precision(
+    small: World, tmp_path: Path, first: str, then: str
+) -> None:
+    run_to_end(recipe_of(small, tmp_path / "run", f"run.amp={first}", epochs=1))
+    run_to_end(recipe_of(small, tmp_path / "run", f"run.amp={then}"), resume=True)
+    assert load_state(tmp_path / "run/state.pt")["update"] == 6
+
+
+# What may change and what may not
+
+
+ADJUSTABLE = {
+    *("data.missing", "data.drift", "optim.lr", "optim.clip_grad", "batch.accumulation"),
+    *("schedule.epochs", "schedule.warmup_epochs", "schedule.warmup_lr", "schedule.min_lr"),
+    *("data.corrupt", "run.amp", "run.eval_every", "eval.crop_pct", "eval.interpolation"),
+}
+
+
+def test_every_deciding_key_is_adjustable_or_refused_by_name(tmp_path: Path) -> None:
+    recipe = load_recipe(TrainRecipe)
+    state = tmp_path / "state.pt"
+    assert changed_keys(deciding(recipe), recipe, state) == {}
+    for name, value in deciding(recipe).items():
+        before = deciding(recipe) | {name: [value, "another"]}
+        if name in ADJUSTABLE:
+            assert changed_keys(before, recipe, state) == {name: [before[name], value]}
+            continue
+        with pytest.raises(OutputError, match="made with another recipe") as caught:
+            changed_keys(before, recipe, state)
+        assert [line.split(":")[0] for line in caught.value.problems] == [name]
+        assert f"{tmp_path}/recipe.toml" in str(caught.value.action)
+
+
+def test_another_recipe_or_other_data_are_refused_with_all_that_differs(
+    small: World, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run_to_end(recipe_of(small, out, epochs=1))
+    before = (out / "state.pt").read_bytes()
+    with pytest.raises(OutputError) as caught:
+        run_to_end(recipe_of(small, out, "distill.alpha=0.3", "run.seed=7"), resume=True)
+    assert caught.value.problems == [
+        "distill.alpha: the run's 0.5, here 0.3",
+        "run.seed: the run's 0, here 7",
+    ]
+    assert (out / "state.pt").read_bytes() == before
+    state = load_state(out / "state.pt")
+    with pytest.raises(OutputError, match="other data") as caught:
+        require_same_data(state["data"], state["data"] | {"root_seed": 9}, out / "state.pt")
+    assert caught.value.problems == ["views: another root seed: the run's 0, here 9"]
+
+
+def test_a_run_ends_earlier_but_not_before_where_it_is(small: World, tmp_path: Path) -> None:
+    """Its last epoch is evaluated, though it was not the last when it ended."""
+    sets = [f'data.val_shards="{small.validation}"', "run.eval_every=9"]
+    run_to_end(recipe_of(small, tmp_path / "run", *sets, "run.checkpoint_every=1", epochs=3))
+    state = tmp_path / "run/state.pt"
+    with pytest.raises(OutputError, match="past the end") as caught:
+        run_to_end(recipe_of(small, tmp_path / "run", *sets, epochs=2), resume=True)
+    assert "give schedule.epochs = 3 or more" in str(caught.value.action)
+
+    step = Run.step
+
+    def stopping(run: Run, batches: Any) -> torch.Tensor:
+        parts = step(run, batches)
+        if run.update == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return parts
+
+    with Patch.context() as patch:
+        patch.setattr(Run, "step", stopping)
+        with pytest.raises(Requeue):
+            run_to_end(recipe_of(small, tmp_path / "short", *sets, epochs=3))
+    state = tmp_path / "short/state.pt"
+    assert "top1" not in load_state(state)["rows"][-1]
+    summary = run_to_end(recipe_of(small, tmp_path / "short", *sets, epochs=1), resume=True)
+    assert len(load_state(state)["rows"]) == 1
+    assert "top1" in summary["last"]
+
+
+# One run in a folder, which may hold what is not in its way
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from cskd_pipeline.files import sole_writer
+with sole_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("command", ["train", "study"])
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended_or_died(
+    small: World, tmp_path: Path, capsys: Capture, command: str
+) -> None:
+    out = tmp_path / "run"
+    if command == "train":
+        line = words(small, out, "--resume")
+    else:
+        line = ["study", "--shards", tmp_path, "--val-shards", tmp_path, "--out", out]
+    with held(out) as process:
+        (out / ".state.pt.0.partial").write_bytes(b"being written by the first")
+        assert world.cli(*line) == 1
+        err = capsys.readouterr().err
+        assert "another run is at work in this folder" in err
+        assert f"process {process.pid} on " in err
+        assert (out / ".state.pt.0.partial").exists()
+    assert (out / LOCK).exists()  # as a crash leaves it
+    if command == "train":
+        assert world.cli(*line) == 0
+        assert not list(out.glob(".*"))
+
+
+def test_a_lock_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("years of work")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / LOCK).symlink_to(precious)
+    with pytest.raises(OutputError, match="link"), sole_writer(tmp_path / "out"):
+        pass
+    assert precious.read_text() == "years of work"
+
+
+def test_a_run_begins_and_goes_on_beside_a_jobs_log(
+    small: World, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "slurm-1.out").write_text("hello")
+    assert world.cli(*words(small, out)) == 0
+    assert world.cli(*words(small, out)) == 1
+    assert "go on with the run there by --resume" in capsys.readouterr().err
+    assert world.cli(*words(small, out, "--resume")) == 0
+    assert (out / "slurm-1.out").read_text() == "hello"
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+@pytest.mark.parametrize("name", ["summary.csv", "last.safetensors", "zarr.json"])
+def test_what_a_run_would_write_over_is_left_alone(
+    small: World, tmp_path: Path, capsys: Capture, name: str, flags: list[str]
+) -> None:
+    (tmp_path / name).write_text("mine")
+    assert world.cli(*words(small, tmp_path, *flags)) == 1
+    err = capsys.readouterr().err
+    assert f"found:    {name}" in err
+    assert "choose another --out" in err
+    assert "--resume" not in err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]

@@ -1,0 +1,89 @@
+"""What one update does, held against the arithmetic: seeds, CKF ratio, average, accumulation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cskd_pipeline.loading.batches import Batch
+from cskd_pipeline.ranks import ALONE, Ranks
+from cskd_pipeline.training.data import open_training_data
+from cskd_pipeline.training.run import Run
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+
+
+def started(small: World, *sets: str, ranks: Ranks = ALONE) -> tuple[Run, Iterator[Batch]]:
+    """A run of 12 updates, and its batches."""
+    recipe = world.train_recipe(small.shards, small.cache, Path(), sets=[*sets], epochs=2)
+    data = open_training_data(recipe, world.quiet())
+    run = Run(recipe, data, torch.device("cpu"), ranks)
+    return run, data.batches(run.positions(), run.device)
+
+
+def test_chance_in_an_update_follows_from_seed_update_and_rank_alone(small: World) -> None:
+    def seeds(seed: int, ranks: Ranks) -> list[int]:
+        run, batches = started(small, f"run.seed={seed}", "data.check=0", ranks=ranks)
+        found = []
+        for _ in range(3):
+            torch.manual_seed(17)
+            run.step(batches)
+            found.append(torch.initial_seed())
+        return found
+
+    first, other = Ranks(0, 1), Ranks(1, 1)
+    every = [*seeds(0, first), *seeds(0, other), *seeds(1, first)]
+    assert len(set(every)) == 9
+    assert seeds(0, first) == every[:3]
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [("update", [1 - u / 12 for u in range(12)]), ("epoch", [1.0] * 6 + [0.5] * 6)],
+)
+def test_the_ckf_ratio_of_every_update(
+    small: World, monkeypatch: pytest.MonkeyPatch, step: str, expected: list[float]
+) -> None:
+    used = []
+    parts = Run.parts
+
+    def watched(run: Run, batch: Batch, ratio: float) -> Any:
+        used.append(ratio)
+        return parts(run, batch, ratio)
+
+    monkeypatch.setattr(Run, "parts", watched)
+    run, batches = started(small, f"distill.step={step}", "data.check=0")
+    for _ in range(12):
+        run.step(batches)
+    assert used == pytest.approx(expected)
+
+
+def test_the_average_follows_every_parameter(small: World) -> None:
+    run, batches = started(small, "run.ema=0.75", "data.check=0")
+    assert run.ema is not None
+    before = {n: p.clone() for n, p in run.ema.module.named_parameters()}
+    run.step(batches)
+    now = dict(run.student.model.named_parameters())
+    moved = {n for n in now if not torch.equal(now[n], before[n])}
+    assert {now[n].ndim for n in moved} >= {1, 2}
+    for name, average in run.ema.module.named_parameters():
+        torch.testing.assert_close(average, 0.75 * before[name] + 0.25 * now[name])
+
+
+def test_accumulation_changes_no_update(small: World) -> None:
+    """By plain gradient descent: Adam would hide a gradient that is twice as long."""
+
+    def weights(accumulation: int) -> list[torch.Tensor]:
+        sets = ["optim.name=sgd", "optim.lr=100", "data.check=0", "schedule.warmup_epochs=0"]
+        run, batches = started(small, *sets, f"batch.accumulation={accumulation}")
+        run.step(batches)
+        return [p.detach() for p in run.student.parameters()]
+
+    whole, fresh = weights(1), list(started(small, "data.check=0")[0].student.parameters())
+    assert max((a - b).abs().max() for a, b in zip(whole, fresh, strict=True)) > 0.01
+    for one, other in zip(whole, weights(4), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
