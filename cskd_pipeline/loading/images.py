@@ -19,13 +19,14 @@ SHOWN = 20  # examples in a message
 
 @dataclass(frozen=True)
 class Places:
-    """Where the samples of one layout shard are: ``tar`` numbers and ``row`` in that tar.
+    """The samples of one layout shard: the number of each one's ``tar``, ``row`` there, ``label``.
 
-    Both are (count,) int32; ``tar`` is ``NOWHERE`` for samples that are in no tar.
+    All are (count,) int32, and ``NOWHERE`` for samples that are in no tar.
     """
 
     tar: np.ndarray
     row: np.ndarray
+    label: np.ndarray
 
 
 class ImageSource:
@@ -138,12 +139,16 @@ class ImageSource:
                 yield i, data, zlib.crc32(data)
 
     def _labels(self, samples: np.ndarray) -> np.ndarray:
-        tars, rows = self.locate(samples)
         labels = np.empty(len(samples), np.int64)
-        for tar in np.unique(tars).tolist():
-            here = tars == tar
-            labels[here] = self.shards[tar].index.label[rows[here]]
+        for shard in np.unique(samples[:, 0]).tolist():
+            here = samples[:, 0] == shard
+            labels[here] = self._shard_labels(shard)[samples[here, 1]]
         return labels
+
+    def _shard_labels(self, shard: int) -> np.ndarray:
+        """(count,) of a layout shard, as the tars have them; ``NOWHERE`` for what no tar has."""
+        places = self._places[shard]
+        return self.shards[places].index.label if isinstance(places, int) else places.label
 
     def relabelled(self, shard: int, recorded: np.ndarray) -> np.ndarray:
         """Samples of a layout shard whose label in the tars is not the cache's.
@@ -154,10 +159,10 @@ class ImageSource:
         Returns:
             (n, 3) int64 shard, offset, and the cache's label.
         """
-        offsets = np.arange(len(recorded))
-        rows = np.stack(np.broadcast_arrays(shard, offsets, recorded), axis=1).astype(np.int64)
-        rows = rows[self.locate(rows)[0] != NOWHERE]
-        return rows[self._labels(rows) != rows[:, 2]]
+        found = self._shard_labels(shard)
+        wrong = np.flatnonzero((found != recorded) & (found != NOWHERE))
+        rows = np.broadcast_arrays(shard, wrong, recorded[wrong])
+        return np.stack(rows, axis=1).astype(np.int64)
 
     def label_error(self, relabelled: np.ndarray, among: int, switch: str | None) -> JoinError:
         """The error about the samples that :meth:`relabelled` gave.

@@ -271,8 +271,9 @@ def _look_up(dataset: Dataset, cache: CacheReader, same: Sequence[int | None]) -
     tar = np.repeat(tars, [len(part) for part in keys]).astype(np.int32)
     row = np.concatenate([np.arange(len(part), dtype=np.int32) for part in keys])
     every = np.concatenate(keys)
+    label = np.concatenate([dataset.shards[tar].index.label for tar in tars] or [row])
     order = np.argsort(every, kind="stable")
-    every, tar, row = every[order], tar[order], row[order]
+    every, tar, row, label = every[order], tar[order], row[order], label[order]
     for shard in (number for number, known in enumerate(same) if known is None):
         sought = np.array([key.encode() for key in cache.keys(shard)])
         first = np.searchsorted(every, sought, side="left")
@@ -282,9 +283,9 @@ def _look_up(dataset: Dataset, cache: CacheReader, same: Sequence[int | None]) -
             at = int(first[i])
             raise _twice(dataset, sought[i].decode(), int(tar[at]), int(tar[at + 1]))
         found = count == 1
-        places = np.full((2, len(sought)), NOWHERE, np.int32)
-        places[:, found] = tar[first[found]], row[first[found]]
-        yield Places(tar=places[0], row=places[1])
+        places = np.full((3, len(sought)), NOWHERE, np.int32)
+        places[:, found] = tar[first[found]], row[first[found]], label[first[found]]
+        yield Places(*places)
 
 
 def _twice(dataset: Dataset, key: str, first: int, second: int) -> JoinError:
