@@ -135,6 +135,8 @@ def test_files_of_format_1_which_had_no_digest_are_read(file: Path) -> None:
         {"epoch": "4"},
         {"weights": 3},
         {"class_names": ["a", 2, "c"]},
+        {"class_names": ["a", "b"]},
+        {"accepted_classes": [1]},
         {"kwargs": {"depth": 10**6}},
         {"kwargs": {"depth": -(10**6)}},
         {"kwargs": {"channels": [8, [10**9]]}},

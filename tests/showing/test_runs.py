@@ -21,6 +21,7 @@ from selenium.webdriver.common.keys import Keys
 
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.checkpoint import read_card, save_student
+from cskd_pipeline.classes import ClassGuard
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.loading.index import load_dataset
 from cskd_pipeline.showing import curves
@@ -133,7 +134,12 @@ def test_the_slider_moves_the_teacher_and_what_agrees(
     chrome: webdriver.Chrome, shown: Shown, small: World
 ) -> None:
     compared, _ = compare(
-        read_runs([shown.cskd]), str(small.shards), world.quiet(), images=5, samples=256
+        read_runs([shown.cskd]),
+        str(small.shards),
+        world.quiet(),
+        ClassGuard(),
+        images=5,
+        samples=256,
     )
     assert compared is not None
     [student] = compared.students
@@ -173,7 +179,12 @@ def test_a_place_is_read_out_for_all(chrome: webdriver.Chrome, shown: Shown) -> 
 def test_a_students_labels_are_those_of_its_patch_tokens(shown: Shown, small: World) -> None:
     """From the images' bytes to the labels by code that shares nothing with the page's."""
     compared, without = compare(
-        read_runs([shown.cskd]), str(small.shards), world.quiet(), images=6, samples=24
+        read_runs([shown.cskd]),
+        str(small.shards),
+        world.quiet(),
+        ClassGuard(),
+        images=6,
+        samples=24,
     )
     assert compared is not None
     assert without == {}
@@ -210,7 +221,9 @@ def pixels(shards: Path, reader: CacheReader, view: int, shard: int, offset: int
 
 def test_agreement_is_the_share_of_equal_labels(shown: Shown, small: World) -> None:
     runs = read_runs([shown.cskd])
-    compared, _ = compare(runs, str(small.shards), world.quiet(), images=40, samples=40)
+    compared, _ = compare(
+        runs, str(small.shards), world.quiet(), ClassGuard(), images=40, samples=40
+    )
     assert compared is not None
     [student] = compared.students
     for r in (0.0, 0.37, 1.0):
@@ -306,12 +319,12 @@ def test_a_student_of_another_cache_is_told_of_and_not_asked(
     shown: Shown, small: World, tmp_path: Path, field: str
 ) -> None:
     run = shutil.copytree(shown.cskd, tmp_path / "run")
-    card = read_card(run / "best.safetensors")
+    card = replace(read_card(run / "best.safetensors"), class_names=None)
     other: dict[str, Any] = {"grid": (2, 2), "size": 64, "num_classes": 7}
     state = load_file(run / "best.safetensors")
     save_student(run / "best.safetensors", state, replace(card, **{field: other[field]}))
     compared, without = compare(
-        read_runs([run]), str(small.shards), world.quiet(), images=2, samples=2
+        read_runs([run]), str(small.shards), world.quiet(), ClassGuard(), images=2, samples=2
     )
     assert compared is None
     assert str(other[field]) in without["run"]
@@ -334,7 +347,9 @@ def test_only_a_folder_is_taken_from_a_recipe(small: World, tmp_path: Path, name
     recipe = run / "recipe.toml"
     recipe.write_text(recipe.read_text().replace('cache = "cache"', f'cache = "{named}"'))
     with pytest.raises(UsageError, match="--cache"):
-        compare(read_runs([run]), str(small.shards), world.quiet(), images=1, samples=1)
+        compare(
+            read_runs([run]), str(small.shards), world.quiet(), ClassGuard(), images=1, samples=1
+        )
 
 
 # Refusals
