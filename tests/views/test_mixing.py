@@ -99,6 +99,15 @@ def test_a_mix_depends_on_both_seeds() -> None:
     assert len(mixes) > 185  # of 190; lam has 65,537 values
 
 
+def test_who_is_mixed_where_not_all_are_is_pinned() -> None:
+    """A quarter of the pairs, and these: a cache's views must come again in every version."""
+    policy = ViewPolicy(mix=0.25)
+    mixed = [other for other in range(2, 34) if draw_mix(1, other, policy) != UNMIXED]
+    assert mixed == [2, 11, 12, 16, 23, 27, 28, 33]
+    for other in mixed:
+        assert draw_mix(1, other, policy) == draw_mix(1, other, POLICY)
+
+
 def test_an_own_partner_is_not_mixed() -> None:
     assert draw_mix(5, 5, POLICY) == UNMIXED
     assert Box(0, 0, 0, 0) == UNMIXED.box
