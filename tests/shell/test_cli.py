@@ -192,7 +192,8 @@ def test_dump_teacher_puts_flags_into_the_recipe(replace: Replace) -> None:
     line = (
         "dump-teacher --shards S --split train --teacher resnet18 --cache C --weights random "
         "--encoding dense --encoding envelope --views 3 --workers 2 --batch-size 7 --device cpu "
-        "--shard-range 2:5 --view-range 0:3 --accept-versions --set cache.root_seed=9"
+        "--shard-range 2:5 --view-range 0:3 --accept-versions "
+        "--accept-classes --set cache.root_seed=9"
     )
     assert run(*line.split()) == 0
     [((recipe, terminal), named)] = calls
@@ -202,7 +203,12 @@ def test_dump_teacher_puts_flags_into_the_recipe(replace: Replace) -> None:
     assert (recipe.cache.path, recipe.cache.views, recipe.cache.root_seed) == ("C", 3, 9)
     assert recipe.cache.encodings == ("dense", "envelope")
     assert (recipe.dump.workers, recipe.dump.batch_size, recipe.dump.device) == (2, 7, "cpu")
-    assert named == {"shard_range": (2, 5), "view_range": (0, 3), "accept_versions": True}
+    assert named == {
+        "shard_range": (2, 5),
+        "view_range": (0, 3),
+        "accept_versions": True,
+        "accept_classes": True,
+    }
     assert not terminal.quiet
 
 
@@ -214,7 +220,12 @@ def test_dump_teacher_stores_dense_unless_told(replace: Replace) -> None:
         data=recipe.data, teacher=recipe.teacher, cache=recipe.cache
     )  # what no flag names is the default
     assert recipe.cache.encodings == ("dense",)
-    assert named == {"shard_range": None, "view_range": None, "accept_versions": False}
+    assert named == {
+        "shard_range": None,
+        "view_range": None,
+        "accept_versions": False,
+        "accept_classes": False,
+    }
 
 
 def test_train_puts_flags_into_the_recipe(replace: Replace) -> None:
@@ -253,11 +264,14 @@ def test_evaluate_passes_its_flags_on(replace: Replace) -> None:
     calls = replace("evaluate.evaluate", {})
     assert run("evaluate", "run", "--shards", "S") == 0
     line = "evaluate run --shards S --split b --batch-size 4 --workers 0 --device cpu"
+    line += " --crop-pct 0.5 --accept-classes"
     assert run(*line.split()) == 0
     [((path, shards, _), first), (_, second)] = calls
     assert (path, shards) == (Path("run"), "S")
-    assert first == {"split": "", "batch_size": 256, "workers": -1, "device": "auto"}
-    assert second == {"split": "b", "batch_size": 4, "workers": 0, "device": "cpu"}
+    common = {"split": "", "batch_size": 256, "workers": -1, "device": "auto"}
+    assert first == common | {"crop_pct": None, "accept_classes": False}
+    given = {"split": "b", "batch_size": 4, "workers": 0, "device": "cpu"}
+    assert second == given | {"crop_pct": 0.5, "accept_classes": True}
 
 
 # --- outcomes -------------------------------------------------------------------------------------
