@@ -634,6 +634,10 @@ def test_who_is_held_up_by_a_stopped_process_fetches_a_copy_of_its_own(
     try:
         os.read(ready, 1)
         os.kill(child, signal.SIGSTOP)
+        old = mirror.partial_of(one.root / "x")  # what the stopped one had
+        old.write_bytes(b"0")
+        os.utime(old, (0, 0))
+        assert not mirror._grows(one.root / "x")
         with one.adding("x") as (path, missing):
             assert missing
             path.write_bytes(b"1")
