@@ -225,7 +225,7 @@ def part_size(batch_size: int, *, world: int, accumulation: int) -> int:
             mean of the whole.
     """
     size, rest = divmod(batch_size, world * accumulation)
-    if rest or size == 0:
+    if rest:
         raise UsageError(
             "the batch cannot be cut into equal parts",
             found=f"batch_size {batch_size}, {world} ranks, accumulation {accumulation}",

@@ -126,6 +126,37 @@ def test_unpacking_undoes_packing(seed: int, count: int, most: int) -> None:
     assert (np.diff(in_front.astype(int), axis=2) <= 0).all()
 
 
+def test_the_last_crossing_there_is_survives_packing() -> None:
+    """65534 is a place, 65535 is none."""
+    planes = np.full((1, 2, 2, HEIGHT, WIDTH), 65535, np.uint16)
+    planes[0, :, 0] = np.array([3, 5])[:, None, None]
+    planes[0, 0, 1] = 65534
+    rows = {"envelope/lines": planes, "envelope/global_label": np.array([3], np.uint16)}
+    encoding = ENCODINGS["envelope"]
+    back = encoding.unpack(encoding.pack(rows), AnswerShape(CLASSES, HEIGHT, WIDTH))
+    assert np.array_equal(back["envelope/lines"], planes)
+
+
+def test_an_envelope_holds_nothing_where_it_has_no_line_and_the_largest_global_logit() -> None:
+    spatial, _ = logits(0, 4, 20)
+    _, global_ = logits(1, 4, 20)  # not the mean of what the locations say
+    rows = {name: v.numpy() for name, v in ENCODINGS["envelope"].encode(spatial, global_).items()}
+    classes, crossings = np.moveaxis(rows["envelope/lines"], 2, 0)
+    after = np.roll(classes, -1, axis=1)
+    after[:, -1] = 65535  # no line follows the last
+    assert np.array_equal(crossings == 65535, after == 65535)
+    assert rows["envelope/global_label"].tolist() == global_.argmax(1).tolist()
+    assert rows["envelope/global_label"].tolist() != spatial.float().mean((2, 3)).argmax(1).tolist()
+
+
+@pytest.mark.parametrize("name", ["dense", "dense-q8"])
+def test_a_chunk_holds_at_least_one_sample_and_many_small_ones(name: str) -> None:
+    large = ENCODINGS[name].arrays(AnswerShape(20_000, 7, 7))
+    small = ENCODINGS[name].arrays(AnswerShape(20, 2, 2))
+    assert {spec.rows for spec in large[:2]} == {1}
+    assert all(spec.rows is not None and spec.rows > 16 for spec in small)
+
+
 def test_packing_is_as_the_format_says() -> None:
     lines = np.full((1, 3, 2, 1, 4), 65535, np.uint16)
     lines[0, 0, 0, 0] = [7, 8, 9, 7]
@@ -150,8 +181,12 @@ def test_too_many_classes_for_sixteen_bits_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 24, 25, 1000])
-def test_rows_are_as_the_arrays_say(classes: int) -> None:
+@pytest.mark.parametrize("flat", [False, True])
+def test_rows_are_as_the_arrays_say(classes: int, flat: bool) -> None:
+    """Of teachers that know nothing, too: all their logits are 0."""
     answer = logits(0, 3, classes)
+    if flat:
+        answer = (torch.zeros_like(answer[0]), torch.zeros_like(answer[1]))
     for encoding in ENCODINGS.values():
         specs = encoding.arrays(AnswerShape(classes, HEIGHT, WIDTH))
         rows = encoding.encode(*answer)

@@ -199,6 +199,17 @@ def test_labels_that_are_accepted_are_counted_and_read_as_they_are(
     assert replay(joined, spread_views(joined, 3)).exact.all()
 
 
+def test_a_manifest_of_other_tars_does_not_spare_them_the_comparison(tmp_path: Path) -> None:
+    """The same keys, so the same shard; the SHA-256 says that the labels may be others."""
+    (tmp_path / "theirs").mkdir()
+    own = make_cache(tmp_path / "cache", recut(tmp_path / "theirs", EVERY))
+    (tmp_path / "ours").mkdir()
+    recut(tmp_path / "ours", [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)])
+    index_shards(tmp_path / "ours", num_classes=5).save(tmp_path / "ours/manifest.json")
+    with pytest.raises(JoinError, match="34 of 43 samples have other labels"):
+        join(load_dataset(tmp_path / "ours/manifest.json"), own)
+
+
 def test_labels_altered_after_the_tar_was_indexed_are_found_at_its_first_use(
     tmp_path: Path, cache: CacheReader
 ) -> None:
