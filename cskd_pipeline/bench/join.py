@@ -7,6 +7,7 @@ of ImageNet's shape, which have their documents and a file for each unit's recor
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 import tracemalloc
@@ -138,8 +139,10 @@ def _open(path: Path) -> tuple[CacheReader, dict[str, float]]:
     tracemalloc.start()
     try:
         CacheReader(path)  # what is imported and compiled once is not the cache's
+        gc.collect()
         before, _ = tracemalloc.get_traced_memory()
         reader = CacheReader(path)
+        gc.collect()
         held = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
