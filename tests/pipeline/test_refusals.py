@@ -117,6 +117,18 @@ def test_what_would_fail_in_the_first_step_is_refused_before_anything_is_written
     assert not (tmp_path / "run").exists()
 
 
+def test_micro_batches_of_one_image_are_tried_as_such(
+    small: World, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """Batch normalisation cannot do with one image what it does with two."""
+    kwargs = "student.kwargs={channels=[8, 8, 8, 8]}"
+    words = ("--student", "resnet10t", "--method", "none", "--batch-size", 4, "--epochs", 1)
+    sets = world.as_flags([kwargs, "batch.accumulation=4", *world.VIEWS])
+    message = refused(*train(small, tmp_path / "run", *words, *sets))
+    assert "more than one image in every micro-batch" in message
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["lamb", "lookahead_adamw"])
 def test_other_optimizers_of_timm_train(small: World, tmp_path: Path, name: str) -> None:
     flags = ("--epochs", 1, *world.as_flags([f"optim.name={name}"]))

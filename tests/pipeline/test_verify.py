@@ -174,7 +174,7 @@ def test_pixels_that_differ_by_rounding_are_told_with_the_versions(
 
 
 def test_seeds_that_do_not_follow_from_the_root_seed_are_told(
-    small: World, tmp_path: Path, verify: Verify
+    small: World, tmp_path: Path, verify: Verify, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cache whose manifest, and whose records, state another root seed than it was made with."""
     shutil.copytree(small.cache, tmp_path / "cache")
@@ -182,6 +182,7 @@ def test_seeds_that_do_not_follow_from_the_root_seed_are_told(
     said = replace(manifest, root_seed=manifest.root_seed + 1)
     (tmp_path / "cache" / layout.GROUP).write_bytes(layout.manifest_document(said))
     record_anew(tmp_path / "cache")
+    shifted(monkeypatch)
     code, report = verify(tmp_path / "cache", "--shards", small.shards)
     assert code == 1
     views = report["checks"]["views"]
