@@ -272,7 +272,7 @@ def test_a_cache_of_another_making_is_not_gone_on_with(
     assert CacheReader(small.cache).manifest == before
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vgg11", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vgg11"])
 def test_a_teacher_without_spatial_logits_is_refused_with_the_reason(
     small: World, tmp_path: Path, refused: Callable[..., str], name: str
 ) -> None:
