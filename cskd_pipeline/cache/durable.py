@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import math
 import os
 import shutil
 import time
@@ -79,15 +78,21 @@ def inside(root: Path, key: str) -> Path:
     return path
 
 
+HELD = 300.0  # seconds after which a holder is taken for one that was stopped
+
+
 @contextmanager
 def exclusive(
-    folder: Path, seconds: float = math.inf, busy: Callable[[], bool] = lambda: False
+    folder: Path, seconds: float | None = None, busy: Callable[[], bool] = lambda: False
 ) -> Iterator[bool]:
     """Hold ``folder``, made if need be, against other processes; a killed holder lets go.
 
     False on file systems without locks on folders (some network ones), which let everyone in:
     there, two writers of one unit at once are not kept apart. Also False when another has
     held it for ``seconds`` and is not ``busy``.
+
+    Raises:
+        OutputError: without ``seconds``, another has held it for minutes: it may be stopped.
     """
     with files.explained_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +100,9 @@ def exclusive(
     held = False
     try:
         with suppress(OSError):
-            held = _locked(descriptor, seconds, busy)
+            held = _locked(descriptor, HELD if seconds is None else seconds, busy)
+            if not held and seconds is None:
+                raise _held_up(folder)
         yield held
     finally:
         if held:  # closing alone would leave it to processes that were forked meanwhile
@@ -104,9 +111,6 @@ def exclusive(
 
 
 def _locked(descriptor: int, seconds: float, busy: Callable[[], bool]) -> bool:
-    if seconds == math.inf:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return True
     until = time.monotonic() + seconds
     while True:
         try:
@@ -119,3 +123,14 @@ def _locked(descriptor: int, seconds: float, busy: Callable[[], bool]) -> bool:
             time.sleep(min(0.05, seconds))
         else:
             return True
+
+
+def _held_up(folder: Path) -> OutputError:
+    return OutputError(
+        "another process holds a part of the cache and does not let go of it",
+        where=folder,
+        found=f"held for {HELD:g} seconds",
+        expected="a unit's files are written in seconds",
+        action="see whether a process that writes this cache was stopped: continue or kill it, "
+        "then run the same command again; finished units are kept",
+    )

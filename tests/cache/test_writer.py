@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import time
 from dataclasses import replace
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from cskd_pipeline import files
+from cskd_pipeline.cache import durable
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter, Unit
 from cskd_pipeline.errors import CacheError, CskdError, OutputError, UsageError
@@ -426,3 +428,29 @@ def test_of_two_creations_at_once_one_wins(tmp_path: Path) -> None:
             process.join(60)
         seed = CacheReader(path).manifest.root_seed
         assert sorted(map(str, found)) == sorted([str(seed), "CacheError"])
+
+
+def test_a_stopped_writer_does_not_hold_the_others_up_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = CacheWriter.create(tmp_path, manifest())
+    folder = tmp_path / "key/c/0/0"
+    read, write = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        with durable.exclusive(folder):
+            os.write(write, b".")
+            os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(0)
+    try:
+        os.read(read, 1)
+        monkeypatch.setattr(durable, "HELD", 0.1)
+        unit = writer.todo()[0]
+        with pytest.raises(OutputError, match="does not let go") as caught:
+            writer.write_unit(unit, unit_data(unit, writer.manifest))
+        assert caught.value.where == folder
+        assert not CacheReader(tmp_path).done().any()
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+    assert writer.write_unit(unit, unit_data(unit, writer.manifest))

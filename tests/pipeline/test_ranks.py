@@ -257,6 +257,7 @@ def in_step(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object
 
 def stop_myself() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(1)  # the signal may take another thread first: this one is not to go on
 
 
 def ends_without(stopped: int, processes: list[Any], seconds: float = 90) -> list[int | None]:
