@@ -122,12 +122,14 @@ def show(
 
 def _are_runs(targets: list[str]) -> bool:
     """Whether the targets are runs' folders; a single one that is not is a cache, or refused."""
+    from cskd_pipeline.cache.digests import split_pin
     from cskd_pipeline.cache.remote import is_remote
     from cskd_pipeline.showing.records import is_run
 
     if any(is_run(Path(one)) for one in targets) or len(targets) > 1:
         return True  # where another is none, its reader says so
-    if not is_remote(targets[0]) and not (Path(targets[0]) / "zarr.json").exists():
+    location, _ = split_pin(targets[0])
+    if not is_remote(location) and not (Path(location) / "zarr.json").exists():
         raise UsageError(
             "neither a cache nor a training run is here",
             where=targets[0],

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cskd_pipeline.cache.digests import split_pin
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.checkpoint import StudentCard, load_student, read_card, student_file
 from cskd_pipeline.classes import ClassGuard
@@ -143,10 +144,10 @@ def compare(
     return compared, without
 
 
-def _cache_of(run: RunRecord) -> Path:
+def _cache_of(run: RunRecord) -> str:
     """The folder that a recipe names; a URL, which may be a stranger's, is not fetched."""
     named = run.recipe.data.cache
-    if not named or not Path(named).is_dir():
+    if not named or not Path(split_pin(named)[0]).is_dir():
         raise UsageError(
             "the run's cache is not here",
             where=f"data.cache of {run.folder}",
@@ -154,7 +155,7 @@ def _cache_of(run: RunRecord) -> Path:
             expected="a folder",
             action="give --cache CACHE",
         )
-    return Path(named)
+    return named
 
 
 def _misfit(card: StudentCard, reader: CacheReader) -> str:
