@@ -140,7 +140,7 @@ class CacheReader:
             chosen: (blocks, shards) bool.
         """
         if self._units is not None:
-            return np.where(chosen[..., None], self._units, 0)
+            return self._units * chosen[..., None]
         found = np.zeros((*chosen.shape, SIZE), np.uint8)
         units = np.argwhere(chosen).tolist()
         with progress(len(units), "units", "reading their digests") as meter:

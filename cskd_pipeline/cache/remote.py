@@ -245,6 +245,7 @@ class RemoteFolder(Folder):
         if self.scheme == "gs":
             fs.credentials.apply(login)
         else:
+            # The hub's package exports it without saying so to type checkers.
             from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
             login = build_hf_headers(token=fs.token)

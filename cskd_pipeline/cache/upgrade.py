@@ -66,7 +66,7 @@ def _old_manifest(root: Path) -> CacheManifest | None:
     path = root / layout.GROUP
     document = documents.read(path) if path.exists() else None
     try:
-        content = document["attributes"][layout.ATTRIBUTE]  # type: ignore[index]  # see below
+        content = document["attributes"][layout.ATTRIBUTE]  # type: ignore[index]  # refused below
         old, digest = dict(content["manifest"]), content["sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise CacheError(

@@ -126,6 +126,8 @@ class CacheWriter:
             if held:
                 files.sweep(root, layout.GROUP)
             cut_off = (root / layout.EXTENDING).exists()
+            if cut_off:
+                store = CacheStore(root)  # as it was left: nobody extends it now
             for key, document in layout.array_documents(store.manifest).items():
                 path = inside(root, key)
                 if held:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from cskd_pipeline import files
-from cskd_pipeline.cache import durable
+from cskd_pipeline.cache import durable, layout
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter, Unit
 from cskd_pipeline.errors import CacheError, CskdError, OutputError, UsageError
@@ -256,6 +256,24 @@ def test_extension_that_was_cut_off_harms_nobody_and_is_finished_later(
         writer.extend(4)
         fill(writer)
         assert tree(path) == tree(tmp_path / "whole")
+
+
+def test_an_extension_that_ended_while_a_writer_opened_the_cache_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other was killed before it removed its note; the manifest read first is the old one."""
+    writer = make(tmp_path / "c", views=2)
+    real = durable.exclusive
+
+    def extended_meanwhile(folder: Path) -> Any:
+        monkeypatch.setattr("cskd_pipeline.cache.writer.exclusive", real)
+        writer.extend(4)
+        (tmp_path / "c" / layout.EXTENDING).write_text("4\n")
+        return real(folder)
+
+    monkeypatch.setattr("cskd_pipeline.cache.writer.exclusive", extended_meanwhile)
+    assert CacheWriter.open(tmp_path / "c").manifest.views == 4
+    assert CacheReader(tmp_path / "c").views == 4
 
 
 # Kills, full disks, other writers
