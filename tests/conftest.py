@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cskd_pipeline.loading.index import Dataset, load_dataset
+from cskd_pipeline.data.index import Dataset, load_dataset
 from tests.pictures import write_image_folder, write_shards
 
 COUNTS = (21, 8, 13, 1)

@@ -112,11 +112,6 @@ def _serve() -> None:
     import timm  # noqa: F401
     import torch
 
-    import cskd_pipeline.cache.convert
-    import cskd_pipeline.dump
-    import cskd_pipeline.evaluate
-    import cskd_pipeline.train  # noqa: F401
-
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)

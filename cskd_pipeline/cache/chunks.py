@@ -23,7 +23,7 @@ from numcodecs.zstd import Zstd
 
 from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.lru import BytesLRU
-from cskd_pipeline.progress import Progress, silent
+from cskd_pipeline.runtime.progress import Progress, silent
 
 _EMPTY = 2**64 - 1  # a shard index's mark of a chunk that was not written
 _ZSTD = Zstd()

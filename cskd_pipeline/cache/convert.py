@@ -16,14 +16,14 @@ import numpy as np
 
 from cskd_pipeline.cache.buffer import UnitBuffer
 from cskd_pipeline.cache.digests import split_pin
-from cskd_pipeline.cache.encodings import ENCODINGS, Rows
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.layout import choose_view_block
+from cskd_pipeline.cache.manifest import CacheManifest, utc_now
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
+from cskd_pipeline.distill.encodings import ENCODINGS, Rows
 from cskd_pipeline.errors import CacheError, UsageError
-from cskd_pipeline.manifest import CacheManifest, utc_now
-from cskd_pipeline.progress import Progress
+from cskd_pipeline.runtime.progress import Progress
 
 if TYPE_CHECKING:
     import torch

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cskd_pipeline import documents
 from cskd_pipeline.errors import UsageError
+from cskd_pipeline.runtime import schemas
 
 SIZE = 32  # bytes of a SHA-256
 _PIN = re.compile(r"(?P<location>.+)@sha256:(?P<digest>[^/@]*)")
@@ -43,7 +43,7 @@ class Record(NamedTuple):
     def of(cls, lineage: str, keys: Sequence[str], files: Sequence[bytes]) -> Record:
         """Return the record of a unit whose files are ``keys`` with the digests ``files``."""
         named = {key: digest.hex() for key, digest in zip(keys, files, strict=True)}
-        unit = documents.sha256({"cache": lineage, "files": named})
+        unit = schemas.sha256({"cache": lineage, "files": named})
         return cls(bytes.fromhex(unit), bytes.fromhex(lineage), tuple(files))
 
     @classmethod

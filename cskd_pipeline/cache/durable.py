@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cskd_pipeline import files
 from cskd_pipeline.errors import OutputError
+from cskd_pipeline.runtime import atomic
 
 
 class DurableFolder:
@@ -47,13 +47,13 @@ class DurableFolder:
 
     def _put(self, key: str, write: Callable[[Path], object]) -> None:
         path = inside(self.root, key)
-        files.atomic_write(path, write)
+        atomic.atomic_write(path, write)
         self._touched.update(path.relative_to(self.root).parents)
 
     def flush(self) -> None:
         """Sync every folder in which a file or folder may be new since the last time."""
         for folder in self._touched:
-            files.sync_folder(self.root / folder)
+            atomic.sync_folder(self.root / folder)
         self._touched.clear()
 
 
@@ -94,7 +94,7 @@ def exclusive(
     Raises:
         OutputError: without ``seconds``, another has held it for minutes: it may be stopped.
     """
-    with files.explained_os_errors(folder):
+    with atomic.explained_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     held = False

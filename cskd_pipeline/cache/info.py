@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import CacheReader
-from cskd_pipeline.manifest import CacheManifest
-from cskd_pipeline.progress import Progress, silent
+from cskd_pipeline.runtime.progress import Progress, silent
 
 METHOD = (
     "Cumulative Spatial Knowledge Distillation for Vision Transformers. ICCV 2023. "

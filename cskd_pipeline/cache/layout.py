@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from cskd_pipeline import documents
 from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.digests import SIZE
-from cskd_pipeline.cache.encodings import ENCODINGS, AnswerShape, ArraySpec, Encoding
+from cskd_pipeline.cache.manifest import CacheManifest
+from cskd_pipeline.distill.encodings import ENCODINGS, AnswerShape, ArraySpec, Encoding
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.manifest import CacheManifest
+from cskd_pipeline.runtime import schemas
 
 GROUP = "zarr.json"
 ATTRIBUTE = "cskd"
@@ -175,11 +175,11 @@ def manifest_document(manifest: CacheManifest) -> bytes:
     """
     content = {"manifest": manifest.to_json(), "sha256": manifest.digest()}
     document = to_bytes(group_document({ATTRIBUTE: content}))
-    if len(document) > documents.MAX_BYTES:
+    if len(document) > schemas.MAX_BYTES:
         raise CacheError(
             "the manifest is too large",
             found=f"{len(document)} bytes for {len(manifest.dataset.shards)} tar shards",
-            expected=f"at most {documents.MAX_BYTES}",
+            expected=f"at most {schemas.MAX_BYTES}",
             action="cut the data set into fewer tar shards",
         )
     return document
@@ -210,7 +210,7 @@ def parse_manifest(data: bytes, where: object) -> CacheManifest:
         CacheError: the group is no cache, or its manifest was altered.
         ManifestError: it does not fit the schema; says everything that does not.
     """
-    document = documents.parse(data, where)
+    document = schemas.parse(data, where)
     problems = group_problems(document)
     attributes = document.get("attributes") if isinstance(document, dict) else None
     content = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
@@ -223,11 +223,11 @@ def parse_manifest(data: bytes, where: object) -> CacheManifest:
             expected="a folder made by cskd-pipeline dump-teacher",
         )
     manifest = CacheManifest.from_json(content["manifest"], where)
-    if content.get("sha256") != documents.sha256(content["manifest"]):
+    if content.get("sha256") != schemas.sha256(content["manifest"]):
         raise CacheError(
             "the manifest is not what was written",
             where=where,
-            found=f"sha256 {documents.sha256(content['manifest'])}",
+            found=f"sha256 {schemas.sha256(content['manifest'])}",
             expected=f"sha256 {content.get('sha256')}",
             action="copy the file again from where the cache came from",
         )

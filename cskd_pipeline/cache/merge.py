@@ -15,20 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from cskd_pipeline import files
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.convert import unit_data
 from cskd_pipeline.cache.digests import split_pin
 from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
 from cskd_pipeline.cache.info import describe
+from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.parts import Part, unite
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.writer import CacheWriter, Unit
-from cskd_pipeline.classes import ClassGuard
 from cskd_pipeline.errors import CacheError, UsageError
-from cskd_pipeline.manifest import CacheManifest
-from cskd_pipeline.progress import Progress
+from cskd_pipeline.runtime import atomic
+from cskd_pipeline.runtime.classes import ClassGuard
+from cskd_pipeline.runtime.progress import Progress
 
 _PIECE = 2**20
 
@@ -273,7 +273,7 @@ def _copy(
     folder: DurableFolder, key: str, part: Part, source: str, digests: Mapping[str, bytes]
 ) -> None:
     path = inside(folder.root, key)
-    files.sweep(path.parent, path.name)  # what a killed writer left; the unit is held by us
+    atomic.sweep(path.parent, path.name)  # what a killed writer left; the unit is held by us
     folder.copy(part.path / source, key)
     if folder.digests[key] != digests[source]:
         raise CacheError(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cskd_pipeline.cache.durable import exclusive
 from cskd_pipeline.errors import OutputError, UsageError
-from cskd_pipeline.files import explained_os_errors
+from cskd_pipeline.runtime.atomic import explained_os_errors
 
 FOLDER, GIGABYTES = "CSKD_CACHE_DIR", "CSKD_CACHE_GB"
 _DEFAULT_GIGABYTES = "50"

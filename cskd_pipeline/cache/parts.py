@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from cskd_pipeline.cache.arrays import StoredArray
+from cskd_pipeline.cache.manifest import CacheManifest, ShardInfo, utc_now
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.store import CacheStore
-from cskd_pipeline.classes import ClassGuard
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.manifest import CacheManifest, ShardInfo, utc_now
+from cskd_pipeline.runtime.classes import ClassGuard
 
 _IDENTITY = ("count", "bytes", "sha256", "keys_sha256", "key_bytes")
 _LONGEST = 64  # characters of a value in a message: a SHA-256

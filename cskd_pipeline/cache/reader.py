@@ -11,12 +11,12 @@ import numpy as np
 
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.digests import SIZE, root_digest, split_pin
-from cskd_pipeline.cache.encodings import AnswerShape, ArraySpec, Rows
 from cskd_pipeline.cache.lru import BytesLRU
+from cskd_pipeline.cache.manifest import CacheManifest, keys_sha256
 from cskd_pipeline.cache.store import FINISH, CacheStore
+from cskd_pipeline.distill.encodings import AnswerShape, ArraySpec, Rows
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.manifest import CacheManifest, keys_sha256
-from cskd_pipeline.progress import Progress, silent
+from cskd_pipeline.runtime.progress import Progress, silent
 
 MAX_SLAB_BYTES = 2**29
 """Of one ragged array, decoded: chunks of one value would unfold thousandfold."""

@@ -31,8 +31,8 @@ from cskd_pipeline.cache.chunks import DamageError, Folder
 from cskd_pipeline.cache.mirror import Mirror, partial_of
 from cskd_pipeline.cache.transfers import Pace
 from cskd_pipeline.errors import CskdError, MissingPackageError, RemoteError, UsageError
-from cskd_pipeline.files import explained_os_errors
-from cskd_pipeline.progress import Progress, silent
+from cskd_pipeline.runtime.atomic import explained_os_errors
+from cskd_pipeline.runtime.progress import Progress, silent
 
 PACKAGES = {
     **{"https": "aiohttp", "http": "aiohttp", "s3": "s3fs", "gs": "gcsfs"},
@@ -229,7 +229,9 @@ class RemoteFolder(Folder):
         if answer.total is not None and file.tell() != answer.total:
             raise OSError(f"{file.tell()} bytes arrived where {answer.total} should")
 
-    def _answer(self, key: str, start: int, pace: Pace) -> AbstractContextManager[transfers.Answer]:
+    def _answer(
+        self, key: str, start: int, pace: Pace
+    ) -> AbstractContextManager[transfers.HttpResponse]:
         where = self.where(key)
         if self._web:
             return transfers.from_web(where, start, where, pace)

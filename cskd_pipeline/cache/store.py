@@ -12,14 +12,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from cskd_pipeline import documents
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder
 from cskd_pipeline.cache.digests import Record
+from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.remote import is_remote, open_folder
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.manifest import CacheManifest
-from cskd_pipeline.progress import Progress, silent
+from cskd_pipeline.runtime import schemas
+from cskd_pipeline.runtime.progress import Progress, silent
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -65,7 +65,7 @@ class CacheStore:
     def _most_bytes(self, key: str) -> int:
         """The most bytes that the file ``key`` may have."""
         array = self.arrays.get(key.partition("/c/")[0])
-        return documents.MAX_BYTES if array is None else array.most_file_bytes
+        return schemas.MAX_BYTES if array is None else array.most_file_bytes
 
     def check_metadata(self) -> None:
         """Compare every ``zarr.json`` with the one that the manifest implies, byte for byte.
@@ -77,7 +77,7 @@ class CacheStore:
         differing: dict[str, bytes] = {}
         for key, expected in layout.array_documents(self.manifest).items():
             try:
-                data = self._folder.read(key, documents.MAX_BYTES)
+                data = self._folder.read(key, schemas.MAX_BYTES)
             except DamageError as error:
                 problems.append(f"{key}: {error}")
             else:
@@ -109,7 +109,7 @@ class CacheStore:
         return layout.array_documents(replace(self.manifest, views=views))
 
     def _document_problems(self, key: str, data: bytes) -> list[str]:
-        document = documents.parse(data, key)
+        document = schemas.parse(data, key)
         array = self.arrays.get(key.removesuffix("/zarr.json"))
         lines = layout.group_problems(document) if array is None else array.problems(document)
         if not lines:
@@ -313,7 +313,7 @@ class CacheStore:
 def _read_manifest(folder: Folder) -> CacheManifest:
     where = folder.where(layout.GROUP)
     try:
-        data = folder.read(layout.GROUP, documents.MAX_BYTES)
+        data = folder.read(layout.GROUP, schemas.MAX_BYTES)
     except DamageError as error:
         raise CacheError(
             "not a teacher cache",

@@ -106,7 +106,7 @@ def _seconds() -> float:
 
 
 @dataclass(frozen=True)
-class Answer:
+class HttpResponse:
     """The bytes of a file from ``start`` on; ``total`` is the file's length, if it is known."""
 
     start: int
@@ -121,7 +121,7 @@ class Answer:
 @contextmanager
 def from_web(
     url: str, start: int, where: str, pace: Pace, login: dict[str, str] | None = None
-) -> Iterator[Answer]:
+) -> Iterator[HttpResponse]:
     """Ask a web server for a file, from byte ``start`` on.
 
     Args:
@@ -139,13 +139,13 @@ def from_web(
     try:
         part = response.status == 206
         begin = start if part else 0  # a server that knows no ranges sends all of it again
-        yield Answer(begin, _total(response.headers, begin, part), response.content.read)
+        yield HttpResponse(begin, _total(response.headers, begin, part), response.content.read)
     finally:
         asyn.get_loop().call_soon_threadsafe(response.close)
 
 
 @contextmanager
-def from_s3(fs: Any, path: str, start: int, where: str, pace: Pace) -> Iterator[Answer]:
+def from_s3(fs: Any, path: str, start: int, where: str, pace: Pace) -> Iterator[HttpResponse]:
     """The same, of an object store that s3fs speaks to."""
     bucket, key, _ = fs.split_path(path)
     range_ = {"Range": f"bytes={start}-"} if start else {}
@@ -156,7 +156,7 @@ def from_s3(fs: Any, path: str, start: int, where: str, pace: Pace) -> Iterator[
         _require_plain(found.get("ContentEncoding", "").replace("aws-chunked", ""), where)
         headers = {"Content-Range": found.get("ContentRange", "")}
         headers["Content-Length"] = str(found["ContentLength"])
-        yield Answer(start, _total(headers, start, bool(start)), body.read)
+        yield HttpResponse(start, _total(headers, start, bool(start)), body.read)
     finally:
         fs.loop.call_soon_threadsafe(body.close)
 

@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from cskd_pipeline import documents, files
 from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.check import check_bytes
 from cskd_pipeline.cache.chunks import DamageError, encode_file
 from cskd_pipeline.cache.digests import Record
 from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
+from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.store import CacheStore
-from cskd_pipeline.cache.verify import check_bytes
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.manifest import CacheManifest
-from cskd_pipeline.progress import Progress
+from cskd_pipeline.runtime import atomic, schemas
+from cskd_pipeline.runtime.progress import Progress
 
 _MARKS = "done"
 
@@ -44,7 +44,7 @@ def upgrade(
         KeyboardInterrupt: stopped between units.
     """
     root = require_local(path, "a cache is upgraded where it lies", "copy it to this machine")
-    with files.explained_os_errors(root), exclusive(root):
+    with atomic.explained_os_errors(root), exclusive(root):
         old = _old_manifest(root)
         written = 0 if old is None else _write_records(root, old, progress, stopped)
         shutil.rmtree(inside(root, f"{_MARKS}/zarr.json").parent, ignore_errors=True)
@@ -64,7 +64,7 @@ def _old_manifest(root: Path) -> CacheManifest | None:
         CacheError: there is no cache, or its manifest was altered.
     """
     path = root / layout.GROUP
-    document = documents.read(path) if path.exists() else None
+    document = schemas.read(path) if path.exists() else None
     try:
         content = document["attributes"][layout.ATTRIBUTE]  # type: ignore[index]  # refused below
         old, digest = dict(content["manifest"]), content["sha256"]
@@ -76,11 +76,11 @@ def _old_manifest(root: Path) -> CacheManifest | None:
         ) from error
     if old.get("format_version") != 1:
         return None
-    if documents.sha256(old) != digest:
+    if schemas.sha256(old) != digest:
         raise CacheError(
             "the manifest is not what was written",
             where=path,
-            found=f"sha256 {documents.sha256(old)}",
+            found=f"sha256 {schemas.sha256(old)}",
             expected=f"sha256 {digest}",
             action="copy the file again from where the cache came from",
         )

@@ -15,17 +15,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cskd_pipeline import files
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import encode_file
 from cskd_pipeline.cache.digests import Record
 from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
-from cskd_pipeline.cache.encodings import ENCODINGS, ArraySpec
+from cskd_pipeline.cache.manifest import CacheManifest, keys_sha256
 from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.store import CacheStore
-from cskd_pipeline.classes import ClassGuard
+from cskd_pipeline.distill.encodings import ENCODINGS, ArraySpec
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
-from cskd_pipeline.manifest import CacheManifest, keys_sha256
+from cskd_pipeline.runtime import atomic
+from cskd_pipeline.runtime.classes import ClassGuard
 
 
 class Unit(NamedTuple):
@@ -124,14 +124,14 @@ class CacheWriter:
         store = CacheStore(root)
         with exclusive(root) as held:
             if held:
-                files.sweep(root, layout.GROUP)
+                atomic.sweep(root, layout.GROUP)
             cut_off = (root / layout.EXTENDING).exists()
             if cut_off:
                 store = CacheStore(root)  # as it was left: nobody extends it now
             for key, document in layout.array_documents(store.manifest).items():
                 path = inside(root, key)
                 if held:
-                    files.sweep(path.parent, path.name)
+                    atomic.sweep(path.parent, path.name)
                 if cut_off or not path.exists():
                     _write(path, document)
             (root / layout.EXTENDING).unlink(missing_ok=True)
@@ -248,14 +248,14 @@ class CacheWriter:
         """
         record = inside(self.path, self._store.record_key(unit.block, unit.shard))
         own_folder = self._file("seed", unit.views[0], unit.shard).parent
-        with files.explained_os_errors(self.path), exclusive(own_folder):
+        with atomic.explained_os_errors(self.path), exclusive(own_folder):
             if record.exists():
                 yield None
                 return
             folder = DurableFolder(self.path)
             yield folder
             folder.flush()
-            files.sweep(record.parent, record.name)
+            atomic.sweep(record.parent, record.name)
             self._write_record(folder, unit)
             folder.flush()
 
@@ -307,7 +307,7 @@ class CacheWriter:
             part = np.expand_dims(values[start : start + step], 1)  # the axis of tar shards
             key = array.key(unit.views[start], unit.shard)
             path = inside(self.path, key)
-            files.sweep(path.parent, path.name)
+            atomic.sweep(path.parent, path.name)
             folder.write(key, encode_file(array, part))
 
     def _write_shard(self, folder: DurableFolder, shard: int, data: UnitData) -> None:
@@ -318,7 +318,7 @@ class CacheWriter:
             for name in layout.PER_SHARD:
                 array, path = self._store.arrays[name], self._file(name, shard)
                 if held:
-                    files.sweep(path.parent, path.name)
+                    atomic.sweep(path.parent, path.name)
                 if path.exists():
                     self._compare(name, shard, values[name], data.keys)
                 else:
@@ -387,7 +387,7 @@ class CacheWriter:
 
 
 def _write(path: Path, data: bytes) -> None:
-    files.atomic_write(path, lambda partial: partial.write_bytes(data))
+    atomic.atomic_write(path, lambda partial: partial.write_bytes(data))
 
 
 def _require_free(path: Path) -> None:

@@ -5,12 +5,12 @@ or failed with a message, 2 wrong usage, 130 interrupted where the work can be t
 
 1. **root** -- the program and its groups of commands.
 2. **options** -- what several commands ask for, and how flags are checked.
-3. **stages**, **students**, **caches**, **planning**, **benching**, **showing**, **whole** -- the
+3. **stages**, **students**, **caches**, **planning**, **benching**, **show**, **demo_study** -- the
    commands; the last are those that run others.
 4. **running** -- one command run: results, errors, signals, exit codes.
 """
 
-from cskd_pipeline.cli import benching, caches, planning, showing, stages, students, whole
+from cskd_pipeline.cli import benching, caches, demo_study, planning, show, stages, students
 from cskd_pipeline.cli.root import app
 from cskd_pipeline.cli.running import main
 
@@ -18,10 +18,10 @@ __all__ = [
     "app",
     "benching",
     "caches",
+    "demo_study",
     "main",
     "planning",
-    "showing",
+    "show",
     "stages",
     "students",
-    "whole",
 ]

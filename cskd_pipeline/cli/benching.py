@@ -28,9 +28,9 @@ from cskd_pipeline.cli.options import (
     require_encodings,
 )
 from cskd_pipeline.cli.root import bench_app
+from cskd_pipeline.config import DumpRecipe, TrainRecipe, load_recipe
 from cskd_pipeline.errors import UsageError
-from cskd_pipeline.recipe import DumpRecipe, TrainRecipe, load_recipe
-from cskd_pipeline.terminal import Terminal
+from cskd_pipeline.runtime.console import Terminal
 
 
 @bench_app.command(epilog="Example: cskd-pipeline bench encodings cache --plot encodings.svg")
@@ -90,9 +90,9 @@ def encodings(
     )
     if not is_cache:
         require({"--shards SHARDS (or a cache's folder)": asked.data.shards})
-    from cskd_pipeline.bench.answers import from_cache, from_teacher
-    from cskd_pipeline.bench.encodings import bench_encodings, show
-    from cskd_pipeline.machine import pick_device
+    from cskd_pipeline.runtime.device import pick_device
+    from cskd_pipeline.tools.bench.bench_encodings import bench_encodings, show
+    from cskd_pipeline.tools.bench.responses import from_cache, from_teacher
 
     answers = from_cache(source, views) if is_cache else from_teacher(asked, terminal, views)
     report = bench_encodings(
@@ -100,8 +100,8 @@ def encodings(
     )
     show(report, terminal)
     if plot is not None:
-        from cskd_pipeline.bench.plot import scatter, title
-        from cskd_pipeline.plots import write
+        from cskd_pipeline.tools.bench.plot import scatter, title
+        from cskd_pipeline.tools.report.plots import write
 
         write(scatter(report), plot, title(report))
         terminal.line(f"plot: {plot}")
@@ -124,8 +124,8 @@ def loader(
     terminal = Terminal(quiet=quiet, json=json)
     require({"--shards SHARDS": shards or ""})
     assert shards is not None
-    from cskd_pipeline.bench import loader as bench
-    from cskd_pipeline.loading.index import load_dataset
+    from cskd_pipeline.data.index import load_dataset
+    from cskd_pipeline.tools.bench import bench_loader as bench
 
     dataset = load_dataset(shards, split=split, progress=terminal.progress)
     report = bench.bench_loader(
@@ -168,7 +168,7 @@ def join(
     asked = load_recipe(TrainRecipe, recipe, set_ or (), flags)
     if not simulate or asked.data.shards or asked.data.cache:
         require({"--shards SHARDS": asked.data.shards, "--cache DIR": asked.data.cache})
-    from cskd_pipeline.bench import join as bench
+    from cskd_pipeline.tools.bench import bench_join as bench
 
     report = bench.bench_join(asked, terminal, rounds=rounds) if asked.data.shards else {}
     if simulate:
@@ -211,8 +211,8 @@ def step(
     asked = load_recipe(TrainRecipe, recipe, set_ or (), flags)
     from dataclasses import replace
 
-    from cskd_pipeline.bench import step as bench
-    from cskd_pipeline.machine import pick_device
+    from cskd_pipeline.runtime.device import pick_device
+    from cskd_pipeline.tools.bench import bench_step as bench
     from cskd_pipeline.views.policy import ViewPolicy
 
     asked = replace(asked, views=replace(asked.views or ViewPolicy(), size=size))
@@ -281,7 +281,7 @@ def dump(
     require({"--shards SHARDS": asked.data.shards, "--teacher NAME": asked.teacher.name})
     if compile and not variants:
         raise UsageError("--compile does nothing alone", action="give --variants too")
-    from cskd_pipeline.bench import dump as bench
+    from cskd_pipeline.tools.bench import bench_dump as bench
 
     report = bench.bench_dump(
         asked,

@@ -30,7 +30,7 @@ from cskd_pipeline.cli.options import (
     require_encodings,
 )
 from cskd_pipeline.cli.root import cache_app
-from cskd_pipeline.terminal import Terminal
+from cskd_pipeline.runtime.console import Terminal
 
 
 @cache_app.command(epilog="Example: cskd-pipeline cache info cache --json")
@@ -91,9 +91,9 @@ def verify(
     of_shards["--accept-classes"] = accept_classes or None
     require_companion("--teacher NAME", teacher, of_teacher)
     require_companion("--shards SHARDS", shards, of_shards)
-    from cskd_pipeline.verifying.answers import TeacherChoice
-    from cskd_pipeline.verifying.cache import SAMPLES
-    from cskd_pipeline.verifying.cache import verify as check
+    from cskd_pipeline.tools.verify.verify_cache import SAMPLES
+    from cskd_pipeline.tools.verify.verify_cache import verify as check
+    from cskd_pipeline.tools.verify.verify_responses import TeacherChoice
 
     choice = None
     if teacher is not None:
@@ -138,7 +138,7 @@ def card(
     json: Json = False,
 ) -> Outcome:
     """Write the dataset card of a cache that is to be published: provenance, sizes, how to use."""
-    from cskd_pipeline.cache.card import write_card
+    from cskd_pipeline.tools.cache_card import write_card
 
     return write_card(cache, out, location, progress=Terminal(quiet=quiet, json=json).progress)
 
@@ -180,8 +180,8 @@ def convert(
     require_encodings(encoding or ())
     chosen = None if shards is None else parse_range(shards, "--shards")
     from cskd_pipeline.cache.convert import convert as make
-    from cskd_pipeline.interrupt import stop_requests
-    from cskd_pipeline.machine import pick_device
+    from cskd_pipeline.runtime.device import pick_device
+    from cskd_pipeline.runtime.signals import stop_requests
 
     with stop_requests() as stop:
         return make(
@@ -208,7 +208,7 @@ def upgrade(
     """
     terminal = Terminal(quiet=quiet, json=json)
     from cskd_pipeline.cache.upgrade import upgrade as make
-    from cskd_pipeline.interrupt import stop_requests
+    from cskd_pipeline.runtime.signals import stop_requests
 
     with stop_requests() as stop:
         return make(cache, progress=terminal.progress, stopped=lambda: stop.asked)
@@ -237,8 +237,8 @@ def merge(
     """
     terminal = Terminal(quiet=quiet, json=json)
     from cskd_pipeline.cache.merge import merge as join
-    from cskd_pipeline.classes import ClassGuard
-    from cskd_pipeline.interrupt import stop_requests
+    from cskd_pipeline.runtime.classes import ClassGuard
+    from cskd_pipeline.runtime.signals import stop_requests
 
     guard = ClassGuard(accept=accept_classes)
     with stop_requests() as stop:

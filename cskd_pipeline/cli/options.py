@@ -23,7 +23,7 @@ def one_of(*known: str) -> Callable[[str], list[str]]:
 
 def _recipe_names(ctx: typer.Context, incomplete: str) -> list[str]:
     """The recipes in ``stages/`` for the stage that a command is about."""
-    from cskd_pipeline.recipe import DumpRecipe, TrainRecipe, recipe_names
+    from cskd_pipeline.config import DumpRecipe, TrainRecipe, recipe_names
 
     kind = DumpRecipe if "dump" in (ctx.info_name or "") else TrainRecipe
     return one_of(*recipe_names(kind))(incomplete)
@@ -176,7 +176,7 @@ def require_companion(flag: str, value: object, others: Mapping[str, object]) ->
 
 def require_encodings(names: Sequence[str]) -> None:
     """Refuse unknown encodings before anything is loaded."""
-    from cskd_pipeline.cache.encodings import ENCODINGS
+    from cskd_pipeline.distill.encodings import ENCODINGS
 
     unknown = [name for name in names if name not in ENCODINGS]
     if unknown:

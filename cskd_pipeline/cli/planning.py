@@ -30,8 +30,8 @@ from cskd_pipeline.cli.options import (
     require_encodings,
 )
 from cskd_pipeline.cli.root import plan_app
-from cskd_pipeline.recipe import DumpRecipe, TrainRecipe, load_recipe
-from cskd_pipeline.terminal import Terminal
+from cskd_pipeline.config import DumpRecipe, TrainRecipe, load_recipe
+from cskd_pipeline.runtime.console import Terminal
 
 
 @plan_app.command(
@@ -87,12 +87,12 @@ def plan_dump(
     asked = load_recipe(DumpRecipe, recipe, set_ or (), flags)
     require({"--shards SHARDS": asked.data.shards, "--teacher NAME": asked.teacher.name})
     require_encodings(asked.cache.encodings)
-    from cskd_pipeline.planning import dumping
+    from cskd_pipeline.tools.estimate import estimate_dump
 
-    report = dumping.plan_dump(
+    report = estimate_dump.plan_dump(
         asked, terminal, views=views or (), devices=devices or (), images=images
     )
-    dumping.show(report, terminal)
+    estimate_dump.show(report, terminal)
     return report if json else None
 
 
@@ -134,8 +134,8 @@ def plan_train(
     }
     asked = load_recipe(TrainRecipe, recipe, set_ or (), flags)
     require({"--shards SHARDS": asked.data.shards})
-    from cskd_pipeline.planning import training
+    from cskd_pipeline.tools.estimate import estimate_train
 
-    report = training.plan_train(asked, terminal, updates=updates)
-    training.show(report, terminal)
+    report = estimate_train.plan_train(asked, terminal, updates=updates)
+    estimate_train.show(report, terminal)
     return report if json else None

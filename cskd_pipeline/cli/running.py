@@ -14,9 +14,9 @@ import typer
 from cskd_pipeline.cli.options import Outcome
 from cskd_pipeline.cli.root import PROGRAM, parse_and_run
 from cskd_pipeline.errors import CskdError, Interrupted, OutputError, Preempted, UsageError
-from cskd_pipeline.files import FULL
-from cskd_pipeline.interrupt import Requeue, requeue_requests
-from cskd_pipeline.terminal import Terminal
+from cskd_pipeline.runtime.atomic import FULL
+from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.runtime.signals import Requeue, requeue_requests
 
 # The parser's own error, which typer does not export: click's, or typer's copy of it.
 _ParserError: Any = typer.BadParameter.__mro__[1]

@@ -40,8 +40,8 @@ from cskd_pipeline.cli.options import (
     require_encodings,
 )
 from cskd_pipeline.cli.root import app
-from cskd_pipeline.recipe import DumpRecipe, TrainRecipe, load_recipe
-from cskd_pipeline.terminal import Terminal
+from cskd_pipeline.config import DumpRecipe, TrainRecipe, load_recipe
+from cskd_pipeline.runtime.console import Terminal
 
 
 @app.command(
@@ -62,7 +62,7 @@ def make_shards(
 ) -> Outcome:
     """Pack an ImageFolder tree into webdataset shards, image bytes untouched."""
     terminal = Terminal(quiet=quiet, json=json)
-    from cskd_pipeline.loading import make
+    from cskd_pipeline.tools import make_shards as make
 
     return make.make_shards(
         image_folder,
@@ -105,11 +105,11 @@ def index(
     """Read shards once and write their manifest: counts, order of keys, SHA-256, class names."""
     terminal = Terminal(quiet=quiet, json=json)
     require_companion("--check-images", check_images or None, {"--workers": workers})
-    from cskd_pipeline.loading import index as indexing
+    from cskd_pipeline.data import index as indexing
 
     def check(dataset: indexing.Dataset) -> None:
-        from cskd_pipeline.loading.corrupt import require_images
-        from cskd_pipeline.machine import worker_count
+        from cskd_pipeline.data.corrupt import require_images
+        from cskd_pipeline.runtime.device import worker_count
 
         count = worker_count(-1 if workers is None else workers)
         require_images(dataset, terminal, workers=count)
@@ -227,8 +227,8 @@ def dump_teacher(
     shard_numbers = None if shard_range is None else parse_range(shard_range, "--shard-range")
     view_numbers = None if view_range is None else parse_range(view_range, "--view-range")
     require_encodings(asked.cache.encodings)
-    from cskd_pipeline import dump
-    from cskd_pipeline.ranks import launched
+    from cskd_pipeline.pipeline import dump
+    from cskd_pipeline.runtime.distributed import launched
 
     summary = dump.dump_teacher(
         asked,
@@ -307,8 +307,8 @@ def train(
     if asked.distill.method != "none":
         needed["--cache DIR"] = asked.data.cache
     require(needed)
-    from cskd_pipeline import train as stage_two
-    from cskd_pipeline.ranks import launched
+    from cskd_pipeline.pipeline import train as stage_two
+    from cskd_pipeline.runtime.distributed import launched
 
     summary = stage_two.train(asked, terminal, resume=resume)
     return summary if launched().first else None
@@ -343,7 +343,7 @@ def evaluate(
 ) -> Outcome:
     """Measure a student on shards: top-1 and top-5 of each head and of their mean."""
     terminal = Terminal(quiet=quiet, json=json)
-    from cskd_pipeline import evaluate as measuring
+    from cskd_pipeline.pipeline import evaluate as measuring
 
     return measuring.evaluate(
         checkpoint,

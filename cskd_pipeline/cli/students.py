@@ -10,7 +10,7 @@ import typer
 from cskd_pipeline.cli.options import Json, Outcome, Quiet, one_of
 from cskd_pipeline.cli.root import app
 from cskd_pipeline.errors import UsageError
-from cskd_pipeline.terminal import Terminal
+from cskd_pipeline.runtime.console import Terminal
 
 FORMATS = ("timm", "onnx")
 
@@ -54,6 +54,6 @@ def export(
     if heads and "onnx" not in formats:
         raise UsageError("--heads does nothing alone", action="give --format onnx too")
     terminal = Terminal(quiet=quiet, json=json)
-    from cskd_pipeline.exporting.folder import export as write
+    from cskd_pipeline.tools.export.folder import export as write
 
     return write(checkpoint, out, formats=formats, each_head=heads, progress=terminal.progress)

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cskd_pipeline.errors import RecipeError, TeacherError
+from cskd_pipeline.runtime.device import all_finite
 
 QUANTUM = 65535
 """N: crossings and r are known to 1/N."""
@@ -145,14 +146,6 @@ def upper_envelope(spatial: Tensor, global_: Tensor) -> Tensor:
     padded = [pad(piece, (0, count - piece.shape[1]), value=UNUSED) for piece in pieces]
     planes = torch.cat(padded).reshape(samples, height, width, count)
     return planes.permute(0, 3, 1, 2).contiguous().to(torch.uint16)
-
-
-def all_finite(*logits: Tensor) -> bool:
-    """Whether float16 tensors are free of NaN and infinities; waits for the device.
-
-    Finite ones have a finite float32 sum, however many they are: one pass and no mask.
-    """
-    return all(bool(values.sum(dtype=torch.float32).isfinite()) for values in logits)
 
 
 def _pieces(spatial: Tensor, global_: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -16,9 +16,9 @@ from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from cskd_pipeline.distill.student import Heads, Student
 from cskd_pipeline.distill.targets import Targets
 from cskd_pipeline.errors import RecipeError
+from cskd_pipeline.models.student import Heads, Student
 
 METHODS = ("none", "deit", "cskd")
 KINDS = ("hard", "soft")

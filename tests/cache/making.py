@@ -13,9 +13,9 @@ import numpy as np
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import encode_file
 from cskd_pipeline.cache.digests import Record
+from cskd_pipeline.cache.manifest import CacheManifest, DatasetManifest, ShardInfo, TeacherInfo
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
-from cskd_pipeline.manifest import CacheManifest, DatasetManifest, ShardInfo, TeacherInfo
 from cskd_pipeline.views.policy import ViewPolicy
 
 CLASSES, HEIGHT, WIDTH = 20, 2, 3

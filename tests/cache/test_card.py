@@ -13,11 +13,11 @@ import pytest
 import typer.main
 from markdown_it import MarkdownIt
 
-from cskd_pipeline.cache.card import MARK, text, write_card
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cli import app, main
 from cskd_pipeline.errors import OutputError
+from cskd_pipeline.tools.cache_card import MARK, text, write_card
 from tests.cache.making import dataset, make, teacher
 
 EVIL = (

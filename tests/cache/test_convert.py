@@ -11,12 +11,12 @@ import torch
 
 from cskd_pipeline.cache import convert as converting
 from cskd_pipeline.cache.convert import convert
-from cskd_pipeline.cache.encodings import ENCODINGS
+from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.errors import CacheError, UsageError
-from cskd_pipeline.manifest import CacheManifest
-from cskd_pipeline.progress import silent
+from cskd_pipeline.runtime.progress import silent
 from tests.cache.making import BLOCK, COUNTS, VIEWS, data_files, fill, make, manifest, tree
 
 

@@ -16,19 +16,19 @@ import numpy as np
 import pytest
 import zarr
 
-from cskd_pipeline import documents
 from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.check import check_bytes, check_structure
 from cskd_pipeline.cache.convert import convert
 from cskd_pipeline.cache.digests import split_pin
+from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.merge import merge
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.cache.upgrade import upgrade
-from cskd_pipeline.cache.verify import check_bytes, check_structure
 from cskd_pipeline.cache.writer import CacheWriter, UnitData
 from cskd_pipeline.errors import CacheError, UsageError
-from cskd_pipeline.manifest import CacheManifest
-from cskd_pipeline.progress import silent
+from cskd_pipeline.runtime import schemas
+from cskd_pipeline.runtime.progress import silent
 from tests.cache.making import (
     COUNTS,
     VIEWS,
@@ -379,7 +379,7 @@ def downgrade(path: Path) -> None:
     document = json.loads((path / layout.GROUP).read_text())
     content = document["attributes"]["cskd"]
     content["manifest"]["format_version"] = 1
-    content["sha256"] = documents.sha256(content["manifest"])
+    content["sha256"] = schemas.sha256(content["manifest"])
     (path / layout.GROUP).write_bytes(layout.to_bytes(document))
     for record in (path / "digest/c").glob("*/*"):
         mark = path / "done/c" / record.relative_to(path / "digest/c")

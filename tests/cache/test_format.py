@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from cskd_pipeline import resources
 from cskd_pipeline.cache import layout
-from cskd_pipeline.cache.encodings import ENCODINGS
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.ckf import envelope_labels
+from cskd_pipeline.distill.encodings import ENCODINGS
+from cskd_pipeline.runtime import resources
 from tests.cache.making import CLASSES, COUNTS, VIEWS, dataset, make, manifest, teacher
 
 PAGE = (resources.manifests() / "cache-format.md").read_text(encoding="utf-8")

@@ -16,9 +16,9 @@ import pytest
 import torch
 import zarr
 
-from cskd_pipeline.cache.encodings import ENCODINGS
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter, UnitData
+from cskd_pipeline.distill.encodings import ENCODINGS
 from tests.cache.making import dataset, keys, manifest, teacher, tree
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cache.json"

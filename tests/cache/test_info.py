@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from cskd_pipeline.cache.encodings import ENCODINGS
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.summary import size, summarise
 from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.terminal import flatten
+from cskd_pipeline.runtime.console import flatten
 from cskd_pipeline.views.policy import ViewPolicy
 from tests.cache.making import COUNTS, dataset, fill, make, manifest, tree
 

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from numcodecs.zstd import Zstd
 
-from cskd_pipeline import files
 from cskd_pipeline.cache import chunks
+from cskd_pipeline.cache.manifest import CacheManifest, DatasetManifest, ShardInfo
 from cskd_pipeline.cache.merge import merge
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter, Unit
-from cskd_pipeline.classes import ClassGuard
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
-from cskd_pipeline.manifest import CacheManifest, DatasetManifest, ShardInfo
-from cskd_pipeline.progress import silent
+from cskd_pipeline.runtime import atomic
+from cskd_pipeline.runtime.classes import ClassGuard
+from cskd_pipeline.runtime.progress import silent
 from tests.cache.making import (
     BLOCK,
     CLASSES,
@@ -520,8 +520,8 @@ def test_files_are_synced_before_they_are_named_and_records_come_last(
     def sync(descriptor: int) -> None:
         synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
 
-    monkeypatch.setattr(files.os, "fsync", sync)
-    monkeypatch.setattr(files.os, "replace", watched)
+    monkeypatch.setattr(atomic.os, "fsync", sync)
+    monkeypatch.setattr(atomic.os, "replace", watched)
     merged(tmp_path / "out", a)
     assert sorted(named) == sorted(data_files(a))
     last = {name.split("/")[-1]: name for name in named if name.startswith("digest")}

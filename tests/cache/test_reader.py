@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cskd_pipeline import documents
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder
-from cskd_pipeline.cache.encodings import Rows
 from cskd_pipeline.cache.lru import BytesLRU
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter, Unit
+from cskd_pipeline.distill.encodings import Rows
 from cskd_pipeline.errors import CacheError, ManifestError
+from cskd_pipeline.runtime import schemas
 from tests.cache.making import (
     BLOCK,
     COUNTS,
@@ -257,7 +257,7 @@ def test_attributes_too_large_are_neither_written_nor_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "c")
-    monkeypatch.setattr(documents, "MAX_BYTES", 2000)
+    monkeypatch.setattr(schemas, "MAX_BYTES", 2000)
     with pytest.raises(CacheError, match="more than the 2000 it may have"):
         CacheReader(tmp_path / "c")
     with pytest.raises(CacheError, match="manifest is too large"):

@@ -23,13 +23,8 @@ from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.remote import RemoteFolder, open_folder
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.cli import main
-from cskd_pipeline.errors import (
-    CacheError,
-    MissingPackageError,
-    RemoteError,
-    UsageError,
-)
-from cskd_pipeline.terminal import Meter
+from cskd_pipeline.errors import CacheError, MissingPackageError, RemoteError, UsageError
+from cskd_pipeline.runtime.console import TimedMeter
 from tests.cache.making import fill, make, manifest
 from tests.serving import BUCKET, Served, serving
 
@@ -528,8 +523,8 @@ def test_finding_out_what_is_finished_is_told(served: Served, capsys: Capture) -
     told: list[tuple[int | None, str, int]] = []
 
     @contextmanager
-    def heard(total: int | None, unit: str, description: str) -> Iterator[Meter]:
-        meter = Meter(total, unit, 0, lambda: 0.0)
+    def heard(total: int | None, unit: str, description: str) -> Iterator[TimedMeter]:
+        meter = TimedMeter(total, unit, 0, lambda: 0.0)
         yield meter
         told.append((total, unit, meter.count))
 

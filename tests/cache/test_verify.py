@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cskd_pipeline.cache.check import Problem, check_bytes, check_structure
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.store import CacheStore
-from cskd_pipeline.cache.verify import Problem, check_bytes, check_structure
 from cskd_pipeline.cache.writer import CacheWriter
-from cskd_pipeline.progress import silent
+from cskd_pipeline.runtime.progress import silent
 from tests.cache.making import data_files, fill, manifest, tree, unit_data
 
 

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cskd_pipeline import files
 from cskd_pipeline.cache import durable, layout
+from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter, Unit
 from cskd_pipeline.errors import CacheError, CskdError, OutputError, UsageError
-from cskd_pipeline.manifest import CacheManifest
+from cskd_pipeline.runtime import atomic
 from tests.cache.making import (
     data_files,
     dataset,
@@ -354,8 +354,8 @@ def test_the_record_comes_after_every_file_and_folder_is_synced(
         state.append((str(target), set(synced)))
         replace_file(source, target)
 
-    monkeypatch.setattr(files.os, "fsync", watched_fsync)
-    monkeypatch.setattr(files.os, "replace", watched_replace)
+    monkeypatch.setattr(atomic.os, "fsync", watched_fsync)
+    monkeypatch.setattr(atomic.os, "replace", watched_replace)
     writer.write_unit(unit, data)
     last, before = state[-1]
     assert last == str(tmp_path / "digest/c/0/0")

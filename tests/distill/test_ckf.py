@@ -14,9 +14,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from cskd_pipeline.config import CHOICES
 from cskd_pipeline.distill import ckf
 from cskd_pipeline.errors import RecipeError, TeacherError
-from cskd_pipeline.recipe import CHOICES
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "distill.json").read_text())
 N = 65535

@@ -11,9 +11,9 @@ from timm.data.mixup import mixup_target
 
 from cskd_pipeline.distill import ckf
 from cskd_pipeline.distill.losses import DistillationLoss, LossParts, mixed_targets
-from cskd_pipeline.distill.student import Heads
 from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets
 from cskd_pipeline.errors import CacheError, RecipeError
+from cskd_pipeline.models.student import Heads
 
 B, K, H, W = 3, 7, 2, 4
 RATIO = 0.37

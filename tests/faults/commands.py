@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cskd_pipeline.checkpoint import load_state
+from cskd_pipeline.models.train_state import load_state
 from tests.pipeline import world
 from tests.processes import Server
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cskd_pipeline.cache.convert import convert
-from cskd_pipeline.progress import silent
+from cskd_pipeline.runtime.progress import silent
 from tests.faults.commands import Stages, Whole, left_by, used
 from tests.pipeline.conftest import World, small
 from tests.processes import server

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cskd_pipeline.cache.encodings import ENCODINGS
+from cskd_pipeline.cache.manifest import DatasetManifest, ShardInfo
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
-from cskd_pipeline.manifest import DatasetManifest, ShardInfo
+from cskd_pipeline.distill.encodings import ENCODINGS
 from tests.cache.making import keys, manifest, teacher
 
 CLASSES = 30  # more than topk keeps, so that its tail is stored too

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cskd_pipeline.data.index import index_shards, load_dataset
 from cskd_pipeline.errors import ShardError
-from cskd_pipeline.loading.index import index_shards, load_dataset
-from cskd_pipeline.training.data import open_training_data
+from cskd_pipeline.pipeline.training_data import open_training_data
 from tests.faults.commands import Stages
 from tests.pipeline import world
 from tests.pipeline.conftest import World

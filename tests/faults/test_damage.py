@@ -13,10 +13,10 @@ import pytest
 
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.reader import CacheReader
-from cskd_pipeline.checkpoint import load_state
+from cskd_pipeline.data.index import load_dataset
+from cskd_pipeline.data.join import join
 from cskd_pipeline.errors import CacheError, DataError, ManifestError, WeightsError
-from cskd_pipeline.loading.index import load_dataset
-from cskd_pipeline.loading.join import join
+from cskd_pipeline.models.train_state import load_state
 from tests.cache.making import tree
 from tests.faults.commands import Stages, canonical
 from tests.faults.making import make_full, said_of

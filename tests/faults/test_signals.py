@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cskd_pipeline.checkpoint import load_state
+from cskd_pipeline.models.train_state import load_state
 from tests.faults.commands import Stages, Whole, left_by
 
 

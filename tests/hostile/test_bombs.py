@@ -20,17 +20,18 @@ import torch
 from numcodecs.zstd import Zstd
 from PIL import Image, PngImagePlugin, WebPImagePlugin
 
-from cskd_pipeline import documents
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache import reader as reader_module
+from cskd_pipeline.cache.manifest import CacheManifest, DatasetManifest
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter
-from cskd_pipeline.checkpoint import StudentCard, save_student
-from cskd_pipeline.distill.weights import load_state
+from cskd_pipeline.data.index import load_dataset
+from cskd_pipeline.data.tar_index import read_index
 from cskd_pipeline.errors import CacheError, ManifestError, ShardError, WeightsError
-from cskd_pipeline.loading.index import load_dataset
-from cskd_pipeline.loading.tar_index import read_index
-from cskd_pipeline.manifest import CacheManifest, DatasetManifest
+from cskd_pipeline.models.checkpoint import save_student
+from cskd_pipeline.models.header import StudentCard
+from cskd_pipeline.models.weights import load_state
+from cskd_pipeline.runtime import schemas
 from cskd_pipeline.views.decode import decode
 from tests.cache.making import dataset, make, manifest, record_anew
 from tests.faults.commands import Stages
@@ -418,5 +419,5 @@ def test_an_honest_manifest_of_many_shards_passes() -> None:
         {**first, "name": f"train-{n:05d}.tar", "keys_sha256": f"{n:064x}"} for n in range(5_000)
     ]
     text = json.dumps(document).encode()
-    assert sum(map(text.count, (b",", b"[", b"{"))) < documents.MAX_VALUES / 80
+    assert sum(map(text.count, (b",", b"[", b"{"))) < schemas.MAX_VALUES / 80
     assert DatasetManifest.from_json(json.loads(text)).samples == 25_000

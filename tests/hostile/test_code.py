@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cskd_pipeline.cache.reader import CacheReader
-from cskd_pipeline.checkpoint import load_state
+from cskd_pipeline.config import DumpRecipe, load_recipe
 from cskd_pipeline.errors import CacheError, CskdError
-from cskd_pipeline.recipe import DumpRecipe, load_recipe
-from cskd_pipeline.train import train
+from cskd_pipeline.models.train_state import load_state
+from cskd_pipeline.pipeline.train import train
 from tests.cache.making import make
 from tests.faults.commands import Stages
 from tests.hostile.conftest import Payload

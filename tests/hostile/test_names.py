@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cskd_pipeline.loading.index import load_dataset
+from cskd_pipeline.data.index import load_dataset
 from tests.cache.making import dataset, make, teacher
+from tests.data.making import make_cache
 from tests.faults.commands import Stages
 from tests.hostile.conftest import CONTROL
-from tests.loading.making import make_cache
 from tests.pictures import sample
 from tests.pipeline import world
 
@@ -164,7 +164,7 @@ def test_a_hostile_word_in_an_error(
 def test_class_names_travel_through_a_run_untouched_and_unread(
     stages: Stages, tmp_path: Path, says: Callable[..., tuple[int, str]]
 ) -> None:
-    from cskd_pipeline.checkpoint import read_card
+    from cskd_pipeline.models.checkpoint import read_card
 
     shards = tmp_path / "shards"
     shards.mkdir()

@@ -14,8 +14,8 @@ import pytest
 
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.data.index import index_shards
 from cskd_pipeline.errors import CacheError, OutputError
-from cskd_pipeline.loading.index import index_shards
 from tests.cache.making import fill, make, manifest, tree
 from tests.faults.commands import Stages
 from tests.pictures import sample

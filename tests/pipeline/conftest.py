@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cskd_pipeline.dump import dump_teacher
-from cskd_pipeline.loading.make import make_shards
+from cskd_pipeline.pipeline.dump import dump_teacher
+from cskd_pipeline.tools.make_shards import make_shards
 from tests.pipeline import world
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import CacheReader
-from cskd_pipeline.distill.teacher import Teacher, load_teacher
-from cskd_pipeline.loading.index import load_dataset
-from cskd_pipeline.manifest import CacheManifest
+from cskd_pipeline.data.index import load_dataset
+from cskd_pipeline.models.teacher import Teacher, load_teacher
 from cskd_pipeline.views.apply import mix_pixels, render, to_float
 from cskd_pipeline.views.bits import view_seed
 from cskd_pipeline.views.decode import decode

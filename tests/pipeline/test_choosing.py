@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from cskd_pipeline.cache.encodings import ENCODINGS
-from cskd_pipeline.cache.encodings.base import AnswerShape
+from cskd_pipeline.config import TrainRecipe, load_recipe
+from cskd_pipeline.distill.encodings import ENCODINGS
+from cskd_pipeline.distill.encodings.base import AnswerShape
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.recipe import TrainRecipe, load_recipe
-from cskd_pipeline.training.data import choose_encoding
+from cskd_pipeline.pipeline.training_data import choose_encoding
 
 SHAPE = AnswerShape(1000, 7, 7)  # ImageNet's: at a few classes all encodings are about as large
 

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 
 from cskd_pipeline.cache.reader import CacheReader
-from cskd_pipeline.checkpoint import StudentCard, read_card, save_student
-from cskd_pipeline.loading.index import load_dataset
-from cskd_pipeline.loading.make import make_shards
-from cskd_pipeline.recipe import TrainRecipe, load_recipe
-from cskd_pipeline.train import train
+from cskd_pipeline.config import TrainRecipe, load_recipe
+from cskd_pipeline.data.index import load_dataset
+from cskd_pipeline.models.checkpoint import read_card, save_student
+from cskd_pipeline.models.header import StudentCard
+from cskd_pipeline.pipeline.train import train
+from cskd_pipeline.tools.make_shards import make_shards
 from tests.pictures import write_shard
 from tests.pipeline import world
 from tests.pipeline.conftest import World

@@ -48,8 +48,8 @@ def test_soft_training_from_an_approximation_is_close_to_the_logits(
 def test_auto_takes_the_closest_approximation_and_says_so(
     soft: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from cskd_pipeline.terminal import Terminal
-    from cskd_pipeline.training.data import open_training_data
+    from cskd_pipeline.pipeline.training_data import open_training_data
+    from cskd_pipeline.runtime.console import Terminal
 
     recipe = world.train_recipe(soft.shards, soft.cache, tmp_path, "cskd", world.SOFT)
     data = open_training_data(recipe, Terminal())

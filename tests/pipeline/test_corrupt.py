@@ -15,19 +15,19 @@ import pytest
 import torch
 
 from cskd_pipeline.cache.reader import CacheReader
-from cskd_pipeline.dump import dump_teacher
+from cskd_pipeline.data import corrupt
+from cskd_pipeline.data.index import index_shards
 from cskd_pipeline.errors import CskdError, DataError, ImageError
-from cskd_pipeline.loading import corrupt
-from cskd_pipeline.loading.index import index_shards
-from cskd_pipeline.planning.dumping import plan_dump
-from cskd_pipeline.train import train
-from cskd_pipeline.training.data import open_training_data
+from cskd_pipeline.pipeline.dump import dump_teacher
+from cskd_pipeline.pipeline.train import train
+from cskd_pipeline.pipeline.training_data import open_training_data
+from cskd_pipeline.tools.estimate.estimate_dump import plan_dump
 from tests.pictures import Sample, write_shard
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_layouts import recut, samples
 from tests.pipeline.test_loss_curves import loss_curve
-from tests.pipeline.test_ranks import finish, start
+from tests.runtime.test_distributed import finish, start
 
 __all__ = ["samples"]  # a fixture
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from cskd_pipeline import dump
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter
-from cskd_pipeline.distill.teacher import Answer, Teacher
-from cskd_pipeline.dump import dump_teacher
 from cskd_pipeline.errors import OutputError
-from cskd_pipeline.interrupt import Requeue
+from cskd_pipeline.models.teacher import Answer, Teacher
+from cskd_pipeline.pipeline import dump
+from cskd_pipeline.pipeline.dump import dump_teacher
+from cskd_pipeline.runtime.signals import Requeue
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 

@@ -19,16 +19,17 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch.nn import functional
 
-from cskd_pipeline import train as stage_two
-from cskd_pipeline.checkpoint import load_state, read_card, save_student
-from cskd_pipeline.distill.weights import state_digest
+from cskd_pipeline.config import TrainRecipe
 from cskd_pipeline.errors import CskdError, OutputError, WeightsError
-from cskd_pipeline.loading.make import make_shards
-from cskd_pipeline.recipe import TrainRecipe
-from cskd_pipeline.train import train
-from cskd_pipeline.training.data import open_training_data
-from cskd_pipeline.training.initial import read_source
-from cskd_pipeline.training.run import Run
+from cskd_pipeline.models.checkpoint import read_card, save_student
+from cskd_pipeline.models.train_state import load_state
+from cskd_pipeline.models.weights import state_digest
+from cskd_pipeline.pipeline import train as stage_two
+from cskd_pipeline.pipeline.finetune import read_source
+from cskd_pipeline.pipeline.train import train
+from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.pipeline.training_data import open_training_data
+from cskd_pipeline.tools.make_shards import make_shards
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_training import DiedError, assert_equal, final_state

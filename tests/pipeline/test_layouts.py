@@ -16,19 +16,19 @@ import torch
 from PIL import Image
 
 from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.errors import ManifestError
-from cskd_pipeline.loading.index import load_dataset
-from cskd_pipeline.planning.training import plan_train
-from cskd_pipeline.terminal import Terminal
-from cskd_pipeline.train import train
-from cskd_pipeline.training import joining
-from cskd_pipeline.training.data import open_training_data
+from cskd_pipeline.pipeline import settle
+from cskd_pipeline.pipeline.train import train
+from cskd_pipeline.pipeline.training_data import open_training_data
+from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.tools.estimate.estimate_train import plan_train
 from tests.pictures import Sample, write_shard
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_loss_curves import loss_curve
-from tests.pipeline.test_ranks import finish, start
 from tests.pipeline.test_training import assert_equal, final_state
+from tests.runtime.test_distributed import finish, start
 
 Capture = pytest.CaptureFixture[str]
 GONE, ALTERED = (5, 40, 41), (0, 17, 64, 95)
@@ -173,7 +173,7 @@ def stopped(
         return world.train_recipe(other.shards, small.cache, tmp_path / out, sets=sets, epochs=2)
 
     with monkeypatch.context() as patch:
-        patch.setattr("cskd_pipeline.train._close_epoch", dying)
+        patch.setattr("cskd_pipeline.pipeline.train._close_epoch", dying)
         with pytest.raises(DiedError):
             train(recipe("run"), world.quiet())
     return recipe
@@ -185,7 +185,7 @@ def test_a_resumed_run_knows_what_it_leaves_out_without_reading_every_image(
     train(stopped("whole"), world.quiet())
     before = (tmp_path / "run/left_out.csv").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(joining, "find_differing", None)
+        patch.setattr(settle, "find_differing", None)
         train(stopped("run"), world.quiet(), resume=True)
     assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "run"))
     for name in ("left_out.csv", "differing.json"):
@@ -247,5 +247,5 @@ def test_a_forecast_reads_no_more_images_than_it_times(
 ) -> None:
     other = recut(small, tmp_path / "theirs", theirs(samples))
     recipe = world.train_recipe(other.shards, small.cache, tmp_path / "run", sets=SKIP)
-    monkeypatch.setattr(joining, "find_differing", None)
+    monkeypatch.setattr(settle, "find_differing", None)
     assert plan_train(recipe, world.quiet(), updates=2)["samples"] == 96

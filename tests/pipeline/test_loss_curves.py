@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from cskd_pipeline.data.assemble import assemble, normalise
+from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.distill.targets import LogitTargets, Targets
-from cskd_pipeline.loading.batches import Batch
-from cskd_pipeline.loading.device import assemble, normalise
-from cskd_pipeline.training.data import open_training_data
-from cskd_pipeline.training.run import Run
+from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.pipeline.training_data import open_training_data
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.live import teacher_of

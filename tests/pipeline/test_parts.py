@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cskd_pipeline import manifest as manifest_module
+from cskd_pipeline.cache import manifest as manifest_module
 from cskd_pipeline.cache.reader import CacheReader
-from cskd_pipeline.dump import dump_teacher
+from cskd_pipeline.pipeline.dump import dump_teacher
 from tests.cache.making import tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World

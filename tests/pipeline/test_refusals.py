@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cskd_pipeline.cache.reader import CacheReader
-from cskd_pipeline.dump import dump_teacher
+from cskd_pipeline.pipeline.dump import dump_teacher
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.processes import server

@@ -17,14 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from cskd_pipeline import train as stage_two
-from cskd_pipeline.checkpoint import find_nonfinite, load_state, read_card
+from cskd_pipeline.config import TrainRecipe, deciding, load_recipe
 from cskd_pipeline.errors import ImageError, OutputError, TrainingError
-from cskd_pipeline.files import LOCK, sole_writer
-from cskd_pipeline.interrupt import Requeue
-from cskd_pipeline.recipe import TrainRecipe, deciding, load_recipe
-from cskd_pipeline.training.resuming import changed_keys, require_same_data
-from cskd_pipeline.training.run import Run
+from cskd_pipeline.models.checkpoint import read_card
+from cskd_pipeline.models.train_state import find_nonfinite, load_state
+from cskd_pipeline.pipeline import train as stage_two
+from cskd_pipeline.pipeline.resuming import changed_keys, require_same_data
+from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.runtime.atomic import LOCK, sole_writer
+from cskd_pipeline.runtime.signals import Requeue
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_training import assert_equal, final_state, run_to_end
@@ -287,7 +288,7 @@ def test_a_run_ends_earlier_but_not_before_where_it_is(small: World, tmp_path: P
 HOLDS = """
 import sys
 from pathlib import Path
-from cskd_pipeline.files import sole_writer
+from cskd_pipeline.runtime.atomic import sole_writer
 with sole_writer(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cskd_pipeline.cache.reader import CacheReader
-from cskd_pipeline.checkpoint import read_card
+from cskd_pipeline.models.checkpoint import read_card
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from cskd_pipeline.cache.reader import CacheReader
-from cskd_pipeline.dump import dump_teacher, open_stage_one
-from cskd_pipeline.terminal import Terminal
-from cskd_pipeline.training.data import open_training_data
-from cskd_pipeline.training.run import Run
+from cskd_pipeline.pipeline.dump import dump_teacher, open_stage_one
+from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.pipeline.training_data import open_training_data
+from cskd_pipeline.runtime.console import Terminal
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.live import live_answers
@@ -112,7 +112,7 @@ def test_mean_and_std_are_three_numbers(flag: str, small: World, capsys: Capture
 
 
 def own(name: str) -> list[str]:
-    return [f"teacher.name=tests.distill.plain:{name}", "teacher.kwargs={}",
+    return [f"teacher.name=tests.models.plain:{name}", "teacher.kwargs={}",
             "teacher.mean=[0.5, 0.4, 0.3]", "teacher.std=[0.3, 0.2, 0.1]"]  # fmt: skip
 
 

@@ -19,14 +19,15 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from cskd_pipeline import train as stage_two
-from cskd_pipeline.checkpoint import load_state, read_card
+from cskd_pipeline.config import TrainRecipe
+from cskd_pipeline.data import evalset
 from cskd_pipeline.errors import ViewDriftError
-from cskd_pipeline.evaluate import evaluate
-from cskd_pipeline.loading import evalset
-from cskd_pipeline.recipe import TrainRecipe
-from cskd_pipeline.terminal import Terminal
-from cskd_pipeline.train import train
+from cskd_pipeline.models.checkpoint import read_card
+from cskd_pipeline.models.train_state import load_state
+from cskd_pipeline.pipeline import train as stage_two
+from cskd_pipeline.pipeline.evaluate import evaluate
+from cskd_pipeline.pipeline.train import train
+from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.views import apply
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -298,7 +299,7 @@ def test_an_epochs_line_says_which_side_is_the_limit(
     side: str,
 ) -> None:
     err = io.StringIO()
-    monkeypatch.setattr("cskd_pipeline.terminal.DATA_LIMITS", threshold)
+    monkeypatch.setattr("cskd_pipeline.runtime.console.DATA_LIMITS", threshold)
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run", "deit", epochs=1)
     train(recipe, Terminal(err=err))
     [line] = [line for line in err.getvalue().splitlines() if line.startswith("epoch 1/1")]
@@ -327,7 +328,7 @@ from cskd_pipeline.cli import main
 code = main(sys.argv[1:])
 assert code == 0, code
 assert made == [({world.STUDENT!r}, False)], made
-loaded = sorted(m for m in sys.modules if "teacher" in m or m == "cskd_pipeline.dump")
+loaded = sorted(m for m in sys.modules if "teacher" in m or m == "cskd_pipeline.pipeline.dump")
 assert loaded == [], loaded
 """
     command = [

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from cskd_pipeline.loading.batches import Batch
-from cskd_pipeline.ranks import ALONE, Ranks
-from cskd_pipeline.training.data import open_training_data
-from cskd_pipeline.training.run import Run
+from cskd_pipeline.data.batches import Batch
+from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.pipeline.training_data import open_training_data
+from cskd_pipeline.runtime.distributed import ALONE, Ranks
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 

@@ -14,17 +14,17 @@ import torch
 
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.convert import unit_data
-from cskd_pipeline.cache.encodings import ENCODINGS
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.data.index import load_dataset
+from cskd_pipeline.data.join import join
+from cskd_pipeline.data.replay import replay, spread_views
+from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.errors import CacheError, JoinError, ViewDriftError
-from cskd_pipeline.loading.index import load_dataset
-from cskd_pipeline.loading.join import join
-from cskd_pipeline.loading.replay import replay, spread_views
-from cskd_pipeline.terminal import Terminal
-from cskd_pipeline.training.data import open_training_data
-from cskd_pipeline.verifying import answers
-from cskd_pipeline.verifying.answers import agreement
+from cskd_pipeline.pipeline.training_data import open_training_data
+from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.tools.verify import verify_responses
+from cskd_pipeline.tools.verify.verify_responses import agreement
 from cskd_pipeline.views import apply
 from cskd_pipeline.views.mixing import matching
 from tests.cache.making import data_files, record_anew
@@ -271,7 +271,7 @@ def test_answers_must_agree_on_the_whole_and_in_each_view(
     values: list[float],
     wrong: list[str],
 ) -> None:
-    monkeypatch.setattr(answers, "agreement", lambda *_: np.array(values))
+    monkeypatch.setattr(verify_responses, "agreement", lambda *_: np.array(values))
     samples = ("--samples", 2, "--batch-size", 2)
     code, report = verify(small.cache, "--shards", small.shards, *TEACHER, *samples)
     assert code == (1 if wrong else 0)

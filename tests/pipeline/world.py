@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from cskd_pipeline.cli import main
-from cskd_pipeline.recipe import DumpRecipe, TrainRecipe, load_recipe
-from cskd_pipeline.terminal import Terminal
+from cskd_pipeline.config import DumpRecipe, TrainRecipe, load_recipe
+from cskd_pipeline.runtime.console import Terminal
 
 CLASSES = ("disc", "square", "bars", "cross")
 SIZE = 32

@@ -1,0 +1,378 @@
+"""What a data set or a cache says of itself, as JSON checked against ``manifests/*.schema.json``.
+
+``DatasetManifest`` lists tar shards; ``CacheManifest`` adds teacher, view policy and provenance.
+Both are frozen; ``to_json`` and ``from_json`` are inverses. A document that does not fit reports
+every problem at once: JSON path, what was found, what was expected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from cskd_pipeline.errors import CskdError, ManifestError
+from cskd_pipeline.runtime import atomic, schemas
+from cskd_pipeline.runtime.classes import Classes
+from cskd_pipeline.views.policy import ViewPolicy
+
+DATASET_FORMAT, CACHE_FORMAT = 1, 2  # versions of the two documents
+MAX_UNITS = 10_000_000  # blocks of views times tar shards; ImageNet's paper recipe has 30,720
+
+# Versions that decide pixels or answers: a cache made half by one and half by another says so.
+DECIDING_VERSIONS = ("pillow", "libjpeg_turbo", "simplejpeg", "torch", "timm")
+
+
+def keys_sha256(keys: Iterable[str]) -> str:
+    """SHA-256 (hex) of sample keys in order: each as UTF-8, each followed by one zero byte."""
+    digest = hashlib.sha256()
+    for key in keys:
+        digest.update(key.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what makes a cache's bytes, without importing torch; absent ones are left out."""
+    from PIL import features
+
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in ("pillow", "simplejpeg", "numpy", "torch", "timm", "zarr", "numcodecs"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    turbo = features.version_feature("libjpeg_turbo")
+    if turbo is not None:
+        found["libjpeg_turbo"] = str(turbo)
+    return found
+
+
+def utc_now() -> str:
+    """The time as the manifests write it: UTC, ISO 8601, whole seconds."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar: ``name``, ``count`` samples, length in ``bytes``, and what identifies its contents.
+
+    ``sha256`` is of the tar, ``keys_sha256`` of its samples' keys in order; ``key_bytes`` is the
+    length of the longest key as UTF-8.
+    """
+
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+    keys_sha256: str
+    key_bytes: int
+
+    @classmethod
+    def of(cls, name: str, keys: Sequence[str], size: int, sha256: str) -> ShardInfo:
+        """The shard ``name`` of ``size`` bytes that holds samples with ``keys``."""
+        longest = max(len(key.encode()) for key in keys)
+        return cls(name, len(keys), size, sha256, keys_sha256(keys), longest)
+
+
+@dataclass(frozen=True)
+class DatasetManifest:
+    """Tar shards in the order that numbers them, and the classes of their labels.
+
+    ``class_names`` has ``num_classes`` entries, or is None where the names are not known.
+    """
+
+    name: str
+    num_classes: int
+    shards: tuple[ShardInfo, ...]
+    class_names: tuple[str, ...] | None = None
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Samples of each shard."""
+        return tuple(shard.count for shard in self.shards)
+
+    @cached_property
+    def shard_ids(self) -> tuple[str, ...]:
+        """What identifies each shard's samples and their order: its ``keys_sha256``."""
+        return tuple(shard.keys_sha256 for shard in self.shards)
+
+    @property
+    def samples(self) -> int:
+        return sum(self.counts)
+
+    def classes(self, of: str, where: object) -> Classes:
+        """Return the classes as those of ``of``, for a comparison."""
+        return Classes(of, where, self.num_classes, self.class_names)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": "cskd-dataset",
+            "format_version": DATASET_FORMAT,
+            "name": self.name,
+            "num_classes": self.num_classes,
+            "class_names": None if self.class_names is None else list(self.class_names),
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+
+    @classmethod
+    def from_json(cls, document: object, where: object = "dataset manifest") -> DatasetManifest:
+        """Check ``document`` and build the manifest.
+
+        Raises:
+            ManifestError: lists everything that does not fit.
+        """
+        _check(document, "dataset", where, _dataset_problems)
+        return cls._build(document)
+
+    @classmethod
+    def _build(cls, document: Any) -> DatasetManifest:
+        names = document["class_names"]
+        return cls(
+            name=document["name"],
+            num_classes=int(document["num_classes"]),
+            shards=tuple(ShardInfo(**shard) for shard in document["shards"]),
+            class_names=None if names is None else tuple(names),
+        )
+
+    def save(self, path: Path) -> None:
+        atomic.write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> DatasetManifest:
+        """Raises: ManifestError (not JSON, too large, or does not fit), FileNotFoundError."""
+        return cls.from_json(schemas.read(path), where=path)
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """Who answered. ``grid`` is the (rows, columns) of the spatial response; ``size`` in pixels.
+
+    ``top1`` is an accuracy known from elsewhere, 0 to 1, or None; what the dump measured on its own
+    views lies in the cache's array ``top1``, so that a resumed dump need not rewrite the manifest.
+    """
+
+    name: str
+    source: str
+    weights_sha256: str
+    num_classes: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    grid: tuple[int, int]
+    precision: str
+    kwargs: Mapping[str, Any]
+    top1: float | None = None
+
+
+@dataclass(frozen=True)
+class CacheManifest:
+    """What a cache holds and how it came to be; ``cache.schema.json`` describes the fields."""
+
+    dataset: DatasetManifest
+    teacher: TeacherInfo
+    policy: ViewPolicy
+    root_seed: int
+    views: int
+    view_block: int
+    encodings: tuple[str, ...]
+    versions: Mapping[str, str]
+    created: str
+    license: str = ""
+    notes: str = ""
+    other_versions: tuple[Mapping[str, str], ...] = ()
+    parent: Mapping[str, Any] | None = None
+    """Of a converted cache: what identifies the cache it was made from (:meth:`as_parent`)."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.teacher.grid
+
+    @property
+    def blocks(self) -> int:
+        """View blocks, ``views / view_block``."""
+        return self.views // self.view_block
+
+    def to_json(self) -> dict[str, Any]:
+        teacher = asdict(self.teacher)
+        for name in ("mean", "std", "grid"):
+            teacher[name] = list(teacher[name])
+        return {
+            "format": "cskd-cache",
+            "format_version": CACHE_FORMAT,
+            "dataset": self.dataset.to_json(),
+            "teacher": teacher,
+            "policy": self.policy.to_json(),
+            "root_seed": self.root_seed,
+            "views": self.views,
+            "view_block": self.view_block,
+            "encodings": list(self.encodings),
+            "versions": dict(self.versions),
+            "other_versions": [dict(versions) for versions in self.other_versions],
+            "license": self.license,
+            "notes": self.notes,
+            "created": self.created,
+            **({} if self.parent is None else {"parent": dict(self.parent)}),
+        }
+
+    def as_parent(self, digest: str | None) -> dict[str, Any]:
+        """Return what a cache converted from this one records of it.
+
+        Args:
+            digest: of this cache's contents; None if it is not finished.
+        """
+        return {
+            "digest": digest,
+            "manifest_sha256": self.digest(),
+            "created": self.created,
+            "encodings": list(self.encodings),
+            "views": self.views,
+            "shards": len(self.dataset.shards),
+        }
+
+    @classmethod
+    def from_json(cls, document: object, where: object = "cache manifest") -> CacheManifest:
+        """Check ``document`` and build the manifest.
+
+        Raises:
+            ManifestError: lists everything that does not fit.
+        """
+        _check(document, "cache", where, _cache_problems)
+        assert isinstance(document, dict)
+        teacher = dict(document["teacher"])
+        for name in ("mean", "std", "grid"):
+            teacher[name] = tuple(teacher[name])
+        same = ("root_seed", "views", "view_block", "versions", "created", "license", "notes")
+        return cls(
+            dataset=DatasetManifest._build(document["dataset"]),
+            teacher=TeacherInfo(**teacher),
+            policy=ViewPolicy.from_json(document["policy"]),
+            encodings=tuple(document["encodings"]),
+            other_versions=tuple(document["other_versions"]),
+            parent=document.get("parent"),
+            **{name: document[name] for name in same},
+        )
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of :meth:`to_json` as canonical JSON: sorted keys, no spaces, ASCII."""
+        return schemas.sha256(self.to_json())
+
+    def lineage(self) -> str:
+        """Return the SHA-256 (hex) of what decides the bytes of a unit's files.
+
+        That is the data set's contents and classes, teacher, policy, root seed, view block and
+        encodings; not names, provenance, versions, or the number of views, which grows.
+        """
+        return schemas.sha256(self._deciding("view_block"))
+
+    def differences(self, other: CacheManifest) -> list[str]:
+        """What forbids writing ``other``'s units into this cache, one line each; empty if nothing.
+
+        Not compared are views and their blocks (a cache grows), versions (see
+        :meth:`version_differences`), provenance, free text, and names of data: its contents decide.
+        """
+        return [f"{at}: {mine} and {theirs}" for at, mine, theirs in self.conflicts(other)]
+
+    def conflicts(self, other: CacheManifest) -> list[tuple[str, Any, Any]]:
+        """The same as :meth:`differences`: the path of a value, its value here, and there."""
+        mine, theirs = self._deciding(), other._deciding()
+        for document in (mine, theirs):
+            del document["dataset"]["class_names"]
+        return list(_differences(mine, theirs, ""))
+
+    def _deciding(self, *also: str) -> dict[str, Any]:
+        """Return the document without what leaves a unit's values as they are."""
+        document = self.to_json()
+        deciding = ("format_version", "dataset", "teacher", "policy", "root_seed", "encodings")
+        document = {name: document[name] for name in (*deciding, *also)}
+        del document["teacher"]["source"], document["teacher"]["top1"], document["dataset"]["name"]
+        for shard in document["dataset"]["shards"]:
+            del shard["name"]
+        return document
+
+    def version_differences(self, versions: Mapping[str, str]) -> list[str]:
+        """Lines ``name: recorded, present`` for the versions that decide pixels or answers."""
+        known = [
+            {name: recorded.get(name) for name in DECIDING_VERSIONS}
+            for recorded in (self.versions, *self.other_versions)
+        ]
+        present = {name: versions.get(name) for name in DECIDING_VERSIONS}
+        if present in known:
+            return []
+        return [
+            f"{n}: {known[0][n]} and {present[n]}" for n in present if present[n] != known[0][n]
+        ]
+
+
+def _check(
+    document: object, schema: str, where: object, beyond: Callable[[Any], Iterator[str]]
+) -> None:
+    problems = schemas.schema_problems(document, schema)
+    problems = problems or list(islice(beyond(document), schemas.MAX_PROBLEMS))
+    if problems:
+        raise ManifestError(where, problems)
+
+
+def _dataset_problems(document: Any, at: str = "$") -> Iterator[str]:
+    """What a schema cannot say."""
+    names, classes = document["class_names"], document["num_classes"]
+    if names is not None and len(names) != classes:
+        yield f"{at}.class_names: found {len(names)} names, expected num_classes = {classes}"
+    seen: dict[tuple[str, str], int] = {}
+    for number, shard in enumerate(document["shards"]):
+        here = f"{at}.shards[{number}]"
+        name = shard["name"]
+        parts = name.split("/")
+        if "\\" in name or ":" in name or "|" in name or {"", ".", ".."} & set(parts):
+            yield f"{here}.name: found {name!r}, expected a file name or a path inside the folder"
+        elif not name.isprintable():
+            yield f"{here}.name: found {name!r}, expected printable characters"
+        for field in ("name", "keys_sha256"):
+            first = seen.setdefault((field, shard[field]), number)
+            if first != number:
+                yield f"{here}.{field}: found that of shards[{first}], expected each once"
+
+
+def _cache_problems(document: Any) -> Iterator[str]:
+    """What a schema cannot say."""
+    yield from _dataset_problems(document["dataset"], "$.dataset")
+    views, block, teacher = document["views"], document["view_block"], document["teacher"]
+    if views % block:
+        yield f"$.views: found {views}, expected a multiple of view_block = {block}"
+    units = -(-views // block) * len(document["dataset"]["shards"])
+    if units > MAX_UNITS:
+        yield f"$.views: found {units:,} units, expected at most {MAX_UNITS:,}"
+    classes = document["dataset"]["num_classes"]
+    if teacher["num_classes"] != classes:
+        yield (
+            f"$.teacher.num_classes: found {teacher['num_classes']}, "
+            f"expected the data set's num_classes = {classes}"
+        )
+    try:
+        policy = ViewPolicy.from_json(document["policy"])
+    except (CskdError, TypeError, ValueError) as error:
+        reason = getattr(error, "found", None) or error
+        yield f"$.policy: found {reason}, expected a view policy this version knows"
+    else:
+        if policy.size != teacher["size"]:
+            yield f"$.teacher.size: found {teacher['size']}, expected policy.size = {policy.size}"
+
+
+def _differences(mine: Any, theirs: Any, at: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for name in dict.fromkeys((*mine, *theirs)):
+            path = f"{at}.{name}" if at else name
+            yield from _differences(mine.get(name), theirs.get(name), path)
+    elif at == "dataset.shards" and len(mine) == len(theirs):
+        for number, (ours, other) in enumerate(zip(mine, theirs, strict=True)):
+            yield from _differences(ours, other, f"{at}[{number}]")
+    elif mine != theirs:
+        if at == "dataset.shards":
+            mine, theirs = f"{len(mine)} shards", f"{len(theirs)} shards"
+        yield at, mine, theirs

@@ -1,0 +1,212 @@
+"""Recipes from files, names and the command line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cskd_pipeline.config.checks import check
+from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
+from cskd_pipeline.config.values import Problems, build, field_types, shown
+from cskd_pipeline.errors import RecipeError, UsageError
+from cskd_pipeline.runtime import resources
+
+R = TypeVar("R", DumpRecipe, TrainRecipe)
+
+_FOLDERS: dict[type, str] = {DumpRecipe: "dump_teacher", TrainRecipe: "train"}
+_STUDIES = "study"
+_MAX_BYTES = 2**20
+_MAX_DOTS = 30
+_BESIDE_A_QUOTE = re.compile(rb"""["'][ \t]*\.|\.[ \t]*["']""")
+_NO_BARE_KEY = re.compile(rb"[^\w\-. \t]+")
+# timm's prefixes, and torchvision's own models; what else has a colon is a factory.
+_HUBS = ("hf-hub:", "hf_hub:", "local-dir:", "torchvision:")
+
+
+def load_recipe(
+    kind: type[R],
+    source: str | Path | None = None,
+    sets: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> R:
+    """A checked recipe: the defaults, then the file, then ``sets``, then ``flags``.
+
+    Args:
+        kind: ``DumpRecipe`` or ``TrainRecipe``.
+        source: a file, or a name in ``stages/``; see :func:`find_recipe`. None: defaults alone.
+        sets: ``section.key=value`` with a TOML value; a bare word is a string.
+        flags: dotted name to value; None means that the flag was not given.
+
+    Raises:
+        RecipeError: a file that is missing or not TOML; else every unknown key, wrong type and
+            senseless value at once, and a teacher's factory that only the file names.
+        UsageError: ``sets`` that are not ``section.key=value``, or that contradict ``flags``.
+    """
+    path = None if source is None else find_recipe(kind, source)
+    document = {} if path is None else _read(path)
+    overrides = _parse_sets(kind, sets)
+    for name, value in (flags or {}).items():
+        if value is None:
+            continue
+        if overrides.get(name, value) != value:
+            raise UsageError(
+                "a flag and --set disagree",
+                where=name,
+                found=f"{shown(value)} and {shown(overrides[name])}",
+                action="give one of the two",
+            )
+        overrides[name] = value
+    problems = Problems(kind, overrides)
+    _refuse_code(document, overrides, problems)
+    for name, value in overrides.items():
+        _put(document, name, value)
+    recipe = build(kind, document, problems)
+    for name, text in check(recipe):
+        problems.add(name, text)
+    if problems.lines:
+        raise RecipeError(
+            "the recipe is not usable",
+            where=path or "the command line",
+            problems=problems.lines,
+        )
+    return recipe
+
+
+def find_recipe(kind: type, source: str | Path) -> Path:
+    """The file that ``--recipe`` means: a path, or a name in ``stages/`` (``paper_tiny_cskd``).
+
+    A name without its method means the method this project is for: ``paper_tiny``.
+
+    Raises:
+        RecipeError: there is no such file, or no recipe of that name.
+    """
+    given = str(source)
+    if given.endswith(".toml") or os.sep in given:
+        return Path(given)
+    files = _recipe_files(kind)
+    for name in (given, f"{given}_cskd"):
+        if name in files:
+            return files[name]
+    if Path(given).is_file():
+        return Path(given)
+    known = sorted(files)
+    near = difflib.get_close_matches(given, known, 1)
+    raise RecipeError(
+        "no recipe of that name",
+        where=resources.stages() / _FOLDERS[kind],
+        found=given,
+        expected="a .toml file or one of " + ", ".join(known),
+        action=f"--recipe {near[0]}" if near else None,
+    )
+
+
+def recipe_names(kind: type) -> list[str]:
+    """The names of the recipes in ``stages/`` for this kind."""
+    return sorted(_recipe_files(kind))
+
+
+def _recipe_files(kind: type) -> dict[str, Path]:
+    """Name to file. A study's recipes lie together; the one of its dump says so at its end."""
+    own = (resources.stages() / _FOLDERS[kind]).glob("*.toml")
+    studies = (resources.stages() / _STUDIES).glob("*.toml")
+    dumps = kind is DumpRecipe
+    mine = (path for path in studies if path.stem.endswith("_dump") == dumps)
+    return {path.stem: path for path in (*own, *mine)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise RecipeError("too large for a recipe", where=path, expected="at most 1 MiB")
+        if _nests_deeply(data):
+            raise RecipeError("too many keys in one another for a recipe", where=path)
+        return tomllib.loads(data.decode())
+    except OSError as error:
+        raise RecipeError(
+            "the recipe cannot be read", where=path, found=error.strerror, expected="a TOML file"
+        ) from error
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError too
+        raise RecipeError("the recipe is not TOML", where=path, found=error) from error
+
+
+def _nests_deeply(data: bytes) -> bool:
+    """Whether a line could hold a key of thousands of parts, ``a.a.a``.
+
+    tomllib takes memory that grows with the square of their number. A dot between parts stands
+    beside a quote, or in a row of bare words that nothing else interrupts.
+    """
+    return any(
+        len(_BESIDE_A_QUOTE.findall(line)) > _MAX_DOTS
+        or any(row.count(b".") > _MAX_DOTS for row in _NO_BARE_KEY.split(line))
+        for line in data.split(b"\n")
+    )
+
+
+def _refuse_code(
+    document: Mapping[str, Any], overrides: Mapping[str, Any], problems: Problems
+) -> None:
+    """A recipe may be a stranger's: a factory, which is code, must be named by the user as well."""
+    section = document.get("teacher")
+    name = section.get("name") if isinstance(section, dict) else None
+    if not isinstance(name, str) or ":" not in name or name.startswith(_HUBS):
+        return
+    if "teacher.name" not in overrides:
+        problems.add(
+            "teacher.name",
+            f"found {shown(name)}, which would run code of that module; a recipe file alone may "
+            f"not: if you trust it, say --teacher {shown(name)} as well",
+        )
+
+
+def _parse_sets(kind: type, sets: Sequence[str]) -> dict[str, Any]:
+    values = {}
+    for text in sets:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or "." not in name or not all(name.split(".")):
+            raise UsageError(
+                "--set takes section.key=value",
+                found=text,
+                action="for example --set optim.lr=5e-4",
+            )
+        values[name] = _parse_value(kind, name, value)
+    return values
+
+
+def _parse_value(kind: type, name: str, text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    if set(parsed) != {"value"}:  # a line break, then another key
+        return text
+    # Where a string is wanted, `--set run.device=0` and `--set data.split=true` mean their text.
+    wanted = _wanted(kind, name)
+    return text if wanted is str and not isinstance(parsed["value"], str) else parsed["value"]
+
+
+def _wanted(kind: type, name: str) -> Any:
+    """The type of the field called ``name``, or None."""
+    wanted: Any = kind
+    for part in name.split("."):
+        if not (isinstance(wanted, type) and is_dataclass(wanted)):
+            return None
+        wanted = field_types(wanted).get(part)
+    return wanted
+
+
+def _put(document: dict[str, Any], name: str, value: Any) -> None:
+    *parents, key = name.split(".")
+    for part in parents:
+        inner = document.setdefault(part, {})
+        if not isinstance(inner, dict):  # reported as what it is when the document is converted
+            return
+        document = inner
+    document[key] = value

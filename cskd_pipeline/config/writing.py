@@ -1,0 +1,86 @@
+"""Recipes back to TOML, and to the digest of what decides a result."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, fields
+from typing import Any
+
+from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
+from cskd_pipeline.config.values import field_types
+from cskd_pipeline.runtime import schemas
+
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def to_toml(recipe: DumpRecipe | TrainRecipe) -> str:
+    """The whole recipe as TOML; :func:`load_recipe` of it gives an equal recipe."""
+    sections = []
+    for section, values in asdict(recipe).items():
+        if values is not None:
+            lines = [f"{name} = {_value(value)}\n" for name, value in values.items()]
+            sections.append(f"[{section}]\n" + "".join(lines))
+    return "\n".join(sections)
+
+
+def result_digest(recipe: DumpRecipe | TrainRecipe) -> str:
+    """SHA-256 (hex) of the fields that can change a result: not of folders, workers or notes."""
+    return schemas.sha256(_deciding(recipe))
+
+
+def deciding(recipe: DumpRecipe | TrainRecipe) -> dict[str, Any]:
+    """Return dotted name -> value, as JSON has it, of the fields that can change a result."""
+    sections = json.loads(json.dumps(_deciding(recipe)))
+    return {
+        f"{section}.{name}": value
+        for section, values in sections.items()
+        for name, value in (values or {}).items()
+    }
+
+
+def adjustable(kind: type[DumpRecipe | TrainRecipe]) -> set[str]:
+    """Return the dotted names of the fields that a run may be resumed with other values of."""
+    return {
+        f"{section}.{field.name}"
+        for section, wanted in field_types(kind).items()
+        for field in fields(wanted)
+        if field.metadata.get("adjustable", False)
+    }
+
+
+def _deciding(recipe: DumpRecipe | TrainRecipe) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for section, values in asdict(recipe).items():
+        if values is None:
+            found[section] = None
+            continue
+        free = {
+            field.name
+            for field in fields(getattr(recipe, section))
+            if not field.metadata.get("result", True)
+        }
+        found[section] = {name: v for name, v in values.items() if name not in free}
+    return found
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, dict):
+        items = (f"{_key(name)} = {_value(v)}" for name, v in value.items())
+        return "{" + ", ".join(items) + "}"
+    return repr(value)  # TOML writes integers and floats as Python does, inf and nan too
+
+
+def _key(name: str) -> str:
+    return name if _BARE_KEY.fullmatch(name) else _text(name)
+
+
+def _text(text: str) -> str:
+    # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,222 @@
+"""Batches: views as uint8 with the numbers that mix them, the labels, and the teacher's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.data.images import ImageSource
+from cskd_pipeline.data.plan import EpochPlan, part_size
+from cskd_pipeline.data.render import Pairing, RenderedViews, Renderer
+from cskd_pipeline.data.workers import Loader
+from cskd_pipeline.views.apply import erase_noise
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples in one view each, made of U rendered views of S x S pixels.
+
+    On the device after :meth:`to`:
+
+    - ``pixels``: (U, S, S, 3) uint8, cropped, flipped and recoloured; not yet erased or mixed.
+    - ``own``, ``partner``: (B,) int64 into ``pixels``; equal where nothing is mixed in.
+    - ``lam``: (B,) float32, the share of the sample's own pixels.
+    - ``cutmix_box``: (B, 4) int32 top, left, height, width taken from the partner; of no area for
+      mixup.
+    - ``label``, ``partner_label``: (B,) int64.
+    - ``erase_box``: (E, 5) int32 number in ``pixels``, top, left, height, width.
+    - ``erase_noise``: (sum of 3 * height * width,) int16, standard normal times 256, box by box.
+    - ``targets``: the teacher's answers by array name, (B, ...).
+
+    On the host always: ``index`` (B, 3) int32 view, shard, offset; ``seed`` (U,) uint64,
+    ``image_crc32`` and ``view_digest`` (U,) uint32 of each rendered view; ``drifted``, how many of
+    them are not as the cache recorded them.
+    """
+
+    pixels: Tensor
+    own: Tensor
+    partner: Tensor
+    lam: Tensor
+    cutmix_box: Tensor
+    label: Tensor
+    partner_label: Tensor
+    erase_box: Tensor
+    erase_noise: Tensor
+    index: Tensor
+    seed: Tensor
+    image_crc32: Tensor
+    view_digest: Tensor
+    drifted: int = 0
+    targets: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """With the first group of fields on ``device``; from pinned memory this does not wait."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Any) -> Batch:
+        moved = {name: change(getattr(self, name)) for name in _ON_DEVICE}
+        targets = {name: change(tensor) for name, tensor in self.targets.items()}
+        return replace(self, targets=targets, **moved)
+
+
+_ON_DEVICE = (
+    *("pixels", "own", "partner", "lam", "cutmix_box", "label", "partner_label"),
+    *("erase_box", "erase_noise"),
+)
+
+
+def render_batch(renderer: Renderer, rows: np.ndarray) -> Batch:
+    """The samples ``rows``, (B, 3) view, shard, offset: see :class:`Batch`; no targets yet.
+
+    Raises:
+        CskdError: whatever :meth:`Renderer.render` raises.
+    """
+    pairing = renderer.pair(rows)
+    views = renderer.render(np.concatenate([pairing.own, pairing.partner]))
+    return compose(renderer, pairing, views)
+
+
+def compose(renderer: Renderer, pairing: Pairing, views: RenderedViews) -> Batch:
+    """A batch of what was rendered; of more than it needs, only what it needs is copied."""
+    needed, number = np.unique(
+        np.concatenate([views.find(pairing.own), views.find(pairing.partner)]), return_inverse=True
+    )
+    own, partner = np.split(number, 2)
+    everything = len(needed) == len(views.rows)
+    pixels = views.pixels if everything else views.pixels[needed]
+    params = [views.params[i] for i in needed]
+    boxes = [(i, *box) for i, param in enumerate(params) for box in param.erase]
+    noise = [erase_noise(param) for param in params if param.erase]
+    labels = renderer.images.labels(np.concatenate([pairing.own, pairing.partner])[:, 1:])
+    label, partner_label = np.split(labels, 2)
+    cutmix = [mix.box if mix.cutmix else (0, 0, 0, 0) for mix in pairing.mixes]
+    arrays: dict[str, np.ndarray] = {
+        "pixels": pixels,
+        "own": own,
+        "partner": partner,
+        "lam": np.array([mix.lam for mix in pairing.mixes], np.float32),
+        "cutmix_box": np.array(cutmix, np.int32),
+        "label": label,
+        "partner_label": partner_label,
+        "erase_box": np.array(boxes, np.int32).reshape(-1, 5),
+        "erase_noise": np.concatenate([np.empty(0, np.int16), *noise]),
+        "index": pairing.own.astype(np.int32),
+        "seed": views.seed[needed],
+        "image_crc32": views.image_crc32[needed],
+        "view_digest": views.digest[needed],
+    }
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return Batch(drifted=views.drifted, targets={}, **tensors)
+
+
+Position = tuple[int, int, int]
+"""Epoch, step (optimizer update within it), micro-batch (within the update)."""
+
+
+class TrainBatches(Dataset[Batch]):
+    """What one rank trains on: position -> batch.
+
+    A batch is a function of its position, the plan and the data; it depends on no other batch and
+    on no process it was made in.
+
+    Args:
+        images: reads from the layout that ``plan`` runs over.
+        cache: seeds and recorded digests, and the answers of ``encoding``; None: no targets.
+        accumulation: micro-batches of an update.
+        drift: ``warn``: views and images unlike the cache's are counted, not refused.
+
+    Raises:
+        UsageError: the batch cannot be cut into equal parts for ranks and micro-batches.
+    """
+
+    def __init__(
+        self,
+        plan: EpochPlan,
+        images: ImageSource,
+        *,
+        cache: CacheReader | None = None,
+        encoding: str | None = None,
+        accumulation: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        drift: str = "error",
+    ) -> None:
+        part_size(plan.batch_size, world=world, accumulation=accumulation)
+        self.plan = plan
+        self.accumulation, self.rank, self.world = accumulation, rank, world
+        renderer = Renderer(
+            plan.samples, images, plan.policy, plan.root_seed, cache=cache, drift=drift
+        )
+        self.of_rows = RowBatches(renderer, cache, encoding)
+
+    def rows(self, position: Position) -> np.ndarray:
+        """(B, 3) view, shard, offset."""
+        epoch, step, micro = position
+        cut = {"rank": self.rank, "world": self.world, "accumulation": self.accumulation}
+        return self.plan.batch(epoch, step, micro=micro, **cut)
+
+    def __getitem__(self, position: Position) -> Batch:
+        return self.of_rows[self.rows(position)]
+
+
+class RowBatches(Dataset[Batch]):
+    """(B, 3) rows of view, shard, offset -> batch, with targets where there is an encoding."""
+
+    def __init__(self, renderer: Renderer, cache: CacheReader | None, encoding: str | None) -> None:
+        self.renderer = renderer
+        self.cache = cache
+        self.encoding = encoding
+
+    def __getitem__(self, rows: np.ndarray) -> Batch:
+        batch = render_batch(self.renderer, rows)
+        if self.cache is None or self.encoding is None:
+            return batch
+        answers = self.cache.gather(self.encoding, rows)
+        return replace(batch, targets={n: torch.from_numpy(a) for n, a in answers.items()})
+
+
+def train_loader(
+    batches: TrainBatches,
+    positions: Iterable[Position],
+    *,
+    workers: int = 0,
+    pin_memory: bool = False,
+    start_method: str | None = None,
+) -> Loader[Batch]:
+    """The batches at ``positions``, in that order, from ``workers`` processes.
+
+    Positions may begin anywhere: what comes is what an uninterrupted run would have had there. One
+    iteration keeps its processes, however many epochs it runs over. Epochs are planned in the
+    parent, and workers are told rows.
+    """
+    return Loader(
+        batches.of_rows,
+        _Order(batches, positions),
+        workers=workers,
+        pin_memory=pin_memory,
+        start_method=start_method,
+    )
+
+
+@dataclass(frozen=True)
+class _Order:
+    """The rows at each position."""
+
+    batches: TrainBatches
+    positions: Iterable[Position]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return map(self.batches.rows, self.positions)

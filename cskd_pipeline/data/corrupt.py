@@ -1,0 +1,164 @@
+"""Images that cannot be decoded, found before anything is planned: listed, or left out.
+
+Leaving them out of the data set itself keeps everything behind it as it is: a dump or a run is the
+one of shards that do not hold them. Which they are depends on the files alone, not on ranks or
+loader processes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset as TorchDataset
+
+from cskd_pipeline.data.images import ImageSource
+from cskd_pipeline.data.index import Dataset
+from cskd_pipeline.data.left_out import LeftOut, LeftOuts, Offsets, tars_sha256
+from cskd_pipeline.data.workers import Loader
+from cskd_pipeline.errors import ImageError
+from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.runtime.progress import Progress, silent
+from cskd_pipeline.views.decode import decode
+
+PIECE = 64  # images that a loader process decodes at a time
+
+
+class CorruptImage(NamedTuple):
+    """An image that cannot be decoded, and what the decoder says of it."""
+
+    shard: int
+    offset: int
+    reason: str
+
+
+class _Pieces(TorchDataset[tuple[int, list[CorruptImage]]]):
+    """Piece number -> how many images it has, and those of them that are corrupt."""
+
+    def __init__(self, images: ImageSource, samples: np.ndarray, intact: np.ndarray | None) -> None:
+        self.images, self.samples, self.intact = images, samples, intact
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // PIECE)
+
+    def __getitem__(self, number: int) -> tuple[int, list[CorruptImage]]:
+        here = slice(number * PIECE, (number + 1) * PIECE)
+        samples = self.samples[here]
+        intact = None if self.intact is None else self.intact[here]
+        found = []
+        for i, data, crc in self.images.read(samples):
+            if intact is None or crc != intact[i]:
+                shard, offset = samples[i].tolist()
+                try:
+                    decode(data, self.images.where(shard, offset))
+                except ImageError as error:
+                    found.append(CorruptImage(shard, offset, str(error.found)))
+        return len(samples), sorted(found)
+
+
+def find_corrupt(
+    images: ImageSource,
+    samples: np.ndarray,
+    *,
+    intact: np.ndarray | None = None,
+    workers: int = 0,
+    part: int = 0,
+    parts: int = 1,
+    progress: Progress = silent,
+) -> list[CorruptImage]:
+    """Decode every image once; give those that cannot be, in the order of ``samples``.
+
+    Args:
+        samples: (n, 2) shard and offset.
+        intact: (n,) CRC-32 of images known to be decodable: where they agree nothing is decoded.
+        workers: loader processes; they change nothing but the time.
+        part, parts: every ``parts``-th piece, from number ``part`` on.
+
+    Raises:
+        ShardError: a tar cannot be read.
+    """
+    pieces = _Pieces(images.alone(), samples, intact)
+    mine = range(part, len(pieces), parts)
+    found: list[CorruptImage] = []
+    total = sum(min(PIECE, len(samples) - number * PIECE) for number in mine)
+    with progress(total, "images", "decoding every image once") as meter:
+        for count, corrupt in Loader(pieces, mine, workers=workers):
+            found += corrupt
+            meter.advance(count)
+    return found
+
+
+def by_shard(found: list[CorruptImage]) -> Offsets:
+    offsets: Offsets = {}
+    for image in found:
+        offsets.setdefault(image.shard, []).append(image.offset)
+    return offsets
+
+
+def without_corrupt(
+    dataset: Dataset, left_out: LeftOuts, *, workers: int = 0, doing: str = "training"
+) -> Dataset:
+    """The data set as if its tars did not hold the images that cannot be decoded.
+
+    Args:
+        left_out: knows them from its record, or is told of them.
+        doing: what goes on without them, for the warning.
+
+    Raises:
+        DataError: a tar would have no image left.
+    """
+    samples = _every(dataset)
+
+    def look(part: int, parts: int) -> Offsets:
+        images, progress = ImageSource(dataset.shards), left_out.terminal.progress
+        return by_shard(
+            find_corrupt(
+                images, samples, workers=workers, part=part, parts=parts, progress=progress
+            )
+        )
+
+    identity = {"shards": tars_sha256(dataset.shards)}
+    found = left_out.find("corrupt", identity, dataset.counts, look)
+    left_out.add(
+        LeftOut("corrupt", shard, offset, dataset.shards[shard].key(offset))
+        for shard, offsets in found.items()
+        for offset in offsets
+    )
+    if found:
+        left_out.terminal.warn(
+            f"{doing} without {len(left_out)} of {dataset.samples} images, which cannot be decoded"
+            f"{left_out.listed}"
+        )
+    return dataset.without(found)
+
+
+def require_images(dataset: Dataset, terminal: Terminal, *, workers: int = 0) -> None:
+    """Refuse a data set with images that cannot be decoded, and list all of them.
+
+    Raises:
+        ImageError: how many; its report has them all.
+    """
+    images = ImageSource(dataset.shards)
+    found = find_corrupt(images, _every(dataset), workers=workers, progress=terminal.progress)
+    if not found:
+        return
+    rows = [
+        (str(dataset.shards[shard].path), dataset.shards[shard].key(offset), reason)
+        for shard, offset, reason in found
+    ]
+    names = ("shard", "key", "found")
+    terminal.table("images that cannot be decoded", names, rows)
+    raise ImageError(
+        f"{len(found)} of {dataset.samples} images cannot be decoded",
+        where=dataset.name,
+        expected="whole JPEG, PNG or WebP files",
+        action="make the shards again with whole files, or dump and train without these: "
+        "--set data.corrupt=skip",
+        report={"corrupt": [dict(zip(names, row, strict=True)) for row in rows]},
+    )
+
+
+def _every(dataset: Dataset) -> np.ndarray:
+    shard = np.repeat(np.arange(len(dataset.counts)), dataset.counts)
+    offset = np.concatenate([np.arange(count) for count in dataset.counts])
+    return np.stack([shard, offset], axis=1)

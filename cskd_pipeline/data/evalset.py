@@ -1,0 +1,101 @@
+"""Images for evaluation: resized and cropped as timm does it, every sample exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from cskd_pipeline.data.index import Dataset
+from cskd_pipeline.data.workers import Loader
+from cskd_pipeline.views.decode import decode
+
+
+class EvalPreprocessing(Protocol):
+    """What a network wants: its input's side in pixels, the share of the image, the filter."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def crop_pct(self) -> float: ...
+    @property
+    def interpolation(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """``pixels``: (B, S, S, 3) uint8. ``label``: (B,) int64."""
+
+    pixels: Tensor
+    label: Tensor
+
+    def pin_memory(self) -> EvalBatch:
+        return EvalBatch(self.pixels.pin_memory(), self.label.pin_memory())
+
+
+class EvalImages(TorchDataset[EvalBatch]):
+    """Batch number -> batch of consecutive samples."""
+
+    def __init__(self, dataset: Dataset, preprocessing: EvalPreprocessing, batch_size: int) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.size = preprocessing.size
+        # timm's own transform up to uint8: it leaves floats to the device.
+        self.transform: Callable[[Image.Image], Tensor] = create_transform(
+            preprocessing.size,
+            is_training=False,
+            use_prefetcher=True,
+            interpolation=preprocessing.interpolation,
+            crop_pct=preprocessing.crop_pct,
+        )
+
+    def __len__(self) -> int:
+        return -(-self.dataset.samples // self.batch_size)
+
+    def __getitem__(self, number: int) -> EvalBatch:
+        start = number * self.batch_size
+        stop = min(start + self.batch_size, self.dataset.samples)
+        pixels = np.empty((stop - start, self.size, self.size, 3), np.uint8)
+        labels = np.empty(stop - start, np.int64)
+        done = 0
+        first = 0  # number of the tar's first sample
+        for shard, count in zip(self.dataset.shards, self.dataset.counts, strict=True):
+            rows = range(max(start - first, 0), min(stop - first, count))
+            first += count
+            for row, data in zip(rows, shard.read_images(rows) if rows else (), strict=True):
+                image = Image.fromarray(decode(data, shard.where(row)))
+                planes = self.transform(image)  # (3, S, S)
+                pixels[done] = np.asarray(planes).transpose(1, 2, 0)
+                labels[done] = shard.label(row)
+                done += 1
+        assert done == len(labels)
+        return EvalBatch(torch.from_numpy(pixels), torch.from_numpy(labels))
+
+
+def eval_loader(
+    dataset: Dataset,
+    preprocessing: EvalPreprocessing,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world: int = 1,
+    start_method: str | None = None,
+) -> Loader[EvalBatch]:
+    """Every sample once, in order; the last batch may be short. A rank has each ``world``-th."""
+    images = EvalImages(dataset, preprocessing, batch_size)
+    return Loader(
+        images,
+        range(rank, len(images), world),
+        workers=workers,
+        pin_memory=pin_memory,
+        start_method=start_method,
+    )

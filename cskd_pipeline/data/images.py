@@ -1,0 +1,214 @@
+"""Images, labels and keys of a layout's samples, wherever the user's tars hold them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.data.shards import TarShard
+from cskd_pipeline.errors import JoinError
+from cskd_pipeline.runtime.classes import renumbering
+
+NOWHERE = -1
+SHOWN = 20  # examples in a message
+
+
+@dataclass(frozen=True)
+class Places:
+    """The samples of one layout shard: the number of each one's ``tar``, ``row`` there, ``label``.
+
+    All are (count,) int32, and ``NOWHERE`` for samples that are in no tar.
+    """
+
+    tar: np.ndarray
+    row: np.ndarray
+    label: np.ndarray
+
+
+class ImageSource:
+    """Reads samples by their place (shard, offset) in a layout.
+
+    Samples are given as (n, 2) arrays of shard and offset.
+
+    Args:
+        shards: the user's tars.
+        places: per layout shard, where its samples are: the number of a tar with the same keys in
+            the same order, or a place for each. None: the tars are the layout.
+        cache: what must agree with the tars: labels, and every image's CRC-32.
+        strict: an image with another CRC is an error; otherwise :meth:`read` passes it on.
+        same_labels: labels unlike the cache's are an error.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[TarShard],
+        *,
+        places: Sequence[Places | int] | None = None,
+        cache: CacheReader | None = None,
+        strict: bool = True,
+        same_labels: bool = True,
+    ) -> None:
+        self.shards = tuple(shards)
+        self.cache = cache
+        self.strict = strict
+        self.same_labels = same_labels
+        self._places = tuple(range(len(shards)) if places is None else places)
+        self._crcs: dict[int, np.ndarray] = {}
+
+    def lenient(self) -> ImageSource:
+        """The same that refuses no image for its CRC."""
+        return ImageSource(
+            self.shards,
+            places=self._places,
+            cache=self.cache,
+            strict=False,
+            same_labels=self.same_labels,
+        )
+
+    def alone(self) -> ImageSource:
+        """The same that knows of no cache."""
+        return ImageSource(self.shards, places=self._places)
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tar numbers and rows in them, (n,) int64 each; ``NOWHERE`` for what no tar has."""
+        tars, rows = samples[:, 0].astype(np.int64), samples[:, 1].astype(np.int64)
+        for shard in np.unique(samples[:, 0]).tolist():
+            here = samples[:, 0] == shard
+            places = self._places[shard]
+            if isinstance(places, int):
+                tars[here] = places
+            else:
+                tars[here], rows[here] = places.tar[rows[here]], places.row[rows[here]]
+        return tars, rows
+
+    def labels(self, samples: np.ndarray) -> np.ndarray:
+        """(n,) int64 class numbers, as the tars have them.
+
+        Raises:
+            JoinError: the cache has other labels.
+        """
+        if self.cache is not None:
+            for shard in np.unique(samples[:, 0]).tolist():
+                self._checked(shard)
+        return self._labels(samples)
+
+    def keys(self, samples: np.ndarray) -> list[str]:
+        tars, rows = self.locate(samples)
+        pairs = zip(tars.tolist(), rows.tolist(), strict=True)
+        return [self.shards[tar].key(row) for tar, row in pairs]
+
+    def where(self, shard: int, offset: int) -> str:
+        """A sample for an error message."""
+        tars, rows = self.locate(np.array([[shard, offset]]))
+        return self.shards[int(tars[0])].where(int(rows[0]))
+
+    def read(self, samples: np.ndarray) -> Iterator[tuple[int, bytes, int]]:
+        """Index into ``samples``, image bytes and their CRC-32; tar by tar, front to back.
+
+        Raises:
+            ShardError: a tar cannot be read.
+            JoinError: an image is not the one the cache was made from.
+        """
+        for i, data, crc in self._read(samples):
+            if self.cache is not None and self.strict:
+                self._compare(crc, *samples[i].tolist())
+            yield i, data, crc
+
+    def crc32(self, samples: np.ndarray) -> Iterator[tuple[int, int]]:
+        """Index into ``samples`` and CRC-32 of the image there, in the order of :meth:`read`.
+
+        Nothing is compared.
+
+        Raises:
+            ShardError: a tar cannot be read.
+        """
+        return ((i, crc) for i, _, crc in self._read(samples))
+
+    def _read(self, samples: np.ndarray) -> Iterator[tuple[int, bytes, int]]:
+        tars, rows = self.locate(samples)
+        assert (tars != NOWHERE).all(), "a sample that no tar has was asked for"
+        order = np.lexsort((rows, tars))
+        parts = np.split(order, np.flatnonzero(np.diff(tars[order])) + 1)
+        for part in parts if len(order) else ():  # of nothing, split makes one part
+            images = self.shards[int(tars[part[0]])].read_images(rows[part].tolist())
+            for i, data in zip(part.tolist(), images, strict=True):
+                yield i, data, zlib.crc32(data)
+
+    def _labels(self, samples: np.ndarray) -> np.ndarray:
+        labels = np.empty(len(samples), np.int64)
+        for shard in np.unique(samples[:, 0]).tolist():
+            here = samples[:, 0] == shard
+            labels[here] = self._shard_labels(shard)[samples[here, 1]]
+        return labels
+
+    def _shard_labels(self, shard: int) -> np.ndarray:
+        """(count,) of a layout shard, as the tars have them; ``NOWHERE`` for what no tar has."""
+        places = self._places[shard]
+        return self.shards[places].index.label if isinstance(places, int) else places.label
+
+    def relabelled(self, shard: int, recorded: np.ndarray) -> np.ndarray:
+        """Samples of a layout shard whose label in the tars is not the cache's.
+
+        Args:
+            recorded: (count,) the cache's labels. What no tar has is left out.
+
+        Returns:
+            (n, 3) int64 shard, offset, and the cache's label.
+        """
+        found = self._shard_labels(shard)
+        wrong = np.flatnonzero((found != recorded) & (found != NOWHERE))
+        rows = np.broadcast_arrays(shard, wrong, recorded[wrong])
+        return np.stack(rows, axis=1).astype(np.int64)
+
+    def label_error(self, relabelled: np.ndarray, among: int, switch: str | None) -> JoinError:
+        """The error about the samples that :meth:`relabelled` gave.
+
+        Args:
+            relabelled: (n, 3), n > 0.
+            among: how many samples were compared.
+            switch: what accepts it, if anything does.
+        """
+        found, recorded = self._labels(relabelled), relabelled[:, 2]
+        pairs = np.unique(np.stack([recorded, found], axis=1), axis=0).tolist()
+        changed = renumbering([(a, b) for a, b in pairs])
+        order = ", ".join(f"{a} is {b} here" for a, b in [*changed.items()][:SHOWN])
+        few = slice(SHOWN)
+        shown = zip(self.keys(relabelled[few]), found[few], recorded[few], strict=True)
+        return JoinError(
+            f"{len(found)} of {among} samples have other labels than in the cache",
+            where=self.where(*relabelled[0, :2].tolist()),
+            found=f"classes in another order: {order}" if order else None,
+            expected="classes numbered as in the cache's data set",
+            action="pack the images again from class folders with the same names as the cache's"
+            + (f"; or train on these labels all the same: {switch}" if switch else ""),
+            problems=[f"{key}: label {a}, in the cache {b}" for key, a, b in shown],
+        )
+
+    def _checked(self, shard: int) -> np.ndarray:
+        """The cache's image CRCs of a layout shard, (count,) uint32, after comparing labels."""
+        if shard not in self._crcs:
+            assert self.cache is not None
+            if self.same_labels:
+                recorded = self.cache.labels(shard)
+                wrong = self.relabelled(shard, recorded)
+                if len(wrong):
+                    raise self.label_error(wrong, len(recorded), None)
+            self._crcs[shard] = self.cache.image_crc32(shard)
+        return self._crcs[shard]
+
+    def _compare(self, crc: int, shard: int, offset: int) -> None:
+        recorded = int(self._checked(shard)[offset])
+        if crc != recorded:
+            raise JoinError(
+                "an image is not the one the cache was made from",
+                where=self.where(shard, offset),
+                found=f"CRC-32 {crc:08x}",
+                expected=f"{recorded:08x}",
+                action="use the original files: from copies that were resized or compressed again "
+                "come other views than the teacher saw; or train without these images: "
+                "--set data.drift=skip",
+            )

@@ -1,0 +1,391 @@
+"""A data set: its tars in order, its classes, and the manifest that describes both."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import takewhile
+from pathlib import Path
+
+import numpy as np
+
+from cskd_pipeline.cache.manifest import DatasetManifest, ShardInfo
+from cskd_pipeline.data.listing import INFO, Spec, list_shards
+from cskd_pipeline.data.shards import TarShard
+from cskd_pipeline.errors import DataError, ImageError, ShardError
+from cskd_pipeline.runtime import schemas
+from cskd_pipeline.runtime.classes import Classes, ClassGuard
+from cskd_pipeline.runtime.progress import Progress, silent
+
+CLASSES = "classes.json"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled tars in the order that numbers them.
+
+    ``num_classes`` and ``class_names`` are None where nothing tells them. ``manifest`` is the one
+    the data set was opened by, or None.
+    """
+
+    name: str
+    shards: tuple[TarShard, ...]
+    num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
+    manifest: DatasetManifest | None = None
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Samples of each tar."""
+        return tuple(map(len, self.shards))
+
+    @cached_property
+    def shard_ids(self) -> tuple[str, ...]:
+        """What identifies each tar's samples and their order: the SHA-256 of its keys."""
+        return tuple(shard.keys_sha256 for shard in self.shards)
+
+    @property
+    def samples(self) -> int:
+        return sum(self.counts)
+
+    def classes(self, of: str) -> Classes:
+        """Return the classes as those of ``of``, for a comparison."""
+        return Classes(of, self.shards[0].path.parent, self.num_classes, self.class_names)
+
+    def fitting(self, other: Classes, of: str, guard: ClassGuard) -> Dataset:
+        """Return the same with ``other``'s number of classes, if names and order are ``other``'s.
+
+        Raises:
+            DataError: they are not, and that is not accepted; a label lies outside.
+        """
+        guard.compare(self.classes(of), other)
+        return self if other.count is None else self.with_classes(other.count)
+
+    def with_classes(self, num_classes: int) -> Dataset:
+        """The same with a known number of classes; labels are checked against it.
+
+        Raises:
+            DataError: another number is known already, or a label lies outside.
+        """
+        if self.num_classes == num_classes:
+            return self
+        classes = _agreed(num_classes, self.num_classes, self.name)
+        shards = tuple(shard.with_classes(num_classes) for shard in self.shards)
+        return replace(self, shards=shards, num_classes=classes)
+
+    def without(self, offsets: Mapping[int, Sequence[int]]) -> Dataset:
+        """The same as if the tars did not hold these samples, given as shard -> offsets.
+
+        Raises:
+            DataError: a tar would have none left.
+        """
+        empty = [s for s, left_out in offsets.items() if len(left_out) == self.counts[s]]
+        if empty:
+            raise DataError(
+                f"{len(empty)} shards would be left with no sample",
+                where=self.name,
+                problems=[f"every image is corrupt: {self.shards[s].path}" for s in empty],
+                action="name the other shards only",
+            )
+        shards, manifest = list(self.shards), self.manifest
+        infos = list(manifest.shards) if manifest else []
+        for number, rows in offsets.items():
+            shards[number] = shards[number].without(rows)
+            if manifest:
+                info = infos[number]
+                keys = shards[number].keys
+                infos[number] = ShardInfo.of(info.name, keys, info.bytes, info.sha256)
+        if manifest:
+            manifest = replace(manifest, shards=tuple(infos))
+        return replace(self, shards=tuple(shards), manifest=manifest)
+
+
+def sample(dataset: Dataset, samples: int, parts: int = 4) -> Dataset:
+    """About ``samples`` samples of ``dataset``: neighbours from ``parts`` places spread over it.
+
+    For trials and forecasts. Each part is a shard of its own; its manifest has no hashes.
+    """
+    count = len(dataset.shards)
+    chosen = sorted({(2 * i + 1) * count // (2 * parts) for i in range(parts)})
+    each = -(-samples // len(chosen))
+    shards = []
+    for number in chosen:
+        shard = dataset.shards[number]
+        start = max(0, (len(shard) - each) // 2)
+        shards.append(shard.part(range(start, min(start + each, len(shard)))))
+    assert dataset.num_classes is not None
+    infos = tuple(
+        ShardInfo.of(f"part-{i}.tar", shard.keys, int(shard.index.size.sum()), f"{i:064x}")
+        for i, shard in enumerate(shards)
+    )
+    manifest = DatasetManifest(dataset.name, dataset.num_classes, infos, dataset.class_names)
+    return replace(dataset, shards=tuple(shards), manifest=manifest)
+
+
+def load_dataset(
+    spec: Spec,
+    *,
+    split: str | None = None,
+    prefer: Sequence[str] = ("train",),
+    num_classes: int | None = None,
+    empty: str = "error",
+    progress: Progress = silent,
+) -> Dataset:
+    """Open shards, or a ``manifest.json`` beside them.
+
+    With a manifest only the tars' sizes are looked at, and their headers when they are first used;
+    without one every header is read now.
+
+    Args:
+        spec, split, prefer: see :func:`cskd_pipeline.data.listing.expand_shards`.
+        num_classes: None or 0: the manifest's, or as many as there are class names.
+        empty: images of 0 bytes, where the headers are read: ``error``, or ``pass``: for callers
+            that look for all images that cannot be decoded
+            (:mod:`cskd_pipeline.data.corrupt`).
+
+    Raises:
+        DataError: shards that are missing, damaged or not those of the manifest; class counts that
+            contradict each other; images of 0 bytes, all at once.
+        ManifestError: a manifest that does not fit its schema.
+    """
+    listing = list_shards(spec, split=split, prefer=prefer)
+    manifest = listing.manifest
+    if manifest is not None:
+        names: tuple[str, ...] | None = manifest.class_names
+        classes = _agreed(num_classes, manifest.num_classes, "the manifest")
+    else:
+        names = _names_beside(listing.paths)
+        classes = _agreed(num_classes, len(names) if names else None, "the class names")
+    infos = manifest.shards if manifest else (None,) * len(listing.paths)
+    shards = tuple(
+        TarShard(path, info=info, num_classes=classes)
+        for path, info in zip(listing.paths, infos, strict=True)
+    )
+    if manifest is not None:
+        _check_sizes(shards)
+    else:
+        with progress(len(shards), "shards", "reading tar headers") as meter:
+            for shard in shards:
+                _ = shard.index
+                meter.advance()
+        _check_counts(shards, listing.counts)
+        if empty == "error":
+            _refuse_empty_images(shards)
+    name = manifest.name if manifest else name_of(listing.paths)
+    return Dataset(name, shards, classes, names, manifest)
+
+
+def index_shards(
+    spec: Spec,
+    *,
+    name: str | None = None,
+    num_classes: int | None = None,
+    split: str | None = None,
+    check: Callable[[Dataset], None] | None = None,
+    progress: Progress = silent,
+) -> DatasetManifest:
+    """Read every byte of the shards once, and describe them.
+
+    Args:
+        check: looks at every image, empty ones too, before the shards are hashed.
+
+    Raises:
+        DataError: as :func:`load_dataset`, and what ``check`` raises; a key that is there twice;
+            nothing tells the number of classes.
+    """
+    dataset = load_dataset(
+        spec,
+        split=split,
+        num_classes=num_classes,
+        empty="pass" if check else "error",
+        progress=progress,
+    )
+    _require_num_classes(dataset)
+    refuse_repeated_keys(dataset)
+    if check:
+        check(dataset)
+    if name:
+        dataset = replace(dataset, name=name)
+    return describe(dataset, progress=progress)
+
+
+def describe(dataset: Dataset, *, progress: Progress = silent) -> DatasetManifest:
+    """The manifest of ``dataset``: the one it was opened by, or made by reading every byte.
+
+    Raises:
+        DataError: nothing tells the number of classes.
+        ManifestError: a tar's name that no reader of manifests accepts.
+    """
+    if dataset.manifest is not None:
+        return dataset.manifest
+    classes = _require_num_classes(dataset)
+    names = _relative_names([shard.path for shard in dataset.shards])
+    infos = []
+    with progress(sum(map(_size, dataset.shards)), "bytes", "hashing shards") as meter:
+        for shard, relative in zip(dataset.shards, names, strict=True):
+            digest, size = hashlib.sha256(), 0
+            with open(shard.path, "rb") as file:
+                while piece := file.read(2**20):
+                    digest.update(piece)
+                    size += len(piece)
+                    meter.advance(len(piece))
+            infos.append(ShardInfo.of(relative, shard.keys, size, digest.hexdigest()))
+    made = DatasetManifest(dataset.name, classes, tuple(infos), dataset.class_names)
+    return DatasetManifest.from_json(made.to_json(), f"the manifest of {dataset.name}")
+
+
+def _require_num_classes(dataset: Dataset) -> int:
+    if dataset.num_classes is None:
+        raise DataError(
+            "nothing tells how many classes there are",
+            where=dataset.name,
+            expected=f"a list of names in {CLASSES} beside the shards, or a number",
+            action="pass --num-classes N",
+        )
+    return dataset.num_classes
+
+
+def _names_beside(paths: Sequence[Path]) -> tuple[str, ...] | None:
+    """Return the class names in the folders of ``paths``, which must be the same in all."""
+    guard = ClassGuard(switch=None)
+    known: Classes | None = None
+    for folder in dict.fromkeys(path.parent for path in paths):
+        names = find_class_names(folder)
+        if names is not None:
+            found = Classes(f"the shards in {folder}", folder, len(names), names)
+            guard.compare(found, known or found)
+            known = known or found
+    return None if known is None else known.names
+
+
+def find_class_names(folder: Path) -> tuple[str, ...] | None:
+    """Class names in label order, from ``classes.json`` or ``_info.json`` in ``folder``."""
+    for file, field in ((CLASSES, None), (INFO, "class_names")):
+        path = folder / file
+        if not path.is_file():
+            continue
+        names = schemas.read(path)
+        if field is not None:
+            names = names.get(field) if isinstance(names, dict) else None
+        if names is None:
+            continue
+        if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+            raise DataError(
+                "class names that cannot be used", where=path, expected="a list of names, in order"
+            )
+        return tuple(names)
+    return None
+
+
+def name_of(paths: Sequence[Path]) -> str:
+    """What the tars' names have in common, without numbers: ``imagenet1k-train-0000.tar`` …"""
+    first, last = min(path.stem for path in paths), max(path.stem for path in paths)
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    common = "".join(character for character, _ in alike).rstrip("0123456789").rstrip("-_. ")
+    return common or paths[0].resolve().parent.name or "shards"
+
+
+def _agreed(asked: int | None, found: int | None, source: str) -> int | None:
+    if asked and found and asked != found:
+        raise DataError(
+            "two numbers of classes contradict each other",
+            found=f"{found}, by {source}",
+            expected=asked,
+        )
+    return asked or found or None
+
+
+def _check_counts(shards: Sequence[TarShard], counts: Sequence[int] | None) -> None:
+    wrong = [
+        f"{shard.path}: {len(shard)} samples, expected {count}"
+        for shard, count in zip(shards, counts or map(len, shards), strict=True)
+        if len(shard) != count
+    ]
+    if wrong:
+        raise ShardError(
+            f"{len(wrong)} of {len(shards)} shards are not as long as {INFO} says",
+            problems=wrong,
+            action=f"download them again, or correct {INFO}",
+        )
+
+
+def _check_sizes(shards: Sequence[TarShard]) -> None:
+    wrong = [
+        f"{shard.path}: {_size(shard)} bytes, expected {shard.info.bytes}"
+        for shard in shards
+        if shard.info is not None and _size(shard) != shard.info.bytes
+    ]
+    if wrong:
+        raise ShardError(
+            f"{len(wrong)} of {len(shards)} shards are not those of the manifest",
+            problems=wrong,
+            action="copy or download them again, or describe what is there: cskd-pipeline index",
+        )
+
+
+def _size(shard: TarShard) -> int:
+    return shard.path.stat().st_size
+
+
+def _relative_names(paths: Sequence[Path]) -> list[str]:
+    """Paths below the innermost folder that holds them all; links keep their own names."""
+    absolute = [Path(os.path.abspath(path)) for path in paths]
+    folder = os.path.commonpath([path.parent for path in absolute])
+    return [path.relative_to(folder).as_posix() for path in absolute]
+
+
+def _refuse_empty_images(shards: Sequence[TarShard]) -> None:
+    empty = [
+        shard.where(row)
+        for shard in shards
+        for row in np.flatnonzero(shard.index.size == 0).tolist()
+    ]
+    if empty:
+        raise ImageError(
+            "an image has 0 bytes" if len(empty) == 1 else f"{len(empty)} images have 0 bytes",
+            expected="whole JPEG, PNG or WebP files",
+            action="make the shards again with the whole files, or dump and train without these: "
+            "--set data.corrupt=skip",
+            problems=empty,
+        )
+
+
+def refuse_repeated_keys(dataset: Dataset) -> None:
+    """Refuse a data set in which a key is there twice: the cache joins by keys.
+
+    Reads the headers of all tars.
+
+    Raises:
+        DataError: which keys, and in which tars.
+    """
+    counts = [len(shard.index) for shard in dataset.shards]
+    hashes = np.concatenate(
+        [np.fromiter(map(hash, s.index.keys.tolist()), np.int64, len(s)) for s in dataset.shards]
+    )
+    order = np.argsort(hashes, kind="stable")
+    again = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
+    suspects = np.flatnonzero(np.isin(hashes, hashes[again]))
+    ends = np.cumsum(counts)
+    seen: dict[bytes, Path] = {}
+    problems = []
+    for number in suspects.tolist():
+        shard = int(np.searchsorted(ends, number, side="right"))
+        tar = dataset.shards[shard]
+        key = tar.index.keys[number - int(ends[shard]) + counts[shard]]
+        first = seen.setdefault(key, tar.path)
+        if first is not tar.path:
+            problems.append(f"{key.decode()}: in {first} and {tar.path}")
+    if problems:
+        raise DataError(
+            "a key is there twice"
+            if len(problems) == 1
+            else f"{len(problems)} keys are there twice",
+            where=dataset.name,
+            expected="keys that are unique in the data set, as the cache joins by them",
+            action="leave one of the shards out, or write them with other keys, as "
+            "cskd-pipeline make-shards does",
+            problems=problems,
+        )

@@ -1,0 +1,328 @@
+"""A cache's samples found in the user's tars, by key: never by position, never silently short."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.data.images import NOWHERE, SHOWN, ImageSource, Places
+from cskd_pipeline.data.index import Dataset, load_dataset
+from cskd_pipeline.data.left_out import LeftOut, Offsets
+from cskd_pipeline.data.plan import SampleSet
+from cskd_pipeline.errors import JoinError
+from cskd_pipeline.runtime.classes import Classes, ClassGuard
+from cskd_pipeline.runtime.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Join:
+    """Where every sample of a cache lies in the user's tars.
+
+    Args:
+        samples: the cache's layout, over which training is planned.
+        images: reads samples by their place in that layout.
+        allowed: per shard (count,) bool, samples the user has; None: all.
+        same_shards: shards whose tar holds the same keys in the same order.
+        missing: samples that the user's tars lack.
+        unused: the user's samples that the cache does not know.
+        compared: samples whose labels were compared with the cache's.
+        relabelled: (n, 3) shard, offset and the cache's label of those that have another here.
+        reasons: reason -> shard -> offsets of samples that the user has and that are left out.
+    """
+
+    samples: SampleSet
+    images: ImageSource
+    allowed: tuple[np.ndarray, ...] | None
+    same_shards: int
+    missing: int
+    unused: int
+    compared: int
+    relabelled: np.ndarray
+    reasons: Mapping[str, Offsets] = field(default_factory=dict)
+
+    def there(self) -> np.ndarray:
+        """(n, 2) int64 shard and offset of the samples that the user has."""
+        every = self._every()
+        return every[self.images.locate(every)[0] != NOWHERE]
+
+    def usable(self) -> np.ndarray:
+        """(n, 2) int64 shard and offset of the samples that are allowed."""
+        every = self._every()
+        return every if self.allowed is None else every[np.concatenate(self.allowed)]
+
+    def _every(self) -> np.ndarray:
+        counts = self.samples.counts
+        shard = np.repeat(np.arange(len(counts)), counts)
+        offset = np.concatenate([np.arange(count) for count in counts])
+        return np.stack([shard, offset], axis=1)
+
+    def without(self, offsets: Offsets, reason: str) -> Join:
+        """The same without these samples, which the user has.
+
+        Raises:
+            JoinError: nothing would be left.
+        """
+        if not offsets:
+            return self
+        allowed = [np.ones(count, bool) for count in self.samples.counts]
+        if self.allowed is not None:
+            allowed = [mask.copy() for mask in self.allowed]
+        for shard, rows in offsets.items():
+            allowed[shard][rows] = False
+        if not any(mask.any() for mask in allowed):
+            raise JoinError(
+                "none of the images is the one the cache was made from",
+                where=self.images.where(*self.there()[0].tolist()),
+                action="use the original files: from copies that were resized or compressed again "
+                "come other views than the teacher saw",
+            )
+        reasons = {**self.reasons, reason: offsets}
+        return replace(self, allowed=tuple(allowed), reasons=reasons)
+
+    def count(self, reason: str) -> int:
+        """How many samples are left out for a reason of :attr:`reasons`."""
+        return sum(map(len, self.reasons.get(reason, {}).values()))
+
+    def left_out(self) -> Iterator[LeftOut]:
+        """Every sample of the cache that is not allowed, in the cache's order."""
+        cache = self.images.cache
+        assert cache is not None
+        why = {
+            (shard, offset): reason
+            for reason, offsets in self.reasons.items()
+            for shard, rows in offsets.items()
+            for offset in rows
+        }
+        for shard, mask in enumerate(self.allowed or ()):
+            offsets = np.flatnonzero(~mask)
+            if len(offsets):
+                keys = cache.keys(shard)
+                for offset in offsets.tolist():
+                    reason = why.get((shard, offset), "missing")
+                    yield LeftOut(reason, shard, offset, keys[offset])
+
+
+def join(
+    dataset: Dataset,
+    cache: CacheReader,
+    guard: ClassGuard | None = None,
+    *,
+    missing: str = "error",
+    drift: str = "error",
+    progress: Progress = silent,
+) -> Join:
+    """Find the cache's samples among the user's, and compare their labels.
+
+    Tars that hold the same keys in the same order are taken as a whole, by their manifest where
+    there is one; only what is left is looked up key by key.
+
+    Args:
+        guard: accepts labels that are not the cache's, or does not; without, they are refused.
+        missing: ``error``, or ``skip``: train without the samples that are missing, and their
+            partners.
+        drift: ``error``; ``warn``: images that are not byte for byte the cache's are not refused;
+            ``skip``: as ``error``, for a caller that looks for them (:func:`find_differing`) and
+            leaves them out (:meth:`Join.without`).
+
+    Raises:
+        JoinError: samples missing, keys that fit twice, or other labels. Images are compared when
+            they are read; :mod:`cskd_pipeline.data.replay` does so for a sample in advance.
+    """
+    places = _places(dataset, cache)
+    absent = [_absent(place) for place in places]
+    count = int(sum(mask.sum() for mask in absent if mask is not None))
+    total = sum(cache.counts)
+    if count and (missing == "error" or count == total):
+        raise _missing_error(dataset, cache, absent, count)
+    guard = guard or ClassGuard(switch=None)
+    images = ImageSource(
+        dataset.shards,
+        places=places,
+        cache=cache,
+        strict=drift != "warn",
+        same_labels=not guard.accept,
+    )
+    compared, relabelled = _compare_labels(images, dataset, cache, places, progress)
+    if len(relabelled):
+        if not guard.accept:
+            raise images.label_error(relabelled, compared, guard.switch)
+        guard.note(f"{len(relabelled)} of {compared} samples have other labels than in the cache")
+    allowed = None
+    if count:
+        allowed = tuple(
+            np.ones(n, bool) if mask is None else ~mask
+            for n, mask in zip(cache.counts, absent, strict=True)
+        )
+    return Join(
+        samples=SampleSet.of(cache),
+        images=images,
+        allowed=allowed,
+        same_shards=sum(isinstance(place, int) for place in places),
+        missing=count,
+        unused=dataset.samples - (total - count),
+        compared=compared,
+        relabelled=relabelled,
+    )
+
+
+def join_to_look(
+    cache: CacheReader,
+    shards: str,
+    guard: ClassGuard,
+    *,
+    split: str | None = None,
+    progress: Progress = silent,
+) -> Join:
+    """The cache's samples among the user's ``shards``, for those who compare or show them: samples
+    that are missing and images that differ are no error.
+
+    Raises:
+        CskdError: there are no such shards, none of the cache's samples in them, or other classes
+            that ``guard`` does not accept.
+    """
+    dataset = load_dataset(shards, split=split, progress=progress)
+    dataset = dataset.fitting(classes_of(cache), "the shards", guard)
+    return join(dataset, cache, guard, missing="skip", drift="warn", progress=progress)
+
+
+def classes_of(cache: CacheReader) -> Classes:
+    return cache.manifest.dataset.classes("the cache", cache.path)
+
+
+def find_differing(
+    found: Join, *, part: int = 0, parts: int = 1, progress: Progress = silent
+) -> Offsets:
+    """Read every image that is not left out: shard -> offsets of those that are not the cache's.
+
+    Args:
+        part, parts: of the user's tars, read every ``parts``-th, from number ``part`` on.
+
+    Raises:
+        ShardError: a tar cannot be read.
+    """
+    cache = found.images.cache
+    assert cache is not None
+    samples = found.usable()
+    samples = samples[found.images.locate(samples)[0] % parts == part]
+    differing: Offsets = {}
+    if not len(samples):
+        return differing
+    recorded = {shard: cache.image_crc32(shard) for shard in np.unique(samples[:, 0]).tolist()}
+    with progress(len(samples), "images", "comparing images with the cache's") as meter:
+        for i, crc in found.images.crc32(samples):
+            shard, offset = samples[i].tolist()
+            if crc != recorded[shard][offset]:
+                differing.setdefault(shard, []).append(offset)
+            meter.advance()
+    return {shard: sorted(differing[shard]) for shard in sorted(differing)}
+
+
+def _places(dataset: Dataset, cache: CacheReader) -> list[Places | int]:
+    tars: dict[str, int] = {}
+    for tar, shard_id in enumerate(dataset.shard_ids):
+        if shard_id in tars and shard_id in cache.shard_ids:
+            raise _twice(dataset, dataset.shards[tar].key(0), tars[shard_id], tar)
+        tars[shard_id] = tar
+    same = [tars.get(shard_id) for shard_id in cache.shard_ids]
+    looked_up = _look_up(dataset, cache, same)
+    return [next(looked_up) if tar is None else tar for tar in same]
+
+
+def _compare_labels(
+    images: ImageSource,
+    dataset: Dataset,
+    cache: CacheReader,
+    places: Sequence[Places | int],
+    progress: Progress,
+) -> tuple[int, np.ndarray]:
+    """How many labels were compared; :attr:`Join.relabelled`.
+
+    Not compared here are tars whose SHA-256, by a manifest, is the one that the cache's labels were
+    read from; nothing of such a tar is read before its first use, which compares them.
+    """
+    recorded = cache.manifest.dataset.shards
+    infos = [dataset.shards[place].info if isinstance(place, int) else None for place in places]
+    shards = [
+        shard
+        for shard in np.flatnonzero(cache.done().any(axis=0)).tolist()
+        if (info := infos[shard]) is None or info.sha256 != recorded[shard].sha256
+    ]
+    compared, found = 0, [np.empty((0, 3), np.int64)]
+    if not shards:
+        return compared, found[0]
+    with progress(len(shards), "shards", "comparing labels with the cache's") as meter:
+        for shard, labels in zip(shards, cache.labels_of(shards), strict=True):
+            absent = _absent(places[shard])
+            compared += len(labels) - (0 if absent is None else int(absent.sum()))
+            found.append(images.relabelled(shard, labels))
+            meter.advance()
+    return compared, np.concatenate(found)
+
+
+def _look_up(dataset: Dataset, cache: CacheReader, same: Sequence[int | None]) -> Iterator[Places]:
+    """Places of the layout shards that are None in ``same``, in tars that are not in it."""
+    if None not in same:
+        return
+    tars = sorted(set(range(len(dataset.shards))) - set(same))
+    keys = [dataset.shards[tar].index.keys for tar in tars] or [np.empty(0, "S1")]
+    tar = np.repeat(tars, [len(part) for part in keys]).astype(np.int32)
+    row = np.concatenate([np.arange(len(part), dtype=np.int32) for part in keys])
+    every = np.concatenate(keys)
+    label = np.concatenate([dataset.shards[tar].index.label for tar in tars] or [row])
+    order = np.argsort(every, kind="stable")
+    every, tar, row, label = every[order], tar[order], row[order], label[order]
+    for shard in (number for number, known in enumerate(same) if known is None):
+        sought = np.array([key.encode() for key in cache.keys(shard)])
+        first = np.searchsorted(every, sought, side="left")
+        count = np.searchsorted(every, sought, side="right") - first
+        if (count > 1).any():
+            i = int(np.argmax(count > 1))
+            at = int(first[i])
+            raise _twice(dataset, sought[i].decode(), int(tar[at]), int(tar[at + 1]))
+        found = count == 1
+        places = np.full((3, len(sought)), NOWHERE, np.int32)
+        places[:, found] = tar[first[found]], row[first[found]], label[first[found]]
+        yield Places(*places)
+
+
+def _twice(dataset: Dataset, key: str, first: int, second: int) -> JoinError:
+    return JoinError(
+        "a key of the cache is there more than once",
+        where=f"{dataset.shards[first].path} and {dataset.shards[second].path}",
+        found=key,
+        expected="keys that are unique in the data set",
+        action="leave one of the two out",
+    )
+
+
+def _absent(place: Places | int) -> np.ndarray | None:
+    return None if isinstance(place, int) else place.tar == NOWHERE
+
+
+def _missing_error(
+    dataset: Dataset, cache: CacheReader, absent: Sequence[np.ndarray | None], count: int
+) -> JoinError:
+    examples: list[str] = []
+    for shard, mask in enumerate(absent):
+        if mask is not None and mask.any() and len(examples) < SHOWN:
+            keys = cache.keys(shard)
+            examples += [f"missing: {keys[i]}" for i in np.flatnonzero(mask)[:SHOWN].tolist()]
+    total = sum(cache.counts)
+    return JoinError(
+        f"{count} of the cache's {total} samples are not in the shards",
+        where=dataset.name,
+        found=f"{dataset.samples} samples, for example {dataset.shards[0].key(0)}",
+        expected=f"the keys of {cache.manifest.dataset.name}",
+        action="give all shards of that data set"
+        + (
+            ""
+            if count == total
+            else ", or train without these, listed in the run's left_out.csv: "
+            "--set data.missing=skip"
+        )
+        + f"; cskd-pipeline cache verify {cache.path} --shards SHARDS --json lists them all",
+        problems=examples[:SHOWN],
+    )

@@ -1,0 +1,148 @@
+"""What a command leaves out of its data: the list for its user, and the record for going on.
+
+``left_out.csv`` in the run's or cache's folder lists the samples. What was found by reading every
+image is kept in records beside it, so that a command that goes on need not read them again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cskd_pipeline.data.shards import TarShard
+from cskd_pipeline.errors import ManifestError
+from cskd_pipeline.runtime import schemas
+from cskd_pipeline.runtime.atomic import write_json, write_text
+from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.runtime.distributed import Ranks
+
+LIST = "left_out.csv"
+
+Offsets = dict[int, list[int]]
+"""Shard -> offsets of samples in it."""
+
+
+class LeftOut(NamedTuple):
+    """A sample that is not used: ``reason`` is ``missing``, ``other image`` or ``corrupt``."""
+
+    reason: str
+    shard: int
+    offset: int
+    key: str
+
+
+class LeftOuts:
+    """The samples that one command leaves out of one data set.
+
+    Args:
+        folder: the run's or the cache's; None: nothing is kept.
+        part: of the files' names, where a folder has several lists.
+    """
+
+    def __init__(
+        self, folder: Path | None, ranks: Ranks, terminal: Terminal, *, part: str = ""
+    ) -> None:
+        self.folder, self.ranks, self.terminal = folder, ranks, terminal
+        self._part = f"-{part}" if part else ""
+        self._samples: list[LeftOut] = []
+        self._records: dict[Path, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def path(self, name: str) -> Path | None:
+        """``left_out.csv`` and the like in the folder, with the part in its name."""
+        stem, dot, suffix = name.partition(".")
+        return None if self.folder is None else self.folder / f"{stem}{self._part}{dot}{suffix}"
+
+    @property
+    def listed(self) -> str:
+        """The end of a message about them."""
+        return "" if self.folder is None else f"; {self.path(LIST)} lists them"
+
+    def add(self, samples: Iterable[LeftOut]) -> None:
+        self._samples += samples
+
+    def find(
+        self,
+        name: str,
+        identity: Mapping[str, Any],
+        counts: Sequence[int],
+        look: Callable[[int, int], Offsets],
+    ) -> Offsets:
+        """What reading every image finds: known from the record, or found now by all ranks.
+
+        Args:
+            name: of the record, and in it of the offsets.
+            identity: what the record is about; one about something else is not believed.
+            counts: samples of each shard.
+            look: reads part i of n of the images, and gives what it finds there.
+
+        Raises:
+            ManifestError: a record that was altered.
+        """
+        path = self.path(f"{name}.json")
+        known = None
+        if self.ranks.first and path is not None and path.exists():
+            known = _read(path, name, identity, counts, self.terminal)
+        found = self.ranks.gather(known)[0]
+        if found is None:
+            found = {}
+            for part in self.ranks.gather(look(self.ranks.rank, self.ranks.world)):
+                for shard, offsets in part.items():
+                    found[shard] = sorted([*found.get(shard, ()), *offsets])
+            found = {shard: found[shard] for shard in sorted(found)}
+        if path is not None:
+            self._records[path] = {**identity, name: found}
+        return found
+
+    def write(self) -> None:
+        """Write the list, where there is something in it, and the records of what was read."""
+        path = self.path(LIST)
+        if path is not None and self._samples:
+            text = io.StringIO()
+            rows = csv.writer(text, lineterminator="\n")
+            rows.writerows([LeftOut._fields, *self._samples])
+            write_text(path, text.getvalue())
+        for path, document in self._records.items():
+            write_json(path, document)
+
+
+def tars_sha256(shards: Sequence[TarShard]) -> str:
+    """What identifies tars by keys and length: a copy of them elsewhere is the same.
+
+    Tars altered without becoming longer or shorter are not noticed here, but when their images are
+    read.
+    """
+    return schemas.sha256([[tar.keys_sha256, tar.path.stat().st_size] for tar in shards])
+
+
+def _read(
+    path: Path,
+    name: str,
+    identity: Mapping[str, Any],
+    counts: Sequence[int],
+    terminal: Terminal,
+) -> Offsets | None:
+    record = schemas.read(path)
+    if not isinstance(record, dict) or any(record.get(n) != v for n, v in identity.items()):
+        terminal.line(f"{path} is about other shards or another cache: reading the images again")
+        return None
+    found = record.get(name)
+    here = {str(shard): count for shard, count in enumerate(counts)}
+    if isinstance(found, dict) and all(
+        shard in here
+        and isinstance(offsets, list)
+        and all(type(n) is int and 0 <= n < here[shard] for n in offsets)
+        and len(set(offsets)) == len(offsets)
+        for shard, offsets in found.items()
+    ):
+        return {int(shard): offsets for shard, offsets in found.items()}
+    raise ManifestError(
+        path,
+        [f"$.{name}: expected lists of offsets in the shards"],
+        action="delete the file: the images are read again then",
+    )

@@ -1,0 +1,130 @@
+"""A cache's views made again from the user's images, and compared with what it recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.data.images import NOWHERE
+from cskd_pipeline.data.join import Join
+from cskd_pipeline.data.render import Renderer
+from cskd_pipeline.runtime.progress import Progress, silent
+from cskd_pipeline.views.bits import view_seed
+
+_AT_ONCE = 64  # views rendered at a time
+_STRIDE = 2_654_435_761  # a prime: its multiples visit any number of views before one comes again
+
+
+@dataclass(frozen=True)
+class Replay:
+    """n views made again.
+
+    Args:
+        rows: (n, 3) int64 view, shard, offset.
+        same_image: (n,) bool, the user's image has the recorded CRC-32.
+        same_seed: (n,) bool, the recorded seed is the one that root seed, key and view give.
+        exact: (n,) bool, the pixels have the recorded digest. False, on the same image and seed:
+            the pixels differ by rounding, as other library versions decode or resize.
+    """
+
+    rows: np.ndarray
+    same_image: np.ndarray
+    same_seed: np.ndarray
+    exact: np.ndarray
+
+
+def spread_views(found: Join, count: int) -> np.ndarray:
+    """About ``count`` views of finished units: one of each of so many samples, spread evenly over
+    those that are allowed.
+
+    Returns:
+        (n, 3) int64 view, shard, offset.
+    """
+    cache = cache_of(found)
+    done, samples = cache.done(), found.usable()
+    samples = samples[np.isin(samples[:, 0], np.flatnonzero(done.any(axis=0)))]
+    if not len(samples) or not count:
+        return np.empty((0, 3), np.int64)
+    chosen = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(np.int64))
+    block, rows = cache.manifest.view_block, []
+    for number, (shard, offset) in enumerate(samples[chosen].tolist()):
+        blocks = np.flatnonzero(done[:, shard]).tolist()
+        which = number * _STRIDE % (len(blocks) * block)
+        rows.append((blocks[which // block] * block + which % block, shard, offset))
+    return np.array(rows, np.int64)
+
+
+def replay(found: Join, rows: np.ndarray, progress: Progress = silent) -> Replay:
+    """Make the views ``rows`` again, (n, 3) view, shard, offset, of samples that are joined.
+
+    Views of images that are not the cache's are not made: they are others in any case.
+
+    Raises:
+        ShardError, ImageError: an image cannot be had.
+        JoinError: labels differ.
+    """
+    cache = cache_of(found)
+    found.images.labels(rows[:, 1:])
+    exact = np.zeros(len(rows), bool)
+    with progress(len(rows), "views", "making views again") as meter:
+        same_image = same_images(found, rows)
+        meter.advance(len(rows) - int(same_image.sum()))
+        renderer = renderer_of(found, strict=False)
+        numbers = np.flatnonzero(same_image)
+        for start in range(0, len(numbers), _AT_ONCE):
+            part = numbers[start : start + _AT_ONCE]
+            views = renderer.render(rows[part])
+            recorded = [
+                cache.view_digests(view, shard)[o] for view, shard, o in rows[part].tolist()
+            ]
+            exact[part] = views.digest[views.find(rows[part])] == recorded
+            meter.advance(len(part))
+    return Replay(rows, same_image, _same_seeds(cache, rows), exact)
+
+
+def same_images(found: Join, rows: np.ndarray) -> np.ndarray:
+    """(n,) bool, whether the user's image is the cache's; False for what no tar has.
+
+    Args:
+        rows: (n, 3) view, shard, offset.
+    """
+    cache = cache_of(found)
+    same = np.zeros(len(rows), bool)
+    here = np.flatnonzero(found.images.locate(rows[:, 1:])[0] != NOWHERE)
+    for i, crc in found.images.crc32(rows[here, 1:]):
+        _, shard, offset = rows[here[i]].tolist()
+        same[here[i]] = crc == cache.image_crc32(shard)[offset]
+    return same
+
+
+def renderer_of(found: Join, *, strict: bool) -> Renderer:
+    """Makes the cache's views from the user's images.
+
+    Args:
+        strict: refuse views, and images, that are not the cache's, in the words of a run that meets
+            one; otherwise nothing is refused.
+    """
+    cache = cache_of(found)
+    policy, root_seed = cache.manifest.policy, cache.manifest.root_seed
+    images, drift = (found.images, "error") if strict else (found.images.lenient(), "warn")
+    return Renderer(found.samples, images, policy, root_seed, cache=cache, drift=drift)
+
+
+def cache_of(found: Join) -> CacheReader:
+    assert found.images.cache is not None
+    return found.images.cache
+
+
+def _same_seeds(cache: CacheReader, rows: np.ndarray) -> np.ndarray:
+    """Whether the recorded seeds follow from root seed, key and view: (n,) bool."""
+    keys = {shard: cache.keys(shard) for shard in np.unique(rows[:, 1]).tolist()}
+    root_seed = cache.manifest.root_seed
+    return np.array(
+        [
+            int(cache.seeds(view, shard)[offset]) == view_seed(root_seed, keys[shard][offset], view)
+            for view, shard, offset in rows.tolist()
+        ],
+        bool,
+    )

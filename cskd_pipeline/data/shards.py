@@ -1,0 +1,157 @@
+"""A tar of samples, read where it lies: an index of its headers, then each image by its place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cskd_pipeline.cache.manifest import ShardInfo, keys_sha256
+from cskd_pipeline.data.tar_index import ShardIndex, open_shard, read_index
+from cskd_pipeline.errors import ShardError
+
+
+class TarShard:
+    """One tar. Nothing is read before it is needed, and no file stays open.
+
+    It travels to loader processes by pickle, with its index where that was read already.
+
+    Args:
+        path: an uncompressed tar.
+        info: what a manifest says of it; then count and keys are known without reading, and the
+            first read compares.
+        num_classes: labels must lie below it.
+    """
+
+    def __init__(
+        self, path: Path, *, info: ShardInfo | None = None, num_classes: int | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.info = info
+        self.num_classes = num_classes
+        self._index: ShardIndex | None = None
+        self._keys_sha256: str | None = None
+
+    def __repr__(self) -> str:
+        return f"TarShard({str(self.path)!r})"
+
+    @property
+    def index(self) -> ShardIndex:
+        """The header pass, made once.
+
+        Raises:
+            ShardError: not a tar, cut short, a sample without image or label, a label outside the
+                classes, or not what the manifest says.
+        """
+        if self._index is None:
+            index = read_index(self.path)
+            self._check(index)
+            self._index = index
+        return self._index
+
+    def __len__(self) -> int:
+        return self.info.count if self.info else len(self.index)
+
+    @property
+    def keys_sha256(self) -> str:
+        """What identifies the samples and their order."""
+        if self.info:
+            return self.info.keys_sha256
+        if self._keys_sha256 is None:
+            self._keys_sha256 = keys_sha256(self.keys)
+        return self._keys_sha256
+
+    def with_classes(self, num_classes: int) -> TarShard:
+        """The same tar, its labels checked against ``num_classes``; nothing is read again."""
+        shard = TarShard(self.path, info=self.info, num_classes=num_classes)
+        if self._index is not None:
+            shard._check(self._index)
+            shard._index, shard._keys_sha256 = self._index, self._keys_sha256
+        return shard
+
+    def part(self, rows: range) -> TarShard:
+        """These samples alone, as if the tar held no others."""
+        return self._with(self.index.at(slice(rows.start, rows.stop, rows.step)))
+
+    def without(self, rows: Sequence[int]) -> TarShard:
+        """The same as if the tar did not hold samples ``rows``; its manifest's entry goes along."""
+        kept = np.delete(np.arange(len(self.index)), rows)
+        shard = self._with(self.index.at(kept))
+        if self.info:
+            shard.info = ShardInfo.of(self.info.name, shard.keys, self.info.bytes, self.info.sha256)
+        return shard
+
+    def _with(self, index: ShardIndex) -> TarShard:
+        shard = TarShard(self.path, num_classes=self.num_classes)
+        shard._index = index
+        return shard
+
+    @property
+    def keys(self) -> list[str]:
+        return [key.decode() for key in self.index.keys.tolist()]
+
+    def key(self, i: int) -> str:
+        return str(self.index.keys[i].decode())
+
+    def label(self, i: int) -> int:
+        return int(self.index.label[i])
+
+    def where(self, i: int) -> str:
+        """Sample ``i`` for an error message."""
+        return f"{self.path}: {self.key(i)}"
+
+    def read_image(self, i: int) -> bytes:
+        """The bytes of sample ``i``'s image."""
+        return next(self.read_images([i]))
+
+    def read_images(self, rows: Iterable[int]) -> Iterator[bytes]:
+        """The images of samples ``rows``, in that order, from one opening of the file.
+
+        Raises:
+            ShardError: the file is gone or has become shorter since its headers were read.
+        """
+        index = self.index
+        with open_shard(self.path) as file:
+            for i in rows:
+                size = int(index.size[i])
+                data = self._read(file.fileno(), size, int(index.offset[i]))
+                if len(data) != size:
+                    raise ShardError(
+                        "the file has become shorter while it was in use",
+                        where=self.where(i),
+                        found=f"{len(data)} bytes of the image",
+                        expected=size,
+                    )
+                yield data
+
+    def _read(self, descriptor: int, size: int, offset: int) -> bytes:
+        try:
+            return os.pread(descriptor, size, offset)
+        except OSError as error:  # a failing disk, a network file system that went away
+            raise ShardError(
+                "the shard cannot be read", where=self.path, found=error.strerror
+            ) from error
+
+    def _check(self, index: ShardIndex) -> None:
+        if self.info and self.info.keys_sha256 != keys_sha256(k.decode() for k in index.keys):
+            raise ShardError(
+                "the shard is not the one its manifest describes: its samples' keys differ",
+                where=self.path,
+                found=f"{len(index)} samples",
+                expected=f"{self.info.count} samples, keys {self.info.keys_sha256[:12]}…",
+                action="use the shards that were indexed, or run: cskd-pipeline index",
+            )
+        if self.num_classes is None:
+            return
+        outside = np.flatnonzero(index.label >= self.num_classes)
+        if len(outside):
+            first = outside[0]
+            raise ShardError(
+                f"{len(outside)} labels lie outside the classes",
+                where=f"{self.path}: {index.keys[first].decode()}",
+                found=int(index.label[first]),
+                expected=f"0 to {self.num_classes - 1}",
+                action="check the number of classes, and that labels count from 0",
+            )

@@ -1,0 +1,141 @@
+"""All views of a cache's units, for the teacher: each image decoded once for a block of views.
+
+A unit is (tar shard, block of views). It is cut into items, windows of neighbouring samples in all
+the block's views, and an item into batches. Partners never leave their window, so an item needs
+nothing from outside. Both cuts depend on the unit, the policy and the batch size alone, not on the
+number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from cskd_pipeline.data.batches import Batch, compose
+from cskd_pipeline.data.images import ImageSource
+from cskd_pipeline.data.index import Dataset
+from cskd_pipeline.data.plan import SampleSet
+from cskd_pipeline.data.render import Renderer
+from cskd_pipeline.data.workers import Loader
+from cskd_pipeline.views.policy import ViewPolicy
+
+ITEM_BYTES = 2**28  # of rendered pixels that a process holds at a time
+
+UnitViews = tuple[int, range]
+"""Tar shard, and views."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Neighbouring samples of one tar shard in some views."""
+
+    shard: int
+    offsets: range
+    views: range
+
+    def rows(self) -> np.ndarray:
+        """(n, 3) int32 view, shard, offset, view by view."""
+        grid = np.meshgrid(self.views, self.shard, self.offsets, indexing="ij")
+        return np.stack(grid, axis=-1).reshape(-1, 3).astype(np.int32)
+
+    def batches(self, batch_size: int) -> int:
+        """How many batches of at most ``batch_size`` it makes."""
+        return -(-len(self.views) * len(self.offsets) // batch_size)
+
+
+def items_of(unit: UnitViews, count: int, policy: ViewPolicy, batch_size: int) -> list[Item]:
+    """The items of a unit whose shard has ``count`` samples.
+
+    Few views: several windows make an item, enough for a batch. Many or large views: a part of them
+    makes an item, which then decodes its images for that part only.
+    """
+    shard, views = unit
+    window_bytes = policy.window * policy.size * policy.size * 3
+    parts = -(-len(views) // max(1, ITEM_BYTES // window_bytes))
+    chunks = [
+        views[p[0] : p[-1] + 1] for p in np.array_split(np.arange(len(views)), parts) if len(p)
+    ]
+    longest = len(chunks[0])
+    windows = -(-batch_size // (policy.window * longest))
+    windows = max(1, min(windows, ITEM_BYTES // (window_bytes * longest)))
+    span = windows * policy.window
+    return [
+        Item(shard, range(start, min(start + span, count)), chunk)
+        for start in range(0, count, span)
+        for chunk in chunks
+    ]
+
+
+class _UnitStream(IterableDataset[Batch | None]):
+    """What one process contributes: its share of every unit's items, padded with None.
+
+    The loader asks processes in turn. Padding keeps them level at the end of every unit, so that
+    all batches of a unit come before those of the next.
+    """
+
+    def __init__(self, renderer: Renderer, units: Sequence[UnitViews], batch_size: int) -> None:
+        self.renderer, self.units, self.batch_size = renderer, units, batch_size
+
+    def items(self, unit: UnitViews) -> list[Item]:
+        count = self.renderer.samples.counts[unit[0]]
+        return items_of(unit, count, self.renderer.policy, self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch | None]:
+        worker = get_worker_info()
+        lane, lanes = (worker.id, worker.num_workers) if worker else (0, 1)
+        first = 0  # goes on from unit to unit: short last windows do not always meet one process
+        for unit in self.units:
+            items = self.items(unit)
+            shares: list[list[Item]] = [[] for _ in range(lanes)]
+            for number, item in enumerate(items, first):
+                shares[number % lanes].append(item)
+            first += len(items)
+            lengths = [sum(item.batches(self.batch_size) for item in share) for share in shares]
+            for item in shares[lane]:
+                yield from self._batches(item)
+            yield from [None] * (max(lengths) - lengths[lane])
+
+    def _batches(self, item: Item) -> Iterator[Batch]:
+        rows = item.rows()
+        views = self.renderer.render(rows)
+        for start in range(0, len(rows), self.batch_size):
+            part = rows[start : start + self.batch_size]
+            yield compose(self.renderer, self.renderer.pair(part), views)
+
+
+def unit_batches(
+    dataset: Dataset,
+    units: Sequence[UnitViews],
+    policy: ViewPolicy,
+    root_seed: int,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+    start_method: str | None = None,
+) -> Iterator[Batch]:
+    """Every view of every unit exactly once, in batches of at most ``batch_size`` rows.
+
+    Units come in order, each complete before the next; within a unit the order of batches depends
+    on ``workers``, the batches do not. ``Batch.index`` says where each row belongs.
+
+    Raises:
+        CskdError: an image or a tar that cannot be read.
+    """
+    images = ImageSource(dataset.shards)
+    renderer = Renderer(SampleSet.of(dataset), images, policy, root_seed)
+    stream = _UnitStream(renderer, units, batch_size)
+    kinds = {(renderer.samples.counts[shard], len(views)): (shard, views) for shard, views in units}
+    items = [item for unit in kinds.values() for item in stream.items(unit)]
+    ahead = max((item.batches(batch_size) for item in items), default=1)
+    loader: Loader[Batch | None] = Loader(
+        stream,
+        workers=workers,
+        pin_memory=pin_memory,
+        prefetch=max(2, ahead),  # all of an item: its process goes on with the next one
+        start_method=start_method,
+    )
+    yield from (batch for batch in loader if batch is not None)

@@ -1,6 +1,0 @@
-"""A student for those who have not this package: in timm's form for the hub, and as ONNX.
-
-1. ``folder`` -- the whole: what is written, all of it or nothing.
-2. ``graph`` -- ONNX, with the normalisation and the mean of the heads inside.
-3. ``readme`` -- the model card, with the few lines that give the student's own answer in timm.
-"""

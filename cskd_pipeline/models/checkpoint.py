@@ -1,0 +1,212 @@
+"""Students' files: written whole, read back as they were saved, made within bounds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from cskd_pipeline.errors import ManifestError, StudentError, WeightsError
+from cskd_pipeline.models.allocation import AllocationLimit, OversizeError
+from cskd_pipeline.models.header import StudentCard, check_card, check_digest
+from cskd_pipeline.models.student import Student, create_student
+from cskd_pipeline.models.weights import is_safetensors, load_state, state_digest
+from cskd_pipeline.runtime import schemas
+from cskd_pipeline.runtime.atomic import atomic_write
+
+HEADER = "cskd"
+FORMAT = 2
+"""Of the header; those of format 1 have no digest of the tensors."""
+
+
+def save_student(path: Path, state: dict[str, torch.Tensor], card: StudentCard) -> None:
+    """Write a timm state dict and its card.
+
+    Raises:
+        OutputError: no space, or no permission.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    # One entry: the library writes several in random order, and equal runs leave equal files.
+    about = {"format": FORMAT, "sha256": state_digest(tensors), **asdict(card)}
+    header = {HEADER: json.dumps(about)}
+    data = save(tensors, metadata=header)  # save_file would deny other users the file
+    atomic_write(path, lambda partial: partial.write_bytes(data))
+
+
+def student_file(path: Path) -> Path:
+    """The student that ``path`` means: itself; of a run's folder the best, else the last; of an
+    exported one its model.
+
+    Raises:
+        WeightsError: a folder without any.
+    """
+    if not path.is_dir():
+        return path
+    for name in ("best", "last", "model"):  # a run without validation shards has no best student
+        if (path / f"{name}.safetensors").is_file():
+            return path / f"{name}.safetensors"
+    raise WeightsError(
+        "the folder holds no student",
+        where=path,
+        expected="best.safetensors or last.safetensors, as train leaves them, or model.safetensors "
+        "of export",
+    )
+
+
+def read_card(path: Path) -> StudentCard:
+    """The card of a student's file.
+
+    Raises:
+        WeightsError: not a safetensors file, or one without a (known) card.
+    """
+    return _read_header(path)[0]
+
+
+def has_card(path: Path) -> bool:
+    """Whether a file's header says that it holds a student, rightly or not.
+
+    Raises:
+        WeightsError: not a safetensors file.
+    """
+    return HEADER in _metadata(path)
+
+
+def read_student(path: Path) -> tuple[StudentCard, dict[str, torch.Tensor]]:
+    """The card of a student's file and its tensors, which are those that were saved.
+
+    Raises:
+        WeightsError: no card, or tensors of another digest than it says.
+    """
+    card, digest = _read_header(path)
+    state = load_state(path)
+    if digest is not None and state_digest(state) != digest:
+        raise WeightsError(
+            "the checkpoint is damaged: its tensors are not those that were saved",
+            where=path,
+            found=f"SHA-256 {state_digest(state)}",
+            expected=digest,
+            action="copy it again from where it came from",
+        )
+    return card, state
+
+
+def load_student(path: Path, device: torch.device) -> tuple[Student, StudentCard]:
+    """The student of a ``.safetensors`` file that ``train`` wrote.
+
+    Raises:
+        WeightsError: no card, damage, or tensors that do not fit the model it names.
+        StudentError: a model that cannot be made.
+    """
+    card, state = read_student(path)
+    student = bounded_student(
+        card.model,
+        state,
+        path,
+        num_classes=card.num_classes,
+        size=card.size,
+        kwargs=card.kwargs,
+    )
+    student.preprocessing = student.preprocessing.changed(card.crop_pct, card.interpolation)
+    student.require(method=card.method, grid=card.grid)
+    given = {"cls", "dist" if student.has_distillation_token else "", "dense" if card.grid else ""}
+    if not set(card.heads) <= given:
+        raise WeightsError(
+            "the checkpoint names heads that its model does not have",
+            where=path,
+            found=", ".join(card.heads),
+            expected="some of " + ", ".join(filter(None, sorted(given))),
+        )
+    try:
+        student.model.load_state_dict(state)
+    except RuntimeError as error:
+        raise WeightsError(
+            "the checkpoint's tensors do not fit the model it names",
+            where=path,
+            found=str(error).splitlines()[-1].strip(),
+            expected=card.model,
+        ) from error
+    return student.to(device), card
+
+
+def bounded_student(
+    name: str,
+    state: Mapping[str, torch.Tensor],
+    where: Path,
+    *,
+    num_classes: int,
+    size: int,
+    kwargs: Mapping[str, Any],
+) -> Student:
+    """A fresh model as a stranger's file names it; one far larger than its ``state`` is not made.
+
+    The factors leave room for what timm's models make besides their state (tables of positions, at
+    most four times as much).
+
+    Raises:
+        WeightsError: a model larger than that.
+        StudentError: a model that cannot be made.
+    """
+    stored = sum(tensor.numel() for tensor in state.values())
+    limit = AllocationLimit(values=6 * stored + 2**24, tensors=8 * len(state) + 256)
+    try:
+        with limit:
+            return create_student(name, num_classes=num_classes, size=size, kwargs=kwargs)
+    except StudentError as error:
+        if not isinstance(error.__cause__, OversizeError):
+            raise
+        raise WeightsError(
+            "the checkpoint names a model that is larger than its tensors",
+            where=where,
+            found=f"{name} with {dict(kwargs)} at {size} px",
+            expected=f"a model of {len(state)} tensors and {stored} values",
+        ) from error
+
+
+def _read_header(path: Path) -> tuple[StudentCard, str | None]:
+    """The card, and the SHA-256 that the tensors must have."""
+    metadata = _metadata(path)
+    try:
+        document = schemas.parse(metadata[HEADER].encode(), path)
+        version, digest = document.pop("format"), None
+        if version == FORMAT:
+            digest = document.pop("sha256")
+            check_digest("sha256", digest)
+        elif version != 1:
+            raise ValueError(f"format {version!r}")
+        for name in ("heads", "grid", "class_names", "accepted_classes", "recipe_changes"):
+            if document.get(name) is not None:
+                document[name] = tuple(document[name])
+        card = StudentCard(**document)
+        check_card(card)
+        return card, digest
+    except (KeyError, ValueError, TypeError, AttributeError, ManifestError) as error:
+        raise WeightsError(
+            "the checkpoint does not say which student it holds",
+            where=path,
+            found=f"{type(error).__name__}: {error}",
+            expected=f"an entry {HEADER!r} of format {FORMAT} in its header, as train writes it",
+        ) from error
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        if not is_safetensors(path):
+            raise WeightsError(
+                "the checkpoint cannot be read",
+                where=path,
+                found="no safetensors header",
+                expected="a .safetensors file that train or export wrote",
+                action="of what torch.save writes, train --init-from takes the tensors",
+            )
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(
+            "the checkpoint cannot be read", where=path, found=error, expected="a .safetensors file"
+        ) from error

@@ -1,0 +1,281 @@
+"""Models by name, timm's, torchvision's and the user's own; every way of not getting one is a clear
+error."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torchvision
+from timm.models import PretrainedCfg, get_deprecated_models, get_pretrained_cfg
+from torch import Tensor, nn
+
+from cskd_pipeline.errors import CskdError, TeacherError
+from cskd_pipeline.models.weights import load_into
+
+TORCHVISION = "torchvision:"
+HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's own
+# Arguments of timm.create_model that fetch or open files, and so are not the model's. Older timm
+# unpickles what ``checkpoint_path`` names.
+FETCHING = (
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
+    *("checkpoint_path", "cache_dir"),
+    *("weights", "weights_backbone"),  # torchvision's
+)
+
+
+class Built(NamedTuple):
+    """A teacher's network, what to call it, and where its weights come from: ``hub``, ``file``,
+    ``random`` or ``factory``.
+    """
+
+    network: nn.Module
+    name: str
+    source: str
+
+
+def build_teacher(
+    name: str,
+    weights: str | Path,
+    state: Mapping[str, Tensor] | None,
+    num_classes: int | None,
+    size: int,
+    kwargs: Mapping[str, Any],
+) -> Built:
+    """The network called ``name``; ``state``, of a weights file, is still to be loaded.
+
+    Args:
+        weights: ``hub``, ``random``, or the file that ``state`` is from.
+        num_classes: of the data, where they are known.
+
+    Raises:
+        TeacherError: no such model, bad arguments, weights out of reach.
+    """
+    is_hub = weights == "hub"
+    source = "hub" if is_hub else "random" if state is None else "file"
+    if name.startswith(TORCHVISION):
+        _refuse_fetching(name, kwargs, TeacherError)
+        classes = None if is_hub else _linear_rows(state or {}) or num_classes
+        network = _create_torchvision(name, classes, kwargs, pretrained=is_hub)
+    elif ":" in name and not name.startswith(HUB_PREFIXES):
+        network = _call_factory(name, num_classes, kwargs)
+        return Built(network, name, "factory" if is_hub else source)
+    else:
+        classes = None if is_hub else num_classes
+        if state is not None:
+            classes = classes_in(state, name) or num_classes
+        network = create_timm(
+            name,
+            num_classes=classes,
+            size=size,
+            kwargs=kwargs,
+            error=TeacherError,
+            pretrained=is_hub,
+        )
+    config: Any = getattr(network, "pretrained_cfg", None) or {}
+    tag = config.get("tag") if is_hub else None
+    return Built(network, f"{config['architecture']}.{tag}" if tag else name, source)
+
+
+def create_timm(
+    name: str,
+    *,
+    num_classes: int | None,
+    size: int,
+    kwargs: Mapping[str, Any],
+    error: type[CskdError],
+    pretrained: bool = False,
+) -> nn.Module:
+    """``timm.create_model`` at an input size, whether the model must be told it or not.
+
+    Args:
+        num_classes: None leaves the model's own.
+        kwargs: for the model's constructor; an ``img_size`` there must be ``size``.
+        error: what to raise.
+
+    Raises:
+        error: an unknown name, arguments the model does not take, weights that cannot be fetched.
+    """
+    if not name.startswith(HUB_PREFIXES) and not timm.is_model(name):
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=4)
+        raise error(
+            "timm has no model of this name",
+            where=name,
+            found=f"timm {timm.__version__}" + (f", which has {', '.join(close)}" if close else ""),
+        )
+    known = _current_name(name)
+    if known is None:
+        raise error("timm has removed this model", where=name, found=f"timm {timm.__version__}")
+    _refuse_fetching(name, kwargs, error)
+    arguments = dict(kwargs)
+    if getattr(_config(name), "fixed_input_size", False):
+        arguments.setdefault("img_size", size)
+    if arguments.get("img_size", size) != size:
+        raise error(
+            "the model's img_size is not the views' size",
+            where=name,
+            found=arguments["img_size"],
+            expected=size,
+        )
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    try:
+        model: nn.Module = timm.create_model(known, pretrained=pretrained, **arguments)
+    except Exception as problem:  # bad arguments fail inside the model, fetching in many libraries
+        found = f"{type(problem).__name__}: {problem}"
+        if pretrained:
+            raise error(
+                "the pretrained weights could not be had",
+                where=name,
+                found=found,
+                action="check the name's tag and the network, or fetch model.safetensors of "
+                f"timm/{name} elsewhere and pass that file as the weights",
+            ) from problem
+        raise error(
+            "the model cannot be made with these arguments",
+            where=name,
+            found=found,
+            expected=f"arguments that timm's {name} takes, not {arguments}",
+        ) from problem
+    return model
+
+
+def _refuse_fetching(name: str, kwargs: Mapping[str, Any], error: type[CskdError]) -> None:
+    fetching = sorted(set(FETCHING) & set(kwargs))
+    if fetching:
+        raise error(
+            "these arguments would fetch or open files; a model's own do not",
+            where=name,
+            found=", ".join(fetching),
+            expected="arguments of the model's constructor",
+            action="leave them out; a teacher's weights are --weights FILE",
+        )
+
+
+def _create_torchvision(
+    name: str, num_classes: int | None, kwargs: Mapping[str, Any], *, pretrained: bool
+) -> nn.Module:
+    """``torchvision:NAME``, or ``torchvision:NAME.TAG`` of one of its published weights.
+
+    What torchvision publishes says its mean and std; other weights may have been trained with any.
+    """
+    architecture, _, tag = name.removeprefix(TORCHVISION).partition(".")
+    models = torchvision.models
+    known = models.list_models(module=models)
+    if architecture not in known:
+        close = difflib.get_close_matches(architecture, known, n=4)
+        raise TeacherError(
+            "torchvision has no classification model of this name",
+            where=name,
+            found=f"torchvision {torchvision.__version__}"
+            + (f", which has {', '.join(close)}" if close else ""),
+        )
+    published = models.get_model_weights(architecture)
+    tags = list(published.__members__)
+    if tag and (tag not in tags or not pretrained):
+        raise TeacherError(
+            "a tag names weights that torchvision publishes",
+            where=name,
+            found=tag if pretrained else f"{tag}, and other weights",
+            expected=f"one of {', '.join(tags)}" if pretrained else f"{TORCHVISION}{architecture}",
+        )
+    entry = published[tag] if tag else published.DEFAULT
+    classes = len(entry.meta["categories"]) if pretrained else num_classes
+    arguments = dict(kwargs) if classes is None else {**kwargs, "num_classes": classes}
+    try:
+        network: nn.Module = models.get_model(architecture, weights=None, **arguments)
+    except Exception as problem:  # as in create_timm
+        raise TeacherError(
+            "the model cannot be made with these arguments",
+            where=name,
+            found=f"{type(problem).__name__}: {problem}",
+            expected=f"arguments that torchvision's {architecture} takes, not {arguments}",
+        ) from problem
+    if pretrained:
+        load_into(network, _fetch(name, entry), entry.url)
+        seen = entry.transforms()
+        network.pretrained_cfg = {  # type: ignore[assignment]  # as timm's networks have it
+            **{"architecture": f"{TORCHVISION}{architecture}", "tag": entry.name},
+            **{"mean": tuple(seen.mean), "std": tuple(seen.std)},
+        }
+    return network
+
+
+def _fetch(name: str, entry: Any) -> Mapping[str, Tensor]:
+    """The tensors of weights that torchvision publishes; nothing in the file is run."""
+    try:
+        state: Mapping[str, Tensor] = entry.get_state_dict(
+            progress=False, check_hash=True, weights_only=True
+        )
+    except Exception as problem:  # fetching fails in many libraries
+        raise TeacherError(
+            "the pretrained weights could not be had",
+            where=name,
+            found=f"{type(problem).__name__}: {problem}",
+            action=f"check the network, or fetch {entry.url} elsewhere and pass that file as the "
+            "weights",
+        ) from problem
+    return state
+
+
+def _call_factory(name: str, num_classes: int | None, kwargs: Mapping[str, Any]) -> nn.Module:
+    module_name, _, attribute = name.partition(":")
+    arguments = dict(kwargs)
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+        if num_classes is not None and _takes(factory, "num_classes"):
+            arguments["num_classes"] = num_classes
+        network = factory(**arguments)
+    except Exception as error:  # the user's own code can fail in any way
+        raise TeacherError(
+            "the teacher's factory does not work",
+            where=name,
+            found=f"{type(error).__name__}: {error}",
+            expected=f"an importable package.module:factory, callable with {arguments}",
+            action="check PYTHONPATH and the two names; arguments are --set teacher.kwargs={...}",
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise TeacherError(
+            "the teacher's factory gives no torch module", where=name, found=type(network).__name__
+        )
+    return network
+
+
+def _takes(factory: Callable[..., Any], argument: str) -> bool:
+    """Whether a callable can be given ``argument`` by name."""
+    parameters = inspect.signature(factory).parameters.values()
+    return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _linear_rows(state: Mapping[str, Tensor]) -> int | None:
+    """The rows of a state dict's last matrix: the class count, where a linear layer ends it."""
+    matrices = [tensor for tensor in state.values() if tensor.ndim == 2]
+    return len(matrices[-1]) if matrices else None
+
+
+def classes_in(state: Mapping[str, Tensor], name: str) -> int | None:
+    """The class count of a state dict: the rows of what the model ``name`` calls its classifier."""
+    classifier = getattr(_config(name), "classifier", None)
+    for layer in (classifier,) if isinstance(classifier, str) else classifier or ():
+        if f"{layer}.weight" in state:
+            return len(state[f"{layer}.weight"])
+    return None
+
+
+def _config(name: str) -> PretrainedCfg | None:
+    """What timm says of the architecture; None for models that only the hub knows."""
+    known = None if name.startswith(HUB_PREFIXES) else _current_name(name)
+    return None if known is None else get_pretrained_cfg(known.split(".")[0])
+
+
+def _current_name(name: str) -> str | None:
+    """What timm calls the model today, which may be a name with a tag; None: not any more.
+
+    Of an old name timm tells nothing else: neither its input size nor its classifier.
+    """
+    return get_deprecated_models().get(name.split(".")[0], name)

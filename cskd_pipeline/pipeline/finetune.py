@@ -1,0 +1,334 @@
+"""Weights that a run starts from: a student's, carried over to other classes and another size.
+
+What a student learned of pictures is kept; heads for other classes are new, and position embeddings
+are resampled to the new grid by timm's own function. Everything else must fit, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+from timm.layers import DropPath, resample_abs_pos_embed
+from torch import Tensor, nn
+
+from cskd_pipeline.errors import ManifestError, OutputError, WeightsError
+from cskd_pipeline.models.checkpoint import bounded_student, has_card, read_student, student_file
+from cskd_pipeline.models.header import MAX_ARGUMENT, check_arguments
+from cskd_pipeline.models.student import Grid, Student
+from cskd_pipeline.models.weights import is_safetensors, load_into, load_state, state_digest
+from cskd_pipeline.runtime import schemas
+from cskd_pipeline.runtime.classes import Classes, ClassGuard, difference
+
+TIMM_CONFIG = "config.json"
+TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+# Of a model's layers: what only serves training, and what follows the input's size or the classes.
+_ONLY_TRAINS = (nn.Identity, nn.Dropout, DropPath)
+_ADAPTED = (
+    *("img_size", "grid_size", "num_patches", "input_resolution", "feat_size", "dynamic_img_size"),
+    *("num_classes", "out_features", "training", "grad_checkpointing", "drop_rate"),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights, and what they are of: ``model`` by its timm name, ``size`` the side of its input.
+
+    ``mean`` and ``std`` are in [0, 1] units, where the source names its own. A state dict alone
+    names no model (an empty name): it is taken for the student's.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    model: str = ""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    size: int = 0
+    num_classes: int = 0
+    class_names: tuple[str, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Of the tensors, in whatever file they lie."""
+        return state_digest(self.state)
+
+    @property
+    def classes(self) -> Classes:
+        of = "the weights to start from"
+        return Classes(of, self.path, self.num_classes, self.class_names)
+
+
+@dataclass(frozen=True)
+class Started:
+    """What became of a source's tensors; ``new`` are the layers whose weights are fresh."""
+
+    source: Path
+    sha256: str
+    loaded: int
+    new: tuple[str, ...]
+    classes: tuple[Classes, Classes]  # before, now
+    resized: tuple[Grid, Grid] | None  # of the position embedding
+    named: bool  # whether the source names its model
+
+    def __str__(self) -> str:
+        told = [f"starting from {self.source}: {self.loaded} tensors, SHA-256 {self.sha256[:12]}"]
+        if self.new:
+            before, now = self.classes
+            found = difference(now, before) if before.count == now.count else None
+            others = "" if found is None else f", {found.kind}"
+            told.append(f"new {' and '.join(self.new)} ({before.count} classes before, "
+                        f"{now.count} now{others})")  # fmt: skip
+        if self.resized is not None:
+            grids = (f"{rows}x{columns}" for rows, columns in self.resized)
+            told.append(f"pos_embed resized from {' to '.join(grids)}")
+        if not self.named:
+            told.append("the file names no model: its arguments, mean and std are taken to be the "
+                        "student's")  # fmt: skip
+        return "; ".join(told)
+
+
+def read_source(path: Path) -> Source:
+    """The weights at ``path``: a student's file, a run's folder, a folder in timm's form, or a file
+    of tensors alone.
+
+    Raises:
+        WeightsError: none of these, or damaged.
+    """
+    if not path.exists():
+        raise WeightsError(
+            "there are no such weights to start from",
+            where=path,
+            expected="a student's .safetensors file, a run's folder, or a folder that export wrote",
+        )
+    if _is_foreign(path):
+        return _read_timm_folder(path)
+    file = student_file(path)
+    if not is_safetensors(file) or not has_card(file):
+        return Source(path, load_state(file))
+    card, state = read_student(file)
+    return Source(
+        path, state, card.model, card.kwargs, card.size, card.num_classes, card.class_names
+    )
+
+
+def start_from(source: Source, student: Student, classes: Classes, guard: ClassGuard) -> Started:
+    """Put the source's weights into ``student``, which has ``classes`` and its own size.
+
+    Heads are kept where the classes are the same, new for others. The same classes in another order
+    or spelling are refused: new heads would throw away what the old ones know.
+
+    Raises:
+        WeightsError: another architecture, or tensors that fit neither as they are nor resized.
+        ClassesError: the same classes, numbered or spelled otherwise, where that is not accepted.
+    """
+    named = bool(source.model)
+    if named:
+        _require_same_model(source, student)
+    else:
+        source = replace(source, num_classes=_class_count(source.state, student.model))
+    model, state = student.model, dict(source.state)
+    new = () if _same_classes(classes, source.classes, guard) else _classifiers(model)
+    own = model.state_dict()
+    for name in [name for name in own if name.rpartition(".")[0] in new]:
+        state[name] = own[name].detach().cpu()
+    resized = _resize_positions(state, model)
+    load_into(model, state, source.path)
+    return Started(
+        source=source.path,
+        sha256=source.sha256,
+        loaded=sum(name in source.state and name.rpartition(".")[0] not in new for name in own),
+        new=new,
+        classes=(source.classes, classes),
+        resized=resized,
+        named=named,
+    )
+
+
+def check_resumed(asked: str, record: Mapping[str, str] | None, where: Path) -> bool:
+    """Refuse to go on with a run from other weights than it started with; nothing is loaded.
+
+    Args:
+        asked: ``student.init_from`` of the recipe at hand.
+        record: what the run's state keeps of its start: ``from`` and ``sha256``.
+
+    Returns:
+        Whether the weights could be compared: they may be gone, since the run has its own.
+
+    Raises:
+        OutputError: other weights.
+        WeightsError: no weights there.
+    """
+    found = None
+    if asked:
+        if record is not None and record["from"] == asked and not Path(asked).exists():
+            return False
+        found = read_source(Path(asked)).sha256
+    expected = None if record is None else record["sha256"]
+    if found != expected:
+        raise OutputError(
+            "the run to resume was started from other weights",
+            where=where,
+            found=f"--init-from {asked}, SHA-256 {found[:12]}" if found else "no --init-from",
+            expected=f"{record['from']}, SHA-256 {record['sha256'][:12]}" if record else "none",
+            action="give the same --init-from, or use a new --out folder",
+        )
+    return True
+
+
+def _is_foreign(path: Path) -> bool:
+    """A folder in timm's form whose weights are not a student of ours."""
+    if not (path / TIMM_CONFIG).is_file():
+        return False
+    weights = path / TIMM_WEIGHTS[0]
+    return not (weights.is_file() and has_card(weights))
+
+
+def _read_timm_folder(path: Path) -> Source:
+    """What timm writes for the hub: ``config.json`` says what ``model.safetensors`` is of."""
+    config = path / TIMM_CONFIG
+    try:
+        document = schemas.read(config)
+        pretrained = document.get("pretrained_cfg", document)
+        model, kwargs = document["architecture"], document.get("model_args") or {}
+        classes = document.get("num_classes", pretrained.get("num_classes"))
+        names = document.get("label_names", pretrained.get("label_names"))
+        size = kwargs.get("img_size") or pretrained["input_size"][1:]
+        height, width = (size, size) if isinstance(size, int) else size
+        mean, std = (tuple(map(float, pretrained[name])) for name in ("mean", "std"))
+        if [type(x) for x in (model, classes, height, kwargs)] != [str, int, int, dict]:
+            raise ValueError(f"architecture {model!r}, num_classes {classes!r}")
+        listed = isinstance(names, list) and all(type(name) is str for name in names)
+        if listed and len(names) != classes:
+            raise ValueError(f"{len(names)} label_names for {classes} classes")
+        if height != width or not 0 < height <= MAX_ARGUMENT:
+            raise ValueError(f"an input of {height}x{width} pixels")
+        check_arguments(kwargs)
+        if "img_size" in kwargs:
+            kwargs["img_size"] = height
+    except (KeyError, TypeError, ValueError, AttributeError, ManifestError) as error:
+        raise WeightsError(
+            "the folder does not say which model it holds",
+            where=config,
+            found=f"{type(error).__name__}: {error}",
+            expected="architecture, num_classes, mean, std and a square input, as timm writes them",
+        ) from error
+    weights = next((path / name for name in TIMM_WEIGHTS if (path / name).is_file()), path)
+    return Source(
+        path,
+        load_state(weights),
+        model,
+        kwargs,
+        height,
+        classes,
+        tuple(names) if listed else None,
+        mean,
+        std,
+    )
+
+
+def _require_same_model(source: Source, student: Student) -> None:
+    found, expected = source.model, student.name
+    if _architecture(found) != _architecture(expected):
+        raise WeightsError(
+            "the weights to start from are of another architecture",
+            where=source.path,
+            found=found,
+            expected=expected,
+            action=f"pass --student {found.partition('.')[0]}, or start from a {expected}",
+        )
+    theirs = bounded_student(
+        found,
+        source.state,
+        source.path,
+        num_classes=source.num_classes,
+        size=source.size,
+        kwargs=source.kwargs,
+    )
+    before, now = _settings(theirs.model), _settings(student.model)
+    before |= {"mean": source.mean or theirs.mean, "std": source.std or theirs.std}
+    now |= {"mean": student.mean, "std": student.std}
+    problems = [
+        f"{name}: found {before.get(name, 'none')}, expected {now.get(name, 'none')}"
+        for name in before.keys() | now.keys()
+        if before.get(name) != now.get(name)
+    ]
+    if problems:
+        raise WeightsError(
+            "the weights to start from are of a model that computes something else",
+            where=source.path,
+            found=f"{found} with {dict(source.kwargs)}",
+            expected=f"{expected} with {student.kwargs}",
+            problems=sorted(problems, key=lambda line: (line.partition(":")[0].count("."), line)),
+            action="give the recipe the name and arguments of the weights' model",
+        )
+
+
+def _settings(model: nn.Module) -> dict[str, object]:
+    """Every layer's kind and plain attributes, by name: two models may have tensors of equal shapes
+    and differ in these (heads of attention, strides, epsilons).
+    """
+    found: dict[str, object] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, _ONLY_TRAINS):
+            continue
+        found[name or "model"] = type(layer).__name__
+        for key, value in vars(layer).items():
+            plain = isinstance(value, int | float | str | tuple)
+            if plain and not key.startswith("_") and not key.endswith(_ADAPTED):
+                found[f"{name}.{key}".lstrip(".")] = value
+    return found
+
+
+def _architecture(name: str) -> str:
+    """A timm name without its tag and its resolution, which decide no tensor but position's."""
+    return re.sub(r"_\d{2,4}$", "", name.partition(".")[0])
+
+
+def _same_classes(mine: Classes, theirs: Classes, guard: ClassGuard) -> bool:
+    """Whether class k is class k of the weights, as far as both sides name them."""
+    if mine.count != theirs.count:
+        return False
+    found = difference(mine, theirs)
+    if found is not None and not found.same_classes:
+        return False
+    guard.compare(mine, theirs)
+    return True
+
+
+def _class_count(state: Mapping[str, Tensor], model: nn.Module) -> int:
+    """The rows of a state dict's classifier; 0 where it has none."""
+    rows = [len(state[name]) for n in _classifiers(model) if (name := f"{n}.weight") in state]
+    return rows[0] if rows else 0
+
+
+def _classifiers(model: Any) -> tuple[str, ...]:
+    """The layers that timm calls the model's classifier: two where there is a distillation head."""
+    layers = model.pretrained_cfg.get("classifier") or ()
+    return (layers,) if isinstance(layers, str) else tuple(layers)
+
+
+def _resize_positions(state: dict[str, Tensor], model: nn.Module) -> tuple[Grid, Grid] | None:
+    """Resample ``pos_embed`` (1, prefix + H * W, C) in ``state`` to the model's grid, if need be.
+
+    What is no square grid of the model's width is left as it is, for the loader to refuse.
+    """
+    theirs, ours = state.get("pos_embed"), getattr(model, "pos_embed", None)
+    grid: Any = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if theirs is None or ours is None or grid is None or theirs.shape == ours.shape:
+        return None
+    network: Any = model
+    prefix = 0 if network.no_embed_class else network.num_prefix_tokens
+    tokens = theirs.shape[1] - prefix if theirs.ndim == 3 else -1
+    side = isqrt(max(tokens, 0))
+    if tokens < 1 or side * side != tokens or theirs.shape[2] != ours.shape[2]:
+        return None
+    state["pos_embed"] = resample_abs_pos_embed(
+        theirs, new_size=list(grid), old_size=[side, side], num_prefix_tokens=prefix
+    )
+    return (side, side), tuple(grid)

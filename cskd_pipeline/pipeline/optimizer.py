@@ -1,0 +1,79 @@
+"""The optimizer that a recipe names, of those that timm knows."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from torch import nn
+
+from cskd_pipeline.config import TrainRecipe
+from cskd_pipeline.errors import RecipeError
+
+FUSED = ("adam", "adamw")
+FUSED_ON = ("cuda",)
+"""One kernel for all parameters, which also skips float16's overflows without asking the host."""
+
+
+def make_optimizer(
+    model: nn.Module, recipe: TrainRecipe, device: torch.device
+) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer over the parameters of ``model``, which lies on ``device``.
+
+    Raises:
+        RecipeError: an unknown name, one that needs more than gradients, or values it does not
+            take.
+    """
+    optim = recipe.optim
+    name = optim.name.lower().rpartition("_")[2]  # timm takes lookahead_NAME too
+    known = [str(one) for one in list_optimizers()]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3)
+        raise RecipeError(
+            "timm has no optimizer of this name",
+            where="optim.name",
+            found=optim.name,
+            expected=f"one that timm {timm.__version__} has, "
+            + (f"did you mean {' or '.join(near)}?" if near else "such as adamw, lamb or sgd"),
+        )
+    if get_optimizer_info(name).second_order:
+        raise RecipeError(
+            "this optimizer needs second derivatives, which training does not compute",
+            where="optim.name",
+            found=optim.name,
+            action="choose one that needs gradients alone, such as adamw",
+        )
+    fused = optim.name in FUSED and device.type in FUSED_ON
+    options: dict[str, Any] = {"fused": True} if fused else {}
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=optim.name,
+            lr=optim.lr * recipe.batch.batch_size / 1024,
+            weight_decay=optim.weight_decay,
+            betas=tuple(optim.betas),
+            **options,
+        )
+    except Exception as problem:  # each checks its values in its own way, or needs a package
+        usual = _usual_betas(name)
+        raise RecipeError(
+            "the optimizer cannot be made with these values",
+            where=f"optim.name = {optim.name}",
+            found=f"betas {list(optim.betas)}: {type(problem).__name__}: {problem}",
+            expected=None if usual is None else f"{len(usual)} betas, its own are {list(usual)}",
+            action="set optim.betas, or choose another optimizer",
+        ) from problem
+
+
+def _usual_betas(name: str) -> tuple[float, ...] | None:
+    """The betas that an optimizer has where none are given."""
+    info = get_optimizer_info(name)
+    kind = info.opt_class
+    if not info.has_betas or isinstance(kind, str):
+        return None
+    betas = inspect.signature(kind).parameters["betas"].default
+    return tuple(betas) if isinstance(betas, tuple | list) else None

@@ -1,0 +1,108 @@
+"""What a resumed run may change, and a log of what it has: ``changes.jsonl``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cskd_pipeline.config import TrainRecipe, adjustable, deciding
+from cskd_pipeline.errors import OutputError
+from cskd_pipeline.runtime.atomic import write_text
+
+LOG = "changes.jsonl"
+_DATA = {
+    "shards": "data.shards: other samples, or in other shards",
+    "left_out": "data: other samples are left out",
+    "policy": "views: another policy",
+    "root_seed": "views: another root seed",
+    "cache": "data.cache: another cache",
+    "encoding": "distill.encoding: another one is read",
+}
+
+Change = dict[str, Any]
+"""``time``, ``update`` and ``changed``: dotted name -> [before, after]."""
+
+
+def changed_keys(
+    before: Mapping[str, Any], recipe: TrainRecipe, where: Path
+) -> dict[str, list[Any]]:
+    """Return dotted name -> [before, after] of the keys in which ``recipe`` differs from a run's.
+
+    The policy of the views is not compared here: it is the data's, whether the recipe has it or
+    takes the cache's.
+
+    Raises:
+        OutputError: keys differ that make it another run; names them all.
+    """
+    now = deciding(recipe)
+    names = [name for name in {**before, **now} if not name.startswith("views.")]
+    found = {n: [before.get(n), now.get(n)] for n in names if before.get(n) != now.get(n)}
+    fixed = found.keys() - adjustable(TrainRecipe)
+    if fixed:
+        raise OutputError(
+            "the run to resume was made with another recipe",
+            where=where,
+            problems=[
+                f"{name}: the run's {_shown(found[name][0])}, here {_shown(found[name][1])}"
+                for name in sorted(fixed)
+            ],
+            action=f"give the run's own values ({where.parent}/recipe.toml has them all), or use a "
+            "new --out folder",
+        )
+    return found
+
+
+def require_same_data(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """Refuse to go on with a run on other data.
+
+    Raises:
+        OutputError: says in what the data differ.
+    """
+    differing = [name for name in now if before.get(name) != now[name]]
+    if differing:
+        raise OutputError(
+            "the run to resume was made with other data",
+            where=where,
+            problems=[
+                f"{_DATA[name]}: the run's {_shown(before.get(name))}, here {_shown(now[name])}"
+                for name in differing
+            ],
+            action="give the run the data that it began with, or use a new --out folder",
+        )
+
+
+def require_within(update: Any, steps: int, epochs: int, where: Path) -> None:
+    """Refuse to go on with a run that is further than its recipe's end.
+
+    Raises:
+        OutputError: says how many epochs it needs.
+    """
+    if type(update) is int and update > steps * epochs:
+        raise OutputError(
+            "the run to resume is past the end of this recipe",
+            where=where,
+            found=f"update {update}: {update / steps:.4g} epochs of {steps} updates",
+            expected=f"at most schedule.epochs = {epochs}",
+            action=f"give schedule.epochs = {-(-update // steps)} or more",
+        )
+
+
+def told(changes: Iterable[Change]) -> list[str]:
+    """Return a line for every key of every change: ``update 120: optim.lr 0.001 -> 0.0005``."""
+    return [
+        f"update {change['update']}: {name} {_shown(before)} -> {_shown(after)}"
+        for change in changes
+        for name, (before, after) in change["changed"].items()
+    ]
+
+
+def write_changes(folder: Path, changes: list[Change]) -> None:
+    """Write every change of the run's recipe to its folder, one JSON object a line."""
+    write_text(folder / LOG, "".join(json.dumps(change) + "\n" for change in changes))
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:12]}…"

@@ -1,5 +1,0 @@
-"""What a run will cost, from a small part of it done for real: behind ``cskd-pipeline plan``.
-
-1. **dumping** -- stage one: bytes and time for every encoding and number of views.
-2. **training** -- stage two: whether the loader or the device is the limit.
-"""

@@ -1,0 +1,125 @@
+"""Which device computes, in which memory format, how many processes load, in how much memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cskd_pipeline.errors import MissingPackageError, UsageError
+
+T = TypeVar("T")
+N = TypeVar("N", bound=nn.Module)
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` (CUDA where there is one), or any torch device string.
+
+    Raises:
+        UsageError: a device this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(
+            "no such device on this machine", where="device", found=name, expected="cpu, cuda, auto"
+        ) from error
+    return device
+
+
+def use_threads(threads: int) -> None:
+    """Let networks on the CPU use ``threads`` cores; 0 leaves torch's choice, all of them.
+
+    Loader processes need cores too: on few of them, one thread can be many times faster than two
+    that wait for each other. The last bits of CPU results depend on the number.
+    """
+    if threads > 0:
+        torch.set_num_threads(threads)
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """Of a network's weights and of the images it is given: convolutions follow both."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def place(network: N, device: torch.device | str, channels_last: bool) -> N:
+    """Move ``network`` to a device and into a memory format, in place.
+
+    Of its tensors those with four dimensions have one: ``Module.to`` would fail at those with five.
+    """
+    network.to(device)
+    for tensor in chain(network.parameters(), network.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.to(memory_format=memory_format(channels_last))
+    return network
+
+
+def compiled(function: Callable[..., T], device: torch.device | str) -> Callable[..., T]:
+    """Return ``torch.compile`` of ``function``, after showing that this machine can compile.
+
+    Raises:
+        MissingPackageError: what torch generates cannot be built, as without a C compiler.
+    """
+    length = 2 + int.from_bytes(os.urandom(2), "big")  # new code: nothing built before serves it
+    try:
+        torch.compile(torch.sin, dynamic=False)(torch.ones(length, device=device))
+    except Exception as problem:  # of torch's own stages, or of the tools that they call
+        raise MissingPackageError(
+            "torch.compile does not work here",
+            found=str(problem).partition("\n")[0],
+            expected="a working C and C++ compiler, beside Triton on a GPU",
+            action="install gcc and g++ (on Debian: apt install build-essential), or do without: "
+            "run.compile=false for train, dump.compile=false for dump-teacher",
+        ) from problem
+    return torch.compile(function)
+
+
+def worker_count(workers: int) -> int:
+    """``workers``, or for -1 one for each core this process may use but one, at least one."""
+    return workers if workers >= 0 else max(1, cores() - 1)
+
+
+def cores() -> int:
+    """How many this process may use: a container's or Slurm job's share, where the system tells it.
+
+    macOS does not.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def memory_limit(root: Path = Path("/")) -> int:
+    """How many bytes of memory this machine has, or a container or Slurm job may use of them."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, kind, own = line.split(":", 2)
+            if kind not in ("", "memory"):
+                continue
+            name = "memory.limit_in_bytes" if kind else "memory.max"
+            top = root / "sys/fs/cgroup" / kind
+            group = top / own.lstrip("/")
+            for folder in (group, *group.parents):
+                with suppress(OSError, ValueError):  # not there, or "max"
+                    limits.append(int((folder / name).read_text()))
+                if folder == top:
+                    break
+    return min(limits)
+
+
+def all_finite(*logits: Tensor) -> bool:
+    """Whether float16 tensors are free of NaN and infinities; waits for the device.
+
+    Finite ones have a finite float32 sum, however many they are: one pass and no mask.
+    """
+    return all(bool(values.sum(dtype=torch.float32).isfinite()) for values in logits)

@@ -1,0 +1,238 @@
+"""Who a process is in its job, and what all of the job's processes agree on.
+
+A process that torchrun did not start is a job of one. Every collective here is called by all ranks
+at the same place, or the job would wait until one of them is given up.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from cskd_pipeline.errors import CskdError, RankError, UsageError
+from cskd_pipeline.runtime.distributed.watch import Watch
+from cskd_pipeline.runtime.signals import Requeue
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """``rank`` of ``world`` processes; ``local`` counts them on this machine."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    watch: Watch | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def first(self) -> bool:
+        """The one that writes files and speaks."""
+        return self.rank == 0
+
+    @property
+    def many(self) -> bool:
+        return self.world > 1
+
+    def device(self, chosen: torch.device) -> torch.device:
+        """This rank's own GPU where ``chosen`` names none in particular."""
+        if chosen.type == "cuda" and chosen.index is None and self.many:
+            return torch.device("cuda", self.local)
+        return chosen
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over ranks, on every rank; does not wait for the device."""
+        if not self.many:
+            return values
+        total = values.clone()
+        with self.explained():
+            dist.all_reduce(total)
+        return total / self.world
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's ``value`` (numbers, text, lists and dicts of them), on every rank."""
+        if not self.many:
+            return [value]
+        self._meet()
+        found: list[Any] = [None] * self.world
+        with self.explained():
+            dist.all_gather_object(found, value)
+        return found
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank."""
+        if not self.many:
+            return flag
+        flags = torch.tensor([int(flag)])
+        with self.explained():
+            dist.all_reduce(flags)
+        return bool(flags.item())
+
+    def wait(self) -> None:
+        """Until all ranks are here, for as long as all live."""
+        if self.many:
+            self._meet()
+            self.any(False)
+
+    def heeding(self, items: Iterable[T]) -> Iterator[T]:
+        """Pass ``items`` on until another rank has failed.
+
+        Raises:
+            RankError: that rank's error.
+        """
+        for item in items:
+            if self.watch is not None:
+                self.watch.heed()
+            yield item
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Say of a collective that fails inside which rank it was, and why, where that is known.
+
+        Raises:
+            RankError: the collective failed.
+        """
+        try:
+            yield
+        except (dist.DistError, RuntimeError) as error:
+            raise self._lost(error) from error
+
+    def _meet(self) -> None:
+        if self.watch is not None:
+            self.watch.meet()
+
+    def _lost(self, error: BaseException) -> CskdError:
+        assert self.watch is not None
+        return self.watch.verdict(_reason(error))
+
+
+ALONE = Ranks()
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """What torchrun's environment says of this process; nothing is started.
+
+    Raises:
+        UsageError: it says half of it, or what cannot be.
+    """
+    values = {name: environment[name] for name in _NAMES if name in environment}
+    mine = {name: values[name] for name in ("RANK", "LOCAL_RANK") if name in values}
+    if values.get("WORLD_SIZE", "1" if not mine else "") == "1" and set(mine.values()) <= {"0"}:
+        return ALONE
+    missing = [name for name in _NAMES if name not in values]
+    numbers = {name: values[name] for name in values if name != "MASTER_ADDR"}
+    wrong = [name for name, text in numbers.items() if not re.fullmatch(r"[0-9]{1,9}", text)]
+    if not (missing or wrong):
+        rank, world, local, port = map(int, numbers.values())
+        if local <= rank < world and 0 < port < 2**16:
+            return Ranks(rank, world, local)
+    raise UsageError(
+        "the environment names a rank of a job, but not as torchrun does",
+        found=", ".join(f"{name}={text}" for name, text in values.items())
+        + (f"; without {', '.join(missing)}" if missing else ""),
+        expected="LOCAL_RANK <= RANK < WORLD_SIZE, MASTER_ADDR and MASTER_PORT; or none of them",
+        action="start with torchrun, or set all five; for a job of one process, unset RANK, "
+        "WORLD_SIZE and LOCAL_RANK",
+    )
+
+
+@contextmanager
+def joined(patience: float) -> Iterator[Ranks]:
+    """This process among its job's, connected while the block runs.
+
+    Tensors on GPUs are reduced by NCCL, others by gloo.
+
+    Args:
+        patience: seconds that a rank may be silent; one that has ended is noticed within seconds.
+
+    Raises:
+        RankError: another rank cannot be reached, or has failed; its error, in that case.
+    """
+    alone = launched()
+    if not alone.many:
+        yield alone
+        return
+    limit = timedelta(seconds=patience)
+    store = _meeting_point(alone, limit)
+    watch = Watch(alone.rank, alone.world, patience)
+    ranks = replace(alone, watch=watch)
+    failed = True
+    try:
+        watch.meet()
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(ranks.local % torch.cuda.device_count())
+        with ranks.explained():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                store=store,
+                rank=ranks.rank,
+                world_size=ranks.world,
+                timeout=limit,
+            )
+        yield ranks
+        ranks.wait()  # nobody leaves while another still needs an answer
+        failed = False
+    except BaseException as error:
+        _tell(watch, error)
+        # Lets go of what holds the sockets, whose end wakes the others.
+        traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        gc.collect()
+        watch.leave(stay=failed)
+
+
+def _meeting_point(ranks: Ranks, limit: timedelta) -> dist.Store:
+    try:
+        store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=limit))
+    except (dist.DistError, RuntimeError) as error:
+        raise RankError(
+            "not all ranks of this job have come",
+            where=f"rank {ranks.rank}, {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+            found=_said(error),
+            expected=f"{ranks.world} ranks within {limit.total_seconds():g} s",
+            action="see whether all were started, with one MASTER_ADDR and MASTER_PORT, and "
+            "whether they can reach it",
+        ) from error
+    return store
+
+
+def _tell(watch: Watch, error: BaseException) -> None:
+    """Pass this rank's error on, unless it is another's.
+
+    Raises:
+        RankError: the other's, where this rank's is what came of it: torchrun ends by SIGTERM those
+            that are left.
+    """
+    told = None if watch.interrupted else watch.told
+    if told is error:
+        return
+    if told is not None and isinstance(error, KeyboardInterrupt | Requeue | RuntimeError):
+        raise told from error
+    watch.tell(error)
+
+
+def _reason(error: BaseException) -> str:
+    """What a collective says, without the place in its source and its advice."""
+    return _said(error).partition(". ")[0]
+
+
+def _said(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    return re.sub(r"^\[[^]]*\]\s*", "", text.splitlines()[0])

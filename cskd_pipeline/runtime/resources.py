@@ -1,0 +1,22 @@
+"""Where the recipes (``stages/``) and documents (``manifests/``) lie, in a checkout or a wheel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def _folder(name: str) -> Path:
+    inside = _PACKAGE / name  # a wheel carries the folder inside the package
+    return inside if inside.is_dir() else _PACKAGE.parent / name
+
+
+def stages() -> Path:
+    """The folder of recipes: ``dump_teacher/*.toml``, ``train/*.toml``, ``study/*.toml``."""
+    return _folder("stages")
+
+
+def manifests() -> Path:
+    """The folder of JSON Schemas and of the cache format's specification."""
+    return _folder("manifests")

@@ -1,6 +1,0 @@
-"""Pages that show what a teacher teaches, and what its students learn.
-
-Each is one HTML file, which needs no network. ``caches`` and ``runs`` make them: of a cache with
-``gallery``, ``labels`` and ``statistics``, of runs with ``records`` (what is in a run's folder),
-``curves``, ``dense`` and ``predictions``. ``page`` is the shell of both, ``parts`` what they share.
-"""

@@ -1,0 +1,318 @@
+"""``bench dump``: what of the teacher's speed is left in a dump, and which side is its limit.
+
+In turn: the dump as it is (loader processes, device, encoding, writing, a unit at a time, into a
+temporary cache); the bare teacher on views that lie normalised on the device; the loader processes
+alone; and in this process, on one core, the loader's work for units of ten views and for ten units
+of one. Rates begin when queues are full. :func:`variants` asks the teacher in other ways, and
+counts the labels that change.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.config import DumpRecipe
+from cskd_pipeline.data.assemble import normalise
+from cskd_pipeline.data.full_batches import TeacherViews, full_batches
+from cskd_pipeline.data.index import Dataset, describe, sample
+from cskd_pipeline.data.left_out import LeftOuts
+from cskd_pipeline.data.unit_views import unit_batches
+from cskd_pipeline.distill.ckf import hard_global_labels, hard_labels
+from cskd_pipeline.errors import DataError
+from cskd_pipeline.models.teacher import Answer, Teacher
+from cskd_pipeline.pipeline.dump import cache_manifest, open_stage_one, usable, write_units
+from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.runtime.device import worker_count
+from cskd_pipeline.runtime.distributed import ALONE
+from cskd_pipeline.tools.bench.steady import SteadyRate
+from cskd_pipeline.tools.bench.threads import one_thread
+from cskd_pipeline.tools.bench.turns import Clock, ratio, spread, take_turns
+
+BLOCK = 10
+DUMP_GOAL, BLOCK_GOAL = 0.95, 1.4
+RATIOS = (1.0, 0.75, 0.5, 0.25, 0.0)  # r at which variants' labels are compared
+_RESIDENT = 4  # batches that the bare teacher is asked about in turn
+
+
+def bench_dump(
+    recipe: DumpRecipe,
+    terminal: Terminal,
+    *,
+    images: int,
+    rounds: int,
+    with_variants: bool,
+    compile: bool = False,
+    clock: Clock = time.perf_counter,
+) -> dict[str, Any]:
+    """Dump ``images`` sampled images in ten views, and its parts, ``rounds`` times.
+
+    Args:
+        with_variants: also ask the teacher with other settings.
+        compile: torch.compile among them.
+
+    Returns:
+        ``views_per_second`` of ``dump``, ``teacher``, ``loader`` (the recipe's processes), and on
+        one core ``block_10`` and ``block_1``; ``ratio`` of dump to teacher and of block_10 to
+        block_1, medians with spread; ``limit``: loader or teacher; ``variants``.
+
+    Raises:
+        CskdError: as the dump itself would.
+    """
+    recipe = replace(recipe, cache=replace(recipe.cache, views=BLOCK, view_block=BLOCK))
+    dataset, teacher = open_stage_one(recipe, terminal)
+    few = sample(dataset, min(images, dataset.samples))
+    few = usable(recipe, few, LeftOuts(None, ALONE, terminal))
+    workers = worker_count(recipe.dump.workers)
+    resident = _resident(recipe, few, teacher)
+    found: dict[str, list[float]] = {}
+    total = few.samples * BLOCK
+    manifest = cache_manifest(recipe, describe(few), teacher)
+
+    def dump(advance: Callable[[int], None]) -> None:
+        with tempfile.TemporaryDirectory(prefix="cskd-bench-") as folder:
+            writer = CacheWriter.create(Path(folder) / "cache", manifest)
+            write_units(recipe, few, teacher, writer, writer.todo(), advance)
+
+    def ask(advance: Callable[[int], None]) -> None:
+        for number in range(-(-total // len(resident[0]))):
+            answer = teacher.unchecked(resident[number % len(resident)])
+            _wait(teacher)
+            advance(len(answer.global_))
+
+    def load(processes: int, block: int) -> Callable[[Callable[[int], None]], None]:
+        def run(advance: Callable[[int], None]) -> None:
+            units = [
+                (shard, range(first, first + block))
+                for shard in range(len(few.shards))
+                for first in range(0, BLOCK, block)
+            ]
+            for batch in unit_batches(
+                few,
+                units,
+                recipe.views,
+                recipe.cache.root_seed,
+                batch_size=recipe.dump.batch_size,
+                workers=processes,
+            ):
+                advance(len(batch))
+
+        return run
+
+    works = {
+        "dump": dump,
+        "teacher": ask,
+        "loader": load(workers, BLOCK),
+        f"block_{BLOCK}": load(0, BLOCK),
+        "block_1": load(0, 1),
+    }
+
+    def side(name: str) -> Callable[[int], None]:
+        def turn(number: int) -> None:
+            steady = SteadyRate(total, clock)
+            if name.startswith("block"):
+                with one_thread():
+                    works[name](steady.advance)
+            else:
+                works[name](steady.advance)
+            found.setdefault(name, []).append(steady.rate)
+            meter.advance()
+
+        return turn
+
+    with terminal.progress(len(works) * (rounds + 1), "rounds", "dumping") as meter:
+        take_turns({name: side(name) for name in works}, rounds, clock)
+    counted = {name: rates[1:] for name, rates in found.items()}  # the first fills caches
+    per_second = {name: spread(rates) for name, rates in counted.items()}
+    loader, bare = (per_second[name]["median"] for name in ("loader", "teacher"))
+    report = {
+        "teacher": teacher.name,
+        "device": _device_name(teacher),
+        "precision": teacher.precision,
+        "size": recipe.views.size,
+        "batch_size": recipe.dump.batch_size,
+        "workers": workers,
+        "images": few.samples,
+        "views_per_image": BLOCK,
+        "encodings": list(recipe.cache.encodings),
+        "rounds": rounds,
+        "views_per_second": per_second,
+        "ratio": {
+            "dump_to_teacher": ratio(counted["teacher"], counted["dump"]),
+            "blocks": ratio(counted["block_1"], counted[f"block_{BLOCK}"]),
+        },
+        "goal": {"dump_to_teacher": DUMP_GOAL, "blocks": BLOCK_GOAL},
+        "limit": "loader" if loader < bare else "teacher",
+        "variants": {},
+    }
+    if with_variants:
+        report["variants"] = variants(recipe, terminal, resident, rounds, clock, compile=compile)
+    return report
+
+
+def variants(
+    recipe: DumpRecipe,
+    terminal: Terminal,
+    resident: Sequence[Tensor],
+    rounds: int,
+    clock: Clock,
+    *,
+    compile: bool,
+) -> dict[str, Any]:
+    """The bare teacher with other settings, in turn.
+
+    Returns:
+        By setting: ``views_per_second``, ``ratio`` to plain float32, and the shares of hard
+        labels, over all places and five values of r, and of global labels that are not
+        float32's.
+    """
+    settings: dict[str, dict[str, Any]] = {
+        "float32": {},
+        "channels_last": {"channels_last": True},
+        "bfloat16": {"precision": "bfloat16"},
+        "bfloat16 channels_last": {"precision": "bfloat16", "channels_last": True},
+    }
+    if resident[0].device.type == "cuda":
+        settings["float16"] = {"precision": "float16"}
+        settings["float16 channels_last"] = {"precision": "float16", "channels_last": True}
+    if compile:
+        settings["compile"] = {"compile": True}
+        settings["bfloat16 compile"] = {"precision": "bfloat16", "compile": True}
+    teachers = {name: _with(recipe, terminal, changes) for name, changes in settings.items()}
+    answers: dict[str, list[Answer]] = {}
+    with terminal.progress(len(teachers) * (rounds + 1), "rounds", "asking") as meter:
+
+        def side(name: str) -> Callable[[int], None]:
+            def turn(_: int) -> None:
+                answers[name] = [teachers[name].unchecked(views) for views in resident]
+                _wait(teachers[name])
+                meter.advance()
+
+            return turn
+
+        seconds = take_turns({name: side(name) for name in teachers}, rounds, clock)
+    views = sum(map(len, resident))
+    report = {}
+    for name, times in seconds.items():
+        spatial, global_ = _changed(answers["float32"], answers[name])
+        report[name] = {
+            "views_per_second": spread([views / value for value in times]),
+            "ratio": ratio(times, seconds["float32"]),
+            "hard_labels_changed": spatial,
+            "global_labels_changed": global_,
+        }
+    return report
+
+
+def _with(recipe: DumpRecipe, terminal: Terminal, changes: Mapping[str, Any]) -> Teacher:
+    """The recipe's teacher in plain float32, but for ``changes``."""
+    precision = changes.get("precision", "float32")
+    loop = {name: changes.get(name, False) for name in ("channels_last", "compile")}
+    asked = replace(
+        recipe,
+        teacher=replace(recipe.teacher, precision=precision),
+        dump=replace(recipe.dump, **loop),
+    )
+    return open_stage_one(asked, terminal)[1]
+
+
+def _changed(expected: Sequence[Answer], found: Sequence[Answer]) -> tuple[float, float]:
+    """Shares of hard labels, and of global labels, that differ."""
+    spatial, places, global_, views = 0, 0, 0, 0
+    for one, other in zip(expected, found, strict=True):
+        for r in RATIOS:
+            differs = hard_labels(*one, r) != hard_labels(*other, r)
+            spatial, places = spatial + int(differs.sum()), places + differs.numel()
+        labels = [hard_global_labels(answer.global_) for answer in (one, other)]
+        global_, views = global_ + int((labels[0] != labels[1]).sum()), views + len(labels[0])
+    return spatial / places, global_ / views
+
+
+def _resident(recipe: DumpRecipe, few: Dataset, teacher: Teacher) -> list[Tensor]:
+    """Some full batches of real views, normalised, on the teacher's device."""
+    size = recipe.dump.batch_size
+    batches = unit_batches(
+        few,
+        [(shard, range(BLOCK)) for shard in range(len(few.shards))],
+        recipe.views,
+        recipe.cache.root_seed,
+        batch_size=size,
+    )
+    pieces = (TeacherViews.of(batch, recipe.views, teacher.device) for batch in batches)
+    full = [
+        normalise(views.images, teacher.mean, teacher.std)
+        for views in islice(full_batches(pieces, size), _RESIDENT)
+        if len(views) == size
+    ]
+    if not full:
+        raise DataError(
+            "too few images for a full batch",
+            where=few.name,
+            found=f"{few.samples} images in {BLOCK} views",
+            expected=f"batches of {size}",
+            action="lower --batch-size, or raise --images",
+        )
+    return full
+
+
+def _wait(teacher: Teacher) -> None:
+    if teacher.device.type == "cuda":
+        torch.cuda.synchronize(teacher.device)
+
+
+def _device_name(teacher: Teacher) -> str:
+    cuda = teacher.device.type == "cuda"
+    return torch.cuda.get_device_name(teacher.device) if cuda else "cpu"
+
+
+def show(report: Mapping[str, Any], terminal: Terminal) -> None:
+    rates = report["views_per_second"]
+    names = {
+        "dump": "dump",
+        "teacher": "bare teacher",
+        "loader": f"loader, {report['workers']} processes",
+        f"block_{BLOCK}": f"loader, one core, {BLOCK} views a block",
+        "block_1": "loader, one core, 1 view a block",
+    }
+    compared = {"dump": "dump_to_teacher", f"block_{BLOCK}": "blocks"}
+    rows = []
+    for name, label in names.items():
+        times = report["ratio"].get(compared.get(name), dict.fromkeys(("median", "low", "high")))
+        goal = report["goal"].get(compared.get(name))
+        rows.append((label, *rates[name].values(), *times.values(), goal))
+    terminal.table(
+        f"{report['teacher']} on {report['device']}, {report['precision']}, {report['size']} px, "
+        f"{report['images']} images in {BLOCK} views, {report['rounds']} rounds",
+        ("", "views/s", "lowest", "highest", "ratio", "lowest", "highest", "goal"),
+        rows,
+    )
+    loader, bare = rates["loader"]["median"], rates["teacher"]["median"]
+    terminal.line(
+        f"the limit is the {report['limit']}: the loader makes {loader:.4g} views/s in "
+        f"{report['workers']} processes, the bare teacher takes {bare:.4g}"
+        + ("; on a CPU they share the cores" if report["device"] == "cpu" else "")
+    )
+    if report["variants"]:
+        terminal.table(
+            "the bare teacher in other ways, and the labels that are not float32's",
+            ("", "views/s", "ratio", "hard labels %", "global labels %"),
+            [
+                (
+                    name,
+                    row["views_per_second"]["median"],
+                    row["ratio"]["median"],
+                    100 * row["hard_labels_changed"],
+                    100 * row["global_labels_changed"],
+                )
+                for name, row in report["variants"].items()
+            ],
+        )

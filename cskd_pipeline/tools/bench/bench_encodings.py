@@ -1,0 +1,302 @@
+"""``bench encodings``: what every encoding costs in bytes and time, and what it loses.
+
+Legend: d spatial and g global logits; r the CKF ratio; tau the temperature of soft targets.
+
+- ``bytes_per_view``: of the files of a real cache with these views, file indices included.
+- ``encode_ms``: from logits to rows, on the device. ``decode_ms``: from files to a loss's targets
+  at one r, on the CPU, in batches. Per view, medians, on one core where it is the CPU.
+- ``hard_agreement``: share of locations with the label of the logits, over 21 values of r.
+- ``kl``: divergence in nats from softmax((r d + (1 - r) g) / tau) to its approximation, over
+  all locations and 21 values of r: mean and 99th percentile, for each tau.
+- ``gradient_cosine``: between the gradients of the spatial loss from this encoding and from the
+  logits, for a student that knows nothing yet (equal logits), over 5 values of r.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from cskd_pipeline.cache.buffer import UnitBuffer
+from cskd_pipeline.cache.info import describe
+from cskd_pipeline.cache.manifest import ShardInfo
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.writer import CacheWriter, UnitData
+from cskd_pipeline.distill.encodings import ENCODINGS, AnswerShape, ArraySpec, Encoding, Rows
+from cskd_pipeline.distill.losses import DistillationLoss
+from cskd_pipeline.distill.targets import LogitTargets, Targets
+from cskd_pipeline.models.student import Heads
+from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.tools.bench.responses import SEED, Answers
+from cskd_pipeline.tools.bench.threads import one_thread
+from cskd_pipeline.views.bits import BitStream
+
+RATIOS = [i / 20 for i in range(21)]
+FEW_RATIOS = RATIOS[::5]
+TEMPERATURES = (1.0, 4.0)
+_BATCH = 32
+_REPEATS = 5
+
+
+def bench_encodings(
+    answers: Answers, terminal: Terminal, *, device: torch.device, names: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Measure ``names``, or every encoding, on ``answers``.
+
+    Returns:
+        ``source``, ``views``, ``classes``, ``grid``, and per encoding what the module says; what an
+        encoding does not serve is None.
+    """
+    names = list(names or ENCODINGS)
+    with one_thread():
+        return _measure(answers, terminal, device, names)
+
+
+def _measure(
+    answers: Answers, terminal: Terminal, device: torch.device, names: list[str]
+) -> dict[str, Any]:
+    rows: dict[str, Rows] = {}
+    found: dict[str, dict[str, Any]] = {}
+    with terminal.progress(len(names), "encodings", "measuring") as progress:
+        for name in names:
+            rows[name], seconds = encode(ENCODINGS[name], answers, device)
+            found[name] = {"encode_ms": 1e3 * seconds}
+        with tempfile.TemporaryDirectory(prefix="cskd-bench-") as folder:
+            path = Path(folder) / "cache"
+            store(path, answers, rows)
+            sizes = describe(path)["bytes_per_view"]
+            for name in names:
+                found[name]["bytes_per_view"] = sizes[name]
+                found[name]["decode_ms"] = 1e3 * _decode_seconds(path, name, len(answers))
+                found[name] |= _distortion(ENCODINGS[name], rows[name], answers)
+                progress.advance()
+    return {
+        "source": answers.source,
+        "views": len(answers),
+        "classes": answers.spatial.shape[1],
+        "grid": list(answers.spatial.shape[2:]),
+        "device": str(device),
+        "encodings": found,
+    }
+
+
+def show(report: Mapping[str, Any], terminal: Terminal) -> None:
+    """The report as a table."""
+    rows = []
+    for name, m in report["encodings"].items():
+        kl = m["kl"] or {}
+        pairs = [kl.get(f"{tau:g}", {}) for tau in TEMPERATURES]
+        cosine = m["gradient_cosine"]
+        rows.append(
+            [
+                name,
+                round(m["bytes_per_view"]),
+                round(m["encode_ms"], 3),
+                round(m["decode_ms"], 3),
+                _share(m["hard_agreement"]),
+                *(pair.get(key) for pair in pairs for key in ("mean", "p99")),
+                _share(cosine["hard"]),
+                _share(cosine["soft"]),
+            ]
+        )
+    height, width = report["grid"]
+    terminal.table(
+        f"{report['views']} views of {report['source']}: "
+        f"{report['classes']} classes, {height}x{width} places",
+        [
+            *("encoding", "bytes/view", "encode ms", "decode ms", "hard agreement"),
+            *(f"{what} tau={tau:g}" for tau in TEMPERATURES for what in ("KL", "p99")),
+            *("cosine hard", "soft"),
+        ],
+        rows,
+    )
+    terminal.line("KL in nats, over 21 values of r; a dash: the encoding does not serve it")
+
+
+def _share(value: float | None) -> str | None:
+    """Four digits, and 1 only for 1."""
+    if value is None:
+        return None
+    return "1" if value > 1 - 1e-9 else f"{min(value, 0.9999):.4f}"
+
+
+def encode(encoding: Encoding, answers: Answers, device: torch.device) -> tuple[Rows, float]:
+    """All rows by array, and seconds a view on the device."""
+    buffer = UnitBuffer(1, len(answers), {s.name: s.fill for s in _specs(encoding, answers)})
+    per_view = []
+    for start in range(0, len(answers), _BATCH):
+        d, g = (x[start : start + _BATCH].to(device) for x in (answers.spatial, answers.global_))
+        if start == 0:
+            encoding.encode(d, g)  # the first call chooses kernels
+        _wait(device)
+        began = time.perf_counter()
+        made = encoding.encode(d, g)
+        _wait(device)
+        per_view.append((time.perf_counter() - began) / len(g))
+        values = {name: rows.cpu().numpy() for name, rows in made.items()}
+        buffer.put(0, np.arange(start, start + len(g)), values)
+    return {name: rows[0] for name, rows in buffer.arrays.items()}, statistics.median(per_view)
+
+
+def store(
+    path: Path,
+    answers: Answers,
+    rows: Mapping[str, Rows],
+    *,
+    shard_length: int | None = None,
+    view_block: int = 1,
+) -> int:
+    """Write a cache of these answers, laid out as one of such tar shards and blocks would be.
+
+    Args:
+        rows: by encoding, as :func:`encode` gives them.
+        shard_length: samples of a tar shard; None: all answers make one.
+
+    Returns:
+        How many answers, from the first on, fill whole shards and are in it.
+    """
+    length = min(shard_length or len(answers), len(answers))
+    block = max(n for n in range(1, view_block + 1) if n * length <= len(answers))
+    shards = len(answers) // (block * length)
+    keys = [[f"{shard:06}/{i:06}" for i in range(length)] for shard in range(shards)]
+    infos = tuple(
+        ShardInfo.of(f"sampled-{shard}.tar", names, length, f"{shard:064x}")
+        for shard, names in enumerate(keys)
+    )
+    manifest = replace(
+        answers.manifest,
+        dataset=replace(answers.manifest.dataset, shards=infos),
+        views=block,
+        view_block=block,
+        encodings=tuple(rows),
+    )
+    writer = CacheWriter.create(path, manifest)
+    stream = BitStream(SEED)  # as incompressible as real seeds and digests
+    for unit in writer.todo():
+        first = unit.shard * block * length
+        part = slice(first, first + block * length)
+        seeds = stream.raw(block * length).reshape(block, length)
+        writer.write_unit(
+            unit,
+            UnitData(
+                keys=keys[unit.shard],
+                labels=np.zeros(length, np.int32),
+                image_crc32=np.zeros(length, np.uint32),
+                seeds=seeds,
+                view_digests=seeds.astype(np.uint32),
+                arrays={
+                    array: values[part].reshape(block, length, *values.shape[1:])
+                    for encoded in rows.values()
+                    for array, values in encoded.items()
+                },
+                top1=np.zeros((block, 2), np.uint32),
+            ),
+        )
+    return shards * block * length
+
+
+def _decode_seconds(path: Path, name: str, count: int) -> float:
+    """From files (in the page cache) to targets, a view; every time by a reader that knows none."""
+    index = np.zeros((count, 3), np.int64)
+    index[:, 2] = np.arange(count)[::-1]
+    encoding = ENCODINGS[name]
+    seconds = []
+    for _ in range(_REPEATS):
+        reader = CacheReader(path)
+        began = time.perf_counter()
+        for start in range(0, count, _BATCH):
+            rows = reader.gather(name, index[start : start + _BATCH])
+            _use(encoding, encoding.targets(_tensors(rows)))
+        seconds.append((time.perf_counter() - began) / count)
+    return statistics.median(seconds)
+
+
+def _use(encoding: Encoding, targets: Targets) -> None:
+    """What one update asks of the targets."""
+    if "hard" in encoding.serves:
+        targets.hard_global()
+        targets.hard_spatial(0.5)
+    else:
+        targets.global_log_probabilities(1.0)
+        targets.spatial_log_probabilities(0.5, 1.0)
+
+
+def _distortion(encoding: Encoding, rows: Rows, answers: Answers) -> dict[str, Any]:
+    agreeing: list[float] = []
+    divergences: dict[float, list[Tensor]] = {tau: [] for tau in TEMPERATURES}
+    cosines: dict[str, list[float]] = {kind: [] for kind in encoding.serves}
+    soft = "soft" in encoding.serves
+    for start in range(0, len(answers), _BATCH):
+        part = slice(start, start + _BATCH)
+        exact = LogitTargets(answers.spatial[part], answers.global_[part])
+        found = encoding.targets(_tensors({name: v[part] for name, v in rows.items()}))
+        for r in RATIOS:
+            same = found.hard_spatial(r) == exact.hard_spatial(r)
+            agreeing += same.flatten(1).float().mean(1).tolist()
+            for tau in TEMPERATURES if soft else ():
+                divergences[tau].append(_divergence(exact, found, r, tau))
+        for kind, values in cosines.items():
+            values += [_cosine(kind, exact, found, answers, part, r) for r in FEW_RATIOS]
+    return {
+        "hard_agreement": statistics.fmean(agreeing),
+        "kl": {f"{tau:g}": _summary(torch.cat(v)) for tau, v in divergences.items()}
+        if soft
+        else None,
+        "gradient_cosine": {
+            kind: statistics.fmean(cosines[kind]) if kind in cosines else None
+            for kind in ("hard", "soft")
+        },
+    }
+
+
+def _divergence(exact: Targets, found: Targets, r: float, tau: float) -> Tensor:
+    """KL of every location of a batch, flat."""
+    p, q = (targets.spatial_log_probabilities(r, tau) for targets in (exact, found))
+    return (p.exp() * (p - q)).sum(1).flatten()
+
+
+def _summary(divergences: Tensor) -> dict[str, float]:
+    ordered = divergences.sort().values
+    return {
+        "mean": float(divergences.double().mean()),
+        "p99": float(ordered[int(0.99 * (len(ordered) - 1))]),
+    }
+
+
+def _cosine(
+    kind: str, exact: Targets, found: Targets, answers: Answers, part: slice, r: float
+) -> float:
+    loss = DistillationLoss(method="cskd", global_kind=kind, spatial_kind=kind)
+    shape = answers.spatial[part].shape
+    labels = torch.full(shape[:2], 1.0 / shape[1])
+
+    def gradient(targets: Targets) -> Tensor:
+        dense = torch.zeros(shape, requires_grad=True)
+        heads = Heads(torch.zeros(shape[:2]), torch.zeros(shape[:2]), dense)
+        total = loss(heads, labels, targets, r).total
+        return torch.autograd.grad(total, dense)[0].flatten().double()
+
+    return float(cosine_similarity(gradient(exact), gradient(found), dim=0))
+
+
+def _specs(encoding: Encoding, answers: Answers) -> tuple[ArraySpec, ...]:
+    return encoding.arrays(AnswerShape(*answers.spatial.shape[1:]))
+
+
+def _tensors(rows: Rows) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in rows.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

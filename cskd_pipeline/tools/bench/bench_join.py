@@ -1,0 +1,225 @@
+"""``bench join``: what reading a cache's answers costs the loader, and whether it scales.
+
+The same batches are made with the join (seeds, digests and answers from the cache, images compared
+with it) and without any cache, in turn, in this process: on one core. :func:`simulate` opens caches
+of ImageNet's shape, which have their documents and a file for each unit's record, and nothing else.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.chunks import encode_file
+from cskd_pipeline.cache.manifest import (
+    CacheManifest,
+    DatasetManifest,
+    ShardInfo,
+    TeacherInfo,
+    library_versions,
+    utc_now,
+)
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.config import TrainRecipe
+from cskd_pipeline.data.batches import TrainBatches
+from cskd_pipeline.data.plan import EpochPlan, SampleSet
+from cskd_pipeline.errors import UsageError
+from cskd_pipeline.pipeline.training_data import open_training_data
+from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.tools.bench.turns import Clock, rates, ratio, take_turns
+from cskd_pipeline.views.policy import ViewPolicy
+
+GOAL = 0.99
+SHARDS, SAMPLES, CLASSES, GRID = 1024, 1251, 1000, (7, 7)
+VIEWS, FEW_VIEWS, VIEW_BLOCK = 300, 30, 10
+RANKS, BATCH_SIZE, REPEATS = 64, 1024, 3
+
+
+def bench_join(
+    recipe: TrainRecipe,
+    terminal: Terminal,
+    *,
+    rounds: int,
+    updates: int = 1,
+    clock: Clock = time.perf_counter,
+) -> dict[str, Any]:
+    """Make the recipe's batches with its cache and without any.
+
+    Args:
+        updates: of the recipe's batch size, made in a round.
+
+    Returns:
+        Images per second of both sides, and the ratio ``with_join`` / ``without``: medians with
+        spread.
+
+    Raises:
+        CskdError: as a run of the recipe would.
+    """
+    if recipe.distill.method == "none":
+        raise UsageError("method none joins no cache", action="use --method cskd or deit")
+    recipe = replace(recipe, data=replace(recipe.data, check=0))
+    data = open_training_data(recipe, terminal)
+    assert data.joined is not None
+    accumulation = recipe.batch.accumulation
+    alone = TrainBatches(data.plan, data.joined.images.alone(), accumulation=accumulation)
+    steps = data.plan.steps
+
+    def make(batches: TrainBatches, number: int) -> None:
+        for update in range(number * updates, (number + 1) * updates):
+            for micro in range(accumulation):
+                batches[0, update % steps, micro]
+        meter.advance()
+
+    sides: dict[str, Callable[[int], None]] = {
+        "with_join": partial(make, data.source),
+        "without": partial(make, alone),
+    }
+    with terminal.progress(2 * (rounds + 1), "rounds", "making batches") as meter:
+        seconds = take_turns(sides, rounds, clock)
+    images = updates * recipe.batch.batch_size
+    return {
+        "encoding": data.encoding.name if data.encoding else None,
+        "rounds": rounds,
+        "images_per_round": images,
+        "images_per_second": {name: rates(values, images) for name, values in seconds.items()},
+        "ratio": ratio(seconds["with_join"], seconds["without"]),
+        "goal": GOAL,
+    }
+
+
+def simulate(terminal: Terminal, *, shards: int = SHARDS) -> dict[str, Any]:
+    """Open caches of ImageNet's shape with few and with many views, and plan an epoch.
+
+    Returns:
+        Per number of views the seconds to open and the bytes that a reader holds; the seconds to
+        plan an epoch and find the first batch of all ranks.
+    """
+    opened: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for views in (FEW_VIEWS, VIEWS):
+            path = Path(folder) / f"{views}"
+            with terminal.progress(None, "files", f"writing a hollow cache of {views} views"):
+                _write_hollow(path, shards, views)
+            reader, opened[f"{views}_views"] = _open(path)
+        samples = SampleSet.of(reader)
+        policy, root_seed = reader.manifest.policy, reader.manifest.root_seed
+        began = time.perf_counter()
+        plan = EpochPlan(
+            samples,
+            policy,
+            root_seed,
+            views=VIEWS,
+            repeats=REPEATS,
+            batch_size=BATCH_SIZE,
+            seed=0,
+        )
+        for rank in range(RANKS):
+            plan.batch(0, 0, rank=rank, world=RANKS)
+        seconds = time.perf_counter() - began
+    return {
+        "shards": shards,
+        "samples": samples.total,
+        "opening": opened,
+        "ranks": RANKS,
+        "plan_seconds": seconds,
+    }
+
+
+def _open(path: Path) -> tuple[CacheReader, dict[str, float]]:
+    tracemalloc.start()
+    try:
+        CacheReader(path)  # what is imported and compiled once is not the cache's
+        gc.collect()
+        before, _ = tracemalloc.get_traced_memory()
+        reader = CacheReader(path)
+        gc.collect()
+        held = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    began = time.perf_counter()
+    CacheReader(path)
+    seconds = time.perf_counter() - began
+    return reader, {"seconds": seconds, "reader_bytes": held}
+
+
+def _write_hollow(path: Path, shards: int, views: int) -> None:
+    manifest = _manifest(shards, views)
+    documents = {layout.GROUP: layout.manifest_document(manifest)}
+    documents |= layout.array_documents(manifest)
+    array = layout.stored_arrays(manifest)[layout.RECORD]
+    size = array.file_shape[1]
+    mark = encode_file(array, np.ones((1, size), np.uint8))
+    units = np.ndindex(manifest.blocks, shards)
+    documents |= {array.key(block, shard * size): mark for block, shard in units}
+    for key, content in documents.items():
+        file = path / key
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
+
+def _manifest(shards: int, views: int) -> CacheManifest:
+    infos = tuple(
+        ShardInfo(f"train-{i:04d}.tar", SAMPLES, 140_000_000, f"{i:064x}", f"{i:064x}", 24)
+        for i in range(shards)
+    )
+    policy = ViewPolicy()
+    return CacheManifest(
+        dataset=DatasetManifest("simulated", CLASSES, infos),
+        teacher=TeacherInfo(
+            name="simulated",
+            source="random",
+            weights_sha256="0" * 64,
+            num_classes=CLASSES,
+            size=policy.size,
+            mean=policy.mean,
+            std=policy.std,
+            grid=GRID,
+            precision="float32",
+            kwargs={},
+        ),
+        policy=policy,
+        root_seed=0,
+        views=views,
+        view_block=VIEW_BLOCK,
+        encodings=("envelope",),
+        versions=library_versions(),
+        created=utc_now(),
+    )
+
+
+def show(report: dict[str, Any], terminal: Terminal) -> None:
+    """Tables of what there is in ``report``."""
+    if "ratio" in report:
+        rows = [
+            (name.replace("_", " "), *found.values())
+            for name, found in (*report["images_per_second"].items(), ("ratio", report["ratio"]))
+        ]
+        terminal.table(
+            f"the loader on one core, images/s ({report['encoding']}, {report['rounds']} rounds of "
+            f"{report['images_per_round']} images; the ratio's goal is {report['goal']})",
+            ("", "median", "lowest", "highest"),
+            rows,
+        )
+    if "simulation" in report:
+        found = report["simulation"]
+        rows = [(name.replace("_", " "), *o.values()) for name, o in found["opening"].items()]
+        terminal.table(
+            f"a cache of {found['shards']} shards, {found['samples']} samples",
+            ("views", "seconds to open", "bytes in memory"),
+            rows,
+        )
+        terminal.table(
+            "an epoch's plan",
+            ("ranks", "seconds"),
+            [(found["ranks"], found["plan_seconds"])],
+        )

@@ -1,0 +1,190 @@
+"""``bench loader``: what a loader process of ours makes a second, against one of timm's.
+
+Both read the same tars, draw DeiT's augmentation and give uint8 batches that only the device's part
+is missing from (normalising and erasing; ours mixes there too), in turn, in this process: on one
+core. timm's side is what its training script sets up: ``create_dataset("wds/...")``,
+``create_loader`` and ``FastCollateMixup``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_dataset, create_loader
+from timm.data.mixup import FastCollateMixup
+
+from cskd_pipeline.data.batches import TrainBatches
+from cskd_pipeline.data.images import ImageSource
+from cskd_pipeline.data.index import Dataset
+from cskd_pipeline.data.plan import EpochPlan, SampleSet
+from cskd_pipeline.errors import DataError
+from cskd_pipeline.runtime.atomic import write_json
+from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.tools.bench.threads import one_thread
+from cskd_pipeline.tools.bench.turns import Clock, rates, ratio, take_turns
+from cskd_pipeline.views.policy import ViewPolicy
+
+GOALS = {1: 1.5, 3: 2.0}
+"""Ratios to timm's, by the number of views that share a decoded image in an epoch."""
+
+Step = Callable[[int], int]
+"""Told the number of a batch, makes it and says how many images it has."""
+
+
+def bench_loader(
+    dataset: Dataset,
+    terminal: Terminal,
+    *,
+    size: int,
+    batch_size: int,
+    rounds: int,
+    batches: int = 2,
+    clock: Clock = time.perf_counter,
+) -> dict[str, Any]:
+    """Make batches of ``dataset`` with each number of repeats in ``GOALS``, and with timm.
+
+    Args:
+        size: of the views, in pixels.
+        batches: made by every side in a round.
+
+    Returns:
+        Images per second and core, and ratios to timm's: medians with spread.
+
+    Raises:
+        DataError: fewer samples than one batch; ShardError, ImageError: data that cannot be read.
+    """
+    policy = ViewPolicy(size=size)
+    steps = {f"repeats_{n}": _ours(dataset, policy, n, batch_size) for n in GOALS}
+    made = dict.fromkeys([*steps, "timm"], 0)
+
+    def work(name: str, step: Step, number: int) -> None:
+        for batch in range(number * batches, (number + 1) * batches):
+            made[name] += step(batch)
+        meter.advance()
+
+    with tempfile.TemporaryDirectory() as folder, one_thread():
+        steps["timm"] = _timms(dataset, Path(folder), policy, batch_size)
+        sides = {name: partial(work, name, step) for name, step in steps.items()}
+        with terminal.progress(len(sides) * (rounds + 1), "rounds", "making batches") as meter:
+            seconds = take_turns(sides, rounds, clock)
+    images = batches * batch_size
+    assert set(made.values()) == {(rounds + 1) * images}, made
+    return {
+        "policy": policy.version,
+        "size": size,
+        "rounds": rounds,
+        "images_per_round": images,
+        "images_per_second_per_core": {name: rates(s, images) for name, s in seconds.items()},
+        "ratio": {n: ratio(seconds[n], seconds["timm"]) for n in seconds if n != "timm"},
+        "goal": {f"repeats_{n}": goal for n, goal in GOALS.items()},
+    }
+
+
+def _ours(dataset: Dataset, policy: ViewPolicy, repeats: int, batch_size: int) -> Step:
+    plan = EpochPlan(
+        SampleSet.of(dataset),
+        policy,
+        root_seed=0,
+        views=None,
+        repeats=repeats,
+        batch_size=batch_size,
+        seed=0,
+    )
+    batches = TrainBatches(plan, ImageSource(dataset.shards))
+
+    def make(number: int) -> int:
+        epoch, step = divmod(number, plan.steps)
+        return len(batches[epoch, step, 0])
+
+    return make
+
+
+def _timms(dataset: Dataset, folder: Path, policy: ViewPolicy, batch_size: int) -> Step:
+    """timm's loader, as a recipe of DeiT's would set it up; one epoch after the other."""
+    _describe(dataset, folder)
+    found = create_dataset(
+        "wds/bench",
+        root=str(folder),
+        split="train",
+        is_training=True,
+        batch_size=batch_size,
+        input_key="jpg;jpeg;png;webp",
+    )
+    loader = create_loader(
+        found,
+        input_size=(3, policy.size, policy.size),
+        batch_size=batch_size,
+        is_training=True,
+        scale=policy.crop_area,
+        ratio=policy.crop_ratio,
+        hflip=policy.flip,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        re_prob=policy.erase,
+        re_mode="pixel",
+        interpolation="bicubic",
+        mean=policy.mean,
+        std=policy.std,
+        num_workers=0,
+        persistent_workers=False,
+        device=torch.device("cpu"),
+        collate_fn=FastCollateMixup(
+            mixup_alpha=policy.mixup_alpha,
+            cutmix_alpha=policy.cutmix_alpha,
+            prob=policy.mix,
+            switch_prob=policy.cutmix_switch,
+            num_classes=1 + max(int(shard.index.label.max()) for shard in dataset.shards),
+        ),
+    )
+    stream = _endless(loader.loader)  # what its processes make, before the device's part
+
+    def make(number: int) -> int:
+        return len(next(stream)[0])
+
+    return make
+
+
+def _endless(loader: Any) -> Iterator[Any]:
+    while True:
+        made = 0
+        for batch in loader:
+            made += 1
+            yield batch
+        if not made:
+            raise DataError(
+                "timm's loader reads nothing from these shards",
+                expected="images as jpg, jpeg, png or webp, and labels as cls or in json",
+            )
+
+
+def _describe(dataset: Dataset, folder: Path) -> None:
+    """A folder as timm's webdataset reader wants it: links to the tars, and ``_info.json``."""
+    names = [f"bench-train-{number:06d}.tar" for number in range(len(dataset.shards))]
+    for name, shard in zip(names, dataset.shards, strict=True):
+        (folder / name).symlink_to(Path(shard.path).resolve())
+    split = {
+        "name": "train",
+        "num_samples": dataset.samples,
+        "filenames": names,
+        "shard_lengths": [len(shard) for shard in dataset.shards],
+    }
+    write_json(folder / "_info.json", {"splits": {"train": split}})
+
+
+def show(report: dict[str, Any], terminal: Terminal) -> None:
+    rows = []
+    for name, found in report["images_per_second_per_core"].items():
+        times = report["ratio"].get(name, {"median": 1.0, "low": None, "high": None})
+        goal = report["goal"].get(name)
+        rows.append((name.replace("_", " "), *found.values(), *times.values(), goal))
+    terminal.table(
+        f"images a second on one core ({report['policy']}, {report['size']} px, {report['rounds']} "
+        f"rounds of {report['images_per_round']} images)",
+        ("", "median", "lowest", "highest", "ratio to timm", "lowest", "highest", "goal"),
+        rows,
+    )

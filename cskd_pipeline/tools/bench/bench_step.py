@@ -1,0 +1,295 @@
+"""``bench step``: what a training step from a cache costs beside a plain one, and a live teacher's.
+
+All sides are the real step of training (:meth:`cskd_pipeline.pipeline.trainer.Run.step`), on
+batches that lie on the device already, in turn: ``none`` learns from labels alone; ``cskd`` and
+``deit`` have their targets from the envelope encoding; ``live`` is ``cskd`` with the teacher asked
+in every step, as the authors' code does. Pixels, labels and the teacher's answers are drawn at
+random, of the shapes and with as many lines an envelope as real ones; weights are random too. No
+speed depends on them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cskd_pipeline.config import TrainRecipe
+from cskd_pipeline.data.assemble import assemble, normalise
+from cskd_pipeline.data.batches import Batch, TrainBatches
+from cskd_pipeline.data.images import ImageSource
+from cskd_pipeline.data.plan import EpochPlan, SampleSet
+from cskd_pipeline.distill.encodings import ENCODINGS
+from cskd_pipeline.distill.encodings.base import Encoding
+from cskd_pipeline.distill.targets import LogitTargets, Targets
+from cskd_pipeline.models.teacher import Teacher, load_teacher
+from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.pipeline.training_data import TrainingData
+from cskd_pipeline.runtime.classes import ClassGuard
+from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.runtime.device import pick_device, use_threads
+from cskd_pipeline.runtime.distributed import ALONE
+from cskd_pipeline.tools.bench.turns import Clock, rates, ratio, take_turns
+from cskd_pipeline.views.apply import erase_noise
+from cskd_pipeline.views.bits import derive_seed
+from cskd_pipeline.views.draw import draw
+from cskd_pipeline.views.mixing import draw_mix
+from cskd_pipeline.views.policy import ViewPolicy
+
+METHODS = ("none", "deit", "cskd")
+LIVE = "live"
+GOAL = 1.03
+"""At most: the step from a cache in units of the plain one."""
+LIVE_GOALS = {
+    "deit_tiny_distilled_patch16_224": 4.5,
+    "deit_small_distilled_patch16_224": 2.0,
+    "deit_base_distilled_patch16_224": 1.25,
+}
+"""At least, on a GPU with RegNetY-160: the step with a live teacher, in units of cskd's."""
+PRECISION = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""The teacher's, by the student's autocast."""
+CLASSES = 1000
+STRIDE = 32  # of most CNNs: 7 x 7 places at 224 px
+_STEPS = 10_000  # of an epoch; the learning rate stays where a run's beginning has it
+_IMAGE = (500, 375)
+
+
+@dataclass(frozen=True)
+class _Live(TrainingData):
+    """Targets from a teacher that is asked, not from a cache."""
+
+    teacher: Teacher
+
+    def targets(self, batch: Batch) -> Targets:
+        views = assemble(batch, self.policy)
+        answer = self.teacher.answer(normalise(views, self.teacher.mean, self.teacher.std))
+        return LogitTargets(*answer)
+
+
+def bench_step(
+    recipe: TrainRecipe,
+    terminal: Terminal,
+    *,
+    students: Sequence[str],
+    teacher: str | None,
+    rounds: int,
+    clock: Clock = time.perf_counter,
+) -> dict[str, Any]:
+    """Train each of ``students`` for some steps in every way.
+
+    Args:
+        recipe: batch, size (``views``), optimiser, autocast and device.
+        teacher: a CNN's timm name, for the side with a live teacher; None: without.
+
+    Returns:
+        By student: images per second of every side, and ``ratio``: seconds of ``deit`` and
+        ``cskd`` in units of ``none``, of ``live`` in units of ``cskd``, medians with spread; on
+        CUDA ``peak_memory``, bytes, of each side.
+
+    Raises:
+        StudentError, TeacherError: a model that does not exist or does not fit.
+    """
+    use_threads(recipe.run.threads)
+    device = pick_device(recipe.run.device)
+    policy = recipe.views or ViewPolicy()
+    asked = None
+    if teacher is not None:
+        asked = load_teacher(
+            teacher,
+            weights="random",
+            num_classes=CLASSES,
+            size=policy.size,
+            mean=policy.mean,  # the images are made up: any will do
+            std=policy.std,
+            precision=PRECISION[recipe.run.amp],
+            batch_size=recipe.batch.batch_size // recipe.batch.accumulation,
+            channels_last=True,
+            compile=recipe.run.compile,
+            device=device,
+        )
+    places = max(1, policy.size // STRIDE)
+    grid = (places, places) if asked is None else asked.grid
+    batch = synthetic_batch(policy, recipe.batch.batch_size // recipe.batch.accumulation, grid)
+    batch = batch.to(device)
+    sides = len(METHODS) + (asked is not None)
+    measured = {}
+    with terminal.progress(len(students) * sides * (rounds + 1), "rounds", "training") as meter:
+        for name in students:
+            found = replace(recipe, student=replace(recipe.student, name=name))
+            runs = _runs(found, policy, grid, asked, device)
+            measured[name] = _measure(runs, batch, rounds, clock, meter.advance)
+    report: dict[str, Any] = {
+        "device": _device_name(device),
+        "size": policy.size,
+        "batch_size": recipe.batch.batch_size,
+        "amp": recipe.run.amp,
+        "compile": recipe.run.compile,
+        "rounds": rounds,
+        "teacher": teacher,
+        "lines_per_location": _lines(batch),
+        "students": measured,
+        "goal": {"cskd": GOAL, "live": {}},
+    }
+    if device.type == "cuda" and (teacher or "").startswith("regnety_160"):
+        report["goal"]["live"] = {n: g for n, g in LIVE_GOALS.items() if n in measured}
+    return report
+
+
+def _measure(
+    runs: Mapping[str, Run],
+    batch: Batch,
+    rounds: int,
+    clock: Clock,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    peaks: dict[str, int] = {}
+
+    def step(name: str, number: int) -> None:
+        run = runs[name]
+        if run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(run.device)
+        parts = run.step(iter([batch] * run.recipe.batch.accumulation))
+        parts.tolist()  # waits for the device
+        if run.device.type == "cuda":
+            peaks[name] = torch.cuda.max_memory_allocated(run.device)
+        advance(1)
+
+    seconds = take_turns({name: partial(step, name) for name in runs}, rounds, clock)
+    images = next(iter(runs.values())).recipe.batch.batch_size
+    slower = {name: ratio(seconds["none"], seconds[name]) for name in ("deit", "cskd")}
+    if LIVE in seconds:
+        slower[LIVE] = ratio(seconds["cskd"], seconds[LIVE])
+    return {
+        "images_per_second": {name: rates(times, images) for name, times in seconds.items()},
+        "ratio": slower,
+        "peak_memory": peaks or None,
+    }
+
+
+def _runs(
+    recipe: TrainRecipe,
+    policy: ViewPolicy,
+    grid: tuple[int, int],
+    teacher: Teacher | None,
+    device: torch.device,
+) -> dict[str, Run]:
+    runs = {}
+    for method in METHODS:
+        distill = replace(recipe.distill, method=method, global_kind="hard", spatial_kind="hard")
+        asked = replace(recipe, distill=distill)
+        encoding = None if method == "none" else ENCODINGS["envelope"]
+        runs[method] = Run(asked, synthetic_data(asked, policy, grid, encoding), device)
+    if teacher is not None:
+        data = synthetic_data(asked, policy, grid, ENCODINGS["envelope"])
+        runs[LIVE] = Run(asked, _Live(**vars(data), teacher=teacher), device)
+    return runs
+
+
+def synthetic_data(
+    recipe: TrainRecipe,
+    policy: ViewPolicy,
+    grid: tuple[int, int],
+    encoding: Encoding | None,
+    samples: int | None = None,
+) -> TrainingData:
+    """Return what a run knows of its data, without any: batches are given to it.
+
+    Args:
+        samples: of the data set; None: enough for an epoch of 10,000 updates.
+    """
+    size = recipe.batch.batch_size
+    counted = SampleSet((samples or size * _STEPS,), ("",))
+    plan = EpochPlan(counted, policy, root_seed=0, views=None, repeats=1, batch_size=size, seed=0)
+    return TrainingData(
+        name="synthetic",
+        plan=plan,
+        source=TrainBatches(plan, ImageSource(()), accumulation=recipe.batch.accumulation),
+        policy=policy,
+        num_classes=CLASSES,
+        class_names=None,
+        guard=ClassGuard(),
+        encoding=encoding,
+        grid=None if encoding is None else grid,
+        identity={},
+        validation_set=None,
+        workers=0,
+        eval_batch_size=size,
+        ranks=ALONE,
+        joined=None,
+        cache_digest=None,
+        left_out=(),
+    )
+
+
+def synthetic_batch(policy: ViewPolicy, count: int, grid: tuple[int, int]) -> Batch:
+    """``count`` views of noise, erased and mixed as ``policy`` draws it, and a teacher's answers.
+
+    Answers are normal: a global part that all places share and half as much of each place's own.
+    """
+    numbers = np.random.default_rng(0)
+    mixes = [draw_mix(derive_seed("bench", i), i, policy) for i in range(count)]
+    params = [draw(derive_seed("bench", i), policy, *_IMAGE) for i in range(count)]
+    boxes = [(i, *box) for i, param in enumerate(params) for box in param.erase]
+    noise = [erase_noise(param) for param in params if param.erase]
+    arrays = {
+        "pixels": numbers.integers(0, 256, (count, policy.size, policy.size, 3), dtype=np.uint8),
+        "own": np.arange(count),
+        "partner": np.arange(count)[::-1].copy(),
+        "lam": np.array([mix.lam for mix in mixes], np.float32),
+        "cutmix_box": np.array([m.box if m.cutmix else (0,) * 4 for m in mixes], np.int32),
+        "label": numbers.integers(0, CLASSES, count),
+        "partner_label": numbers.integers(0, CLASSES, count),
+        "erase_box": np.array(boxes, np.int32).reshape(-1, 5),
+        "erase_noise": np.concatenate([np.empty(0, np.int16), *noise]),
+        "index": np.zeros((count, 3), np.int32),
+        "seed": np.zeros(count, np.uint64),
+        "image_crc32": np.zeros(count, np.uint32),
+        "view_digest": np.zeros(count, np.uint32),
+    }
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return Batch(drifted=0, targets=_answers(count, grid), **tensors)
+
+
+def _answers(count: int, grid: tuple[int, int]) -> dict[str, Tensor]:
+    draws = torch.Generator().manual_seed(0)
+    shared = torch.randn(count, CLASSES, 1, 1, generator=draws)
+    spatial = shared + 0.5 * torch.randn(count, CLASSES, *grid, generator=draws)
+    return ENCODINGS["envelope"].encode(spatial.half(), spatial.mean((2, 3)).half())
+
+
+def _lines(batch: Batch) -> float:
+    """How many lines the envelopes have, on average."""
+    classes = batch.targets["envelope/lines"][:, :, 0]
+    return float((classes.to(torch.int32) != 65535).sum(1).float().mean())
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def show(report: Mapping[str, Any], terminal: Terminal) -> None:
+    for student, found in report["students"].items():
+        rows = []
+        for name, rate in found["images_per_second"].items():
+            times = found["ratio"].get(name, {"median": None, "low": None, "high": None})
+            goal = report["goal"]["cskd"] if name == "cskd" else None
+            if name == LIVE:
+                goal = report["goal"]["live"].get(student)
+            peak = found["peak_memory"] and found["peak_memory"][name] / 2**30
+            rows.append((name, *rate.values(), *times.values(), goal, peak))
+        terminal.table(
+            f"{student}: steps of {report['batch_size']} images at {report['size']} px, "
+            f"{report['device']}, amp {report['amp']}; seconds in units of none's (live: of "
+            "cskd's)",
+            (
+                *("", "images/s", "lowest", "highest"),
+                *("ratio", "lowest", "highest", "goal", "peak GiB"),
+            ),
+            rows,
+        )

@@ -1,0 +1,101 @@
+"""The whole pipeline through its own commands, on small pictures, in minutes.
+
+Pictures, shards, a CNN trained as the teacher, its cache, and one ViT trained three ways from it.
+Every number in the table was measured by the run that prints it.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from cskd_pipeline.runtime.atomic import require_empty, write_json
+from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.tools.commands import Command, spoken
+
+TRAIN_PICTURES = 2400
+VALIDATION_PICTURES = 800
+METHODS = ("none", "deit", "cskd")
+
+
+def run_demo(out: Path, terminal: Terminal, command: Command) -> dict[str, Any]:
+    """Run every stage below ``out`` and print one table.
+
+    Args:
+        command: runs ``cskd-pipeline`` with the given arguments and gives its summary.
+
+    Raises:
+        OutputError: ``out`` holds something else.
+        MissingPackageError: scikit-learn, which has the pictures, is not installed.
+    """
+    from cskd_pipeline.tools.demo_images import write_digit_folders
+
+    started = time.perf_counter()
+    require_empty(out, action="choose another folder: cskd-pipeline demo --out DIR")
+    pictures, shards = out / "pictures", out / "shards"
+    terminal.line(f"making {TRAIN_PICTURES + VALIDATION_PICTURES} pictures of handwritten digits")
+    write_digit_folders(pictures, train=TRAIN_PICTURES, validation=VALIDATION_PICTURES, seed=0)
+
+    call = spoken(command, terminal)
+    train, validation = shards / "train", shards / "validation"
+    call("make-shards", pictures / "train", train, "--shard-size", "400")
+    call("make-shards", pictures / "validation", validation, "--shard-size", "400")
+    data = ("--shards", train, "--val-shards", validation)
+
+    teacher_run = out / "teacher"
+    teacher = call("train", "--recipe", "demo_teacher", *data, "--out", teacher_run)
+    weights = teacher_run / "best.safetensors"
+    cache = out / "cache"
+    dump = call(
+        *("dump-teacher", "--recipe", "demo", "--shards", train),
+        *("--weights", weights, "--cache", cache),
+    )
+    rows = [_row("teacher", call("evaluate", weights, "--shards", validation), teacher)]
+    for method in METHODS:
+        run = out / f"student_{method}"
+        source = () if method == "none" else ("--cache", cache)
+        summary = call("train", "--recipe", f"demo_{method}", *data, *source, "--out", run)
+        measured = call("evaluate", run / "best.safetensors", "--shards", validation)
+        rows.append(_row(method, measured, summary))
+    report = {
+        "out": str(out),
+        "seconds": time.perf_counter() - started,
+        "models": rows,
+        "cache_bytes_per_view": dump["bytes_per_view"],
+        "cache": str(cache),
+    }
+    write_json(out / "demo.json", report)
+    _show(report, terminal)
+    return report
+
+
+def _row(name: str, measured: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "model": measured["model"],
+        "top1": measured["top1"],
+        "seconds": summary["seconds"],
+        "out": summary["out"],
+    }
+
+
+def _show(report: dict[str, Any], terminal: Terminal) -> None:
+    terminal.table(
+        "Measured in this run",
+        ["model", "trained with", "top-1 %", "seconds", "where"],
+        [
+            [
+                row["model"],
+                "labels (the teacher)" if row["name"] == "teacher" else row["name"],
+                f"{row['top1']:.1f}",
+                round(row["seconds"]),
+                row["out"],
+            ]
+            for row in report["models"]
+        ],
+    )
+    for encoding, size in report["cache_bytes_per_view"].items():
+        terminal.line(f"cache, {encoding}: {size:.0f} bytes a view")
+    terminal.line(f"cache: {report['cache']}")
+    terminal.line(f"in all {report['seconds']:.0f} s; everything is in {report['out']}")

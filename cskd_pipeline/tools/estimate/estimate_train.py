@@ -1,0 +1,130 @@
+"""``plan train``: whether the loader or the device will be the limit of a training run.
+
+The recipe's own data, student and loss do a few updates for real: first the loader alone, then the
+device alone on a batch that is there already, then both together as in training. Nothing is
+written.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from cskd_pipeline.config import TrainRecipe
+from cskd_pipeline.data.batches import Batch
+from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.pipeline.training_data import open_training_data
+from cskd_pipeline.runtime.console import Terminal, duration
+from cskd_pipeline.runtime.device import pick_device, use_threads
+from cskd_pipeline.tools.bench.steady import SteadyRate
+
+UPDATES = 20
+
+
+def plan_train(
+    recipe: TrainRecipe, terminal: Terminal, *, updates: int = UPDATES
+) -> dict[str, Any]:
+    """Forecast the run of ``recipe``; evaluation and checkpoints are not counted.
+
+    Args:
+        updates: how many to try it on, each way.
+
+    Returns:
+        Images per second of loader, device, and both together; ``limit`` (``loader`` or
+        ``device``); how many loader processes would feed the device; seconds of an epoch and of the
+        run.
+
+    Raises:
+        CskdError: as the run itself would.
+    """
+    use_threads(recipe.run.threads)
+    if recipe.data.drift == "skip":  # to find such images is to read all; the rates are the same
+        recipe = replace(recipe, data=replace(recipe.data, drift="warn"))
+    data = open_training_data(recipe, terminal)
+    run = Run(recipe, data, pick_device(recipe.run.device))
+    updates = min(updates, run.updates)
+    batch_size, accumulation = recipe.batch.batch_size, recipe.batch.accumulation
+    with terminal.progress(3 * updates, "updates", "trying it out") as progress:
+        loader = SteadyRate(updates)
+        kept: list[Batch] = []
+        for number, batch in enumerate(_some(run, updates), start=1):
+            kept = [*kept, batch][:accumulation]
+            if number % accumulation == 0:
+                loader.advance(1)
+                progress.advance()
+        seconds = []
+        for _ in range(updates):
+            began = time.perf_counter()
+            run.step(iter(kept)).tolist()  # waits for the device
+            seconds.append(time.perf_counter() - began)
+            progress.advance()
+        run.update = 0
+        together = SteadyRate(updates)
+        batches = _some(run, updates)
+        for _ in range(updates):
+            run.step(batches).tolist()
+            together.advance(1)
+            progress.advance()
+    device = batch_size / statistics.median(seconds[len(seconds) // 4 :])
+    rates = {
+        "loader": batch_size * loader.rate,
+        "device": device,
+        "together": batch_size * together.rate,
+    }
+    epoch = run.steps * batch_size / rates["together"]
+    return {
+        "student": recipe.student.name,
+        "method": recipe.distill.method,
+        "device": str(run.device),
+        "samples": data.plan.samples.total,
+        "batch_size": batch_size,
+        "workers": data.workers,
+        "images_per_second": rates,
+        "limit": "loader" if rates["loader"] < device else "device",
+        "workers_to_feed_the_device": math.ceil(device / (rates["loader"] / max(1, data.workers))),
+        "updates_per_epoch": run.steps,
+        "epochs": recipe.schedule.epochs,
+        "seconds_per_epoch": epoch,
+        "seconds": together.startup + epoch * recipe.schedule.epochs,
+    }
+
+
+def show(report: Mapping[str, Any], terminal: Terminal) -> None:
+    """The forecast as a table."""
+    rates = report["images_per_second"]
+    terminal.table(
+        f"{report['student']}, {report['method']}, on {report['device']}",
+        ["what", "images/s", "an epoch", f"{report['epochs']} epochs"],
+        [
+            [name, f"{rate:.4g}", *_durations(report, rate)]
+            for name, rate in (
+                (f"loader alone, {report['workers']} processes", rates["loader"]),
+                ("device alone", rates["device"]),
+                ("together: this run", rates["together"]),
+            )
+        ],
+    )
+    workers = report["workers_to_feed_the_device"]
+    if report["device"] == "cpu":
+        advice = "loader and student share the cores here"
+    elif report["limit"] == "loader":
+        advice = f"{workers} loader processes on as many cores would feed the device"
+    else:
+        advice = f"{workers} loader processes feed it"
+    terminal.line(f"the limit here is the {report['limit']}; {advice}")
+
+
+def _durations(report: Mapping[str, Any], rate: float) -> list[str]:
+    epoch = report["updates_per_epoch"] * report["batch_size"] / rate
+    return [duration(epoch), duration(epoch * report["epochs"])]
+
+
+def _some(run: Run, updates: int) -> Iterator[Batch]:
+    """The micro-batches of the run's next updates, from the loader processes."""
+    positions = islice(run.positions(), updates * run.recipe.batch.accumulation)
+    return run.data.batches(positions, run.device)

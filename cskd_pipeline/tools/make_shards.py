@@ -1,0 +1,319 @@
+"""An ImageFolder tree into webdataset shards: image bytes untouched, order shuffled, sizes even."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from webdataset import TarWriter
+
+from cskd_pipeline.data.index import CLASSES
+from cskd_pipeline.data.listing import INFO
+from cskd_pipeline.data.tar_index import MAX_IMAGE_BYTES, is_left_behind
+from cskd_pipeline.errors import DataError
+from cskd_pipeline.runtime import atomic
+from cskd_pipeline.runtime.progress import Meter, Progress, silent
+from cskd_pipeline.views.bits import BitStream, derive_seed
+
+EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
+
+
+@dataclass(frozen=True)
+class FolderImage:
+    """One picture of the tree. ``name`` is its path below the tree, with forward slashes."""
+
+    path: Path
+    name: str
+    label: int
+
+    @property
+    def key(self) -> str:
+        """``synset/synset_7.JPEG`` and ``class/7.png`` give ``synset_7`` and ``class_7``.
+
+        ImageNet's published shards have the same keys, so a cache of theirs fits shards made here.
+        """
+        *folders, file = self.name.split("/")
+        stem = file.rpartition(".")[0].replace(".", "_")
+        if len(folders) == 1 and stem.startswith(f"{folders[0]}_"):
+            return stem
+        return "_".join([*(folder.replace(".", "_") for folder in folders), stem])
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A tree with one folder per class, in sorted order.
+
+    ``skipped``: everything else below the root: files that are no images or lie in no class folder,
+    and what systems leave behind. A folder ends with a slash and is one entry.
+    """
+
+    images: tuple[FolderImage, ...]
+    classes: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+
+def make_shards(
+    image_folder: Path,
+    out: Path,
+    *,
+    shard_size: int = 1000,
+    seed: int = 0,
+    split: str = "train",
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write ``out/{split}-0000.tar`` …, ``out/_info.json`` and ``out/classes.json``.
+
+    Class folders are numbered in sorted order and searched at any depth, linked folders too. Files
+    that are no jpg, png or webp by their ending, hidden files and folders, ``__MACOSX`` and
+    ``@eaDir`` are left out and counted. Shards hold at most ``shard_size`` samples and differ by at
+    most one. The same tree, seed and size give the same bytes. Everything stands in ``out`` when
+    all is written, or nothing.
+
+    Returns:
+        ``out``, ``shards``, ``samples``, ``classes``, ``bytes``, ``skipped`` (a count) and
+        ``skipped_examples``.
+
+    Raises:
+        DataError: no class folders, a class without images, images that are empty or cannot be
+            read, two images of one key.
+        OutputError: ``out`` holds something already, or no space is left.
+    """
+    out = Path(out)
+    partial = out / ".partial"  # inside, as ``out`` may be a disk of its own
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    atomic.require_empty(out, action="choose an empty or new folder for the shards")
+    tree = scan_image_folder(Path(image_folder))
+    with atomic.explained_os_errors(out):
+        partial.mkdir(parents=True)
+        try:
+            with progress(len(tree.images), "images", "packing") as meter:
+                written = _write(tree, partial, shard_size, seed, split, meter)
+            _move_up(partial)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return {
+        "out": str(out),
+        "shards": len(written),
+        "samples": len(tree.images),
+        "classes": len(tree.classes),
+        "bytes": sum(written),
+        "skipped": len(tree.skipped),
+        "skipped_examples": list(tree.skipped[:20]),
+    }
+
+
+def scan_image_folder(root: Path) -> ImageFolder:
+    """Find the images of a tree with one folder per class.
+
+    Raises:
+        DataError: see :func:`make_shards`.
+    """
+    if not root.is_dir():
+        raise DataError("no such folder", where=root, expected="a folder with one folder per class")
+    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    folders = [entry.name for entry in entries if _is_class(entry)]
+    _refuse_odd_trees(root, folders)
+    images: list[FolderImage] = []
+    skipped = [_listed(root, entry) for entry in entries if not _is_class(entry)]
+    hollow: list[str] = []
+    for label, folder in enumerate(folders):
+        before = len(images)
+        for name in _files_below(root, root / folder, (), skipped):
+            images.append(FolderImage(root / name, name, label))
+        if len(images) == before:
+            hollow.append(f"no jpg, png or webp in {root / folder}")
+    if hollow:
+        raise DataError(
+            f"{len(hollow)} class folders hold no images",
+            where=root,
+            problems=hollow,
+            action="remove them, or add their images: they would shift the labels",
+        )
+    _check_files(images)
+    _check_keys(images)
+    return ImageFolder(tuple(images), tuple(folders), tuple(skipped))
+
+
+def _is_class(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir() and not is_left_behind(entry.name)
+
+
+def _listed(root: Path, entry: os.DirEntry[str]) -> str:
+    """An entry as ``skipped`` has it."""
+    return Path(entry.path).relative_to(root).as_posix() + ("/" if entry.is_dir() else "")
+
+
+def _files_below(
+    root: Path, folder: Path, above: tuple[str, ...], skipped: list[str]
+) -> Iterator[str]:
+    """Paths below ``root`` of all images in ``folder``, sorted; the rest goes to ``skipped``.
+
+    Links to folders are followed, but for those that lead back to where they are.
+
+    Args:
+        above: real paths of the folders on the way to ``folder``.
+    """
+    above = (*above, os.path.realpath(folder))
+    inner = []
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError("a folder cannot be read", where=folder, found=error.strerror) from error
+    for entry in entries:
+        if is_left_behind(entry.name):
+            skipped.append(_listed(root, entry))
+        elif entry.is_dir():
+            inner.append(entry)
+        elif Path(entry.name).suffix.lower() in EXTENSIONS:
+            yield _listed(root, entry)
+        else:
+            skipped.append(_listed(root, entry))
+    for entry in inner:
+        if entry.is_symlink() and _leads_back(entry.path, above):
+            skipped.append(_listed(root, entry))
+        else:
+            yield from _files_below(root, Path(entry.path), above, skipped)
+
+
+def _leads_back(link: str, above: Sequence[str]) -> bool:
+    target = os.path.realpath(link)
+    return any(os.path.commonpath([target, folder]) == target for folder in above)
+
+
+def _refuse_odd_trees(root: Path, folders: Sequence[str]) -> None:
+    if not folders:
+        loose = any(Path(e.name).suffix.lower() in EXTENSIONS for e in os.scandir(root))
+        raise DataError(
+            "the folder has no class folders",
+            where=root,
+            found="images that lie in no class folder" if loose else "no folders",
+            expected="one folder per class, as in IMAGE_FOLDER/cat/1.jpg",
+        )
+    splits = [name for name in folders if name.lower() in SPLIT_NAMES]
+    if len(splits) == len(folders) and all(
+        any(_is_class(entry) for entry in os.scandir(root / name)) for name in splits
+    ):
+        raise DataError(
+            "these folders are splits, not classes",
+            where=root,
+            found=", ".join(splits),
+            action=f"pack each on its own: cskd-pipeline make-shards {root / splits[0]} OUT",
+        )
+
+
+def _check_files(images: Sequence[FolderImage]) -> None:
+    """Refuse, all at once, what cannot be read, is empty, or is too large."""
+    problems = []
+    for image in images:
+        try:
+            found = image.path.stat()
+        except OSError as error:
+            problems.append(f"{image.name}: {error.strerror}")
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            problems.append(f"{image.name}: not a file")
+        elif not 0 < found.st_size <= MAX_IMAGE_BYTES:
+            problems.append(f"{image.name}: {found.st_size} bytes")
+    if problems:
+        raise DataError(
+            f"{len(problems)} of {len(images)} images are empty, too large, or cannot be read",
+            expected=f"files of 1 to {MAX_IMAGE_BYTES} bytes",
+            problems=problems,
+            action="replace or remove them",
+        )
+
+
+def _check_keys(images: Sequence[FolderImage]) -> None:
+    seen: dict[str, str] = {}
+    problems = []
+    for image in images:
+        first = seen.setdefault(image.key, image.name)
+        if first != image.name:
+            problems.append(f"{first} and {image.name} would both have the key {image.key}")
+        if not _is_utf8(image.name):
+            problems.append(f"{image.name!r} is not UTF-8")
+    if problems:
+        raise DataError(
+            f"{len(problems)} images cannot be named in a shard",
+            problems=problems,
+            expected="UTF-8 names that differ in more than their ending and separators",
+            action="rename them",
+        )
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shuffled(count: int, seed: int) -> np.ndarray:
+    """A permutation of ``count`` places, the same for a seed on every machine."""
+    keys = BitStream(derive_seed("make-shards", seed)).raw(count)
+    return np.argsort(keys, kind="stable")
+
+
+def _write(
+    tree: ImageFolder, folder: Path, shard_size: int, seed: int, split: str, meter: Meter
+) -> list[int]:
+    """Bytes of each tar written."""
+    order = shuffled(len(tree.images), seed)
+    parts = np.array_split(order, -(-len(order) // shard_size))
+    digits = max(4, len(str(len(parts) - 1)))
+    names = [f"{split}-{number:0{digits}d}.tar" for number in range(len(parts))]
+    sizes = []
+    for name, part in zip(names, parts, strict=True):
+        path = folder / name
+        with open(path, "wb") as file:
+            # A fixed time makes the same tree give the same bytes; the default is now.
+            with TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+                for i in part:
+                    tar.write(_sample(tree, tree.images[i]))
+                    meter.advance()
+            file.flush()
+            os.fsync(file.fileno())
+        sizes.append(path.stat().st_size)
+    info = {
+        "name": split,
+        "num_samples": len(order),
+        "filenames": names,
+        "shard_lengths": [len(part) for part in parts],
+    }
+    atomic.write_json(folder / INFO, {"splits": {split: info}})
+    atomic.write_json(folder / CLASSES, list(tree.classes))
+    return sizes
+
+
+def _move_up(folder: Path) -> None:
+    """Move what is in ``folder`` one level up, the list of shards last."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == INFO):
+        os.replace(path, folder.parent / path.name)
+    atomic.sync_folder(folder.parent)
+
+
+def _sample(tree: ImageFolder, image: FolderImage) -> dict[str, str | bytes]:
+    try:
+        data = image.path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            "an image cannot be read", where=image.path, found=error.strerror
+        ) from error
+    if not 0 < len(data) <= MAX_IMAGE_BYTES:
+        raise DataError("an image is empty or too large", where=image.path, found=len(data))
+    about = {"label": image.label, "class": tree.classes[image.label], "filename": image.name}
+    return {
+        "__key__": image.key,
+        EXTENSIONS[image.path.suffix.lower()]: data,
+        "cls": str(image.label).encode(),
+        "json": json.dumps(about, ensure_ascii=False).encode(),
+    }

@@ -1,0 +1,243 @@
+"""A training run's folder as ``train`` leaves it: its recipe and its log, read within bounds.
+
+The folder may be a stranger's, and the run may still go on: what is not finished is not there yet.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cskd_pipeline.config import TrainRecipe, load_recipe
+from cskd_pipeline.errors import RunError, UsageError, printable
+from cskd_pipeline.runtime.console import flatten
+
+RECIPE = "recipe.toml"
+LOG = "summary.csv"
+MAX_RUNS = 24
+"""As many as there are looks of a curve."""
+MAX_BYTES = 16 * 2**20
+MAX_LINES, MAX_LINE, MAX_COLUMNS = 50_000, 2**16, 200
+LARGEST = 1e30
+"""Of a logged number; float32 plots go no further."""
+
+_AVERAGED = {"ema": "EMA"}
+
+Row = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run.
+
+    Args:
+        name: the folder's, with as many of its parents as tell it from other runs.
+        rows: one per finished epoch, column to number; None where nothing was measured.
+    """
+
+    folder: Path
+    name: str
+    recipe: TrainRecipe
+    rows: tuple[Row, ...]
+
+    @property
+    def method(self) -> str:
+        return self.recipe.distill.method
+
+    @property
+    def epochs(self) -> int:
+        """Finished ones."""
+        return int(self.rows[-1]["epoch"] or 0) if self.rows else 0
+
+    @property
+    def finished(self) -> bool:
+        return self.epochs >= self.recipe.schedule.epochs
+
+    def column(self, name: str) -> tuple[list[int], list[float]]:
+        """Epochs at which a column has a number, and the numbers."""
+        points = [(int(row["epoch"] or 0), row.get(name)) for row in self.rows]
+        there = [(epoch, value) for epoch, value in points if value is not None]
+        return [epoch for epoch, _ in there], [value for _, value in there]
+
+    def last(self, name: str) -> float | None:
+        """The last number of a column, or None."""
+        values = self.column(name)[1]
+        return values[-1] if values else None
+
+    def mean(self, name: str) -> float | None:
+        """The mean of a column over epochs, or None."""
+        values = self.column(name)[1]
+        return sum(values) / len(values) if values else None
+
+    def best(self) -> dict[str, Any] | None:
+        """The highest top-1 (percent), its epoch, and whose it is: ``last`` weights or ``ema``.
+
+        None without validation. The first of equals, as ``train`` keeps it.
+        """
+        found: dict[str, Any] | None = None
+        for row in self.rows:
+            for weights, column in (("last", "top1"), ("ema", "ema_top1")):
+                value = row.get(column)
+                if value is not None and (found is None or value > found["top1"]):
+                    found = {"top1": value, "epoch": int(row["epoch"] or 0), "weights": weights}
+        return found
+
+
+def which(epoch: int, weights: str) -> str:
+    """One of a run's students: ``epoch 7``, or ``epoch 7, EMA`` of the averaged weights."""
+    return (
+        f"epoch {epoch}"
+        if weights == "last"
+        else f"epoch {epoch}, {_AVERAGED.get(weights, weights)}"
+    )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a training run's, rightly or not: it has a recipe, and is no cache."""
+    return (folder / RECIPE).is_file()
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
+    """Runs in the order given, named apart.
+
+    Raises:
+        UsageError: the same run twice, or more than ``MAX_RUNS``.
+        RunError, RecipeError: no run, or a damaged one.
+    """
+    if len(folders) > MAX_RUNS:
+        raise UsageError(
+            "too many runs for one page", found=f"{len(folders)} runs", expected=f"{MAX_RUNS}"
+        )
+    seen: set[Path] = set()
+    for folder in folders:
+        if folder.resolve() in seen:
+            raise UsageError("a run is there twice", found=folder)
+        seen.add(folder.resolve())
+    names = distinct_names(folders)
+    return [_read(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, each with as many parents as tell all of them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    names = []
+    for own in parts:
+        others = [other for other in parts if other != own]
+        taken = range(1, len(own) + 1)
+        depth = next((n for n in taken if all(o[-n:] != own[-n:] for o in others)), len(own))
+        names.append(Path(*own[-depth:]).as_posix())
+    return names
+
+
+def recipe_differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
+    """Dotted name -> what each run's recipe says, of the keys in which the runs differ.
+
+    ``run.out``, which is the folder, is left out; a key that a recipe does not have is ``-``.
+    """
+    recipes = [dict(flatten(asdict(run.recipe))) for run in runs]
+    for recipe in recipes:
+        recipe.pop("run.out")
+    names = dict.fromkeys(name for recipe in recipes for name in recipe)
+    table = {name: [_value(recipe.get(name)) for recipe in recipes] for name in names}
+    return {name: values for name, values in table.items() if len(set(values)) > 1}
+
+
+def _value(value: Any) -> str:
+    """A recipe's value as a line, all its digits shown."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return printable(value)
+
+
+def _read(folder: Path, name: str) -> RunRecord:
+    if not is_run(folder):
+        raise RunError(
+            "no training run is here",
+            where=folder,
+            found=f"no {RECIPE}" if folder.is_dir() else "no folder",
+            expected=f"a folder that train made, with {RECIPE} and {LOG}",
+        )
+    recipe = load_recipe(TrainRecipe, folder / RECIPE)
+    return RunRecord(folder, name, recipe, read_log(folder / LOG))
+
+
+def read_log(path: Path) -> tuple[Row, ...]:
+    """``summary.csv``: one row per finished epoch; none where the file is not there yet.
+
+    A last line that does not end is still being written, and left out.
+
+    Raises:
+        RunError: not a log, or a damaged one; names the line.
+    """
+    if not path.exists():
+        return ()
+    if not path.is_file():
+        raise RunError("the run's log is no file", where=path)
+    with open(path, "rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    count = data.count(b"\n")
+    if len(data) > MAX_BYTES or count > MAX_LINES:
+        found = f"more than {MAX_BYTES >> 20} MiB" if len(data) > MAX_BYTES else f"{count} lines"
+        raise _damaged(path, found, "a line an epoch")
+    lines = [_fields(path, n, line) for n, line in enumerate(data.split(b"\n")[:-1], 1)]
+    if not lines:
+        return ()
+    columns = lines[0]
+    if columns[:1] != ["epoch"] or len(columns) > MAX_COLUMNS or len(set(columns)) < len(columns):
+        raise _damaged(path, f"line 1: {','.join(columns)}", "names of columns, epoch first")
+    rows: list[Row] = []
+    for number, fields in enumerate(lines[1:], 2):
+        row = _row(path, number, columns, fields)
+        if rows and not (row["epoch"] or 0) > (rows[-1]["epoch"] or 0):
+            raise _damaged(path, f"line {number}: epoch {fields[0]}", "epochs in rising order")
+        rows.append(row)
+    return tuple(rows)
+
+
+def _fields(path: Path, number: int, line: bytes) -> list[str]:
+    if len(line) > MAX_LINE:
+        raise _damaged(path, f"line {number}: {len(line)} bytes", f"at most {MAX_LINE}")
+    try:
+        [fields] = csv.reader([line.decode()], strict=True)
+    except (ValueError, csv.Error) as error:  # of no text, of two lines, of none
+        raise _damaged(path, f"line {number}: {error}", "comma-separated text") from error
+    return fields
+
+
+def _row(path: Path, number: int, columns: Sequence[str], fields: Sequence[str]) -> Row:
+    if len(fields) != len(columns):
+        raise _damaged(path, f"line {number}: {len(fields)} fields", f"{len(columns)} fields")
+    if not (fields[0].isascii() and fields[0].isdigit() and 0 < len(fields[0]) < 8):
+        raise _damaged(path, f"line {number}: epoch {fields[0]}", "the number of an epoch")
+    row: dict[str, float | None] = {"epoch": int(fields[0])}
+    for column, text in zip(columns[1:], fields[1:], strict=True):
+        row[column] = _number(text)
+        if text and row[column] is None:
+            raise _damaged(path, f"line {number}: {column} {text}", "a number")
+    return row
+
+
+def _number(text: str) -> float | None:
+    """A number that can be drawn, or None."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if abs(value) <= LARGEST else None  # NaN is not
+
+
+def _damaged(path: Path, found: object, expected: str) -> RunError:
+    return RunError(
+        "the run's log is damaged",
+        where=path,
+        found=found,
+        expected=expected,
+        action="copy it again; a run that is resumed writes it anew with its next epoch",
+    )

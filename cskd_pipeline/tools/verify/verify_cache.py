@@ -1,0 +1,211 @@
+"""Whether a cache can be trusted: its files, its bytes, and what they mean for the images at hand.
+
+``verify`` is the whole of it. Structure and bytes need only the cache; with shards, the cache's
+samples are looked for among them and a sample of its views is made again; with a teacher, that
+sample's answers are computed again too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cskd_pipeline.cache.check import Problem, check_bytes, check_structure
+from cskd_pipeline.cache.manifest import library_versions
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.store import RESTORE, CacheStore
+from cskd_pipeline.data.join import Join, join_to_look
+from cskd_pipeline.data.replay import Replay, replay, spread_views
+from cskd_pipeline.errors import CacheError
+from cskd_pipeline.runtime.classes import COMMAND_SWITCH, ClassGuard
+from cskd_pipeline.runtime.console import Terminal, format_value
+from cskd_pipeline.tools.verify.depth import Check
+from cskd_pipeline.tools.verify.verify_responses import TeacherChoice, check_teacher
+
+SAMPLES = 512  # views that are made again unless told otherwise
+
+
+def verify(
+    cache: Path | str,
+    terminal: Terminal,
+    *,
+    depth: str = "bytes",
+    shards: str | None = None,
+    split: str | None = None,
+    teacher: TeacherChoice | None = None,
+    samples: int = SAMPLES,
+    partial: bool = False,
+    accept_classes: bool = False,
+) -> dict[str, Any]:
+    """``cskd-pipeline cache verify``: look at everything, tell all that is wrong.
+
+    Args:
+        depth: ``structure``, or ``bytes``, which is that too.
+        shards, split: the user's own images; None: the cache is looked at alone.
+        teacher: needs ``shards``.
+        samples: how many views are made again, and asked about.
+        partial: units that are not made yet are no problem.
+        accept_classes: nor are class names and labels of ``shards`` that are not the cache's.
+
+    Returns:
+        Per depth what was counted, and ``ok``.
+
+    Raises:
+        CacheError: something is wrong; holds the report too.
+        CskdError: there is no cache, or no data set, to look at.
+    """
+    reader = CacheReader(cache, progress=terminal.progress)
+    checks = _own_checks(reader, depth, partial, terminal)
+    broken = any(check.problems for check in checks[1:])
+    differences = reader.manifest.version_differences(library_versions())
+    if shards is not None and broken:
+        terminal.warn("the cache itself is damaged: it is not compared with the shards")
+    elif shards is not None:
+        guard = ClassGuard(accept=True)  # every difference becomes a problem, unless it is accepted
+        found = join_to_look(reader, shards, guard, split=split, progress=terminal.progress)
+        checks.append(_classes_check(found, guard, accept_classes, terminal))
+        replayed = replay(found, spread_views(found, samples), terminal.progress)
+        checks += [_join_check(found), *_replay_checks(found, replayed, differences)]
+        if teacher is not None:
+            checks += check_teacher(found, replayed, teacher, terminal)
+    digest = None if broken else reader.digest(terminal.progress)
+    report = _report(reader, checks, differences, digest)
+    _show(checks, terminal)
+    if not report["ok"]:
+        raise _failure(reader, checks, report)
+    return report
+
+
+def _own_checks(reader: CacheReader, depth: str, partial: bool, terminal: Terminal) -> list[Check]:
+    """Units, structure, and bytes if asked for: what needs nothing but the cache."""
+    done = reader.done()
+    units = [(block, shard) for shard, block in np.argwhere(done.T).tolist()]
+    store = CacheStore(reader.path, reader.manifest)
+    missing = [
+        Problem("units", str(reader.path), f"not made yet: {store.unit_name(block, shard)}")
+        for shard, block in np.argwhere(~done.T).tolist()
+    ]
+    counts = {"done": len(units), "total": done.size}
+    checks = [Check("units", counts, () if partial else missing)]
+    files = len({key for unit in units for _, key in store.recorded_files(*unit)})
+    problems = check_structure(store, units, terminal.progress)
+    checks.append(Check("structure", {"files": files}, problems))
+    if depth == "bytes" and not problems:
+        views = sum(reader.manifest.view_block * reader.counts[shard] for _, shard in units)
+        problems = check_bytes(reader, units, terminal.progress)
+        checks.append(Check("bytes", {"views": views}, problems))
+    return checks
+
+
+def _classes_check(found: Join, guard: ClassGuard, accept: bool, terminal: Terminal) -> Check:
+    """Of names, and of labels by key; what is accepted is told."""
+    if accept:
+        guard.tell(terminal.warn)
+    else:
+        for line in guard.unknown:
+            terminal.warn(line)
+    images = found.images
+    problems = [Problem("classes", "class names and labels", line) for line in guard.accepted]
+    problems += [
+        Problem("classes", images.where(shard, offset), f"another label than {label}, the cache's")
+        for shard, offset, label in found.relabelled.tolist()
+    ]
+    counts = {"labels_compared": found.compared, "relabelled": len(found.relabelled)}
+    return Check("classes", counts, () if accept else problems)
+
+
+def _join_check(found: Join) -> Check:
+    total, problems = found.samples.total, []
+    for sample in found.left_out():
+        problems.append(Problem("join", sample.key, "not in the shards"))
+    counts = {"samples": total, "found": total - found.missing, "unused": found.unused}
+    return Check("join", {**counts, "shards_alike": found.same_shards}, problems)
+
+
+def _replay_checks(found: Join, replayed: Replay, differences: Sequence[str]) -> list[Check]:
+    """Of images, and of the views of those images that are the cache's."""
+    rows, same = replayed.rows, replayed.same_image
+
+    def problems(depth: str, wrong: np.ndarray, what: str) -> list[Problem]:
+        return [
+            Problem(depth, found.images.where(shard, offset), what.format(view=view))
+            for view, shard, offset in rows[wrong].tolist()
+        ]
+
+    rounded = same & replayed.same_seed & ~replayed.exact
+    versions = f" ({'; '.join(differences)})" if differences else ""
+    other_image = problems("images", ~same, "another image than the teacher saw")
+    wrong_views = problems("views", ~replayed.same_seed, "view {view} has another seed")
+    wrong_views += problems("views", rounded, "view {view} differs by rounding" + versions)
+    return [
+        Check("images", {"compared": len(rows), "equal": int(same.sum())}, other_image),
+        Check(
+            "views",
+            {
+                "replayed": int(same.sum()),
+                "bit_exact": int((same & replayed.same_seed & replayed.exact).sum()),
+                "differing_by_rounding": int(rounded.sum()),
+                "other_image": int((~same).sum()),
+                "other_seed": int((~replayed.same_seed).sum()),
+            },
+            wrong_views,
+        ),
+    ]
+
+
+def _report(
+    reader: CacheReader, checks: Sequence[Check], differences: Sequence[str], digest: str | None
+) -> dict[str, Any]:
+    return {
+        "cache": str(reader.path),
+        "digest": digest,
+        "ok": not any(check.problems for check in checks),
+        "checks": {
+            check.depth: {**check.counts, "problems": len(check.problems)} for check in checks
+        },
+        "other_versions_here": list(differences),
+        "problems": [asdict(problem) for check in checks for problem in check.problems],
+    }
+
+
+def _show(checks: Sequence[Check], terminal: Terminal) -> None:
+    rows = []
+    for check in checks:
+        counts = ", ".join(f"{name} {format_value(n)}" for name, n in check.counts.items())
+        rows.append((check.depth, counts.replace("_", " "), len(check.problems)))
+    terminal.table("cache verify", ("depth", "looked at", "problems"), rows)
+
+
+TO_DO = {
+    "units": "run the dump-teacher command that made it again: it makes what is missing; or pass "
+    "--partial",
+    "structure": RESTORE,
+    "bytes": RESTORE,
+    "classes": "pack the images again from class folders with the cache's names; or, where class k "
+    f"is the same on both sides all the same, pass {COMMAND_SWITCH}",
+    "join": "get the missing images, or train without them: --set data.missing=skip",
+    "images": "get the original images, or train without these: --set data.drift=skip",
+    "views": "install the versions that the cache was made with, or train on what these give: "
+    "--set data.drift=warn",
+    "teacher": "give the teacher that made the cache by --teacher, --weights, --mean and --std: "
+    "cache info shows them",
+    "answers": "the teacher is the cache's but its answers are not: compare the library versions "
+    "that cache info shows, and the code of a factory; else copy the cache again",
+}
+
+
+def _failure(reader: CacheReader, checks: Sequence[Check], report: Mapping[str, Any]) -> CacheError:
+    failed = [check for check in checks if check.problems]
+    return CacheError(
+        "the cache does not pass",
+        where=reader.path,
+        found=", ".join(f"{len(check.problems)} in {check.depth}" for check in failed),
+        expected="none",
+        action="; ".join(dict.fromkeys(TO_DO[check.depth] for check in failed)),
+        problems=[str(problem) for check in failed for problem in check.problems],
+        report=report,
+    )

@@ -1,0 +1,156 @@
+"""The teacher asked again about a sample of a cache's views."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cskd_pipeline.cache.check import Problem
+from cskd_pipeline.cache.manifest import TeacherInfo
+from cskd_pipeline.data.batches import render_batch
+from cskd_pipeline.data.join import Join
+from cskd_pipeline.data.replay import Replay, cache_of, renderer_of, same_images
+from cskd_pipeline.distill.encodings import Encoding
+from cskd_pipeline.distill.targets import Targets
+from cskd_pipeline.models.teacher import Teacher, load_teacher
+from cskd_pipeline.pipeline.dump import ask
+from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.runtime.device import pick_device
+from cskd_pipeline.tools.verify.depth import Check
+
+MEAN_AGREEMENT = 0.98
+"""The least, see :func:`agreement`. Logits rounded to float16 tie at 0.4 % of the places
+(K = 1000), where another machine's last bits change the label; other weights, or other pixels,
+change far more."""
+VIEW_AGREEMENT = 0.5
+"""The least of one view: a tie of its global logits costs a third."""
+RATIOS = (1.0, 0.5)
+COMPARED = ("weights_sha256", "mean", "std", "grid", "num_classes", "size", "precision")
+"""What a manifest says of its teacher, and the one at hand must share; its name may differ."""
+
+
+@dataclass(frozen=True)
+class TeacherChoice:
+    """Who is asked again; ``name``, ``weights``, ``mean`` and ``std`` as for dump-teacher."""
+
+    name: str
+    weights: str = "hub"
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    batch_size: int = 32
+    device: str = "auto"
+
+
+def check_teacher(
+    found: Join, replayed: Replay, choice: TeacherChoice, terminal: Terminal
+) -> list[Check]:
+    """Whether the teacher is the cache's, and if so whether it still gives its answers.
+
+    Raises:
+        TeacherError, WeightsError: there is no such teacher.
+    """
+    recorded = cache_of(found).manifest.teacher
+    teacher = _load(choice, recorded)
+    problems = [
+        Problem("teacher", teacher.name, f"{name} is {here}, in the cache's manifest {its}")
+        for name in COMPARED
+        if (here := getattr(teacher, name)) != (its := getattr(recorded, name))
+    ]
+    counts = {"compared": len(COMPARED), "equal": len(COMPARED) - len(problems)}
+    identity = Check("teacher", counts, problems)
+    if problems:
+        return [identity]
+    return [identity, _check_answers(found, replayed, teacher, terminal)]
+
+
+def _check_answers(found: Join, replayed: Replay, teacher: Teacher, terminal: Terminal) -> Check:
+    """Ask about those views that were made again to the bit, and so were their partners' images."""
+    cache = cache_of(found)
+    renderer = renderer_of(found, strict=False)
+    rows = replayed.rows[replayed.exact & replayed.same_seed]
+    rows = rows[same_images(found, renderer.pair(rows).partner)] if len(rows) else rows
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in cache.encodings}
+    with terminal.progress(len(rows), "views", "asking the teacher again") as meter:
+        for start in range(0, len(rows), teacher.batch_size):
+            part = rows[start : start + teacher.batch_size]
+            batch = render_batch(renderer, part).to(teacher.device)
+            answer = ask(teacher, batch, cache.manifest.policy)
+            for name, encoding in cache.encodings.items():
+                live = encoding.encode(answer.spatial.cpu(), answer.global_.cpu())
+                stored = cache.gather(name, part)
+                tensors = {n: torch.from_numpy(values) for n, values in stored.items()}
+                parts[name].append(agreement(encoding, live, tensors))
+            meter.advance(len(part))
+    means: dict[str, float] = {}
+    problems: list[Problem] = []
+    for name, found_parts in parts.items() if len(rows) else ():
+        values = np.concatenate(found_parts)
+        means[name] = float(values.mean())
+        problems += _problems(found, rows, name, values)
+    return Check("answers", {"views": len(rows), **means}, problems)
+
+
+def agreement(
+    encoding: Encoding, live: Mapping[str, Tensor], stored: Mapping[str, Tensor]
+) -> np.ndarray:
+    """How far two answers to each view agree, 0 to 1: (B,) float64.
+
+    The share of equal hard labels, where the encoding has them, else the overlap of the
+    distributions (1 - total variation); the mean of that at r = 1, at 0.5, and of the global one.
+
+    Args:
+        live, stored: rows of the same views, see :meth:`Encoding.encode`.
+    """
+    one, other = encoding.targets(live), encoding.targets(stored)
+    if "hard" in encoding.serves:
+        measures = _equal_labels(one, other)
+    else:
+        measures = _overlap(one, other, max(1.0, encoding.min_temperature))
+    return torch.stack([measure.double() for measure in measures]).mean(0).numpy()
+
+
+def _equal_labels(one: Targets, other: Targets) -> list[Tensor]:
+    spatial = [(one.hard_spatial(r) == other.hard_spatial(r)).double() for r in RATIOS]
+    return [*(same.mean((1, 2)) for same in spatial), one.hard_global() == other.hard_global()]
+
+
+def _overlap(one: Targets, other: Targets, tau: float) -> list[Tensor]:
+    pairs = [[x.spatial_log_probabilities(r, tau) for x in (one, other)] for r in RATIOS]
+    spatial = [torch.minimum(a, b).exp().sum(1).mean((1, 2)) for a, b in pairs]
+    a, b = (x.global_log_probabilities(tau) for x in (one, other))
+    return [*spatial, torch.minimum(a, b).exp().sum(1)]
+
+
+def _problems(found: Join, rows: np.ndarray, name: str, values: np.ndarray) -> list[Problem]:
+    problems = [
+        Problem(
+            "answers",
+            found.images.where(shard, offset),
+            f"{name}, view {view}: agrees by {value:.3f}, expected {VIEW_AGREEMENT} at least",
+        )
+        for (view, shard, offset), value in zip(rows.tolist(), values.tolist(), strict=True)
+        if value < VIEW_AGREEMENT
+    ]
+    if not problems and values.mean() < MEAN_AGREEMENT:
+        mean = f"{name} agrees by {values.mean():.4f}, expected {MEAN_AGREEMENT} at least"
+        problems = [Problem("answers", "the mean of all views", mean)]
+    return problems
+
+
+def _load(choice: TeacherChoice, recorded: TeacherInfo) -> Teacher:
+    return load_teacher(
+        choice.name,
+        weights=choice.weights,
+        num_classes=recorded.num_classes,
+        size=recorded.size,
+        kwargs=recorded.kwargs,
+        mean=choice.mean or (),
+        std=choice.std or (),
+        precision=recorded.precision,
+        batch_size=choice.batch_size,
+        device=pick_device(choice.device),
+    )

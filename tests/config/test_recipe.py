@@ -1,0 +1,473 @@
+"""Recipes: what is read, what is refused and in which words, what is written back."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cskd_pipeline.config import (
+    CHOICES,
+    DumpRecipe,
+    OptimSection,
+    RunSection,
+    TrainRecipe,
+    find_recipe,
+    load_recipe,
+    recipe_names,
+    result_digest,
+    to_toml,
+    validate,
+)
+from cskd_pipeline.config.checks import RANGES
+from cskd_pipeline.errors import RecipeError, UsageError
+from cskd_pipeline.views.policy import ViewPolicy
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems_of(folder: Path, text: str, kind: type = TrainRecipe, **overrides: Any) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(kind, write(folder, text), **overrides)
+    return caught.value.problems
+
+
+def test_a_file_overrides_defaults_and_leaves_the_rest(tmp_path: Path) -> None:
+    recipe = load_recipe(TrainRecipe, write(tmp_path, "[optim]\nlr = 2\nbetas = [0.8, 0.9]\n"))
+    assert recipe.optim == OptimSection(lr=2.0, betas=(0.8, 0.9))
+    assert isinstance(recipe.optim.lr, float)  # an integer serves as a number
+    assert recipe.run == RunSection()
+    assert recipe.views is None
+    assert load_recipe(DumpRecipe) == DumpRecipe()
+
+
+def test_an_integer_where_a_number_is_due_is_that_number_to_the_digest_too(tmp_path: Path) -> None:
+    """1 and 1.0 are two texts in JSON, and one learning rate."""
+    pairs = [("optim", "lr", "1", "1.0"), ("optim", "betas", "[0, 0]", "[0.0, 0.0]"),
+             ("views", "crop_area", "[1, 1]", "[1.0, 1.0]")]  # fmt: skip
+    for section, key, *texts in pairs:
+        one, other = (
+            load_recipe(TrainRecipe, write(tmp_path, f"[{section}]\n{key} = {text}\n"))
+            for text in texts
+        )
+        flagged = load_recipe(TrainRecipe, None, [f"{section}.{key}={texts[0]}"])
+        assert result_digest(one) == result_digest(other) == result_digest(flagged), key
+        assert to_toml(one) == to_toml(other)
+
+
+@pytest.mark.parametrize("digits", [20, 400])
+def test_integers_beyond_64_bits_are_refused_however_long(tmp_path: Path, digits: int) -> None:
+    for text in ("9" * digits, "-" + "9" * digits):
+        (problem,) = problems_of(tmp_path, f"[optim]\nlr = {text}\n")
+        assert problem.startswith("optim.lr: found ")
+        assert problem.endswith("expected a number")
+
+
+def test_a_partial_policy_is_completed_by_deit_v1(tmp_path: Path) -> None:
+    recipe = load_recipe(TrainRecipe, write(tmp_path, "[views]\nsize = 64\ncrop_area = [1, 1]\n"))
+    assert recipe.views == ViewPolicy(size=64, crop_area=(1.0, 1.0))
+
+
+def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
+    found = problems_of(
+        tmp_path,
+        """
+        lr = 3
+        [distil]
+        method = "cskd"
+        [distill]
+        methd = "none"
+        global_kind = "medium"
+        kind = "hard"
+        alpha = "half"
+        [optim]
+        betas = [0.9, true]
+        epochs = 3
+        [schedule]
+        epochs = 0
+        [run]
+        compile = 1
+        seed = true
+        workers = 2.0
+        amp = "b16"
+        [student]
+        kwargs = {depth = 2, since = 1979-05-27, deep = {rate = [0.5, nan]}}
+        [batch]
+        batch_size = 10
+        accumulation = 3
+        [views]
+        flip = 2
+        size = 3
+        """,
+    )
+    assert set(found) == {
+        "lr: found an unknown section, did you mean optim.lr?",
+        "distil: found an unknown section, did you mean distill?",
+        "distill.methd: found an unknown key, did you mean distill.method?",
+        "distill.global_kind: found 'medium', expected one of hard, soft",
+        "distill.kind: found an unknown key, did you mean distill.global_kind or "
+        "distill.spatial_kind?",
+        "distill.alpha: found 'half', expected a number",
+        "optim.betas[1]: found true, expected a number",
+        "optim.epochs: found an unknown key, did you mean schedule.epochs?",
+        "schedule.epochs: found 0, expected a value in [1, 1000000]",
+        "run.compile: found 1, expected true or false",
+        "run.seed: found true, expected an integer",
+        "run.workers: found 2.0, expected an integer",
+        "run.amp: found 'b16', expected one of off, bf16, fp16, did you mean 'bf16'?",
+        "student.kwargs.since: found datetime.date(1979, 5, 27), "
+        "expected a string, number or boolean",
+        "student.kwargs.deep.rate[1]: found nan, expected a finite number",
+        "batch.accumulation: found 3, expected a divisor of batch.batch_size",
+        "views: flip = 2.0 is not a probability; size = 3 is below 8",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("optim = 3", "optim: found 3, expected a table"),
+        ("[optim]\nbetas = 0.9", "optim.betas: found 0.9, expected an array of numbers"),
+        ("[optim]\nbetas = []", "optim.betas: found an empty array, expected at least one number"),
+        ("[views]\nmean = [0.5]", "views.mean: found [0.5], expected an array of 3 numbers"),
+        ("[student]\nkwargs = 1", "student.kwargs: found 1, expected a table"),
+        ("[optim]\nlr = inf", "optim.lr: found inf, expected a finite number"),
+        ("[optim]\nlr = -1.0", "optim.lr: found -1.0, expected a value in (0, inf)"),
+        ("[optim]\nsmoothing = 1.0", "optim.smoothing: found 1.0, expected a value in [0, 1)"),
+        ('[run]\nout = "a\\u0000b"', "text without a NUL character"),
+        ("[run]\nseed = 9223372036854775808", "expected a value in [0, 2**63)"),
+        ('[run]\nout = "\\u001b[2J"\nseed = "\\u001b[2J"', r"run.seed: found '\x1b[2J'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_expected(
+    tmp_path: Path, text: str, problem: str
+) -> None:
+    [found] = problems_of(tmp_path, text)
+    assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[cache]\nencodings = []", "cache.encodings: found [], expected one or more, each once"),
+        ('[cache]\nencodings = ["dense", "dense"]', "expected one or more, each once"),
+        ("[cache]\nviews = 6\nview_block = 4", "expected a divisor of cache.views"),
+        ('[cache]\nencodings = "dense"', "found 'dense', expected an array of strings"),
+    ],
+)
+def test_dump_recipes_are_checked_too(tmp_path: Path, text: str, problem: str) -> None:
+    [found] = problems_of(tmp_path, text, DumpRecipe)
+    assert problem in found
+
+
+def test_the_message_shows_where_and_every_problem(tmp_path: Path) -> None:
+    path = write(tmp_path, "[run]\nsed = 1\namp = 1\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(TrainRecipe, path)
+    assert str(caught.value).splitlines() == [
+        "the recipe is not usable",
+        f"  where:    {path}",
+        "  - run.sed: found an unknown key, did you mean run.seed?",
+        "  - run.amp: found 1, expected a string",
+    ]
+
+
+def test_sets_override_the_file_and_flags_override_both(tmp_path: Path) -> None:
+    path = write(tmp_path, "[optim]\nlr = 1.0\nweight_decay = 1.0\nsmoothing = 0.3\n")
+    recipe = load_recipe(
+        TrainRecipe,
+        path,
+        ["optim.lr=5e-4", "optim.weight_decay = 0.5", "optim.lr=0.25"],
+        {"optim.smoothing": 0.2, "run.seed": None},
+    )
+    assert (recipe.optim.lr, recipe.optim.weight_decay) == (0.25, 0.5)
+    assert recipe.optim.smoothing == 0.2
+    assert recipe.run.seed == 0  # a flag that was not given
+
+
+@pytest.mark.parametrize(
+    ("text", "section", "key", "value"),
+    [
+        ("distill.method=none", "distill", "method", "none"),
+        ('distill.method="none"', "distill", "method", "none"),
+        ("run.device=0", "run", "device", "0"),
+        ("run.out=1e3", "run", "out", "1e3"),
+        ("data.shards=/data/a b/{0..3}.tar", "data", "shards", "/data/a b/{0..3}.tar"),
+        ("data.shards=a=b", "data", "shards", "a=b"),
+        ("run.compile=true", "run", "compile", True),
+        ("optim.betas=[0.5, 0.6]", "optim", "betas", (0.5, 0.6)),
+        ("student.kwargs={depth = 2}", "student", "kwargs", {"depth": 2}),
+        ("student.kwargs.depth=2", "student", "kwargs", {"depth": 2}),
+        ("student.kwargs.norm=rms", "student", "kwargs", {"norm": "rms"}),
+        ('run.out="a"\nrun.seed=3', "run", "out", '"a"\nrun.seed=3'),
+    ],
+)
+def test_set_takes_toml_values_and_bare_strings(
+    text: str, section: str, key: str, value: object
+) -> None:
+    recipe = load_recipe(TrainRecipe, None, [text])
+    assert getattr(getattr(recipe, section), key) == value
+
+
+@pytest.mark.parametrize("text", ["optim.lr", "lr=3", ".lr=3", "optim.=3", "=3", ""])
+def test_set_without_a_dotted_name_is_wrong_usage(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--set takes section\.key=value"):
+        load_recipe(TrainRecipe, None, [text])
+
+
+def test_problems_from_the_command_line_say_so(tmp_path: Path) -> None:
+    found = problems_of(tmp_path, "[run]\nsed = 1\n", sets=["run.amp=b"], flags={"run.seed": -1})
+    assert [line.partition(":")[0] for line in found] == [
+        "run.sed",
+        "run.seed (from the command line)",
+        "run.amp (from the command line)",
+    ]
+
+
+def test_a_set_that_contradicts_a_flag_is_wrong_usage() -> None:
+    with pytest.raises(UsageError, match="disagree"):
+        load_recipe(TrainRecipe, None, ["schedule.epochs=3"], {"schedule.epochs": 4})
+    assert load_recipe(
+        TrainRecipe, None, ["schedule.epochs=3"], {"schedule.epochs": 3}
+    ).schedule.epochs == 3  # fmt: skip
+
+
+def test_unreadable_recipes_are_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="No such file"):
+        load_recipe(TrainRecipe, tmp_path / "none.toml")
+    with pytest.raises(RecipeError, match=r"not TOML[\s\S]*line 2"):
+        load_recipe(TrainRecipe, write(tmp_path, "[run]\nseed = \n"))
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match="not TOML"):
+        load_recipe(TrainRecipe, tmp_path / "binary.toml")
+    (tmp_path / "large.toml").write_bytes(b"#" * (2**20 + 1))
+    with pytest.raises(RecipeError, match="too large"):
+        load_recipe(TrainRecipe, tmp_path / "large.toml")
+    (tmp_path / "deep.toml").write_text("[run]\nseed = " + "[" * 100_000)
+    with pytest.raises(RecipeError, match="not TOML"):
+        load_recipe(TrainRecipe, tmp_path / "deep.toml")
+
+
+@pytest.mark.parametrize("joint", [".", " . ", '."a".', ".'/'.", '."=".'])
+def test_keys_in_one_another_are_refused_before_they_take_memory(
+    tmp_path: Path, joint: str
+) -> None:
+    """40,000 of them would take gigabytes."""
+    key = joint.join(["a"] * 40_000)
+    for text in (f"[student.kwargs]\n{key} = 1\n", f"[student.kwargs.{key}]\n"):
+        with pytest.raises(RecipeError, match="too many keys in one another"):
+            load_recipe(TrainRecipe, write(tmp_path, text))
+    tables = "[student.kwargs]\nx = " + "{a = " * 25 + "1" + "}" * 25
+    with pytest.raises(RecipeError, match="at most 20 tables in one another"):
+        load_recipe(TrainRecipe, write(tmp_path, tables))
+
+
+def test_a_long_list_of_shards_is_no_nest_of_keys(tmp_path: Path) -> None:
+    shards = ",".join(f"/data/v1.2/train-{n:04}.tar" for n in range(3000))
+    recipe = load_recipe(TrainRecipe, write(tmp_path, f'[data]\nshards = "{shards}"\n'))
+    assert recipe.data.shards == shards
+
+
+def test_names_find_recipes_and_a_name_without_method_means_cskd() -> None:
+    assert find_recipe(TrainRecipe, "paper_tiny").name == "paper_tiny_cskd.toml"
+    assert find_recipe(TrainRecipe, "paper_tiny_deit").name == "paper_tiny_deit.toml"
+    assert find_recipe(DumpRecipe, "paper_regnety_160").parent.name == "dump_teacher"
+    assert load_recipe(TrainRecipe, "paper_base").student.name.startswith("deit_base")
+    with pytest.raises(RecipeError, match="--recipe paper_small_cskd"):
+        find_recipe(TrainRecipe, "paper_smal_cskd")
+    with pytest.raises(RecipeError, match="no recipe of that name"):
+        find_recipe(TrainRecipe, "paper_regnety_160")  # of the other stage
+
+
+def test_a_path_is_a_path_even_beside_a_recipe_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, "[run]\nseed = 7\n")
+    assert load_recipe(TrainRecipe, "recipe.toml").run.seed == 7
+    path.rename(tmp_path / "mine")
+    assert load_recipe(TrainRecipe, "mine").run.seed == 7
+    assert load_recipe(TrainRecipe, "./mine").run.seed == 7
+
+
+def test_validate_checks_recipes_made_in_code() -> None:
+    validate(TrainRecipe())
+    validate(DumpRecipe())
+    with pytest.raises(RecipeError) as caught:
+        validate(TrainRecipe(optim=OptimSection(lr=-1.0), run=RunSection(amp="x")))
+    assert [line.partition(":")[0] for line in caught.value.problems] == ["optim.lr", "run.amp"]
+
+
+@pytest.mark.parametrize(
+    ("name", "refused", "accepted"),
+    [
+        ("data.num_classes", [-1, 65536], [0, 65535]),
+        ("student.drop_path", [-0.1, 1.0], [0.0, 0.9]),
+        ("distill.alpha", [-0.1, 1.1], [0.0, 1.0]),
+        ("distill.spatial_weight", [-0.1], [0.0, 10.0]),
+        ("distill.temperature", [0.0, -1.0], [0.1, 100.0]),
+        ("optim.lr", [0.0, -1.0], [1e-9, 10.0]),
+        ("optim.weight_decay", [-0.1], [0.0]),
+        ("optim.betas", [(0.9, 1.0), (-0.1, 0.9)], [(0.0, 0.999)]),
+        ("optim.clip_grad", [-1.0], [0.0, 5.0]),
+        ("optim.smoothing", [1.0, -0.1], [0.0, 0.9]),
+        ("schedule.epochs", [0], [1]),
+        ("schedule.warmup_epochs", [-1], [0]),
+        ("schedule.warmup_lr", [-1e-9], [0.0]),
+        ("schedule.min_lr", [-1e-9], [0.0]),
+        ("batch.batch_size", [1], [2]),
+        ("batch.accumulation", [0], [1]),
+        ("batch.repeats", [0], [1]),
+        ("batch.shuffle_shards", [0], [1]),
+        ("run.seed", [-1, 2**63], [0, 2**63 - 1]),
+        ("run.ema", [1.0, -0.1], [0.0, 0.99996]),
+        ("run.workers", [-2], [-1, 0]),
+        ("run.threads", [-1], [0]),
+        ("run.eval_every", [0], [1]),
+        ("eval.crop_pct", [-0.1, 1.01], [0.0, 0.1, 0.875, 1.0]),
+        ("run.checkpoint_every", [-1], [0]),
+    ],
+)
+def test_ranges_end_where_the_meaning_does(
+    name: str, refused: list[object], accepted: list[object]
+) -> None:
+    for value in accepted:
+        load_recipe(TrainRecipe, None, (), {name: value})
+    for value in refused:
+        with pytest.raises(RecipeError, match=f"{name} .*expected a value in"):
+            load_recipe(TrainRecipe, None, (), {name: value})
+
+
+def test_an_image_resized_to_more_than_ten_times_its_crop_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"eval.crop_pct .*expected 0, or 0.1 to 1"):
+        load_recipe(TrainRecipe, None, (), {"eval.crop_pct": 0.09})
+
+
+def all_fields(kind: type) -> list[tuple[str, str]]:
+    return [
+        (section.name, field.name)
+        for section in fields(kind)
+        if section.name != "views"
+        for field in fields(getattr(kind(), section.name))
+    ]
+
+
+def test_every_number_has_a_range_and_every_rule_a_field() -> None:
+    names, numbers = set(), set()
+    for kind in (DumpRecipe, TrainRecipe):
+        for section, key in all_fields(kind):
+            value = getattr(getattr(kind(), section), key)
+            names.add(f"{section}.{key}")
+            if type(value) in (int, float) or key in ("betas", "mean", "std"):
+                numbers.add(f"{section}.{key}")
+    assert numbers == set(RANGES)
+    assert set(CHOICES) <= names
+    assert all(re.fullmatch(r"[\[(][^,]+, [^,]+[\])]", interval) for interval in RANGES.values())
+
+
+def changed(value: object) -> object:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return value + "x"
+    if isinstance(value, tuple):
+        return value[:-1] if value else (0.5,)
+    return {"x": 1} if isinstance(value, dict) else value + 1  # type: ignore[operator]
+
+
+FREE = {
+    "data.shards", "data.val_shards", "data.cache", "data.split", "data.val_split", "data.name",
+    "data.check", "data.classes", "student.init_from",
+    "cache.path", "cache.view_block", "cache.license", "cache.notes",
+    "dump.batch_size", "dump.workers",
+    "dump.threads", "dump.device", "dump.channels_last", "dump.compile", "dump.rank_timeout",
+    "run.out", "run.device", "run.workers",
+    "run.threads", "run.compile", "run.channels_last",
+    "run.eval_batch_size", "run.log_every", "run.checkpoint_every", "run.wandb",
+    "run.rank_timeout",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [DumpRecipe, TrainRecipe])
+def test_the_digest_follows_what_changes_results_and_nothing_else(kind: type) -> None:
+    before = kind()
+    for section, key in all_fields(kind):
+        values = getattr(before, section)
+        after = replace(
+            before, **{section: replace(values, **{key: changed(getattr(values, key))})}
+        )
+        same = result_digest(after) == result_digest(before)
+        assert same == (f"{section}.{key}" in FREE), f"{section}.{key}"
+    policy = replace(before, views=ViewPolicy(size=99))
+    assert result_digest(policy) != result_digest(before)
+
+
+plain = st.recursive(
+    st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("aä .\"'\n", max_size=3), inner)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    out=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+    lr=st.floats(1e-300, 1e300),
+    kwargs=st.dictionaries(st.text("ab-_ .=#\x7f", max_size=3), plain, max_size=3),
+    policy=st.sampled_from([None, ViewPolicy(), ViewPolicy(size=8, erase_ratio=(0.1, 10.0))]),
+)
+def test_a_written_recipe_reads_back_equal(
+    tmp_path_factory: pytest.TempPathFactory,
+    out: str,
+    lr: float,
+    kwargs: dict[str, Any],
+    policy: ViewPolicy | None,
+) -> None:
+    recipe = load_recipe(
+        TrainRecipe, None, (), {"run.out": out, "optim.lr": lr, "student.kwargs": kwargs}
+    )
+    recipe = replace(recipe, views=policy)
+    path = tmp_path_factory.getbasetemp() / "written.toml"
+    path.write_bytes(to_toml(recipe).encode())
+    again = load_recipe(TrainRecipe, path)
+    assert again == recipe
+    assert result_digest(again) == result_digest(recipe)
+
+
+def test_every_named_recipe_survives_writing(tmp_path: Path) -> None:
+    for kind in (DumpRecipe, TrainRecipe):
+        for name in recipe_names(kind):
+            recipe = load_recipe(kind, name)
+            assert load_recipe(kind, write(tmp_path, to_toml(recipe))) == recipe
+
+
+def test_the_choices_are_those_of_the_rooms_that_know_them() -> None:
+    from cskd_pipeline.distill import ckf, losses
+    from cskd_pipeline.models import student, teacher
+    from cskd_pipeline.runtime import device
+
+    assert {name: CHOICES[name] for name in CHOICES if not name.startswith("data.")} == {
+        "teacher.precision": tuple(teacher.PRECISIONS),
+        "distill.method": losses.METHODS,
+        "distill.global_kind": losses.KINDS,
+        "distill.spatial_kind": losses.KINDS,
+        "distill.scaling": losses.SCALINGS,
+        "distill.schedule": tuple(ckf.SCHEDULES),
+        "distill.step": ("epoch", "update"),
+        "eval.interpolation": ("auto", *student.INTERPOLATIONS),
+        "run.amp": tuple(device.AMP),
+    }

@@ -1,0 +1,283 @@
+"""Batches: what they hold, that nothing is done twice, and that they come out the same anywhere."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import zlib
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.data import render as render_module
+from cskd_pipeline.data.batches import Batch, TrainBatches, render_batch, train_loader
+from cskd_pipeline.data.images import ImageSource
+from cskd_pipeline.data.index import Dataset, load_dataset
+from cskd_pipeline.data.join import join
+from cskd_pipeline.data.plan import EpochPlan, SampleSet
+from cskd_pipeline.data.render import Renderer
+from cskd_pipeline.errors import UsageError, ViewDriftError
+from cskd_pipeline.views import apply
+from cskd_pipeline.views.bits import view_seed
+from cskd_pipeline.views.decode import decode
+from cskd_pipeline.views.draw import draw
+from cskd_pipeline.views.mixing import draw_mix, matching
+from tests.data.making import POLICY, ROOT_SEED, VIEWS, make_cache, same
+
+REPEATS, BATCH = 2, 16
+
+
+def plan_of(dataset: Dataset, **changes: Any) -> EpochPlan:
+    options: dict[str, Any] = {"views": VIEWS, "repeats": REPEATS, "batch_size": BATCH, "seed": 1}
+    return EpochPlan(SampleSet.of(dataset), POLICY, ROOT_SEED, **{**options, **changes})
+
+
+def uncached(dataset: Dataset, **changes: Any) -> TrainBatches:
+    return TrainBatches(plan_of(dataset), ImageSource(dataset.shards), **changes)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> CacheReader:
+    return make_cache(tmp_path_factory.mktemp("cache") / "cache", load_dataset(shards))
+
+
+def cached(dataset: Dataset, cache: CacheReader, **changes: Any) -> TrainBatches:
+    images = join(dataset, cache).images
+    options: dict[str, Any] = {"cache": cache, "encoding": "dense", **changes}
+    return TrainBatches(plan_of(dataset), images, **options)
+
+
+def positions(source: TrainBatches, epochs: int) -> list[tuple[int, int, int]]:
+    steps, micros = range(source.plan.steps), range(source.accumulation)
+    return list(itertools.product(range(epochs), steps, micros))
+
+
+def test_a_row_is_the_view_and_the_partner_that_its_seeds_say(dataset: Dataset) -> None:
+    batch = uncached(dataset)[(1, 1, 0)]
+    assert batch.pixels.shape[1:] == (POLICY.size, POLICY.size, 3)
+    assert batch.pixels.dtype == torch.uint8
+    kinds: Counter[str] = Counter()
+    for i, (view, shard, offset) in enumerate(batch.index.tolist()):
+        tar = dataset.shards[shard]
+        other = int(matching(ROOT_SEED, tar.keys_sha256, len(tar), view, POLICY)[offset])
+        seeds = [view_seed(ROOT_SEED, tar.key(o), view) for o in (offset, other)]
+        mix = draw_mix(*seeds, POLICY)
+        mate = offset if mix.lam == 1.0 else other
+        for place, o in ((batch.own[i], offset), (batch.partner[i], mate)):
+            image = decode(tar.read_image(o), "")
+            height, width, _ = image.shape
+            params = draw(view_seed(ROOT_SEED, tar.key(o), view), POLICY, width, height)
+            assert np.array_equal(batch.pixels[place], apply.render(image, params, POLICY))
+            assert batch.seed.numpy()[place] == view_seed(ROOT_SEED, tar.key(o), view)
+            assert batch.image_crc32.numpy()[place] == zlib.crc32(tar.read_image(o))
+            assert batch.view_digest.numpy()[place] == apply.digest(batch.pixels[place].numpy())
+            boxes, noise = erased(batch, int(place))
+            assert boxes == [list(box) for box in params.erase]
+            assert np.array_equal(noise, apply.erase_noise(params))
+            kinds["erased"] += len(boxes)
+        assert batch.lam[i] == np.float32(mix.lam)
+        assert batch.cutmix_box[i].tolist() == list(mix.box if mix.cutmix else (0, 0, 0, 0))
+        assert batch.label[i] == tar.label(offset)
+        assert batch.partner_label[i] == tar.label(mate)
+        kinds["alone" if mix.lam == 1.0 else "cutmix" if mix.cutmix else "mixup"] += 1
+    assert min(kinds[kind] for kind in ("cutmix", "mixup", "erased")) > 0
+
+
+def erased(batch: Batch, number: int) -> tuple[list[list[int]], np.ndarray]:
+    """Erased boxes of a rendered view, and their noise."""
+    area = (3 * batch.erase_box[:, 3] * batch.erase_box[:, 4]).numpy()
+    noise = np.split(batch.erase_noise.numpy(), np.cumsum(area))
+    mine = np.flatnonzero(batch.erase_box[:, 0].numpy() == number)
+    boxes = batch.erase_box[mine, 1:].tolist()
+    return boxes, np.concatenate([np.empty(0, np.int16), *(noise[i] for i in mine)])
+
+
+def test_a_sample_without_partner_is_its_own(dataset: Dataset) -> None:
+    renderer = uncached(dataset).of_rows.renderer
+    batch = render_batch(renderer, np.array([[0, 3, 0], [1, 3, 0]], np.int32))  # a tar of one
+    assert torch.equal(batch.own, batch.partner)
+    assert batch.lam.tolist() == [1.0, 1.0]
+    assert torch.equal(batch.label, batch.partner_label)
+
+
+def test_each_image_is_decoded_once_and_each_view_rendered_once(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, rendered = Counter(), Counter()
+
+    def counting_decode(data: bytes, where: str) -> Any:
+        decoded[where] += 1
+        return decode(data, where)
+
+    def counting_draw(seed: int, *rest: Any) -> Any:
+        rendered[seed] += 1
+        return draw(seed, *rest)
+
+    monkeypatch.setattr(render_module, "decode", counting_decode)
+    monkeypatch.setattr(render_module, "draw", counting_draw)
+    batch = uncached(dataset)[(0, 0, 0)]
+    assert set(decoded.values()) == set(rendered.values()) == {1}
+    assert len(rendered) == len(batch.pixels)
+    # Neighbours share nearly all: at both ends of the batch a pair may be cut.
+    assert len(batch.pixels) <= BATCH + 2 * REPEATS
+    assert len(decoded) <= BATCH // REPEATS + 4
+
+
+def test_batches_are_the_same_for_any_number_of_workers_and_from_any_start(
+    dataset: Dataset, cache: CacheReader
+) -> None:
+    source = cached(dataset, cache, accumulation=2)
+    wanted = positions(source, 3)
+    alone = [source[position] for position in wanted]
+    assert [len(batch) for batch in alone] == [BATCH // 2] * len(wanted)
+    for workers, start in ((0, 0), (1, 0), (2, 0), (2, 5)):
+        loader = train_loader(source, wanted[start:], workers=workers, start_method="fork")
+        loaded = list(loader)
+        assert len(loaded) == len(wanted) - start
+        for one, other in zip(loaded, alone[start:], strict=True):
+            assert same(one, other)
+
+
+def test_batches_are_the_same_in_a_process_that_shares_nothing(
+    dataset: Dataset, cache: CacheReader
+) -> None:
+    source = cached(dataset, cache)
+    wanted = [(0, 0, 0), (2, 1, 0)]
+    loader = train_loader(source, wanted, workers=1, start_method="spawn")
+    for one, position in zip(loader, wanted, strict=True):
+        assert same(one, source[position])
+
+
+def test_ranks_and_micro_batches_are_the_parts_of_one_batch(dataset: Dataset) -> None:
+    whole = uncached(dataset)[(1, 0, 0)]
+    parts = [
+        uncached(dataset, rank=rank, world=2, accumulation=2)[(1, 0, micro)]
+        for rank in range(2)
+        for micro in range(2)
+    ]
+    assert torch.equal(torch.cat([part.index for part in parts]), whole.index)
+    for name in ("lam", "label", "partner_label", "cutmix_box"):
+        joined = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(joined, getattr(whole, name))
+    pixels = torch.cat([part.pixels[part.own] for part in parts])
+    assert torch.equal(pixels, whole.pixels[whole.own])
+    with pytest.raises(UsageError, match="equal parts"):
+        uncached(dataset, world=3)
+
+
+def test_a_cache_gives_the_views_it_recorded_and_its_answers(
+    dataset: Dataset, cache: CacheReader
+) -> None:
+    source, plain = cached(dataset, cache), uncached(dataset)
+    for position in positions(source, 2):
+        batch, other = source[position], plain[position]
+        assert torch.equal(batch.pixels, other.pixels)
+        assert torch.equal(batch.seed, other.seed)
+        assert batch.drifted == 0
+        for i, (view, shard, offset) in enumerate(batch.index.tolist()):
+            rows = cache.rows("dense", view, shard, [offset])
+            assert set(rows) == set(batch.targets)
+            for name, row in rows.items():
+                assert np.array_equal(batch.targets[name][i].numpy(), row[0])
+        assert not other.targets
+
+
+def test_seeds_come_from_the_cache_not_from_their_formula(
+    tmp_path: Path, dataset: Dataset, cache: CacheReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = cached(dataset, cache)[(0, 0, 0)]
+    monkeypatch.setattr(render_module, "view_seed", None)
+    assert same(cached(dataset, cache)[(0, 0, 0)], batch)
+
+
+class Drifted(CacheReader):
+    """A cache whose view digests are those of other pixels."""
+
+    def view_digests(self, view: int, shard: int) -> np.ndarray:
+        return super().view_digests(view, shard) ^ np.uint32(view == 1)
+
+
+def test_a_view_that_does_not_replay_is_refused_and_named(
+    dataset: Dataset, cache: CacheReader
+) -> None:
+    source = cached(dataset, Drifted(cache.path))
+    with pytest.raises(ViewDriftError, match="views are not those the teacher saw") as caught:
+        _ = source[(0, 0, 0)]
+    assert caught.value.found == "same versions"
+    line = caught.value.problems[0]
+    assert ", view 1: digest " in line
+    assert any(key in line for key in dataset.shards[0].keys + dataset.shards[2].keys)
+
+
+def test_drift_is_counted_where_the_user_accepts_it(dataset: Dataset, cache: CacheReader) -> None:
+    batch = cached(dataset, Drifted(cache.path), drift="warn")[(0, 0, 0)]
+    clean = cached(dataset, cache)[(0, 0, 0)]
+    assert 0 < batch.drifted < len(batch.pixels)
+    assert torch.equal(batch.pixels, clean.pixels)
+
+
+def test_the_error_names_the_versions_that_differ(
+    dataset: Dataset, cache: CacheReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {**cache.manifest.versions, "pillow": "1.0"}
+    monkeypatch.setattr(render_module, "library_versions", lambda: versions)
+    with pytest.raises(ViewDriftError) as caught:
+        _ = cached(dataset, Drifted(cache.path))[(0, 0, 0)]
+    assert f"pillow: {cache.manifest.versions['pillow']} and 1.0" in caught.value.found
+
+
+def test_loading_leaves_every_global_generator_alone(dataset: Dataset) -> None:
+    def states() -> tuple[Any, ...]:
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+    source = uncached(dataset)
+    before = states()
+    for workers in (0, 1):
+        list(train_loader(source, positions(source, 1), workers=workers))
+    assert states() == before
+
+
+def test_a_batch_survives_the_way_between_processes(dataset: Dataset, cache: CacheReader) -> None:
+    source = cached(dataset, cache)
+    batch = source[(0, 0, 0)]
+    (arrived,) = train_loader(source, [(0, 0, 0)], workers=1)
+    assert same(arrived, batch)
+    assert same(batch.to("cpu"), batch)
+    assert len(batch) == BATCH
+
+
+def test_a_pair_that_is_not_mixed_renders_no_partner(dataset: Dataset) -> None:
+    policy = replace(POLICY, mix=0.5)
+    renderer = Renderer(SampleSet.of(dataset), ImageSource(dataset.shards), policy, ROOT_SEED)
+    mates = matching(ROOT_SEED, dataset.shard_ids[0], 21, 0, policy)
+    kinds = Counter()
+    for offset in np.flatnonzero(mates != np.arange(21)).tolist():
+        batch = render_batch(renderer, np.array([[0, 0, offset]], np.int32))
+        mixed = float(batch.lam) < 1.0
+        assert len(batch.pixels) == 1 + mixed
+        assert batch.partner_label == dataset.shards[0].label(mates[offset] if mixed else offset)
+        kinds[mixed] += 1
+    assert min(kinds[True], kinds[False]) > 3
+
+
+def test_views_are_told_apart_at_any_size_of_data_set() -> None:
+    edges = (0, 1, 2**19, 2**20 - 1)
+    rows = [(v, s, o) for s in edges for o in (*edges, 2**24 - 1) for v in edges]
+    packed = render_module._packed(np.array(rows, np.int32))
+    assert (packed[1:] > packed[:-1]).all()
+
+
+def test_no_mixing_means_no_partners(dataset: Dataset) -> None:
+    policy = replace(POLICY, mix=0.0)
+    renderer = Renderer(SampleSet.of(dataset), ImageSource(dataset.shards), policy, ROOT_SEED)
+    rows = np.array([[v, 0, o] for o in range(4) for v in range(2)], np.int32)
+    batch: Batch = render_batch(renderer, rows)
+    assert torch.equal(batch.own, batch.partner)
+    assert len(batch.pixels) == len(rows)
+    assert (batch.lam == 1).all()

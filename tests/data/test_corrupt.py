@@ -1,0 +1,139 @@
+"""Images that cannot be decoded, found by decoding all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cskd_pipeline.cli import main
+from cskd_pipeline.data import corrupt
+from cskd_pipeline.data.corrupt import by_shard, find_corrupt, without_corrupt
+from cskd_pipeline.data.images import ImageSource
+from cskd_pipeline.data.index import Dataset, load_dataset
+from cskd_pipeline.data.left_out import LeftOuts
+from cskd_pipeline.errors import ManifestError
+from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.runtime.distributed import ALONE
+from tests.pictures import CLASSES, Sample, samples, write_shard
+
+Capture = pytest.CaptureFixture[str]
+SPOILED = {0: [0, 70, 99], 1: [3, 4]}
+
+
+def spoiled(content: Sample, how: int) -> Sample:
+    """An image cut short, of no bytes, of other bytes, or with one missing in its middle."""
+    key, fields = content
+    field, data = next((n, d) for n, d in fields.items() if n not in ("cls", "json"))
+    ways = (data[: len(data) // 2], b"", b"<html>404</html>", data[:1])
+    return key, {**fields, field: ways[how % len(ways)]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tars of 100 and 8 samples, of which some are no images."""
+    path = tmp_path_factory.mktemp("spoiled")
+    (path / "classes.json").write_text(json.dumps(CLASSES))
+    for shard, (first, count) in enumerate(((0, 100), (100, 8))):
+        content = samples(first, count)
+        for how, row in enumerate(SPOILED[shard]):
+            content[row] = spoiled(content[row], how)
+        write_shard(path / f"t-{shard}.tar", content)
+    return path
+
+
+def every(dataset: Dataset) -> np.ndarray:
+    return np.array([(s, i) for s, count in enumerate(dataset.counts) for i in range(count)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_are_found_whoever_looks(folder: Path, workers: int) -> None:
+    dataset = load_dataset(folder, empty="pass")
+    images = ImageSource(dataset.shards)
+    found = find_corrupt(images, every(dataset), workers=workers)
+    assert by_shard(found) == SPOILED
+    assert all(image.reason for image in found)
+    shares = [
+        find_corrupt(images, every(dataset), workers=workers, part=part, parts=3)
+        for part in range(3)
+    ]
+    assert sorted(image for share in shares for image in share) == found
+
+
+def test_images_that_are_known_to_be_whole_are_not_decoded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = load_dataset(folder, empty="pass")
+    images = ImageSource(dataset.shards)
+    intact = np.array([crc for _, crc in images.crc32(every(dataset))], np.uint32)
+    intact[70] ^= 1
+    decode, decoded = corrupt.decode, []
+
+    def counted(data: bytes, where: object) -> np.ndarray:
+        decoded.append(where)
+        return decode(data, where)
+
+    monkeypatch.setattr(corrupt, "decode", counted)
+    assert by_shard(find_corrupt(images, every(dataset), intact=intact)) == {0: [70]}
+    assert len(decoded) == 1
+
+
+def test_a_data_set_without_them_is_known_again_from_its_record(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = load_dataset(folder, empty="pass")
+    first = LeftOuts(tmp_path, ALONE, Terminal(quiet=True))
+    fewer = without_corrupt(dataset, first)
+    assert fewer.counts == (97, 6)
+    assert not {shard.key(0) for shard in dataset.shards[:1]} & set(fewer.shards[0].keys)
+    first.write()
+    lines = (tmp_path / "left_out.csv").read_text().splitlines()
+    assert lines[:2] == ["reason,shard,offset,key", f"corrupt,0,0,{dataset.shards[0].key(0)}"]
+    assert len(lines) == 1 + 5
+
+    monkeypatch.setattr(corrupt, "find_corrupt", None)
+    again = LeftOuts(tmp_path, ALONE, Terminal(quiet=True))
+    assert without_corrupt(dataset, again).shard_ids == fewer.shard_ids
+    again.write()
+    assert (tmp_path / "left_out.csv").read_text().splitlines() == lines
+
+    record = json.loads((tmp_path / "corrupt.json").read_text())
+    (tmp_path / "corrupt.json").write_text(json.dumps({**record, "corrupt": {"0": [100]}}))
+    with pytest.raises(ManifestError, match="1 problem"):
+        without_corrupt(dataset, LeftOuts(tmp_path, ALONE, Terminal(quiet=True)))
+    (tmp_path / "corrupt.json").write_text(json.dumps({**record, "shards": "of others"}))
+    with pytest.raises(TypeError):  # it looks again
+        without_corrupt(dataset, LeftOuts(tmp_path, ALONE, Terminal(quiet=True)))
+
+
+def index(folder: Path, out: Path, *more: str) -> int:
+    return main(["index", str(folder), "--out", str(out), "--workers", "0", *more])
+
+
+def test_index_lists_all_and_writes_nothing(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "manifest.json"
+    dataset = load_dataset(folder, empty="pass")
+    keys = [dataset.shards[shard].key(row) for shard, rows in SPOILED.items() for row in rows]
+    assert index(folder, out, "--check-images") == 1
+    told = capsys.readouterr()
+    assert "5 of 108 images cannot be decoded" in told.err
+    assert "data.corrupt=skip" in told.err
+    for key in keys:
+        assert told.out.count(key) == 1
+    assert index(folder, out, "--check-images", "--json") == 1
+    document = json.loads(capsys.readouterr().out)
+    assert [image["key"] for image in document["corrupt"]] == keys
+    assert document["corrupt"][1]["found"].startswith("0 bytes")
+    assert not out.exists()
+
+
+def test_index_of_whole_images_writes_its_manifest(
+    shards: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert index(shards, tmp_path / "manifest.json", "--check-images") == 0
+    assert (tmp_path / "manifest.json").exists()
+    capsys.readouterr()
+    assert index(shards, tmp_path / "other.json") == 2  # processes for nothing
+    assert "--check-images" in capsys.readouterr().err

@@ -1,0 +1,355 @@
+"""A cache and tars that were cut otherwise, lack samples, or hold other images."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.data import shards as shards_module
+from cskd_pipeline.data.batches import TrainBatches
+from cskd_pipeline.data.index import Dataset, index_shards, load_dataset
+from cskd_pipeline.data.join import Join, find_differing, join
+from cskd_pipeline.data.plan import EpochPlan
+from cskd_pipeline.data.replay import renderer_of, replay, spread_views
+from cskd_pipeline.errors import JoinError, ViewDriftError
+from cskd_pipeline.runtime.classes import ClassGuard
+from cskd_pipeline.views import apply
+from tests.conftest import COUNTS
+from tests.data.making import POLICY, ROOT_SEED, VIEWS, make_cache, same
+from tests.pictures import Sample, samples, write_shard
+
+EVERY = samples(0, sum(COUNTS))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> CacheReader:
+    return make_cache(tmp_path_factory.mktemp("cache") / "cache", load_dataset(shards))
+
+
+def recut(folder: Path, *parts: list[Sample]) -> Dataset:
+    """A data set of tars that hold ``parts``."""
+    folder.mkdir(exist_ok=True)
+    paths = [write_shard(folder / f"other-{i:02d}.tar", part) for i, part in enumerate(parts)]
+    return load_dataset(paths, num_classes=5)
+
+
+def source(joined: Join, cache: CacheReader, batch_size: int = 10, **changes: Any) -> TrainBatches:
+    plan = EpochPlan(
+        joined.samples,
+        POLICY,
+        ROOT_SEED,
+        views=VIEWS,
+        repeats=2,
+        batch_size=batch_size,
+        seed=0,
+        allowed=joined.allowed,
+    )
+    return TrainBatches(plan, joined.images, cache=cache, encoding="dense", **changes)
+
+
+def test_the_producer_s_own_shards_are_taken_whole(
+    dataset: Dataset, cache: CacheReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CacheReader, "keys", None)
+    joined = join(dataset, cache)
+    assert (joined.same_shards, joined.missing, joined.unused) == (4, 0, 0)
+    assert joined.allowed is None
+    assert joined.samples.counts == COUNTS
+
+
+def test_shards_of_the_same_keys_are_found_whatever_they_are_called(
+    tmp_path: Path, cache: CacheReader, dataset: Dataset
+) -> None:
+    ends = np.cumsum(COUNTS)
+    parts = [EVERY[end - n : end] for n, end in zip(COUNTS, ends, strict=True)]
+    other = recut(tmp_path, *parts[::-1])
+    joined = join(other, cache)
+    assert joined.same_shards == 4
+    one, two = source(joined, cache), source(join(dataset, cache), cache)
+    assert same(one[(0, 1, 0)], two[(0, 1, 0)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_other_tars_in_another_order_give_the_same_batches(
+    tmp_path: Path, dataset: Dataset, cache: CacheReader, seed: int
+) -> None:
+    order = np.random.default_rng(seed).permutation(len(EVERY))
+    cuts = sorted(np.random.default_rng(seed).choice(np.arange(1, len(EVERY)), 4, replace=False))
+    parts = [[EVERY[i] for i in part] for part in np.split(order, cuts)]
+    joined = join(recut(tmp_path, *parts, samples(500, 3)), cache)
+    assert (joined.same_shards, joined.missing, joined.unused) == (0, 0, 3)
+    one, two = source(joined, cache), source(join(dataset, cache), cache)
+    for position in ((0, 0, 0), (1, 3, 0), (2, 2, 0)):
+        assert same(one[position], two[position])
+
+
+def test_a_batch_opens_every_tar_once(
+    tmp_path: Path, cache: CacheReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined = join(recut(tmp_path, EVERY[0::3], EVERY[1::3], EVERY[2::3]), cache)
+    opened: list[Path] = []
+    open_shard = shards_module.open_shard
+    monkeypatch.setattr(
+        shards_module, "open_shard", lambda path: (opened.append(path), open_shard(path))[1]
+    )
+    _ = source(joined, cache, batch_size=40)[(0, 0, 0)]
+    assert len(opened) == len(set(opened)) == 3
+
+
+def test_what_is_missing_is_counted_and_named(tmp_path: Path, cache: CacheReader) -> None:
+    other = recut(tmp_path, [s for i, s in enumerate(EVERY) if i not in (3, 17, 40)])
+    with pytest.raises(JoinError, match="3 of the cache's 43 samples are not in the shards") as e:
+        join(other, cache)
+    assert e.value.problems == [f"missing: {EVERY[i][0]}" for i in (3, 17, 40)]
+    assert "data.missing=skip" in str(e.value.action)
+
+
+def test_training_without_the_missing_asks_for_none_of_them(
+    tmp_path: Path, dataset: Dataset, cache: CacheReader
+) -> None:
+    gone = {3, 17, 40}
+    other = recut(tmp_path, [s for i, s in enumerate(EVERY) if i not in gone], samples(99, 1))
+    joined = join(other, cache, missing="skip")
+    assert (joined.missing, joined.unused) == (3, 1)
+    assert joined.allowed is not None
+    starts = np.cumsum((0, *COUNTS))
+    absent = {int(starts[s] + i) for s, m in enumerate(joined.allowed) for i in np.flatnonzero(~m)}
+    assert absent == gone
+    skipping = source(joined, cache)
+    every = join(dataset, cache)
+    renderer = source(every, cache).of_rows
+    for step in range(skipping.plan.steps):
+        batch = skipping[(0, step, 0)]
+        numbers = starts[batch.index[:, 1]] + batch.index[:, 2].numpy()
+        assert not gone & set(numbers.tolist())
+        assert same(batch, renderer[batch.index.numpy()])
+
+
+def test_shards_of_another_data_set_are_not_skipped_but_refused(
+    tmp_path: Path, cache: CacheReader
+) -> None:
+    other = recut(tmp_path, samples(500, 20))
+    for missing in ("error", "skip"):
+        with pytest.raises(JoinError, match="43 of the cache's 43") as caught:
+            join(other, cache, missing=missing)
+    assert caught.value.found == "20 samples, for example bird_0500"
+    assert "skip" not in str(caught.value.action)
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, cache: CacheReader) -> None:
+    with pytest.raises(JoinError, match="more than once") as caught:
+        join(recut(tmp_path, EVERY, EVERY[30:33]), cache)
+    assert caught.value.found == EVERY[30][0]
+    assert "other-00.tar and" in str(caught.value.where)
+    first = EVERY[: COUNTS[0]]
+    with pytest.raises(JoinError, match="more than once"):
+        join(recut(tmp_path, first, EVERY[COUNTS[0] :], first), cache)
+
+
+def test_keys_twice_among_what_the_cache_does_not_know_are_no_matter(
+    tmp_path: Path, cache: CacheReader
+) -> None:
+    other = recut(tmp_path, EVERY, samples(500, 2), samples(500, 2))
+    assert join(other, cache).unused == 4
+
+
+def relabelled(sample: Sample, label: int) -> Sample:
+    key, fields = sample
+    return key, {**fields, "cls": b"%d" % label}
+
+
+def test_labels_unlike_the_cache_s_are_refused_by_key(tmp_path: Path, cache: CacheReader) -> None:
+    """Of every sample, before any is read; classes that were only numbered otherwise are said."""
+    turned = [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)]
+    with pytest.raises(JoinError, match="34 of 43 samples have other labels") as caught:
+        join(recut(tmp_path, turned[::-1]), cache)
+    assert caught.value.problems[0] == "bird_0000: label 4, in the cache 0"
+    assert caught.value.found == (
+        "classes in another order: 0 is 4 here, 1 is 3 here, 3 is 1 here, 4 is 0 here"
+    )
+    ends = np.cumsum(COUNTS)
+    last = [relabelled(s, 0) if i == 41 else s for i, s in enumerate(EVERY)]
+    parts = [last[end - n : end] for n, end in zip(COUNTS, ends, strict=True)]
+    with pytest.raises(JoinError, match="1 of 43 samples have other labels") as caught:
+        join(recut(tmp_path, *parts), cache)
+    assert caught.value.problems == [f"{EVERY[41][0]}: label 0, in the cache 1"]
+
+
+def test_labels_of_what_is_missing_are_not_compared(tmp_path: Path, cache: CacheReader) -> None:
+    joined = join(recut(tmp_path, EVERY[1:30]), cache, missing="skip")
+    assert (joined.compared, len(joined.relabelled)) == (29, 0)
+
+
+def test_labels_that_are_accepted_are_counted_and_read_as_they_are(
+    tmp_path: Path, cache: CacheReader
+) -> None:
+    guard = ClassGuard(accept=True)
+    turned = [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)]
+    joined = join(recut(tmp_path, turned), cache, guard)
+    assert guard.accepted == ["34 of 43 samples have other labels than in the cache"]
+    assert joined.relabelled[:2].tolist() == [[0, 0, 0], [0, 1, 1]]
+    assert joined.images.labels(np.array([[0, 0], [0, 1]])).tolist() == [4, 3]
+    assert replay(joined, spread_views(joined, 3)).exact.all()
+
+
+def test_a_manifest_of_other_tars_does_not_spare_them_the_comparison(tmp_path: Path) -> None:
+    """The same keys, so the same shard; the SHA-256 says that the labels may be others."""
+    (tmp_path / "theirs").mkdir()
+    own = make_cache(tmp_path / "cache", recut(tmp_path / "theirs", EVERY))
+    (tmp_path / "ours").mkdir()
+    recut(tmp_path / "ours", [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)])
+    index_shards(tmp_path / "ours", num_classes=5).save(tmp_path / "ours/manifest.json")
+    with pytest.raises(JoinError, match="34 of 43 samples have other labels"):
+        join(load_dataset(tmp_path / "ours/manifest.json"), own)
+
+
+def test_labels_altered_after_the_tar_was_indexed_are_found_at_its_first_use(
+    tmp_path: Path, cache: CacheReader
+) -> None:
+    """Its manifest still names the cache's own tar, so nothing was read when it was joined."""
+    first = [relabelled(s, i % 5) for i, s in enumerate(EVERY)]
+    own = make_cache(tmp_path / "cache", recut(tmp_path, first))
+    index_shards(tmp_path, num_classes=5).save(tmp_path / "manifest.json")
+    recut(tmp_path, [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)])
+    joined = join(load_dataset(tmp_path / "manifest.json"), own)
+    assert joined.compared == 0
+    with pytest.raises(JoinError, match="34 of 43 samples have other labels"):
+        joined.images.labels(np.array([[0, 0]]))
+
+
+def recompressed(sample: Sample) -> Sample:
+    key, fields = sample
+    field = next(name for name in fields if name not in ("cls", "json"))
+    file = io.BytesIO()
+    Image.open(io.BytesIO(fields[field])).convert("RGB").save(file, "JPEG", quality=70)
+    return key, {
+        **{n: d for n, d in fields.items() if n in ("cls", "json")},
+        "jpg": file.getvalue(),
+    }
+
+
+def test_recompressed_images_are_noticed_in_a_sample(tmp_path: Path, cache: CacheReader) -> None:
+    other = recut(tmp_path, [recompressed(s) for s in EVERY])
+    joined = join(other, cache)
+    with pytest.raises(JoinError, match="not the one the cache was made from") as caught:
+        renderer_of(joined, strict=True).render(spread_views(joined, 3))
+    assert "CRC-32" in str(caught.value.found)
+    assert "other-00.tar: " in str(caught.value.where)
+
+
+def test_one_image_that_differs_is_noticed_when_it_is_read(
+    tmp_path: Path, cache: CacheReader
+) -> None:
+    changed = 6
+    other = recut(tmp_path, [recompressed(s) if i == changed else s for i, s in enumerate(EVERY)])
+    strict = source(join(other, cache), cache)
+    with pytest.raises(JoinError, match="not the one the cache was made from") as caught:
+        _ = [strict[(epoch, step, 0)] for epoch in (0, 1) for step in range(strict.plan.steps)]
+    assert EVERY[changed][0] in str(caught.value.where)
+
+
+def test_images_that_differ_are_counted_where_the_user_accepts_them(
+    tmp_path: Path, cache: CacheReader
+) -> None:
+    other = recut(tmp_path, [recompressed(s) for s in EVERY])
+    batch = source(join(other, cache, drift="warn"), cache, drift="warn")[(0, 0, 0)]
+    assert batch.drifted == len(batch.pixels)
+
+
+def test_with_manifests_on_both_sides_no_tar_is_read(
+    tmp_path: Path, dataset: Dataset, cache: CacheReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = dataset.shards[0].path.parent
+    manifest = index_shards(folder)
+    manifest.save(tmp_path / "manifest.json")
+    for shard in dataset.shards:
+        (tmp_path / shard.path.name).symlink_to(shard.path)
+    read: list[Path] = []
+    read_index = shards_module.read_index
+    monkeypatch.setattr(
+        shards_module, "read_index", lambda path: (read.append(path), read_index(path))[1]
+    )
+    joined = join(load_dataset(tmp_path / "manifest.json"), cache)
+    assert joined.same_shards == 4
+    assert read == []
+
+
+def test_images_that_differ_are_found_by_reading_all_and_left_out(
+    tmp_path: Path, dataset: Dataset, cache: CacheReader
+) -> None:
+    """In other tars, in another order, with samples missing."""
+    other_images, gone = {0, 6, 25, 42}, {3, 30}
+    content = [recompressed(s) if i in other_images else s for i, s in enumerate(EVERY)]
+    order = [i for i in np.random.default_rng(5).permutation(len(EVERY)).tolist() if i not in gone]
+    parts = [[content[i] for i in part] for part in np.array_split(order, 3)]
+    joined = join(recut(tmp_path, *parts), cache, missing="skip", drift="skip")
+    starts = np.cumsum((0, *COUNTS)).tolist()
+    found = find_differing(joined)
+    assert {starts[s] + i for s, offsets in found.items() for i in offsets} == other_images
+    shares = [find_differing(joined, part=part, parts=2) for part in range(2)]
+    together = [(s, i) for share in shares for s, offsets in share.items() for i in offsets]
+    assert sorted(together) == [(s, i) for s, offsets in found.items() for i in offsets]
+
+    skipping = joined.without(found, "other image")
+    assert (skipping.missing, skipping.count("other image")) == (2, 4)
+    left_out = [(x.reason, starts[x.shard] + x.offset, x.key) for x in skipping.left_out()]
+    assert left_out == [
+        ("missing" if i in gone else "other image", i, EVERY[i][0])
+        for i in sorted(other_images | gone)
+    ]
+    assert joined.allowed is not None  # what it was made from is as it was
+    assert sum(int((~mask).sum()) for mask in joined.allowed) == 2
+    batches, every = source(skipping, cache, 4), source(join(dataset, cache), cache).of_rows
+    for step in range(batches.plan.steps):
+        batch = batches[(0, step, 0)]
+        numbers = np.array(starts)[batch.index[:, 1]] + batch.index[:, 2].numpy()
+        assert not (other_images | gone) & set(numbers.tolist())
+        assert same(batch, every[batch.index.numpy()])
+
+
+def test_where_no_image_differs_nothing_is_left_out(dataset: Dataset, cache: CacheReader) -> None:
+    joined = join(dataset, cache, drift="skip")
+    assert find_differing(joined) == {}
+    assert joined.without({}, "other image") == joined
+    assert list(joined.without({}, "other image").left_out()) == []
+
+
+def test_where_every_image_differs_nothing_could_be_trained_on(
+    tmp_path: Path, cache: CacheReader
+) -> None:
+    other = join(recut(tmp_path, [recompressed(s) for s in EVERY]), cache, drift="skip")
+    found = find_differing(other)
+    assert sum(map(len, found.values())) == len(EVERY)
+    with pytest.raises(JoinError, match="none of the images is the one"):
+        other.without(found, "other image")
+
+
+def test_an_image_that_was_altered_after_the_search_is_still_refused(
+    tmp_path: Path, cache: CacheReader
+) -> None:
+    other = recut(tmp_path, [recompressed(s) if i == 6 else s for i, s in enumerate(EVERY)])
+    overlooked = source(join(other, cache, drift="skip"), cache, drift="skip")
+    with pytest.raises(JoinError, match="not the one the cache was made from"):
+        _ = [overlooked[(epoch, step, 0)] for epoch in (0, 1) for step in range(4)]
+
+
+def test_views_that_drift_though_images_are_the_same_are_not_skipped_but_refused(
+    dataset: Dataset, cache: CacheReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = apply.digest
+    monkeypatch.setattr(apply, "digest", lambda pixels: digest(pixels) ^ 1)
+    with pytest.raises(ViewDriftError):
+        _ = source(join(dataset, cache, drift="skip"), cache, drift="skip")[(0, 0, 0)]
+
+
+def test_a_join_says_what_it_found(dataset: Dataset, cache: CacheReader) -> None:
+    fields = {field.name for field in dataclasses.fields(join(dataset, cache))}
+    counts = {"same_shards", "missing", "unused", "compared", "relabelled", "reasons"}
+    assert {"samples", "images", "allowed", *counts} == fields

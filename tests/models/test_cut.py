@@ -1,0 +1,240 @@
+"""Networks of one's own as teachers: how each form is cut, and why others cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from cskd_pipeline.errors import TeacherError, WeightsError
+from cskd_pipeline.models.cut import cut_network
+from cskd_pipeline.models.teacher import Teacher, load_teacher
+from cskd_pipeline.models.weights import state_digest
+from cskd_pipeline.runtime.device import place
+from tests.models import plain
+from tests.models.test_teacher import views
+
+IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def load(name: str, **options: Any) -> Teacher:
+    given = {"weights": "random", "num_classes": 5, "size": 64, "batch_size": 2, **IMAGENET}
+    return load_teacher(name, **(given | options))
+
+
+# Networks that have no forward_features: (factory, locations along a side of 64 px).
+PLAIN = {
+    "tests.models.plain:pool_layer": (4, 4),
+    "tests.models.plain:pool_function": (4, 4),
+    "tests.models.plain:mean_method": (4, 4),
+    "tests.models.plain:relu_function": (4, 4),
+    "tests.models.plain:relu_in_place": (4, 4),
+    "tests.models.plain:two_heads": (4, 4),
+    "tests.models.plain:oblong": (2, 4),
+    "torchvision:resnet18": (2, 2),
+    "torchvision:densenet121": (2, 2),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_any_network_of_features_pooling_and_a_linear_layer_is_a_teacher(name: str) -> None:
+    teacher = load(name)
+    assert teacher.grid == PLAIN[name]
+    x = views(2, 64)
+    answer = teacher.answer(x)
+    network = teacher.model.network
+    with torch.inference_mode():
+        logits = network(x)
+    scale = float(logits.abs().max())
+    torch.testing.assert_close(answer.global_.float(), logits, rtol=2e-3, atol=2e-3 * scale)
+    mean = answer.spatial.float().mean(dim=(2, 3))
+    torch.testing.assert_close(mean, logits, rtol=5e-3, atol=5e-3 * scale)
+    assert answer.spatial.shape == (2, 5, *teacher.grid)
+    assert float(answer.spatial.float().std(dim=(2, 3)).max()) > 0
+    assert teacher.weights_sha256 == state_digest(network.state_dict())
+
+
+def test_rows_and_columns_of_the_grid_are_those_of_the_image() -> None:
+    """A view that is dark but for its upper right quarter differs in that quarter's locations."""
+    teacher = load("tests.models.plain:oblong")
+    dark = torch.zeros(1, 3, 64, 64)
+    lit = dark.clone()
+    lit[:, :, :32, 32:] = 1.0
+    differs = (teacher.answer(lit).spatial != teacher.answer(dark).spatial).any(dim=1)[0]
+    assert differs.tolist() == [[False, False, True, True], [False] * 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}),
+        ("mambaout_femto", {"depths": (1, 1, 1, 1)}),
+    ],
+)
+def test_feature_maps_with_channels_last_are_permuted(name: str, kwargs: dict[str, Any]) -> None:
+    teacher = load(name, kwargs=kwargs)
+    x = views(2, 64)
+    answer = teacher.answer(x)
+    network = teacher.model.network
+    with torch.inference_mode():
+        logits = network(x)
+        features = network.forward_features(x)
+        close: dict[str, Any] = {"rtol": 2e-3, "atol": 2e-3 * float(logits.abs().max())}
+        torch.testing.assert_close(answer.global_.float(), logits, **close)
+        for row in range(2):
+            for column in range(2):
+                location = features[:, row : row + 1, column : column + 1]
+                expected = network.forward_head(location)
+                torch.testing.assert_close(
+                    answer.spatial[:, :, row, column].float(), expected, **close
+                )
+
+
+@pytest.mark.parametrize(
+    ("factory", "reason"),
+    [
+        ("max_pooled", "does not get the mean of a feature map"),
+        ("softened", "what it returns is no linear layer's output"),
+        ("convolutional", "what it returns is no linear layer's output"),
+        ("one_location", "no feature map of 8 channels and more than one location at 64 px"),
+        ("map_out", "its forward gives (1, 5, 64, 64), not logits (B, K)"),
+    ],
+)
+def test_another_form_is_refused_with_the_reason(factory: str, reason: str) -> None:
+    with pytest.raises(TeacherError, match="no spatial logits") as caught:
+        load(f"tests.models.plain:{factory}")
+    assert "it has no forward_features and no forward_head, and " in str(caught.value.found)
+    assert reason in str(caught.value.found)
+    assert "dump-teacher --help" in str(caught.value.action)
+
+
+def test_a_teacher_found_in_a_plain_network_can_be_compiled_as_one_graph() -> None:
+    network = cut_network(plain.relu_function().eval(), "plain", 64).network
+    compiled = torch.compile(network.forward_features, backend="eager", fullgraph=True)
+    x = views(2, 64)
+    with torch.inference_mode():
+        assert torch.equal(compiled(x), network.forward_features(x))
+
+
+def test_half_precision_is_that_of_the_backbone_alone() -> None:
+    name = "tests.models.plain:pool_function"
+    answer = load(name, precision="bfloat16").answer(views(2, 64))
+    exact = load(name).answer(views(2, 64))
+    torch.testing.assert_close(answer.spatial, exact.spatial, rtol=0.02, atol=0.02)
+    assert not torch.equal(answer.spatial, exact.spatial)
+
+
+# What the user has to say
+
+
+@pytest.mark.parametrize("factory", ["fixed", "forwarding"])
+def test_a_factory_need_not_take_the_class_count(factory: str) -> None:
+    """One that takes whatever comes is given it; one that takes nothing is believed."""
+    assert load(f"tests.models.plain:{factory}").num_classes == 5
+
+
+def test_everything_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
+    torch.save({"net": {"fc.weight": torch.zeros(5, 8)}}, tmp_path / "w.pth")
+    with pytest.raises(TeacherError, match="cannot be used yet") as caught:
+        load("tests.models.plain:max_pooled", weights=tmp_path / "w.pth", mean=(), std=())
+    weights, head, pixels = caught.value.problems
+    assert "weights do not fit" in weights
+    assert "missing (conv.weight" in weights
+    assert "get the mean of a feature map" in head
+    assert "no mean and no std" in pixels
+    assert "--mean R,G,B" in str(caught.value.action)
+    with pytest.raises(TeacherError) as caught:
+        load("tests.models.plain:fixed", num_classes=7, std=())
+    classes, pixels = caught.value.problems
+    assert "5 classes" in classes
+    assert "no std" in pixels
+
+
+def test_one_fault_alone_is_reported_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match="how the teacher's images are normalised"):
+        load("tests.models.plain:fixed", mean=(), std=())
+    torch.save({"fc.bias": torch.zeros(5)}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="do not fit"):
+        load("tests.models.plain:fixed", weights=tmp_path / "w.pth")
+
+
+def test_mean_and_std_that_are_given_win_over_the_networks_own() -> None:
+    given = {"mean": (0.1, 0.2, 0.3), "std": (0.3, 0.2, 0.1)}
+    teacher = load("resnet10t", **given)
+    assert (teacher.mean, teacher.std) == (given["mean"], given["std"])
+    assert load("resnet10t", mean=(), std=()).mean == IMAGENET["mean"]
+
+
+# torchvision
+
+
+def test_torchvisions_own_weights_bring_mean_std_and_their_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fetched = []
+
+    def fetch(url: str, **options: Any) -> dict[str, torch.Tensor]:
+        fetched.append((url, options["weights_only"], options["check_hash"]))
+        return dict(torchvision.models.resnet18().state_dict())
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    for name in ("torchvision:resnet18", "torchvision:resnet18.IMAGENET1K_V1"):
+        teacher = load(name, weights="hub", num_classes=1000, mean=(), std=())
+        assert teacher.name == "torchvision:resnet18.IMAGENET1K_V1"
+        assert (teacher.source, teacher.mean) == ("hub", IMAGENET["mean"])
+    (url, *safely), _ = fetched
+    assert "resnet18" in url
+    assert safely == [True, True]
+    with pytest.raises(TeacherError, match="classes are not the data's"):
+        load("torchvision:resnet18", weights="hub")
+
+
+def test_a_file_of_torchvisions_brings_its_class_count(tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet18(num_classes=9).state_dict(), tmp_path / "w.pth")
+    teacher = load("torchvision:resnet18", weights=tmp_path / "w.pth", num_classes=None)
+    assert (teacher.num_classes, teacher.source) == (9, "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("torchvision:resnet19", {}, "resnet18"),
+        ("torchvision:resnet18.V9", {"weights": "hub"}, "IMAGENET1K_V1"),
+        ("torchvision:resnet18.IMAGENET1K_V1", {}, "and other weights"),
+        ("torchvision:resnet18", {"kwargs": {"weights": "DEFAULT"}}, "weights"),
+        ("torchvision:resnet18", {"kwargs": {"no_such": 1}}, "no_such"),
+        ("torchvision:resnet18", {"weights": "hub"}, "the network is down"),
+    ],
+)
+def test_what_torchvision_does_not_have_is_refused(
+    name: str, options: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down(url: str, **_: object) -> None:
+        raise OSError("the network is down")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", down)
+    with pytest.raises(TeacherError) as caught:
+        load(name, **options)
+    assert says in str(caught.value)
+
+
+# Memory format
+
+
+def test_tensors_of_five_dimensions_are_left_as_they_are() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv3d(1, 2, 3))
+    conv, volume = network
+    assert place(network, "cpu", channels_last=True) is network
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr]
+    assert volume.weight.is_contiguous()  # type: ignore[union-attr]
+    place(network, "cpu", channels_last=False)
+    assert conv.weight.is_contiguous()  # type: ignore[union-attr]
+
+
+def test_a_teacher_with_weights_of_five_dimensions_answers() -> None:
+    answer = load("lambda_resnet26t").answer(views(1, 64))
+    assert answer.spatial.shape == (1, 5, 2, 2)

@@ -1,0 +1,344 @@
+"""Curves on Weights & Biases: the real package, offline; and that its troubles stay its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import wandb
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
+
+from cskd_pipeline.config import TrainRecipe, result_digest
+from cskd_pipeline.errors import ManifestError, MissingPackageError
+from cskd_pipeline.pipeline import scalars
+from cskd_pipeline.pipeline import train as stage_two
+from cskd_pipeline.pipeline.train import train
+from cskd_pipeline.runtime.console import Terminal
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+from tests.pipeline.test_training import DiedError, assert_equal, final_state
+
+BLOCK = 32768
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Of the machine's own settings none counts; the package reads them once in a process."""
+    wandb.teardown()
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    yield
+    wandb.teardown()
+
+
+def recipe_of(small: World, out: Path, *sets: str, **named: Any) -> TrainRecipe:
+    return world.train_recipe(
+        small.shards, small.cache, out, sets=["run.wandb=trials", *sets], **({"epochs": 2} | named)
+    )
+
+
+def records(file: Path) -> Iterator[Any]:
+    """What the package wrote: LevelDB's log format, after seven bytes of its own."""
+    data, position, record = file.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = BLOCK - position % BLOCK
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            message = wandb_internal_pb2.Record()
+            message.ParseFromString(record)
+            record = b""
+            yield message
+
+
+@dataclass
+class Written:
+    """One file of the package: the run's names, its configuration, and its points by update."""
+
+    identity: str = ""
+    project: str = ""
+    name: str = ""
+    exit_code: int | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    points: dict[int, dict[str, float]] = field(default_factory=dict)
+
+
+def read(file: Path) -> Written:
+    found = Written()
+    for record in records(file):
+        if record.HasField("run"):
+            found.identity, found.project = record.run.run_id, record.run.project
+            found.name = record.run.display_name
+            for item in record.run.config.update:
+                found.config[item.key] = json.loads(item.value_json)
+        elif record.HasField("exit"):
+            found.exit_code = record.exit.exit_code
+        elif record.HasField("history"):
+            values = {
+                item.key or item.nested_key[0]: json.loads(item.value_json)
+                for item in record.history.item
+            }
+            step = record.history.step.num
+            found.points[step] = {k: v for k, v in values.items() if not k.startswith("_")}
+    return found
+
+
+def files_of(out: Path) -> list[Path]:
+    """In the order in which they were made, after the package's own process has ended."""
+    wandb.teardown()
+    return sorted(out.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def tensorboard(out: Path) -> dict[int, dict[str, float]]:
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    points: dict[int, dict[str, float]] = {}
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            points.setdefault(event.step, {})[name] = event.value
+    return points
+
+
+def test_the_scalars_are_tensorboards_and_the_configuration_is_the_recipe(
+    small: World, tmp_path: Path
+) -> None:
+    recipe = recipe_of(small, tmp_path / "run", f'data.val_shards="{small.validation}"')
+    train(recipe, world.quiet())
+    [file] = files_of(tmp_path / "run")
+    found = read(file)
+    assert (found.project, found.name, found.exit_code) == ("trials", "run", 0)
+    assert found.config["optim"]["lr"] == recipe.optim.lr
+    assert found.config["student"]["name"] == world.STUDENT
+    assert found.config["recipe_sha256"] == result_digest(recipe)
+    expected = tensorboard(tmp_path / "run")
+    assert found.points.keys() == expected.keys() == set(range(1, 13))
+    assert "epoch/top1" in found.points[12]
+    for update, values in expected.items():
+        assert found.points[update] == pytest.approx(values, rel=1e-6), update
+
+
+def test_curves_change_nothing_of_a_run(small: World, tmp_path: Path) -> None:
+    train(recipe_of(small, tmp_path / "with"), world.quiet())
+    plain = world.train_recipe(small.shards, small.cache, tmp_path / "without", epochs=2)
+    before = random.getstate()
+    train(plain, world.quiet())
+    assert_equal(final_state(tmp_path / "with"), final_state(tmp_path / "without"))
+    assert random.getstate() == before
+    for name in ("last.safetensors", "last_ema.safetensors"):
+        one, other = (tmp_path / run / name for run in ("with", "without"))
+        assert one.read_bytes() == other.read_bytes()
+    assert not list((tmp_path / "without").glob("wandb*"))
+
+
+def test_a_resumed_run_continues_the_same_curves(
+    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(small, tmp_path / "run")
+    step = stage_two.Run.step
+
+    def dying(run: Any, batches: Any) -> Any:
+        if run.update == 8:
+            raise DiedError
+        return step(run, batches)
+
+    monkeypatch.setattr(stage_two.Run, "step", dying)
+    with pytest.raises(DiedError):
+        train(recipe, world.quiet())
+    monkeypatch.setattr(stage_two.Run, "step", step)
+    train(recipe, world.quiet(), resume=True)
+    first, second = (read(file) for file in files_of(tmp_path / "run"))
+    assert first.identity == second.identity
+    assert json.loads((tmp_path / "run/wandb.json").read_text()) == {"id": first.identity}
+    assert (first.exit_code, second.exit_code) == (1, 0)
+    assert set(first.points) == set(range(1, 9))
+    assert set(second.points) == set(range(7, 13))  # from the last state on
+    for update in (7, 8):  # made twice, and equal
+        assert first.points[update]["train/loss"] == second.points[update]["train/loss"]
+
+
+def test_the_command_names_the_project_and_one_rank_speaks(small: World, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"),
+        *("cskd_pipeline", "train", "--shards", str(small.shards), "--cache", str(small.cache)),
+        *("--student", world.STUDENT, "--method", "cskd", "--epochs", "1", "--batch-size", "16"),
+        *("--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")),
+        *("--wandb", "trials", *world.as_flags(world.train_sets())),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Weights & Biases: offline" in done.stderr
+    [file] = files_of(tmp_path / "run")
+    assert read(file).project == "trials"
+
+
+def test_ctrl_c_reaches_the_whole_group_and_the_curves_are_whole(
+    small: World, tmp_path: Path
+) -> None:
+    """As a terminal sends it: to the package's own process too."""
+    command = [
+        *(sys.executable, "-m", "cskd_pipeline", "train", "--shards", str(small.shards)),
+        *("--cache", str(small.cache), "--student", world.STUDENT, "--method", "cskd"),
+        *("--epochs", "500", "--batch-size", "16", "--workers", "0", "--device", "cpu"),
+        *("--out", str(tmp_path / "run"), "--wandb", "trials"),
+        *world.as_flags([*world.train_sets(), "run.checkpoint_every=1"]),
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run/summary.csv").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "--resume" in errors
+    [file] = files_of(tmp_path / "run")
+    found = read(file)
+    assert found.exit_code == 1
+    state = stage_two.load_state(tmp_path / "run/state.pt")
+    assert set(range(1, state["update"] + 1)) == set(found.points)
+
+
+# Trouble
+
+
+def warned(small: World, out: Path, capsys: pytest.CaptureFixture[str], **named: Any) -> str:
+    summary = train(recipe_of(small, out, epochs=1), Terminal(), **named)
+    assert summary["last"]["epoch"] == 1
+    return capsys.readouterr().err.replace("\n", " ")
+
+
+def test_without_a_login_curves_are_kept_beside_the_run(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home/netrc"))
+    told = warned(small, tmp_path / "run", capsys)
+    assert "No API key configured" in told
+    assert "`wandb sync` sends them" in told
+    [file] = files_of(tmp_path / "run")
+    assert "epoch/loss" in read(file).points[6]
+
+
+def test_a_server_that_cannot_be_reached_does_not_stop_a_run(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    told = warned(small, tmp_path / "run", capsys)
+    assert "Weights & Biases cannot be used" in told
+    [file] = files_of(tmp_path / "run")
+    assert len(read(file).points) == 6
+
+
+def test_it_can_be_off_by_its_own_variable(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert "Weights & Biases: disabled" in warned(small, tmp_path / "run", capsys)
+    assert not files_of(tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["log", "finish"])
+def test_trouble_on_the_way_is_told_once(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionResetError("the line is cut\nand more")
+
+    calls: list[int] = []
+    fake: Any = SimpleNamespace(step=0, settings=SimpleNamespace(mode="offline"), url=None)
+    fake.log, fake.finish = (lambda *a, **k: calls.append(k["step"])), (lambda *a, **k: None)
+    setattr(fake, method, fail)
+    monkeypatch.setattr(wandb, "init", lambda **arguments: fake)
+    told = warned(small, tmp_path / "run", capsys)
+    assert told.count("no more curves on Weights & Biases: the line is cut") == 1
+    assert "and more" not in told
+    assert len(calls) == (0 if method == "log" else 7)  # six updates and the epoch
+
+
+def test_if_nothing_works_the_run_does_without(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(**arguments: Any) -> None:
+        raise OSError(f"no {arguments['mode']}")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    told = warned(small, tmp_path / "run", capsys)
+    assert "(no None)" in told
+    assert "(no offline): there will be no curves" in told
+
+
+def test_a_missing_package_is_told_before_anything_is_written(
+    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scalars, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError) as caught:
+        train(recipe_of(small, tmp_path / "run"), world.quiet())
+    assert "cskd-pipeline[wandb]" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    plain = world.train_recipe(small.shards, small.cache, tmp_path / "run", epochs=1)
+    train(plain, world.quiet())
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"id": 5}', '{"id": "../x"}', '{"id": "A b"}'])
+def test_an_identity_that_is_none_is_refused(small: World, tmp_path: Path, content: str) -> None:
+    recipe = recipe_of(small, tmp_path / "run", epochs=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/wandb.json").write_text(content)
+    with pytest.raises(ManifestError, match="delete the file"):
+        scalars.open_board(recipe, world.quiet())
+
+
+def test_this_package_imports_it_only_when_asked() -> None:
+    """timm does so too wherever it is installed, so a run's own modules cannot show it."""
+    code = (
+        "import sys\nimport cskd_pipeline.pipeline.scalars\n"
+        "assert not {'wandb', 'timm'} & set(sys.modules), 'imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,476 @@
+"""Several processes do what one does: the same curve, the same figures, one set of files."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.errors import ImageError, UsageError
+from cskd_pipeline.runtime.distributed import Ranks, launched
+from tests.cache.making import tree
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+
+# Whether a process may fork after a backward pass is decided at its first one, by the devices that
+# are known then; torch's exporter makes more of them known.
+torch.ones(1, requires_grad=True).sum().backward()
+
+EPOCHS = 3
+LOSSES = ("loss", "base", "global", "spatial")
+
+
+def arguments(small: World, out: Path, *more: object, method: str = "cskd") -> list[object]:
+    sets = [*world.train_sets(), "batch.batch_size=24", "run.seed=5", *map(str, more)]
+    cache = () if method == "none" else ("--cache", small.cache)
+    return [
+        *("train", "--shards", small.shards, "--val-shards", small.validation, *cache),
+        *("--student", world.STUDENT, "--method", method, "--epochs", EPOCHS, "--out", out),
+        *("--workers", 0, "--device", "cpu", "--quiet", *world.as_flags(sets)),
+    ]
+
+
+def _rank(rank: int, ranks: int, port: int, words: list[object]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    raise SystemExit(world.cli(*words))
+
+
+def start(ranks: int, words: list[object], missing: int = 0) -> list[Any]:
+    """The ranks' processes, without the last ``missing``; forked, so that they need not import
+    torch again.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_rank, args=(rank, ranks, port, words))
+        for rank in range(ranks - missing)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes: list[Any], seconds: float = 120) -> list[int | None]:
+    for process in processes:
+        process.join(seconds)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def run_in(ranks: int, words: list[object]) -> None:
+    if ranks == 1:
+        assert world.cli(*words) == 0
+        return
+    assert finish(start(ranks, words)) == [0] * ranks
+
+
+def summary(out: Path) -> list[dict[str, float]]:
+    with open(out / "summary.csv", newline="") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def alone(small: World, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    run_in(1, arguments(small, out))
+    return summary(out)
+
+
+def same_curve(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert len(found) == len(expected) == EPOCHS
+    for row, wanted in zip(found, expected, strict=True):
+        assert row.keys() == wanted.keys()
+        for name in (*LOSSES, "lr", "ckf_ratio"):
+            np.testing.assert_allclose(row[name], wanted[name], rtol=2e-4, err_msg=name)
+        # One picture of 16 more or less, where two classes are level to the last bit.
+        assert abs(row["top1"] - wanted["top1"]) <= 100 / 16 + 1e-6
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_give_the_loss_curve_of_one_process(
+    small: World, tmp_path: Path, alone: list[dict[str, float]], ranks: int
+) -> None:
+    out = tmp_path / "run"
+    run_in(ranks, arguments(small, out))
+    same_curve(summary(out), alone)
+    written = {path.name for path in out.iterdir()}
+    assert {"recipe.toml", "state.pt", "summary.csv", "last.safetensors"} <= written
+    assert len(list((out / "tensorboard").iterdir())) == 1
+
+
+def test_ranks_train_the_class_head_alone_where_there_is_no_teacher(
+    small: World, tmp_path: Path
+) -> None:
+    """The distillation head has no gradient then, for which ranks must not wait."""
+    for ranks in (1, 2):
+        run_in(ranks, arguments(small, tmp_path / str(ranks), *world.VIEWS, method="none"))
+    same_curve(summary(tmp_path / "2"), summary(tmp_path / "1"))
+
+
+def test_one_rank_speaks(small: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = [w for w in arguments(small, tmp_path / "run") if w != "--quiet"]
+    run_in(2, [*words, "--json", "--set", "schedule.warmup_epochs=3"])
+    out, err = capfd.readouterr()
+    assert world.last_json(out)["updates"] == 12
+    assert err.count("the warm-up (3 epochs) outlasts the run") == 1
+    assert sum(line.startswith("epoch 3/3") for line in err.splitlines()) == 1
+
+
+def test_accumulation_and_ranks_together_change_nothing(
+    small: World, tmp_path: Path, alone: list[dict[str, float]]
+) -> None:
+    run_in(2, arguments(small, tmp_path / "run", "batch.accumulation=2"))
+    same_curve(summary(tmp_path / "run"), alone)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(
+    small: World,
+    tmp_path: Path,
+    alone: list[dict[str, float]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped in the middle of the second epoch by three ranks, finished by two."""
+    from cskd_pipeline.pipeline import train
+
+    words = arguments(small, tmp_path / "run")
+    original = train._stopping
+    # Forked ranks inherit the stand-in: rank 1 alone is told to stop, all of them do.
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "ASK_EVERY", 1)
+        patch.setattr(
+            train,
+            "_stopping",
+            lambda run, stop: (
+                run.ranks.any(run.ranks.rank == 1 and run.update == 6) or original(run, stop)
+            ),
+        )
+        assert finish(start(3, words)) == [130] * 3
+    state = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    assert state["update"] == 6
+    run_in(2, [*words, "--resume"])
+    same_curve(summary(tmp_path / "run"), alone)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(
+    small: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    codes = finish(start(2, arguments(small, tmp_path / "run", "batch.batch_size=25")))
+    assert codes == [2, 2]
+    message = capfd.readouterr().err
+    assert "the batch cannot be cut into equal parts" in message
+    assert "Traceback" not in message
+
+
+def test_a_rank_that_dies_takes_the_job_down(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """It ends with an error that names the reason, and does not wait for ever."""
+    from cskd_pipeline.pipeline.trainer import Run
+
+    original = Run.step
+
+    def step(self: Run, batches: Any) -> Any:
+        if self.ranks.rank == 1 and self.update == 3:
+            os._exit(9)  # as the kernel's out-of-memory killer would
+        return original(self, batches)
+
+    monkeypatch.setattr(Run, "step", step)
+    codes = finish(start(3, arguments(small, tmp_path / "run")), seconds=60)
+    assert codes[1] == 9
+    assert codes[0] == codes[2] == 1
+    message = capfd.readouterr().err
+    assert message.count("error: rank 1 of this job cannot be reached") == 2
+    assert "pair.cc" not in message
+    assert "Traceback" not in message
+
+
+def test_an_error_on_one_rank_is_told_and_ends_all(
+    small: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "summary.csv").write_text("mine")
+    codes = finish(start(2, arguments(small, out)), seconds=60)
+    assert codes == [1, 1]
+    assert "summary.csv" in capfd.readouterr().err
+    assert (out / "summary.csv").read_text() == "mine"
+
+
+def dump_words(small: World, cache: Path, views: int = 4) -> list[object]:
+    return [
+        *("dump-teacher", "--shards", small.shards, "--teacher", world.TEACHER),
+        *("--weights", "random", "--cache", cache, "--workers", 0, "--device", "cpu"),
+        *world.as_flags([*world.dump_sets(views=views), "dump.threads=1"]),
+    ]
+
+
+PATIENT = ["--set", "dump.rank_timeout=3"]
+
+
+def in_unit(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object]) -> None:
+    """One rank acts where it should write its first unit."""
+    from cskd_pipeline.cache.writer import CacheWriter
+
+    original = CacheWriter.write_unit
+
+    def write_unit(self: CacheWriter, *arguments: Any) -> bool:
+        if os.environ["RANK"] == str(rank):
+            act()
+        return original(self, *arguments)
+
+    monkeypatch.setattr(CacheWriter, "write_unit", write_unit)
+
+
+def in_step(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object]) -> None:
+    """One rank acts where the fourth update should be."""
+    from cskd_pipeline.pipeline.trainer import Run
+
+    original = Run.step
+
+    def step(self: Run, batches: Any) -> Any:
+        if self.ranks.rank == rank and self.update == 3:
+            act()
+        return original(self, batches)
+
+    monkeypatch.setattr(Run, "step", step)
+
+
+def stop_myself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(1)  # the signal may take another thread first: this one is not to go on
+
+
+def ends_without(stopped: int, processes: list[Any], seconds: float = 90) -> list[int | None]:
+    """The exit codes of all but the stopped one, which is killed in the end."""
+    others = [process for number, process in enumerate(processes) if number != stopped]
+    for process in others:
+        process.join(seconds)
+    codes = [process.exitcode for process in others]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_is_stopped_ends_the_training_and_is_named(
+    stopped: int,
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The first one holds the job's store besides, as torchrun's agent does where there is one."""
+    in_step(monkeypatch, stopped, stop_myself)
+    processes = start(2, arguments(small, tmp_path / "run", "run.rank_timeout=5"))
+    assert ends_without(stopped, processes) == [1]
+    message = capfd.readouterr().err
+    assert f"error: rank {stopped} of this job cannot be reached" in message
+    assert "Traceback" not in message
+
+
+def test_a_rank_that_is_stopped_ends_the_dump_and_is_named(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    in_unit(monkeypatch, 1, stop_myself)
+    processes = start(2, [*dump_words(small, tmp_path / "c"), *PATIENT])
+    assert ends_without(1, processes) == [1]
+    message = capfd.readouterr().err
+    assert "error: rank 1 of this job cannot be reached" in message
+    assert "nothing was heard for 3 s" in message
+    assert CacheReader(tmp_path / "c").done().sum() == 3
+
+
+def test_a_rank_that_has_more_to_do_is_waited_for(
+    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is bounded is silence."""
+    in_unit(monkeypatch, 1, lambda: time.sleep(4))
+    words = [*dump_words(small, tmp_path / "c", views=2), "--set", "dump.rank_timeout=3"]
+    run_in(2, words)
+    assert CacheReader(tmp_path / "c").done().all()
+
+
+@pytest.mark.parametrize(("stage", "failing"), [("train", 2), ("dump", 0)])
+def test_one_ranks_error_ends_all_ranks_as_it_is(
+    stage: str,
+    failing: int,
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    error = ImageError("an image is damaged", where="a.tar: k", found="noise", action="get another")
+
+    def fail() -> None:
+        raise error
+
+    if stage == "train":
+        in_step(monkeypatch, failing, fail)
+        words = arguments(small, tmp_path / "run")
+    else:
+        in_unit(monkeypatch, failing, fail)
+        words = dump_words(small, tmp_path / "c")
+    assert finish(start(3, words), seconds=90) == [1] * 3
+    message = capfd.readouterr().err
+    told = (
+        f"error: an image is damaged\n  where:    rank {failing}, a.tar: k\n"
+        "  found:    noise\n  to do:    get another\n"
+    )
+    assert message.count(told) == 3
+    assert message.count("error:") == 3
+    assert "Traceback" not in message
+
+
+def test_a_bug_on_one_rank_is_named_by_the_others(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    in_step(monkeypatch, 1, lambda: 1 // 0)
+    codes = finish(start(2, arguments(small, tmp_path / "run")), seconds=90)
+    assert codes == [1, 1]
+    message = capfd.readouterr().err
+    assert "error: rank 1 of this job ended with ZeroDivisionError(" in message
+    assert message.count("Traceback") == 1
+
+
+WHOLE = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "node",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_the_environment_of_a_rank_is_read() -> None:
+    assert launched(WHOLE) == Ranks(1, 2, 0)
+    for alone in ({}, {"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}):
+        assert launched(alone) == Ranks()
+    assert launched({"MASTER_ADDR": "left over", "MASTER_PORT": "x"}) == Ranks()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"LOCAL_RANK": None}, "without LOCAL_RANK"),
+        ({"RANK": None}, "without RANK"),
+        ({"WORLD_SIZE": None}, "without WORLD_SIZE"),
+        ({"MASTER_ADDR": None, "MASTER_PORT": None}, "without MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "2"}, "RANK=2, WORLD_SIZE=2"),
+        ({"RANK": "first"}, "RANK=first"),
+        ({"RANK": "-1"}, "RANK=-1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"WORLD_SIZE": "1"}, "RANK=1, WORLD_SIZE=1"),
+        ({"LOCAL_RANK": "1.0"}, "LOCAL_RANK=1.0"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
+    ],
+)
+def test_half_an_environment_is_refused_and_nobody_trains_alone(
+    change: dict[str, str | None], named: str
+) -> None:
+    values = {name: value for name, value in {**WHOLE, **change}.items() if value is not None}
+    with pytest.raises(UsageError, match="the environment names a rank") as caught:
+        launched(values)
+    assert named in str(caught.value.found)
+
+
+@pytest.mark.parametrize("stage", ["train", "dump"])
+def test_a_rank_that_does_not_know_its_device_starts_nothing(
+    stage: str, small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = {
+        "train": arguments(small, tmp_path / "x"),
+        "dump": dump_words(small, tmp_path / "x"),
+    }
+    assert world.cli(*words[stage]) == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_ranks_that_do_not_come_are_counted(
+    small: World,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    words = arguments(small, tmp_path / "run", "run.rank_timeout=2")
+    assert finish(start(2, words, missing=1), seconds=60) == [1]
+    message = capfd.readouterr().err
+    assert "error: not all ranks of this job have come" in message
+    assert "1/2 clients" in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_dump_what_one_process_dumps(
+    small: World, tmp_path: Path, ranks: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_in(1, dump_words(small, tmp_path / "one"))
+    capfd.readouterr()
+    run_in(ranks, [*dump_words(small, tmp_path / "many"), "--json"])
+    summary = world.last_json(capfd.readouterr().out)
+    assert summary["complete"] is True
+    assert (summary["units_written"], summary["views_written"]) == (6, 4 * 96)
+    one, many = tree(tmp_path / "one"), tree(tmp_path / "many")
+    assert one.keys() == many.keys()
+    assert {name for name in one if one[name] != many[name]} <= {"zarr.json"}  # it has the time
+
+
+def test_ranks_finish_a_dump_that_was_begun(small: World, tmp_path: Path) -> None:
+    words = dump_words(small, tmp_path / "c")
+    run_in(1, [*words, "--shard-range", "1:2"])
+    run_in(2, words)
+    assert CacheReader(tmp_path / "c").done().all()
+
+
+def test_a_rank_that_dies_ends_the_dump_with_an_error_once_the_others_have_done_theirs(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from cskd_pipeline.cache.writer import CacheWriter
+
+    original = CacheWriter.write_unit
+
+    def write_unit(self: CacheWriter, *arguments: Any) -> bool:
+        if os.environ["RANK"] == "1":
+            os._exit(9)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(CacheWriter, "write_unit", write_unit)
+    words = dump_words(small, tmp_path / "c")
+    assert finish(start(3, [*words, *PATIENT]), seconds=60) == [1, 9, 1]
+    message = capfd.readouterr().err
+    assert message.count("error: rank 1 of this job cannot be reached") == 2
+    assert "Traceback" not in message
+    assert CacheReader(tmp_path / "c").done().sum() == 4
+    monkeypatch.undo()
+    run_in(1, words)
+    assert CacheReader(tmp_path / "c").done().all()

@@ -1,0 +1,84 @@
+"""What each signal does to work that stops between its steps: real signals to this process."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from cskd_pipeline.runtime.signals import (
+    REQUEUE,
+    STOPPING,
+    Requeue,
+    requeue_requests,
+    stop_requests,
+)
+
+
+def send(*numbers: int) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def stopped_by(*numbers: int) -> None:
+    with stop_requests():
+        send(*numbers)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_work_is_asked_to_stop_and_goes_on_until_it_does(number: signal.Signals) -> None:
+    with stop_requests() as stop:
+        assert not stop.asked
+        send(number)
+        assert stop.asked
+        assert stop.requeue == (number in REQUEUE)
+
+
+@pytest.mark.parametrize("number", REQUEUE)
+def test_a_schedulers_signal_is_told_from_ctrl_c(number: signal.Signals) -> None:
+    with pytest.raises(Requeue, match=number.name):
+        stopped_by(number)
+    with pytest.raises(KeyboardInterrupt):
+        stopped_by(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        stopped_by(number, signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", REQUEUE)
+def test_a_schedulers_signal_that_comes_twice_leaves_the_time_to_save(
+    number: signal.Signals,
+) -> None:
+    with stop_requests() as stop:
+        send(number, number)
+        assert stop.asked
+    with requeue_requests():
+        with pytest.raises(Requeue):
+            send(number)
+        send(*REQUEUE)  # what runs as the command ends is not cut short
+
+
+def test_a_second_ctrl_c_stops_at_once() -> None:
+    with stop_requests():
+        send(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", REQUEUE)
+def test_a_signal_that_was_ignored_stays_so(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with requeue_requests(), stop_requests() as stop:
+            send(number)
+            assert not stop.asked
+    finally:
+        signal.signal(number, before)
+
+
+def test_another_processes_signals_count_as_ones_own() -> None:
+    with stop_requests() as stop:
+        stop.add([signal.SIGUSR1])
+        assert stop.asked
+        assert stop.requeue

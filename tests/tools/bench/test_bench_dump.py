@@ -1,0 +1,135 @@
+"""``bench dump`` lets a dump and its parts take turns, and counts labels that settings change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from cskd_pipeline.config import DumpRecipe, load_recipe
+from cskd_pipeline.errors import DataError
+from cskd_pipeline.models.teacher import Answer
+from cskd_pipeline.tools.bench import bench_dump as bench
+from tests.pipeline import world
+from tests.pipeline.conftest import World, small
+from tests.tools.bench.test_bench_join import Time
+
+__all__ = ["small"]
+
+Capture = pytest.CaptureFixture[str]
+
+
+def recipe_of(small: World, *sets: str) -> DumpRecipe:
+    flags = {
+        "data.shards": str(small.shards),
+        "teacher.name": world.TEACHER,
+        "teacher.weights": "random",
+        "dump.workers": 0,
+        "dump.device": "cpu",
+        "dump.batch_size": 16,
+    }
+    return load_recipe(DumpRecipe, None, [*world.VIEWS, "data.num_classes=4", *sets], flags)
+
+
+def test_rates_are_of_each_side_and_the_slower_of_loader_and_teacher_is_the_limit(
+    small: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Time()
+
+    def write(*arguments: Any) -> None:
+        pretend(80, 0.2, arguments[-1])
+
+    def pretend(views: int, seconds: float, advance: Callable[[int], None]) -> None:
+        for _ in range(views):
+            clock.work(seconds)
+            advance(1)
+
+    real = bench.unit_batches
+    monkeypatch.setattr(bench, "write_units", write)
+
+    def slow(dataset: Any, units: Any, *arguments: Any, **options: Any) -> Any:
+        for batch in real(dataset, units, *arguments, **options):
+            clock.work(len(batch) * (0.05 if len(units[0][1]) == 10 else 0.1))
+            yield batch
+
+    monkeypatch.setattr(bench, "unit_batches", slow)
+    monkeypatch.setattr(bench, "_wait", lambda teacher: clock.work(16 * 0.1))
+    report = bench.bench_dump(
+        recipe_of(small), world.quiet(), images=8, rounds=3, with_variants=False, clock=clock
+    )
+    found = {name: rates["median"] for name, rates in report["views_per_second"].items()}
+    assert found == pytest.approx(
+        {"dump": 5, "teacher": 10, "loader": 20, "block_10": 20, "block_1": 10}
+    )
+    assert report["ratio"]["dump_to_teacher"]["median"] == pytest.approx(0.5)
+    assert report["ratio"]["blocks"]["median"] == pytest.approx(2)
+    assert report["limit"] == "teacher"
+    assert report["goal"] == {"dump_to_teacher": 0.95, "blocks": 1.4}
+
+
+def test_changed_labels_are_counted_over_all_places_and_ratios() -> None:
+    draws = torch.Generator().manual_seed(0)
+    spatial = torch.randn(4, 5, 2, 2, generator=draws).half()
+    answer = Answer(spatial, spatial.float().mean((2, 3)).half())
+    assert bench._changed([answer], [answer]) == (0.0, 0.0)
+    turned = answer.spatial.clone()
+    turned[0, :, 0, 0] = 0
+    turned[0, answer.spatial[0, :, 0, 0].argmin(), 0, 0] = 60000  # on top at every r but 0
+    other = Answer(turned, answer.global_)
+    assert bench._changed([answer], [other]) == (4 / (5 * 16), 0.0)
+    global_ = answer.global_.roll(1, dims=1)
+    assert bench._changed([answer], [Answer(answer.spatial, global_)])[1] == 1.0
+
+
+def test_variants_are_teachers_with_other_settings_beside_float32(small: World) -> None:
+    recipe = recipe_of(small)
+    recipe = replace(recipe, cache=replace(recipe.cache, views=10, view_block=10))
+    dataset, teacher = bench.open_stage_one(recipe, world.quiet())
+    resident = bench._resident(recipe, dataset, teacher)
+    assert {len(views) for views in resident} == {16}
+    clock = Time()
+
+    def ticking() -> float:
+        clock.work(0.5)
+        return clock()
+
+    report = bench.variants(recipe, world.quiet(), resident, 3, ticking, compile=False)
+    assert list(report) == ["float32", "channels_last", "bfloat16", "bfloat16 channels_last"]
+    assert report["float32"]["hard_labels_changed"] == 0.0
+    halves = bench._with(recipe, world.quiet(), {"precision": "bfloat16", "channels_last": True})
+    plain = bench._with(recipe, world.quiet(), {})
+    assert (halves.precision, halves.channels_last) == ("bfloat16", True)
+    assert (plain.precision, plain.channels_last) == ("float32", False)
+    assert all(row["ratio"]["median"] == 1.0 for row in report.values())
+
+
+def test_too_few_images_for_a_batch_are_refused(small: World) -> None:
+    with pytest.raises(DataError, match="batches of 100000"):
+        bench.bench_dump(
+            replace(recipe_of(small), dump=replace(recipe_of(small).dump, batch_size=100_000)),
+            world.quiet(),
+            images=4,
+            rounds=3,
+            with_variants=False,
+        )
+
+
+def test_the_command_prints_rates_the_limit_and_variants(small: World, capsys: Capture) -> None:
+    words: tuple[Any, ...] = ("--shards", small.shards, "--teacher", world.TEACHER)
+    words += ("--weights", "random", "--images", 8, "--rounds", 3, "--batch-size", 16)
+    words += ("--workers", 1, "--device", "cpu", "--size", 32, "--set", "data.num_classes=4")
+    assert world.cli("bench", "dump", *words, "--variants") == 0
+    told = capsys.readouterr()
+    assert [line.split()[0] for line in told.out.splitlines()[2:7]] == [
+        *("dump", "bare", "loader,", "loader,", "loader,")
+    ]
+    assert "the limit is the " in told.err
+    assert world.cli("bench", "dump", *words, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["workers"], report["variants"]) == (1, {})
+    assert 8 <= report["images"] <= 10  # some of every tar
+    assert world.cli("bench", "dump", *words, "--compile") == 2

@@ -1,0 +1,288 @@
+"""``bench encodings`` reports what numpy finds on the same answers, and what files really weigh."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from PIL import Image
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.distill.encodings import ENCODINGS
+from cskd_pipeline.distill.targets import LogitTargets
+from cskd_pipeline.errors import CacheError
+from cskd_pipeline.tools.bench import bench_encodings as bench
+from cskd_pipeline.tools.bench.plot import scatter
+from cskd_pipeline.tools.bench.responses import Answers, from_cache, from_teacher
+from cskd_pipeline.tools.report import plots
+from tests.cache.making import CLASSES, COUNTS, HEIGHT, VIEWS, WIDTH, fill, make, manifest, tree
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+
+CPU = torch.device("cpu")
+RATIOS = np.arange(21) / 20
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """40 views of random logits, wide enough for a softmax with a peak."""
+    path = tmp_path_factory.mktemp("bench") / "cache"
+    make(path, encodings=("dense",))
+    drawn = from_cache(path, 40)
+    return Answers(drawn.spatial * 3, drawn.global_ * 3, drawn.manifest, "toy")
+
+
+@pytest.fixture(scope="module")
+def report(answers: Answers) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    found = bench.bench_encodings(answers, world.quiet(), device=CPU)
+    assert torch.get_num_threads() == threads
+    return found
+
+
+def distribution(d: np.ndarray, g: np.ndarray, r: float, tau: float) -> np.ndarray:
+    values = np.exp((r * d + (1 - r) * g[:, :, None, None]) / tau)
+    return values / values.sum(1, keepdims=True)
+
+
+def restored_q8(answers: Answers) -> tuple[np.ndarray, np.ndarray]:
+    """Logits after rounding, by the definition in the format's page."""
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        centred = x - x.mean(1, keepdims=True)
+        flat = centred.reshape(len(x), -1)
+        step = np.maximum((flat.max(1) - flat.min(1)) / 254, 1 / 8)
+        step = step.reshape(-1, *[1] * (x.ndim - 1))
+        low = flat.min(1).reshape(step.shape)
+        return np.asarray(np.round((centred - low) / step) * step)
+
+    d, g = answers.spatial.float().numpy(), answers.global_.float().numpy()
+    return rounded(d).astype(np.float64), rounded(g).astype(np.float64)
+
+
+def test_divergences_are_numpys(answers: Answers, report: dict[str, Any]) -> None:
+    d, g = answers.spatial.double().numpy(), answers.global_.double().numpy()
+    near = restored_q8(answers)
+    for tau in (1.0, 4.0):
+        divergences = []
+        for r in RATIOS:
+            p, q = distribution(d, g, r, tau), distribution(*near, r, tau)
+            divergences.append((p * np.log(p / q)).sum(1).ravel())
+        values = np.concatenate(divergences)
+        found = report["encodings"]["dense-q8"]["kl"][f"{tau:g}"]
+        assert found["mean"] == pytest.approx(values.mean(), rel=0.01, abs=1e-7)
+        assert found["p99"] == pytest.approx(np.quantile(values, 0.99), rel=0.03)
+        assert found["p99"] > 1.5 * found["mean"]
+
+
+def test_the_divergence_is_from_the_logits_to_the_approximation() -> None:
+    """Not the other way round, which is another number where the two are far apart."""
+    generator = torch.Generator().manual_seed(0)
+    d, near = (torch.randn(1, 5, 1, 1, generator=generator).half() * 3 for _ in range(2))
+    exact, found = LogitTargets(d, d[..., 0, 0]), LogitTargets(near, near[..., 0, 0])
+    p, q = (
+        distribution(x.double().numpy(), x[..., 0, 0].double().numpy(), 0.5, 2.0) for x in (d, near)
+    )
+    expected, other = (p * np.log(p / q)).sum(), (q * np.log(q / p)).sum()
+    assert abs(expected - other) > 0.01
+    assert float(bench._divergence(exact, found, 0.5, 2.0)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_agreement_is_numpys(answers: Answers, report: dict[str, Any]) -> None:
+    d, g = answers.spatial.double().numpy(), answers.global_.double().numpy()
+    near = restored_q8(answers)
+    same = [
+        (distribution(d, g, r, 1.0).argmax(1) == distribution(*near, r, 1.0).argmax(1)).mean()
+        for r in RATIOS
+    ]
+    found = report["encodings"]["dense-q8"]["hard_agreement"]
+    assert found == pytest.approx(np.mean(same), abs=0.003)  # ties may fall otherwise
+    assert found < 1
+
+
+def test_the_gradients_cosine_is_that_of_their_closed_form(
+    answers: Answers, report: dict[str, Any]
+) -> None:
+    """The gradient of the soft loss of equal logits is proportional to 1/K - p."""
+    d, g = answers.spatial.double().numpy(), answers.global_.double().numpy()
+    near = restored_q8(answers)
+    cosines = []
+    for r in RATIOS[::5]:
+        for start in range(0, len(answers), 32):
+            part = slice(start, start + 32)
+            a = (1 / CLASSES - distribution(d[part], g[part], r, 1.0)).ravel()
+            b = (1 / CLASSES - distribution(near[0][part], near[1][part], r, 1.0)).ravel()
+            cosines.append(a @ b / np.sqrt((a @ a) * (b @ b)))
+    found = report["encodings"]["dense-q8"]["gradient_cosine"]
+    assert found["soft"] == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert found["soft"] < 1 - 1e-6
+    assert found["hard"] is None
+
+
+def test_exact_encodings_lose_nothing(report: dict[str, Any]) -> None:
+    dense, envelope = (report["encodings"][name] for name in ("dense", "envelope"))
+    assert dense["hard_agreement"] == envelope["hard_agreement"] == 1.0
+    assert [dense["kl"][tau] for tau in ("1", "4")] == [{"mean": 0.0, "p99": 0.0}] * 2
+    assert envelope["kl"] is None
+    assert dense["gradient_cosine"] == pytest.approx({"hard": 1.0, "soft": 1.0}, abs=1e-12)
+    assert envelope["gradient_cosine"]["hard"] == pytest.approx(1.0, abs=1e-12)
+    assert envelope["gradient_cosine"]["soft"] is None
+
+
+def test_bytes_are_those_of_files(answers: Answers, report: dict[str, Any], tmp_path: Path) -> None:
+    rows = {name: bench.encode(ENCODINGS[name], answers, CPU)[0] for name in ENCODINGS}
+    assert bench.store(tmp_path / "c", answers, rows) == len(answers)
+    files = tree(tmp_path / "c")
+    for name in ENCODINGS:
+        size = sum(
+            len(data) for key, data in files.items() if key.startswith(f"{name}/") and "/c/" in key
+        )
+        found = report["encodings"][name]
+        assert found["bytes_per_view"] == pytest.approx(size / len(answers), abs=0.01)
+        assert found["encode_ms"] > 0
+        assert found["decode_ms"] > 0
+    assert report["views"] == 40
+    assert report["grid"] == [HEIGHT, WIDTH]
+
+
+@pytest.mark.parametrize(
+    ("length", "block", "used"), [(None, 1, 40), (10, 3, 30), (13, 1, 39), (50, 4, 40)]
+)
+def test_answers_are_stored_as_shards_of_such_a_length(
+    answers: Answers, tmp_path: Path, length: int | None, block: int, used: int
+) -> None:
+    rows = {"envelope": bench.encode(ENCODINGS["envelope"], answers, CPU)[0]}
+    path = tmp_path / "c"
+    assert bench.store(path, answers, rows, shard_length=length, view_block=block) == used
+    reader = CacheReader(path)
+    assert reader.views * sum(reader.counts) == used
+    assert set(reader.counts) == {min(length or 40, 40)}
+    first = reader.rows("envelope", 0, 0, range(reader.counts[0]))["envelope/global_label"]
+    assert np.array_equal(first, rows["envelope"]["envelope/global_label"][: len(first)])
+
+
+def test_answers_from_a_cache_are_its_rows_of_finished_units(tmp_path: Path) -> None:
+    writer = CacheWriter.create(tmp_path / "c", manifest())
+    fill(writer, writer.todo(shards=[2], views=range(2, 4)))
+    reader = CacheReader(tmp_path / "c")
+    known = np.concatenate(
+        [reader.rows("dense", view, 2, range(COUNTS[2]))["dense/spatial"] for view in (2, 3)]
+    )
+    drawn = from_cache(tmp_path / "c", 30)
+    again = from_cache(tmp_path / "c", 30)
+    assert torch.equal(drawn.spatial, again.spatial)
+    seen = {known[i].tobytes() for i in range(len(known))}
+    assert {row.tobytes() for row in drawn.spatial.numpy()} == seen  # all of them, no others
+
+
+def test_a_cache_without_logits_or_units_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a", encodings=("envelope",))
+    with pytest.raises(CacheError, match="does not hold the logits") as caught:
+        from_cache(tmp_path / "a", 3)
+    assert "--encoding dense" in str(caught.value)
+    CacheWriter.create(tmp_path / "b", manifest(views=VIEWS))
+    with pytest.raises(CacheError, match="no finished unit"):
+        from_cache(tmp_path / "b", 3)
+
+
+def test_answers_of_a_teacher_are_those_of_its_dump(small: World, tmp_path: Path) -> None:
+    """Without mixing a view is a function of its own seed alone, wherever its shard ends."""
+    from cskd_pipeline.pipeline.dump import dump_teacher
+
+    recipe = world.dump_recipe(small.shards, tmp_path / "c", ["views.mix=0.0"], views=2)
+    dump_teacher(recipe, world.quiet())
+    found = from_teacher(recipe, world.quiet(), 24)
+    assert found.spatial.shape == (24, 4, 4, 4)
+    reader = CacheReader(tmp_path / "c")
+    dumped = {
+        row.tobytes()
+        for shard, count in enumerate(reader.counts)
+        for row in reader.rows("dense", 0, shard, range(count))["dense/spatial"]
+    }
+    assert {row.tobytes() for row in found.spatial.numpy()} <= dumped
+    more = from_teacher(recipe, world.quiet(), 150)  # of 96 samples: in two views
+    assert len(more) == 150
+
+
+# --- plot and command -----------------------------------------------------------------------------
+
+
+def test_the_plot_shows_bytes_across_and_loss_up(report: dict[str, Any]) -> None:
+    figure = scatter(report)
+    figure.draw_without_rendering()
+    above, lane = figure.axes
+    e = report["encodings"]
+    assert above.get_xscale() == above.get_yscale() == lane.get_xscale() == "log"
+
+    def pixels(axes: Axes, curve: int) -> list[tuple[float, float]]:
+        return [tuple(at) for at in axes.transData.transform(axes.lines[curve].get_xydata())]
+
+    # per curve (tau = 1, tau = 4, hard labels): those that lose something, and those that do not
+    (q8_1, topk_1), (q8_4, topk_4) = pixels(above, 0), pixels(above, 1)
+    (dense_1,), (dense_4,), (envelope,) = (pixels(lane, curve) for curve in range(3))
+    assert pixels(above, 2) == []
+    sizes = [e[name]["bytes_per_view"] for name in ("dense-q8", "topk", "dense", "envelope")]
+    across = [at[0] for at in (q8_1, topk_1, dense_1, envelope)]
+    assert np.argsort(across).tolist() == np.argsort(sizes).tolist()
+    assert [q8_4[0], topk_4[0], dense_4[0]] == [q8_1[0], topk_1[0], dense_1[0]]
+    assert q8_1[1] > q8_4[1]  # more loss at tau = 1
+    assert topk_1[1] > topk_4[1]
+    assert dense_1[1] == dense_4[1] == envelope[1] < min(q8_4[1], topk_4[1])
+    text = list(ET.fromstring(plots.svg(figure, "t")).itertext())
+    for name in (*ENCODINGS, "exact", "hard labels", "KL at temperature 1", "KL at temperature 4"):
+        assert text.count(name) == 1, name
+
+
+def test_names_in_the_plot_stay_text(report: dict[str, Any]) -> None:
+    entry = report["encodings"]["dense"]
+    svg = plots.svg(scatter({**report, "encodings": {"<script>&$x^2$": entry}}), "t")
+    assert "<script>" not in svg
+    assert "<script>&$x^2$" in list(ET.fromstring(svg).itertext())
+
+
+def test_the_command_prints_one_object_or_a_table(
+    small: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot, picture = tmp_path / "p.svg", tmp_path / "p.png"
+    words = ("bench", "encodings", small.cache, "--views", 20, "--device", "cpu")
+    assert world.cli(*words, "--plot", plot, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["encodings"]) == list(ENCODINGS)
+    assert (found["views"], found["classes"], found["grid"]) == (20, 4, [4, 4])
+    assert ET.parse(plot).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    assert world.cli(*words, "--encoding", "topk", "--plot", picture, "--quiet") == 0
+    with Image.open(picture) as image:
+        assert (image.format, image.getpixel((0, 0))[:3]) == ("PNG", (255, 255, 255))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["encoding", "topk"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("CACHE", "--plot", "p.pdf"), 2, "ends in .svg or .png"),
+        (("resnet10t",), 2, "--shards SHARDS (or a cache's folder)"),
+        (("CACHE", "--encoding", "topp"), 1, "--encoding topk"),
+        (("no_such_net", "--shards", "SHARDS"), 1, "no_such_net"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    small: World,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    known = {"CACHE": small.cache, "SHARDS": small.shards}
+    assert world.cli("bench", "encodings", *(known.get(w, w) for w in words)) == code
+    out, err = capsys.readouterr()
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""

@@ -1,0 +1,121 @@
+"""``bench join`` compares equal work in turn, and its simulation opens what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.data.batches import TrainBatches
+from cskd_pipeline.errors import UsageError
+from cskd_pipeline.tools.bench import bench_join as bench
+from cskd_pipeline.tools.bench.turns import ratio, spread, take_turns
+from tests.pipeline import world
+from tests.pipeline.conftest import World, small
+
+__all__ = ["small"]
+
+Capture = pytest.CaptureFixture[str]
+
+
+class Time:
+    """A clock that goes on by what work costs."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_sides_take_turns_and_the_first_round_is_not_counted() -> None:
+    clock, order = Time(), list[str]()
+
+    def side(name: str, seconds: float) -> Any:
+        def work(number: int) -> None:
+            order.append(f"{name}{number}")
+            clock.work(seconds + number)
+
+        return work
+
+    found = take_turns({"a": side("a", 1), "b": side("b", 3)}, 3, clock)
+    assert found == {"a": [1, 2, 3], "b": [3, 4, 5]}
+    assert order == ["a0", "b0", "b0", "a0", "a1", "b1", "b2", "a2"]
+
+
+def test_the_ratio_is_of_rounds_not_of_medians() -> None:
+    assert ratio([1, 1, 10], [2, 3, 10]) == {"median": 2, "low": 1, "high": 3}
+    assert spread([3, 1, 2]) == {"median": 2, "low": 1, "high": 3}
+
+
+def recipe(small: World, *sets: str) -> Any:
+    return world.train_recipe(small.shards, small.cache, Path(), sets=list(sets))
+
+
+def test_both_sides_make_the_same_batches_and_one_has_targets(
+    small: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, made = Time(), dict[bool, list[Any]]({True: [], False: []})
+    real = TrainBatches.__getitem__
+
+    def recorded(self: TrainBatches, position: tuple[int, int, int]) -> Any:
+        batch = real(self, position)
+        made[bool(batch.targets)].append((position, batch))
+        clock.work(1.25 if batch.targets else 1.0)
+        return batch
+
+    monkeypatch.setattr(TrainBatches, "__getitem__", recorded)
+    asked = recipe(small, "batch.accumulation=2")
+    report = bench.bench_join(asked, world.quiet(), rounds=3, updates=2, clock=clock)
+    assert report["images_per_round"] == 32
+    assert report["ratio"] == {"median": 0.8, "low": 0.8, "high": 0.8}
+    assert report["images_per_second"]["without"]["median"] == 8.0
+    assert len(made[True]) == len(made[False]) == 4 * 4
+    pairs = zip(sorted(made[True], key=str), sorted(made[False], key=str), strict=True)
+    for (one, with_join), (other, alone) in pairs:
+        assert one == other
+        assert torch.equal(with_join.pixels, alone.pixels)
+        assert torch.equal(with_join.seed, alone.seed)
+        assert torch.equal(with_join.label, alone.label)
+
+
+def test_without_a_cache_there_is_nothing_to_join(small: World) -> None:
+    alone = world.train_recipe(small.shards, None, Path(), "none")
+    with pytest.raises(UsageError, match="joins no cache"):
+        bench.bench_join(alone, world.quiet(), rounds=3)
+
+
+def test_the_simulation_opens_whole_caches_whose_readers_do_not_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    real = CacheReader.__init__
+
+    def recorded(self: CacheReader, path: Any, **options: Any) -> None:
+        real(self, path, **options)
+        opened.append((self.views, self.done().shape, bool(self.done().all())))
+
+    monkeypatch.setattr(CacheReader, "__init__", recorded)
+    report = bench.simulate(world.quiet(), shards=6)
+    assert report["samples"] == 6 * 1251
+    assert set(opened) == {(30, (3, 6), True), (300, (30, 6), True)}
+    few, many = report["opening"].values()
+    assert 0 < many["reader_bytes"] < 2 * few["reader_bytes"] + 10_000
+
+
+def test_the_command_needs_both_sides_data_or_simulates(small: World, capsys: Capture) -> None:
+    assert world.cli("bench", "join", "--shards", small.shards) == 2
+    assert "--cache DIR" in capsys.readouterr().err
+    assert world.cli("bench", "join") == 2
+    sets = world.as_flags(world.train_sets())
+    words = ("--shards", small.shards, "--cache", small.cache, "--batch-size", 16, "--rounds", 3)
+    assert world.cli("bench", "join", *words, *sets, "--quiet") == 0
+    out = capsys.readouterr().out
+    assert "3 rounds of 16 images" in out
+    assert [line.split()[0] for line in out.splitlines()[2:]] == ["with", "without", "ratio"]

@@ -1,0 +1,100 @@
+"""``bench loader`` lets both loaders do the same work in turn, timm's as timm sets it up."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cskd_pipeline.data.index import load_dataset
+from cskd_pipeline.errors import DataError
+from cskd_pipeline.tools.bench import bench_loader as bench
+from cskd_pipeline.views.policy import ViewPolicy
+from tests.pipeline import world
+from tests.pipeline.conftest import World, small
+from tests.tools.bench.test_bench_join import Time
+
+__all__ = ["small"]
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_ratios_are_times_as_fast_as_timm(small: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, asked = Time(), Counter[tuple[str, int]]()
+
+    def side(name: str, seconds: float) -> Any:
+        def step(number: int) -> int:
+            asked[name, number] += 1
+            clock.work(seconds)
+            return 16
+
+        return step
+
+    monkeypatch.setattr(
+        bench, "_ours", lambda d, p, n, size: side(f"ours {n}", 1.0 if n == 1 else 0.25)
+    )
+    monkeypatch.setattr(bench, "_timms", lambda *_: side("timm", 2))
+    report = bench.bench_loader(
+        load_dataset(small.shards), world.quiet(), size=32, batch_size=16, rounds=4, clock=clock
+    )
+    assert report["ratio"]["repeats_1"] == {"median": 2, "low": 2, "high": 2}
+    assert report["ratio"]["repeats_3"]["median"] == 8
+    assert report["images_per_second_per_core"]["timm"]["median"] == 8
+    batches = {number for name, number in asked if name == "timm"}
+    assert batches == set(range(8))
+    assert all(asked[name, number] == (2 if number < 2 else 1) for name, number in asked)
+
+
+def test_sides_that_do_unequal_work_are_not_compared(
+    small: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "_timms", lambda *_: lambda number: 15)
+    with pytest.raises(AssertionError, match="timm"):
+        bench.bench_loader(
+            load_dataset(small.shards), world.quiet(), size=32, batch_size=16, rounds=3
+        )
+
+
+def test_timms_side_reads_the_same_tars_with_the_same_policy(
+    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {}
+    real = bench.create_loader
+
+    def recorded(dataset: Any, **options: Any) -> Any:
+        settings.update(options, loader=real(dataset, **options))
+        return settings["loader"]
+
+    monkeypatch.setattr(bench, "create_loader", recorded)
+    policy = ViewPolicy(size=48)
+    dataset = load_dataset(small.shards)
+    step = bench._timms(dataset, tmp_path, policy, 16)
+    assert sum(step(number) for number in range(13)) == 13 * 16  # more than two epochs of 96
+    pixels, targets = next(iter(settings["loader"].loader))
+    assert pixels.dtype == torch.uint8
+    assert pixels.shape == (16, 3, 48, 48)
+    assert targets.shape == (16, 4)
+    assert (settings["scale"], settings["ratio"]) == (policy.crop_area, policy.crop_ratio)
+    assert (settings["re_prob"], settings["hflip"]) == (policy.erase, policy.flip)
+    found = sorted(path.resolve() for path in tmp_path.glob("*.tar"))
+    assert found == sorted(Path(shard.path).resolve() for shard in dataset.shards)
+
+
+def test_shards_that_timm_reads_nothing_from_are_refused() -> None:
+    with pytest.raises(DataError, match="reads nothing"):
+        next(bench._endless([]))
+
+
+def test_the_command_prints_ratios_and_goals(small: World, capsys: Capture) -> None:
+    words = ("--shards", small.shards, "--size", 32, "--batch-size", 16, "--rounds", 3, "--quiet")
+    assert world.cli("bench", "loader", *words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["repeats", "repeats", "timm"]
+    assert world.cli("bench", "loader", *words, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["goal"] == {"repeats_1": 1.5, "repeats_3": 2.0}
+    assert report["images_per_round"] == 32

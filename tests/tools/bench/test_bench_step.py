@@ -1,0 +1,230 @@
+"""``bench step`` times the real steps in turn, and a step from a cache reads nothing back."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cskd_pipeline.config import TrainRecipe, load_recipe
+from cskd_pipeline.data.assemble import assemble, normalise
+from cskd_pipeline.data.batches import Batch
+from cskd_pipeline.distill.encodings import ENCODINGS
+from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets
+from cskd_pipeline.errors import StudentError
+from cskd_pipeline.models.teacher import load_teacher
+from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.tools.bench import bench_step as bench
+from cskd_pipeline.views.policy import ViewPolicy
+from tests.pipeline import world
+from tests.tools.bench.test_bench_join import Time
+
+Capture = pytest.CaptureFixture[str]
+
+SIZE = 32
+POLICY = ViewPolicy(size=SIZE)
+STUDENT = "deit_tiny_distilled_patch16_224"
+SMALL = "student.kwargs={patch_size=8, embed_dim=16, depth=1, num_heads=2}"
+TEACHER = "resnet10t"  # 1 x 1 places at 32 px
+
+
+def small_recipe(*sets: str) -> TrainRecipe:
+    flags = {"batch.batch_size": 8, "run.device": "cpu", "student.name": STUDENT}
+    return load_recipe(TrainRecipe, None, [SMALL, "run.threads=1", *sets], flags)
+
+
+def small_runs(device: str = "cpu", *sets: str) -> dict[str, Run]:
+    asked = small_recipe(*sets)
+    return bench._runs(asked, POLICY, (2, 2), None, torch.device(device))
+
+
+def test_a_ratio_is_seconds_in_units_of_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, asked = Time(), Counter[str]()
+    seconds = {"none": 1.0, "deit": 1.25, "cskd": 1.5, "live": 6.0}
+    real = bench._runs
+
+    class Stepped:
+        def __init__(self, name: str, run: Run) -> None:
+            self.name, self.recipe, self.device = name, run.recipe, run.device
+
+        def step(self, batches: Iterator[Batch]) -> Tensor:
+            asked[self.name] += len(list(batches))
+            clock.work(seconds[self.name])
+            return torch.zeros(4)
+
+    def named(*arguments: Any) -> Any:
+        return {name: Stepped(name, run) for name, run in real(*arguments).items()}
+
+    monkeypatch.setattr(bench, "_runs", named)
+    report = bench.bench_step(
+        _sized(small_recipe("batch.accumulation=2")),
+        world.quiet(),
+        students=[STUDENT],
+        teacher=TEACHER,
+        rounds=3,
+        clock=clock,
+    )
+    found = report["students"][STUDENT]
+    assert found["ratio"]["cskd"] == {"median": 1.5, "low": 1.5, "high": 1.5}
+    assert found["ratio"]["deit"]["median"] == 1.25
+    assert found["ratio"]["live"]["median"] == 4.0
+    assert found["images_per_second"]["none"]["median"] == 8.0
+    assert asked == dict.fromkeys(seconds, 4 * 2)  # a round more than counted, two micro-batches
+    assert report["goal"] == {"cskd": 1.03, "live": {}}  # the others are a GPU's, of RegNetY-160
+
+
+def _sized(recipe: TrainRecipe) -> TrainRecipe:
+    return replace(recipe, views=POLICY)
+
+
+def test_every_side_trains_by_its_own_method_from_its_own_targets() -> None:
+    teacher = load_teacher(TEACHER, weights="random", num_classes=1000, size=SIZE, batch_size=8)
+    runs = bench._runs(small_recipe(), POLICY, teacher.grid, teacher, torch.device("cpu"))
+    batch = bench.synthetic_batch(POLICY, 8, teacher.grid)
+    assert list(runs) == ["none", "deit", "cskd", "live"]
+    assert [run.recipe.distill.method for run in runs.values()] == ["none", "deit", "cskd", "cskd"]
+    assert runs["none"].data.targets(batch) is None
+    assert isinstance(runs["cskd"].data.targets(batch), EnvelopeTargets)
+    live = runs["live"].data.targets(batch)
+    assert isinstance(live, LogitTargets)
+    views = normalise(assemble(batch, POLICY), teacher.mean, teacher.std)
+    assert torch.equal(live.global_, teacher.answer(views).global_)
+    for name, run in runs.items():
+        _, base, global_, spatial = run.step(iter([batch])).tolist()
+        assert base > 0
+        assert (global_ > 0) == (name != "none")
+        assert (spatial > 0) == (name in ("cskd", "live"))
+
+
+def test_a_live_teacher_and_its_cached_answers_give_one_loss() -> None:
+    teacher = load_teacher(TEACHER, weights="random", num_classes=1000, size=SIZE, batch_size=8)
+    runs = bench._runs(small_recipe(), POLICY, teacher.grid, teacher, torch.device("cpu"))
+    batch = bench.synthetic_batch(POLICY, 8, teacher.grid)
+    answer = teacher.answer(normalise(assemble(batch, POLICY), teacher.mean, teacher.std))
+    cached = ENCODINGS["envelope"].encode(answer.spatial, answer.global_)
+    batch.targets.update(cached)
+    for _ in range(3):
+        one, other = (runs[name].step(iter([batch])) for name in ("cskd", "live"))
+        assert torch.equal(one, other)
+
+
+def test_the_synthetic_batch_is_mixed_and_erased_and_has_real_envelopes() -> None:
+    batch = bench.synthetic_batch(POLICY, 64, (7, 7))
+    assert 0.1 < len(batch.erase_box) / 64 < 0.5
+    cutmix = (batch.cutmix_box[:, 2:].prod(1) > 0).float().mean()
+    assert 0.3 < cutmix < 0.7
+    assert 1.5 < bench._lines(batch) < 3.5
+    assert assemble(batch, POLICY).shape == (64, 3, SIZE, SIZE)
+
+
+HOST = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal"}
+
+
+class Refusing(TorchDispatchMode):
+    """Refuses what makes the host wait for a value."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in HOST, f"{func} reads a value back"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["none", "deit", "cskd"])
+def test_views_targets_loss_and_gradients_read_nothing_back(method: str) -> None:
+    run = small_runs()[method]
+    batch = bench.synthetic_batch(POLICY, 8, (2, 2))
+    run.parts(batch, 0.5)  # constants are copied to the device once
+    with Refusing():
+        run.parts(batch, 0.5).total.backward()
+    with pytest.raises(AssertionError, match="reads a value back"), Refusing():
+        float(torch.ones(1).sum())
+
+
+def test_the_dense_head_sees_pooled_tokens() -> None:
+    """16 patch tokens a view, 4 places: 4 rows a view go through the head for them."""
+    run = small_runs()["cskd"]
+    rows = []
+    model: Any = run.student.model
+    model.head_dist.register_forward_hook(lambda _, given, __: rows.append(given[0].shape))
+    run.parts(bench.synthetic_batch(POLICY, 8, (2, 2)), 0.5)
+    assert sorted(shape[:-1].numel() for shape in rows) == [8, 8 * 4]
+
+
+def test_the_fused_optimizer_steps_as_the_plain_one_and_reads_nothing_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU, where float16's scaler would ask whether gradients overflowed."""
+    batch = bench.synthetic_batch(POLICY, 8, (2, 2))
+    sets = ("run.amp=fp16", "optim.clip_grad=1.0", "run.ema=0.9")
+    sets = (*sets, "optim.lr=1.0", "schedule.warmup_epochs=0")
+    plain = small_runs("cpu", *sets)["cskd"]
+    monkeypatch.setattr("cskd_pipeline.pipeline.optimizer.FUSED_ON", ("cpu",))
+    fused = small_runs("cpu", *sets)["cskd"]
+    for run in (plain, fused):
+        for _ in range(2):
+            run.step(iter([batch]))
+    start = small_runs("cpu", *sets)["cskd"]
+    for one, other, first in zip(
+        *(r.student.parameters() for r in (fused, plain, start)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+        assert not torch.equal(one, first)
+    with Refusing():
+        fused.step(iter([batch]))
+    with pytest.raises(AssertionError, match="reads a value back"), Refusing():
+        plain.step(iter([batch]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", ["fp16", "bf16"])
+@pytest.mark.parametrize("method", ["none", "deit", "cskd"])
+def test_on_a_gpu_the_host_never_waits_in_a_step(method: str, amp: str) -> None:
+    run = small_runs("cuda", f"run.amp={amp}")[method]
+    batch = bench.synthetic_batch(POLICY, 8, (2, 2)).to("cuda")
+    run.step(iter([batch]))  # what is made once is made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.step(iter([batch]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_unknown_student_is_refused() -> None:
+    with pytest.raises(StudentError, match="deit_tinny"):
+        bench.bench_step(
+            small_recipe(), world.quiet(), students=["deit_tinny"], teacher=None, rounds=3
+        )
+
+
+def test_the_command_prints_every_side(capsys: Capture) -> None:
+    words = ("--size", SIZE, "--batch-size", 8, "--rounds", 3, "--quiet", "--set", SMALL)
+    words = (*words, "--device", "cpu", "--set", "run.threads=1")
+    assert world.cli("bench", "step", *words, "--teacher", TEACHER) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["none", "deit", "cskd", "live"]
+    assert world.cli("bench", "step", *words, "--teacher", "none", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["students"]) == [STUDENT]
+    assert list(report["students"][STUDENT]["ratio"]) == ["deit", "cskd"]
+    assert (report["device"], report["batch_size"], report["size"]) == ("cpu", 8, SIZE)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_weights_and_images_of_a_step_are_in_the_asked_memory_format(channels_last: bool) -> None:
+    formats = {True: torch.channels_last, False: torch.contiguous_format}
+    run = small_runs("cpu", f"run.channels_last={str(channels_last).lower()}")["none"]
+    patches = run.student.model.patch_embed.proj
+    seen: list[Tensor] = []
+    patches.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    run.step(iter([bench.synthetic_batch(POLICY, 8, (2, 2))]))
+    for tensor in (*seen, patches.weight):
+        assert tensor.is_contiguous(memory_format=formats[channels_last])
+        assert not tensor.is_contiguous(memory_format=formats[not channels_last])
+    assert len(seen) == 1

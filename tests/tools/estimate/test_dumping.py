@@ -1,0 +1,247 @@
+"""A forecast of a dump is what the dump then takes, within 15 %."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cskd_pipeline.cache.info import describe
+from cskd_pipeline.config import DumpRecipe, load_recipe
+from cskd_pipeline.distill.encodings import ENCODINGS
+from cskd_pipeline.models.teacher import Answer
+from cskd_pipeline.pipeline.dump import dump_teacher
+from cskd_pipeline.tools.estimate import estimate_dump
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+from tests.tools.bench.test_bench_join import Time
+from tests.tools.estimate import slow
+
+VIEWS = 6
+
+
+def recipe_of(shards: Path, cache: Path, encodings: list[str]) -> DumpRecipe:
+    return load_recipe(
+        DumpRecipe,
+        None,
+        [
+            *world.VIEWS,
+            f"cache.encodings={json.dumps(encodings)}",
+            f"cache.views={VIEWS}",
+            "cache.view_block=2",
+            "dump.batch_size=16",
+        ],
+        {
+            "data.shards": str(shards),
+            "cache.path": str(cache),
+            "teacher.name": "tests.tools.estimate.slow:teacher",
+            "teacher.weights": "random",
+            "dump.workers": 0,
+            "dump.device": "cpu",
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def both(
+    small: World,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The forecast, the dump's summary, and the description of what it made."""
+    path = tmp_path_factory.mktemp("plan") / "cache"
+    recipe = recipe_of(small.shards, path, list(ENCODINGS))
+    report = estimate_dump.plan_dump(recipe, world.quiet(), views=(VIEWS, 60), devices=(1, 4))
+    assert not path.exists()
+    return report, dump_teacher(recipe, world.quiet()), describe(path)
+
+
+def row(report: dict[str, Any], views: int, *encodings: str) -> dict[str, Any]:
+    (found,) = (
+        row
+        for row in report["forecast"]
+        if (row["views"], tuple(row["encodings"])) == (views, encodings)
+    )
+    return dict(found)
+
+
+def test_bytes_are_those_of_the_dump(both: tuple[dict[str, Any], ...]) -> None:
+    report, _, made = both
+    for name in ENCODINGS:
+        assert report["bytes_per_view"][name] == pytest.approx(
+            made["encodings"][name]["bytes_per_view"], rel=0.15
+        )
+    found = row(report, VIEWS, *ENCODINGS)["bytes"]
+    assert found == pytest.approx(made["bytes"] - made["bytes_by_array"]["metadata"], rel=0.15)
+    assert row(report, 60, *ENCODINGS)["bytes"] == pytest.approx(10 * found, rel=1e-3)
+
+
+def test_time_is_that_of_the_dump(both: tuple[dict[str, Any], ...]) -> None:
+    """The teacher sleeps, so a busy machine changes little."""
+    report, summary, _ = both
+    assert report["limit"] == "device"
+    found = row(report, VIEWS, *ENCODINGS)["seconds"]
+    assert found == pytest.approx(summary["seconds"], rel=0.15)
+    batches = VIEWS * 96 / 16
+    assert found > batches * slow.SECONDS
+
+
+def test_more_devices_share_the_time(both: tuple[dict[str, Any], ...]) -> None:
+    for found in both[0]["forecast"]:
+        one, four = found["device_seconds"]["1"], found["device_seconds"]["4"]
+        assert one == pytest.approx(4 * four)
+        assert one <= found["seconds"]
+
+
+def test_every_encoding_and_number_of_views_is_forecast(both: tuple[dict[str, Any], ...]) -> None:
+    report = both[0]
+    listed = [(row["views"], tuple(row["encodings"])) for row in report["forecast"]]
+    stored = [*((name,) for name in ENCODINGS), tuple(ENCODINGS)]
+    assert listed == [(views, names) for views in (VIEWS, 60) for names in stored]
+    assert report["dataset"]["samples"] == 96
+
+
+def test_the_table_is_read_in_ten_seconds(
+    both: tuple[dict[str, Any], ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cskd_pipeline.runtime.console import Terminal
+
+    estimate_dump.show(both[0], Terminal())
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2 + 2 * (len(ENCODINGS) + 1)
+    assert "the limit here is the device" in err
+
+
+def test_the_command_forecasts_and_leaves_nothing(
+    small: World,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    sets = world.as_flags([*world.VIEWS, f"teacher.kwargs={world.TEACHER_KWARGS}"])
+    words = ("--shards", small.shards, "--teacher", world.TEACHER, "--weights", "random")
+    rest = ("--views", 4, "--devices", 2, "--images", 32, "--workers", 0, "--batch-size", 16)
+    assert world.cli("plan", "dump", *words, *rest, *sets, "--json") == 0
+    report = world.last_json(capsys.readouterr().out)
+    assert report["measured"]["samples"] == 33  # 11 of each of three tars
+    assert report["measured"]["workers"] == 0
+    assert [row["encodings"] for row in report["forecast"]] == [[name] for name in ENCODINGS]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_that_is_short_costs_the_teacher_a_whole_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The network sees full batches in a dump, and short ones filled up in a trial."""
+    clock = Time()
+
+    def ask(teacher: Any, batch: Any, policy: Any) -> Answer:
+        clock.work(8.0)  # however many are asked about
+        return Answer(torch.zeros(batch.count, 2, 1, 1), torch.zeros(batch.count, 2))
+
+    def batch(count: int) -> Any:
+        made = SimpleNamespace(count=count)
+        made.to = lambda device: made
+        return made
+
+    monkeypatch.setattr(estimate_dump, "ask", ask)
+    monkeypatch.setattr(estimate_dump.time, "perf_counter", clock)
+    teacher: Any = SimpleNamespace(batch_size=16, device="cpu", name="teacher")
+    recipe: Any = SimpleNamespace(views=None)
+    manifest: Any = None
+    seconds, answers = estimate_dump._ask(
+        recipe, teacher, [batch(3), batch(16), batch(5)], manifest
+    )
+    assert seconds == 8.0 / 16
+    assert len(answers) == 24
+
+
+# --- the arithmetic, on rates that are made up ----------------------------------------------------
+
+SIZES = {
+    "dense": 1000.0,
+    "envelope": 10.0,
+    "dense-q8": 500.0,
+    "topk": 100.0,
+    estimate_dump.COMMON: 7.0,
+}
+COSTS = {"dense": 0.0, "envelope": 0.01, "dense-q8": 0.0, "topk": 0.0}
+TRIAL = estimate_dump.DumpTrial(
+    samples=10,
+    views=20,
+    workers=2,
+    loader=50.0,
+    teacher=100.0,
+    encode=COSTS,
+    together=40.0,
+    startup=3.0,
+    bytes_per_view=SIZES,
+)
+
+
+def forecast(
+    monkeypatch: pytest.MonkeyPatch, device: str, trial: estimate_dump.DumpTrial = TRIAL
+) -> dict[str, Any]:
+    """Of 1000 samples in two views, encoded as ``dense``."""
+    dataset = SimpleNamespace(name="made up", samples=1000)
+    teacher = SimpleNamespace(name="made up", device=torch.device(device))
+    monkeypatch.setattr(estimate_dump, "open_stage_one", lambda *_: (dataset, teacher))
+    monkeypatch.setattr(estimate_dump, "try_dump", lambda *_: trial)
+    recipe = recipe_of(Path("shards"), Path("cache"), ["dense"])
+    return estimate_dump.plan_dump(recipe, world.quiet(), views=(2,), devices=(1, 4))
+
+
+def test_bytes_are_the_answers_and_what_all_encodings_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    report = forecast(monkeypatch, "cpu")
+    for name in ENCODINGS:
+        assert row(report, 2, name)["bytes"] == 2000 * (SIZES[name] + 7)
+
+
+def test_time_is_the_start_and_then_the_rate_of_all_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loader is the limit: an encoding that costs the device more changes nothing."""
+    report = forecast(monkeypatch, "cuda")
+    assert report["limit"] == "loader"
+    for name in ENCODINGS:
+        assert row(report, 2, name)["seconds"] == pytest.approx(3.0 + 2000 / 40)
+
+
+def test_where_the_device_is_the_limit_an_encoding_costs_its_share_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A view of envelope takes the device twice as long as one of dense."""
+    report = forecast(monkeypatch, "cuda", replace(TRIAL, loader=400.0))
+    assert report["limit"] == "device"
+    assert row(report, 2, "dense")["seconds"] == pytest.approx(3.0 + 2000 / 40)
+    assert row(report, 2, "envelope")["seconds"] == pytest.approx(3.0 + 2000 / 20)
+
+
+@pytest.mark.parametrize(
+    ("device", "dense", "envelope"), [("cuda", 100.0, 50.0), ("cpu", 40.0, 40.0)]
+)
+def test_another_gpu_is_fed_by_its_own_loader_and_another_cpu_shares_its_cores(
+    monkeypatch: pytest.MonkeyPatch, device: str, dense: float, envelope: float
+) -> None:
+    report = forecast(monkeypatch, device)
+    for name, rate in (("dense", dense), ("envelope", envelope)):
+        found = row(report, 2, name)["device_seconds"]
+        assert found == pytest.approx({"1": 2000 / rate, "4": 2000 / (4 * rate)})
+
+
+@pytest.mark.parametrize(
+    ("workers", "loader", "needed"), [(2, 50.0, 4), (2, 400.0, 1), (0, 30.0, 4), (4, 100.0, 4)]
+)
+def test_as_many_loader_processes_feed_a_device_as_their_rate_says(
+    monkeypatch: pytest.MonkeyPatch, workers: int, loader: float, needed: int
+) -> None:
+    """The device takes 100 views a second; of 2 processes with 50 together, it needs 4."""
+    report = forecast(monkeypatch, "cuda", replace(TRIAL, workers=workers, loader=loader))
+    assert report["workers_to_feed_a_device"] == needed

@@ -1,0 +1,111 @@
+"""A forecast of a run names its limit, and is what the run then takes, within 15 %."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cskd_pipeline.data import render
+from cskd_pipeline.pipeline.train import train
+from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.tools.estimate import estimate_train
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+
+
+def sleep_before(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, seconds: float) -> None:
+    original = getattr(owner, name)
+
+    def slower(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, slower)
+
+
+def test_a_slow_student_is_the_limit_and_the_time_is_the_runs(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sleep_before(monkeypatch, Run, "parts", 0.4)
+    recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run", epochs=2)
+    report = estimate_train.plan_train(recipe, world.quiet(), updates=6)
+    assert not (tmp_path / "run").exists()
+    assert report["limit"] == "device"
+    rates = report["images_per_second"]
+    assert rates["device"] < 16 / 0.4
+    assert rates["device"] < rates["loader"]
+    summary = train(recipe, world.quiet())
+    assert summary["updates"] == report["updates_per_epoch"] * 2
+    assert report["seconds"] == pytest.approx(summary["seconds"], rel=0.15)
+
+
+def test_a_slow_disk_is_the_limit(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sleep_before(monkeypatch, render, "decode", 0.03)
+    recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run", epochs=2)
+    report = estimate_train.plan_train(recipe, world.quiet(), updates=4)
+    assert report["limit"] == "loader"
+    assert report["workers_to_feed_the_device"] > 1
+    rates = report["images_per_second"]
+    assert rates["together"] < rates["loader"] < rates["device"]
+    from cskd_pipeline.runtime.console import Terminal
+
+    estimate_train.show(report, Terminal())
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 5
+    assert "the limit here is the loader" in err
+
+
+def test_a_run_without_a_cache_is_forecast_too(
+    small: World,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--shards", small.shards, "--method", "none", "--student", world.STUDENT)
+    sets = world.as_flags([*world.train_sets(), *world.VIEWS])
+    rest = ("--epochs", 3, "--batch-size", 16, "--updates", 2, "--workers", 0, "--json")
+    assert world.cli("plan", "train", *words, *rest, *sets) == 0
+    report = world.last_json(capsys.readouterr().out)
+    assert report["method"] == "none"
+    assert report["epochs"] == 3
+    assert report["seconds"] >= 3 * report["seconds_per_epoch"]
+    assert report["samples"] == 96
+
+
+class Known:
+    """In place of the clocks: the loader makes 2 updates a second, the run 1 after 5 seconds."""
+
+    made = 0
+
+    def __init__(self, total: int) -> None:
+        self.rate, self.startup = ((2.0, 1.0), (1.0, 5.0))[Known.made]
+        Known.made += 1
+
+    def advance(self, count: int) -> None:
+        pass
+
+
+def test_time_and_processes_follow_from_the_rates(
+    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Known, "made", 0)
+    monkeypatch.setattr(estimate_train, "SteadyRate", Known)
+    recipe = world.train_recipe(small.shards, small.cache, tmp_path, epochs=3)
+    recipe = replace(recipe, run=replace(recipe.run, workers=2))
+    report = estimate_train.plan_train(recipe, world.quiet(), updates=1)
+    rates = report["images_per_second"]
+    assert (rates["loader"], rates["together"]) == (2.0 * 16, 1.0 * 16)
+    assert report["seconds_per_epoch"] == report["updates_per_epoch"]
+    assert report["seconds"] == 5.0 + 3 * report["updates_per_epoch"]
+    each = rates["loader"] / 2
+    needed = report["workers_to_feed_the_device"]
+    assert (needed - 1) * each < rates["device"] <= needed * each

@@ -1,0 +1,125 @@
+"""Labels at every place and ratio, and what is counted of them, against plain numpy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.data.index import load_dataset
+from cskd_pipeline.data.join import Join, join
+from cskd_pipeline.data.replay import cache_of, renderer_of
+from cskd_pipeline.tools.report import statistics
+from cskd_pipeline.tools.report.gallery import choose_views, encoded, make_views
+from cskd_pipeline.tools.report.labels import RATIOS, planes_of, read_labels
+from tests.cache.making import make
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+
+ROWS = np.array([(0, 0, 1), (0, 0, 4), (1, 0, 0), (3, 1, 2), (2, 2, 3)])
+
+
+def fused(cache: CacheReader, rows: np.ndarray, r: float) -> np.ndarray:
+    """argmax over classes of r * d + (1 - r) * g, in float64: (n, h, w)."""
+    answers = cache.gather("dense", rows)
+    d = answers["dense/spatial"].astype(np.float64)
+    g = answers["dense/global"].astype(np.float64)[:, :, None, None]
+    return (r * d + (1 - r) * g).argmax(axis=1)
+
+
+def test_labels_of_dense_logits_are_the_argmax_of_the_fused_response(tmp_path: Path) -> None:
+    make(tmp_path / "c", encodings=("dense",))
+    cache = CacheReader(tmp_path / "c")
+    labels = read_labels(cache, ROWS)
+    assert (labels.encoding, labels.exact) == ("dense", True)
+    for r in np.linspace(0, 1, 23):
+        assert np.array_equal(labels.at(float(r)), fused(cache, ROWS, float(r)))
+    fine = np.stack([fused(cache, ROWS, r) for r in np.linspace(0, 1, 1_001)])
+    changes = (fine[1:] != fine[:-1]).sum(axis=0)
+    assert (labels.lines() >= changes + 1).all()
+    assert (labels.lines() - changes - 1).sum() <= 3  # a line may be on top between two ratios
+
+
+@pytest.mark.parametrize("encoding", ["envelope", "dense-q8", "topk"])
+def test_labels_of_other_encodings_are_those_of_the_logits_or_nearly(
+    small: World, tmp_path: Path, encoding: str
+) -> None:
+    world.cli("cache", "convert", small.cache, tmp_path / "c", "--encoding", encoding, "-q")
+    rows = np.array([(v, 0, o) for v in range(2) for o in range(30)])
+    labels = read_labels(CacheReader(tmp_path / "c"), rows)
+    dense = CacheReader(small.cache)
+    assert labels.encoding == encoding
+    assert labels.exact == (encoding == "envelope")
+    for r in (0.0, 0.35, 1.0):
+        equal = (labels.at(r) == fused(dense, rows, r)).mean()
+        assert equal == 1 if labels.exact else equal > 0.85, (r, equal)
+
+
+def test_planes_from_labels_at_some_ratios_give_these_labels_there() -> None:
+    rng = np.random.default_rng(0)
+    asked = rng.integers(0, 3, (4, len(RATIOS), 2, 3))
+    planes = planes_of(asked)
+    from cskd_pipeline.tools.report.labels import Labels
+
+    labels = Labels("topk", False, planes)
+    for i, r in enumerate(RATIOS):
+        assert np.array_equal(labels.at(float(r)), asked[:, i])
+
+
+@pytest.fixture(scope="module")
+def found(small: World) -> Join:
+    return join(load_dataset(str(small.shards)), CacheReader(small.cache))
+
+
+def test_figures_are_counted_over_every_place(found: Join) -> None:
+    rows = statistics.sample_rows(found, 10_000)
+    cache = cache_of(found)
+    assert len(rows) == cache.views * found.samples.total  # fewer pairs than are read at most
+    measured = statistics.measure(found, rows)
+    pairing = renderer_of(found, strict=False).pair(rows)
+    own = np.array([cache.labels(s)[o] for _, s, o in rows.tolist()])
+    partner = np.array([cache.labels(s)[o] for _, s, o in pairing.partner.tolist()])
+    lam = np.array([mix.lam for mix in pairing.mixes])
+    larger = np.where(lam >= 0.5, own, partner)
+    for index in (0, 50, 100):
+        labels = fused(cache, rows, index / 100)
+        right = labels == larger[:, None, None]
+        assert measured.agreement[index] == pytest.approx(right.mean(), abs=1e-3)
+        either = (labels == own[:, None, None]) | (labels == partner[:, None, None])
+        assert measured.either[index] == pytest.approx(either.mean(), abs=1e-3)
+    assert measured.lines.sum() == labels.size
+    shares = np.bincount(labels.ravel(), minlength=4) / labels.size
+    np.testing.assert_allclose(measured.balance[1], shares, atol=1e-3)
+    np.testing.assert_allclose(measured.balance[0], np.bincount(larger, minlength=4) / len(rows))
+
+
+def test_samples_are_few_slabs_of_many_views_each(found: Join) -> None:
+    rows = statistics.sample_rows(found, 50)
+    assert 40 <= len(rows) <= 50
+    assert len(np.unique(rows, axis=0)) == len(rows)
+    assert set(rows[:, 1]) == {0, 1, 2}
+
+
+def test_views_are_what_the_network_saw(found: Join) -> None:
+    import torch
+
+    from cskd_pipeline.data.assemble import assemble
+    from cskd_pipeline.data.batches import render_batch
+
+    rows = choose_views(found, 6)
+    views = make_views(found, rows)
+    assert views.same.all()
+    assert views.exact.all()
+    batch = render_batch(renderer_of(found, strict=True), rows)
+    seen = assemble(batch, cache_of(found).manifest.policy).permute(0, 2, 3, 1)
+    expected = torch.round(seen.clamp(0, 1) * 255).byte().numpy()
+    assert np.array_equal(views.pixels, expected)
+    data, kind = encoded(views.pixels[0])
+    from io import BytesIO
+
+    from PIL import Image
+
+    assert kind == "png"
+    assert np.array_equal(np.asarray(Image.open(BytesIO(data))), expected[0])

@@ -1,0 +1,257 @@
+"""The page of a cache in a real browser, and what it must never do."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.keys import Keys
+
+from cskd_pipeline.cache.manifest import DatasetManifest
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.tools.report import page
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+from tests.tools.report.browser import all_of, complaints, look, one
+
+Capture = pytest.CaptureFixture[str]
+
+HOSTILE = (
+    "<img src=x onerror=\"window.hurt='img'\">",
+    "</script><script>window.hurt='script'</script>",
+    "\u202egnp.exe & <b>bold</b> " + "long " * 190,
+    "'\"><svg onload=\"window.hurt='svg'\"> {{ 7*7 }} `${window.hurt=1}`",
+)
+
+
+@pytest.fixture(scope="module")
+def hostile(small: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of a cache whose classes have hostile names."""
+    root = tmp_path_factory.mktemp("hostile")
+    shards = shutil.copytree(small.shards, root / "shards")
+    index = shards / "train.json"
+    assert world.cli("index", shards, "--out", index, "-q") == 0
+    dataset = DatasetManifest.from_json(json.loads(index.read_text()))
+    named = replace(dataset, class_names=HOSTILE, name="<script>window.hurt='name'</script>")
+    document = json.loads(index.read_text()) | named.to_json()
+    index.write_text(json.dumps(document))
+    words = ["dump-teacher", "--shards", index, "--teacher", world.TEACHER, "--weights", "random"]
+    words += ["--cache", root / "c", "--workers", 0, "--device", "cpu", "-q"]
+    assert world.cli(*words, *world.as_flags(world.dump_sets())) == 0
+    return shown(root / "c", index, root / "page", "--images", 3)
+
+
+def shown(cache: Path, shards: Path, out: Path, *more: object) -> Path:
+    assert world.cli("show", cache, "--shards", shards, "--out", out, "-q", *more) == 0
+    return out / "index.html"
+
+
+@pytest.fixture(scope="module")
+def plain(small: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("page")
+    return shown(small.cache, small.shards, out, "--images", 5, "--epochs", 10)
+
+
+def labels(chrome: webdriver.Chrome) -> list[int]:
+    """Of every place, view by view."""
+    found: list[int] = chrome.execute_script(
+        "return [...document.querySelectorAll('.places span')].map(s => Number(s.dataset.label))"
+    )
+    return found
+
+
+def test_it_opens_from_disk_without_a_complaint(chrome: webdriver.Chrome, plain: Path) -> None:
+    look(chrome, plain)
+    assert complaints(chrome) == []
+    assert len(all_of(chrome, "figure[data-view]")) == 5
+    widths = chrome.execute_script(
+        "return [...document.querySelectorAll('.stage img')].map(i => i.naturalWidth)"
+    )
+    assert widths == [world.SIZE] * 5
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", plain.read_text())
+
+
+def test_the_slider_turns_local_labels_into_the_global_one(
+    chrome: webdriver.Chrome, plain: Path, small: World
+) -> None:
+    look(chrome, plain)
+    cache = CacheReader(small.cache)
+    from cskd_pipeline.tools.report.gallery import choose_views
+    from cskd_pipeline.tools.report.labels import read_labels
+    from tests.tools.report.test_labels import join, load_dataset
+
+    rows = choose_views(join(load_dataset(str(small.shards)), cache), 5)
+    expected = read_labels(cache, rows)
+    slider = one(chrome, "#at")
+    seen = [labels(chrome)]
+    for _ in range(100):
+        slider.send_keys(Keys.ARROW_RIGHT)
+        seen.append(labels(chrome))
+    for step, found in enumerate(seen):
+        assert found == expected.at(1 - step / 100).ravel().tolist(), step
+    assert one(chrome, "#told").text.startswith("r = 0.00: ")
+    assert len({tuple(found) for found in seen}) > 3  # labels change in between, too
+
+
+def test_a_schedule_leads_through_its_epochs(chrome: webdriver.Chrome, plain: Path) -> None:
+    look(chrome, plain)
+    assert [option.text for option in all_of(chrome, "#drive option")] == [
+        "r", "epochs, linear", "epochs, x2", "epochs, cos",
+    ]  # fmt: skip
+    one(chrome, "#drive").send_keys("epochs, x2")
+    slider = one(chrome, "#at")
+    told = []
+    for _ in range(3):
+        told.append(one(chrome, "#told").text.partition(":")[0])
+        slider.send_keys(Keys.ARROW_RIGHT)
+    assert told == [
+        "epoch 1 of 10, r = 1.00", "epoch 2 of 10, r = 0.81", "epoch 3 of 10, r = 0.64",
+    ]  # fmt: skip
+
+
+def test_places_are_walked_with_arrow_keys_and_read_out(
+    chrome: webdriver.Chrome, plain: Path
+) -> None:
+    look(chrome, plain)
+    figure = one(chrome, '[data-view="1"]')
+    first = one(figure, ".places span")
+    first.click()
+    chrome.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
+    chrome.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    text = one(figure, ".here").text
+    assert text.startswith("Row 2, column 2: ")
+    assert chrome.switch_to.active_element.get_attribute("aria-label") in text
+    assert text.count("(r ") >= 1
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_phone_scrolls_one_way_and_both_schemes_can_be_read(
+    chrome: webdriver.Chrome, plain: Path, hostile: Path, dark: bool
+) -> None:
+    for path in (plain, hostile):
+        look(chrome, path, width=360, height=740, dark=dark)
+        wide, page_width = chrome.execute_script(
+            "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+        )
+        assert wide <= page_width == 360
+    ground, ink = chrome.execute_script(
+        "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"
+    )
+    assert contrast(ground, ink) > 7
+    assert (luminance(ground) < 0.1) == dark
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance, as WCAG 2 defines it."""
+    parts = [int(n) / 255 for n in re.findall(r"\d+", colour)[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one_: str, other: str) -> float:
+    low, high = sorted((luminance(one_), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_hostile_names_stay_text(chrome: webdriver.Chrome, hostile: Path) -> None:
+    look(chrome, hostile)
+    slider = one(chrome, "#at")
+    for _ in range(5):
+        slider.send_keys(Keys.PAGE_UP)
+    assert complaints(chrome) == []
+    assert chrome.execute_script("return window.hurt") is None
+    assert len(all_of(chrome, "script")) == 2
+    assert not all_of(chrome, "main b, main img:not(.stage img), main [onload], main [onerror]")
+    body = one(chrome, "body").text
+    assert "<img src=x onerror=" in body
+    assert "<script>window.hurt='name'</script>" in one(chrome, "h1").text
+    assert "\u202e" not in hostile.read_text()
+    title = one(chrome, ".places span[title]").get_attribute("title")
+    assert len(title) <= 100
+
+
+def test_the_policy_of_the_page_would_stop_what_slipped_through(
+    chrome: webdriver.Chrome, tmp_path: Path
+) -> None:
+    """Markup that is let in on purpose neither runs nor fetches anything."""
+    evil = "<p id=in>in</p><img src=x onerror=\"window.hurt=1\"><img src='http://127.0.0.1:9/x'>"
+    document = page.page("t", [evil, "<script>window.hurt=2</script>"], data={}, script="1;")
+    path = tmp_path / "evil.html"
+    path.write_text(document)
+    look(chrome, path)
+    assert one(chrome, "#in").text == "in"
+    assert chrome.execute_script("return window.hurt") is None
+    assert sum("Content Security Policy" in said for said in complaints(chrome)) >= 2
+
+
+def test_data_cannot_end_its_element() -> None:
+    found = page.page("t", [], data={"a": "</script><b>&"}, script="1;")
+    inside = re.search(r'id="data">(.*?)</script>', found)
+    assert inside is not None
+    assert "<" not in inside[1]
+    assert json.loads(inside[1]) == {"a": "</script><b>&"}
+
+
+def test_what_it_tells(small: World, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "page"
+    words = ["show", small.cache, "--shards", small.shards, "--out", out, "--export", "svg"]
+    assert world.cli(*words, "--json", "--images", 4, "--samples", 60) == 0
+    told: dict[str, Any] = json.loads(capsys.readouterr().out)
+    names = {"index.html", "agreement.svg", "labels.svg", "balance.svg"}
+    assert {path.name for path in out.iterdir()} == names
+    assert told["bytes"] == (out / "index.html").stat().st_size
+    assert (told["views_shown"], told["views_exact"]) == (4, 4)
+    assert told["views_counted"] <= 60
+    assert (told["labels_from"], told["labels_exact"]) == ("envelope", True)
+    text = (out / "index.html").read_text()
+    inside = re.search(r'id="data">(.*?)</script>', text)
+    assert inside is not None
+    assert json.loads(inside[1])["agreement"][100] == pytest.approx(
+        told["agreement"]["r=1"], abs=1e-4
+    )
+    assert "6 of 6 units are finished" in text
+
+
+def test_an_unfinished_cache_says_what_is_missing(small: World, tmp_path: Path) -> None:
+    words = ["dump-teacher", "--shards", small.shards, "--teacher", world.TEACHER, "-q"]
+    words += ["--weights", "random", "--cache", tmp_path / "c", "--workers", 0, "--device", "cpu"]
+    words += world.as_flags(world.dump_sets())
+    assert world.cli(*words, "--shard-range", "1:2") == 0
+    text = shown(tmp_path / "c", small.shards, tmp_path / "page").read_text()
+    assert "2 of 6 units are finished" in text
+    assert re.search(r"<td>train-0+\.tar</td><td class=number>32</td><td class=number>0</td>", text)
+
+
+def test_changed_images_are_pointed_out(small: World, tmp_path: Path) -> None:
+    """Views of pictures that were compressed again are shown, and not as the teacher's."""
+    world.draw_pictures(tmp_path / "pictures", per_class=24, seed=9)
+    words = ["make-shards", tmp_path / "pictures", tmp_path / "shards", "--shard-size", 35, "-q"]
+    assert world.cli(*words) == 0
+    text = shown(small.cache, tmp_path / "shards", tmp_path / "page", "--images", 4).read_text()
+    assert text.count("Made from another image than the teacher saw.") == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ((), 2, "--shards SHARDS"),
+        (("--shards", "none-*.tar"), 1, "no file matches"),
+        (("--shards", "shards", "--images", "0"), 2, "--images"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused_and_leaves_nothing(
+    small: World, tmp_path: Path, capsys: Capture, words: tuple[str, ...], code: int, says: str
+) -> None:
+    root = small.shards.parent
+    given = [root / word if (root / word).exists() else word for word in words]
+    assert world.cli("show", small.cache, *given, "--out", tmp_path / "page") == code
+    message = capsys.readouterr().err
+    assert says in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "page").exists()

@@ -1,0 +1,220 @@
+"""Runs' folders are read as they were written, and what is none is refused with one message."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from cskd_pipeline.errors import RecipeError, RunError, UsageError
+from cskd_pipeline.tools.report import curves, plots
+from cskd_pipeline.tools.report.records import (
+    MAX_BYTES,
+    MAX_RUNS,
+    distinct_names,
+    read_log,
+    read_runs,
+    recipe_differences,
+)
+from tests.tools.report.making_runs import log_text, make_run, rows
+
+
+def test_a_runs_numbers_are_those_of_its_log(tmp_path: Path) -> None:
+    make_run(tmp_path / "one", epochs=5, shift=0.5)
+    [run] = read_runs([tmp_path / "one"])
+    expected = rows(5, shift=0.5)
+    for name in expected[0]:
+        assert run.column(name) == ([1, 2, 3, 4, 5], [row[name] for row in expected]), name
+    assert (run.name, run.method, run.epochs, run.finished) == ("one", "cskd", 5, True)
+    assert run.last("loss") == expected[-1]["loss"]
+    assert run.mean("data_wait") == pytest.approx(sum(r["data_wait"] for r in expected) / 5)
+    assert run.best() == {"top1": 36.75, "epoch": 5, "weights": "ema"}
+
+
+def test_the_best_is_the_first_of_the_highest_as_train_keeps_it(tmp_path: Path) -> None:
+    make_run(tmp_path / "one")
+    logged = rows(4)
+    for row, top1, ema in zip(logged, (5.0, 9.0, 8.0, 9.0), (4.0, 9.0, 9.0, 3.0), strict=True):
+        row |= {"top1": top1, "ema_top1": ema}
+    (tmp_path / "one/summary.csv").write_text(log_text(logged))
+    [run] = read_runs([tmp_path / "one"])
+    assert run.best() == {"top1": 9.0, "epoch": 2, "weights": "last"}
+
+
+def test_epochs_without_evaluation_leave_no_point(tmp_path: Path) -> None:
+    make_run(tmp_path / "one")
+    logged = rows(4)
+    for row in (logged[0], logged[2]):
+        for name in [name for name in row if "top" in name]:
+            del row[name]
+    (tmp_path / "one/summary.csv").write_text(log_text(logged))
+    [run] = read_runs([tmp_path / "one"])
+    assert run.column("top1") == ([2, 4], [32.5, 34.5])
+    assert run.column("loss")[0] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("cut", [1, 9, 60])
+def test_a_line_that_is_still_being_written_is_left_out(tmp_path: Path, cut: int) -> None:
+    path = make_run(tmp_path / "one") / "summary.csv"
+    path.write_bytes(path.read_bytes()[:-cut])
+    [run] = read_runs([tmp_path / "one"])
+    assert (run.epochs, run.finished) == (3, False)
+
+
+def test_a_run_in_its_first_epoch_has_no_rows(tmp_path: Path) -> None:
+    [run] = read_runs([make_run(tmp_path / "one", logged=0)])
+    assert (run.rows, run.epochs, run.best(), run.last("loss")) == ((), 0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (b"epoch,loss", b"loss,epoch", "line 1"),
+        (b"epoch,loss", b"epoch,base", "line 1"),  # twice
+        (b"\n2,", b"\n2,7,", "line 3: 17 fields"),
+        (b"\n2,", b"\n\n2,", "line 3"),
+        (b"\n2,", b"\n1,", "line 3: epoch 1"),
+        (b"\n2,", b"\n-2,", "line 3: epoch -2"),
+        (b"\n2,", b"\n\xd9\xa2,", "line 3: epoch"),  # an Arabic two
+        (b"\n2,", b"\n99999999,", "line 3: epoch"),
+        (b"\n2,6.3", b"\n2,nan", "line 3: loss nan"),
+        (b"\n2,6.3", b"\n2,1e999", "line 3: loss 1e999"),
+        (b"\n2,6.3", b"\n2,1e31", "line 3: loss 1e31"),
+        (b"\n2,6.3", b"\n2,<b>6</b>", "line 3: loss <b>6</b>"),
+        (b"\n2,6.3", b'\n2,"6.3', "line 3"),
+        (b"\n2,6.3", b"\n2,\xff", "line 3"),
+        (b"\n2,6.3", b"\n2," + b"6" * 70_000, "line 3"),
+    ],
+)
+def test_a_damaged_log_is_refused_with_its_line(
+    tmp_path: Path, old: bytes, new: bytes, told: str
+) -> None:
+    path = make_run(tmp_path / "one") / "summary.csv"
+    data = path.read_bytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+    with pytest.raises(RunError, match="damaged") as caught:
+        read_runs([tmp_path / "one"])
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"\n" * 60_000, b"," * 2**16, b"0" * (MAX_BYTES + 1)])
+def test_a_log_of_no_honest_size_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "summary.csv").write_bytes(data + b"\n")
+    with pytest.raises(RunError, match="damaged"):
+        read_log(tmp_path / "summary.csv")
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path / "pipe", logged=0)
+    os.mkfifo(tmp_path / "pipe/summary.csv")
+    (tmp_path / "empty").mkdir()
+    for name, found in (("empty", "no recipe.toml"), ("nowhere", "no folder"), ("pipe", "no file")):
+        with pytest.raises(RunError, match=found):
+            read_runs([tmp_path / name])
+    make_run(tmp_path / "other")
+    (tmp_path / "other/recipe.toml").write_text("[distill]\nmethod = '<b>x</b>'\n")
+    with pytest.raises(RecipeError, match="<b>x</b>"):
+        read_runs([tmp_path / "other"])
+
+
+def test_runs_are_named_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a/x/run", "b/x/run", "b/y/run", "single")]
+    assert distinct_names(paths) == ["a/x/run", "b/x/run", "y/run", "single"]
+    assert distinct_names([Path("/run"), Path("/a/run")]) == ["/run", "a/run"]
+    run = make_run(tmp_path / "run")
+    with pytest.raises(UsageError, match="twice"):
+        read_runs([run, tmp_path / "." / "run"])
+    with pytest.raises(UsageError, match=str(MAX_RUNS)):
+        read_runs([tmp_path / str(n) for n in range(MAX_RUNS + 1)])
+
+
+def test_only_the_keys_in_which_recipes_differ(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "one", sets=("run.ema=0.99996", "student.kwargs={depth=2}"))
+    two = make_run(tmp_path / "two", sets=("run.ema=0.99995", "student.kwargs={width='<i>'}"))
+    three = make_run(tmp_path / "three", method="none", sets=("run.ema=0.99996",))
+    found = recipe_differences(read_runs([one, two, three]))
+    assert found == {
+        "data.cache": ["cache", "cache", "-"],
+        "student.kwargs.depth": ["2", "-", "-"],
+        "student.kwargs.width": ["-", "<i>", "-"],
+        "distill.method": ["cskd", "cskd", "none"],
+        "run.ema": ["0.99996", "0.99995", "0.99996"],
+    }
+    assert recipe_differences(read_runs([one])) == {}
+
+
+# Curves
+
+
+def test_curves_are_the_logs_numbers_in_the_runs_style(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / "one"), make_run(tmp_path / "two", shift=1.0, epochs=3)]
+    runs = read_runs([make_run(tmp_path / "plain", method="none"), *folders])
+    logged = [rows(4, method="none"), rows(4), rows(3, shift=1.0)]
+    seen = set()
+    for group in curves.GROUPS.values():
+        for curve in group:
+            found = {one.style: one for one in curves.series(runs, curve)}
+            wanted = {1, 2} if "none" not in curve.methods else {0, 1, 2}
+            wanted -= {0} if curve.column == "top1_dense" else set()
+            assert set(found) == wanted, curve
+            for style, one in found.items():
+                assert one.name == runs[style].name
+                assert list(one.x) == [row["epoch"] for row in logged[style]]
+                scale = 100 if curve.column == "data_wait" else 1
+                assert one.y == [scale * row[curve.column] for row in logged[style]]
+            seen.add(curve.column)
+    assert {"loss", "base", "global", "spatial", "lr", "ckf_ratio", "data_wait"} < seen
+    assert {"images_per_second", "top1", "top1_cls", "top1_dist", "top1_dense", "ema_top1"} < seen
+
+
+def test_drawn_curves_share_colours_names_and_the_axis_of_top1(tmp_path: Path) -> None:
+    evil = "$x_1$ <script>alert(1)<|script>"
+    runs = read_runs([make_run(tmp_path / evil), make_run(tmp_path / "two", shift=1.0)])
+    spans, colours = set(), {}
+    for plot in curves.draw(runs, curves.TOP1):
+        axes = plot.figure.axes[0]
+        spans.add(axes.get_ylim())
+        colours[plot.name] = [line.get_color() for line in axes.lines]
+        [legend] = plot.figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == [evil, "two"]
+        assert re.match(r"top-1, % over epochs\. \$x_1\$ .*; two: ", plot.description)
+    assert len(spans) == 1
+    assert len(colours) == 5
+    assert len(set(map(tuple, colours.values()))) == 1
+    [low, high] = spans.pop()
+    assert low < 28.5
+    assert high > 36.25
+
+
+def test_one_run_needs_no_legend_and_what_nobody_logged_no_plot(tmp_path: Path) -> None:
+    runs = read_runs([make_run(tmp_path / "one", method="none")])
+    drawn = [plot for group in curves.GROUPS.values() for plot in curves.draw(runs, group)]
+    names = [plot.name for plot in drawn]
+    assert "loss_spatial" not in names
+    assert "ckf_ratio" not in names
+    assert {"loss", "top1", "top1_ema", "lr", "images_per_second", "data_wait"} < set(names)
+    assert not any(plot.figure.legends for plot in drawn)
+    assert list(curves.draw(read_runs([make_run(tmp_path / "new", logged=0)]), curves.LOSSES)) == []
+
+
+def test_many_long_names_leave_the_curves_their_room(tmp_path: Path) -> None:
+    """And are shown with their ends, in which such names differ."""
+    name = "a-name-that-says-everything-about-what-was-tried-in-run-{}"
+    figures = []
+    for count in (2, 20):
+        folders = [make_run(tmp_path / f"{count}/{name.format(i)}") for i in range(count)]
+        figures.append(next(curves.draw(read_runs(folders), curves.LOSSES)).figure)
+    few, many = figures
+    for figure in (few, many):
+        plots.svg(figure, "t")  # lays it out
+    axes = [figure.axes[0].get_window_extent() for figure in (few, many)]
+    assert axes[1].height > 0.75 * axes[0].height
+    overlap = axes[1].y1 - many.legends[0].get_window_extent().y0
+    assert overlap < 10  # pixels: the padding of both
+    texts = {text.get_text() for text in many.legends[0].get_texts()}
+    assert len(texts) == 20
+    assert any(text.endswith("-in-run-19") for text in texts)
+    assert max(map(len, texts)) <= 48

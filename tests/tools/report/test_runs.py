@@ -1,0 +1,390 @@
+"""The page of training runs in a real browser, its numbers, and what it must never do."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from selenium import webdriver
+from selenium.webdriver.common.keys import Keys
+
+from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.data.index import load_dataset
+from cskd_pipeline.errors import UsageError
+from cskd_pipeline.models.checkpoint import read_card, save_student
+from cskd_pipeline.pipeline.train import train
+from cskd_pipeline.runtime.classes import ClassGuard
+from cskd_pipeline.tools.report import curves
+from cskd_pipeline.tools.report.dense_overlay import compare
+from cskd_pipeline.tools.report.records import read_runs
+from cskd_pipeline.views.apply import mix_pixels, render, to_float
+from cskd_pipeline.views.decode import decode
+from cskd_pipeline.views.draw import draw
+from cskd_pipeline.views.mixing import draw_mix, matching
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+from tests.tools.report.browser import all_of, complaints, look, one
+from tests.tools.report.making_runs import log_text, make_run, rows
+
+Capture = pytest.CaptureFixture[str]
+EVIL = '<img src=x onerror="window.hurt=1"> $x_1$ \u202e'
+BOLD = '<b onclick="window.hurt=2">cskd'
+EPOCHS = 3
+
+
+@dataclass(frozen=True)
+class Shown:
+    """``cskd``: a real run; ``plain``: one made by hand; ``page``: of both, with predictions."""
+
+    cskd: Path
+    plain: Path
+    page: Path
+    told: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def shown(small: World, tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    root = tmp_path_factory.mktemp("runs")
+    recipe = world.train_recipe(
+        small.shards,
+        small.cache,
+        root / BOLD,
+        epochs=EPOCHS,
+        kwargs=world.STUDENT_KWARGS.replace("}", ", drop_rate=0.2}"),  # that asking it shuts off
+        sets=[f'data.val_shards="{small.validation}"'],
+    )
+    train(recipe, world.quiet())
+    plain = make_run(root / EVIL.replace("/", "|"), method="none", sets=(f"run.wandb={EVIL}",))
+    found = show(root / "page", root / BOLD, plain, "--shards", small.shards, "--images", 5)
+    return Shown(root / BOLD, plain, root / "page/index.html", found)
+
+
+def show(out: Path, *words: object) -> dict[str, Any]:
+    """What the command tells with --json."""
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        assert world.cli("show", *words, "--out", out, "--json", "-q") == 0
+    found: dict[str, Any] = json.loads(stdout.getvalue())
+    return found
+
+
+# The browser
+
+
+def test_it_opens_from_disk_without_a_complaint(chrome: webdriver.Chrome, shown: Shown) -> None:
+    look(chrome, shown.page)
+    assert complaints(chrome) == []
+    titles = {title.text for title in all_of(chrome, ".plot h3")}
+    every = [curve.title for group in curves.GROUPS.values() for curve in group]
+    assert titles == {*every, "Places at which student and teacher agree"}
+    assert len(all_of(chrome, ".plot svg[role=img]")) == len(titles)
+    assert len(all_of(chrome, "figure[data-view]")) == 5
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", shown.page.read_text())
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_phone_scrolls_one_way(chrome: webdriver.Chrome, shown: Shown, dark: bool) -> None:
+    look(chrome, shown.page, width=360, height=740, dark=dark)
+    wide, page_width = chrome.execute_script(
+        "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
+    assert wide <= page_width == 360
+
+
+def test_names_and_recipes_stay_text(chrome: webdriver.Chrome, shown: Shown) -> None:
+    look(chrome, shown.page)
+    one(chrome, "#at").send_keys(Keys.PAGE_UP)
+    assert chrome.execute_script("return window.hurt") is None
+    assert not all_of(chrome, "main img:not(.stage img), main [onerror], main b")
+    cells = [cell.text for cell in all_of(chrome, "#runs td")]
+    spelled = EVIL.replace("\u202e", r"\u202e")
+    assert cells.count(spelled) == 2  # the run's name, and a value of its recipe
+    legend = "".join(text.get_attribute("textContent") for text in all_of(chrome, "svg text"))
+    assert r"""<img src=x onerror="window.hurt=1"> $x_1$""" in legend
+    assert "\u202e" not in shown.page.read_text()
+
+
+def painted(chrome: webdriver.Chrome) -> list[list[dict[str, Any]]]:
+    """Of every view, then the teacher and each student: label and mark of every cell."""
+    found: list[list[dict[str, Any]]] = chrome.execute_script("""
+        return [...document.querySelectorAll("[data-view]")].map((figure) =>
+            [...figure.querySelectorAll("[data-who]")].map((panel) => {
+                const cells = [...panel.querySelectorAll(".places span")];
+                return {
+                    labels: cells.map((cell) => Number(cell.dataset.label)),
+                    same: cells.map((cell) => cell.classList.contains("same")),
+                    share: panel.querySelector(".share").textContent,
+                };
+            }));
+    """)
+    return found
+
+
+def test_the_slider_moves_the_teacher_and_what_agrees(
+    chrome: webdriver.Chrome, shown: Shown, small: World
+) -> None:
+    compared, _ = compare(
+        read_runs([shown.cskd]),
+        str(small.shards),
+        world.quiet(),
+        ClassGuard(),
+        images=5,
+        samples=256,
+    )
+    assert compared is not None
+    [student] = compared.students
+    look(chrome, shown.page)
+    slider = one(chrome, "#at")
+    ratio = 1 - int(slider.get_attribute("value")) / 100
+    assert ratio == pytest.approx(1 / EPOCHS, abs=0.01)  # the run's last
+    for r, keys in ((ratio, ""), (1.0, Keys.HOME), (0.0, Keys.END)):
+        slider.send_keys(keys)
+        expected = compared.teacher.at(r)
+        total = 0
+        for view, (teacher, said) in enumerate(painted(chrome)):
+            assert teacher["labels"] == expected[view].ravel().tolist()
+            assert said["labels"] == student.labels[view].ravel().tolist()
+            same = (expected[view] == student.labels[view]).ravel()
+            assert said["same"] == same.tolist()
+            assert not any(teacher["same"])
+            assert said["share"] == f"agrees at {same.sum()} of 16"
+            total += int(same.sum())
+        assert f"{BOLD} agrees at {total / 0.8:.1f} % of 80 places" in one(chrome, "#told").text
+
+
+def test_a_place_is_read_out_for_all(chrome: webdriver.Chrome, shown: Shown) -> None:
+    look(chrome, shown.page)
+    figure = one(chrome, '[data-view="1"]')
+    one(figure, '[data-who="1"] .places span').click()
+    chrome.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    said = chrome.switch_to.active_element.get_attribute("aria-label")
+    text = one(figure, ".here").text
+    assert text.startswith("Row 1, column 2: teacher: ")
+    assert text.endswith(f"; {BOLD}: {said}")
+
+
+# Numbers
+
+
+def test_a_students_labels_are_those_of_its_patch_tokens(shown: Shown, small: World) -> None:
+    """From the images' bytes to the labels by code that shares nothing with the page's."""
+    compared, without = compare(
+        read_runs([shown.cskd]),
+        str(small.shards),
+        world.quiet(),
+        ClassGuard(),
+        images=6,
+        samples=24,
+    )
+    assert compared is not None
+    assert without == {}
+    assert compared.counted == (24, 4, 4)
+    assert (compared.views.same & compared.views.exact).all()
+    card = read_card(shown.cskd / "best.safetensors")
+    model: Any = timm.create_model(card.model, num_classes=card.num_classes, **card.kwargs)
+    model.load_state_dict(load_file(shown.cskd / "best.safetensors"))
+    model.eval()
+    mean, std = (np.array(model.default_cfg[name], np.float32) for name in ("mean", "std"))
+    reader = CacheReader(small.cache)
+    for i, (view, shard, offset) in enumerate(compared.views.rows.tolist()):
+        seen = pixels(small.shards, reader, view, shard, offset)
+        x = torch.from_numpy((seen - mean) / std).permute(2, 0, 1)[None].float()
+        with torch.inference_mode():
+            tokens = model.head_dist(model.forward_features(x)[0, 2:])  # (64, K)
+        places = tokens.reshape(4, 2, 4, 2, -1).mean(dim=(1, 3))  # 8x8 tokens to 4x4
+        assert compared.students[0].labels[i].tolist() == places.argmax(-1).tolist()
+
+
+def pixels(shards: Path, reader: CacheReader, view: int, shard: int, offset: int) -> np.ndarray:
+    """(S, S, 3) float32 as the network saw it."""
+    policy, tar = reader.manifest.policy, load_dataset(str(shards)).shards[shard]
+    root, count = reader.manifest.root_seed, len(tar)
+    partner = int(matching(root, tar.keys_sha256, count, view, policy)[offset])
+    seeds, views = [], []
+    for place in (offset, partner):
+        seeds.append(int(reader.seeds(view, shard)[place]))
+        image = decode(tar.read_image(place), tar.key(place))
+        params = draw(seeds[-1], policy, image.shape[1], image.shape[0])
+        views.append(to_float(render(image, params, policy), params, policy))
+    return mix_pixels(views[0], views[1], draw_mix(seeds[0], seeds[1], policy))
+
+
+def test_agreement_is_the_share_of_equal_labels(shown: Shown, small: World) -> None:
+    runs = read_runs([shown.cskd])
+    compared, _ = compare(
+        runs, str(small.shards), world.quiet(), ClassGuard(), images=40, samples=40
+    )
+    assert compared is not None
+    [student] = compared.students
+    for r in (0.0, 0.37, 1.0):
+        same = compared.teacher.at(r) == student.labels
+        assert student.at(r) == pytest.approx(same.mean())
+    assert student.agreement.max() > student.agreement.min()
+
+
+def test_the_page_tells_the_logs_numbers(
+    chrome: webdriver.Chrome, shown: Shown, small: World
+) -> None:
+    real, plain = shown.told["runs"].values()
+    [run] = read_runs([shown.cskd])
+    assert real["best"] == run.best()
+    assert (real["epochs"], real["epochs_in_all"], real["method"]) == (EPOCHS, EPOCHS, "cskd")
+    assert real["dense"]["student"].endswith("best.safetensors")
+    assert set(real["dense"]["agreement"]) == {"r=1", "r=0", "last"}
+    logged = rows(4, method="none")
+    assert plain["best"] == {"top1": 35.25, "epoch": 4, "weights": "ema"}
+    assert (plain["top1"], plain["ema_top1"], plain["loss"]) == (34.5, 35.25, logged[-1]["loss"])
+    assert plain["data_wait"] == pytest.approx(sum(r["data_wait"] for r in logged) / 4)
+    assert plain["dense"] == "method none trains no dense head"
+    assert shown.told["differences"]["distill.method"] == ["cskd", "none"]
+    assert shown.told["bytes"] == shown.page.stat().st_size
+    look(chrome, shown.page)
+    cells = [cell.text for cell in all_of(chrome, "#runs tbody tr:nth-child(2) td")][1:10]
+    assert cells == ["none", "-", "4", "35.25", "epoch 4, EMA", "34.5", "35.25", "503", "3.4"]
+    assert "is not here: method none trains no dense head." in one(chrome, "#dense").text
+    described = [d.get_attribute("textContent") for d in all_of(chrome, ".plot svg desc")]
+    assert any("34.5 at epoch 4" in text for text in described)
+
+
+def test_every_plot_becomes_a_file(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", method="none", shift=1.0)]
+    common = {"loss", "loss_base", "lr", "images_per_second", "data_wait"}
+    common |= {"top1", "top1_ema", "top1_cls", "top1_dist"}
+    every = common | {"loss_global", "loss_spatial", "ckf_ratio", "top1_dense"}
+    for kind, head, names, chosen in (
+        ("svg", b"<?xml", every, runs),
+        ("png", b"\x89PNG", common, runs[1:]),
+    ):
+        told = show(tmp_path / kind, *chosen, "--export", kind)
+        files = {path.name for path in (tmp_path / kind).iterdir()}
+        assert files == {"index.html", *(f"{name}.{kind}" for name in names)}
+        assert {Path(path).name for path in told["plots"]} == files - {"index.html"}
+        data = [Path(path).read_bytes() for path in told["plots"]]
+        assert all(one.startswith(head) for one in data)
+        assert len(set(data)) == len(names)
+    for group in curves.GROUPS.values():
+        for curve in group:
+            assert f">{curve.y_label}<" in (tmp_path / f"svg/{curve.name}.svg").read_text()
+
+
+def test_a_run_in_its_first_epoch_is_shown_as_one(chrome: webdriver.Chrome, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "new", logged=0)
+    told = show(tmp_path / "out", run)
+    assert told["runs"]["new"]["best"] is None
+    look(chrome, tmp_path / "out/index.html")
+    assert complaints(chrome) == []
+    assert "new has not finished an epoch yet" in one(chrome, "#runs").text
+    assert "0 of 4" in one(chrome, "#runs table").text
+
+
+def test_recipes_without_end_are_cut_short(chrome: webdriver.Chrome, tmp_path: Path) -> None:
+    keys = ", ".join(f"k{n} = {n}" for n in range(5000))
+    runs = [
+        make_run(tmp_path / "a", sets=(f"student.kwargs={{{keys}}}",)),
+        make_run(tmp_path / "b"),
+    ]
+    told = show(tmp_path / "out", *runs)
+    assert len(told["differences"]) == 5000
+    look(chrome, tmp_path / "out/index.html")
+    assert len(all_of(chrome, "#runs table")[1].find_elements("css selector", "tbody tr")) == 200
+    assert "And 4800 keys more, which --json lists." in one(chrome, "#runs").text
+
+
+# Students that are not there
+
+
+def test_without_a_dense_head_no_cache_is_asked_for(
+    chrome: webdriver.Chrome, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "deit", method="deit", logged=0)
+    show(tmp_path / "out", run, "--shards", "nowhere")
+    look(chrome, tmp_path / "out/index.html")
+    assert complaints(chrome) == []
+    assert "deit is not here: method deit trains no dense head." in one(chrome, "#dense").text
+    assert not all_of(chrome, "#dense table, #dense .controls")
+
+
+@pytest.mark.parametrize("field", ["grid", "size", "num_classes"])
+def test_a_student_of_another_cache_is_told_of_and_not_asked(
+    shown: Shown, small: World, tmp_path: Path, field: str
+) -> None:
+    run = shutil.copytree(shown.cskd, tmp_path / "run")
+    card = replace(read_card(run / "best.safetensors"), class_names=None)
+    other: dict[str, Any] = {"grid": (2, 2), "size": 64, "num_classes": 7}
+    state = load_file(run / "best.safetensors")
+    save_student(run / "best.safetensors", state, replace(card, **{field: other[field]}))
+    compared, without = compare(
+        read_runs([run]), str(small.shards), world.quiet(), ClassGuard(), images=2, samples=2
+    )
+    assert compared is None
+    assert str(other[field]) in without["run"]
+
+
+def test_a_damaged_student_is_refused(
+    shown: Shown, small: World, tmp_path: Path, capsys: Capture
+) -> None:
+    run = shutil.copytree(shown.cskd, tmp_path / "run")
+    save_file(load_file(run / "best.safetensors"), run / "best.safetensors")  # without its card
+    words = ("show", run, "--shards", small.shards, "--out", tmp_path / "out")
+    assert world.cli(*words) == 1
+    assert "does not say which student it holds" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("named", ["", "https://example.org/cache", "gone"])
+def test_only_a_folder_is_taken_from_a_recipe(small: World, tmp_path: Path, named: str) -> None:
+    run = make_run(tmp_path / "run")
+    recipe = run / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace('cache = "cache"', f'cache = "{named}"'))
+    with pytest.raises(UsageError, match="--cache"):
+        compare(
+            read_runs([run]), str(small.shards), world.quiet(), ClassGuard(), images=1, samples=1
+        )
+
+
+# Refusals
+
+
+def test_what_cannot_be_shown_is_refused_and_leaves_nothing(
+    small: World, tmp_path: Path, capsys: Capture
+) -> None:
+    run = make_run(tmp_path / "run")
+    broken = make_run(tmp_path / "broken")
+    (broken / "summary.csv").write_text(log_text(rows(3)).replace("\n2,", "\n2,\x1b[2J"))
+    cases: list[tuple[tuple[object, ...], int, str]] = [
+        ((run, small.cache), 1, "no training run is here"),
+        ((run, run), 2, "a run is there twice"),
+        ((run, broken), 1, r"line 3: loss \x1b[2J"),
+        ((tmp_path / "nothing",), 2, "neither a cache nor a training run is here"),
+        ((tmp_path,), 2, "neither a cache nor a training run is here"),
+        ((run, "--epochs", 5), 2, "--epochs is for a cache"),
+        ((run, "--cache", small.cache), 2, "--cache is for runs with --shards"),
+        ((run, "--images", 5), 2, "--images is for runs with --shards"),
+        ((small.cache, "--shards", small.shards, "--cache", "c"), 2, "--cache is for runs"),
+        ((run, "--export", "pdf"), 2, "pdf"),
+    ]
+    for words, code, says in cases:
+        assert world.cli("show", *words, "--out", tmp_path / "out") == code, words
+        message = capsys.readouterr().err
+        assert says in message
+        assert "Traceback" not in message
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_page_that_was_there_is_replaced_whole(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", epochs=2, logged=1, method="none")
+    show(tmp_path / "out", run)
+    first = (tmp_path / "out/index.html").read_bytes()
+    show(tmp_path / "out", run)
+    assert (tmp_path / "out/index.html").read_bytes() == first  # equal runs, equal pages
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["index.html"]

@@ -1,0 +1,170 @@
+"""The study's numbers and verdicts, and what it compares."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cskd_pipeline.tools.study.arms import ARMS, FUSION, ORDERING, all_runs
+from cskd_pipeline.tools.study.ledger import FAMILIES, load_recipes
+from cskd_pipeline.tools.study.report import make_report
+from cskd_pipeline.tools.study.run_study import Stages
+from cskd_pipeline.tools.study.verdicts import Spread, judge, ordering
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [[55.8, 56.1, 55.2], [3.0, 3.0], [1e-3, 2.0, 70.0, 99.5, 12.0]])
+def test_means_and_deviations_are_numpys(values: list[float]) -> None:
+    spread = Spread.of(values)
+    assert spread.n == len(values)
+    assert spread.mean == pytest.approx(np.mean(values))
+    assert spread.deviation == pytest.approx(np.std(values, ddof=1))
+    assert spread.error == pytest.approx(np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def test_a_single_value_has_no_deviation() -> None:
+    assert Spread.of([41.5]) == Spread(1, 41.5, None)
+    assert str(Spread.of([41.5])) == "41.50"
+    assert str(Spread.of([1.0, 2.0])) == "1.50 ± 0.71"
+
+
+def seeds(*values: float) -> dict[int, float]:
+    return dict(enumerate(values, start=1))
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "held", "clear", "word"),
+    [
+        (seeds(56, 55, 57), seeds(54, 53.2, 54.9), True, True, "held"),
+        (seeds(56, 50, 53), seeds(52, 52, 52), True, False, "held, within noise"),
+        (seeds(54, 53, 55), seeds(56, 55.2, 57.1), False, True, "did not hold"),
+        (seeds(51, 54, 50), seeds(52, 52, 52), False, False, "did not hold, within noise"),
+        (seeds(50, 51, 52), seeds(50, 51, 52), False, False, "did not hold: equal, within noise"),
+        (seeds(50, 52), seeds(51, 51), False, False, "did not hold: equal, within noise"),
+        (seeds(51, 52), seeds(50, 51), True, True, "held"),  # the same difference every time
+        (seeds(56), seeds(54), True, None, "held, in the one seed there is"),
+        (seeds(54), seeds(56), False, None, "did not hold, in the one seed there is"),
+        (seeds(54), seeds(54), False, None, "did not hold: equal, in the one seed there is"),
+        (seeds(56, math.nan), seeds(54, 53), None, None, "cannot be judged"),
+        (seeds(56, math.inf), seeds(54, 53), None, None, "cannot be judged"),
+    ],
+)
+def test_a_verdict_says_whether_it_held_and_whether_that_is_noise(
+    better: dict[int, float], worse: dict[int, float], held: Any, clear: Any, word: str
+) -> None:
+    verdict = judge(better, worse)
+    assert (verdict.held, verdict.clear) == (held, clear)
+    assert verdict.word.startswith(word)
+
+
+def test_seeds_are_compared_with_themselves() -> None:
+    """Spread that methods share is no noise of their difference."""
+    better, worse = seeds(40, 60, 80), seeds(39, 58.9, 79.1)
+    assert judge(better, worse).clear
+    assert judge(better, worse).differences == pytest.approx((1.0, 1.1, 0.9))
+    assert not judge(better, dict(zip(worse, (58.9, 79.1, 39), strict=True))).clear
+    assert judge({3: 5.0, 1: 2.0}, {1: 1.0, 2: 9.0}).differences == (1.0,)  # what both have
+
+
+def test_two_standard_errors_are_the_bound() -> None:
+    noise = np.array([-1.0, 0.0, 1.0])  # a standard error of 1 / sqrt(3)
+    for mean, clear in ((1.16, True), (1.15, False), (-1.16, True), (-1.15, False)):
+        assert judge(seeds(*(mean + noise)), seeds(0, 0, 0)).clear is clear
+
+
+def test_the_numbers_of_a_verdict_are_readable() -> None:
+    verdict = judge(seeds(56, 55, 57), seeds(54, 54, 54))
+    assert verdict.numbers == (
+        "56.00 ± 1.00 > 54.00 ± 0.00; paired +2.00 ± 0.58: +2.00 +1.00 +3.00"
+    )
+    assert judge(seeds(5), seeds(5)).numbers == "5.00 = 5.00; paired +0.00: +0.00"
+    assert " < " in judge(seeds(4, 5), seeds(5, 6)).numbers
+    assert " ? " in judge(seeds(math.nan), seeds(5)).numbers
+
+
+def test_an_ordering_holds_as_its_weakest_claim() -> None:
+    held, noisy = judge(seeds(3, 3), seeds(1, 1.1)), judge(seeds(3, 5), seeds(2, 5.5))
+    lost, lone = judge(seeds(1, 1), seeds(3, 3.1)), judge(seeds(3), seeds(1))
+    unknown = judge(seeds(math.nan), seeds(1))
+    assert ordering([held, held]) == "held"
+    assert ordering([held, noisy]) == "held, within noise"
+    assert ordering([noisy, lost]) == "did not hold"
+    assert ordering([lone, lone]) == "held, in the one seed there is"
+    assert ordering([held, unknown]) == "cannot be judged"
+
+
+# --- what is compared -----------------------------------------------------------------------------
+
+
+def test_every_method_and_schedule_runs_with_every_seed() -> None:
+    runs = all_runs([1, 2, 3])
+    assert len({run.name for run in runs}) == len(runs) == 21
+    assert {(arm.method, arm.schedule) for arm in ARMS} == {
+        ("none", None),
+        ("deit", None),
+        *(("cskd", schedule) for schedule in ("spatial", "global", "linear", "x2", "cos")),
+    }
+    assert [claim.text for claim in ORDERING] == ["cskd > deit", "deit > none"]
+    names = {arm.name for arm in ARMS}
+    assert all({claim.better, claim.worse} < names for claim in (*ORDERING, FUSION))
+
+
+def reported(**top1: float) -> dict[str, Any]:
+    """The report of one seed's runs; what is not named reached 50 %."""
+    runs = all_runs([1])
+    results = {
+        run.name: {"top1": top1.get(run.arm.name, 50.0), "per_head": {}, "seconds": 1.0}
+        for run in runs
+    }
+    return make_report(runs, results)
+
+
+@pytest.mark.parametrize(
+    ("claim", "better", "worse"),
+    [
+        ("cskd > deit", "cskd_linear", "deit"),
+        ("deit > none", "deit", "none"),
+        ("CKF > spatial only", "cskd_linear", "cskd_spatial"),
+    ],
+)
+def test_a_claim_holds_where_what_it_names_first_is_better(
+    claim: str, better: str, worse: str
+) -> None:
+    for top1, held in (({better: 60.0, worse: 55.0}, True), ({better: 55.0, worse: 60.0}, False)):
+        found = {one["claim"]: one for one in reported(**top1)["claims"]}[claim]
+        assert found["held"] is held
+        assert found["difference"] == pytest.approx(5.0 if held else -5.0)
+
+
+def test_the_papers_order_holds_and_its_reverse_does_not() -> None:
+    assert reported(cskd_linear=60, deit=55, none=50)["ordering"]["verdict"].startswith("held")
+    assert reported(cskd_linear=50, deit=55, none=60)["ordering"]["verdict"] == "did not hold"
+
+
+def test_the_cache_is_of_the_teachers_last_weights_which_no_validation_image_chose() -> None:
+    stages = Stages("shards", "val", Path("out"), load_recipes("cpu"), ())
+    words = list(map(str, stages.dump()))
+    weights = Path(words[words.index("--weights") + 1])
+    trained = list(map(str, stages.teacher()))
+    assert weights == Path(trained[trained.index("--out") + 1]) / "last.safetensors"
+
+
+@pytest.mark.parametrize("size", FAMILIES)
+def test_the_recipes_of_a_size_belong_together(size: str) -> None:
+    recipes = load_recipes(size)
+    cskd = recipes.students["cskd"]
+    assert recipes.teacher.student.name == recipes.dump.teacher.name
+    assert recipes.teacher.student.kwargs == recipes.dump.teacher.kwargs
+    assert recipes.teacher.views is not None
+    assert recipes.teacher.views.size == recipes.dump.views.size == 32
+    assert recipes.teacher.distill.method == "none"
+    assert cskd.views == recipes.dump.views
+    assert recipes.dump.cache.views >= cskd.schedule.epochs  # as many views as method none sees
+    assert cskd.run.eval_every == cskd.schedule.epochs  # nothing is chosen by validation
+    assert set(cskd.distill.kinds.values()) == {"hard"}
+    assert cskd.run.ema == 0.0
