@@ -17,7 +17,7 @@ import numpy as np
 from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.digests import SIZE
 from cskd_pipeline.cache.manifest import CacheManifest
-from cskd_pipeline.distill.encodings import ENCODINGS, AnswerShape, ArraySpec, Encoding
+from cskd_pipeline.distill.encodings import ENCODINGS, ArraySpec, Encoding, ResponseShape
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime import schemas
 
@@ -51,13 +51,13 @@ def encodings_of(manifest: CacheManifest) -> dict[str, Encoding]:
     return {name: ENCODINGS[name] for name in manifest.encodings}
 
 
-def answer_shape(manifest: CacheManifest) -> AnswerShape:
-    return AnswerShape(manifest.teacher.num_classes, *manifest.grid)
+def response_shape(manifest: CacheManifest) -> ResponseShape:
+    return ResponseShape(manifest.teacher.num_classes, *manifest.grid)
 
 
 def specs(manifest: CacheManifest) -> dict[str, ArraySpec]:
     """The arrays of all encodings, by name."""
-    shape = answer_shape(manifest)
+    shape = response_shape(manifest)
     found = (
         spec for encoding in encodings_of(manifest).values() for spec in encoding.arrays(shape)
     )
@@ -65,7 +65,7 @@ def specs(manifest: CacheManifest) -> dict[str, ArraySpec]:
 
 
 def choose_view_block(
-    views: int, largest_shard: int, encodings: Iterable[str], shape: AnswerShape
+    views: int, largest_shard: int, encodings: Iterable[str], shape: ResponseShape
 ) -> int:
     """The largest divisor of ``views``, up to 10, whose units take at most 1 GiB of memory.
 

@@ -14,7 +14,7 @@ from cskd_pipeline.cache.digests import SIZE, root_digest, split_pin
 from cskd_pipeline.cache.lru import BytesLRU
 from cskd_pipeline.cache.manifest import CacheManifest, keys_sha256
 from cskd_pipeline.cache.store import FINISH, CacheStore
-from cskd_pipeline.distill.encodings import AnswerShape, ArraySpec, Rows
+from cskd_pipeline.distill.encodings import ArraySpec, ResponseShape, Rows
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime.progress import Progress, silent
 
@@ -75,7 +75,7 @@ class CacheReader:
         self._store, self._done, self._memory = store, done, memory
         self._units = units
         self._specs = layout.specs(self.manifest)
-        self._shape = layout.answer_shape(self.manifest)
+        self._shape = layout.response_shape(self.manifest)
         self._slabs: BytesLRU[tuple[str, int, int], Rows] = BytesLRU(memory)
         self._checked: set[tuple[int, int]] = set()
 
@@ -102,7 +102,7 @@ class CacheReader:
         return self.manifest.dataset.shard_ids
 
     @property
-    def shape(self) -> AnswerShape:
+    def shape(self) -> ResponseShape:
         """Of one view's spatial logits."""
         return self._shape
 

@@ -169,7 +169,7 @@ class CacheWriter:
 
     def specs(self, encoding: str) -> tuple[ArraySpec, ...]:
         """The encoding's arrays."""
-        return ENCODINGS[encoding].arrays(layout.answer_shape(self.manifest))
+        return ENCODINGS[encoding].arrays(layout.response_shape(self.manifest))
 
     def size_of(self, unit: Unit) -> int:
         """Views of one sample in the unit."""

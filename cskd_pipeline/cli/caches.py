@@ -192,7 +192,7 @@ def convert(
             shards=chosen,
             device=pick_device(device or "auto"),
             progress=terminal.progress,
-            stopped=lambda: stop.asked,
+            stopped=lambda: stop.requested,
         )
 
 
@@ -211,7 +211,7 @@ def upgrade(
     from cskd_pipeline.runtime.signals import stop_requests
 
     with stop_requests() as stop:
-        return make(cache, progress=terminal.progress, stopped=lambda: stop.asked)
+        return make(cache, progress=terminal.progress, stopped=lambda: stop.requested)
 
 
 @cache_app.command(epilog="Example: cskd-pipeline cache merge part-0 part-1 --out cache")
@@ -248,7 +248,7 @@ def merge(
             accept_versions=accept_versions,
             guard=guard,
             progress=terminal.progress,
-            stopped=lambda: stop.asked,
+            stopped=lambda: stop.requested,
         )
     guard.tell(terminal.warn)
     return merged

@@ -21,7 +21,7 @@ from cskd_pipeline.runtime.device import all_finite, compiled, memory_format, pl
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Answer(NamedTuple):
+class Logits(NamedTuple):
     """Logits rounded once to float16: what every encoding and every comparison starts from."""
 
     spatial: Tensor  # (B, K, h, w) float16
@@ -58,7 +58,7 @@ class Teacher:
     device: torch.device
 
     @torch.inference_mode()
-    def answer(self, x: Tensor) -> Answer:
+    def respond(self, x: Tensor) -> Logits:
         """Spatial and global logits of normalised views.
 
         Kernels choose their order of summation by the batch size: with timm's CNNs in float32 on a
@@ -77,12 +77,12 @@ class Teacher:
         return self.checked(self.unchecked(x))
 
     @torch.inference_mode()
-    def unchecked(self, x: Tensor) -> Answer:
-        """:meth:`answer` without looking at it: the host does not wait for the device."""
-        pieces = [self._answer(piece) for piece in x.split(self.batch_size)]
-        return Answer(*(torch.cat(parts)[: len(x)] for parts in zip(*pieces, strict=True)))
+    def unchecked(self, x: Tensor) -> Logits:
+        """:meth:`respond` without looking at it: the host does not wait for the device."""
+        pieces = [self._respond(piece) for piece in x.split(self.batch_size)]
+        return Logits(*(torch.cat(parts)[: len(x)] for parts in zip(*pieces, strict=True)))
 
-    def checked(self, answer: Answer) -> Answer:
+    def checked(self, answer: Logits) -> Logits:
         """``answer``, once the device has it.
 
         Raises:
@@ -97,7 +97,7 @@ class Teacher:
             )
         return answer
 
-    def _answer(self, x: Tensor) -> Answer:
+    def _respond(self, x: Tensor) -> Logits:
         """At most ``batch_size`` views; always ``batch_size`` answers."""
         x = pad(x, (0, 0, 0, 0, 0, 0, 0, self.batch_size - len(x)))
         x = x.contiguous(memory_format=memory_format(self.channels_last))
@@ -109,7 +109,7 @@ class Teacher:
             features = features.float()
             spatial = head_per_location(self.model, features)
             global_ = self.model.forward_head(features)
-        return Answer(spatial.half(), global_.half())
+        return Logits(spatial.half(), global_.half())
 
 
 def load_teacher(
@@ -139,7 +139,7 @@ def load_teacher(
         num_classes: of the data; None takes the file's or the model's own.
         size: side of the input in pixels.
         precision: of the backbone under autocast; the head is float32 always.
-        batch_size: views per forward pass; see :meth:`Teacher.answer`.
+        batch_size: views per forward pass; see :meth:`Teacher.respond`.
         seed: of random weights; torch's global generator is left as it was.
         mean, std: of each channel in [0, 1] units; empty: as the network's ``pretrained_cfg`` says.
 

@@ -46,10 +46,10 @@ from cskd_pipeline.data.left_out import LeftOuts
 from cskd_pipeline.data.shards import TarShard
 from cskd_pipeline.data.unit_views import unit_batches
 from cskd_pipeline.distill.ckf import hard_global_labels
-from cskd_pipeline.distill.encodings import ENCODINGS, AnswerShape
+from cskd_pipeline.distill.encodings import ENCODINGS, ResponseShape
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.models.checkpoint import has_card, read_card
-from cskd_pipeline.models.teacher import Answer, Teacher, load_teacher
+from cskd_pipeline.models.teacher import Logits, Teacher, load_teacher
 from cskd_pipeline.models.weights import is_safetensors
 from cskd_pipeline.runtime.classes import Classes, ClassGuard
 from cskd_pipeline.runtime.console import Terminal
@@ -255,7 +255,7 @@ def cache_manifest(
     settings = recipe.cache
     if recipe.data.name:
         dataset = replace(dataset, name=recipe.data.name)
-    shape = AnswerShape(teacher.num_classes, *teacher.grid)
+    shape = ResponseShape(teacher.num_classes, *teacher.grid)
     ends = (settings.views, *(view_range or ()))
     block = settings.view_block or choose_view_block(
         math.gcd(*ends), max(dataset.counts), settings.encodings, shape
@@ -340,11 +340,11 @@ def write_units(
                 pending.result()
             pending = pool.submit(writer.write_unit, unit, data)
             written += writer.size_of(unit)
-            if stop.asked:
+            if stop.requested:
                 break
         if pending is not None:
             pending.result()
-        if stop.asked and written < sum(map(writer.size_of, units)):
+        if stop.requested and written < sum(map(writer.size_of, units)):
             raise KeyboardInterrupt
     return written
 
@@ -375,7 +375,7 @@ def _units(
     advance: Callable[[int], None],
 ) -> Iterator[tuple[Unit, UnitData]]:
     """Each unit once all its answers are there; a batch may end one unit and begin the next."""
-    shape = AnswerShape(teacher.num_classes, *teacher.grid)
+    shape = ResponseShape(teacher.num_classes, *teacher.grid)
     specs = [spec for name in recipe.cache.encodings for spec in ENCODINGS[name].arrays(shape)]
     fill = {spec.name: spec.fill for spec in specs}
     index: np.ndarray = np.empty((0, 3), np.int32)
@@ -434,7 +434,7 @@ class Asked:
 
     views: TeacherViews
     teacher: Teacher
-    answer: Answer
+    answer: Logits
     answered: torch.cuda.Event | None
 
     @classmethod
@@ -480,9 +480,9 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def ask(teacher: Teacher, batch: Batch, policy: ViewPolicy) -> Answer:
+def logits_of(teacher: Teacher, batch: Batch, policy: ViewPolicy) -> Logits:
     """What the teacher says of the views of a batch that lies on its device."""
-    return teacher.answer(normalise(assemble(batch, policy), teacher.mean, teacher.std))
+    return teacher.respond(normalise(assemble(batch, policy), teacher.mean, teacher.std))
 
 
 def _summary(

@@ -212,7 +212,7 @@ def _stopping(run: Run, stop: Stop) -> bool:
 
 def _asked(run: Run, stop: Stop) -> bool:
     """Whether some rank got a signal; then all know which."""
-    if not run.ranks.any(stop.asked):
+    if not run.ranks.any(stop.requested):
         return False
     for signals in run.ranks.gather(sorted(stop.signals)):
         stop.add(signals)
@@ -314,7 +314,7 @@ def _evaluate(run: Run, out: Path, terminal: Terminal, stop: Stop) -> dict[str, 
 
             def advance(count: int, meter: TimedMeter = meter) -> None:
                 meter.advance(count)
-                if stop.asked and not run.ranks.many:
+                if stop.requested and not run.ranks.many:
                     raise KeyboardInterrupt
 
             metrics = measure(

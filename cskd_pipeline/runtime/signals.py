@@ -36,13 +36,13 @@ class Stop:
         self.signals: set[int] = set()
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         return bool(self.signals)
 
     @property
     def requeue(self) -> bool:
         """A scheduler asked, which gives little time; a person's Ctrl-C outweighs it."""
-        return self.asked and signal.SIGINT not in self.signals
+        return self.requested and signal.SIGINT not in self.signals
 
     def add(self, signals: Iterable[int]) -> None:
         """Other processes of the job got these."""
@@ -58,9 +58,9 @@ class Stop:
 def stop_requests() -> Iterator[Stop]:
     """Collect the signals in ``STOPPING`` instead of dying of them, for work in small steps.
 
-    The loop inside asks ``stop.asked`` wherever it could stop without loss, saves, and raises
+    The loop inside asks ``stop.requested`` wherever it could stop without loss, saves, and raises
     ``KeyboardInterrupt``, which leaves the block as :class:`Requeue` if a scheduler asked. Outside
-    the main thread, where Python delivers no signals, ``asked`` stays False.
+    the main thread, where Python delivers no signals, ``requested`` stays False.
     """
     stop = Stop()
     with _handled(STOPPING, stop._ask):

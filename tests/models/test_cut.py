@@ -45,7 +45,7 @@ def test_any_network_of_features_pooling_and_a_linear_layer_is_a_teacher(name: s
     teacher = load(name)
     assert teacher.grid == PLAIN[name]
     x = views(2, 64)
-    answer = teacher.answer(x)
+    answer = teacher.respond(x)
     network = teacher.model.network
     with torch.inference_mode():
         logits = network(x)
@@ -64,7 +64,7 @@ def test_rows_and_columns_of_the_grid_are_those_of_the_image() -> None:
     dark = torch.zeros(1, 3, 64, 64)
     lit = dark.clone()
     lit[:, :, :32, 32:] = 1.0
-    differs = (teacher.answer(lit).spatial != teacher.answer(dark).spatial).any(dim=1)[0]
+    differs = (teacher.respond(lit).spatial != teacher.respond(dark).spatial).any(dim=1)[0]
     assert differs.tolist() == [[False, False, True, True], [False] * 4]
 
 
@@ -78,7 +78,7 @@ def test_rows_and_columns_of_the_grid_are_those_of_the_image() -> None:
 def test_feature_maps_with_channels_last_are_permuted(name: str, kwargs: dict[str, Any]) -> None:
     teacher = load(name, kwargs=kwargs)
     x = views(2, 64)
-    answer = teacher.answer(x)
+    answer = teacher.respond(x)
     network = teacher.model.network
     with torch.inference_mode():
         logits = network(x)
@@ -122,8 +122,8 @@ def test_a_teacher_found_in_a_plain_network_can_be_compiled_as_one_graph() -> No
 
 def test_half_precision_is_that_of_the_backbone_alone() -> None:
     name = "tests.models.plain:pool_function"
-    answer = load(name, precision="bfloat16").answer(views(2, 64))
-    exact = load(name).answer(views(2, 64))
+    answer = load(name, precision="bfloat16").respond(views(2, 64))
+    exact = load(name).respond(views(2, 64))
     torch.testing.assert_close(answer.spatial, exact.spatial, rtol=0.02, atol=0.02)
     assert not torch.equal(answer.spatial, exact.spatial)
 
@@ -236,5 +236,5 @@ def test_tensors_of_five_dimensions_are_left_as_they_are() -> None:
 
 
 def test_a_teacher_with_weights_of_five_dimensions_answers() -> None:
-    answer = load("lambda_resnet26t").answer(views(1, 64))
+    answer = load("lambda_resnet26t").respond(views(1, 64))
     assert answer.spatial.shape == (1, 5, 2, 2)

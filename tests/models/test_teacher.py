@@ -50,7 +50,7 @@ def test_each_family_answers_with_its_own_head_at_every_location(name: str) -> N
     assert teacher.grid == (side, side)
     assert teacher.num_classes == 7
     x = views(3, 64)
-    answer = teacher.answer(x)
+    answer = teacher.respond(x)
     assert answer.spatial.shape == (3, 7, side, side)
     assert answer.global_.shape == (3, 7)
     assert answer.spatial.dtype == answer.global_.dtype == torch.float16
@@ -69,7 +69,7 @@ def test_each_family_answers_with_its_own_head_at_every_location(name: str) -> N
 
 @pytest.mark.parametrize("name", ["resnet10t", "regnety_002", "tests.models.factories:pooled"])
 def test_the_global_answer_is_the_mean_of_the_spatial_one_for_a_linear_head(name: str) -> None:
-    answer = small(name).answer(views(2, 64))
+    answer = small(name).respond(views(2, 64))
     mean = answer.spatial.float().mean(dim=(2, 3))
     torch.testing.assert_close(answer.global_.float(), mean, rtol=2e-3, atol=1e-3)
 
@@ -117,20 +117,20 @@ def test_an_answer_does_not_depend_on_the_views_asked_with_it(
 ) -> None:
     teacher = small(name, batch_size=4, **options)
     x = views(9, 64).to(teacher.device)
-    together = teacher.answer(x)
+    together = teacher.respond(x)
     for i in range(len(x)):
-        alone = teacher.answer(x[i : i + 1])
+        alone = teacher.respond(x[i : i + 1])
         assert torch.equal(alone.spatial[0], together.spatial[i])
         assert torch.equal(alone.global_[0], together.global_[i])
     order = torch.tensor([8, 3, 5, 0, 1])
-    assert torch.equal(teacher.answer(x[order]).spatial, together.spatial[order])
-    assert torch.equal(teacher.answer(x).spatial, together.spatial)
+    assert torch.equal(teacher.respond(x[order]).spatial, together.spatial[order])
+    assert torch.equal(teacher.respond(x).spatial, together.spatial)
 
 
 def test_the_model_always_sees_the_same_number_of_views() -> None:
     teacher = small("tests.models.factories:watched", batch_size=4)
     teacher.model.backbone_runs.clear()
-    assert len(teacher.answer(views(6, 64)).global_) == 6
+    assert len(teacher.respond(views(6, 64)).global_) == 6
     assert [run[1] for run in teacher.model.backbone_runs] == [4, 4]
 
 
@@ -139,10 +139,10 @@ def test_the_backbone_runs_in_the_asked_precision_and_the_head_in_float32(precis
     teacher = small("tests.models.factories:watched", precision=precision)
     teacher.model.backbone_runs.clear()
     teacher.model.head_runs.clear()
-    answer = teacher.answer(views(2, 64))
+    answer = teacher.respond(views(2, 64))
     assert [run[0] for run in teacher.model.backbone_runs] == [getattr(torch, precision)]
     assert [run[0] for run in teacher.model.head_runs] == [torch.float32, torch.float32]
-    exact = small("tests.models.factories:watched").answer(views(2, 64))
+    exact = small("tests.models.factories:watched").respond(views(2, 64))
     torch.testing.assert_close(answer.spatial, exact.spatial, rtol=0.02, atol=0.02)
 
 
@@ -151,7 +151,7 @@ def test_float32_never_means_tf32() -> None:
     teacher.model.backbone_runs.clear()
     teacher.model.head_runs.clear()
     before = torch.backends.cudnn.allow_tf32
-    teacher.answer(views(2, 64))
+    teacher.respond(views(2, 64))
     runs = [*teacher.model.backbone_runs, *teacher.model.head_runs]
     assert [run[-1] for run in runs] == [False] * 3
     assert torch.backends.cudnn.allow_tf32 == before
@@ -160,7 +160,7 @@ def test_float32_never_means_tf32() -> None:
 def test_logits_are_rounded_once_to_float16() -> None:
     teacher = small(batch_size=2)
     x = views(2, 64)
-    answer = teacher.answer(x)
+    answer = teacher.respond(x)
     with torch.inference_mode():
         features = teacher.model.forward_features(x)
         whole = teacher.model.forward_head(features)
@@ -185,14 +185,14 @@ def test_weights_and_views_are_in_the_asked_memory_format_whatever_comes(
     teacher.model.conv1.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     for given in formats.values():
         for count in (3, teacher.batch_size):  # filled up and full
-            teacher.answer(views(count, 64).contiguous(memory_format=given))
+            teacher.respond(views(count, 64).contiguous(memory_format=given))
     assert len(seen) == 4
     assert all(x.is_contiguous(memory_format=formats[channels_last]) for x in seen)
 
 
 def test_channels_last_gives_the_same_answer_up_to_rounding() -> None:
-    plain = small("resnet10t", channels_last=False).answer(views(2, 64))
-    strided = small("resnet10t", channels_last=True).answer(views(2, 64))
+    plain = small("resnet10t", channels_last=False).respond(views(2, 64))
+    strided = small("resnet10t", channels_last=True).respond(views(2, 64))
     torch.testing.assert_close(plain.spatial, strided.spatial, rtol=2e-3, atol=2e-3)
 
 
@@ -201,14 +201,14 @@ def test_channels_last_gives_the_same_answer_up_to_rounding() -> None:
 def test_a_gpu_answers_as_the_cpu_does(precision: str) -> None:
     options: dict[str, Any] = {"precision": precision, "channels_last": True}
     teacher = small("resnet10t", device="cuda", **options)
-    answer = teacher.answer(views(3, 64).cuda())
-    expected = small("resnet10t", **options).answer(views(3, 64))
+    answer = teacher.respond(views(3, 64).cuda())
+    expected = small("resnet10t", **options).respond(views(3, 64))
     torch.testing.assert_close(answer.spatial.cpu(), expected.spatial, rtol=0.02, atol=0.02)
 
 
 def test_logits_beyond_float16_are_an_error_that_says_what_to_do() -> None:
     with pytest.raises(TeacherError, match="not finite in float16") as caught:
-        small("tests.models.factories:loud").answer(views(1, 64))
+        small("tests.models.factories:loud").respond(views(1, 64))
     assert "precision" in str(caught.value.action)
 
 
@@ -314,7 +314,7 @@ def test_pretrained_weights_are_named_with_their_tag(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_a_live_answer_can_be_learned_from(kind: str) -> None:
-    targets = LogitTargets(*small().answer(views(2, 64)))
+    targets = LogitTargets(*small().respond(views(2, 64)))
     cls, dist = torch.randn(2, 5, requires_grad=True), torch.randn(2, 5, requires_grad=True)
     dense = torch.randn(2, 5, 4, 4, requires_grad=True)
     label = torch.tensor([0, 1])

@@ -72,5 +72,5 @@ def live_answers(shards: Path, cache: Path) -> Iterator[LiveAnswer]:
             ]
             pixels = (np.stack(mixed) - mean) / std
             with torch.inference_mode():
-                answer = teacher.answer(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+                answer = teacher.respond(torch.from_numpy(pixels).permute(0, 3, 1, 2))
             yield LiveAnswer(view, number, answer.spatial.numpy(), answer.global_.numpy())

@@ -10,11 +10,11 @@ import pytest
 
 from cskd_pipeline.config import TrainRecipe, load_recipe
 from cskd_pipeline.distill.encodings import ENCODINGS
-from cskd_pipeline.distill.encodings.base import AnswerShape
+from cskd_pipeline.distill.encodings.base import ResponseShape
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.pipeline.training_data import choose_encoding
 
-SHAPE = AnswerShape(1000, 7, 7)  # ImageNet's: at a few classes all encodings are about as large
+SHAPE = ResponseShape(1000, 7, 7)  # ImageNet's: at a few classes all encodings are about as large
 
 
 def a_cache(names: list[str]) -> Any:

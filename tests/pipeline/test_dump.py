@@ -17,7 +17,7 @@ from torch import Tensor
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import OutputError
-from cskd_pipeline.models.teacher import Answer, Teacher
+from cskd_pipeline.models.teacher import Logits, Teacher
 from cskd_pipeline.pipeline import dump
 from cskd_pipeline.pipeline.dump import dump_teacher
 from cskd_pipeline.runtime.signals import Requeue
@@ -174,7 +174,7 @@ def test_batches_cross_units_so_that_only_the_last_is_filled_up(
     asked = []
     answer = Teacher._answer
 
-    def counting(teacher: Teacher, x: Tensor) -> Answer:
+    def counting(teacher: Teacher, x: Tensor) -> Logits:
         asked.append(len(x))
         return answer(teacher, x)
 

@@ -96,6 +96,6 @@ def _ask_live(small: World) -> Callable[[Batch], Targets]:
 
     def answer(batch: Batch) -> Targets:
         images = normalise(assemble(batch, manifest.policy), teacher.mean, teacher.std)
-        return LogitTargets(*teacher.answer(images))
+        return LogitTargets(*teacher.respond(images))
 
     return answer

@@ -30,9 +30,9 @@ def stopped_by(*numbers: int) -> None:
 @pytest.mark.parametrize("number", STOPPING)
 def test_work_is_asked_to_stop_and_goes_on_until_it_does(number: signal.Signals) -> None:
     with stop_requests() as stop:
-        assert not stop.asked
+        assert not stop.requested
         send(number)
-        assert stop.asked
+        assert stop.requested
         assert stop.requeue == (number in REQUEUE)
 
 
@@ -52,7 +52,7 @@ def test_a_schedulers_signal_that_comes_twice_leaves_the_time_to_save(
 ) -> None:
     with stop_requests() as stop:
         send(number, number)
-        assert stop.asked
+        assert stop.requested
     with requeue_requests():
         with pytest.raises(Requeue):
             send(number)
@@ -72,7 +72,7 @@ def test_a_signal_that_was_ignored_stays_so(number: signal.Signals) -> None:
     try:
         with requeue_requests(), stop_requests() as stop:
             send(number)
-            assert not stop.asked
+            assert not stop.requested
     finally:
         signal.signal(number, before)
 
@@ -80,5 +80,5 @@ def test_a_signal_that_was_ignored_stays_so(number: signal.Signals) -> None:
 def test_another_processes_signals_count_as_ones_own() -> None:
     with stop_requests() as stop:
         stop.add([signal.SIGUSR1])
-        assert stop.asked
+        assert stop.requested
         assert stop.requeue

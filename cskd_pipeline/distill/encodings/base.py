@@ -17,7 +17,7 @@ Rows = dict[str, np.ndarray]
 """Array name -> values, one row per sample."""
 
 
-class AnswerShape(NamedTuple):
+class ResponseShape(NamedTuple):
     """Shape of a teacher's spatial logits for one view: (classes, height, width)."""
 
     classes: int
@@ -75,7 +75,7 @@ class Encoding(Protocol):
     min_temperature: float
     """Of soft losses: the lowest that it serves."""
 
-    def arrays(self, shape: AnswerShape) -> tuple[ArraySpec, ...]:
+    def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
         """What is stored.
 
         Raises:
@@ -100,7 +100,7 @@ class Encoding(Protocol):
         """Rows as they are stored: same names and shapes, values rearranged for compression."""
         ...
 
-    def unpack(self, rows: Rows, shape: AnswerShape) -> Rows:
+    def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
         """The inverse of :meth:`pack`.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from cskd_pipeline.distill.encodings.base import AnswerShape, ArraySpec, Rows
+from cskd_pipeline.distill.encodings.base import ArraySpec, ResponseShape, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ class Dense:
     exact = True
     min_temperature = 0.0
 
-    def arrays(self, shape: AnswerShape) -> tuple[ArraySpec, ...]:
+    def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
         def spec(name: str, tail: tuple[int, ...], file_per_view: bool) -> ArraySpec:
             size = 2
             for n in tail:
@@ -63,5 +63,5 @@ class Dense:
     def pack(self, rows: Rows) -> Rows:
         return rows
 
-    def unpack(self, rows: Rows, shape: AnswerShape) -> Rows:
+    def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
         return rows

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cskd_pipeline.distill.encodings.base import AnswerShape, ArraySpec, Rows
+from cskd_pipeline.distill.encodings.base import ArraySpec, ResponseShape, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ class DenseQ8:
     exact = False
     min_temperature = 0.0
 
-    def arrays(self, shape: AnswerShape) -> tuple[ArraySpec, ...]:
+    def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
         def spec(name: str, dtype: str, axes: tuple[str, ...], tail: tuple[int, ...]) -> ArraySpec:
             size = int(np.prod(tail)) * np.dtype(dtype).itemsize
             return ArraySpec(
@@ -69,7 +69,7 @@ class DenseQ8:
     def pack(self, rows: Rows) -> Rows:
         return rows
 
-    def unpack(self, rows: Rows, shape: AnswerShape) -> Rows:
+    def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
         step = rows[STEP]
         if not (np.isfinite(step) & (step > 0)).all():
             raise ValueError("a step that is not a positive number")

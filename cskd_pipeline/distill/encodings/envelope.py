@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cskd_pipeline.distill.encodings.base import AnswerShape, ArraySpec, Rows
+from cskd_pipeline.distill.encodings.base import ArraySpec, ResponseShape, Rows
 from cskd_pipeline.errors import CacheError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Envelope:
     exact = True
     min_temperature = 0.0
 
-    def arrays(self, shape: AnswerShape) -> tuple[ArraySpec, ...]:
+    def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
         if shape.classes > UNUSED:
             raise CacheError(
                 "the envelope encoding cannot hold so many classes",
@@ -103,7 +103,7 @@ class Envelope:
         lines[..., :-1, 1, :, :] = packed.reshape(used.shape)
         return {**rows, LINES: lines}
 
-    def unpack(self, rows: Rows, shape: AnswerShape) -> Rows:
+    def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
         lines = rows[LINES].copy()
         classes = lines[..., 0, :, :]
         used = classes[..., 1:, :, :] != UNUSED

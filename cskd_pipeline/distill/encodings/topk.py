@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cskd_pipeline.distill.encodings.base import AnswerShape, ArraySpec, Rows
+from cskd_pipeline.distill.encodings.base import ArraySpec, ResponseShape, Rows
 from cskd_pipeline.errors import CacheError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class TopK:
     exact = False
     min_temperature = 1.0
 
-    def arrays(self, shape: AnswerShape) -> tuple[ArraySpec, ...]:
+    def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
         if shape.classes > _MOST_CLASSES:
             raise CacheError(
                 "the topk encoding cannot hold so many classes",
@@ -92,7 +92,7 @@ class TopK:
     def pack(self, rows: Rows) -> Rows:
         return rows
 
-    def unpack(self, rows: Rows, shape: AnswerShape) -> Rows:
+    def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
         classes = rows[CLASSES]
         if classes.size and classes.max() >= shape.classes:
             raise ValueError(f"class {classes.max()} of {shape.classes}")

@@ -29,7 +29,7 @@ from cskd_pipeline.data.left_out import LeftOuts
 from cskd_pipeline.data.unit_views import unit_batches
 from cskd_pipeline.distill.ckf import hard_global_labels, hard_labels
 from cskd_pipeline.errors import DataError
-from cskd_pipeline.models.teacher import Answer, Teacher
+from cskd_pipeline.models.teacher import Logits, Teacher
 from cskd_pipeline.pipeline.dump import cache_manifest, open_stage_one, usable, write_units
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import worker_count
@@ -188,7 +188,7 @@ def variants(
         settings["compile"] = {"compile": True}
         settings["bfloat16 compile"] = {"precision": "bfloat16", "compile": True}
     teachers = {name: _with(recipe, terminal, changes) for name, changes in settings.items()}
-    answers: dict[str, list[Answer]] = {}
+    answers: dict[str, list[Logits]] = {}
     with terminal.progress(len(teachers) * (rounds + 1), "rounds", "asking") as meter:
 
         def side(name: str) -> Callable[[int], None]:
@@ -225,7 +225,7 @@ def _with(recipe: DumpRecipe, terminal: Terminal, changes: Mapping[str, Any]) ->
     return open_stage_one(asked, terminal)[1]
 
 
-def _changed(expected: Sequence[Answer], found: Sequence[Answer]) -> tuple[float, float]:
+def _changed(expected: Sequence[Logits], found: Sequence[Logits]) -> tuple[float, float]:
     """Shares of hard labels, and of global labels, that differ."""
     spatial, places, global_, views = 0, 0, 0, 0
     for one, other in zip(expected, found, strict=True):

@@ -32,12 +32,12 @@ from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.manifest import ShardInfo
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter, UnitData
-from cskd_pipeline.distill.encodings import ENCODINGS, AnswerShape, ArraySpec, Encoding, Rows
+from cskd_pipeline.distill.encodings import ENCODINGS, ArraySpec, Encoding, ResponseShape, Rows
 from cskd_pipeline.distill.losses import DistillationLoss
 from cskd_pipeline.distill.targets import LogitTargets, Targets
 from cskd_pipeline.models.student import Heads
 from cskd_pipeline.runtime.console import Terminal
-from cskd_pipeline.tools.bench.responses import SEED, Answers
+from cskd_pipeline.tools.bench.responses import SEED, Responses
 from cskd_pipeline.tools.bench.threads import one_thread
 from cskd_pipeline.views.bits import BitStream
 
@@ -49,7 +49,7 @@ _REPEATS = 5
 
 
 def bench_encodings(
-    answers: Answers, terminal: Terminal, *, device: torch.device, names: Sequence[str] = ()
+    answers: Responses, terminal: Terminal, *, device: torch.device, names: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Measure ``names``, or every encoding, on ``answers``.
 
@@ -63,7 +63,7 @@ def bench_encodings(
 
 
 def _measure(
-    answers: Answers, terminal: Terminal, device: torch.device, names: list[str]
+    answers: Responses, terminal: Terminal, device: torch.device, names: list[str]
 ) -> dict[str, Any]:
     rows: dict[str, Rows] = {}
     found: dict[str, dict[str, Any]] = {}
@@ -130,7 +130,7 @@ def _share(value: float | None) -> str | None:
     return "1" if value > 1 - 1e-9 else f"{min(value, 0.9999):.4f}"
 
 
-def encode(encoding: Encoding, answers: Answers, device: torch.device) -> tuple[Rows, float]:
+def encode(encoding: Encoding, answers: Responses, device: torch.device) -> tuple[Rows, float]:
     """All rows by array, and seconds a view on the device."""
     buffer = UnitBuffer(1, len(answers), {s.name: s.fill for s in _specs(encoding, answers)})
     per_view = []
@@ -150,7 +150,7 @@ def encode(encoding: Encoding, answers: Answers, device: torch.device) -> tuple[
 
 def store(
     path: Path,
-    answers: Answers,
+    answers: Responses,
     rows: Mapping[str, Rows],
     *,
     shard_length: int | None = None,
@@ -231,7 +231,7 @@ def _use(encoding: Encoding, targets: Targets) -> None:
         targets.spatial_log_probabilities(0.5, 1.0)
 
 
-def _distortion(encoding: Encoding, rows: Rows, answers: Answers) -> dict[str, Any]:
+def _distortion(encoding: Encoding, rows: Rows, answers: Responses) -> dict[str, Any]:
     agreeing: list[float] = []
     divergences: dict[float, list[Tensor]] = {tau: [] for tau in TEMPERATURES}
     cosines: dict[str, list[float]] = {kind: [] for kind in encoding.serves}
@@ -274,7 +274,7 @@ def _summary(divergences: Tensor) -> dict[str, float]:
 
 
 def _cosine(
-    kind: str, exact: Targets, found: Targets, answers: Answers, part: slice, r: float
+    kind: str, exact: Targets, found: Targets, answers: Responses, part: slice, r: float
 ) -> float:
     loss = DistillationLoss(method="cskd", global_kind=kind, spatial_kind=kind)
     shape = answers.spatial[part].shape
@@ -289,8 +289,8 @@ def _cosine(
     return float(cosine_similarity(gradient(exact), gradient(found), dim=0))
 
 
-def _specs(encoding: Encoding, answers: Answers) -> tuple[ArraySpec, ...]:
-    return encoding.arrays(AnswerShape(*answers.spatial.shape[1:]))
+def _specs(encoding: Encoding, answers: Responses) -> tuple[ArraySpec, ...]:
+    return encoding.arrays(ResponseShape(*answers.spatial.shape[1:]))
 
 
 def _tensors(rows: Rows) -> dict[str, Tensor]:

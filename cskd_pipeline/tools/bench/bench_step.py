@@ -68,7 +68,7 @@ class _Live(TrainingData):
 
     def targets(self, batch: Batch) -> Targets:
         views = assemble(batch, self.policy)
-        answer = self.teacher.answer(normalise(views, self.teacher.mean, self.teacher.std))
+        answer = self.teacher.respond(normalise(views, self.teacher.mean, self.teacher.std))
         return LogitTargets(*answer)
 
 

@@ -16,7 +16,7 @@ from cskd_pipeline.data.index import describe, sample
 from cskd_pipeline.data.left_out import LeftOuts
 from cskd_pipeline.data.unit_views import unit_batches
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.pipeline.dump import ask, cache_manifest, open_stage_one, usable
+from cskd_pipeline.pipeline.dump import cache_manifest, logits_of, open_stage_one, usable
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import worker_count
 from cskd_pipeline.runtime.distributed import ALONE
@@ -26,7 +26,7 @@ SEED = derive_seed("bench")
 
 
 @dataclass(frozen=True)
-class Answers:
+class Responses:
     """``spatial`` (n, K, h, w) and ``global_`` (n, K) float16 on the CPU, of n views.
 
     ``manifest`` is that of the cache which they are from, or which the teacher would make.
@@ -41,7 +41,7 @@ class Answers:
         return len(self.global_)
 
 
-def from_cache(path: Path | str, views: int) -> Answers:
+def from_cache(path: Path | str, views: int) -> Responses:
     """``views`` views of a cache with the encoding ``dense``, drawn at random from all it has.
 
     Raises:
@@ -66,7 +66,7 @@ def from_cache(path: Path | str, views: int) -> Answers:
         view = which * block + stream.below(block)
         index.append((view, shard, stream.below(reader.counts[shard])))
     rows = reader.gather("dense", np.array(index))
-    return Answers(
+    return Responses(
         torch.from_numpy(rows["dense/spatial"]),
         torch.from_numpy(rows["dense/global"]),
         reader.manifest,
@@ -74,7 +74,7 @@ def from_cache(path: Path | str, views: int) -> Answers:
     )
 
 
-def from_teacher(recipe: DumpRecipe, terminal: Terminal, views: int) -> Answers:
+def from_teacher(recipe: DumpRecipe, terminal: Terminal, views: int) -> Responses:
     """The recipe's teacher asked about ``views`` views of samples from all over its shards.
 
     They are of as many samples as there are, in one view each or, of a small data set, in several.
@@ -97,11 +97,11 @@ def from_teacher(recipe: DumpRecipe, terminal: Terminal, views: int) -> Answers:
             batch_size=recipe.dump.batch_size,
             workers=worker_count(recipe.dump.workers),
         ):
-            answer = ask(teacher, batch.to(teacher.device), recipe.views)
+            answer = logits_of(teacher, batch.to(teacher.device), recipe.views)
             spatial.append(answer.spatial.cpu())
             global_.append(answer.global_.cpu())
             progress.advance(len(answer.global_))
-    return Answers(
+    return Responses(
         torch.cat(spatial)[:views],
         torch.cat(global_)[:views],
         cache_manifest(recipe, describe(few), teacher),

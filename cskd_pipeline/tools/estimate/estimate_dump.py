@@ -30,12 +30,18 @@ from cskd_pipeline.data.left_out import LeftOuts
 from cskd_pipeline.data.unit_views import unit_batches
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.models.teacher import Teacher
-from cskd_pipeline.pipeline.dump import ask, cache_manifest, open_stage_one, usable, write_units
+from cskd_pipeline.pipeline.dump import (
+    cache_manifest,
+    logits_of,
+    open_stage_one,
+    usable,
+    write_units,
+)
 from cskd_pipeline.runtime.console import Terminal, duration
 from cskd_pipeline.runtime.device import worker_count
 from cskd_pipeline.runtime.distributed import ALONE
 from cskd_pipeline.tools.bench.bench_encodings import encode, store
-from cskd_pipeline.tools.bench.responses import Answers
+from cskd_pipeline.tools.bench.responses import Responses
 from cskd_pipeline.tools.bench.steady import SteadyRate
 
 IMAGES = 256
@@ -215,23 +221,23 @@ def _load(
 
 def _ask(
     recipe: DumpRecipe, teacher: Teacher, batches: list[Batch], manifest: CacheManifest
-) -> tuple[float, Answers]:
+) -> tuple[float, Responses]:
     """The teacher's seconds a view, with batches that are there already, and its answers."""
-    ask(teacher, batches[0].to(teacher.device), recipe.views)  # compiles, chooses kernels
+    logits_of(teacher, batches[0].to(teacher.device), recipe.views)  # compiles, chooses kernels
     seconds, spatial, global_ = [], [], []
     for batch in batches:
         began = time.perf_counter()
-        answer = ask(teacher, batch.to(teacher.device), recipe.views)
+        answer = logits_of(teacher, batch.to(teacher.device), recipe.views)
         spatial.append(answer.spatial.cpu())
         global_.append(answer.global_.cpu())
         # The model sees a whole batch, however short this one is; a dump's are full.
         seconds.append((time.perf_counter() - began) / teacher.batch_size)
-    answers = Answers(torch.cat(spatial), torch.cat(global_), manifest, teacher.name)
+    answers = Responses(torch.cat(spatial), torch.cat(global_), manifest, teacher.name)
     return statistics.median(seconds), answers
 
 
 def _encode(
-    answers: Answers, teacher: Teacher, shard_length: int, block: int
+    answers: Responses, teacher: Teacher, shard_length: int, block: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Every encoding's seconds a view, and bytes a view in shards of such a length."""
     rows, costs = {}, {}

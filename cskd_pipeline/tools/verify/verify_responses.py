@@ -17,7 +17,7 @@ from cskd_pipeline.data.replay import Replay, cache_of, renderer_of, same_images
 from cskd_pipeline.distill.encodings import Encoding
 from cskd_pipeline.distill.targets import Targets
 from cskd_pipeline.models.teacher import Teacher, load_teacher
-from cskd_pipeline.pipeline.dump import ask
+from cskd_pipeline.pipeline.dump import logits_of
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import pick_device
 from cskd_pipeline.tools.verify.depth import Check
@@ -78,7 +78,7 @@ def _check_answers(found: Join, replayed: Replay, teacher: Teacher, terminal: Te
         for start in range(0, len(rows), teacher.batch_size):
             part = rows[start : start + teacher.batch_size]
             batch = render_batch(renderer, part).to(teacher.device)
-            answer = ask(teacher, batch, cache.manifest.policy)
+            answer = logits_of(teacher, batch, cache.manifest.policy)
             for name, encoding in cache.encodings.items():
                 live = encoding.encode(answer.spatial.cpu(), answer.global_.cpu())
                 stored = cache.gather(name, part)

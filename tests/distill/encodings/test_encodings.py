@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cskd_pipeline.cache.layout import choose_view_block, stored_arrays
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter
-from cskd_pipeline.distill.encodings import ENCODINGS, AnswerShape, Encoding, Rows
+from cskd_pipeline.distill.encodings import ENCODINGS, Encoding, ResponseShape, Rows
 from cskd_pipeline.distill.targets import LogitTargets
 from cskd_pipeline.errors import CacheError
 from tests.cache.making import (
@@ -108,7 +108,7 @@ def stacked(parts: list[np.ndarray]) -> np.ndarray:
 @given(st.integers(0, 2**32), st.integers(1, 6), st.integers(1, CLASSES))
 def test_unpacking_undoes_packing(seed: int, count: int, most: int) -> None:
     rng = np.random.default_rng(seed)
-    shape = AnswerShape(CLASSES, HEIGHT, WIDTH)
+    shape = ResponseShape(CLASSES, HEIGHT, WIDTH)
     rows: Rows = {
         "envelope/lines": lines(rng, count, most),
         "envelope/global_label": rng.integers(0, CLASSES, count).astype(np.uint16),
@@ -133,7 +133,7 @@ def test_the_last_crossing_there_is_survives_packing() -> None:
     planes[0, 0, 1] = 65534
     rows = {"envelope/lines": planes, "envelope/global_label": np.array([3], np.uint16)}
     encoding = ENCODINGS["envelope"]
-    back = encoding.unpack(encoding.pack(rows), AnswerShape(CLASSES, HEIGHT, WIDTH))
+    back = encoding.unpack(encoding.pack(rows), ResponseShape(CLASSES, HEIGHT, WIDTH))
     assert np.array_equal(back["envelope/lines"], planes)
 
 
@@ -151,8 +151,8 @@ def test_an_envelope_holds_nothing_where_it_has_no_line_and_the_largest_global_l
 
 @pytest.mark.parametrize("name", ["dense", "dense-q8"])
 def test_a_chunk_holds_at_least_one_sample_and_many_small_ones(name: str) -> None:
-    large = ENCODINGS[name].arrays(AnswerShape(20_000, 7, 7))
-    small = ENCODINGS[name].arrays(AnswerShape(20, 2, 2))
+    large = ENCODINGS[name].arrays(ResponseShape(20_000, 7, 7))
+    small = ENCODINGS[name].arrays(ResponseShape(20, 2, 2))
     assert {spec.rows for spec in large[:2]} == {1}
     assert all(spec.rows is not None and spec.rows > 16 for spec in small)
 
@@ -172,12 +172,12 @@ def test_packing_is_as_the_format_says() -> None:
 
 @pytest.mark.parametrize("name", ["envelope", "topk"])
 def test_too_many_classes_for_sixteen_bits_are_refused(name: str) -> None:
-    assert ENCODINGS[name].arrays(AnswerShape(65535, 7, 7))
+    assert ENCODINGS[name].arrays(ResponseShape(65535, 7, 7))
     with pytest.raises(CacheError, match="65536 classes") as caught:
-        ENCODINGS[name].arrays(AnswerShape(65536, 7, 7))
+        ENCODINGS[name].arrays(ResponseShape(65536, 7, 7))
     assert "dense" in str(caught.value)
-    assert ENCODINGS["dense"].arrays(AnswerShape(65536, 7, 7))
-    assert ENCODINGS["dense-q8"].arrays(AnswerShape(65536, 7, 7))
+    assert ENCODINGS["dense"].arrays(ResponseShape(65536, 7, 7))
+    assert ENCODINGS["dense-q8"].arrays(ResponseShape(65536, 7, 7))
 
 
 @pytest.mark.parametrize("classes", [1, 24, 25, 1000])
@@ -188,7 +188,7 @@ def test_rows_are_as_the_arrays_say(classes: int, flat: bool) -> None:
     if flat:
         answer = (torch.zeros_like(answer[0]), torch.zeros_like(answer[1]))
     for encoding in ENCODINGS.values():
-        specs = encoding.arrays(AnswerShape(classes, HEIGHT, WIDTH))
+        specs = encoding.arrays(ResponseShape(classes, HEIGHT, WIDTH))
         rows = encoding.encode(*answer)
         assert {spec.name for spec in specs} == rows.keys()
         for spec in specs:
@@ -202,7 +202,7 @@ def test_rows_are_as_the_arrays_say(classes: int, flat: bool) -> None:
 
 def test_a_teacher_of_few_classes_has_no_tail_to_store() -> None:
     def names(classes: int) -> set[str]:
-        return {spec.name for spec in ENCODINGS["topk"].arrays(AnswerShape(classes, 7, 7))}
+        return {spec.name for spec in ENCODINGS["topk"].arrays(ResponseShape(classes, 7, 7))}
 
     assert names(24) == {"topk/classes", "topk/spatial", "topk/global"}
     assert names(25) - names(24) == {"topk/coarse", "topk/tail", "topk/tail_global"}
@@ -221,7 +221,7 @@ def test_a_teacher_of_few_classes_has_no_tail_to_store() -> None:
 def test_values_that_no_answer_has_are_refused(
     name: str, array: str, value: float, message: str
 ) -> None:
-    encoding, shape = ENCODINGS[name], AnswerShape(40, HEIGHT, WIDTH)
+    encoding, shape = ENCODINGS[name], ResponseShape(40, HEIGHT, WIDTH)
     rows = {key: v.numpy() for key, v in encoding.encode(*logits(0, 2, 40)).items()}
     for key, values in encoding.unpack(encoding.pack(rows), shape).items():
         assert np.array_equal(values, rows[key])
@@ -233,7 +233,7 @@ def test_values_that_no_answer_has_are_refused(
 
 @pytest.mark.parametrize("line", [0, 1, 2])
 def test_a_class_that_the_teacher_lacks_is_refused_on_every_line(line: int) -> None:
-    encoding, shape = ENCODINGS["envelope"], AnswerShape(CLASSES, HEIGHT, WIDTH)
+    encoding, shape = ENCODINGS["envelope"], ResponseShape(CLASSES, HEIGHT, WIDTH)
     planes = lines(np.random.default_rng(0), 3, most=4)
     rows = {"envelope/lines": planes, "envelope/global_label": np.zeros(3, np.uint16)}
     encoding.unpack(encoding.pack(rows), shape)
@@ -246,7 +246,7 @@ def test_a_class_that_the_teacher_lacks_is_refused_on_every_line(line: int) -> N
 
 @pytest.mark.parametrize("classes", [1, 7, 8, 10, 1000, 21841, 65535])
 def test_the_index_of_an_envelope_file_stays_small(classes: int) -> None:
-    spec = ENCODINGS["envelope"].arrays(AnswerShape(classes, 7, 7))[0]
+    spec = ENCODINGS["envelope"].arrays(ResponseShape(classes, 7, 7))[0]
     assert spec.tail_chunk is not None
     chunks = -(-classes // spec.tail_chunk[0])
     assert chunks <= 256
@@ -267,11 +267,11 @@ def test_the_index_of_an_envelope_file_stays_small(classes: int) -> None:
 def test_blocks_divide_the_views_and_fit_in_memory(
     views: int, largest: int, encodings: list[str], classes: int, expected: int
 ) -> None:
-    assert choose_view_block(views, largest, encodings, AnswerShape(classes, 7, 7)) == expected
+    assert choose_view_block(views, largest, encodings, ResponseShape(classes, 7, 7)) == expected
 
 
 def test_encodings_are_found_by_their_names_and_begin_their_arrays_with_them() -> None:
-    shape = AnswerShape(10, 2, 2)
+    shape = ResponseShape(10, 2, 2)
     for name, encoding in ENCODINGS.items():
         assert encoding.name == name
         assert set(encoding.serves) <= {"hard", "soft"}

@@ -12,7 +12,7 @@ import torch
 
 from cskd_pipeline.config import DumpRecipe, load_recipe
 from cskd_pipeline.errors import DataError
-from cskd_pipeline.models.teacher import Answer
+from cskd_pipeline.models.teacher import Logits
 from cskd_pipeline.tools.bench import bench_dump as bench
 from tests.pipeline import world
 from tests.pipeline.conftest import World, small
@@ -74,15 +74,15 @@ def test_rates_are_of_each_side_and_the_slower_of_loader_and_teacher_is_the_limi
 def test_changed_labels_are_counted_over_all_places_and_ratios() -> None:
     draws = torch.Generator().manual_seed(0)
     spatial = torch.randn(4, 5, 2, 2, generator=draws).half()
-    answer = Answer(spatial, spatial.float().mean((2, 3)).half())
+    answer = Logits(spatial, spatial.float().mean((2, 3)).half())
     assert bench._changed([answer], [answer]) == (0.0, 0.0)
     turned = answer.spatial.clone()
     turned[0, :, 0, 0] = 0
     turned[0, answer.spatial[0, :, 0, 0].argmin(), 0, 0] = 60000  # on top at every r but 0
-    other = Answer(turned, answer.global_)
+    other = Logits(turned, answer.global_)
     assert bench._changed([answer], [other]) == (4 / (5 * 16), 0.0)
     global_ = answer.global_.roll(1, dims=1)
-    assert bench._changed([answer], [Answer(answer.spatial, global_)])[1] == 1.0
+    assert bench._changed([answer], [Logits(answer.spatial, global_)])[1] == 1.0
 
 
 def test_variants_are_teachers_with_other_settings_beside_float32(small: World) -> None:

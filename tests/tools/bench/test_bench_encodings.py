@@ -20,7 +20,7 @@ from cskd_pipeline.distill.targets import LogitTargets
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.tools.bench import bench_encodings as bench
 from cskd_pipeline.tools.bench.plot import scatter
-from cskd_pipeline.tools.bench.responses import Answers, from_cache, from_teacher
+from cskd_pipeline.tools.bench.responses import Responses, from_cache, from_teacher
 from cskd_pipeline.tools.report import plots
 from tests.cache.making import CLASSES, COUNTS, HEIGHT, VIEWS, WIDTH, fill, make, manifest, tree
 from tests.pipeline import world
@@ -31,16 +31,16 @@ RATIOS = np.arange(21) / 20
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Responses:
     """40 views of random logits, wide enough for a softmax with a peak."""
     path = tmp_path_factory.mktemp("bench") / "cache"
     make(path, encodings=("dense",))
     drawn = from_cache(path, 40)
-    return Answers(drawn.spatial * 3, drawn.global_ * 3, drawn.manifest, "toy")
+    return Responses(drawn.spatial * 3, drawn.global_ * 3, drawn.manifest, "toy")
 
 
 @pytest.fixture(scope="module")
-def report(answers: Answers) -> dict[str, Any]:
+def report(answers: Responses) -> dict[str, Any]:
     threads = torch.get_num_threads()
     found = bench.bench_encodings(answers, world.quiet(), device=CPU)
     assert torch.get_num_threads() == threads
@@ -52,7 +52,7 @@ def distribution(d: np.ndarray, g: np.ndarray, r: float, tau: float) -> np.ndarr
     return values / values.sum(1, keepdims=True)
 
 
-def restored_q8(answers: Answers) -> tuple[np.ndarray, np.ndarray]:
+def restored_q8(answers: Responses) -> tuple[np.ndarray, np.ndarray]:
     """Logits after rounding, by the definition in the format's page."""
 
     def rounded(x: np.ndarray) -> np.ndarray:
@@ -67,7 +67,7 @@ def restored_q8(answers: Answers) -> tuple[np.ndarray, np.ndarray]:
     return rounded(d).astype(np.float64), rounded(g).astype(np.float64)
 
 
-def test_divergences_are_numpys(answers: Answers, report: dict[str, Any]) -> None:
+def test_divergences_are_numpys(answers: Responses, report: dict[str, Any]) -> None:
     d, g = answers.spatial.double().numpy(), answers.global_.double().numpy()
     near = restored_q8(answers)
     for tau in (1.0, 4.0):
@@ -95,7 +95,7 @@ def test_the_divergence_is_from_the_logits_to_the_approximation() -> None:
     assert float(bench._divergence(exact, found, 0.5, 2.0)) == pytest.approx(expected, rel=1e-4)
 
 
-def test_agreement_is_numpys(answers: Answers, report: dict[str, Any]) -> None:
+def test_agreement_is_numpys(answers: Responses, report: dict[str, Any]) -> None:
     d, g = answers.spatial.double().numpy(), answers.global_.double().numpy()
     near = restored_q8(answers)
     same = [
@@ -108,7 +108,7 @@ def test_agreement_is_numpys(answers: Answers, report: dict[str, Any]) -> None:
 
 
 def test_the_gradients_cosine_is_that_of_their_closed_form(
-    answers: Answers, report: dict[str, Any]
+    answers: Responses, report: dict[str, Any]
 ) -> None:
     """The gradient of the soft loss of equal logits is proportional to 1/K - p."""
     d, g = answers.spatial.double().numpy(), answers.global_.double().numpy()
@@ -136,7 +136,9 @@ def test_exact_encodings_lose_nothing(report: dict[str, Any]) -> None:
     assert envelope["gradient_cosine"]["soft"] is None
 
 
-def test_bytes_are_those_of_files(answers: Answers, report: dict[str, Any], tmp_path: Path) -> None:
+def test_bytes_are_those_of_files(
+    answers: Responses, report: dict[str, Any], tmp_path: Path
+) -> None:
     rows = {name: bench.encode(ENCODINGS[name], answers, CPU)[0] for name in ENCODINGS}
     assert bench.store(tmp_path / "c", answers, rows) == len(answers)
     files = tree(tmp_path / "c")
@@ -156,7 +158,7 @@ def test_bytes_are_those_of_files(answers: Answers, report: dict[str, Any], tmp_
     ("length", "block", "used"), [(None, 1, 40), (10, 3, 30), (13, 1, 39), (50, 4, 40)]
 )
 def test_answers_are_stored_as_shards_of_such_a_length(
-    answers: Answers, tmp_path: Path, length: int | None, block: int, used: int
+    answers: Responses, tmp_path: Path, length: int | None, block: int, used: int
 ) -> None:
     rows = {"envelope": bench.encode(ENCODINGS["envelope"], answers, CPU)[0]}
     path = tmp_path / "c"

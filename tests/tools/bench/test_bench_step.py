@@ -95,7 +95,7 @@ def test_every_side_trains_by_its_own_method_from_its_own_targets() -> None:
     live = runs["live"].data.targets(batch)
     assert isinstance(live, LogitTargets)
     views = normalise(assemble(batch, POLICY), teacher.mean, teacher.std)
-    assert torch.equal(live.global_, teacher.answer(views).global_)
+    assert torch.equal(live.global_, teacher.respond(views).global_)
     for name, run in runs.items():
         _, base, global_, spatial = run.step(iter([batch])).tolist()
         assert base > 0
@@ -107,7 +107,7 @@ def test_a_live_teacher_and_its_cached_answers_give_one_loss() -> None:
     teacher = load_teacher(TEACHER, weights="random", num_classes=1000, size=SIZE, batch_size=8)
     runs = bench._runs(small_recipe(), POLICY, teacher.grid, teacher, torch.device("cpu"))
     batch = bench.synthetic_batch(POLICY, 8, teacher.grid)
-    answer = teacher.answer(normalise(assemble(batch, POLICY), teacher.mean, teacher.std))
+    answer = teacher.respond(normalise(assemble(batch, POLICY), teacher.mean, teacher.std))
     cached = ENCODINGS["envelope"].encode(answer.spatial, answer.global_)
     batch.targets.update(cached)
     for _ in range(3):

@@ -14,7 +14,7 @@ import torch
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.config import DumpRecipe, load_recipe
 from cskd_pipeline.distill.encodings import ENCODINGS
-from cskd_pipeline.models.teacher import Answer
+from cskd_pipeline.models.teacher import Logits
 from cskd_pipeline.pipeline.dump import dump_teacher
 from cskd_pipeline.tools.estimate import estimate_dump
 from tests.pipeline import world
@@ -140,16 +140,16 @@ def test_a_batch_that_is_short_costs_the_teacher_a_whole_one(
     """The network sees full batches in a dump, and short ones filled up in a trial."""
     clock = Time()
 
-    def ask(teacher: Any, batch: Any, policy: Any) -> Answer:
+    def logits_of(teacher: Any, batch: Any, policy: Any) -> Logits:
         clock.work(8.0)  # however many are asked about
-        return Answer(torch.zeros(batch.count, 2, 1, 1), torch.zeros(batch.count, 2))
+        return Logits(torch.zeros(batch.count, 2, 1, 1), torch.zeros(batch.count, 2))
 
     def batch(count: int) -> Any:
         made = SimpleNamespace(count=count)
         made.to = lambda device: made
         return made
 
-    monkeypatch.setattr(estimate_dump, "ask", ask)
+    monkeypatch.setattr(estimate_dump, "logits_of", logits_of)
     monkeypatch.setattr(estimate_dump.time, "perf_counter", clock)
     teacher: Any = SimpleNamespace(batch_size=16, device="cpu", name="teacher")
     recipe: Any = SimpleNamespace(views=None)
