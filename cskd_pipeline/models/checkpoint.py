@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from cskd_pipeline.errors import ManifestError, StudentError, WeightsError
-from cskd_pipeline.models.allocation import AllocationLimit, OversizeError
 from cskd_pipeline.models.header import StudentCard, check_card, check_digest
 from cskd_pipeline.models.student import Student, create_student
 from cskd_pipeline.models.weights import is_safetensors, load_state, state_digest
@@ -145,18 +150,22 @@ def bounded_student(
 ) -> Student:
     """A fresh model as a stranger's file names it; one far larger than its ``state`` is not made.
 
-    The factors leave room for what timm's models make besides their state (tables of positions, at
-    most four times as much).
+    The model is built on the meta device first, where tensors have shapes and no memory, and its
+    parameters and buffers are counted as layers register them. The factors leave room for what
+    timm's models make besides their state (tables of positions, at most four times as much).
 
     Raises:
         WeightsError: a model larger than that.
         StudentError: a model that cannot be made.
     """
     stored = sum(tensor.numel() for tensor in state.values())
-    limit = AllocationLimit(values=6 * stored + 2**24, tensors=8 * len(state) + 256)
+
+    def create() -> Student:
+        return create_student(name, num_classes=num_classes, size=size, kwargs=kwargs)
+
     try:
-        with limit:
-            return create_student(name, num_classes=num_classes, size=size, kwargs=kwargs)
+        with _registered_at_most(6 * stored + 2**24, 8 * len(state) + 256), torch.device("meta"):
+            create()
     except StudentError as error:
         if not isinstance(error.__cause__, OversizeError):
             raise
@@ -166,6 +175,31 @@ def bounded_student(
             found=f"{name} with {dict(kwargs)} at {size} px",
             expected=f"a model of {len(state)} tensors and {stored} values",
         ) from error
+    return create()
+
+
+class OversizeError(Exception):
+    """A model has more or larger tensors than it may have."""
+
+
+@contextmanager
+def _registered_at_most(values: int, tensors: int) -> Iterator[None]:
+    """Raise :class:`OversizeError` once layers have registered more tensors, or more values in
+    them.
+    """
+
+    def count(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+        nonlocal values, tensors
+        if tensor is not None:
+            values, tensors = values - tensor.numel(), tensors - 1
+        if values < 0 or tensors < 0:
+            raise OversizeError(f"{type(module).__name__}.{name} is more than there may be")
+
+    with (
+        register_module_parameter_registration_hook(count),
+        register_module_buffer_registration_hook(count),
+    ):
+        yield
 
 
 def _read_header(path: Path) -> tuple[StudentCard, str | None]:

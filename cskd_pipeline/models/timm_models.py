@@ -20,12 +20,13 @@ from cskd_pipeline.models.weights import load_into
 
 TORCHVISION = "torchvision:"
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's own
-# Arguments of timm.create_model that fetch or open files, and so are not the model's. Older timm
-# unpickles what ``checkpoint_path`` names.
-FETCHING = (
+# Arguments that do not describe a model: they fetch or open files (older timm unpickles what
+# ``checkpoint_path`` names), or say where its tensors lie, which is the caller's to say.
+FOREIGN_ARGUMENTS = (
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
     *("checkpoint_path", "cache_dir"),
     *("weights", "weights_backbone"),  # torchvision's
+    *("device", "dtype"),
 )
 
 
@@ -59,7 +60,7 @@ def build_teacher(
     is_hub = weights == "hub"
     source = "hub" if is_hub else "random" if state is None else "file"
     if name.startswith(TORCHVISION):
-        _refuse_fetching(name, kwargs, TeacherError)
+        _refuse_foreign(name, kwargs, TeacherError)
         classes = None if is_hub else _linear_rows(state or {}) or num_classes
         network = _create_torchvision(name, classes, kwargs, pretrained=is_hub)
     elif ":" in name and not name.startswith(HUB_PREFIXES):
@@ -111,7 +112,7 @@ def create_timm(
     known = _current_name(name)
     if known is None:
         raise error("timm has removed this model", where=name, found=f"timm {timm.__version__}")
-    _refuse_fetching(name, kwargs, error)
+    _refuse_foreign(name, kwargs, error)
     arguments = dict(kwargs)
     if getattr(_config(name), "fixed_input_size", False):
         arguments.setdefault("img_size", size)
@@ -145,13 +146,13 @@ def create_timm(
     return model
 
 
-def _refuse_fetching(name: str, kwargs: Mapping[str, Any], error: type[CskdError]) -> None:
-    fetching = sorted(set(FETCHING) & set(kwargs))
-    if fetching:
+def _refuse_foreign(name: str, kwargs: Mapping[str, Any], error: type[CskdError]) -> None:
+    foreign = sorted(set(FOREIGN_ARGUMENTS) & set(kwargs))
+    if foreign:
         raise error(
-            "these arguments would fetch or open files; a model's own do not",
+            "these arguments fetch or open files, or place tensors: none is the model's own",
             where=name,
-            found=", ".join(fetching),
+            found=", ".join(foreign),
             expected="arguments of the model's constructor",
             action="leave them out; a teacher's weights are --weights FILE",
         )

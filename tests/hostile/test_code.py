@@ -140,17 +140,17 @@ def test_a_hostile_card_is_refused(small: World, run: Path, refused: Refused, ch
     assert not (run / "exported").exists()
 
 
-FETCHING = ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained"]
+FOREIGN = [*("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained"), "device"]
 
 
-@pytest.mark.parametrize("argument", FETCHING)
+@pytest.mark.parametrize("argument", FOREIGN)
 def test_a_card_or_recipe_cannot_name_files_to_open_as_a_models_arguments(
     stages: Stages, run: Path, tmp_path: Path, refused: Refused, payload: Payload, argument: str
 ) -> None:
     torch.save({"extra": payload}, tmp_path / "evil.pth")
     path = with_card(run, lambda c: {**c, "kwargs": {argument: str(tmp_path / "evil.pth")}})
     words = ("evaluate", path, "--shards", stages.shards, "--workers", 0, "--device", "cpu")
-    assert "would fetch or open files" in refused(*words)
+    assert "fetch or open files, or place tensors" in refused(*words)
     for section, command in (
         ("student", stages.train(tmp_path / "new", workers=0)),
         ("teacher", stages.dump(tmp_path / "cache", workers=0)),
@@ -159,7 +159,7 @@ def test_a_card_or_recipe_cannot_name_files_to_open_as_a_models_arguments(
         recipe = tmp_path / f"{section}.toml"
         recipe.write_text(f'[{section}.kwargs]\n{argument} = "{tmp_path}/evil.pth"\n')
         words = (*command[: own - 1], *command[own + 1 :], "--recipe", recipe)
-        assert "would fetch or open files" in refused(*words)
+        assert "fetch or open files, or place tensors" in refused(*words)
 
 
 # Recipes

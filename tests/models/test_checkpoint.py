@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from cskd_pipeline.errors import WeightsError
-from cskd_pipeline.models.allocation import AllocationLimit, OversizeError
 from cskd_pipeline.models.checkpoint import (
+    OversizeError,
+    _registered_at_most,
+    bounded_student,
     load_student,
     read_card,
     read_student,
@@ -157,39 +162,58 @@ def test_a_model_larger_than_the_files_tensors_is_not_made(file: Path) -> None:
             load_student(file, CPU)
 
 
-def test_a_limit_refuses_before_memory_is_taken() -> None:
-    """Every one of these would be 8 TB; in place and as views nothing is taken."""
-    many = 2**40
-    for make in (
-        lambda: torch.empty(many, dtype=torch.int64),
-        lambda: torch.arange(many),
-        lambda: torch.linspace(0, 1, many, dtype=torch.float64),
-        lambda: torch.zeros(1).repeat(2 * many),
-        lambda: torch.stack(torch.meshgrid(*[torch.arange(2**20)] * 2, indexing="ij")),
-    ):
-        with pytest.raises(OversizeError), AllocationLimit(values=2**22, tensors=100):
-            make()
-    with AllocationLimit(values=10, tensors=2):
-        x = torch.zeros(8)
-        for _ in range(20):
-            x.add_(1).view(2, 4).t()
-    assert float(x.sum()) == 160
+def test_a_model_that_is_too_large_takes_no_memory(file: Path) -> None:
+    """Embeddings of 4.3 billion positions would take 137 GB; nothing is allocated for them."""
+    rewrite(file, size=65535, kwargs={**CARD.kwargs, "patch_size": 1})
+    code = (
+        "import resource, sys, torch\n"
+        "from pathlib import Path\n"
+        "from cskd_pipeline.errors import WeightsError\n"
+        "from cskd_pipeline.models.checkpoint import load_student\n"
+        "def peak():\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10\n"
+        "before = peak()\n"
+        "try:\n"
+        "    load_student(Path(sys.argv[1]), torch.device('cpu'))\n"
+        "except WeightsError as error:\n"
+        "    print(error.problem, '|', peak() - before)\n"
+    )
+    words = [sys.executable, "-c", code, str(file)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    problem, _, mebibytes = done.stdout.partition("|")
+    assert "larger than its tensors" in problem, done.stderr
+    assert int(mebibytes) < 100
 
 
-def test_a_limit_of_tensors_counts_them() -> None:
-    with AllocationLimit(values=10**6, tensors=3):
-        for _ in range(3):
-            torch.zeros(1)
-        with pytest.raises(OversizeError):
-            torch.zeros(1)
+def test_tensors_are_counted_and_so_are_their_values() -> None:
+    def layers(sizes: list[int]) -> None:
+        with torch.device("meta"):
+            for size in sizes:
+                nn.Linear(1, size, bias=False)
+
+    with _registered_at_most(values=10, tensors=3):
+        layers([4, 3, 3])
+    for sizes in ([1, 1, 1, 1], [11], [2**40]):
+        with pytest.raises(OversizeError), _registered_at_most(values=10, tensors=3):
+            layers(sizes)
+    with pytest.raises(OversizeError), _registered_at_most(values=10, tensors=3):
+        nn.Module().register_buffer("table", torch.empty(11, device="meta"))
+    layers([2**40] * 4)  # what is made later is not counted
 
 
-def test_a_limit_changes_nothing_of_a_model() -> None:
-    plain = student_of().model.state_dict()
-    with AllocationLimit(values=10**7, tensors=10**4):
-        limited = student_of().model.state_dict()
-    assert plain.keys() == limited.keys()
-    assert all(torch.equal(plain[name], limited[name]) for name in plain)
+def test_counting_changes_nothing_of_a_model(file: Path) -> None:
+    torch.manual_seed(0)
+    counted = bounded_student(
+        CARD.model,
+        load_file(file),
+        file,
+        num_classes=CARD.num_classes,
+        size=CARD.size,
+        kwargs=CARD.kwargs,
+    )
+    found, plain = counted.model.state_dict(), student_of().model.state_dict()
+    assert plain.keys() == found.keys()
+    assert all(torch.equal(plain[name], found[name]) for name in plain)
 
 
 def test_a_runs_folder_means_its_best_student_else_its_last(file: Path) -> None:
