@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from cskd_pipeline.data.index import Dataset, load_dataset
+from cskd_pipeline.runtime.console import kept
 from tests.pictures import write_image_folder, write_shards
 
 COUNTS = (21, 8, 13, 1)
@@ -17,6 +19,13 @@ COUNTS = (21, 8, 13, 1)
 def _one_thread() -> None:
     """Small tensors gain nothing from more, and the machine may be shared."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _nobody_listens() -> Iterator[None]:
+    """Whoever a test lets listen to progress and news is gone after it."""
+    with kept():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from cskd_pipeline.cache.chunks import DamageError
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.runtime.progress import Progress
+from cskd_pipeline.runtime.progress import progress
 
 THREADS = 8  # at most, that decode: it frees the interpreter
 Unit = tuple[int, int]
@@ -49,7 +49,7 @@ class Problem:
         return f"{self.depth}: {self.where}: {self.found}"
 
 
-def check_structure(store: CacheStore, units: Sequence[Unit], progress: Progress) -> list[Problem]:
+def check_structure(store: CacheStore, units: Sequence[Unit]) -> list[Problem]:
     """Check the records of ``units``, and the lengths of all files that they should have.
 
     Args:
@@ -88,7 +88,7 @@ def _length_problems(store: CacheStore, name: str, key: str) -> list[Problem]:
     return []
 
 
-def check_bytes(reader: CacheReader, units: Sequence[Unit], progress: Progress) -> list[Problem]:
+def check_bytes(reader: CacheReader, units: Sequence[Unit]) -> list[Problem]:
     """Decode everything that ``units`` hold, several at a time.
 
     Args:

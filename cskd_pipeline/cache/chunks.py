@@ -23,7 +23,6 @@ from numcodecs.zstd import Zstd
 
 from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.lru import BytesLRU
-from cskd_pipeline.runtime.progress import Progress, silent
 
 _EMPTY = 2**64 - 1  # a shard index's mark of a chunk that was not written
 _ZSTD = Zstd()
@@ -104,7 +103,7 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
-    def there(self, keys: Sequence[str], progress: Progress = silent) -> list[bool]:
+    def there(self, keys: Sequence[str]) -> list[bool]:
         """Which of these files there are."""
         return [(self.root / key).is_file() for key in keys]
 

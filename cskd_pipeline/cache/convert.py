@@ -23,7 +23,7 @@ from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
 from cskd_pipeline.distill.encodings import ENCODINGS, Rows
 from cskd_pipeline.errors import CacheError, UsageError
-from cskd_pipeline.runtime.progress import Progress
+from cskd_pipeline.runtime.progress import progress
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,6 @@ def convert(
     views: int | None = None,
     shards: tuple[int, int] | None = None,
     device: str | torch.device = "cpu",
-    progress: Progress,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Make, or go on with, the cache ``target`` from the finished units of ``source``.
@@ -60,7 +59,7 @@ def convert(
             making; UsageError: views or shards that the source does not have.
         KeyboardInterrupt: stopped between units.
     """
-    reader = CacheReader(source, progress=progress)
+    reader = CacheReader(source)
     if Path(split_pin(source)[0]).resolve() == Path(target).resolve():
         raise UsageError(
             "a cache cannot be converted into itself",
@@ -70,7 +69,7 @@ def convert(
     first, last = _shard_range(reader, shards)
     wanted = tuple(encodings) or reader.manifest.encodings
     _require_sources(reader, wanted)
-    parent = reader.manifest.as_parent(reader.digest(progress))
+    parent = reader.manifest.as_parent(reader.digest())
     made = _converted(reader, wanted, _view_count(reader, views), (first, last), parent)
     writer = CacheWriter.create(target, made, accept_versions=True)
     if made.views > writer.manifest.views:
@@ -85,7 +84,7 @@ def convert(
             writer.write_unit(unit, unit_data(reader, writer, unit, unit.shard + first, device))
             written += writer.size_of(unit)
             meter.advance(writer.size_of(unit))
-    info = describe(target, progress)
+    info = describe(target)
     return {
         "cache": str(target),
         "units_written": len(ready),

@@ -8,7 +8,6 @@ from typing import Any
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import CacheReader
-from cskd_pipeline.runtime.progress import Progress, silent
 
 METHOD = (
     "Cumulative Spatial Knowledge Distillation for Vision Transformers. ICCV 2023. "
@@ -16,7 +15,7 @@ METHOD = (
 )
 
 
-def describe(path: Path | str, progress: Progress = silent) -> dict[str, Any]:
+def describe(path: Path | str) -> dict[str, Any]:
     """Data, teacher, policy, completeness and sizes of the cache in ``path``.
 
     Sizes are file lengths in bytes, counted over all files, those of unfinished units too, and None
@@ -29,12 +28,12 @@ def describe(path: Path | str, progress: Progress = silent) -> dict[str, Any]:
     Raises:
         CacheError, ManifestError: there is no cache, or it is damaged.
     """
-    reader = CacheReader(path, progress=progress)
+    reader = CacheReader(path)
     manifest, done = reader.manifest, reader.done()
     sizes = _bytes_by_array(reader)
     views_done = int(done.sum(axis=0) @ list(reader.counts)) * manifest.view_block
-    digest = reader.digest(progress)
-    correct, counted = reader.top1(progress)
+    digest = reader.digest()
+    correct, counted = reader.top1()
 
     def per_view(names: list[str]) -> float | None:
         if sizes is None or not views_done:

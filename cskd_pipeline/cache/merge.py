@@ -28,7 +28,7 @@ from cskd_pipeline.cache.writer import CacheWriter, Unit
 from cskd_pipeline.errors import CacheError, UsageError
 from cskd_pipeline.runtime import atomic
 from cskd_pipeline.runtime.classes import ClassGuard
-from cskd_pipeline.runtime.progress import Progress
+from cskd_pipeline.runtime.progress import progress
 
 _PIECE = 2**20
 
@@ -39,7 +39,6 @@ def merge(
     *,
     accept_versions: bool = False,
     guard: ClassGuard | None = None,
-    progress: Progress,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Make, or go on with, the cache ``target`` from the finished units of ``sources``.
@@ -82,7 +81,7 @@ def merge(
                     raise KeyboardInterrupt
                 counts += _merge_unit(writer, result, parts, unit)
                 meter.advance(writer.size_of(unit))
-    info = describe(target, progress)
+    info = describe(target)
     return {
         "cache": str(target),
         "sources": [str(part.path) for part in parts],

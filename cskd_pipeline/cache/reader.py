@@ -16,7 +16,7 @@ from cskd_pipeline.cache.manifest import CacheManifest, keys_sha256
 from cskd_pipeline.cache.store import FINISH, CacheStore
 from cskd_pipeline.distill.encodings import ArraySpec, ResponseShape, Rows
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.runtime.progress import Progress, silent
+from cskd_pipeline.runtime.progress import progress
 
 MAX_SLAB_BYTES = 2**29
 """Of one ragged array, decoded: chunks of one value would unfold thousandfold."""
@@ -45,15 +45,13 @@ class CacheReader:
         UsageError: ``path`` ends with what is no digest.
     """
 
-    def __init__(
-        self, path: Path | str, *, memory: int = 192 * 2**20, progress: Progress = silent
-    ) -> None:
+    def __init__(self, path: Path | str, *, memory: int = 192 * 2**20) -> None:
         location, stated = split_pin(path)
         store = CacheStore(location)
         store.check_metadata()
-        self._start(store, store.done(progress), memory, None)
+        self._start(store, store.done(), memory, None)
         if stated is not None:
-            self._require_digest(stated, progress)
+            self._require_digest(stated)
 
     @classmethod
     def over(cls, store: CacheStore, done: np.ndarray, memory: int = 0) -> CacheReader:
@@ -119,7 +117,7 @@ class CacheReader:
         """SHA-256 (hex) of what decides the bytes of the cache's units."""
         return self._store.lineage
 
-    def digest(self, progress: Progress = silent) -> str | None:
+    def digest(self) -> str | None:
         """Return the root digest, SHA-256 (hex), of a finished cache's contents, else None.
 
         Reads a small file per unit, once; from then on a unit that changes is refused.
@@ -130,10 +128,10 @@ class CacheReader:
         if not self._done.all():
             return None
         if self._units is None:
-            self._units = self.unit_digests(self._done, progress)
+            self._units = self.unit_digests(self._done)
         return root_digest(self.lineage, self.views, self._units)
 
-    def unit_digests(self, chosen: np.ndarray, progress: Progress = silent) -> np.ndarray:
+    def unit_digests(self, chosen: np.ndarray) -> np.ndarray:
         """Return the digests of finished units: (blocks, shards, 32) uint8, 0 where not chosen.
 
         Args:
@@ -150,8 +148,8 @@ class CacheReader:
                 meter.advance()
         return found
 
-    def _require_digest(self, stated: str, progress: Progress) -> None:
-        found = self.digest(progress)
+    def _require_digest(self, stated: str) -> None:
+        found = self.digest()
         if found != stated:
             count = f"{np.count_nonzero(self._done)} of {self._done.size} units are finished"
             raise CacheError(
@@ -240,7 +238,7 @@ class CacheReader:
         """CRC-32 of every view's uint8 pixels before mixing: (count,) uint32, read-only."""
         return self._small_slab("view_digest", view, shard)
 
-    def top1(self, progress: Progress = silent) -> tuple[int, int]:
+    def top1(self) -> tuple[int, int]:
         """(correct, counted) of the teacher's global response, over all finished units.
 
         Reads a small file per unit.

@@ -32,7 +32,7 @@ from cskd_pipeline.cache.mirror import Mirror, partial_of
 from cskd_pipeline.cache.transfers import Pace
 from cskd_pipeline.errors import CskdError, MissingPackageError, RemoteError, UsageError
 from cskd_pipeline.runtime.atomic import explained_os_errors
-from cskd_pipeline.runtime.progress import Progress, silent
+from cskd_pipeline.runtime.progress import progress
 
 PACKAGES = {
     **{"https": "aiohttp", "http": "aiohttp", "s3": "s3fs", "gs": "gcsfs"},
@@ -134,7 +134,7 @@ class RemoteFolder(Folder):
         except DamageError:  # there is none
             return []
 
-    def there(self, keys: Sequence[str], progress: Progress = silent) -> list[bool]:
+    def there(self, keys: Sequence[str]) -> list[bool]:
         """Asks for each; what was there once is not asked for again."""
         found = []
         with (

@@ -19,7 +19,6 @@ from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.remote import is_remote, open_folder
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime import schemas
-from cskd_pipeline.runtime.progress import Progress, silent
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -117,7 +116,7 @@ class CacheStore:
             lines = [layout.difference(data, expected)]
         return [f"{key}: {line}" for line in lines]
 
-    def done(self, progress: Progress = silent) -> np.ndarray:
+    def done(self) -> np.ndarray:
         """(blocks, shards) bool, from the names of the records: 30,000 in 30 ms.
 
         Where files are not listed, each is asked for.
@@ -125,7 +124,7 @@ class CacheStore:
         done = np.zeros((self.manifest.blocks, len(self.manifest.dataset.shards)), bool)
         if not self._folder.lists:
             keys = [self.record_key(*unit) for unit in np.ndindex(*done.shape)]
-            return np.array(self._folder.there(keys, progress), bool).reshape(done.shape)
+            return np.array(self._folder.there(keys), bool).reshape(done.shape)
         root = f"{layout.RECORD}/c"
         blocks = {int(n) for n in self._folder.names(root) if n.isdecimal()}
         for block in sorted(n for n in blocks if n < len(done)):

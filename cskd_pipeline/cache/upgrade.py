@@ -26,14 +26,12 @@ from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime import atomic, schemas
-from cskd_pipeline.runtime.progress import Progress
+from cskd_pipeline.runtime.progress import progress
 
 _MARKS = "done"
 
 
-def upgrade(
-    path: Path | str, *, progress: Progress, stopped: Callable[[], bool] = lambda: False
-) -> dict[str, Any]:
+def upgrade(path: Path | str, *, stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Make a cache of format version 2 of the folder ``path``.
 
     Returns:
@@ -46,14 +44,14 @@ def upgrade(
     root = require_local(path, "a cache is upgraded where it lies", "copy it to this machine")
     with atomic.explained_os_errors(root), exclusive(root):
         old = _old_manifest(root)
-        written = 0 if old is None else _write_records(root, old, progress, stopped)
+        written = 0 if old is None else _write_records(root, old, stopped)
         shutil.rmtree(inside(root, f"{_MARKS}/zarr.json").parent, ignore_errors=True)
-    reader = CacheReader(root, progress=progress)
+    reader = CacheReader(root)
     return {
         "cache": str(root),
         "units": written,
         "complete": bool(reader.done().all()),
-        "digest": reader.digest(progress),
+        "digest": reader.digest(),
     }
 
 
@@ -89,9 +87,7 @@ def _old_manifest(root: Path) -> CacheManifest | None:
     return CacheManifest.from_json(old | {"format_version": 2}, path)
 
 
-def _write_records(
-    root: Path, manifest: CacheManifest, progress: Progress, stopped: Callable[[], bool]
-) -> int:
+def _write_records(root: Path, manifest: CacheManifest, stopped: Callable[[], bool]) -> int:
     """Write what version 2 has more, the manifest last; return how many units there are."""
     folder = DurableFolder(root)
     for key, document in layout.array_documents(manifest).items():
@@ -111,7 +107,7 @@ def _write_records(
             folder.write(store.record_key(block, shard), encode_file(array, record.row()[None]))
             meter.advance()
     folder.flush()
-    problems = check_bytes(CacheReader.over(store, done), units, progress)
+    problems = check_bytes(CacheReader.over(store, done), units)
     if problems:
         raise CacheError(
             "the cache is damaged, and stays of format version 1",

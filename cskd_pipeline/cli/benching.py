@@ -69,7 +69,7 @@ def encodings(
     json: Json = False,
 ) -> Outcome:
     """Bytes, times and distortion of every encoding, on real answers of a teacher."""
-    terminal = Terminal(quiet=quiet, json=json)
+    terminal = Terminal.listening(quiet=quiet, json=json)
     flags = {
         "data.shards": shards,
         "data.split": split,
@@ -94,10 +94,8 @@ def encodings(
     from cskd_pipeline.tools.bench.bench_encodings import bench_encodings, show
     from cskd_pipeline.tools.bench.responses import from_cache, from_teacher
 
-    answers = from_cache(source, views) if is_cache else from_teacher(asked, terminal, views)
-    report = bench_encodings(
-        answers, terminal, device=pick_device(asked.dump.device), names=encoding or ()
-    )
+    answers = from_cache(source, views) if is_cache else from_teacher(asked, views)
+    report = bench_encodings(answers, device=pick_device(asked.dump.device), names=encoding or ())
     show(report, terminal)
     if plot is not None:
         from cskd_pipeline.tools.bench.plot import scatter, title
@@ -121,16 +119,14 @@ def loader(
     json: Json = False,
 ) -> Outcome:
     """This loader against timm's, on the same tars and policy: images a second on one core."""
-    terminal = Terminal(quiet=quiet, json=json)
+    terminal = Terminal.listening(quiet=quiet, json=json)
     require({"--shards SHARDS": shards or ""})
     assert shards is not None
     from cskd_pipeline.data.index import load_dataset
     from cskd_pipeline.tools.bench import bench_loader as bench
 
-    dataset = load_dataset(shards, split=split, progress=terminal.progress)
-    report = bench.bench_loader(
-        dataset, terminal, size=size, batch_size=batch_size or 64, rounds=rounds
-    )
+    dataset = load_dataset(shards, split=split)
+    report = bench.bench_loader(dataset, size=size, batch_size=batch_size or 64, rounds=rounds)
     bench.show(report, terminal)
     return report if json else None
 
@@ -158,7 +154,7 @@ def join(
     json: Json = False,
 ) -> Outcome:
     """The loader with the join from a cache against the loader without any; and at scale."""
-    terminal = Terminal(quiet=quiet, json=json)
+    terminal = Terminal.listening(quiet=quiet, json=json)
     flags = {
         "data.shards": shards,
         "data.cache": cache,
@@ -170,9 +166,9 @@ def join(
         require({"--shards SHARDS": asked.data.shards, "--cache DIR": asked.data.cache})
     from cskd_pipeline.tools.bench import bench_join as bench
 
-    report = bench.bench_join(asked, terminal, rounds=rounds) if asked.data.shards else {}
+    report = bench.bench_join(asked, rounds=rounds) if asked.data.shards else {}
     if simulate:
-        report["simulation"] = bench.simulate(terminal)
+        report["simulation"] = bench.simulate()
     bench.show(report, terminal)
     return report if json else None
 
@@ -206,7 +202,7 @@ def step(
     json: Json = False,
 ) -> Outcome:
     """A training step from a cache against a plain one, and against one with a live teacher."""
-    terminal = Terminal(quiet=quiet, json=json)
+    terminal = Terminal.listening(quiet=quiet, json=json)
     flags = {"batch.batch_size": batch_size, "run.device": device}
     asked = load_recipe(TrainRecipe, recipe, set_ or (), flags)
     from dataclasses import replace
@@ -220,7 +216,6 @@ def step(
     gpu = pick_device(asked.run.device).type == "cuda"
     report = bench.bench_step(
         asked,
-        terminal,
         students=student or (known if gpu else known[:1]),
         teacher=None if teacher == "none" else teacher,
         rounds=rounds,
@@ -266,7 +261,7 @@ def dump(
     json: Json = False,
 ) -> Outcome:
     """The dump against the bare teacher, blocks of views against single ones, and the limit."""
-    terminal = Terminal(quiet=quiet, json=json)
+    terminal = Terminal.listening(quiet=quiet, json=json)
     flags = {
         "data.shards": shards,
         "data.split": split,
@@ -285,7 +280,6 @@ def dump(
 
     report = bench.bench_dump(
         asked,
-        terminal,
         images=images,
         rounds=rounds,
         with_variants=variants,

@@ -43,7 +43,8 @@ def info(
     from cskd_pipeline.cache.info import describe
     from cskd_pipeline.cache.summary import summarise
 
-    found = describe(cache, Terminal(quiet=quiet, json=json).progress)
+    Terminal.listening(quiet=quiet, json=json)
+    found = describe(cache)
     return found if json else summarise(found)
 
 
@@ -82,7 +83,7 @@ def verify(
     Views that are made again are told apart as bit-exact, differing by rounding, or of another
     image.
     """
-    terminal = Terminal(quiet=quiet, json=json)
+    terminal = Terminal.listening(quiet=quiet, json=json)
     of_teacher = {
         **{"--weights": weights, "--mean": mean, "--std": std},
         **{"--batch-size": batch_size, "--device": device},
@@ -140,7 +141,8 @@ def card(
     """Write the dataset card of a cache that is to be published: provenance, sizes, how to use."""
     from cskd_pipeline.tools.cache_card import write_card
 
-    return write_card(cache, out, location, progress=Terminal(quiet=quiet, json=json).progress)
+    Terminal.listening(quiet=quiet, json=json)
+    return write_card(cache, out, location)
 
 
 @cache_app.command(epilog="Example: cskd-pipeline cache convert cache small --encoding envelope")
@@ -176,7 +178,7 @@ def convert(
 
     Run the same command again after an interruption: finished units are kept.
     """
-    terminal = Terminal(quiet=quiet, json=json)
+    Terminal.listening(quiet=quiet, json=json)
     require_encodings(encoding or ())
     chosen = None if shards is None else parse_range(shards, "--shards")
     from cskd_pipeline.cache.convert import convert as make
@@ -191,7 +193,6 @@ def convert(
             views=views,
             shards=chosen,
             device=pick_device(device or "auto"),
-            progress=terminal.progress,
             stopped=lambda: stop.requested,
         )
 
@@ -206,12 +207,12 @@ def upgrade(
 
     Run the same command again after an interruption.
     """
-    terminal = Terminal(quiet=quiet, json=json)
+    Terminal.listening(quiet=quiet, json=json)
     from cskd_pipeline.cache.upgrade import upgrade as make
     from cskd_pipeline.runtime.signals import stop_requests
 
     with stop_requests() as stop:
-        return make(cache, progress=terminal.progress, stopped=lambda: stop.requested)
+        return make(cache, stopped=lambda: stop.requested)
 
 
 @cache_app.command(epilog="Example: cskd-pipeline cache merge part-0 part-1 --out cache")
@@ -235,7 +236,7 @@ def merge(
 
     Run the same command again after an interruption: finished units are kept, and compared.
     """
-    terminal = Terminal(quiet=quiet, json=json)
+    terminal = Terminal.listening(quiet=quiet, json=json)
     from cskd_pipeline.cache.merge import merge as join
     from cskd_pipeline.runtime.classes import ClassGuard
     from cskd_pipeline.runtime.signals import stop_requests
@@ -247,7 +248,6 @@ def merge(
             out,
             accept_versions=accept_versions,
             guard=guard,
-            progress=terminal.progress,
             stopped=lambda: stop.requested,
         )
     guard.tell(terminal.warn)

@@ -9,7 +9,7 @@ import typer
 
 from cskd_pipeline.cli.options import SHARDS_HELP, Device, Json, Outcome, Quiet
 from cskd_pipeline.cli.root import app, parse_and_run
-from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.runtime.console import Terminal, kept
 
 if TYPE_CHECKING:
     from cskd_pipeline.tools.commands import Command
@@ -20,7 +20,8 @@ def _run_inside(quiet: bool, json: bool) -> Command:
     inherited = [flag for flag, given in (("--quiet", quiet), ("--json", json)) if given]
 
     def command(arguments: list[str]) -> dict[str, Any]:
-        outcome = parse_and_run([*arguments, *inherited])
+        with kept():
+            outcome = parse_and_run([*arguments, *inherited])
         if not isinstance(outcome, dict):  # typer's way with KeyboardInterrupt is an exit code
             raise KeyboardInterrupt
         return outcome
@@ -37,7 +38,7 @@ def demo(
     json: Json = False,
 ) -> Outcome:
     """Run the whole pipeline on small real images: shards, teacher, cache, students, a table."""
-    terminal = Terminal(quiet=quiet, json=json)
+    terminal = Terminal.listening(quiet=quiet, json=json)
     from cskd_pipeline.tools.demo import run_demo
 
     found = run_demo(out, terminal, _run_inside(quiet, json))
@@ -91,9 +92,10 @@ def study(
     Ends with a table of means and deviations, a plot, and whether the paper's ordering held. Run
     the same command again after an interruption: finished runs are kept.
     """
-    terminal = Terminal(quiet=quiet, json=json)
+    terminal = Terminal.listening(quiet=quiet, json=json)
     from cskd_pipeline.runtime.atomic import NO_LOCKS, sole_writer
     from cskd_pipeline.tools.study import run_study as studying
+    from cskd_pipeline.tools.study.report import show
 
     with sole_writer(out) as held:
         if not held:
@@ -102,7 +104,6 @@ def study(
             shards,
             val_shards,
             out,
-            terminal,
             _run_inside(quiet, json),
             size=size,
             recipes=recipes,
@@ -110,4 +111,5 @@ def study(
             jobs=jobs,
             device=device,
         )
+    show(report, terminal)
     return report if json else None

@@ -72,7 +72,7 @@ def plan_dump(
     json: Json = False,
 ) -> Outcome:
     """Bytes and time of a dump, for every encoding, from a few hundred images done for real."""
-    terminal = Terminal(quiet=quiet, json=json)
+    terminal = Terminal.listening(quiet=quiet, json=json)
     flags = {
         "data.shards": shards,
         "data.split": split,
@@ -89,9 +89,7 @@ def plan_dump(
     require_encodings(asked.cache.encodings)
     from cskd_pipeline.tools.estimate import estimate_dump
 
-    report = estimate_dump.plan_dump(
-        asked, terminal, views=views or (), devices=devices or (), images=images
-    )
+    report = estimate_dump.plan_dump(asked, views=views or (), devices=devices or (), images=images)
     estimate_dump.show(report, terminal)
     return report if json else None
 
@@ -120,7 +118,7 @@ def plan_train(
     json: Json = False,
 ) -> Outcome:
     """Time of a training run, and whether the loader or the device is its limit."""
-    terminal = Terminal(quiet=quiet, json=json)
+    terminal = Terminal.listening(quiet=quiet, json=json)
     flags = {
         "data.shards": shards,
         "data.cache": cache,
@@ -136,6 +134,6 @@ def plan_train(
     require({"--shards SHARDS": asked.data.shards})
     from cskd_pipeline.tools.estimate import estimate_train
 
-    report = estimate_train.plan_train(asked, terminal, updates=updates)
+    report = estimate_train.plan_train(asked, updates=updates)
     estimate_train.show(report, terminal)
     return report if json else None

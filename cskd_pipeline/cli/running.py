@@ -15,7 +15,7 @@ from cskd_pipeline.cli.options import Outcome
 from cskd_pipeline.cli.root import PROGRAM, parse_and_run
 from cskd_pipeline.errors import CskdError, Interrupted, OutputError, Preempted, UsageError
 from cskd_pipeline.runtime.atomic import FULL
-from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.runtime.console import Terminal, kept
 from cskd_pipeline.runtime.signals import Requeue, requeue_requests
 
 # The parser's own error, which typer does not export: click's, or typer's copy of it.
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     terminal = Terminal(json="--json" in arguments)
     try:
-        with _explained_os_errors():
+        with kept(), _explained_os_errors():
             outcome = _run(arguments or ["--help"], terminal)
             if isinstance(outcome, int):
                 return outcome

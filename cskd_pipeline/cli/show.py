@@ -81,7 +81,7 @@ def show(
 
     Of runs: curves side by side; with --shards what their students say of every place, too.
     """
-    terminal = Terminal(quiet=quiet, json=json)
+    Terminal.listening(quiet=quiet, json=json)
     if _are_runs(target):
         _refuse("a cache", {"--epochs": epochs})
         if shards is None:
@@ -93,7 +93,6 @@ def show(
         return run_page.show_runs(
             [Path(one) for one in target],
             out,
-            terminal,
             shards=shards,
             cache=cache,
             split=split,
@@ -110,7 +109,6 @@ def show(
         target[0],
         shards or "",
         out,
-        terminal,
         split=split,
         images=images or cache_page.IMAGES,
         samples=samples or cache_page.SAMPLES,

@@ -61,7 +61,7 @@ def make_shards(
     json: Json = False,
 ) -> Outcome:
     """Pack an ImageFolder tree into webdataset shards, image bytes untouched."""
-    terminal = Terminal(quiet=quiet, json=json)
+    Terminal.listening(quiet=quiet, json=json)
     from cskd_pipeline.tools import make_shards as make
 
     return make.make_shards(
@@ -70,7 +70,6 @@ def make_shards(
         shard_size=shard_size,
         seed=seed,
         split=split,
-        progress=terminal.progress,
     )
 
 
@@ -103,7 +102,7 @@ def index(
     json: Json = False,
 ) -> Outcome:
     """Read shards once and write their manifest: counts, order of keys, SHA-256, class names."""
-    terminal = Terminal(quiet=quiet, json=json)
+    Terminal.listening(quiet=quiet, json=json)
     require_companion("--check-images", check_images or None, {"--workers": workers})
     from cskd_pipeline.data import index as indexing
 
@@ -112,7 +111,7 @@ def index(
         from cskd_pipeline.runtime.device import worker_count
 
         count = worker_count(-1 if workers is None else workers)
-        require_images(dataset, terminal, workers=count)
+        require_images(dataset, workers=count)
 
     dataset = indexing.index_shards(
         shards,
@@ -120,7 +119,6 @@ def index(
         num_classes=num_classes,
         split=split,
         check=check if check_images else None,
-        progress=terminal.progress,
     )
     dataset.save(out)
     return {
@@ -201,7 +199,7 @@ def dump_teacher(
         --weights cifar10.pth --mean 0.491,0.482,0.447 --std 0.247,0.244,0.262
         --set views.size=32 --shards 'train-*.tar' --cache cache
     """
-    terminal = Terminal(quiet=quiet, json=json)
+    Terminal.listening(quiet=quiet, json=json)
     flags = {
         "data.shards": shards,
         "data.split": split,
@@ -232,7 +230,6 @@ def dump_teacher(
 
     summary = dump.dump_teacher(
         asked,
-        terminal,
         shard_range=shard_numbers,
         view_range=view_numbers,
         accept_versions=accept_versions,
@@ -285,7 +282,7 @@ def train(
     json: Json = False,
 ) -> Outcome:
     """Stage two: train a ViT from shards joined to a cache. No teacher is loaded."""
-    terminal = Terminal(quiet=quiet, json=json)
+    Terminal.listening(quiet=quiet, json=json)
     flags = {
         "data.shards": shards,
         "data.val_shards": val_shards,
@@ -310,7 +307,7 @@ def train(
     from cskd_pipeline.pipeline import train as stage_two
     from cskd_pipeline.runtime.distributed import launched
 
-    summary = stage_two.train(asked, terminal, resume=resume)
+    summary = stage_two.train(asked, resume=resume)
     return summary if launched().first else None
 
 
@@ -342,13 +339,12 @@ def evaluate(
     json: Json = False,
 ) -> Outcome:
     """Measure a student on shards: top-1 and top-5 of each head and of their mean."""
-    terminal = Terminal(quiet=quiet, json=json)
+    Terminal.listening(quiet=quiet, json=json)
     from cskd_pipeline.pipeline import evaluate as measuring
 
     return measuring.evaluate(
         checkpoint,
         shards,
-        terminal,
         split=split or "",
         crop_pct=crop_pct,
         batch_size=batch_size or 256,

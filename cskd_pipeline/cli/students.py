@@ -53,7 +53,7 @@ def export(
         raise UsageError("no format of that name", found=unknown[0], expected=" or ".join(FORMATS))
     if heads and "onnx" not in formats:
         raise UsageError("--heads does nothing alone", action="give --format onnx too")
-    terminal = Terminal(quiet=quiet, json=json)
+    Terminal.listening(quiet=quiet, json=json)
     from cskd_pipeline.tools.export.folder import export as write
 
-    return write(checkpoint, out, formats=formats, each_head=heads, progress=terminal.progress)
+    return write(checkpoint, out, formats=formats, each_head=heads)

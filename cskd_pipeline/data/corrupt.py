@@ -7,6 +7,7 @@ loader processes.
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +18,10 @@ from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.left_out import LeftOut, LeftOuts, Offsets, tars_sha256
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.errors import ImageError
-from cskd_pipeline.runtime.console import Terminal
-from cskd_pipeline.runtime.progress import Progress, silent
+from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.views.decode import decode
+
+log = logging.getLogger(__name__)
 
 PIECE = 64  # images that a loader process decodes at a time
 
@@ -64,7 +66,6 @@ def find_corrupt(
     workers: int = 0,
     part: int = 0,
     parts: int = 1,
-    progress: Progress = silent,
 ) -> list[CorruptImage]:
     """Decode every image once; give those that cannot be, in the order of ``samples``.
 
@@ -110,12 +111,8 @@ def without_corrupt(
     samples = _every(dataset)
 
     def look(part: int, parts: int) -> Offsets:
-        images, progress = ImageSource(dataset.shards), left_out.terminal.progress
-        return by_shard(
-            find_corrupt(
-                images, samples, workers=workers, part=part, parts=parts, progress=progress
-            )
-        )
+        images = ImageSource(dataset.shards)
+        return by_shard(find_corrupt(images, samples, workers=workers, part=part, parts=parts))
 
     identity = {"shards": tars_sha256(dataset.shards)}
     found = left_out.find("corrupt", identity, dataset.counts, look)
@@ -125,21 +122,21 @@ def without_corrupt(
         for offset in offsets
     )
     if found:
-        left_out.terminal.warn(
+        log.warning(
             f"{doing} without {len(left_out)} of {dataset.samples} images, which cannot be decoded"
             f"{left_out.listed}"
         )
     return dataset.without(found)
 
 
-def require_images(dataset: Dataset, terminal: Terminal, *, workers: int = 0) -> None:
+def require_images(dataset: Dataset, *, workers: int = 0) -> None:
     """Refuse a data set with images that cannot be decoded, and list all of them.
 
     Raises:
         ImageError: how many; its report has them all.
     """
     images = ImageSource(dataset.shards)
-    found = find_corrupt(images, _every(dataset), workers=workers, progress=terminal.progress)
+    found = find_corrupt(images, _every(dataset), workers=workers)
     if not found:
         return
     rows = [
@@ -147,13 +144,13 @@ def require_images(dataset: Dataset, terminal: Terminal, *, workers: int = 0) ->
         for shard, offset, reason in found
     ]
     names = ("shard", "key", "found")
-    terminal.table("images that cannot be decoded", names, rows)
     raise ImageError(
         f"{len(found)} of {dataset.samples} images cannot be decoded",
         where=dataset.name,
         expected="whole JPEG, PNG or WebP files",
         action="make the shards again with whole files, or dump and train without these: "
         "--set data.corrupt=skip",
+        problems=[": ".join(row) for row in rows],
         report={"corrupt": [dict(zip(names, row, strict=True)) for row in rows]},
     )
 

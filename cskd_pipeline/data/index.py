@@ -18,7 +18,7 @@ from cskd_pipeline.data.shards import TarShard
 from cskd_pipeline.errors import DataError, ImageError, ShardError
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.runtime.classes import Classes, ClassGuard
-from cskd_pipeline.runtime.progress import Progress, silent
+from cskd_pipeline.runtime.progress import progress
 
 CLASSES = "classes.json"
 
@@ -132,7 +132,6 @@ def load_dataset(
     prefer: Sequence[str] = ("train",),
     num_classes: int | None = None,
     empty: str = "error",
-    progress: Progress = silent,
 ) -> Dataset:
     """Open shards, or a ``manifest.json`` beside them.
 
@@ -185,7 +184,6 @@ def index_shards(
     num_classes: int | None = None,
     split: str | None = None,
     check: Callable[[Dataset], None] | None = None,
-    progress: Progress = silent,
 ) -> DatasetManifest:
     """Read every byte of the shards once, and describe them.
 
@@ -201,7 +199,6 @@ def index_shards(
         split=split,
         num_classes=num_classes,
         empty="pass" if check else "error",
-        progress=progress,
     )
     _require_num_classes(dataset)
     refuse_repeated_keys(dataset)
@@ -209,10 +206,10 @@ def index_shards(
         check(dataset)
     if name:
         dataset = replace(dataset, name=name)
-    return describe(dataset, progress=progress)
+    return describe(dataset)
 
 
-def describe(dataset: Dataset, *, progress: Progress = silent) -> DatasetManifest:
+def describe(dataset: Dataset) -> DatasetManifest:
     """The manifest of ``dataset``: the one it was opened by, or made by reading every byte.
 
     Raises:

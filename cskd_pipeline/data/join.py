@@ -14,7 +14,7 @@ from cskd_pipeline.data.left_out import LeftOut, Offsets
 from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.errors import JoinError
 from cskd_pipeline.runtime.classes import Classes, ClassGuard
-from cskd_pipeline.runtime.progress import Progress, silent
+from cskd_pipeline.runtime.progress import progress
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,6 @@ def join(
     *,
     missing: str = "error",
     drift: str = "error",
-    progress: Progress = silent,
 ) -> Join:
     """Find the cache's samples among the user's, and compare their labels.
 
@@ -145,7 +144,7 @@ def join(
         strict=drift != "warn",
         same_labels=not guard.accept,
     )
-    compared, relabelled = _compare_labels(images, dataset, cache, places, progress)
+    compared, relabelled = _compare_labels(images, dataset, cache, places)
     if len(relabelled):
         if not guard.accept:
             raise images.label_error(relabelled, compared, guard.switch)
@@ -174,7 +173,6 @@ def join_to_look(
     guard: ClassGuard,
     *,
     split: str | None = None,
-    progress: Progress = silent,
 ) -> Join:
     """The cache's samples among the user's ``shards``, for those who compare or show them: samples
     that are missing and images that differ are no error.
@@ -183,18 +181,16 @@ def join_to_look(
         CskdError: there are no such shards, none of the cache's samples in them, or other classes
             that ``guard`` does not accept.
     """
-    dataset = load_dataset(shards, split=split, progress=progress)
+    dataset = load_dataset(shards, split=split)
     dataset = dataset.fitting(classes_of(cache), "the shards", guard)
-    return join(dataset, cache, guard, missing="skip", drift="warn", progress=progress)
+    return join(dataset, cache, guard, missing="skip", drift="warn")
 
 
 def classes_of(cache: CacheReader) -> Classes:
     return cache.manifest.dataset.classes("the cache", cache.path)
 
 
-def find_differing(
-    found: Join, *, part: int = 0, parts: int = 1, progress: Progress = silent
-) -> Offsets:
+def find_differing(found: Join, *, part: int = 0, parts: int = 1) -> Offsets:
     """Read every image that is not left out: shard -> offsets of those that are not the cache's.
 
     Args:
@@ -236,7 +232,6 @@ def _compare_labels(
     dataset: Dataset,
     cache: CacheReader,
     places: Sequence[Places | int],
-    progress: Progress,
 ) -> tuple[int, np.ndarray]:
     """How many labels were compared; :attr:`Join.relabelled`.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from cskd_pipeline.data.shards import TarShard
 from cskd_pipeline.errors import ManifestError
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.runtime.atomic import write_json, write_text
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.distributed import Ranks
+
+log = logging.getLogger(__name__)
 
 LIST = "left_out.csv"
 
@@ -42,10 +44,8 @@ class LeftOuts:
         part: of the files' names, where a folder has several lists.
     """
 
-    def __init__(
-        self, folder: Path | None, ranks: Ranks, terminal: Terminal, *, part: str = ""
-    ) -> None:
-        self.folder, self.ranks, self.terminal = folder, ranks, terminal
+    def __init__(self, folder: Path | None, ranks: Ranks, *, part: str = "") -> None:
+        self.folder, self.ranks = folder, ranks
         self._part = f"-{part}" if part else ""
         self._samples: list[LeftOut] = []
         self._records: dict[Path, dict[str, Any]] = {}
@@ -87,7 +87,7 @@ class LeftOuts:
         path = self.path(f"{name}.json")
         known = None
         if self.ranks.first and path is not None and path.exists():
-            known = _read(path, name, identity, counts, self.terminal)
+            known = _read(path, name, identity, counts)
         found = self.ranks.gather(known)[0]
         if found is None:
             found = {}
@@ -125,11 +125,10 @@ def _read(
     name: str,
     identity: Mapping[str, Any],
     counts: Sequence[int],
-    terminal: Terminal,
 ) -> Offsets | None:
     record = schemas.read(path)
     if not isinstance(record, dict) or any(record.get(n) != v for n, v in identity.items()):
-        terminal.line(f"{path} is about other shards or another cache: reading the images again")
+        log.info(f"{path} is about other shards or another cache: reading the images again")
         return None
     found = record.get(name)
     here = {str(shard): count for shard, count in enumerate(counts)}

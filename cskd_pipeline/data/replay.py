@@ -10,7 +10,7 @@ from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.data.images import NOWHERE
 from cskd_pipeline.data.join import Join
 from cskd_pipeline.data.render import Renderer
-from cskd_pipeline.runtime.progress import Progress, silent
+from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.views.bits import view_seed
 
 _AT_ONCE = 64  # views rendered at a time
@@ -56,7 +56,7 @@ def spread_views(found: Join, count: int) -> np.ndarray:
     return np.array(rows, np.int64)
 
 
-def replay(found: Join, rows: np.ndarray, progress: Progress = silent) -> Replay:
+def replay(found: Join, rows: np.ndarray) -> Replay:
     """Make the views ``rows`` again, (n, 3) view, shard, offset, of samples that are joined.
 
     Views of images that are not the cache's are not made: they are others in any case.

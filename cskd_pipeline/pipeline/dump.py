@@ -10,6 +10,7 @@ that are left, and equals one that was never stopped.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -52,11 +53,13 @@ from cskd_pipeline.models.checkpoint import has_card, read_card
 from cskd_pipeline.models.teacher import Logits, Teacher, load_teacher
 from cskd_pipeline.models.weights import is_safetensors
 from cskd_pipeline.runtime.classes import Classes, ClassGuard
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import pick_device, use_threads, worker_count
 from cskd_pipeline.runtime.distributed import ALONE, Ranks, joined
+from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.runtime.signals import stop_requests
 from cskd_pipeline.views.policy import ViewPolicy
+
+log = logging.getLogger(__name__)
 
 LARGE_GRID = 16
 """Locations along a side; a CNN for 224 px has 7."""
@@ -64,7 +67,6 @@ LARGE_GRID = 16
 
 def dump_teacher(
     recipe: DumpRecipe,
-    terminal: Terminal,
     *,
     shard_range: tuple[int, int] | None = None,
     view_range: tuple[int, int] | None = None,
@@ -92,20 +94,19 @@ def dump_teacher(
     """
     _require_within(view_range, recipe.cache.views)
     with joined(recipe.dump.rank_timeout) as ranks:
-        terminal = terminal if ranks.first else Terminal.silent()
         guard = ClassGuard(accept=accept_classes)
-        dataset, teacher = open_stage_one(recipe, terminal, ranks, guard)
-        left_out = LeftOuts(Path(recipe.cache.path), ranks, terminal)
+        dataset, teacher = open_stage_one(recipe, ranks, guard)
+        left_out = LeftOuts(Path(recipe.cache.path), ranks)
         dataset = usable(recipe, dataset, left_out)
         units: list[Unit] = []
         if ranks.first:
             refuse_repeated_keys(dataset)
-            described = describe(dataset, progress=terminal.progress)
+            described = describe(dataset)
             manifest = cache_manifest(recipe, described, teacher, view_range)
             writer = CacheWriter.create(
                 recipe.cache.path, manifest, accept_versions=accept_versions, guard=guard
             )
-            guard.tell(terminal.warn)
+            guard.tell(log.warning)
             left_out.write()
             if recipe.cache.views > writer.manifest.views:
                 writer.extend(recipe.cache.views)
@@ -115,7 +116,7 @@ def dump_teacher(
         units = ranks.gather(units)[0]
         if not ranks.first:
             writer = CacheWriter.open(recipe.cache.path)
-        summary = _dump(recipe, dataset, teacher, writer, units, terminal, ranks)
+        summary = _dump(recipe, dataset, teacher, writer, units, ranks)
         return {**summary, "left_out": len(left_out)}
 
 
@@ -125,15 +126,14 @@ def _dump(
     teacher: Teacher,
     writer: CacheWriter,
     units: list[Unit],
-    terminal: Terminal,
     ranks: Ranks,
 ) -> dict[str, Any]:
     """This rank's share of ``units``, and what all have done together."""
     mine = units[ranks.rank :: ranks.world]
     if recipe.teacher.weights == "random":
-        terminal.warn("the teacher's weights are random: this cache is good for trials only")
+        log.warning("the teacher's weights are random: this cache is good for trials only")
     started = time.perf_counter()
-    with terminal.progress(sum(map(writer.size_of, mine)), "views", "dumping") as meter:
+    with progress(sum(map(writer.size_of, mine)), "views", "dumping") as meter:
 
         def watched(batches: Iterator[Batch]) -> Iterator[Batch]:
             return ranks.heeding(meter.timed(batches))
@@ -142,7 +142,7 @@ def _dump(
     views = sum(ranks.gather(views))
     seconds = time.perf_counter() - started
     data_wait = meter.data_wait if views else None
-    return _summary(writer, units, views, seconds, data_wait, terminal)
+    return _summary(writer, units, views, seconds, data_wait)
 
 
 def _require_within(view_range: tuple[int, int] | None, views: int) -> None:
@@ -157,7 +157,6 @@ def _require_within(view_range: tuple[int, int] | None, views: int) -> None:
 
 def open_stage_one(
     recipe: DumpRecipe,
-    terminal: Terminal,
     ranks: Ranks = ALONE,
     guard: ClassGuard | None = None,
 ) -> tuple[Dataset, Teacher]:
@@ -178,12 +177,11 @@ def open_stage_one(
         split=recipe.data.split or None,
         num_classes=recipe.data.num_classes or None,
         empty="pass" if recipe.data.corrupt == "skip" else "error",
-        progress=terminal.progress,
     )
     weights = Path(recipe.teacher.weights)
     if weights.is_file() and is_safetensors(weights) and has_card(weights):
         dataset = dataset.fitting(_teacher_classes(weights), "the shards", guard)
-    guard.tell(terminal.warn)
+    guard.tell(log.warning)
     teacher = load_teacher(
         recipe.teacher.name,
         weights=recipe.teacher.weights,
@@ -199,7 +197,7 @@ def open_stage_one(
         compile=recipe.dump.compile,
         device=device,
     )
-    _warn_of_a_large_grid(teacher, terminal)
+    _warn_of_a_large_grid(teacher)
     if dataset.num_classes is None:
         dataset = dataset.with_classes(teacher.num_classes)
     return dataset, teacher
@@ -209,12 +207,12 @@ def _teacher_classes(weights: Path) -> Classes:
     return replace(read_card(weights).classes(weights), of="the teacher")
 
 
-def _warn_of_a_large_grid(teacher: Teacher, terminal: Terminal) -> None:
+def _warn_of_a_large_grid(teacher: Teacher) -> None:
     """A network for small images fed large ones has a grid that costs much and means little."""
     rows, columns = teacher.grid
     if max(rows, columns) > LARGE_GRID:
         stored = 2 * teacher.num_classes * (rows * columns + 1)  # float16
-        terminal.warn(
+        log.warning(
             f"at {teacher.size} px {teacher.name} answers on a grid of {rows}x{columns} locations, "
             f"{size(stored)} a view uncompressed: if it was trained on smaller images, set "
             "views.size to theirs"
@@ -491,9 +489,8 @@ def _summary(
     views: int,
     seconds: float,
     data_wait: float | None,
-    terminal: Terminal,
 ) -> dict[str, Any]:
-    info = describe_cache(writer.path, terminal.progress)
+    info = describe_cache(writer.path)
     return {
         "cache": str(writer.path),
         "units_written": len(units),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -18,9 +19,11 @@ from cskd_pipeline.errors import DataError
 from cskd_pipeline.models.checkpoint import load_student, student_file
 from cskd_pipeline.models.student import Student, inference_logits
 from cskd_pipeline.runtime.classes import ClassGuard
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import pick_device, worker_count
 from cskd_pipeline.runtime.distributed import ALONE, Ranks
+from cskd_pipeline.runtime.progress import progress
+
+log = logging.getLogger(__name__)
 
 Metrics = dict[str, dict[str, float]]
 
@@ -82,7 +85,6 @@ def measure(
 def evaluate(
     checkpoint: Path,
     shards: str,
-    terminal: Terminal,
     *,
     split: str = "",
     crop_pct: float | None = None,
@@ -107,11 +109,10 @@ def evaluate(
         shards,
         split=split or None,
         prefer=("validation", "val", "test"),
-        progress=terminal.progress,
     )
     guard = ClassGuard(accept=accept_classes)
     dataset = dataset.fitting(card.classes(path), "the shards", guard)
-    guard.tell(terminal.warn)
+    guard.tell(log.warning)
     shown = student.preprocessing.changed(crop_pct, None)
     loader = eval_loader(
         dataset,
@@ -121,14 +122,14 @@ def evaluate(
         pin_memory=target.type == "cuda",
     )
     started = time.perf_counter()
-    with terminal.progress(dataset.samples, "images", "evaluating") as progress:
+    with progress(dataset.samples, "images", "evaluating") as meter:
         metrics = measure(
             student,
-            progress.timed(loader),
+            meter.timed(loader),
             heads=card.heads,
             grid=card.grid,
             device=target,
-            on_batch=progress.advance,
+            on_batch=meter.advance,
         )
     return {
         "checkpoint": str(path),

@@ -7,6 +7,7 @@ work as they always do.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import uuid
@@ -20,7 +21,8 @@ from cskd_pipeline.config import TrainRecipe, result_digest
 from cskd_pipeline.errors import ManifestError, MissingPackageError
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.runtime.atomic import write_json
-from cskd_pipeline.runtime.console import Terminal
+
+log = logging.getLogger(__name__)
 
 RECORD = "wandb.json"
 FINISH_SECONDS = 60.0
@@ -49,9 +51,8 @@ class Board:
         run: what ``wandb.init`` gave.
     """
 
-    def __init__(self, run: Any, terminal: Terminal) -> None:
+    def __init__(self, run: Any) -> None:
         self._run: Any = run
-        self._terminal = terminal
 
     def scalars(self, update: int, values: Mapping[str, float | int | None]) -> None:
         """Points of the curves at an optimizer update.
@@ -82,10 +83,10 @@ class Board:
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        self._terminal.warn(f"no more curves on Weights & Biases: {_reason(error)}")
+        log.warning(f"no more curves on Weights & Biases: {_reason(error)}")
 
 
-def open_board(recipe: TrainRecipe, terminal: Terminal) -> Board | None:
+def open_board(recipe: TrainRecipe) -> Board | None:
     """The recipe's run on Weights & Biases, or on with it; None if it names no project.
 
     Raises:
@@ -116,12 +117,12 @@ def open_board(recipe: TrainRecipe, terminal: Terminal) -> Board | None:
         try:
             run = wandb.init(mode=mode, **arguments)
         except Exception as error:  # of its server, login, files: see Board
-            terminal.warn(f"Weights & Biases cannot be used ({_reason(error)}): {otherwise}")
+            log.warning(f"Weights & Biases cannot be used ({_reason(error)}): {otherwise}")
             wandb.teardown()  # its service would still hold the run's name
             continue
         found = run.settings.mode
-        terminal.line(f"Weights & Biases: {run.url if found == 'online' else found}")
-        return Board(run, terminal)
+        log.info(f"Weights & Biases: {run.url if found == 'online' else found}")
+        return Board(run)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -11,8 +12,9 @@ from cskd_pipeline.data.corrupt import by_shard, find_corrupt
 from cskd_pipeline.data.join import Join, find_differing
 from cskd_pipeline.data.left_out import LeftOuts, Offsets, tars_sha256
 from cskd_pipeline.data.replay import cache_of, renderer_of, replay, spread_views
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import worker_count
+
+log = logging.getLogger(__name__)
 
 
 def settle(recipe: TrainRecipe, found: Join, encoding: str, left_out: LeftOuts) -> Join:
@@ -25,31 +27,31 @@ def settle(recipe: TrainRecipe, found: Join, encoding: str, left_out: LeftOuts) 
         JoinError: no image is the cache's.
         ViewDriftError, CacheError: see :func:`check_sample`.
     """
-    data, terminal, counts = recipe.data, left_out.terminal, found.samples.counts
+    data, counts = recipe.data, found.samples.counts
     shards = tars_sha256(found.images.shards)
     identity = {"cache": cache_of(found).lineage, "shards": shards}
     if data.corrupt == "skip":
-        look = _corrupt(found, worker_count(recipe.run.workers), terminal)
+        look = _corrupt(found, worker_count(recipe.run.workers))
         found = found.without(left_out.find("corrupt", identity, counts, look), "corrupt")
     if data.drift == "skip":
-        look = _differing(found, terminal)
+        look = _differing(found)
         found = found.without(left_out.find("differing", identity, counts, look), "other image")
     left_out.add(found.left_out())
     if len(left_out):
         corrupt = found.count("corrupt")
-        terminal.warn(
+        log.warning(
             f"training without {len(left_out)} samples of the cache's {found.samples.total}: "
             f"{found.missing} are not in the shards, {found.count('other image')} have other images"
             f"{f', {corrupt} cannot be decoded' if corrupt else ''}{left_out.listed}"
         )
     if found.unused:
-        terminal.line(f"{found.unused} samples of the shards are not in the cache, and not used")
+        log.info(f"{found.unused} samples of the shards are not in the cache, and not used")
     if left_out.ranks.first:
-        check_sample(found, data.check, data.drift, encoding, terminal)
+        check_sample(found, data.check, data.drift, encoding)
     return found
 
 
-def _corrupt(found: Join, workers: int, terminal: Terminal) -> Callable[[int, int], Offsets]:
+def _corrupt(found: Join, workers: int) -> Callable[[int, int], Offsets]:
     """Looks for images that are not the cache's and cannot be decoded."""
 
     def look(part: int, parts: int) -> Offsets:
@@ -65,23 +67,22 @@ def _corrupt(found: Join, workers: int, terminal: Terminal) -> Callable[[int, in
             workers=workers,
             part=part,
             parts=parts,
-            progress=terminal.progress,
         )
         return by_shard(corrupt)
 
     return look
 
 
-def _differing(found: Join, terminal: Terminal) -> Callable[[int, int], Offsets]:
+def _differing(found: Join) -> Callable[[int, int], Offsets]:
     """Looks for images that are not the cache's."""
 
     def look(part: int, parts: int) -> Offsets:
-        return find_differing(found, part=part, parts=parts, progress=terminal.progress)
+        return find_differing(found, part=part, parts=parts)
 
     return look
 
 
-def check_sample(found: Join, count: int, drift: str, encoding: str, terminal: Terminal) -> None:
+def check_sample(found: Join, count: int, drift: str, encoding: str) -> None:
     """Make ``count`` views again, as training will, and read what the teacher said of them.
 
     Every view is compared while training, too; here a misfit is told before anything is spent.
@@ -97,15 +98,15 @@ def check_sample(found: Join, count: int, drift: str, encoding: str, terminal: T
     if not len(rows):
         return
     cache_of(found).gather(encoding, rows)  # raises where it is damaged
-    replayed = replay(found, rows, terminal.progress)
+    replayed = replay(found, rows)
     exact, same = int(replayed.exact.sum()), int(replayed.same_image.sum())
     wrong = rows[~replayed.exact]
     if len(wrong) and drift != "warn":
         renderer_of(found, strict=True).render(wrong)  # refuses them
     told = f"checked {len(rows)} views of the cache: {exact} come out bit for bit"
     if exact == len(rows):
-        terminal.line(told)
+        log.info(told)
     else:
-        terminal.warn(
+        log.warning(
             f"{told}, {same - exact} differ by rounding, {len(rows) - same} are of other images"
         )

@@ -8,6 +8,7 @@ was written. No teacher is loaded here, and nothing of ``dump`` is imported.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -30,10 +31,12 @@ from cskd_pipeline.pipeline.scalars import open_board, require_board
 from cskd_pipeline.pipeline.trainer import PARTS, Run
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.atomic import NO_LOCKS, require_free, sole_writer, sweep, write_text
-from cskd_pipeline.runtime.console import Terminal, TimedMeter, limiting_side
 from cskd_pipeline.runtime.device import pick_device, use_threads
 from cskd_pipeline.runtime.distributed import Ranks, joined
+from cskd_pipeline.runtime.progress import Meter, limiting_side, progress
 from cskd_pipeline.runtime.signals import Stop, stop_requests
+
+log = logging.getLogger(__name__)
 
 RECIPE, STATE = "recipe.toml", "state.pt"
 STUDENTS = ("last.safetensors", "last_ema.safetensors", "best.safetensors")
@@ -46,7 +49,7 @@ WRITTEN = (
 ASK_EVERY = 10  # updates between the ranks' questions whether one of them was told to stop
 
 
-def train(recipe: TrainRecipe, terminal: Terminal, *, resume: bool = False) -> dict[str, Any]:
+def train(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
     """``cskd-pipeline train``: run ``recipe`` to its end, or on from where it stopped.
 
     Under torchrun every process calls this; together they do what one would do, each with its part
@@ -66,45 +69,44 @@ def train(recipe: TrainRecipe, terminal: Terminal, *, resume: bool = False) -> d
         joined(recipe.run.rank_timeout) as ranks,
         sole_writer(out) if ranks.first else nullcontext(True) as held,
     ):
-        terminal = terminal if ranks.first else Terminal.silent()
         if not held:
-            terminal.warn(NO_LOCKS.format(out))
-        return _train(recipe, terminal, ranks, resume)
+            log.warning(NO_LOCKS.format(out))
+        return _train(recipe, ranks, resume)
 
 
-def _train(recipe: TrainRecipe, terminal: Terminal, ranks: Ranks, resume: bool) -> dict[str, Any]:
+def _train(recipe: TrainRecipe, ranks: Ranks, resume: bool) -> dict[str, Any]:
     out = Path(recipe.run.out)
     require_board(recipe)
     if ranks.first:
         _claim(out, resume)
     ranks.wait()
     use_threads(recipe.run.threads)
-    data = open_training_data(recipe, terminal, ranks)
+    data = open_training_data(recipe, ranks)
     run = Run(recipe, data, ranks.device(pick_device(recipe.run.device)), ranks)
     if recipe.schedule.warmup_epochs >= recipe.schedule.epochs:
-        terminal.warn(
+        log.warning(
             f"the warm-up ({recipe.schedule.warmup_epochs} epochs) outlasts the run: the learning "
             "rate never reaches optim.lr; set schedule.warmup_epochs"
         )
-    _begin(run, terminal, resume)
-    data.guard.tell(terminal.warn)
+    _begin(run, resume)
+    data.guard.tell(log.warning)
     if ranks.first:
         write_text(out / RECIPE, to_toml(recipe))
         for left_out in data.left_out:
             left_out.write()
-    board = open_board(recipe, terminal) if ranks.first else None
-    log = RunLog(out, run.rows, run.update, writes=ranks.first, board=board)
+    board = open_board(recipe) if ranks.first else None
+    curves = RunLog(out, run.rows, run.update, writes=ranks.first, board=board)
     started = time.perf_counter()
     first = run.update
     try:
         with stop_requests() as stop:
             if run.pending is not None:
-                _close_epoch(run, log, terminal, stop)
+                _close_epoch(run, curves, stop)
             batches = data.batches(run.positions(), run.device)
             while run.update < run.updates:
-                _epoch(run, batches, log, terminal, stop)
+                _epoch(run, batches, curves, stop)
     finally:
-        log.close(ended=run.update >= run.updates)
+        curves.close(ended=run.update >= run.updates)
     seconds = time.perf_counter() - started
     images = (run.updates - first) * recipe.batch.batch_size
     return {
@@ -134,22 +136,22 @@ def _claim(out: Path, resume: bool) -> None:
         require_free(out, WRITTEN, action=f"choose another --out{goes_on}")
 
 
-def _begin(run: Run, terminal: Terminal, resume: bool) -> None:
+def _begin(run: Run, resume: bool) -> None:
     """Take up the run's last state, or begin."""
     recipe = run.recipe
     state_file = Path(recipe.run.out) / STATE
     if not (resume and state_file.exists()):
         if recipe.student.init_from:
-            terminal.line(str(run.start_from(recipe.student.init_from)))
+            log.info(str(run.start_from(recipe.student.init_from)))
         return
     state = load_state(state_file)
     run.restore(state, state_file)
     if not check_resumed(recipe.student.init_from, run.init, state_file):
-        terminal.line(f"{recipe.student.init_from} is gone; the run goes on without it")
-    terminal.line(f"resuming at epoch {run.epoch}, update {run.update} of {run.updates}")
+        log.info(f"{recipe.student.init_from} is gone; the run goes on without it")
+    log.info(f"resuming at epoch {run.epoch}, update {run.update} of {run.updates}")
     if len(run.changes) > len(state["changes"]):
         for line in told(run.changes[-1:]):
-            terminal.warn(f"the recipe is changed from {line}")
+            log.warning(f"the recipe is changed from {line}")
         _save(run, state_file)
         if run.ranks.first:
             write_changes(state_file.parent, run.changes)
@@ -170,13 +172,13 @@ class Drifted:
             yield batch
 
 
-def _epoch(run: Run, batches: Iterator[Batch], log: RunLog, terminal: Terminal, stop: Stop) -> None:
+def _epoch(run: Run, batches: Iterator[Batch], curves: RunLog, stop: Stop) -> None:
     """The updates that are left of the current epoch, then its evaluation and checkpoints."""
     epoch, settings = run.epoch, run.recipe.run
-    state_file = log.folder / STATE
+    state_file = curves.folder / STATE
     drifted = Drifted()
     done = run.update % run.steps
-    with terminal.progress(run.steps, "updates", f"epoch {epoch + 1}", done=done) as meter:
+    with progress(run.steps, "updates", f"epoch {epoch + 1}", done=done) as meter:
         timed = meter.timed(drifted.counted(batches))
         while run.epoch == epoch:
             ratio = run.ratio()
@@ -184,7 +186,7 @@ def _epoch(run: Run, batches: Iterator[Batch], log: RunLog, terminal: Terminal, 
             meter.advance()
             within = run.update % run.steps
             if run.update % settings.log_every == 0:
-                log.scalars(run.update, _point(run, parts, ratio))
+                curves.scalars(run.update, _point(run, parts, ratio))
             stopping = _stopping(run, stop)
             if within and (stopping or _due(within, settings.checkpoint_every)):
                 _save(run, state_file)
@@ -196,11 +198,11 @@ def _epoch(run: Run, batches: Iterator[Batch], log: RunLog, terminal: Terminal, 
             "data_wait": meter.data_wait,
         }
     if drifted.views:
-        terminal.warn(f"epoch {epoch + 1}: {drifted.views} views are not those the teacher saw")
+        log.warning(f"epoch {epoch + 1}: {drifted.views} views are not those the teacher saw")
     run.sums.zero_()
     lr = run.optimizer.param_groups[0]["lr"]
     run.pending = {"epoch": epoch + 1, **means, "ckf_ratio": ratio, "lr": lr, **speed}
-    _close_epoch(run, log, terminal, stop)
+    _close_epoch(run, curves, stop)
 
 
 def _stopping(run: Run, stop: Stop) -> bool:
@@ -262,29 +264,29 @@ def _diverged(run: Run, problem: str, found: str) -> TrainingError:
     )
 
 
-def _close_epoch(run: Run, log: RunLog, terminal: Terminal, stop: Stop) -> None:
+def _close_epoch(run: Run, curves: RunLog, stop: Stop) -> None:
     """Evaluate the epoch whose updates are done where it is due, and write its row and students.
 
     The state comes first: an evaluation that fails loses nothing of the epoch, and is made up for
     when the run is resumed.
     """
     assert run.pending is not None
-    row, settings, state_file = run.pending, run.recipe.run, log.folder / STATE
+    row, settings, state_file = run.pending, run.recipe.run, curves.folder / STATE
     last = run.update == run.updates
     _save(run, state_file)
     if run.data.validation_set is not None and (last or run.epoch % settings.eval_every == 0):
         try:
-            row = row | _evaluate(run, log.folder, terminal, stop)
+            row = row | _evaluate(run, curves.folder, stop)
         except CskdError:
-            terminal.warn(f"epoch {run.epoch} is saved; --resume evaluates it and goes on")
+            log.warning(f"epoch {run.epoch} is saved; --resume evaluates it and goes on")
             raise
     if run.ranks.first:
-        _save_students(run, row, log.folder)
-    log.epoch(run.update, row)
+        _save_students(run, row, curves.folder)
+    curves.epoch(run.update, row)
     run.pending = None
     _save(run, state_file)
     limit = limiting_side(row["data_wait"] or 0)
-    terminal.line(f"{_epoch_line(row, run.recipe.schedule.epochs)}  limit: {limit}")
+    log.info(f"{_epoch_line(row, run.recipe.schedule.epochs)}  limit: {limit}")
     if _asked(run, stop) and not last:
         raise KeyboardInterrupt
 
@@ -297,7 +299,7 @@ def _save_students(run: Run, row: Row, out: Path) -> None:
         save_student(out / "last_ema.safetensors", run.ema.module.state_dict(), card)
 
 
-def _evaluate(run: Run, out: Path, terminal: Terminal, stop: Stop) -> dict[str, float | int | None]:
+def _evaluate(run: Run, out: Path, stop: Stop) -> dict[str, float | int | None]:
     """Top-1 and top-5 of the running weights and of their average; keeps the best student.
 
     A signal ends it at once where no other rank waits: the state is saved.
@@ -308,11 +310,9 @@ def _evaluate(run: Run, out: Path, terminal: Terminal, stop: Stop) -> dict[str, 
         candidates["ema"] = run.ema.module
     for name, model in candidates.items():
         student = run.student.with_model(model)
-        with terminal.progress(
-            run.data.validation_samples, "images", f"evaluating {name}"
-        ) as meter:
+        with progress(run.data.validation_samples, "images", f"evaluating {name}") as meter:
 
-            def advance(count: int, meter: TimedMeter = meter) -> None:
+            def advance(count: int, meter: Meter = meter) -> None:
                 meter.advance(count)
                 if stop.requested and not run.ranks.many:
                     raise KeyboardInterrupt

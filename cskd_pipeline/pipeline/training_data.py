@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +30,11 @@ from cskd_pipeline.models.student import Preprocessing
 from cskd_pipeline.pipeline.settle import settle
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.runtime.classes import TRAIN_SWITCH, Classes, ClassGuard
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import worker_count
 from cskd_pipeline.runtime.distributed import ALONE, Ranks
 from cskd_pipeline.views.policy import ViewPolicy
+
+log = logging.getLogger(__name__)
 
 SHARDS = "the training shards"
 
@@ -111,22 +113,20 @@ class TrainingData:
         )
 
 
-def open_training_data(
-    recipe: TrainRecipe, terminal: Terminal, ranks: Ranks = ALONE
-) -> TrainingData:
+def open_training_data(recipe: TrainRecipe, ranks: Ranks = ALONE) -> TrainingData:
     """Open shards and cache, and check that they fit the recipe and each other.
 
     Raises:
         CskdError: whatever does not fit: classes, policy, views, encoding, samples.
     """
-    cache = None if recipe.distill.method == "none" else _open_cache(recipe, terminal)
+    cache = None if recipe.distill.method == "none" else _open_cache(recipe)
     guard = ClassGuard(TRAIN_SWITCH, accept=recipe.data.classes == "accept")
-    dataset, classes = _open_shards(recipe, cache, guard, terminal)
+    dataset, classes = _open_shards(recipe, cache, guard)
     num_classes = dataset.num_classes
     assert num_classes is not None
     folder = Path(recipe.run.out) if recipe.run.out else None
-    left_out = LeftOuts(folder, ranks, terminal)
-    left_out_of_validation = LeftOuts(folder, ranks, terminal, part="validation")
+    left_out = LeftOuts(folder, ranks)
+    left_out_of_validation = LeftOuts(folder, ranks, part="validation")
     validation_set = _open_validation(recipe, classes, guard, left_out_of_validation)
     if cache is None:
         if recipe.data.corrupt == "skip":
@@ -140,19 +140,18 @@ def open_training_data(
         encoding_name = choose_encoding(recipe, cache)
         encoding = cache.encodings[encoding_name]
         if not encoding.exact:
-            terminal.line(f"targets from {encoding_name}: an approximation of the teacher's answer")
-        _check_views(recipe, cache, terminal)
+            log.info(f"targets from {encoding_name}: an approximation of the teacher's answer")
+        _check_views(recipe, cache)
         joined = join(
             dataset,
             cache,
             guard,
             missing=recipe.data.missing,
             drift=recipe.data.drift,
-            progress=terminal.progress,
         )
         joined = settle(recipe, joined, encoding_name, left_out)
         samples, images, allowed = joined.samples, joined.images, joined.allowed
-    guard.tell(terminal.warn)
+    guard.tell(log.warning)
     plan = EpochPlan(
         samples,
         policy,
@@ -196,7 +195,7 @@ def open_training_data(
         eval_batch_size=recipe.run.eval_batch_size,
         ranks=ranks,
         joined=joined,
-        cache_digest=None if cache is None else cache.digest(terminal.progress),
+        cache_digest=None if cache is None else cache.digest(),
         left_out=(left_out, left_out_of_validation),
     )
 
@@ -213,14 +212,14 @@ def _hash(masks: Iterable[np.ndarray]) -> str:
     return schemas.sha256([hashlib.sha256(mask).hexdigest() for mask in packed])
 
 
-def _open_cache(recipe: TrainRecipe, terminal: Terminal) -> CacheReader:
+def _open_cache(recipe: TrainRecipe) -> CacheReader:
     """The recipe's cache, if it is of the recipe's class count and view policy."""
     if not recipe.data.cache:
         raise UsageError(
             f"method {recipe.distill.method} learns from a teacher's cache",
             action="pass --cache DIR, made by cskd-pipeline dump-teacher, or --method none",
         )
-    cache = CacheReader(recipe.data.cache, progress=terminal.progress)
+    cache = CacheReader(recipe.data.cache)
     classes, found = recipe.data.num_classes, cache.manifest.dataset.num_classes
     if classes and classes != found:
         raise CacheError(
@@ -273,20 +272,20 @@ def choose_encoding(recipe: TrainRecipe, cache: CacheReader) -> str:
     )
 
 
-def _check_views(recipe: TrainRecipe, cache: CacheReader, terminal: Terminal) -> None:
+def _check_views(recipe: TrainRecipe, cache: CacheReader) -> None:
     """All views that the run will show are there; says so if epochs share them."""
     epochs, repeats = recipe.schedule.epochs, recipe.batch.repeats
     cycles, fresh = -(-epochs // repeats), cache.views // repeats
     cache.require_done(range(min(cycles * repeats, cache.views)))
     if cycles > fresh:
-        terminal.warn(
+        log.warning(
             f"{epochs} epochs show every image {cycles * repeats} times in {cache.views} views: "
             f"views come again from epoch {fresh * repeats + 1} on"
         )
 
 
 def _open_shards(
-    recipe: TrainRecipe, cache: CacheReader | None, guard: ClassGuard, terminal: Terminal
+    recipe: TrainRecipe, cache: CacheReader | None, guard: ClassGuard
 ) -> tuple[Dataset, Classes]:
     """The training shards, and their classes, named by the cache where they have no names."""
     dataset = load_dataset(
@@ -294,7 +293,6 @@ def _open_shards(
         split=recipe.data.split or None,
         num_classes=recipe.data.num_classes or None,
         empty="pass" if recipe.data.corrupt == "skip" else "error",
-        progress=terminal.progress,
     )
     names = dataset.class_names
     if cache is not None:
@@ -320,7 +318,6 @@ def _open_validation(
         split=recipe.data.val_split or None,
         prefer=("validation", "val", "test"),
         empty="pass" if skip else "error",
-        progress=left_out.terminal.progress,
     )
     dataset = dataset.fitting(classes, "the validation shards", guard)
     if not skip:

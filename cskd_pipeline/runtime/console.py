@@ -8,8 +8,8 @@ spelled out and rich markup is never interpreted.
 from __future__ import annotations
 
 import errno
-import io
 import json as json_module
+import logging
 import math
 import os
 import sys
@@ -22,106 +22,15 @@ from rich.console import Console
 from rich.text import Text
 
 from cskd_pipeline.errors import CskdError, printable
+from cskd_pipeline.runtime.progress import PACKAGE, Meter, duration, listen
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
-DATA_LIMITS = 0.1
-"""From this share of the time spent waiting for data on, data and not the device is the limit."""
 _LONGEST = 2000  # characters of a line
 
 T = TypeVar("T")
-
-
-class TimedMeter:
-    """How far a piece of work is. The rate leaves out what was done before it began.
-
-    Args:
-        total: units in all; None where nobody knows.
-        done: units that an earlier run had finished.
-        clock: seconds that never run backwards.
-        moved: called after every step.
-    """
-
-    def __init__(
-        self,
-        total: int | None,
-        unit: str,
-        done: int,
-        clock: Callable[[], float],
-        moved: Callable[[TimedMeter], None] | None = None,
-    ) -> None:
-        self.total, self.unit, self.count = total, unit, done
-        self.waited = 0.0
-        """Seconds spent waiting for what :meth:`timed` passed on."""
-        self._first, self._clock, self._moved = done, clock, moved
-        self._started = clock()
-        self._fed = False
-
-    def advance(self, count: int = 1) -> None:
-        """``count`` more units are done."""
-        self.count += count
-        if self._moved is not None:
-            self._moved(self)
-
-    def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """``batches``, whose making counts as waiting for data, while all else is the device's."""
-        self._fed = True
-        source = iter(batches)
-        while True:
-            asked = self._clock()
-            try:
-                batch = next(source)
-            except StopIteration:
-                return
-            finally:
-                self.waited += self._clock() - asked
-            yield batch
-
-    @property
-    def data_wait(self) -> float:
-        """The share of the time that was spent waiting for data."""
-        return self.waited / self.seconds if self.seconds > 0 else 0.0
-
-    @property
-    def limit(self) -> str:
-        """Which side holds up the other: ``data`` or ``device``."""
-        return limiting_side(self.data_wait)
-
-    @property
-    def seconds(self) -> float:
-        return self._clock() - self._started
-
-    @property
-    def rate(self) -> float:
-        """Units per second since the meter started; 0 before the first."""
-        return (self.count - self._first) / self.seconds if self.seconds > 0 else 0.0
-
-    def __str__(self) -> str:
-        """``30/120 views, 12.3 views/s, 0:07 left``, and ``data wait 2 %, limit: device``."""
-        of = f"/{self.total}" if self.total is not None else ""
-        parts = [f"{self.count}{of} {self.unit}"]
-        if self.rate > 0:
-            shown = f"{self.rate:.3g}" if self.rate < 1000 else f"{self.rate:.0f}"
-            parts.append(f"{shown} {self.unit}/s")
-            if self.total is not None and self.count < self.total:
-                parts.append(f"{duration((self.total - self.count) / self.rate)} left")
-        if self._fed and self.rate > 0:
-            parts += [f"data wait {100 * self.data_wait:.0f} %", f"limit: {self.limit}"]
-        return ", ".join(parts)
-
-
-def limiting_side(data_wait: float) -> str:
-    """Return ``data`` or ``device`` by the share of the time that was spent waiting for data."""
-    return "data" if data_wait >= DATA_LIMITS else "device"
-
-
-def duration(seconds: float) -> str:
-    """``0:07``, ``12:30``, ``27:46:40``."""
-    minutes, second = divmod(math.ceil(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 class Terminal:
@@ -151,11 +60,22 @@ class Terminal:
         self._bars: Progress | None = None
 
     @classmethod
-    def silent(cls) -> Terminal:
-        """One that says nothing at all, for processes that leave it to another to speak."""
-        nowhere = io.StringIO()
-        nowhere.write = len  # type: ignore[method-assign]  # forgets what it is told
-        return cls(quiet=True, out=nowhere, err=nowhere)
+    def listening(cls, *, quiet: bool = False, json: bool = False) -> Terminal:
+        """Return a terminal that shows this process's progress, news and warnings from now on.
+
+        It takes the place of the one before; :func:`kept` gives that one its place back.
+        """
+        terminal = cls(quiet=quiet, json=json)
+        terminal.attach()
+        return terminal
+
+    def attach(self) -> None:
+        """Show what :mod:`~cskd_pipeline.runtime.progress` and ``logging`` report from now on."""
+        listen(self)
+        logger = logging.getLogger(PACKAGE)
+        logger.handlers = [_News(self)]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
 
     def line(self, text: object) -> None:
         """One line of news."""
@@ -216,19 +136,13 @@ class Terminal:
                 self._print_json({**(error.report or {}), **told})
 
     @contextmanager
-    def progress(
-        self, total: int | None, unit: str, description: str, *, done: int = 0
-    ) -> Iterator[TimedMeter]:
-        """A meter to ``advance`` while the block runs, shown with rate and time left.
-
-        Args:
-            total: how many there are, or None.
-            unit: their name in the plural: ``views``.
-            done: how many of them earlier runs have finished.
-        """
+    def show(
+        self, total: int | None, unit: str, description: str, done: int = 0
+    ) -> Iterator[Meter]:
+        """Yield a meter that is shown with rate and time left while the block runs."""
         description, unit = printable(description), printable(unit)
         if self.quiet:
-            yield TimedMeter(total, unit, done, self._clock)
+            yield Meter(total, unit, done, self._clock)
         elif self._err.is_terminal:
             with self._bar(total, unit, description, done) as meter:
                 yield meter
@@ -237,9 +151,7 @@ class Terminal:
                 yield meter
 
     @contextmanager
-    def _bar(
-        self, total: int | None, unit: str, description: str, done: int
-    ) -> Iterator[TimedMeter]:
+    def _bar(self, total: int | None, unit: str, description: str, done: int) -> Iterator[Meter]:
         from rich.progress import BarColumn, Progress, TextColumn
 
         if self._bars is None:  # one live display, however deep the bars are nested
@@ -252,9 +164,7 @@ class Terminal:
             )
             self._bars.start()
         bars = self._bars
-        meter = TimedMeter(
-            total, unit, done, self._clock, lambda m: bars.update(bar, completed=m.count)
-        )
+        meter = Meter(total, unit, done, self._clock, lambda m: bars.update(bar, completed=m.count))
         bar = bars.add_task(description, total=total, completed=done, meter=meter)
         try:
             yield meter
@@ -267,17 +177,17 @@ class Terminal:
     @contextmanager
     def _plain_lines(
         self, total: int | None, unit: str, description: str, done: int
-    ) -> Iterator[TimedMeter]:
+    ) -> Iterator[Meter]:
         last = self._clock()
         printed = False
 
-        def moved(meter: TimedMeter) -> None:
+        def moved(meter: Meter) -> None:
             nonlocal last, printed
             if self._clock() - last >= PLAIN_INTERVAL:
                 last, printed = self._clock(), True
                 _print(self._err, f"{description}: {meter}")
 
-        meter = TimedMeter(total, unit, done, self._clock, moved)
+        meter = Meter(total, unit, done, self._clock, moved)
         yield meter
         if printed:  # short work leaves no lines, long work a last one
             _print(self._err, f"{description}: {meter}, {duration(meter.seconds)} in all")
@@ -289,6 +199,36 @@ class Terminal:
             self._out.file.flush()
         except BrokenPipeError:
             self._out.on_broken_pipe()  # as rich does: whoever read it has seen enough, exit 1
+
+
+class _News(logging.Handler):
+    """Shows the package's log records: news as lines, warnings as warnings."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            self._terminal.warn(text)
+        else:
+            self._terminal.line(text)
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Give what listened before its place back when the block ends."""
+    logger = logging.getLogger(PACKAGE)
+    before, handlers = listen(None), logger.handlers
+    level, propagate = logger.level, logger.propagate
+    listen(before)
+    try:
+        yield
+    finally:
+        listen(before)
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 def plain(value: Any) -> Any:

@@ -17,7 +17,6 @@ from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.summary import size, summarise
 from cskd_pipeline.errors import OutputError, printable
 from cskd_pipeline.runtime import atomic
-from cskd_pipeline.runtime.progress import Progress, silent
 
 MARK = "<!-- written by cskd-pipeline cache card -->"
 NAME = "README.md"
@@ -39,8 +38,6 @@ def write_card(
     cache: Path,
     out: Path | None = None,
     location: str | None = None,
-    *,
-    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the card of the cache in ``cache``.
 
@@ -52,7 +49,7 @@ def write_card(
         CacheError, ManifestError: there is no cache, or it is damaged.
         OutputError: ``out`` is there, and is not a card.
     """
-    info = describe(cache, progress)
+    info = describe(cache)
     path = cache / NAME if out is None else out
     if path.exists() and not _is_card(path):
         raise OutputError(

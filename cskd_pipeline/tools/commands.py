@@ -5,6 +5,7 @@ side.
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cskd_pipeline.errors import CskdError
-from cskd_pipeline.runtime.console import Terminal
+
+log = logging.getLogger(__name__)
 
 Summary = dict[str, Any]
 Command = Callable[[list[str]], Summary]
@@ -25,19 +27,19 @@ Command = Callable[[list[str]], Summary]
 _LOOK = 0.1  # seconds between looks at processes that run
 
 
-def spoken(command: Command, terminal: Terminal) -> Callable[..., Summary]:
+def spoken(command: Command) -> Callable[..., Summary]:
     """``command`` of texts and paths, each call told first as a user would type it."""
 
     def call(*arguments: str | Path) -> Summary:
         words = [str(argument) for argument in arguments]
-        terminal.line(f"$ cskd-pipeline {shlex.join(words)}")
+        log.info(f"$ cskd-pipeline {shlex.join(words)}")
         return command(words)
 
     return call
 
 
 def side_by_side(
-    calls: Mapping[str, Sequence[str | Path]], processes: int, logs: Path, terminal: Terminal
+    calls: Mapping[str, Sequence[str | Path]], processes: int, logs: Path
 ) -> Iterator[tuple[str, Summary]]:
     """Run commands as processes of their own, ``processes`` at a time, started in their order.
 
@@ -58,7 +60,7 @@ def side_by_side(
             while waiting and len(running) < processes:
                 name, arguments = waiting.popleft()
                 words = [str(argument) for argument in arguments]
-                terminal.line(f"$ cskd-pipeline {shlex.join(words)}")
+                log.info(f"$ cskd-pipeline {shlex.join(words)}")
                 running[name] = _start(words, logs / name)
             ended = [name for name, process in running.items() if process.poll() is not None]
             for name in ended:

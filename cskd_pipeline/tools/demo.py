@@ -6,6 +6,7 @@ Every number in the table was measured by the run that prints it.
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from cskd_pipeline.runtime.atomic import require_empty, write_json
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools.commands import Command, spoken
+
+log = logging.getLogger(__name__)
 
 TRAIN_PICTURES = 2400
 VALIDATION_PICTURES = 800
@@ -34,10 +37,10 @@ def run_demo(out: Path, terminal: Terminal, command: Command) -> dict[str, Any]:
     started = time.perf_counter()
     require_empty(out, action="choose another folder: cskd-pipeline demo --out DIR")
     pictures, shards = out / "pictures", out / "shards"
-    terminal.line(f"making {TRAIN_PICTURES + VALIDATION_PICTURES} pictures of handwritten digits")
+    log.info(f"making {TRAIN_PICTURES + VALIDATION_PICTURES} pictures of handwritten digits")
     write_digit_folders(pictures, train=TRAIN_PICTURES, validation=VALIDATION_PICTURES, seed=0)
 
-    call = spoken(command, terminal)
+    call = spoken(command)
     train, validation = shards / "train", shards / "validation"
     call("make-shards", pictures / "train", train, "--shard-size", "400")
     call("make-shards", pictures / "validation", validation, "--shard-size", "400")
@@ -96,6 +99,6 @@ def _show(report: dict[str, Any], terminal: Terminal) -> None:
         ],
     )
     for encoding, size in report["cache_bytes_per_view"].items():
-        terminal.line(f"cache, {encoding}: {size:.0f} bytes a view")
-    terminal.line(f"cache: {report['cache']}")
-    terminal.line(f"in all {report['seconds']:.0f} s; everything is in {report['out']}")
+        log.info(f"cache, {encoding}: {size:.0f} bytes a view")
+    log.info(f"cache: {report['cache']}")
+    log.info(f"in all {report['seconds']:.0f} s; everything is in {report['out']}")

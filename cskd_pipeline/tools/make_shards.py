@@ -19,7 +19,7 @@ from cskd_pipeline.data.listing import INFO
 from cskd_pipeline.data.tar_index import MAX_IMAGE_BYTES, is_left_behind
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.runtime import atomic
-from cskd_pipeline.runtime.progress import Meter, Progress, silent
+from cskd_pipeline.runtime.progress import Meter, progress
 from cskd_pipeline.views.bits import BitStream, derive_seed
 
 EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
@@ -67,7 +67,6 @@ def make_shards(
     shard_size: int = 1000,
     seed: int = 0,
     split: str = "train",
-    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write ``out/{split}-0000.tar`` …, ``out/_info.json`` and ``out/classes.json``.
 

@@ -16,12 +16,11 @@ from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.errors import CacheError, UsageError
-from cskd_pipeline.runtime.progress import silent
 from tests.cache.making import BLOCK, COUNTS, VIEWS, data_files, fill, make, manifest, tree
 
 
 def converted(source: Path, target: Path, *encodings: str, **options: Any) -> dict[str, Any]:
-    return convert(source, target, encodings=encodings, progress=silent, **options)
+    return convert(source, target, encodings=encodings, **options)
 
 
 @pytest.fixture(scope="module")

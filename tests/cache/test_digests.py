@@ -28,7 +28,6 @@ from cskd_pipeline.cache.upgrade import upgrade
 from cskd_pipeline.cache.writer import CacheWriter, UnitData
 from cskd_pipeline.errors import CacheError, UsageError
 from cskd_pipeline.runtime import schemas
-from cskd_pipeline.runtime.progress import silent
 from tests.cache.making import (
     COUNTS,
     VIEWS,
@@ -59,8 +58,8 @@ def problems(path: Path) -> list[str]:
     """What ``cache verify`` finds in the cache alone, by file."""
     reader = CacheReader(path)
     units = [(block, shard) for block, shard in np.argwhere(reader.done()).tolist()]
-    found = check_structure(CacheStore(path), units, silent)
-    return [problem.where for problem in found or check_bytes(reader, units, silent)]
+    found = check_structure(CacheStore(path), units)
+    return [problem.where for problem in found or check_bytes(reader, units)]
 
 
 def swap(one: Path, other: Path) -> None:
@@ -252,11 +251,11 @@ def test_a_merge_of_parts_has_the_digest_of_the_cache_made_at_once(tmp_path: Pat
     for name, chosen in (("a", slice(0, 3)), ("b", slice(2, None))):
         writer = CacheWriter.create(tmp_path / name, manifest())
         fill(writer, writer.todo()[chosen])
-    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out", progress=silent)
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     assert CacheReader(tmp_path / "out").digest() == root
     for name, shards in (("c", (0, 1)), ("d", (1, 3))):  # other lists of shards, other lineages
-        convert(tmp_path / "whole", tmp_path / name, shards=shards, progress=silent)
-    merge([tmp_path / "c", tmp_path / "d"], tmp_path / "again", progress=silent)
+        convert(tmp_path / "whole", tmp_path / name, shards=shards)
+    merge([tmp_path / "c", tmp_path / "d"], tmp_path / "again")
     assert CacheReader(tmp_path / "again").digest() == root
 
 
@@ -333,7 +332,7 @@ def test_convert_names_the_contents_it_was_made_from(tmp_path: Path) -> None:
     make(tmp_path / "c", encodings=("dense",))
     root = CacheReader(tmp_path / "c").digest()
     source = f"{tmp_path / 'c'}@sha256:{root}"
-    convert(source, tmp_path / "small", encodings=["envelope"], progress=silent)
+    convert(source, tmp_path / "small", encodings=["envelope"])
     parent = CacheReader(tmp_path / "small").manifest.parent
     assert parent is not None
     assert parent["digest"] == root
@@ -398,11 +397,11 @@ def test_a_cache_of_version_1_is_refused_with_the_command_that_makes_version_2(
         with pytest.raises(CacheError, match="format version 1") as caught:
             open_it(tmp_path / "c")
         assert caught.value.action == f"cskd-pipeline cache upgrade {tmp_path / 'c'}"
-    found = upgrade(tmp_path / "c", progress=silent)
+    found = upgrade(tmp_path / "c")
     assert tree(tmp_path / "c") == whole
     assert found["units"] == UNITS
     assert found["digest"] == CacheReader(tmp_path / "c").digest()
-    assert upgrade(tmp_path / "c", progress=silent)["units"] == 0
+    assert upgrade(tmp_path / "c")["units"] == 0
     assert tree(tmp_path / "c") == whole
 
 
@@ -413,10 +412,10 @@ def test_an_upgrade_that_was_stopped_goes_on(tmp_path: Path) -> None:
     for number in range(UNITS):
         answers = iter([False] * number + [True])
         with pytest.raises(KeyboardInterrupt):
-            upgrade(tmp_path / "c", progress=silent, stopped=lambda a=answers: next(a))  # type: ignore[misc]
+            upgrade(tmp_path / "c", stopped=lambda a=answers: next(a))  # type: ignore[misc]
         with pytest.raises(CacheError, match="format version 1"):
             CacheReader(tmp_path / "c")
-    upgrade(tmp_path / "c", progress=silent)
+    upgrade(tmp_path / "c")
     assert tree(tmp_path / "c") == whole
 
 
@@ -429,7 +428,7 @@ def test_a_damaged_cache_is_not_upgraded(tmp_path: Path, how: str) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content) if how == "flipped" else path.unlink()
     with pytest.raises(CacheError) as caught:
-        upgrade(tmp_path / "c", progress=silent)
+        upgrade(tmp_path / "c")
     assert "seed/c/1/2/0" in str(caught.value)
     with pytest.raises(CacheError, match="format version 1"):
         CacheReader(tmp_path / "c")
@@ -437,4 +436,4 @@ def test_a_damaged_cache_is_not_upgraded(tmp_path: Path, how: str) -> None:
 
 def test_what_is_no_cache_is_not_upgraded(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="not a teacher cache"):
-        upgrade(tmp_path, progress=silent)
+        upgrade(tmp_path)

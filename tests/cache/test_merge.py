@@ -22,7 +22,6 @@ from cskd_pipeline.cache.writer import CacheWriter, Unit
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.runtime import atomic
 from cskd_pipeline.runtime.classes import ClassGuard
-from cskd_pipeline.runtime.progress import silent
 from tests.cache.making import (
     BLOCK,
     CLASSES,
@@ -45,7 +44,7 @@ UNITS = [
 
 
 def merged(out: Path, *parts: Path, **options: Any) -> dict[str, Any]:
-    return merge(parts, out, progress=silent, **options)
+    return merge(parts, out, **options)
 
 
 def part(path: Path, units: list[Unit], **changes: Any) -> Path:
@@ -153,7 +152,7 @@ def slice_of(path: Path, shards: slice, **changes: Any) -> Path:
 
     source = path.with_name(f"source of {path.name}")
     make(source, **changes)
-    convert(source, path, shards=(shards.start, shards.stop), progress=silent)
+    convert(source, path, shards=(shards.start, shards.stop))
     return path
 
 

@@ -24,7 +24,8 @@ from cskd_pipeline.cache.remote import RemoteFolder, open_folder
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.cli import main
 from cskd_pipeline.errors import CacheError, MissingPackageError, RemoteError, UsageError
-from cskd_pipeline.runtime.console import TimedMeter
+from cskd_pipeline.runtime import progress
+from cskd_pipeline.runtime.progress import Meter
 from tests.cache.making import fill, make, manifest
 from tests.serving import BUCKET, Served, serving
 
@@ -522,13 +523,17 @@ def test_a_cache_elsewhere_is_verified_and_converted(
 def test_finding_out_what_is_finished_is_told(served: Served, capsys: Capture) -> None:
     told: list[tuple[int | None, str, int]] = []
 
-    @contextmanager
-    def heard(total: int | None, unit: str, description: str) -> Iterator[TimedMeter]:
-        meter = TimedMeter(total, unit, 0, lambda: 0.0)
-        yield meter
-        told.append((total, unit, meter.count))
+    class Listener:
+        @contextmanager
+        def show(
+            self, total: int | None, unit: str, description: str, done: int
+        ) -> Iterator[Meter]:
+            meter = Meter(total, unit, done)
+            yield meter
+            told.append((total, unit, meter.count))
 
-    CacheReader(f"{served.url}/cache", progress=heard)
+    progress.listen(Listener())
+    CacheReader(f"{served.url}/cache")
     assert told == [(6, "units", 6)]
 
 

@@ -14,7 +14,6 @@ from cskd_pipeline.cache.check import Problem, check_bytes, check_structure
 from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.cache.writer import CacheWriter
-from cskd_pipeline.runtime.progress import silent
 from tests.cache.making import data_files, fill, manifest, tree, unit_data
 
 
@@ -30,12 +29,12 @@ def units(reader: CacheReader) -> list[tuple[int, int]]:
 
 def structure(cache: Path) -> list[Problem]:
     reader = CacheReader(cache)
-    return check_structure(CacheStore(cache), units(reader), silent)
+    return check_structure(CacheStore(cache), units(reader))
 
 
 def damage(cache: Path) -> list[Problem]:
     reader = CacheReader(cache)
-    return check_bytes(reader, units(reader), silent)
+    return check_bytes(reader, units(reader))
 
 
 def test_a_whole_cache_has_no_problem(cache: Path) -> None:

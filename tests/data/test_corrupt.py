@@ -15,7 +15,6 @@ from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.left_out import LeftOuts
 from cskd_pipeline.errors import ManifestError
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.distributed import ALONE
 from tests.pictures import CLASSES, Sample, samples, write_shard
 
@@ -84,7 +83,7 @@ def test_a_data_set_without_them_is_known_again_from_its_record(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = load_dataset(folder, empty="pass")
-    first = LeftOuts(tmp_path, ALONE, Terminal(quiet=True))
+    first = LeftOuts(tmp_path, ALONE)
     fewer = without_corrupt(dataset, first)
     assert fewer.counts == (97, 6)
     assert not {shard.key(0) for shard in dataset.shards[:1]} & set(fewer.shards[0].keys)
@@ -94,7 +93,7 @@ def test_a_data_set_without_them_is_known_again_from_its_record(
     assert len(lines) == 1 + 5
 
     monkeypatch.setattr(corrupt, "find_corrupt", None)
-    again = LeftOuts(tmp_path, ALONE, Terminal(quiet=True))
+    again = LeftOuts(tmp_path, ALONE)
     assert without_corrupt(dataset, again).shard_ids == fewer.shard_ids
     again.write()
     assert (tmp_path / "left_out.csv").read_text().splitlines() == lines
@@ -102,10 +101,10 @@ def test_a_data_set_without_them_is_known_again_from_its_record(
     record = json.loads((tmp_path / "corrupt.json").read_text())
     (tmp_path / "corrupt.json").write_text(json.dumps({**record, "corrupt": {"0": [100]}}))
     with pytest.raises(ManifestError, match="1 problem"):
-        without_corrupt(dataset, LeftOuts(tmp_path, ALONE, Terminal(quiet=True)))
+        without_corrupt(dataset, LeftOuts(tmp_path, ALONE))
     (tmp_path / "corrupt.json").write_text(json.dumps({**record, "shards": "of others"}))
     with pytest.raises(TypeError):  # it looks again
-        without_corrupt(dataset, LeftOuts(tmp_path, ALONE, Terminal(quiet=True)))
+        without_corrupt(dataset, LeftOuts(tmp_path, ALONE))
 
 
 def index(folder: Path, out: Path, *more: str) -> int:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ from cskd_pipeline.data.index import (
 )
 from cskd_pipeline.data.shards import TarShard
 from cskd_pipeline.errors import ClassesError, DataError, ImageError, ManifestError, ShardError
+from cskd_pipeline.runtime.progress import listen
 from tests.conftest import COUNTS
 from tests.pictures import CLASSES, Sample, sample, samples, write_shard, write_shards
 
@@ -38,7 +40,7 @@ class Heard:
         self.unit = ""
 
     @contextmanager
-    def __call__(self, total: int | None, unit: str, description: str) -> Iterator[Heard]:
+    def show(self, total: int | None, unit: str, description: str, done: int) -> Iterator[Any]:
         self.totals[unit], self.unit = total, unit
         yield self
 
@@ -58,7 +60,9 @@ def test_shards_are_opened_in_order_with_names_and_counts(shards: Path) -> None:
 
 def test_a_manifest_describes_the_shards(shards: Path) -> None:
     heard = Heard()
-    manifest = index_shards(shards, progress=heard)
+    listen(heard)
+    manifest = index_shards(shards)
+    listen(None)
     paths = sorted(shards.glob("*.tar"))
     for info, path, shard in zip(manifest.shards, paths, load_dataset(shards).shards, strict=True):
         assert info.name == path.name

@@ -24,7 +24,8 @@ for name in ("tr_TR.UTF-8", "tr_TR", "C"):
     with contextlib.suppress(locale.Error):
         locale.setlocale(locale.LC_ALL, name)
         break
-from cskd_pipeline import cli, manifest
+from cskd_pipeline import cli
+from cskd_pipeline.cache import manifest
 manifest.utc_now = lambda: "1970-01-01T00:00:00Z"
 for arguments in json.loads(sys.argv[1]):
     code = cli.main(arguments)

@@ -31,7 +31,7 @@ Refused = Callable[..., str]
 def finished(small: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short run."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    train(world.train_recipe(small.shards, small.cache, out, epochs=1), world.quiet())
+    train(world.train_recipe(small.shards, small.cache, out, epochs=1))
     return out
 
 
@@ -92,7 +92,7 @@ def test_a_training_state_of_odd_values_is_refused_before_a_step(
     torch.save(change(load_state(run / "state.pt")), run / "state.pt")
     recipe = world.train_recipe(small.shards, small.cache, run, epochs=1)
     with pytest.raises(CskdError) as caught:
-        train(recipe, world.quiet(), resume=True)
+        train(recipe, resume=True)
     assert str(run / "state.pt") in str(caught.value)
 
 

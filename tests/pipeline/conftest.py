@@ -29,5 +29,5 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> World:
     make_shards(root / "pictures", root / "shards", shard_size=35)
     make_shards(root / "more", root / "validation", split="validation")
     found = World(root / "shards", root / "validation", root / "cache")
-    dump_teacher(world.dump_recipe(found.shards, found.cache), world.quiet())
+    dump_teacher(world.dump_recipe(found.shards, found.cache))
     return found

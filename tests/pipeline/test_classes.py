@@ -95,7 +95,7 @@ def command(shards: Path, cache: Path | None, out: Path, *more: object) -> list[
 def run(small: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of one epoch."""
     out = tmp_path_factory.mktemp("classes") / "run"
-    train(world.train_recipe(small.shards, small.cache, out, epochs=1), world.quiet())
+    train(world.train_recipe(small.shards, small.cache, out, epochs=1))
     return out
 
 
@@ -118,7 +118,7 @@ def test_the_same_pictures_under_numbers_in_the_order_of_text_are_refused(
         batch_size=4,
         kwargs=KWARGS,
     )
-    train(trained, world.quiet())
+    train(trained)
     evaluate = ["evaluate", tmp_path / "run", "--workers", 0, "--device", "cpu"]
     summary, told = done(*evaluate, "--shards", tmp_path / "padded shards")
     assert (summary["accepted_classes"], told) == ([], "")

@@ -52,7 +52,8 @@ def test_auto_takes_the_closest_approximation_and_says_so(
     from cskd_pipeline.runtime.console import Terminal
 
     recipe = world.train_recipe(soft.shards, soft.cache, tmp_path, "cskd", world.SOFT)
-    data = open_training_data(recipe, Terminal())
+    Terminal.listening()
+    data = open_training_data(recipe)
     assert data.encoding is not None
     assert data.encoding.name == "dense-q8"
     assert "targets from dense-q8: an approximation" in capsys.readouterr().err

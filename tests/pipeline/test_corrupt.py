@@ -91,12 +91,12 @@ def test_a_dump_without_them_is_that_of_shards_that_do_not_hold_them(
     broken: tuple[World, World], samples: list[Sample], tmp_path: Path
 ) -> None:
     whole, fewer = broken
-    dump_teacher(world.dump_recipe(fewer.shards, tmp_path / "fewer"), world.quiet())
+    dump_teacher(world.dump_recipe(fewer.shards, tmp_path / "fewer"))
     index_shards(whole.shards, check=lambda dataset: None).save(whole.shards / "manifest.json")
     for name, shards in (("cache", whole.shards), ("listed", whole.shards / "manifest.json")):
         recipe = world.dump_recipe(shards, tmp_path / name, SKIP)
         recipe = replace(recipe, dump=replace(recipe.dump, workers=2))
-        assert dump_teacher(recipe, world.quiet())["left_out"] == len(CORRUPT)
+        assert dump_teacher(recipe)["left_out"] == len(CORRUPT)
         assert_same_content(tmp_path / name, tmp_path / "fewer")
         listed = rows(tmp_path / name / "left_out.csv")
         assert [(row["reason"], row["key"]) for row in listed] == [
@@ -113,15 +113,15 @@ def test_a_dump_that_goes_on_does_not_decode_every_image_again(
 ) -> None:
     whole, fewer = broken
     recipe = world.dump_recipe(whole.shards, tmp_path / "cache", SKIP, views=2)
-    dump_teacher(recipe, world.quiet(), shard_range=(0, 1))
+    dump_teacher(recipe, shard_range=(0, 1))
     monkeypatch.setattr(corrupt, "find_corrupt", None)
     forgotten = replace(recipe, data=replace(recipe.data, corrupt="error"))
     for shards in (whole.shards, fewer.shards):
         other = replace(forgotten, data=replace(forgotten.data, shards=str(shards)))
         with pytest.raises(CskdError, match=r"0 bytes|was begun without") as caught:
-            dump_teacher(other, world.quiet())
+            dump_teacher(other)
         assert "data.corrupt=skip" in str(caught.value)
-    assert dump_teacher(recipe, world.quiet())["complete"]
+    assert dump_teacher(recipe)["complete"]
 
 
 def test_ranks_share_the_search_of_a_dump(broken: tuple[World, World], tmp_path: Path) -> None:
@@ -143,12 +143,12 @@ def test_without_being_told_both_stages_refuse_them_with_what_to_do(
 ) -> None:
     whole, _ = broken
     with pytest.raises(ImageError, match="an image has 0 bytes"):
-        dump_teacher(world.dump_recipe(whole.shards, tmp_path / "cache"), world.quiet())
+        dump_teacher(world.dump_recipe(whole.shards, tmp_path / "cache"))
     cut = recut(small, tmp_path / "cut", spoiled(samples)[:-1], 32)
     plain = world.train_recipe(cut.shards, None, tmp_path / "run", "none", world.VIEWS, epochs=2)
     tries: list[Callable[[], Any]] = [
-        lambda: dump_teacher(world.dump_recipe(cut.shards, tmp_path / "cache"), world.quiet()),
-        lambda: train(plain, world.quiet()),
+        lambda: dump_teacher(world.dump_recipe(cut.shards, tmp_path / "cache")),
+        lambda: train(plain),
     ]
     for attempt in tries:
         with pytest.raises(ImageError, match="the image cannot be decoded") as caught:
@@ -183,7 +183,7 @@ def test_training_from_a_whole_cache_leaves_them_and_their_partners_out(
     expected = loss_curve(fewer, tmp_path, "cskd", ["data.missing=skip"])
     found = loss_curve(whole, tmp_path, "cskd", [*SKIP, f"data.drift={drift}"])
     assert torch.equal(found, expected)
-    train(recipe, world.quiet())
+    train(recipe)
     listed = [(row["reason"], row["key"]) for row in rows(tmp_path / "run/left_out.csv")]
     assert sorted(listed) == sorted(("corrupt", samples[row][0]) for row in CORRUPT)
     record = json.loads((tmp_path / "run/corrupt.json").read_text())
@@ -196,8 +196,8 @@ def test_validation_images_are_left_out_too_and_listed_apart(
     whole, _ = broken
     sets = [*SKIP, f"data.val_shards={json.dumps(str(whole.shards))}"]
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run", sets=sets, epochs=1)
-    assert open_training_data(recipe, world.quiet()).validation_samples == 92
-    train(recipe, world.quiet())
+    assert open_training_data(recipe).validation_samples == 92
+    train(recipe)
     assert len(rows(tmp_path / "run/left_out-validation.csv")) == len(CORRUPT)
     assert not (tmp_path / "run/left_out.csv").exists()
 
@@ -208,14 +208,14 @@ def test_a_tar_without_a_whole_image_is_refused(
     bad = [(key, {**fields, "jpg": b"no image"}) for key, fields in samples[:4]]
     other = recut(small, tmp_path / "bad", [*bad, *samples[4:12]], 4)
     with pytest.raises(DataError, match="1 shards would be left with no sample") as caught:
-        dump_teacher(world.dump_recipe(other.shards, tmp_path / "cache", SKIP), world.quiet())
+        dump_teacher(world.dump_recipe(other.shards, tmp_path / "cache", SKIP))
     assert "x-00.tar" in caught.value.problems[0]
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_forecast_goes_without_them_too(broken: tuple[World, World], tmp_path: Path) -> None:
     whole, _ = broken
-    report = plan_dump(world.dump_recipe(whole.shards, tmp_path / "cache", SKIP), world.quiet())
+    report = plan_dump(world.dump_recipe(whole.shards, tmp_path / "cache", SKIP))
     assert report["measured"]["samples"] == 96 - len(CORRUPT)
 
 
@@ -224,7 +224,7 @@ def test_a_key_in_two_shards_is_refused_before_the_dump(
 ) -> None:
     other = recut(small, tmp_path / "twice", [*samples[:20], samples[3]], 10)
     with pytest.raises(DataError, match="a key is there twice") as caught:
-        dump_teacher(world.dump_recipe(other.shards, tmp_path / "cache"), world.quiet())
+        dump_teacher(world.dump_recipe(other.shards, tmp_path / "cache"))
     assert caught.value.problems == [
         f"{samples[3][0]}: in {other.shards / 'x-00.tar'} and {other.shards / 'x-02.tar'}"
     ]

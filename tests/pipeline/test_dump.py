@@ -88,7 +88,7 @@ def test_what_is_computed_when_a_dump_is_stopped_is_written(
     """The first unit while the second is computed, the second before the command ends."""
     send_at(monkeypatch, dump, "_unit_data", 2, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"), world.quiet())
+        dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"))
     assert CacheReader(tmp_path / "cache").done().sum() == 2
 
 
@@ -102,7 +102,7 @@ def test_a_unit_that_cannot_be_written_as_a_dump_stops_is_an_error(
 
     monkeypatch.setattr(CacheWriter, "write_unit", full)
     with pytest.raises(OutputError):
-        dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"), world.quiet())
+        dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"))
 
 
 def test_a_schedulers_signal_does_not_wait_for_the_unit_in_hand(
@@ -111,11 +111,11 @@ def test_a_schedulers_signal_does_not_wait_for_the_unit_in_hand(
     """Units of 35 samples in two views are 5 batches of 16 or less: the 7th is in the second."""
     batches = send_at(monkeypatch, Teacher, "_answer", 7, signal.SIGTERM)
     with pytest.raises(Requeue, match="SIGTERM"):
-        dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"), world.quiet())
+        dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"))
     assert batches == [7]
     assert CacheReader(tmp_path / "cache").done().sum() == 1
     monkeypatch.undo()
-    dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"), world.quiet())
+    dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"))
     assert data_files(tmp_path / "cache") == data_files(small.cache)
 
 
@@ -125,7 +125,7 @@ def test_extending_a_finished_cache_equals_dumping_all_views_at_once(
     cache = tmp_path / "cache"
     for views in (2, 4):
         recipe = world.dump_recipe(small.shards, cache, views=views)
-        summary = dump_teacher(recipe, world.quiet())
+        summary = dump_teacher(recipe)
         assert summary["views"] == views
         assert summary["views_written"] == 2 * summary["samples"]
     assert data_files(cache) == data_files(small.cache)
@@ -134,7 +134,7 @@ def test_extending_a_finished_cache_equals_dumping_all_views_at_once(
 def test_parts_dumped_apart_in_any_order_make_the_same_cache(small: World, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     for part in ((2, 3), (0, 2)):
-        dump_teacher(world.dump_recipe(small.shards, cache), world.quiet(), shard_range=part)
+        dump_teacher(world.dump_recipe(small.shards, cache), shard_range=part)
     assert data_files(cache) == data_files(small.cache)
 
 
@@ -142,7 +142,7 @@ def test_the_summary_counts_what_was_written_and_how_right_the_teacher_was(
     small: World, tmp_path: Path
 ) -> None:
     recipe = world.dump_recipe(small.shards, tmp_path / "cache", ["views.mix=0"])
-    summary = dump_teacher(recipe, world.quiet())
+    summary = dump_teacher(recipe)
     reader = CacheReader(tmp_path / "cache")
     right = total = 0
     for view in range(reader.views):
@@ -156,14 +156,14 @@ def test_the_summary_counts_what_was_written_and_how_right_the_teacher_was(
     files = (tmp_path / "cache" / "envelope").rglob("c/**/*")
     sizes = [path.stat().st_size for path in files if path.is_file()]
     assert summary["bytes_per_view"]["envelope"] == pytest.approx(sum(sizes) / total, abs=0.5)
-    again = dump_teacher(recipe, world.quiet())
+    again = dump_teacher(recipe)
     assert (again["views_written"], again["complete"]) == (0, True)
     assert again["data_wait"] is None
 
 
 def test_the_recipe_names_the_data_set(small: World, tmp_path: Path) -> None:
     recipe = world.dump_recipe(small.shards, tmp_path / "c", ["data.name=mine"], views=2)
-    dump_teacher(recipe, world.quiet())
+    dump_teacher(recipe)
     assert CacheReader(tmp_path / "c").manifest.dataset.name == "mine"
     assert CacheReader(small.cache).manifest.dataset.name != "mine"
 
@@ -183,7 +183,7 @@ def test_batches_cross_units_so_that_only_the_last_is_filled_up(
         asked.clear()
         sets = [*world.dump_sets(), "dump.workers=0", f"dump.batch_size={size}"]
         cache = tmp_path / str(size)
-        summary = dump_teacher(world.dump_recipe(small.shards, cache, sets=sets), world.quiet())
+        summary = dump_teacher(world.dump_recipe(small.shards, cache, sets=sets))
         units, views = summary["units_written"], summary["views_written"]
         assert units > 2
         assert asked == [size] * (views // size) + [views % size]
@@ -197,5 +197,5 @@ def test_asking_ahead_of_reading_changes_no_byte(
     """As on a GPU, where the next batch is with the teacher while one is encoded."""
     monkeypatch.setattr(dump, "batches_ahead", lambda device: ahead)
     sets = [*world.dump_sets(), "dump.workers=0"]
-    dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache", sets=sets), world.quiet())
+    dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache", sets=sets))
     assert data_files(tmp_path / "cache") == data_files(small.cache)

@@ -29,6 +29,7 @@ from cskd_pipeline.pipeline.finetune import read_source
 from cskd_pipeline.pipeline.train import train
 from cskd_pipeline.pipeline.trainer import Run
 from cskd_pipeline.pipeline.training_data import open_training_data
+from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools.make_shards import make_shards
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -70,7 +71,7 @@ class Transfer:
     def started(self, tmp_path: Path, init: Path | str = "", **named: Any) -> Run:
         """A run that has its weights, and made no update."""
         recipe = self.recipe(tmp_path / "out", init, **named)
-        run = Run(recipe, open_training_data(recipe, world.quiet()), CPU)
+        run = Run(recipe, open_training_data(recipe), CPU)
         run.start_from(recipe.student.init_from)
         return run
 
@@ -86,7 +87,7 @@ def transfer(tmp_path_factory: pytest.TempPathFactory) -> Transfer:
     recipe = world.train_recipe(
         root / "shards", None, root / "run", "none", sets, epochs=2, kwargs=KWARGS
     )
-    train(recipe, world.quiet())
+    train(recipe)
     return Transfer(root / "run", root / "other")
 
 
@@ -129,7 +130,8 @@ def test_new_heads_are_those_of_a_fresh_run(transfer: Transfer, tmp_path: Path) 
 def test_the_run_says_what_it_did(
     transfer: Transfer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(transfer.recipe(tmp_path / "out", epochs=1), world.Terminal())
+    Terminal.listening()
+    train(transfer.recipe(tmp_path / "out", epochs=1))
     digest = state_digest(load_file(transfer.run / "best.safetensors"))
     told = capsys.readouterr().err.replace("\n", " ")
     assert f"starting from {transfer.run}: 31 tensors, SHA-256 {digest[:12]}" in told
@@ -145,7 +147,7 @@ def test_the_run_says_what_it_did(
 def test_a_fine_tuned_student_learns(transfer: Transfer, tmp_path: Path) -> None:
     mild = ("views.mix=0.0", "views.erase=0.0", "views.randaugment_ops=0")
     sets = (f'data.val_shards="{transfer.shards}"', *mild)
-    summary = train(transfer.recipe(tmp_path / "out", sets=sets, epochs=16), world.quiet())
+    summary = train(transfer.recipe(tmp_path / "out", sets=sets, epochs=16))
     losses = [row["loss"] for row in load_state(tmp_path / "out/state.pt")["rows"]]
     assert losses[-1] < 0.8 * losses[0], losses
     assert summary["last"]["top1"] > 2 * 100 / 7
@@ -157,15 +159,15 @@ def test_with_a_cache_the_same_classes_keep_their_heads(
 ) -> None:
     shards = small.shards
     plain = world.train_recipe(shards, None, tmp_path / "plain", "none", world.VIEWS, epochs=1)
-    train(plain, world.quiet())
+    train(plain)
     init = [f"student.init_from={tmp_path / 'plain'}"]
     recipe = world.train_recipe(shards, small.cache, tmp_path / "out", method, init, epochs=1)
-    run = Run(recipe, open_training_data(recipe, world.quiet()), CPU)
+    run = Run(recipe, open_training_data(recipe), CPU)
     started = run.start_from(recipe.student.init_from)
     assert (started.new, started.resized) == ((), None)
     source = load_file(tmp_path / "plain/last.safetensors")
     assert_equal(dict(run.student.model.state_dict()), source)
-    summary = train(recipe, world.quiet())
+    summary = train(recipe)
     assert summary["last"]["global"] > 0
 
 
@@ -215,7 +217,8 @@ def test_a_pth_names_no_model_which_is_said(
 ) -> None:
     state = load_file(transfer.run / "best.safetensors")
     torch.save(state, tmp_path / "w.pth")
-    train(transfer.recipe(tmp_path / "out", tmp_path / "w.pth", epochs=1), world.Terminal())
+    Terminal.listening()
+    train(transfer.recipe(tmp_path / "out", tmp_path / "w.pth", epochs=1))
     told = capsys.readouterr().err.replace("\n", " ")
     assert "new head and head_dist (10 classes before, 7 now)" in told
     assert "the file names no model" in told
@@ -248,7 +251,7 @@ def test_positions_of_the_tokens_before_the_grid_are_kept_as_they_are(
 ) -> None:
     kwargs = KWARGS.replace("}", extra + "}")
     recipe = transfer.recipe(tmp_path / "b", student=student, kwargs=kwargs)
-    fresh: Any = Run(recipe, open_training_data(recipe, world.quiet()), CPU).student.model
+    fresh: Any = Run(recipe, open_training_data(recipe), CPU).student.model
     grid = torch.randn(1, 4 * 4, 32)
     before = torch.cat([torch.full((1, prefix, 32), 7.0), grid], dim=1)
     torch.save({**fresh.state_dict(), "pos_embed": before}, tmp_path / "w.pth")
@@ -271,7 +274,7 @@ def test_resolution_is_no_part_of_an_architectures_name(transfer: Transfer, tmp_
     recipe = world.load_recipe(
         TrainRecipe, None, ["student.init_from="], {k: v for k, v in flat(recipe).items() if v}
     )
-    train(recipe, world.quiet())
+    train(recipe)
     run = transfer.started(tmp_path, tmp_path / "a", student=larger, kwargs=kwargs)
     source = load_file(tmp_path / "a/last.safetensors")
     assert_equal(dict(run.student.model.state_dict()), source)
@@ -305,15 +308,15 @@ def test_a_killed_run_goes_on_as_an_uninterrupted_one_without_its_source(
 ) -> None:
     init = Path(shutil.copytree(transfer.run, tmp_path / "source"))
     sets = ("run.checkpoint_every=1",)
-    train(transfer.recipe(tmp_path / "whole", init, sets, epochs=2), world.quiet())
+    train(transfer.recipe(tmp_path / "whole", init, sets, epochs=2))
     broken = transfer.recipe(tmp_path / "broken", init, sets, epochs=2)
     heal = die_at(monkeypatch, 4)
     with pytest.raises(DiedError):
-        train(broken, world.quiet())
+        train(broken)
     heal()
     if gone:
         shutil.rmtree(init)
-    train(broken, world.quiet(), resume=True)
+    train(broken, resume=True)
     assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
     one, other = (tmp_path / name / "last.safetensors" for name in ("whole", "broken"))
     assert one.read_bytes() == other.read_bytes()
@@ -325,17 +328,17 @@ def test_a_run_that_died_before_its_first_state_starts_from_the_weights_again(
     recipe = transfer.recipe(tmp_path / "broken", epochs=1)
     heal = die_at(monkeypatch, 1)
     with pytest.raises(DiedError):
-        train(recipe, world.quiet())
+        train(recipe)
     heal()
-    train(recipe, world.quiet(), resume=True)
-    train(transfer.recipe(tmp_path / "whole", epochs=1), world.quiet())
+    train(recipe, resume=True)
+    train(transfer.recipe(tmp_path / "whole", epochs=1))
     assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
 
 
 def test_a_run_goes_on_from_its_own_weights_only(transfer: Transfer, tmp_path: Path) -> None:
-    train(transfer.recipe(tmp_path / "out", epochs=1), world.quiet())
+    train(transfer.recipe(tmp_path / "out", epochs=1))
     copy = shutil.copyfile(transfer.run / "best.safetensors", tmp_path / "copy.safetensors")
-    train(transfer.recipe(tmp_path / "out", copy, epochs=1), world.quiet(), resume=True)
+    train(transfer.recipe(tmp_path / "out", copy, epochs=1), resume=True)
 
     other = load_file(copy)
     other["norm.bias"] += 1
@@ -346,21 +349,21 @@ def test_a_run_goes_on_from_its_own_weights_only(transfer: Transfer, tmp_path: P
     }
     for init, (kind, told) in refused.items():
         with pytest.raises(kind, match=told):
-            train(transfer.recipe(tmp_path / "out", init, epochs=1), world.quiet(), resume=True)
+            train(transfer.recipe(tmp_path / "out", init, epochs=1), resume=True)
     without = world.load_recipe(
         TrainRecipe, None, [], flat(transfer.recipe(tmp_path / "out", epochs=1))
     )
     with pytest.raises(OutputError, match="started from other weights"):
-        train(without, world.quiet(), resume=True)
+        train(without, resume=True)
 
 
 def test_a_run_of_fresh_weights_does_not_go_on_from_others(
     transfer: Transfer, tmp_path: Path
 ) -> None:
     recipe = transfer.recipe(tmp_path / "out", epochs=1)
-    train(world.load_recipe(TrainRecipe, None, [], flat(recipe)), world.quiet())
+    train(world.load_recipe(TrainRecipe, None, [], flat(recipe)))
     with pytest.raises(OutputError, match="started from other weights"):
-        train(recipe, world.quiet(), resume=True)
+        train(recipe, resume=True)
 
 
 # What is refused
@@ -385,7 +388,7 @@ def test_another_model_is_refused_by_what_was_found_and_expected(
     transfer: Transfer, tmp_path: Path, named: dict[str, Any], told: list[str]
 ) -> None:
     with pytest.raises(WeightsError) as caught:
-        train(transfer.recipe(tmp_path / "out", **named), world.quiet())
+        train(transfer.recipe(tmp_path / "out", **named))
     for part in [*told, str(transfer.run)]:
         assert part in str(caught.value)
 

@@ -175,18 +175,18 @@ def stopped(
     with monkeypatch.context() as patch:
         patch.setattr("cskd_pipeline.pipeline.train._close_epoch", dying)
         with pytest.raises(DiedError):
-            train(recipe("run"), world.quiet())
+            train(recipe("run"))
     return recipe
 
 
 def test_a_resumed_run_knows_what_it_leaves_out_without_reading_every_image(
     stopped: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(stopped("whole"), world.quiet())
+    train(stopped("whole"))
     before = (tmp_path / "run/left_out.csv").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(settle, "find_differing", None)
-        train(stopped("run"), world.quiet(), resume=True)
+        train(stopped("run"), resume=True)
     assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "run"))
     for name in ("left_out.csv", "differing.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -199,7 +199,8 @@ def test_a_record_of_other_shards_is_not_believed(
     path = tmp_path / "run/differing.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "shards": "0" * 64, "differing": {}}))
-    train(stopped("run"), Terminal(), resume=True)
+    Terminal.listening()
+    train(stopped("run"), resume=True)
     assert "reading the images again" in capsys.readouterr().err
     assert json.loads(path.read_text()) == record
 
@@ -213,7 +214,7 @@ def test_a_record_that_was_altered_is_refused(
     path = tmp_path / "run/differing.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"differing": differing}))
     with pytest.raises(ManifestError, match="1 problem") as caught:
-        train(stopped("run"), world.quiet(), resume=True)
+        train(stopped("run"), resume=True)
     assert "delete the file" in str(caught.value.action)
 
 
@@ -225,7 +226,7 @@ def test_a_run_does_not_go_on_with_other_samples_missing(
     def digest(name: str, gone: int) -> Any:
         other = recut(small, tmp_path / name, [s for i, s in enumerate(samples) if i != gone])
         recipe = world.train_recipe(other.shards, small.cache, tmp_path / "run", sets=SKIP[:1])
-        return open_training_data(recipe, world.quiet()).identity["left_out"]
+        return open_training_data(recipe).identity["left_out"]
 
     assert len({digest("a", 3), digest("b", 4), digest("c", 50)}) == 3
     assert digest("d", 3) == digest("e", 3)
@@ -248,4 +249,4 @@ def test_a_forecast_reads_no_more_images_than_it_times(
     other = recut(small, tmp_path / "theirs", theirs(samples))
     recipe = world.train_recipe(other.shards, small.cache, tmp_path / "run", sets=SKIP)
     monkeypatch.setattr(settle, "find_differing", None)
-    assert plan_train(recipe, world.quiet(), updates=2)["samples"] == 96
+    assert plan_train(recipe, updates=2)["samples"] == 96

@@ -29,7 +29,7 @@ def loss_curve(
 ) -> torch.Tensor:
     """(updates, 4) loss and parts of a whole run; ``answer`` replaces the cache's targets."""
     recipe = world.train_recipe(small.shards, small.cache, out, method, sets)
-    run = Run(recipe, open_training_data(recipe, world.quiet()), CPU)
+    run = Run(recipe, open_training_data(recipe), CPU)
     if answer is not None:
         object.__setattr__(run.data, "targets", answer)
     batches = run.data.batches(run.positions(), CPU)
@@ -77,7 +77,7 @@ def test_everything_that_the_recipe_says_of_the_loss_reaches_it(
     }
     sets = [f"distill.{name}={value}" for name, value in said.items()]
     recipe = world.train_recipe(small.shards, small.cache, tmp_path, "cskd", sets)
-    run = Run(recipe, open_training_data(recipe, world.quiet()), CPU)
+    run = Run(recipe, open_training_data(recipe), CPU)
     assert vars(run.loss) == {"method": "cskd", **said}
 
 

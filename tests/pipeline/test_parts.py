@@ -96,7 +96,7 @@ def test_the_block_that_is_chosen_divides_the_part(
     recipe = world.dump_recipe(
         small.shards, tmp_path / "c", sets, views=views, encodings='["envelope"]'
     )
-    dump_teacher(recipe, world.quiet(), shard_range=(2, 3), view_range=part)
+    dump_teacher(recipe, shard_range=(2, 3), view_range=part)
     reader = CacheReader(tmp_path / "c")
     assert (reader.manifest.views, reader.manifest.view_block) == (views, block)
     reader.require_done(range(*part), [2])

@@ -166,7 +166,7 @@ def test_soft_targets_asked_of_an_envelope_cache_are_refused(
 ) -> None:
     cache = tmp_path / "cache"
     recipe = world.dump_recipe(small.shards, cache, views=2, encodings='["envelope"]')
-    dump_teacher(recipe, world.quiet())
+    dump_teacher(recipe)
     one = "distill.spatial_kind=soft"
     message = refused(*train(small, tmp_path / "run", "--set", one, cache=cache))
     assert "cannot serve hard targets and soft targets at temperature 1" in message
@@ -180,7 +180,7 @@ def test_an_unfinished_cache_is_refused_with_what_is_missing_and_how_to_finish_i
     small: World, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     cache = tmp_path / "cache"
-    dump_teacher(world.dump_recipe(small.shards, cache), world.quiet(), shard_range=(0, 2))
+    dump_teacher(world.dump_recipe(small.shards, cache), shard_range=(0, 2))
     message = refused(*train(small, tmp_path / "run", cache=cache))
     assert "2 of 6 units missing" in message
     assert "dump-teacher" in message

@@ -122,7 +122,7 @@ def test_the_scalars_are_tensorboards_and_the_configuration_is_the_recipe(
     small: World, tmp_path: Path
 ) -> None:
     recipe = recipe_of(small, tmp_path / "run", f'data.val_shards="{small.validation}"')
-    train(recipe, world.quiet())
+    train(recipe)
     [file] = files_of(tmp_path / "run")
     found = read(file)
     assert (found.project, found.name, found.exit_code) == ("trials", "run", 0)
@@ -137,10 +137,10 @@ def test_the_scalars_are_tensorboards_and_the_configuration_is_the_recipe(
 
 
 def test_curves_change_nothing_of_a_run(small: World, tmp_path: Path) -> None:
-    train(recipe_of(small, tmp_path / "with"), world.quiet())
+    train(recipe_of(small, tmp_path / "with"))
     plain = world.train_recipe(small.shards, small.cache, tmp_path / "without", epochs=2)
     before = random.getstate()
-    train(plain, world.quiet())
+    train(plain)
     assert_equal(final_state(tmp_path / "with"), final_state(tmp_path / "without"))
     assert random.getstate() == before
     for name in ("last.safetensors", "last_ema.safetensors"):
@@ -162,9 +162,9 @@ def test_a_resumed_run_continues_the_same_curves(
 
     monkeypatch.setattr(stage_two.Run, "step", dying)
     with pytest.raises(DiedError):
-        train(recipe, world.quiet())
+        train(recipe)
     monkeypatch.setattr(stage_two.Run, "step", step)
-    train(recipe, world.quiet(), resume=True)
+    train(recipe, resume=True)
     first, second = (read(file) for file in files_of(tmp_path / "run"))
     assert first.identity == second.identity
     assert json.loads((tmp_path / "run/wandb.json").read_text()) == {"id": first.identity}
@@ -229,7 +229,8 @@ def test_ctrl_c_reaches_the_whole_group_and_the_curves_are_whole(
 
 
 def warned(small: World, out: Path, capsys: pytest.CaptureFixture[str], **named: Any) -> str:
-    summary = train(recipe_of(small, out, epochs=1), Terminal(), **named)
+    Terminal.listening()
+    summary = train(recipe_of(small, out, epochs=1), **named)
     assert summary["last"]["epoch"] == 1
     return capsys.readouterr().err.replace("\n", " ")
 
@@ -319,11 +320,11 @@ def test_a_missing_package_is_told_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(scalars, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError) as caught:
-        train(recipe_of(small, tmp_path / "run"), world.quiet())
+        train(recipe_of(small, tmp_path / "run"))
     assert "cskd-pipeline[wandb]" in str(caught.value)
     assert not (tmp_path / "run").exists()
     plain = world.train_recipe(small.shards, small.cache, tmp_path / "run", epochs=1)
-    train(plain, world.quiet())
+    train(plain)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"id": 5}', '{"id": "../x"}', '{"id": "A b"}'])
@@ -332,7 +333,7 @@ def test_an_identity_that_is_none_is_refused(small: World, tmp_path: Path, conte
     (tmp_path / "run").mkdir()
     (tmp_path / "run/wandb.json").write_text(content)
     with pytest.raises(ManifestError, match="delete the file"):
-        scalars.open_board(recipe, world.quiet())
+        scalars.open_board(recipe)
 
 
 def test_this_package_imports_it_only_when_asked() -> None:

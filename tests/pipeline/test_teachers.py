@@ -17,7 +17,6 @@ from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.pipeline.dump import dump_teacher, open_stage_one
 from cskd_pipeline.pipeline.trainer import Run
 from cskd_pipeline.pipeline.training_data import open_training_data
-from cskd_pipeline.runtime.console import Terminal
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.live import live_answers
@@ -124,7 +123,7 @@ def test_rows_and_columns_keep_their_order_from_the_teacher_to_the_cache(
     flags = {"data.shards": str(small.shards), "cache.path": str(tmp_path / "cache"),
              "dump.workers": 0, "dump.device": "cpu"}  # fmt: skip
     recipe = world.load_recipe(type(recipe), None, sets, flags)
-    dump_teacher(recipe, world.quiet())
+    dump_teacher(recipe)
     reader = CacheReader(tmp_path / "cache")
     assert reader.manifest.teacher.grid == (1, 2)
     for live in live_answers(small.shards, tmp_path / "cache"):
@@ -143,7 +142,7 @@ def test_a_grid_meant_for_smaller_images_is_warned_of(
         flags = {"data.shards": str(small.shards), "dump.device": "cpu"}
         recipe = world.load_recipe(world.DumpRecipe, None, sets, flags)
         capsys.readouterr()
-        open_stage_one(recipe, Terminal(quiet=True))
+        open_stage_one(recipe)
         told = re.sub(r"\s+", " ", capsys.readouterr().err)
         assert ("a grid of 17x17 locations, 2.32 kB a view" in told) == warned
         assert ("set views.size to theirs" in told) == warned
@@ -154,6 +153,6 @@ def test_a_student_with_weights_of_five_dimensions_is_made(small: World, tmp_pat
     recipe = world.train_recipe(
         small.shards, None, tmp_path, "none", sets, student="lambda_resnet26t", kwargs="{}"
     )
-    run = Run(recipe, open_training_data(recipe, world.quiet()), torch.device("cpu"))
+    run = Run(recipe, open_training_data(recipe), torch.device("cpu"))
     shapes = {parameter.ndim for parameter in run.student.parameters()}
     assert 5 in shapes

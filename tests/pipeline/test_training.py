@@ -36,7 +36,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def run_to_end(recipe: Any, resume: bool = False) -> dict[str, Any]:
-    return train(recipe, world.quiet(), resume=resume)
+    return train(recipe, resume=resume)
 
 
 def final_state(out: Path) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def test_students_load_into_timm_and_evaluate_as_the_run_said(small: World, tmp_
     assert_equal(dict(last.state_dict()), dict(state["student"]))
     assert model.num_classes == len(world.CLASSES)
 
-    measured = evaluate(out, str(small.validation), world.quiet(), workers=0, device="cpu")
+    measured = evaluate(out, str(small.validation), workers=0, device="cpu")
     assert measured["top1"] == pytest.approx(summary["best"]["top1"])
     assert measured["samples"] == 16
     assert set(measured["per_head"]) == {"cls", "dist", "dense", "mean"}
@@ -201,7 +201,7 @@ def test_every_method_trains_and_answers_with_the_heads_it_trained(
     )
     summary = run_to_end(recipe)
     assert 0 <= summary["last"]["top1"] <= 100
-    measured = evaluate(tmp_path / "run", str(small.validation), world.quiet(), device="cpu")
+    measured = evaluate(tmp_path / "run", str(small.validation), device="cpu")
     assert measured["heads"] == heads
     assert list(measured["per_head"]) == [*heads, "mean"]
     logged = {name for name in summary["last"] if name.startswith("top1_")}
@@ -299,9 +299,10 @@ def test_an_epochs_line_says_which_side_is_the_limit(
     side: str,
 ) -> None:
     err = io.StringIO()
-    monkeypatch.setattr("cskd_pipeline.runtime.console.DATA_LIMITS", threshold)
+    monkeypatch.setattr("cskd_pipeline.runtime.progress.DATA_LIMITS", threshold)
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run", "deit", epochs=1)
-    train(recipe, Terminal(err=err))
+    Terminal(err=err).attach()
+    train(recipe)
     [line] = [line for line in err.getvalue().splitlines() if line.startswith("epoch 1/1")]
     wait = re.search(rf"  data wait (\d+) %  limit: {side}$", line)
     assert wait, line

@@ -20,7 +20,7 @@ from tests.pipeline.conftest import World
 def started(small: World, *sets: str, ranks: Ranks = ALONE) -> tuple[Run, Iterator[Batch]]:
     """A run of 12 updates, and its batches."""
     recipe = world.train_recipe(small.shards, small.cache, Path(), sets=[*sets], epochs=2)
-    data = open_training_data(recipe, world.quiet())
+    data = open_training_data(recipe)
     run = Run(recipe, data, torch.device("cpu"), ranks)
     return run, data.batches(run.positions(), run.device)
 

@@ -395,10 +395,12 @@ def test_training_begins_with_a_look_at_a_sample(
     small: World, tmp_path: Path, capsys: Capture
 ) -> None:
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run")
-    open_training_data(recipe, Terminal())
+    Terminal.listening()
+    open_training_data(recipe)
     assert "checked 64 views of the cache: 64 come out bit for bit" in capsys.readouterr().err
     none = world.train_recipe(small.shards, small.cache, tmp_path / "run", sets=["data.check=0"])
-    open_training_data(none, Terminal())
+    Terminal.listening()
+    open_training_data(none)
     assert "checked" not in capsys.readouterr().err
 
 
@@ -407,12 +409,14 @@ def test_views_that_differ_stop_training_before_it_begins_or_are_told(
 ) -> None:
     shifted(monkeypatch)
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run")
+    Terminal.listening()
     with pytest.raises(ViewDriftError, match="not those the teacher saw"):
-        open_training_data(recipe, Terminal())
+        open_training_data(recipe)
     warned = world.train_recipe(
         small.shards, small.cache, tmp_path / "run", sets=["data.drift=warn"]
     )
-    open_training_data(warned, Terminal())
+    Terminal.listening()
+    open_training_data(warned)
     told = capsys.readouterr().err
     assert "warning: checked 64 views" in told
     assert "0 are of other images" in told
@@ -429,11 +433,11 @@ def test_another_image_in_the_sample_stops_training_before_it_begins(
     other = recut(small, tmp_path / "one altered", content)
     recipe = world.train_recipe(other.shards, small.cache, tmp_path / "run")
     with pytest.raises(JoinError, match="not the one the cache was made from"):
-        open_training_data(recipe, world.quiet())
+        open_training_data(recipe)
     skipped = world.train_recipe(
         other.shards, small.cache, tmp_path / "run", sets=["data.drift=skip"]
     )
-    data = open_training_data(skipped, world.quiet())
+    data = open_training_data(skipped)
     assert data.joined is not None
     assert len(data.joined.usable()) == 95
 
@@ -447,4 +451,4 @@ def test_damaged_targets_of_the_sample_stop_training_before_it_begins(
     sets = ["distill.encoding=envelope"]
     recipe = world.train_recipe(copy.shards, copy.cache, tmp_path / "run", sets=sets)
     with pytest.raises(CacheError, match="damaged"):
-        open_training_data(recipe, world.quiet())
+        open_training_data(recipe)

@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw
 
 from cskd_pipeline.cli import main
 from cskd_pipeline.config import DumpRecipe, TrainRecipe, load_recipe
-from cskd_pipeline.runtime.console import Terminal
 
 CLASSES = ("disc", "square", "bars", "cross")
 SIZE = 32
@@ -142,10 +141,6 @@ def train_recipe(
 
 
 SOFT = ["distill.global_kind=soft", "distill.spatial_kind=soft"]
-
-
-def quiet() -> Terminal:
-    return Terminal(quiet=True)
 
 
 def last_json(text: str) -> dict[str, Any]:

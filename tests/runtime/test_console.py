@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from cskd_pipeline.errors import CskdError, DataError, OutputError
-from cskd_pipeline.runtime.console import PLAIN_INTERVAL, Terminal, TimedMeter, duration, plain
+from cskd_pipeline.runtime.console import PLAIN_INTERVAL, Terminal, plain
+from cskd_pipeline.runtime.progress import Meter, duration
 
 HOSTILE = "[red]x[/red] \x1b[2J\x07\u202e :smile: https://a.b [link=x]y"
 SPELLED = r"[red]x[/red] \x1b[2J\x07\u202e :smile: https://a.b [link=x]y"
@@ -71,7 +72,7 @@ def test_foreign_text_reaches_no_terminal_unspelled(
     terminal.error(CskdError(HOSTILE, where=HOSTILE, found=HOSTILE, problems=[HOSTILE]))
     terminal.table(HOSTILE, [HOSTILE], [[HOSTILE]])
     terminal.result({HOSTILE: {"a": HOSTILE}})
-    with terminal.progress(3, HOSTILE, HOSTILE) as meter:
+    with terminal.show(3, HOSTILE, HOSTILE) as meter:
         speech.clock.now += PLAIN_INTERVAL
         meter.advance(2)
     text = "".join(speech.heard)
@@ -94,7 +95,7 @@ def test_lines_stay_whole_however_narrow_the_screen(monkeypatch: pytest.MonkeyPa
 
 def test_plain_progress_is_a_line_now_and_then_with_rate_and_time_left() -> None:
     speech = Speech()
-    with speech.terminal.progress(1000, "views", "dumping", done=400) as meter:
+    with speech.terminal.show(1000, "views", "dumping", done=400) as meter:
         speech.clock.now += PLAIN_INTERVAL / 2
         meter.advance(50)
         assert speech.heard == ("", "")
@@ -122,7 +123,7 @@ def test_progress_tells_which_side_is_the_limit() -> None:
 
     told = []
     for wait in (0.05, 0.25):
-        with speech.terminal.progress(100, "updates", f"waiting {wait}") as meter:
+        with speech.terminal.show(100, "updates", f"waiting {wait}") as meter:
             for _ in meter.timed(batches(wait)):
                 speech.clock.now += 1
                 meter.advance()
@@ -137,11 +138,11 @@ def test_progress_tells_which_side_is_the_limit() -> None:
 
 def test_short_work_and_quiet_leave_no_progress_lines() -> None:
     for speech in (Speech(), Speech(quiet=True)):
-        with speech.terminal.progress(None, "images", "reading") as meter:
+        with speech.terminal.show(None, "images", "reading") as meter:
             meter.advance()
         assert speech.heard == ("", "")
     quiet = Speech(quiet=True)
-    with quiet.terminal.progress(2, "images", "reading") as meter:
+    with quiet.terminal.show(2, "images", "reading") as meter:
         quiet.clock.now += 100
         meter.advance()
         assert meter.count == 1
@@ -152,10 +153,10 @@ def test_bars_can_be_nested_and_lines_appear_above_them(monkeypatch: pytest.Monk
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     speech = Speech(tty=True)
-    with suppress(KeyError), speech.terminal.progress(10, "updates", "epoch 1") as outer:
+    with suppress(KeyError), speech.terminal.show(10, "updates", "epoch 1") as outer:
         speech.clock.now += 2
         outer.advance(4)
-        with speech.terminal.progress(5, "images", "evaluating") as inner:
+        with speech.terminal.show(5, "images", "evaluating") as inner:
             speech.clock.now += 2
             inner.advance(5)
         speech.terminal.line("in between")
@@ -165,7 +166,7 @@ def test_bars_can_be_nested_and_lines_appear_above_them(monkeypatch: pytest.Monk
     assert "epoch 1" in err
     assert "evaluating" in err
     assert "in between" in err
-    with speech.terminal.progress(1, "updates", "again"):
+    with speech.terminal.show(1, "updates", "again"):
         pass
     assert "again" in speech.err.getvalue()
     show_cursor = "\x1b[?25h"
@@ -175,7 +176,7 @@ def test_bars_can_be_nested_and_lines_appear_above_them(monkeypatch: pytest.Monk
 
 def test_meters_say_what_is_known() -> None:
     clock = Clock()
-    meter = TimedMeter(None, "images", 0, clock)
+    meter = Meter(None, "images", 0, clock)
     assert str(meter) == "0 images"
     clock.now += 2
     meter.advance(5000)

@@ -230,7 +230,7 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path: Path, image_fold
 
 
 def test_an_interrupted_run_leaves_nothing_and_one_that_was_killed_is_replaced(
-    tmp_path: Path, image_folder: Path
+    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupting:
         left = 5
@@ -241,13 +241,15 @@ def test_an_interrupted_run_leaves_nothing_and_one_that_was_killed_is_replaced(
                 raise KeyboardInterrupt
 
     @contextmanager
-    def progress(total: int | None, unit: str, description: str) -> Iterator[Interrupting]:
+    def interrupting(total: int | None, unit: str, description: str) -> Iterator[Interrupting]:
         assert (total, unit) == (23, "images")
         yield Interrupting()
 
+    monkeypatch.setattr(make, "progress", interrupting)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        make_shards(image_folder, out, progress=progress)
+        make_shards(image_folder, out)
+    monkeypatch.undo()
     assert not any(out.iterdir())
     (out / ".partial").mkdir()
     (out / ".partial/train-0000.tar").write_bytes(b"half")

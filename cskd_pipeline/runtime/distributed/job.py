@@ -11,7 +11,7 @@ import os
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from cskd_pipeline.errors import CskdError, RankError, UsageError
 from cskd_pipeline.runtime.distributed.watch import Watch
+from cskd_pipeline.runtime.progress import silence
 from cskd_pipeline.runtime.signals import Requeue
 
 T = TypeVar("T")
@@ -151,7 +152,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Ranks:
 
 @contextmanager
 def joined(patience: float) -> Iterator[Ranks]:
-    """This process among its job's, connected while the block runs.
+    """This process among its job's, connected while the block runs; only the first speaks.
 
     Tensors on GPUs are reduced by NCCL, others by gloo.
 
@@ -183,7 +184,8 @@ def joined(patience: float) -> Iterator[Ranks]:
                 world_size=ranks.world,
                 timeout=limit,
             )
-        yield ranks
+        with nullcontext() if ranks.first else silence():
+            yield ranks
         ranks.wait()  # nobody leaves while another still needs an answer
         failed = False
     except BaseException as error:

@@ -9,6 +9,7 @@ counts the labels that change.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,9 +35,12 @@ from cskd_pipeline.pipeline.dump import cache_manifest, open_stage_one, usable, 
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import worker_count
 from cskd_pipeline.runtime.distributed import ALONE
+from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.bench.steady import SteadyRate
 from cskd_pipeline.tools.bench.threads import one_thread
 from cskd_pipeline.tools.bench.turns import Clock, ratio, spread, take_turns
+
+log = logging.getLogger(__name__)
 
 BLOCK = 10
 DUMP_GOAL, BLOCK_GOAL = 0.95, 1.4
@@ -46,7 +50,6 @@ _RESIDENT = 4  # batches that the bare teacher is asked about in turn
 
 def bench_dump(
     recipe: DumpRecipe,
-    terminal: Terminal,
     *,
     images: int,
     rounds: int,
@@ -69,9 +72,9 @@ def bench_dump(
         CskdError: as the dump itself would.
     """
     recipe = replace(recipe, cache=replace(recipe.cache, views=BLOCK, view_block=BLOCK))
-    dataset, teacher = open_stage_one(recipe, terminal)
+    dataset, teacher = open_stage_one(recipe)
     few = sample(dataset, min(images, dataset.samples))
-    few = usable(recipe, few, LeftOuts(None, ALONE, terminal))
+    few = usable(recipe, few, LeftOuts(None, ALONE))
     workers = worker_count(recipe.dump.workers)
     resident = _resident(recipe, few, teacher)
     found: dict[str, list[float]] = {}
@@ -129,7 +132,7 @@ def bench_dump(
 
         return turn
 
-    with terminal.progress(len(works) * (rounds + 1), "rounds", "dumping") as meter:
+    with progress(len(works) * (rounds + 1), "rounds", "dumping") as meter:
         take_turns({name: side(name) for name in works}, rounds, clock)
     counted = {name: rates[1:] for name, rates in found.items()}  # the first fills caches
     per_second = {name: spread(rates) for name, rates in counted.items()}
@@ -155,13 +158,12 @@ def bench_dump(
         "variants": {},
     }
     if with_variants:
-        report["variants"] = variants(recipe, terminal, resident, rounds, clock, compile=compile)
+        report["variants"] = variants(recipe, resident, rounds, clock, compile=compile)
     return report
 
 
 def variants(
     recipe: DumpRecipe,
-    terminal: Terminal,
     resident: Sequence[Tensor],
     rounds: int,
     clock: Clock,
@@ -187,9 +189,9 @@ def variants(
     if compile:
         settings["compile"] = {"compile": True}
         settings["bfloat16 compile"] = {"precision": "bfloat16", "compile": True}
-    teachers = {name: _with(recipe, terminal, changes) for name, changes in settings.items()}
+    teachers = {name: _with(recipe, changes) for name, changes in settings.items()}
     answers: dict[str, list[Logits]] = {}
-    with terminal.progress(len(teachers) * (rounds + 1), "rounds", "asking") as meter:
+    with progress(len(teachers) * (rounds + 1), "rounds", "asking") as meter:
 
         def side(name: str) -> Callable[[int], None]:
             def turn(_: int) -> None:
@@ -213,7 +215,7 @@ def variants(
     return report
 
 
-def _with(recipe: DumpRecipe, terminal: Terminal, changes: Mapping[str, Any]) -> Teacher:
+def _with(recipe: DumpRecipe, changes: Mapping[str, Any]) -> Teacher:
     """The recipe's teacher in plain float32, but for ``changes``."""
     precision = changes.get("precision", "float32")
     loop = {name: changes.get(name, False) for name in ("channels_last", "compile")}
@@ -222,7 +224,7 @@ def _with(recipe: DumpRecipe, terminal: Terminal, changes: Mapping[str, Any]) ->
         teacher=replace(recipe.teacher, precision=precision),
         dump=replace(recipe.dump, **loop),
     )
-    return open_stage_one(asked, terminal)[1]
+    return open_stage_one(asked)[1]
 
 
 def _changed(expected: Sequence[Logits], found: Sequence[Logits]) -> tuple[float, float]:
@@ -296,7 +298,7 @@ def show(report: Mapping[str, Any], terminal: Terminal) -> None:
         rows,
     )
     loader, bare = rates["loader"]["median"], rates["teacher"]["median"]
-    terminal.line(
+    log.info(
         f"the limit is the {report['limit']}: the loader makes {loader:.4g} views/s in "
         f"{report['workers']} processes, the bare teacher takes {bare:.4g}"
         + ("; on a CPU they share the cores" if report["device"] == "cpu" else "")

@@ -14,6 +14,7 @@ Legend: d spatial and g global logits; r the CKF ratio; tau the temperature of s
 
 from __future__ import annotations
 
+import logging
 import statistics
 import tempfile
 import time
@@ -37,9 +38,12 @@ from cskd_pipeline.distill.losses import DistillationLoss
 from cskd_pipeline.distill.targets import LogitTargets, Targets
 from cskd_pipeline.models.student import Heads
 from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.bench.responses import SEED, Responses
 from cskd_pipeline.tools.bench.threads import one_thread
 from cskd_pipeline.views.bits import BitStream
+
+log = logging.getLogger(__name__)
 
 RATIOS = [i / 20 for i in range(21)]
 FEW_RATIOS = RATIOS[::5]
@@ -49,7 +53,7 @@ _REPEATS = 5
 
 
 def bench_encodings(
-    answers: Responses, terminal: Terminal, *, device: torch.device, names: Sequence[str] = ()
+    answers: Responses, *, device: torch.device, names: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Measure ``names``, or every encoding, on ``answers``.
 
@@ -59,15 +63,13 @@ def bench_encodings(
     """
     names = list(names or ENCODINGS)
     with one_thread():
-        return _measure(answers, terminal, device, names)
+        return _measure(answers, device, names)
 
 
-def _measure(
-    answers: Responses, terminal: Terminal, device: torch.device, names: list[str]
-) -> dict[str, Any]:
+def _measure(answers: Responses, device: torch.device, names: list[str]) -> dict[str, Any]:
     rows: dict[str, Rows] = {}
     found: dict[str, dict[str, Any]] = {}
-    with terminal.progress(len(names), "encodings", "measuring") as progress:
+    with progress(len(names), "encodings", "measuring") as meter:
         for name in names:
             rows[name], seconds = encode(ENCODINGS[name], answers, device)
             found[name] = {"encode_ms": 1e3 * seconds}
@@ -79,7 +81,7 @@ def _measure(
                 found[name]["bytes_per_view"] = sizes[name]
                 found[name]["decode_ms"] = 1e3 * _decode_seconds(path, name, len(answers))
                 found[name] |= _distortion(ENCODINGS[name], rows[name], answers)
-                progress.advance()
+                meter.advance()
     return {
         "source": answers.source,
         "views": len(answers),
@@ -120,7 +122,7 @@ def show(report: Mapping[str, Any], terminal: Terminal) -> None:
         ],
         rows,
     )
-    terminal.line("KL in nats, over 21 values of r; a dash: the encoding does not serve it")
+    log.info("KL in nats, over 21 values of r; a dash: the encoding does not serve it")
 
 
 def _share(value: float | None) -> str | None:

@@ -36,6 +36,7 @@ from cskd_pipeline.data.plan import EpochPlan, SampleSet
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.bench.turns import Clock, rates, ratio, take_turns
 from cskd_pipeline.views.policy import ViewPolicy
 
@@ -47,7 +48,6 @@ RANKS, BATCH_SIZE, REPEATS = 64, 1024, 3
 
 def bench_join(
     recipe: TrainRecipe,
-    terminal: Terminal,
     *,
     rounds: int,
     updates: int = 1,
@@ -68,7 +68,7 @@ def bench_join(
     if recipe.distill.method == "none":
         raise UsageError("method none joins no cache", action="use --method cskd or deit")
     recipe = replace(recipe, data=replace(recipe.data, check=0))
-    data = open_training_data(recipe, terminal)
+    data = open_training_data(recipe)
     assert data.joined is not None
     accumulation = recipe.batch.accumulation
     alone = TrainBatches(data.plan, data.joined.images.alone(), accumulation=accumulation)
@@ -84,7 +84,7 @@ def bench_join(
         "with_join": partial(make, data.source),
         "without": partial(make, alone),
     }
-    with terminal.progress(2 * (rounds + 1), "rounds", "making batches") as meter:
+    with progress(2 * (rounds + 1), "rounds", "making batches") as meter:
         seconds = take_turns(sides, rounds, clock)
     images = updates * recipe.batch.batch_size
     return {
@@ -97,7 +97,7 @@ def bench_join(
     }
 
 
-def simulate(terminal: Terminal, *, shards: int = SHARDS) -> dict[str, Any]:
+def simulate(*, shards: int = SHARDS) -> dict[str, Any]:
     """Open caches of ImageNet's shape with few and with many views, and plan an epoch.
 
     Returns:
@@ -108,7 +108,7 @@ def simulate(terminal: Terminal, *, shards: int = SHARDS) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for views in (FEW_VIEWS, VIEWS):
             path = Path(folder) / f"{views}"
-            with terminal.progress(None, "files", f"writing a hollow cache of {views} views"):
+            with progress(None, "files", f"writing a hollow cache of {views} views"):
                 _write_hollow(path, shards, views)
             reader, opened[f"{views}_views"] = _open(path)
         samples = SampleSet.of(reader)

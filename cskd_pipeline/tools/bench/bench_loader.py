@@ -26,6 +26,7 @@ from cskd_pipeline.data.plan import EpochPlan, SampleSet
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.runtime.atomic import write_json
 from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.bench.threads import one_thread
 from cskd_pipeline.tools.bench.turns import Clock, rates, ratio, take_turns
 from cskd_pipeline.views.policy import ViewPolicy
@@ -39,7 +40,6 @@ Step = Callable[[int], int]
 
 def bench_loader(
     dataset: Dataset,
-    terminal: Terminal,
     *,
     size: int,
     batch_size: int,
@@ -71,7 +71,7 @@ def bench_loader(
     with tempfile.TemporaryDirectory() as folder, one_thread():
         steps["timm"] = _timms(dataset, Path(folder), policy, batch_size)
         sides = {name: partial(work, name, step) for name, step in steps.items()}
-        with terminal.progress(len(sides) * (rounds + 1), "rounds", "making batches") as meter:
+        with progress(len(sides) * (rounds + 1), "rounds", "making batches") as meter:
             seconds = take_turns(sides, rounds, clock)
     images = batches * batch_size
     assert set(made.values()) == {(rounds + 1) * images}, made

@@ -35,6 +35,7 @@ from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import pick_device, use_threads
 from cskd_pipeline.runtime.distributed import ALONE
+from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.bench.turns import Clock, rates, ratio, take_turns
 from cskd_pipeline.views.apply import erase_noise
 from cskd_pipeline.views.bits import derive_seed
@@ -74,7 +75,6 @@ class _Live(TrainingData):
 
 def bench_step(
     recipe: TrainRecipe,
-    terminal: Terminal,
     *,
     students: Sequence[str],
     teacher: str | None,
@@ -119,7 +119,7 @@ def bench_step(
     batch = batch.to(device)
     sides = len(METHODS) + (asked is not None)
     measured = {}
-    with terminal.progress(len(students) * sides * (rounds + 1), "rounds", "training") as meter:
+    with progress(len(students) * sides * (rounds + 1), "rounds", "training") as meter:
         for name in students:
             found = replace(recipe, student=replace(recipe.student, name=name))
             runs = _runs(found, policy, grid, asked, device)

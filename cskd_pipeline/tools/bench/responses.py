@@ -17,9 +17,9 @@ from cskd_pipeline.data.left_out import LeftOuts
 from cskd_pipeline.data.unit_views import unit_batches
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.pipeline.dump import cache_manifest, logits_of, open_stage_one, usable
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import worker_count
 from cskd_pipeline.runtime.distributed import ALONE
+from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.views.bits import BitStream, derive_seed
 
 SEED = derive_seed("bench")
@@ -74,7 +74,7 @@ def from_cache(path: Path | str, views: int) -> Responses:
     )
 
 
-def from_teacher(recipe: DumpRecipe, terminal: Terminal, views: int) -> Responses:
+def from_teacher(recipe: DumpRecipe, views: int) -> Responses:
     """The recipe's teacher asked about ``views`` views of samples from all over its shards.
 
     They are of as many samples as there are, in one view each or, of a small data set, in several.
@@ -82,13 +82,13 @@ def from_teacher(recipe: DumpRecipe, terminal: Terminal, views: int) -> Response
     Raises:
         CskdError: data or teacher cannot be used.
     """
-    dataset, teacher = open_stage_one(recipe, terminal)
+    dataset, teacher = open_stage_one(recipe)
     # A teacher always answers whole batches: parts are no smaller than one.
     few = sample(dataset, views, parts=max(1, min(4, views // recipe.dump.batch_size)))
-    few = usable(recipe, few, LeftOuts(None, ALONE, terminal))
+    few = usable(recipe, few, LeftOuts(None, ALONE))
     each = range(-(-views // few.samples))
     spatial, global_ = [], []
-    with terminal.progress(len(each) * few.samples, "views", "asking the teacher") as progress:
+    with progress(len(each) * few.samples, "views", "asking the teacher") as meter:
         for batch in unit_batches(
             few,
             [(shard, each) for shard in range(len(few.shards))],
@@ -100,7 +100,7 @@ def from_teacher(recipe: DumpRecipe, terminal: Terminal, views: int) -> Response
             answer = logits_of(teacher, batch.to(teacher.device), recipe.views)
             spatial.append(answer.spatial.cpu())
             global_.append(answer.global_.cpu())
-            progress.advance(len(answer.global_))
+            meter.advance(len(answer.global_))
     return Responses(
         torch.cat(spatial)[:views],
         torch.cat(global_)[:views],

@@ -8,6 +8,7 @@ devices or loader processes would change.
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import tempfile
@@ -37,12 +38,15 @@ from cskd_pipeline.pipeline.dump import (
     usable,
     write_units,
 )
-from cskd_pipeline.runtime.console import Terminal, duration
+from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import worker_count
 from cskd_pipeline.runtime.distributed import ALONE
+from cskd_pipeline.runtime.progress import duration, progress
 from cskd_pipeline.tools.bench.bench_encodings import encode, store
 from cskd_pipeline.tools.bench.responses import Responses
 from cskd_pipeline.tools.bench.steady import SteadyRate
+
+log = logging.getLogger(__name__)
 
 IMAGES = 256
 COMMON = "seeds_and_digests"
@@ -70,7 +74,6 @@ class DumpTrial:
 
 def plan_dump(
     recipe: DumpRecipe,
-    terminal: Terminal,
     *,
     views: Sequence[int] = (),
     devices: Sequence[int] = (),
@@ -91,8 +94,8 @@ def plan_dump(
     Raises:
         CskdError: as the dump itself would.
     """
-    dataset, teacher = open_stage_one(recipe, terminal)
-    trial = try_dump(recipe, dataset, teacher, terminal, images)
+    dataset, teacher = open_stage_one(recipe)
+    trial = try_dump(recipe, dataset, teacher, images)
     own = trial.device_rate(recipe.cache.encodings)
     limit = "loader" if trial.loader < own else "device"
     stored: list[tuple[str, ...]] = [(name,) for name in ENCODINGS]
@@ -159,35 +162,33 @@ def show(report: Mapping[str, Any], terminal: Terminal) -> None:
         ],
     )
     m = report["measured"]
-    terminal.line(
+    log.info(
         f"measured on {m['views']} views: loader {m['loader_views_per_second']:.4g}/s in "
         f"{m['workers']} processes, teacher {m['teacher_views_per_second']:.4g}/s, "
         f"together {m['dump_views_per_second']:.4g}/s"
     )
-    terminal.line(f"the limit here is the {report['limit']}; " + _advice(report))
+    log.info(f"the limit here is the {report['limit']}; " + _advice(report))
 
 
-def try_dump(
-    recipe: DumpRecipe, dataset: Dataset, teacher: Teacher, terminal: Terminal, images: int
-) -> DumpTrial:
+def try_dump(recipe: DumpRecipe, dataset: Dataset, teacher: Teacher, images: int) -> DumpTrial:
     """Dump about ``images`` sampled images into a temporary folder, and time it and its parts."""
     workers = worker_count(recipe.dump.workers)
     # Every process needs a few pieces of work before the rate is steady.
     images = min(dataset.samples, max(images, 3 * workers * recipe.views.window))
     few = sample(dataset, images)
-    few = usable(recipe, few, LeftOuts(None, ALONE, terminal))
+    few = usable(recipe, few, LeftOuts(None, ALONE))
     manifest = cache_manifest(recipe, describe(few), teacher)
     block = manifest.view_block
     total = few.samples * block
-    with terminal.progress(2 * total, "views", "trying it out") as progress:
-        loader, kept = _load(recipe, few, block, workers, progress.advance)
+    with progress(2 * total, "views", "trying it out") as meter:
+        loader, kept = _load(recipe, few, block, workers, meter.advance)
         seconds, answers = _ask(recipe, teacher, kept, manifest)
         costs, sizes = _encode(answers, teacher, max(dataset.counts), block)
         clock = SteadyRate(total)
 
         def advance(count: int) -> None:
             clock.advance(count)
-            progress.advance(count)
+            meter.advance(count)
 
         with tempfile.TemporaryDirectory(prefix="cskd-plan-") as folder:
             writer = CacheWriter.create(Path(folder) / "cache", replace(manifest, views=block))

@@ -7,6 +7,7 @@ written.
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
@@ -19,16 +20,17 @@ from cskd_pipeline.config import TrainRecipe
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.pipeline.trainer import Run
 from cskd_pipeline.pipeline.training_data import open_training_data
-from cskd_pipeline.runtime.console import Terminal, duration
+from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import pick_device, use_threads
+from cskd_pipeline.runtime.progress import duration, progress
 from cskd_pipeline.tools.bench.steady import SteadyRate
+
+log = logging.getLogger(__name__)
 
 UPDATES = 20
 
 
-def plan_train(
-    recipe: TrainRecipe, terminal: Terminal, *, updates: int = UPDATES
-) -> dict[str, Any]:
+def plan_train(recipe: TrainRecipe, *, updates: int = UPDATES) -> dict[str, Any]:
     """Forecast the run of ``recipe``; evaluation and checkpoints are not counted.
 
     Args:
@@ -45,31 +47,31 @@ def plan_train(
     use_threads(recipe.run.threads)
     if recipe.data.drift == "skip":  # to find such images is to read all; the rates are the same
         recipe = replace(recipe, data=replace(recipe.data, drift="warn"))
-    data = open_training_data(recipe, terminal)
+    data = open_training_data(recipe)
     run = Run(recipe, data, pick_device(recipe.run.device))
     updates = min(updates, run.updates)
     batch_size, accumulation = recipe.batch.batch_size, recipe.batch.accumulation
-    with terminal.progress(3 * updates, "updates", "trying it out") as progress:
+    with progress(3 * updates, "updates", "trying it out") as meter:
         loader = SteadyRate(updates)
         kept: list[Batch] = []
         for number, batch in enumerate(_some(run, updates), start=1):
             kept = [*kept, batch][:accumulation]
             if number % accumulation == 0:
                 loader.advance(1)
-                progress.advance()
+                meter.advance()
         seconds = []
         for _ in range(updates):
             began = time.perf_counter()
             run.step(iter(kept)).tolist()  # waits for the device
             seconds.append(time.perf_counter() - began)
-            progress.advance()
+            meter.advance()
         run.update = 0
         together = SteadyRate(updates)
         batches = _some(run, updates)
         for _ in range(updates):
             run.step(batches).tolist()
             together.advance(1)
-            progress.advance()
+            meter.advance()
     device = batch_size / statistics.median(seconds[len(seconds) // 4 :])
     rates = {
         "loader": batch_size * loader.rate,
@@ -116,7 +118,7 @@ def show(report: Mapping[str, Any], terminal: Terminal) -> None:
         advice = f"{workers} loader processes on as many cores would feed the device"
     else:
         advice = f"{workers} loader processes feed it"
-    terminal.line(f"the limit here is the {report['limit']}; {advice}")
+    log.info(f"the limit here is the {report['limit']}; {advice}")
 
 
 def _durations(report: Mapping[str, Any], rate: float) -> list[str]:

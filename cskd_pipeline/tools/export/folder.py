@@ -13,7 +13,7 @@ from cskd_pipeline.models.checkpoint import load_student, save_student, student_
 from cskd_pipeline.models.header import StudentCard
 from cskd_pipeline.models.student import Student
 from cskd_pipeline.runtime.atomic import atomic_folder, require_empty, write_text
-from cskd_pipeline.runtime.progress import Progress, silent
+from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.export import graph
 from cskd_pipeline.tools.export.model_card import model_card
 
@@ -29,7 +29,6 @@ def export(
     *,
     formats: Sequence[str] = ("timm",),
     each_head: bool = False,
-    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the student of ``checkpoint`` (a file, or a run's folder) into an empty folder.
 

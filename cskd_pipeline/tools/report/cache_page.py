@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from cskd_pipeline.distill.ckf import SCHEDULES, ckf_ratio
 from cskd_pipeline.errors import JoinError
 from cskd_pipeline.runtime.atomic import write_text
 from cskd_pipeline.runtime.classes import ClassGuard
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools.report import controls, page, plots, statistics
 from cskd_pipeline.tools.report.gallery import (
     SMALL,
@@ -28,6 +28,8 @@ from cskd_pipeline.tools.report.gallery import (
 )
 from cskd_pipeline.tools.report.labels import Labels, read_labels
 from cskd_pipeline.tools.report.statistics import Statistics, Truth
+
+log = logging.getLogger(__name__)
 
 PAGE = "index.html"
 IMAGES = 12
@@ -40,7 +42,6 @@ def show_cache(
     path: Path | str,
     shards: str,
     out: Path,
-    terminal: Terminal,
     *,
     split: str | None = None,
     images: int = IMAGES,
@@ -65,10 +66,10 @@ def show_cache(
     Raises:
         CskdError: the cache, or the shards, cannot be used, or do not belong together.
     """
-    reader = CacheReader(path, progress=terminal.progress)
+    reader = CacheReader(path)
     guard = ClassGuard(accept=accept_classes)
-    found = join_to_look(reader, shards, guard, split=split, progress=terminal.progress)
-    guard.tell(terminal.warn)
+    found = join_to_look(reader, shards, guard, split=split)
+    guard.tell(log.warning)
     rows = choose_views(found, images)
     sampled = statistics.sample_rows(found, samples)
     if not len(rows) or not len(sampled):
@@ -78,11 +79,11 @@ def show_cache(
             found=f"{found.missing} of {found.samples.total} samples missing",
             action="give the shards that the cache was made from, or finish the dump",
         )
-    views = make_views(found, rows, terminal.progress)
+    views = make_views(found, rows)
     labels = read_labels(reader, rows)
-    counted = statistics.measure(found, sampled, terminal.progress)
+    counted = statistics.measure(found, sampled)
     names = controls.class_names(reader)
-    info = describe(path, terminal.progress)
+    info = describe(path)
     drawn = _plots(counted)
     sections = [
         _provenance(info),

@@ -5,6 +5,7 @@ Students are asked as they stand after their run, in evaluation mode.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +23,13 @@ from cskd_pipeline.errors import JoinError, UsageError
 from cskd_pipeline.models.checkpoint import load_student, read_card, student_file
 from cskd_pipeline.models.header import StudentCard
 from cskd_pipeline.runtime.classes import ClassGuard
-from cskd_pipeline.runtime.console import Terminal
-from cskd_pipeline.runtime.progress import Progress
+from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.report.gallery import GalleryViews, choose_views, make_views
 from cskd_pipeline.tools.report.labels import Labels, read_labels
 from cskd_pipeline.tools.report.records import RunRecord
 from cskd_pipeline.tools.report.statistics import RATIOS, Truth, truth
+
+log = logging.getLogger(__name__)
 
 _AT_ONCE = 32  # views that a student sees together
 
@@ -73,7 +75,6 @@ class Comparison:
 def compare(
     runs: Sequence[RunRecord],
     shards: str,
-    terminal: Terminal,
     guard: ClassGuard,
     *,
     cache: str | None = None,
@@ -105,7 +106,7 @@ def compare(
     dense = [run for run in runs if run.name not in without]
     if not dense:
         return None, without
-    reader = CacheReader(cache or _cache_of(dense[0]), progress=terminal.progress)
+    reader = CacheReader(cache or _cache_of(dense[0]))
     files = {run.name: student_file(run.folder) for run in dense}
     cards = {name: read_card(file) for name, file in files.items()}
     without |= {name: why for name, card in cards.items() if (why := _misfit(card, reader))}
@@ -114,8 +115,8 @@ def compare(
         guard.compare(student, classes_of(reader))
     if len(without) == len(runs):
         return None, without
-    found = join_to_look(reader, shards, guard, split=split, progress=terminal.progress)
-    guard.tell(terminal.warn)
+    found = join_to_look(reader, shards, guard, split=split)
+    guard.tell(log.warning)
     rows = choose_views(found, max(images, samples))
     if not len(rows):
         raise JoinError(
@@ -131,13 +132,13 @@ def compare(
     for style, run in enumerate(runs):
         if run.name not in without:
             file = files[run.name]
-            labels, card = _ask(file, found, rows, terminal.progress)
+            labels, card = _ask(file, found, rows)
             agreement = (at == labels).mean(axis=(1, 2, 3))
             students.append(StudentLabels(run, style, file, card, labels[shown], agreement))
     compared = Comparison(
         cache=reader,
         counted=at.shape[1:],
-        views=make_views(found, rows[shown], terminal.progress),
+        views=make_views(found, rows[shown]),
         teacher=replace(teacher, planes=teacher.planes[shown]),
         truth=truth(found, rows[shown]),
         students=tuple(students),
@@ -175,9 +176,7 @@ def _misfit(card: StudentCard, reader: CacheReader) -> str:
 
 
 @torch.inference_mode()
-def _ask(
-    file: Path, found: Join, rows: np.ndarray, progress: Progress
-) -> tuple[np.ndarray, StudentCard]:
+def _ask(file: Path, found: Join, rows: np.ndarray) -> tuple[np.ndarray, StudentCard]:
     """The classes that a student says: (m, h, w) int64."""
     student, card = load_student(file, torch.device("cpu"))
     student.eval()

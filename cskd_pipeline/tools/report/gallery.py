@@ -13,7 +13,7 @@ from cskd_pipeline.data.batches import render_batch
 from cskd_pipeline.data.images import NOWHERE
 from cskd_pipeline.data.join import Join
 from cskd_pipeline.data.replay import cache_of, renderer_of, same_images, spread_views
-from cskd_pipeline.runtime.progress import Progress, silent
+from cskd_pipeline.runtime.progress import progress
 
 SMALL = 64
 """Pixels up to which a view is stored as it is, and shown without smoothing."""
@@ -42,7 +42,7 @@ def choose_views(found: Join, count: int) -> np.ndarray:
     return rows[found.images.locate(partner[:, 1:])[0] != NOWHERE]
 
 
-def make_views(found: Join, rows: np.ndarray, progress: Progress = silent) -> GalleryViews:
+def make_views(found: Join, rows: np.ndarray) -> GalleryViews:
     """Make the views ``rows``, (n, 3), n > 0.
 
     Raises:

@@ -8,7 +8,6 @@ from typing import Any
 
 from cskd_pipeline.runtime.atomic import write_text
 from cskd_pipeline.runtime.classes import ClassGuard
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools.report import curves, page, plots, predictions
 from cskd_pipeline.tools.report.cache_page import PAGE
 from cskd_pipeline.tools.report.curves import side_by_side
@@ -23,7 +22,6 @@ _KEYS = 200  # of recipes that differ, shown
 def show_runs(
     folders: Sequence[Path],
     out: Path,
-    terminal: Terminal,
     *,
     shards: str | None = None,
     cache: str | None = None,
@@ -62,7 +60,6 @@ def show_runs(
         compared, without = compare(
             runs,
             shards,
-            terminal,
             guard,
             cache=cache,
             split=split,

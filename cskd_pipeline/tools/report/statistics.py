@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from cskd_pipeline.data.join import Join
 from cskd_pipeline.data.replay import cache_of, renderer_of
-from cskd_pipeline.runtime.progress import Progress, silent
+from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.report import plots
 from cskd_pipeline.tools.report.labels import Labels, read_labels
 
@@ -97,7 +97,7 @@ def truth(found: Join, rows: np.ndarray) -> Truth:
     )
 
 
-def measure(found: Join, rows: np.ndarray, progress: Progress = silent) -> Statistics:
+def measure(found: Join, rows: np.ndarray) -> Statistics:
     """Labels of the views ``rows``, (n, 3), n > 0, counted."""
     cache = cache_of(found)
     parts: list[Labels] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools.report import plots
 from cskd_pipeline.tools.study.arms import ARMS, FUSION, ORDERING, Claim, StudyRun
 from cskd_pipeline.tools.study.verdicts import Spread, Verdict, judge, ordering
+
+log = logging.getLogger(__name__)
 
 COLUMNS = ("trained with", "seeds", "top-1 %, mean ± deviation", "each seed", "seconds a run")
 NOTE = (
@@ -121,8 +124,8 @@ def show(report: Mapping[str, Any], terminal: Terminal) -> None:
         [[whole["claim"], whole["verdict"], ""], *claims],
     )
     for line in (teacher_line(report), NOTE):
-        terminal.line(line)
-    terminal.line(f"{report['seconds']:.0f} s; everything is in {report['out']}")
+        log.info(line)
+    log.info(f"{report['seconds']:.0f} s; everything is in {report['out']}")
 
 
 def write_files(report: Mapping[str, Any], out: Path) -> None:

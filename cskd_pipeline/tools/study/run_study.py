@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from typing import Any
 from cskd_pipeline.cache.manifest import library_versions
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.runtime.atomic import write_json
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import cores, pick_device
+from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.commands import Command, Summary, side_by_side, spoken
 from cskd_pipeline.tools.study.arms import StudyRun, all_runs
 from cskd_pipeline.tools.study.ledger import Ledger, Recipes, data_digest, load_recipes
-from cskd_pipeline.tools.study.report import make_report, show, write_files
+from cskd_pipeline.tools.study.report import make_report, write_files
+
+log = logging.getLogger(__name__)
 
 TEACHER, DUMP = "teacher", "dump"
 
@@ -25,7 +28,6 @@ def run_study(
     shards: str,
     val_shards: str,
     out: Path,
-    terminal: Terminal,
     command: Command,
     *,
     size: str | None = None,
@@ -56,8 +58,8 @@ def run_study(
     chosen = load_recipes(size or ("gpu" if gpu else "cpu"), recipes)
     threads = chosen.students["cskd"].run.threads or cores()
     jobs = jobs or (1 if gpu else max(1, cores() // threads))
-    train = load_dataset(shards, progress=terminal.progress)
-    validation = load_dataset(val_shards, prefer=("validation",), progress=terminal.progress)
+    train = load_dataset(shards)
+    validation = load_dataset(val_shards, prefer=("validation",))
     digests = {f"{role} recipe": digest for role, digest in chosen.digests.items()}
     digests["training images"] = data_digest(train.shard_ids)
     digests["validation images"] = data_digest(validation.shard_ids)
@@ -71,7 +73,7 @@ def run_study(
     ):
         found = ledger.find(name, "seconds")
         if found is None:
-            found = read(spoken(command, terminal)(*words))
+            found = read(spoken(command)(*words))
             ledger.add(name, found)
         parts[name] = found
 
@@ -79,12 +81,12 @@ def run_study(
     results = {run.name: ledger.find(run.name, "top1", "seconds") for run in runs}
     done = {name: found for name, found in results.items() if found is not None}
     todo = {run.name: stages.student(run) for run in runs if run.name not in done}
-    with terminal.progress(len(runs), "students", "study", done=len(done)) as meter:
-        for name, summary in _run(todo, jobs, out / "logs", terminal, command):
+    with progress(len(runs), "students", "study", done=len(done)) as meter:
+        for name, summary in _run(todo, jobs, out / "logs", command):
             done[name] = _trained(summary)
             ledger.add(name, done[name])
             meter.advance()
-            terminal.line(f"{name}: top-1 {done[name]['top1']:.2f} %")
+            log.info(f"{name}: top-1 {done[name]['top1']:.2f} %")
     report = make_report(runs, done) | {
         "teacher": parts[TEACHER],
         "cache": parts[DUMP],
@@ -98,7 +100,6 @@ def run_study(
     }
     write_json(out / "study.json", report)
     write_files(report, out)
-    show(report, terminal)
     return report
 
 
@@ -141,14 +142,13 @@ def _run(
     calls: Mapping[str, list[str | Path]],
     jobs: int,
     logs: Path,
-    terminal: Terminal,
     command: Command,
 ) -> Iterator[tuple[str, Summary]]:
     """Name and summary of each call as it ends, ``jobs`` of them at a time."""
     if jobs > 1:
-        yield from side_by_side(calls, jobs, logs, terminal)
+        yield from side_by_side(calls, jobs, logs)
         return
-    call: Callable[..., Summary] = spoken(command, terminal)
+    call: Callable[..., Summary] = spoken(command)
     for name, words in calls.items():
         yield name, call(*words)
 

@@ -7,6 +7,7 @@ sample's answers are computed again too.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,8 @@ from cskd_pipeline.runtime.classes import COMMAND_SWITCH, ClassGuard
 from cskd_pipeline.runtime.console import Terminal, format_value
 from cskd_pipeline.tools.verify.depth import Check
 from cskd_pipeline.tools.verify.verify_responses import TeacherChoice, check_teacher
+
+log = logging.getLogger(__name__)
 
 SAMPLES = 512  # views that are made again unless told otherwise
 
@@ -58,21 +61,21 @@ def verify(
         CacheError: something is wrong; holds the report too.
         CskdError: there is no cache, or no data set, to look at.
     """
-    reader = CacheReader(cache, progress=terminal.progress)
+    reader = CacheReader(cache)
     checks = _own_checks(reader, depth, partial, terminal)
     broken = any(check.problems for check in checks[1:])
     differences = reader.manifest.version_differences(library_versions())
     if shards is not None and broken:
-        terminal.warn("the cache itself is damaged: it is not compared with the shards")
+        log.warning("the cache itself is damaged: it is not compared with the shards")
     elif shards is not None:
         guard = ClassGuard(accept=True)  # every difference becomes a problem, unless it is accepted
-        found = join_to_look(reader, shards, guard, split=split, progress=terminal.progress)
+        found = join_to_look(reader, shards, guard, split=split)
         checks.append(_classes_check(found, guard, accept_classes, terminal))
-        replayed = replay(found, spread_views(found, samples), terminal.progress)
+        replayed = replay(found, spread_views(found, samples))
         checks += [_join_check(found), *_replay_checks(found, replayed, differences)]
         if teacher is not None:
-            checks += check_teacher(found, replayed, teacher, terminal)
-    digest = None if broken else reader.digest(terminal.progress)
+            checks += check_teacher(found, replayed, teacher)
+    digest = None if broken else reader.digest()
     report = _report(reader, checks, differences, digest)
     _show(checks, terminal)
     if not report["ok"]:
@@ -92,11 +95,11 @@ def _own_checks(reader: CacheReader, depth: str, partial: bool, terminal: Termin
     counts = {"done": len(units), "total": done.size}
     checks = [Check("units", counts, () if partial else missing)]
     files = len({key for unit in units for _, key in store.recorded_files(*unit)})
-    problems = check_structure(store, units, terminal.progress)
+    problems = check_structure(store, units)
     checks.append(Check("structure", {"files": files}, problems))
     if depth == "bytes" and not problems:
         views = sum(reader.manifest.view_block * reader.counts[shard] for _, shard in units)
-        problems = check_bytes(reader, units, terminal.progress)
+        problems = check_bytes(reader, units)
         checks.append(Check("bytes", {"views": views}, problems))
     return checks
 
@@ -104,10 +107,10 @@ def _own_checks(reader: CacheReader, depth: str, partial: bool, terminal: Termin
 def _classes_check(found: Join, guard: ClassGuard, accept: bool, terminal: Terminal) -> Check:
     """Of names, and of labels by key; what is accepted is told."""
     if accept:
-        guard.tell(terminal.warn)
+        guard.tell(log.warning)
     else:
         for line in guard.unknown:
-            terminal.warn(line)
+            log.warning(line)
     images = found.images
     problems = [Problem("classes", "class names and labels", line) for line in guard.accepted]
     problems += [

@@ -18,8 +18,8 @@ from cskd_pipeline.distill.encodings import Encoding
 from cskd_pipeline.distill.targets import Targets
 from cskd_pipeline.models.teacher import Teacher, load_teacher
 from cskd_pipeline.pipeline.dump import logits_of
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import pick_device
+from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.verify.depth import Check
 
 MEAN_AGREEMENT = 0.98
@@ -45,9 +45,7 @@ class TeacherChoice:
     device: str = "auto"
 
 
-def check_teacher(
-    found: Join, replayed: Replay, choice: TeacherChoice, terminal: Terminal
-) -> list[Check]:
+def check_teacher(found: Join, replayed: Replay, choice: TeacherChoice) -> list[Check]:
     """Whether the teacher is the cache's, and if so whether it still gives its answers.
 
     Raises:
@@ -64,17 +62,17 @@ def check_teacher(
     identity = Check("teacher", counts, problems)
     if problems:
         return [identity]
-    return [identity, _check_answers(found, replayed, teacher, terminal)]
+    return [identity, _check_answers(found, replayed, teacher)]
 
 
-def _check_answers(found: Join, replayed: Replay, teacher: Teacher, terminal: Terminal) -> Check:
+def _check_answers(found: Join, replayed: Replay, teacher: Teacher) -> Check:
     """Ask about those views that were made again to the bit, and so were their partners' images."""
     cache = cache_of(found)
     renderer = renderer_of(found, strict=False)
     rows = replayed.rows[replayed.exact & replayed.same_seed]
     rows = rows[same_images(found, renderer.pair(rows).partner)] if len(rows) else rows
     parts: dict[str, list[np.ndarray]] = {name: [] for name in cache.encodings}
-    with terminal.progress(len(rows), "views", "asking the teacher again") as meter:
+    with progress(len(rows), "views", "asking the teacher again") as meter:
         for start in range(0, len(rows), teacher.batch_size):
             part = rows[start : start + teacher.batch_size]
             batch = render_batch(renderer, part).to(teacher.device)

@@ -59,7 +59,7 @@ def test_rates_are_of_each_side_and_the_slower_of_loader_and_teacher_is_the_limi
     monkeypatch.setattr(bench, "unit_batches", slow)
     monkeypatch.setattr(bench, "_wait", lambda teacher: clock.work(16 * 0.1))
     report = bench.bench_dump(
-        recipe_of(small), world.quiet(), images=8, rounds=3, with_variants=False, clock=clock
+        recipe_of(small), images=8, rounds=3, with_variants=False, clock=clock
     )
     found = {name: rates["median"] for name, rates in report["views_per_second"].items()}
     assert found == pytest.approx(
@@ -88,7 +88,7 @@ def test_changed_labels_are_counted_over_all_places_and_ratios() -> None:
 def test_variants_are_teachers_with_other_settings_beside_float32(small: World) -> None:
     recipe = recipe_of(small)
     recipe = replace(recipe, cache=replace(recipe.cache, views=10, view_block=10))
-    dataset, teacher = bench.open_stage_one(recipe, world.quiet())
+    dataset, teacher = bench.open_stage_one(recipe)
     resident = bench._resident(recipe, dataset, teacher)
     assert {len(views) for views in resident} == {16}
     clock = Time()
@@ -97,11 +97,11 @@ def test_variants_are_teachers_with_other_settings_beside_float32(small: World) 
         clock.work(0.5)
         return clock()
 
-    report = bench.variants(recipe, world.quiet(), resident, 3, ticking, compile=False)
+    report = bench.variants(recipe, resident, 3, ticking, compile=False)
     assert list(report) == ["float32", "channels_last", "bfloat16", "bfloat16 channels_last"]
     assert report["float32"]["hard_labels_changed"] == 0.0
-    halves = bench._with(recipe, world.quiet(), {"precision": "bfloat16", "channels_last": True})
-    plain = bench._with(recipe, world.quiet(), {})
+    halves = bench._with(recipe, {"precision": "bfloat16", "channels_last": True})
+    plain = bench._with(recipe, {})
     assert (halves.precision, halves.channels_last) == ("bfloat16", True)
     assert (plain.precision, plain.channels_last) == ("float32", False)
     assert all(row["ratio"]["median"] == 1.0 for row in report.values())
@@ -111,7 +111,6 @@ def test_too_few_images_for_a_batch_are_refused(small: World) -> None:
     with pytest.raises(DataError, match="batches of 100000"):
         bench.bench_dump(
             replace(recipe_of(small), dump=replace(recipe_of(small).dump, batch_size=100_000)),
-            world.quiet(),
             images=4,
             rounds=3,
             with_variants=False,

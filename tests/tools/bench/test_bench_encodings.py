@@ -42,7 +42,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Responses:
 @pytest.fixture(scope="module")
 def report(answers: Responses) -> dict[str, Any]:
     threads = torch.get_num_threads()
-    found = bench.bench_encodings(answers, world.quiet(), device=CPU)
+    found = bench.bench_encodings(answers, device=CPU)
     assert torch.get_num_threads() == threads
     return found
 
@@ -199,8 +199,8 @@ def test_answers_of_a_teacher_are_those_of_its_dump(small: World, tmp_path: Path
     from cskd_pipeline.pipeline.dump import dump_teacher
 
     recipe = world.dump_recipe(small.shards, tmp_path / "c", ["views.mix=0.0"], views=2)
-    dump_teacher(recipe, world.quiet())
-    found = from_teacher(recipe, world.quiet(), 24)
+    dump_teacher(recipe)
+    found = from_teacher(recipe, 24)
     assert found.spatial.shape == (24, 4, 4, 4)
     reader = CacheReader(tmp_path / "c")
     dumped = {
@@ -209,7 +209,7 @@ def test_answers_of_a_teacher_are_those_of_its_dump(small: World, tmp_path: Path
         for row in reader.rows("dense", 0, shard, range(count))["dense/spatial"]
     }
     assert {row.tobytes() for row in found.spatial.numpy()} <= dumped
-    more = from_teacher(recipe, world.quiet(), 150)  # of 96 samples: in two views
+    more = from_teacher(recipe, 150)  # of 96 samples: in two views
     assert len(more) == 150
 
 

@@ -72,7 +72,7 @@ def test_both_sides_make_the_same_batches_and_one_has_targets(
 
     monkeypatch.setattr(TrainBatches, "__getitem__", recorded)
     asked = recipe(small, "batch.accumulation=2")
-    report = bench.bench_join(asked, world.quiet(), rounds=3, updates=2, clock=clock)
+    report = bench.bench_join(asked, rounds=3, updates=2, clock=clock)
     assert report["images_per_round"] == 32
     assert report["ratio"] == {"median": 0.8, "low": 0.8, "high": 0.8}
     assert report["images_per_second"]["without"]["median"] == 8.0
@@ -88,7 +88,7 @@ def test_both_sides_make_the_same_batches_and_one_has_targets(
 def test_without_a_cache_there_is_nothing_to_join(small: World) -> None:
     alone = world.train_recipe(small.shards, None, Path(), "none")
     with pytest.raises(UsageError, match="joins no cache"):
-        bench.bench_join(alone, world.quiet(), rounds=3)
+        bench.bench_join(alone, rounds=3)
 
 
 def test_the_simulation_opens_whole_caches_whose_readers_do_not_grow(
@@ -102,7 +102,7 @@ def test_the_simulation_opens_whole_caches_whose_readers_do_not_grow(
         opened.append((self.views, self.done().shape, bool(self.done().all())))
 
     monkeypatch.setattr(CacheReader, "__init__", recorded)
-    report = bench.simulate(world.quiet(), shards=6)
+    report = bench.simulate(shards=6)
     assert report["samples"] == 6 * 1251
     assert set(opened) == {(30, (3, 6), True), (300, (30, 6), True)}
     few, many = report["opening"].values()

@@ -39,7 +39,7 @@ def test_ratios_are_times_as_fast_as_timm(small: World, monkeypatch: pytest.Monk
     )
     monkeypatch.setattr(bench, "_timms", lambda *_: side("timm", 2))
     report = bench.bench_loader(
-        load_dataset(small.shards), world.quiet(), size=32, batch_size=16, rounds=4, clock=clock
+        load_dataset(small.shards), size=32, batch_size=16, rounds=4, clock=clock
     )
     assert report["ratio"]["repeats_1"] == {"median": 2, "low": 2, "high": 2}
     assert report["ratio"]["repeats_3"]["median"] == 8
@@ -54,9 +54,7 @@ def test_sides_that_do_unequal_work_are_not_compared(
 ) -> None:
     monkeypatch.setattr(bench, "_timms", lambda *_: lambda number: 15)
     with pytest.raises(AssertionError, match="timm"):
-        bench.bench_loader(
-            load_dataset(small.shards), world.quiet(), size=32, batch_size=16, rounds=3
-        )
+        bench.bench_loader(load_dataset(small.shards), size=32, batch_size=16, rounds=3)
 
 
 def test_timms_side_reads_the_same_tars_with_the_same_policy(

@@ -65,7 +65,6 @@ def test_a_ratio_is_seconds_in_units_of_the_plain_step(monkeypatch: pytest.Monke
     monkeypatch.setattr(bench, "_runs", named)
     report = bench.bench_step(
         _sized(small_recipe("batch.accumulation=2")),
-        world.quiet(),
         students=[STUDENT],
         teacher=TEACHER,
         rounds=3,
@@ -198,9 +197,7 @@ def test_on_a_gpu_the_host_never_waits_in_a_step(method: str, amp: str) -> None:
 
 def test_an_unknown_student_is_refused() -> None:
     with pytest.raises(StudentError, match="deit_tinny"):
-        bench.bench_step(
-            small_recipe(), world.quiet(), students=["deit_tinny"], teacher=None, rounds=3
-        )
+        bench.bench_step(small_recipe(), students=["deit_tinny"], teacher=None, rounds=3)
 
 
 def test_the_command_prints_every_side(capsys: Capture) -> None:

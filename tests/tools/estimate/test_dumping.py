@@ -55,9 +55,9 @@ def both(
     """The forecast, the dump's summary, and the description of what it made."""
     path = tmp_path_factory.mktemp("plan") / "cache"
     recipe = recipe_of(small.shards, path, list(ENCODINGS))
-    report = estimate_dump.plan_dump(recipe, world.quiet(), views=(VIEWS, 60), devices=(1, 4))
+    report = estimate_dump.plan_dump(recipe, views=(VIEWS, 60), devices=(1, 4))
     assert not path.exists()
-    return report, dump_teacher(recipe, world.quiet()), describe(path)
+    return report, dump_teacher(recipe), describe(path)
 
 
 def row(report: dict[str, Any], views: int, *encodings: str) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def forecast(
     monkeypatch.setattr(estimate_dump, "open_stage_one", lambda *_: (dataset, teacher))
     monkeypatch.setattr(estimate_dump, "try_dump", lambda *_: trial)
     recipe = recipe_of(Path("shards"), Path("cache"), ["dense"])
-    return estimate_dump.plan_dump(recipe, world.quiet(), views=(2,), devices=(1, 4))
+    return estimate_dump.plan_dump(recipe, views=(2,), devices=(1, 4))
 
 
 def test_bytes_are_the_answers_and_what_all_encodings_share(

@@ -34,13 +34,13 @@ def test_a_slow_student_is_the_limit_and_the_time_is_the_runs(
 ) -> None:
     sleep_before(monkeypatch, Run, "parts", 0.4)
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run", epochs=2)
-    report = estimate_train.plan_train(recipe, world.quiet(), updates=6)
+    report = estimate_train.plan_train(recipe, updates=6)
     assert not (tmp_path / "run").exists()
     assert report["limit"] == "device"
     rates = report["images_per_second"]
     assert rates["device"] < 16 / 0.4
     assert rates["device"] < rates["loader"]
-    summary = train(recipe, world.quiet())
+    summary = train(recipe)
     assert summary["updates"] == report["updates_per_epoch"] * 2
     assert report["seconds"] == pytest.approx(summary["seconds"], rel=0.15)
 
@@ -53,7 +53,7 @@ def test_a_slow_disk_is_the_limit(
 ) -> None:
     sleep_before(monkeypatch, render, "decode", 0.03)
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run", epochs=2)
-    report = estimate_train.plan_train(recipe, world.quiet(), updates=4)
+    report = estimate_train.plan_train(recipe, updates=4)
     assert report["limit"] == "loader"
     assert report["workers_to_feed_the_device"] > 1
     rates = report["images_per_second"]
@@ -101,7 +101,7 @@ def test_time_and_processes_follow_from_the_rates(
     monkeypatch.setattr(estimate_train, "SteadyRate", Known)
     recipe = world.train_recipe(small.shards, small.cache, tmp_path, epochs=3)
     recipe = replace(recipe, run=replace(recipe.run, workers=2))
-    report = estimate_train.plan_train(recipe, world.quiet(), updates=1)
+    report = estimate_train.plan_train(recipe, updates=1)
     rates = report["images_per_second"]
     assert (rates["loader"], rates["together"]) == (2.0 * 16, 1.0 * 16)
     assert report["seconds_per_epoch"] == report["updates_per_epoch"]

@@ -64,7 +64,7 @@ def shown(small: World, tmp_path_factory: pytest.TempPathFactory) -> Shown:
         kwargs=world.STUDENT_KWARGS.replace("}", ", drop_rate=0.2}"),  # that asking it shuts off
         sets=[f'data.val_shards="{small.validation}"'],
     )
-    train(recipe, world.quiet())
+    train(recipe)
     plain = make_run(root / EVIL.replace("/", "|"), method="none", sets=(f"run.wandb={EVIL}",))
     found = show(root / "page", root / BOLD, plain, "--shards", small.shards, "--images", 5)
     return Shown(root / BOLD, plain, root / "page/index.html", found)
@@ -136,7 +136,6 @@ def test_the_slider_moves_the_teacher_and_what_agrees(
     compared, _ = compare(
         read_runs([shown.cskd]),
         str(small.shards),
-        world.quiet(),
         ClassGuard(),
         images=5,
         samples=256,
@@ -181,7 +180,6 @@ def test_a_students_labels_are_those_of_its_patch_tokens(shown: Shown, small: Wo
     compared, without = compare(
         read_runs([shown.cskd]),
         str(small.shards),
-        world.quiet(),
         ClassGuard(),
         images=6,
         samples=24,
@@ -221,9 +219,7 @@ def pixels(shards: Path, reader: CacheReader, view: int, shard: int, offset: int
 
 def test_agreement_is_the_share_of_equal_labels(shown: Shown, small: World) -> None:
     runs = read_runs([shown.cskd])
-    compared, _ = compare(
-        runs, str(small.shards), world.quiet(), ClassGuard(), images=40, samples=40
-    )
+    compared, _ = compare(runs, str(small.shards), ClassGuard(), images=40, samples=40)
     assert compared is not None
     [student] = compared.students
     for r in (0.0, 0.37, 1.0):
@@ -324,7 +320,7 @@ def test_a_student_of_another_cache_is_told_of_and_not_asked(
     state = load_file(run / "best.safetensors")
     save_student(run / "best.safetensors", state, replace(card, **{field: other[field]}))
     compared, without = compare(
-        read_runs([run]), str(small.shards), world.quiet(), ClassGuard(), images=2, samples=2
+        read_runs([run]), str(small.shards), ClassGuard(), images=2, samples=2
     )
     assert compared is None
     assert str(other[field]) in without["run"]
@@ -347,9 +343,7 @@ def test_only_a_folder_is_taken_from_a_recipe(small: World, tmp_path: Path, name
     recipe = run / "recipe.toml"
     recipe.write_text(recipe.read_text().replace('cache = "cache"', f'cache = "{named}"'))
     with pytest.raises(UsageError, match="--cache"):
-        compare(
-            read_runs([run]), str(small.shards), world.quiet(), ClassGuard(), images=1, samples=1
-        )
+        compare(read_runs([run]), str(small.shards), ClassGuard(), images=1, samples=1)
 
 
 # Refusals

@@ -12,17 +12,14 @@ from pathlib import Path
 import pytest
 
 from cskd_pipeline.errors import CskdError
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools import commands
 from cskd_pipeline.tools.commands import side_by_side
-
-SILENT = Terminal.silent()
 
 
 def test_a_command_in_a_process_of_its_own_says_why_it_failed(tmp_path: Path) -> None:
     calls = {"look": ["cache", "info", tmp_path / "nothing"]}
     with pytest.raises(CskdError) as caught:
-        list(side_by_side(calls, 2, tmp_path / "logs", SILENT))
+        list(side_by_side(calls, 2, tmp_path / "logs"))
     assert caught.value.problem.startswith("look: ")
     assert str(caught.value.where).startswith(str(tmp_path / "nothing"))
     assert "Traceback" not in (tmp_path / "logs/look.log").read_text()
@@ -62,7 +59,7 @@ def patient(ready: Path, told: Path) -> list[str]:
 @pytest.mark.usefixtures("scripts")
 def test_summaries_come_by_name_as_they_end(tmp_path: Path) -> None:
     calls = {"slow": says({"n": 1}, after=1.0), "quick": says({"n": 2}), "last": says({"n": 3})}
-    found = list(side_by_side(calls, 2, tmp_path, SILENT))
+    found = list(side_by_side(calls, 2, tmp_path))
     assert found == [("quick", {"n": 2}), ("last", {"n": 3}), ("slow", {"n": 1})]
 
 
@@ -75,7 +72,7 @@ def test_never_more_than_asked_run_at_once(tmp_path: Path) -> None:
         "mine.unlink()"
     )
     calls = {str(n): [code] for n in range(5)}
-    found = list(side_by_side(calls, 2, tmp_path / "logs", SILENT))
+    found = list(side_by_side(calls, 2, tmp_path / "logs"))
     assert len(found) == 5
     assert max(summary["alive"] for _, summary in found) <= 2
 
@@ -100,7 +97,7 @@ def test_one_that_fails_stops_the_others_kindly(
     started = time.monotonic()
     calls = {"other": patient(ready, asked), "bad": failing, "never": SLEEP}
     with pytest.raises(CskdError) as caught:
-        list(side_by_side(calls, 2, tmp_path / "logs", SILENT))
+        list(side_by_side(calls, 2, tmp_path / "logs"))
     assert told in str(caught.value)
     assert asked.exists()
     assert time.monotonic() - started < 50
@@ -112,7 +109,7 @@ def test_a_caller_that_stops_leaves_no_process(tmp_path: Path) -> None:
     ready, asked = tmp_path / "ready", tmp_path / "asked"
     quick = [f"import time, pathlib\nwhile not pathlib.Path({str(ready)!r}).exists(): "
              "time.sleep(.01)\nprint('{}')"]  # fmt: skip
-    running = side_by_side({"a": patient(ready, asked), "b": quick}, 2, tmp_path / "l", SILENT)
+    running = side_by_side({"a": patient(ready, asked), "b": quick}, 2, tmp_path / "l")
     assert next(running) == ("b", {})
     running.close()  # as an exception at the caller's would
     assert asked.exists()

@@ -276,7 +276,7 @@ def test_several_students_at_a_time_are_processes_side_by_side(
     asked: dict[str, Any] = {}
 
     def beside(
-        calls: Mapping[str, Sequence[object]], processes: int, logs: Path, terminal: object
+        calls: Mapping[str, Sequence[object]], processes: int, logs: Path
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         asked.update(calls=calls, processes=processes, logs=logs)
         for name, words in reversed(calls.items()):
