@@ -17,6 +17,12 @@ from cskd_pipeline.models.train_state import load_state
 from tests.faults.commands import Stages, Whole, left_by
 
 
+def handled(pid: int, number: signal.Signals) -> bool:
+    """Return whether the process has a handler for the signal by now."""
+    status = Path(f"/proc/{pid}/status").read_text().split()
+    return bool(int(status[status.index("SigCgt:") + 1], 16) >> (number - 1) & 1)
+
+
 @pytest.mark.parametrize(
     ("kind", "number"),
     [
@@ -38,7 +44,7 @@ def test_a_command_stopped_by_a_scheduler_goes_on_when_queued_again(
     moments = random.Random(f"{kind} {number}")
     for _ in range(2):
         process = stages.server.start(*command(out), log=stages.log)
-        while not out.exists():  # its signals are handled from before that on
+        while not handled(process.pid, number):
             time.sleep(0.001)
         time.sleep(moments.uniform(0, seconds / 3))
         process.send(number)
