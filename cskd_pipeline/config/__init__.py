@@ -1,12 +1,12 @@
-"""Recipes: TOML files as frozen dataclasses, one per stage.
+"""Recipes: TOML files as frozen pydantic dataclasses, one per stage.
 
-A recipe holds everything; ``--set section.key=value`` and flags override it. ``sections`` has the
-keys, ``checks`` which values make sense; ``values`` and ``reading`` turn TOML into recipes
-and report every problem at once; ``writing`` turns them back, and into what a resumed run
-must match.
+A recipe holds everything; ``--set section.key=value`` and flags override it. ``sections`` has every
+key with its default, limits and meaning, ``keys`` finds them by dotted name; ``reading`` turns TOML
+into recipes, ``problems`` what pydantic refuses into one line each; ``writing`` turns recipes back,
+and into what a resumed run must match.
 """
 
-from cskd_pipeline.config.checks import CHOICES, validate
+from cskd_pipeline.config.keys import key_info, key_types
 from cskd_pipeline.config.reading import find_recipe, load_recipe, recipe_names
 from cskd_pipeline.config.sections import (
     BatchSection,
@@ -27,7 +27,6 @@ from cskd_pipeline.config.sections import (
 from cskd_pipeline.config.writing import adjustable, deciding, result_digest, to_toml
 
 __all__ = [
-    "CHOICES",
     "BatchSection",
     "CacheSection",
     "DistillSection",
@@ -45,9 +44,10 @@ __all__ = [
     "adjustable",
     "deciding",
     "find_recipe",
+    "key_info",
+    "key_types",
     "load_recipe",
     "recipe_names",
     "result_digest",
     "to_toml",
-    "validate",
 ]

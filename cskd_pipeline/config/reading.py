@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_origin
 
-from cskd_pipeline.config.checks import check
+from pydantic import TypeAdapter, ValidationError
+
+from cskd_pipeline.config.keys import key_types
+from cskd_pipeline.config.problems import Problems, shown
 from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
-from cskd_pipeline.config.values import Problems, build, field_types, shown
 from cskd_pipeline.errors import RecipeError, UsageError
 from cskd_pipeline.runtime import resources
 
@@ -35,13 +37,13 @@ def load_recipe(
     sets: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> R:
-    """A checked recipe: the defaults, then the file, then ``sets``, then ``flags``.
+    """Return a checked recipe: the defaults, then the file, then ``sets``, then ``flags``.
 
     Args:
         kind: ``DumpRecipe`` or ``TrainRecipe``.
         source: a file, or a name in ``stages/``; see :func:`find_recipe`. None: defaults alone.
         sets: ``section.key=value`` with a TOML value; a bare word is a string.
-        flags: dotted name to value; None means that the flag was not given.
+        flags: dotted name -> value; None means that the flag was not given.
 
     Raises:
         RecipeError: a file that is missing or not TOML; else every unknown key, wrong type and
@@ -66,10 +68,9 @@ def load_recipe(
     _refuse_code(document, overrides, problems)
     for name, value in overrides.items():
         _put(document, name, value)
-    recipe = build(kind, document, problems)
-    for name, text in check(recipe):
-        problems.add(name, text)
-    if problems.lines:
+    problems.take_out_flaws(document)
+    recipe = _validated(kind, document, problems)
+    if problems.lines or recipe is None:
         raise RecipeError(
             "the recipe is not usable",
             where=path or "the command line",
@@ -78,8 +79,20 @@ def load_recipe(
     return recipe
 
 
+def _validated(kind: type[R], document: dict[str, Any], problems: Problems) -> R | None:
+    try:
+        # JSON has TOML's types: strict validation takes its arrays for tuples, and nothing else.
+        return TypeAdapter(kind).validate_json(json.dumps(document))
+    except ValidationError as error:
+        problems.add_errors(error)
+    except RecipeError as error:  # the view policy checks itself
+        problems.add("views", str(error.found))
+        _validated(kind, {**document, "views": {}}, problems)
+    return None
+
+
 def find_recipe(kind: type, source: str | Path) -> Path:
-    """The file that ``--recipe`` means: a path, or a name in ``stages/`` (``paper_tiny_cskd``).
+    """Return the file that ``--recipe`` means: a path, or a name in ``stages/``.
 
     A name without its method means the method this project is for: ``paper_tiny``.
 
@@ -107,12 +120,12 @@ def find_recipe(kind: type, source: str | Path) -> Path:
 
 
 def recipe_names(kind: type) -> list[str]:
-    """The names of the recipes in ``stages/`` for this kind."""
+    """Return the names of the recipes in ``stages/`` for this kind."""
     return sorted(_recipe_files(kind))
 
 
 def _recipe_files(kind: type) -> dict[str, Path]:
-    """Name to file. A study's recipes lie together; the one of its dump says so at its end."""
+    """Return name -> file. A study's recipes lie together; its dump's name ends in ``_dump``."""
     own = (resources.stages() / _FOLDERS[kind]).glob("*.toml")
     studies = (resources.stages() / _STUDIES).glob("*.toml")
     dumps = kind is DumpRecipe
@@ -138,7 +151,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _nests_deeply(data: bytes) -> bool:
-    """Whether a line could hold a key of thousands of parts, ``a.a.a``.
+    """Return whether a line could hold a key of thousands of parts, ``a.a.a``.
 
     tomllib takes memory that grows with the square of their number. A dot between parts stands
     beside a quote, or in a row of bare words that nothing else interrupts.
@@ -153,7 +166,7 @@ def _nests_deeply(data: bytes) -> bool:
 def _refuse_code(
     document: Mapping[str, Any], overrides: Mapping[str, Any], problems: Problems
 ) -> None:
-    """A recipe may be a stranger's: a factory, which is code, must be named by the user as well."""
+    """Refuse a factory, which is code, that only the file names: it may be a stranger's."""
     section = document.get("teacher")
     name = section.get("name") if isinstance(section, dict) else None
     if not isinstance(name, str) or ":" not in name or name.startswith(_HUBS):
@@ -188,25 +201,16 @@ def _parse_value(kind: type, name: str, text: str) -> Any:
     if set(parsed) != {"value"}:  # a line break, then another key
         return text
     # Where a string is wanted, `--set run.device=0` and `--set data.split=true` mean their text.
-    wanted = _wanted(kind, name)
-    return text if wanted is str and not isinstance(parsed["value"], str) else parsed["value"]
-
-
-def _wanted(kind: type, name: str) -> Any:
-    """The type of the field called ``name``, or None."""
-    wanted: Any = kind
-    for part in name.split("."):
-        if not (isinstance(wanted, type) and is_dataclass(wanted)):
-            return None
-        wanted = field_types(wanted).get(part)
-    return wanted
+    wanted = key_types(kind).get(name)
+    textual = wanted is str or get_origin(wanted) is Literal
+    return text if textual and not isinstance(parsed["value"], str) else parsed["value"]
 
 
 def _put(document: dict[str, Any], name: str, value: Any) -> None:
     *parents, key = name.split(".")
     for part in parents:
         inner = document.setdefault(part, {})
-        if not isinstance(inner, dict):  # reported as what it is when the document is converted
+        if not isinstance(inner, dict):  # reported when the document is validated
             return
         document = inner
     document[key] = value

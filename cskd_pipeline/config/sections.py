@@ -1,74 +1,150 @@
-"""The sections of a recipe: every field, its default and what it means.
+"""The sections of a recipe: every key, its default, its limits, and what it means.
 
-A field that cannot change a result (worker counts, folders, notes) is made by ``_free``: only the
-others enter :func:`cskd_pipeline.config.result_digest`. Of these a resumed run keeps all but those
-made by ``_adjustable``: the others decide what its samples, targets and tensors are, so that with
-another value it would be another run.
+The descriptions are also the help of the command line's flags, the ``examples`` what a shell's
+completion offers. Every key decides the result (``_fixed``) but for those made by
+
+- ``_free``: it cannot change a result (worker counts, folders, notes), so it is no part of
+  :func:`cskd_pipeline.config.result_digest`;
+- ``_adjustable``: it can, and yet a run may be resumed with another value. The others decide what
+  samples, targets and tensors are: with another value it would be another run.
+
+Encodings, models, devices and optimizers are open sets: their own modules check the names.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.dataclasses import dataclass
 
 from cskd_pipeline.views.policy import ViewPolicy
 
-
-def _free(default: Any = None) -> Any:
-    """A field that cannot change results."""
-    return field(default=default, metadata={"result": False})
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_SEEDS: Any = {"ge": 0, "lt": 2**63}
 
 
-def _adjustable(default: Any = None) -> Any:
-    """A field that can change results, and that a run may be resumed with another value of."""
-    return field(default=default, metadata={"adjustable": True})
+def _fixed(default: Any, description: str, mark: str = "", **limits: Any) -> Any:
+    extra: Any = {"mark": mark}
+    return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
-@dataclass(frozen=True)
+_adjustable = partial(_fixed, mark="adjustable")
+_free = partial(_fixed, mark="free")
+
+_SHARDS = (
+    "Webdataset shards: a folder, a pattern such as 'train-{0000..1023}.tar' or 'train-*.tar', "
+    "a comma list, an _info.json, or a manifest.json made by index."
+)
+_SPLIT = "Which split of an _info.json that has several."
+_CORRUPT = "What to do about images that cannot be decoded."
+_WORKERS = "Loader processes; -1: one for each core but one."
+_THREADS = "Of the network on CPU; 0: torch's choice."
+_DEVICE = "auto (a GPU where there is one), cpu, cuda, cuda:1."
+_DEVICES = ["auto", "cpu", "cuda"]
+_CHANNELS_LAST = "Memory format of the network and its images."
+_COMPILE = "Run the network through torch.compile."
+_RANK_TIMEOUT = "Seconds without a sign of life, after which a rank is given up."
+
+
+@dataclass(frozen=True, config=_STRICT)
 class DumpData:
-    shards: str = _free("")  # path, folder, brace pattern, glob, comma list, _info.json or manifest
-    split: str = _free("")  # of an _info.json with several splits
-    name: str = _free("")  # of the data set, for the manifest; empty: taken from the shards
-    num_classes: int = 0  # 0: from the class names, or the teacher's own head
-    corrupt: str = "error"  # images that cannot be decoded: error or skip
+    """Choose the images that the teacher sees."""
+
+    shards: str = _free("", _SHARDS)
+    split: str = _free("", _SPLIT)
+    name: str = _free("", "Of the data set, for the manifest; empty: taken from the shards.")
+    num_classes: int = _fixed(
+        0, "0: from the class names, or the teacher's own head.", ge=0, le=65535
+    )
+    corrupt: Literal["error", "skip"] = _fixed("error", _CORRUPT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class TeacherSection:
-    name: str = ""  # timm name, torchvision:NAME or package.module:factory
-    weights: str = "hub"  # hub, random, or a .safetensors/.pth file
-    kwargs: dict[str, Any] = field(default_factory=dict)  # for the model's constructor
-    mean: tuple[float, ...] = ()  # of each channel in [0, 1] units; empty: as the network states it
-    std: tuple[float, ...] = ()
-    precision: str = "float32"  # of the backbone: float32, bfloat16, float16; the head is float32
-    seed: int = 0  # of weights = "random"
+    """Choose the teacher."""
+
+    name: str = _fixed(
+        "", "A CNN's timm name, torchvision:NAME, or package.module:factory of your own."
+    )
+    weights: str = _fixed(
+        "hub",
+        "The teacher's weights: hub, a .safetensors or .pth file, or random, for trials only.",
+        examples=["hub", "random"],
+    )
+    kwargs: dict[str, Any] = _fixed({}, "For the model's constructor.")
+    mean: tuple[Annotated[float, Field(ge=0, le=1)], ...] = _fixed(
+        (),
+        "Of the images that the teacher was trained on, in [0, 1] units; default: what the "
+        "network states.",
+    )
+    std: tuple[Annotated[float, Field(gt=0, le=1)], ...] = _fixed(
+        (), "Their standard deviation, in the same way."
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = _fixed(
+        "float32", "Of the backbone; the head is float32."
+    )
+    seed: int = _fixed(0, "Of weights = 'random'.", **_SEEDS)
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _three(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(value) not in (0, 3):
+            raise ValueError("a number for each of three channels, or none at all")
+        return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class CacheSection:
-    path: str = _free("")
-    encodings: tuple[str, ...] = ("dense",)
-    views: int = 1
-    view_block: int = _free(0)  # views per unit; 0: the largest divisor of views up to 10 that fits
-    root_seed: int = 0
-    license: str = _free("")
-    notes: str = _free("")
+    """Choose what the cache holds."""
+
+    path: str = _free("", "The cache to make, to go on with, or to extend by more views.")
+    encodings: tuple[str, ...] = _fixed(
+        ("dense",),
+        "What to store: dense serves every loss; envelope hard ones, exactly, in 1/400 of the "
+        "bytes; dense-q8 and topk soft ones, nearly. May be given more than once.",
+        examples=["dense", "dense-q8", "topk", "envelope"],
+    )
+    views: int = _fixed(1, "Augmented views of every image.", ge=1, le=1_000_000)
+    view_block: int = _free(
+        0, "Views per unit; 0: the largest divisor of views up to 10 that fits.", ge=0, le=1000
+    )
+    root_seed: int = _fixed(0, "Of every view's augmentation.", **_SEEDS)
+    license: str = _free("", "Of the cached logits, for the manifest.")
+    notes: str = _free("", "For the manifest.")
+
+    @field_validator("encodings")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) < len(value):
+            raise ValueError("one or more, each once")
+        return value
+
+    @field_validator("view_block")
+    @classmethod
+    def _divides(cls, value: int, info: ValidationInfo) -> int:
+        if value and info.data.get("views", value) % value:
+            raise ValueError("a divisor of cache.views")
+        return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class DumpLoop:
-    batch_size: int = _free(128)  # views per teacher forward
-    workers: int = _free(-1)  # -1: one per core but one
-    threads: int = _free(0)  # of the network on CPU; 0: torch's choice
-    device: str = _free("auto")
-    channels_last: bool = _free(True)  # memory format of the network and its images
-    compile: bool = _free(False)
-    rank_timeout: int = _free(300)  # seconds without a sign of life, after which a rank is given up
+    """Choose how fast, and on what, the teacher runs."""
+
+    batch_size: int = _free(128, "Images in a batch.", ge=1)
+    workers: int = _free(-1, _WORKERS, ge=-1, le=1024)
+    threads: int = _free(0, _THREADS, ge=0, le=1024)
+    device: str = _free("auto", _DEVICE, examples=_DEVICES)
+    channels_last: bool = _free(True, _CHANNELS_LAST)
+    compile: bool = _free(False, _COMPILE)
+    rank_timeout: int = _free(300, _RANK_TIMEOUT, ge=1, le=604_800)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class DumpRecipe:
-    """Stage one."""
+    """Describe stage one."""
 
     data: DumpData = DumpData()
     views: ViewPolicy = ViewPolicy()
@@ -77,45 +153,72 @@ class DumpRecipe:
     dump: DumpLoop = DumpLoop()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class TrainData:
-    shards: str = _free("")
-    val_shards: str = _free("")
-    cache: str = _free("")
-    split: str = _free("")
-    val_split: str = _free("")
-    num_classes: int = 0  # 0: from the cache, the class names, or an error
-    missing: str = _adjustable("error")  # samples of the cache that the shards lack: error or skip
-    drift: str = _adjustable("error")  # images or views unlike the teacher's: error, warn, skip
-    # Other class names, order or labels on two sides: error, accept. Decides whether a run starts,
-    # not what it computes: no part of the digest.
-    classes: str = _free("error")
-    corrupt: str = _adjustable("error")  # images that cannot be decoded: error or skip
-    check: int = _free(64)  # views of the cache made again and compared before training; 0: none
+    """Choose the images, the cache beside them, and what happens where the two differ."""
+
+    shards: str = _free("", _SHARDS)
+    val_shards: str = _free("", "Shards to evaluate on; without, none is done.")
+    cache: str = _free(
+        "",
+        "What dump-teacher made: a folder, or where it is published (https, s3, gs, hf); not for "
+        "method none.",
+    )
+    split: str = _free("", _SPLIT)
+    val_split: str = _free("", _SPLIT)
+    num_classes: int = _fixed(0, "0: from the cache, the class names, or an error.", ge=0, le=65535)
+    missing: Literal["error", "skip"] = _adjustable(
+        "error", "What to do about samples of the cache that the shards lack."
+    )
+    drift: Literal["error", "warn", "skip"] = _adjustable(
+        "error", "What to do about images or views unlike the teacher's."
+    )
+    # This decides whether a run starts, not what it computes: no part of the digest.
+    classes: Literal["error", "accept"] = _free(
+        "error", "What to do about other class names, order or labels on two sides."
+    )
+    corrupt: Literal["error", "skip"] = _adjustable("error", _CORRUPT)
+    check: int = _free(
+        64, "Views of the cache replayed and compared before training; 0: none.", ge=0
+    )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class StudentSection:
-    name: str = "deit_tiny_distilled_patch16_224"
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    drop_path: float = 0.0
-    # Weights to start from: a student's file or folder. The path decides nothing; the weights' own
-    # digest is kept in the run's state and in its students.
-    init_from: str = _free("")
+    """Choose the student."""
+
+    name: str = _fixed("deit_tiny_distilled_patch16_224", "A ViT's timm name.")
+    kwargs: dict[str, Any] = _fixed({}, "For the model's constructor.")
+    drop_path: float = _fixed(0.0, "Rate of stochastic depth.", ge=0, lt=1)
+    # The path decides nothing; the weights' own digest is kept in the run's state and students.
+    init_from: str = _free(
+        "",
+        "Fine-tune a student: its .safetensors file, a run's folder, or an exported one; or a "
+        ".pth file of the same timm model.",
+    )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class DistillSection:
-    method: str = "cskd"  # none, deit, cskd
-    global_kind: str = "hard"  # of the global term: hard, soft
-    spatial_kind: str = "hard"  # of the spatial term: hard, soft
-    encoding: str = "auto"  # auto: the smallest exact one that serves the kinds, else the closest
-    alpha: float = 0.5  # weight of the global distillation term
-    spatial_weight: float = 1.0  # lambda, weight of the spatial term
-    temperature: float = 1.0
-    scaling: str = "reference"  # of the soft terms: reference or mean
-    schedule: str = "linear"  # of the CKF ratio: linear, x2, cos; spatial, global: 1, 0 always
-    step: str = "epoch"  # when the ratio moves: epoch or update
+    """Choose the loss and how the targets are fused."""
+
+    method: Literal["none", "deit", "cskd"] = _fixed(
+        "cskd",
+        "Labels only, with the teacher's global logits, or with its logits at every location.",
+    )
+    global_kind: Literal["hard", "soft"] = _fixed("hard", "Of the global term.")
+    spatial_kind: Literal["hard", "soft"] = _fixed("hard", "Of the spatial term.")
+    encoding: str = _fixed(
+        "auto", "auto: the smallest exact one that serves the kinds, else the closest."
+    )
+    alpha: float = _fixed(0.5, "Weight of the global distillation term.", ge=0, le=1)
+    spatial_weight: float = _fixed(1.0, "Lambda, the weight of the spatial term.", ge=0)
+    temperature: float = _fixed(1.0, "Of the soft terms.", gt=0)
+    scaling: Literal["reference", "mean"] = _fixed("reference", "Of the soft terms.")
+    schedule: Literal["linear", "x2", "cos", "spatial", "global"] = _fixed(
+        "linear", "Of the CKF ratio; spatial and global: 1 and 0 always."
+    )
+    step: Literal["epoch", "update"] = _fixed("epoch", "When the ratio moves.")
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -128,60 +231,103 @@ class DistillSection:
         return {key: getattr(self, key) for key in terms[self.method]}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class OptimSection:
-    name: str = "adamw"
-    lr: float = _adjustable(1e-3)  # at a batch of 1024, scaled linearly
-    weight_decay: float = 0.05
-    betas: tuple[float, ...] = (0.9, 0.999)
-    clip_grad: float = _adjustable(0.0)  # global norm; 0: off
-    smoothing: float = 0.1
+    """Choose the optimizer."""
+
+    name: str = _fixed("adamw", "timm's name of the optimizer.")
+    lr: float = _adjustable(1e-3, "At a batch of 1024, scaled linearly.", gt=0)
+    weight_decay: float = _fixed(0.05, "Of the weight matrices; biases and norms have none.", ge=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = _fixed(
+        (0.9, 0.999), "Of optimizers that have them."
+    )
+    clip_grad: float = _adjustable(0.0, "Global norm; 0: off.", ge=0)
+    smoothing: float = _fixed(0.1, "Of the labels.", ge=0, lt=1)
+
+    @field_validator("betas")
+    @classmethod
+    def _any(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value:
+            raise ValueError("at least one number")
+        return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class ScheduleSection:
-    epochs: int = _adjustable(300)
-    warmup_epochs: int = _adjustable(5)
-    warmup_lr: float = _adjustable(1e-6)
-    min_lr: float = _adjustable(1e-5)
+    """Choose the length of a run and its learning rates' course."""
+
+    epochs: int = _adjustable(300, "How long to train.", ge=1, le=1_000_000)
+    warmup_epochs: int = _adjustable(5, "Of linear warm-up.", ge=0, le=1_000_000)
+    warmup_lr: float = _adjustable(1e-6, "Where the warm-up starts.", ge=0)
+    min_lr: float = _adjustable(1e-5, "Where the cosine ends.", ge=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class BatchSection:
-    batch_size: int = 1024  # global, per optimizer update
-    accumulation: int = _adjustable(1)  # micro-batches per update
-    repeats: int = 3  # views of one image in an epoch (repeated augmentation); 1: off
-    shuffle_shards: int = 16  # samples are shuffled within blocks of this many shards
+    """Choose what makes an update."""
+
+    batch_size: int = _fixed(1024, "Images in an optimizer update.", ge=2)
+    accumulation: int = _adjustable(1, "Micro-batches per update.", ge=1)
+    repeats: int = _fixed(
+        3, "Views of one image in an epoch (repeated augmentation); 1: off.", ge=1, le=1000
+    )
+    shuffle_shards: int = _fixed(
+        16, "Samples are shuffled within blocks of this many shards.", ge=1
+    )
+
+    @field_validator("accumulation")
+    @classmethod
+    def _divides(cls, value: int, info: ValidationInfo) -> int:
+        if info.data.get("batch_size", value) % value:
+            raise ValueError("a divisor of batch.batch_size")
+        return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class EvalSection:
-    crop_pct: float = _adjustable(0.0)  # side of the central crop; 0: the student's own
-    interpolation: str = _adjustable("auto")  # auto (the student's own), bicubic, bilinear, ...
+    """Choose how images are prepared for an evaluation."""
+
+    crop_pct: float = _adjustable(
+        0.0, "Side of the central crop; 0: the student's own.", ge=0, le=1
+    )
+    interpolation: Literal[
+        "auto", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"
+    ] = _adjustable("auto", "auto: the student's own.")
+
+    @field_validator("crop_pct")
+    @classmethod
+    def _honest(cls, value: float) -> float:
+        if 0.0 < value < 0.1:  # the whole image would be resized to ten times the view
+            raise ValueError("0, or 0.1 to 1")
+        return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class RunSection:
-    out: str = _free("")
-    seed: int = 0
-    amp: str = _adjustable("off")  # off, bf16, fp16
-    ema: float = 0.99996  # decay of the weight average; 0: off
-    device: str = _free("auto")
-    workers: int = _free(-1)
-    threads: int = _free(0)  # of the network on CPU; 0: torch's choice
-    compile: bool = _free(False)
-    channels_last: bool = _free(True)  # memory format of the network and its images
-    eval_batch_size: int = _free(256)
-    eval_every: int = _adjustable(1)  # epochs; the last epoch is always evaluated
-    log_every: int = _free(50)  # updates between TensorBoard points
-    checkpoint_every: int = _free(0)  # updates between checkpoints within an epoch; 0: epochs only
-    rank_timeout: int = _free(300)  # seconds without a sign of life, after which a rank is given up
-    wandb: str = _free("")  # project on Weights & Biases; empty: off
+    """Choose a run's folder, precision, processes and notes."""
+
+    out: str = _free("", "The run's folder: checkpoints, summary.csv, its recipe.")
+    seed: int = _fixed(0, "Of weights, order of samples and views.", **_SEEDS)
+    amp: Literal["off", "bf16", "fp16"] = _adjustable("off", "Automatic mixed precision.")
+    ema: float = _fixed(0.99996, "Decay of the weight average; 0: off.", ge=0, lt=1)
+    device: str = _free("auto", _DEVICE, examples=_DEVICES)
+    workers: int = _free(-1, _WORKERS, ge=-1, le=1024)
+    threads: int = _free(0, _THREADS, ge=0, le=1024)
+    compile: bool = _free(False, _COMPILE)
+    channels_last: bool = _free(True, _CHANNELS_LAST)
+    eval_batch_size: int = _free(256, "Images in a batch of an evaluation.", ge=1)
+    eval_every: int = _adjustable(1, "Epochs; the last epoch is always evaluated.", ge=1)
+    log_every: int = _free(50, "Updates between TensorBoard points.", ge=1)
+    checkpoint_every: int = _free(
+        0, "Updates between checkpoints within an epoch; 0: epochs only.", ge=0
+    )
+    rank_timeout: int = _free(300, _RANK_TIMEOUT, ge=1, le=604_800)
+    wandb: str = _free("", "Curves on Weights & Biases too: the project (extra: wandb).")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class TrainRecipe:
-    """Stage two. ``views`` may be absent (None): the cache's policy, or deit-v1 without a cache."""
+    """Describe stage two; without ``views``, the cache's policy, or deit-v1 without a cache."""
 
     data: TrainData = TrainData()
     views: ViewPolicy | None = None

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
+from cskd_pipeline.config.keys import keys_marked
 from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
-from cskd_pipeline.config.values import field_types
 from cskd_pipeline.runtime import schemas
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def to_toml(recipe: DumpRecipe | TrainRecipe) -> str:
-    """The whole recipe as TOML; :func:`load_recipe` of it gives an equal recipe."""
+    """Return the whole recipe as TOML; :func:`load_recipe` of it gives an equal recipe."""
     sections = []
     for section, values in asdict(recipe).items():
         if values is not None:
@@ -25,7 +25,7 @@ def to_toml(recipe: DumpRecipe | TrainRecipe) -> str:
 
 
 def result_digest(recipe: DumpRecipe | TrainRecipe) -> str:
-    """SHA-256 (hex) of the fields that can change a result: not of folders, workers or notes."""
+    """Return the SHA-256 (hex) of what can change a result: not of folders, workers or notes."""
     return schemas.sha256(_deciding(recipe))
 
 
@@ -41,27 +41,16 @@ def deciding(recipe: DumpRecipe | TrainRecipe) -> dict[str, Any]:
 
 def adjustable(kind: type[DumpRecipe | TrainRecipe]) -> set[str]:
     """Return the dotted names of the fields that a run may be resumed with other values of."""
-    return {
-        f"{section}.{field.name}"
-        for section, wanted in field_types(kind).items()
-        for field in fields(wanted)
-        if field.metadata.get("adjustable", False)
-    }
+    return keys_marked(kind, "adjustable")
 
 
 def _deciding(recipe: DumpRecipe | TrainRecipe) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for section, values in asdict(recipe).items():
-        if values is None:
-            found[section] = None
-            continue
-        free = {
-            field.name
-            for field in fields(getattr(recipe, section))
-            if not field.metadata.get("result", True)
-        }
-        found[section] = {name: v for name, v in values.items() if name not in free}
-    return found
+    free = keys_marked(type(recipe), "free")
+    return {
+        section: values
+        and {name: v for name, v in values.items() if f"{section}.{name}" not in free}
+        for section, values in asdict(recipe).items()
+    }
 
 
 def _value(value: Any) -> str:

@@ -7,6 +7,7 @@ import math
 import zlib
 from fractions import Fraction
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cskd_pipeline.config import CHOICES
+from cskd_pipeline.config import TrainRecipe, key_types
 from cskd_pipeline.distill import ckf
 from cskd_pipeline.errors import RecipeError, TeacherError
 
@@ -348,7 +349,7 @@ def test_the_ends_of_the_fusion_are_schedules_too() -> None:
 
 
 def test_recipes_know_every_schedule() -> None:
-    assert CHOICES["distill.schedule"] == tuple(ckf.SCHEDULES)
+    assert get_args(key_types(TrainRecipe)["distill.schedule"]) == tuple(ckf.SCHEDULES)
 
 
 def test_an_unknown_schedule_is_named_beside_the_known_ones() -> None:

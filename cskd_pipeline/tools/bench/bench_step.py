@@ -181,8 +181,8 @@ def _runs(
 ) -> dict[str, Run]:
     runs = {}
     for method in METHODS:
-        distill = replace(recipe.distill, method=method, global_kind="hard", spatial_kind="hard")
-        asked = replace(recipe, distill=distill)
+        hard: Any = {"method": method, "global_kind": "hard", "spatial_kind": "hard"}
+        asked = replace(recipe, distill=replace(recipe.distill, **hard))
         encoding = None if method == "none" else ENCODINGS["envelope"]
         runs[method] = Run(asked, synthetic_data(asked, policy, grid, encoding), device)
     if teacher is not None:
