@@ -18,7 +18,7 @@ demo: $(STAMP)
 	rm -rf demo-out
 	$(BIN)/cskd-pipeline demo --out demo-out
 
-# A teacher, its cache and a student trained every way on CIFAR-10; see the README's "The study".
+# A teacher, its cache and a student trained every way on CIFAR-10; see docs/study.md.
 # STUDY_ARGS reaches the command: --size gpu, --seeds 5, --jobs 4. Run it again to go on.
 STUDY_SHARDS ?=
 STUDY_VAL ?=
@@ -34,8 +34,8 @@ study-shards:
 	@test -n '$(STUDY_SHARDS)' && test -n '$(STUDY_VAL)' || { \
 		echo "make study needs CIFAR-10 as shards:" >&2; \
 		echo "  make study STUDY_SHARDS='cifar10/train-{0000..0003}.tar' STUDY_VAL='cifar10/validation-*.tar'" >&2; \
-		echo "To make them: class folders of pictures, then cskd-pipeline make-shards for each split;" >&2; \
-		echo "the README's section \"The study\" has the lines." >&2; exit 1; }
+		echo "To make them: class folders of images, then cskd-pipeline make-shards for each split;" >&2; \
+		echo "docs/study.md has the lines." >&2; exit 1; }
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope $(PYTEST_ARGS)

@@ -223,16 +223,6 @@ def test_the_readme_and_ci_have_the_same_two_commands() -> None:
         assert f"\n{target}: $(STAMP)\n" in makefile
 
 
-def test_readme_links_and_recipes_exist() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", readme)
-    assert links
-    for link in links:
-        assert (ROOT / link).exists(), link
-    for name in re.findall(r"--recipe (\w+)", readme):
-        assert list((ROOT / "stages").glob(f"*/{name}.toml")), name
-
-
 def test_no_paths_of_one_machine_stand_in_the_tree() -> None:
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False

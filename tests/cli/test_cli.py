@@ -29,7 +29,6 @@ from cskd_pipeline.config import DumpRecipe, TrainRecipe
 from cskd_pipeline.errors import CacheError, DataError
 from cskd_pipeline.runtime.signals import REQUEUE
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 GROUP = typer.main.get_command(app)
 
 Replace = Callable[..., "list[tuple[tuple[Any, ...], dict[str, Any]]]"]
@@ -152,12 +151,6 @@ def test_help_is_printed_for_every_command(
         assert f"cskd-pipeline {name}" in out
         assert "Example: cskd-pipeline" in out
         assert err == ""
-
-
-@pytest.mark.parametrize("name", PROMISED)
-def test_a_command_stands_in_the_readme(name: str) -> None:
-    table = README.partition("## Commands")[2].partition("\n## ")[0]
-    assert f"| `cskd-pipeline {name}" in table
 
 
 def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:

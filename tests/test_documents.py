@@ -1,0 +1,154 @@
+"""README, docs/ and CONTRIBUTING: the commands, flags, recipes, keys and rooms they name exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.test_cli import commands
+from tests.test_structure import FLOORS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "stages").glob("*/*.toml"))
+PROGRAM = re.compile(r"(?:cskd-pipeline|-m cskd_pipeline) ([a-z][^`]*)")
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def calls(text: str) -> Iterator[list[str]]:
+    """The words after the program's name, of every call in a block or a line of code."""
+    code: list[str] = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    code += re.findall(r"`([^`\n]+)`", prose)
+    for piece in code:
+        for line in piece.replace("\\\n", " ").replace("\\|", "|").splitlines():
+            if match := PROGRAM.search(line.partition(" #")[0]):
+                words = match[1]
+                if words.count("'") % 2:  # of a shell that is given the line in quotes
+                    words = words.rstrip("'")
+                yield shlex.split(words)
+
+
+def command_of(words: list[str]) -> tuple[str, Any] | None:
+    known = commands()
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in known:
+            return name, known[name]
+    return None
+
+
+def problems_of_calls(text: str) -> list[str]:
+    """Calls of commands that do not exist, or with flags that they do not take."""
+    problems = []
+    for words in calls(text):
+        found = command_of(words)
+        if found is None:
+            problems.append(f"no command: {' '.join(words[:2])}")
+            continue
+        name, command = found
+        flags = {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)}
+        given = {
+            word.strip("[]").partition("=")[0] for word in words if word.startswith(("-", "[-"))
+        }
+        problems += [f"{name} has no {flag}" for flag in sorted(given - flags - {"--help"})]
+    return problems
+
+
+def dotted(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in table.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{name}.")
+
+
+def keys_of_recipes() -> set[str]:
+    return {key for path in RECIPES for key in dotted(tomllib.loads(text_of(path)))}
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@each_page
+def test_calls_are_of_commands_and_flags_that_exist(page: Path) -> None:
+    assert problems_of_calls(text_of(page)) == []
+
+
+def test_the_pages_call_every_command() -> None:
+    table = text_of(ROOT / "docs/commands.md")
+    found = [command_of(words) for words in calls(table)]
+    assert {name for name, _ in filter(None, found)} == set(commands())
+
+
+def test_a_call_that_cannot_be_made_is_noticed() -> None:
+    text = "`cskd-pipeline cache inform x`\n"
+    text += "```\nx; cskd-pipeline train \\\n  --steps 3 --out o # --x\n```\n"
+    assert problems_of_calls(text) == ["train has no --steps", "no command: cache inform"]
+
+
+@each_page
+def test_recipes_and_their_keys_exist(page: Path) -> None:
+    text = text_of(page)
+    names = {path.stem for path in RECIPES}
+    assert set(re.findall(r"--recipe (\w+)", text)) <= names
+    for name, choices in re.findall(r"`(paper_(?:\w*?)\{([\w,]+)\}\w*)`", text):
+        assert {re.sub(r"\{.*\}", choice, name) for choice in choices.split(",")} <= names
+    known = keys_of_recipes()
+    assert set(re.findall(r"--set '?([a-z_.]+)=", text)) <= known
+    sections = {key.partition(".")[0] for key in known}
+    named = re.findall(r"`(\w+\.(?!json|csv|toml)\w+)(?:=[^`]*)?`", text)
+    assert {key for key in named if key.partition(".")[0] in sections} <= known
+
+
+@each_page
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", text_of(page)):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = set(re.findall(r"\]\((docs/[^)#]+)\)", text_of(ROOT / "README.md")))
+    assert linked == {f"docs/{page.name}" for page in PAGES if page.parent == ROOT / "docs"}
+
+
+def test_the_readme_begins_with_the_first_command() -> None:
+    lines = text_of(ROOT / "README.md").splitlines()
+    assert lines.index("make demo") < 15
+
+
+@each_page
+def test_targets_of_make_exist(page: Path) -> None:
+    targets = set(re.findall(r"^(\w+):", text_of(ROOT / "Makefile"), re.MULTILINE))
+    blocks = re.findall(r"^make (\w+)", text_of(page), re.MULTILINE)
+    assert {*blocks, *re.findall(r"`make (\w+)", text_of(page))} <= targets
+
+
+def test_the_map_has_the_rooms_in_the_order_of_their_imports() -> None:
+    table = text_of(ROOT / "CONTRIBUTING.md").partition("## The map")[2].partition("\n## ")[0]
+    rooms = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert [{room} for room in rooms] == [floor for floor in FLOORS if floor != {"__main__"}]
+
+
+def test_the_citation_has_the_packages_version_and_license() -> None:
+    from cskd_pipeline import __version__
+
+    citation = text_of(ROOT / "CITATION.cff")
+    assert f"\nversion: {__version__}\n" in citation
+    assert "\nlicense: Apache-2.0\n" in citation
+    assert "arXiv:2307.08500" in citation
