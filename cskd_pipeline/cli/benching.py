@@ -99,9 +99,9 @@ def encodings(
     show(report, terminal)
     if plot is not None:
         from cskd_pipeline.tools.bench.plot import scatter, title
-        from cskd_pipeline.tools.report.plots import write
+        from cskd_pipeline.tools.report.plot_files import write_plot
 
-        write(scatter(report), plot, title(report))
+        write_plot(scatter(report), plot, title(report))
         terminal.line(f"plot: {plot}")
     return report if json else None
 

@@ -1,4 +1,4 @@
-"""Pages to look at."""
+"""Pages to look at: of a cache, or of training runs."""
 
 from __future__ import annotations
 
@@ -20,112 +20,108 @@ from cskd_pipeline.cli.root import app
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.runtime.console import Terminal
 
+Targets = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="TARGET...",
+        help="A cache, a folder or a URL; or one or more training runs' folders.",
+    ),
+]
+Out = Annotated[
+    Path, typer.Option(metavar="DIR", help="Where index.html goes; one there is replaced.")
+]
+Images = Annotated[
+    int | None,
+    typer.Option(min=1, max=200, metavar="N", help="Views to show; 12 unless given, of runs 8."),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Views whose labels are counted; 2048 unless given, of runs 256."
+    ),
+]
+SliderEpochs = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=10_000,
+        metavar="N",
+        help="Of a cache: the length of the run that the schedules' slider follows; 300 unless "
+        "given.",
+    ),
+]
+RunsCache = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR|URL",
+        help="Of runs, with --shards: the cache that they were trained from; the folder that the "
+        "first recipe names unless given.",
+    ),
+]
+Export = Annotated[
+    Literal["png", "svg"] | None,
+    typer.Option(help="Write every plot as a file beside the page, too."),
+]
+
 
 @app.command(epilog="Example: cskd-pipeline show runs/cskd runs/deit --out page --export png")
 def show(
-    target: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="TARGET...",
-            help="A cache, a folder or a URL; or one or more training runs' folders.",
-        ),
-    ],
+    target: Targets,
     shards: ShardsOption = None,
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where index.html goes; one there is replaced.")
-    ] = Path("show"),
-    images: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=200, metavar="N", help="Views to show; 12 unless given, of runs 8."
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Views whose labels are counted; 2048 unless given, of runs 256.",
-        ),
-    ] = None,
-    epochs: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=10_000,
-            metavar="N",
-            help="Of a cache: how long the run is that the schedules' slider follows; 300 unless "
-            "given.",
-        ),
-    ] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR|URL",
-            help="Of runs, with --shards: what they were trained from; the folder that the first "
-            "recipe names unless given.",
-        ),
-    ] = None,
-    export: Annotated[
-        Literal["png", "svg"] | None,
-        typer.Option(help="Every plot as a file beside the page too."),
-    ] = None,
+    out: Out = Path("show"),
+    images: Images = None,
+    samples: Samples = None,
+    epochs: SliderEpochs = None,
+    cache: RunsCache = None,
+    export: Export = None,
     split: Split = None,
     accept_classes: AcceptClasses = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> Outcome:
-    """One HTML page, which needs no network.
+    """Write one HTML page, which needs no network.
 
-    Of a cache, with --shards: the teacher's labels over real views, and figures.
+    Of a cache, with --shards: the teacher's labels over real views, and statistics.
 
-    Of runs: curves side by side; with --shards what their students say of every place, too.
+    Of runs: curves side by side; with --shards their students' labels at every location, too.
     """
-    Terminal.listening(quiet=quiet, json=json)
-    if _are_runs(target):
+    are_runs = _are_runs(target)
+    if not are_runs:
+        _refuse("runs", {"--cache": cache})
+        require({"--shards SHARDS": shards or ""})
+    elif shards is None:
+        views = {"--images": images, "--samples": samples, "--split": split}
+        views["--accept-classes"] = accept_classes or None
+        _refuse("runs with --shards", {"--cache": cache, **views})
+    if are_runs:
         _refuse("a cache", {"--epochs": epochs})
-        if shards is None:
-            views = {"--images": images, "--samples": samples, "--split": split}
-            views["--accept-classes"] = accept_classes or None
-            _refuse("runs with --shards", {"--cache": cache, **views})
-        from cskd_pipeline.tools.report import run_page
+    from cskd_pipeline.tools.report.page import PageOptions
 
-        return run_page.show_runs(
-            [Path(one) for one in target],
-            out,
-            shards=shards,
-            cache=cache,
-            split=split,
-            images=images or run_page.IMAGES,
-            samples=samples or run_page.SAMPLES,
-            export=export,
-            accept_classes=accept_classes,
-        )
-    _refuse("runs", {"--cache": cache})
-    require({"--shards SHARDS": shards or ""})
-    from cskd_pipeline.tools.report import cache_page
-
-    return cache_page.show_cache(
-        target[0],
-        shards or "",
-        out,
-        split=split,
-        images=images or cache_page.IMAGES,
-        samples=samples or cache_page.SAMPLES,
-        epochs=epochs or cache_page.EPOCHS,
-        export=export,
-        accept_classes=accept_classes,
+    Terminal.listening(quiet=quiet, json=json)
+    options = PageOptions(
+        shards, split, cache, images, samples, epochs or 300, export, accept_classes
     )
+    if are_runs:
+        from cskd_pipeline.tools.report.run_page import show_runs
+
+        return show_runs([Path(one) for one in target], out, options)
+    from cskd_pipeline.tools.report.cache_page import show_cache
+
+    return show_cache(target[0], out, options)
 
 
 def _are_runs(targets: list[str]) -> bool:
-    """Whether the targets are runs' folders; a single one that is not is a cache, or refused."""
+    """Return whether the targets are runs' folders.
+
+    Raises:
+        UsageError: a single target that is neither a run nor a cache.
+    """
     from cskd_pipeline.cache.digests import split_pin
     from cskd_pipeline.cache.remote import is_remote
     from cskd_pipeline.tools.report.records import is_run
 
     if any(is_run(Path(one)) for one in targets) or len(targets) > 1:
-        return True  # where another is none, its reader says so
+        return True  # the reader of runs refuses one that is none
     location, _ = split_pin(targets[0])
     if not is_remote(location) and not (Path(location) / "zarr.json").exists():
         raise UsageError(
@@ -137,7 +133,7 @@ def _are_runs(targets: list[str]) -> bool:
 
 
 def _refuse(serves: str, flags: dict[str, object]) -> None:
-    """Refuse flags that would do nothing."""
+    """Refuse flags that would have no effect."""
     for flag, value in flags.items():
         if value is not None:
             raise UsageError(f"{flag} is for {serves}", action=f"leave {flag} out")

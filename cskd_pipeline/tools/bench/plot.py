@@ -41,11 +41,8 @@ def scatter(report: Mapping[str, Any]) -> Figure:
         ],
         x_label="bytes a view",
         y_label="mean KL, nats",
-        log_x=True,
-        log_y=True,
         lane=("exact", _FLOOR),
         labels=[(p.encoding, p.bytes, p.loss) for p in named.values()],
-        size=(6.4, 4.2),
     )
 
 

@@ -1,13 +1,12 @@
-"""The curves of training runs: what is drawn, under which name, and one figure for each."""
+"""The curves of training runs: their columns in the log, their names, and one plot for each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from matplotlib.figure import Figure
-
-from cskd_pipeline.tools.report import page, plots
+from cskd_pipeline.tools.report import plots
+from cskd_pipeline.tools.report.plot_files import Plot
 from cskd_pipeline.tools.report.records import RunRecord
 
 _DISTILLED = ("deit", "cskd")
@@ -21,8 +20,7 @@ class Curve:
 
     Args:
         name: of the plot's file, without ending.
-        caption: what it is, for a page.
-        scale: what the logged number is multiplied by.
+        scale: factor on the logged number.
         methods: of the runs that have it; the others log a constant.
         shared: curves of one such name have a common y axis.
         floor: a y that the axis reaches down to.
@@ -46,31 +44,31 @@ LOSSES = (
         "Cross entropy with the images' labels, mixed as the views are, and smoothed.",
     ),
     Curve(
-        *("loss_global", "Loss on the global answer", "global", "global loss"),
-        "Of the distillation head, against the teacher's answer for the whole view.",
+        *("loss_global", "Loss on the global logits", "global", "global loss"),
+        "Of the distillation head, against the teacher's logits for the whole view.",
         methods=_DISTILLED,
     ),
     Curve(
-        *("loss_spatial", "Loss on the answer at every place", "spatial", "spatial loss"),
-        "Of the dense head, against the teacher's fused answer, which changes with r.",
+        *("loss_spatial", "Loss on the logits of every location", "spatial", "spatial loss"),
+        "Of the dense head, against the teacher's fused logits, which change with r.",
         methods=_SPATIAL,
     ),
 )
 TOP1 = tuple(
     Curve(name, title, column, "top-1, %", caption, shared="top1")
     for name, title, column, caption in (
-        ("top1", "Top-1", "top1", "Of the mean of the heads, which is the student's answer."),
+        ("top1", "Top-1", "top1", "Of the mean of the heads, which is the student's prediction."),
         ("top1_ema", "Top-1, EMA", "ema_top1", "The same with the running average of the weights."),
         ("top1_cls", "Top-1, class head", "top1_cls", "Alone."),
         ("top1_dist", "Top-1, distillation head", "top1_dist", "Alone."),
-        ("top1_dense", "Top-1, dense head", "top1_dense", "Alone, the mean over all places."),
+        ("top1_dense", "Top-1, dense head", "top1_dense", "Alone, the mean over all locations."),
     )
 )
 COURSE = (
     Curve("lr", "Learning rate", "lr", "learning rate", "In the last update of an epoch.", floor=0),
     Curve(
         *("ckf_ratio", "CKF ratio", "ckf_ratio", "r"),
-        "1: the teacher's local answers alone, 0: its global one. In the last update of an epoch.",
+        "1: the teacher's local logits alone, 0: its global ones. In the last update of an epoch.",
         methods=_SPATIAL,
         floor=0,
     ),
@@ -94,19 +92,8 @@ GROUPS: dict[str, tuple[Curve, ...]] = {
 """Side by side under a heading each; every plot's file has its curve's name."""
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A figure with what is told of it; ``description`` is for those who cannot see it."""
-
-    name: str
-    title: str
-    figure: Figure
-    caption: str
-    description: str
-
-
 def series(runs: Sequence[RunRecord], curve: Curve) -> list[plots.Series]:
-    """One per run that has the curve, over epochs; a run has the same style in every plot."""
+    """Return one series per run that has the curve, over epochs, in the run's style."""
     found = []
     for style, run in enumerate(runs):
         epochs, values = run.column(curve.column)
@@ -117,28 +104,22 @@ def series(runs: Sequence[RunRecord], curve: Curve) -> list[plots.Series]:
 
 
 def draw(runs: Sequence[RunRecord], curves: Sequence[Curve]) -> Iterator[Plot]:
-    """The plots of those curves that any run has."""
+    """Yield the plots of those curves that any run has."""
     drawn = {curve: found for curve in curves if (found := series(runs, curve))}
     for curve, found in drawn.items():
         together = [one for other, s in drawn.items() if other.shared == curve.shared for one in s]
         figure = plots.lines(
-            [plots.Series(one.name if len(runs) > 1 else "", one.x, one.y, one.style)
-             for one in found],
+            found,
             x_label="epoch",
             y_label=curve.y_label,
             y_limits=_limits(together if curve.shared else found, curve),
-        )  # fmt: skip
+            legend=len(runs) > 1,
+        )
         yield Plot(curve.name, curve.title, figure, curve.caption, _description(found, curve))
 
 
-def side_by_side(drawn: Sequence[Plot]) -> str:
-    """The plots for a page, as many in a row as it has room for."""
-    figures = [page.plot(p.figure, p.title, p.caption, p.description) for p in drawn]
-    return f'<div class="plots">{"".join(figures)}</div>'
-
-
 def _limits(found: Sequence[plots.Series], curve: Curve) -> tuple[float, float] | None:
-    """A common range for curves that are compared across plots, or one from the floor up."""
+    """Return a common range for curves that are compared across plots, or one from the floor up."""
     if not curve.shared and curve.floor is None:
         return None
     values = [y for one in found for y in one.y]

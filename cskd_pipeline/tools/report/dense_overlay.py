@@ -1,14 +1,16 @@
-"""What students say of every place of a view, beside what the teacher said there.
+"""Students' labels at every location of a view, beside the teacher's.
 
-Students are asked as they stand after their run, in evaluation mode.
+Students are loaded as their run left them, and see the views in evaluation mode.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,30 +21,35 @@ from cskd_pipeline.data.assemble import assemble, normalise
 from cskd_pipeline.data.batches import render_batch
 from cskd_pipeline.data.join import Join, classes_of, join_to_look
 from cskd_pipeline.data.replay import renderer_of
-from cskd_pipeline.errors import JoinError, UsageError
+from cskd_pipeline.errors import UsageError
 from cskd_pipeline.models.checkpoint import load_student, read_card, student_file
 from cskd_pipeline.models.header import StudentCard
 from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.runtime.progress import progress
-from cskd_pipeline.tools.report.gallery import GalleryViews, choose_views, make_views
+from cskd_pipeline.tools.report import plots
+from cskd_pipeline.tools.report.gallery import GalleryView, choose_views, class_names, make_views
 from cskd_pipeline.tools.report.labels import Labels, read_labels
+from cskd_pipeline.tools.report.page import PageOptions
+from cskd_pipeline.tools.report.plot_files import Plot
 from cskd_pipeline.tools.report.records import RunRecord
-from cskd_pipeline.tools.report.statistics import RATIOS, Truth, truth
+from cskd_pipeline.tools.report.statistics import RATIO_AXIS, RATIOS
 
 log = logging.getLogger(__name__)
 
+IMAGES = 8
+SAMPLES = 256
 _AT_ONCE = 32  # views that a student sees together
 
 
 @dataclass(frozen=True)
 class StudentLabels:
-    """What one run's student says.
+    """The labels of one run's student.
 
     Args:
-        style: the run's place among the runs, which decides how its curves look.
+        style: the run's number among the runs, which decides how its curves look.
         labels: (n, h, w) int64, the class of the largest dense logit, of the views shown.
-        agreement: (101,) share of the places of all views that were counted at which that is the
-            teacher's label, at ``RATIOS``.
+        agreement: (101,) share of the locations of all counted views at which that is the teacher's
+            label, at ``RATIOS``.
     """
 
     run: RunRecord
@@ -53,60 +60,57 @@ class StudentLabels:
     agreement: np.ndarray
 
     def at(self, r: float) -> float:
-        """The agreement at the nearest of ``RATIOS``."""
+        """Return the agreement at the nearest of ``RATIOS``."""
         return float(self.agreement[np.abs(RATIOS - r).argmin()])
+
+    @property
+    def last_ratio(self) -> float:
+        """Return the CKF ratio of the run's last finished epoch; 1 before the first."""
+        ratio = self.run.last("ckf_ratio")
+        return 1.0 if ratio is None else min(1.0, max(0.0, ratio))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """n views with the teacher's labels and at least one student's.
+    """Views with the teacher's labels and at least one student's.
 
-    ``counted``: (views, rows, columns) over which agreement was counted.
+    Args:
+        counted: (views, rows, columns) over which agreement was counted.
     """
 
     cache: CacheReader
     counted: tuple[int, ...]
-    views: GalleryViews
+    views: list[GalleryView]
     teacher: Labels
-    truth: Truth
     students: tuple[StudentLabels, ...]
 
 
 def compare(
-    runs: Sequence[RunRecord],
-    shards: str,
-    guard: ClassGuard,
-    *,
-    cache: str | None = None,
-    split: str | None = None,
-    images: int,
-    samples: int,
+    runs: Sequence[RunRecord], guard: ClassGuard, options: PageOptions
 ) -> tuple[Comparison | None, dict[str, str]]:
-    """Students' labels beside the teacher's, and run name -> why its student is not there.
+    """Return students' labels beside the teacher's, and the reason for each run without them.
+
+    Agreement is counted over ``options.samples`` views, as many images spread over the cache; those
+    that are shown are among them.
 
     Args:
-        shards, split: the images that the cache was made from.
         guard: compares the classes of shards, cache and students.
-        cache: what the runs were trained from; None: the folder that the first recipe names.
-        images: how many views are shown, of as many images spread over the cache.
-        samples: over how many views agreement is counted; those that are shown are among them.
+        options: with ``shards``.
 
     Returns:
         None instead of a comparison where no student has a dense head that fits.
 
     Raises:
-        CskdError: cache or shards cannot be used, or are not each other's; a student's file is
+        CskdError: cache or shards cannot be used, or do not belong together; a student's file is
             missing or damaged.
     """
+    dense = [run for run in runs if run.method == "cskd"]
     without = {
-        run.name: f"method {run.method} trains no dense head"
-        for run in runs
-        if run.method != "cskd"
+        run.name: f"method {run.method} trains no dense head" for run in runs if run not in dense
     }
-    dense = [run for run in runs if run.name not in without]
     if not dense:
         return None, without
-    reader = CacheReader(cache or _cache_of(dense[0]))
+    reader = CacheReader(options.cache or _cache_of(dense[0]))
     files = {run.name: student_file(run.folder) for run in dense}
     cards = {name: read_card(file) for name, file in files.items()}
     without |= {name: why for name, card in cards.items() if (why := _misfit(card, reader))}
@@ -115,16 +119,11 @@ def compare(
         guard.compare(student, classes_of(reader))
     if len(without) == len(runs):
         return None, without
-    found = join_to_look(reader, shards, guard, split=split)
+    shards = options.shards or ""
+    found = join_to_look(reader, shards, guard, split=options.split)
     guard.tell(log.warning)
+    images, samples = options.images or IMAGES, options.samples or SAMPLES
     rows = choose_views(found, max(images, samples))
-    if not len(rows):
-        raise JoinError(
-            "none of the cache's finished views can be made from these shards",
-            where=reader.path,
-            found=f"{found.missing} of {found.samples.total} samples missing",
-            action="give the shards that the cache was made from",
-        )
     shown = np.unique(np.linspace(0, len(rows) - 1, min(images, len(rows))).astype(np.int64))
     teacher = read_labels(reader, rows)
     at = np.stack([teacher.at(r) for r in RATIOS])  # (101, m, h, w)
@@ -132,7 +131,7 @@ def compare(
     for style, run in enumerate(runs):
         if run.name not in without:
             file = files[run.name]
-            labels, card = _ask(file, found, rows)
+            labels, card = _dense_labels(file, found, rows)
             agreement = (at == labels).mean(axis=(1, 2, 3))
             students.append(StudentLabels(run, style, file, card, labels[shown], agreement))
     compared = Comparison(
@@ -140,14 +139,13 @@ def compare(
         counted=at.shape[1:],
         views=make_views(found, rows[shown]),
         teacher=replace(teacher, planes=teacher.planes[shown]),
-        truth=truth(found, rows[shown]),
         students=tuple(students),
     )
     return compared, without
 
 
 def _cache_of(run: RunRecord) -> str:
-    """The folder that a recipe names; a URL, which may be a stranger's, is not fetched."""
+    """Return the folder that a recipe names; a URL, which may be a stranger's, is not fetched."""
     named = run.recipe.data.cache
     if not named or not Path(split_pin(named)[0]).is_dir():
         raise UsageError(
@@ -161,7 +159,7 @@ def _cache_of(run: RunRecord) -> str:
 
 
 def _misfit(card: StudentCard, reader: CacheReader) -> str:
-    """Why a student cannot be shown this cache's views; empty if it can."""
+    """Return why a student cannot see this cache's views; empty if it can."""
     manifest = reader.manifest
     if card.grid is None:
         return "its student has no dense head"
@@ -176,12 +174,12 @@ def _misfit(card: StudentCard, reader: CacheReader) -> str:
 
 
 @torch.inference_mode()
-def _ask(file: Path, found: Join, rows: np.ndarray) -> tuple[np.ndarray, StudentCard]:
-    """The classes that a student says: (m, h, w) int64."""
+def _dense_labels(file: Path, found: Join, rows: np.ndarray) -> tuple[np.ndarray, StudentCard]:
+    """Return the classes of a student's largest dense logits: (m, h, w) int64."""
     student, card = load_student(file, torch.device("cpu"))
     student.eval()
     renderer, labels = renderer_of(found, strict=False), []
-    with progress(len(rows), "views", f"asking {file.parent.name}") as meter:
+    with progress(len(rows), "views", f"predicting with {file.parent.name}") as meter:
         for start in range(0, len(rows), _AT_ONCE):
             part = rows[start : start + _AT_ONCE]
             seen = assemble(render_batch(renderer, part), renderer.policy)
@@ -191,7 +189,40 @@ def _ask(file: Path, found: Join, rows: np.ndarray) -> tuple[np.ndarray, Student
     return np.concatenate(labels), card
 
 
-def last_ratio(run: RunRecord) -> float:
-    """The CKF ratio of the run's last finished epoch; 1 before the first."""
-    ratio = run.last("ckf_ratio")
-    return 1.0 if ratio is None else min(1.0, max(0.0, ratio))
+def draw_agreement(compared: Comparison) -> Plot:
+    """Draw the share of locations at which a student agrees with the teacher, over r."""
+    series = [
+        plots.Series(one.run.name, RATIOS.tolist(), (100 * one.agreement).tolist(), one.style)
+        for one in compared.students
+    ]
+    caption = (
+        f"Of {math.prod(compared.counted)} locations in {compared.counted[0]} views, the share at "
+        f"which a student's class is the teacher's label, read from {compared.teacher.encoding}."
+    )
+    values = "; ".join(
+        f"{plots.shown(one.run.name)}: {one.at(0):.1%} at r = 0, {one.at(1):.1%} at r = 1"
+        for one in compared.students
+    )
+    return Plot(
+        "dense_agreement",
+        "Locations at which student and teacher agree",
+        plots.lines(series, x_label=RATIO_AXIS, y_label="locations that agree, %"),
+        caption,
+        f"{caption} {values}",
+    )
+
+
+def script_data(compared: Comparison) -> Mapping[str, Any]:
+    """Return the labels of all views, for ``runs.js``."""
+    names = class_names(compared.cache)
+    labels = [one.labels.reshape(len(one.labels), -1) for one in compared.students]
+    classes = np.unique(np.concatenate([compared.teacher.classes(), *map(np.ravel, labels)]))
+    return {
+        "grid": compared.cache.manifest.grid,
+        "views": compared.teacher.by_location(),
+        "names": {int(k): names[k] for k in classes},
+        "students": [
+            {"name": one.run.name, "views": said.tolist()}
+            for one, said in zip(compared.students, labels, strict=True)
+        ],
+    }

@@ -1,72 +1,167 @@
-"""Views as the network saw them: made again from the user's images, mixed, as pictures."""
+"""Views as the network saw them: replayed from the user's images and mixed, ready for a page."""
 
 from __future__ import annotations
 
+import base64
 import io
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from cskd_pipeline.cache.reader import CacheReader
 from cskd_pipeline.data.assemble import assemble
 from cskd_pipeline.data.batches import render_batch
 from cskd_pipeline.data.images import NOWHERE
 from cskd_pipeline.data.join import Join
 from cskd_pipeline.data.replay import cache_of, renderer_of, same_images, spread_views
+from cskd_pipeline.errors import JoinError, printable
 from cskd_pipeline.runtime.progress import progress
 
-SMALL = 64
-"""Pixels up to which a view is stored as it is, and shown without smoothing."""
+_SMALL = 64  # pixels up to which a view is stored as it is, and shown without smoothing
+_NAME = 80  # letters of a class name
 
 
 @dataclass(frozen=True)
-class GalleryViews:
-    """n views: ``rows`` (n, 3) view, shard, offset; ``pixels`` (n, S, S, 3) uint8, mixed.
+class GroundTruth:
+    """The classes of n mixed views, by the cache's labels.
 
-    ``same``: (n,) bool, both pictures in the view are the teacher's. ``exact``: (n,) bool, the
-    sample's own view has the digest that the cache recorded.
+    Args:
+        larger, smaller: (n,) int64, the class of the image that fills more of each view, and of the
+            other one; equal where nothing is mixed in.
+        share: (n,) float, of the larger.
     """
 
-    rows: np.ndarray
+    larger: np.ndarray
+    smaller: np.ndarray
+    share: np.ndarray
+
+
+@dataclass(frozen=True)
+class GalleryView:
+    """One replayed view.
+
+    Args:
+        number, shard, offset: of the view, and of its sample.
+        key: the sample's.
+        pixels: (S, S, 3) uint8, mixed, as the network saw it.
+        contents: each class in it and its name, with its share where two are mixed.
+        same: both of its images are those that the teacher saw.
+        exact: the sample's own view has the digest that the cache recorded.
+    """
+
+    number: int
+    shard: int
+    offset: int
+    key: str
     pixels: np.ndarray
-    same: np.ndarray
-    exact: np.ndarray
+    contents: list[tuple[int, str]]
+    same: bool
+    exact: bool
+
+    @property
+    def summary(self) -> str:
+        """Return the names in ``contents`` as text."""
+        return ", ".join(name for _, name in self.contents)
+
+    @property
+    def warning(self) -> str:
+        """Return how the view differs from what the teacher saw; empty if it does not."""
+        if not self.same:
+            return "Made from another image than the teacher saw."
+        return "" if self.exact else "Differs by rounding from what the teacher saw."
+
+    @property
+    def small(self) -> bool:
+        """Return whether the view is shown without smoothing."""
+        return len(self.pixels) <= _SMALL
+
+    @property
+    def image(self) -> str:
+        """Return the view as a ``data:`` URL: PNG of a small one, JPEG of others."""
+        kind, buffer = "png" if self.small else "jpeg", io.BytesIO()
+        Image.fromarray(self.pixels).save(buffer, format=kind.upper(), quality=88)
+        return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def class_names(cache: CacheReader) -> list[str]:
+    """Return a name for every class, on one line and not too long."""
+    data = cache.manifest.dataset
+    names = data.class_names or [""] * data.num_classes
+    return [printable(name, _NAME) or f"class {k}" for k, name in enumerate(names)]
 
 
 def choose_views(found: Join, count: int) -> np.ndarray:
-    """About ``count`` views whose pictures the user has: (n, 3) view, shard, offset."""
-    rows = spread_views(found, count)
-    if not len(rows):
-        return rows
-    partner = renderer_of(found, strict=False).pair(rows).partner
-    return rows[found.images.locate(partner[:, 1:])[0] != NOWHERE]
-
-
-def make_views(found: Join, rows: np.ndarray) -> GalleryViews:
-    """Make the views ``rows``, (n, 3), n > 0.
+    """Return about ``count`` views whose images are there: (n, 3) view, shard, offset; n > 0.
 
     Raises:
-        ShardError, ImageError: an image cannot be had.
+        JoinError: there is none.
+    """
+    rows = spread_views(found, count)
+    if len(rows):
+        partner = renderer_of(found, strict=False).pair(rows).partner
+        rows = rows[found.images.locate(partner[:, 1:])[0] != NOWHERE]
+    if not len(rows):
+        raise JoinError(
+            "there is nothing to show: no finished part of the cache has its images here",
+            where=cache_of(found).path,
+            found=f"{found.missing} of {found.samples.total} samples missing",
+            action="give the shards that the cache was made from, or finish the dump",
+        )
+    return rows
+
+
+def ground_truth(found: Join, rows: np.ndarray) -> GroundTruth:
+    """Return the classes in the views ``rows``, (n, 3) view, shard, offset."""
+    cache = cache_of(found)
+    pairing = renderer_of(found, strict=False).pair(rows)
+    own, partner = (
+        np.array([cache.labels(shard)[offset] for _, shard, offset in part.tolist()], np.int64)
+        for part in (pairing.own, pairing.partner)
+    )
+    share = np.array([mix.lam for mix in pairing.mixes])
+    first = share >= 0.5
+    return GroundTruth(
+        larger=np.where(first, own, partner),
+        smaller=np.where(first, partner, own),
+        share=np.maximum(share, 1 - share),
+    )
+
+
+def make_views(found: Join, rows: np.ndarray) -> list[GalleryView]:
+    """Replay the views ``rows``, (n, 3) view, shard, offset.
+
+    Raises:
+        ShardError, ImageError: an image cannot be read.
     """
     cache, renderer = cache_of(found), renderer_of(found, strict=False)
     partner = renderer.pair(rows).partner
-    pixels, exact = [], []
-    with progress(len(rows), "views", "making views again") as meter:
-        for i in range(len(rows)):
-            batch = render_batch(renderer, rows[i : i + 1])
-            seen = assemble(batch, cache.manifest.policy)[0].permute(1, 2, 0)
-            pixels.append((seen.clamp(0, 1) * 255).round().byte().numpy())
-            view, shard, offset = rows[i].tolist()
-            digest = int(batch.view_digest[int(batch.own[0])])
-            exact.append(digest == int(cache.view_digests(view, shard)[offset]))
-            meter.advance()
     same = same_images(found, rows) & same_images(found, partner)
-    return GalleryViews(rows, np.stack(pixels), same, np.array(exact))
+    truth, names = ground_truth(found, rows), class_names(cache)
+    views = []
+    with progress(len(rows), "views", "replaying views") as meter:
+        for i, (view, shard, offset) in enumerate(rows.tolist()):
+            batch = render_batch(renderer, rows[i : i + 1])
+            pixels = assemble(batch, cache.manifest.policy)[0].permute(1, 2, 0)
+            digest = int(batch.view_digest[int(batch.own[0])])
+            views.append(
+                GalleryView(
+                    number=view,
+                    shard=shard,
+                    offset=offset,
+                    key=cache.keys(shard)[offset],
+                    pixels=(pixels.clamp(0, 1) * 255).round().byte().numpy(),
+                    contents=_contents(truth, i, names),
+                    same=bool(same[i]),
+                    exact=digest == int(cache.view_digests(view, shard)[offset]),
+                )
+            )
+            meter.advance()
+    return views
 
 
-def encoded(pixels: np.ndarray) -> tuple[bytes, str]:
-    """(S, S, 3) uint8 as an image file, and its kind: small ones PNG, others JPEG."""
-    kind = "png" if len(pixels) <= SMALL else "jpeg"
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format=kind.upper(), quality=88)
-    return buffer.getvalue(), kind
+def _contents(truth: GroundTruth, i: int, names: list[str]) -> list[tuple[int, str]]:
+    larger, smaller, share = int(truth.larger[i]), int(truth.smaller[i]), truth.share[i]
+    if share == 1:
+        return [(larger, names[larger])]
+    return [(k, f"{names[k]} {part:.0%}") for k, part in ((larger, share), (smaller, 1 - share))]

@@ -1,7 +1,7 @@
-"""The teacher's label at every place, for all ratios r at once.
+"""The teacher's label at every location, for all ratios r at once.
 
-At one place the label changes at a few values of r. Exact encodings know them all; of approximate
-ones the label is asked for at some ratios, and what lies between two is put in the middle.
+The label of a location changes at a few values of r. Exact encodings know them all. Approximate
+ones give a label at some ratios, and a change between two of these is put in the middle.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _AT_ONCE = 32  # views whose logits are held
 
 @dataclass(frozen=True)
 class Labels:
-    """Of n views.
+    """The labels of n views.
 
     Args:
         encoding: where they come from.
@@ -35,39 +35,57 @@ class Labels:
     planes: np.ndarray
 
     def at(self, r: float) -> np.ndarray:
-        """(n, h, w) int64."""
+        """Return the labels at one ratio: (n, h, w) int64."""
         return ckf.envelope_labels(torch.from_numpy(self.planes), r).numpy()
 
     def lines(self) -> np.ndarray:
-        """How many labels a place has between r = 0 and r = 1: (n, h, w) int64."""
+        """Count the labels that a location has between r = 0 and r = 1: (n, h, w) int64."""
         return (self.planes[:, 0::2] != ckf.UNUSED).sum(axis=1)
+
+    def classes(self) -> np.ndarray:
+        """Return the classes among the labels, each once."""
+        lines = self.planes[:, 0::2]
+        return np.unique(lines[lines != ckf.UNUSED])
+
+    def by_location(self) -> list[list[list[int]]]:
+        """Return, of every view and then location, row by row, the planes in use.
+
+        These are ``[c0, q1, c1, q2, c2, ...]``: class c1 takes over at r = (q1 + 0.5) / QUANTUM.
+        """
+        count, planes = self.planes.shape[:2]
+        used = 2 * self.lines().reshape(count, -1) - 1
+        flat = self.planes.reshape(count, planes, -1).transpose(0, 2, 1)
+        return [
+            [values[:n].tolist() for values, n in zip(view, ends, strict=True)]
+            for view, ends in zip(flat, used, strict=True)
+        ]
 
 
 def read_labels(cache: CacheReader, rows: np.ndarray) -> Labels:
-    """The labels of the views ``rows``, (n, 3) view, shard, offset, n > 0.
+    """Read the labels of the views ``rows``, (n, 3) view, shard, offset, n > 0.
 
     Raises:
         CacheError: a unit is not done, or damaged.
     """
     name = next(name for name in PREFERRED if name in cache.encodings)
-    parts = [
-        _planes(cache, name, rows[start : start + _AT_ONCE])
-        for start in range(0, len(rows), _AT_ONCE)
+    starts = range(0, len(rows), _AT_ONCE)
+    parts = [_planes(cache, name, rows[start : start + _AT_ONCE]) for start in starts]
+    most = max(part.shape[1] for part in parts)
+    padded = [
+        np.pad(
+            part,
+            ((0, 0), (0, most - part.shape[1]), (0, 0), (0, 0)),
+            constant_values=ckf.UNUSED,
+        )
+        for part in parts
     ]
-    planes = np.full(
-        (len(rows), max(part.shape[1] for part in parts), *parts[0].shape[2:]),
-        ckf.UNUSED,
-        np.uint16,
-    )
-    for start, part in zip(range(0, len(rows), _AT_ONCE), parts, strict=True):
-        planes[start : start + len(part), : part.shape[1]] = part
-    return Labels(name, cache.encodings[name].exact, planes)
+    return Labels(name, cache.encodings[name].exact, np.concatenate(padded))
 
 
 def _planes(cache: CacheReader, name: str, rows: np.ndarray) -> np.ndarray:
-    answers = {n: torch.from_numpy(a) for n, a in cache.gather(name, rows).items()}
+    arrays = {n: torch.from_numpy(a) for n, a in cache.gather(name, rows).items()}
     encoding = cache.encodings[name]
-    targets = encoding.targets(answers)
+    targets = encoding.targets(arrays)
     if isinstance(targets, EnvelopeTargets):
         return targets.planes.numpy()
     if isinstance(targets, LogitTargets) and encoding.exact:
@@ -78,7 +96,7 @@ def _planes(cache: CacheReader, name: str, rows: np.ndarray) -> np.ndarray:
 
 
 def planes_of(labels: np.ndarray) -> np.ndarray:
-    """Planes from labels at ``RATIOS``: (n, R, h, w) -> (n, P, h, w) uint16."""
+    """Return planes that give the labels at ``RATIOS``: (n, R, h, w) -> (n, P, h, w) uint16."""
     count, _, height, width = labels.shape
     changes = labels[:, 1:] != labels[:, :-1]
     most = int(changes.sum(axis=1).max(initial=0))

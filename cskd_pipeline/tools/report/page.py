@@ -1,133 +1,129 @@
-"""One self-contained HTML page: styles, script, pictures and data inside, and nothing from outside.
+"""One self-contained HTML page: styles, script, images and data inside, and nothing from outside.
 
-Text is foreign until it went through :func:`text`. The page's own policy (CSP) allows its one
-script, by digest, and pictures in ``data:`` URLs; whatever might slip through could neither run nor
-call home.
+Pages are Jinja2 templates in ``templates/``. Whatever a template prints is foreign text, which is
+spelled out, cut to length and escaped, unless the template marks it ``|safe``: our own styles,
+scripts, plots and base64. The page's own policy (CSP) allows its one script, by digest, and images
+in ``data:`` URLs; whatever might slip through could neither run nor load anything.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import html
-import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cskd_pipeline.errors import printable
+from cskd_pipeline.runtime.atomic import write_text
 from cskd_pipeline.runtime.console import format_value, plain
-from cskd_pipeline.tools.report import plots
+from cskd_pipeline.tools.report.plot_files import Plot, write_plot
 
+PAGE = "index.html"
+_PACKAGE = "cskd_pipeline.tools.report"
 _LONGEST = 500  # characters of a foreign text
 
 
-def text(value: object) -> str:
-    """``value`` as a person reads it, as HTML that shows just these characters."""
-    return html.escape(printable(format_value(value), _LONGEST))
-
-
-def asset(name: str) -> str:
-    """A file beside this module, in ``assets/``."""
-    return files("cskd_pipeline.tools.report").joinpath("assets", name).read_text(encoding="utf-8")
-
-
-def page(title: str, parts: Iterable[str], *, data: Mapping[str, Any], script: str) -> str:
-    """The whole page.
+@dataclass(frozen=True)
+class PageOptions:
+    """Choose what a page shows.
 
     Args:
+        shards, split: the images that the cache was made from. A page of runs without them has no
+            predictions.
+        cache: of runs, what they were trained from; None: the folder that the first recipe names.
+        images: views in the gallery; None: 12 of a cache, 8 of runs.
+        samples: views whose labels are counted; None: 2048 of a cache, 256 of runs.
+        epochs: of a cache, the length of the run that the schedules' slider follows.
+        export: one of ``plot_files.FORMATS``, in which each plot becomes a file too.
+        accept_classes: class k is the same in shards, cache and students, whatever the names say.
+    """
+
+    shards: str | None = None
+    split: str | None = None
+    cache: str | None = None
+    images: int | None = None
+    samples: int | None = None
+    epochs: int = 300
+    export: str | None = None
+    accept_classes: bool = False
+
+
+def render(
+    template: str,
+    title: str,
+    *,
+    data: Mapping[str, Any],
+    scripts: Sequence[str] = (),
+    **context: Any,
+) -> str:
+    """Return the page that a template and its context give.
+
+    Args:
+        template: a file in ``templates/`` that extends ``base.html``.
         title: foreign text.
-        parts: HTML, one element each.
-        data: what the script reads, see ``shown`` in it.
-        script: JavaScript, ours.
+        data: numbers and text that the scripts read, as JSON.
+        scripts: files in ``templates/`` that the page runs, in this order.
+        context: values for the template.
     """
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
-    policy += f"script-src 'sha256-{digest}'"
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            '<link rel="icon" href="data:,">',
-            f"<title>{text(title)}</title>",
-            f"<style>{asset('page.css')}</style>",
-            "</head>",
-            "<body>",
-            f"<header><h1>{text(title)}</h1></header>",
-            "<main>",
-            *parts,
-            "</main>",
-            f'<script type="application/json" id="data">{_json(data)}</script>',
-            f"<script>{script}</script>",
-            "</body>",
-            "</html>",
-            "",
-        ]
-    )
-
-
-def section(title: str, *parts: str, name: str = "") -> str:
-    """A section with its heading; ``name`` is its id."""
-    identity = f' id="{name}"' if name else ""
-    return f"<section{identity}><h2>{text(title)}</h2>{''.join(parts)}</section>"
-
-
-def paragraph(value: object) -> str:
-    return f"<p>{text(value)}</p>"
-
-
-def definitions(pairs: Mapping[str, object]) -> str:
-    """Names and values; values that are None are left out."""
-    rows = [
-        f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>"
-        for name, value in pairs.items()
-        if value is not None
-    ]
-    return f"<dl>{''.join(rows)}</dl>"
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Numbers to the right; wide ones scroll inside their own box."""
-    head = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    script = "".join(map(_read, scripts))
     return (
-        '<div class="wide" tabindex="0" role="region" aria-label="table"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        _environment()
+        .get_template(template)
+        .render(
+            context,
+            title=title,
+            style=_read("page.css"),
+            script=script,
+            script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            data=plain(data),
+        )
     )
 
 
-def _cell(value: object) -> str:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f"<td{' class=number' if number else ''}>{text(value)}</td>"
+def write_page(
+    out: Path, document: str, plots: Iterable[Plot], export: str | None
+) -> dict[str, Any]:
+    """Write ``out/index.html``, and each plot as a file if ``export`` names a format.
 
-
-def plot(figure: Figure, title: str, caption: str, description: str = "") -> str:
-    """A plot in the page's own ink.
-
-    Args:
-        description: for those who cannot see it; the caption unless given.
+    Returns:
+        The paths, and the page's size in bytes.
     """
-    drawn = plots.svg(figure, title, description or caption)
-    return (
-        f'<figure class="plot"><h3>{text(title)}</h3>{drawn}'
-        f"<figcaption>{text(caption)}</figcaption></figure>"
+    write_text(out / PAGE, document)
+    exported = {} if export is None else {out / f"{plot.name}.{export}": plot for plot in plots}
+    for path, plot in exported.items():
+        write_plot(plot.figure, path, plot.title, plot.described)
+    return {
+        "page": str(out / PAGE),
+        "bytes": len(document.encode()),
+        "plots": [str(path) for path in exported],
+    }
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader(_PACKAGE),
+        autoescape=True,
+        finalize=_finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment
 
 
-def picture(data: bytes, kind: str, alt: str) -> str:
-    """An image inside the page; ``kind`` as in ``image/png``."""
-    encoded = base64.b64encode(data).decode()
-    return f'<img src="data:image/{kind};base64,{encoded}" alt="{text(alt)}">'
+def _finalize(value: object) -> object:
+    """Return a value as text for a person, unless it is markup of ours already."""
+    return value if hasattr(value, "__html__") else printable(format_value(value), _LONGEST)
 
 
-def _json(data: Mapping[str, Any]) -> str:
-    """JSON that no HTML parser takes for anything but text."""
-    dumped = json.dumps(plain(data), allow_nan=False, separators=(",", ":"))
-    return dumped.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+def _read(name: str) -> str:
+    return files(_PACKAGE).joinpath("templates", name).read_text(encoding="utf-8")

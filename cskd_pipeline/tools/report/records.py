@@ -24,8 +24,6 @@ MAX_LINES, MAX_LINE, MAX_COLUMNS = 50_000, 2**16, 200
 LARGEST = 1e30
 """Of a logged number; float32 plots go no further."""
 
-_AVERAGED = {"ema": "EMA"}
-
 Row = Mapping[str, float | None]
 
 
@@ -34,7 +32,7 @@ class RunRecord:
     """A run.
 
     Args:
-        name: the folder's, with as many of its parents as tell it from other runs.
+        name: the folder's, with as many of its parents as make it differ from other runs'.
         rows: one per finished epoch, column to number; None where nothing was measured.
     """
 
@@ -45,35 +43,42 @@ class RunRecord:
 
     @property
     def method(self) -> str:
+        """Return ``none``, ``deit`` or ``cskd``."""
         return self.recipe.distill.method
 
     @property
     def epochs(self) -> int:
-        """Finished ones."""
+        """Count the finished epochs."""
         return int(self.rows[-1]["epoch"] or 0) if self.rows else 0
 
     @property
     def finished(self) -> bool:
+        """Return whether the recipe's last epoch is finished."""
         return self.epochs >= self.recipe.schedule.epochs
 
+    @property
+    def schedule(self) -> str | None:
+        """Return the name of the CKF schedule, of method ``cskd``."""
+        return self.recipe.distill.schedule if self.method == "cskd" else None
+
     def column(self, name: str) -> tuple[list[int], list[float]]:
-        """Epochs at which a column has a number, and the numbers."""
+        """Return the epochs at which a column has a number, and the numbers."""
         points = [(int(row["epoch"] or 0), row.get(name)) for row in self.rows]
         there = [(epoch, value) for epoch, value in points if value is not None]
         return [epoch for epoch, _ in there], [value for _, value in there]
 
     def last(self, name: str) -> float | None:
-        """The last number of a column, or None."""
+        """Return the last number of a column, or None."""
         values = self.column(name)[1]
         return values[-1] if values else None
 
     def mean(self, name: str) -> float | None:
-        """The mean of a column over epochs, or None."""
+        """Return the mean of a column over epochs, or None."""
         values = self.column(name)[1]
         return sum(values) / len(values) if values else None
 
     def best(self) -> dict[str, Any] | None:
-        """The highest top-1 (percent), its epoch, and whose it is: ``last`` weights or ``ema``.
+        """Return the highest top-1 (percent), its epoch, and its weights: ``last`` or ``ema``.
 
         None without validation. The first of equals, as ``train`` keeps it.
         """
@@ -87,21 +92,18 @@ class RunRecord:
 
 
 def which(epoch: int, weights: str) -> str:
-    """One of a run's students: ``epoch 7``, or ``epoch 7, EMA`` of the averaged weights."""
-    return (
-        f"epoch {epoch}"
-        if weights == "last"
-        else f"epoch {epoch}, {_AVERAGED.get(weights, weights)}"
-    )
+    """Name one of a run's students: ``epoch 7``, or ``epoch 7, EMA`` of the averaged weights."""
+    averaged = {"last": "", "ema": ", EMA"}
+    return f"epoch {epoch}{averaged.get(weights, f', {weights}')}"
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a training run's, rightly or not: it has a recipe, and is no cache."""
+    """Return whether a folder looks like a training run's: it has a recipe."""
     return (folder / RECIPE).is_file()
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Runs in the order given, named apart.
+    """Read runs, in the order given, each under a name of its own.
 
     Raises:
         UsageError: the same run twice, or more than ``MAX_RUNS``.
@@ -121,7 +123,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, each with as many parents as tell all of them apart."""
+    """Return the folders' names, each with as many parents as make all of them different."""
     parts = [folder.resolve().parts for folder in folders]
     names = []
     for own in parts:
@@ -133,7 +135,7 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
 
 
 def recipe_differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """Dotted name -> what each run's recipe says, of the keys in which the runs differ.
+    """Return the keys in which recipes differ: dotted name -> each run's value.
 
     ``run.out``, which is the folder, is left out; a key that a recipe does not have is ``-``.
     """
@@ -146,7 +148,7 @@ def recipe_differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
 
 
 def _value(value: Any) -> str:
-    """A recipe's value as a line, all its digits shown."""
+    """Return a recipe's value as a line, with all its digits."""
     if value is None or value == "":
         return "-"
     if isinstance(value, bool):
@@ -169,9 +171,9 @@ def _read(folder: Path, name: str) -> RunRecord:
 
 
 def read_log(path: Path) -> tuple[Row, ...]:
-    """``summary.csv``: one row per finished epoch; none where the file is not there yet.
+    """Read ``summary.csv``: one row per finished epoch; none where the file is not there yet.
 
-    A last line that does not end is still being written, and left out.
+    A last line without its newline is still being written, and left out.
 
     Raises:
         RunError: not a log, or a damaged one; names the line.
@@ -225,7 +227,7 @@ def _row(path: Path, number: int, columns: Sequence[str], fields: Sequence[str])
 
 
 def _number(text: str) -> float | None:
-    """A number that can be drawn, or None."""
+    """Return a number that can be drawn, or None."""
     try:
         value = float(text)
     except ValueError:

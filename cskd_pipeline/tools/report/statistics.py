@@ -1,45 +1,38 @@
-"""What a sample of a cache's labels says of all of them."""
+"""Figures of a cache's labels, counted over a sample of its views."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from cskd_pipeline.data.join import Join
-from cskd_pipeline.data.replay import cache_of, renderer_of
+from cskd_pipeline.data.replay import cache_of
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.report import plots
+from cskd_pipeline.tools.report.gallery import ground_truth
 from cskd_pipeline.tools.report.labels import Labels, read_labels
+from cskd_pipeline.tools.report.plot_files import Plot
+from cskd_pipeline.tools.report.plots import Series
 
 RATIOS = np.linspace(0.0, 1.0, 101)
-SLABS = 64  # (view, shard) pairs that are read, which far away are as many files
+RATIO_AXIS = "r: 0 is the global response, 1 the local one"
+SLABS = 64  # (view, shard) pairs that are read; of a remote cache as many files
 _LINES_SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Truth:
-    """The labels of n mixed views: the class that fills more of each, and the other one.
-
-    ``larger``, ``smaller``: (n,) int64, equal where nothing is mixed in. ``share``: (n,) float, of
-    the larger.
-    """
-
-    larger: np.ndarray
-    smaller: np.ndarray
-    share: np.ndarray
-
-
-@dataclass(frozen=True)
 class Statistics:
-    """Over all places of the sampled views.
+    """Figures over all locations of the sampled views.
 
-    ``agreement``, ``either``: (101,) share of places whose label at ``RATIOS`` is the larger
-    picture's class, or one of the two. ``lines``: ``lines[n]`` places have n labels between r = 0
-    and r = 1. ``balance``: (3, K) shares of each class among the views' larger classes, the labels
-    at r = 1 and those at r = 0.
+    Args:
+        views: how many were sampled.
+        encoding, exact: of the labels, as in :class:`Labels`.
+        agreement, either: (101,) share of locations whose label at ``RATIOS`` is the class of the
+            larger image, or of one of the two.
+        lines: ``lines[n]`` locations have n labels between r = 0 and r = 1.
+        balance: (3, K) shares of each class among the views' larger classes, the labels at r = 1
+            and those at r = 0.
     """
 
     views: int
@@ -52,11 +45,12 @@ class Statistics:
 
     @property
     def mean_lines(self) -> float:
+        """Return the mean number of labels of a location."""
         return float((np.arange(len(self.lines)) * self.lines).sum() / self.lines.sum())
 
 
 def sample_rows(found: Join, count: int) -> np.ndarray:
-    """About ``count`` views of finished units from at most ``SLABS`` (view, shard) pairs.
+    """Choose about ``count`` views of finished units from at most ``SLABS`` (view, shard) pairs.
 
     Returns:
         (n, 3) int64 view, shard, offset; of samples that are there.
@@ -71,41 +65,27 @@ def sample_rows(found: Join, count: int) -> np.ndarray:
     ]
     if not pairs or not count:
         return np.empty((0, 3), np.int64)
-    chosen = np.unique(np.linspace(0, len(pairs) - 1, min(SLABS, len(pairs), count)).astype(int))
+    chosen = _spread(len(pairs), min(SLABS, count))
     each, rows = -(-count // len(chosen)), []
     for view, shard in (pairs[i] for i in chosen):
         offsets = samples[samples[:, 0] == shard, 1]
-        picked = np.unique(np.linspace(0, len(offsets) - 1, min(each, len(offsets))).astype(int))
-        rows += [(view, shard, int(offsets[i])) for i in picked]
+        rows += [(view, shard, int(offsets[i])) for i in _spread(len(offsets), each)]
     return np.array(rows[:count], np.int64)
 
 
-def truth(found: Join, rows: np.ndarray) -> Truth:
-    """What is in the views ``rows``, by the cache's labels."""
-    cache = cache_of(found)
-    pairing = renderer_of(found, strict=False).pair(rows)
-    own, partner = (
-        np.array([cache.labels(shard)[offset] for _, shard, offset in part.tolist()], np.int64)
-        for part in (pairing.own, pairing.partner)
-    )
-    share = np.array([mix.lam for mix in pairing.mixes])
-    first = share >= 0.5
-    return Truth(
-        larger=np.where(first, own, partner),
-        smaller=np.where(first, partner, own),
-        share=np.maximum(share, 1 - share),
-    )
+def _spread(total: int, count: int) -> list[int]:
+    return np.unique(np.linspace(0, total - 1, min(count, total)).astype(int)).tolist()
 
 
 def measure(found: Join, rows: np.ndarray) -> Statistics:
-    """Labels of the views ``rows``, (n, 3), n > 0, counted."""
+    """Count the labels of the views ``rows``, (n, 3) view, shard, offset, n > 0."""
     cache = cache_of(found)
     parts: list[Labels] = []
     with progress(len(rows), "views", "reading labels") as meter:
         for part in np.split(rows, np.flatnonzero(np.diff(rows[:, :2], axis=0).any(axis=1)) + 1):
             parts.append(read_labels(cache, part))
             meter.advance(len(part))
-    known = truth(found, rows)
+    known = ground_truth(found, rows)
     at = [np.concatenate([labels.at(r) for labels in parts]) for r in RATIOS]
     larger, smaller = (x[:, None, None] for x in (known.larger, known.smaller))
     classes = cache.manifest.dataset.num_classes
@@ -122,44 +102,51 @@ def measure(found: Join, rows: np.ndarray) -> Statistics:
     )
 
 
-def agreement_plot(found: Statistics) -> Figure:
-    return plots.lines(
-        [
-            plots.Series("the larger picture's class", RATIOS.tolist(), _percent(found.agreement)),
-            plots.Series("either picture's class", RATIOS.tolist(), _percent(found.either), 1),
-        ],
-        x_label="r: 0 is the global answer, 1 the local one",
-        y_label="places, %",
-    )
-
-
-def lines_plot(found: Statistics) -> Figure:
-    shares = (100 * found.lines / found.lines.sum())[1:]
-    names = [f"{n} label{'s' * (n > 1)}" for n in range(1, len(shares) + 1)][:_LINES_SHOWN]
-    values = shares[:_LINES_SHOWN].tolist()
+def draw_statistics(found: Statistics) -> list[Plot]:
+    """Draw agreement with the ground truth, labels of a location, and class balance."""
+    shares = (100 * found.lines / found.lines.sum())[1:].tolist()
+    names = [f"{n} label{'s' * (n > 1)}" for n in range(1, len(shares) + 1)]
     if len(shares) > _LINES_SHOWN:
-        names[-1] = f"{_LINES_SHOWN} or more"
-        values[-1] = float(shares[_LINES_SHOWN - 1 :].sum())
-    return plots.bars(names, values, x_label="places, %")
-
-
-def balance_plot(found: Statistics) -> Figure:
-    """Each curve's classes from the most frequent to the least."""
-    ranks = list(range(1, found.balance.shape[1] + 1))
-    names = ("ground truth", "labels at r = 1", "labels at r = 0")
-    curves = [
-        plots.Series(name, ranks, _percent(np.sort(shares)[::-1]), style)
-        for style, (name, shares) in enumerate(zip(names, found.balance, strict=True))
+        names[_LINES_SHOWN - 1 :] = [f"{_LINES_SHOWN} or more"]
+        shares[_LINES_SHOWN - 1 :] = [sum(shares[_LINES_SHOWN - 1 :])]
+    agreement = {"the larger image's class": found.agreement, "either image's class": found.either}
+    kinds = ("ground truth", "labels at r = 1", "labels at r = 0")
+    balance = {kind: np.sort(one)[::-1] for kind, one in zip(kinds, found.balance, strict=True)}
+    over = f"Over all locations of {found.views} views, labels from {found.encoding}"
+    return [
+        Plot(
+            "agreement",
+            "Agreement with the ground truth",
+            plots.lines(_percent(RATIOS, agreement), x_label=RATIO_AXIS, y_label="locations, %"),
+            f"{over}. Views are mixed of two images, so no label is right everywhere.",
+        ),
+        Plot(
+            "labels",
+            "Labels of a location as r falls from 1 to 0",
+            plots.bars(names, shares, x_label="locations, %"),
+            f"{over}: {found.mean_lines:.2f} on average, the lines of the upper envelope.",
+        ),
+        Plot(
+            "balance",
+            "Class balance",
+            plots.lines(
+                _percent(np.arange(1, found.balance.shape[1] + 1), balance),
+                x_label="class, by its rank",
+                y_label="share, %",
+            ),
+            f"{over}. Ground truth is the class of the larger image; each curve is sorted.",
+        ),
     ]
-    return plots.lines(curves, x_label="class, by its rank", y_label="share, %")
+
+
+def _percent(x: np.ndarray, curves: dict[str, np.ndarray]) -> list[Series]:
+    return [
+        Series(name, x.tolist(), (100 * shares).tolist(), style)
+        for style, (name, shares) in enumerate(curves.items())
+    ]
 
 
 def most_displaced(found: Statistics, count: int) -> list[int]:
-    """The classes whose share among the labels at r = 1 is furthest from the ground truth's."""
+    """Return the classes whose share of labels at r = 1 is furthest from the ground truth's."""
     gap = np.abs(found.balance[1] - found.balance[0])
-    order: Sequence[int] = np.argsort(-gap, kind="stable").tolist()
-    return [k for k in order if gap[k] > 0][:count]
-
-
-def _percent(shares: np.ndarray) -> list[float]:
-    return (100 * shares).tolist()
+    return [k for k in np.argsort(-gap, kind="stable").tolist() if gap[k] > 0][:count]

@@ -12,6 +12,7 @@ from typing import Any
 from cskd_pipeline.runtime.atomic import write_text
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools.report import plots
+from cskd_pipeline.tools.report.plot_files import FORMATS, write_plot
 from cskd_pipeline.tools.study.arms import ARMS, FUSION, ORDERING, Claim, StudyRun
 from cskd_pipeline.tools.study.verdicts import Spread, Verdict, judge, ordering
 
@@ -143,8 +144,8 @@ def write_files(report: Mapping[str, Any], out: Path) -> None:
         x_label="top-1, %",
     )
     description = "; ".join(f"{m['label']} {m['text']}" for m in report["methods"])
-    for ending in plots.FORMATS:
-        plots.write(
+    for ending in FORMATS:
+        write_plot(
             figure, out / f"study.{ending}", "Students' top-1: mean, deviation, seeds", description
         )
 

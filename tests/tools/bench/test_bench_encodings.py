@@ -21,7 +21,7 @@ from cskd_pipeline.errors import CacheError
 from cskd_pipeline.tools.bench import bench_encodings as bench
 from cskd_pipeline.tools.bench.plot import scatter
 from cskd_pipeline.tools.bench.responses import Responses, from_cache, from_teacher
-from cskd_pipeline.tools.report import plots
+from cskd_pipeline.tools.report.plot_files import svg
 from tests.cache.making import CLASSES, COUNTS, HEIGHT, VIEWS, WIDTH, fill, make, manifest, tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -237,16 +237,16 @@ def test_the_plot_shows_bytes_across_and_loss_up(report: dict[str, Any]) -> None
     assert q8_1[1] > q8_4[1]  # more loss at tau = 1
     assert topk_1[1] > topk_4[1]
     assert dense_1[1] == dense_4[1] == envelope[1] < min(q8_4[1], topk_4[1])
-    text = list(ET.fromstring(plots.svg(figure, "t")).itertext())
+    text = list(ET.fromstring(svg(figure, "t")).itertext())
     for name in (*ENCODINGS, "exact", "hard labels", "KL at temperature 1", "KL at temperature 4"):
         assert text.count(name) == 1, name
 
 
 def test_names_in_the_plot_stay_text(report: dict[str, Any]) -> None:
     entry = report["encodings"]["dense"]
-    svg = plots.svg(scatter({**report, "encodings": {"<script>&$x^2$": entry}}), "t")
-    assert "<script>" not in svg
-    assert "<script>&$x^2$" in list(ET.fromstring(svg).itertext())
+    drawn = svg(scatter({**report, "encodings": {"<script>&$x^2$": entry}}), "t")
+    assert "<script>" not in drawn
+    assert "<script>&$x^2$" in list(ET.fromstring(drawn).itertext())
 
 
 def test_the_command_prints_one_object_or_a_table(

@@ -1,4 +1,4 @@
-"""Labels at every place and ratio, and what is counted of them, against plain numpy."""
+"""Labels at every location and ratio, and what is counted of them, against plain numpy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.join import Join, join
 from cskd_pipeline.data.replay import cache_of, renderer_of
 from cskd_pipeline.tools.report import statistics
-from cskd_pipeline.tools.report.gallery import choose_views, encoded, make_views
+from cskd_pipeline.tools.report.gallery import choose_views, make_views
 from cskd_pipeline.tools.report.labels import RATIOS, planes_of, read_labels
 from tests.cache.making import make
 from tests.pipeline import world
@@ -73,7 +73,7 @@ def found(small: World) -> Join:
     return join(load_dataset(str(small.shards)), CacheReader(small.cache))
 
 
-def test_figures_are_counted_over_every_place(found: Join) -> None:
+def test_figures_are_counted_over_every_location(found: Join) -> None:
     rows = statistics.sample_rows(found, 10_000)
     cache = cache_of(found)
     assert len(rows) == cache.views * found.samples.total  # fewer pairs than are read at most
@@ -110,16 +110,18 @@ def test_views_are_what_the_network_saw(found: Join) -> None:
 
     rows = choose_views(found, 6)
     views = make_views(found, rows)
-    assert views.same.all()
-    assert views.exact.all()
+    assert all(view.same and view.exact for view in views)
+    numbers = [(view.number, view.shard, view.offset) for view in views]
+    assert numbers == [tuple(row) for row in rows.tolist()]
     batch = render_batch(renderer_of(found, strict=True), rows)
     seen = assemble(batch, cache_of(found).manifest.policy).permute(0, 2, 3, 1)
     expected = torch.round(seen.clamp(0, 1) * 255).byte().numpy()
-    assert np.array_equal(views.pixels, expected)
-    data, kind = encoded(views.pixels[0])
+    assert np.array_equal(np.stack([view.pixels for view in views]), expected)
+    kind, _, data = views[0].image.partition(",")
+    from base64 import b64decode
     from io import BytesIO
 
     from PIL import Image
 
-    assert kind == "png"
-    assert np.array_equal(np.asarray(Image.open(BytesIO(data))), expected[0])
+    assert kind == "data:image/png;base64"
+    assert np.array_equal(np.asarray(Image.open(BytesIO(b64decode(data)))), expected[0])

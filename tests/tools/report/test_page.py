@@ -59,9 +59,9 @@ def plain(small: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def labels(chrome: webdriver.Chrome) -> list[int]:
-    """Of every place, view by view."""
+    """Of every location, view by view."""
     found: list[int] = chrome.execute_script(
-        "return [...document.querySelectorAll('.places span')].map(s => Number(s.dataset.label))"
+        "return [...document.querySelectorAll('.locations span')].map(s => Number(s.dataset.label))"
     )
     return found
 
@@ -95,7 +95,7 @@ def test_the_slider_turns_local_labels_into_the_global_one(
         seen.append(labels(chrome))
     for step, found in enumerate(seen):
         assert found == expected.at(1 - step / 100).ravel().tolist(), step
-    assert one(chrome, "#told").text.startswith("r = 0.00: ")
+    assert one(chrome, "#status").text.startswith("r = 0.00: ")
     assert len({tuple(found) for found in seen}) > 3  # labels change in between, too
 
 
@@ -108,19 +108,19 @@ def test_a_schedule_leads_through_its_epochs(chrome: webdriver.Chrome, plain: Pa
     slider = one(chrome, "#at")
     told = []
     for _ in range(3):
-        told.append(one(chrome, "#told").text.partition(":")[0])
+        told.append(one(chrome, "#status").text.partition(":")[0])
         slider.send_keys(Keys.ARROW_RIGHT)
     assert told == [
         "epoch 1 of 10, r = 1.00", "epoch 2 of 10, r = 0.81", "epoch 3 of 10, r = 0.64",
     ]  # fmt: skip
 
 
-def test_places_are_walked_with_arrow_keys_and_read_out(
+def test_locations_are_walked_with_arrow_keys_and_read_out(
     chrome: webdriver.Chrome, plain: Path
 ) -> None:
     look(chrome, plain)
     figure = one(chrome, '[data-view="1"]')
-    first = one(figure, ".places span")
+    first = one(figure, ".locations span")
     first.click()
     chrome.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
     chrome.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
@@ -172,7 +172,7 @@ def test_hostile_names_stay_text(chrome: webdriver.Chrome, hostile: Path) -> Non
     assert "<img src=x onerror=" in body
     assert "<script>window.hurt='name'</script>" in one(chrome, "h1").text
     assert "\u202e" not in hostile.read_text()
-    title = one(chrome, ".places span[title]").get_attribute("title")
+    title = one(chrome, ".locations span[title]").get_attribute("title")
     assert len(title) <= 100
 
 
@@ -181,7 +181,8 @@ def test_the_policy_of_the_page_would_stop_what_slipped_through(
 ) -> None:
     """Markup that is let in on purpose neither runs nor fetches anything."""
     evil = "<p id=in>in</p><img src=x onerror=\"window.hurt=1\"><img src='http://127.0.0.1:9/x'>"
-    document = page.page("t", [evil, "<script>window.hurt=2</script>"], data={}, script="1;")
+    evil += "<script>window.hurt=2</script>"
+    document = page.render("base.html", "t", data={}).replace("<main>", f"<main>{evil}")
     path = tmp_path / "evil.html"
     path.write_text(document)
     look(chrome, path)
@@ -191,7 +192,8 @@ def test_the_policy_of_the_page_would_stop_what_slipped_through(
 
 
 def test_data_cannot_end_its_element() -> None:
-    found = page.page("t", [], data={"a": "</script><b>&"}, script="1;")
+    scripts = ("locations.js",)
+    found = page.render("base.html", "t", data={"a": "</script><b>&"}, scripts=scripts)
     inside = re.search(r'id="data">(.*?)</script>', found)
     assert inside is not None
     assert "<" not in inside[1]
@@ -229,7 +231,7 @@ def test_an_unfinished_cache_says_what_is_missing(small: World, tmp_path: Path) 
 
 
 def test_changed_images_are_pointed_out(small: World, tmp_path: Path) -> None:
-    """Views of pictures that were compressed again are shown, and not as the teacher's."""
+    """Views of images that were compressed again are shown, and not as the teacher's."""
     world.draw_pictures(tmp_path / "pictures", per_class=24, seed=9)
     words = ["make-shards", tmp_path / "pictures", tmp_path / "shards", "--shard-size", 35, "-q"]
     assert world.cli(*words) == 0

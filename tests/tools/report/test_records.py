@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cskd_pipeline.errors import RecipeError, RunError, UsageError
-from cskd_pipeline.tools.report import curves, plots
+from cskd_pipeline.tools.report import curves
+from cskd_pipeline.tools.report.plot_files import svg
 from cskd_pipeline.tools.report.records import (
     MAX_BYTES,
     MAX_RUNS,
@@ -209,7 +210,7 @@ def test_many_long_names_leave_the_curves_their_room(tmp_path: Path) -> None:
         figures.append(next(curves.draw(read_runs(folders), curves.LOSSES)).figure)
     few, many = figures
     for figure in (few, many):
-        plots.svg(figure, "t")  # lays it out
+        svg(figure, "t")  # lays it out
     axes = [figure.axes[0].get_window_extent() for figure in (few, many)]
     assert axes[1].height > 0.75 * axes[0].height
     overlap = axes[1].y1 - many.legends[0].get_window_extent().y0

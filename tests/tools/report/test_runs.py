@@ -27,6 +27,7 @@ from cskd_pipeline.pipeline.train import train
 from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.tools.report import curves
 from cskd_pipeline.tools.report.dense_overlay import compare
+from cskd_pipeline.tools.report.page import PageOptions
 from cskd_pipeline.tools.report.records import read_runs
 from cskd_pipeline.views.apply import mix_pixels, render, to_float
 from cskd_pipeline.views.decode import decode
@@ -86,7 +87,7 @@ def test_it_opens_from_disk_without_a_complaint(chrome: webdriver.Chrome, shown:
     assert complaints(chrome) == []
     titles = {title.text for title in all_of(chrome, ".plot h3")}
     every = [curve.title for group in curves.GROUPS.values() for curve in group]
-    assert titles == {*every, "Places at which student and teacher agree"}
+    assert titles == {*every, "Locations at which student and teacher agree"}
     assert len(all_of(chrome, ".plot svg[role=img]")) == len(titles)
     assert len(all_of(chrome, "figure[data-view]")) == 5
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", shown.page.read_text())
@@ -118,8 +119,8 @@ def painted(chrome: webdriver.Chrome) -> list[list[dict[str, Any]]]:
     """Of every view, then the teacher and each student: label and mark of every cell."""
     found: list[list[dict[str, Any]]] = chrome.execute_script("""
         return [...document.querySelectorAll("[data-view]")].map((figure) =>
-            [...figure.querySelectorAll("[data-who]")].map((panel) => {
-                const cells = [...panel.querySelectorAll(".places span")];
+            [...figure.querySelectorAll("[data-panel]")].map((panel) => {
+                const cells = [...panel.querySelectorAll(".locations span")];
                 return {
                     labels: cells.map((cell) => Number(cell.dataset.label)),
                     same: cells.map((cell) => cell.classList.contains("same")),
@@ -135,10 +136,8 @@ def test_the_slider_moves_the_teacher_and_what_agrees(
 ) -> None:
     compared, _ = compare(
         read_runs([shown.cskd]),
-        str(small.shards),
         ClassGuard(),
-        images=5,
-        samples=256,
+        PageOptions(str(small.shards), images=5, samples=256),
     )
     assert compared is not None
     [student] = compared.students
@@ -158,13 +157,15 @@ def test_the_slider_moves_the_teacher_and_what_agrees(
             assert not any(teacher["same"])
             assert said["share"] == f"agrees at {same.sum()} of 16"
             total += int(same.sum())
-        assert f"{BOLD} agrees at {total / 0.8:.1f} % of 80 places" in one(chrome, "#told").text
+        assert (
+            f"{BOLD} agrees at {total / 0.8:.1f} % of 80 locations" in one(chrome, "#status").text
+        )
 
 
-def test_a_place_is_read_out_for_all(chrome: webdriver.Chrome, shown: Shown) -> None:
+def test_a_location_is_read_out_for_all(chrome: webdriver.Chrome, shown: Shown) -> None:
     look(chrome, shown.page)
     figure = one(chrome, '[data-view="1"]')
-    one(figure, '[data-who="1"] .places span').click()
+    one(figure, '[data-panel="1"] .locations span').click()
     chrome.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
     said = chrome.switch_to.active_element.get_attribute("aria-label")
     text = one(figure, ".here").text
@@ -179,28 +180,26 @@ def test_a_students_labels_are_those_of_its_patch_tokens(shown: Shown, small: Wo
     """From the images' bytes to the labels by code that shares nothing with the page's."""
     compared, without = compare(
         read_runs([shown.cskd]),
-        str(small.shards),
         ClassGuard(),
-        images=6,
-        samples=24,
+        PageOptions(str(small.shards), images=6, samples=24),
     )
     assert compared is not None
     assert without == {}
     assert compared.counted == (24, 4, 4)
-    assert (compared.views.same & compared.views.exact).all()
+    assert all(view.same and view.exact for view in compared.views)
     card = read_card(shown.cskd / "best.safetensors")
     model: Any = timm.create_model(card.model, num_classes=card.num_classes, **card.kwargs)
     model.load_state_dict(load_file(shown.cskd / "best.safetensors"))
     model.eval()
     mean, std = (np.array(model.default_cfg[name], np.float32) for name in ("mean", "std"))
     reader = CacheReader(small.cache)
-    for i, (view, shard, offset) in enumerate(compared.views.rows.tolist()):
-        seen = pixels(small.shards, reader, view, shard, offset)
+    for i, view in enumerate(compared.views):
+        seen = pixels(small.shards, reader, view.number, view.shard, view.offset)
         x = torch.from_numpy((seen - mean) / std).permute(2, 0, 1)[None].float()
         with torch.inference_mode():
             tokens = model.head_dist(model.forward_features(x)[0, 2:])  # (64, K)
-        places = tokens.reshape(4, 2, 4, 2, -1).mean(dim=(1, 3))  # 8x8 tokens to 4x4
-        assert compared.students[0].labels[i].tolist() == places.argmax(-1).tolist()
+        locations = tokens.reshape(4, 2, 4, 2, -1).mean(dim=(1, 3))  # 8x8 tokens to 4x4
+        assert compared.students[0].labels[i].tolist() == locations.argmax(-1).tolist()
 
 
 def pixels(shards: Path, reader: CacheReader, view: int, shard: int, offset: int) -> np.ndarray:
@@ -219,7 +218,7 @@ def pixels(shards: Path, reader: CacheReader, view: int, shard: int, offset: int
 
 def test_agreement_is_the_share_of_equal_labels(shown: Shown, small: World) -> None:
     runs = read_runs([shown.cskd])
-    compared, _ = compare(runs, str(small.shards), ClassGuard(), images=40, samples=40)
+    compared, _ = compare(runs, ClassGuard(), PageOptions(str(small.shards), images=40, samples=40))
     assert compared is not None
     [student] = compared.students
     for r in (0.0, 0.37, 1.0):
@@ -320,7 +319,9 @@ def test_a_student_of_another_cache_is_told_of_and_not_asked(
     state = load_file(run / "best.safetensors")
     save_student(run / "best.safetensors", state, replace(card, **{field: other[field]}))
     compared, without = compare(
-        read_runs([run]), str(small.shards), ClassGuard(), images=2, samples=2
+        read_runs([run]),
+        ClassGuard(),
+        PageOptions(str(small.shards), images=2, samples=2),
     )
     assert compared is None
     assert str(other[field]) in without["run"]
@@ -342,8 +343,9 @@ def test_only_a_folder_is_taken_from_a_recipe(small: World, tmp_path: Path, name
     run = make_run(tmp_path / "run")
     recipe = run / "recipe.toml"
     recipe.write_text(recipe.read_text().replace('cache = "cache"', f'cache = "{named}"'))
+    options = PageOptions(str(small.shards), images=1, samples=1)
     with pytest.raises(UsageError, match="--cache"):
-        compare(read_runs([run]), str(small.shards), ClassGuard(), images=1, samples=1)
+        compare(read_runs([run]), ClassGuard(), options)
 
 
 # Refusals

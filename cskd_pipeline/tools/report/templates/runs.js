@@ -1,32 +1,32 @@
 (() => {
-  // shown.students[s].views[i]: the class that student s says at each place of view i, row by row.
-  const slider = byId("at"), told = byId("told");
+  // shown.students[s].views[i]: the class that student s predicts at each location of view i, row by row.
+  const slider = byId("at"), status = byId("status");
   const views = [...document.querySelectorAll("[data-view]")].map((figure) => {
     const number = Number(figure.dataset.view);
-    const places = shown.views[number], said = shown.students.map((student) => student.views[number]);
+    const locations = shown.views[number], predicted = shown.students.map((student) => student.views[number]);
     const here = figure.querySelector(".here");
     const tell = (i) => {
-      const students = said.map((labels, s) => `; ${shown.students[s].name}: ${name(labels[i])}`);
-      here.textContent = `${where(i)}teacher: ${spans(places[i])}${students.join("")}`;
+      const students = predicted.map((labels, s) => `; ${shown.students[s].name}: ${name(labels[i])}`);
+      here.textContent = `${where(i)}teacher: ${spans(locations[i])}${students.join("")}`;
     };
-    const panels = [...figure.querySelectorAll("[data-who]")].map((panel) => ({
-      cells: layCells(panel.querySelector(".places"), tell),
+    const panels = [...figure.querySelectorAll("[data-panel]")].map((panel) => ({
+      cells: layCells(panel.querySelector(".locations"), tell),
       legend: panel.querySelector(".legend"),
       share: panel.querySelector(".share"),
     }));
-    return { places, said, panels };
+    return { locations, predicted, panels };
   });
 
   function draw() {
     const r = 1 - Number(slider.value) / 100;
     const agreed = shown.students.map(() => 0);
     let all = 0;
-    for (const { places, said, panels: [teacher, ...students] } of views) {
-      const labels = places.map((place) => labelAt(place, r));
+    for (const { locations, predicted, panels: [teacher, ...students] } of views) {
+      const labels = locations.map((location) => labelAt(location, r));
       paint(teacher.cells, labels, teacher.legend, 5);
       students.forEach(({ cells, legend, share }, s) => {
-        paint(cells, said[s], legend, 5);
-        const same = labels.map((label, i) => label === said[s][i]);
+        paint(cells, predicted[s], legend, 5);
+        const same = labels.map((label, i) => label === predicted[s][i]);
         cells.forEach((cell, i) => cell.classList.toggle("same", same[i]));
         const count = same.filter(Boolean).length;
         share.textContent = `agrees at ${count} of ${labels.length}`;
@@ -36,7 +36,7 @@
     }
     const students = shown.students.map(({ name }, s) => `${name} agrees at ${percent(agreed[s] / all)}`);
     slider.setAttribute("aria-valuetext", `r = ${r.toFixed(2)}`);
-    told.textContent = `r = ${r.toFixed(2)}: ${students.join(", ")} of ${all} places.`;
+    status.textContent = `r = ${r.toFixed(2)}: ${students.join(", ")} of ${all} locations.`;
   }
 
   slider.addEventListener("input", draw);

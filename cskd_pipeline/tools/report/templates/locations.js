@@ -1,6 +1,6 @@
 "use strict";
-// What the pages of caches and of runs share. Each is a page of its own, with this before its own script.
-// shown.views[i]: for each place, row by row, [c0, q1, c1, q2, c2, ...]: class c1 takes over at r = (q1 + 0.5) / N.
+// Shared by the pages of caches and of runs, which run it before their own script.
+// shown.views[i]: for each location, row by row, [c0, q1, c1, q2, c2, ...]: class c1 takes over at r = (q1 + 0.5) / N.
 const shown = JSON.parse(document.getElementById("data").textContent);
 const N = 65535;
 const [rows, columns] = shown.grid;
@@ -10,26 +10,26 @@ const colour = (label) => `hsl(${(label * 137.508) % 360} 75% 52%)`;
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const where = (i) => `Row ${Math.floor(i / columns) + 1}, column ${(i % columns) + 1}: `;
 
-function labelAt(place, r) {
+function labelAt(location, r) {
   const t = Math.ceil(r * N - 0.5);
-  let label = place[0];
-  for (let i = 1; i < place.length && place[i] < t; i += 2) label = place[i + 1];
+  let label = location[0];
+  for (let i = 1; i < location.length && location[i] < t; i += 2) label = location[i + 1];
   return label;
 }
 
-function spans(place) {
+function spans(location) {
   // In the order of training: from the local label, r = 1, to the global one, r = 0.
   const found = [];
-  for (let i = 0; i < place.length; i += 2) {
-    const from = i ? (place[i - 1] + 0.5) / N : 0;
-    const to = i + 1 < place.length ? (place[i + 1] + 0.5) / N : 1;
-    found.unshift(`${name(place[i])} (r ${from.toFixed(2)} to ${to.toFixed(2)})`);
+  for (let i = 0; i < location.length; i += 2) {
+    const from = i ? (location[i - 1] + 0.5) / N : 0;
+    const to = i + 1 < location.length ? (location[i + 1] + 0.5) / N : 1;
+    found.unshift(`${name(location[i])} (r ${from.toFixed(2)} to ${to.toFixed(2)})`);
   }
   return found.join(", then ");
 }
 
 function layCells(grid, tell) {
-  // One cell a place; arrow keys walk, and `tell` hears of the place that is looked at.
+  // One cell a location; arrow keys move, and `tell` is called with the location that is pointed at.
   grid.style.gridTemplate = `repeat(${rows}, 1fr) / repeat(${columns}, 1fr)`;
   const cells = Array.from({ length: rows * columns }, () => document.createElement("span"));
   for (let row = 0; row < rows; row++) {

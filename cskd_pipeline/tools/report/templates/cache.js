@@ -1,7 +1,7 @@
 (() => {
-  const drive = byId("drive"), slider = byId("at"), told = byId("told");
+  const drive = byId("drive"), slider = byId("at"), status = byId("status");
 
-  let last = 1;  // the r that was asked for, which a schedule's epochs meet only nearly
+  let last = 1;  // the r chosen last; a schedule's epochs only come near it
 
   function ratio() {
     const value = Number(slider.value);
@@ -9,11 +9,11 @@
   }
 
   const views = [...document.querySelectorAll("[data-view]")].map((figure) => {
-    const places = shown.views[Number(figure.dataset.view)];
+    const locations = shown.views[Number(figure.dataset.view)];
     const here = figure.querySelector(".here");
-    const tell = (i) => { here.textContent = where(i) + spans(places[i]); };
-    const cells = layCells(figure.querySelector(".places"), tell);
-    return { places, cells, legend: figure.querySelector(".legend") };
+    const tell = (i) => { here.textContent = where(i) + spans(locations[i]); };
+    const cells = layCells(figure.querySelector(".locations"), tell);
+    return { locations, cells, legend: figure.querySelector(".legend") };
   });
 
   function draw() {
@@ -21,9 +21,9 @@
     const epoch = drive.value === "r" ? "" : `epoch ${value + 1} of ${shown.epochs}, `;
     const agreement = shown.agreement[Math.round(100 * r)];
     slider.setAttribute("aria-valuetext", `${epoch}r = ${r.toFixed(2)}`);
-    told.textContent =
-      `${epoch}r = ${r.toFixed(2)}: ${percent(agreement)} of all places have the class of the larger picture.`;
-    for (const { places, cells, legend } of views) paint(cells, places.map((place) => labelAt(place, r)), legend);
+    status.textContent =
+      `${epoch}r = ${r.toFixed(2)}: ${percent(agreement)} of all locations have the class of the larger image.`;
+    for (const { locations, cells, legend } of views) paint(cells, locations.map((location) => labelAt(location, r)), legend);
   }
 
   drive.addEventListener("change", () => {

@@ -1,0 +1,142 @@
+"""Figures as SVG inside a page, or as SVG or PNG files.
+
+In a page a figure's ink becomes ``currentColor`` and its background nothing, so that text and axes
+follow the page's light or dark scheme; files are on white, with the title above.
+"""
+
+from __future__ import annotations
+
+import io
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from cskd_pipeline.errors import OutputError, printable
+from cskd_pipeline.runtime.atomic import atomic_write
+from cskd_pipeline.tools.report.plots import INK, settings
+
+FORMATS = ("png", "svg")
+_SVG = "http://www.w3.org/2000/svg"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure and its texts.
+
+    Args:
+        name: of its file, without ending.
+        description: for those who cannot see it; the caption unless given.
+    """
+
+    name: str
+    title: str
+    figure: Figure
+    caption: str
+    description: str = ""
+
+    @property
+    def described(self) -> str:
+        """Return the description, or the caption."""
+        return self.description or self.caption
+
+    def svg(self) -> str:
+        """Return the figure for a page."""
+        return svg(self.figure, self.title, self.described)
+
+
+def svg(figure: Figure, title: str, description: str = "") -> str:
+    """Return an ``<svg>`` element as wide as its column, in the ink of the page around it.
+
+    Args:
+        title, description: for screen readers; not drawn.
+    """
+    root = _tree(figure, title, description, background="none")
+    for element in root.iter():
+        if "style" in element.attrib:
+            element.set("style", element.attrib["style"].replace(INK, "currentColor"))
+    for name in ("width", "height"):
+        root.attrib.pop(name, None)
+    return ET.tostring(root, encoding="unicode")
+
+
+def svg_file(figure: Figure, title: str, description: str = "") -> bytes:
+    """Return the figure as an SVG file."""
+    with _titled(figure, title):
+        root = _tree(figure, title, description, background="white")
+    return b'<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="utf-8") + b"\n"
+
+
+def png(figure: Figure, title: str) -> bytes:
+    """Return the figure as a PNG file, 200 dots an inch."""
+    buffer = io.BytesIO()
+    with _titled(figure, title), settings():
+        figure.savefig(
+            buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None}
+        )
+    return buffer.getvalue()
+
+
+def write_plot(figure: Figure, path: Path, title: str, description: str = "") -> None:
+    """Write a figure to a file, in the format of its ending, whole or not at all.
+
+    Raises:
+        OutputError: another ending than ``FORMATS``; no space, or no permission.
+    """
+    ending = path.suffix.lower().removeprefix(".")
+    if ending not in FORMATS:
+        raise OutputError(
+            "a plot cannot be written in this format",
+            where=path,
+            found=path.suffix or "no ending",
+            expected=" or ".join(f".{name}" for name in FORMATS),
+        )
+    data = png(figure, title) if ending == "png" else svg_file(figure, title, description)
+    atomic_write(path, lambda partial: partial.write_bytes(data))
+
+
+@contextmanager
+def _titled(figure: Figure, title: str) -> Iterator[None]:
+    axes = figure.axes[0]
+    with settings():
+        axes.set_title(printable(title, 70), loc="left")
+    try:
+        yield
+    finally:
+        axes.set_title("", loc="left")
+
+
+def _tree(figure: Figure, title: str, description: str, *, background: str) -> ET.Element:
+    """Return the figure as SVG, without date and style sheet, with texts for screen readers.
+
+    Ids that nothing points at are left out. The others are digests of what they name and of the
+    title, so those of several figures can stand in one page.
+    """
+    buffer = io.BytesIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with settings(), matplotlib.rc_context({"svg.hashsalt": printable(title)}):
+        figure.savefig(buffer, format="svg", facecolor=background, metadata=nothing)
+    root = ET.fromstring(buffer.getvalue())
+    for parent in list(root.iter()):
+        for style in parent.findall(f"{{{_SVG}}}style"):
+            parent.remove(style)
+    root.set("style", "stroke-linejoin: round; stroke-linecap: butt")  # as the style sheet has it
+    text = ET.tostring(root, encoding="unicode")
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {key.rpartition("}")[2]: value for key, value in element.items()}
+        if f"#{element.get('id')}" not in text:
+            element.attrib.pop("id", None)
+    root.set("xmlns", _SVG)
+    root.set("role", "img")
+    root.set("aria-label", printable(title))
+    for number, (tag, words) in enumerate((("title", title), ("desc", description))):
+        if words:
+            element = ET.Element(tag)
+            element.text = printable(words, 2000)
+            root.insert(number, element)
+    return root
