@@ -1,16 +1,23 @@
-"""README, docs/ and CONTRIBUTING: the commands, flags, recipes, keys and rooms they name exist."""
+"""README, docs/ and CONTRIBUTING: the commands, flags, recipes, keys and rooms they name exist.
+
+``python -m tests.test_documents`` renews ``docs/recipe-keys.md`` from the recipes' models.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import tomllib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from cskd_pipeline.config import DumpRecipe, TrainRecipe, key_info, key_types
+from cskd_pipeline.views.policy import ViewPolicy
 from tests.cli.test_cli import commands
 from tests.test_structure import FLOORS
 
@@ -152,3 +159,63 @@ def test_the_citation_has_the_packages_version_and_license() -> None:
     assert f"\nversion: {__version__}\n" in citation
     assert "\nlicense: Apache-2.0\n" in citation
     assert "arXiv:2307.08500" in citation
+
+
+# --- the reference of recipe keys -----------------------------------------------------------------
+
+KEYS = ROOT / "docs/recipe-keys.md"
+INTRODUCTION = """# Recipe keys
+
+Made from the code by `python -m tests.test_documents`; [recipes](recipes.md) shows how they are
+used. On resume, keys that are `kept` decide the result and must have the same value, keys that `may
+change` may have another, and `free` keys do not change the result.
+"""
+MARKS = {"": "kept", "adjustable": "may change", "free": "free"}
+
+
+def limits_of(kind: Any, metadata: list[Any]) -> str:
+    words = [f"`{choice}`" for choice in get_args(kind) if isinstance(choice, str)]
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    for limit in metadata:
+        for name, sign in signs.items():
+            value = getattr(limit, name, None)
+            if value is not None:
+                words.append(f"{sign} {'2^63' if value == 2**63 else value}")
+    return ", ".join(words)
+
+
+def shown(value: Any) -> str:
+    return f"`{json.dumps(value)}`"
+
+
+def section_of_keys(kind: Any, title: str) -> Iterator[str]:
+    yield f"\n## {title}\n"
+    for name, type_ in key_types(kind).items():
+        if "." not in name and type_ is not ViewPolicy:
+            yield f"\n### {name}\n\n{type_.__doc__}\n"
+            yield "\n| key | default | limits | meaning | on resume |\n|---|---|---|---|---|\n"
+        elif "." in name and not name.startswith("views."):
+            info = key_info(kind, name)
+            mark = MARKS[info.json_schema_extra["mark"]]  # type: ignore[index,call-overload]
+            limits = limits_of(type_, info.metadata)
+            cells = (f"`{name}`", shown(info.default), limits, str(info.description), mark)
+            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def page_of_keys() -> str:
+    dump = "".join(section_of_keys(DumpRecipe, "Stage one"))
+    train = "".join(section_of_keys(TrainRecipe, "Stage two"))
+    views = "".join(f"| `views.{k}` | {shown(v)} |\n" for k, v in asdict(ViewPolicy()).items())
+    return (
+        f"{INTRODUCTION}{dump}{train}\n## views, of both\n\nDeiT's augmentation (arXiv 2012.12877, "
+        "table 9): lengths in pixels, areas and probabilities as fractions. Stage two takes the "
+        f"cache's. All of them are kept.\n\n| key | default |\n|---|---|\n{views}"
+    )
+
+
+def test_the_reference_of_keys_is_that_of_the_recipes() -> None:
+    assert text_of(KEYS) == page_of_keys(), "run: python -m tests.test_documents"
+
+
+if __name__ == "__main__":
+    KEYS.write_text(page_of_keys(), encoding="utf-8")
