@@ -6,6 +6,8 @@ The folder may be a stranger's, and the run may still go on: what is not finishe
 from __future__ import annotations
 
 import csv
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -184,62 +186,63 @@ def read_log(path: Path) -> tuple[Row, ...]:
         raise RunError("the run's log is no file", where=path)
     with open(path, "rb") as file:
         data = file.read(MAX_BYTES + 1)
-    count = data.count(b"\n")
-    if len(data) > MAX_BYTES or count > MAX_LINES:
-        found = f"more than {MAX_BYTES >> 20} MiB" if len(data) > MAX_BYTES else f"{count} lines"
-        raise _damaged(path, found, "a line an epoch")
-    lines = [_fields(path, n, line) for n, line in enumerate(data.split(b"\n")[:-1], 1)]
-    if not lines:
-        return ()
-    columns = lines[0]
-    if columns[:1] != ["epoch"] or len(columns) > MAX_COLUMNS or len(set(columns)) < len(columns):
-        raise _damaged(path, f"line 1: {','.join(columns)}", "names of columns, epoch first")
-    rows: list[Row] = []
-    for number, fields in enumerate(lines[1:], 2):
-        row = _row(path, number, columns, fields)
-        if rows and not (row["epoch"] or 0) > (rows[-1]["epoch"] or 0):
-            raise _damaged(path, f"line {number}: epoch {fields[0]}", "epochs in rising order")
-        rows.append(row)
+    if len(data) > MAX_BYTES or data.count(b"\n") > MAX_LINES:
+        raise _damaged(path, f"more than {MAX_BYTES >> 20} MiB or {MAX_LINES} lines")
+    columns, rows = list[str](), list[Row]()
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        try:
+            fields = _fields(line)
+            if number == 1:
+                columns = _columns(fields)
+            else:
+                rows.append(_row(columns, fields, after=rows[-1]["epoch"] if rows else None))
+        except (ValueError, csv.Error) as error:
+            raise _damaged(path, f"line {number}: {error}") from error
     return tuple(rows)
 
 
-def _fields(path: Path, number: int, line: bytes) -> list[str]:
+def _fields(line: bytes) -> list[str]:
     if len(line) > MAX_LINE:
-        raise _damaged(path, f"line {number}: {len(line)} bytes", f"at most {MAX_LINE}")
-    try:
-        [fields] = csv.reader([line.decode()], strict=True)
-    except (ValueError, csv.Error) as error:  # of no text, of two lines, of none
-        raise _damaged(path, f"line {number}: {error}", "comma-separated text") from error
-    return fields
+        raise ValueError(f"{len(line)} bytes, expected at most {MAX_LINE}")
+    lines = list(csv.reader([line.decode()], strict=True))
+    if len(lines) != 1:
+        raise ValueError("no line of comma-separated text")
+    return lines[0]
 
 
-def _row(path: Path, number: int, columns: Sequence[str], fields: Sequence[str]) -> Row:
+def _columns(names: list[str]) -> list[str]:
+    if names[:1] != ["epoch"] or len(names) > MAX_COLUMNS or len(set(names)) < len(names):
+        raise ValueError(f"{','.join(names)}, expected names of columns, epoch first")
+    return names
+
+
+def _row(columns: list[str], fields: list[str], after: float | None) -> Row:
     if len(fields) != len(columns):
-        raise _damaged(path, f"line {number}: {len(fields)} fields", f"{len(columns)} fields")
-    if not (fields[0].isascii() and fields[0].isdigit() and 0 < len(fields[0]) < 8):
-        raise _damaged(path, f"line {number}: epoch {fields[0]}", "the number of an epoch")
+        raise ValueError(f"{len(fields)} fields, expected {len(columns)}")
+    if not re.fullmatch("[0-9]{1,7}", fields[0]) or int(fields[0]) <= (after or 0):
+        raise ValueError(f"epoch {fields[0]}, expected a larger one than {after or 0:.0f}")
     row: dict[str, float | None] = {"epoch": int(fields[0])}
     for column, text in zip(columns[1:], fields[1:], strict=True):
-        row[column] = _number(text)
-        if text and row[column] is None:
-            raise _damaged(path, f"line {number}: {column} {text}", "a number")
+        row[column] = _number(column, text) if text else None
     return row
 
 
-def _number(text: str) -> float | None:
-    """Return a number that can be drawn, or None."""
+def _number(column: str, text: str) -> float:
+    """Return a number that can be drawn."""
     try:
         value = float(text)
     except ValueError:
-        return None
-    return value if abs(value) <= LARGEST else None  # NaN is not
+        value = math.nan
+    if not abs(value) <= LARGEST:
+        raise ValueError(f"{column} {text}, expected a number")
+    return value
 
 
-def _damaged(path: Path, found: object, expected: str) -> RunError:
+def _damaged(path: Path, found: str) -> RunError:
     return RunError(
         "the run's log is damaged",
         where=path,
         found=found,
-        expected=expected,
+        expected="comma-separated columns, then one line of numbers an epoch",
         action="copy it again; a run that is resumed writes it anew with its next epoch",
     )

@@ -51,7 +51,7 @@ def look(
 
 
 def complaints(chrome: webdriver.Chrome) -> list[str]:
-    """What the console has said since it was last asked."""
+    """Return the console's messages since the last call."""
     return [entry["message"] for entry in chrome.get_log("browser")]
 
 

@@ -11,7 +11,7 @@ HEADS = ("cls", "dist", "dense")
 
 
 def rows(epochs: int, *, method: str = "cskd", shift: float = 0.0) -> list[dict[str, Any]]:
-    """What ``train`` logs: numbers that differ in every column, epoch and ``shift``."""
+    """Return what ``train`` logs: numbers that differ in every column, epoch and ``shift``."""
     found = []
     for epoch in range(1, epochs + 1):
         row: dict[str, Any] = {
@@ -27,8 +27,8 @@ def rows(epochs: int, *, method: str = "cskd", shift: float = 0.0) -> list[dict[
             "top1": 30.5 + epoch + shift,
             "top5": 70.5 + epoch + shift,
         }
-        for place, head in enumerate(HEADS if method == "cskd" else HEADS[:2], 1):
-            row[f"top1_{head}"] = 30.5 + epoch + shift - place
+        for number, head in enumerate(HEADS if method == "cskd" else HEADS[:2], 1):
+            row[f"top1_{head}"] = 30.5 + epoch + shift - number
         row |= {"ema_top1": 31.25 + epoch + shift, "ema_top5": 71.25 + epoch + shift}
         found.append(row)
     return found
@@ -50,7 +50,7 @@ def make_run(
     shift: float = 0.0,
     sets: tuple[str, ...] = (),
 ) -> Path:
-    """A run of ``epochs``, of which ``logged`` are finished; all of them unless told."""
+    """Write a run of ``epochs``, of which ``logged`` are finished; all of them unless given."""
     folder.mkdir(parents=True)
     flags: dict[str, Any] = {
         "distill.method": method,

@@ -23,9 +23,9 @@ ROWS = np.array([(0, 0, 1), (0, 0, 4), (1, 0, 0), (3, 1, 2), (2, 2, 3)])
 
 def fused(cache: CacheReader, rows: np.ndarray, r: float) -> np.ndarray:
     """argmax over classes of r * d + (1 - r) * g, in float64: (n, h, w)."""
-    answers = cache.gather("dense", rows)
-    d = answers["dense/spatial"].astype(np.float64)
-    g = answers["dense/global"].astype(np.float64)[:, :, None, None]
+    logits = cache.gather("dense", rows)
+    d = logits["dense/spatial"].astype(np.float64)
+    g = logits["dense/global"].astype(np.float64)[:, :, None, None]
     return (r * d + (1 - r) * g).argmax(axis=1)
 
 
@@ -59,13 +59,13 @@ def test_labels_of_other_encodings_are_those_of_the_logits_or_nearly(
 
 def test_planes_from_labels_at_some_ratios_give_these_labels_there() -> None:
     rng = np.random.default_rng(0)
-    asked = rng.integers(0, 3, (4, len(RATIOS), 2, 3))
-    planes = planes_of(asked)
+    chosen = rng.integers(0, 3, (4, len(RATIOS), 2, 3))
+    planes = planes_of(chosen)
     from cskd_pipeline.tools.report.labels import Labels
 
     labels = Labels("topk", False, planes)
     for i, r in enumerate(RATIOS):
-        assert np.array_equal(labels.at(float(r)), asked[:, i])
+        assert np.array_equal(labels.at(float(r)), chosen[:, i])
 
 
 @pytest.fixture(scope="module")

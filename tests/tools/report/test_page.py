@@ -106,11 +106,11 @@ def test_a_schedule_leads_through_its_epochs(chrome: webdriver.Chrome, plain: Pa
     ]  # fmt: skip
     one(chrome, "#drive").send_keys("epochs, x2")
     slider = one(chrome, "#at")
-    told = []
+    shown_epochs = []
     for _ in range(3):
-        told.append(one(chrome, "#status").text.partition(":")[0])
+        shown_epochs.append(one(chrome, "#status").text.partition(":")[0])
         slider.send_keys(Keys.ARROW_RIGHT)
-    assert told == [
+    assert shown_epochs == [
         "epoch 1 of 10, r = 1.00", "epoch 2 of 10, r = 0.81", "epoch 3 of 10, r = 0.64",
     ]  # fmt: skip
 
@@ -200,22 +200,22 @@ def test_data_cannot_end_its_element() -> None:
     assert json.loads(inside[1]) == {"a": "</script><b>&"}
 
 
-def test_what_it_tells(small: World, tmp_path: Path, capsys: Capture) -> None:
+def test_the_report_and_the_page_agree(small: World, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "page"
     words = ["show", small.cache, "--shards", small.shards, "--out", out, "--export", "svg"]
     assert world.cli(*words, "--json", "--images", 4, "--samples", 60) == 0
-    told: dict[str, Any] = json.loads(capsys.readouterr().out)
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
     names = {"index.html", "agreement.svg", "labels.svg", "balance.svg"}
     assert {path.name for path in out.iterdir()} == names
-    assert told["bytes"] == (out / "index.html").stat().st_size
-    assert (told["views_shown"], told["views_exact"]) == (4, 4)
-    assert told["views_counted"] <= 60
-    assert (told["labels_from"], told["labels_exact"]) == ("envelope", True)
+    assert report["bytes"] == (out / "index.html").stat().st_size
+    assert (report["views_shown"], report["views_exact"]) == (4, 4)
+    assert report["views_counted"] <= 60
+    assert (report["labels_from"], report["labels_exact"]) == ("envelope", True)
     text = (out / "index.html").read_text()
     inside = re.search(r'id="data">(.*?)</script>', text)
     assert inside is not None
     assert json.loads(inside[1])["agreement"][100] == pytest.approx(
-        told["agreement"]["r=1"], abs=1e-4
+        report["agreement"]["r=1"], abs=1e-4
     )
     assert "6 of 6 units are finished" in text
 

@@ -70,7 +70,7 @@ def test_a_run_in_its_first_epoch_has_no_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "named"),
     [
         (b"epoch,loss", b"loss,epoch", "line 1"),
         (b"epoch,loss", b"epoch,base", "line 1"),  # twice
@@ -90,7 +90,7 @@ def test_a_run_in_its_first_epoch_has_no_rows(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_log_is_refused_with_its_line(
-    tmp_path: Path, old: bytes, new: bytes, told: str
+    tmp_path: Path, old: bytes, new: bytes, named: str
 ) -> None:
     path = make_run(tmp_path / "one") / "summary.csv"
     data = path.read_bytes()
@@ -98,7 +98,7 @@ def test_a_damaged_log_is_refused_with_its_line(
     path.write_bytes(data.replace(old, new))
     with pytest.raises(RunError, match="damaged") as caught:
         read_runs([tmp_path / "one"])
-    assert told in str(caught.value)
+    assert named in str(caught.value)
 
 
 @pytest.mark.parametrize("data", [b"\n" * 60_000, b"," * 2**16, b"0" * (MAX_BYTES + 1)])

@@ -51,7 +51,7 @@ class Shown:
     cskd: Path
     plain: Path
     page: Path
-    told: dict[str, Any]
+    report: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def shown(small: World, tmp_path_factory: pytest.TempPathFactory) -> Shown:
         small.cache,
         root / BOLD,
         epochs=EPOCHS,
-        kwargs=world.STUDENT_KWARGS.replace("}", ", drop_rate=0.2}"),  # that asking it shuts off
+        kwargs=world.STUDENT_KWARGS.replace("}", ", drop_rate=0.2}"),  # off in evaluation mode
         sets=[f'data.val_shards="{small.validation}"'],
     )
     train(recipe)
@@ -72,7 +72,7 @@ def shown(small: World, tmp_path_factory: pytest.TempPathFactory) -> Shown:
 
 
 def show(out: Path, *words: object) -> dict[str, Any]:
-    """What the command tells with --json."""
+    """Return the object that the command prints with --json."""
     with contextlib.redirect_stdout(io.StringIO()) as stdout:
         assert world.cli("show", *words, "--out", out, "--json", "-q") == 0
     found: dict[str, Any] = json.loads(stdout.getvalue())
@@ -208,9 +208,9 @@ def pixels(shards: Path, reader: CacheReader, view: int, shard: int, offset: int
     root, count = reader.manifest.root_seed, len(tar)
     partner = int(matching(root, tar.keys_sha256, count, view, policy)[offset])
     seeds, views = [], []
-    for place in (offset, partner):
-        seeds.append(int(reader.seeds(view, shard)[place]))
-        image = decode(tar.read_image(place), tar.key(place))
+    for sample in (offset, partner):
+        seeds.append(int(reader.seeds(view, shard)[sample]))
+        image = decode(tar.read_image(sample), tar.key(sample))
         params = draw(seeds[-1], policy, image.shape[1], image.shape[0])
         views.append(to_float(render(image, params, policy), params, policy))
     return mix_pixels(views[0], views[1], draw_mix(seeds[0], seeds[1], policy))
@@ -227,10 +227,10 @@ def test_agreement_is_the_share_of_equal_labels(shown: Shown, small: World) -> N
     assert student.agreement.max() > student.agreement.min()
 
 
-def test_the_page_tells_the_logs_numbers(
+def test_the_page_has_the_logs_numbers(
     chrome: webdriver.Chrome, shown: Shown, small: World
 ) -> None:
-    real, plain = shown.told["runs"].values()
+    real, plain = shown.report["runs"].values()
     [run] = read_runs([shown.cskd])
     assert real["best"] == run.best()
     assert (real["epochs"], real["epochs_in_all"], real["method"]) == (EPOCHS, EPOCHS, "cskd")
@@ -241,8 +241,8 @@ def test_the_page_tells_the_logs_numbers(
     assert (plain["top1"], plain["ema_top1"], plain["loss"]) == (34.5, 35.25, logged[-1]["loss"])
     assert plain["data_wait"] == pytest.approx(sum(r["data_wait"] for r in logged) / 4)
     assert plain["dense"] == "method none trains no dense head"
-    assert shown.told["differences"]["distill.method"] == ["cskd", "none"]
-    assert shown.told["bytes"] == shown.page.stat().st_size
+    assert shown.report["differences"]["distill.method"] == ["cskd", "none"]
+    assert shown.report["bytes"] == shown.page.stat().st_size
     look(chrome, shown.page)
     cells = [cell.text for cell in all_of(chrome, "#runs tbody tr:nth-child(2) td")][1:10]
     assert cells == ["none", "-", "4", "35.25", "epoch 4, EMA", "34.5", "35.25", "503", "3.4"]
@@ -260,11 +260,11 @@ def test_every_plot_becomes_a_file(tmp_path: Path) -> None:
         ("svg", b"<?xml", every, runs),
         ("png", b"\x89PNG", common, runs[1:]),
     ):
-        told = show(tmp_path / kind, *chosen, "--export", kind)
+        report = show(tmp_path / kind, *chosen, "--export", kind)
         files = {path.name for path in (tmp_path / kind).iterdir()}
         assert files == {"index.html", *(f"{name}.{kind}" for name in names)}
-        assert {Path(path).name for path in told["plots"]} == files - {"index.html"}
-        data = [Path(path).read_bytes() for path in told["plots"]]
+        assert {Path(path).name for path in report["plots"]} == files - {"index.html"}
+        data = [Path(path).read_bytes() for path in report["plots"]]
         assert all(one.startswith(head) for one in data)
         assert len(set(data)) == len(names)
     for group in curves.GROUPS.values():
@@ -274,8 +274,8 @@ def test_every_plot_becomes_a_file(tmp_path: Path) -> None:
 
 def test_a_run_in_its_first_epoch_is_shown_as_one(chrome: webdriver.Chrome, tmp_path: Path) -> None:
     run = make_run(tmp_path / "new", logged=0)
-    told = show(tmp_path / "out", run)
-    assert told["runs"]["new"]["best"] is None
+    report = show(tmp_path / "out", run)
+    assert report["runs"]["new"]["best"] is None
     look(chrome, tmp_path / "out/index.html")
     assert complaints(chrome) == []
     assert "new has not finished an epoch yet" in one(chrome, "#runs").text
@@ -288,8 +288,8 @@ def test_recipes_without_end_are_cut_short(chrome: webdriver.Chrome, tmp_path: P
         make_run(tmp_path / "a", sets=(f"student.kwargs={{{keys}}}",)),
         make_run(tmp_path / "b"),
     ]
-    told = show(tmp_path / "out", *runs)
-    assert len(told["differences"]) == 5000
+    report = show(tmp_path / "out", *runs)
+    assert len(report["differences"]) == 5000
     look(chrome, tmp_path / "out/index.html")
     assert len(all_of(chrome, "#runs table")[1].find_elements("css selector", "tbody tr")) == 200
     assert "And 4800 keys more, which --json lists." in one(chrome, "#runs").text
@@ -298,9 +298,7 @@ def test_recipes_without_end_are_cut_short(chrome: webdriver.Chrome, tmp_path: P
 # Students that are not there
 
 
-def test_without_a_dense_head_no_cache_is_asked_for(
-    chrome: webdriver.Chrome, tmp_path: Path
-) -> None:
+def test_without_a_dense_head_no_cache_is_needed(chrome: webdriver.Chrome, tmp_path: Path) -> None:
     run = make_run(tmp_path / "deit", method="deit", logged=0)
     show(tmp_path / "out", run, "--shards", "nowhere")
     look(chrome, tmp_path / "out/index.html")
@@ -310,7 +308,7 @@ def test_without_a_dense_head_no_cache_is_asked_for(
 
 
 @pytest.mark.parametrize("field", ["grid", "size", "num_classes"])
-def test_a_student_of_another_cache_is_told_of_and_not_asked(
+def test_a_student_of_another_cache_is_named_and_not_loaded(
     shown: Shown, small: World, tmp_path: Path, field: str
 ) -> None:
     run = shutil.copytree(shown.cskd, tmp_path / "run")
