@@ -104,23 +104,28 @@ def compare(
         CskdError: cache or shards cannot be used, or do not belong together; a student's file is
             missing or damaged.
     """
-    dense = [run for run in runs if run.method == "cskd"]
     without = {
-        run.name: f"method {run.method} trains no dense head" for run in runs if run not in dense
+        run.name: f"method {run.method} trains no dense head"
+        for run in runs
+        if run.method != "cskd"
     }
+    dense = [run for run in runs if run.name not in without]
     if not dense:
         return None, without
     reader = CacheReader(options.cache or _cache_of(dense[0]))
-    files = {run.name: student_file(run.folder) for run in dense}
-    cards = {name: read_card(file) for name, file in files.items()}
-    without |= {name: why for name, card in cards.items() if (why := _misfit(card, reader))}
-    for name in cards.keys() - without.keys():
-        student = replace(cards[name].classes(files[name]), of=f"the student of {name}")
-        guard.compare(student, classes_of(reader))
-    if len(without) == len(runs):
+    files: dict[str, Path] = {}
+    for run in dense:
+        file = student_file(run.folder)
+        card = read_card(file)
+        if reason := _misfit(card, reader):
+            without[run.name] = reason
+        else:
+            student = replace(card.classes(file), of=f"the student of {run.name}")
+            guard.compare(student, classes_of(reader))
+            files[run.name] = file
+    if not files:
         return None, without
-    shards = options.shards or ""
-    found = join_to_look(reader, shards, guard, split=options.split)
+    found = join_to_look(reader, options.shards or "", guard, split=options.split)
     guard.tell(log.warning)
     images, samples = options.images or IMAGES, options.samples or SAMPLES
     rows = choose_views(found, max(images, samples))
@@ -129,11 +134,12 @@ def compare(
     at = np.stack([teacher.at(r) for r in RATIOS])  # (101, m, h, w)
     students = []
     for style, run in enumerate(runs):
-        if run.name not in without:
-            file = files[run.name]
-            labels, card = _dense_labels(file, found, rows)
+        if run.name in files:
+            card, labels = _dense_labels(files[run.name], found, rows)
             agreement = (at == labels).mean(axis=(1, 2, 3))
-            students.append(StudentLabels(run, style, file, card, labels[shown], agreement))
+            students.append(
+                StudentLabels(run, style, files[run.name], card, labels[shown], agreement)
+            )
     compared = Comparison(
         cache=reader,
         counted=at.shape[1:],
@@ -174,19 +180,18 @@ def _misfit(card: StudentCard, reader: CacheReader) -> str:
 
 
 @torch.inference_mode()
-def _dense_labels(file: Path, found: Join, rows: np.ndarray) -> tuple[np.ndarray, StudentCard]:
-    """Return the classes of a student's largest dense logits: (m, h, w) int64."""
+def _dense_labels(file: Path, found: Join, rows: np.ndarray) -> tuple[StudentCard, np.ndarray]:
+    """Return a student's card and the classes of its largest dense logits, (m, h, w) int64."""
     student, card = load_student(file, torch.device("cpu"))
     student.eval()
     renderer, labels = renderer_of(found, strict=False), []
     with progress(len(rows), "views", f"predicting with {file.parent.name}") as meter:
-        for start in range(0, len(rows), _AT_ONCE):
-            part = rows[start : start + _AT_ONCE]
+        for part in np.split(rows, range(_AT_ONCE, len(rows), _AT_ONCE)):
             seen = assemble(render_batch(renderer, part), renderer.policy)
             heads = student(normalise(seen, student.mean, student.std), card.grid)
             labels.append(heads.dense.argmax(dim=1).numpy())
             meter.advance(len(part))
-    return np.concatenate(labels), card
+    return card, np.concatenate(labels)
 
 
 def draw_agreement(compared: Comparison) -> Plot:

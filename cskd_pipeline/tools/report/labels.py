@@ -68,18 +68,14 @@ def read_labels(cache: CacheReader, rows: np.ndarray) -> Labels:
         CacheError: a unit is not done, or damaged.
     """
     name = next(name for name in PREFERRED if name in cache.encodings)
-    starts = range(0, len(rows), _AT_ONCE)
-    parts = [_planes(cache, name, rows[start : start + _AT_ONCE]) for start in starts]
-    most = max(part.shape[1] for part in parts)
-    padded = [
-        np.pad(
-            part,
-            ((0, 0), (0, most - part.shape[1]), (0, 0), (0, 0)),
-            constant_values=ckf.UNUSED,
-        )
-        for part in parts
+    parts = [
+        _planes(cache, name, part) for part in np.split(rows, range(_AT_ONCE, len(rows), _AT_ONCE))
     ]
-    return Labels(name, cache.encodings[name].exact, np.concatenate(padded))
+    count, height, width = len(rows), *parts[0].shape[2:]
+    planes = np.full((count, max(p.shape[1] for p in parts), height, width), ckf.UNUSED, np.uint16)
+    for start, part in zip(range(0, count, _AT_ONCE), parts, strict=True):
+        planes[start : start + len(part), : part.shape[1]] = part
+    return Labels(name, cache.encodings[name].exact, planes)
 
 
 def _planes(cache: CacheReader, name: str, rows: np.ndarray) -> np.ndarray:
