@@ -1,19 +1,58 @@
-"""What several commands ask for, and how their flags are checked."""
+"""Flags that several commands have, and what is checked of them before anything is loaded."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from cskd_pipeline.config import DumpRecipe, TrainRecipe, key_info, recipe_names
 from cskd_pipeline.errors import RecipeError, UsageError
+
+Outcome = dict[str, Any] | None
+"""What a command found; :func:`cskd_pipeline.cli.running.main` prints it."""
+
+FLAGS: dict[type, dict[str, str]] = {
+    DumpRecipe: {
+        "--shards SHARDS": "data.shards",
+        "--split NAME": "data.split",
+        "--teacher NAME": "teacher.name",
+        "--weights hub|FILE|random": "teacher.weights",
+        "--mean R,G,B": "teacher.mean",
+        "--std R,G,B": "teacher.std",
+        "--cache DIR": "cache.path",
+        "--encoding dense|dense-q8|topk|envelope": "cache.encodings",
+        "--views N": "cache.views",
+        "--size N": "views.size",
+        "--batch-size N": "dump.batch_size",
+        "--workers N": "dump.workers",
+        "--device NAME": "dump.device",
+    },
+    TrainRecipe: {
+        "--shards SHARDS": "data.shards",
+        "--val-shards SHARDS": "data.val_shards",
+        "--cache DIR|URL": "data.cache",
+        "--split NAME": "data.split",
+        "--val-split NAME": "data.val_split",
+        "--student NAME": "student.name",
+        "--init-from CHECKPOINT": "student.init_from",
+        "--method": "distill.method",
+        "--epochs N": "schedule.epochs",
+        "--batch-size N": "batch.batch_size",
+        "--out DIR": "run.out",
+        "--wandb PROJECT": "run.wandb",
+        "--workers N": "run.workers",
+        "--device NAME": "run.device",
+    },
+}
+"""Usage -> key, for each kind of recipe."""
+_OF_VIEWS = {"views.size": {"help": "Of the views, in pixels.", "min": 8}}  # whose keys say nothing
 
 
 def one_of(*known: str) -> Callable[[str], list[str]]:
-    """What a shell's completion may offer; where nothing fits it offers files."""
+    """Return what offers ``known`` to a shell's completion; where none fits it offers files."""
 
     def complete(incomplete: str) -> list[str]:
         return [word for word in known if word.startswith(incomplete)]
@@ -22,15 +61,40 @@ def one_of(*known: str) -> Callable[[str], list[str]]:
 
 
 def _recipe_names(ctx: typer.Context, incomplete: str) -> list[str]:
-    """The recipes in ``stages/`` for the stage that a command is about."""
-    from cskd_pipeline.config import DumpRecipe, TrainRecipe, recipe_names
-
+    """Return the recipes in ``stages/`` for the stage that a command is about."""
     kind = DumpRecipe if "dump" in (ctx.info_name or "") else TrainRecipe
     return one_of(*recipe_names(kind))(incomplete)
 
 
-Outcome = dict[str, Any] | None
-"""What a command found; :func:`cskd_pipeline.cli.running.main` prints it."""
+def usage_of(kind: type, name: str) -> tuple[str, str]:
+    """Return usage and key of a flag, ``("--epochs N", "schedule.epochs")`` of ``--epochs``.
+
+    Raises:
+        KeyError: no recipe of this kind has such a flag.
+    """
+    for usage, key in FLAGS[kind].items():
+        if usage.partition(" ")[0] == name:
+            return usage, key
+    raise KeyError(f"a {kind.__name__} has no flag {name}")
+
+
+def flag(name: str, kind: type = DumpRecipe, **options: Any) -> Any:
+    """Return typer's option for a flag, from its key; ``options`` are typer's, in place of those.
+
+    Raises:
+        KeyError: no recipe of this kind has such a flag.
+    """
+    usage, key = usage_of(kind, name)
+    info = key_info(kind, key)
+    made: dict[str, Any] = {"metavar": usage.partition(" ")[2] or None, "help": info.description}
+    for limit in info.metadata:
+        for ours, typers in (("ge", "min"), ("le", "max")):
+            if hasattr(limit, ours):
+                made[typers] = getattr(limit, ours)
+    if info.examples:
+        made["autocompletion"] = one_of(*info.examples)
+    return typer.Option(name, **(made | _OF_VIEWS.get(key, {}) | options))
+
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
@@ -55,49 +119,21 @@ Sets = Annotated[
         help="Override one value of the recipe; may be given more than once.",
     ),
 ]
-SHARDS_HELP = (
-    "Webdataset shards: a folder, a pattern such as 'train-{0000..1023}.tar' or 'train-*.tar', "
-    "a comma list, an _info.json, or a manifest.json made by index."
-)
-ShardsOption = Annotated[
-    str | None, typer.Option("--shards", metavar="SHARDS", help=SHARDS_HELP, show_default=False)
-]
-ENCODING_NAMES = "dense|dense-q8|topk|envelope"
+SHARDS_HELP = key_info(DumpRecipe, "data.shards").description
+ShardsOption = Annotated[str | None, flag("--shards")]
+RequiredShards = Annotated[str, flag("--shards")]
+Split = Annotated[str | None, flag("--split")]
+BatchSize = Annotated[int | None, flag("--batch-size")]
+Workers = Annotated[int | None, flag("--workers")]
+Device = Annotated[str | None, flag("--device")]
+TeacherName = Annotated[str | None, flag("--teacher")]
+Weights = Annotated[str | None, flag("--weights")]
+Mean = Annotated[str | None, flag("--mean")]
+Std = Annotated[str | None, flag("--std")]
+ENCODING_NAMES = usage_of(DumpRecipe, "--encoding")[0].split()[1]
 complete_encoding = one_of(*ENCODING_NAMES.split("|"))
-TeacherName = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="A CNN's timm name, torchvision:NAME, or package.module:factory of your own.",
-    ),
-]
-Mean = Annotated[
-    str | None,
-    typer.Option(
-        metavar="R,G,B",
-        help="Of the images that the teacher was trained on, in [0, 1] units; default: what the "
-        "network states.",
-    ),
-]
-Std = Annotated[
-    str | None, typer.Option(metavar="R,G,B", help="Their standard deviation, in the same way.")
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        metavar="hub|FILE|random",
-        help="The teacher's weights; random is for trials only.",
-        autocompletion=one_of("hub", "random"),
-    ),
-]
-CacheOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DIR|URL",
-        help="What dump-teacher made: a folder, or where it is published (https, s3, gs, hf); not "
-        "for method none.",
-    ),
-]
+UpdateSize = Annotated[int | None, flag("--batch-size", TrainRecipe)]
+CacheOption = Annotated[str | None, flag("--cache", TrainRecipe)]
 CacheArgument = Annotated[
     str,
     typer.Argument(
@@ -105,38 +141,11 @@ CacheArgument = Annotated[
         help="What dump-teacher made: a folder, or a URL of one (https, s3, gs, hf).",
     ),
 ]
-StudentName = Annotated[str | None, typer.Option(metavar="NAME", help="A ViT's timm name.")]
-Method = Annotated[
-    Literal["none", "deit", "cskd"] | None,
-    typer.Option(
-        help="Labels only, with the teacher's global answer, or with its answer at every place."
-    ),
-]
-Epochs = Annotated[int | None, typer.Option(min=1, metavar="N", help="How long to train.")]
-UpdateSize = Annotated[
-    int | None, typer.Option(min=2, metavar="N", help="Images in an optimizer update.")
-]
-Split = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Which split of an _info.json that has several.")
-]
-BatchSize = Annotated[int | None, typer.Option(min=1, metavar="N", help="Images in a batch.")]
-Workers = Annotated[
-    int | None,
-    typer.Option(min=-1, metavar="N", help="Loader processes; -1: one for each core but one."),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="auto (a GPU where there is one), cpu, cuda, cuda:1.",
-        autocompletion=one_of("auto", "cpu", "cuda"),
-    ),
-]
 AcceptVersions = Annotated[
     bool,
     typer.Option(
         "--accept-versions",
-        help="Go on though library versions that decide pixels or answers differ; the cache then "
+        help="Go on though library versions that decide pixels or logits differ; the cache then "
         "lists both.",
     ),
 ]
@@ -150,13 +159,9 @@ AcceptClasses = Annotated[
 ]
 
 
-def path_text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
-
-
-def require(needed: Mapping[str, str]) -> None:
-    """Refuse a recipe in which something without a default is empty."""
-    missing = [flag for flag, value in needed.items() if not value]
+def require(needed: Mapping[str, Any]) -> None:
+    """Refuse a command line in which something without a default is empty: usage -> value."""
+    missing = [usage for usage, value in needed.items() if not value]
     if missing:
         raise UsageError(
             "something is missing",
@@ -165,12 +170,12 @@ def require(needed: Mapping[str, str]) -> None:
         )
 
 
-def require_companion(flag: str, value: object, others: Mapping[str, object]) -> None:
-    """Refuse flags that would do nothing without ``flag``."""
+def require_companion(usage: str, value: object, others: Mapping[str, object]) -> None:
+    """Refuse flags that would do nothing without the one of ``usage``."""
     given = [name for name, other in others.items() if other is not None]
     if given and value is None:
         raise UsageError(
-            f"{given[0]} does nothing alone", expected=flag, action=f"give {flag.split()[0]} too"
+            f"{given[0]} does nothing alone", expected=usage, action=f"give {usage.split()[0]} too"
         )
 
 
@@ -190,21 +195,31 @@ def require_encodings(names: Sequence[str]) -> None:
         )
 
 
-def parse_channels(text: str | None, flag: str) -> list[float] | None:
-    """``R,G,B``."""
+def parse_channels(text: str | None, name: str) -> list[float] | None:
+    """Return the three numbers of ``R,G,B``; None of None.
+
+    Raises:
+        UsageError: it is something else.
+    """
     if text is None:
         return None
     try:
         red, green, blue = map(float, text.split(","))
     except ValueError as error:
-        raise UsageError(
-            f"{flag} takes R,G,B", found=text, expected="as in 0.485,0.456,0.406"
-        ) from error
+        expected = "as in 0.485,0.456,0.406"
+        raise UsageError(f"{name} takes R,G,B", found=text, expected=expected) from error
     return [red, green, blue]
 
 
-def parse_range(text: str, flag: str) -> tuple[int, int]:
+def parse_range(text: str | None, name: str) -> tuple[int, int] | None:
+    """Return the two numbers of ``FROM:TO``; None of None.
+
+    Raises:
+        UsageError: it is something else, or FROM is not below TO.
+    """
+    if text is None:
+        return None
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-        raise UsageError(f"{flag} takes FROM:TO", found=text, expected="as in 0:128")
+        raise UsageError(f"{name} takes FROM:TO", found=text, expected="as in 0:128")
     return int(first), int(last)

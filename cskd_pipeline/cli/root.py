@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 
 from cskd_pipeline import __version__
 from cskd_pipeline.cli.options import Outcome
+from cskd_pipeline.cli.parameters import expanded
 
 PROGRAM = "cskd-pipeline"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -34,8 +35,17 @@ class _Command(TyperCommand):
 
 
 class _Commands(typer.Typer):
-    def command(self, *args: Any, **options: Any) -> Callable[[_Function], _Function]:
-        return super().command(*args, cls=_Command, **options)
+    def command(
+        self, *args: Any, flags: str = "", **options: Any
+    ) -> Callable[[_Function], _Function]:
+        """Register a function as a command; :mod:`~cskd_pipeline.cli.parameters` says how."""
+        register = super().command(*args, cls=_Command, **options)
+
+        def decorate(function: _Function) -> _Function:
+            register(expanded(function, flags))
+            return function
+
+        return decorate
 
 
 app = _Commands(

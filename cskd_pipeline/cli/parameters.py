@@ -1,0 +1,167 @@
+"""What stands on a command line, made from what a command's function takes.
+
+``@app.command(...)`` reads the function's signature, and adds --quiet and --json. Each parameter is
+typer's own, but for three kinds:
+
+- ``terminal: Terminal`` is where the command shows its results, and knows these two flags; progress
+  and news are shown there without it;
+- ``load: RecipeLoader[DumpRecipe]`` stands for the recipe's flags that ``flags`` names, --recipe
+  and --set. Type, limits, help and completion of a flag come from the recipe's key;
+- a dataclass stands for its fields, each written as a parameter of its own would be.
+
+::
+
+    @app.command(flags="--shards --teacher --cache", epilog="Example: cskd-pipeline try ...")
+    def try_it(terminal: Terminal, load: RecipeLoader[DumpRecipe], loading: Loading) -> Outcome:
+        recipe = load()  # or with more than flags say: load({"teacher.name": source})
+        load.require(recipe, "--shards --teacher")
+
+The flags themselves stand in :mod:`cskd_pipeline.cli.options`, where a command without a recipe
+borrows them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from operator import itemgetter
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
+
+from cskd_pipeline.cli.options import (
+    Json,
+    Quiet,
+    RecipeFile,
+    Sets,
+    flag,
+    parse_channels,
+    require,
+    usage_of,
+)
+from cskd_pipeline.config import DumpRecipe, TrainRecipe, key_info, load_recipe
+from cskd_pipeline.runtime.console import Terminal
+
+R = TypeVar("R", DumpRecipe, TrainRecipe)
+_Parameters = list[inspect.Parameter]
+_Make = Callable[[dict[str, Any]], Any]  # from what the parser gives to a function's argument
+
+
+@dataclass(frozen=True)
+class RecipeLoader(Generic[R]):
+    """Load the recipe that a command line means.
+
+    Args:
+        kind: ``DumpRecipe`` or ``TrainRecipe``.
+        source: of --recipe.
+        sets: of --set.
+        given: key -> value of the flags; None where one was not given.
+    """
+
+    kind: type[R]
+    source: str | None
+    sets: Sequence[str]
+    given: Mapping[str, Any]
+
+    def __call__(self, more: Mapping[str, Any] | None = None) -> R:
+        """Return the recipe, with ``more`` (key -> value) beside the flags.
+
+        Raises:
+            RecipeError, UsageError: see :func:`cskd_pipeline.config.load_recipe`.
+        """
+        return load_recipe(self.kind, self.source, self.sets, {**self.given, **(more or {})})
+
+    def require(self, recipe: R, flags: str) -> None:
+        """Refuse a recipe in which a key of one of these flags is empty."""
+        found = {}
+        for name in flags.split():
+            usage, key = usage_of(self.kind, name)
+            section, _, last = key.partition(".")
+            found[usage] = getattr(getattr(recipe, section), last)
+        require(found)
+
+
+def expanded(function: Callable[..., Any], flags: str = "") -> Callable[..., Any]:
+    """Return ``function`` with the parameters that typer is to see; see the module."""
+    if "quiet" in inspect.signature(function).parameters:  # written out by hand
+        return function
+    hints = get_type_hints(function, include_extras=True)
+    shown: _Parameters = []
+    last = list(_TONE)
+    makers: dict[str, _Make] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint = hints[name]
+        if hint is Terminal:
+            makers[name] = itemgetter("terminal")
+        elif get_origin(hint) is RecipeLoader:
+            parameters, makers[name] = _recipe(get_args(hint)[0], flags.split())
+            shown += parameters[:-2]
+            last = parameters[-2:] + last
+        elif is_dataclass(hint):
+            parameters, makers[name] = _fields(hint)
+            shown += parameters
+        else:
+            shown.append(_parameter(name, hint, parameter.default))
+            makers[name] = itemgetter(name)
+
+    @functools.wraps(function)
+    def command(**given: Any) -> Any:
+        given["terminal"] = Terminal.listening(quiet=given.pop("quiet"), json=given.pop("json"))
+        return function(**{name: make(given) for name, make in makers.items()})
+
+    command.__signature__ = inspect.Signature(shown + last)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in shown + last}
+    return command
+
+
+def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=hint)
+
+
+_TONE = [_parameter("quiet", Quiet, False), _parameter("json", Json, False)]
+
+
+def _fields(group: Any) -> tuple[_Parameters, _Make]:
+    """Return the parameters that a dataclass stands for, and what makes it of them."""
+    hints = get_type_hints(group, include_extras=True)
+    names = [field.name for field in fields(group)]
+    parameters = [
+        _parameter(
+            field.name,
+            hints[field.name],
+            inspect.Parameter.empty if field.default is MISSING else field.default,
+        )
+        for field in fields(group)
+    ]
+    return parameters, lambda given: group(**{name: given[name] for name in names})
+
+
+def _recipe(kind: type, flags: Sequence[str]) -> tuple[_Parameters, _Make]:
+    """Return the parameters of a recipe's flags, --recipe and --set, and what makes the loader."""
+    keys = {name: usage_of(kind, name)[1] for name in flags}
+    types = {name: key_info(kind, key).annotation for name, key in keys.items()}
+    arguments = {name: name.strip("-").replace("-", "_") for name in flags}
+
+    def hint(name: str) -> Any:
+        if get_origin(types[name]) is not tuple:
+            return types[name]
+        return list[str] if get_args(types[name])[0] is str else str
+
+    def value(name: str, given: dict[str, Any]) -> Any:
+        found = given[arguments[name]]
+        if get_origin(types[name]) is tuple and hint(name) is str:
+            return parse_channels(found, name)
+        return found if found != [] else None  # a list is empty where its flag was not given
+
+    parameters = [
+        *(_parameter(arguments[n], Annotated[hint(n) | None, flag(n, kind)], None) for n in flags),
+        _parameter("recipe", RecipeFile, None),
+        _parameter("set_", Sets, None),
+    ]
+
+    def make(given: dict[str, Any]) -> RecipeLoader[Any]:
+        values = {key: value(name, given) for name, key in keys.items()}
+        return RecipeLoader(kind, given["recipe"], given["set_"] or (), values)
+
+    return parameters, make
