@@ -10,16 +10,17 @@ CskdError                exit code 1 unless said otherwise
 |   |-- ClassesError     two sides whose class numbers mean different classes
 |   `-- JoinError        the shards at hand and the cache's data set differ
 |-- ViewDriftError       a replayed view is not the recorded one
-|-- CacheError           a cache: incomplete, damaged, or of another kind than asked for
+|-- CacheError           a cache: incomplete, damaged, or of another kind than is needed
 |-- RemoteError          a cache elsewhere that cannot be reached, or may not be read
 |-- WeightsError         a checkpoint or teacher file that cannot be loaded safely
 |-- TeacherError         a model that cannot give spatial logits
 |-- StudentError         a model that cannot take them
 |-- TrainingError        a run that cannot go on: a loss that is not finite
+|-- RunError             a folder that is no training run's
 |-- RankError            a job of several processes that have lost each other
 |-- OutputError          a folder that holds something else, a full disk
 |-- MissingPackageError  an optional package that this command needs
-|-- Interrupted          Ctrl-C, told at the end (exit code 130)
+|-- Interrupted          Ctrl-C (exit code 130)
 `-- Preempted            SIGTERM, SIGHUP or SIGUSR1: work is kept, to be requeued (exit code 75)
 """
 
@@ -31,7 +32,7 @@ MAX_PROBLEMS = 20  # shown at once; the exception holds them all
 
 
 def printable(text: object, limit: int = 300) -> str:
-    """``text`` on one line, with control characters (terminal escapes too) spelled out."""
+    """Return ``text`` on one line, with control characters (terminal escapes too) spelled out."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
@@ -142,7 +143,7 @@ class ViewDriftError(CskdError):
 
 
 class CacheError(CskdError):
-    """A cache that is incomplete, damaged, or of another kind than asked for."""
+    """A cache that is incomplete, damaged, or of another kind than is needed."""
 
 
 class RemoteError(CskdError):

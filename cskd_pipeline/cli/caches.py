@@ -236,7 +236,7 @@ def merge(
 
     Run the same command again after an interruption: finished units are kept, and compared.
     """
-    terminal = Terminal.listening(quiet=quiet, json=json)
+    Terminal.listening(quiet=quiet, json=json)
     from cskd_pipeline.cache.merge import merge as join
     from cskd_pipeline.runtime.classes import ClassGuard
     from cskd_pipeline.runtime.signals import stop_requests
@@ -250,5 +250,5 @@ def merge(
             guard=guard,
             stopped=lambda: stop.requested,
         )
-    guard.tell(terminal.warn)
+    guard.report()
     return merged

@@ -1,15 +1,15 @@
-"""What is read: from tars on a disk to batches on a device.
+"""Reading: from tars on a disk to batches on a device.
 
-1. ``listing`` -- which tars a user means. ``tar_index`` -- a pass over one tar's headers gives
-   keys, labels and where each image lies; ``shards`` then reads images by their place. ``index`` --
+1. ``listing`` -- the tars that a user names. ``tar_index`` -- a pass over one tar's headers gives
+   keys, labels and each image's offset; ``shards`` then reads images by it. ``index`` --
    a data set of them, and its manifest. ``corrupt`` -- images that cannot be decoded.
-2. ``plan`` -- which sample in which view comes when. A pure function, the same for any number of
+2. ``plan`` -- the order of samples and views. A pure function, the same for any number of
    ranks and processes; pairs and repeated views are neighbours in it.
-3. ``join`` -- where a cache's samples lie in the user's tars, by key. ``images`` -- reads them, and
+3. ``join`` -- finds a cache's samples in the user's tars, by key. ``images`` -- reads them, and
    compares labels and checksums on the way.
 4. ``render`` -- rows of (view, shard, offset) to pixels: each image decoded once, each view
    rendered once, digests compared. ``batches`` -- the pixels, how they are mixed, labels and the
-   teacher's answers, for training. ``unit_views`` -- the same for the dump. ``evalset`` -- for
+   teacher's targets, for training. ``unit_views`` -- the same for the dump. ``evalset`` -- for
    evaluation.
 5. ``workers`` -- the processes in which 4 happens; their errors arrive as raised. ``assemble`` --
    uint8 to mixed floats, where the network is. ``full_batches`` -- for a teacher, which always

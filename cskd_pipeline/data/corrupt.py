@@ -27,7 +27,7 @@ PIECE = 64  # images that a loader process decodes at a time
 
 
 class CorruptImage(NamedTuple):
-    """An image that cannot be decoded, and what the decoder says of it."""
+    """An image that cannot be decoded, and the decoder's reason."""
 
     shard: int
     offset: int
@@ -35,7 +35,7 @@ class CorruptImage(NamedTuple):
 
 
 class _Pieces(TorchDataset[tuple[int, list[CorruptImage]]]):
-    """Piece number -> how many images it has, and those of them that are corrupt."""
+    """Piece number -> its count of images, and those of them that are corrupt."""
 
     def __init__(self, images: ImageSource, samples: np.ndarray, intact: np.ndarray | None) -> None:
         self.images, self.samples, self.intact = images, samples, intact
@@ -67,7 +67,7 @@ def find_corrupt(
     part: int = 0,
     parts: int = 1,
 ) -> list[CorruptImage]:
-    """Decode every image once; give those that cannot be, in the order of ``samples``.
+    """Decode every image once; return those that cannot be, in the order of ``samples``.
 
     Args:
         samples: (n, 2) shard and offset.
@@ -90,6 +90,7 @@ def find_corrupt(
 
 
 def by_shard(found: list[CorruptImage]) -> Offsets:
+    """Group images by shard."""
     offsets: Offsets = {}
     for image in found:
         offsets.setdefault(image.shard, []).append(image.offset)
@@ -99,11 +100,11 @@ def by_shard(found: list[CorruptImage]) -> Offsets:
 def without_corrupt(
     dataset: Dataset, left_out: LeftOuts, *, workers: int = 0, doing: str = "training"
 ) -> Dataset:
-    """The data set as if its tars did not hold the images that cannot be decoded.
+    """Leave the images that cannot be decoded out of a data set, as if its tars lacked them.
 
     Args:
-        left_out: knows them from its record, or is told of them.
-        doing: what goes on without them, for the warning.
+        left_out: has them in its record, or gets them.
+        doing: what continues without them, for the warning.
 
     Raises:
         DataError: a tar would have no image left.

@@ -19,14 +19,19 @@ from cskd_pipeline.views.decode import decode
 
 
 class EvalPreprocessing(Protocol):
-    """What a network wants: its input's side in pixels, the share of the image, the filter."""
+    """What a student's :class:`~cskd_pipeline.models.student.Preprocessing` states."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Return the side of the input in pixels."""
+
     @property
-    def crop_pct(self) -> float: ...
+    def crop_pct(self) -> float:
+        """Return the input's share of the resized image's shorter side."""
+
     @property
-    def interpolation(self) -> str: ...
+    def interpolation(self) -> str:
+        """Return the name of the filter."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class EvalBatch:
     label: Tensor
 
     def pin_memory(self) -> EvalBatch:
+        """Return the batch in memory that a GPU reads while it computes."""
         return EvalBatch(self.pixels.pin_memory(), self.label.pin_memory())
 
 
@@ -64,8 +70,7 @@ class EvalImages(TorchDataset[EvalBatch]):
         stop = min(start + self.batch_size, self.dataset.samples)
         pixels = np.empty((stop - start, self.size, self.size, 3), np.uint8)
         labels = np.empty(stop - start, np.int64)
-        done = 0
-        first = 0  # number of the tar's first sample
+        done = first = 0  # samples read; number of the tar's first sample
         for shard, count in zip(self.dataset.shards, self.dataset.counts, strict=True):
             rows = range(max(start - first, 0), min(stop - first, count))
             first += count
@@ -90,7 +95,10 @@ def eval_loader(
     world: int = 1,
     start_method: str | None = None,
 ) -> Loader[EvalBatch]:
-    """Every sample once, in order; the last batch may be short. A rank has each ``world``-th."""
+    """Return a loader of every sample once, in order; a rank has each ``world``-th batch.
+
+    The last batch may be short.
+    """
     images = EvalImages(dataset, preprocessing, batch_size)
     return Loader(
         images,

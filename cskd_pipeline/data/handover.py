@@ -3,8 +3,8 @@
 The memory is a file without a name (``memfd``) and takes no room in ``/dev/shm``, of which
 containers have 64 MB by default, less than one batch of a paper's recipe. Its descriptor goes
 through a socket that parent and process have from the start: no path in ``TMPDIR`` is needed and
-nobody is waited for. All of it happens where the batch was made, so that what fails is an error in
-the batch's place; torch's queues would share memory in a thread that drops what fails.
+nobody is waited for. All of it happens where the batch was made, so that what fails arrives as
+an error instead of the batch; torch's queues would share memory in a thread that drops what fails.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _unpacked(
     total: int,
     inline: bytes | None,
 ) -> Any:
-    """The item, or a :class:`Failed` in its place: an error here would end torch's own threads."""
+    """Return the item, or a :class:`Failed`: an error here would end torch's own threads."""
     try:
         if inline is None:
             whole = memoryview(_received(_RECEIVING[key][worker], total))

@@ -19,7 +19,7 @@ SHOWN = 20  # examples in a message
 
 @dataclass(frozen=True)
 class Places:
-    """The samples of one layout shard: the number of each one's ``tar``, ``row`` there, ``label``.
+    """Where the samples of one layout shard lie: number of the ``tar``, ``row`` there, ``label``.
 
     All are (count,) int32, and ``NOWHERE`` for samples that are in no tar.
     """
@@ -30,14 +30,14 @@ class Places:
 
 
 class ImageSource:
-    """Reads samples by their place (shard, offset) in a layout.
+    """Reads samples by (shard, offset) in a layout.
 
     Samples are given as (n, 2) arrays of shard and offset.
 
     Args:
         shards: the user's tars.
         places: per layout shard, where its samples are: the number of a tar with the same keys in
-            the same order, or a place for each. None: the tars are the layout.
+            the same order, or tar and row of each. None: the tars are the layout.
         cache: what must agree with the tars: labels, and every image's CRC-32.
         strict: an image with another CRC is an error; otherwise :meth:`read` passes it on.
         same_labels: labels unlike the cache's are an error.
@@ -60,7 +60,7 @@ class ImageSource:
         self._crcs: dict[int, np.ndarray] = {}
 
     def lenient(self) -> ImageSource:
-        """The same that refuses no image for its CRC."""
+        """Return the same source, which refuses no image for its CRC."""
         return ImageSource(
             self.shards,
             places=self._places,
@@ -70,11 +70,11 @@ class ImageSource:
         )
 
     def alone(self) -> ImageSource:
-        """The same that knows of no cache."""
+        """Return the same source without a cache."""
         return ImageSource(self.shards, places=self._places)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tar numbers and rows in them, (n,) int64 each; ``NOWHERE`` for what no tar has."""
+        """Return tar numbers and rows in them, (n,) int64 each; ``NOWHERE`` for what no tar has."""
         tars, rows = samples[:, 0].astype(np.int64), samples[:, 1].astype(np.int64)
         for shard in np.unique(samples[:, 0]).tolist():
             here = samples[:, 0] == shard
@@ -86,7 +86,7 @@ class ImageSource:
         return tars, rows
 
     def labels(self, samples: np.ndarray) -> np.ndarray:
-        """(n,) int64 class numbers, as the tars have them.
+        """Return the class numbers that the tars have, (n,) int64.
 
         Raises:
             JoinError: the cache has other labels.
@@ -97,17 +97,18 @@ class ImageSource:
         return self._labels(samples)
 
     def keys(self, samples: np.ndarray) -> list[str]:
+        """Return the samples' keys."""
         tars, rows = self.locate(samples)
         pairs = zip(tars.tolist(), rows.tolist(), strict=True)
         return [self.shards[tar].key(row) for tar, row in pairs]
 
     def where(self, shard: int, offset: int) -> str:
-        """A sample for an error message."""
+        """Name a sample in an error message."""
         tars, rows = self.locate(np.array([[shard, offset]]))
         return self.shards[int(tars[0])].where(int(rows[0]))
 
     def read(self, samples: np.ndarray) -> Iterator[tuple[int, bytes, int]]:
-        """Index into ``samples``, image bytes and their CRC-32; tar by tar, front to back.
+        """Yield index into ``samples``, image bytes and their CRC-32; tar by tar, front to back.
 
         Raises:
             ShardError: a tar cannot be read.
@@ -119,7 +120,7 @@ class ImageSource:
             yield i, data, crc
 
     def crc32(self, samples: np.ndarray) -> Iterator[tuple[int, int]]:
-        """Index into ``samples`` and CRC-32 of the image there, in the order of :meth:`read`.
+        """Yield index into ``samples`` and the image's CRC-32, in the order of :meth:`read`.
 
         Nothing is compared.
 
@@ -130,7 +131,7 @@ class ImageSource:
 
     def _read(self, samples: np.ndarray) -> Iterator[tuple[int, bytes, int]]:
         tars, rows = self.locate(samples)
-        assert (tars != NOWHERE).all(), "a sample that no tar has was asked for"
+        assert (tars != NOWHERE).all(), "no tar has the sample"
         order = np.lexsort((rows, tars))
         parts = np.split(order, np.flatnonzero(np.diff(tars[order])) + 1)
         for part in parts if len(order) else ():  # of nothing, split makes one part
@@ -151,7 +152,7 @@ class ImageSource:
         return self.shards[places].index.label if isinstance(places, int) else places.label
 
     def relabelled(self, shard: int, recorded: np.ndarray) -> np.ndarray:
-        """Samples of a layout shard whose label in the tars is not the cache's.
+        """Find the samples of a layout shard whose label in the tars is not the cache's.
 
         Args:
             recorded: (count,) the cache's labels. What no tar has is left out.
@@ -165,11 +166,11 @@ class ImageSource:
         return np.stack(rows, axis=1).astype(np.int64)
 
     def label_error(self, relabelled: np.ndarray, among: int, switch: str | None) -> JoinError:
-        """The error about the samples that :meth:`relabelled` gave.
+        """Make the error about the samples that :meth:`relabelled` found.
 
         Args:
             relabelled: (n, 3), n > 0.
-            among: how many samples were compared.
+            among: the number of samples compared.
             switch: what accepts it, if anything does.
         """
         found, recorded = self._labels(relabelled), relabelled[:, 2]

@@ -27,7 +27,7 @@ CLASSES = "classes.json"
 class Dataset:
     """Labelled tars in the order that numbers them.
 
-    ``num_classes`` and ``class_names`` are None where nothing tells them. ``manifest`` is the one
+    ``num_classes`` and ``class_names`` are None where nothing states them. ``manifest`` is the one
     the data set was opened by, or None.
     """
 
@@ -39,16 +39,17 @@ class Dataset:
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """Samples of each tar."""
+        """Return the number of samples of each tar."""
         return tuple(map(len, self.shards))
 
     @cached_property
     def shard_ids(self) -> tuple[str, ...]:
-        """What identifies each tar's samples and their order: the SHA-256 of its keys."""
+        """Return what identifies each tar's samples and their order: the SHA-256 of its keys."""
         return tuple(shard.keys_sha256 for shard in self.shards)
 
     @property
     def samples(self) -> int:
+        """Return the number of all samples."""
         return sum(self.counts)
 
     def classes(self, of: str) -> Classes:
@@ -65,7 +66,7 @@ class Dataset:
         return self if other.count is None else self.with_classes(other.count)
 
     def with_classes(self, num_classes: int) -> Dataset:
-        """The same with a known number of classes; labels are checked against it.
+        """Return the same with a known number of classes; check the labels against it.
 
         Raises:
             DataError: another number is known already, or a label lies outside.
@@ -77,7 +78,7 @@ class Dataset:
         return replace(self, shards=shards, num_classes=classes)
 
     def without(self, offsets: Mapping[int, Sequence[int]]) -> Dataset:
-        """The same as if the tars did not hold these samples, given as shard -> offsets.
+        """Return the same as if the tars did not hold these samples, shard -> offsets.
 
         Raises:
             DataError: a tar would have none left.
@@ -104,7 +105,7 @@ class Dataset:
 
 
 def sample(dataset: Dataset, samples: int, parts: int = 4) -> Dataset:
-    """About ``samples`` samples of ``dataset``: neighbours from ``parts`` places spread over it.
+    """Take about ``samples`` samples of ``dataset``, in ``parts`` runs of neighbours.
 
     For trials and forecasts. Each part is a shard of its own; its manifest has no hashes.
     """
@@ -188,11 +189,11 @@ def index_shards(
     """Read every byte of the shards once, and describe them.
 
     Args:
-        check: looks at every image, empty ones too, before the shards are hashed.
+        check: run on the data set, empty images included, before the shards are hashed.
 
     Raises:
         DataError: as :func:`load_dataset`, and what ``check`` raises; a key that is there twice;
-            nothing tells the number of classes.
+            nothing states the number of classes.
     """
     dataset = load_dataset(
         spec,
@@ -210,10 +211,10 @@ def index_shards(
 
 
 def describe(dataset: Dataset) -> DatasetManifest:
-    """The manifest of ``dataset``: the one it was opened by, or made by reading every byte.
+    """Return the manifest of ``dataset``: its own, or one made by reading every byte.
 
     Raises:
-        DataError: nothing tells the number of classes.
+        DataError: nothing states the number of classes.
         ManifestError: a tar's name that no reader of manifests accepts.
     """
     if dataset.manifest is not None:
@@ -237,7 +238,7 @@ def describe(dataset: Dataset) -> DatasetManifest:
 def _require_num_classes(dataset: Dataset) -> int:
     if dataset.num_classes is None:
         raise DataError(
-            "nothing tells how many classes there are",
+            "nothing states the number of classes",
             where=dataset.name,
             expected=f"a list of names in {CLASSES} beside the shards, or a number",
             action="pass --num-classes N",
@@ -259,7 +260,7 @@ def _names_beside(paths: Sequence[Path]) -> tuple[str, ...] | None:
 
 
 def find_class_names(folder: Path) -> tuple[str, ...] | None:
-    """Class names in label order, from ``classes.json`` or ``_info.json`` in ``folder``."""
+    """Read class names in label order from ``classes.json`` or ``_info.json`` in ``folder``."""
     for file, field in ((CLASSES, None), (INFO, "class_names")):
         path = folder / file
         if not path.is_file():
@@ -278,21 +279,21 @@ def find_class_names(folder: Path) -> tuple[str, ...] | None:
 
 
 def name_of(paths: Sequence[Path]) -> str:
-    """What the tars' names have in common, without numbers: ``imagenet1k-train-0000.tar`` …"""
+    """Return what the tars' names have in common, without numbers: ``imagenet1k-train``."""
     first, last = min(path.stem for path in paths), max(path.stem for path in paths)
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
     common = "".join(character for character, _ in alike).rstrip("0123456789").rstrip("-_. ")
     return common or paths[0].resolve().parent.name or "shards"
 
 
-def _agreed(asked: int | None, found: int | None, source: str) -> int | None:
-    if asked and found and asked != found:
+def _agreed(given: int | None, found: int | None, source: str) -> int | None:
+    if given and found and given != found:
         raise DataError(
             "two numbers of classes contradict each other",
             found=f"{found}, by {source}",
-            expected=asked,
+            expected=given,
         )
-    return asked or found or None
+    return given or found or None
 
 
 def _check_counts(shards: Sequence[TarShard], counts: Sequence[int] | None) -> None:

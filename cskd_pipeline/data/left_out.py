@@ -1,7 +1,7 @@
-"""What a command leaves out of its data: the list for its user, and the record for going on.
+"""Samples that a command leaves out: the list for its user, and the record for resuming.
 
 ``left_out.csv`` in the run's or cache's folder lists the samples. What was found by reading every
-image is kept in records beside it, so that a command that goes on need not read them again.
+image is kept in records beside it, so that a resumed command need not read them again.
 """
 
 from __future__ import annotations
@@ -54,16 +54,17 @@ class LeftOuts:
         return len(self._samples)
 
     def path(self, name: str) -> Path | None:
-        """``left_out.csv`` and the like in the folder, with the part in its name."""
+        """Return the path of ``name`` in the folder, with the part in it: ``left_out-1.csv``."""
         stem, dot, suffix = name.partition(".")
         return None if self.folder is None else self.folder / f"{stem}{self._part}{dot}{suffix}"
 
     @property
     def listed(self) -> str:
-        """The end of a message about them."""
+        """Return the end of a message about them."""
         return "" if self.folder is None else f"; {self.path(LIST)} lists them"
 
     def add(self, samples: Iterable[LeftOut]) -> None:
+        """Add samples to the list."""
         self._samples += samples
 
     def find(
@@ -73,13 +74,13 @@ class LeftOuts:
         counts: Sequence[int],
         look: Callable[[int, int], Offsets],
     ) -> Offsets:
-        """What reading every image finds: known from the record, or found now by all ranks.
+        """Return what reading every image finds: from the record, or found now by all ranks.
 
         Args:
             name: of the record, and in it of the offsets.
             identity: what the record is about; one about something else is not believed.
             counts: samples of each shard.
-            look: reads part i of n of the images, and gives what it finds there.
+            look: reads part i of n of the images, and returns what it finds there.
 
         Raises:
             ManifestError: a record that was altered.
@@ -112,7 +113,7 @@ class LeftOuts:
 
 
 def tars_sha256(shards: Sequence[TarShard]) -> str:
-    """What identifies tars by keys and length: a copy of them elsewhere is the same.
+    """Identify tars by keys and length; a copy of them elsewhere is the same.
 
     Tars altered without becoming longer or shorter are not noticed here, but when their images are
     read.

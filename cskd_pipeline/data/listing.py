@@ -1,4 +1,4 @@
-"""Which tars a user means: a folder, braces, globs, comma lists, ``_info.json``, a manifest."""
+"""The tars that a user names: a folder, braces, globs, comma lists, ``_info.json``, a manifest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Spec = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True)
 class Listing:
-    """The tars in order, and what the user's list says of them.
+    """The tars in order, and what the user's list states.
 
     ``counts``: samples of each tar, by an ``_info.json``.
     """
@@ -41,11 +41,11 @@ class Listing:
 def expand_shards(
     spec: Spec, *, split: str | None = None, prefer: Sequence[str] = ("train",)
 ) -> list[Path]:
-    """The tars ``spec`` stands for: as listed, braces in their order, globs in natural order.
+    """List the tars of ``spec``: as listed, braces in their order, globs in natural order.
 
     Args:
         split: which one of an ``_info.json``.
-        prefer: the splits to look for when none is asked for and there are several.
+        prefer: the splits to look for when none is given and there are several.
 
     Raises:
         DataError: nothing there, something missing, listed twice, or not a local file.
@@ -57,7 +57,7 @@ def expand_shards(
 def list_shards(
     spec: Spec, *, split: str | None = None, prefer: Sequence[str] = ("train",)
 ) -> Listing:
-    """:func:`expand_shards` with the manifest, if ``spec`` is one."""
+    """List the tars of ``spec`` as :func:`expand_shards`, with the manifest, if it is one."""
     parts = [str(part) for part in ([spec] if isinstance(spec, str | Path) else spec)]
     parts = [piece for part in parts for piece in _pieces(part)]
     if not parts:
@@ -81,13 +81,13 @@ def _pieces(text: str) -> Iterator[str]:
 def _end_of_first(text: str) -> int:
     """Where the first of the listed paths ends: at a comma outside braces, or at the end."""
     start = len(_existing_folders(text))
-    commas = [place for place in range(start, len(text)) if text[place] == ","]
-    for place in (len(text), *commas):
-        if os.path.exists(text[:place]):
-            return place
-    for place in commas:
-        if text.count("{", start, place) == text.count("}", start, place):
-            return place
+    commas = [i for i in range(start, len(text)) if text[i] == ","]
+    for end in (len(text), *commas):
+        if os.path.exists(text[:end]):
+            return end
+    for end in commas:
+        if text.count("{", start, end) == text.count("}", start, end):
+            return end
     return len(text)
 
 
@@ -113,9 +113,7 @@ def _resolve(text: str, split: str | None, prefer: Sequence[str]) -> Listing:
     if path.suffix == ".json":
         return _from_document(path, split, prefer)
     if split:
-        raise DataError(
-            "a split is asked for, and only an _info.json has splits", where=text, found=split
-        )
+        raise DataError("only an _info.json has splits", where=text, found=split)
     if path.is_dir():
         found = sorted(map(Path, glob.glob(f"{glob.escape(text)}/*.tar")), key=_natural)
         if not found:
@@ -125,7 +123,7 @@ def _resolve(text: str, split: str | None, prefer: Sequence[str]) -> Listing:
 
 
 def _expanded(text: str) -> list[str]:
-    """What the braces of a path stand for; those in folders that exist are part of their names."""
+    """Expand the braces of a path; those in folders that exist are part of their names."""
     if os.path.exists(text):
         return [text]
     folders = _existing_folders(text)
@@ -187,7 +185,7 @@ def _split_entry(
         chosen = next(iter(splits))
     if chosen not in splits:
         raise DataError(
-            "which split?" if not split else "no such split",
+            "several splits, and none is chosen" if not split else "no such split",
             where=path,
             found=split or None,
             expected="one of " + ", ".join(map(str, splits)),

@@ -23,7 +23,7 @@ from cskd_pipeline.views.policy import ViewPolicy
 
 @dataclass(frozen=True)
 class Pairing:
-    """Rows and what their views are mixed with; n rows.
+    """Rows and their partners; n rows.
 
     ``own``, ``partner``: (n, 3) view, shard, offset; equal where nothing is mixed in. ``mixes`` has
     a :class:`Mix` for each row.
@@ -53,7 +53,7 @@ class RenderedViews:
     drifted: int
 
     def find(self, rows: np.ndarray) -> np.ndarray:
-        """(n,) int64 numbers of the views ``rows``, (n, 3)."""
+        """Return the numbers of the views ``rows``, (n, 3): (n,) int64."""
         numbers = np.searchsorted(_packed(self.rows), _packed(rows))
         assert np.array_equal(self.rows[numbers], rows)
         return numbers
@@ -63,7 +63,7 @@ class RenderedViews:
 def partners(
     root_seed: int, shard_id: str, count: int, view: int, policy: ViewPolicy
 ) -> np.ndarray:
-    """:func:`matching`, kept."""
+    """Return :func:`matching`, kept for the next call."""
     return matching(root_seed, shard_id, count, view, policy)
 
 
@@ -92,7 +92,7 @@ class Renderer:
         self.cache, self.drift = cache, drift
 
     def pair(self, rows: np.ndarray) -> Pairing:
-        """Who is mixed with whom, and how; ``rows``: (n, 3) view, shard, offset."""
+        """Return partners of ``rows``, (n, 3) view, shard, offset, and how each pair is mixed."""
         partner = rows.copy()
         for view, shard, here in _slabs(rows):
             count, shard_id = self.samples.counts[shard], self.samples.shard_ids[shard]
@@ -110,7 +110,7 @@ class Renderer:
         return Pairing(rows, partner, mixes)
 
     def render(self, rows: np.ndarray) -> RenderedViews:
-        """The views ``rows``, (n, 3) view, shard, offset; repeated ones once.
+        """Render the views ``rows``, (n, 3) view, shard, offset; repeated ones once.
 
         Raises:
             ImageError, ShardError, JoinError: an image cannot be had.
@@ -148,7 +148,7 @@ class Renderer:
         return seeds.tolist()
 
     def _compare(self, rows: np.ndarray, digests: np.ndarray) -> int:
-        """How many views differ from the cache's."""
+        """Count the views that differ from the cache's."""
         if self.cache is None:
             return 0
         recorded = np.empty_like(digests)
@@ -182,7 +182,7 @@ class Renderer:
 
 
 def _slabs(rows: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    """View, shard, and the places in ``rows`` of each pair of them."""
+    """Yield view, shard, and the indices in ``rows`` of each pair of them."""
     order = np.lexsort((rows[:, 0], rows[:, 1]))
     changes = np.diff(rows[order, :2], axis=0).any(axis=1)
     for here in np.split(order, np.flatnonzero(changes) + 1):

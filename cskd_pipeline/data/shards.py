@@ -1,4 +1,4 @@
-"""A tar of samples, read where it lies: an index of its headers, then each image by its place."""
+"""A tar of samples, read where it lies: an index of its headers, then each image by its offset."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TarShard:
 
     Args:
         path: an uncompressed tar.
-        info: what a manifest says of it; then count and keys are known without reading, and the
+        info: its entry in a manifest; then count and keys are known without reading, and the
             first read compares.
         num_classes: labels must lie below it.
     """
@@ -39,7 +39,7 @@ class TarShard:
 
     @property
     def index(self) -> ShardIndex:
-        """The header pass, made once.
+        """Return the index of the headers, read once.
 
         Raises:
             ShardError: not a tar, cut short, a sample without image or label, a label outside the
@@ -56,7 +56,7 @@ class TarShard:
 
     @property
     def keys_sha256(self) -> str:
-        """What identifies the samples and their order."""
+        """Return what identifies the samples and their order."""
         if self.info:
             return self.info.keys_sha256
         if self._keys_sha256 is None:
@@ -64,7 +64,7 @@ class TarShard:
         return self._keys_sha256
 
     def with_classes(self, num_classes: int) -> TarShard:
-        """The same tar, its labels checked against ``num_classes``; nothing is read again."""
+        """Return the same tar, its labels checked against ``num_classes``; read nothing again."""
         shard = TarShard(self.path, info=self.info, num_classes=num_classes)
         if self._index is not None:
             shard._check(self._index)
@@ -72,11 +72,11 @@ class TarShard:
         return shard
 
     def part(self, rows: range) -> TarShard:
-        """These samples alone, as if the tar held no others."""
+        """Return these samples alone, as if the tar held no others."""
         return self._with(self.index.at(slice(rows.start, rows.stop, rows.step)))
 
     def without(self, rows: Sequence[int]) -> TarShard:
-        """The same as if the tar did not hold samples ``rows``; its manifest's entry goes along."""
+        """Return the same as if the tar did not hold samples ``rows``, with a fitting entry."""
         kept = np.delete(np.arange(len(self.index)), rows)
         shard = self._with(self.index.at(kept))
         if self.info:
@@ -90,24 +90,27 @@ class TarShard:
 
     @property
     def keys(self) -> list[str]:
+        """Return all keys, in the tar's order."""
         return [key.decode() for key in self.index.keys.tolist()]
 
     def key(self, i: int) -> str:
+        """Return the key of sample ``i``."""
         return str(self.index.keys[i].decode())
 
     def label(self, i: int) -> int:
+        """Return the class number of sample ``i``."""
         return int(self.index.label[i])
 
     def where(self, i: int) -> str:
-        """Sample ``i`` for an error message."""
+        """Name sample ``i`` in an error message."""
         return f"{self.path}: {self.key(i)}"
 
     def read_image(self, i: int) -> bytes:
-        """The bytes of sample ``i``'s image."""
+        """Read the bytes of sample ``i``'s image."""
         return next(self.read_images([i]))
 
     def read_images(self, rows: Iterable[int]) -> Iterator[bytes]:
-        """The images of samples ``rows``, in that order, from one opening of the file.
+        """Yield the images of samples ``rows``, in that order, from one opening of the file.
 
         Raises:
             ShardError: the file is gone or has become shorter since its headers were read.

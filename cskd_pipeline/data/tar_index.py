@@ -1,4 +1,4 @@
-"""One pass over a tar's headers: keys, labels, and where each image lies. Images are not read.
+"""One pass over a tar's headers: keys, labels, and each image's offset. Images are not read.
 
 Members belong to samples by webdataset's rule: the key is the path up to the first dot of the
 file's name, the rest is the field. ``n01440764_10026.jpg`` and ``n01440764_10026.cls`` are one
@@ -48,14 +48,14 @@ LEFT_BEHIND = frozenset({"__MACOSX", "@eaDir"})
 META = re.compile(r"__[^/]*__($|/)")
 END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
 
-Place = tuple[int, int]  # (offset in the tar, length), bytes
+Span = tuple[int, int]  # (offset in the tar, length), bytes
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a tar holds, one entry a sample, in the tar's order.
+    """The samples of a tar, one entry each, in the tar's order.
 
-    ``keys``: (n,) bytes, UTF-8. ``offset``, ``size``: (n,) int64, the image's place in the tar.
+    ``keys``: (n,) bytes, UTF-8. ``offset``, ``size``: (n,) int64, the image's in the tar.
     ``label``: (n,) int64.
     """
 
@@ -68,7 +68,7 @@ class ShardIndex:
         return len(self.keys)
 
     def at(self, rows: slice | np.ndarray) -> ShardIndex:
-        """The entries of some samples."""
+        """Return the entries of some samples."""
         return ShardIndex(self.keys[rows], self.offset[rows], self.size[rows], self.label[rows])
 
 
@@ -89,8 +89,8 @@ def read_index(path: Path) -> ShardIndex:
         rows: list[tuple[bytes, int, int, int]] = []
         for key, fields in samples:
             try:
-                place = _image(fields, path, key)
-                rows.append((key.encode(), *place, _label(fields, descriptor, path, key)))
+                span = _image(fields, path, key)
+                rows.append((key.encode(), *span, _label(fields, descriptor, path, key)))
             except ShardError:
                 others = {key.decode() for key, *_ in rows} | {other for other, _ in samples}
                 if _is_part(fields) and key in others:
@@ -109,6 +109,11 @@ def read_index(path: Path) -> ShardIndex:
 
 
 def open_shard(path: Path) -> IO[bytes]:
+    """Open a tar.
+
+    Raises:
+        ShardError: it cannot be opened.
+    """
     try:
         return open(path, "rb")
     except OSError as error:
@@ -152,8 +157,8 @@ class _Header(tarfile.TarInfo):
         raise tarfile.ReadError("a sparse member")
 
 
-def _members(file: IO[bytes], path: Path) -> Iterator[tuple[str, Place]]:
-    """Name and place of every regular file, in order, to the very end of the archive."""
+def _members(file: IO[bytes], path: Path) -> Iterator[tuple[str, Span]]:
+    """Yield name and span of every regular file, in order, to the very end of the archive."""
     head = file.read(8)
     file.seek(0)
     for magic, name in COMPRESSED.items():
@@ -170,11 +175,11 @@ def _members(file: IO[bytes], path: Path) -> Iterator[tuple[str, Place]]:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
                 if len(tar.pax_headers) > MAX_GLOBAL_RECORDS:
                     raise tarfile.ReadError(f"{len(tar.pax_headers)} global records")
-                place = member.offset_data, member.size
+                span = member.offset_data, member.size
                 if not 0 <= member.size <= end - member.offset_data:
                     raise tarfile.ReadError("unexpected end of data")
                 if member.isreg() and not member.issparse():
-                    yield member.name, place
+                    yield member.name, span
                 elif not member.isdir():
                     raise ShardError(
                         "the tar holds something that is neither a file nor a folder",
@@ -221,18 +226,18 @@ def _check_end(descriptor: int, end: int, path: Path) -> None:
 
 
 def _samples(
-    members: Iterable[tuple[str, Place]], path: Path
-) -> Iterator[tuple[str, dict[str, Place]]]:
-    """Key and fields of each run of members with one key, as webdataset groups them."""
-    current, fields = "", dict[str, Place]()
-    for name, place in members:
+    members: Iterable[tuple[str, Span]], path: Path
+) -> Iterator[tuple[str, dict[str, Span]]]:
+    """Yield key and fields of each run of members with one key, as webdataset groups them."""
+    current, fields = "", dict[str, Span]()
+    for name, span in members:
         *folders, file = name.split("/")
         if is_left_behind(file) or not LEFT_BEHIND.isdisjoint(folders):
             continue
         key, field = base_plus_ext(name)
         if key is None or META.match(name):  # webdataset skips these too
             continue
-        _check_name(name, place, path)
+        _check_name(name, span, path)
         if key != current:
             if fields:
                 yield current, fields
@@ -242,29 +247,29 @@ def _samples(
             raise ShardError(
                 "a sample has the same field twice", where=f"{path}: {key}", found=field
             )
-        fields[field] = place
+        fields[field] = span
     if fields:
         yield current, fields
 
 
-def _check_name(name: str, place: Place, path: Path) -> None:
+def _check_name(name: str, span: Span, path: Path) -> None:
     try:
         name.encode()
     except UnicodeEncodeError as error:
         raise ShardError(
             "a file in the tar has a name that is not UTF-8",
-            where=f"{path}: the file whose content begins at byte {place[0]}",
+            where=f"{path}: the file whose content begins at byte {span[0]}",
             found=name.encode(errors="surrogateescape").decode(errors="backslashreplace"),
             expected="UTF-8, as keys are compared as text",
             action="rename the file, and write the tar again",
         ) from error
 
 
-def _is_part(fields: dict[str, Place]) -> bool:
+def _is_part(fields: dict[str, Span]) -> bool:
     return not (any(f in fields for f in IMAGE_FIELDS) and any(f in fields for f in LABEL_FIELDS))
 
 
-def _apart(key: str, fields: dict[str, Place], path: Path) -> ShardError:
+def _apart(key: str, fields: dict[str, Span], path: Path) -> ShardError:
     return ShardError(
         "the files of a sample do not stand together in the tar",
         where=f"{path}: {key}",
@@ -274,7 +279,7 @@ def _apart(key: str, fields: dict[str, Place], path: Path) -> ShardError:
     )
 
 
-def _image(fields: dict[str, Place], path: Path, key: str) -> Place:
+def _image(fields: dict[str, Span], path: Path, key: str) -> Span:
     _check_key(key, path)
     found = [field for field in IMAGE_FIELDS if field in fields]
     if len(found) != 1:
@@ -295,7 +300,7 @@ def _image(fields: dict[str, Place], path: Path, key: str) -> Place:
     return offset, size
 
 
-def _label(fields: dict[str, Place], descriptor: int, path: Path, key: str) -> int:
+def _label(fields: dict[str, Span], descriptor: int, path: Path, key: str) -> int:
     name = next((field for field in LABEL_FIELDS if field in fields), None)
     if name is None:
         raise ShardError(

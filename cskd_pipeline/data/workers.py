@@ -29,7 +29,7 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its pa
 
 
 class _Handing:
-    """Items packed where they were made, so that whatever fails is told in their place."""
+    """Items packed where they were made, so that an error arrives instead of them."""
 
     sender: Sender  # of the processes that are about to start
 
@@ -95,7 +95,7 @@ class Loader(Generic[Item]):
         patience: seconds without a batch from any process, after which all are given up.
 
     Raises:
-        CskdError: whatever the data set raised, at the place of the batch it belongs to.
+        CskdError: whatever the data set raised, where its batch would have come.
         DataError: a process died, fell silent, or cannot hand a batch over.
     """
 
@@ -176,7 +176,7 @@ class Loader(Generic[Item]):
 
 
 def _explained(error: RuntimeError) -> DataError:
-    """What torch says of its processes, for a user.
+    """Turn torch's error about its processes into one for a user.
 
     Raises:
         RuntimeError: ``error``, where it came from the data set.

@@ -45,8 +45,8 @@ def save_student(path: Path, state: dict[str, torch.Tensor], card: StudentCard) 
 
 
 def student_file(path: Path) -> Path:
-    """The student that ``path`` means: itself; of a run's folder the best, else the last; of an
-    exported one its model.
+    """Return the file of ``path``: itself; of a run's folder the best student, else the last; of
+    an exported folder its model.
 
     Raises:
         WeightsError: a folder without any.
@@ -65,7 +65,7 @@ def student_file(path: Path) -> Path:
 
 
 def read_card(path: Path) -> StudentCard:
-    """The card of a student's file.
+    """Read the header of a student's file.
 
     Raises:
         WeightsError: not a safetensors file, or one without a (known) card.
@@ -74,7 +74,7 @@ def read_card(path: Path) -> StudentCard:
 
 
 def has_card(path: Path) -> bool:
-    """Whether a file's header says that it holds a student, rightly or not.
+    """Say that a file's header claims a student, rightly or not.
 
     Raises:
         WeightsError: not a safetensors file.
@@ -83,10 +83,10 @@ def has_card(path: Path) -> bool:
 
 
 def read_student(path: Path) -> tuple[StudentCard, dict[str, torch.Tensor]]:
-    """The card of a student's file and its tensors, which are those that were saved.
+    """Read the header of a student's file and its tensors, which are those that were saved.
 
     Raises:
-        WeightsError: no card, or tensors of another digest than it says.
+        WeightsError: no card, or tensors of another digest than it states.
     """
     card, digest = _read_header(path)
     state = load_state(path)
@@ -102,7 +102,7 @@ def read_student(path: Path) -> tuple[StudentCard, dict[str, torch.Tensor]]:
 
 
 def load_student(path: Path, device: torch.device) -> tuple[Student, StudentCard]:
-    """The student of a ``.safetensors`` file that ``train`` wrote.
+    """Load the student of a ``.safetensors`` file that ``train`` wrote.
 
     Raises:
         WeightsError: no card, damage, or tensors that do not fit the model it names.
@@ -148,7 +148,7 @@ def bounded_student(
     size: int,
     kwargs: Mapping[str, Any],
 ) -> Student:
-    """A fresh model as a stranger's file names it; one far larger than its ``state`` is not made.
+    """Make a fresh model as a stranger's file names it; refuse one far larger than its ``state``.
 
     The model is built on the meta device first, where tensors have shapes and no memory, and its
     parameters and buffers are counted as layers register them. The factors leave room for what
@@ -221,7 +221,7 @@ def _read_header(path: Path) -> tuple[StudentCard, str | None]:
         return card, digest
     except (KeyError, ValueError, TypeError, AttributeError, ManifestError) as error:
         raise WeightsError(
-            "the checkpoint does not say which student it holds",
+            "the checkpoint does not state which student it holds",
             where=path,
             found=f"{type(error).__name__}: {error}",
             expected=f"an entry {HEADER!r} of format {FORMAT} in its header, as train writes it",

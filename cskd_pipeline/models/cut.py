@@ -40,7 +40,7 @@ class Cut(NamedTuple):
 
 
 def cut_network(network: nn.Module, name: str, size: int) -> Cut:
-    """``network``, in eval mode, by the two methods of a teacher.
+    """Give ``network``, in eval mode, the two methods of a teacher.
 
     Args:
         name: of the teacher, for messages.
@@ -61,10 +61,10 @@ def cut_network(network: nn.Module, name: str, size: int) -> Cut:
 
 
 def head_per_location(network: Any, features: Tensor) -> Tensor:
-    """The network's own head at each location: (B, C, h, w) -> (B, K, h, w).
+    """Apply the network's own head at each location: (B, C, h, w) -> (B, K, h, w).
 
     For a head that averages and then applies a linear layer this is a 1x1 convolution, and its mean
-    over locations is the global answer (arXiv 2307.08500 and the authors' code).
+    over locations are the global logits (arXiv 2307.08500 and the authors' code).
     """
     samples, channels, height, width = features.shape
     locations = features.permute(0, 2, 3, 1).reshape(-1, channels, 1, 1)
@@ -80,10 +80,12 @@ class ChannelsSecond(nn.Module):
         self.network = network
 
     def forward_features(self, x: Tensor) -> Tensor:
+        """Return (B, C, h, w)."""
         features: Tensor = self.network.forward_features(x)
         return features.permute(0, 3, 1, 2)
 
     def forward_head(self, features: Tensor) -> Tensor:
+        """Return logits (B, K) of (B, C, h, w)."""
         logits: Tensor = self.network.forward_head(features.permute(0, 2, 3, 1))
         return logits
 
@@ -102,12 +104,14 @@ class Pooled(nn.Module):
         self.network, self.linear, self.shape = network, linear, shape
 
     def forward_features(self, x: Tensor) -> Tensor:
+        """Return (B, C, h, w)."""
         maps: Maps = {}
         with _Watch(maps, self.shape):
             self.network(x)
         return maps[self.shape]
 
     def forward_head(self, features: Tensor) -> Tensor:
+        """Return logits (B, K) of (B, C, h, w)."""
         logits: Tensor = self.linear(features.mean(dim=(2, 3)))
         return logits
 
@@ -161,21 +165,21 @@ def _pooled(network: nn.Module, name: str, missing: Sequence[str], x: Tensor) ->
             hook.remove()
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise refusal(name, f"{without} its forward gives {shape}, not logits (B, K)")
+        raise _refusal(name, f"{without} its forward gives {shape}, not logits (B, K)")
     heads = [(layer, given) for layer, given, out in calls if _close(out, logits)]
     if not heads:
-        raise refusal(name, f"{without} what it returns is no linear layer's output")
+        raise _refusal(name, f"{without} what it returns is no linear layer's output")
     linear, given = heads[-1]
     width = linear.in_features
     maps = [m for (channels, *sides), m in seen.items() if channels == width and sides != [1, 1]]
     if not maps:
-        raise refusal(
+        raise _refusal(
             name,
             f"{without} no feature map of {width} channels and more than one "
             f"location at {x.shape[-1]} px comes before its last linear layer",
         )
     if not _close(maps[-1].mean(dim=(2, 3)), given):
-        raise refusal(
+        raise _refusal(
             name, f"{without} its last linear layer does not get the mean of a feature map"
         )
     return Pooled(network, linear, tuple(maps[-1].shape[1:]))
@@ -189,16 +193,16 @@ def _features(network: Any, name: str, x: Tensor) -> Tensor:
     except Exception as error:  # as above
         raise _fails(name, x, error) from error
     if not isinstance(features, Tensor):
-        raise refusal(name, f"its features are a {type(features).__name__}")
+        raise _refusal(name, f"its features are a {type(features).__name__}")
     if features.ndim == 3:
-        raise refusal(name, f"its features are tokens {tuple(features.shape)}, as a ViT's")
+        raise _refusal(name, f"its features are tokens {tuple(features.shape)}, as a ViT's")
     if features.ndim != 4:
-        raise refusal(name, f"its features are {tuple(features.shape)}, not (B, C, h, w)")
+        raise _refusal(name, f"its features are {tuple(features.shape)}, not (B, C, h, w)")
     return features
 
 
 def _channels_last(network: Any, features: Tensor) -> bool:
-    """Whether a feature map is (B, h, w, C), by the width that timm's networks state."""
+    """Say that a feature map is (B, h, w, C), by the width that timm's networks state."""
     width, stated = (getattr(network, name, None) for name in ("num_features", "output_fmt"))
     return width == features.shape[3] and (width != features.shape[1] or stated == "NHWC")
 
@@ -214,11 +218,11 @@ def _prove(network: Any, name: str, features: Tensor, generator: torch.Generator
             shuffled = network.forward_head(moved.view_as(features))
             spatial = head_per_location(network, features)
         except Exception as error:  # heads are free to fail in any way
-            raise refusal(name, f"its head fails: {type(error).__name__} {error}") from error
+            raise _refusal(name, f"its head fails: {type(error).__name__} {error}") from error
     if whole.ndim != 2 or spatial.shape != (2, whole.shape[1], height, width):
-        raise refusal(name, f"its head gives {tuple(whole.shape)} for 2 feature maps")
+        raise _refusal(name, f"its head gives {tuple(whole.shape)} for 2 feature maps")
     if not _close(shuffled, whole):
-        raise refusal(name, "its head depends on where features are: it does not just pool them")
+        raise _refusal(name, "its head depends on where features are: it does not just pool them")
     return int(whole.shape[1])
 
 
@@ -229,10 +233,10 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 
 
 def _fails(name: str, x: Tensor, error: Exception) -> TeacherError:
-    return refusal(name, f"it fails at {x.shape[-1]} px: {type(error).__name__} {error}")
+    return _refusal(name, f"it fails at {x.shape[-1]} px: {type(error).__name__} {error}")
 
 
-def refusal(name: str, reason: str) -> TeacherError:
+def _refusal(name: str, reason: str) -> TeacherError:
     return TeacherError(
         "this model gives no spatial logits",
         where=name,

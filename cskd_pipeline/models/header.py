@@ -1,4 +1,4 @@
-"""What a student's file says of itself, and which of it is believed."""
+"""The header of a student's file, and the checks of what is in it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MAX_ARGUMENT = 65535
 
 @dataclass(frozen=True)
 class StudentCard:
-    """What a student's file says of itself.
+    """The header of a student's file.
 
-    ``kwargs`` are the timm constructor's, ``heads`` those whose mean is the answer, ``grid`` the
-    teacher grid (rows, columns) that the dense head was trained on, or None. ``crop_pct`` and
+    ``kwargs`` are the timm constructor's, ``heads`` those whose mean is the prediction, ``grid``
+    the teacher grid (rows, columns) that the dense head was trained on, or None. ``crop_pct`` and
     ``interpolation`` say how images are resized to evaluate it; None: as timm does for the model.
     ``accepted_classes`` has a line for each difference between classes with which the run was made
     all the same, ``recipe_changes`` one for what was changed where it was resumed. The digests are
@@ -54,7 +54,7 @@ class StudentCard:
 
 
 def check_card(card: StudentCard) -> None:
-    """Refuse what decides how a model is made, or is told of it, and is not of its kind.
+    """Refuse values of the wrong kind among those that decide how a model is made or described.
 
     Raises:
         ValueError: names the field.
@@ -109,7 +109,7 @@ def check_arguments(value: Any) -> None:
     """
     if isinstance(value, dict | list):
         if len(value) > 1000:
-            raise ValueError(f"kwargs with {len(value)} entries in one place")
+            raise ValueError(f"kwargs with {len(value)} entries in one table or list")
         for item in value.values() if isinstance(value, dict) else value:
             check_arguments(item)
     elif isinstance(value, int | float) and not abs(value) <= MAX_ARGUMENT:

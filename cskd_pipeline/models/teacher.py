@@ -30,7 +30,7 @@ class Logits(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A frozen network and what a cache must say of it.
+    """A frozen network and what a cache records of it.
 
     Attributes:
         model: in eval mode on ``device``; ``backbone`` is its ``forward_features``.
@@ -38,7 +38,7 @@ class Teacher:
         source: where the weights come from: ``hub``, ``file``, ``random`` or ``factory``.
         weights_sha256: :func:`~cskd_pipeline.models.weights.state_digest` of all of them.
         size: side of the input in pixels, normalised with ``mean`` and ``std`` ([0, 1] units).
-        grid: (rows, columns) of the answer.
+        grid: (rows, columns) of the spatial logits.
         batch_size: views per forward pass, always exactly.
     """
 
@@ -59,14 +59,14 @@ class Teacher:
 
     @torch.inference_mode()
     def respond(self, x: Tensor) -> Logits:
-        """Spatial and global logits of normalised views.
+        """Return the spatial and global logits of normalised views.
 
         Kernels choose their order of summation by the batch size: with timm's CNNs in float32 on a
         CPU, the same view differs in its last bits, and now and then in float16, between batches
-        of 8 and of 16, while within batches of one size neither its place nor its companions
+        of 8 and of 16, while within batches of one size neither its index nor its companions
         matter. So the model always sees exactly ``batch_size`` views, the last batch filled up
-        with zeros, and what it answers for a view does not depend on which others are asked with
-        it. That holds on one machine with one number of threads.
+        with zeros, and its response to a view does not depend on the others of the batch. That
+        holds on one machine with one number of threads.
 
         Args:
             x: (B, 3, size, size) float32, normalised; any B above 0.
@@ -78,27 +78,27 @@ class Teacher:
 
     @torch.inference_mode()
     def unchecked(self, x: Tensor) -> Logits:
-        """:meth:`respond` without looking at it: the host does not wait for the device."""
+        """Return the logits of :meth:`respond` unchecked: the host does not wait for the device."""
         pieces = [self._respond(piece) for piece in x.split(self.batch_size)]
         return Logits(*(torch.cat(parts)[: len(x)] for parts in zip(*pieces, strict=True)))
 
-    def checked(self, answer: Logits) -> Logits:
-        """``answer``, once the device has it.
+    def checked(self, logits: Logits) -> Logits:
+        """Return ``logits`` once the device has them and they are finite.
 
         Raises:
             TeacherError: a logit is NaN or infinite, or too large for float16.
         """
-        if not all_finite(*answer):
+        if not all_finite(*logits):
             raise TeacherError(
                 "the teacher's logits are not finite in float16",
                 where=self.name,
                 expected="logits between -65504 and 65504",
                 action="use precision float32 or bfloat16, and check the weights",
             )
-        return answer
+        return logits
 
     def _respond(self, x: Tensor) -> Logits:
-        """At most ``batch_size`` views; always ``batch_size`` answers."""
+        """Return the logits of at most ``batch_size`` views, filled up to ``batch_size``."""
         x = pad(x, (0, 0, 0, 0, 0, 0, 0, self.batch_size - len(x)))
         x = x.contiguous(memory_format=memory_format(self.channels_last))
         dtype = PRECISIONS[self.precision]
@@ -128,7 +128,7 @@ def load_teacher(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
 ) -> Teacher:
-    """A teacher in eval mode, shown to give spatial logits.
+    """Load a teacher in eval mode, and show that it gives spatial logits.
 
     Args:
         name: a timm name, ``torchvision:NAME``, or ``package.module:factory``: a callable (of

@@ -48,7 +48,7 @@ def build_teacher(
     size: int,
     kwargs: Mapping[str, Any],
 ) -> Built:
-    """The network called ``name``; ``state``, of a weights file, is still to be loaded.
+    """Build the network called ``name``; ``state``, of a weights file, is still to be loaded.
 
     Args:
         weights: ``hub``, ``random``, or the file that ``state`` is from.
@@ -92,7 +92,7 @@ def create_timm(
     error: type[CskdError],
     pretrained: bool = False,
 ) -> nn.Module:
-    """``timm.create_model`` at an input size, whether the model must be told it or not.
+    """Call ``timm.create_model`` for an input size, passed to models of a fixed one.
 
     Args:
         num_classes: None leaves the model's own.
@@ -248,7 +248,7 @@ def _call_factory(name: str, num_classes: int | None, kwargs: Mapping[str, Any])
 
 
 def _takes(factory: Callable[..., Any], argument: str) -> bool:
-    """Whether a callable can be given ``argument`` by name."""
+    """Say that a callable takes ``argument`` by name."""
     parameters = inspect.signature(factory).parameters.values()
     return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
 
@@ -260,7 +260,7 @@ def _linear_rows(state: Mapping[str, Tensor]) -> int | None:
 
 
 def classes_in(state: Mapping[str, Tensor], name: str) -> int | None:
-    """The class count of a state dict: the rows of what the model ``name`` calls its classifier."""
+    """Return the class count of a state dict: the rows of the classifier of the model ``name``."""
     classifier = getattr(_config(name), "classifier", None)
     for layer in (classifier,) if isinstance(classifier, str) else classifier or ():
         if f"{layer}.weight" in state:
@@ -269,14 +269,14 @@ def classes_in(state: Mapping[str, Tensor], name: str) -> int | None:
 
 
 def _config(name: str) -> PretrainedCfg | None:
-    """What timm says of the architecture; None for models that only the hub knows."""
+    """Return timm's configuration of the architecture; None for models that only the hub knows."""
     known = None if name.startswith(HUB_PREFIXES) else _current_name(name)
     return None if known is None else get_pretrained_cfg(known.split(".")[0])
 
 
 def _current_name(name: str) -> str | None:
-    """What timm calls the model today, which may be a name with a tag; None: not any more.
+    """Return timm's name of the model today, which may have a tag; None: it has none any more.
 
-    Of an old name timm tells nothing else: neither its input size nor its classifier.
+    Of an old name timm knows nothing else: neither its input size nor its classifier.
     """
     return get_deprecated_models().get(name.split(".")[0], name)

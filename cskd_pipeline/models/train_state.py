@@ -52,7 +52,7 @@ def load_state(path: Path) -> dict[str, Any]:
         raise WeightsError(
             "the file holds no training state of this version",
             where=path,
-            action="go on with the version that wrote it, or start again in a new output folder",
+            action="resume with the version that wrote it, or start again in a new output folder",
         )
     return state
 

@@ -23,7 +23,7 @@ _WRAPPERS = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel
 
 
 def load_state(path: Path | str) -> dict[str, Tensor]:
-    """Parameters and buffers by name, on the CPU.
+    """Load parameters and buffers by name, on the CPU.
 
     Of a safetensors file, or of anything that ``torch.save`` wrote as long as it holds tensors and
     plain values only: contents decide which, not names. What training scripts wrap around the
@@ -73,13 +73,13 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as that format does: the length of a header, then JSON."""
+    """Say that a file begins as that format does: the length of a header, then JSON."""
     with open(path, "rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def load_plain(path: Path) -> object:
-    """What ``torch.save`` wrote, of tensors and plain values; nothing in it is run.
+    """Load what ``torch.save`` wrote of tensors and plain values; run nothing in it.
 
     torch itself looks at no checksum, and takes archives whose entries unfold.
 
@@ -104,7 +104,7 @@ def load_plain(path: Path) -> object:
 
 
 def unloadable(error: Exception) -> str:
-    """Why :func:`load_plain` failed, short: of an object that is not plain, its whole type."""
+    """Explain in short why :func:`load_plain` failed: of a foreign object, its whole type."""
     text = _ESCAPE.sub("", str(error))
     kind = _FOREIGN.search(text)
     if kind:
@@ -142,9 +142,9 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], where: object) -> N
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and bytes in the order of the names.
+    """Return the SHA-256 (hex) over names, dtypes, shapes and bytes in the order of the names.
 
-    Says whether two models are the same whatever file they came in.
+    Equal digests mean equal models, whatever files they came in.
     """
     digest = hashlib.sha256()
     for name in sorted(state):

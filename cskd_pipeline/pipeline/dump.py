@@ -106,7 +106,7 @@ def dump_teacher(
             writer = CacheWriter.create(
                 recipe.cache.path, manifest, accept_versions=accept_versions, guard=guard
             )
-            guard.tell(log.warning)
+            guard.report()
             left_out.write()
             if recipe.cache.views > writer.manifest.views:
                 writer.extend(recipe.cache.views)
@@ -181,7 +181,7 @@ def open_stage_one(
     weights = Path(recipe.teacher.weights)
     if weights.is_file() and is_safetensors(weights) and has_card(weights):
         dataset = dataset.fitting(_teacher_classes(weights), "the shards", guard)
-    guard.tell(log.warning)
+    guard.report()
     teacher = load_teacher(
         recipe.teacher.name,
         weights=recipe.teacher.weights,

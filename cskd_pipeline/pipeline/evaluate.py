@@ -112,7 +112,7 @@ def evaluate(
     )
     guard = ClassGuard(accept=accept_classes)
     dataset = dataset.fitting(card.classes(path), "the shards", guard)
-    guard.tell(log.warning)
+    guard.report()
     shown = student.preprocessing.changed(crop_pct, None)
     loader = eval_loader(
         dataset,

@@ -89,7 +89,7 @@ def _train(recipe: TrainRecipe, ranks: Ranks, resume: bool) -> dict[str, Any]:
             "rate never reaches optim.lr; set schedule.warmup_epochs"
         )
     _begin(run, resume)
-    data.guard.tell(log.warning)
+    data.guard.report()
     if ranks.first:
         write_text(out / RECIPE, to_toml(recipe))
         for left_out in data.left_out:

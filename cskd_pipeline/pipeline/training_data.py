@@ -151,7 +151,7 @@ def open_training_data(recipe: TrainRecipe, ranks: Ranks = ALONE) -> TrainingDat
         )
         joined = settle(recipe, joined, encoding_name, left_out)
         samples, images, allowed = joined.samples, joined.images, joined.allowed
-    guard.tell(log.warning)
+    guard.report()
     plan = EpochPlan(
         samples,
         policy,
@@ -300,7 +300,7 @@ def _open_shards(
         names = names or cache.manifest.dataset.class_names
     if dataset.num_classes is None:
         raise DataError(
-            "nothing tells how many classes there are",
+            "nothing states the number of classes",
             where=dataset.name,
             action="put classes.json beside the shards, or pass --set data.num_classes=N",
         )

@@ -68,7 +68,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``path`` when the block ends well, and else is removed.
+    """Yield a folder to fill, which becomes ``path`` when the block ends well, else is removed.
 
     ``path`` is new, or an empty folder. A reader, or a run after a crash, sees all of it or none.
     """
@@ -108,10 +108,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
     atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, document: object) -> None:
+    """Write an indented JSON document, whole or not at all."""
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 

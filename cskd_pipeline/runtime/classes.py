@@ -6,13 +6,16 @@ Wherever two sides meet (shards, validation shards, a cache, a student, weights 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
 from cskd_pipeline.errors import ClassesError, printable
+
+log = logging.getLogger(__name__)
 
 SHOWN = 5  # names, and classes that differ, in a message
 _NAME = 40  # characters of a name in a message
@@ -23,7 +26,7 @@ COMMAND_SWITCH = "--accept-classes"
 
 @dataclass(frozen=True)
 class Classes:
-    """One side's classes.
+    """The classes of one side.
 
     Args:
         of: the side as a message calls it, without a path: ``the cache``.
@@ -40,7 +43,7 @@ class Classes:
 
 @dataclass(frozen=True)
 class Difference:
-    """How one list of names is not the other.
+    """The way in which one list of names is not the other.
 
     Args:
         kind: in words: ``the same 12 names in another order``.
@@ -84,7 +87,7 @@ class ClassGuard:
         self.accept = accept
         self.accepted: list[str] = []
         self.unknown: list[str] = []
-        self._untold: list[str] = []
+        self._pending: list[str] = []
 
     def compare(self, here: Classes, there: Classes) -> None:
         """Compare two sides.
@@ -120,13 +123,13 @@ class ClassGuard:
         """Keep one line about something that was accepted."""
         if line not in self.accepted:
             self.accepted.append(line)
-            self._untold.append(f"accepted by {self.switch}: {line}")
+            self._pending.append(f"accepted by {self.switch}: {line}")
 
-    def tell(self, warn: Callable[[str], None]) -> None:
-        """Pass on what is not told yet, one line each."""
-        for line in self._untold:
-            warn(line)
-        self._untold.clear()
+    def report(self) -> None:
+        """Log what was accepted or is unknown and has not been logged yet, one warning each."""
+        for line in self._pending:
+            log.warning(line)
+        self._pending.clear()
 
     def _keep(self, here: Classes, there: Classes, found: Difference | None) -> None:
         if found is not None:
@@ -136,7 +139,7 @@ class ClassGuard:
             unnamed, named = (here, there) if here.names is None else (there, here)
             line = f"no class names in {unnamed.of}: class k is taken for class k of {named.of}"
             self.unknown.append(line)
-            self._untold.append(line)
+            self._pending.append(line)
 
     def _error(
         self, here: Classes, there: Classes, found: Difference, *, final: bool

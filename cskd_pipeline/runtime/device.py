@@ -20,7 +20,7 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` (CUDA where there is one), or any torch device string.
+    """Return the device of ``auto`` (CUDA where there is one) or of any torch device string.
 
     Raises:
         UsageError: a device this machine does not have.
@@ -48,7 +48,7 @@ def use_threads(threads: int) -> None:
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
-    """Of a network's weights and of the images it is given: convolutions follow both."""
+    """Return the format of a network's weights and of its images: convolutions follow both."""
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
@@ -85,21 +85,21 @@ def compiled(function: Callable[..., T], device: torch.device | str) -> Callable
 
 
 def worker_count(workers: int) -> int:
-    """``workers``, or for -1 one for each core this process may use but one, at least one."""
+    """Return ``workers``; for -1 one for each core this process may use but one, at least one."""
     return workers if workers >= 0 else max(1, cores() - 1)
 
 
 def cores() -> int:
-    """How many this process may use: a container's or Slurm job's share, where the system tells it.
+    """Return how many cores this process may use.
 
-    macOS does not.
+    A container's or Slurm job's share, where the system knows it; macOS does not.
     """
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def memory_limit(root: Path = Path("/")) -> int:
-    """How many bytes of memory this machine has, or a container or Slurm job may use of them."""
+    """Return the bytes of memory of this machine, or of a container's or Slurm job's share."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
@@ -118,7 +118,7 @@ def memory_limit(root: Path = Path("/")) -> int:
 
 
 def all_finite(*logits: Tensor) -> bool:
-    """Whether float16 tensors are free of NaN and infinities; waits for the device.
+    """Say that float16 tensors are free of NaN and infinities; wait for the device.
 
     Finite ones have a finite float32 sum, however many they are: one pass and no mask.
     """

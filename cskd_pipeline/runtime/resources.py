@@ -13,10 +13,10 @@ def _folder(name: str) -> Path:
 
 
 def stages() -> Path:
-    """The folder of recipes: ``dump_teacher/*.toml``, ``train/*.toml``, ``study/*.toml``."""
+    """Return the folder of recipes: ``dump_teacher/*.toml``, ``train/*.toml``, ``study/*.toml``."""
     return _folder("stages")
 
 
 def manifests() -> Path:
-    """The folder of JSON Schemas and of the cache format's specification."""
+    """Return the folder of JSON Schemas and of the cache format's specification."""
     return _folder("manifests")

@@ -25,13 +25,13 @@ MAX_PROBLEMS = 1000
 
 
 def sha256(document: object) -> str:
-    """SHA-256 (hex) of ``document`` as canonical JSON: sorted keys, no spaces, ASCII."""
+    """Return the SHA-256 (hex) of ``document`` as canonical JSON: sorted keys, no spaces, ASCII."""
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
 def read(path: Path) -> Any:
-    """The JSON document in a file of at most 64 MiB.
+    """Read the JSON document in a file of at most 64 MiB.
 
     Raises:
         ManifestError: too large, not JSON, nested too deeply, or a name twice in one object;
@@ -42,7 +42,7 @@ def read(path: Path) -> Any:
 
 
 def parse(data: bytes, where: object) -> Any:
-    """``data`` as JSON; see :func:`read`."""
+    """Parse ``data`` as JSON, within the bounds and with the errors of :func:`read`."""
     if len(data) > MAX_BYTES:
         raise ManifestError(
             where, [f"$: found a larger document, expected at most {MAX_BYTES >> 20} MiB"]
@@ -74,7 +74,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def schema_problems(document: object, schema: str) -> list[str]:
-    """Where ``document`` does not fit ``manifests/{schema}.schema.json``: path, found, expected."""
+    """List where ``document`` does not fit ``manifests/{schema}.schema.json``.
+
+    One line for each problem: path, found, expected.
+    """
     lines = chain.from_iterable(map(_explain, _validator(schema).iter_errors(document)))
     return list(islice(lines, MAX_PROBLEMS))
 

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 REQUEUE = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""The second is a closed terminal's, the third Slurm's before a time limit, where asked for."""
+"""The second is a closed terminal's, the third Slurm's before a time limit, with ``--signal``."""
 STOPPING = (signal.SIGINT, *REQUEUE)
 
 
@@ -26,7 +26,7 @@ class Requeue(BaseException):
 
 
 class Stop:
-    """Which signals asked the process to stop.
+    """The stop signals that the process has received.
 
     A second SIGINT stops it at once. Others may come several times: ``timeout`` sends SIGTERM
     twice, torchrun after a terminal's Ctrl-C.
@@ -37,18 +37,19 @@ class Stop:
 
     @property
     def requested(self) -> bool:
+        """Say that some signal has come."""
         return bool(self.signals)
 
     @property
     def requeue(self) -> bool:
-        """A scheduler asked, which gives little time; a person's Ctrl-C outweighs it."""
+        """Say that a scheduler's has, which gives little time; a person's Ctrl-C outweighs it."""
         return self.requested and signal.SIGINT not in self.signals
 
     def add(self, signals: Iterable[int]) -> None:
-        """Other processes of the job got these."""
+        """Add those that other processes of the job have received."""
         self.signals.update(signals)
 
-    def _ask(self, signum: int, frame: FrameType | None) -> None:
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and signum in self.signals:
             raise KeyboardInterrupt
         self.signals.add(signum)
@@ -58,12 +59,12 @@ class Stop:
 def stop_requests() -> Iterator[Stop]:
     """Collect the signals in ``STOPPING`` instead of dying of them, for work in small steps.
 
-    The loop inside asks ``stop.requested`` wherever it could stop without loss, saves, and raises
-    ``KeyboardInterrupt``, which leaves the block as :class:`Requeue` if a scheduler asked. Outside
-    the main thread, where Python delivers no signals, ``requested`` stays False.
+    The loop inside checks ``stop.requested`` wherever it can stop without loss, saves, and raises
+    ``KeyboardInterrupt``, which leaves the block as :class:`Requeue` on a scheduler's signal.
+    Outside the main thread, where Python delivers no signals, ``requested`` stays False.
     """
     stop = Stop()
-    with _handled(STOPPING, stop._ask):
+    with _handled(STOPPING, stop._receive):
         try:
             yield stop
         except KeyboardInterrupt:
@@ -75,15 +76,15 @@ def stop_requests() -> Iterator[Stop]:
 @contextmanager
 def requeue_requests() -> Iterator[None]:
     """Raise :class:`Requeue` at the first signal in ``REQUEUE``; later ones change nothing."""
-    asked = False
+    raised = False
 
-    def ask(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if not asked:
-            asked = True
+    def receive(signum: int, frame: FrameType | None) -> None:
+        nonlocal raised
+        if not raised:
+            raised = True
             raise Requeue({signum})
 
-    with _handled(REQUEUE, ask):
+    with _handled(REQUEUE, receive):
         yield
 
 

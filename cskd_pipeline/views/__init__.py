@@ -6,7 +6,7 @@
 4. ``decode`` -- file bytes to upright RGB.
 5. ``apply``, ``ops`` -- image and parameters to uint8 pixels, their digest, and the erase noise;
    ``kernels`` has the loops over pixels.
-6. ``mixing`` -- who is mixed with whom, and how.
+6. ``mixing`` -- each view's partner, and how the two are mixed.
 
 Numpy, numba, simplejpeg and Pillow only; no global random state is read or seeded.
 """

@@ -15,7 +15,7 @@ from cskd_pipeline.views.policy import ViewPolicy
 
 
 def render(image: np.ndarray, params: ViewParams, policy: ViewPolicy) -> np.ndarray:
-    """The view before erasing and mixing: uint8 (size, size, 3), contiguous.
+    """Render a view, before erasing and mixing: uint8 (size, size, 3), contiguous.
 
     Args:
         image: (H, W, 3) uint8, contiguous, of the size that ``params`` was drawn for.
@@ -29,12 +29,12 @@ def render(image: np.ndarray, params: ViewParams, policy: ViewPolicy) -> np.ndar
 
 
 def digest(pixels: np.ndarray) -> int:
-    """CRC-32 of a view's uint8 pixels, row by row: what a replay must reproduce."""
+    """Return the CRC-32 of a view's uint8 pixels, row by row: what a replay must reproduce."""
     return zlib.crc32(pixels.data)
 
 
 def erase_noise(params: ViewParams) -> np.ndarray:
-    """The noise of the erased boxes: int16 standard normals times 256, flat.
+    """Draw the noise of the erased boxes: int16 standard normals times 256, flat.
 
     Box after box, row by row, three channels a pixel; empty without boxes.
     """
@@ -46,7 +46,7 @@ def erase_noise(params: ViewParams) -> np.ndarray:
 
 
 def to_float(pixels: np.ndarray, params: ViewParams, policy: ViewPolicy) -> np.ndarray:
-    """The view with its erased boxes: float32 (size, size, 3) in [0, 1] but for the noise.
+    """Return the view with its erased boxes: float32 (size, size, 3), in [0, 1] but for the noise.
 
     ``pixels / 255``, and ``mean + std * z`` inside the boxes.
     """
@@ -64,7 +64,7 @@ def to_float(pixels: np.ndarray, params: ViewParams, policy: ViewPolicy) -> np.n
 
 
 def mix_pixels(own: np.ndarray, partner: np.ndarray, mix: Mix) -> np.ndarray:
-    """A member of a pair after mixing, float32 (size, size, 3)."""
+    """Mix a view with its partner: float32 (size, size, 3)."""
     if mix.cutmix:
         top, left, height, width = mix.box
         mixed = own.copy()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import zlib
 from functools import cache
 from statistics import NormalDist
 
@@ -22,7 +21,7 @@ _CHUNK = 16  # 64-bit draws fetched at a time; most views need fewer
 
 
 def derive_seed(*parts: int | str | bytes) -> int:
-    """64 bits that depend on every part, its type and its place.
+    """Derive 64 bits from every part, its type and its position.
 
     The first 8 bytes (little endian) of BLAKE2b over, for each part, a type letter, the length of
     its bytes as 8 bytes, and its bytes: UTF-8 of a string, the decimal digits of an integer.
@@ -36,23 +35,19 @@ def derive_seed(*parts: int | str | bytes) -> int:
 
 
 def view_seed(root_seed: int, key: str, view: int) -> int:
-    """The seed of one view of one sample: never of worker, rank or order."""
+    """Return the seed of one view of one sample, whatever worker, rank or order."""
     return derive_seed("view", root_seed, key, view)
 
 
 @cache
 def normal_table() -> np.ndarray:
-    """(65536,) int16: entry i is the standard normal's (i + 0.5)/65536 quantile times 256, rounded.
+    """Return (65536,) int16: the standard normal's (i + 0.5)/65536 quantiles times 256, rounded.
 
     Rounding takes away what platforms' logarithms may differ by; a test pins the CRC-32.
     """
     quantile = NormalDist().inv_cdf
     upper = [round(NORMAL_UNITS * quantile((i + 0.5) / 65536)) for i in range(32768, 65536)]
     return np.array([-z for z in reversed(upper)] + upper, np.int16)
-
-
-def normal_table_crc32() -> int:
-    return zlib.crc32(normal_table().astype("<i2").tobytes())
 
 
 class BitStream:
@@ -68,44 +63,44 @@ class BitStream:
         self._words: list[int] = []  # fetched and not yet used, in reverse
 
     def uint64(self) -> int:
-        """The next 64 bits."""
+        """Return the next 64 bits."""
         if not self._words:
             self._words = self._philox.random_raw(_CHUNK).tolist()[::-1]
         return self._words.pop()
 
     def raw(self, count: int) -> np.ndarray:
-        """The next ``count`` words, (count,) uint64."""
+        """Return the next ``count`` words, (count,) uint64."""
         kept = [self._words.pop() for _ in range(min(count, len(self._words)))]
         fresh = self._philox.random_raw(count - len(kept))
         return np.concatenate([np.array(kept, np.uint64), fresh])
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
-        """Uniform in [low, high) from the word's upper 53 bits."""
+        """Draw a uniform number in [low, high) from the word's upper 53 bits."""
         return low + (high - low) * ((self.uint64() >> 11) * 2.0**-53)
 
     def log_uniform(self, low: float, high: float) -> float:
-        """exp of a uniform draw between the logarithms."""
+        """Return exp of a uniform draw between the logarithms."""
         return math.exp(self.uniform(math.log(low), math.log(high)))
 
     def below(self, bound: int) -> int:
-        """An integer in [0, bound), by multiply and shift; its bias is below bound / 2**64."""
+        """Draw an integer in [0, bound), by multiply and shift; its bias is below bound / 2**64."""
         return (self.uint64() * bound) >> 64
 
     def chance(self, probability: float) -> bool:
-        """True with ``probability``; 0 never, 1 always."""
+        """Return True with ``probability``; 0 never, 1 always."""
         return self.uniform() < probability
 
     def normal(self) -> float:
-        """A standard normal, a multiple of 1/256 within 4.4, from the word's upper 16 bits."""
+        """Draw a standard normal, a multiple of 1/256 within 4.4, from the word's upper 16 bits."""
         return int(normal_table()[self.uint64() >> 48]) / NORMAL_UNITS
 
     def normals(self, count: int) -> np.ndarray:
-        """(count,) int16 standard normals times 256, four from each word, lowest bits first."""
+        """Draw (count,) int16 standard normals times 256, four a word, lowest bits first."""
         words = self.raw(-(-count // 4)).astype("<u8")
         return normal_table()[words.view("<u2")[:count]]
 
     def beta(self, a: float, b: float) -> float:
-        """Beta(a, b) as a multiple of 1/65536, by Jöhnk's rejection: two words a try."""
+        """Draw Beta(a, b) as a multiple of 1/65536, by Jöhnk's rejection: two words a try."""
         while True:
             x, y = self.uniform() ** (1.0 / a), self.uniform() ** (1.0 / b)
             if 0.0 < x + y <= 1.0:

@@ -22,7 +22,7 @@ _ACTION = (
 
 
 def decode(data: bytes, where: object) -> np.ndarray:
-    """An RGB image, upright: (H, W, 3) uint8, contiguous.
+    """Decode an image to upright RGB: (H, W, 3) uint8, contiguous.
 
     Grey, CMYK, palette, 16-bit grey and images with transparency (over white) become RGB; an EXIF
     orientation is applied. Whole three-channel JPEGs, nearly all images, are decoded straight into
@@ -109,8 +109,8 @@ _GREY_SCALE = {"L;2": 85, "L;4": 17}
 def _transparent_colour(image: ImageFile.ImageFile) -> int | tuple[int, ...] | None:
     """The one transparent colour that a PNG without alpha names, at the depth of its pixels.
 
-    Asked before the pixels are loaded. Of 16 bits per channel Pillow keeps the upper 8 in colour
-    and all in grey; the file's colour has 16 in both.
+    For an image whose pixels are not loaded yet. Of 16 bits per channel Pillow keeps the upper 8
+    in colour and all in grey; the file's colour has 16 in both.
     """
     key = image.info.get("transparency")
     if image.mode not in ("L", "RGB", "I", "I;16", "I;16B") or not isinstance(key, int | tuple):

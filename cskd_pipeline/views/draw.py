@@ -43,7 +43,7 @@ class ViewParams:
 
 
 def draw(seed: int, policy: ViewPolicy, width: int, height: int) -> ViewParams:
-    """The parameters of the view that ``seed`` names, of an image of ``width`` x ``height`` pixels.
+    """Draw the parameters of the view of ``seed``, of an image of ``width`` x ``height`` pixels.
 
     Distributed as timm's ``RandomResizedCropAndInterpolation``, flip, ``rand-m9-mstd0.5-inc1`` and
     ``RandomErasing`` in pixel mode.
@@ -110,7 +110,7 @@ OPS = (
 
 
 def argument(op: str, level: float, sign: float) -> float:
-    """An operation's argument at ``level`` in [0, 10], as timm's increasing levels have it.
+    """Return an operation's argument at ``level`` in [0, 10], as timm's increasing levels have it.
 
     Degrees of a rotation; bits kept by posterize; threshold of solarize and what solarize_add adds,
     in [0, 256]; factor of an enhancement (1 changes nothing); shear per pixel; translation as a

@@ -50,7 +50,7 @@ class _Kept(FunctionCache):
 
 
 def compiled(function: Function) -> Function:
-    """Compiled when first called; kept on disk where numba finds a folder that it may write."""
+    """Compile at the first call; keep the code on disk where numba finds a folder to write to."""
     dispatcher = numba.njit(function)
     with suppress(RuntimeError):  # no such folder: every process compiles for itself
         dispatcher._cache = _Kept(function)
@@ -59,7 +59,7 @@ def compiled(function: Function) -> Function:
 
 @compiled
 def coefficients(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """An antialiasing cubic filter (a = -0.5) from ``size_in`` to ``size_out`` pixels.
+    """Return an antialiasing cubic filter (a = -0.5) from ``size_in`` to ``size_out`` pixels.
 
     As Pillow's ``resize`` has it: the cubic widened by the scale where that is above 1, cut at the
     edges, normalised, in units of 2**-22.
@@ -133,7 +133,7 @@ def _weighed(
 def across(
     image: np.ndarray, top: int, left: int, height: int, width: int, size: int, flip: bool
 ) -> np.ndarray:
-    """The box of ``image`` resampled to ``size`` columns, (height, size, 3); mirrored if asked."""
+    """Resample a box of ``image`` to ``size`` columns, mirrored if ``flip``: (height, size, 3)."""
     first, count, weights = coefficients(width, size)
     n = 3 * height
     columns = np.empty((width, n), np.uint8)  # as rows, so that neighbours lie side by side
@@ -154,7 +154,7 @@ def across(
 
 @compiled
 def down(image: np.ndarray, size: int) -> np.ndarray:
-    """``image`` resampled to ``size`` rows, (size, W, 3)."""
+    """Resample ``image`` to ``size`` rows: (size, W, 3)."""
     height, width = image.shape[0], image.shape[1]
     first, count, weights = coefficients(height, size)
     rows = image.reshape(height, 3 * width)
@@ -170,7 +170,7 @@ def down(image: np.ndarray, size: int) -> np.ndarray:
 def resized(
     image: np.ndarray, top: int, left: int, height: int, width: int, size: int, flip: bool
 ) -> np.ndarray:
-    """A box of ``image`` as (size, size, 3), mirrored left to right if asked."""
+    """Resample a box of ``image``, mirrored left to right if ``flip``: (size, size, 3)."""
     if height > 100 * width and size < height:  # Pillow resizes such slivers the other way round
         box = np.ascontiguousarray(image[top : top + height, left : left + width])
         return across(down(box, size), 0, 0, size, width, size, flip)
@@ -179,7 +179,7 @@ def resized(
 
 @compiled
 def transposed(image: np.ndarray) -> np.ndarray:
-    """Rows and columns exchanged, (W, H, 3)."""
+    """Exchange rows and columns: (W, H, 3)."""
     height, width = image.shape[0], image.shape[1]
     result = np.empty((width, height, 3), np.uint8)
     for y in range(height):
@@ -191,7 +191,7 @@ def transposed(image: np.ndarray) -> np.ndarray:
 
 @compiled
 def slide(image: np.ndarray, shift: np.ndarray, fill: np.ndarray) -> np.ndarray:
-    """Every row moved to the left by its ``shift``, (H,) int64 in units of 1/8192 pixel.
+    """Move every row to the left by its ``shift``, (H,) int64 in units of 1/8192 pixel.
 
     The cubic (a = -1) of four neighbours, edges repeated, cut to integers; ``fill``, (3,) uint8,
     where a pixel's centre comes from outside. Weights are multiples of 2**-39 below 2, so float64
@@ -255,7 +255,7 @@ def _cubic(v0: float, v1: float, v2: float, v3: float, d: float) -> float:
 
 @compiled
 def rotated(image: np.ndarray, matrix: np.ndarray, fill: np.ndarray) -> np.ndarray:
-    """(a, b, c, d, e, f): pixel (x, y) shows (a x + b y + c, d x + e y + f) of ``image``.
+    """Map ``image`` by (a, b, c, d, e, f): pixel (x, y) shows (a x + b y + c, d x + e y + f).
 
     Cubic (a = -1) in both directions, edges repeated, cut to integers; ``fill``, (3,) uint8, where
     a pixel's centre comes from outside.
@@ -294,7 +294,7 @@ def rotated(image: np.ndarray, matrix: np.ndarray, fill: np.ndarray) -> np.ndarr
 
 @compiled
 def recoloured(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Every byte looked up in its channel's ``table``, (3, 256) uint8."""
+    """Look every byte up in its channel's ``table``, (3, 256) uint8."""
     result = np.empty_like(image)
     for y in range(image.shape[0]):
         for x in range(image.shape[1]):
@@ -305,7 +305,7 @@ def recoloured(image: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 @compiled
 def histograms(image: np.ndarray) -> np.ndarray:
-    """(3, 256) int64: how often each channel has each value."""
+    """Count how often each channel has each value: (3, 256) int64."""
     counts = np.zeros((3, 256), np.int64)
     for y in range(image.shape[0]):
         for x in range(image.shape[1]):
@@ -322,7 +322,7 @@ def _luma(red: int, green: int, blue: int) -> int:
 
 @compiled
 def mean_luma(image: np.ndarray) -> int:
-    """The mean of all pixels' luma, rounded."""
+    """Return the mean of all pixels' luma, rounded."""
     total = 0
     for y in range(image.shape[0]):
         for x in range(image.shape[1]):
@@ -333,7 +333,7 @@ def mean_luma(image: np.ndarray) -> int:
 
 @compiled
 def saturated(image: np.ndarray, units: int) -> np.ndarray:
-    """``luma + factor * (image - luma)``, the factor in units of 1/4096, cut to bytes."""
+    """Return ``luma + factor * (image - luma)``, the factor in units of 1/4096, cut to bytes."""
     result = np.empty_like(image)
     for y in range(image.shape[0]):
         for x in range(image.shape[1]):
@@ -346,7 +346,7 @@ def saturated(image: np.ndarray, units: int) -> np.ndarray:
 
 @compiled
 def sharpened(image: np.ndarray, units: int) -> np.ndarray:
-    """``smooth + factor * (image - smooth)``, the factor in units of 1/4096, cut to bytes.
+    """Return ``smooth + factor * (image - smooth)``, the factor in 1/4096, cut to bytes.
 
     ``smooth`` is the 3 x 3 mean of weights 1 and, in the middle, 5, rounded; the border stays.
     """

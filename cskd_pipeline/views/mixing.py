@@ -1,4 +1,4 @@
-"""Partners: which neighbour a view is mixed with, and how."""
+"""Partners: the neighbour a view is mixed with, and how."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_BOX = Box(0, 0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """How both members of a pair are mixed. ``lam`` is the share of a member's own pixels.
+    """A way to mix both members of a pair. ``lam`` is the share of a member's own pixels.
 
     CutMix replaces ``box`` by the partner's pixels; mixup is ``lam * own + (1 - lam) * partner``.
     """
@@ -32,11 +32,11 @@ UNMIXED = Mix(cutmix=False, lam=1.0, box=NO_BOX)
 def matching(
     root_seed: int, shard_id: str, count: int, view: int, policy: ViewPolicy
 ) -> np.ndarray:
-    """The partner of each of a tar shard's ``count`` samples in ``view``: (count,) int64 offsets.
+    """Return the partner of each of a tar shard's samples in ``view``: (count,) int64 offsets.
 
     Partners are drawn within windows of ``policy.window`` consecutive samples: each window is
-    sorted by one random word per sample and neighbours in that order are paired. Who is left over
-    in an odd window, and everybody where the policy does not mix, is its own partner. The matching
+    sorted by one random word per sample and neighbours in that order are paired. A sample that
+    is left over in an odd window, and every sample without mixing, is its own partner. The matching
     is shared by ``policy.repeats`` views, and is its own inverse.
 
     Args:
@@ -48,8 +48,8 @@ def matching(
     bits = BitStream(derive_seed("matching", root_seed, shard_id, view // policy.repeats))
     window = samples // policy.window
     order = np.lexsort((bits.raw(count), window))  # windows stay together, in place
-    place = samples % policy.window
-    other = np.where(place % 2 == 0, samples + 1, samples - 1)
+    position = samples % policy.window
+    other = np.where(position % 2 == 0, samples + 1, samples - 1)
     alone = (other >= count) | (window[np.minimum(other, count - 1)] != window)
     other = np.where(alone, samples, other)
     partner = np.empty(count, np.int64)
@@ -58,7 +58,7 @@ def matching(
 
 
 def draw_mix(seed_a: int, seed_b: int, policy: ViewPolicy) -> Mix:
-    """How a pair with these view seeds is mixed; the order of the two does not matter.
+    """Draw how a pair with these view seeds is mixed; the order of the two does not matter.
 
     Distributed as timm's ``Mixup``, pair by pair: with probability ``mix``, CutMix or mixup by
     ``cutmix_switch`` where both are possible; CutMix's ``lam`` is that of the box after clipping.

@@ -22,7 +22,7 @@ _VALUES = np.arange(256)
 
 
 def apply_op(image: np.ndarray, op: str, argument: float, fill: Colour) -> np.ndarray:
-    """``image``, (S, S, 3) uint8, after one operation of :data:`cskd_pipeline.views.draw.OPS`.
+    """Apply one operation of :data:`cskd_pipeline.views.draw.OPS` to ``image``, (S, S, 3) uint8.
 
     Args:
         argument: see :func:`cskd_pipeline.views.draw.argument`.
@@ -45,9 +45,9 @@ def apply_op(image: np.ndarray, op: str, argument: float, fill: Colour) -> np.nd
 
 
 def _shifts(image: np.ndarray, op: str, argument: float) -> np.ndarray:
-    """How far each row (or column) moves, in the units of :func:`kernels.slide`.
+    """Return the shift of each row (or column), in the units of :func:`kernels.slide`.
 
-    ``argument`` times the place of the row's centre (shear) or the side (translate).
+    ``argument`` times the position of the row's centre (shear) or the side (translate).
     """
     side = len(image)
     if op.startswith("shear"):

@@ -90,11 +90,11 @@ class ViewPolicy:
 
     @property
     def mixes(self) -> bool:
-        """Whether a view may contain a partner's pixels."""
+        """Say that a view may contain a partner's pixels."""
         return self.mix > 0.0
 
     def to_json(self) -> dict[str, object]:
-        """The policy as a JSON object, in field order."""
+        """Return the policy as a JSON object, in field order."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
@@ -102,7 +102,7 @@ class ViewPolicy:
 
     @classmethod
     def from_json(cls, document: dict[str, object]) -> ViewPolicy:
-        """The inverse of :meth:`to_json`.
+        """Read what :meth:`to_json` wrote.
 
         Raises:
             RecipeError: an unknown field, or a value out of range.
@@ -116,11 +116,11 @@ class ViewPolicy:
         return cls(**document)  # type: ignore[arg-type]  # values are checked in __post_init__
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the canonical JSON: equal digests mean equal views."""
+        """Return the SHA-256 (hex) of the canonical JSON: equal digests mean equal views."""
         canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def difference(self, other: ViewPolicy) -> list[str]:
-        """One line per field that differs, ``name: ours, theirs``."""
+        """List the fields that differ, one line each: ``name: ours and theirs``."""
         mine, theirs = self.to_json(), other.to_json()
         return [f"{k}: {mine[k]} and {theirs[k]}" for k in mine if mine[k] != theirs[k]]

@@ -136,7 +136,7 @@ def test_labels_are_checked_when_the_number_of_classes_becomes_known(tmp_path: P
     assert dataset.num_classes is None
     assert dataset.with_classes(5).num_classes == 5
     for n in (4, None):
-        with pytest.raises(DataError, match=r"outside the classes|how many classes"):
+        with pytest.raises(DataError, match=r"outside the classes|number of classes"):
             describe(dataset.with_classes(n) if n else dataset)
     with pytest.raises(ShardError, match="outside the classes"):
         load_dataset(path, num_classes=4)

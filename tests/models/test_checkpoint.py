@@ -151,7 +151,7 @@ def test_files_of_format_1_which_had_no_digest_are_read(file: Path) -> None:
 )
 def test_entries_that_are_not_of_their_kind_are_refused(file: Path, change: dict[str, Any]) -> None:
     rewrite(file, **change)
-    with pytest.raises(WeightsError, match="does not say which student"):
+    with pytest.raises(WeightsError, match="does not state which student"):
         read_card(file)
 
 

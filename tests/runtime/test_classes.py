@@ -79,29 +79,32 @@ def test_a_refusal_shows_both_sides_the_first_classes_that_differ_and_the_switch
     assert "pass --yes" in text
 
 
-def test_what_is_accepted_is_kept_without_paths_and_told_once() -> None:
-    guard, told = ClassGuard("--yes", accept=True), list[str]()
+def test_what_is_accepted_is_kept_without_paths_and_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    guard = ClassGuard("--yes", accept=True)
     for _ in range(2):
         guard.compare(side(("b", "a")), side(("a", "b"), of="there"))
-        guard.tell(told.append)
+        guard.report()
     line = (
         "classes of here and there: the same 2 names in another order "
         '(class 0: "b" in here, "a" in there)'
     )
     assert guard.accepted == [line]
-    assert told == [f"accepted by --yes: {line}"]
+    assert caplog.messages == [f"accepted by --yes: {line}"]
 
 
-def test_names_that_one_side_lacks_are_told_in_one_line() -> None:
-    told: list[str] = []
+def test_names_that_one_side_lacks_are_logged_in_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     for accept in (False, True):
         guard = ClassGuard(accept=accept)
         guard.compare(side(None, 12), side(NUMBERS, of="there"))
         guard.compare(side(None, 12), side(None, 12, of="there"))
         guard.compare(side(NUMBERS), side(NUMBERS, of="there"))
-        guard.tell(told.append)
+        guard.report()
         assert guard.accepted == []
-    assert told == ["no class names in here: class k is taken for class k of there"] * 2
+    assert caplog.messages == ["no class names in here: class k is taken for class k of there"] * 2
 
 
 def test_another_number_of_classes_is_never_accepted() -> None:

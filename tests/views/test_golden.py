@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from cskd_pipeline.views.apply import digest, erase_noise, mix_pixels, render, to_float
-from cskd_pipeline.views.bits import BitStream, derive_seed, normal_table_crc32, view_seed
+from cskd_pipeline.views.bits import BitStream, derive_seed, normal_table, view_seed
 from cskd_pipeline.views.decode import decode
 from cskd_pipeline.views.draw import OPS, ViewParams, argument, draw
 from cskd_pipeline.views.mixing import draw_mix, matching
@@ -80,7 +80,7 @@ def stream() -> dict[str, Any]:
         "beta": [bits.beta(0.8, 0.8), bits.beta(1.0, 1.0)],
         "raw": bits.raw(2).tolist(),
         "normals": bits.normals(9).tolist(),
-        "normal_table_crc32": normal_table_crc32(),
+        "normal_table_crc32": zlib.crc32(normal_table().astype("<i2").tobytes()),
     }
 
 

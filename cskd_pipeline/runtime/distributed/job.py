@@ -1,7 +1,7 @@
-"""Who a process is in its job, and what all of the job's processes agree on.
+"""A process among those of its job, and what all of them agree on.
 
 A process that torchrun did not start is a job of one. Every collective here is called by all ranks
-at the same place, or the job would wait until one of them is given up.
+at the same point, or the job would wait until one of them is given up.
 """
 
 from __future__ import annotations
@@ -40,21 +40,22 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """The one that writes files and speaks."""
+        """Say that this is the rank that writes files and logs."""
         return self.rank == 0
 
     @property
     def many(self) -> bool:
+        """Say that there are other ranks."""
         return self.world > 1
 
     def device(self, chosen: torch.device) -> torch.device:
-        """This rank's own GPU where ``chosen`` names none in particular."""
+        """Return this rank's own GPU where ``chosen`` names none in particular."""
         if chosen.type == "cuda" and chosen.index is None and self.many:
             return torch.device("cuda", self.local)
         return chosen
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over ranks, on every rank; does not wait for the device."""
+        """Return the mean over ranks, on every rank; do not wait for the device."""
         if not self.many:
             return values
         total = values.clone()
@@ -63,7 +64,7 @@ class Ranks:
         return total / self.world
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's ``value`` (numbers, text, lists and dicts of them), on every rank."""
+        """Return every rank's ``value`` (numbers, text, lists and dicts of them), on every rank."""
         if not self.many:
             return [value]
         self._meet()
@@ -73,7 +74,7 @@ class Ranks:
         return found
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank."""
+        """Say that the flag is set on some rank."""
         if not self.many:
             return flag
         flags = torch.tensor([int(flag)])
@@ -82,7 +83,7 @@ class Ranks:
         return bool(flags.item())
 
     def wait(self) -> None:
-        """Until all ranks are here, for as long as all live."""
+        """Wait until all ranks are here, for as long as all live."""
         if self.many:
             self._meet()
             self.any(False)
@@ -100,7 +101,7 @@ class Ranks:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Say of a collective that fails inside which rank it was, and why, where that is known.
+        """Explain a collective that fails inside: which rank it was, and why, where that is known.
 
         Raises:
             RankError: the collective failed.
@@ -124,7 +125,7 @@ _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """What torchrun's environment says of this process; nothing is started.
+    """Return the rank that torchrun's environment gives this process; start nothing.
 
     Raises:
         UsageError: it says half of it, or what cannot be.
@@ -152,7 +153,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Ranks:
 
 @contextmanager
 def joined(patience: float) -> Iterator[Ranks]:
-    """This process among its job's, connected while the block runs; only the first speaks.
+    """Connect this process with the others of its job while the block runs; only the first logs.
 
     Tensors on GPUs are reduced by NCCL, others by gloo.
 
@@ -186,10 +187,10 @@ def joined(patience: float) -> Iterator[Ranks]:
             )
         with nullcontext() if ranks.first else silence():
             yield ranks
-        ranks.wait()  # nobody leaves while another still needs an answer
+        ranks.wait()  # nobody leaves while another still waits for a reply
         failed = False
     except BaseException as error:
-        _tell(watch, error)
+        _pass_on(watch, error)
         # Lets go of what holds the sockets, whose end wakes the others.
         traceback.clear_frames(error.__traceback__)
         raise
@@ -215,23 +216,23 @@ def _meeting_point(ranks: Ranks, limit: timedelta) -> dist.Store:
     return store
 
 
-def _tell(watch: Watch, error: BaseException) -> None:
+def _pass_on(watch: Watch, error: BaseException) -> None:
     """Pass this rank's error on, unless it is another's.
 
     Raises:
         RankError: the other's, where this rank's is what came of it: torchrun ends by SIGTERM those
             that are left.
     """
-    told = None if watch.interrupted else watch.told
-    if told is error:
+    theirs = None if watch.interrupted else watch.error
+    if theirs is error:
         return
-    if told is not None and isinstance(error, KeyboardInterrupt | Requeue | RuntimeError):
-        raise told from error
-    watch.tell(error)
+    if theirs is not None and isinstance(error, KeyboardInterrupt | Requeue | RuntimeError):
+        raise theirs from error
+    watch.fail(error)
 
 
 def _reason(error: BaseException) -> str:
-    """What a collective says, without the place in its source and its advice."""
+    """Return a collective's message without the line in its source and without its advice."""
     return _said(error).partition(". ")[0]
 
 

@@ -1,4 +1,4 @@
-"""What the ranks of a job know of each other beside their collectives.
+"""Signs of life of a job's ranks, beside their collectives.
 
 A collective that one rank does not come to fails after a time limit, or when that rank's sockets
 close, and says neither who it was nor why. So each rank has a thread that counts its own life up in
@@ -32,12 +32,12 @@ class Watch:
     Args:
         patience: seconds of silence after which a rank is given up.
 
-    ``told`` is the error that ended another rank, ``interrupted`` whether that was a signal.
+    ``error`` is the one that ended another rank, ``interrupted`` that it was a signal.
     """
 
     def __init__(self, rank: int, world: int, patience: float) -> None:
         self.rank, self.world, self.patience = rank, world, patience
-        self.told: CskdError | None = None
+        self.error: CskdError | None = None
         self.interrupted = False
         now = time.monotonic()
         self._lives = dict.fromkeys(range(world), (0, now))  # count, and when it was new
@@ -63,12 +63,12 @@ class Watch:
         self._arrived += 1
         pause, waited = _FASTEST, 0.0
         while True:
-            self._ask(pause)
+            self._refresh(pause)
             if all(met >= self._arrived for met in self._met.values()):
                 return
             waited += pause  # not by the clock: this process may have been stopped itself
-            if self.told is not None:
-                raise self.told
+            if self.error is not None:
+                raise self.error
             silent = self.silent(self.patience)
             if silent or self._lost or (waited > self.patience and self._deaf(self.patience)):
                 raise self.lost(f"nothing was heard for {self.patience:g} s", silent)
@@ -76,16 +76,16 @@ class Watch:
 
     def heed(self) -> None:
         """Raise the error that ended another rank; signals are not passed on by this."""
-        if self.told is not None and not self.interrupted:
-            raise self.told
+        if self.error is not None and not self.interrupted:
+            raise self.error
 
     def verdict(self, found: str) -> CskdError:
         """Say why a collective has failed."""
         until = time.monotonic() + 2 * _SILENT
         while time.monotonic() < until and not self._lost:
-            self._ask(_FASTEST)
-            if self.told is not None:
-                return self.told
+            self._refresh(_FASTEST)
+            if self.error is not None:
+                return self.error
             if self.silent(_SILENT):
                 break
             time.sleep(_SLOWEST / 5)
@@ -93,7 +93,7 @@ class Watch:
         return self.lost(found, self.silent(_SILENT))
 
     def silent(self, seconds: float) -> list[int]:
-        """The ranks that gave no sign of life for so long, though the store could be read."""
+        """List the ranks without a sign of life for so long, though the store could be read."""
         return [
             rank
             for rank, (_, at) in self._lives.items()
@@ -101,7 +101,7 @@ class Watch:
         ]
 
     def lost(self, found: str, silent: list[int]) -> RankError:
-        """An error that names the ranks."""
+        """Make an error that names the ranks."""
         if self._lost and not _agent_has_store():
             silent, found = [0], self._lost  # which holds the store
         names = " and ".join(", ".join(map(str, silent)).rsplit(", ", 1))
@@ -114,7 +114,7 @@ class Watch:
             "then run the same command again (train goes on with --resume)",
         )
 
-    def tell(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         """Let the others know why this rank ends; the first error of a job is the one they get."""
         signalled = not isinstance(error, Exception)
         if not isinstance(error, CskdError):
@@ -130,14 +130,14 @@ class Watch:
             error.where = where
         fields = {name: getattr(error, name) for name in _FIELDS}
         self._mine = json.dumps({**fields, "where": where, "signal": signalled}, default=str)
-        self._ask(_SILENT)
+        self._refresh(_SILENT)
 
     def leave(self, *, stay: bool) -> None:
         """End the thread; where ``stay``, once all others know why, or are gone."""
         self._leaving = True
         until = time.monotonic() + (_LEAVING if stay else 0.0)
         while time.monotonic() < until and not self._lost:
-            self._ask(_FASTEST)
+            self._refresh(_FASTEST)
             others = set(range(self.world)) - {self.rank}
             if others <= self._left | set(self.silent(_SILENT)):
                 break
@@ -146,7 +146,7 @@ class Watch:
         self._look.set()
         self._thread.join(_SILENT)
 
-    def _ask(self, seconds: float) -> None:
+    def _refresh(self, seconds: float) -> None:
         """Have the thread look now, and wait for that, but not longer than ``seconds``."""
         self._seen.clear()
         self._look.set()
@@ -156,10 +156,10 @@ class Watch:
             self._seen.wait(seconds)
 
     def _deaf(self, seconds: float) -> bool:
-        """Whether the store has not answered for so long; remembered, as a reason."""
+        """Say that the store has been silent for so long; keep that as a reason."""
         if time.monotonic() - self._looked <= seconds:
             return False
-        self._lost = "the job's store does not answer"
+        self._lost = "the job's store does not respond"
         return True
 
     # -- the thread's side ---------------------------------------------------------------------
@@ -201,10 +201,10 @@ class Watch:
         for rank, life in enumerate(lives):
             if life != self._lives[rank][0]:
                 self._lives[rank] = (life, now)
-        if values[-1] and self.told is None:
-            told = json.loads(store.get("error"))
-            self.interrupted = told.pop("signal")
-            self.told = RankError(**told)
+        if values[-1] and self.error is None:
+            fields = json.loads(store.get("error"))
+            self.interrupted = fields.pop("signal")
+            self.error = RankError(**fields)
         self._met = dict(enumerate(met))
         self._left = {rank for rank, gone in enumerate(left) if gone}
         self._looked = now

@@ -107,7 +107,7 @@ def _own_checks(reader: CacheReader, depth: str, partial: bool, terminal: Termin
 def _classes_check(found: Join, guard: ClassGuard, accept: bool, terminal: Terminal) -> Check:
     """Of names, and of labels by key; what is accepted is told."""
     if accept:
-        guard.tell(log.warning)
+        guard.report()
     else:
         for line in guard.unknown:
             log.warning(line)
