@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,15 @@ def test_the_policy_of_the_page_would_stop_what_slipped_through(
     assert one(chrome, "#in").text == "in"
     assert chrome.execute_script("return window.hurt") is None
     assert sum("Content Security Policy" in said for said in complaints(chrome)) >= 2
+
+
+def test_only_our_own_markup_is_printed_without_escaping() -> None:
+    templates = files("cskd_pipeline.tools.report").joinpath("templates").iterdir()
+    text = "".join(one.read_text() for one in templates if one.name.endswith(".html"))
+    assert set(re.findall(r"(\S+)\s*\|\s*safe", text)) == {
+        "style", "script", "plot.svg()", "view.image",
+    }  # fmt: skip
+    assert "autoescape" not in text
 
 
 def test_data_cannot_end_its_element() -> None:

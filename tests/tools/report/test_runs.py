@@ -91,6 +91,8 @@ def test_it_opens_from_disk_without_a_complaint(chrome: webdriver.Chrome, shown:
     assert len(all_of(chrome, ".plot svg[role=img]")) == len(titles)
     assert len(all_of(chrome, "figure[data-view]")) == 5
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", shown.page.read_text())
+    ids = chrome.execute_script("return [...document.querySelectorAll('[id]')].map((e) => e.id)")
+    assert len(ids) == len(set(ids)) > len(titles)  # each plot points at shapes of its own
 
 
 @pytest.mark.parametrize("dark", [False, True])
