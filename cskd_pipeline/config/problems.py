@@ -24,6 +24,7 @@ _EXPECTED = {
     "float_type": "a number",
     "int_type": "an integer",
     "string_type": "a string",
+    "too_short": "at least one value",
     "tuple_type": "an array",
 }
 _Location = tuple[str | int, ...]

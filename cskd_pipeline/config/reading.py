@@ -22,7 +22,6 @@ from cskd_pipeline.runtime import resources
 R = TypeVar("R", DumpRecipe, TrainRecipe)
 
 _FOLDERS: dict[type, str] = {DumpRecipe: "dump_teacher", TrainRecipe: "train"}
-_STUDIES = "study"
 _MAX_BYTES = 2**20
 _MAX_DOTS = 30
 _BESIDE_A_QUOTE = re.compile(rb"""["'][ \t]*\.|\.[ \t]*["']""")
@@ -71,11 +70,8 @@ def load_recipe(
     problems.take_out_flaws(document)
     recipe = _validated(kind, document, problems)
     if problems.lines or recipe is None:
-        raise RecipeError(
-            "the recipe is not usable",
-            where=path or "the command line",
-            problems=problems.lines,
-        )
+        where = path or "the command line"
+        raise RecipeError("the recipe is not usable", where=where, problems=problems.lines)
     return recipe
 
 
@@ -127,9 +123,8 @@ def recipe_names(kind: type) -> list[str]:
 def _recipe_files(kind: type) -> dict[str, Path]:
     """Return name -> file. A study's recipes lie together; its dump's name ends in ``_dump``."""
     own = (resources.stages() / _FOLDERS[kind]).glob("*.toml")
-    studies = (resources.stages() / _STUDIES).glob("*.toml")
-    dumps = kind is DumpRecipe
-    mine = (path for path in studies if path.stem.endswith("_dump") == dumps)
+    studies = (resources.stages() / "study").glob("*.toml")
+    mine = (path for path in studies if path.stem.endswith("_dump") == (kind is DumpRecipe))
     return {path.stem: path for path in (*own, *mine)}
 
 
@@ -169,9 +164,8 @@ def _refuse_code(
     """Refuse a factory, which is code, that only the file names: it may be a stranger's."""
     section = document.get("teacher")
     name = section.get("name") if isinstance(section, dict) else None
-    if not isinstance(name, str) or ":" not in name or name.startswith(_HUBS):
-        return
-    if "teacher.name" not in overrides:
+    code = isinstance(name, str) and ":" in name and not name.startswith(_HUBS)
+    if code and "teacher.name" not in overrides:
         problems.add(
             "teacher.name",
             f"found {shown(name)}, which would run code of that module; a recipe file alone may "
@@ -184,11 +178,8 @@ def _parse_sets(kind: type, sets: Sequence[str]) -> dict[str, Any]:
     for text in sets:
         name, equals, value = (part.strip() for part in text.partition("="))
         if not equals or "." not in name or not all(name.split(".")):
-            raise UsageError(
-                "--set takes section.key=value",
-                found=text,
-                action="for example --set optim.lr=5e-4",
-            )
+            example = "for example --set optim.lr=5e-4"
+            raise UsageError("--set takes section.key=value", found=text, action=example)
         values[name] = _parse_value(kind, name, value)
     return values
 

@@ -38,14 +38,28 @@ _SHARDS = (
     "a comma list, an _info.json, or a manifest.json made by index."
 )
 _SPLIT = "Which split of an _info.json that has several."
-_CORRUPT = "What to do about images that cannot be decoded."
+_CORRUPT = "On images that cannot be decoded."
 _WORKERS = "Loader processes; -1: one for each core but one."
-_THREADS = "Of the network on CPU; 0: torch's choice."
+_THREADS = "Threads of the network on CPU; 0: torch's choice."
 _DEVICE = "auto (a GPU where there is one), cpu, cuda, cuda:1."
 _DEVICES = ["auto", "cpu", "cuda"]
-_CHANNELS_LAST = "Memory format of the network and its images."
+_CHANNELS_LAST = "Keep the network and its images in the channels_last format."
 _COMPILE = "Run the network through torch.compile."
 _RANK_TIMEOUT = "Seconds without a sign of life, after which a rank is given up."
+
+
+_OrSkip = Literal["error", "skip"]
+_OrWarn = Literal["error", "warn", "skip"]
+_OrAccept = Literal["error", "accept"]
+_Precision = Literal["float32", "bfloat16", "float16"]
+_Method = Literal["none", "deit", "cskd"]
+_Kind = Literal["hard", "soft"]
+_Scaling = Literal["reference", "mean"]
+_Schedule = Literal["linear", "x2", "cos", "spatial", "global"]
+_Interpolation = Literal["auto", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+_Mean = tuple[Annotated[float, Field(ge=0, le=1)], ...]
+_Std = tuple[Annotated[float, Field(gt=0, le=1)], ...]
+_Betas = tuple[Annotated[float, Field(ge=0, lt=1)], ...]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -54,11 +68,9 @@ class DumpData:
 
     shards: str = _free("", _SHARDS)
     split: str = _free("", _SPLIT)
-    name: str = _free("", "Of the data set, for the manifest; empty: taken from the shards.")
-    num_classes: int = _fixed(
-        0, "0: from the class names, or the teacher's own head.", ge=0, le=65535
-    )
-    corrupt: Literal["error", "skip"] = _fixed("error", _CORRUPT)
+    name: str = _free("", "Name of the data set in the manifest; empty: from the shards.")
+    num_classes: int = _fixed(0, "0: from the class names, or the teacher's head.", ge=0, le=65535)
+    corrupt: _OrSkip = _fixed("error", _CORRUPT)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -66,26 +78,18 @@ class TeacherSection:
     """Choose the teacher."""
 
     name: str = _fixed(
-        "", "A CNN's timm name, torchvision:NAME, or package.module:factory of your own."
+        "", "A CNN's timm name, torchvision:NAME, or your own package.module:factory."
     )
     weights: str = _fixed(
         "hub",
         "The teacher's weights: hub, a .safetensors or .pth file, or random, for trials only.",
         examples=["hub", "random"],
     )
-    kwargs: dict[str, Any] = _fixed({}, "For the model's constructor.")
-    mean: tuple[Annotated[float, Field(ge=0, le=1)], ...] = _fixed(
-        (),
-        "Of the images that the teacher was trained on, in [0, 1] units; default: what the "
-        "network states.",
-    )
-    std: tuple[Annotated[float, Field(gt=0, le=1)], ...] = _fixed(
-        (), "Their standard deviation, in the same way."
-    )
-    precision: Literal["float32", "bfloat16", "float16"] = _fixed(
-        "float32", "Of the backbone; the head is float32."
-    )
-    seed: int = _fixed(0, "Of weights = 'random'.", **_SEEDS)
+    kwargs: dict[str, Any] = _fixed({}, "Arguments for the model's constructor.")
+    mean: _Mean = _fixed((), "Of the teacher's training images, in [0, 1] units; else its own.")
+    std: _Std = _fixed((), "Standard deviation of those images; else the teacher's own.")
+    precision: _Precision = _fixed("float32", "Of the backbone; the head is always float32.")
+    seed: int = _fixed(0, "Seed of weights = 'random'.", **_SEEDS)
 
     @field_validator("mean", "std")
     @classmethod
@@ -107,12 +111,10 @@ class CacheSection:
         examples=["dense", "dense-q8", "topk", "envelope"],
     )
     views: int = _fixed(1, "Augmented views of every image.", ge=1, le=1_000_000)
-    view_block: int = _free(
-        0, "Views per unit; 0: the largest divisor of views up to 10 that fits.", ge=0, le=1000
-    )
-    root_seed: int = _fixed(0, "Of every view's augmentation.", **_SEEDS)
-    license: str = _free("", "Of the cached logits, for the manifest.")
-    notes: str = _free("", "For the manifest.")
+    view_block: int = _free(0, "Views per unit; 0: up to 10, as fits.", ge=0, le=1000)
+    root_seed: int = _fixed(0, "Seed of every view's augmentation.", **_SEEDS)
+    license: str = _free("", "License of the cached logits, for the manifest.")
+    notes: str = _free("", "Whatever readers of the manifest should know.")
 
     @field_validator("encodings")
     @classmethod
@@ -167,20 +169,12 @@ class TrainData:
     split: str = _free("", _SPLIT)
     val_split: str = _free("", _SPLIT)
     num_classes: int = _fixed(0, "0: from the cache, the class names, or an error.", ge=0, le=65535)
-    missing: Literal["error", "skip"] = _adjustable(
-        "error", "What to do about samples of the cache that the shards lack."
-    )
-    drift: Literal["error", "warn", "skip"] = _adjustable(
-        "error", "What to do about images or views unlike the teacher's."
-    )
+    missing: _OrSkip = _adjustable("error", "On samples of the cache that the shards lack.")
+    drift: _OrWarn = _adjustable("error", "On images or views that differ from the teacher's.")
     # This decides whether a run starts, not what it computes: no part of the digest.
-    classes: Literal["error", "accept"] = _free(
-        "error", "What to do about other class names, order or labels on two sides."
-    )
-    corrupt: Literal["error", "skip"] = _adjustable("error", _CORRUPT)
-    check: int = _free(
-        64, "Views of the cache replayed and compared before training; 0: none.", ge=0
-    )
+    classes: _OrAccept = _free("error", "On class names, order or labels that differ.")
+    corrupt: _OrSkip = _adjustable("error", _CORRUPT)
+    check: int = _free(64, "Views replayed and compared before training; 0: none.", ge=0)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -188,13 +182,13 @@ class StudentSection:
     """Choose the student."""
 
     name: str = _fixed("deit_tiny_distilled_patch16_224", "A ViT's timm name.")
-    kwargs: dict[str, Any] = _fixed({}, "For the model's constructor.")
+    kwargs: dict[str, Any] = _fixed({}, "Arguments for the model's constructor.")
     drop_path: float = _fixed(0.0, "Rate of stochastic depth.", ge=0, lt=1)
     # The path decides nothing; the weights' own digest is kept in the run's state and students.
     init_from: str = _free(
         "",
-        "Fine-tune a student: its .safetensors file, a run's folder, or an exported one; or a "
-        ".pth file of the same timm model.",
+        "Fine-tune a student: its .safetensors file, a run's or an export's folder; or a .pth file "
+        "of the same timm model.",
     )
 
 
@@ -202,23 +196,21 @@ class StudentSection:
 class DistillSection:
     """Choose the loss and how the targets are fused."""
 
-    method: Literal["none", "deit", "cskd"] = _fixed(
+    method: _Method = _fixed(
         "cskd",
         "Labels only, with the teacher's global logits, or with its logits at every location.",
     )
-    global_kind: Literal["hard", "soft"] = _fixed("hard", "Of the global term.")
-    spatial_kind: Literal["hard", "soft"] = _fixed("hard", "Of the spatial term.")
-    encoding: str = _fixed(
-        "auto", "auto: the smallest exact one that serves the kinds, else the closest."
+    global_kind: _Kind = _fixed("hard", "Targets of the global term: labels or distributions.")
+    spatial_kind: _Kind = _fixed("hard", "Targets of the spatial term, in the same way.")
+    encoding: str = _fixed("auto", "auto: the smallest exact one for the kinds, else the closest.")
+    alpha: float = _fixed(0.5, "Weight of the global term.", ge=0, le=1)
+    spatial_weight: float = _fixed(1.0, "Lambda, weight of the spatial term.", ge=0)
+    temperature: float = _fixed(1.0, "Temperature of the soft terms.", gt=0)
+    scaling: _Scaling = _fixed("reference", "Scaling of the soft terms: the authors' or a mean.")
+    schedule: _Schedule = _fixed(
+        "linear", "Of the CKF ratio r; spatial: always 1, global: always 0."
     )
-    alpha: float = _fixed(0.5, "Weight of the global distillation term.", ge=0, le=1)
-    spatial_weight: float = _fixed(1.0, "Lambda, the weight of the spatial term.", ge=0)
-    temperature: float = _fixed(1.0, "Of the soft terms.", gt=0)
-    scaling: Literal["reference", "mean"] = _fixed("reference", "Of the soft terms.")
-    schedule: Literal["linear", "x2", "cos", "spatial", "global"] = _fixed(
-        "linear", "Of the CKF ratio; spatial and global: 1 and 0 always."
-    )
-    step: Literal["epoch", "update"] = _fixed("epoch", "When the ratio moves.")
+    step: Literal["epoch", "update"] = _fixed("epoch", "How often r changes.")
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -236,30 +228,25 @@ class OptimSection:
     """Choose the optimizer."""
 
     name: str = _fixed("adamw", "timm's name of the optimizer.")
-    lr: float = _adjustable(1e-3, "At a batch of 1024, scaled linearly.", gt=0)
-    weight_decay: float = _fixed(0.05, "Of the weight matrices; biases and norms have none.", ge=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = _fixed(
-        (0.9, 0.999), "Of optimizers that have them."
+    lr: float = _adjustable(
+        1e-3, "Peak rate at a batch of 1024; scaled linearly with the batch.", gt=0
     )
-    clip_grad: float = _adjustable(0.0, "Global norm; 0: off.", ge=0)
-    smoothing: float = _fixed(0.1, "Of the labels.", ge=0, lt=1)
-
-    @field_validator("betas")
-    @classmethod
-    def _any(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if not value:
-            raise ValueError("at least one number")
-        return value
+    weight_decay: float = _fixed(0.05, "Weight decay; biases and norms have none.", ge=0)
+    betas: _Betas = _fixed(
+        (0.9, 0.999), "Of optimizers that have betas or a momentum.", min_length=1
+    )
+    clip_grad: float = _adjustable(0.0, "Largest global norm of the gradients; 0: off.", ge=0)
+    smoothing: float = _fixed(0.1, "Label smoothing.", ge=0, lt=1)
 
 
 @dataclass(frozen=True, config=_STRICT)
 class ScheduleSection:
     """Choose the length of a run and its learning rates' course."""
 
-    epochs: int = _adjustable(300, "How long to train.", ge=1, le=1_000_000)
-    warmup_epochs: int = _adjustable(5, "Of linear warm-up.", ge=0, le=1_000_000)
-    warmup_lr: float = _adjustable(1e-6, "Where the warm-up starts.", ge=0)
-    min_lr: float = _adjustable(1e-5, "Where the cosine ends.", ge=0)
+    epochs: int = _adjustable(300, "Epochs to train.", ge=1, le=1_000_000)
+    warmup_epochs: int = _adjustable(5, "Epochs of linear warm-up.", ge=0, le=1_000_000)
+    warmup_lr: float = _adjustable(1e-6, "Rate at the start of the warm-up.", ge=0)
+    min_lr: float = _adjustable(1e-5, "Rate at the end of the cosine.", ge=0)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -268,12 +255,8 @@ class BatchSection:
 
     batch_size: int = _fixed(1024, "Images in an optimizer update.", ge=2)
     accumulation: int = _adjustable(1, "Micro-batches per update.", ge=1)
-    repeats: int = _fixed(
-        3, "Views of one image in an epoch (repeated augmentation); 1: off.", ge=1, le=1000
-    )
-    shuffle_shards: int = _fixed(
-        16, "Samples are shuffled within blocks of this many shards.", ge=1
-    )
+    repeats: int = _fixed(3, "Views per image and epoch (repeated augmentation).", ge=1, le=1000)
+    shuffle_shards: int = _fixed(16, "Shards in a block within which samples are shuffled.", ge=1)
 
     @field_validator("accumulation")
     @classmethod
@@ -287,12 +270,8 @@ class BatchSection:
 class EvalSection:
     """Choose how images are prepared for an evaluation."""
 
-    crop_pct: float = _adjustable(
-        0.0, "Side of the central crop; 0: the student's own.", ge=0, le=1
-    )
-    interpolation: Literal[
-        "auto", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"
-    ] = _adjustable("auto", "auto: the student's own.")
+    crop_pct: float = _adjustable(0.0, "Side of the central crop; 0: the student's.", ge=0, le=1)
+    interpolation: _Interpolation = _adjustable("auto", "auto: the student's own.")
 
     @field_validator("crop_pct")
     @classmethod
@@ -307,7 +286,7 @@ class RunSection:
     """Choose a run's folder, precision, processes and notes."""
 
     out: str = _free("", "The run's folder: checkpoints, summary.csv, its recipe.")
-    seed: int = _fixed(0, "Of weights, order of samples and views.", **_SEEDS)
+    seed: int = _fixed(0, "Seed of weights, order and views.", **_SEEDS)
     amp: Literal["off", "bf16", "fp16"] = _adjustable("off", "Automatic mixed precision.")
     ema: float = _fixed(0.99996, "Decay of the weight average; 0: off.", ge=0, lt=1)
     device: str = _free("auto", _DEVICE, examples=_DEVICES)
@@ -316,11 +295,11 @@ class RunSection:
     compile: bool = _free(False, _COMPILE)
     channels_last: bool = _free(True, _CHANNELS_LAST)
     eval_batch_size: int = _free(256, "Images in a batch of an evaluation.", ge=1)
-    eval_every: int = _adjustable(1, "Epochs; the last epoch is always evaluated.", ge=1)
-    log_every: int = _free(50, "Updates between TensorBoard points.", ge=1)
-    checkpoint_every: int = _free(
-        0, "Updates between checkpoints within an epoch; 0: epochs only.", ge=0
+    eval_every: int = _adjustable(
+        1, "Epochs between evaluations; the last is always evaluated.", ge=1
     )
+    log_every: int = _free(50, "Updates between TensorBoard points.", ge=1)
+    checkpoint_every: int = _free(0, "Updates between checkpoints; 0: after epochs only.", ge=0)
     rank_timeout: int = _free(300, _RANK_TIMEOUT, ge=1, le=604_800)
     wandb: str = _free("", "Curves on Weights & Biases too: the project (extra: wandb).")
 

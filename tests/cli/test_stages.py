@@ -12,13 +12,12 @@ import pytest
 import torch
 
 from cskd_pipeline.config import (
-    DistillSection,
     DumpRecipe,
-    EvalSection,
     TrainRecipe,
     load_recipe,
     recipe_names,
 )
+from cskd_pipeline.config.sections import DistillSection, EvalSection
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.pipeline.trainer import Run
 from cskd_pipeline.runtime import resources

@@ -13,8 +13,6 @@ from pydantic import ValidationError
 
 from cskd_pipeline.config import (
     DumpRecipe,
-    OptimSection,
-    RunSection,
     TrainRecipe,
     adjustable,
     find_recipe,
@@ -25,6 +23,7 @@ from cskd_pipeline.config import (
     result_digest,
     to_toml,
 )
+from cskd_pipeline.config.sections import OptimSection, RunSection
 from cskd_pipeline.errors import RecipeError, UsageError
 from cskd_pipeline.runtime import resources
 from cskd_pipeline.views.policy import ViewPolicy
@@ -138,7 +137,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     [
         ("optim = 3", "optim: found 3, expected a table"),
         ("[optim]\nbetas = 0.9", "optim.betas: found 0.9, expected an array"),
-        ("[optim]\nbetas = []", "optim.betas: found [], expected at least one number"),
+        ("[optim]\nbetas = []", "optim.betas: found [], expected at least one value"),
         ("[views]\nmean = [0.5, 0.5]", "views.mean[2]: found nothing, expected a value"),
         ("[student]\nkwargs = 1", "student.kwargs: found 1, expected a table"),
         ("[optim]\nlr = inf", "optim.lr: found inf, expected a finite number"),
