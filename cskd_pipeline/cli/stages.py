@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,8 @@ from cskd_pipeline.cli.options import (
 from cskd_pipeline.cli.parameters import RecipeLoader
 from cskd_pipeline.cli.root import app
 from cskd_pipeline.config import DumpRecipe, TrainRecipe
+from cskd_pipeline.errors import ImageError
+from cskd_pipeline.runtime.console import Terminal
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def index(
     out: Annotated[Path, typer.Option(metavar="FILE", help="The manifest to write.")],
     named: NamedData,
     images: ImageCheck,
+    terminal: Terminal,
 ) -> Outcome:
     """Read shards once and write their manifest: counts, order of keys, SHA-256, class names."""
     require_companion("--check-images", images.check_images or None, {"--workers": images.workers})
@@ -125,7 +128,13 @@ def index(
         from cskd_pipeline.runtime.device import worker_count
 
         count = worker_count(-1 if images.workers is None else images.workers)
-        require_images(dataset, workers=count)
+        try:
+            require_images(dataset, workers=count)
+        except ImageError as error:
+            report: Any = error.report
+            rows = [tuple(row.values()) for row in report["corrupt"]]
+            terminal.table("images that cannot be decoded", ("shard", "key", "found"), rows)
+            raise
 
     dataset = indexing.index_shards(
         shards,

@@ -151,7 +151,6 @@ def require_images(dataset: Dataset, *, workers: int = 0) -> None:
         expected="whole JPEG, PNG or WebP files",
         action="make the shards again with whole files, or dump and train without these: "
         "--set data.corrupt=skip",
-        problems=[": ".join(row) for row in rows],
         report={"corrupt": [dict(zip(names, row, strict=True)) for row in rows]},
     )
 
