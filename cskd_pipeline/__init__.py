@@ -37,4 +37,30 @@ above it.
 ``tests/test_structure.py`` holds the direction of the imports.
 """
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+# Public name -> the module that has it, imported when the name is first used: ``import
+# cskd_pipeline`` costs nothing. ``__init__.pyi`` says the same to type checkers, and docs/api.md to
+# people; a test holds the three together.
+PUBLIC = {
+    "Cache": "cskd_pipeline.cache.reader",
+    "CskdError": "cskd_pipeline.errors",
+    "Targets": "cskd_pipeline.distill.targets",
+    "ViewPolicy": "cskd_pipeline.views.policy",
+    "open_cache": "cskd_pipeline.cache.reader",
+}
+__all__ = ["__version__", *PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(PUBLIC[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -21,7 +21,7 @@ import numpy as np
 
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import DamageError
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime.progress import progress
@@ -88,7 +88,7 @@ def _length_problems(store: CacheStore, name: str, key: str) -> list[Problem]:
     return []
 
 
-def check_bytes(reader: CacheReader, units: Sequence[Unit]) -> list[Problem]:
+def check_bytes(reader: Cache, units: Sequence[Unit]) -> list[Problem]:
     """Decode everything that ``units`` hold, several at a time.
 
     Args:
@@ -97,7 +97,7 @@ def check_bytes(reader: CacheReader, units: Sequence[Unit]) -> list[Problem]:
     """
     own = threading.local()
 
-    def look(read: Callable[[CacheReader], list[Problem]]) -> list[Problem]:
+    def look(read: Callable[[Cache], list[Problem]]) -> list[Problem]:
         if not hasattr(own, "reader"):
             own.reader = copy.deepcopy(reader)
         return read(own.reader)
@@ -118,7 +118,7 @@ def check_bytes(reader: CacheReader, units: Sequence[Unit]) -> list[Problem]:
     return list(found)
 
 
-def _shard_problems(reader: CacheReader, shard: int) -> list[Problem]:
+def _shard_problems(reader: Cache, shard: int) -> list[Problem]:
     """Of what a tar shard's samples have in all views."""
     reads = (reader.keys, reader.image_crc32)
     problems = _damage(reader, (partial(read, shard) for read in reads))
@@ -134,7 +134,7 @@ def _shard_problems(reader: CacheReader, shard: int) -> list[Problem]:
     return problems
 
 
-def _unit_problems(reader: CacheReader, block: int, shard: int) -> list[Problem]:
+def _unit_problems(reader: Cache, block: int, shard: int) -> list[Problem]:
     size, every = reader.manifest.view_block, np.arange(reader.counts[shard])
 
     problems = _damage(reader, [partial(reader.check_shard_files, block, shard)])
@@ -152,7 +152,7 @@ def _unit_problems(reader: CacheReader, block: int, shard: int) -> list[Problem]
     return problems
 
 
-def _damage(reader: CacheReader, reads: Iterable[Callable[[], Any]]) -> list[Problem]:
+def _damage(reader: Cache, reads: Iterable[Callable[[], Any]]) -> list[Problem]:
     problems = []
     for read in reads:
         try:
@@ -162,6 +162,6 @@ def _damage(reader: CacheReader, reads: Iterable[Callable[[], Any]]) -> list[Pro
     return problems
 
 
-def _problem(reader: CacheReader, error: CacheError) -> Problem:
+def _problem(reader: Cache, error: CacheError) -> Problem:
     where = str(error.where).removeprefix(f"{reader.path}/")
     return Problem("bytes", where, str(error.found))

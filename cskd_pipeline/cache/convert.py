@@ -19,7 +19,7 @@ from cskd_pipeline.cache.digests import split_pin
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.layout import choose_view_block
 from cskd_pipeline.cache.manifest import CacheManifest, utc_now
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
 from cskd_pipeline.distill.encodings import ENCODINGS, Rows
 from cskd_pipeline.errors import CacheError, UsageError
@@ -59,7 +59,7 @@ def convert(
             making; UsageError: views or shards that the source does not have.
         KeyboardInterrupt: stopped between units.
     """
-    reader = CacheReader(source)
+    reader = open_cache(source)
     if Path(split_pin(source)[0]).resolve() == Path(target).resolve():
         raise UsageError(
             "a cache cannot be converted into itself",
@@ -96,7 +96,7 @@ def convert(
 
 
 def _converted(
-    reader: CacheReader,
+    reader: Cache,
     encodings: tuple[str, ...],
     views: int,
     shards: tuple[int, int],
@@ -120,7 +120,7 @@ def _converted(
 
 
 def unit_data(
-    reader: CacheReader,
+    reader: Cache,
     writer: CacheWriter,
     unit: Unit,
     shard: int,
@@ -153,7 +153,7 @@ def unit_data(
 
 
 def _rows(
-    reader: CacheReader,
+    reader: Cache,
     encodings: Sequence[str],
     view: int,
     shard: int,
@@ -177,7 +177,7 @@ def _rows(
     return found
 
 
-def _require_sources(reader: CacheReader, encodings: Sequence[str]) -> None:
+def _require_sources(reader: Cache, encodings: Sequence[str]) -> None:
     fresh = [name for name in encodings if name not in reader.encodings]
     if fresh and "dense" not in reader.encodings:
         raise CacheError(
@@ -189,7 +189,7 @@ def _require_sources(reader: CacheReader, encodings: Sequence[str]) -> None:
         )
 
 
-def _view_count(reader: CacheReader, views: int | None) -> int:
+def _view_count(reader: Cache, views: int | None) -> int:
     if views is not None and not 0 < views <= reader.views:
         raise UsageError(
             "the cache does not have so many views",
@@ -200,7 +200,7 @@ def _view_count(reader: CacheReader, views: int | None) -> int:
     return views or reader.views
 
 
-def _shard_range(reader: CacheReader, shards: tuple[int, int] | None) -> tuple[int, int]:
+def _shard_range(reader: Cache, shards: tuple[int, int] | None) -> tuple[int, int]:
     count = len(reader.counts)
     first, last = shards or (0, count)
     if not 0 <= first < last <= count:
@@ -213,6 +213,6 @@ def _shard_range(reader: CacheReader, shards: tuple[int, int] | None) -> tuple[i
     return first, last
 
 
-def _in_source(reader: CacheReader, unit: Unit, first: int) -> bool:
+def _in_source(reader: Cache, unit: Unit, first: int) -> bool:
     done, block = reader.done(), reader.manifest.view_block
     return all(done[view // block, unit.shard + first] for view in unit.views)

@@ -7,7 +7,7 @@ from typing import Any
 
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.manifest import CacheManifest
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache, open_cache
 
 METHOD = (
     "Cumulative Spatial Knowledge Distillation for Vision Transformers. ICCV 2023. "
@@ -28,7 +28,7 @@ def describe(path: Path | str) -> dict[str, Any]:
     Raises:
         CacheError, ManifestError: there is no cache, or it is damaged.
     """
-    reader = CacheReader(path)
+    reader = open_cache(path)
     manifest, done = reader.manifest, reader.done()
     sizes = _bytes_by_array(reader)
     views_done = int(done.sum(axis=0) @ list(reader.counts)) * manifest.view_block
@@ -128,7 +128,7 @@ def _braced(text: str) -> str:
     return "".join(c for c in text if c not in "{}\\" and c.isprintable())
 
 
-def _bytes_by_array(reader: CacheReader) -> dict[str, int] | None:
+def _bytes_by_array(reader: Cache) -> dict[str, int] | None:
     """File lengths by array; all ``zarr.json`` together count as ``metadata``."""
     found = reader.sizes()
     if found is None:

@@ -22,7 +22,7 @@ from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.parts import Part, unite
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.writer import CacheWriter, Unit
 from cskd_pipeline.errors import CacheError, UsageError
@@ -64,13 +64,13 @@ def merge(
         require_local(location, "merge copies files of folders", "copy this cache here first")
     _require_apart(sources, target)
     guard = guard or ClassGuard(switch=None)
-    whole, parts = unite([CacheReader(source, memory=0) for source in sources], guard)
+    whole, parts = unite([open_cache(source, memory=0) for source in sources], guard)
     _require_accepted(whole, parts, accept_versions)
     writer = CacheWriter.create(target, whole, accept_versions=accept_versions, guard=guard)
     if whole.views > writer.manifest.views:
         writer.extend(whole.views)
     numbers = range(len(whole.dataset.shards))
-    result = Part.of(CacheReader(target, memory=0), {number: number for number in numbers})
+    result = Part.of(open_cache(target, memory=0), {number: number for number in numbers})
     work = _work(writer, parts)
     counts = Counter(units_copied=0, views_copied=0, units_compared=0)
     with progress(sum(map(writer.size_of, work)), "views", "merging") as meter:

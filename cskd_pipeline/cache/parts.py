@@ -16,7 +16,7 @@ import numpy as np
 
 from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.manifest import CacheManifest, ShardInfo, utc_now
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime.classes import ClassGuard
@@ -29,17 +29,23 @@ _LONGEST = 64  # characters of a value in a message: a SHA-256
 class Part:
     """One cache, its files by array, and the numbers that the whole's tar shards have here."""
 
-    reader: CacheReader
-    store: CacheStore
+    reader: Cache
     shards: dict[int, int]
     done: np.ndarray
 
     @classmethod
-    def of(cls, reader: CacheReader, shards: dict[int, int]) -> Part:
-        return cls(reader, CacheStore(reader.path, reader.manifest), shards, reader.done())
+    def of(cls, reader: Cache, shards: dict[int, int]) -> Part:
+        """Take a cache as it is now."""
+        return cls(reader, shards, reader.done())
+
+    @property
+    def store(self) -> CacheStore:
+        """The cache's open folder."""
+        return self.reader.store
 
     @property
     def path(self) -> Path:
+        """The cache's folder."""
         return Path(self.reader.path)
 
     @property
@@ -102,7 +108,7 @@ class Part:
                 yield from ((name, view, values) for name, values in rows.items())
 
 
-def unite(readers: Sequence[CacheReader], guard: ClassGuard) -> tuple[CacheManifest, list[Part]]:
+def unite(readers: Sequence[Cache], guard: ClassGuard) -> tuple[CacheManifest, list[Part]]:
     """The manifest of the whole, and its parts.
 
     The classes have the names of the first part that names them; ``guard`` compares the others'.
@@ -157,7 +163,7 @@ def unite(readers: Sequence[CacheReader], guard: ClassGuard) -> tuple[CacheManif
     return whole, parts
 
 
-def _united_shards(readers: Sequence[CacheReader]) -> tuple[tuple[ShardInfo, ...], list[str]]:
+def _united_shards(readers: Sequence[Cache]) -> tuple[tuple[ShardInfo, ...], list[str]]:
     """Every tar shard of the parts once, and what contradicts itself among them."""
     known: dict[str, tuple[ShardInfo, Path | str]] = {}  # by contents and by name
     shards: list[ShardInfo] = []
@@ -185,7 +191,7 @@ def _united_shards(readers: Sequence[CacheReader]) -> tuple[tuple[ShardInfo, ...
     return tuple(shards), conflicts
 
 
-def _conflicts(one: CacheReader, other: CacheReader) -> list[str]:
+def _conflicts(one: Cache, other: Cache) -> list[str]:
     """What contradicts beside the tar shards; those of one list are told apart by contents alone,
     those of different lists belong together only if the data set has the same name.
     """

@@ -22,69 +22,67 @@ MAX_SLAB_BYTES = 2**29
 """Of one ragged array, decoded: chunks of one value would unfold thousandfold."""
 
 
-class CacheReader:
-    """The finished units of the cache at ``path``, a folder or URL, as they are when it is opened.
+def open_cache(location: Path | str, *, memory: int = 192 * 2**20) -> Cache:
+    """Open the cache at ``location``: a folder, or a URL (``https://``, ``s3://``, ``hf://``, …).
 
-    Every file is compared with its unit's record when it is first used; every record with the
-    cache's root digest where ``path`` ends with one, ``CACHE@sha256:DIGEST``.
-
-    A unit is a block of ``view_block`` views of one tar shard; what is not done does not exist.
-    Cheap to open, and to pickle: a copy in another process opens its own files. One reader serves
-    one thread.
+    ``LOCATION@sha256:DIGEST`` opens it only if its contents have this root digest.
 
     Args:
         memory: bytes of decoded slabs to keep; a slab is all rows of one (view, tar shard).
-        progress: of finding out what is finished, which takes time where files are not listed.
 
     Raises:
         CacheError: no cache, one cut off while it was created, metadata that was altered, an
-            encoding this version does not know, or another digest than ``path`` states. Reading
-            raises it for units that are not done and for files that are missing, damaged or not
-            what was written; it names array, views, shard and file.
+            encoding that is not registered, or another digest than ``location`` states.
         ManifestError: the manifest does not fit its schema.
-        UsageError: ``path`` ends with what is no digest.
+        UsageError: ``location`` ends with what is no digest.
+    """
+    folder, stated = split_pin(location)
+    store = CacheStore(folder)
+    store.check_metadata()
+    cache = Cache(store, store.done(), memory)
+    if stated is not None:
+        cache.require_digest(stated)
+    return cache
+
+
+class Cache:
+    """The finished units of a cache, as they were when :func:`open_cache` opened it.
+
+    A unit is a block of ``view_block`` views of one tar shard; what is not done does not exist.
+    Every file is compared with its unit's record when it is first used; every record with the
+    cache's root digest where one was stated. Cheap to pickle: a copy in another process opens its
+    own files. One cache object serves one thread.
+
+    Args:
+        store: the open folder.
+        done: (blocks, shards) bool, the finished units.
+        memory: bytes of decoded slabs to keep.
+        units: (blocks, shards, 32) uint8, their digests where they are known already.
+
+    Raises:
+        CacheError: when reading, for units that are not done and for files that are missing,
+            damaged or not what was written; it names array, views, shard and file.
     """
 
-    def __init__(self, path: Path | str, *, memory: int = 192 * 2**20) -> None:
-        location, stated = split_pin(path)
-        store = CacheStore(location)
-        store.check_metadata()
-        self._start(store, store.done(), memory, None)
-        if stated is not None:
-            self._require_digest(stated)
-
-    @classmethod
-    def over(cls, store: CacheStore, done: np.ndarray, memory: int = 0) -> CacheReader:
-        """Read what an open store holds.
-
-        Args:
-            done: (blocks, shards) bool, the finished units.
-        """
-        reader = cls.__new__(cls)
-        reader._start(store, done, memory, None)
-        return reader
-
-    def _start(
-        self, store: CacheStore, done: np.ndarray, memory: int, units: np.ndarray | None
+    def __init__(
+        self,
+        store: CacheStore,
+        done: np.ndarray,
+        memory: int = 0,
+        units: np.ndarray | None = None,
     ) -> None:
         self.path = store.path
         self.manifest: CacheManifest = store.manifest
         self.encodings = layout.encodings_of(self.manifest)
-        self._store, self._done, self._memory = store, done, memory
-        self._units = units
+        self.store = store
+        self._done, self._memory, self._units = done, memory, units
         self._specs = layout.specs(self.manifest)
         self._shape = layout.response_shape(self.manifest)
         self._slabs: BytesLRU[tuple[str, int, int], Rows] = BytesLRU(memory)
         self._checked: set[tuple[int, int]] = set()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **{"store": self._store, "done": self._done},
-            **{"memory": self._memory, "units": self._units},
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._start(**state)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cache, (self.store, self._done, self._memory, self._units)
 
     @property
     def views(self) -> int:
@@ -115,7 +113,7 @@ class CacheReader:
     @property
     def lineage(self) -> str:
         """SHA-256 (hex) of what decides the bytes of the cache's units."""
-        return self._store.lineage
+        return self.store.lineage
 
     def digest(self) -> str | None:
         """Return the root digest, SHA-256 (hex), of a finished cache's contents, else None.
@@ -142,13 +140,14 @@ class CacheReader:
         found = np.zeros((*chosen.shape, SIZE), np.uint8)
         units = np.argwhere(chosen).tolist()
         with progress(len(units), "units", "reading their digests") as meter:
-            records = self._store.each(lambda unit: self._store.record(*unit), units)
+            records = self.store.each(lambda unit: self.store.record(*unit), units)
             for unit, record in zip(units, records, strict=True):
                 found[tuple(unit)] = np.frombuffer(record.unit, np.uint8)
                 meter.advance()
         return found
 
-    def _require_digest(self, stated: str) -> None:
+    def require_digest(self, stated: str) -> None:
+        """Refuse the cache unless its root digest is ``stated``, SHA-256 (hex)."""
         found = self.digest()
         if found != stated:
             count = f"{np.count_nonzero(self._done)} of {self._done.size} units are finished"
@@ -189,16 +188,16 @@ class CacheReader:
                 found=f"{count} of {done.size} units missing",
                 expected="all of them",
                 action=FINISH,
-                problems=[f"missing: {self._store.unit_name(b, s)}" for b, s in missing],
+                problems=[f"missing: {self.store.unit_name(b, s)}" for b, s in missing],
             )
 
     def sizes(self) -> dict[str, int] | None:
         """The length in bytes of every file there is, by key; None where nobody can tell."""
-        return self._store.sizes()
+        return self.store.sizes()
 
     def file(self, name: str, *at: int) -> str:
         """The file of an array that holds the element ``at``, below the cache's folder."""
-        return self._store.arrays[name].key(*at)
+        return self.store.arrays[name].key(*at)
 
     def check_shard_files(self, block: int, shard: int) -> None:
         """Compare keys, labels and image CRCs of a tar shard with the record of this unit of it.
@@ -207,12 +206,12 @@ class CacheReader:
             CacheError: one is damaged, or not the one that the unit was made beside.
         """
         for name in layout.PER_SHARD:
-            self._store.shard_chunk(name, shard, block)
+            self.store.shard_chunk(name, shard, block)
 
     def keys(self, shard: int) -> list[str]:
         """Sample keys in the tar's order."""
         matrix = self._per_shard("key", shard)
-        with self._store.explained("key", None, shard):
+        with self.store.explained("key", None, shard):
             keys = layout.keys_of(matrix)
             if keys_sha256(keys) != self.shard_ids[shard]:
                 raise ValueError("these are not the keys that the manifest identifies")
@@ -224,7 +223,7 @@ class CacheReader:
 
     def labels_of(self, shards: Sequence[int]) -> Iterator[np.ndarray]:
         """Yield :meth:`labels` of each shard, several read at a time where files are far."""
-        return self._store.each(self.labels, shards)
+        return self.store.each(self.labels, shards)
 
     def image_crc32(self, shard: int) -> np.ndarray:
         """CRC-32 of every image's bytes: (count,) uint32."""
@@ -246,12 +245,12 @@ class CacheReader:
 
         def of(unit: list[int]) -> np.ndarray:
             block, shard = unit
-            pairs = self._store.chunk("top1", block * self.manifest.view_block, shard)
+            pairs = self.store.chunk("top1", block * self.manifest.view_block, shard)
             return pairs[:, 0].sum(axis=0, dtype=np.int64)
 
         units, total = np.argwhere(self._done).tolist(), np.zeros(2, np.int64)
         with progress(len(units), "units", "reading the teacher's top-1") as meter:
-            for pair in self._store.each(of, units):
+            for pair in self.store.each(of, units):
                 total += pair
                 meter.advance()
         return int(total[0]), int(total[1])
@@ -259,7 +258,7 @@ class CacheReader:
     def top1_of(self, view: int, shard: int) -> np.ndarray:
         """(correct, counted) of one view of one tar shard: (2,) uint32."""
         self._require(view, shard)
-        block = self._store.chunk("top1", view, shard)
+        block = self.store.chunk("top1", view, shard)
         return block[view % len(block), 0]
 
     def rows(
@@ -326,13 +325,13 @@ class CacheReader:
         return out
 
     def _random(self, name: str, view: int, shard: int, offsets: np.ndarray) -> np.ndarray:
-        array = self._store.arrays[name]
+        array = self.store.arrays[name]
         assert array.chunk_shape is not None
         step = array.chunk_shape[2]
         out = np.empty((len(offsets), *array.shape[3:]), array.dtype)
         for chunk in np.unique(offsets // step).tolist():
             here = np.flatnonzero(offsets // step == chunk)
-            rows = self._store.chunk(name, view, shard, chunk * step)[0, 0]
+            rows = self.store.chunk(name, view, shard, chunk * step)[0, 0]
             out[here] = rows[offsets[here] % step]
         return out
 
@@ -346,25 +345,25 @@ class CacheReader:
         return slab
 
     def _unpacked(self, encoding: str, packed: Rows, view: int, shard: int) -> Rows:
-        with self._store.explained(next(iter(packed)), view, shard):
+        with self.store.explained(next(iter(packed)), view, shard):
             return self.encodings[encoding].unpack(packed, self._shape)
 
     def _whole(self, name: str, view: int, shard: int) -> np.ndarray:
         """(count, ...) of one view; a ragged axis ends with the last entry in use."""
-        array, count = self._store.arrays[name], self.counts[shard]
+        array, count = self.store.arrays[name], self.counts[shard]
         if array.chunk_shape is None:
-            block = self._store.chunk(name, view, shard)
+            block = self.store.chunk(name, view, shard)
             return block[view % len(block), 0, :count].copy()  # the block itself is not kept
-        pieces = [self._store.chunk(name, view, shard)[0, 0, :count]]
+        pieces = [self.store.chunk(name, view, shard)[0, 0, :count]]
         if not self._specs[name].ragged:
             return pieces[0]
         for start in range(array.chunk_shape[3], array.shape[3], array.chunk_shape[3]):
-            piece = self._store.chunk_if_written(name, view, shard, 0, start)
+            piece = self.store.chunk_if_written(name, view, shard, 0, start)
             if piece is None:
                 break
             pieces.append(piece[0, 0, :count])
             if len(pieces) * pieces[0].nbytes > MAX_SLAB_BYTES:
-                with self._store.explained(name, view, shard):
+                with self.store.explained(name, view, shard):
                     raise ValueError(f"rows of more than {MAX_SLAB_BYTES} bytes")
         whole = np.concatenate(pieces, axis=1)[:, : array.shape[3]]
         used = (whole != array.fill).any(axis=(0, *range(2, whole.ndim)))
@@ -382,7 +381,7 @@ class CacheReader:
     def _per_shard(self, name: str, shard: int) -> np.ndarray:
         if not self._done[:, shard].any():
             raise self._not_done(0, shard)
-        return self._store.shard_chunk(name, shard, int(self._done[:, shard].argmax()))
+        return self.store.shard_chunk(name, shard, int(self._done[:, shard].argmax()))
 
     def _require(self, view: int, shard: int) -> None:
         """A unit's record is read at its first use: opening looked only at which files exist."""
@@ -392,12 +391,12 @@ class CacheReader:
             return
         if not self._done[unit]:
             raise self._not_done(*unit)
-        record = self._store.record(*unit)
+        record = self.store.record(*unit)
         if self._units is not None and record.unit != self._units[unit].tobytes():
             raise CacheError(
                 "the cache has changed since it was opened",
                 where=self.path,
-                found=f"another record of {self._store.unit_name(*unit)}",
+                found=f"another record of {self.store.unit_name(*unit)}",
                 expected="finished units, which never change",
                 action="run the command again; if the cache was exchanged on purpose, start anew",
             )
@@ -407,6 +406,6 @@ class CacheReader:
         return CacheError(
             "this part of the cache is not made yet",
             where=self.path,
-            found=f"no {self._store.unit_name(block, shard)}",
+            found=f"no {self.store.unit_name(block, shard)}",
             action=FINISH,
         )

@@ -21,7 +21,7 @@ from cskd_pipeline.cache.chunks import DamageError, encode_file
 from cskd_pipeline.cache.digests import Record
 from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
 from cskd_pipeline.cache.manifest import CacheManifest
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.errors import CacheError
@@ -46,7 +46,7 @@ def upgrade(path: Path | str, *, stopped: Callable[[], bool] = lambda: False) ->
         old = _old_manifest(root)
         written = 0 if old is None else _write_records(root, old, stopped)
         shutil.rmtree(inside(root, f"{_MARKS}/zarr.json").parent, ignore_errors=True)
-    reader = CacheReader(root)
+    reader = open_cache(root)
     return {
         "cache": str(root),
         "units": written,
@@ -107,7 +107,7 @@ def _write_records(root: Path, manifest: CacheManifest, stopped: Callable[[], bo
             folder.write(store.record_key(block, shard), encode_file(array, record.row()[None]))
             meter.advance()
     folder.flush()
-    problems = check_bytes(CacheReader.over(store, done), units)
+    problems = check_bytes(Cache(store, done), units)
     if problems:
         raise CacheError(
             "the cache is damaged, and stays of format version 1",

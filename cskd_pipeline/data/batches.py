@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.plan import EpochPlan, part_size
 from cskd_pipeline.data.render import Pairing, RenderedViews, Renderer
@@ -147,7 +147,7 @@ class TrainBatches(Dataset[Batch]):
         plan: EpochPlan,
         images: ImageSource,
         *,
-        cache: CacheReader | None = None,
+        cache: Cache | None = None,
         encoding: str | None = None,
         accumulation: int = 1,
         rank: int = 0,
@@ -175,7 +175,7 @@ class TrainBatches(Dataset[Batch]):
 class RowBatches(Dataset[Batch]):
     """(B, 3) rows of view, shard, offset -> batch, with targets where there is an encoding."""
 
-    def __init__(self, renderer: Renderer, cache: CacheReader | None, encoding: str | None) -> None:
+    def __init__(self, renderer: Renderer, cache: Cache | None, encoding: str | None) -> None:
         self.renderer = renderer
         self.cache = cache
         self.encoding = encoding

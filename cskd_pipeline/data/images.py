@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.shards import TarShard
 from cskd_pipeline.errors import JoinError
 from cskd_pipeline.runtime.classes import renumbering
@@ -48,7 +48,7 @@ class ImageSource:
         shards: Sequence[TarShard],
         *,
         places: Sequence[Places | int] | None = None,
-        cache: CacheReader | None = None,
+        cache: Cache | None = None,
         strict: bool = True,
         same_labels: bool = True,
     ) -> None:

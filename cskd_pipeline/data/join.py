@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.images import NOWHERE, SHOWN, ImageSource, Places
 from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.left_out import LeftOut, Offsets
@@ -107,7 +107,7 @@ class Join:
 
 def join(
     dataset: Dataset,
-    cache: CacheReader,
+    cache: Cache,
     guard: ClassGuard | None = None,
     *,
     missing: str = "error",
@@ -168,7 +168,7 @@ def join(
 
 
 def join_to_look(
-    cache: CacheReader,
+    cache: Cache,
     shards: str,
     guard: ClassGuard,
     *,
@@ -186,7 +186,7 @@ def join_to_look(
     return join(dataset, cache, guard, missing="skip", drift="warn")
 
 
-def classes_of(cache: CacheReader) -> Classes:
+def classes_of(cache: Cache) -> Classes:
     return cache.manifest.dataset.classes("the cache", cache.path)
 
 
@@ -216,7 +216,7 @@ def find_differing(found: Join, *, part: int = 0, parts: int = 1) -> Offsets:
     return {shard: sorted(differing[shard]) for shard in sorted(differing)}
 
 
-def _places(dataset: Dataset, cache: CacheReader) -> list[Places | int]:
+def _places(dataset: Dataset, cache: Cache) -> list[Places | int]:
     tars: dict[str, int] = {}
     for tar, shard_id in enumerate(dataset.shard_ids):
         if shard_id in tars and shard_id in cache.shard_ids:
@@ -230,7 +230,7 @@ def _places(dataset: Dataset, cache: CacheReader) -> list[Places | int]:
 def _compare_labels(
     images: ImageSource,
     dataset: Dataset,
-    cache: CacheReader,
+    cache: Cache,
     places: Sequence[Places | int],
 ) -> tuple[int, np.ndarray]:
     """How many labels were compared; :attr:`Join.relabelled`.
@@ -257,7 +257,7 @@ def _compare_labels(
     return compared, np.concatenate(found)
 
 
-def _look_up(dataset: Dataset, cache: CacheReader, same: Sequence[int | None]) -> Iterator[Places]:
+def _look_up(dataset: Dataset, cache: Cache, same: Sequence[int | None]) -> Iterator[Places]:
     """Places of the layout shards that are None in ``same``, in tars that are not in it."""
     if None not in same:
         return
@@ -298,7 +298,7 @@ def _absent(place: Places | int) -> np.ndarray | None:
 
 
 def _missing_error(
-    dataset: Dataset, cache: CacheReader, absent: Sequence[np.ndarray | None], count: int
+    dataset: Dataset, cache: Cache, absent: Sequence[np.ndarray | None], count: int
 ) -> JoinError:
     examples: list[str] = []
     for shard, mask in enumerate(absent):

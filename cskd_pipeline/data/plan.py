@@ -26,7 +26,7 @@ NOBODY = -1  # stands for the partner of a sample that has none
 
 
 class Layout(Protocol):
-    """Something with tar shards in order: a :class:`Dataset`, a :class:`CacheReader`."""
+    """Something with tar shards in order: a :class:`Dataset`, a :class:`Cache`."""
 
     @property
     def counts(self) -> tuple[int, ...]: ...

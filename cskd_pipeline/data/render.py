@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from cskd_pipeline.cache.manifest import library_versions
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.images import SHOWN, ImageSource
 from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.errors import ViewDriftError
@@ -84,7 +84,7 @@ class Renderer:
         policy: ViewPolicy,
         root_seed: int,
         *,
-        cache: CacheReader | None = None,
+        cache: Cache | None = None,
         drift: str = "error",
     ) -> None:
         self.samples, self.images = samples, images

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.images import NOWHERE
 from cskd_pipeline.data.join import Join
 from cskd_pipeline.data.render import Renderer
@@ -112,12 +112,12 @@ def renderer_of(found: Join, *, strict: bool) -> Renderer:
     return Renderer(found.samples, images, policy, root_seed, cache=cache, drift=drift)
 
 
-def cache_of(found: Join) -> CacheReader:
+def cache_of(found: Join) -> Cache:
     assert found.images.cache is not None
     return found.images.cache
 
 
-def _same_seeds(cache: CacheReader, rows: np.ndarray) -> np.ndarray:
+def _same_seeds(cache: Cache, rows: np.ndarray) -> np.ndarray:
     """Whether the recorded seeds follow from root seed, key and view: (n,) bool."""
     keys = {shard: cache.keys(shard) for shard in np.unique(rows[:, 1]).tolist()}
     root_seed = cache.manifest.root_seed

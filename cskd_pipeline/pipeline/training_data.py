@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from cskd_pipeline.cache.digests import root_digest
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.config import TrainRecipe
 from cskd_pipeline.data.batches import Batch, Position, TrainBatches, train_loader
 from cskd_pipeline.data.corrupt import without_corrupt
@@ -69,7 +69,7 @@ class TrainingData:
     left_out: tuple[LeftOuts, ...]
 
     @property
-    def cache(self) -> CacheReader | None:
+    def cache(self) -> Cache | None:
         return None if self.joined is None else self.joined.images.cache
 
     @property
@@ -200,7 +200,7 @@ def open_training_data(recipe: TrainRecipe, ranks: Ranks = ALONE) -> TrainingDat
     )
 
 
-def _identity(cache: CacheReader) -> str:
+def _identity(cache: Cache) -> str:
     """Name a cache by its first block of views, which stays the same while it grows."""
     first = np.zeros_like(cache.done())
     first[0] = True
@@ -212,14 +212,14 @@ def _hash(masks: Iterable[np.ndarray]) -> str:
     return schemas.sha256([hashlib.sha256(mask).hexdigest() for mask in packed])
 
 
-def _open_cache(recipe: TrainRecipe) -> CacheReader:
+def _open_cache(recipe: TrainRecipe) -> Cache:
     """The recipe's cache, if it is of the recipe's class count and view policy."""
     if not recipe.data.cache:
         raise UsageError(
             f"method {recipe.distill.method} learns from a teacher's cache",
             action="pass --cache DIR, made by cskd-pipeline dump-teacher, or --method none",
         )
-    cache = CacheReader(recipe.data.cache)
+    cache = open_cache(recipe.data.cache)
     classes, found = recipe.data.num_classes, cache.manifest.dataset.num_classes
     if classes and classes != found:
         raise CacheError(
@@ -239,7 +239,7 @@ def _open_cache(recipe: TrainRecipe) -> CacheReader:
     return cache
 
 
-def choose_encoding(recipe: TrainRecipe, cache: CacheReader) -> str:
+def choose_encoding(recipe: TrainRecipe, cache: Cache) -> str:
     """Return the encoding asked for; for ``auto`` the smallest exact one that serves the loss, else
     the closest approximation, which is the largest.
     """
@@ -272,7 +272,7 @@ def choose_encoding(recipe: TrainRecipe, cache: CacheReader) -> str:
     )
 
 
-def _check_views(recipe: TrainRecipe, cache: CacheReader) -> None:
+def _check_views(recipe: TrainRecipe, cache: Cache) -> None:
     """All views that the run will show are there; says so if epochs share them."""
     epochs, repeats = recipe.schedule.epochs, recipe.batch.repeats
     cycles, fresh = -(-epochs // repeats), cache.views // repeats
@@ -285,7 +285,7 @@ def _check_views(recipe: TrainRecipe, cache: CacheReader) -> None:
 
 
 def _open_shards(
-    recipe: TrainRecipe, cache: CacheReader | None, guard: ClassGuard
+    recipe: TrainRecipe, cache: Cache | None, guard: ClassGuard
 ) -> tuple[Dataset, Classes]:
     """The training shards, and their classes, named by the cache where they have no names."""
     dataset = load_dataset(

@@ -14,7 +14,7 @@ import typer.main
 from markdown_it import MarkdownIt
 
 from cskd_pipeline.cache.info import describe
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cli import app, main
 from cskd_pipeline.errors import OutputError
 from cskd_pipeline.tools.cache_card import MARK, text, write_card
@@ -151,5 +151,5 @@ def test_a_card_in_the_cache_stands_in_no_readers_way(
     assert main(["cache", "card", str(tmp_path / "cache"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["card"] == str(tmp_path / "cache/README.md")
     assert describe(tmp_path / "cache") == before
-    assert CacheReader(tmp_path / "cache").done().all()
+    assert open_cache(tmp_path / "cache").done().all()
     assert main(["cache", "verify", str(tmp_path / "cache"), "--quiet"]) == 0

@@ -12,7 +12,7 @@ import torch
 from cskd_pipeline.cache import convert as converting
 from cskd_pipeline.cache.convert import convert
 from cskd_pipeline.cache.manifest import CacheManifest
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.errors import CacheError, UsageError
@@ -41,7 +41,7 @@ def test_new_encodings_are_those_of_the_logits(
     assert found["complete"] is True
     assert found["units_missing"] == 0
     assert found["views_written"] == VIEWS * sum(COUNTS)
-    old, new = CacheReader(source), CacheReader(tmp_path / "c")
+    old, new = open_cache(source), open_cache(tmp_path / "c")
     assert tuple(new.encodings) == names
     for view in range(VIEWS):
         for shard, count in enumerate(COUNTS):
@@ -55,7 +55,7 @@ def test_new_encodings_are_those_of_the_logits(
 
 def test_everything_else_comes_along(source: Path, tmp_path: Path) -> None:
     converted(source, tmp_path / "c", "envelope")
-    old, new = CacheReader(source), CacheReader(tmp_path / "c")
+    old, new = open_cache(source), open_cache(tmp_path / "c")
     for shard in range(len(COUNTS)):
         assert new.keys(shard) == old.keys(shard)
         assert np.array_equal(new.labels(shard), old.labels(shard))
@@ -92,7 +92,7 @@ def test_a_part_of_the_views_and_shards(
     source: Path, tmp_path: Path, views: int, block: int
 ) -> None:
     converted(source, tmp_path / "c", "dense", views=views, shards=(1, 3))
-    old, new = CacheReader(source), CacheReader(tmp_path / "c")
+    old, new = open_cache(source), open_cache(tmp_path / "c")
     assert new.manifest.dataset.shards == old.manifest.dataset.shards[1:3]
     assert (new.views, new.manifest.view_block) == (views, block)
     for view in range(views):
@@ -119,7 +119,7 @@ def test_a_conversion_that_was_stopped_goes_on(source: Path, tmp_path: Path) -> 
     answers = iter([False, False, True])
     with pytest.raises(KeyboardInterrupt):
         converted(source, tmp_path / "c", "envelope", stopped=lambda: next(answers))
-    assert CacheReader(tmp_path / "c").done().sum() == 2
+    assert open_cache(tmp_path / "c").done().sum() == 2
     found = converted(source, tmp_path / "c", "envelope")
     assert found["units_written"] == VIEWS // BLOCK * len(COUNTS) - 2
     converted(source, tmp_path / "whole", "envelope")
@@ -135,7 +135,7 @@ def test_an_unfinished_cache_is_converted_as_far_as_it_goes(tmp_path: Path) -> N
     found = converted(tmp_path / "a", tmp_path / "b", "envelope")
     assert (found["units_written"], found["units_missing"]) == (2, 4)
     assert found["complete"] is False
-    assert CacheReader(tmp_path / "b").done().tolist() == [[False, True, False]] * 2
+    assert open_cache(tmp_path / "b").done().tolist() == [[False, True, False]] * 2
     fill(writer)
     found = converted(tmp_path / "a", tmp_path / "b", "envelope")
     assert (found["units_written"], found["units_missing"]) == (4, 0)
@@ -148,7 +148,7 @@ def test_a_larger_block_waits_for_all_of_the_blocks_that_it_is_made_of(tmp_path:
     fill(writer, [unit for unit in writer.todo() if unit.block == 0 or unit.shard == 1])
     found = converted(tmp_path / "a", tmp_path / "b", "envelope", views=3)
     assert (found["units_written"], found["units_missing"]) == (1, 2)
-    assert CacheReader(tmp_path / "b").done().tolist() == [[False, True, False]]
+    assert open_cache(tmp_path / "b").done().tolist() == [[False, True, False]]
     fill(writer)
     found = converted(tmp_path / "a", tmp_path / "b", "envelope", views=3)
     assert (found["units_written"], found["complete"]) == (2, True)

@@ -22,7 +22,7 @@ from cskd_pipeline.cache.convert import convert
 from cskd_pipeline.cache.digests import split_pin
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.merge import merge
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.cache.upgrade import upgrade
 from cskd_pipeline.cache.writer import CacheWriter, UnitData
@@ -45,7 +45,7 @@ UNITS = VIEWS // 2 * len(COUNTS)
 
 def read_all(path: Path | str) -> None:
     """Read all that training reads of a cache."""
-    reader = CacheReader(path)
+    reader = open_cache(path)
     for shard, count in enumerate(COUNTS):
         reader.keys(shard), reader.labels(shard), reader.image_crc32(shard)
         for view in range(VIEWS):
@@ -56,7 +56,7 @@ def read_all(path: Path | str) -> None:
 
 def problems(path: Path) -> list[str]:
     """What ``cache verify`` finds in the cache alone, by file."""
-    reader = CacheReader(path)
+    reader = open_cache(path)
     units = [(block, shard) for block, shard in np.argwhere(reader.done()).tolist()]
     found = check_structure(CacheStore(path), units)
     return [problem.where for problem in found or check_bytes(reader, units)]
@@ -154,7 +154,7 @@ def test_labels_set_to_zero_are_refused(tmp_path: Path) -> None:
         zeros.write_unit(unit, data)
     shutil.copy(tmp_path / "zeros/label/c/1/0", tmp_path / "c/label/c/1/0")
     with pytest.raises(CacheError, match="a file of another unit or cache") as caught:
-        CacheReader(tmp_path / "c").labels(1)
+        open_cache(tmp_path / "c").labels(1)
     assert caught.value.where == tmp_path / "c/label/c/1/0"
     assert set(problems(tmp_path / "c")) == {"label/c/1/0"}
 
@@ -208,12 +208,12 @@ def test_digests_are_what_the_page_says(tmp_path: Path) -> None:
             assert row.tobytes() == record
             units += bytes.fromhex(unit)
     root = hashlib.sha256(bytes.fromhex(lineage) + VIEWS.to_bytes(8, "little") + units)
-    assert CacheReader(tmp_path / "c").digest() == root.hexdigest()
+    assert open_cache(tmp_path / "c").digest() == root.hexdigest()
 
 
 def test_the_root_digest_names_contents_and_not_who_made_them(tmp_path: Path) -> None:
     make(tmp_path / "a")
-    root = CacheReader(tmp_path / "a").digest()
+    root = open_cache(tmp_path / "a").digest()
     elsewhere = replace(dataset(), name="my copy")
     other = CacheWriter.create(
         tmp_path / "b",
@@ -228,9 +228,9 @@ def test_the_root_digest_names_contents_and_not_who_made_them(tmp_path: Path) ->
     units = other.todo()
     random.Random(1).shuffle(units)
     fill(other, units[:4])
-    assert CacheReader(tmp_path / "b").digest() is None
+    assert open_cache(tmp_path / "b").digest() is None
     fill(other, units[4:])
-    assert CacheReader(tmp_path / "b").digest() == root
+    assert open_cache(tmp_path / "b").digest() == root
     differing = [
         manifest(root_seed=8),
         manifest(view_block=4),
@@ -241,32 +241,32 @@ def test_the_root_digest_names_contents_and_not_who_made_them(tmp_path: Path) ->
     roots = {root}
     for number, changed in enumerate(differing):
         fill(CacheWriter.create(tmp_path / f"{number}", changed))
-        roots.add(CacheReader(tmp_path / f"{number}").digest())
+        roots.add(open_cache(tmp_path / f"{number}").digest())
     assert len(roots) == 1 + len(differing)
 
 
 def test_a_merge_of_parts_has_the_digest_of_the_cache_made_at_once(tmp_path: Path) -> None:
     make(tmp_path / "whole")
-    root = CacheReader(tmp_path / "whole").digest()
+    root = open_cache(tmp_path / "whole").digest()
     for name, chosen in (("a", slice(0, 3)), ("b", slice(2, None))):
         writer = CacheWriter.create(tmp_path / name, manifest())
         fill(writer, writer.todo()[chosen])
     merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
-    assert CacheReader(tmp_path / "out").digest() == root
+    assert open_cache(tmp_path / "out").digest() == root
     for name, shards in (("c", (0, 1)), ("d", (1, 3))):  # other lists of shards, other lineages
         convert(tmp_path / "whole", tmp_path / name, shards=shards)
     merge([tmp_path / "c", tmp_path / "d"], tmp_path / "again")
-    assert CacheReader(tmp_path / "again").digest() == root
+    assert open_cache(tmp_path / "again").digest() == root
 
 
 def test_a_cache_that_grew_has_the_digest_of_one_made_at_once(tmp_path: Path) -> None:
     writer = make(tmp_path / "c", views=2)
-    small = CacheReader(tmp_path / "c").digest()
+    small = open_cache(tmp_path / "c").digest()
     writer.extend(VIEWS)
-    assert CacheReader(tmp_path / "c").digest() is None
+    assert open_cache(tmp_path / "c").digest() is None
     fill(writer)
     make(tmp_path / "whole")
-    assert CacheReader(tmp_path / "c").digest() == CacheReader(tmp_path / "whole").digest() != small
+    assert open_cache(tmp_path / "c").digest() == open_cache(tmp_path / "whole").digest() != small
 
 
 # A digest that is stated
@@ -274,10 +274,10 @@ def test_a_cache_that_grew_has_the_digest_of_one_made_at_once(tmp_path: Path) ->
 
 def test_a_stated_digest_lets_this_content_pass_and_no_other(tmp_path: Path) -> None:
     make(tmp_path / "c")
-    root = CacheReader(tmp_path / "c").digest()
+    root = open_cache(tmp_path / "c").digest()
     read_all(f"{tmp_path / 'c'}@sha256:{root}")
     with pytest.raises(CacheError, match="not the one that was stated") as caught:
-        CacheReader(f"{tmp_path / 'c'}@sha256:{'0' * 64}")
+        open_cache(f"{tmp_path / 'c'}@sha256:{'0' * 64}")
     assert caught.value.found == f"sha256:{root}"
     # A forger who writes every record anew: only the stated digest tells.
     writer = CacheWriter.create(tmp_path / "forged", manifest())
@@ -288,21 +288,21 @@ def test_a_stated_digest_lets_this_content_pass_and_no_other(tmp_path: Path) -> 
     read_all(tmp_path / "forged")
     assert problems(tmp_path / "forged") == []
     with pytest.raises(CacheError, match="not the one that was stated"):
-        CacheReader(f"{tmp_path / 'forged'}@sha256:{root}")
+        open_cache(f"{tmp_path / 'forged'}@sha256:{root}")
 
 
 def test_an_unfinished_cache_has_no_digest_to_be_stated(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest())
     fill(writer, writer.todo()[:2])
     with pytest.raises(CacheError, match="not the one that was stated") as caught:
-        CacheReader(f"{tmp_path / 'c'}@sha256:{'0' * 64}")
+        open_cache(f"{tmp_path / 'c'}@sha256:{'0' * 64}")
     assert caught.value.found == f"no digest: 2 of {UNITS} units are finished"
 
 
 def test_a_unit_exchanged_after_opening_is_refused(tmp_path: Path) -> None:
     """With its record: so only what was known of the whole tells."""
     make(tmp_path / "c")
-    reader = CacheReader(f"{tmp_path / 'c'}@sha256:{CacheReader(tmp_path / 'c').digest()}")
+    reader = open_cache(f"{tmp_path / 'c'}@sha256:{open_cache(tmp_path / 'c').digest()}")
     other = CacheWriter.create(tmp_path / "other", manifest())
     for unit in other.todo():
         data = unit_data(unit, other.manifest)
@@ -330,10 +330,10 @@ def test_locations_without_a_digest_stay_as_they_are() -> None:
 
 def test_convert_names_the_contents_it_was_made_from(tmp_path: Path) -> None:
     make(tmp_path / "c", encodings=("dense",))
-    root = CacheReader(tmp_path / "c").digest()
+    root = open_cache(tmp_path / "c").digest()
     source = f"{tmp_path / 'c'}@sha256:{root}"
     convert(source, tmp_path / "small", encodings=["envelope"])
-    parent = CacheReader(tmp_path / "small").manifest.parent
+    parent = open_cache(tmp_path / "small").manifest.parent
     assert parent is not None
     assert parent["digest"] == root
 
@@ -345,9 +345,9 @@ def test_a_file_is_hashed_once_however_many_processes_read_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "c")
-    reader = CacheReader(tmp_path / "c", memory=0)
+    reader = open_cache(tmp_path / "c", memory=0)
     log = tmp_path / "log"
-    folder = type(reader._store._folder)
+    folder = type(reader.store._folder)
     hashed = folder.sha256
 
     def noted(self: Any, key: str) -> bytes:
@@ -393,14 +393,14 @@ def test_a_cache_of_version_1_is_refused_with_the_command_that_makes_version_2(
     make(tmp_path / "c")
     whole = tree(tmp_path / "c")
     downgrade(tmp_path / "c")
-    for open_it in (CacheReader, CacheWriter.open):
+    for open_it in (open_cache, CacheWriter.open):
         with pytest.raises(CacheError, match="format version 1") as caught:
             open_it(tmp_path / "c")
         assert caught.value.action == f"cskd-pipeline cache upgrade {tmp_path / 'c'}"
     found = upgrade(tmp_path / "c")
     assert tree(tmp_path / "c") == whole
     assert found["units"] == UNITS
-    assert found["digest"] == CacheReader(tmp_path / "c").digest()
+    assert found["digest"] == open_cache(tmp_path / "c").digest()
     assert upgrade(tmp_path / "c")["units"] == 0
     assert tree(tmp_path / "c") == whole
 
@@ -414,7 +414,7 @@ def test_an_upgrade_that_was_stopped_goes_on(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             upgrade(tmp_path / "c", stopped=lambda a=answers: next(a))  # type: ignore[misc]
         with pytest.raises(CacheError, match="format version 1"):
-            CacheReader(tmp_path / "c")
+            open_cache(tmp_path / "c")
     upgrade(tmp_path / "c")
     assert tree(tmp_path / "c") == whole
 
@@ -431,7 +431,7 @@ def test_a_damaged_cache_is_not_upgraded(tmp_path: Path, how: str) -> None:
         upgrade(tmp_path / "c")
     assert "seed/c/1/2/0" in str(caught.value)
     with pytest.raises(CacheError, match="format version 1"):
-        CacheReader(tmp_path / "c")
+        open_cache(tmp_path / "c")
 
 
 def test_what_is_no_cache_is_not_upgraded(tmp_path: Path) -> None:

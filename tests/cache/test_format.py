@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cskd_pipeline.cache import layout
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.ckf import envelope_labels
 from cskd_pipeline.distill.encodings import ENCODINGS
@@ -44,7 +44,7 @@ def stranger() -> Any:
 
 
 def test_the_pages_reader_recovers_hard_labels_at_any_ratio(cache: Path, stranger: Any) -> None:
-    reader = CacheReader(cache)
+    reader = open_cache(cache)
     crossing = 0.25  # a multiple of 1/65535 or half of one is the hard case
     ratios = [0.0, 1.0, 1e-9, crossing, 0.5, 0.123456, 32767.5 / 65535, 32768 / 65535]
     for view in range(VIEWS):
@@ -60,7 +60,7 @@ def test_the_pages_reader_recovers_hard_labels_at_any_ratio(cache: Path, strange
 def test_the_pages_reader_finds_keys_and_refuses_what_is_not_done(
     cache: Path, stranger: Any, tmp_path: Path
 ) -> None:
-    reader = CacheReader(cache)
+    reader = open_cache(cache)
     for shard in range(len(COUNTS)):
         assert stranger.keys(cache, shard) == reader.keys(shard)
     CacheWriter.create(tmp_path / "c", manifest())

@@ -16,7 +16,7 @@ import pytest
 import torch
 import zarr
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter, UnitData
 from cskd_pipeline.distill.encodings import ENCODINGS
 from tests.cache.making import dataset, keys, manifest, teacher, tree
@@ -79,7 +79,7 @@ def test_the_pinned_cache_is_read_as_it_was_written(
     tmp_path: Path, pinned: tuple[dict[str, bytes], str]
 ) -> None:
     lay_out(pinned[0], tmp_path / "c")
-    reader = CacheReader(tmp_path / "c")
+    reader = open_cache(tmp_path / "c")
     assert reader.keys(0) == ["train/0-0", "train/0-é1", "train/0-éé2"]
     assert reader.labels(0).tolist() == [0, 1, 2]
     assert reader.image_crc32(0).tolist() == [2**31, 2**31 + 1, 2**31 + 2]

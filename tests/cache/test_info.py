@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cskd_pipeline.cache.info import describe
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.summary import size, summarise
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS
@@ -68,7 +68,7 @@ def test_it_says_how_to_cite_the_cache_and_the_method(tmp_path: Path) -> None:
     made = make(tmp_path / "c", dataset=replace(dataset(), name="to{y}\\x"))
     found = describe(tmp_path / "c")
     assert found["manifest_sha256"] == made.manifest.digest()
-    assert found["digest"] == CacheReader(tmp_path / "c").digest()
+    assert found["digest"] == open_cache(tmp_path / "c").digest()
     assert f"sha256:{found['digest']}" in found["cite"]["cache"]
     assert "resnet10t" in found["cite"]["cache"]
     assert "2307.08500" in found["cite"]["method"]

@@ -17,7 +17,7 @@ from numcodecs.zstd import Zstd
 from cskd_pipeline.cache import chunks
 from cskd_pipeline.cache.manifest import CacheManifest, DatasetManifest, ShardInfo
 from cskd_pipeline.cache.merge import merge
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter, Unit
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.runtime import atomic
@@ -93,7 +93,7 @@ def test_a_part_with_fewer_views_joins_one_with_more(
     for order in (parts, parts[::-1]):
         out = tmp_path / order[0].name.upper()
         assert merged(out, *order)["complete"]
-        assert CacheReader(out).views == 4
+        assert open_cache(out).views == 4
         assert without_manifest(out) == whole
 
 
@@ -137,10 +137,10 @@ def test_a_merged_cache_says_what_its_parts_say(tmp_path: Path) -> None:
     ]
     parts = [part(tmp_path / str(n), UNITS[n : n + 1], **c) for n, c in enumerate(changes)]
     merged(tmp_path / "out", *parts)
-    found = CacheReader(tmp_path / "out").manifest
+    found = open_cache(tmp_path / "out").manifest
     assert (found.license, found.notes, found.parent) == ("CC0; MIT", "one\ntwo", parent)
     merged(tmp_path / "other", parts[0], part(tmp_path / "none", []))
-    assert CacheReader(tmp_path / "other").manifest.parent is None
+    assert open_cache(tmp_path / "other").manifest.parent is None
 
 
 # Slices: other lists of tar shards of one data set
@@ -162,11 +162,11 @@ def test_slices_unite_in_the_order_given(tmp_path: Path, whole: dict[str, bytes]
     parts = [slice_of(tmp_path / f"{cut.start}", cut) for cut in cuts]
     assert merged(tmp_path / "out", *parts)["complete"]
     assert without_manifest(tmp_path / "out") == whole
-    assert CacheReader(tmp_path / "out").manifest.dataset == dataset()
+    assert open_cache(tmp_path / "out").manifest.dataset == dataset()
     merged(tmp_path / "turned", *parts[::-1])
-    turned = CacheReader(tmp_path / "turned")
+    turned = open_cache(tmp_path / "turned")
     assert turned.shard_ids == dataset().shard_ids[::-1]
-    assert np.array_equal(turned.seeds(1, 2), CacheReader(tmp_path / "out").seeds(1, 0))
+    assert np.array_equal(turned.seeds(1, 2), open_cache(tmp_path / "out").seeds(1, 0))
 
 
 def test_a_slice_is_compared_with_the_whole_value_by_value(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_classes_in_another_order_are_refused_unless_accepted(tmp_path: Path) ->
     assert guard.unknown == [
         f"no class names in {parts[0]}: class k is taken for class k of {parts[1]}"
     ]
-    assert CacheReader(tmp_path / "out").manifest.dataset.class_names == names
+    assert open_cache(tmp_path / "out").manifest.dataset.class_names == names
 
 
 def test_a_target_whose_classes_have_another_order_is_refused(tmp_path: Path) -> None:
@@ -307,16 +307,16 @@ def test_other_versions_are_refused_unless_accepted_and_then_recorded(tmp_path: 
     assert caught.value.problems == [f"{parts[1]}: torch: 2.9.0 and 3.0"]
     assert not (tmp_path / "out").exists()
     merged(tmp_path / "out", *parts[:2], accept_versions=True)
-    assert CacheReader(tmp_path / "out").manifest.other_versions == (versions[1],)
+    assert open_cache(tmp_path / "out").manifest.other_versions == (versions[1],)
     # A part that is alone with its versions, into a cache that does not know them.
     with pytest.raises(CacheError, match="other library versions"):
         merged(tmp_path / "out", parts[2])
     merged(tmp_path / "out", parts[0], parts[2], accept_versions=True)
-    assert CacheReader(tmp_path / "out").manifest.other_versions == tuple(versions[1:])
+    assert open_cache(tmp_path / "out").manifest.other_versions == tuple(versions[1:])
     # What was accepted when a part was made is accepted in it.
     again = part(tmp_path / "3", [], other_versions=(versions[1],))
     merged(tmp_path / "also", again, parts[1])
-    assert CacheReader(tmp_path / "also").manifest.other_versions == (versions[1],)
+    assert open_cache(tmp_path / "also").manifest.other_versions == (versions[1],)
 
 
 # Units that several have
@@ -369,7 +369,7 @@ def test_a_unit_that_differs_is_refused_by_name(tmp_path: Path, name: str) -> No
     assert one.startswith(f"{a}/{name}/c/")
     assert other == one.replace(str(a), str(b))
     assert Path(one).is_file()
-    assert not CacheReader(tmp_path / "out").done()[1, 1]
+    assert not open_cache(tmp_path / "out").done()[1, 1]
 
 
 @pytest.mark.parametrize("name", ["labels", "image_crc32"])
@@ -426,7 +426,7 @@ def test_a_damaged_part_is_not_copied(tmp_path: Path, name: str, how: str) -> No
     with pytest.raises(CacheError, match="damaged") as caught:
         merged(tmp_path / "out", a)
     assert caught.value.where == path
-    assert not CacheReader(tmp_path / "out").done()[0, 0]
+    assert not open_cache(tmp_path / "out").done()[0, 0]
 
 
 def test_a_merge_that_is_stopped_anywhere_goes_on(tmp_path: Path, whole: dict[str, bytes]) -> None:
@@ -435,7 +435,7 @@ def test_a_merge_that_is_stopped_anywhere_goes_on(tmp_path: Path, whole: dict[st
         answers = iter([False] * number + [True])
         with pytest.raises(KeyboardInterrupt):
             merged(tmp_path / "out", *parts, stopped=lambda a=answers: next(a))
-        assert CacheReader(tmp_path / "out").done().sum() == number
+        assert open_cache(tmp_path / "out").done().sum() == number
     assert merged(tmp_path / "out", *parts)["units_copied"] == 1
     assert without_manifest(tmp_path / "out") == whole
 
@@ -467,7 +467,7 @@ def test_a_full_disk_leaves_what_the_same_command_finishes(
                 patch.setattr(shutil, "copyfile", failing)
             with pytest.raises(OutputError, match="no space left"):
                 merged(out, a)
-        assert CacheReader(out).done().sum() == 0
+        assert open_cache(out).done().sum() == 0
         assert merged(out, a)["units_copied"] == 1
         assert without_manifest(out) == without_manifest(a)
 

@@ -15,7 +15,7 @@ import pytest
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder
 from cskd_pipeline.cache.lru import BytesLRU
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter, Unit
 from cskd_pipeline.distill.encodings import Rows
 from cskd_pipeline.errors import CacheError, ManifestError
@@ -56,7 +56,7 @@ def equal(found: np.ndarray, expected: np.ndarray, ragged: bool = False) -> bool
 
 def everything(path: Path) -> dict[str, object]:
     """All that a reader can tell of a cache, as comparable values."""
-    reader = CacheReader(path)
+    reader = open_cache(path)
     found: dict[str, object] = {
         "manifest": reader.manifest.to_json(),
         "done": reader.done().tolist(),
@@ -79,7 +79,7 @@ def everything(path: Path) -> dict[str, object]:
 
 
 def test_everything_comes_back_as_it_was_written(cache: Path) -> None:
-    reader = CacheReader(cache)
+    reader = open_cache(cache)
     assert reader.views == VIEWS
     assert reader.counts == COUNTS
     assert reader.shard_ids == dataset().shard_ids
@@ -104,7 +104,7 @@ def test_everything_comes_back_as_it_was_written(cache: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["dense", "envelope"])
 def test_gathered_rows_come_in_the_order_asked_for(cache: Path, encoding: str) -> None:
-    reader = CacheReader(cache)
+    reader = open_cache(cache)
     rng = np.random.default_rng(1)
     everyone = [(v, s, o) for v in range(VIEWS) for s in range(3) for o in range(COUNTS[s])]
     index = rng.permutation(np.array(everyone * 2))
@@ -116,7 +116,7 @@ def test_gathered_rows_come_in_the_order_asked_for(cache: Path, encoding: str) -
 
 
 def test_more_lines_than_a_chunk_holds_come_back(cache: Path) -> None:
-    found = CacheReader(cache).gather(
+    found = open_cache(cache).gather(
         "envelope", np.array([(v, 0, o) for v in range(4) for o in range(5)])
     )
     lines = found["envelope/lines"]
@@ -125,14 +125,14 @@ def test_more_lines_than_a_chunk_holds_come_back(cache: Path) -> None:
 
 
 def test_an_empty_choice_of_rows_is_empty(cache: Path) -> None:
-    reader = CacheReader(cache)
+    reader = open_cache(cache)
     for encoding in reader.encodings:
         for name, rows in reader.rows(encoding, 0, 0, []).items():
             assert len(rows) == 0, name
 
 
 def test_what_is_returned_may_be_written_to(cache: Path) -> None:
-    reader = CacheReader(cache)
+    reader = open_cache(cache)
     for encoding in reader.encodings:
         first = reader.rows(encoding, 1, 0, [0, 1])
         for values in first.values():
@@ -142,7 +142,7 @@ def test_what_is_returned_may_be_written_to(cache: Path) -> None:
 
 
 def test_a_copy_in_another_process_opens_its_own_files(cache: Path) -> None:
-    reader = CacheReader(cache, memory=12345)
+    reader = open_cache(cache, memory=12345)
     reader.rows("envelope", 0, 0, [0])
     reader.rows("dense", 0, 0, [0])
     message = pickle.dumps(reader)
@@ -156,7 +156,7 @@ def test_a_copy_in_another_process_opens_its_own_files(cache: Path) -> None:
 
 
 def test_slabs_are_kept_within_bounds(cache: Path) -> None:
-    reader = CacheReader(cache, memory=4000)
+    reader = open_cache(cache, memory=4000)
     used = []
     for view in range(VIEWS):
         for shard in range(3):
@@ -171,7 +171,7 @@ def test_slabs_are_kept_within_bounds(cache: Path) -> None:
 
 
 def test_a_kept_slab_is_not_read_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = CacheReader(cache)
+    reader = open_cache(cache)
     reader.rows("envelope", 0, 0, [0])
     monkeypatch.setattr(os, "open", None)
     reader.rows("envelope", 0, 0, [3])
@@ -198,7 +198,7 @@ def test_the_least_recently_used_goes_first() -> None:
 def test_what_is_not_done_does_not_exist(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest())
     fill(writer, writer.todo()[:2])
-    reader = CacheReader(tmp_path / "c")
+    reader = open_cache(tmp_path / "c")
     assert reader.done().tolist() == [[True, True, False], [False, False, False]]
     reader.require_done(views=[0, 1], shards=[0, 1])
     for attempt in (
@@ -217,7 +217,7 @@ def test_what_is_not_done_does_not_exist(tmp_path: Path) -> None:
 def test_missing_units_are_counted_and_named(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest())
     fill(writer, writer.todo()[:4])
-    reader = CacheReader(tmp_path / "c")
+    reader = open_cache(tmp_path / "c")
     with pytest.raises(CacheError) as caught:
         reader.require_done()
     assert "2 of 6 units missing" in str(caught.value)
@@ -238,7 +238,7 @@ def test_no_cache_is_said_to_be_none(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CacheError, match="not a teacher cache"):
-        CacheReader(tmp_path / path)
+        open_cache(tmp_path / path)
 
 
 def rewrite_group(path: Path, document: object) -> None:
@@ -250,7 +250,7 @@ def test_a_manifest_from_the_future_is_refused_with_the_versions(tmp_path: Path)
     document = manifest().to_json() | {"format_version": 3}
     rewrite_group(tmp_path / "c", {"manifest": document, "sha256": "0" * 64})
     with pytest.raises(ManifestError, match=r"format_version: found 3, expected 2"):
-        CacheReader(tmp_path / "c")
+        open_cache(tmp_path / "c")
 
 
 def test_attributes_too_large_are_neither_written_nor_read(
@@ -259,7 +259,7 @@ def test_attributes_too_large_are_neither_written_nor_read(
     make(tmp_path / "c")
     monkeypatch.setattr(schemas, "MAX_BYTES", 2000)
     with pytest.raises(CacheError, match="more than the 2000 it may have"):
-        CacheReader(tmp_path / "c")
+        open_cache(tmp_path / "c")
     with pytest.raises(CacheError, match="manifest is too large"):
         CacheWriter.create(tmp_path / "d", manifest())
     assert list((tmp_path / "d").iterdir()) == []
@@ -285,7 +285,7 @@ def test_array_documents_that_differ_are_refused_by_field(tmp_path: Path) -> Non
     for name, (old, new) in changes.items():
         assert content.count(old) == 1, name
         document.write_text(content.replace(old, new))
-        for open_it in (CacheReader, CacheWriter.open):
+        for open_it in (open_cache, CacheWriter.open):
             with pytest.raises(CacheError, match="not what its manifest says") as caught:
                 open_it(path)
             assert [line.split(":")[:2] for line in caught.value.problems] == [
@@ -297,7 +297,7 @@ def test_an_unknown_encoding_is_refused(tmp_path: Path) -> None:
     made = manifest(encodings=("dense", "holographic"))
     tmp_path.joinpath("zarr.json").write_bytes(layout.manifest_document(made))
     with pytest.raises(CacheError, match="unknown encoding") as caught:
-        CacheReader(tmp_path)
+        open_cache(tmp_path)
     assert "holographic" in str(caught.value)
 
 
@@ -306,7 +306,7 @@ def test_a_manifest_that_was_edited_is_refused(tmp_path: Path) -> None:
     group = tmp_path / "c/zarr.json"
     group.write_text(group.read_text().replace('"random"', '"imagenet"'))
     with pytest.raises(CacheError, match="not what was written"):
-        CacheReader(tmp_path / "c")
+        open_cache(tmp_path / "c")
 
 
 # What was lost or altered; tests/faults/test_damage.py goes through every kind of file
@@ -348,7 +348,7 @@ def test_keys_of_another_shard_are_refused(tmp_path: Path) -> None:
     one, other = path / "key/c/0/0/0", path / "key/c/1/0/0"
     other.write_bytes(one.read_bytes())
     with pytest.raises(CacheError, match="a file of another unit") as caught:
-        CacheReader(path).keys(1)
+        open_cache(path).keys(1)
     assert caught.value.where == other
 
 
@@ -359,13 +359,13 @@ def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
         (path / "label/c/0/0").rename(tmp_path / "aside")
         make_odd(path / "label/c/0/0")
         with pytest.raises(CacheError, match="not a plain file"):
-            CacheReader(path).labels(0)
+            open_cache(path).labels(0)
         (path / "label/c/0/0").unlink() if make_odd is os.mkfifo else (path / "label/c/0/0").rmdir()
         (tmp_path / "aside").rename(path / "label/c/0/0")
 
 
 def test_an_unreadable_disk_is_reported(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = CacheReader(cache)
+    reader = open_cache(cache)
 
     def failing(*_: object) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -394,7 +394,7 @@ def test_values_that_no_answer_has_are_refused(tmp_path: Path) -> None:
         writer = CacheWriter.create(tmp_path / change, manifest(encodings=("envelope",)))
         writer.write_unit(writer.todo()[0], spoilt(change))
         with pytest.raises(CacheError, match="damaged") as caught:
-            CacheReader(tmp_path / change).rows("envelope", 0, 0, [0])
+            open_cache(tmp_path / change).rows("envelope", 0, 0, [0])
         assert "of 20" in str(caught.value)
 
 
@@ -409,12 +409,12 @@ def test_opening_a_large_cache_is_quick(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / f"digest/c/{block}").mkdir(parents=True)
         for shard in range(1024):
             (tmp_path / f"digest/c/{block}/{shard}").touch()
-    CacheReader(tmp_path)
+    open_cache(tmp_path)
     opened = []
     os_open = os.open
     monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(path) or os_open(path, *rest))
     started = time.process_time()
-    reader = CacheReader(tmp_path)
+    reader = open_cache(tmp_path)
     seconds = time.process_time() - started
     assert reader.done().all()
     assert len(opened) == len(layout.array_documents(made)) + 1

@@ -19,7 +19,7 @@ import pytest
 from cskd_pipeline.cache import remote, transfers
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.mirror import Mirror
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.remote import RemoteFolder, open_folder
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.cli import main
@@ -65,7 +65,7 @@ def store(folder: Path, copies: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         yield found
 
 
-def content(reader: CacheReader) -> list[np.ndarray]:
+def content(reader: Cache) -> list[np.ndarray]:
     """Everything that a cache holds."""
     found = [reader.done()]
     for shard, count in enumerate(reader.counts):
@@ -78,7 +78,7 @@ def content(reader: CacheReader) -> list[np.ndarray]:
 
 
 def assert_same(location: str, folder: Path) -> None:
-    pairs = zip(content(CacheReader(location)), content(CacheReader(folder)), strict=True)
+    pairs = zip(content(open_cache(location)), content(open_cache(folder)), strict=True)
     for one, other in pairs:
         np.testing.assert_array_equal(one, other)
 
@@ -98,16 +98,16 @@ def test_a_cache_in_an_object_store_reads_as_its_folder(store: Served, folder: P
 
 
 def test_what_was_read_once_is_not_fetched_again(served: Served, folder: Path) -> None:
-    content(CacheReader(f"{served.url}/cache"))
+    content(open_cache(f"{served.url}/cache"))
     before = len(served.asked)
-    content(CacheReader(f"{served.url}/cache"))
+    content(open_cache(f"{served.url}/cache"))
     assert {path for _, path, _ in served.asked[before:]} == {
         f"/cache/{p.relative_to(folder)}" for p in folder.rglob("zarr.json")
     }
 
 
 def test_only_what_is_read_is_fetched(served: Served) -> None:
-    reader = CacheReader(f"{served.url}/cache")
+    reader = open_cache(f"{served.url}/cache")
     reader.rows("envelope", 0, 1, [0])
     assert not served.gets("/dense/spatial/c/0/1/0/0/0/0")
     assert not [path for _, path, _ in served.asked if "/seed/c/" in path]
@@ -117,19 +117,19 @@ def test_only_what_is_read_is_fetched(served: Served) -> None:
 def test_units_that_are_not_done_do_not_exist(tmp_path: Path, copies: Path, store: Served) -> None:
     writer = CacheWriter.create(tmp_path / "served/part", manifest())
     fill(writer, writer.todo()[:3])
-    expected = CacheReader(tmp_path / "served/part").done()
+    expected = open_cache(tmp_path / "served/part").done()
     assert 0 < expected.sum() < expected.size
     with serving(tmp_path / "served") as served:
-        np.testing.assert_array_equal(CacheReader(f"{served.url}/part").done(), expected)
+        np.testing.assert_array_equal(open_cache(f"{served.url}/part").done(), expected)
         fill(writer)
-        assert CacheReader(f"{served.url}/part").done().all()
-    np.testing.assert_array_equal(CacheReader(f"s3://{BUCKET}/part").done(), expected | True)
+        assert open_cache(f"{served.url}/part").done().all()
+    np.testing.assert_array_equal(open_cache(f"s3://{BUCKET}/part").done(), expected | True)
 
 
 def test_a_cache_that_grew_keeps_the_copies_of_what_it_had(
     served: Served, folder: Path, copies: Path
 ) -> None:
-    content(CacheReader(f"{served.url}/cache"))
+    content(open_cache(f"{served.url}/cache"))
     writer = CacheWriter.open(folder)
     writer.extend(6)
     fill(writer)
@@ -145,7 +145,7 @@ def test_a_cache_that_grew_keeps_the_copies_of_what_it_had(
 def test_another_cache_in_the_same_place_is_not_mixed_with_the_old_copies(
     served: Served, folder: Path, tmp_path: Path
 ) -> None:
-    content(CacheReader(f"{served.url}/cache"))
+    content(open_cache(f"{served.url}/cache"))
     folder.rename(tmp_path / "old")
     make(folder, root_seed=8, views=2)
     assert_same(f"{served.url}/cache", folder)
@@ -174,7 +174,7 @@ def test_a_fault_that_passes_is_not_noticed(
     if kind == "silence":
         monkeypatch.setattr(transfers, "TIMEOUT", 0.5)
     url = f"{served.url}/cache" if scheme == "http" else f"s3://{BUCKET}/cache"
-    found, local = CacheReader(url), CacheReader(folder)
+    found, local = open_cache(url), open_cache(folder)
     assert found.keys(1) == local.keys(1)
     np.testing.assert_array_equal(found.labels(0), local.labels(0))
     one, other = (reader.rows("envelope", 0, 1, range(3)) for reader in (found, local))
@@ -207,7 +207,7 @@ def test_a_server_without_ranges_sends_all_of_it_again(
 ) -> None:
     served.ranges = False
     served.faults = [("dense/spatial/c/0/0/0/0/0/0", "truncate")]
-    CacheReader(f"{served.url}/cache").rows("dense", 0, 0, [0])
+    open_cache(f"{served.url}/cache").rows("dense", 0, 0, [0])
     (copy,) = of_array("dense/spatial", copies)
     assert copy.read_bytes() == (folder / "dense/spatial/c/0/0/0/0/0/0").read_bytes()
 
@@ -216,7 +216,7 @@ def test_a_server_without_ranges_sends_all_of_it_again(
 def test_a_fault_that_stays_is_told_and_leaves_nothing(
     kind: str | int, served: Served, copies: Path
 ) -> None:
-    reader = CacheReader(f"{served.url}/cache")
+    reader = open_cache(f"{served.url}/cache")
     served.always["label/c/1/0"] = kind
     with pytest.raises(RemoteError, match="cannot be reached") as error:
         reader.labels(1)
@@ -232,25 +232,25 @@ def test_a_fault_that_stays_is_told_and_leaves_nothing(
 def test_a_refusal_is_told_at_once(status: int, served: Served) -> None:
     served.always["zarr.json"] = status
     with pytest.raises(RemoteError, match="may not be read") as error:
-        CacheReader(f"{served.url}/cache")
+        open_cache(f"{served.url}/cache")
     assert str(status) in str(error.value.found)
     assert len(served.gets()) == 1
 
 
 def test_where_nobody_listens_that_is_told(copies: Path) -> None:
     with pytest.raises(RemoteError, match="cannot be reached"):
-        CacheReader("http://127.0.0.1:9/cache")
+        open_cache("http://127.0.0.1:9/cache")
 
 
 def test_where_there_is_no_cache_that_is_told(served: Served, store: Served) -> None:
     for location in (f"{served.url}/nothing", f"s3://{BUCKET}/nothing", f"s3://{BUCKET}x/y"):
         with pytest.raises(CacheError, match="not a teacher cache") as error:
-            CacheReader(location)
+            open_cache(location)
         assert str(error.value.where) == f"{location}/zarr.json"
 
 
 def test_a_file_that_is_gone_is_missing_and_not_retried(served: Served, folder: Path) -> None:
-    reader = CacheReader(f"{served.url}/cache")
+    reader = open_cache(f"{served.url}/cache")
     (folder / "label/c/2/0").unlink()
     with pytest.raises(CacheError, match="damaged") as error:
         reader.labels(2)
@@ -261,7 +261,7 @@ def test_a_file_that_is_gone_is_missing_and_not_retried(served: Served, folder: 
 def test_damage_on_the_way_is_healed_by_fetching_once_more(
     served: Served, folder: Path, copies: Path
 ) -> None:
-    content(CacheReader(f"{served.url}/cache"))
+    content(open_cache(f"{served.url}/cache"))
     files = [
         p for n in ("dense/spatial", "envelope/lines", "seed", "key") for p in of_array(n, copies)
     ]
@@ -284,7 +284,7 @@ def test_damage_at_its_source_is_told_after_one_more_look(served: Served, folder
     data = bytearray((folder / name).read_bytes())
     data[len(data) // 3] ^= 1
     (folder / name).write_bytes(data)
-    reader = CacheReader(f"{served.url}/cache")
+    reader = open_cache(f"{served.url}/cache")
     for _ in range(2):
         with pytest.raises(CacheError, match="damaged") as error:
             reader.rows("dense", 1, 2, range(4))
@@ -296,7 +296,7 @@ def test_a_document_without_end_is_not_read_into_memory(served: Served, folder: 
     with open(folder / "zarr.json", "r+b") as file:
         file.truncate(2**28)
     with pytest.raises(CacheError, match="not a teacher cache") as error:
-        CacheReader(f"{served.url}/cache")
+        open_cache(f"{served.url}/cache")
     assert "more than" in str(error.value.found)
 
 
@@ -313,8 +313,8 @@ def test_copies_stay_below_their_bound_and_the_reader_does_not_notice(
     everything = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     bound = everything // 4
     monkeypatch.setenv("CSKD_CACHE_GB", str(bound / 1e9))
-    reader = CacheReader(f"{served.url}/cache", memory=0)
-    local, most = CacheReader(folder), 0
+    reader = open_cache(f"{served.url}/cache", memory=0)
+    local, most = open_cache(folder), 0
     for _ in range(2):
         for view, shard in np.ndindex(4, 3):
             for encoding in ("dense", "envelope"):
@@ -358,7 +358,7 @@ def test_half_written_copies_are_left_to_their_writers(tmp_path: Path) -> None:
 
 def test_many_readers_at_once_fetch_a_file_once(served: Served) -> None:
     def read(_: int) -> list[np.ndarray]:
-        return list(CacheReader(f"{served.url}/cache").rows("dense", 0, 0, range(5)).values())
+        return list(open_cache(f"{served.url}/cache").rows("dense", 0, 0, range(5)).values())
 
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(read, range(8)))
@@ -371,9 +371,9 @@ def test_many_readers_at_once_fetch_a_file_once(served: Served) -> None:
 def test_readers_travel_to_processes_that_were_forked_and_ones_that_were_not(
     served: Served, folder: Path
 ) -> None:
-    reader = CacheReader(f"{served.url}/cache")
+    reader = open_cache(f"{served.url}/cache")
     reader.labels(0)
-    expected = CacheReader(folder).labels(1).tolist()
+    expected = open_cache(folder).labels(1).tolist()
     end, start = os.pipe()
     child = os.fork()
     if child == 0:
@@ -407,7 +407,7 @@ def test_a_forked_reader_leaves_its_parents_connections_alone(
         closes(*arguments, **options)
 
     monkeypatch.setattr(S3FileSystem, "close_session", staticmethod(close))
-    reader = CacheReader(f"{served.url}/cache" if scheme == "http" else f"s3://{BUCKET}/cache")
+    reader = open_cache(f"{served.url}/cache" if scheme == "http" else f"s3://{BUCKET}/cache")
     reader.rows("dense", 0, 0, [0])
     child = os.fork()
     if child == 0:
@@ -431,7 +431,7 @@ def test_a_size_that_is_none_is_refused(
 ) -> None:
     monkeypatch.setenv("CSKD_CACHE_GB", size)
     with pytest.raises(UsageError, match="not a size in gigabytes"):
-        CacheReader(f"{served.url}/cache")
+        open_cache(f"{served.url}/cache")
 
 
 # --- places ---------------------------------------------------------------------------------------
@@ -511,7 +511,7 @@ def test_a_cache_elsewhere_is_verified_and_converted(
         main(["cache", "convert", url, str(tmp_path / "small"), "--encoding", "envelope", "-q"])
         == 0
     )
-    assert CacheReader(tmp_path / "small").done().all()
+    assert open_cache(tmp_path / "small").done().all()
     (folder / "seed/c/1/1/0").unlink()
     capsys.readouterr()
     for path in of_array("seed", tmp_path / "copies"):
@@ -533,7 +533,7 @@ def test_finding_out_what_is_finished_is_told(served: Served, capsys: Capture) -
             told.append((total, unit, meter.count))
 
     progress.listen(Listener())
-    CacheReader(f"{served.url}/cache")
+    open_cache(f"{served.url}/cache")
     assert told == [(6, "units", 6)]
 
 
@@ -545,7 +545,7 @@ def test_a_store_that_wants_a_login_is_told_at_once(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(RemoteError, match="may not be read") as error:
-        CacheReader(f"s3://{BUCKET}/cache")
+        open_cache(f"s3://{BUCKET}/cache")
     assert "FSSPEC_S3_ANON=true" in str(error.value.action)
     assert store.asked == []
 
@@ -555,5 +555,5 @@ def test_a_bug_is_not_taken_for_the_network(
 ) -> None:
     monkeypatch.setattr(transfers, "_total", lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):
-        CacheReader(f"{served.url}/cache")
+        open_cache(f"{served.url}/cache")
     assert len(served.asked) == 1

@@ -27,7 +27,7 @@ from cskd_pipeline.cache import durable, mirror, remote, transfers
 from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.chunks import DamageError, encode_file
 from cskd_pipeline.cache.mirror import Mirror
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.remote import RemoteFolder
 from cskd_pipeline.cli import main
 from cskd_pipeline.errors import CacheError, OutputError, RemoteError, UsageError
@@ -113,12 +113,12 @@ def test_info_about_a_compression_bomb_stays_small(
     served.replies["zarr.json"] = (200, headers, data)
     code = f"""
         import resource, sys
-        from cskd_pipeline.cache.reader import CacheReader
+        from cskd_pipeline.cache.reader import open_cache
         from cskd_pipeline.errors import RemoteError
         import fsspec, aiohttp
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
-            CacheReader({f"{served.url}/cache"!r})
+            open_cache({f"{served.url}/cache"!r})
         except RemoteError as error:
             assert "compressed" in str(error)
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -158,21 +158,21 @@ def test_what_is_no_http_is_told_on_one_line(served: Served) -> None:
 def test_no_copy_is_larger_than_the_manifest_implies(
     finished: Path, served: Served, copies: Path
 ) -> None:
-    reader = CacheReader(finished)
+    reader = open_cache(finished)
     (served.root / "cache").symlink_to(finished)
     url = f"{served.url}/cache"
     key = reader.file("label", 1)
-    bound = CacheReader(url)._store.arrays["label"].most_file_bytes
+    bound = open_cache(url).store.arrays["label"].most_file_bytes
     assert bound < 2000
     served.replies[key] = (200, {}, bytes(2**20))
     with pytest.raises(CacheError, match="damaged") as error:
-        CacheReader(url).labels(1)
+        open_cache(url).labels(1)
     assert f"more than the {bound} bytes it may have" in str(error.value.found)
     assert not [p for p in copies.rglob("*") if "label" in str(p) and p.is_file()]
 
 
 def test_every_file_of_a_cache_fits_its_bound(finished: Path) -> None:
-    store = CacheReader(finished)._store
+    store = open_cache(finished).store
     sizes = store.sizes()
     assert sizes is not None
     bounds = {key: store._most_bytes(key) for key in sizes}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cskd_pipeline.cache.check import Problem, check_bytes, check_structure
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.cache.writer import CacheWriter
 from tests.cache.making import data_files, fill, manifest, tree, unit_data
@@ -23,17 +23,17 @@ def cache(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def units(reader: CacheReader) -> list[tuple[int, int]]:
+def units(reader: Cache) -> list[tuple[int, int]]:
     return [(int(block), int(shard)) for block, shard in np.argwhere(reader.done())]
 
 
 def structure(cache: Path) -> list[Problem]:
-    reader = CacheReader(cache)
+    reader = open_cache(cache)
     return check_structure(CacheStore(cache), units(reader))
 
 
 def damage(cache: Path) -> list[Problem]:
-    reader = CacheReader(cache)
+    reader = open_cache(cache)
     return check_bytes(reader, units(reader))
 
 
@@ -44,7 +44,7 @@ def test_a_whole_cache_has_no_problem(cache: Path) -> None:
 
 def test_the_files_looked_at_are_all_that_there_are(cache: Path) -> None:
     store = CacheStore(cache)
-    reader = CacheReader(cache)
+    reader = open_cache(cache)
     known = {key for unit in units(reader) for _, key in store.recorded_files(*unit)}
     known |= {store.record_key(*unit) for unit in units(reader)}
     assert known == set(data_files(cache))

@@ -19,7 +19,7 @@ import pytest
 
 from cskd_pipeline.cache import durable, layout
 from cskd_pipeline.cache.manifest import CacheManifest
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter, Unit
 from cskd_pipeline.errors import CacheError, CskdError, OutputError, UsageError
 from cskd_pipeline.runtime import atomic
@@ -171,7 +171,7 @@ def test_other_versions_are_refused_unless_accepted_and_then_recorded(tmp_path: 
     for _ in range(2):
         writer = CacheWriter.create(path, manifest(versions=newer), accept_versions=True)
         assert writer.manifest.other_versions == (newer,)
-    assert CacheReader(path).manifest.other_versions == (newer,)
+    assert open_cache(path).manifest.other_versions == (newer,)
     CacheWriter.create(path, manifest(versions=newer))  # known by now
 
 
@@ -210,7 +210,7 @@ def test_creation_that_was_cut_off_is_completed(
             with pytest.raises(OutputError):
                 CacheWriter.create(path, manifest())
         with pytest.raises(CacheError):
-            CacheReader(path)
+            open_cache(path)
         CacheWriter.create(path, manifest())
         assert tree(path) == {name: finished[name] for name in documents}
 
@@ -218,13 +218,13 @@ def test_creation_that_was_cut_off_is_completed(
 def test_a_cache_grows_by_whole_blocks(tmp_path: Path) -> None:
     path = tmp_path / "c"
     make(path, views=2)
-    early = CacheReader(path)
+    early = open_cache(path)
     writer = CacheWriter.open(path)
     with pytest.raises(CacheError, match="ask for 6"):
         writer.extend(5)
     writer.extend(4)
     assert [unit.block for unit in writer.todo()] == [1, 1, 1]
-    reader = CacheReader(path)
+    reader = open_cache(path)
     assert reader.views == 4
     reader.require_done(views=range(2))
     with pytest.raises(CacheError, match="3 of 6 units missing"):
@@ -235,7 +235,7 @@ def test_a_cache_grows_by_whole_blocks(tmp_path: Path) -> None:
     make(tmp_path / "whole")
     assert tree(path) == tree(tmp_path / "whole")
     writer.extend(2)  # never shrinks
-    assert writer.manifest.views == CacheReader(path).views == 4
+    assert writer.manifest.views == open_cache(path).views == 4
 
 
 def test_extension_that_was_cut_off_harms_nobody_and_is_finished_later(
@@ -250,7 +250,7 @@ def test_extension_that_was_cut_off_harms_nobody_and_is_finished_later(
             fail_at(patch, number)
             with pytest.raises(OutputError):
                 writer.extend(4)
-        CacheReader(path).require_done()
+        open_cache(path).require_done()
         writer = CacheWriter.open(path)
         assert writer.todo() == []
         writer.extend(4)
@@ -273,7 +273,7 @@ def test_an_extension_that_ended_while_a_writer_opened_the_cache_is_kept(
 
     monkeypatch.setattr("cskd_pipeline.cache.writer.exclusive", extended_meanwhile)
     assert CacheWriter.open(tmp_path / "c").manifest.views == 4
-    assert CacheReader(tmp_path / "c").views == 4
+    assert open_cache(tmp_path / "c").views == 4
 
 
 # Kills, full disks, other writers
@@ -329,7 +329,7 @@ def test_a_disk_that_is_really_full_is_reported(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="no space left") as caught:
             fill(writer)
         assert str(disk) in str(caught.value)
-        CacheReader(disk / "c").require_done(views=range(2), shards=[0])
+        open_cache(disk / "c").require_done(views=range(2), shards=[0])
         assert 0 < len(writer.todo()) < 6
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -401,7 +401,7 @@ def check_what_is_done(path: Path) -> None:
     """Whatever is done is complete at any moment."""
     if not all((path / name / "zarr.json").exists() for name in ("digest", "dense", "envelope")):
         return  # killed while it was created
-    reader = CacheReader(path)
+    reader = open_cache(path)
     for block, shard in np.argwhere(reader.done()).tolist():
         for view in range(2 * block, 2 * block + 2):
             expected = unit_data(Unit(block, shard, range(2 * block, 2 * block + 2)), manifest())
@@ -444,7 +444,7 @@ def test_of_two_creations_at_once_one_wins(tmp_path: Path) -> None:
         found = [answers.get(timeout=60) for _ in both]
         for process in both:
             process.join(60)
-        seed = CacheReader(path).manifest.root_seed
+        seed = open_cache(path).manifest.root_seed
         assert sorted(map(str, found)) == sorted([str(seed), "CacheError"])
 
 
@@ -467,7 +467,7 @@ def test_a_stopped_writer_does_not_hold_the_others_up_for_ever(
         with pytest.raises(OutputError, match="does not let go") as caught:
             writer.write_unit(unit, unit_data(unit, writer.manifest))
         assert caught.value.where == folder
-        assert not CacheReader(tmp_path).done().any()
+        assert not open_cache(tmp_path).done().any()
     finally:
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)

@@ -17,7 +17,7 @@ from zarr.storage import LocalStore, MemoryStore
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder, _content_size, encode_file
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import Unit
 from cskd_pipeline.distill.encodings import ENCODINGS
 from tests.cache.making import BLOCK, COUNTS, VIEWS, make, manifest, tree, unit_data
@@ -35,7 +35,7 @@ def test_plain_zarr_reads_every_array(cache: Path) -> None:
     every = np.ones((VIEWS // BLOCK, len(COUNTS)), bool)
     assert group.attrs["cskd"]["manifest"] == manifest().to_json()
     records = group["digest"][:].reshape(VIEWS // BLOCK, len(COUNTS), -1, 32)
-    assert bytes(records[1, 2, 0]) == CacheReader(cache).unit_digests(every)[1, 2].tobytes()
+    assert bytes(records[1, 2, 0]) == open_cache(cache).unit_digests(every)[1, 2].tobytes()
     for block in range(VIEWS // BLOCK):
         views = range(block * BLOCK, (block + 1) * BLOCK)
         for shard, count in enumerate(COUNTS):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cskd_pipeline.cache.manifest import CacheManifest, TeacherInfo, library_versions
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.writer import CacheWriter, UnitData
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.data.index import Dataset, describe
@@ -33,7 +33,7 @@ def answers(view: int, shard: int, count: int, classes: int) -> dict[str, np.nda
 
 def make_cache(
     path: Path, dataset: Dataset, *, policy: ViewPolicy = POLICY, **changes: Any
-) -> CacheReader:
+) -> Cache:
     """A finished ``dense`` cache of every view of ``dataset``."""
     manifest = describe(dataset)
     classes = manifest.num_classes
@@ -81,7 +81,7 @@ def make_cache(
                 top1=np.array([[0, count] for _ in unit.views], np.uint32),
             ),
         )
-    return CacheReader(path)
+    return open_cache(path)
 
 
 def gather_small(batches: Any, views: range, count: int) -> dict[str, np.ndarray]:

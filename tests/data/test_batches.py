@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data import render as render_module
 from cskd_pipeline.data.batches import Batch, TrainBatches, render_batch, train_loader
 from cskd_pipeline.data.images import ImageSource
@@ -43,11 +43,11 @@ def uncached(dataset: Dataset, **changes: Any) -> TrainBatches:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> CacheReader:
+def cache(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Cache:
     return make_cache(tmp_path_factory.mktemp("cache") / "cache", load_dataset(shards))
 
 
-def cached(dataset: Dataset, cache: CacheReader, **changes: Any) -> TrainBatches:
+def cached(dataset: Dataset, cache: Cache, **changes: Any) -> TrainBatches:
     images = join(dataset, cache).images
     options: dict[str, Any] = {"cache": cache, "encoding": "dense", **changes}
     return TrainBatches(plan_of(dataset), images, **options)
@@ -130,7 +130,7 @@ def test_each_image_is_decoded_once_and_each_view_rendered_once(
 
 
 def test_batches_are_the_same_for_any_number_of_workers_and_from_any_start(
-    dataset: Dataset, cache: CacheReader
+    dataset: Dataset, cache: Cache
 ) -> None:
     source = cached(dataset, cache, accumulation=2)
     wanted = positions(source, 3)
@@ -145,7 +145,7 @@ def test_batches_are_the_same_for_any_number_of_workers_and_from_any_start(
 
 
 def test_batches_are_the_same_in_a_process_that_shares_nothing(
-    dataset: Dataset, cache: CacheReader
+    dataset: Dataset, cache: Cache
 ) -> None:
     source = cached(dataset, cache)
     wanted = [(0, 0, 0), (2, 1, 0)]
@@ -172,7 +172,7 @@ def test_ranks_and_micro_batches_are_the_parts_of_one_batch(dataset: Dataset) ->
 
 
 def test_a_cache_gives_the_views_it_recorded_and_its_answers(
-    dataset: Dataset, cache: CacheReader
+    dataset: Dataset, cache: Cache
 ) -> None:
     source, plain = cached(dataset, cache), uncached(dataset)
     for position in positions(source, 2):
@@ -189,23 +189,21 @@ def test_a_cache_gives_the_views_it_recorded_and_its_answers(
 
 
 def test_seeds_come_from_the_cache_not_from_their_formula(
-    tmp_path: Path, dataset: Dataset, cache: CacheReader, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dataset: Dataset, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = cached(dataset, cache)[(0, 0, 0)]
     monkeypatch.setattr(render_module, "view_seed", None)
     assert same(cached(dataset, cache)[(0, 0, 0)], batch)
 
 
-class Drifted(CacheReader):
+class Drifted(Cache):
     """A cache whose view digests are those of other pixels."""
 
     def view_digests(self, view: int, shard: int) -> np.ndarray:
         return super().view_digests(view, shard) ^ np.uint32(view == 1)
 
 
-def test_a_view_that_does_not_replay_is_refused_and_named(
-    dataset: Dataset, cache: CacheReader
-) -> None:
+def test_a_view_that_does_not_replay_is_refused_and_named(dataset: Dataset, cache: Cache) -> None:
     source = cached(dataset, Drifted(cache.path))
     with pytest.raises(ViewDriftError, match="views are not those the teacher saw") as caught:
         _ = source[(0, 0, 0)]
@@ -215,7 +213,7 @@ def test_a_view_that_does_not_replay_is_refused_and_named(
     assert any(key in line for key in dataset.shards[0].keys + dataset.shards[2].keys)
 
 
-def test_drift_is_counted_where_the_user_accepts_it(dataset: Dataset, cache: CacheReader) -> None:
+def test_drift_is_counted_where_the_user_accepts_it(dataset: Dataset, cache: Cache) -> None:
     batch = cached(dataset, Drifted(cache.path), drift="warn")[(0, 0, 0)]
     clean = cached(dataset, cache)[(0, 0, 0)]
     assert 0 < batch.drifted < len(batch.pixels)
@@ -223,7 +221,7 @@ def test_drift_is_counted_where_the_user_accepts_it(dataset: Dataset, cache: Cac
 
 
 def test_the_error_names_the_versions_that_differ(
-    dataset: Dataset, cache: CacheReader, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = {**cache.manifest.versions, "pillow": "1.0"}
     monkeypatch.setattr(render_module, "library_versions", lambda: versions)
@@ -243,7 +241,7 @@ def test_loading_leaves_every_global_generator_alone(dataset: Dataset) -> None:
     assert states() == before
 
 
-def test_a_batch_survives_the_way_between_processes(dataset: Dataset, cache: CacheReader) -> None:
+def test_a_batch_survives_the_way_between_processes(dataset: Dataset, cache: Cache) -> None:
     source = cached(dataset, cache)
     batch = source[(0, 0, 0)]
     (arrived,) = train_loader(source, [(0, 0, 0)], workers=1)

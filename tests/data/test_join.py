@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data import shards as shards_module
 from cskd_pipeline.data.batches import TrainBatches
 from cskd_pipeline.data.index import Dataset, index_shards, load_dataset
@@ -29,7 +29,7 @@ EVERY = samples(0, sum(COUNTS))
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> CacheReader:
+def cache(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Cache:
     return make_cache(tmp_path_factory.mktemp("cache") / "cache", load_dataset(shards))
 
 
@@ -40,7 +40,7 @@ def recut(folder: Path, *parts: list[Sample]) -> Dataset:
     return load_dataset(paths, num_classes=5)
 
 
-def source(joined: Join, cache: CacheReader, batch_size: int = 10, **changes: Any) -> TrainBatches:
+def source(joined: Join, cache: Cache, batch_size: int = 10, **changes: Any) -> TrainBatches:
     plan = EpochPlan(
         joined.samples,
         POLICY,
@@ -55,9 +55,9 @@ def source(joined: Join, cache: CacheReader, batch_size: int = 10, **changes: An
 
 
 def test_the_producer_s_own_shards_are_taken_whole(
-    dataset: Dataset, cache: CacheReader, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CacheReader, "keys", None)
+    monkeypatch.setattr(Cache, "keys", None)
     joined = join(dataset, cache)
     assert (joined.same_shards, joined.missing, joined.unused) == (4, 0, 0)
     assert joined.allowed is None
@@ -65,7 +65,7 @@ def test_the_producer_s_own_shards_are_taken_whole(
 
 
 def test_shards_of_the_same_keys_are_found_whatever_they_are_called(
-    tmp_path: Path, cache: CacheReader, dataset: Dataset
+    tmp_path: Path, cache: Cache, dataset: Dataset
 ) -> None:
     ends = np.cumsum(COUNTS)
     parts = [EVERY[end - n : end] for n, end in zip(COUNTS, ends, strict=True)]
@@ -78,7 +78,7 @@ def test_shards_of_the_same_keys_are_found_whatever_they_are_called(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_other_tars_in_another_order_give_the_same_batches(
-    tmp_path: Path, dataset: Dataset, cache: CacheReader, seed: int
+    tmp_path: Path, dataset: Dataset, cache: Cache, seed: int
 ) -> None:
     order = np.random.default_rng(seed).permutation(len(EVERY))
     cuts = sorted(np.random.default_rng(seed).choice(np.arange(1, len(EVERY)), 4, replace=False))
@@ -91,7 +91,7 @@ def test_other_tars_in_another_order_give_the_same_batches(
 
 
 def test_a_batch_opens_every_tar_once(
-    tmp_path: Path, cache: CacheReader, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     joined = join(recut(tmp_path, EVERY[0::3], EVERY[1::3], EVERY[2::3]), cache)
     opened: list[Path] = []
@@ -103,7 +103,7 @@ def test_a_batch_opens_every_tar_once(
     assert len(opened) == len(set(opened)) == 3
 
 
-def test_what_is_missing_is_counted_and_named(tmp_path: Path, cache: CacheReader) -> None:
+def test_what_is_missing_is_counted_and_named(tmp_path: Path, cache: Cache) -> None:
     other = recut(tmp_path, [s for i, s in enumerate(EVERY) if i not in (3, 17, 40)])
     with pytest.raises(JoinError, match="3 of the cache's 43 samples are not in the shards") as e:
         join(other, cache)
@@ -112,7 +112,7 @@ def test_what_is_missing_is_counted_and_named(tmp_path: Path, cache: CacheReader
 
 
 def test_training_without_the_missing_asks_for_none_of_them(
-    tmp_path: Path, dataset: Dataset, cache: CacheReader
+    tmp_path: Path, dataset: Dataset, cache: Cache
 ) -> None:
     gone = {3, 17, 40}
     other = recut(tmp_path, [s for i, s in enumerate(EVERY) if i not in gone], samples(99, 1))
@@ -133,7 +133,7 @@ def test_training_without_the_missing_asks_for_none_of_them(
 
 
 def test_shards_of_another_data_set_are_not_skipped_but_refused(
-    tmp_path: Path, cache: CacheReader
+    tmp_path: Path, cache: Cache
 ) -> None:
     other = recut(tmp_path, samples(500, 20))
     for missing in ("error", "skip"):
@@ -143,7 +143,7 @@ def test_shards_of_another_data_set_are_not_skipped_but_refused(
     assert "skip" not in str(caught.value.action)
 
 
-def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, cache: CacheReader) -> None:
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, cache: Cache) -> None:
     with pytest.raises(JoinError, match="more than once") as caught:
         join(recut(tmp_path, EVERY, EVERY[30:33]), cache)
     assert caught.value.found == EVERY[30][0]
@@ -154,7 +154,7 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, cache: CacheReader
 
 
 def test_keys_twice_among_what_the_cache_does_not_know_are_no_matter(
-    tmp_path: Path, cache: CacheReader
+    tmp_path: Path, cache: Cache
 ) -> None:
     other = recut(tmp_path, EVERY, samples(500, 2), samples(500, 2))
     assert join(other, cache).unused == 4
@@ -165,7 +165,7 @@ def relabelled(sample: Sample, label: int) -> Sample:
     return key, {**fields, "cls": b"%d" % label}
 
 
-def test_labels_unlike_the_cache_s_are_refused_by_key(tmp_path: Path, cache: CacheReader) -> None:
+def test_labels_unlike_the_cache_s_are_refused_by_key(tmp_path: Path, cache: Cache) -> None:
     """Of every sample, before any is read; classes that were only numbered otherwise are said."""
     turned = [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)]
     with pytest.raises(JoinError, match="34 of 43 samples have other labels") as caught:
@@ -182,13 +182,13 @@ def test_labels_unlike_the_cache_s_are_refused_by_key(tmp_path: Path, cache: Cac
     assert caught.value.problems == [f"{EVERY[41][0]}: label 0, in the cache 1"]
 
 
-def test_labels_of_what_is_missing_are_not_compared(tmp_path: Path, cache: CacheReader) -> None:
+def test_labels_of_what_is_missing_are_not_compared(tmp_path: Path, cache: Cache) -> None:
     joined = join(recut(tmp_path, EVERY[1:30]), cache, missing="skip")
     assert (joined.compared, len(joined.relabelled)) == (29, 0)
 
 
 def test_labels_that_are_accepted_are_counted_and_read_as_they_are(
-    tmp_path: Path, cache: CacheReader
+    tmp_path: Path, cache: Cache
 ) -> None:
     guard = ClassGuard(accept=True)
     turned = [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)]
@@ -211,7 +211,7 @@ def test_a_manifest_of_other_tars_does_not_spare_them_the_comparison(tmp_path: P
 
 
 def test_labels_altered_after_the_tar_was_indexed_are_found_at_its_first_use(
-    tmp_path: Path, cache: CacheReader
+    tmp_path: Path, cache: Cache
 ) -> None:
     """Its manifest still names the cache's own tar, so nothing was read when it was joined."""
     first = [relabelled(s, i % 5) for i, s in enumerate(EVERY)]
@@ -235,7 +235,7 @@ def recompressed(sample: Sample) -> Sample:
     }
 
 
-def test_recompressed_images_are_noticed_in_a_sample(tmp_path: Path, cache: CacheReader) -> None:
+def test_recompressed_images_are_noticed_in_a_sample(tmp_path: Path, cache: Cache) -> None:
     other = recut(tmp_path, [recompressed(s) for s in EVERY])
     joined = join(other, cache)
     with pytest.raises(JoinError, match="not the one the cache was made from") as caught:
@@ -244,9 +244,7 @@ def test_recompressed_images_are_noticed_in_a_sample(tmp_path: Path, cache: Cach
     assert "other-00.tar: " in str(caught.value.where)
 
 
-def test_one_image_that_differs_is_noticed_when_it_is_read(
-    tmp_path: Path, cache: CacheReader
-) -> None:
+def test_one_image_that_differs_is_noticed_when_it_is_read(tmp_path: Path, cache: Cache) -> None:
     changed = 6
     other = recut(tmp_path, [recompressed(s) if i == changed else s for i, s in enumerate(EVERY)])
     strict = source(join(other, cache), cache)
@@ -256,7 +254,7 @@ def test_one_image_that_differs_is_noticed_when_it_is_read(
 
 
 def test_images_that_differ_are_counted_where_the_user_accepts_them(
-    tmp_path: Path, cache: CacheReader
+    tmp_path: Path, cache: Cache
 ) -> None:
     other = recut(tmp_path, [recompressed(s) for s in EVERY])
     batch = source(join(other, cache, drift="warn"), cache, drift="warn")[(0, 0, 0)]
@@ -264,7 +262,7 @@ def test_images_that_differ_are_counted_where_the_user_accepts_them(
 
 
 def test_with_manifests_on_both_sides_no_tar_is_read(
-    tmp_path: Path, dataset: Dataset, cache: CacheReader, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dataset: Dataset, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = dataset.shards[0].path.parent
     manifest = index_shards(folder)
@@ -282,7 +280,7 @@ def test_with_manifests_on_both_sides_no_tar_is_read(
 
 
 def test_images_that_differ_are_found_by_reading_all_and_left_out(
-    tmp_path: Path, dataset: Dataset, cache: CacheReader
+    tmp_path: Path, dataset: Dataset, cache: Cache
 ) -> None:
     """In other tars, in another order, with samples missing."""
     other_images, gone = {0, 6, 25, 42}, {3, 30}
@@ -314,7 +312,7 @@ def test_images_that_differ_are_found_by_reading_all_and_left_out(
         assert same(batch, every[batch.index.numpy()])
 
 
-def test_where_no_image_differs_nothing_is_left_out(dataset: Dataset, cache: CacheReader) -> None:
+def test_where_no_image_differs_nothing_is_left_out(dataset: Dataset, cache: Cache) -> None:
     joined = join(dataset, cache, drift="skip")
     assert find_differing(joined) == {}
     assert joined.without({}, "other image") == joined
@@ -322,7 +320,7 @@ def test_where_no_image_differs_nothing_is_left_out(dataset: Dataset, cache: Cac
 
 
 def test_where_every_image_differs_nothing_could_be_trained_on(
-    tmp_path: Path, cache: CacheReader
+    tmp_path: Path, cache: Cache
 ) -> None:
     other = join(recut(tmp_path, [recompressed(s) for s in EVERY]), cache, drift="skip")
     found = find_differing(other)
@@ -332,7 +330,7 @@ def test_where_every_image_differs_nothing_could_be_trained_on(
 
 
 def test_an_image_that_was_altered_after_the_search_is_still_refused(
-    tmp_path: Path, cache: CacheReader
+    tmp_path: Path, cache: Cache
 ) -> None:
     other = recut(tmp_path, [recompressed(s) if i == 6 else s for i, s in enumerate(EVERY)])
     overlooked = source(join(other, cache, drift="skip"), cache, drift="skip")
@@ -341,7 +339,7 @@ def test_an_image_that_was_altered_after_the_search_is_still_refused(
 
 
 def test_views_that_drift_though_images_are_the_same_are_not_skipped_but_refused(
-    dataset: Dataset, cache: CacheReader, monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = apply.digest
     monkeypatch.setattr(apply, "digest", lambda pixels: digest(pixels) ^ 1)
@@ -349,7 +347,7 @@ def test_views_that_drift_though_images_are_the_same_are_not_skipped_but_refused
         _ = source(join(dataset, cache, drift="skip"), cache, drift="skip")[(0, 0, 0)]
 
 
-def test_a_join_says_what_it_found(dataset: Dataset, cache: CacheReader) -> None:
+def test_a_join_says_what_it_found(dataset: Dataset, cache: Cache) -> None:
     fields = {field.name for field in dataclasses.fields(join(dataset, cache))}
     counts = {"same_shards", "missing", "unused", "compared", "relabelled", "reasons"}
     assert {"samples", "images", "allowed", *counts} == fields

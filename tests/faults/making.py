@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cskd_pipeline.cache.manifest import DatasetManifest, ShardInfo
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
 from cskd_pipeline.distill.encodings import ENCODINGS
 from tests.cache.making import keys, manifest, teacher
@@ -55,7 +55,7 @@ def unit_data(unit: Unit) -> UnitData:
     )
 
 
-def said_of(reader: CacheReader, array: str) -> Iterator[object]:
+def said_of(reader: Cache, array: str) -> Iterator[object]:
     """Everything that ``reader`` says of one array, as comparable values."""
     for shard, count in enumerate(reader.counts):
         if array == "key":

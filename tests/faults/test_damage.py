@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cskd_pipeline.cache import layout
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.join import join
 from cskd_pipeline.errors import CacheError, DataError, ManifestError, WeightsError
@@ -59,8 +59,8 @@ class Watch:
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
-        self.reader = pickle.dumps(CacheReader(cache))  # opens without looking at the metadata
-        reader = CacheReader(cache)
+        self.reader = pickle.dumps(open_cache(cache))  # opens without looking at the metadata
+        reader = open_cache(cache)
         self.arrays = list(layout.stored_arrays(reader.manifest))
         self.manifest = reader.manifest
         self.said = {name: list(said_of(reader, name)) for name in self.arrays}
@@ -73,7 +73,7 @@ class Watch:
         """
         array = array_of(name)
         if array is None:
-            assert CacheReader(self.cache).manifest == self.manifest
+            assert open_cache(self.cache).manifest == self.manifest
         else:
             assert list(said_of(pickle.loads(self.reader), array)) == self.said[array]
 
@@ -111,7 +111,7 @@ def test_every_file_of_a_finished_cache_is_missed(cache: Path, emptied: bool) ->
             (cache / name).unlink()
         if name.startswith("digest/c/") and not emptied:  # the unit is undone, and made again
             with pytest.raises(CacheError, match="1 of 2 units missing"):
-                CacheReader(cache).require_done()
+                open_cache(cache).require_done()
         else:
             with pytest.raises((CacheError, ManifestError)) as caught:
                 watch.look(name)
@@ -149,7 +149,7 @@ def test_a_flipped_bit_in_a_tar_is_found_or_changes_nothing(stages: Stages, tmp_
     """Images by their CRC, labels and keys by the cache, headers by their sums."""
     shards = tmp_path / "shards"
     shutil.copytree(stages.shards, shards)
-    reader = CacheReader(stages.cache)
+    reader = open_cache(stages.cache)
 
     def everything() -> list[object]:
         joined = join(load_dataset(shards, num_classes=4), reader)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.errors import CacheError
 from tests.faults.commands import Stages, Whole, left_by
 
@@ -60,7 +60,7 @@ def test_a_disk_that_fills_stops_a_command_which_goes_on_when_there_is_room(
 
 def check_what_is_done(cache: Path) -> None:
     try:
-        reader = CacheReader(cache)
+        reader = open_cache(cache)
     except CacheError:  # the disk was full before the last document
         return
     size = reader.manifest.view_block

@@ -23,7 +23,7 @@ from PIL import Image, PngImagePlugin, WebPImagePlugin
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache import reader as reader_module
 from cskd_pipeline.cache.manifest import CacheManifest, DatasetManifest
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.tar_index import read_index
@@ -112,7 +112,7 @@ def test_a_manifest_that_implies_huge_chunks_is_refused_by_readers_and_writers(
     made = CacheManifest.from_json(document)
     (tmp_path / "zarr.json").write_bytes(layout.manifest_document(made))
     for attempt in (
-        lambda: CacheReader(tmp_path),
+        lambda: open_cache(tmp_path),
         lambda: CacheWriter.create(tmp_path / "new", made),
     ):
         with pytest.raises(CacheError, match="chunks too large"):
@@ -135,7 +135,7 @@ def test_what_is_missing_of_very_many_units_is_told_briefly(tmp_path: Path) -> N
     made = manifest(views=10**6, view_block=1, encodings=("envelope",))
     CacheWriter.create(tmp_path, made)
     with pytest.raises(CacheError, match="3000000 of 3000000 units missing") as caught:
-        CacheReader(tmp_path).require_done()
+        open_cache(tmp_path).require_done()
     assert len(caught.value.problems) == 1000
 
 
@@ -172,7 +172,7 @@ def test_a_chunk_that_would_unfold_is_refused(
     (cache / "top1/c/0/0/0").write_bytes(made)
     record_anew(cache)
     with pytest.raises(CacheError, match=r"not a zstd frame of 20|zstd: |more than"):
-        CacheReader(cache).labels(0)
+        open_cache(cache).labels(0)
     assert "array top1" in bounded("cache", "info", cache)
 
 
@@ -182,7 +182,7 @@ def test_frames_behind_the_first_are_no_part_of_a_chunk(cache: Path) -> None:
     (cache / "label/c/0/0").write_bytes(whole + bytes(bomb)[:400])
     record_anew(cache)
     with pytest.raises(CacheError, match="the cache is damaged"):
-        CacheReader(cache).labels(0)
+        open_cache(cache).labels(0)
 
 
 def test_rows_of_many_chunks_stay_within_bounds(
@@ -191,7 +191,7 @@ def test_rows_of_many_chunks_stay_within_bounds(
     """Each chunk of a ragged array is small; all of them together need not be."""
     monkeypatch.setattr(reader_module, "MAX_SLAB_BYTES", 1000)
     with pytest.raises(CacheError, match="more than 1000 bytes"):
-        CacheReader(cache).rows("envelope", 0, 0, [0])
+        open_cache(cache).rows("envelope", 0, 0, [0])
 
 
 def indices(good: np.ndarray, length: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -228,7 +228,7 @@ def test_an_index_that_leads_elsewhere_is_refused(cache: Path) -> None:
         names.append(name)
         record_anew(cache)
         try:
-            CacheReader(cache).rows("dense", 0, 0, [0])
+            open_cache(cache).rows("dense", 0, 0, [0])
         except CacheError as error:
             if "array dense/global" in str(error):
                 refused.add(name)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.config import DumpRecipe, load_recipe
 from cskd_pipeline.errors import CacheError, CskdError
 from cskd_pipeline.models.train_state import load_state
@@ -257,7 +257,7 @@ def test_arrays_of_objects_and_codecs_that_run_are_refused(
     document = tmp_path / name / "zarr.json"
     document.write_text(json.dumps(json.loads(document.read_text()) | changes))
     with pytest.raises(CacheError, match="not what its manifest says") as caught:
-        CacheReader(tmp_path)
+        open_cache(tmp_path)
     assert f"{name}/zarr.json: {next(iter(changes))}" in str(caught.value)
 
 
@@ -265,7 +265,7 @@ def test_a_pickle_in_the_place_of_a_chunk_is_damage(tmp_path: Path, payload: Pay
     make(tmp_path)
     for name in ("key/c/0/0/0", "seed/c/0/0/0", "dense/spatial/c/0/0/0/0/0/0"):
         (tmp_path / name).write_bytes(pickle.dumps(payload) * 50)
-    reader = CacheReader(tmp_path)
+    reader = open_cache(tmp_path)
     for look in (
         lambda: reader.keys(0),
         lambda: reader.seeds(0, 0),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.data.index import index_shards
 from cskd_pipeline.errors import CacheError, OutputError
@@ -71,7 +71,7 @@ def test_links_among_a_caches_files_show_nothing_of_what_they_lead_to(tmp_path: 
     ):
         (cache / name).unlink()
         (cache / name).symlink_to(target)
-    reader = CacheReader(cache)
+    reader = open_cache(cache)
     for look, says in (
         (lambda: reader.labels(0), "altered, or a file of another unit"),
         (lambda: reader.labels(1), "not a plain file"),
@@ -93,7 +93,7 @@ def test_a_document_that_never_ends_is_refused(tmp_path: Path, document: str) ->
     (tmp_path / document).unlink()
     (tmp_path / document).symlink_to("/dev/zero")
     with pytest.raises(CacheError, match=r"not a plain file|a teacher cache"):
-        CacheReader(tmp_path)
+        open_cache(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_cache_that_is_itself_behind_a_link_is_written(tmp_path: Path) -> None
     (tmp_path / "scratch").mkdir()
     (tmp_path / "cache").symlink_to(tmp_path / "scratch")
     make(tmp_path / "cache")
-    assert CacheReader(tmp_path / "scratch").done().all()
+    assert open_cache(tmp_path / "scratch").done().all()
 
 
 @pytest.mark.parametrize(
@@ -135,4 +135,4 @@ def test_odd_names_among_the_finished_units_are_no_units(tmp_path: Path, name: s
     fill(writer, writer.todo()[:1])
     (tmp_path / "digest/c/0" / name).touch()
     os.makedirs(tmp_path / "digest/c" / name)
-    assert np.count_nonzero(CacheReader(tmp_path).done()) == 1
+    assert np.count_nonzero(open_cache(tmp_path).done()) == 1

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cskd_pipeline.cache.manifest import CacheManifest
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.models.teacher import Teacher, load_teacher
 from cskd_pipeline.views.apply import mix_pixels, render, to_float
@@ -49,7 +49,7 @@ class LiveAnswer:
 
 def live_answers(shards: Path, cache: Path) -> Iterator[LiveAnswer]:
     """What the teacher says of every view in the cache, from the images' bytes on."""
-    manifest = CacheReader(cache).manifest
+    manifest = open_cache(cache).manifest
     policy, root = manifest.policy, manifest.root_seed
     teacher = teacher_of(manifest)
     mean = np.array(teacher.mean, np.float32)

@@ -14,7 +14,7 @@ import timm
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.config import TrainRecipe, load_recipe
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.models.checkpoint import read_card, save_student
@@ -432,7 +432,7 @@ def test_a_dump_goes_on_with_its_own_classes_only(
     (other / "classes.json").unlink()
     _, told = done(*dump(other, cache, "--quiet", "--set", "data.num_classes=4"))
     assert "no class names in what was asked for" in told
-    assert CacheReader(cache).manifest.dataset.class_names == NAMES
+    assert open_cache(cache).manifest.dataset.class_names == NAMES
 
 
 def test_a_teacher_that_train_made_must_know_the_shards_classes(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.data import corrupt
 from cskd_pipeline.data.index import index_shards
 from cskd_pipeline.errors import CskdError, DataError, ImageError
@@ -72,7 +72,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def assert_same_content(one: Path, other: Path) -> None:
     """Everything but what describes the tars."""
-    first, second = CacheReader(one), CacheReader(other)
+    first, second = open_cache(one), open_cache(other)
     assert first.counts == second.counts
     assert first.shard_ids == second.shard_ids
     for shard, count in enumerate(first.counts):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.errors import ImageError, UsageError
 from cskd_pipeline.runtime.distributed import Ranks, launched
 from tests.cache.making import tree
@@ -301,7 +301,7 @@ def test_a_rank_that_is_stopped_ends_the_dump_and_is_named(
     message = capfd.readouterr().err
     assert "error: rank 1 of this job cannot be reached" in message
     assert "nothing was heard for 3 s" in message
-    assert CacheReader(tmp_path / "c").done().sum() == 3
+    assert open_cache(tmp_path / "c").done().sum() == 3
 
 
 def test_a_rank_that_has_more_to_do_is_waited_for(
@@ -311,7 +311,7 @@ def test_a_rank_that_has_more_to_do_is_waited_for(
     in_unit(monkeypatch, 1, lambda: time.sleep(4))
     words = [*dump_words(small, tmp_path / "c", views=2), "--set", "dump.rank_timeout=3"]
     run_in(2, words)
-    assert CacheReader(tmp_path / "c").done().all()
+    assert open_cache(tmp_path / "c").done().all()
 
 
 @pytest.mark.parametrize(("stage", "failing"), [("train", 2), ("dump", 0)])
@@ -446,7 +446,7 @@ def test_ranks_finish_a_dump_that_was_begun(small: World, tmp_path: Path) -> Non
     words = dump_words(small, tmp_path / "c")
     run_in(1, [*words, "--shard-range", "1:2"])
     run_in(2, words)
-    assert CacheReader(tmp_path / "c").done().all()
+    assert open_cache(tmp_path / "c").done().all()
 
 
 def test_a_rank_that_dies_ends_the_dump_with_an_error_once_the_others_have_done_theirs(
@@ -470,7 +470,7 @@ def test_a_rank_that_dies_ends_the_dump_with_an_error_once_the_others_have_done_
     message = capfd.readouterr().err
     assert message.count("error: rank 1 of this job cannot be reached") == 2
     assert "Traceback" not in message
-    assert CacheReader(tmp_path / "c").done().sum() == 4
+    assert open_cache(tmp_path / "c").done().sum() == 4
     monkeypatch.undo()
     run_in(1, words)
-    assert CacheReader(tmp_path / "c").done().all()
+    assert open_cache(tmp_path / "c").done().all()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import OutputError
 from cskd_pipeline.models.teacher import Logits, Teacher
@@ -57,7 +57,7 @@ def test_a_dump_asked_to_stop_keeps_its_units_and_says_how_to_go_on(
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    done = CacheReader(cache).done()
+    done = open_cache(cache).done()
     assert done.sum() > 0
     if process.returncode != 0:  # the last unit may have been under way already
         assert process.returncode == 130
@@ -89,7 +89,7 @@ def test_what_is_computed_when_a_dump_is_stopped_is_written(
     send_at(monkeypatch, dump, "_unit_data", 2, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"))
-    assert CacheReader(tmp_path / "cache").done().sum() == 2
+    assert open_cache(tmp_path / "cache").done().sum() == 2
 
 
 def test_a_unit_that_cannot_be_written_as_a_dump_stops_is_an_error(
@@ -113,7 +113,7 @@ def test_a_schedulers_signal_does_not_wait_for_the_unit_in_hand(
     with pytest.raises(Requeue, match="SIGTERM"):
         dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"))
     assert batches == [7]
-    assert CacheReader(tmp_path / "cache").done().sum() == 1
+    assert open_cache(tmp_path / "cache").done().sum() == 1
     monkeypatch.undo()
     dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"))
     assert data_files(tmp_path / "cache") == data_files(small.cache)
@@ -143,7 +143,7 @@ def test_the_summary_counts_what_was_written_and_how_right_the_teacher_was(
 ) -> None:
     recipe = world.dump_recipe(small.shards, tmp_path / "cache", ["views.mix=0"])
     summary = dump_teacher(recipe)
-    reader = CacheReader(tmp_path / "cache")
+    reader = open_cache(tmp_path / "cache")
     right = total = 0
     for view in range(reader.views):
         for shard, count in enumerate(reader.counts):
@@ -164,8 +164,8 @@ def test_the_summary_counts_what_was_written_and_how_right_the_teacher_was(
 def test_the_recipe_names_the_data_set(small: World, tmp_path: Path) -> None:
     recipe = world.dump_recipe(small.shards, tmp_path / "c", ["data.name=mine"], views=2)
     dump_teacher(recipe)
-    assert CacheReader(tmp_path / "c").manifest.dataset.name == "mine"
-    assert CacheReader(small.cache).manifest.dataset.name != "mine"
+    assert open_cache(tmp_path / "c").manifest.dataset.name == "mine"
+    assert open_cache(small.cache).manifest.dataset.name != "mine"
 
 
 def test_batches_cross_units_so_that_only_the_last_is_filled_up(
@@ -187,7 +187,7 @@ def test_batches_cross_units_so_that_only_the_last_is_filled_up(
         units, views = summary["units_written"], summary["views_written"]
         assert units > 2
         assert asked == [size] * (views // size) + [views % size]
-        assert CacheReader(cache).done().all()
+        assert open_cache(cache).done().all()
 
 
 @pytest.mark.parametrize("ahead", [1, 3])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.errors import ManifestError
 from cskd_pipeline.pipeline import settle
@@ -109,7 +109,7 @@ def test_what_is_left_out_is_counted_and_listed(
     assert "2 samples of the shards are not in the cache" in told
     with open(tmp_path / "run/left_out.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    reader = CacheReader(small.cache)
+    reader = open_cache(small.cache)
     keys = [key for shard in range(3) for key in reader.keys(shard)]
     starts = [0, reader.counts[0], sum(reader.counts[:2])]
     assert [(row["reason"], row["key"]) for row in rows] == [

@@ -89,9 +89,9 @@ def test_accumulation_changes_a_loss_curve_by_rounding_only(small: World, tmp_pa
 
 
 def _ask_live(small: World) -> Callable[[Batch], Targets]:
-    from cskd_pipeline.cache.reader import CacheReader
+    from cskd_pipeline.cache.reader import open_cache
 
-    manifest = CacheReader(small.cache).manifest
+    manifest = open_cache(small.cache).manifest
     teacher = teacher_of(manifest)
 
     def answer(batch: Batch) -> Targets:

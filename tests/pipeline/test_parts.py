@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cskd_pipeline.cache import manifest as manifest_module
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.pipeline.dump import dump_teacher
 from tests.cache.making import tree
 from tests.pipeline import world
@@ -71,7 +71,7 @@ def test_caches_of_array_tasks_merge_into_one_dump_byte_for_byte(
     assert (found["units_copied"], found["units_compared"], found["units_missing"]) == (6, 0, 0)
     assert found["complete"]
     assert made(tmp_path / "whole") == made(small.cache)
-    CacheReader(tmp_path / "whole").require_done()
+    open_cache(tmp_path / "whole").require_done()
 
 
 def test_slices_that_convert_cut_merge_into_what_they_were_cut_from(
@@ -82,7 +82,7 @@ def test_slices_that_convert_cut_merge_into_what_they_were_cut_from(
         assert world.cli("cache", "convert", small.cache, path, "--shards", shards, "-q") == 0
     assert world.cli("cache", "merge", *slices, "--out", tmp_path / "whole", "-q") == 0
     assert made(tmp_path / "whole") == made(small.cache)
-    whole, original = CacheReader(tmp_path / "whole"), CacheReader(small.cache)
+    whole, original = open_cache(tmp_path / "whole"), open_cache(small.cache)
     assert whole.manifest.dataset == original.manifest.dataset
 
 
@@ -97,7 +97,7 @@ def test_the_block_that_is_chosen_divides_the_part(
         small.shards, tmp_path / "c", sets, views=views, encodings='["envelope"]'
     )
     dump_teacher(recipe, shard_range=(2, 3), view_range=part)
-    reader = CacheReader(tmp_path / "c")
+    reader = open_cache(tmp_path / "c")
     assert (reader.manifest.views, reader.manifest.view_block) == (views, block)
     reader.require_done(range(*part), [2])
     assert reader.done().sum() == (part[1] - part[0]) // block
@@ -140,9 +140,9 @@ def test_a_dump_with_other_versions_goes_on_only_if_they_are_accepted(
     message = capsys.readouterr().err
     assert "--accept-versions" in message
     assert "and 99.0" in message
-    assert CacheReader(cache).done().sum() == 2
+    assert open_cache(cache).done().sum() == 2
     assert world.cli(*dump(small, cache, "--accept-versions")) == 0
-    [other] = CacheReader(cache).manifest.other_versions
+    [other] = open_cache(cache).manifest.other_versions
     assert other["torch"] == "99.0"
     assert made(cache) == made(small.cache)
 
@@ -161,6 +161,6 @@ def test_parts_of_other_versions_merge_only_if_they_are_accepted(
     assert "--accept-versions" in message
     assert not (tmp_path / "c").exists()
     assert world.cli(*command, "--accept-versions") == 0
-    [other] = CacheReader(tmp_path / "c").manifest.other_versions
+    [other] = open_cache(tmp_path / "c").manifest.other_versions
     assert other["torch"] == "99.0"
     assert made(tmp_path / "c") == made(small.cache)

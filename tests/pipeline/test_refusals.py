@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.pipeline.dump import dump_teacher
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -265,11 +265,11 @@ def test_an_output_folder_that_holds_something_else_is_left_alone(
 def test_a_cache_of_another_making_is_not_gone_on_with(
     small: World, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    before = CacheReader(small.cache).manifest
+    before = open_cache(small.cache).manifest
     message = refused(*dump(small.shards, small.cache, "--set", "teacher.seed=1"))
     assert "another making" in message
     assert "weights_sha256" in message
-    assert CacheReader(small.cache).manifest == before
+    assert open_cache(small.cache).manifest == before
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vgg11"])

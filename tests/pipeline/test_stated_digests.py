@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.models.checkpoint import read_card
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -32,7 +32,7 @@ COMMANDS: dict[str, Callable[[World, str, Path], list[object]]] = {
 def test_a_stated_digest_is_accepted_and_another_refused(
     command: str, small: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    digest = CacheReader(small.cache).digest()
+    digest = open_cache(small.cache).digest()
     words = COMMANDS[command](small, f"{small.cache}@sha256:{OTHER}", tmp_path / "refused")
     assert world.cli(*words, "--quiet") == 1
     told = capsys.readouterr().err
@@ -47,7 +47,7 @@ def test_a_stated_digest_is_accepted_and_another_refused(
 def test_a_run_and_its_student_name_the_contents_they_were_trained_on(
     small: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    digest = CacheReader(small.cache).digest()
+    digest = open_cache(small.cache).digest()
     words = COMMANDS["train"](small, str(small.cache), tmp_path / "run")
     assert world.cli(*words, "--json") == 0
     assert json.loads(capsys.readouterr().out)["cache_digest"] == digest

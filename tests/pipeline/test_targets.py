@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from tests.pipeline.conftest import World
 from tests.pipeline.live import LiveAnswer, live_answers
 
@@ -24,7 +24,7 @@ def live(small: World) -> list[LiveAnswer]:
 def test_dense_cache_holds_the_live_teachers_float16_logits(
     small: World, live: list[LiveAnswer]
 ) -> None:
-    reader = CacheReader(small.cache)
+    reader = open_cache(small.cache)
     for answer in live:
         rows = reader.rows("dense", answer.view, answer.shard, np.arange(len(answer.global_)))
         assert np.array_equal(rows["dense/spatial"], answer.spatial)
@@ -35,7 +35,7 @@ def test_dense_cache_holds_the_live_teachers_float16_logits(
 def test_cached_hard_labels_are_the_live_argmax_at_every_location_and_ratio(
     small: World, live: list[LiveAnswer], encoding: str
 ) -> None:
-    reader = CacheReader(small.cache)
+    reader = open_cache(small.cache)
     compared = 0
     for answer in live:
         n = len(answer.global_)

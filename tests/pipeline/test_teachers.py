@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.pipeline.dump import dump_teacher, open_stage_one
 from cskd_pipeline.pipeline.trainer import Run
 from cskd_pipeline.pipeline.training_data import open_training_data
@@ -81,7 +81,7 @@ def test_the_pages_example_runs_as_it_stands(small: World, tmp_path: Path) -> No
         ["sh", "-c", example()], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    teacher = CacheReader(tmp_path / "cache").manifest.teacher
+    teacher = open_cache(tmp_path / "cache").manifest.teacher
     assert (teacher.name, teacher.grid, teacher.source) == ("my_resnet:ResNet18", (4, 4), "file")
     assert (teacher.mean, teacher.std) == ((0.491, 0.482, 0.447), (0.247, 0.244, 0.262))
 
@@ -124,7 +124,7 @@ def test_rows_and_columns_keep_their_order_from_the_teacher_to_the_cache(
              "dump.workers": 0, "dump.device": "cpu"}  # fmt: skip
     recipe = world.load_recipe(type(recipe), None, sets, flags)
     dump_teacher(recipe)
-    reader = CacheReader(tmp_path / "cache")
+    reader = open_cache(tmp_path / "cache")
     assert reader.manifest.teacher.grid == (1, 2)
     for live in live_answers(small.shards, tmp_path / "cache"):
         rows = np.arange(len(live.global_))

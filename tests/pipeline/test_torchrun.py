@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.runtime import test_distributed as test_ranks
@@ -86,8 +86,8 @@ def test_a_killed_process_takes_its_dump_down_and_nothing_is_lost(
         os.kill(workers(agent.pid)[-1], signal.SIGKILL)
         assert agent.wait(SECONDS) != 0
     assert "SIGKILL" in log.read_text()
-    done = CacheReader(tmp_path / "c").done()
+    done = open_cache(tmp_path / "c").done()
     assert done.any()
     assert not done.all(), "killed too late to prove anything"
     assert world.cli(*words, "--quiet") == 0
-    CacheReader(tmp_path / "c").require_done()
+    open_cache(tmp_path / "c").require_done()

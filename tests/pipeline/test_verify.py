@@ -14,7 +14,7 @@ import torch
 
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.convert import unit_data
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.join import join
@@ -128,7 +128,7 @@ def test_someone_elses_images_are_told_apart(
 
 
 def test_a_smaller_sample_is_spread_over_shards_and_views(small: World) -> None:
-    found = join(load_dataset(small.shards), CacheReader(small.cache))
+    found = join(load_dataset(small.shards), open_cache(small.cache))
     rows = spread_views(found, 12)
     assert len(rows) == 12
     assert set(rows[:, 0]) == set(range(4))
@@ -153,7 +153,7 @@ def shifted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_versions(cache: Path, **versions: str) -> None:
     """Let the manifest say that the cache was made with these."""
-    manifest = CacheReader(cache).manifest
+    manifest = open_cache(cache).manifest
     said = replace(manifest, versions={**manifest.versions, **versions})
     (cache / layout.GROUP).write_bytes(layout.manifest_document(said))
 
@@ -178,7 +178,7 @@ def test_seeds_that_do_not_follow_from_the_root_seed_are_told(
 ) -> None:
     """A cache whose manifest, and whose records, state another root seed than it was made with."""
     shutil.copytree(small.cache, tmp_path / "cache")
-    manifest = CacheReader(small.cache).manifest
+    manifest = open_cache(small.cache).manifest
     said = replace(manifest, root_seed=manifest.root_seed + 1)
     (tmp_path / "cache" / layout.GROUP).write_bytes(layout.manifest_document(said))
     record_anew(tmp_path / "cache")
@@ -219,7 +219,7 @@ def test_a_damaged_cache_is_not_compared_and_an_unfinished_one_is(
 def test_a_cache_without_a_finished_unit_is_compared_as_far_as_it_goes(
     small: World, tmp_path: Path, verify: Verify, flags: tuple[str, ...]
 ) -> None:
-    CacheWriter.create(tmp_path / "cache", CacheReader(small.cache).manifest)
+    CacheWriter.create(tmp_path / "cache", open_cache(small.cache).manifest)
     words = (tmp_path / "cache", "--shards", small.shards, *flags)
     code, report = verify(*words)
     assert code == 1
@@ -236,7 +236,7 @@ def test_another_teacher_is_told_by_its_weights(small: World, verify: Verify) ->
     assert code == 1
     (problem,) = report["problems"]
     assert problem["depth"] == "teacher"
-    assert CacheReader(small.cache).manifest.teacher.weights_sha256 in problem["found"]
+    assert open_cache(small.cache).manifest.teacher.weights_sha256 in problem["found"]
 
 
 def test_mean_and_std_are_compared_before_any_answer(small: World, verify: Verify) -> None:
@@ -294,7 +294,7 @@ def test_views_whose_partners_image_is_another_are_not_asked_about(
     code, report = verify(small.cache, "--shards", other.shards, *TEACHER)
     assert code == 1
     assert {problem["depth"] for problem in report["problems"]} == {"images"}
-    cache = CacheReader(small.cache)
+    cache = open_cache(small.cache)
     found = join(load_dataset(small.shards), cache)
     starts = np.cumsum([0, *cache.counts])
     whole = 0
@@ -315,7 +315,7 @@ def test_views_whose_partners_image_is_another_are_not_asked_about(
 def rolled(copy: World, names: tuple[str, ...], units: int) -> None:
     """Write the first units anew, whole and with true checksums, every class one further."""
     shutil.move(copy.cache, old := copy.cache.with_name("old"))
-    reader = CacheReader(old)
+    reader = open_cache(old)
     writer = CacheWriter.create(copy.cache, reader.manifest)
     for number, unit in enumerate(writer.todo()):
         data = unit_data(reader, writer, unit, unit.shard)
@@ -426,7 +426,7 @@ def test_another_image_in_the_sample_stops_training_before_it_begins(
     small: World, samples: list[Sample], tmp_path: Path
 ) -> None:
     """One of the 64 that are looked at, of 96."""
-    rows = spread_views(join(load_dataset(small.shards), CacheReader(small.cache)), 64)
+    rows = spread_views(join(load_dataset(small.shards), open_cache(small.cache)), 64)
     starts = [0, 35, 70]
     number = starts[int(rows[5, 1])] + int(rows[5, 2])
     content = [altered(s) if i == number else s for i, s in enumerate(samples)]

@@ -31,7 +31,7 @@ from torch.nn.functional import cosine_similarity
 from cskd_pipeline.cache.buffer import UnitBuffer
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.manifest import ShardInfo
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter, UnitData
 from cskd_pipeline.distill.encodings import ENCODINGS, ArraySpec, Encoding, ResponseShape, Rows
 from cskd_pipeline.distill.losses import DistillationLoss
@@ -214,7 +214,7 @@ def _decode_seconds(path: Path, name: str, count: int) -> float:
     encoding = ENCODINGS[name]
     seconds = []
     for _ in range(_REPEATS):
-        reader = CacheReader(path)
+        reader = open_cache(path)
         began = time.perf_counter()
         for start in range(0, count, _BATCH):
             rows = reader.gather(name, index[start : start + _BATCH])

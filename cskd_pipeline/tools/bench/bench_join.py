@@ -29,7 +29,7 @@ from cskd_pipeline.cache.manifest import (
     library_versions,
     utc_now,
 )
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.config import TrainRecipe
 from cskd_pipeline.data.batches import TrainBatches
 from cskd_pipeline.data.plan import EpochPlan, SampleSet
@@ -135,19 +135,19 @@ def simulate(*, shards: int = SHARDS) -> dict[str, Any]:
     }
 
 
-def _open(path: Path) -> tuple[CacheReader, dict[str, float]]:
+def _open(path: Path) -> tuple[Cache, dict[str, float]]:
     tracemalloc.start()
     try:
-        CacheReader(path)  # what is imported and compiled once is not the cache's
+        open_cache(path)  # what is imported and compiled once is not the cache's
         gc.collect()
         before, _ = tracemalloc.get_traced_memory()
-        reader = CacheReader(path)
+        reader = open_cache(path)
         gc.collect()
         held = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
     began = time.perf_counter()
-    CacheReader(path)
+    open_cache(path)
     seconds = time.perf_counter() - began
     return reader, {"seconds": seconds, "reader_bytes": held}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cskd_pipeline.cache.manifest import CacheManifest
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.config import DumpRecipe
 from cskd_pipeline.data.index import describe, sample
 from cskd_pipeline.data.left_out import LeftOuts
@@ -47,7 +47,7 @@ def from_cache(path: Path | str, views: int) -> Responses:
     Raises:
         CacheError: there is no such cache, it lacks ``dense``, or has no finished unit.
     """
-    reader = CacheReader(path)
+    reader = open_cache(path)
     if "dense" not in reader.encodings:
         raise CacheError(
             "the cache does not hold the logits that encodings are compared with",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cskd_pipeline.cache.info import describe
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.summary import size, summarise
 from cskd_pipeline.data.join import join_to_look
 from cskd_pipeline.distill.ckf import SCHEDULES, ckf_ratio
@@ -39,7 +39,7 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
     Raises:
         CskdError: the cache, or the shards, cannot be used, or do not belong together.
     """
-    reader = CacheReader(path)
+    reader = open_cache(path)
     guard = ClassGuard(accept=options.accept_classes)
     shards = options.shards or ""
     found = join_to_look(reader, shards, guard, split=options.split)
@@ -79,9 +79,7 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
     }
 
 
-def _script_data(
-    reader: CacheReader, labels: Labels, counted: Statistics, epochs: int
-) -> dict[str, Any]:
+def _script_data(reader: Cache, labels: Labels, counted: Statistics, epochs: int) -> dict[str, Any]:
     names = class_names(reader)
     return {
         "grid": reader.manifest.grid,

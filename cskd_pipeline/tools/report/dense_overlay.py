@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cskd_pipeline.cache.digests import split_pin
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.data.assemble import assemble, normalise
 from cskd_pipeline.data.batches import render_batch
 from cskd_pipeline.data.join import Join, classes_of, join_to_look
@@ -78,7 +78,7 @@ class Comparison:
         counted: (views, rows, columns) over which agreement was counted.
     """
 
-    cache: CacheReader
+    cache: Cache
     counted: tuple[int, ...]
     views: list[GalleryView]
     teacher: Labels
@@ -112,7 +112,7 @@ def compare(
     dense = [run for run in runs if run.name not in without]
     if not dense:
         return None, without
-    reader = CacheReader(options.cache or _cache_of(dense[0]))
+    reader = open_cache(options.cache or _cache_of(dense[0]))
     files: dict[str, Path] = {}
     for run in dense:
         file = student_file(run.folder)
@@ -164,7 +164,7 @@ def _cache_of(run: RunRecord) -> str:
     return named
 
 
-def _misfit(card: StudentCard, reader: CacheReader) -> str:
+def _misfit(card: StudentCard, reader: Cache) -> str:
     """Return why a student cannot see this cache's views; empty if it can."""
     manifest = reader.manifest
     if card.grid is None:

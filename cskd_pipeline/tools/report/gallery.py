@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.assemble import assemble
 from cskd_pipeline.data.batches import render_batch
 from cskd_pipeline.data.images import NOWHERE
@@ -84,7 +84,7 @@ class GalleryView:
         return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def class_names(cache: CacheReader) -> list[str]:
+def class_names(cache: Cache) -> list[str]:
     """Return a name for every class, on one line and not too long."""
     data = cache.manifest.dataset
     names = data.class_names or [""] * data.num_classes

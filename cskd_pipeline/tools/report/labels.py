@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.distill import ckf
 from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets
 
@@ -61,7 +61,7 @@ class Labels:
         ]
 
 
-def read_labels(cache: CacheReader, rows: np.ndarray) -> Labels:
+def read_labels(cache: Cache, rows: np.ndarray) -> Labels:
     """Read the labels of the views ``rows``, (n, 3) view, shard, offset, n > 0.
 
     Raises:
@@ -78,7 +78,7 @@ def read_labels(cache: CacheReader, rows: np.ndarray) -> Labels:
     return Labels(name, cache.encodings[name].exact, planes)
 
 
-def _planes(cache: CacheReader, name: str, rows: np.ndarray) -> np.ndarray:
+def _planes(cache: Cache, name: str, rows: np.ndarray) -> np.ndarray:
     arrays = {n: torch.from_numpy(a) for n, a in cache.gather(name, rows).items()}
     encoding = cache.encodings[name]
     targets = encoding.targets(arrays)

@@ -17,8 +17,8 @@ import numpy as np
 
 from cskd_pipeline.cache.check import Problem, check_bytes, check_structure
 from cskd_pipeline.cache.manifest import library_versions
-from cskd_pipeline.cache.reader import CacheReader
-from cskd_pipeline.cache.store import RESTORE, CacheStore
+from cskd_pipeline.cache.reader import Cache, open_cache
+from cskd_pipeline.cache.store import RESTORE
 from cskd_pipeline.data.join import Join, join_to_look
 from cskd_pipeline.data.replay import Replay, replay, spread_views
 from cskd_pipeline.errors import CacheError
@@ -61,7 +61,7 @@ def verify(
         CacheError: something is wrong; holds the report too.
         CskdError: there is no cache, or no data set, to look at.
     """
-    reader = CacheReader(cache)
+    reader = open_cache(cache)
     checks = _own_checks(reader, depth, partial, terminal)
     broken = any(check.problems for check in checks[1:])
     differences = reader.manifest.version_differences(library_versions())
@@ -83,11 +83,11 @@ def verify(
     return report
 
 
-def _own_checks(reader: CacheReader, depth: str, partial: bool, terminal: Terminal) -> list[Check]:
+def _own_checks(reader: Cache, depth: str, partial: bool, terminal: Terminal) -> list[Check]:
     """Units, structure, and bytes if asked for: what needs nothing but the cache."""
     done = reader.done()
     units = [(block, shard) for shard, block in np.argwhere(done.T).tolist()]
-    store = CacheStore(reader.path, reader.manifest)
+    store = reader.store
     missing = [
         Problem("units", str(reader.path), f"not made yet: {store.unit_name(block, shard)}")
         for shard, block in np.argwhere(~done.T).tolist()
@@ -161,7 +161,7 @@ def _replay_checks(found: Join, replayed: Replay, differences: Sequence[str]) ->
 
 
 def _report(
-    reader: CacheReader, checks: Sequence[Check], differences: Sequence[str], digest: str | None
+    reader: Cache, checks: Sequence[Check], differences: Sequence[str], digest: str | None
 ) -> dict[str, Any]:
     return {
         "cache": str(reader.path),
@@ -201,7 +201,7 @@ TO_DO = {
 }
 
 
-def _failure(reader: CacheReader, checks: Sequence[Check], report: Mapping[str, Any]) -> CacheError:
+def _failure(reader: Cache, checks: Sequence[Check], report: Mapping[str, Any]) -> CacheError:
     failed = [check for check in checks if check.problems]
     return CacheError(
         "the cache does not pass",

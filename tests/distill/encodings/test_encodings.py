@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cskd_pipeline.cache.layout import choose_view_block, stored_arrays
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS, Encoding, ResponseShape, Rows
 from cskd_pipeline.distill.targets import LogitTargets
@@ -64,7 +64,7 @@ def test_answers_survive_the_way_through_the_cache(tmp_path: Path, classes: int)
                     arrays.setdefault(name, []).append(rows.numpy())
         data.arrays = {name: stacked(parts) for name, parts in arrays.items()}
         writer.write_unit(unit, data)
-    reader = CacheReader(tmp_path / "c")
+    reader = open_cache(tmp_path / "c")
     index = np.array([(view, 0, offset) for view in (2, 0) for offset in (4, 0, 2)])
     expected = LogitTargets(
         torch.stack([answers[v][0][o] for v, _, o in index.tolist()]),

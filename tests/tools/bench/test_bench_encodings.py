@@ -13,7 +13,7 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.distill.targets import LogitTargets
@@ -163,7 +163,7 @@ def test_answers_are_stored_as_shards_of_such_a_length(
     rows = {"envelope": bench.encode(ENCODINGS["envelope"], answers, CPU)[0]}
     path = tmp_path / "c"
     assert bench.store(path, answers, rows, shard_length=length, view_block=block) == used
-    reader = CacheReader(path)
+    reader = open_cache(path)
     assert reader.views * sum(reader.counts) == used
     assert set(reader.counts) == {min(length or 40, 40)}
     first = reader.rows("envelope", 0, 0, range(reader.counts[0]))["envelope/global_label"]
@@ -173,7 +173,7 @@ def test_answers_are_stored_as_shards_of_such_a_length(
 def test_answers_from_a_cache_are_its_rows_of_finished_units(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest())
     fill(writer, writer.todo(shards=[2], views=range(2, 4)))
-    reader = CacheReader(tmp_path / "c")
+    reader = open_cache(tmp_path / "c")
     known = np.concatenate(
         [reader.rows("dense", view, 2, range(COUNTS[2]))["dense/spatial"] for view in (2, 3)]
     )
@@ -202,7 +202,7 @@ def test_answers_of_a_teacher_are_those_of_its_dump(small: World, tmp_path: Path
     dump_teacher(recipe)
     found = from_teacher(recipe, 24)
     assert found.spatial.shape == (24, 4, 4, 4)
-    reader = CacheReader(tmp_path / "c")
+    reader = open_cache(tmp_path / "c")
     dumped = {
         row.tobytes()
         for shard, count in enumerate(reader.counts)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.batches import TrainBatches
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.tools.bench import bench_join as bench
@@ -95,13 +95,13 @@ def test_the_simulation_opens_whole_caches_whose_readers_do_not_grow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
-    real = CacheReader.__init__
+    real = Cache.__init__
 
-    def recorded(self: CacheReader, path: Any, **options: Any) -> None:
+    def recorded(self: Cache, path: Any, **options: Any) -> None:
         real(self, path, **options)
         opened.append((self.views, self.done().shape, bool(self.done().all())))
 
-    monkeypatch.setattr(CacheReader, "__init__", recorded)
+    monkeypatch.setattr(Cache, "__init__", recorded)
     report = bench.simulate(shards=6)
     assert report["samples"] == 6 * 1251
     assert set(opened) == {(30, (3, 6), True), (300, (30, 6), True)}

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.join import Join, join
 from cskd_pipeline.data.replay import cache_of, renderer_of
@@ -21,7 +21,7 @@ from tests.pipeline.conftest import World
 ROWS = np.array([(0, 0, 1), (0, 0, 4), (1, 0, 0), (3, 1, 2), (2, 2, 3)])
 
 
-def fused(cache: CacheReader, rows: np.ndarray, r: float) -> np.ndarray:
+def fused(cache: Cache, rows: np.ndarray, r: float) -> np.ndarray:
     """argmax over classes of r * d + (1 - r) * g, in float64: (n, h, w)."""
     logits = cache.gather("dense", rows)
     d = logits["dense/spatial"].astype(np.float64)
@@ -31,7 +31,7 @@ def fused(cache: CacheReader, rows: np.ndarray, r: float) -> np.ndarray:
 
 def test_labels_of_dense_logits_are_the_argmax_of_the_fused_response(tmp_path: Path) -> None:
     make(tmp_path / "c", encodings=("dense",))
-    cache = CacheReader(tmp_path / "c")
+    cache = open_cache(tmp_path / "c")
     labels = read_labels(cache, ROWS)
     assert (labels.encoding, labels.exact) == ("dense", True)
     for r in np.linspace(0, 1, 23):
@@ -48,8 +48,8 @@ def test_labels_of_other_encodings_are_those_of_the_logits_or_nearly(
 ) -> None:
     world.cli("cache", "convert", small.cache, tmp_path / "c", "--encoding", encoding, "-q")
     rows = np.array([(v, 0, o) for v in range(2) for o in range(30)])
-    labels = read_labels(CacheReader(tmp_path / "c"), rows)
-    dense = CacheReader(small.cache)
+    labels = read_labels(open_cache(tmp_path / "c"), rows)
+    dense = open_cache(small.cache)
     assert labels.encoding == encoding
     assert labels.exact == (encoding == "envelope")
     for r in (0.0, 0.35, 1.0):
@@ -70,7 +70,7 @@ def test_planes_from_labels_at_some_ratios_give_these_labels_there() -> None:
 
 @pytest.fixture(scope="module")
 def found(small: World) -> Join:
-    return join(load_dataset(str(small.shards)), CacheReader(small.cache))
+    return join(load_dataset(str(small.shards)), open_cache(small.cache))
 
 
 def test_figures_are_counted_over_every_location(found: Join) -> None:

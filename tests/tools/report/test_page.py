@@ -15,7 +15,7 @@ from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 
 from cskd_pipeline.cache.manifest import DatasetManifest
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.tools.report import page
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -82,7 +82,7 @@ def test_the_slider_turns_local_labels_into_the_global_one(
     chrome: webdriver.Chrome, plain: Path, small: World
 ) -> None:
     look(chrome, plain)
-    cache = CacheReader(small.cache)
+    cache = open_cache(small.cache)
     from cskd_pipeline.tools.report.gallery import choose_views
     from cskd_pipeline.tools.report.labels import read_labels
     from tests.tools.report.test_labels import join, load_dataset

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 
-from cskd_pipeline.cache.reader import CacheReader
+from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.models.checkpoint import read_card, save_student
@@ -194,7 +194,7 @@ def test_a_students_labels_are_those_of_its_patch_tokens(shown: Shown, small: Wo
     model.load_state_dict(load_file(shown.cskd / "best.safetensors"))
     model.eval()
     mean, std = (np.array(model.default_cfg[name], np.float32) for name in ("mean", "std"))
-    reader = CacheReader(small.cache)
+    reader = open_cache(small.cache)
     for i, view in enumerate(compared.views):
         seen = pixels(small.shards, reader, view.number, view.shard, view.offset)
         x = torch.from_numpy((seen - mean) / std).permute(2, 0, 1)[None].float()
@@ -204,7 +204,7 @@ def test_a_students_labels_are_those_of_its_patch_tokens(shown: Shown, small: Wo
         assert compared.students[0].labels[i].tolist() == locations.argmax(-1).tolist()
 
 
-def pixels(shards: Path, reader: CacheReader, view: int, shard: int, offset: int) -> np.ndarray:
+def pixels(shards: Path, reader: Cache, view: int, shard: int, offset: int) -> np.ndarray:
     """(S, S, 3) float32 as the network saw it."""
     policy, tar = reader.manifest.policy, load_dataset(str(shards)).shards[shard]
     root, count = reader.manifest.root_seed, len(tar)
