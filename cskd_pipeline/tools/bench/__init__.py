@@ -1,12 +1,12 @@
 """Measurements on the user's own machine and data, behind ``cskd-pipeline bench``.
 
-1. **turns** -- two sides of a comparison in turn: medians with spread, ratios round by round
-   (``threads``: on one core). **steady** -- the rate of a pipeline once its start is over.
+1. **timing** -- sides of a comparison in turn: medians with spread, ratios round by round; the rate
+   of a pipeline once its start is over.
 2. **bench_loader** -- this loader against timm's. **bench_join** -- the loader with a cache's
    responses against the loader without, and caches of ImageNet's shape. **bench_dump** -- a dump
    against the bare teacher. **bench_step** -- a training step from a cache against a
    plain one, and one with a live teacher.
 3. **responses** -- real responses to measure encodings on: from a cache with ``dense``, or from a
-   teacher. **bench_encodings** -- each encoding's bytes, times and distortion on them. **plot** --
-   distortion against bytes, drawn.
+   teacher. **bench_encodings** -- each encoding's bytes, times and distortion on them.
+   **encodings_plot** -- distortion against bytes, drawn.
 """

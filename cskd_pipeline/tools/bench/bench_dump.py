@@ -9,16 +9,16 @@ counts the labels that change.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cskd_pipeline.cache.writer import CacheWriter
@@ -32,15 +32,22 @@ from cskd_pipeline.distill.ckf import hard_global_labels, hard_labels
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.models.teacher import Logits, Teacher
 from cskd_pipeline.pipeline.dump import cache_manifest, open_stage_one, usable, write_units
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import worker_count
 from cskd_pipeline.runtime.distributed import ALONE
-from cskd_pipeline.runtime.progress import progress
-from cskd_pipeline.tools.bench.steady import SteadyRate
-from cskd_pipeline.tools.bench.threads import one_thread
-from cskd_pipeline.tools.bench.turns import Clock, ratio, spread, take_turns
-
-log = logging.getLogger(__name__)
+from cskd_pipeline.tools.bench.timing import (
+    Clock,
+    SteadyRate,
+    comparison_columns,
+    comparison_row,
+    device_name,
+    one_thread,
+    ratio,
+    seconds_of,
+    spread,
+    take_turns,
+    wait_for,
+)
+from cskd_pipeline.tools.tables import Printed, Table
 
 BLOCK = 10
 DUMP_GOAL, BLOCK_GOAL = 0.95, 1.4
@@ -77,7 +84,6 @@ def bench_dump(
     few = usable(recipe, few, LeftOuts(None, ALONE))
     workers = worker_count(recipe.dump.workers)
     resident = _resident(recipe, few, teacher)
-    found: dict[str, list[float]] = {}
     total = few.samples * BLOCK
     manifest = cache_manifest(recipe, describe(few), teacher)
 
@@ -89,7 +95,7 @@ def bench_dump(
     def ask(advance: Callable[[int], None]) -> None:
         for number in range(-(-total // len(resident[0]))):
             answer = teacher.unchecked(resident[number % len(resident)])
-            _wait(teacher)
+            wait_for(teacher.device)
             advance(len(answer.global_))
 
     def load(processes: int, block: int) -> Callable[[Callable[[int], None]], None]:
@@ -119,27 +125,21 @@ def bench_dump(
         "block_1": load(0, 1),
     }
 
-    def side(name: str) -> Callable[[int], None]:
-        def turn(number: int) -> None:
+    def side(name: str) -> Callable[[int], float]:
+        def turn(_: int) -> float:
             steady = SteadyRate(total, clock)
-            if name.startswith("block"):
-                with one_thread():
-                    works[name](steady.advance)
-            else:
+            with one_thread() if name.startswith("block") else nullcontext():
                 works[name](steady.advance)
-            found.setdefault(name, []).append(steady.rate)
-            meter.advance()
+            return steady.rate
 
         return turn
 
-    with progress(len(works) * (rounds + 1), "rounds", "dumping") as meter:
-        take_turns({name: side(name) for name in works}, rounds, clock)
-    counted = {name: rates[1:] for name, rates in found.items()}  # the first fills caches
+    counted = take_turns({name: side(name) for name in works}, rounds, "dumping")
     per_second = {name: spread(rates) for name, rates in counted.items()}
     loader, bare = (per_second[name]["median"] for name in ("loader", "teacher"))
     report = {
         "teacher": teacher.name,
-        "device": _device_name(teacher),
+        "device": device_name(teacher.device),
         "precision": teacher.precision,
         "size": recipe.views.size,
         "batch_size": recipe.dump.batch_size,
@@ -190,22 +190,18 @@ def variants(
         settings["compile"] = {"compile": True}
         settings["bfloat16 compile"] = {"precision": "bfloat16", "compile": True}
     teachers = {name: _with(recipe, changes) for name, changes in settings.items()}
-    answers: dict[str, list[Logits]] = {}
-    with progress(len(teachers) * (rounds + 1), "rounds", "asking") as meter:
+    logits: dict[str, list[Logits]] = {}
 
-        def side(name: str) -> Callable[[int], None]:
-            def turn(_: int) -> None:
-                answers[name] = [teachers[name].unchecked(views) for views in resident]
-                _wait(teachers[name])
-                meter.advance()
+    def respond(name: str, _: int) -> None:
+        logits[name] = [teachers[name].unchecked(views) for views in resident]
+        wait_for(teachers[name].device)
 
-            return turn
-
-        seconds = take_turns({name: side(name) for name in teachers}, rounds, clock)
+    sides = {name: seconds_of(partial(respond, name), clock) for name in teachers}
+    seconds = take_turns(sides, rounds, "running the teacher")
     views = sum(map(len, resident))
     report = {}
     for name, times in seconds.items():
-        spatial, global_ = _changed(answers["float32"], answers[name])
+        spatial, global_ = _changed(logits["float32"], logits[name])
         report[name] = {
             "views_per_second": spread([views / value for value in times]),
             "ratio": ratio(times, seconds["float32"]),
@@ -266,17 +262,8 @@ def _resident(recipe: DumpRecipe, few: Dataset, teacher: Teacher) -> list[Tensor
     return full
 
 
-def _wait(teacher: Teacher) -> None:
-    if teacher.device.type == "cuda":
-        torch.cuda.synchronize(teacher.device)
-
-
-def _device_name(teacher: Teacher) -> str:
-    cuda = teacher.device.type == "cuda"
-    return torch.cuda.get_device_name(teacher.device) if cuda else "cpu"
-
-
-def show(report: Mapping[str, Any], terminal: Terminal) -> None:
+def printed(report: Mapping[str, Any]) -> Printed:
+    """Yield the rates, which side is the limit, and what variants change."""
     rates = report["views_per_second"]
     names = {
         "dump": "dump",
@@ -286,25 +273,23 @@ def show(report: Mapping[str, Any], terminal: Terminal) -> None:
         "block_1": "loader, one core, 1 view a block",
     }
     compared = {"dump": "dump_to_teacher", f"block_{BLOCK}": "blocks"}
-    rows = []
-    for name, label in names.items():
-        times = report["ratio"].get(compared.get(name), dict.fromkeys(("median", "low", "high")))
-        goal = report["goal"].get(compared.get(name))
-        rows.append((label, *rates[name].values(), *times.values(), goal))
-    terminal.table(
+    ratios, goals = (
+        {n: report[key].get(compared.get(n)) for n in names} for key in ("ratio", "goal")
+    )
+    yield Table(
         f"{report['teacher']} on {report['device']}, {report['precision']}, {report['size']} px, "
         f"{report['images']} images in {BLOCK} views, {report['rounds']} rounds",
-        ("", "views/s", "lowest", "highest", "ratio", "lowest", "highest", "goal"),
-        rows,
+        comparison_columns("views/s"),
+        [comparison_row(label, rates[n], ratios[n], goals[n]) for n, label in names.items()],
     )
     loader, bare = rates["loader"]["median"], rates["teacher"]["median"]
-    log.info(
+    yield (
         f"the limit is the {report['limit']}: the loader makes {loader:.4g} views/s in "
         f"{report['workers']} processes, the bare teacher takes {bare:.4g}"
         + ("; on a CPU they share the cores" if report["device"] == "cpu" else "")
     )
     if report["variants"]:
-        terminal.table(
+        yield Table(
             "the bare teacher in other ways, and the labels that are not float32's",
             ("", "views/s", "ratio", "hard labels %", "global labels %"),
             [

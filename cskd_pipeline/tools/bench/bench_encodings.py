@@ -14,7 +14,6 @@ Legend: d spatial and g global logits; r the CKF ratio; tau the temperature of s
 
 from __future__ import annotations
 
-import logging
 import statistics
 import tempfile
 import time
@@ -37,13 +36,11 @@ from cskd_pipeline.distill.encodings import ENCODINGS, ArraySpec, Encoding, Resp
 from cskd_pipeline.distill.losses import DistillationLoss
 from cskd_pipeline.distill.targets import LogitTargets, Targets
 from cskd_pipeline.models.student import Heads
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.bench.responses import SEED, Responses
-from cskd_pipeline.tools.bench.threads import one_thread
+from cskd_pipeline.tools.bench.timing import one_thread, wait_for
+from cskd_pipeline.tools.tables import Printed, Table
 from cskd_pipeline.views.bits import BitStream
-
-log = logging.getLogger(__name__)
 
 RATIOS = [i / 20 for i in range(21)]
 FEW_RATIOS = RATIOS[::5]
@@ -53,9 +50,9 @@ _REPEATS = 5
 
 
 def bench_encodings(
-    answers: Responses, *, device: torch.device, names: Sequence[str] = ()
+    responses: Responses, *, device: torch.device, names: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Measure ``names``, or every encoding, on ``answers``.
+    """Measure ``names``, or every encoding, on ``responses``.
 
     Returns:
         ``source``, ``views``, ``classes``, ``grid``, and per encoding what the module says; what an
@@ -63,87 +60,88 @@ def bench_encodings(
     """
     names = list(names or ENCODINGS)
     with one_thread():
-        return _measure(answers, device, names)
+        return _measure(responses, device, names)
 
 
-def _measure(answers: Responses, device: torch.device, names: list[str]) -> dict[str, Any]:
+def _measure(responses: Responses, device: torch.device, names: list[str]) -> dict[str, Any]:
     rows: dict[str, Rows] = {}
     found: dict[str, dict[str, Any]] = {}
     with progress(len(names), "encodings", "measuring") as meter:
         for name in names:
-            rows[name], seconds = encode(ENCODINGS[name], answers, device)
+            rows[name], seconds = encode(ENCODINGS[name], responses, device)
             found[name] = {"encode_ms": 1e3 * seconds}
         with tempfile.TemporaryDirectory(prefix="cskd-bench-") as folder:
             path = Path(folder) / "cache"
-            store(path, answers, rows)
+            store(path, responses, rows)
             sizes = describe(path)["bytes_per_view"]
             for name in names:
                 found[name]["bytes_per_view"] = sizes[name]
-                found[name]["decode_ms"] = 1e3 * _decode_seconds(path, name, len(answers))
-                found[name] |= _distortion(ENCODINGS[name], rows[name], answers)
+                found[name]["decode_ms"] = 1e3 * _decode_seconds(path, name, len(responses))
+                found[name] |= _distortion(ENCODINGS[name], rows[name], responses)
                 meter.advance()
     return {
-        "source": answers.source,
-        "views": len(answers),
-        "classes": answers.spatial.shape[1],
-        "grid": list(answers.spatial.shape[2:]),
+        "source": responses.source,
+        "views": len(responses),
+        "classes": responses.spatial.shape[1],
+        "grid": list(responses.spatial.shape[2:]),
         "device": str(device),
         "encodings": found,
     }
 
 
-def show(report: Mapping[str, Any], terminal: Terminal) -> None:
-    """The report as a table."""
+def printed(report: Mapping[str, Any]) -> Printed:
+    """Yield the report as a table, and what its figures mean."""
     rows = []
     for name, m in report["encodings"].items():
-        kl = m["kl"] or {}
-        pairs = [kl.get(f"{tau:g}", {}) for tau in TEMPERATURES]
-        cosine = m["gradient_cosine"]
+        losses = [(m["kl"] or {}).get(f"{tau:g}", {}) for tau in TEMPERATURES]
         rows.append(
-            [
-                name,
-                round(m["bytes_per_view"]),
-                round(m["encode_ms"], 3),
-                round(m["decode_ms"], 3),
+            (
+                *(name, round(m["bytes_per_view"])),
+                *(round(m[key], 3) for key in ("encode_ms", "decode_ms")),
                 _share(m["hard_agreement"]),
-                *(pair.get(key) for pair in pairs for key in ("mean", "p99")),
-                _share(cosine["hard"]),
-                _share(cosine["soft"]),
-            ]
+                *(loss.get(key) for loss in losses for key in ("mean", "p99")),
+                *(_share(m["gradient_cosine"][kind]) for kind in ("hard", "soft")),
+            )
         )
-    height, width = report["grid"]
-    terminal.table(
-        f"{report['views']} views of {report['source']}: "
-        f"{report['classes']} classes, {height}x{width} places",
-        [
+    yield Table(
+        f"{report['source']}: {title(report)}",
+        (
             *("encoding", "bytes/view", "encode ms", "decode ms", "hard agreement"),
             *(f"{what} tau={tau:g}" for tau in TEMPERATURES for what in ("KL", "p99")),
             *("cosine hard", "soft"),
-        ],
+        ),
         rows,
     )
-    log.info("KL in nats, over 21 values of r; a dash: the encoding does not serve it")
+    yield "KL in nats, over 21 values of r; a dash: the encoding does not serve it"
+
+
+def title(report: Mapping[str, Any]) -> str:
+    """Return what was measured on, in one line."""
+    height, width = report["grid"]
+    return f"{report['views']} views, {report['classes']} classes, {height}x{width} locations"
 
 
 def _share(value: float | None) -> str | None:
-    """Four digits, and 1 only for 1."""
+    """Return four digits, and 1 only for 1."""
     if value is None:
         return None
     return "1" if value > 1 - 1e-9 else f"{min(value, 0.9999):.4f}"
 
 
-def encode(encoding: Encoding, answers: Responses, device: torch.device) -> tuple[Rows, float]:
-    """All rows by array, and seconds a view on the device."""
-    buffer = UnitBuffer(1, len(answers), {s.name: s.fill for s in _specs(encoding, answers)})
+def encode(encoding: Encoding, responses: Responses, device: torch.device) -> tuple[Rows, float]:
+    """Return all rows by array, and the seconds a view on the device."""
+    buffer = UnitBuffer(1, len(responses), {s.name: s.fill for s in _specs(encoding, responses)})
     per_view = []
-    for start in range(0, len(answers), _BATCH):
-        d, g = (x[start : start + _BATCH].to(device) for x in (answers.spatial, answers.global_))
+    for start in range(0, len(responses), _BATCH):
+        d, g = (
+            x[start : start + _BATCH].to(device) for x in (responses.spatial, responses.global_)
+        )
         if start == 0:
             encoding.encode(d, g)  # the first call chooses kernels
-        _wait(device)
+        wait_for(device)
         began = time.perf_counter()
         made = encoding.encode(d, g)
-        _wait(device)
+        wait_for(device)
         per_view.append((time.perf_counter() - began) / len(g))
         values = {name: rows.cpu().numpy() for name, rows in made.items()}
         buffer.put(0, np.arange(start, start + len(g)), values)
@@ -152,32 +150,32 @@ def encode(encoding: Encoding, answers: Responses, device: torch.device) -> tupl
 
 def store(
     path: Path,
-    answers: Responses,
+    responses: Responses,
     rows: Mapping[str, Rows],
     *,
     shard_length: int | None = None,
     view_block: int = 1,
 ) -> int:
-    """Write a cache of these answers, laid out as one of such tar shards and blocks would be.
+    """Write a cache of these responses, laid out as one of such tar shards and blocks would be.
 
     Args:
         rows: by encoding, as :func:`encode` gives them.
-        shard_length: samples of a tar shard; None: all answers make one.
+        shard_length: samples of a tar shard; None: all responses make one.
 
     Returns:
-        How many answers, from the first on, fill whole shards and are in it.
+        How many responses, from the first on, fill whole shards and are in it.
     """
-    length = min(shard_length or len(answers), len(answers))
-    block = max(n for n in range(1, view_block + 1) if n * length <= len(answers))
-    shards = len(answers) // (block * length)
+    length = min(shard_length or len(responses), len(responses))
+    block = max(n for n in range(1, view_block + 1) if n * length <= len(responses))
+    shards = len(responses) // (block * length)
     keys = [[f"{shard:06}/{i:06}" for i in range(length)] for shard in range(shards)]
     infos = tuple(
         ShardInfo.of(f"sampled-{shard}.tar", names, length, f"{shard:064x}")
         for shard, names in enumerate(keys)
     )
     manifest = replace(
-        answers.manifest,
-        dataset=replace(answers.manifest.dataset, shards=infos),
+        responses.manifest,
+        dataset=replace(responses.manifest.dataset, shards=infos),
         views=block,
         view_block=block,
         encodings=tuple(rows),
@@ -208,7 +206,7 @@ def store(
 
 
 def _decode_seconds(path: Path, name: str, count: int) -> float:
-    """From files (in the page cache) to targets, a view; every time by a reader that knows none."""
+    """Time files (in the page cache) to targets, a view, every time by a new reader."""
     index = np.zeros((count, 3), np.int64)
     index[:, 2] = np.arange(count)[::-1]
     encoding = ENCODINGS[name]
@@ -224,7 +222,7 @@ def _decode_seconds(path: Path, name: str, count: int) -> float:
 
 
 def _use(encoding: Encoding, targets: Targets) -> None:
-    """What one update asks of the targets."""
+    """Compute the targets that one update needs."""
     if "hard" in encoding.serves:
         targets.hard_global()
         targets.hard_spatial(0.5)
@@ -233,14 +231,14 @@ def _use(encoding: Encoding, targets: Targets) -> None:
         targets.spatial_log_probabilities(0.5, 1.0)
 
 
-def _distortion(encoding: Encoding, rows: Rows, answers: Responses) -> dict[str, Any]:
+def _distortion(encoding: Encoding, rows: Rows, responses: Responses) -> dict[str, Any]:
     agreeing: list[float] = []
     divergences: dict[float, list[Tensor]] = {tau: [] for tau in TEMPERATURES}
     cosines: dict[str, list[float]] = {kind: [] for kind in encoding.serves}
     soft = "soft" in encoding.serves
-    for start in range(0, len(answers), _BATCH):
+    for start in range(0, len(responses), _BATCH):
         part = slice(start, start + _BATCH)
-        exact = LogitTargets(answers.spatial[part], answers.global_[part])
+        exact = LogitTargets(responses.spatial[part], responses.global_[part])
         found = encoding.targets(_tensors({name: v[part] for name, v in rows.items()}))
         for r in RATIOS:
             same = found.hard_spatial(r) == exact.hard_spatial(r)
@@ -248,7 +246,7 @@ def _distortion(encoding: Encoding, rows: Rows, answers: Responses) -> dict[str,
             for tau in TEMPERATURES if soft else ():
                 divergences[tau].append(_divergence(exact, found, r, tau))
         for kind, values in cosines.items():
-            values += [_cosine(kind, exact, found, answers, part, r) for r in FEW_RATIOS]
+            values += [_cosine(kind, exact, found, responses, part, r) for r in FEW_RATIOS]
     return {
         "hard_agreement": statistics.fmean(agreeing),
         "kl": {f"{tau:g}": _summary(torch.cat(v)) for tau, v in divergences.items()}
@@ -262,7 +260,7 @@ def _distortion(encoding: Encoding, rows: Rows, answers: Responses) -> dict[str,
 
 
 def _divergence(exact: Targets, found: Targets, r: float, tau: float) -> Tensor:
-    """KL of every location of a batch, flat."""
+    """Return the KL of every location of a batch, flat."""
     p, q = (targets.spatial_log_probabilities(r, tau) for targets in (exact, found))
     return (p.exp() * (p - q)).sum(1).flatten()
 
@@ -276,10 +274,10 @@ def _summary(divergences: Tensor) -> dict[str, float]:
 
 
 def _cosine(
-    kind: str, exact: Targets, found: Targets, answers: Responses, part: slice, r: float
+    kind: str, exact: Targets, found: Targets, responses: Responses, part: slice, r: float
 ) -> float:
     loss = DistillationLoss(method="cskd", global_kind=kind, spatial_kind=kind)
-    shape = answers.spatial[part].shape
+    shape = responses.spatial[part].shape
     labels = torch.full(shape[:2], 1.0 / shape[1])
 
     def gradient(targets: Targets) -> Tensor:
@@ -291,14 +289,9 @@ def _cosine(
     return float(cosine_similarity(gradient(exact), gradient(found), dim=0))
 
 
-def _specs(encoding: Encoding, answers: Responses) -> tuple[ArraySpec, ...]:
-    return encoding.arrays(ResponseShape(*answers.spatial.shape[1:]))
+def _specs(encoding: Encoding, responses: Responses) -> tuple[ArraySpec, ...]:
+    return encoding.arrays(ResponseShape(*responses.spatial.shape[1:]))
 
 
 def _tensors(rows: Rows) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in rows.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,8 +1,9 @@
-"""``bench join``: what reading a cache's answers costs the loader, and whether it scales.
+"""``bench join``: what reading a cache's responses costs the loader, and whether it scales.
 
-The same batches are made with the join (seeds, digests and answers from the cache, images compared
-with it) and without any cache, in turn, in this process: on one core. :func:`simulate` opens caches
-of ImageNet's shape, which have their documents and a file for each unit's record, and nothing else.
+The same batches are made with the join (seeds, digests and responses from the cache, images
+compared with it) and without any cache, in turn, in this process: on one core. :func:`simulate`
+opens caches of ImageNet's shape, which have their documents and a file for each unit's record, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import gc
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,9 +35,9 @@ from cskd_pipeline.data.batches import TrainBatches
 from cskd_pipeline.data.plan import EpochPlan, SampleSet
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.pipeline.training_data import open_training_data
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.progress import progress
-from cskd_pipeline.tools.bench.turns import Clock, rates, ratio, take_turns
+from cskd_pipeline.tools.bench.timing import Clock, rates, ratio, seconds_of, take_turns
+from cskd_pipeline.tools.tables import Printed, Table
 from cskd_pipeline.views.policy import ViewPolicy
 
 GOAL = 0.99
@@ -78,14 +78,10 @@ def bench_join(
         for update in range(number * updates, (number + 1) * updates):
             for micro in range(accumulation):
                 batches[0, update % steps, micro]
-        meter.advance()
 
-    sides: dict[str, Callable[[int], None]] = {
-        "with_join": partial(make, data.source),
-        "without": partial(make, alone),
-    }
-    with progress(2 * (rounds + 1), "rounds", "making batches") as meter:
-        seconds = take_turns(sides, rounds, clock)
+    sources = {"with_join": data.source, "without": alone}
+    sides = {name: seconds_of(partial(make, source), clock) for name, source in sources.items()}
+    seconds = take_turns(sides, rounds, "making batches")
     images = updates * recipe.batch.batch_size
     return {
         "encoding": data.encoding.name if data.encoding else None,
@@ -197,29 +193,23 @@ def _manifest(shards: int, views: int) -> CacheManifest:
     )
 
 
-def show(report: dict[str, Any], terminal: Terminal) -> None:
-    """Tables of what there is in ``report``."""
+def printed(report: dict[str, Any]) -> Printed:
+    """Yield tables of what there is in the report."""
     if "ratio" in report:
-        rows = [
-            (name.replace("_", " "), *found.values())
-            for name, found in (*report["images_per_second"].items(), ("ratio", report["ratio"]))
-        ]
-        terminal.table(
+        found = report["images_per_second"] | {"ratio": report["ratio"]}
+        yield Table(
             f"the loader on one core, images/s ({report['encoding']}, {report['rounds']} rounds of "
             f"{report['images_per_round']} images; the ratio's goal is {report['goal']})",
             ("", "median", "lowest", "highest"),
-            rows,
+            [(name.replace("_", " "), *values.values()) for name, values in found.items()],
         )
     if "simulation" in report:
         found = report["simulation"]
-        rows = [(name.replace("_", " "), *o.values()) for name, o in found["opening"].items()]
-        terminal.table(
+        yield Table(
             f"a cache of {found['shards']} shards, {found['samples']} samples",
             ("views", "seconds to open", "bytes in memory"),
-            rows,
+            [(name.replace("_", " "), *one.values()) for name, one in found["opening"].items()],
         )
-        terminal.table(
-            "an epoch's plan",
-            ("ranks", "seconds"),
-            [(found["ranks"], found["plan_seconds"])],
+        yield Table(
+            "an epoch's plan", ("ranks", "seconds"), [(found["ranks"], found["plan_seconds"])]
         )

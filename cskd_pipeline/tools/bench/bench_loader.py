@@ -25,17 +25,24 @@ from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.plan import EpochPlan, SampleSet
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.runtime.atomic import write_json
-from cskd_pipeline.runtime.console import Terminal
-from cskd_pipeline.runtime.progress import progress
-from cskd_pipeline.tools.bench.threads import one_thread
-from cskd_pipeline.tools.bench.turns import Clock, rates, ratio, take_turns
+from cskd_pipeline.tools.bench.timing import (
+    Clock,
+    comparison_columns,
+    comparison_row,
+    one_thread,
+    rates,
+    ratio,
+    seconds_of,
+    take_turns,
+)
+from cskd_pipeline.tools.tables import Printed, Table
 from cskd_pipeline.views.policy import ViewPolicy
 
 GOALS = {1: 1.5, 3: 2.0}
 """Ratios to timm's, by the number of views that share a decoded image in an epoch."""
 
 Step = Callable[[int], int]
-"""Told the number of a batch, makes it and says how many images it has."""
+"""Makes the batch of a number and returns how many images it has."""
 
 
 def bench_loader(
@@ -66,13 +73,11 @@ def bench_loader(
     def work(name: str, step: Step, number: int) -> None:
         for batch in range(number * batches, (number + 1) * batches):
             made[name] += step(batch)
-        meter.advance()
 
     with tempfile.TemporaryDirectory() as folder, one_thread():
         steps["timm"] = _timms(dataset, Path(folder), policy, batch_size)
-        sides = {name: partial(work, name, step) for name, step in steps.items()}
-        with progress(len(sides) * (rounds + 1), "rounds", "making batches") as meter:
-            seconds = take_turns(sides, rounds, clock)
+        sides = {n: seconds_of(partial(work, n, step), clock) for n, step in steps.items()}
+        seconds = take_turns(sides, rounds, "making batches")
     images = batches * batch_size
     assert set(made.values()) == {(rounds + 1) * images}, made
     return {
@@ -106,7 +111,7 @@ def _ours(dataset: Dataset, policy: ViewPolicy, repeats: int, batch_size: int) -
 
 
 def _timms(dataset: Dataset, folder: Path, policy: ViewPolicy, batch_size: int) -> Step:
-    """timm's loader, as a recipe of DeiT's would set it up; one epoch after the other."""
+    """Return timm's loader, as a recipe of DeiT's would set it up; one epoch after the other."""
     _describe(dataset, folder)
     found = create_dataset(
         "wds/bench",
@@ -163,7 +168,7 @@ def _endless(loader: Any) -> Iterator[Any]:
 
 
 def _describe(dataset: Dataset, folder: Path) -> None:
-    """A folder as timm's webdataset reader wants it: links to the tars, and ``_info.json``."""
+    """Fill a folder for timm's webdataset reader: links to the tars, and ``_info.json``."""
     names = [f"bench-train-{number:06d}.tar" for number in range(len(dataset.shards))]
     for name, shard in zip(names, dataset.shards, strict=True):
         (folder / name).symlink_to(Path(shard.path).resolve())
@@ -176,15 +181,15 @@ def _describe(dataset: Dataset, folder: Path) -> None:
     write_json(folder / "_info.json", {"splits": {"train": split}})
 
 
-def show(report: dict[str, Any], terminal: Terminal) -> None:
+def printed(report: dict[str, Any]) -> Printed:
+    """Yield the report as a table."""
     rows = []
     for name, found in report["images_per_second_per_core"].items():
         times = report["ratio"].get(name, {"median": 1.0, "low": None, "high": None})
-        goal = report["goal"].get(name)
-        rows.append((name.replace("_", " "), *found.values(), *times.values(), goal))
-    terminal.table(
+        rows.append(comparison_row(name.replace("_", " "), found, times, report["goal"].get(name)))
+    yield Table(
         f"images a second on one core ({report['policy']}, {report['size']} px, {report['rounds']} "
         f"rounds of {report['images_per_round']} images)",
-        ("", "median", "lowest", "highest", "ratio to timm", "lowest", "highest", "goal"),
+        comparison_columns("median", "ratio to timm"),
         rows,
     )

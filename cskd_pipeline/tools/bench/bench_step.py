@@ -11,7 +11,7 @@ speed depends on them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -32,11 +32,19 @@ from cskd_pipeline.models.teacher import Teacher, load_teacher
 from cskd_pipeline.pipeline.trainer import Run
 from cskd_pipeline.pipeline.training_data import TrainingData
 from cskd_pipeline.runtime.classes import ClassGuard
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import pick_device, use_threads
 from cskd_pipeline.runtime.distributed import ALONE
-from cskd_pipeline.runtime.progress import progress
-from cskd_pipeline.tools.bench.turns import Clock, rates, ratio, take_turns
+from cskd_pipeline.tools.bench.timing import (
+    Clock,
+    comparison_columns,
+    comparison_row,
+    device_name,
+    rates,
+    ratio,
+    seconds_of,
+    take_turns,
+)
+from cskd_pipeline.tools.tables import Printed, Table
 from cskd_pipeline.views.apply import erase_noise
 from cskd_pipeline.views.bits import derive_seed
 from cskd_pipeline.views.draw import draw
@@ -117,15 +125,13 @@ def bench_step(
     grid = (places, places) if asked is None else asked.grid
     batch = synthetic_batch(policy, recipe.batch.batch_size // recipe.batch.accumulation, grid)
     batch = batch.to(device)
-    sides = len(METHODS) + (asked is not None)
     measured = {}
-    with progress(len(students) * sides * (rounds + 1), "rounds", "training") as meter:
-        for name in students:
-            found = replace(recipe, student=replace(recipe.student, name=name))
-            runs = _runs(found, policy, grid, asked, device)
-            measured[name] = _measure(runs, batch, rounds, clock, meter.advance)
+    for name in students:
+        found = replace(recipe, student=replace(recipe.student, name=name))
+        runs = _runs(found, policy, grid, asked, device)
+        measured[name] = _measure(runs, batch, rounds, clock)
     report: dict[str, Any] = {
-        "device": _device_name(device),
+        "device": device_name(device),
         "size": policy.size,
         "batch_size": recipe.batch.batch_size,
         "amp": recipe.run.amp,
@@ -141,13 +147,7 @@ def bench_step(
     return report
 
 
-def _measure(
-    runs: Mapping[str, Run],
-    batch: Batch,
-    rounds: int,
-    clock: Clock,
-    advance: Callable[[int], None],
-) -> dict[str, Any]:
+def _measure(runs: Mapping[str, Run], batch: Batch, rounds: int, clock: Clock) -> dict[str, Any]:
     peaks: dict[str, int] = {}
 
     def step(name: str, number: int) -> None:
@@ -158,10 +158,11 @@ def _measure(
         parts.tolist()  # waits for the device
         if run.device.type == "cuda":
             peaks[name] = torch.cuda.max_memory_allocated(run.device)
-        advance(1)
 
-    seconds = take_turns({name: partial(step, name) for name in runs}, rounds, clock)
-    images = next(iter(runs.values())).recipe.batch.batch_size
+    sides = {name: seconds_of(partial(step, name), clock) for name in runs}
+    recipe = runs["none"].recipe
+    seconds = take_turns(sides, rounds, f"training {recipe.student.name}")
+    images = recipe.batch.batch_size
     slower = {name: ratio(seconds["none"], seconds[name]) for name in ("deit", "cskd")}
     if LIVE in seconds:
         slower[LIVE] = ratio(seconds["cskd"], seconds[LIVE])
@@ -269,27 +270,19 @@ def _lines(batch: Batch) -> float:
     return float((classes.to(torch.int32) != 65535).sum(1).float().mean())
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def show(report: Mapping[str, Any], terminal: Terminal) -> None:
+def printed(report: Mapping[str, Any]) -> Printed:
+    """Yield a table for each student."""
     for student, found in report["students"].items():
+        goals = {"cskd": report["goal"]["cskd"], LIVE: report["goal"]["live"].get(student)}
         rows = []
         for name, rate in found["images_per_second"].items():
-            times = found["ratio"].get(name, {"median": None, "low": None, "high": None})
-            goal = report["goal"]["cskd"] if name == "cskd" else None
-            if name == LIVE:
-                goal = report["goal"]["live"].get(student)
             peak = found["peak_memory"] and found["peak_memory"][name] / 2**30
-            rows.append((name, *rate.values(), *times.values(), goal, peak))
-        terminal.table(
+            row = comparison_row(name, rate, found["ratio"].get(name), goals.get(name))
+            rows.append((*row, peak))
+        yield Table(
             f"{student}: steps of {report['batch_size']} images at {report['size']} px, "
             f"{report['device']}, amp {report['amp']}; seconds in units of none's (live: of "
             "cskd's)",
-            (
-                *("", "images/s", "lowest", "highest"),
-                *("ratio", "lowest", "highest", "goal", "peak GiB"),
-            ),
+            (*comparison_columns("images/s"), "peak GiB"),
             rows,
         )

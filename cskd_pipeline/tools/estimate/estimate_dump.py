@@ -44,7 +44,7 @@ from cskd_pipeline.runtime.distributed import ALONE
 from cskd_pipeline.runtime.progress import duration, progress
 from cskd_pipeline.tools.bench.bench_encodings import encode, store
 from cskd_pipeline.tools.bench.responses import Responses
-from cskd_pipeline.tools.bench.steady import SteadyRate
+from cskd_pipeline.tools.bench.timing import SteadyRate
 
 log = logging.getLogger(__name__)
 

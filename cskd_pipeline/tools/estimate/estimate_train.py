@@ -23,7 +23,7 @@ from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import pick_device, use_threads
 from cskd_pipeline.runtime.progress import duration, progress
-from cskd_pipeline.tools.bench.steady import SteadyRate
+from cskd_pipeline.tools.bench.timing import SteadyRate
 
 log = logging.getLogger(__name__)
 

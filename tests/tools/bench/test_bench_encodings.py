@@ -19,7 +19,7 @@ from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.distill.targets import LogitTargets
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.tools.bench import bench_encodings as bench
-from cskd_pipeline.tools.bench.plot import scatter
+from cskd_pipeline.tools.bench.encodings_plot import encodings_plot
 from cskd_pipeline.tools.bench.responses import Responses, from_cache, from_teacher
 from cskd_pipeline.tools.report.plot_files import svg
 from tests.cache.making import CLASSES, COUNTS, HEIGHT, VIEWS, WIDTH, fill, make, manifest, tree
@@ -217,7 +217,7 @@ def test_answers_of_a_teacher_are_those_of_its_dump(small: World, tmp_path: Path
 
 
 def test_the_plot_shows_bytes_across_and_loss_up(report: dict[str, Any]) -> None:
-    figure = scatter(report)
+    figure = encodings_plot(report)
     figure.draw_without_rendering()
     above, lane = figure.axes
     e = report["encodings"]
@@ -244,7 +244,7 @@ def test_the_plot_shows_bytes_across_and_loss_up(report: dict[str, Any]) -> None
 
 def test_names_in_the_plot_stay_text(report: dict[str, Any]) -> None:
     entry = report["encodings"]["dense"]
-    drawn = svg(scatter({**report, "encodings": {"<script>&$x^2$": entry}}), "t")
+    drawn = svg(encodings_plot({**report, "encodings": {"<script>&$x^2$": entry}}), "t")
     assert "<script>" not in drawn
     assert "<script>&$x^2$" in list(ET.fromstring(drawn).itertext())
 

@@ -12,7 +12,7 @@ from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.batches import TrainBatches
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.tools.bench import bench_join as bench
-from cskd_pipeline.tools.bench.turns import ratio, spread, take_turns
+from cskd_pipeline.tools.bench.timing import ratio, seconds_of, spread, take_turns
 from tests.pipeline import world
 from tests.pipeline.conftest import World, small
 
@@ -44,7 +44,8 @@ def test_sides_take_turns_and_the_first_round_is_not_counted() -> None:
 
         return work
 
-    found = take_turns({"a": side("a", 1), "b": side("b", 3)}, 3, clock)
+    sides = {name: seconds_of(side(name, cost), clock) for name, cost in (("a", 1), ("b", 3))}
+    found = take_turns(sides, 3, "working")
     assert found == {"a": [1, 2, 3], "b": [3, 4, 5]}
     assert order == ["a0", "b0", "b0", "a0", "a1", "b1", "b2", "a2"]
 

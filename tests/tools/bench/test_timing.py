@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cskd_pipeline.tools.bench.steady import SteadyRate
+from cskd_pipeline.tools.bench.timing import SteadyRate
 
 
 class Clock:

@@ -14,7 +14,7 @@ _HARD = "hard labels"
 
 
 class Point(NamedTuple):
-    """One mark: ``kind`` is what it measures, ``bytes`` of a view, ``loss`` in nats."""
+    """Hold one mark: ``kind`` is what it measures, ``bytes`` of a view, ``loss`` in nats."""
 
     encoding: str
     kind: str
@@ -22,8 +22,8 @@ class Point(NamedTuple):
     loss: float
 
 
-def scatter(report: Mapping[str, Any]) -> Figure:
-    """Bytes a view across, mean KL up, both logarithmic.
+def encodings_plot(report: Mapping[str, Any]) -> Figure:
+    """Draw bytes a view across, mean KL up, both logarithmic.
 
     Encodings that lose nothing of what they serve stand in a lane of their own at the bottom. Of
     those that serve hard labels only, the share of labels that differ is drawn.
@@ -44,11 +44,6 @@ def scatter(report: Mapping[str, Any]) -> Figure:
         lane=("exact", _FLOOR),
         labels=[(p.encoding, p.bytes, p.loss) for p in named.values()],
     )
-
-
-def title(report: Mapping[str, Any]) -> str:
-    height, width = report["grid"]
-    return f"{report['views']} views, {report['classes']} classes, {height}x{width} places"
 
 
 def _points(report: Mapping[str, Any]) -> Iterator[Point]:

@@ -1,0 +1,22 @@
+"""How a tool's report is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from cskd_pipeline.cli.options import Outcome
+from cskd_pipeline.runtime.console import Terminal
+
+if TYPE_CHECKING:
+    from cskd_pipeline.tools.tables import Printed
+
+
+def print_report(terminal: Terminal, report: Mapping[str, Any], printed: Printed) -> Outcome:
+    """Print tables and news; return the report where --json is to print that instead."""
+    for part in printed:
+        if isinstance(part, str):
+            terminal.line(part)
+        else:
+            terminal.table(part.title, part.columns, part.rows)
+    return dict(report) if terminal.json else None
