@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from operator import itemgetter
 from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
@@ -39,12 +39,14 @@ from cskd_pipeline.cli.options import (
     require,
     usage_of,
 )
-from cskd_pipeline.config import DumpRecipe, TrainRecipe, key_info, load_recipe
+from cskd_pipeline.config import DumpRecipe, TrainRecipe, key_types, load_recipe
 from cskd_pipeline.runtime.console import Terminal
 
 R = TypeVar("R", DumpRecipe, TrainRecipe)
-_Parameters = list[inspect.Parameter]
-_Make = Callable[[dict[str, Any]], Any]  # from what the parser gives to a function's argument
+_Make = Callable[[dict[str, Any]], Any]  # of all that the parser gives, one argument
+# What the command line has for an array: a flag more than once, and R,G,B.
+_TYPES: dict[Any, Any] = {tuple[str, ...]: list[str], tuple[float, ...]: str}
+_Made = tuple[list[inspect.Parameter], _Make]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class RecipeLoader(Generic[R]):
         kind: ``DumpRecipe`` or ``TrainRecipe``.
         source: of --recipe.
         sets: of --set.
-        given: key -> value of the flags; None where one was not given.
+        given: key -> value of the flags that were given.
     """
 
     kind: type[R]
@@ -86,8 +88,7 @@ def expanded(function: Callable[..., Any], flags: str = "") -> Callable[..., Any
     if "quiet" in inspect.signature(function).parameters:  # written out by hand
         return function
     hints = get_type_hints(function, include_extras=True)
-    shown: _Parameters = []
-    last = list(_TONE)
+    shown: list[inspect.Parameter] = []
     makers: dict[str, _Make] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         hint = hints[name]
@@ -95,22 +96,22 @@ def expanded(function: Callable[..., Any], flags: str = "") -> Callable[..., Any
             makers[name] = itemgetter("terminal")
         elif get_origin(hint) is RecipeLoader:
             parameters, makers[name] = _recipe(get_args(hint)[0], flags.split())
-            shown += parameters[:-2]
-            last = parameters[-2:] + last
+            shown += parameters
         elif is_dataclass(hint):
             parameters, makers[name] = _fields(hint)
             shown += parameters
         else:
             shown.append(_parameter(name, hint, parameter.default))
             makers[name] = itemgetter(name)
+    shown += [_parameter("quiet", Quiet, False), _parameter("json", Json, False)]
 
     @functools.wraps(function)
     def command(**given: Any) -> Any:
         given["terminal"] = Terminal.listening(quiet=given.pop("quiet"), json=given.pop("json"))
         return function(**{name: make(given) for name, make in makers.items()})
 
-    command.__signature__ = inspect.Signature(shown + last)  # type: ignore[attr-defined]
-    command.__annotations__ = {one.name: one.annotation for one in shown + last}
+    command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in shown}
     return command
 
 
@@ -119,49 +120,32 @@ def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, kind, default=default, annotation=hint)
 
 
-_TONE = [_parameter("quiet", Quiet, False), _parameter("json", Json, False)]
-
-
-def _fields(group: Any) -> tuple[_Parameters, _Make]:
+def _fields(group: Any) -> _Made:
     """Return the parameters that a dataclass stands for, and what makes it of them."""
     hints = get_type_hints(group, include_extras=True)
-    names = [field.name for field in fields(group)]
-    parameters = [
-        _parameter(
-            field.name,
-            hints[field.name],
-            inspect.Parameter.empty if field.default is MISSING else field.default,
-        )
-        for field in fields(group)
-    ]
-    return parameters, lambda given: group(**{name: given[name] for name in names})
+    defaults = inspect.signature(group).parameters
+    parameters = [_parameter(name, hints[name], one.default) for name, one in defaults.items()]
+    return parameters, lambda given: group(**{name: given[name] for name in defaults})
 
 
-def _recipe(kind: type, flags: Sequence[str]) -> tuple[_Parameters, _Make]:
+def _recipe(kind: type, flags: Sequence[str]) -> _Made:
     """Return the parameters of a recipe's flags, --recipe and --set, and what makes the loader."""
-    keys = {name: usage_of(kind, name)[1] for name in flags}
-    types = {name: key_info(kind, key).annotation for name, key in keys.items()}
-    arguments = {name: name.strip("-").replace("-", "_") for name in flags}
-
-    def hint(name: str) -> Any:
-        if get_origin(types[name]) is not tuple:
-            return types[name]
-        return list[str] if get_args(types[name])[0] is str else str
-
-    def value(name: str, given: dict[str, Any]) -> Any:
-        found = given[arguments[name]]
-        if get_origin(types[name]) is tuple and hint(name) is str:
-            return parse_channels(found, name)
-        return found if found != [] else None  # a list is empty where its flag was not given
-
-    parameters = [
-        *(_parameter(arguments[n], Annotated[hint(n) | None, flag(n, kind)], None) for n in flags),
-        _parameter("recipe", RecipeFile, None),
-        _parameter("set_", Sets, None),
-    ]
+    parameters = []
+    arguments = {}
+    for name in flags:
+        key = usage_of(kind, name)[1]
+        arguments[key] = name.strip("-").replace("-", "_")
+        hint = _TYPES.get(key_types(kind)[key], key_types(kind)[key])
+        parameters.append(
+            _parameter(arguments[key], Annotated[hint | None, flag(name, kind)], None)
+        )
+    parameters += [_parameter("recipe", RecipeFile, None), _parameter("set_", Sets, None)]
 
     def make(given: dict[str, Any]) -> RecipeLoader[Any]:
-        values = {key: value(name, given) for name, key in keys.items()}
+        values = {key: given[name] for key, name in arguments.items()}
+        values = {key: value for key, value in values.items() if value not in (None, [])}
+        for key in {"teacher.mean", "teacher.std"} & set(values):
+            values[key] = parse_channels(values[key], f"--{arguments[key]}")
         return RecipeLoader(kind, given["recipe"], given["set_"] or (), values)
 
     return parameters, make

@@ -19,8 +19,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class _Raised:
-    """What a command raised, as a value: typer would make an Abort of an EOFError, exit silently on
-    a broken pipe of any kind, and make an exit code of a KeyboardInterrupt.
+    """Carry what a command raised past typer.
+
+    It would make an Abort of an EOFError, exit silently on a broken pipe of any kind, and make an
+    exit code of a KeyboardInterrupt.
     """
 
     error: BaseException
@@ -51,10 +53,10 @@ class _Commands(typer.Typer):
 app = _Commands(
     name=PROGRAM,
     help="Distill a CNN into a ViT in two stages that meet at a cache (CSKD, arXiv 2307.08500): "
-    "dump-teacher runs the CNN once over augmented images and stores what it says of every place, "
-    "train reads that and never loads the CNN.",
-    # bash, zsh and fish ask the program itself, by an environment variable, which typer answers
-    # before any command runs: --install-completion writes the few lines that make them ask.
+    "dump-teacher runs the CNN once over augmented images and stores its logits at every location, "
+    "train reads those and never loads the CNN.",
+    # bash, zsh and fish call the program itself, with an environment variable that typer handles
+    # before any command runs: --install-completion writes the few lines that make them call.
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -67,8 +69,8 @@ bench_app = _Commands(help="Measure, on this machine and your data.")
 app.add_typer(bench_app, name="bench")
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(given: bool) -> None:
+    if given:
         typer.echo(f"{PROGRAM} {__version__}")
         raise typer.Exit
 
@@ -82,11 +84,11 @@ def program(
         ),
     ] = False,
 ) -> None:
-    """What holds for the program as a whole."""
+    """Hold the options of the program as a whole."""
 
 
 def parse_and_run(arguments: list[str]) -> Outcome | int:
-    """Return what the command returned, or an exit code, with which typer answers --version, say.
+    """Return what the command returned, or an exit code, as typer gives for --version.
 
     Raises:
         BaseException: what the command raised, unchanged, or the parser's own.

@@ -1,4 +1,4 @@
-"""One command run: its result, its errors, signals, and the exit code."""
+"""Run one command: its result, its errors, signals, and the exit code."""
 
 from __future__ import annotations
 
@@ -20,24 +20,19 @@ from cskd_pipeline.runtime.signals import Requeue, requeue_requests
 
 # The parser's own error, which typer does not export: click's, or typer's copy of it.
 _ParserError: Any = typer.BadParameter.__mro__[1]
-_FILE_ERRORS = (
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.ENAMETOOLONG,
-)
+_FILE_ERRORS = {
+    getattr(errno, name)
+    for name in ["ENOENT", "EACCES", "EPERM", "EROFS", "EISDIR", "ENOTDIR", "ENAMETOOLONG"]
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    Wrong usage, full disks and this package's errors are told in a message, bugs in a traceback.
+    Wrong usage, full disks and this package's errors end in a message, bugs in a traceback.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    for stream in (sys.stdout, sys.stderr):  # a character that a terminal lacks is no reason to die
+    for stream in (sys.stdout, sys.stderr):  # a character that a terminal lacks is shown escaped
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     terminal = Terminal(json="--json" in arguments)
@@ -55,23 +50,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str], terminal: Terminal) -> Outcome | int:
-    """What the command returned; wrong usage and interruptions become a :class:`CskdError`."""
+    """Return what the command returned; make a CskdError of wrong usage and interruptions."""
     # With --json, what libraries print must not reach the one object on stdout.
     away = contextlib.redirect_stdout(sys.stderr) if terminal.json else contextlib.nullcontext()
     try:
         with requeue_requests(), away:
             return parse_and_run(arguments)
     except Requeue as error:
-        raise Preempted(f"stopped by {error}", action=_how_to_go_on(arguments)) from error
+        raise Preempted(f"stopped by {error}", action=_next_step(arguments)) from error
     except KeyboardInterrupt as error:
-        raise Interrupted("interrupted", action=_how_to_go_on(arguments)) from error
+        raise Interrupted("interrupted", action=_next_step(arguments)) from error
     except _ParserError as error:
         context = getattr(error, "ctx", None)
         path = PROGRAM if context is None else context.command_path
         raise UsageError(error.format_message(), action=f"see {path} --help") from error
 
 
-def _how_to_go_on(arguments: list[str]) -> str:
+def _next_step(arguments: list[str]) -> str:
+    """Return what the user can do after an interruption."""
     command = next((word for word in arguments if not word.startswith("-")), "")
     line = shlex.join([PROGRAM, *arguments])
     if command == "dump-teacher" or arguments[:2] in (["cache", "convert"], ["cache", "merge"]):
@@ -86,7 +82,7 @@ def _how_to_go_on(arguments: list[str]) -> str:
 
 @contextlib.contextmanager
 def _explained_os_errors() -> Iterator[None]:
-    """Tell of a full disk, or of a file that is not there or not ours; other OS errors are bugs."""
+    """Explain a full disk, and a file that is missing or not ours; other OS errors are bugs."""
     try:
         yield
     except OSError as error:
