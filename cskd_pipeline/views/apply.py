@@ -20,7 +20,7 @@ def render(image: np.ndarray, params: ViewParams, policy: ViewPolicy) -> np.ndar
     Args:
         image: (H, W, 3) uint8, contiguous, of the size that ``params`` was drawn for.
     """
-    view = resized(image, *params.crop, policy.size, params.flip)
+    view = resized(image, params.crop, policy.size, params.flip)
     if params.ops:
         red, green, blue = (round(255 * value) for value in policy.mean)
         for op, argument in params.ops:

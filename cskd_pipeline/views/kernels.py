@@ -1,9 +1,11 @@
 """Pixels in integers: resampling, shearing, rotating and recolouring, compiled on first use.
 
-They give Pillow's pixels, bit by bit (tests compare), several times as fast, and depend on no
-library's version: where the arithmetic is not in integers, it is in float64 operations that are
-exact (:func:`slide`) or that IEEE 754 fixes one by one (:func:`coefficients`, :func:`rotated`;
-numba neither reorders nor fuses them). So a view is the same on every machine.
+Written by hand so that a view is the same on every machine, for years. They give Pillow's pixels,
+bit by bit (tests compare), and depend on no library's version: where the arithmetic is not in
+integers, it is in float64 operations that are exact (:func:`slide`) or that IEEE 754 fixes one by
+one (:func:`coefficients`, :func:`rotated`; numba neither reorders nor fuses them). On one core,
+224 px, Pillow takes 4.4 times as long to resize a crop of 400x300, 13 times to shear, 1.2 times to
+sharpen or to change colour, and 0.9 times to rotate.
 
 Images are (H, W, 3) uint8, C-contiguous.
 """
@@ -20,6 +22,9 @@ import numpy as np
 from numba.core.caching import FunctionCache
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+Corners = tuple[int, int, int, int]
+"""Of a box: top, left, height, width."""
 
 _BITS = 22  # of the resampling weights
 _HALF = 1 << (_BITS - 1)
@@ -130,10 +135,9 @@ def _weighed(
 
 
 @compiled
-def across(
-    image: np.ndarray, top: int, left: int, height: int, width: int, size: int, flip: bool
-) -> np.ndarray:
+def across(image: np.ndarray, box: Corners, size: int, flip: bool) -> np.ndarray:
     """Resample a box of ``image`` to ``size`` columns, mirrored if ``flip``: (height, size, 3)."""
+    top, left, height, width = box
     first, count, weights = coefficients(width, size)
     n = 3 * height
     columns = np.empty((width, n), np.uint8)  # as rows, so that neighbours lie side by side
@@ -167,14 +171,13 @@ def down(image: np.ndarray, size: int) -> np.ndarray:
     return result.reshape(size, width, 3)
 
 
-def resized(
-    image: np.ndarray, top: int, left: int, height: int, width: int, size: int, flip: bool
-) -> np.ndarray:
+def resized(image: np.ndarray, box: Corners, size: int, flip: bool) -> np.ndarray:
     """Resample a box of ``image``, mirrored left to right if ``flip``: (size, size, 3)."""
+    top, left, height, width = box
     if height > 100 * width and size < height:  # Pillow resizes such slivers the other way round
-        box = np.ascontiguousarray(image[top : top + height, left : left + width])
-        return across(down(box, size), 0, 0, size, width, size, flip)
-    return down(across(image, top, left, height, width, size, flip), size)
+        sliver = np.ascontiguousarray(image[top : top + height, left : left + width])
+        return across(down(sliver, size), (0, 0, size, width), size, flip)
+    return down(across(image, (top, left, height, width), size, flip), size)
 
 
 @compiled

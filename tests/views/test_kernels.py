@@ -48,7 +48,7 @@ def test_a_box_is_resized_to_pillows_pixels(
     height: int, width: int, size: int, flat: bool, flip: bool
 ) -> None:
     picture = (scene if flat else noise)(width + 5, height + 3)
-    found = kernels.resized(np.asarray(picture), 2, 4, height, width, size, flip)
+    found = kernels.resized(np.asarray(picture), (2, 4, height, width), size, flip)
     expected = by_pillow(picture, (2, 4, height, width), size)
     assert np.array_equal(found[:, ::-1] if flip else found, expected)
     assert found.flags.c_contiguous
@@ -56,11 +56,11 @@ def test_a_box_is_resized_to_pillows_pixels(
 
 def test_pixels_outside_the_box_play_no_part() -> None:
     pixels = np.array(noise(60, 50))
-    before = kernels.resized(pixels, 10, 20, 30, 25, 16, False)
+    before = kernels.resized(pixels, (10, 20, 30, 25), 16, False)
     inside = pixels[10:40, 20:45].copy()
     pixels[:] = 255 - pixels
     pixels[10:40, 20:45] = inside
-    assert np.array_equal(kernels.resized(pixels, 10, 20, 30, 25, 16, False), before)
+    assert np.array_equal(kernels.resized(pixels, (10, 20, 30, 25), 16, False), before)
 
 
 @pytest.mark.parametrize("writable", [True, False])
