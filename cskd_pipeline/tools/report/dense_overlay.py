@@ -113,16 +113,8 @@ def compare(
     if not dense:
         return None, without
     reader = open_cache(options.cache or _cache_of(dense[0]))
-    files: dict[str, Path] = {}
-    for run in dense:
-        file = student_file(run.folder)
-        card = read_card(file)
-        if reason := _misfit(card, reader):
-            without[run.name] = reason
-        else:
-            student = replace(card.classes(file), of=f"the student of {run.name}")
-            guard.compare(student, classes_of(reader))
-            files[run.name] = file
+    files, misfits = _fitting(dense, reader, guard)
+    without |= misfits
     if not files:
         return None, without
     found = join_to_look(reader, options.shards or "", guard, split=options.split)
@@ -162,6 +154,23 @@ def _cache_of(run: RunRecord) -> str:
             action="give --cache CACHE",
         )
     return named
+
+
+def _fitting(
+    runs: Sequence[RunRecord], reader: Cache, guard: ClassGuard
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Return the files of students that can see the cache's views, and why others cannot."""
+    files, misfits = {}, {}
+    for run in runs:
+        file = student_file(run.folder)
+        card = read_card(file)
+        if reason := _misfit(card, reader):
+            misfits[run.name] = reason
+        else:
+            student = replace(card.classes(file), of=f"the student of {run.name}")
+            guard.compare(student, classes_of(reader))
+            files[run.name] = file
+    return files, misfits
 
 
 def _misfit(card: StudentCard, reader: Cache) -> str:

@@ -5,8 +5,8 @@ user's matplotlibrc does not reach them, and equal data give equal bytes. Names 
 people: they are shown letter by letter, never as mathtext or markup.
 
 Every figure is drawn in one dark ink, which :mod:`cskd_pipeline.tools.report.plot_files` makes the
-ink of its page. The series' colours can be told from a light and a dark background, and each also
-has a dash and a marker of its own for those who cannot tell the colours.
+ink of its page. The series' colours are seen on a light and a dark background, and each also has a
+dash and a marker of its own for those who see no difference in colour.
 """
 
 from __future__ import annotations
