@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from cskd_pipeline.cli.options import (
-    AcceptClasses,
-    Json,
-    Outcome,
-    Quiet,
-    ShardsOption,
-    Split,
-    require,
-)
+from cskd_pipeline.cli.options import AcceptClasses, Outcome, ShardsOption, Split, require
 from cskd_pipeline.cli.root import app
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.runtime.console import Terminal
@@ -30,55 +23,55 @@ Targets = Annotated[
 Out = Annotated[
     Path, typer.Option(metavar="DIR", help="Where index.html goes; one there is replaced.")
 ]
-Images = Annotated[
-    int | None,
-    typer.Option(min=1, max=200, metavar="N", help="Views to show; 12 unless given, of runs 8."),
-]
-Samples = Annotated[
-    int | None,
-    typer.Option(
-        min=1, metavar="N", help="Views whose labels are counted; 2048 unless given, of runs 256."
-    ),
-]
-SliderEpochs = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=10_000,
-        metavar="N",
-        help="Of a cache: the length of the run that the schedules' slider follows; 300 unless "
-        "given.",
-    ),
-]
-RunsCache = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DIR|URL",
-        help="Of runs, with --shards: the cache that they were trained from; the folder that the "
-        "first recipe names unless given.",
-    ),
-]
-Export = Annotated[
-    Literal["png", "svg"] | None,
-    typer.Option(help="Write every plot as a file beside the page, too."),
-]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The flags of a page, each a field of :class:`cskd_pipeline.tools.report.page.PageOptions`."""
+
+    shards: ShardsOption = None
+    split: Split = None
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|URL",
+            help="Of runs, with --shards: the cache that they were trained from; the folder that "
+            "the first recipe names unless given.",
+        ),
+    ] = None
+    images: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=200, metavar="N", help="Views to show; 12 unless given, of runs 8."
+        ),
+    ] = None
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Views whose labels are counted; 2048 unless given, of runs 256.",
+        ),
+    ] = None
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=10_000,
+            metavar="N",
+            help="Of a cache: the length of the run that the schedules' slider follows; 300 "
+            "unless given.",
+        ),
+    ] = None
+    export: Annotated[
+        Literal["png", "svg"] | None,
+        typer.Option(help="Write every plot as a file beside the page, too."),
+    ] = None
+    accept_classes: AcceptClasses = False
 
 
 @app.command(epilog="Example: cskd-pipeline show runs/cskd runs/deit --out page --export png")
-def show(
-    target: Targets,
-    shards: ShardsOption = None,
-    out: Out = Path("show"),
-    images: Images = None,
-    samples: Samples = None,
-    epochs: SliderEpochs = None,
-    cache: RunsCache = None,
-    export: Export = None,
-    split: Split = None,
-    accept_classes: AcceptClasses = False,
-    quiet: Quiet = False,
-    json: Json = False,
-) -> Outcome:
+def show(target: Targets, shown: Shown, terminal: Terminal, out: Out = Path("show")) -> Outcome:
     """Write one HTML page, which needs no network.
 
     Of a cache, with --shards: the teacher's labels over real views, and statistics.
@@ -87,20 +80,17 @@ def show(
     """
     are_runs = _are_runs(target)
     if not are_runs:
-        _refuse("runs", {"--cache": cache})
-        require({"--shards SHARDS": shards or ""})
-    elif shards is None:
-        views = {"--images": images, "--samples": samples, "--split": split}
-        views["--accept-classes"] = accept_classes or None
-        _refuse("runs with --shards", {"--cache": cache, **views})
-    if are_runs:
-        _refuse("a cache", {"--epochs": epochs})
+        _refuse("runs", {"--cache": shown.cache})
+        require({"--shards SHARDS": shown.shards})
+    else:
+        _refuse("a cache", {"--epochs": shown.epochs})
+    if are_runs and shown.shards is None:
+        views = {"--images": shown.images, "--samples": shown.samples, "--split": shown.split}
+        views["--accept-classes"] = shown.accept_classes or None
+        _refuse("runs with --shards", {"--cache": shown.cache, **views})
     from cskd_pipeline.tools.report.page import PageOptions
 
-    Terminal.listening(quiet=quiet, json=json)
-    options = PageOptions(
-        shards, split, cache, images, samples, epochs or 300, export, accept_classes
-    )
+    options = PageOptions(**vars(shown))
     if are_runs:
         from cskd_pipeline.tools.report.run_page import show_runs
 

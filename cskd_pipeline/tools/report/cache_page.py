@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 IMAGES = 12
 SAMPLES = 2048
+EPOCHS = 300
 
 
 def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
     document = render(
         "cache.html",
         f"{info['teacher']['name']} on {info['dataset']['name']}",
-        data=_script_data(reader, labels, counted, options.epochs),
+        data=_script_data(reader, labels, counted, options.epochs or EPOCHS),
         scripts=("locations.js", "cache.js"),
         **_provenance(info),
         labels=labels,

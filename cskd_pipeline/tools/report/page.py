@@ -39,7 +39,7 @@ class PageOptions:
         cache: of runs, what they were trained from; None: the folder that the first recipe names.
         images: views in the gallery; None: 12 of a cache, 8 of runs.
         samples: views whose labels are counted; None: 2048 of a cache, 256 of runs.
-        epochs: of a cache, the length of the run that the schedules' slider follows.
+        epochs: of a cache, the length of the run that the schedules' slider follows; None: 300.
         export: one of ``plot_files.FORMATS``, in which each plot becomes a file too.
         accept_classes: class k is the same in shards, cache and students, whatever the names say.
     """
@@ -49,7 +49,7 @@ class PageOptions:
     cache: str | None = None
     images: int | None = None
     samples: int | None = None
-    epochs: int = 300
+    epochs: int | None = None
     export: str | None = None
     accept_classes: bool = False
 
