@@ -4,10 +4,11 @@ Nothing heavy is imported before a command runs, so help is instant. Exit codes:
 or failed with a message, 2 wrong usage, 130 interrupted where the work can be taken up again.
 
 1. **root** -- the program and its groups of commands.
-2. **options** -- what several commands ask for, and how flags are checked.
-3. **stages**, **students**, **caches**, **planning**, **benching**, **show**, **demo_study** -- the
+2. **options** -- the flags that several commands have, and what is checked of them.
+3. **parameters** -- what stands on a command line, made from the signature of a command's function.
+4. **stages**, **students**, **caches**, **planning**, **benching**, **show**, **demo_study** -- the
    commands; the last are those that run others.
-4. **running** -- one command run: results, errors, signals, exit codes.
+5. **running** -- one command run: results, errors, signals, exit codes.
 """
 
 from cskd_pipeline.cli import benching, caches, demo_study, planning, show, stages, students

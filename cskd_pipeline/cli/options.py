@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cskd_pipeline.config import DumpRecipe, TrainRecipe, key_info, recipe_names
+from cskd_pipeline.config import DumpRecipe, TrainRecipe, key_info
 from cskd_pipeline.errors import RecipeError, UsageError
 
 Outcome = dict[str, Any] | None
@@ -48,7 +48,9 @@ FLAGS: dict[type, dict[str, str]] = {
     },
 }
 """Usage -> key, for each kind of recipe."""
-_OF_VIEWS = {"views.size": {"help": "Of the views, in pixels.", "min": 8}}  # whose keys say nothing
+_OF_VIEWS = {
+    "views.size": {"help": "Of the views, in pixels.", "min": 8}
+}  # whose keys have no description
 
 
 def one_of(*known: str) -> Callable[[str], list[str]]:
@@ -58,12 +60,6 @@ def one_of(*known: str) -> Callable[[str], list[str]]:
         return [word for word in known if word.startswith(incomplete)]
 
     return complete
-
-
-def _recipe_names(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Return the recipes in ``stages/`` for the stage that a command is about."""
-    kind = DumpRecipe if "dump" in (ctx.info_name or "") else TrainRecipe
-    return one_of(*recipe_names(kind))(incomplete)
 
 
 def usage_of(kind: type, name: str) -> tuple[str, str]:
@@ -101,15 +97,6 @@ Json = Annotated[
 ]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress and no news: warnings and results only.")
-]
-RecipeFile = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe",
-        metavar="FILE|NAME",
-        help="A TOML recipe, or the name of one in stages/.",
-        autocompletion=_recipe_names,
-    ),
 ]
 Sets = Annotated[
     list[str] | None,
@@ -166,7 +153,7 @@ def require(needed: Mapping[str, Any]) -> None:
         raise UsageError(
             "something is missing",
             expected=", ".join(missing),
-            action="give the flag, or a recipe that says it",
+            action="give the flag, or a recipe that has it",
         )
 
 

@@ -29,17 +29,18 @@ from dataclasses import dataclass, is_dataclass
 from operator import itemgetter
 from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
+import typer
+
 from cskd_pipeline.cli.options import (
     Json,
     Quiet,
-    RecipeFile,
     Sets,
     flag,
     parse_channels,
     require,
     usage_of,
 )
-from cskd_pipeline.config import DumpRecipe, TrainRecipe, key_types, load_recipe
+from cskd_pipeline.config import DumpRecipe, TrainRecipe, key_types, load_recipe, recipe_names
 from cskd_pipeline.runtime.console import Terminal
 
 R = TypeVar("R", DumpRecipe, TrainRecipe)
@@ -128,6 +129,18 @@ def _fields(group: Any) -> _Made:
     return parameters, lambda given: group(**{name: given[name] for name in defaults})
 
 
+def _recipe_option(kind: type) -> Any:
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in recipe_names(kind) if name.startswith(incomplete)]
+
+    return typer.Option(
+        "--recipe",
+        metavar="FILE|NAME",
+        help="A TOML recipe, or the name of one in stages/.",
+        autocompletion=complete,
+    )
+
+
 def _recipe(kind: type, flags: Sequence[str]) -> _Made:
     """Return the parameters of a recipe's flags, --recipe and --set, and what makes the loader."""
     parameters = []
@@ -139,7 +152,10 @@ def _recipe(kind: type, flags: Sequence[str]) -> _Made:
         parameters.append(
             _parameter(arguments[key], Annotated[hint | None, flag(name, kind)], None)
         )
-    parameters += [_parameter("recipe", RecipeFile, None), _parameter("set_", Sets, None)]
+    parameters += [
+        _parameter("recipe", Annotated[str | None, _recipe_option(kind)], None),
+        _parameter("set_", Sets, None),
+    ]
 
     def make(given: dict[str, Any]) -> RecipeLoader[Any]:
         values = {key: given[name] for key, name in arguments.items()}

@@ -34,7 +34,7 @@ def plan_dump(
         int, typer.Option(min=1, metavar="N", help="About how many images to try it on.")
     ] = 256,
 ) -> Outcome:
-    """Bytes and time of a dump, for every encoding, from a few hundred images done for real."""
+    """Forecast bytes and time of a dump, for every encoding, from a few hundred images."""
     recipe = load({"cache.views": max(views)} if views else {})
     load.require(recipe, "--shards --teacher")
     require_encodings(recipe.cache.encodings)
@@ -60,7 +60,7 @@ def plan_train(
         int, typer.Option(min=2, metavar="N", help="How many updates to try it on, each way.")
     ] = 20,
 ) -> Outcome:
-    """Time of a training run, and whether the loader or the device is its limit."""
+    """Forecast the time of a training run, and whether the loader or the device is its limit."""
     recipe = load()
     load.require(recipe, "--shards")
     from cskd_pipeline.tools.estimate import estimate_train

@@ -166,7 +166,7 @@ def dump_teacher(
     accept_versions: AcceptVersions = False,
     accept_classes: AcceptClasses = False,
 ) -> Outcome:
-    """Stage one: run the teacher over augmented views and store its logits in a cache.
+    """Run the teacher over augmented views and store its logits in a cache: stage one.
 
     Run the same command again after an interruption: finished units are kept.
 
@@ -211,7 +211,7 @@ def train(
         bool, typer.Option("--resume", help="Go on with the run in --out, mid-epoch if need be.")
     ] = False,
 ) -> Outcome:
-    """Stage two: train a ViT from shards joined to a cache. No teacher is loaded."""
+    """Train a ViT from shards joined to a cache: stage two. No teacher is loaded."""
     recipe = load()
     cache = " --cache" if recipe.distill.method != "none" else ""
     load.require(recipe, "--shards --out" + cache)

@@ -90,7 +90,7 @@ def _dotted(location: _Location) -> str:
 
 
 def _expected(error: Any) -> str:
-    """Return what one error of pydantic's says was expected."""
+    """Return what was expected, of one of pydantic's errors."""
     text = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     text = re.sub("^(greater|less)", r"a value \1", _EXPECTED.get(error["type"], text))
     if error["type"] == "literal_error":

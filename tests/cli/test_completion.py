@@ -85,6 +85,7 @@ def bash_offers(environment: dict[str, str], line: str) -> list[str]:
         ("cskd-pipeline plan dump --recipe paper", ["paper_regnety_160"]),
         ("cskd-pipeline dump-teacher --encoding dense", ["dense", "dense-q8"]),
         ("cskd-pipeline cache convert a b --encoding env", ["envelope"]),
+        ("cskd-pipeline bench encodings x --recipe paper", ["paper_regnety_160"]),
         ("cskd-pipeline plan dump --encoding t", ["topk"]),
         ("cskd-pipeline bench encodings x --weights ", ["hub", "random"]),
         ("cskd-pipeline cache verify c --depth ", ["structure", "bytes"]),
