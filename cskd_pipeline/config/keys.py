@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
 from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic.fields import FieldInfo
 
 
-def key_types(kind: type) -> dict[str, Any]:
+@functools.cache
+def key_types(kind: type) -> Mapping[str, Any]:
     """Return dotted name -> type of every section and key; of ``X | None`` only X."""
     types: dict[str, Any] = {}
     for section, hint in get_type_hints(kind).items():

@@ -21,7 +21,8 @@ from pydantic.dataclasses import dataclass
 
 from cskd_pipeline.views.policy import ViewPolicy
 
-_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+# Validators are built when a recipe is read first: help needs the descriptions alone.
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 _SEEDS: Any = {"ge": 0, "lt": 2**63}
 
 
@@ -148,11 +149,11 @@ class DumpLoop:
 class DumpRecipe:
     """Describe stage one."""
 
-    data: DumpData = DumpData()
-    views: ViewPolicy = ViewPolicy()
-    teacher: TeacherSection = TeacherSection()
-    cache: CacheSection = CacheSection()
-    dump: DumpLoop = DumpLoop()
+    data: DumpData = Field(default_factory=DumpData)
+    views: ViewPolicy = Field(default_factory=ViewPolicy)
+    teacher: TeacherSection = Field(default_factory=TeacherSection)
+    cache: CacheSection = Field(default_factory=CacheSection)
+    dump: DumpLoop = Field(default_factory=DumpLoop)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -308,12 +309,12 @@ class RunSection:
 class TrainRecipe:
     """Describe stage two; without ``views``, the cache's policy, or deit-v1 without a cache."""
 
-    data: TrainData = TrainData()
+    data: TrainData = Field(default_factory=TrainData)
     views: ViewPolicy | None = None
-    student: StudentSection = StudentSection()
-    distill: DistillSection = DistillSection()
-    optim: OptimSection = OptimSection()
-    schedule: ScheduleSection = ScheduleSection()
-    batch: BatchSection = BatchSection()
-    eval: EvalSection = EvalSection()
-    run: RunSection = RunSection()
+    student: StudentSection = Field(default_factory=StudentSection)
+    distill: DistillSection = Field(default_factory=DistillSection)
+    optim: OptimSection = Field(default_factory=OptimSection)
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    batch: BatchSection = Field(default_factory=BatchSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
+    run: RunSection = Field(default_factory=RunSection)
