@@ -2,8 +2,8 @@
 
 This is the part of zarr v3 that :class:`StoredArray` uses, and no more. zarr reads what this writes
 and the reverse (the tests compare), but for a dense view of 1,000 classes it takes 1 to 2 ms to
-write where this takes 0.3, and 3 to 14 ms to read at random where this takes 0.4; and where a file
-is missing it gives fill values.
+write where this takes 0.3, and 3 to 14 ms to read at random where this takes 0.4. Where a file is
+missing it gives fill values, unless ``array.read_missing_chunks`` of zarr 3.2 and later is off.
 """
 
 from __future__ import annotations

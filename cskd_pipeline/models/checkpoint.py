@@ -19,15 +19,13 @@ from torch.nn.modules.module import (
 )
 
 from cskd_pipeline.errors import ManifestError, StudentError, WeightsError
-from cskd_pipeline.models.header import StudentCard, check_card, check_digest
+from cskd_pipeline.models.header import FORMAT, StudentCard, parse_header
 from cskd_pipeline.models.student import Student, create_student
 from cskd_pipeline.models.weights import is_safetensors, load_state, state_digest
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.runtime.atomic import atomic_write
 
 HEADER = "cskd"
-FORMAT = 2
-"""Of the header; those of format 1 have no digest of the tensors."""
 
 
 def save_student(path: Path, state: dict[str, torch.Tensor], card: StudentCard) -> None:
@@ -206,19 +204,7 @@ def _read_header(path: Path) -> tuple[StudentCard, str | None]:
     """The card, and the SHA-256 that the tensors must have."""
     metadata = _metadata(path)
     try:
-        document = schemas.parse(metadata[HEADER].encode(), path)
-        version, digest = document.pop("format"), None
-        if version == FORMAT:
-            digest = document.pop("sha256")
-            check_digest("sha256", digest)
-        elif version != 1:
-            raise ValueError(f"format {version!r}")
-        for name in ("heads", "grid", "class_names", "accepted_classes", "recipe_changes"):
-            if document.get(name) is not None:
-                document[name] = tuple(document[name])
-        card = StudentCard(**document)
-        check_card(card)
-        return card, digest
+        return parse_header(schemas.parse(metadata[HEADER].encode(), path))
     except (KeyError, ValueError, TypeError, AttributeError, ManifestError) as error:
         raise WeightsError(
             "the checkpoint does not state which student it holds",

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import re
+import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from cskd_pipeline.models.student import INTERPOLATIONS, LEAST_CROP_PCT
 from cskd_pipeline.runtime.classes import Classes
 
+FORMAT = 2
+"""Of the header; those of format 1 have no digest of the tensors."""
 MAX_ARGUMENT = 65535
 """The largest number among a stranger's model arguments."""
+
+Side = Annotated[int, Field(gt=0, le=MAX_ARGUMENT)]
+Head = Annotated[str, Field(pattern="^(cls|dist|dense)$")]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
@@ -27,14 +34,16 @@ class StudentCard:
     not finished), and of the weights that the run started from.
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
     model: str
-    num_classes: int
-    size: int
-    heads: tuple[str, ...]
+    num_classes: Side
+    size: Side
+    heads: Annotated[tuple[Head, ...], Field(min_length=1)]
     method: str
     kwargs: dict[str, Any] = field(default_factory=dict)
-    grid: tuple[int, int] | None = None
-    crop_pct: float | None = None
+    grid: tuple[Side, Side] | None = None
+    crop_pct: Annotated[float, Field(ge=LEAST_CROP_PCT, le=1)] | None = None
     interpolation: str | None = None
     weights: str = "last"  # last or ema
     epoch: int = 0
@@ -43,9 +52,9 @@ class StudentCard:
     accepted_classes: tuple[str, ...] = ()
     dataset: str | None = None
     teacher: str | None = None  # its timm name
-    recipe_sha256: str | None = None
-    cache_sha256: str | None = None
-    init_sha256: str | None = None
+    recipe_sha256: Digest | None = None
+    cache_sha256: Digest | None = None
+    init_sha256: Digest | None = None
     recipe_changes: tuple[str, ...] = ()
 
     def classes(self, where: object) -> Classes:
@@ -53,52 +62,33 @@ class StudentCard:
         return Classes("the student", where, self.num_classes, self.class_names)
 
 
-def check_card(card: StudentCard) -> None:
-    """Refuse values of the wrong kind among those that decide how a model is made or described.
+_CARD: TypeAdapter[StudentCard] = TypeAdapter(StudentCard)
+_DIGEST: TypeAdapter[str] = TypeAdapter(Digest)
+
+
+def parse_header(document: Any) -> tuple[StudentCard, str | None]:
+    """Read the JSON document of a header: the card, and the SHA-256 that the tensors must have.
 
     Raises:
-        ValueError: names the field.
+        KeyError, ValueError, TypeError, AttributeError: what is missing, or not of its kind.
     """
-    plain = {"model": str, "method": str, "num_classes": int, "size": int, "kwargs": dict}
-    for name, kind in (plain | {"weights": str, "epoch": int}).items():
-        if type(getattr(card, name)) is not kind:
-            raise ValueError(f"{name} {getattr(card, name)!r}")
-    if not all(0 < n <= 65535 for n in (card.num_classes, card.size, *(card.grid or ()))):
-        raise ValueError(f"classes, size or grid {card.num_classes}, {card.size}, {card.grid}")
-    if not card.heads or not set(card.heads) <= {"cls", "dist", "dense"}:
-        raise ValueError(f"heads {card.heads}")
-    if card.grid is not None and len(card.grid) != 2:
-        raise ValueError(f"grid {card.grid}")
-    crop = card.crop_pct
-    if crop is not None and not (type(crop) is float and LEAST_CROP_PCT <= crop <= 1.0):
-        raise ValueError(f"crop_pct {crop!r}")
+    version, digest = document.pop("format"), None
+    if version not in (1, FORMAT):
+        raise ValueError(f"format {version!r}")
+    try:
+        if version == FORMAT:
+            digest = _DIGEST.validate_python(document.pop("sha256"))
+        card = _CARD.validate_json(json.dumps(document))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "sha256"
+        raise ValueError(f"{name}: {first['msg']}, not {first['input']!r}") from error
     if card.interpolation not in (None, *INTERPOLATIONS):
         raise ValueError(f"interpolation {card.interpolation!r}")
-    if card.top1 is not None and not (type(card.top1) is float and math.isfinite(card.top1)):
-        raise ValueError(f"top1 {card.top1!r}")
-    if not all(type(name) is str for name in (*(card.class_names or ()), *card.accepted_classes)):
-        raise ValueError("class_names that are no text")
-    if not all(type(line) is str for line in card.recipe_changes):
-        raise ValueError("recipe_changes that are no text")
     if card.class_names is not None and len(card.class_names) != card.num_classes:
         raise ValueError(f"{len(card.class_names)} class_names of {card.num_classes} classes")
-    for name in ("dataset", "teacher"):
-        if type(getattr(card, name)) not in (str, type(None)):
-            raise ValueError(f"{name} {getattr(card, name)!r}")
-    for name in ("recipe_sha256", "cache_sha256", "init_sha256"):
-        if getattr(card, name) is not None:
-            check_digest(name, getattr(card, name))
     check_arguments(card.kwargs)
-
-
-def check_digest(name: str, value: Any) -> None:
-    """Refuse what is no SHA-256 in hex.
-
-    Raises:
-        ValueError: names the field.
-    """
-    if type(value) is not str or not re.fullmatch("[0-9a-f]{64}", value):
-        raise ValueError(f"{name} {value!r}")
+    return card, digest
 
 
 def check_arguments(value: Any) -> None:

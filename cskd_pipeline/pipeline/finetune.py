@@ -213,7 +213,7 @@ def _read_timm_folder(path: Path) -> Source:
             kwargs["img_size"] = height
     except (KeyError, TypeError, ValueError, AttributeError, ManifestError) as error:
         raise WeightsError(
-            "the folder does not say which model it holds",
+            "the folder does not state which model it holds",
             where=config,
             found=f"{type(error).__name__}: {error}",
             expected="architecture, num_classes, mean, std and a square input, as timm writes them",

@@ -113,7 +113,7 @@ def test_two_tensors_exchanged_are_noticed(file: Path) -> None:
 
 def test_a_header_of_this_format_cannot_do_without_the_digest(file: Path) -> None:
     rewrite(file, sha256=None)
-    with pytest.raises(WeightsError, match="does not say"):
+    with pytest.raises(WeightsError, match="does not state"):
         read_card(file)
 
 

@@ -441,7 +441,7 @@ def test_what_is_no_student_is_refused(transfer: Transfer, tmp_path: Path) -> No
     told = {
         tmp_path / "nothing": "no such weights",
         empty: "holds no student",
-        odd: "does not say which model",
+        odd: "does not state which model",
         oblong: "an input of 32x64 pixels",
         text: "does not load as plain tensors",
     }
