@@ -51,6 +51,8 @@ PUBLIC = {
     "Targets": "cskd_pipeline.distill.targets",
     "ViewPolicy": "cskd_pipeline.views.policy",
     "open_cache": "cskd_pipeline.cache.reader",
+    "register_encoding": "cskd_pipeline.distill.encodings",
+    "register_policy": "cskd_pipeline.views.policy",
 }
 __all__ = ["__version__", *PUBLIC]
 

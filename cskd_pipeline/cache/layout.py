@@ -8,6 +8,7 @@ each unit. ``manifests/cache-format.md`` is the specification.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -35,10 +36,10 @@ MAX_CHUNK_BYTES = 2**28
 
 
 def encodings_of(manifest: CacheManifest) -> dict[str, Encoding]:
-    """The manifest's encodings, by name.
+    """Return the manifest's encodings, by name.
 
     Raises:
-        CacheError: one that this version does not know.
+        CacheError: one that is neither built in nor registered.
     """
     unknown = [name for name in manifest.encodings if name not in ENCODINGS]
     if unknown:
@@ -46,22 +47,35 @@ def encodings_of(manifest: CacheManifest) -> dict[str, Encoding]:
             "unknown encoding",
             found=", ".join(unknown),
             expected=", ".join(ENCODINGS),
-            action="install a newer cskd-pipeline",
+            action="install a newer cskd-pipeline, or, if it is your own, pass it to "
+            "cskd_pipeline.register_encoding before the cache is opened",
         )
     return {name: ENCODINGS[name] for name in manifest.encodings}
 
 
 def response_shape(manifest: CacheManifest) -> ResponseShape:
+    """Return the shape of one view's spatial logits."""
     return ResponseShape(manifest.teacher.num_classes, *manifest.grid)
 
 
 def specs(manifest: CacheManifest) -> dict[str, ArraySpec]:
-    """The arrays of all encodings, by name."""
-    shape = response_shape(manifest)
-    found = (
-        spec for encoding in encodings_of(manifest).values() for spec in encoding.arrays(shape)
-    )
-    return {spec.name: spec for spec in found}
+    """Return the arrays of all encodings, by name.
+
+    Raises:
+        CacheError: an array's name is not ``ENCODING/...``, as a registered encoding may have it.
+    """
+    shape, found = response_shape(manifest), {}
+    for name, encoding in encodings_of(manifest).items():
+        for spec in encoding.arrays(shape):
+            if not re.fullmatch(f"{name}/[a-z0-9_-]+", spec.name):
+                raise CacheError(
+                    "an encoding's array has an unusable name",
+                    found=spec.name,
+                    expected=f"{name}/ and lower-case letters, digits, hyphens, underscores",
+                    action="change the encoding that was registered",
+                )
+            found[spec.name] = spec
+    return found
 
 
 def choose_view_block(

@@ -358,7 +358,7 @@ def _cache_problems(document: Any) -> Iterator[str]:
         policy = ViewPolicy.from_json(document["policy"])
     except (CskdError, TypeError, ValueError) as error:
         reason = getattr(error, "found", None) or error
-        yield f"$.policy: found {reason}, expected a view policy this version knows"
+        yield f"$.policy: found {reason}, expected a view policy that is built in or registered"
     else:
         if policy.size != teacher["size"]:
             yield f"$.teacher.size: found {teacher['size']}, expected policy.size = {policy.size}"

@@ -17,6 +17,7 @@ from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder
 from cskd_pipeline.cache.digests import Record
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.remote import is_remote, open_folder
+from cskd_pipeline.distill.encodings import Encoding, register_encoding, registered
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime import schemas
 
@@ -59,7 +60,8 @@ class CacheStore:
         self._trusted = mmap(-1, units * self._rows)  # a byte for each file: compared already
 
     def __reduce__(self) -> tuple[object, ...]:
-        return CacheStore, (self.path, self.manifest)
+        own = registered(self.manifest.encodings)
+        return _open_again, (own, self.path, self.manifest)
 
     def _most_bytes(self, key: str) -> int:
         """The most bytes that the file ``key`` may have."""
@@ -307,6 +309,13 @@ class CacheStore:
             expected="the bytes that were written",
             action=RESTORE,
         )
+
+
+def _open_again(own: list[Encoding], path: Path | str, manifest: CacheManifest) -> CacheStore:
+    """Open a store in another process, where a user's encodings may not be registered yet."""
+    for encoding in own:
+        register_encoding(encoding)
+    return CacheStore(path, manifest)
 
 
 def _read_manifest(folder: Folder) -> CacheManifest:

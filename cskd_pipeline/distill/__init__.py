@@ -12,5 +12,5 @@ One batch passes through the room like this::
    stores those labels for every r.
 2. ``targets`` -- one interface to the teacher's response, whichever way it was stored.
 3. ``losses`` -- the three methods, hard and soft.
-4. ``encodings`` -- the ways of storing a response (``topk_targets``, ``quantised``: their tensors).
+4. ``encodings`` -- the ways of storing a response, one file each.
 """

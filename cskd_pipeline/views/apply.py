@@ -6,12 +6,13 @@ import zlib
 
 import numpy as np
 
+from cskd_pipeline.errors import UsageError
 from cskd_pipeline.views.bits import NORMAL_UNITS, BitStream
 from cskd_pipeline.views.draw import ViewParams
 from cskd_pipeline.views.kernels import resized
 from cskd_pipeline.views.mixing import Mix
 from cskd_pipeline.views.ops import apply_op
-from cskd_pipeline.views.policy import ViewPolicy
+from cskd_pipeline.views.policy import REGISTERED, ViewPolicy
 
 
 def render(image: np.ndarray, params: ViewParams, policy: ViewPolicy) -> np.ndarray:
@@ -19,13 +20,30 @@ def render(image: np.ndarray, params: ViewParams, policy: ViewPolicy) -> np.ndar
 
     Args:
         image: (H, W, 3) uint8, contiguous, of the size that ``params`` was drawn for.
+
+    Raises:
+        UsageError: a registered policy's function returned something else.
     """
+    if policy.version in REGISTERED:
+        return _own(REGISTERED[policy.version].render(image, params, policy), policy)
     view = resized(image, params.crop, policy.size, params.flip)
     if params.ops:
         red, green, blue = (round(255 * value) for value in policy.mean)
         for op, argument in params.ops:
             view = apply_op(view, op, argument, (red, green, blue))
     return view
+
+
+def _own(view: np.ndarray, policy: ViewPolicy) -> np.ndarray:
+    expected = (policy.size, policy.size, 3)
+    if view.shape != expected or view.dtype != np.uint8:
+        raise UsageError(
+            f"the view policy {policy.version} rendered something else than a view",
+            found=f"{view.dtype} {view.shape}",
+            expected=f"uint8 {expected}",
+            action="correct the function that was given to register_policy",
+        )
+    return np.ascontiguousarray(view)
 
 
 def digest(pixels: np.ndarray) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cskd_pipeline.views.bits import BitStream
-from cskd_pipeline.views.policy import Range, ViewPolicy
+from cskd_pipeline.views.policy import REGISTERED, Range, ViewPolicy
 
 ATTEMPTS = 10  # at a crop or an erase box, as torchvision and timm have it
 MAX_LEVEL = 10.0  # of RandAugment magnitudes
@@ -46,8 +46,10 @@ def draw(seed: int, policy: ViewPolicy, width: int, height: int) -> ViewParams:
     """Draw the parameters of the view of ``seed``, of an image of ``width`` x ``height`` pixels.
 
     Distributed as timm's ``RandomResizedCropAndInterpolation``, flip, ``rand-m9-mstd0.5-inc1`` and
-    ``RandomErasing`` in pixel mode.
+    ``RandomErasing`` in pixel mode; a version of :func:`register_policy` draws in its own way.
     """
+    if policy.version in REGISTERED:
+        return REGISTERED[policy.version].draw(seed, policy, width, height)
     bits = BitStream(seed)
     crop = _draw_crop(bits, policy, width, height)
     flip = bits.chance(policy.flip)

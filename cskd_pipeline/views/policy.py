@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cskd_pipeline.errors import RecipeError
+from cskd_pipeline.errors import RecipeError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cskd_pipeline.views.draw import ViewParams
 
 Range = tuple[float, float]
 RGB = tuple[float, float, float]
@@ -62,8 +69,12 @@ class ViewPolicy:
 
     def _problems(self) -> list[str]:
         problems = []
-        if self.version not in VERSIONS:
-            problems.append(f"version {self.version!r} is unknown, known: {', '.join(VERSIONS)}")
+        if self.version not in (*VERSIONS, *REGISTERED):
+            known = ", ".join((*VERSIONS, *REGISTERED))
+            problems.append(
+                f"version {self.version!r} is unknown, known: {known}; "
+                "cskd_pipeline.register_policy adds one"
+            )
         for name in ("flip", "randaugment_prob", "erase", "mix", "cutmix_switch"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 problems.append(f"{name} = {getattr(self, name)} is not a probability")
@@ -87,6 +98,9 @@ class ViewPolicy:
         if any(s <= 0.0 for s in self.std):
             problems.append(f"std = {list(self.std)} is not positive")
         return problems
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.to_json(), REGISTERED.get(self.version))
 
     @property
     def mixes(self) -> bool:
@@ -124,3 +138,52 @@ class ViewPolicy:
         """List the fields that differ, one line each: ``name: ours and theirs``."""
         mine, theirs = self.to_json(), other.to_json()
         return [f"{k}: {mine[k]} and {theirs[k]}" for k in mine if mine[k] != theirs[k]]
+
+
+class PolicyCode(NamedTuple):
+    """The functions of one version: from seed to parameters, from image to pixels."""
+
+    draw: Callable[[int, ViewPolicy, int, int], ViewParams]
+    render: Callable[[np.ndarray, ViewParams, ViewPolicy], np.ndarray]
+
+
+REGISTERED: dict[str, PolicyCode] = {}
+"""Users' own versions; ``deit-v1`` is the code of ``draw`` and ``apply``."""
+
+
+def register_policy(
+    version: str,
+    draw: Callable[[int, ViewPolicy, int, int], ViewParams],
+    render: Callable[[np.ndarray, ViewParams, ViewPolicy], np.ndarray],
+) -> None:
+    """Let this process make the views of ``ViewPolicy(version=...)`` with a user's own functions.
+
+    A cache records the version and the policy's fields, which the functions may use as they like:
+    whoever opens it registers the same functions first, and every view's digest is compared.
+    Another behaviour is another version. Erasing and mixing are as in ``deit-v1``. Loader
+    processes get the functions from the process that starts them, so they must be picklable:
+    defined at the top of a module.
+
+    Args:
+        draw: ``(seed, policy, width, height)`` of the upright image -> ``ViewParams``; a pure
+            function: ``cskd_pipeline.views.bits.BitStream(seed)`` is the source of randomness.
+        render: ``(image, params, policy)``, the image (H, W, 3) uint8 -> the view,
+            (policy.size, policy.size, 3) uint8; a pure function as well.
+
+    Raises:
+        UsageError: the version is built in, or not 1 to 100 printable characters.
+    """
+    if version in VERSIONS or not (version.isprintable() and 0 < len(version) <= 100):
+        raise UsageError(
+            "a view policy cannot be registered under this version",
+            found=version,
+            expected=f"1 to 100 printable characters, and none of {', '.join(VERSIONS)}",
+        )
+    REGISTERED[version] = PolicyCode(draw, render)
+
+
+def _restored(document: dict[str, object], code: PolicyCode | None) -> ViewPolicy:
+    """Build a policy in another process, where a user's version may not be registered yet."""
+    if code is not None:
+        register_policy(str(document["version"]), *code)
+    return ViewPolicy.from_json(document)

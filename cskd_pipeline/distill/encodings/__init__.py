@@ -1,17 +1,54 @@
-"""The ways of storing a teacher's answer, by name: one file each, one interface (``base``).
+"""The ways of storing a teacher's response, by name: one file each, one interface (``base``).
 
-A way is added by a file and an entry here. ``dense`` keeps the logits and serves every loss.
-``envelope`` keeps exactly what hard CKF labels need, at any ratio, in 1/400 of the space. For soft
-losses ``dense-q8`` comes close to it in 2/5 of the space, and ``topk`` approximates it in 1/45.
+``dense`` keeps the logits and serves every loss. ``envelope`` keeps exactly what hard CKF labels
+need, at any ratio, in 1/400 of the space. For soft losses ``dense-q8`` comes close to it in 2/5 of
+the space, and ``topk`` approximates it in 1/45. :func:`register_encoding` adds a user's own.
 """
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
 
 from cskd_pipeline.distill.encodings.base import ArraySpec, Encoding, ResponseShape, Rows
 from cskd_pipeline.distill.encodings.dense import Dense
 from cskd_pipeline.distill.encodings.dense_q8 import DenseQ8
 from cskd_pipeline.distill.encodings.envelope import Envelope
 from cskd_pipeline.distill.encodings.topk import TopK
+from cskd_pipeline.errors import UsageError
 
-_ALL: tuple[Encoding, ...] = (Dense(), DenseQ8(), TopK(), Envelope())
-ENCODINGS: dict[str, Encoding] = {encoding.name: encoding for encoding in _ALL}
+_BUILT_IN: tuple[Encoding, ...] = (Dense(), DenseQ8(), TopK(), Envelope())
+ENCODINGS: dict[str, Encoding] = {encoding.name: encoding for encoding in _BUILT_IN}
 
-__all__ = ["ENCODINGS", "ArraySpec", "Encoding", "ResponseShape", "Rows"]
+__all__ = ["ENCODINGS", "ArraySpec", "Encoding", "ResponseShape", "Rows", "register_encoding"]
+
+
+def register_encoding(encoding: Encoding) -> None:
+    """Let this process write and read caches with ``encoding``, under ``encoding.name``.
+
+    A cache records the name only: whoever opens it registers the same encoding first. Loader
+    processes get it from the process that starts them, so it must be picklable: an instance of a
+    class at the top of a module.
+
+    Args:
+        encoding: see :class:`cskd_pipeline.distill.encodings.base.Encoding`; its arrays are named
+            ``NAME/...``.
+
+    Raises:
+        UsageError: the name is a built-in encoding's, or not lower-case letters, digits and
+            hyphens.
+    """
+    name = encoding.name
+    if not re.fullmatch("[a-z][a-z0-9-]{0,39}", name) or ENCODINGS.get(name) in _BUILT_IN:
+        raise UsageError(
+            "an encoding cannot be registered under this name",
+            found=name,
+            expected="lower-case letters, digits and hyphens, 40 at most, and none of "
+            + ", ".join(known.name for known in _BUILT_IN),
+        )
+    ENCODINGS[name] = encoding
+
+
+def registered(names: Iterable[str]) -> list[Encoding]:
+    """Return the encodings of these names that are not built in: another process needs them."""
+    return [ENCODINGS[name] for name in names if ENCODINGS[name] not in _BUILT_IN]

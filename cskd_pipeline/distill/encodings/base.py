@@ -1,4 +1,4 @@
-"""What an encoding of the teacher's answer is: arrays, and the way from logits to them and back."""
+"""The interface of encodings: arrays, and the way from logits to them and back."""
 
 from __future__ import annotations
 
@@ -59,32 +59,36 @@ class ArraySpec:
 
     @property
     def row_bytes(self) -> int:
-        """Of one sample in memory; of a ragged array, its first chunk along the ragged axis."""
+        """Return the bytes of a sample in memory; if ragged, of its first chunk along that axis."""
         tail = self.tail_chunk if self.ragged and self.tail_chunk else self.tail
         return int(np.prod(tail)) * np.dtype(self.dtype).itemsize
 
 
 class Encoding(Protocol):
-    """A way of storing the teacher's answer; a file and an entry in ``ENCODINGS`` add another."""
+    """A way of storing the teacher's response; :func:`register_encoding` adds a user's own.
+
+    Attributes:
+        name: lower-case letters, digits and hyphens; its arrays are called ``NAME/...``.
+        serves: kinds of loss: ``hard``, ``soft``.
+        exact: these losses are, bit for bit, those of the teacher's logits.
+        min_temperature: the lowest of soft losses that it serves.
+    """
 
     name: str
     serves: tuple[str, ...]
-    """Kinds of loss: ``hard``, ``soft``."""
     exact: bool
-    """Whether these losses are, bit for bit, those of the teacher's logits."""
     min_temperature: float
-    """Of soft losses: the lowest that it serves."""
 
     def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
-        """What is stored.
+        """Return what is stored.
 
         Raises:
-            CacheError: the encoding cannot hold answers of this shape.
+            CacheError: the encoding cannot hold responses of this shape.
         """
         ...
 
     def encode(self, spatial: Tensor, global_: Tensor) -> dict[str, Tensor]:
-        """Rows from logits, on their device: array name -> (B, ...).
+        """Make rows from logits, on their device: array name -> (B, ...).
 
         Args:
             spatial: (B, K, h, w) float16.
@@ -93,17 +97,17 @@ class Encoding(Protocol):
         ...
 
     def targets(self, arrays: Mapping[str, Tensor]) -> Targets:
-        """What the losses ask for, from rows as :meth:`encode` gave them, on any device."""
+        """Make targets for the losses from rows as :meth:`encode` gave them, on any device."""
         ...
 
     def pack(self, rows: Rows) -> Rows:
-        """Rows as they are stored: same names and shapes, values rearranged for compression."""
+        """Return rows as they are stored: same names and shapes, rearranged for compression."""
         ...
 
     def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
-        """The inverse of :meth:`pack`.
+        """Return the rows that :meth:`pack` was given, compared with what can be.
 
         Raises:
-            ValueError: values that no answer of this shape has.
+            ValueError: values that no response of this shape has.
         """
         ...

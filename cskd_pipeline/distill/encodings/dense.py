@@ -25,7 +25,7 @@ _CHUNK_BYTES = 16 * 1024
 class Dense:
     """(B, K, h, w) and (B, K) as the teacher gave them.
 
-    Fill is NaN, which no answer holds: a row that was not written cannot be taken for one.
+    Fill is NaN, which no response holds: a row that was not written cannot be taken for one.
     """
 
     name = "dense"
@@ -34,6 +34,8 @@ class Dense:
     min_temperature = 0.0
 
     def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
+        """Return spatial and global logits, in chunks of a few rows."""
+
         def spec(name: str, tail: tuple[int, ...], file_per_view: bool) -> ArraySpec:
             size = 2
             for n in tail:
@@ -53,15 +55,19 @@ class Dense:
         return spec(SPATIAL, tuple(shape), True), spec(GLOBAL, (shape.classes,), False)
 
     def encode(self, spatial: Tensor, global_: Tensor) -> dict[str, Tensor]:
+        """Return the logits."""
         return {SPATIAL: spatial, GLOBAL: global_}
 
     def targets(self, arrays: Mapping[str, Tensor]) -> Targets:
+        """Return the logits as targets."""
         from cskd_pipeline.distill.targets import LogitTargets
 
         return LogitTargets(arrays[SPATIAL], arrays[GLOBAL])
 
     def pack(self, rows: Rows) -> Rows:
+        """Return the rows: they are stored as they are."""
         return rows
 
     def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
+        """Return the rows: any float16 can be."""
         return rows

@@ -6,7 +6,7 @@ between them (:func:`cskd_pipeline.distill.ckf.upper_envelope`), and nothing is 
 
 In memory a row of ``envelope/lines`` is (L, 2, h, w): the class of each line, and the crossing at
 which the next one takes over, unused entries 65535. Stored, the crossings of one line stand next to
-each other in front (:meth:`Envelope.pack`): the next line's classes tell where they belong.
+each other in front (:meth:`Envelope.pack`): the next line's classes say where they belong.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Envelope:
     min_temperature = 0.0
 
     def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
+        """Return lines, in chunks of a few lines, and the global labels."""
         if shape.classes > UNUSED:
             raise CacheError(
                 "the envelope encoding cannot hold so many classes",
@@ -73,6 +74,7 @@ class Envelope:
         )
 
     def encode(self, spatial: Tensor, global_: Tensor) -> dict[str, Tensor]:
+        """March along the upper envelope of every location."""
         import torch
 
         from cskd_pipeline.distill.ckf import hard_global_labels, upper_envelope
@@ -85,6 +87,7 @@ class Envelope:
         return {LINES: lines, GLOBAL_LABEL: hard_global_labels(global_).to(torch.uint16)}
 
     def targets(self, arrays: Mapping[str, Tensor]) -> Targets:
+        """Return hard targets at every r."""
         import torch
 
         from cskd_pipeline.distill.targets import EnvelopeTargets
@@ -93,17 +96,19 @@ class Envelope:
         return EnvelopeTargets(planes, arrays[GLOBAL_LABEL].to(torch.int64))
 
     def pack(self, rows: Rows) -> Rows:
+        """Move the crossings of each line to the front of its plane."""
         lines = rows[LINES].copy()
         used = lines[..., 1:, 0, :, :] != UNUSED
         crossings = lines[..., :-1, 1, :, :]
-        places = used.shape[-2] * used.shape[-1]
-        front = np.arange(places) < used.sum((-2, -1))[..., None]
-        packed = np.full((*used.shape[:-2], places), UNUSED, np.uint16)
+        locations = used.shape[-2] * used.shape[-1]
+        front = np.arange(locations) < used.sum((-2, -1))[..., None]
+        packed = np.full((*used.shape[:-2], locations), UNUSED, np.uint16)
         packed[front] = crossings[used]
         lines[..., :-1, 1, :, :] = packed.reshape(used.shape)
         return {**rows, LINES: lines}
 
     def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
+        """Put the crossings back where the next line's classes are; refuse other classes."""
         lines = rows[LINES].copy()
         classes = lines[..., 0, :, :]
         used = classes[..., 1:, :, :] != UNUSED

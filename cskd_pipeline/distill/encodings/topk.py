@@ -1,11 +1,27 @@
 """``topk``: the classes that matter and the tail's mass, for soft losses in about 2 kB a view.
 
-What is kept, and how probabilities come back, is in :mod:`cskd_pipeline.distill.topk_targets`.
+Legend: B samples, K classes, h x w the teacher's grid; ``spatial`` d (B, K, h, w), ``global_`` g
+(B, K), float16; r the CKF ratio, tau the temperature.
+
+What is usual, to keep the k largest probabilities and divide by their sum, is biased: it treats the
+rest as impossible, where with 1,000 classes and augmented images the rest holds a quarter of the
+mass. Here one set of k classes serves all locations and every r, and the tail keeps its mass:
+
+    fused / tau = a * d + b * g        with a = r / tau and b = (1 - r) / tau, a + b <= 1
+    L(a, b) = log of the sum over the tail of exp(a * d + b * g)
+
+L is smooth and convex. It is stored at the corners of the triangle 0 <= a, b, a + b <= 1 and at the
+middles of its sides; between them the quadratic through these six values stands for it. At
+tau = 1 it is exact for r = 0, 1/2 and 1, and for tau = 2 for r = 0 and 1. Inside the tail,
+classes share the mass by their global logits, in steps of 1/2, of which a location follows a part
+of its own (``slope``, the regression of its logits on the global ones).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,16 +41,29 @@ COARSE = "topk/coarse"
 TAIL = "topk/tail"
 TAIL_GLOBAL = "topk/tail_global"
 
-KEPT = 24
+UNUSED = 255
+"""No code reaches it."""
 _LEVEL = 8
 _MOST_CLASSES = 65535
+_FINE = 8.0  # codes per unit of logit, of kept classes
+_COARSE = 2.0  # and of the global logits of all classes
+_LOWEST = -1000.0  # below the largest; impossible is impossible, and float16 masses stay finite
 
 
 class TopK:
     """k = min(K, 24) classes of K, for all locations and every r, and what the rest weighs.
 
-    A teacher of at most 24 classes has no tail; its logits are rounded to 1/8 and nothing else is
-    lost.
+    A row has these arrays; logits are codes, counted down from the largest of their location:
+
+    - ``topk/classes`` (k,) uint16, the kept ones, the most probable first
+    - ``topk/spatial`` (k, h, w) uint8, d of the kept classes in steps of 1/8
+    - ``topk/global`` (k,) uint8, g of the kept classes in steps of 1/8
+    - ``topk/coarse`` (K,) uint8, g of all classes in steps of 1/2
+    - ``topk/tail`` (4, h, w) float16: slope, L(1, 0), L(1/2, 0), L(1/2, 1/2)
+    - ``topk/tail_global`` (2,) float16: L(0, 1), L(0, 1/2)
+
+    A teacher of at most 24 classes has no tail, and not the last three; its logits are rounded to
+    1/8 and nothing else is lost.
     """
 
     name = "topk"
@@ -42,7 +71,11 @@ class TopK:
     exact = False
     min_temperature = 1.0
 
+    def __init__(self, kept: int = 24) -> None:
+        self.kept = kept
+
     def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
+        """Return the six arrays, of whose chunks each is one view of a tar shard."""
         if shape.classes > _MOST_CLASSES:
             raise CacheError(
                 "the topk encoding cannot hold so many classes",
@@ -54,45 +87,64 @@ class TopK:
         def spec(
             name: str, dtype: str, axes: tuple[str, ...], tail: tuple[int, ...], fill: float
         ) -> ArraySpec:
-            return ArraySpec(
-                name, dtype, axes, tail, fill=fill, level=_LEVEL, tail_chunk=tail
-            )  # a chunk is one view of a tar shard
+            return ArraySpec(name, dtype, axes, tail, fill=fill, level=_LEVEL, tail_chunk=tail)
 
-        kept, grid, places = min(KEPT, shape.classes), tuple(shape[1:]), ("row", "column")
+        kept, grid, cell = min(self.kept, shape.classes), tuple(shape[1:]), ("row", "column")
         head = (
             spec(CLASSES, "uint16", ("kept",), (kept,), 65535),
-            spec(SPATIAL, "uint8", ("kept", *places), (kept, *grid), 255),
-            spec(GLOBAL, "uint8", ("kept",), (kept,), 255),
+            spec(SPATIAL, "uint8", ("kept", *cell), (kept, *grid), UNUSED),
+            spec(GLOBAL, "uint8", ("kept",), (kept,), UNUSED),
         )
         if kept == shape.classes:
             return head
         nan = float("nan")
         return (
             *head,
-            spec(COARSE, "uint8", ("class",), (shape.classes,), 255),
-            spec(TAIL, "float16", ("slope_and_masses", *places), (4, *grid), nan),
+            spec(COARSE, "uint8", ("class",), (shape.classes,), UNUSED),
+            spec(TAIL, "float16", ("slope_and_masses", *cell), (4, *grid), nan),
             spec(TAIL_GLOBAL, "float16", ("masses",), (2,), nan),
         )
 
     def encode(self, spatial: Tensor, global_: Tensor) -> dict[str, Tensor]:
-        from cskd_pipeline.distill.topk_targets import compress
+        """Keep the classes with most probability over all locations and the global response."""
+        import torch
 
-        kept = compress(spatial, global_, min(KEPT, spatial.shape[1]))
-        names = (CLASSES, SPATIAL, GLOBAL, COARSE, TAIL, TAIL_GLOBAL)
-        return {n: values for n, values in zip(names, kept, strict=True) if values is not None}
+        d, g = spatial.float(), global_.float()
+        score = d.softmax(dim=1).mean(dim=(2, 3)) + g.softmax(dim=1)
+        score.scatter_add_(1, g.argmax(dim=1, keepdim=True), torch.full_like(score[:, :1], 2.0))
+        order = score.sort(dim=1, descending=True, stable=True).indices
+        classes, rest = order[:, : self.kept], order[:, self.kept :]
+        d, g = _below_largest(d), _below_largest(g)
+        head = {
+            CLASSES: classes.to(torch.uint16),
+            SPATIAL: _codes(d.gather(1, _at_locations(classes, d)), _FINE),
+            GLOBAL: _codes(g.gather(1, classes), _FINE),
+        }
+        if not rest.shape[1]:
+            return head
+        coarse = _codes(g, _COARSE)
+        d, g = d.gather(1, _at_locations(rest, d)), g.gather(1, rest)
+        slope = _slope(d, -coarse.gather(1, rest).float() / _COARSE)
+        halves = d / 2 + g[:, :, None, None] / 2
+        tail = [slope, d.logsumexp(1), (d / 2).logsumexp(1), halves.logsumexp(1)]
+        tail_global = [g.logsumexp(1), (g / 2).logsumexp(1)]
+        return {
+            **head,
+            COARSE: coarse,
+            TAIL: torch.stack(tail, dim=1).half(),
+            TAIL_GLOBAL: torch.stack(tail_global, dim=1).half(),
+        }
 
     def targets(self, arrays: Mapping[str, Tensor]) -> Targets:
-        from cskd_pipeline.distill import topk_targets
-
-        names = (CLASSES, SPATIAL, GLOBAL, COARSE, TAIL, TAIL_GLOBAL)
-        return topk_targets.TopKTargets(
-            topk_targets.TopKArrays(*(arrays[n] for n in names if n in arrays))
-        )
+        """Return :class:`TopKTargets`."""
+        return TopKTargets(arrays)
 
     def pack(self, rows: Rows) -> Rows:
+        """Return the rows: they are stored as they are."""
         return rows
 
     def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
+        """Return the rows, if their classes exist and their masses are numbers."""
         classes = rows[CLASSES]
         if classes.size and classes.max() >= shape.classes:
             raise ValueError(f"class {classes.max()} of {shape.classes}")
@@ -100,3 +152,117 @@ class TopK:
             if name in rows and not np.isfinite(rows[name]).all():
                 raise ValueError(f"{name} holds NaN or infinite values")
         return rows
+
+
+@dataclass(frozen=True)
+class TopKTargets:
+    """Log-probabilities over all K classes from rows of :class:`TopK`, at temperatures from 1 on.
+
+    Args:
+        rows: array name -> (B, ...).
+    """
+
+    rows: Mapping[str, Tensor]
+
+    def hard_global(self) -> Tensor:
+        """Return the largest of :meth:`global_log_probabilities`: approximate, (B,) int64."""
+        return self.global_log_probabilities(1.0).argmax(dim=1)
+
+    def hard_spatial(self, r: float) -> Tensor:
+        """Return the largest of :meth:`spatial_log_probabilities`: approximate, (B, h, w) int64."""
+        return self.spatial_log_probabilities(r, 1.0).argmax(dim=1)
+
+    def global_log_probabilities(self, temperature: float) -> Tensor:
+        """Return log softmax of g / temperature, approximate: (B, K) float32."""
+        _require_tail(temperature)
+        b = 1.0 / temperature
+        logits = -self.rows[GLOBAL].float() * (b / _FINE)
+        if COARSE not in self.rows:
+            return self._over_all_classes(logits, None)
+        at_one, at_half = self.rows[TAIL_GLOBAL].float().unbind(dim=1)
+        mass = _quadratic(0.0, b, self._tail_size, at_one, at_half)
+        return self._over_all_classes(logits, -self.rows[COARSE].float() * (b / _COARSE), mass)
+
+    def spatial_log_probabilities(self, r: float, temperature: float) -> Tensor:
+        """Return log softmax of fused(r) / temperature, approximate: (B, K, h, w) float32."""
+        _require_tail(temperature)
+        a, b = r / temperature, (1.0 - r) / temperature
+        g = self.rows[GLOBAL].float()[:, :, None, None]
+        logits = -(a * self.rows[SPATIAL].float() + b * g) / _FINE
+        if COARSE not in self.rows:
+            return self._over_all_classes(logits, None)
+        slope, *spatial = self.rows[TAIL].float().unbind(dim=1)
+        global_ = self.rows[TAIL_GLOBAL].float()[:, :, None, None].unbind(dim=1)
+        mass = _quadratic(a, b, self._tail_size, *global_, *spatial)
+        shape = (a * slope + b)[:, None] * -self.rows[COARSE].float()[:, :, None, None]
+        return self._over_all_classes(logits, shape / _COARSE, mass)
+
+    @property
+    def _tail_size(self) -> int:
+        return self.rows[COARSE].shape[1] - self.rows[CLASSES].shape[1]
+
+    def _over_all_classes(
+        self, logits: Tensor, tail: Tensor | None, mass: Tensor | None = None
+    ) -> Tensor:
+        """Log-probabilities (B, K, ...) from those of the kept classes and of the tail.
+
+        Args:
+            logits: (B, k, ...).
+            tail: (B, K, ...), up to a number per location; kept classes' values are not used.
+            mass: (B, ...), log of the tail's sum in the units of ``logits``.
+        """
+        index = _at_locations(self.rows[CLASSES].long(), logits)
+        if tail is None or mass is None:
+            return logits.new_empty(logits.shape).scatter_(1, index, logits).log_softmax(dim=1)
+        tail = tail.scatter(1, index, -math.inf)
+        tail = tail + (mass - tail.logsumexp(dim=1))[:, None]
+        return tail.scatter_(1, index, logits).log_softmax(dim=1)
+
+
+def _quadratic(a: float, b: float, size: int, *at: Tensor) -> Tensor:
+    """L(a, b) by the quadratic through its six values; L(0, 0) is log ``size``.
+
+    These are the shape functions of the six-node triangle (finite elements' P2).
+
+    Args:
+        at: L(0, 1), L(0, 1/2); L(1, 0), L(1/2, 0), L(1/2, 1/2) too unless a is 0.
+    """
+    c = 1.0 - a - b
+    weights = (b * (2 * b - 1), 4 * b * c, a * (2 * a - 1), 4 * a * c, 4 * a * b)
+    total = c * (2 * c - 1) * math.log(size) + weights[0] * at[0]
+    for weight, value in zip(weights[1:], at[1:], strict=False):
+        total = total + weight * value
+    return total
+
+
+def _below_largest(logits: Tensor) -> Tensor:
+    return (logits - logits.amax(dim=1, keepdim=True)).clamp(min=_LOWEST)
+
+
+def _codes(logits: Tensor, per_unit: float) -> Tensor:
+    return (-logits * per_unit).round().clamp(max=UNUSED - 1).byte()
+
+
+def _slope(d: Tensor, g: Tensor) -> Tensor:
+    """Of the regression of d (B, n, h, w) on g (B, n) over n: (B, h, w); 0 where g is constant."""
+    import torch
+
+    g = g - g.mean(dim=1, keepdim=True)
+    covariance = torch.einsum("bnhw,bn->bhw", d, g)
+    return covariance / g.square().sum(dim=1).clamp(min=1e-6)[:, None, None]
+
+
+def _at_locations(classes: Tensor, like: Tensor) -> Tensor:
+    """(B, n) as an index along dimension 1 of ``like``."""
+    index = classes.reshape(*classes.shape, *[1] * (like.ndim - 2))
+    return index.expand(*classes.shape, *like.shape[2:])
+
+
+def _require_tail(temperature: float) -> None:
+    if temperature < 1.0:
+        raise CacheError(
+            "the topk encoding cannot serve this temperature",
+            found=f"distill.temperature = {temperature:g}",
+            expected="1 or more: the tail's mass is known there",
+            action="use a cache with the encoding dense or dense-q8",
+        )

@@ -8,13 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from cskd_pipeline.distill import topk_targets
+from cskd_pipeline.distill.encodings.topk import (
+    CLASSES,
+    COARSE,
+    SPATIAL,
+    TAIL,
+    TAIL_GLOBAL,
+    TopK,
+    TopKTargets,
+)
 from cskd_pipeline.distill.targets import LogitTargets
 from cskd_pipeline.errors import CacheError
 
 
 def logits(classes: int, seed: int = 0, samples: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    """Like a CNN's: neighbouring places agree, a few classes stand out, many are possible."""
+    """Like a CNN's: neighbouring locations agree, a few classes stand out, many are possible."""
     generator = torch.Generator().manual_seed(seed)
     shared = torch.randn(samples, classes, 1, 1, generator=generator) * 2
     own = torch.randn(samples, classes, 3, 3, generator=generator)
@@ -35,11 +43,11 @@ def probabilities(spatial: torch.Tensor, global_: torch.Tensor, r: float, tau: f
 @pytest.mark.parametrize("r", [0.0, 0.25, 0.5, 0.9, 1.0])
 def test_kept_classes_and_the_tail_have_their_mass(r: float, tau: float) -> None:
     spatial, global_ = logits(200)
-    kept = topk_targets.compress(spatial, global_, 24)
-    found = topk_targets.TopKTargets(kept).spatial_log_probabilities(r, tau).double().exp().numpy()
+    kept = TopK().encode(spatial, global_)
+    found = TopKTargets(kept).spatial_log_probabilities(r, tau).double().exp().numpy()
     exact = probabilities(spatial, global_, r, tau)
     np.testing.assert_allclose(found.sum(1), 1.0, atol=1e-5)
-    index = kept.classes.long()[:, :, None, None].expand(-1, -1, 3, 3).numpy()
+    index = kept[CLASSES].long()[:, :, None, None].expand(-1, -1, 3, 3).numpy()
     mine = np.take_along_axis(found, index, 1)
     theirs = np.take_along_axis(exact, index, 1)
     # Codes are within 1/16 of each logit that is mixed, of which 1/8 at the location's largest.
@@ -51,21 +59,19 @@ def test_kept_classes_and_the_tail_have_their_mass(r: float, tau: float) -> None
 def test_dividing_by_the_kept_sum_would_be_off_by_far() -> None:
     """Why the mass is stored: what other stores do at the same k."""
     spatial, global_ = logits(1000)
-    kept = topk_targets.compress(spatial, global_, 24)
+    kept = TopK().encode(spatial, global_)
     exact = probabilities(spatial, global_, 1.0, 1.0)
-    index = kept.classes.long()[:, :, None, None].expand(-1, -1, 3, 3).numpy()
+    index = kept[CLASSES].long()[:, :, None, None].expand(-1, -1, 3, 3).numpy()
     theirs = np.take_along_axis(exact, index, 1)
     renormalised = theirs / theirs.sum(1, keepdims=True)
-    found = (
-        topk_targets.TopKTargets(kept).spatial_log_probabilities(1.0, 1.0).double().exp().numpy()
-    )
+    found = TopKTargets(kept).spatial_log_probabilities(1.0, 1.0).double().exp().numpy()
     ours = np.take_along_axis(found, index, 1)
     assert np.abs(ours - theirs).mean() < np.abs(renormalised - theirs).mean() / 10
 
 
 def test_the_global_distribution_is_kept_for_every_class() -> None:
     spatial, global_ = logits(500)
-    targets = topk_targets.TopKTargets(topk_targets.compress(spatial, global_, 24))
+    targets = TopKTargets(TopK().encode(spatial, global_))
     for tau in (1.0, 2.0, 4.0):
         exact = LogitTargets(spatial, global_).global_log_probabilities(tau)
         found = targets.global_log_probabilities(tau)
@@ -76,10 +82,10 @@ def test_the_global_distribution_is_kept_for_every_class() -> None:
 
 def test_without_a_tail_nothing_but_rounding_is_lost() -> None:
     spatial, global_ = logits(10)
-    kept = topk_targets.compress(spatial, global_, 24)
-    assert kept.coarse is kept.tail is kept.tail_global is None
-    assert kept.classes.shape == (4, 10)
-    targets = topk_targets.TopKTargets(kept)
+    kept = TopK().encode(spatial, global_)
+    assert not {COARSE, TAIL, TAIL_GLOBAL} & set(kept)
+    assert kept[CLASSES].shape == (4, 10)
+    targets = TopKTargets(kept)
     exact = LogitTargets(spatial, global_)
     for r in (0.0, 0.4, 1.0):
         found = targets.spatial_log_probabilities(r, 1.0)
@@ -89,40 +95,38 @@ def test_without_a_tail_nothing_but_rounding_is_lost() -> None:
     assert float((found - exact.global_log_probabilities(1.0)).abs().max()) < 0.13
 
 
-def test_kept_classes_are_ranked_by_their_probability_over_all_places() -> None:
+def test_kept_classes_are_ranked_by_their_probability_over_all_locations() -> None:
     spatial, global_ = logits(50)
-    kept = topk_targets.compress(spatial, global_, 5)
+    kept = TopK(5).encode(spatial, global_)
     d, g = spatial.double().numpy(), global_.double().numpy()
     score = probabilities(spatial, global_, 1.0, 1.0).mean((2, 3))
     score += np.exp(g) / np.exp(g).sum(1, keepdims=True)
     score[np.arange(4), g.argmax(1)] += 2  # the global label always comes first
-    assert np.array_equal(kept.classes.long().numpy(), np.argsort(-score, axis=1)[:, :5])
+    assert np.array_equal(kept[CLASSES].long().numpy(), np.argsort(-score, axis=1)[:, :5])
     assert d.shape[1] == 50
     expected = (d.max(1, keepdims=True) - d) * 8
-    index = kept.classes.long()[:, :, None, None].expand(-1, -1, 3, 3).numpy()
+    index = kept[CLASSES].long()[:, :, None, None].expand(-1, -1, 3, 3).numpy()
     expected = np.clip(np.round(np.take_along_axis(expected, index, 1)), 0, 254)
-    assert np.array_equal(kept.spatial.numpy(), expected.astype(np.uint8))
+    assert np.array_equal(kept[SPATIAL].numpy(), expected.astype(np.uint8))
 
 
 def test_the_masses_are_those_of_the_tail() -> None:
     spatial, global_ = logits(40)
-    kept = topk_targets.compress(spatial, global_, 8)
-    assert kept.tail is not None
-    assert kept.tail_global is not None
+    kept = TopK(8).encode(spatial, global_)
     d, g = spatial.double().numpy(), global_.double().numpy()
     d, g = d - d.max(1, keepdims=True), g - g.max(1, keepdims=True)
     for sample in range(4):
-        rest = np.setdiff1d(np.arange(40), kept.classes[sample].long().numpy())
+        rest = np.setdiff1d(np.arange(40), kept[CLASSES][sample].long().numpy())
         tail, tail_g = d[sample, rest], g[sample, rest][:, None, None]
         sums = [np.exp(a * tail + b * tail_g).sum(0) for a, b in ((1, 0), (0.5, 0), (0.5, 0.5))]
-        np.testing.assert_allclose(kept.tail[sample, 1:].double(), np.log(sums), atol=4e-3)
+        np.testing.assert_allclose(kept[TAIL][sample, 1:].double(), np.log(sums), atol=4e-3)
         sums_g = [np.exp(b * g[sample, rest]).sum() for b in (1, 0.5)]
-        np.testing.assert_allclose(kept.tail_global[sample].double(), np.log(sums_g), atol=4e-3)
+        np.testing.assert_allclose(kept[TAIL_GLOBAL][sample].double(), np.log(sums_g), atol=4e-3)
 
 
-def test_a_flat_answer_stays_flat() -> None:
-    kept = topk_targets.compress(torch.zeros(2, 60, 2, 2).half(), torch.zeros(2, 60).half(), 24)
-    targets = topk_targets.TopKTargets(kept)
+def test_a_flat_response_stays_flat() -> None:
+    kept = TopK().encode(torch.zeros(2, 60, 2, 2).half(), torch.zeros(2, 60).half())
+    targets = TopKTargets(kept)
     flat = torch.full((2, 60, 2, 2), -math.log(60))
     found = targets.spatial_log_probabilities(0.3, 1.0)
     torch.testing.assert_close(found, flat, atol=1e-3, rtol=0)  # masses are float16
@@ -133,8 +137,8 @@ def test_a_flat_answer_stays_flat() -> None:
 def test_extreme_logits_stay_finite() -> None:
     spatial = torch.zeros(1, 60, 1, 1).half()
     spatial[0, 7], spatial[0, 9:] = 65504.0, -65504.0
-    kept = topk_targets.compress(spatial, spatial[:, :, 0, 0], 24)
-    targets = topk_targets.TopKTargets(kept)
+    kept = TopK().encode(spatial, spatial[:, :, 0, 0])
+    targets = TopKTargets(kept)
     for tau in (1.0, 4.0):
         assert targets.spatial_log_probabilities(0.5, tau).isfinite().all()
         assert targets.hard_spatial(0.5).item() == 7
@@ -142,7 +146,7 @@ def test_extreme_logits_stay_finite() -> None:
 
 def test_labels_are_those_of_the_logits_where_the_lead_is_clear() -> None:
     spatial, global_ = logits(200)
-    targets = topk_targets.TopKTargets(topk_targets.compress(spatial, global_, 24))
+    targets = TopKTargets(TopK().encode(spatial, global_))
     exact = LogitTargets(spatial, global_)
     assert torch.equal(targets.hard_global(), exact.hard_global())
     for r in (0.0, 0.5, 1.0):
@@ -154,7 +158,7 @@ def test_labels_are_those_of_the_logits_where_the_lead_is_clear() -> None:
 
 
 def test_temperatures_below_one_are_refused() -> None:
-    targets = topk_targets.TopKTargets(topk_targets.compress(*logits(40), 24))
+    targets = TopKTargets(TopK().encode(*logits(40)))
     for ask in (
         lambda: targets.global_log_probabilities(0.5),
         lambda: targets.spatial_log_probabilities(0.5, 0.99),

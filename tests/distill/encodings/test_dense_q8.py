@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cskd_pipeline.distill.quantised import Quantised, quantise, restore
+from cskd_pipeline.distill.encodings.dense_q8 import GLOBAL, SPATIAL, STEP, DenseQ8
+from cskd_pipeline.distill.targets import LogitTargets
+
+
+def restore(codes: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, K, h, w) and (B, K) float32, as the losses have them."""
+    targets = DenseQ8().targets(codes)
+    assert isinstance(targets, LogitTargets)
+    return targets.spatial, targets.global_
 
 
 def logits(seed: int, spread: float, classes: int = 30) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,22 +31,22 @@ def test_values_come_back_within_half_a_step_up_to_a_number_per_location(
     seed: int, spread: float
 ) -> None:
     spatial, global_ = logits(seed, spread)
-    codes = quantise(spatial, global_)
-    assert codes.spatial.dtype == codes.global_.dtype == torch.uint8
-    assert max(codes.spatial.max(), codes.global_.max()) <= 254
+    codes = DenseQ8().encode(spatial, global_)
+    assert codes[SPATIAL].dtype == codes[GLOBAL].dtype == torch.uint8
+    assert max(codes[SPATIAL].max(), codes[GLOBAL].max()) <= 254
     for column, (exact, found) in enumerate(zip((spatial, global_), restore(codes), strict=True)):
         error = found - exact.float()
         error = (error - error.mean(1, keepdim=True)).abs().flatten(1).amax(1)
         # Half a step from each rounding, as much again from centring on the rounded values' mean.
-        assert (error <= codes.step[:, column] * 1.001).all()
+        assert (error <= codes[STEP][:, column] * 1.001).all()
 
 
 def test_the_step_is_an_eighth_or_what_255_codes_need() -> None:
     spatial, global_ = logits(0, 1.0)
-    assert (quantise(spatial, global_).step == 1 / 8).all()
+    assert (DenseQ8().encode(spatial, global_)[STEP] == 1 / 8).all()
     wide = spatial.clone()
     wide[1, 0, 0, 0], wide[1, 1, 0, 0] = 500.0, -500.0
-    step = quantise(wide, global_).step
+    step = DenseQ8().encode(wide, global_)[STEP]
     centred = wide.float() - wide.float().mean(1, keepdim=True)
     expected = (centred[1].max() - centred[1].min()) / 254
     assert step[1, 0] == pytest.approx(float(expected), rel=1e-6)
@@ -49,15 +57,18 @@ def test_the_step_is_an_eighth_or_what_255_codes_need() -> None:
 def test_adding_to_all_classes_of_a_location_changes_no_code() -> None:
     spatial = torch.arange(3 * 16 * 4).reshape(3, 16, 2, 2).remainder(13).half()
     global_ = spatial[:, :, 0, 0]
-    places = torch.tensor([[0.0, 8.0], [-4.0, 16.0]]).half()
-    first, second = quantise(spatial, global_), quantise(spatial + places, global_ - 2)
-    for mine, other in zip(first, second, strict=True):
-        assert torch.equal(mine, other)
+    offsets = torch.tensor([[0.0, 8.0], [-4.0, 16.0]]).half()
+    first, second = (
+        DenseQ8().encode(spatial, global_),
+        DenseQ8().encode(spatial + offsets, global_ - 2),
+    )
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_distributions_are_close_at_every_ratio() -> None:
     spatial, global_ = logits(1, 3.0, 1000)
-    d, g = restore(quantise(spatial, global_))
+    d, g = restore(DenseQ8().encode(spatial, global_))
     for r in (0.0, 0.5, 1.0):
         exact = (r * spatial.float() + (1 - r) * global_.float()[..., None, None]).log_softmax(1)
         found = (r * d + (1 - r) * g[..., None, None]).log_softmax(1)
@@ -66,11 +77,11 @@ def test_distributions_are_close_at_every_ratio() -> None:
 
 
 def test_restoring_is_codes_times_steps() -> None:
-    codes = Quantised(
-        torch.tensor([[[[0]], [[254]]]], dtype=torch.uint8),
-        torch.tensor([[3, 1]], dtype=torch.uint8),
-        torch.tensor([[0.5, 0.125]]),
-    )
+    codes = {
+        SPATIAL: torch.tensor([[[[0]], [[254]]]], dtype=torch.uint8),
+        GLOBAL: torch.tensor([[3, 1]], dtype=torch.uint8),
+        STEP: torch.tensor([[0.5, 0.125]]),
+    }
     spatial, global_ = restore(codes)
     assert spatial.flatten().tolist() == [0.0, 127.0]
     assert global_.tolist() == [[0.375, 0.125]]
