@@ -8,10 +8,11 @@ and into what a resumed run must match.
 
 from cskd_pipeline.config.keys import key_info, key_types
 from cskd_pipeline.config.reading import find_recipe, load_recipe, recipe_names
-from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
+from cskd_pipeline.config.sections import CacheSection, DumpRecipe, TrainRecipe
 from cskd_pipeline.config.writing import adjustable, deciding, result_digest, to_toml
 
 __all__ = [
+    "CacheSection",
     "DumpRecipe",
     "TrainRecipe",
     "adjustable",

@@ -13,7 +13,7 @@ from cskd_pipeline.views.policy import ViewPolicy
 
 
 def assemble(batch: Batch, policy: ViewPolicy) -> Tensor:
-    """What the networks see of ``batch``, on its device, before they normalise.
+    """Return what the networks see of ``batch``, on its device, before they normalise.
 
     Equal to ``mix_pixels(to_float(own), to_float(partner), mix)`` of
     :mod:`cskd_pipeline.views.apply` for every sample, to the last bit on CPU.
@@ -38,7 +38,7 @@ def assemble(batch: Batch, policy: ViewPolicy) -> Tensor:
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """``(images - mean) / std`` for (B, 3, S, S), with a network's own statistics."""
+    """Return ``(images - mean) / std`` for (B, 3, S, S), with a network's own statistics."""
     shape = (1, len(mean), 1, 1)
     means = _constant(tuple(mean), images.device).view(shape)
     stds = _constant(tuple(std), images.device).view(shape)

@@ -7,14 +7,16 @@ of a tar shard end, so what they leave over is kept here, on the device, for the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cskd_pipeline.data.assemble import assemble
+from cskd_pipeline.data.assemble import assemble, normalise
 from cskd_pipeline.data.batches import Batch
+from cskd_pipeline.models.teacher import Logits, Teacher
 from cskd_pipeline.views.policy import ViewPolicy
 
 
@@ -22,8 +24,9 @@ from cskd_pipeline.views.policy import ViewPolicy
 class TeacherViews:
     """n views as a teacher sees them, and what is recorded of each.
 
-    - ``images``: (n, 3, S, S) float32 on the device, not yet normalised.
-    - ``label``: (n,) int64 on the device, of the picture that fills more of the view.
+    - ``images``: (n, 3, S, S) float32 on the device, in [0, 1] where nothing was erased (noise
+      there), not normalised.
+    - ``label``: (n,) int64 on the device, of the image that fills more of the view.
     - ``index``: (n, 3) int32 view, shard, offset, on the host as all that follows.
     - ``seed``: (n,) uint64; ``image_crc32``, ``view_digest``: (n,) uint32.
     """
@@ -36,8 +39,8 @@ class TeacherViews:
     view_digest: np.ndarray
 
     @classmethod
-    def of(cls, batch: Batch, policy: ViewPolicy, device: torch.device) -> TeacherViews:
-        """The views of a batch that lies on the host, which waits for nothing."""
+    def of(cls, batch: Batch, policy: ViewPolicy, device: torch.device | str) -> TeacherViews:
+        """Take the views of a batch that lies on the host, which waits for nothing."""
         there = batch.to(device)
         own = batch.own.numpy()
         return cls(
@@ -51,34 +54,28 @@ class TeacherViews:
 
     @classmethod
     def join(cls, parts: Sequence[TeacherViews]) -> TeacherViews:
-        """One after the other; a single part is not copied."""
+        """Put one after the other; a single part is not copied."""
         if len(parts) == 1:
             return parts[0]
-        return cls(
-            images=torch.cat([part.images for part in parts]),
-            label=torch.cat([part.label for part in parts]),
-            index=np.concatenate([part.index for part in parts]),
-            seed=np.concatenate([part.seed for part in parts]),
-            image_crc32=np.concatenate([part.image_crc32 for part in parts]),
-            view_digest=np.concatenate([part.view_digest for part in parts]),
-        )
+        columns: Any = zip(*map(TeacherViews._columns, parts), strict=True)
+        return cls(*(_joined(column) for column in columns))
+
+    def _columns(self) -> list[Any]:
+        return [getattr(self, field.name) for field in fields(self)]
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, rows: slice) -> TeacherViews:
-        return TeacherViews(
-            images=self.images[rows],
-            label=self.label[rows],
-            index=self.index[rows],
-            seed=self.seed[rows],
-            image_crc32=self.image_crc32[rows],
-            view_digest=self.view_digest[rows],
-        )
+        return TeacherViews(*(column[rows] for column in self._columns()))
+
+
+def _joined(column: Any) -> Any:
+    return torch.cat(column) if torch.is_tensor(column[0]) else np.concatenate(column)
 
 
 def full_batches(pieces: Iterable[TeacherViews], size: int) -> Iterator[TeacherViews]:
-    """The same views in the same order, ``size`` at a time; only the last batch may be shorter."""
+    """Yield the same views in the same order, ``size`` at a time; only the last may be fewer."""
     kept: list[TeacherViews] = []
     for piece in pieces:
         kept.append(piece)
@@ -91,3 +88,8 @@ def full_batches(pieces: Iterable[TeacherViews], size: int) -> Iterator[TeacherV
         kept = [views[whole:]] if whole < len(views) else []
     if kept:
         yield TeacherViews.join(kept)
+
+
+def logits_of(teacher: Teacher, batch: Batch, policy: ViewPolicy) -> Logits:
+    """Return the teacher's checked logits for the views of a batch that lies on its device."""
+    return teacher.respond(normalise(assemble(batch, policy), teacher.mean, teacher.std))

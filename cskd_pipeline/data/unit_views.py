@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from cskd_pipeline.data.batches import Batch, compose
@@ -29,6 +30,21 @@ UnitViews = tuple[int, range]
 
 
 @dataclass(frozen=True)
+class Loading:
+    """How views are made, which changes none of them: how many at a time, by whom, for whom.
+
+    Args:
+        batch_size: views in a batch.
+        workers: loader processes; 0: none.
+        device: where the views go; for CUDA they come in pinned memory.
+    """
+
+    batch_size: int = 128
+    workers: int = 0
+    device: torch.device | str = "cpu"
+
+
+@dataclass(frozen=True)
 class Item:
     """Neighbouring samples of one tar shard in some views."""
 
@@ -37,17 +53,17 @@ class Item:
     views: range
 
     def rows(self) -> np.ndarray:
-        """(n, 3) int32 view, shard, offset, view by view."""
+        """Return (n, 3) int32 view, shard, offset, view by view."""
         grid = np.meshgrid(self.views, self.shard, self.offsets, indexing="ij")
         return np.stack(grid, axis=-1).reshape(-1, 3).astype(np.int32)
 
     def batches(self, batch_size: int) -> int:
-        """How many batches of at most ``batch_size`` it makes."""
+        """Count the batches of at most ``batch_size`` that it makes."""
         return -(-len(self.views) * len(self.offsets) // batch_size)
 
 
 def items_of(unit: UnitViews, count: int, policy: ViewPolicy, batch_size: int) -> list[Item]:
-    """The items of a unit whose shard has ``count`` samples.
+    """Cut a unit whose shard has ``count`` samples into items.
 
     Few views: several windows make an item, enough for a batch. Many or large views: a part of them
     makes an item, which then decodes its images for that part only.
@@ -70,10 +86,10 @@ def items_of(unit: UnitViews, count: int, policy: ViewPolicy, batch_size: int) -
 
 
 class _UnitStream(IterableDataset[Batch | None]):
-    """What one process contributes: its share of every unit's items, padded with None.
+    """One process's share of every unit's items, in batches, padded with None.
 
-    The loader asks processes in turn. Padding keeps them level at the end of every unit, so that
-    all batches of a unit come before those of the next.
+    The loader takes from its processes in turn. Padding keeps them level at the end of every unit,
+    so that all batches of a unit come before those of the next.
     """
 
     def __init__(self, renderer: Renderer, units: Sequence[UnitViews], batch_size: int) -> None:
@@ -111,31 +127,26 @@ def unit_batches(
     units: Sequence[UnitViews],
     policy: ViewPolicy,
     root_seed: int,
-    *,
-    batch_size: int,
-    workers: int = 0,
-    pin_memory: bool = False,
-    start_method: str | None = None,
+    loading: Loading,
 ) -> Iterator[Batch]:
-    """Every view of every unit exactly once, in batches of at most ``batch_size`` rows.
+    """Yield every view of every unit exactly once, in batches of at most ``loading.batch_size``.
 
     Units come in order, each complete before the next; within a unit the order of batches depends
-    on ``workers``, the batches do not. ``Batch.index`` says where each row belongs.
+    on ``loading.workers``, the batches do not. ``Batch.index`` says where each row belongs. They
+    lie on the host.
 
     Raises:
         CskdError: an image or a tar that cannot be read.
     """
-    images = ImageSource(dataset.shards)
-    renderer = Renderer(SampleSet.of(dataset), images, policy, root_seed)
-    stream = _UnitStream(renderer, units, batch_size)
+    renderer = Renderer(SampleSet.of(dataset), ImageSource(dataset.shards), policy, root_seed)
+    stream = _UnitStream(renderer, units, loading.batch_size)
     kinds = {(renderer.samples.counts[shard], len(views)): (shard, views) for shard, views in units}
     items = [item for unit in kinds.values() for item in stream.items(unit)]
-    ahead = max((item.batches(batch_size) for item in items), default=1)
+    ahead = max((item.batches(loading.batch_size) for item in items), default=1)
     loader: Loader[Batch | None] = Loader(
         stream,
-        workers=workers,
-        pin_memory=pin_memory,
+        workers=loading.workers,
+        pin_memory=torch.device(loading.device).type == "cuda",
         prefetch=max(2, ahead),  # all of an item: its process goes on with the next one
-        start_method=start_method,
     )
     yield from (batch for batch in loader if batch is not None)

@@ -74,28 +74,13 @@ class Teacher:
         Raises:
             TeacherError: a logit is NaN or infinite, or too large for float16.
         """
-        return self.checked(self.unchecked(x))
+        return require_finite(self.unchecked(x), self.name)
 
     @torch.inference_mode()
     def unchecked(self, x: Tensor) -> Logits:
         """Return the logits of :meth:`respond` unchecked: the host does not wait for the device."""
         pieces = [self._respond(piece) for piece in x.split(self.batch_size)]
         return Logits(*(torch.cat(parts)[: len(x)] for parts in zip(*pieces, strict=True)))
-
-    def checked(self, logits: Logits) -> Logits:
-        """Return ``logits`` once the device has them and they are finite.
-
-        Raises:
-            TeacherError: a logit is NaN or infinite, or too large for float16.
-        """
-        if not all_finite(*logits):
-            raise TeacherError(
-                "the teacher's logits are not finite in float16",
-                where=self.name,
-                expected="logits between -65504 and 65504",
-                action="use precision float32 or bfloat16, and check the weights",
-            )
-        return logits
 
     def _respond(self, x: Tensor) -> Logits:
         """Return the logits of at most ``batch_size`` views, filled up to ``batch_size``."""
@@ -110,6 +95,22 @@ class Teacher:
             spatial = head_per_location(self.model, features)
             global_ = self.model.forward_head(features)
         return Logits(spatial.half(), global_.half())
+
+
+def require_finite(logits: Logits, name: str) -> Logits:
+    """Return the logits of the teacher ``name`` once the device has them and they are finite.
+
+    Raises:
+        TeacherError: a logit is NaN or infinite, or too large for float16.
+    """
+    if not all_finite(*logits):
+        raise TeacherError(
+            "the teacher's logits are not finite in float16",
+            where=name,
+            expected="logits between -65504 and 65504",
+            action="use precision float32 or bfloat16, and check the weights",
+        )
+    return logits
 
 
 def load_teacher(

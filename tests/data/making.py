@@ -13,7 +13,7 @@ from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.writer import CacheWriter, UnitData
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.data.index import Dataset, describe
-from cskd_pipeline.data.unit_views import unit_batches
+from cskd_pipeline.data.unit_views import Loading, unit_batches
 from cskd_pipeline.views.policy import ViewPolicy
 
 # Every part of the policy at work, and windows that leave samples over.
@@ -65,7 +65,7 @@ def make_cache(
     for unit in writer.todo():
         shard, count = unit.shard, len(dataset.shards[unit.shard])
         batches = unit_batches(
-            dataset, [(shard, unit.views)], policy, root_seed, batch_size=2 * count
+            dataset, [(shard, unit.views)], policy, root_seed, Loading(2 * count)
         )
         small = gather_small(batches, unit.views, count)
         rows = [answers(view, shard, count, classes) for view in unit.views]

@@ -9,7 +9,7 @@ import torch
 from cskd_pipeline.data.assemble import assemble
 from cskd_pipeline.data.full_batches import TeacherViews, full_batches
 from cskd_pipeline.data.index import Dataset
-from cskd_pipeline.data.unit_views import unit_batches
+from cskd_pipeline.data.unit_views import Loading, unit_batches
 from tests.data.making import POLICY, ROOT_SEED
 
 UNITS = [(0, range(3)), (2, range(2))]
@@ -73,7 +73,7 @@ def test_views_of_a_batch_have_their_own_seeds_and_the_larger_pictures_label(
     dataset: Dataset,
 ) -> None:
     mixed = 0
-    for batch in unit_batches(dataset, UNITS, POLICY, ROOT_SEED, batch_size=8):
+    for batch in unit_batches(dataset, UNITS, POLICY, ROOT_SEED, Loading(8)):
         views = TeacherViews.of(batch, POLICY, torch.device("cpu"))
         assert torch.equal(views.images, assemble(batch, POLICY))
         for row in range(len(batch)):

@@ -15,7 +15,7 @@ from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.render import Renderer
-from cskd_pipeline.data.unit_views import items_of, unit_batches
+from cskd_pipeline.data.unit_views import Loading, items_of, unit_batches
 from cskd_pipeline.errors import ImageError
 from cskd_pipeline.views.policy import ViewPolicy
 from tests.conftest import COUNTS
@@ -28,7 +28,9 @@ UNITS = [(0, range(4)), (2, range(4)), (0, range(4, 8)), (3, range(4)), (1, rang
 
 
 def batches(dataset: Dataset, units: Any = UNITS, **options: Any) -> list[Batch]:
-    return list(unit_batches(dataset, units, POLICY, ROOT_SEED, **{"batch_size": 10, **options}))
+    return list(
+        unit_batches(dataset, units, POLICY, ROOT_SEED, Loading(**{"batch_size": 10, **options}))
+    )
 
 
 def units_of(found: list[Batch]) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import OutputError
 from cskd_pipeline.models.teacher import Logits, Teacher
-from cskd_pipeline.pipeline import dump
+from cskd_pipeline.pipeline import unit_writer
 from cskd_pipeline.pipeline.dump import dump_teacher
 from cskd_pipeline.runtime.signals import Requeue
 from tests.pipeline import world
@@ -86,7 +86,7 @@ def test_what_is_computed_when_a_dump_is_stopped_is_written(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first unit while the second is computed, the second before the command ends."""
-    send_at(monkeypatch, dump, "_unit_data", 2, signal.SIGINT)
+    send_at(monkeypatch, unit_writer, "_unit_data", 2, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"))
     assert open_cache(tmp_path / "cache").done().sum() == 2
@@ -95,7 +95,7 @@ def test_what_is_computed_when_a_dump_is_stopped_is_written(
 def test_a_unit_that_cannot_be_written_as_a_dump_stops_is_an_error(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    send_at(monkeypatch, dump, "_unit_data", 1, signal.SIGTERM)
+    send_at(monkeypatch, unit_writer, "_unit_data", 1, signal.SIGTERM)
 
     def full(*args: object) -> bool:
         raise OutputError("no space left")
@@ -109,7 +109,7 @@ def test_a_schedulers_signal_does_not_wait_for_the_unit_in_hand(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Units of 35 samples in two views are 5 batches of 16 or less: the 7th is in the second."""
-    batches = send_at(monkeypatch, Teacher, "_answer", 7, signal.SIGTERM)
+    batches = send_at(monkeypatch, Teacher, "_respond", 7, signal.SIGTERM)
     with pytest.raises(Requeue, match="SIGTERM"):
         dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"))
     assert batches == [7]
@@ -172,13 +172,13 @@ def test_batches_cross_units_so_that_only_the_last_is_filled_up(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    answer = Teacher._answer
+    respond = Teacher._respond
 
     def counting(teacher: Teacher, x: Tensor) -> Logits:
         asked.append(len(x))
-        return answer(teacher, x)
+        return respond(teacher, x)
 
-    monkeypatch.setattr(Teacher, "_answer", counting)
+    monkeypatch.setattr(Teacher, "_respond", counting)
     for size in (7, 1000):
         asked.clear()
         sets = [*world.dump_sets(), "dump.workers=0", f"dump.batch_size={size}"]
@@ -195,7 +195,7 @@ def test_asking_ahead_of_reading_changes_no_byte(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
 ) -> None:
     """As on a GPU, where the next batch is with the teacher while one is encoded."""
-    monkeypatch.setattr(dump, "batches_ahead", lambda device: ahead)
+    monkeypatch.setattr(unit_writer, "batches_ahead", lambda device: ahead)
     sets = [*world.dump_sets(), "dump.workers=0"]
     dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache", sets=sets))
     assert data_files(tmp_path / "cache") == data_files(small.cache)

@@ -21,19 +21,19 @@ from typing import Any
 
 from torch import Tensor
 
-from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.config import DumpRecipe
 from cskd_pipeline.data.assemble import normalise
 from cskd_pipeline.data.full_batches import TeacherViews, full_batches
-from cskd_pipeline.data.index import Dataset, describe, sample
+from cskd_pipeline.data.index import Dataset, sample
 from cskd_pipeline.data.left_out import LeftOuts
-from cskd_pipeline.data.unit_views import unit_batches
+from cskd_pipeline.data.unit_views import Loading, unit_batches
 from cskd_pipeline.distill.ckf import hard_global_labels, hard_labels
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.models.teacher import Logits, Teacher
-from cskd_pipeline.pipeline.dump import cache_manifest, open_stage_one, usable, write_units
-from cskd_pipeline.runtime.device import worker_count
+from cskd_pipeline.pipeline.dump import loading_for, open_stage_one, teacher_info, usable
+from cskd_pipeline.pipeline.write_cache import write_cache
 from cskd_pipeline.runtime.distributed import ALONE
+from cskd_pipeline.runtime.progress import silence
 from cskd_pipeline.tools.bench.timing import (
     Clock,
     SteadyRate,
@@ -81,16 +81,10 @@ def bench_dump(
     recipe = replace(recipe, cache=replace(recipe.cache, views=BLOCK, view_block=BLOCK))
     dataset, teacher = open_stage_one(recipe)
     few = sample(dataset, min(images, dataset.samples))
-    few = usable(recipe, few, LeftOuts(None, ALONE))
-    workers = worker_count(recipe.dump.workers)
+    loading = loading_for(recipe, teacher)
+    few = usable(few, recipe.data.corrupt, LeftOuts(None, ALONE), loading.workers)
     resident = _resident(recipe, few, teacher)
     total = few.samples * BLOCK
-    manifest = cache_manifest(recipe, describe(few), teacher)
-
-    def dump(advance: Callable[[int], None]) -> None:
-        with tempfile.TemporaryDirectory(prefix="cskd-bench-") as folder:
-            writer = CacheWriter.create(Path(folder) / "cache", manifest)
-            write_units(recipe, few, teacher, writer, writer.todo(), advance)
 
     def ask(advance: Callable[[int], None]) -> None:
         for number in range(-(-total // len(resident[0]))):
@@ -105,22 +99,17 @@ def bench_dump(
                 for shard in range(len(few.shards))
                 for first in range(0, BLOCK, block)
             ]
-            for batch in unit_batches(
-                few,
-                units,
-                recipe.views,
-                recipe.cache.root_seed,
-                batch_size=recipe.dump.batch_size,
-                workers=processes,
-            ):
+            policy, seed = recipe.views, recipe.cache.root_seed
+            own = Loading(recipe.dump.batch_size, processes)
+            for batch in unit_batches(few, units, policy, seed, own):
                 advance(len(batch))
 
         return run
 
-    works = {
-        "dump": dump,
+    works: dict[str, Callable[[Callable[[int], None]], None]] = {
+        "dump": partial(trial_dump, recipe, few, teacher),
         "teacher": ask,
-        "loader": load(workers, BLOCK),
+        "loader": load(loading.workers, BLOCK),
         f"block_{BLOCK}": load(0, BLOCK),
         "block_1": load(0, 1),
     }
@@ -143,7 +132,7 @@ def bench_dump(
         "precision": teacher.precision,
         "size": recipe.views.size,
         "batch_size": recipe.dump.batch_size,
-        "workers": workers,
+        "workers": loading.workers,
         "images": few.samples,
         "views_per_image": BLOCK,
         "encodings": list(recipe.cache.encodings),
@@ -160,6 +149,21 @@ def bench_dump(
     if with_variants:
         report["variants"] = variants(recipe, resident, rounds, clock, compile=compile)
     return report
+
+
+def trial_dump(
+    recipe: DumpRecipe, few: Dataset, teacher: Teacher, advance: Callable[[int], None]
+) -> None:
+    """Dump ``few`` as the stage would, but into a temporary folder."""
+    info = teacher_info(teacher, recipe.teacher.kwargs)
+    with silence(), tempfile.TemporaryDirectory(prefix="cskd-trial-") as folder:
+        cache = replace(recipe.cache, path=str(Path(folder) / "cache"))
+        loading = loading_for(recipe, teacher)
+        with write_cache(cache, few, info, recipe.views, loading=loading) as out:
+            for views in out:
+                images = normalise(views.images, teacher.mean, teacher.std)
+                out.put(views, *teacher.unchecked(images))
+                advance(len(views))
 
 
 def variants(
@@ -238,13 +242,8 @@ def _changed(expected: Sequence[Logits], found: Sequence[Logits]) -> tuple[float
 def _resident(recipe: DumpRecipe, few: Dataset, teacher: Teacher) -> list[Tensor]:
     """Some full batches of real views, normalised, on the teacher's device."""
     size = recipe.dump.batch_size
-    batches = unit_batches(
-        few,
-        [(shard, range(BLOCK)) for shard in range(len(few.shards))],
-        recipe.views,
-        recipe.cache.root_seed,
-        batch_size=size,
-    )
+    units = [(shard, range(BLOCK)) for shard in range(len(few.shards))]
+    batches = unit_batches(few, units, recipe.views, recipe.cache.root_seed, Loading(size))
     pieces = (TeacherViews.of(batch, recipe.views, teacher.device) for batch in batches)
     full = [
         normalise(views.images, teacher.mean, teacher.std)

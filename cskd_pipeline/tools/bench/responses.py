@@ -12,12 +12,13 @@ from torch import Tensor
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.config import DumpRecipe
+from cskd_pipeline.data.full_batches import logits_of
 from cskd_pipeline.data.index import describe, sample
 from cskd_pipeline.data.left_out import LeftOuts
 from cskd_pipeline.data.unit_views import unit_batches
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.pipeline.dump import cache_manifest, logits_of, open_stage_one, usable
-from cskd_pipeline.runtime.device import worker_count
+from cskd_pipeline.pipeline.dump import loading_for, open_stage_one, teacher_info, usable
+from cskd_pipeline.pipeline.write_cache import cache_manifest
 from cskd_pipeline.runtime.distributed import ALONE
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.views.bits import BitStream, derive_seed
@@ -85,18 +86,13 @@ def from_teacher(recipe: DumpRecipe, views: int) -> Responses:
     dataset, teacher = open_stage_one(recipe)
     # A teacher always answers whole batches: parts are no smaller than one.
     few = sample(dataset, views, parts=max(1, min(4, views // recipe.dump.batch_size)))
-    few = usable(recipe, few, LeftOuts(None, ALONE))
+    loading = loading_for(recipe, teacher)
+    few = usable(few, recipe.data.corrupt, LeftOuts(None, ALONE), loading.workers)
     each = range(-(-views // few.samples))
+    units = [(shard, each) for shard in range(len(few.shards))]
     spatial, global_ = [], []
     with progress(len(each) * few.samples, "views", "asking the teacher") as meter:
-        for batch in unit_batches(
-            few,
-            [(shard, each) for shard in range(len(few.shards))],
-            recipe.views,
-            recipe.cache.root_seed,
-            batch_size=recipe.dump.batch_size,
-            workers=worker_count(recipe.dump.workers),
-        ):
+        for batch in unit_batches(few, units, recipe.views, recipe.cache.root_seed, loading):
             answer = logits_of(teacher, batch.to(teacher.device), recipe.views)
             spatial.append(answer.spatial.cpu())
             global_.append(answer.global_.cpu())
@@ -104,6 +100,8 @@ def from_teacher(recipe: DumpRecipe, views: int) -> Responses:
     return Responses(
         torch.cat(spatial)[:views],
         torch.cat(global_)[:views],
-        cache_manifest(recipe, describe(few), teacher),
+        cache_manifest(
+            recipe.cache, describe(few), teacher_info(teacher, recipe.teacher.kwargs), recipe.views
+        ),
         teacher.name,
     )

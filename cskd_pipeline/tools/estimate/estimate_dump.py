@@ -23,25 +23,20 @@ import torch
 from cskd_pipeline.cache.info import describe as describe_cache
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.summary import size
-from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.config import DumpRecipe
 from cskd_pipeline.data.batches import Batch
+from cskd_pipeline.data.full_batches import logits_of
 from cskd_pipeline.data.index import Dataset, describe, sample
 from cskd_pipeline.data.left_out import LeftOuts
-from cskd_pipeline.data.unit_views import unit_batches
+from cskd_pipeline.data.unit_views import Loading, unit_batches
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.models.teacher import Teacher
-from cskd_pipeline.pipeline.dump import (
-    cache_manifest,
-    logits_of,
-    open_stage_one,
-    usable,
-    write_units,
-)
+from cskd_pipeline.pipeline.dump import loading_for, open_stage_one, teacher_info, usable
+from cskd_pipeline.pipeline.write_cache import cache_manifest
 from cskd_pipeline.runtime.console import Terminal
-from cskd_pipeline.runtime.device import worker_count
 from cskd_pipeline.runtime.distributed import ALONE
 from cskd_pipeline.runtime.progress import duration, progress
+from cskd_pipeline.tools.bench.bench_dump import trial_dump
 from cskd_pipeline.tools.bench.bench_encodings import encode, store
 from cskd_pipeline.tools.bench.responses import Responses
 from cskd_pipeline.tools.bench.timing import SteadyRate
@@ -172,16 +167,17 @@ def show(report: Mapping[str, Any], terminal: Terminal) -> None:
 
 def try_dump(recipe: DumpRecipe, dataset: Dataset, teacher: Teacher, images: int) -> DumpTrial:
     """Dump about ``images`` sampled images into a temporary folder, and time it and its parts."""
-    workers = worker_count(recipe.dump.workers)
+    loading = loading_for(recipe, teacher)
     # Every process needs a few pieces of work before the rate is steady.
-    images = min(dataset.samples, max(images, 3 * workers * recipe.views.window))
+    images = min(dataset.samples, max(images, 3 * loading.workers * recipe.views.window))
     few = sample(dataset, images)
-    few = usable(recipe, few, LeftOuts(None, ALONE))
-    manifest = cache_manifest(recipe, describe(few), teacher)
+    few = usable(few, recipe.data.corrupt, LeftOuts(None, ALONE), loading.workers)
+    info = teacher_info(teacher, recipe.teacher.kwargs)
+    manifest = cache_manifest(recipe.cache, describe(few), info, recipe.views)
     block = manifest.view_block
     total = few.samples * block
     with progress(2 * total, "views", "trying it out") as meter:
-        loader, kept = _load(recipe, few, block, workers, meter.advance)
+        loader, kept = _load(recipe, few, block, loading, meter.advance)
         seconds, answers = _ask(recipe, teacher, kept, manifest)
         costs, sizes = _encode(answers, teacher, max(dataset.counts), block)
         clock = SteadyRate(total)
@@ -190,29 +186,29 @@ def try_dump(recipe: DumpRecipe, dataset: Dataset, teacher: Teacher, images: int
             clock.advance(count)
             meter.advance(count)
 
-        with tempfile.TemporaryDirectory(prefix="cskd-plan-") as folder:
-            writer = CacheWriter.create(Path(folder) / "cache", replace(manifest, views=block))
-            write_units(recipe, few, teacher, writer, writer.todo(), advance)
+        cache = replace(recipe.cache, views=block, view_block=block)
+        trial_dump(replace(recipe, cache=cache), few, teacher, advance)
     return DumpTrial(
-        few.samples, total, workers, loader, 1 / seconds, costs, clock.rate, clock.startup, sizes
+        samples=few.samples,
+        views=total,
+        workers=loading.workers,
+        loader=loader,
+        teacher=1 / seconds,
+        encode=costs,
+        together=clock.rate,
+        startup=clock.startup,
+        bytes_per_view=sizes,
     )
 
 
 def _load(
-    recipe: DumpRecipe, few: Dataset, block: int, workers: int, advance: Callable[[int], None]
+    recipe: DumpRecipe, few: Dataset, block: int, loading: Loading, advance: Callable[[int], None]
 ) -> tuple[float, list[Batch]]:
-    """The loader's rate with nobody else at work, and the first batches."""
+    """Measure the loader's rate with nobody else at work, and return it with the first batches."""
     kept: list[Batch] = []
     clock = SteadyRate(few.samples * block)
-    for batch in unit_batches(
-        few,
-        [(shard, range(block)) for shard in range(len(few.shards))],
-        recipe.views,
-        recipe.cache.root_seed,
-        batch_size=recipe.dump.batch_size,
-        workers=workers,
-        pin_memory=recipe.dump.device != "cpu" and torch.cuda.is_available(),
-    ):
+    units = [(shard, range(block)) for shard in range(len(few.shards))]
+    for batch in unit_batches(few, units, recipe.views, recipe.cache.root_seed, loading):
         clock.advance(len(batch.index))
         advance(len(batch.index))
         if sum(len(b.index) for b in kept) < _KEPT_VIEWS:

@@ -12,12 +12,12 @@ from torch import Tensor
 from cskd_pipeline.cache.check import Problem
 from cskd_pipeline.cache.manifest import TeacherInfo
 from cskd_pipeline.data.batches import render_batch
+from cskd_pipeline.data.full_batches import logits_of
 from cskd_pipeline.data.join import Join
 from cskd_pipeline.data.replay import Replay, cache_of, renderer_of, same_images
 from cskd_pipeline.distill.encodings import Encoding
 from cskd_pipeline.distill.targets import Targets
 from cskd_pipeline.models.teacher import Teacher, load_teacher
-from cskd_pipeline.pipeline.dump import logits_of
 from cskd_pipeline.runtime.device import pick_device
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.verify.depth import Check

@@ -49,10 +49,10 @@ def test_rates_are_of_each_side_and_the_slower_of_loader_and_teacher_is_the_limi
             advance(1)
 
     real = bench.unit_batches
-    monkeypatch.setattr(bench, "write_units", write)
+    monkeypatch.setattr(bench, "trial_dump", write)
 
-    def slow(dataset: Any, units: Any, *arguments: Any, **options: Any) -> Any:
-        for batch in real(dataset, units, *arguments, **options):
+    def slow(dataset: Any, units: Any, *arguments: Any) -> Any:
+        for batch in real(dataset, units, *arguments):
             clock.work(len(batch) * (0.05 if len(units[0][1]) == 10 else 0.1))
             yield batch
 

@@ -1,0 +1,240 @@
+"""Views out, logits in: what overlaps while the units of a cache are written.
+
+Loader processes render the next views; on CUDA the network is at work on one batch while the one
+before is encoded on a stream of its own; a thread writes one unit while the next is computed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cskd_pipeline.cache.buffer import UnitBuffer
+from cskd_pipeline.cache.layout import response_shape
+from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
+from cskd_pipeline.data.full_batches import TeacherViews, full_batches
+from cskd_pipeline.data.index import Dataset
+from cskd_pipeline.data.shards import TarShard
+from cskd_pipeline.data.unit_views import Loading, unit_batches
+from cskd_pipeline.distill.ckf import hard_global_labels
+from cskd_pipeline.distill.encodings import ENCODINGS
+from cskd_pipeline.errors import UsageError
+from cskd_pipeline.models.teacher import Logits, require_finite
+from cskd_pipeline.runtime.progress import Meter, progress
+
+
+class UnitWriter:
+    """Yields every view of some units of a cache, and writes the logits that come back::
+
+        with unit_writer:
+            for views in unit_writer:
+                unit_writer.put(views, *network(views.images))
+
+    A unit is committed once all its logits are there; a batch may end one and begin the next. What
+    was committed stays, whatever ends the block. A block that ends well waits until all complete
+    units are written; one that an error ends waits for the one being written only.
+
+    Attributes:
+        units: in the order in which they are written.
+        views_total, views_written: views of ``units``, and those of complete ones.
+        meter: of the views, and of the time spent waiting for them.
+    """
+
+    def __init__(
+        self, writer: CacheWriter, dataset: Dataset, units: Sequence[Unit], loading: Loading
+    ) -> None:
+        self.writer, self.dataset, self.loading = writer, dataset, loading
+        self.units = tuple(units)
+        self.views_total = sum(map(writer.size_of, units))
+        self.views_written = 0
+        self.meter = Meter(self.views_total, "views")
+        self._shape = response_shape(writer.manifest)
+        self._views: Generator[TeacherViews, None, None] | None = None
+        self._given = deque[TeacherViews]()
+        self._computing = deque[tuple[TeacherViews, Logits, torch.cuda.Event | None]]()
+        self._unfinished = deque(self.units)
+        self._begin()
+        self._thread: ThreadPoolExecutor | None = None
+        self._writing: Future[bool] | None = None
+
+    def __enter__(self) -> UnitWriter:
+        self._thread = ThreadPoolExecutor(1)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        assert self._thread is not None
+        if self._views is not None:
+            self._views.close()
+        with self._thread:  # which waits for the unit being written
+            if kind is None:
+                while self._computing:
+                    self._store(*self._computing.popleft())
+                self._wait()
+
+    def __iter__(self) -> Iterator[TeacherViews]:
+        """Yield full batches on the device, the last may be shorter; see :class:`TeacherViews`.
+
+        Raises:
+            CskdError: an image or a tar that cannot be read.
+        """
+        self._views = self._iterate()
+        return self._views
+
+    def _iterate(self) -> Generator[TeacherViews, None, None]:
+        manifest, loading = self.writer.manifest, self.loading
+        units = [(unit.shard, unit.views) for unit in self.units]
+        with progress(self.views_total, "views", "dumping") as self.meter:
+            batches = self.meter.timed(
+                unit_batches(self.dataset, units, manifest.policy, manifest.root_seed, loading)
+            )
+            pieces = (TeacherViews.of(b, manifest.policy, loading.device) for b in batches)
+            for views in full_batches(pieces, loading.batch_size):
+                self._given.append(views)
+                yield views
+
+    def put(self, views: TeacherViews, spatial: Tensor, global_: Tensor) -> int:
+        """Take the logits of ``views``; on CUDA the host does not wait for them.
+
+        Args:
+            views: as iterating gave them, each batch once and in order.
+            spatial: (n, K, h, w), on any device; rounded once to float16.
+            global_: (n, K), on the same.
+
+        Returns:
+            How many units became complete.
+
+        Raises:
+            UsageError: logits of another shape than the cache's teacher has, other views than
+                those that come next, or no ``with`` block.
+            TeacherError: logits of an earlier batch, or of this one, are NaN, infinite, or too
+                large for float16.
+            CacheError, OutputError: an earlier unit could not be written.
+        """
+        self._require_next(views, spatial, global_)
+        logits = Logits(spatial.detach().half(), global_.detach().half())
+        ready = None
+        if spatial.is_cuda:
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(spatial.device))
+        self._computing.append((views, logits, ready))
+        self.meter.advance(len(views))
+        complete = 0
+        while len(self._computing) > batches_ahead(spatial.device):
+            complete += self._store(*self._computing.popleft())
+        return complete
+
+    def _require_next(self, views: TeacherViews, spatial: Tensor, global_: Tensor) -> None:
+        if self._thread is None or not self._given or self._given.popleft() is not views:
+            raise UsageError(
+                "these views are not those whose logits come next",
+                where=self.writer.path,
+                expected="inside its with block: each batch once, in the order of iteration",
+            )
+        found = tuple(spatial.shape), tuple(global_.shape)
+        expected = (len(views), *self._shape), (len(views), self._shape.classes)
+        if found != expected:
+            raise UsageError(
+                "the logits do not have the shape that the cache's manifest states",
+                where=self.writer.path,
+                found=f"spatial {found[0]}, global {found[1]}",
+                expected=f"spatial {expected[0]}, global {expected[1]}",
+                action="correct TeacherInfo's num_classes and grid, or the network's last steps",
+            )
+
+    def _store(self, views: TeacherViews, logits: Logits, ready: torch.cuda.Event | None) -> int:
+        """Encode, sort into units, and hand complete units to the thread; return their number.
+
+        Encoding reads counts back to the host. On its own stream, which waits for these logits
+        only, it does not wait for the next batch's too.
+        """
+        if ready is None:
+            arrays = self._encode(views, logits)
+        else:
+            side = _side_stream(logits.spatial.device)
+            side.wait_event(ready)
+            with torch.cuda.stream(side):
+                for tensor in (*logits, views.label):
+                    tensor.record_stream(side)  # not to be given away before this stream is done
+                arrays = self._encode(views, logits)
+        index, complete = views.index, 0
+        while len(index):
+            unit, now = self._unfinished[0], index[: self._missing]
+            assert (now[:, 1] == unit.shard).all(), (unit, now)
+            own = {name: values[: len(now)] for name, values in arrays.items()}
+            self._buffer.put(now[:, 0] - unit.views[0], now[:, 2], own)
+            index = index[len(now) :]
+            arrays = {name: values[len(now) :] for name, values in arrays.items()}
+            self._missing -= len(now)
+            if not self._missing:
+                self._commit()
+                complete += 1
+        return complete
+
+    def _encode(self, views: TeacherViews, logits: Logits) -> dict[str, np.ndarray]:
+        """Return every array's rows; ``correct``: the network's class is the label."""
+        require_finite(logits, self.writer.manifest.teacher.name)
+        label = views.label.to(logits.global_.device)
+        found = {"correct": hard_global_labels(logits.global_) == label}
+        for name in self.writer.manifest.encodings:
+            found |= ENCODINGS[name].encode(logits.spatial, logits.global_)
+        return {
+            **{name: values.cpu().numpy() for name, values in found.items()},
+            "seed": views.seed,
+            "view_digest": views.view_digest,
+            "image_crc32": views.image_crc32,
+        }
+
+    def _begin(self) -> None:
+        """Prepare for the next unit, if there is one."""
+        if self._unfinished:
+            unit, manifest = self._unfinished[0], self.writer.manifest
+            specs = [spec for name in manifest.encodings for spec in self.writer.specs(name)]
+            count = manifest.dataset.counts[unit.shard]
+            self._buffer = UnitBuffer(len(unit.views), count, {s.name: s.fill for s in specs})
+            self._missing = self.writer.size_of(unit)
+
+    def _commit(self) -> None:
+        """Write the unit in hand in the background; begin the next."""
+        unit = self._unfinished.popleft()
+        data = _unit_data(self.dataset.shards[unit.shard], unit, self._buffer.arrays)
+        self._wait()  # one is written while one is computed; two would only hold memory
+        assert self._thread is not None
+        self._writing = self._thread.submit(self.writer.write_unit, unit, data)
+        self.views_written += self.writer.size_of(unit)
+        self._begin()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+
+def _unit_data(shard: TarShard, unit: Unit, arrays: dict[str, np.ndarray]) -> UnitData:
+    top1 = np.stack([arrays.pop("correct").sum(1), np.full(len(unit.views), len(shard))], axis=1)
+    return UnitData(
+        keys=shard.keys,
+        labels=shard.index.label.astype(np.int32),
+        image_crc32=arrays.pop("image_crc32")[0],
+        seeds=arrays.pop("seed"),
+        view_digests=arrays.pop("view_digest"),
+        arrays=arrays,
+        top1=top1.astype(np.uint32),
+    )
+
+
+def batches_ahead(device: torch.device) -> int:
+    """Return how many batches a network computes while an earlier one is encoded and copied back.
+
+    A CPU does one thing after the other.
+    """
+    return 1 if device.type == "cuda" else 0
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -1,0 +1,158 @@
+"""Write a cache from any network's logits; ``dump-teacher`` is the first user.
+
+:func:`write_cache` opens the shards and makes the cache, or goes on with it; what it returns yields
+the views that are left and takes their logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cskd_pipeline.cache.layout import choose_view_block
+from cskd_pipeline.cache.manifest import (
+    CacheManifest,
+    DatasetManifest,
+    TeacherInfo,
+    library_versions,
+    utc_now,
+)
+from cskd_pipeline.cache.writer import CacheWriter, Unit
+from cskd_pipeline.config import CacheSection
+from cskd_pipeline.data.index import Dataset, describe, load_dataset, refuse_repeated_keys
+from cskd_pipeline.data.unit_views import Loading
+from cskd_pipeline.distill.encodings import ResponseShape
+from cskd_pipeline.errors import UsageError
+from cskd_pipeline.pipeline.unit_writer import UnitWriter
+from cskd_pipeline.runtime.classes import ClassGuard
+from cskd_pipeline.runtime.distributed import ALONE, Ranks
+from cskd_pipeline.views.policy import ViewPolicy
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """Which units this process writes, and which differences from an existing cache it accepts.
+
+    Args:
+        shard_range, view_range: only the tar shards and views from, up to and not including;
+            several processes, on one machine or many, may fill one cache, or caches of their own
+            that ``cache merge`` joins.
+        accept_versions: go on with a cache that was begun with other library versions.
+        guard: compares the names of classes; by default they must be the same.
+        ranks: of one job, each of which writes its share of the units.
+    """
+
+    shard_range: tuple[int, int] | None = None
+    view_range: tuple[int, int] | None = None
+    accept_versions: bool = False
+    guard: ClassGuard | None = None
+    ranks: Ranks = ALONE
+
+
+_ALL, _IN_PROCESS = WriteOptions(), Loading()
+
+
+def write_cache(
+    cache: CacheSection,
+    shards: str | Path | Sequence[str | Path] | Dataset,
+    teacher: TeacherInfo,
+    policy: ViewPolicy,
+    *,
+    loading: Loading = _IN_PROCESS,
+    options: WriteOptions = _ALL,
+) -> UnitWriter:
+    """Make the cache of ``teacher``'s logits, go on with it, or extend it to more views::
+
+        with write_cache(CacheSection("cache", views=4), "train-*.tar", teacher, policy) as out:
+            for views in out:                          # images (n, 3, S, S) float32, in [0, 1]
+                spatial, global_ = network(views.images)
+                out.put(views, spatial, global_)       # (n, K, h, w) and (n, K)
+
+    Units (block of views, tar shard) are committed one by one, and survive whatever ends the block.
+    The same call goes on with those that are left: the finished cache has the same bytes however
+    often it was stopped, if the logits of a view do not depend on the others in its batch.
+
+    Args:
+        cache: path, encodings, number of views, root seed; as in a recipe.
+        shards: as ``--shards``, or a data set that is open already.
+        teacher: what the manifest states; ``num_classes`` and ``grid`` are the logits' shape.
+        policy: how views are made.
+        loading: batch size, loader processes, and the device on which views come.
+        options: a share of the units, and what is accepted.
+
+    Returns:
+        An iterable of :class:`~cskd_pipeline.data.full_batches.TeacherViews`, with ``put``.
+
+    Raises:
+        CskdError: the shards cannot be used, the folder holds something else, or a cache of
+            another data set, teacher, policy, seed or set of encodings.
+    """
+    if not isinstance(shards, Dataset):
+        shards = load_dataset(shards, num_classes=teacher.num_classes)
+    ranks, units = options.ranks, list[Unit]()
+    if ranks.first:
+        refuse_repeated_keys(shards)
+        dataset = replace(describe(shards), name=shards.name)
+        manifest = cache_manifest(cache, dataset, teacher, policy, options.view_range)
+        guard = options.guard or ClassGuard(switch=None)
+        writer = CacheWriter.create(
+            cache.path, manifest, accept_versions=options.accept_versions, guard=guard
+        )
+        guard.report()
+        if cache.views > writer.manifest.views:
+            writer.extend(cache.views)
+        chosen = (options.shard_range, options.view_range)
+        units = writer.todo(*(None if ends is None else range(*ends) for ends in chosen))
+    # One list for all: a rank that looks later would find some units done.
+    units = ranks.gather(units)[0]
+    if not ranks.first:
+        writer = CacheWriter.open(cache.path)
+    return UnitWriter(writer, shards, units[ranks.rank :: ranks.world], loading)
+
+
+def cache_manifest(
+    cache: CacheSection,
+    dataset: DatasetManifest,
+    teacher: TeacherInfo,
+    policy: ViewPolicy,
+    view_range: tuple[int, int] | None = None,
+) -> CacheManifest:
+    """Return the manifest that the finished cache will have.
+
+    Args:
+        view_range: the views to be made now; the block that is chosen divides its ends, so that
+            equal ranges next to each other agree on it.
+
+    Raises:
+        UsageError: views that are no whole number of blocks.
+    """
+    ends = (cache.views, *(view_range or ()))
+    block = cache.view_block or choose_view_block(
+        math.gcd(*ends),
+        max(dataset.counts),
+        cache.encodings,
+        ResponseShape(teacher.num_classes, *teacher.grid),
+    )
+    if any(end % block for end in ends):
+        part = "" if view_range is None else f", of which {view_range[0]}:{view_range[1]} now,"
+        raise UsageError(
+            "views come in whole blocks",
+            where="cache.view_block",
+            found=f"{cache.views} views{part} in blocks of {block}",
+            expected="a divisor of the number of views, and of where their range begins and ends",
+        )
+    return CacheManifest(
+        dataset=dataset,
+        teacher=teacher,
+        policy=policy,
+        root_seed=cache.root_seed,
+        views=cache.views,
+        view_block=block,
+        encodings=cache.encodings,
+        versions=library_versions(),
+        created=utc_now(),
+        license=cache.license,
+        notes=cache.notes,
+    )
