@@ -25,9 +25,9 @@ from cskd_pipeline.tools.estimate.estimate_dump import plan_dump
 from tests.pictures import Sample, write_shard
 from tests.pipeline import world
 from tests.pipeline.conftest import World
+from tests.pipeline.test_distributed import finish, start
 from tests.pipeline.test_layouts import recut, samples
 from tests.pipeline.test_loss_curves import loss_curve
-from tests.runtime.test_distributed import finish, start
 
 __all__ = ["samples"]  # a fixture
 

@@ -26,9 +26,9 @@ from cskd_pipeline.tools.estimate.estimate_train import plan_train
 from tests.pictures import Sample, write_shard
 from tests.pipeline import world
 from tests.pipeline.conftest import World
+from tests.pipeline.test_distributed import finish, start
 from tests.pipeline.test_loss_curves import loss_curve
 from tests.pipeline.test_training import assert_equal, final_state
-from tests.runtime.test_distributed import finish, start
 
 Capture = pytest.CaptureFixture[str]
 GONE, ALTERED = (5, 40, 41), (0, 17, 64, 95)
