@@ -1,0 +1,107 @@
+"""A command's parameters, made from its function's signature and the recipe's keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pytest
+import typer
+import typer.main
+
+from cskd_pipeline.cli.options import FLAGS, Split, flag
+from cskd_pipeline.cli.parameters import RecipeLoader, expanded
+from cskd_pipeline.config import DumpRecipe, TrainRecipe, key_info, key_types
+from cskd_pipeline.errors import UsageError
+from cskd_pipeline.runtime.console import Terminal, kept
+
+
+@dataclass(frozen=True)
+class Both:
+    """Stand for two options, one of which must be given."""
+
+    needed: Annotated[int, typer.Option(help="One.")]
+    split: Split = None
+
+
+def command(function: Any, flags: str = "") -> Any:
+    app = typer.Typer()
+    app.command()(expanded(function, flags))
+    return typer.main.get_command(app)
+
+
+def called(function: Any, flags: str, line: str) -> Any:
+    with kept():
+        return command(function, flags).main(line.split(), standalone_mode=False)
+
+
+def dump(load: RecipeLoader[DumpRecipe]) -> Any:
+    return load
+
+
+def train(load: RecipeLoader[TrainRecipe], both: Both, last: bool = False) -> Any:
+    return load, both, last
+
+
+def test_every_flag_is_of_a_key_that_explains_it() -> None:
+    for kind, flags in FLAGS.items():
+        for usage, key in flags.items():
+            option = flag(usage.partition(" ")[0], kind)
+            assert key in key_types(kind)
+            assert option.help, key
+
+
+def test_help_follows_the_signature_and_ends_with_the_tone() -> None:
+    options = [parameter.opts[0] for parameter in command(train, "--epochs --shards").params]
+    expected = "--epochs --shards --recipe --set --needed --split --last --quiet --json"
+    assert [name for name in options if "completion" not in name] == expected.split()
+
+
+def test_a_flag_has_its_keys_limits_choices_and_help() -> None:
+    epochs, method = command(train, "--epochs --method").params[:2]
+    for parameter, key in ((epochs, "schedule.epochs"), (method, "distill.method")):
+        assert parameter.help == key_info(TrainRecipe, key).description
+    for wrong in ("--epochs 0", "--epochs 1000001", "--epochs x", "--method both"):
+        with pytest.raises(typer.BadParameter):
+            called(train, "--epochs --method", f"{wrong} --needed 1")
+    with pytest.raises(KeyError, match="no flag --teacher"):
+        command(train, "--teacher")
+
+
+def test_what_was_given_reaches_the_recipe_zero_too_and_nothing_else() -> None:
+    load, both, last = called(train, "--epochs --workers", "--workers 0 --needed 3 --last")
+    assert load.given == {"run.workers": 0}
+    assert load().run.workers == 0
+    assert load({"schedule.epochs": 7}).schedule.epochs == 7
+    assert (both, last) == (Both(3), True)
+
+
+def test_arrays_are_flags_given_more_than_once_or_three_numbers() -> None:
+    flags = "--encoding --mean --std"
+    recipe = called(dump, flags, "--encoding topk --encoding dense --mean 0.1,0.2,0.3")()
+    assert recipe.cache.encodings == ("topk", "dense")
+    assert (recipe.teacher.mean, recipe.teacher.std) == ((0.1, 0.2, 0.3), ())
+    assert called(dump, flags, "")() == DumpRecipe()
+    with pytest.raises(UsageError, match="--std takes R,G,B"):
+        called(dump, flags, "--std 1,2")
+
+
+def test_missing_values_are_named_as_their_flags_are_written() -> None:
+    load = called(dump, "", "--set teacher.name=resnet18")
+    with pytest.raises(UsageError) as caught:
+        load.require(load(), "--teacher --shards --cache")
+    assert caught.value.expected == "--shards SHARDS, --cache DIR"
+    load.require(load(), "--teacher")
+
+
+def test_the_terminal_knows_the_two_flags_that_every_command_has() -> None:
+    def look(terminal: Terminal) -> Any:
+        return terminal
+
+    for line, tone in (
+        ("", (False, False)),
+        ("-q --json", (True, True)),
+        ("--quiet", (True, False)),
+    ):
+        terminal = called(look, "", line)
+        assert (terminal.quiet, terminal.json) == tone
