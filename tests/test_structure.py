@@ -142,9 +142,9 @@ def test_every_package_that_is_imported_is_declared_and_pinned() -> None:
         for name in imports(ast.parse(path.read_text(encoding="utf-8")))
     } - set(sys.stdlib_module_names)
     imported.remove("cskd_pipeline")
-    # torch.utils.tensorboard imports tensorboard, timm the torchvision of its torch; zarr is for
-    # those who open a cache without this package; fsspec imports what reads a kind of URL.
-    indirect = {"tensorboard", "torchvision", "zarr", "s3fs", "gcsfs", "huggingface-hub"}
+    # torch.utils.tensorboard imports tensorboard, timm the torchvision of its torch; fsspec imports
+    # what reads a kind of URL.
+    indirect = {"tensorboard", "torchvision", "s3fs", "gcsfs", "huggingface-hub"}
     indirect.add("onnxscript")  # torch's exporter imports it
     assert {DISTRIBUTIONS.get(name, name) for name in imported} | indirect == declared
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()

@@ -130,14 +130,17 @@ def _shard_problems(reader: Cache, shard: int) -> list[Problem]:
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
         found = f"{len(wrong)} labels, {labels[wrong[0]]} the first, that {classes} classes lack"
-        problems.append(Problem("bytes", reader.file("label", shard), found))
+        problems.append(Problem("bytes", reader.store.arrays["label"].key(shard), found))
     return problems
 
 
 def _unit_problems(reader: Cache, block: int, shard: int) -> list[Problem]:
     size, every = reader.manifest.view_block, np.arange(reader.counts[shard])
 
-    problems = _damage(reader, [partial(reader.check_shard_files, block, shard)])
+    store = reader.store
+    problems = _damage(
+        reader, [partial(store.shard_chunk, name, shard, block) for name in layout.PER_SHARD]
+    )
     for view in range(block * size, (block + 1) * size):
         reads = (reader.seeds, reader.view_digests, reader.top1_of)
         problems += _damage(reader, (partial(read, view, shard) for read in reads))
@@ -146,7 +149,7 @@ def _unit_problems(reader: Cache, block: int, shard: int) -> list[Problem]:
             if found:  # in the first damaged array; there may be more
                 specs = reader.specs(name)
                 found += _damage(
-                    reader, (partial(reader.stored, s.name, view, shard) for s in specs)
+                    reader, (partial(reader.slabs.stored, s.name, view, shard) for s in specs)
                 )
             problems += found
     return problems

@@ -130,7 +130,7 @@ def _braced(text: str) -> str:
 
 def _bytes_by_array(reader: Cache) -> dict[str, int] | None:
     """File lengths by array; all ``zarr.json`` together count as ``metadata``."""
-    found = reader.sizes()
+    found = reader.store.sizes()
     if found is None:
         return None
     sizes = dict.fromkeys([*sorted(layout.stored_arrays(reader.manifest)), "metadata"], 0)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.digests import SIZE, root_digest, split_pin
-from cskd_pipeline.cache.lru import BytesLRU
+from cskd_pipeline.cache.key_index import KeyIndex
 from cskd_pipeline.cache.manifest import CacheManifest, keys_sha256
+from cskd_pipeline.cache.slabs import SlabReader
 from cskd_pipeline.cache.store import FINISH, CacheStore
 from cskd_pipeline.distill.encodings import ArraySpec, ResponseShape, Rows
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime.progress import progress
 
-MAX_SLAB_BYTES = 2**29
-"""Of one ragged array, decoded: chunks of one value would unfold thousandfold."""
+if TYPE_CHECKING:
+    import torch
+    import zarr
+
+    from cskd_pipeline.distill.targets import Targets
 
 
 def open_cache(location: Path | str, *, memory: int = 192 * 2**20) -> Cache:
@@ -73,46 +77,135 @@ class Cache:
     ) -> None:
         self.path = store.path
         self.manifest: CacheManifest = store.manifest
-        self.encodings = layout.encodings_of(self.manifest)
         self.store = store
         self._done, self._memory, self._units = done, memory, units
-        self._specs = layout.specs(self.manifest)
-        self._shape = layout.response_shape(self.manifest)
-        self._slabs: BytesLRU[tuple[str, int, int], Rows] = BytesLRU(memory)
+        self.slabs = SlabReader(store, memory)
+        self.encodings = self.slabs.encodings
         self._checked: set[tuple[int, int]] = set()
+        self._index: KeyIndex | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Cache, (self.store, self._done, self._memory, self._units)
 
+    def __repr__(self) -> str:
+        units = f"{np.count_nonzero(self._done)} of {self._done.size} units"
+        samples = f"{sum(self.counts)} samples in {len(self.counts)} shards"
+        encodings = ", ".join(self.encodings)
+        return f"Cache({self.path}: {self.views} views of {samples}, {units}; {encodings})"
+
+    def find(self, keys: Sequence[str]) -> np.ndarray:
+        """Return the (n, 2) int64 shard and offset of samples by their keys.
+
+        Raises:
+            CacheError: keys that the cache does not have, or not yet.
+        """
+        if self._index is None:
+            begun = np.flatnonzero(self._done.any(axis=0)).tolist()
+            self._index = KeyIndex(begun, self.keys, self.path)
+        return self._index.find(keys)
+
+    def targets(
+        self,
+        pairs: Sequence[tuple[int, str]],
+        encoding: str = "auto",
+        *,
+        kinds: Collection[str] = ("hard",),
+        device: torch.device | str = "cpu",
+    ) -> Targets:
+        """Read the teacher's response to n (view, key) pairs, ready for the loss at any r.
+
+        Args:
+            pairs: view number and sample key; n > 0.
+            encoding: ``auto``: see :meth:`best_encoding`.
+            kinds: of the losses that ``auto`` must serve: ``hard``, ``soft``.
+
+        Returns:
+            Targets on ``device``: ``hard_global()`` (n,) and ``hard_spatial(r)`` (n, h, w) int64,
+            ``global_log_probabilities(temperature)`` (n, K) and
+            ``spatial_log_probabilities(r, temperature)`` (n, K, h, w) float32.
+
+        Raises:
+            CacheError: a key, view or encoding that the cache does not have, or not yet.
+        """
+        import torch
+
+        chosen = self.best_encoding(kinds) if encoding == "auto" else encoding
+        if chosen not in self.encodings:
+            raise CacheError(
+                "the cache has no such encoding",
+                where=self.path,
+                found=", ".join(self.encodings),
+                expected=f"one for {' and '.join(kinds)} losses" if chosen is None else chosen,
+            )
+        views = np.array([view for view, _ in pairs], np.int64)
+        self.require_done(views=views.tolist(), shards=())
+        index = np.column_stack([views, self.find([key for _, key in pairs])])
+        rows = self.gather(chosen, index)
+        tensors = {name: torch.from_numpy(values).to(device) for name, values in rows.items()}
+        return self.encodings[chosen].targets(tensors)
+
+    def best_encoding(
+        self, kinds: Collection[str] = ("hard",), temperature: float = 1.0
+    ) -> str | None:
+        """Return the smallest encoding that serves these losses exactly, else the closest one,
+        which is the largest; None where nothing serves them.
+
+        Args:
+            kinds: ``hard``, ``soft``.
+            temperature: of soft losses.
+        """
+        sizes = {
+            name: sum(spec.row_bytes for spec in self.specs(name))
+            for name, encoding in self.encodings.items()
+            if set(kinds) <= set(encoding.serves)
+            and ("soft" not in kinds or temperature >= encoding.min_temperature)
+        }
+        exact = [name for name in sizes if self.encodings[name].exact]
+        if exact:
+            return min(exact, key=lambda name: sizes[name])
+        return max(sizes, key=lambda name: sizes[name], default=None)
+
+    def zarr(self) -> zarr.Group:
+        """Return the cache as a zarr group, read-only, for a look around with zarr's own tools.
+
+        zarr compares no digests, and a file that is missing reads as fill values. Of a URL it
+        reads through fsspec, without the bounds on time and size that this package sets.
+        """
+        import zarr
+
+        return zarr.open_group(str(self.path), mode="r")
+
     @property
     def views(self) -> int:
+        """Count the views of every sample, finished or not."""
         return self.manifest.views
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Samples of each tar shard."""
+        """Count the samples of each tar shard."""
         return self.manifest.dataset.counts
 
     @property
     def shard_ids(self) -> tuple[str, ...]:
+        """Identify each tar shard by the SHA-256 of its keys in order."""
         return self.manifest.dataset.shard_ids
 
     @property
     def shape(self) -> ResponseShape:
-        """Of one view's spatial logits."""
-        return self._shape
+        """Return the shape of one view's spatial logits: (classes, height, width)."""
+        return self.slabs.shape
 
     def specs(self, encoding: str) -> tuple[ArraySpec, ...]:
-        """The encoding's arrays."""
-        return self.encodings[encoding].arrays(self._shape)
+        """Return the encoding's arrays."""
+        return self.encodings[encoding].arrays(self.shape)
 
     def done(self) -> np.ndarray:
-        """Which units are finished: (blocks, shards) bool."""
+        """Return which units are finished: (blocks, shards) bool."""
         return self._done.copy()
 
     @property
     def lineage(self) -> str:
-        """SHA-256 (hex) of what decides the bytes of the cache's units."""
+        """Return the SHA-256 (hex) of what decides the bytes of the cache's units."""
         return self.store.lineage
 
     def digest(self) -> str | None:
@@ -170,7 +263,7 @@ class Cache:
         wanted = sorted(set(range(self.views) if views is None else views))
         if wanted and not 0 <= wanted[0] <= wanted[-1] < self.views:
             raise CacheError(
-                "the cache has fewer views than asked for",
+                "the cache has fewer views than are needed",
                 where=self.path,
                 found=f"views 0-{self.views - 1}",
                 expected=f"views {wanted[0]}-{wanted[-1]}",
@@ -191,25 +284,8 @@ class Cache:
                 problems=[f"missing: {self.store.unit_name(b, s)}" for b, s in missing],
             )
 
-    def sizes(self) -> dict[str, int] | None:
-        """The length in bytes of every file there is, by key; None where nobody can tell."""
-        return self.store.sizes()
-
-    def file(self, name: str, *at: int) -> str:
-        """The file of an array that holds the element ``at``, below the cache's folder."""
-        return self.store.arrays[name].key(*at)
-
-    def check_shard_files(self, block: int, shard: int) -> None:
-        """Compare keys, labels and image CRCs of a tar shard with the record of this unit of it.
-
-        Raises:
-            CacheError: one is damaged, or not the one that the unit was made beside.
-        """
-        for name in layout.PER_SHARD:
-            self.store.shard_chunk(name, shard, block)
-
     def keys(self, shard: int) -> list[str]:
-        """Sample keys in the tar's order."""
+        """Return the sample keys of a tar shard, in the tar's order."""
         matrix = self._per_shard("key", shard)
         with self.store.explained("key", None, shard):
             keys = layout.keys_of(matrix)
@@ -218,27 +294,25 @@ class Cache:
             return keys
 
     def labels(self, shard: int) -> np.ndarray:
-        """(count,) int32."""
+        """Return the labels of a tar shard: (count,) int32."""
         return self._per_shard("label", shard)
 
-    def labels_of(self, shards: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yield :meth:`labels` of each shard, several read at a time where files are far."""
-        return self.store.each(self.labels, shards)
-
     def image_crc32(self, shard: int) -> np.ndarray:
-        """CRC-32 of every image's bytes: (count,) uint32."""
+        """Return the CRC-32 of every image's bytes: (count,) uint32."""
         return self._per_shard("image_crc32", shard)
 
     def seeds(self, view: int, shard: int) -> np.ndarray:
-        """(count,) uint64, read-only."""
-        return self._small_slab("seed", view, shard)
+        """Return the seed of every view: (count,) uint64, read-only."""
+        self._require(view, shard)
+        return self.slabs.small("seed", view, shard)
 
     def view_digests(self, view: int, shard: int) -> np.ndarray:
-        """CRC-32 of every view's uint8 pixels before mixing: (count,) uint32, read-only."""
-        return self._small_slab("view_digest", view, shard)
+        """Return the CRC-32 of every view's pixels before mixing: (count,) uint32, read-only."""
+        self._require(view, shard)
+        return self.slabs.small("view_digest", view, shard)
 
     def top1(self) -> tuple[int, int]:
-        """(correct, counted) of the teacher's global response, over all finished units.
+        """Count the teacher's top-1 over all finished units: (correct, counted).
 
         Reads a small file per unit.
         """
@@ -256,7 +330,7 @@ class Cache:
         return int(total[0]), int(total[1])
 
     def top1_of(self, view: int, shard: int) -> np.ndarray:
-        """(correct, counted) of one view of one tar shard: (2,) uint32."""
+        """Return (correct, counted) of one view of one tar shard: (2,) uint32."""
         self._require(view, shard)
         block = self.store.chunk("top1", view, shard)
         return block[view % len(block), 0]
@@ -264,10 +338,10 @@ class Cache:
     def rows(
         self, encoding: str, view: int, shard: int, offsets: np.ndarray | Sequence[int]
     ) -> Rows:
-        """The teacher's answers to one view of one tar shard, as ``Encoding.encode`` gave them.
+        """Return the teacher's response to one view of one tar shard, as it was encoded.
 
         Args:
-            offsets: (n,) places in the shard, in any order.
+            offsets: (n,) numbers of samples in the shard, in any order.
 
         Returns:
             Array name -> (n, ...), copies.
@@ -275,25 +349,10 @@ class Cache:
         offsets = np.asarray(offsets, np.int64)
         assert ((offsets >= 0) & (offsets < self.counts[shard])).all(), (shard, offsets)
         self._require(view, shard)
-        specs = self.specs(encoding)
-        if specs[0].rows is None:
-            slab = self._slab(encoding, view, shard)
-            return {name: values[offsets] for name, values in slab.items()}
-        packed = {spec.name: self._random(spec.name, view, shard, offsets) for spec in specs}
-        return self._unpacked(encoding, packed, view, shard)
-
-    def stored(self, name: str, view: int, shard: int) -> np.ndarray:
-        """One array of an encoding for a view of a tar shard, as it lies there: (count, ...).
-
-        Readers want :meth:`rows`; this tells which of an encoding's arrays is damaged.
-        """
-        self._require(view, shard)
-        if self._specs[name].rows is None:
-            return self._whole(name, view, shard)
-        return self._random(name, view, shard, np.arange(self.counts[shard]))
+        return self.slabs.rows(encoding, view, shard, offsets)
 
     def gather(self, encoding: str, index: np.ndarray) -> Rows:
-        """The teacher's answers to any samples in any views.
+        """Return the teacher's response to any samples in any views, as it was encoded.
 
         Args:
             index: (n, 3) view, shard, offset; n > 0.
@@ -308,75 +367,7 @@ class Cache:
         for group in np.split(order, np.flatnonzero(changes) + 1):
             view, shard = index[group[0], :2].tolist()
             parts.append((group, self.rows(encoding, view, shard, index[group, 2])))
-        return {name: self._joined(name, len(index), parts) for name in parts[0][1]}
-
-    def _joined(self, name: str, count: int, parts: list[tuple[np.ndarray, Rows]]) -> np.ndarray:
-        """The parts' rows of one array at their places in the batch."""
-        spec = self._specs[name]
-        tail = np.max([rows[name].shape[1:] for _, rows in parts], axis=0).astype(int)
-        if not spec.ragged:
-            out = np.empty((count, *tail), spec.dtype)
-            for group, rows in parts:
-                out[group] = rows[name]
-            return out
-        out = np.full((count, *tail), spec.fill, spec.dtype)
-        for group, rows in parts:
-            out[group, : rows[name].shape[1]] = rows[name]
-        return out
-
-    def _random(self, name: str, view: int, shard: int, offsets: np.ndarray) -> np.ndarray:
-        array = self.store.arrays[name]
-        assert array.chunk_shape is not None
-        step = array.chunk_shape[2]
-        out = np.empty((len(offsets), *array.shape[3:]), array.dtype)
-        for chunk in np.unique(offsets // step).tolist():
-            here = np.flatnonzero(offsets // step == chunk)
-            rows = self.store.chunk(name, view, shard, chunk * step)[0, 0]
-            out[here] = rows[offsets[here] % step]
-        return out
-
-    def _slab(self, encoding: str, view: int, shard: int) -> Rows:
-        """All rows of the encoding's arrays, decoded and kept."""
-        slab = self._slabs.get((encoding, view, shard))
-        if slab is None:
-            packed = {s.name: self._whole(s.name, view, shard) for s in self.specs(encoding)}
-            slab = self._unpacked(encoding, packed, view, shard)
-            self._slabs.put((encoding, view, shard), slab, sum(r.nbytes for r in slab.values()))
-        return slab
-
-    def _unpacked(self, encoding: str, packed: Rows, view: int, shard: int) -> Rows:
-        with self.store.explained(next(iter(packed)), view, shard):
-            return self.encodings[encoding].unpack(packed, self._shape)
-
-    def _whole(self, name: str, view: int, shard: int) -> np.ndarray:
-        """(count, ...) of one view; a ragged axis ends with the last entry in use."""
-        array, count = self.store.arrays[name], self.counts[shard]
-        if array.chunk_shape is None:
-            block = self.store.chunk(name, view, shard)
-            return block[view % len(block), 0, :count].copy()  # the block itself is not kept
-        pieces = [self.store.chunk(name, view, shard)[0, 0, :count]]
-        if not self._specs[name].ragged:
-            return pieces[0]
-        for start in range(array.chunk_shape[3], array.shape[3], array.chunk_shape[3]):
-            piece = self.store.chunk_if_written(name, view, shard, 0, start)
-            if piece is None:
-                break
-            pieces.append(piece[0, 0, :count])
-            if len(pieces) * pieces[0].nbytes > MAX_SLAB_BYTES:
-                with self.store.explained(name, view, shard):
-                    raise ValueError(f"rows of more than {MAX_SLAB_BYTES} bytes")
-        whole = np.concatenate(pieces, axis=1)[:, : array.shape[3]]
-        used = (whole != array.fill).any(axis=(0, *range(2, whole.ndim)))
-        return whole[:, : max(1, int(used.sum()))]
-
-    def _small_slab(self, name: str, view: int, shard: int) -> np.ndarray:
-        self._require(view, shard)
-        slab = self._slabs.get((name, view, shard))
-        if slab is None:
-            slab = {name: self._whole(name, view, shard)}
-            slab[name].flags.writeable = False
-            self._slabs.put((name, view, shard), slab, slab[name].nbytes)
-        return slab[name]
+        return self.slabs.joined(parts)
 
     def _per_shard(self, name: str, shard: int) -> np.ndarray:
         if not self._done[:, shard].any():
@@ -403,9 +394,6 @@ class Cache:
         self._checked.add(unit)
 
     def _not_done(self, block: int, shard: int) -> CacheError:
-        return CacheError(
-            "this part of the cache is not made yet",
-            where=self.path,
-            found=f"no {self.store.unit_name(block, shard)}",
-            action=FINISH,
-        )
+        found = f"no {self.store.unit_name(block, shard)}"
+        problem = "this part of the cache is not made yet"
+        return CacheError(problem, where=self.path, found=found, action=FINISH)

@@ -249,7 +249,7 @@ def _compare_labels(
     if not shards:
         return compared, found[0]
     with progress(len(shards), "shards", "comparing labels with the cache's") as meter:
-        for shard, labels in zip(shards, cache.labels_of(shards), strict=True):
+        for shard, labels in zip(shards, cache.store.each(cache.labels, shards), strict=True):
             absent = _absent(places[shard])
             compared += len(labels) - (0 if absent is None else int(absent.sum()))
             found.append(images.relabelled(shard, labels))

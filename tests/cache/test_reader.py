@@ -14,6 +14,7 @@ import pytest
 
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder
+from cskd_pipeline.cache.key_index import KeyIndex
 from cskd_pipeline.cache.lru import BytesLRU
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter, Unit
@@ -161,8 +162,9 @@ def test_slabs_are_kept_within_bounds(cache: Path) -> None:
     for view in range(VIEWS):
         for shard in range(3):
             reader.rows("envelope", view, shard, [0])
-            used.append(reader._slabs.used)
-            held = [a for rows, _ in reader._slabs._items.values() for a in rows.values()]
+            kept = reader.slabs._slabs
+            used.append(kept.used)
+            held = [a for rows, _ in kept._items.values() for a in rows.values()]
             assert sum((a if a.base is None else a.base).nbytes for a in held) <= 4000
             with pytest.raises(ValueError, match="read-only"):
                 reader.seeds(view, shard)[0] = 1
@@ -419,3 +421,41 @@ def test_opening_a_large_cache_is_quick(tmp_path: Path, monkeypatch: pytest.Monk
     assert reader.done().all()
     assert len(opened) == len(layout.array_documents(made)) + 1
     assert seconds < 1.0
+
+
+def test_targets_are_read_by_view_and_key(cache: Path) -> None:
+    """The same rows that :meth:`gather` gives, as tensors; smallest exact encoding first."""
+    reader = open_cache(cache)
+    pairs = [(2, reader.keys(1)[2]), (0, reader.keys(0)[0]), (2, reader.keys(2)[1])]
+    index = np.array([(2, 1, 2), (0, 0, 0), (2, 2, 1)])
+    assert reader.find([key for _, key in pairs]).tolist() == index[:, 1:].tolist()
+    assert reader.best_encoding() == "envelope"
+    assert reader.best_encoding(("hard", "soft")) == "dense"
+    targets = reader.targets(pairs)
+    lines = reader.gather("envelope", index)["envelope/lines"]
+    assert targets.hard_spatial(0.0).tolist() == lines[:, 0, 0].tolist()
+    dense = reader.targets(pairs, "dense")
+    expected = reader.gather("dense", index)["dense/global"].astype(np.float32)
+    found = dense.global_log_probabilities(1.0)
+    np.testing.assert_allclose(found, expected - np.logaddexp.reduce(expected, 1)[:, None], 1e-4)
+
+
+def test_targets_that_are_not_there_are_refused(cache: Path) -> None:
+    reader = open_cache(cache)
+    key = reader.keys(0)[0]
+    with pytest.raises(CacheError, match=r"1 of 2 keys are not in the cache[^$]*nobody"):
+        reader.targets([(0, key), (0, "nobody")])
+    with pytest.raises(CacheError, match="fewer views than are needed"):
+        reader.targets([(VIEWS, key)])
+    with pytest.raises(CacheError, match=r"no such encoding[^$]*topk"):
+        reader.targets([(0, key)], "topk")
+    assert str(VIEWS) in repr(reader)
+
+
+def test_a_key_of_two_shards_is_refused(cache: Path) -> None:
+    reader = open_cache(cache)
+    twice = KeyIndex([0, 1], lambda _shard: ["a", "b"], "here")
+    with pytest.raises(CacheError, match="or more than once"):
+        twice.find(["a"])
+    with pytest.raises(CacheError, match="nothing yet"):
+        KeyIndex([], reader.keys, "here").find(["a"])

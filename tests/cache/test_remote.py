@@ -93,6 +93,11 @@ def test_a_cache_behind_a_web_server_reads_as_its_folder(served: Served, folder:
     assert_same(f"{served.url}/cache/", folder)
 
 
+def test_a_cache_behind_a_web_server_gives_its_zarr_group(served: Served) -> None:
+    reader = open_cache(f"{served.url}/cache")
+    assert reader.zarr()["label"][0, :3].tolist() == reader.labels(0)[:3].tolist()
+
+
 def test_a_cache_in_an_object_store_reads_as_its_folder(store: Served, folder: Path) -> None:
     assert_same(f"s3://{BUCKET}/cache", folder)
 

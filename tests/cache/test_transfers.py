@@ -161,7 +161,7 @@ def test_no_copy_is_larger_than_the_manifest_implies(
     reader = open_cache(finished)
     (served.root / "cache").symlink_to(finished)
     url = f"{served.url}/cache"
-    key = reader.file("label", 1)
+    key = reader.store.arrays["label"].key(1)
     bound = open_cache(url).store.arrays["label"].most_file_bytes
     assert bound < 2000
     served.replies[key] = (200, {}, bytes(2**20))

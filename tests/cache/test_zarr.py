@@ -55,6 +55,14 @@ def test_plain_zarr_reads_every_array(cache: Path) -> None:
             assert (lines[:, :, classes.shape[2] :] == 65535).all()
 
 
+def test_an_open_cache_gives_its_zarr_group_read_only(cache: Path) -> None:
+    reader = open_cache(cache)
+    group = reader.zarr()
+    assert np.array_equal(group["label"][1, : COUNTS[1]], reader.labels(1))
+    with pytest.raises(ValueError, match="read-only"):
+        group["label"][0, 0] = 1
+
+
 def test_the_documents_are_what_zarr_itself_writes() -> None:
     made = manifest(encodings=tuple(ENCODINGS))
     for name, array in layout.stored_arrays(made).items():

@@ -20,8 +20,7 @@ import torch
 from numcodecs.zstd import Zstd
 from PIL import Image, PngImagePlugin, WebPImagePlugin
 
-from cskd_pipeline.cache import layout
-from cskd_pipeline.cache import reader as reader_module
+from cskd_pipeline.cache import layout, slabs
 from cskd_pipeline.cache.manifest import CacheManifest, DatasetManifest
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
@@ -189,7 +188,7 @@ def test_rows_of_many_chunks_stay_within_bounds(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each chunk of a ragged array is small; all of them together need not be."""
-    monkeypatch.setattr(reader_module, "MAX_SLAB_BYTES", 1000)
+    monkeypatch.setattr(slabs, "MAX_SLAB_BYTES", 1000)
     with pytest.raises(CacheError, match="more than 1000 bytes"):
         open_cache(cache).rows("envelope", 0, 0, [0])
 

@@ -1,0 +1,115 @@
+"""Rows of an encoding's arrays: whole slabs, decoded and kept, or single rows, chunk by chunk.
+
+A slab is all rows of one (view, tar shard). Nothing here asks whether the unit is finished: that is
+``reader``'s task.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.lru import BytesLRU
+from cskd_pipeline.cache.store import CacheStore
+from cskd_pipeline.distill.encodings import Rows
+
+MAX_SLAB_BYTES = 2**29
+"""Of one ragged array, decoded: chunks of one value would unfold thousandfold."""
+
+
+class SlabReader:
+    """Reads arrays of ``store`` by (view, tar shard); keeps decoded slabs, up to ``memory`` bytes.
+
+    Raises:
+        CacheError: a file is missing, damaged, or not what its unit's record says.
+    """
+
+    def __init__(self, store: CacheStore, memory: int) -> None:
+        self.store = store
+        self.shape = layout.response_shape(store.manifest)
+        self.encodings = layout.encodings_of(store.manifest)
+        self.specs = layout.specs(store.manifest)
+        self._counts = store.manifest.dataset.counts
+        self._slabs: BytesLRU[tuple[str, int, int], Rows] = BytesLRU(memory)
+
+    def rows(self, encoding: str, view: int, shard: int, offsets: np.ndarray) -> Rows:
+        """Return copies of the rows ``offsets``, (n,), unpacked: array name -> (n, ...)."""
+        specs = self.encodings[encoding].arrays(self.shape)
+        if specs[0].rows is None:
+            slab = self._slabs.get((encoding, view, shard))
+            if slab is None:
+                packed = {spec.name: self._whole(spec.name, view, shard) for spec in specs}
+                slab = self._unpacked(encoding, packed, view, shard)
+                self._slabs.put((encoding, view, shard), slab, sum(r.nbytes for r in slab.values()))
+            return {name: values[offsets] for name, values in slab.items()}
+        packed = {spec.name: self._random(spec.name, view, shard, offsets) for spec in specs}
+        return self._unpacked(encoding, packed, view, shard)
+
+    def stored(self, name: str, view: int, shard: int) -> np.ndarray:
+        """Return one array as it lies there, packed: (count, ...)."""
+        if self.specs[name].rows is None:
+            return self._whole(name, view, shard)
+        return self._random(name, view, shard, np.arange(self._counts[shard]))
+
+    def small(self, name: str, view: int, shard: int) -> np.ndarray:
+        """Return ``seed`` or ``view_digest``: (count,), read-only."""
+        slab = self._slabs.get((name, view, shard))
+        if slab is None:
+            slab = {name: self._whole(name, view, shard)}
+            slab[name].flags.writeable = False
+            self._slabs.put((name, view, shard), slab, slab[name].nbytes)
+        return slab[name]
+
+    def joined(self, parts: list[tuple[np.ndarray, Rows]]) -> Rows:
+        """Join rows of several slabs; each part has the numbers of its rows in the result.
+
+        Ragged arrays become as long as the longest, filled up.
+        """
+        count = sum(len(numbers) for numbers, _ in parts)
+        found: Rows = {}
+        for name in parts[0][1]:
+            spec = self.specs[name]
+            tail = np.max([rows[name].shape[1:] for _, rows in parts], axis=0).astype(int)
+            out = found[name] = np.full((count, *tail), spec.fill, spec.dtype)
+            for numbers, rows in parts:
+                if spec.ragged:
+                    out[numbers, : rows[name].shape[1]] = rows[name]
+                else:
+                    out[numbers] = rows[name]
+        return found
+
+    def _unpacked(self, encoding: str, packed: Rows, view: int, shard: int) -> Rows:
+        with self.store.explained(next(iter(packed)), view, shard):
+            return self.encodings[encoding].unpack(packed, self.shape)
+
+    def _random(self, name: str, view: int, shard: int, offsets: np.ndarray) -> np.ndarray:
+        array = self.store.arrays[name]
+        assert array.chunk_shape is not None
+        step = array.chunk_shape[2]
+        out = np.empty((len(offsets), *array.shape[3:]), array.dtype)
+        for chunk in np.unique(offsets // step).tolist():
+            here = np.flatnonzero(offsets // step == chunk)
+            rows = self.store.chunk(name, view, shard, chunk * step)[0, 0]
+            out[here] = rows[offsets[here] % step]
+        return out
+
+    def _whole(self, name: str, view: int, shard: int) -> np.ndarray:
+        """(count, ...) of one view; a ragged axis ends with the last entry in use."""
+        array, count = self.store.arrays[name], self._counts[shard]
+        if array.chunk_shape is None:
+            block = self.store.chunk(name, view, shard)
+            return block[view % len(block), 0, :count].copy()  # the block itself is not kept
+        pieces = [self.store.chunk(name, view, shard)[0, 0, :count]]
+        if not self.specs[name].ragged:
+            return pieces[0]
+        for start in range(array.chunk_shape[3], array.shape[3], array.chunk_shape[3]):
+            piece = self.store.chunk_if_written(name, view, shard, 0, start)
+            if piece is None:
+                break
+            pieces.append(piece[0, 0, :count])
+            if len(pieces) * pieces[0].nbytes > MAX_SLAB_BYTES:
+                with self.store.explained(name, view, shard):
+                    raise ValueError(f"rows of more than {MAX_SLAB_BYTES} bytes")
+        whole = np.concatenate(pieces, axis=1)[:, : array.shape[3]]
+        used = (whole != array.fill).any(axis=(0, *range(2, whole.ndim)))
+        return whole[:, : max(1, int(used.sum()))]
