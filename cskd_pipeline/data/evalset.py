@@ -15,6 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.workers import Loader
+from cskd_pipeline.runtime.distributed import ALONE, Ranks
 from cskd_pipeline.views.decode import decode
 
 
@@ -91,19 +92,12 @@ def eval_loader(
     batch_size: int,
     workers: int = 0,
     pin_memory: bool = False,
-    rank: int = 0,
-    world: int = 1,
-    start_method: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> Loader[EvalBatch]:
-    """Return a loader of every sample once, in order; a rank has each ``world``-th batch.
+    """Return a loader of every sample once, in order; a rank has every ``world``-th batch.
 
     The last batch may be short.
     """
     images = EvalImages(dataset, preprocessing, batch_size)
-    return Loader(
-        images,
-        range(rank, len(images), world),
-        workers=workers,
-        pin_memory=pin_memory,
-        start_method=start_method,
-    )
+    mine = range(ranks.rank, len(images), ranks.world)
+    return Loader(images, mine, workers=workers, pin_memory=pin_memory)

@@ -24,7 +24,9 @@ from cskd_pipeline.runtime.signals import STOPPING
 Item = TypeVar("Item")
 
 PATIENCE = 600.0
-"""Seconds that loader processes may be silent: far more than any batch takes."""
+"""Seconds without a batch from any loader process, after which all are given up: far more than
+any batch takes.
+"""
 _PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent dies
 
 
@@ -92,7 +94,6 @@ class Loader(Generic[Item]):
         pin_memory: for a CUDA device to read from while it computes.
         prefetch: batches that each process may be ahead.
         start_method: ``fork`` or ``spawn``; None: the platform's.
-        patience: seconds without a batch from any process, after which all are given up.
 
     Raises:
         CskdError: whatever the data set raised, where its batch would have come.
@@ -108,7 +109,6 @@ class Loader(Generic[Item]):
         pin_memory: bool = False,
         prefetch: int = 2,
         start_method: str | None = None,
-        patience: float = PATIENCE,
     ) -> None:
         self._start_method = start_method or multiprocessing.get_start_method()
         self._workers = workers
@@ -126,7 +126,7 @@ class Loader(Generic[Item]):
             prefetch_factor=prefetch if workers else None,
             worker_init_fn=_start_worker,
             multiprocessing_context=start_method if workers else None,
-            timeout=patience if workers else 0,
+            timeout=PATIENCE if workers else 0,
             generator=torch.Generator(),  # or the loader would draw from the global one
         )
 

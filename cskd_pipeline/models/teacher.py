@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch.nn.functional import pad
 
 from cskd_pipeline.errors import CskdError, TeacherError, WeightsError
 from cskd_pipeline.models.cut import cut_network, head_per_location
-from cskd_pipeline.models.timm_models import build_teacher
+from cskd_pipeline.models.timm_models import TeacherSource, build_teacher
 from cskd_pipeline.models.weights import load_into, load_state, state_digest
 from cskd_pipeline.runtime.device import all_finite, compiled, memory_format, place
 
@@ -114,59 +113,44 @@ def require_finite(logits: Logits, name: str) -> Logits:
 
 
 def load_teacher(
-    name: str,
+    source: TeacherSource,
     *,
-    weights: str | Path = "hub",
-    num_classes: int | None = None,
     size: int,
-    precision: str = "float32",
     batch_size: int = 64,
     channels_last: bool = True,
     compile: bool = False,
-    seed: int = 0,
     device: torch.device | str = "cpu",
-    kwargs: Mapping[str, Any] | None = None,
-    mean: Sequence[float] = (),
-    std: Sequence[float] = (),
 ) -> Teacher:
     """Load a teacher in eval mode, and show that it gives spatial logits.
 
     Args:
-        name: a timm name, ``torchvision:NAME``, or ``package.module:factory``: a callable (of
-            ``kwargs``, and of ``num_classes`` where it takes that and it is known) that returns a
-            network which :func:`~cskd_pipeline.models.cut.cut_network` can cut.
-        weights: ``hub`` (timm's or torchvision's pretrained; a factory's as it made them),
-            ``random``, or a file.
-        num_classes: of the data; None takes the file's or the model's own.
         size: side of the input in pixels.
-        precision: of the backbone under autocast; the head is float32 always.
         batch_size: views per forward pass; see :meth:`Teacher.respond`.
-        seed: of random weights; torch's global generator is left as it was.
-        mean, std: of each channel in [0, 1] units; empty: as the network's ``pretrained_cfg`` says.
 
     Raises:
         TeacherError: no such model, weights out of reach, another class count, no spatial logits,
             or no mean and std; all of them at once where several are wrong.
         WeightsError: a weights file that cannot be read safely or does not fit.
     """
-    if precision not in PRECISIONS:
+    name = source.name
+    if source.precision not in PRECISIONS:
         raise TeacherError(
-            "unknown precision", where=name, found=precision, expected=", ".join(PRECISIONS)
+            "unknown precision", where=name, found=source.precision, expected=", ".join(PRECISIONS)
         )
-    state = None if weights in ("hub", "random") else load_state(weights)
+    state = None if source.weights in ("hub", "random") else load_state(source.weights)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built = build_teacher(name, weights, state, num_classes, size, kwargs or {})
+        torch.manual_seed(source.seed)
+        built = build_teacher(source, state, size)
     network = built.network.float().eval().requires_grad_(False)
     faults: list[CskdError] = []
     if state is not None:
         with _noted(faults):
-            load_into(network, state, weights)
+            load_into(network, state, source.weights)
     with _noted(faults):
         cut = cut_network(network, name, size)
-        _require_classes(name, cut.num_classes, num_classes)
+        _require_classes(name, cut.num_classes, source.num_classes)
     with _noted(faults):
-        mean, std = _normalisation(network, name, mean, std)
+        mean, std = _normalisation(network, source)
     _raise_all(faults, name)
     digest = state_digest(network.state_dict())
     model = place(cut.network, device, channels_last)
@@ -178,10 +162,10 @@ def load_teacher(
         weights_sha256=digest,
         num_classes=cut.num_classes,
         size=size,
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=mean,
+        std=std,
         grid=cut.grid,
-        precision=precision,
+        precision=source.precision,
         batch_size=batch_size,
         channels_last=channels_last,
         device=torch.device(device),
@@ -200,16 +184,19 @@ def _require_classes(name: str, found: int, expected: int | None) -> None:
 
 
 def _normalisation(
-    network: nn.Module, name: str, mean: Sequence[float], std: Sequence[float]
+    network: nn.Module, source: TeacherSource
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std, as given or else as the network states them."""
     config = getattr(network, "pretrained_cfg", None) or {}
-    stated = {"mean": mean or config.get("mean", ()), "std": std or config.get("std", ())}
+    stated = {
+        "mean": source.mean or config.get("mean", ()),
+        "std": source.std or config.get("std", ()),
+    }
     missing = [key for key, values in stated.items() if len(values) != 3]
     if missing:
         raise TeacherError(
-            "nothing says how the teacher's images are normalised",
-            where=name,
+            "nothing states how the teacher's images are normalised",
+            where=source.name,
             found=f"no {' and no '.join(missing)} of three channels",
             expected="what it was trained with, in [0, 1] units",
             action="state both: --mean R,G,B --std R,G,B (ImageNet's are 0.485,0.456,0.406 and "

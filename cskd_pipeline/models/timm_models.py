@@ -6,7 +6,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,33 @@ FOREIGN_ARGUMENTS = (
 )
 
 
+@dataclass(frozen=True)
+class TeacherSource:
+    """A teacher's network, its weights, and how its images are normalised.
+
+    Args:
+        name: a timm name, ``torchvision:NAME``, or ``package.module:factory``: a callable (of
+            ``kwargs``, and of ``num_classes`` where it takes that and it is known) that returns a
+            network which :func:`~cskd_pipeline.models.cut.cut_network` can cut.
+        weights: ``hub`` (timm's or torchvision's pretrained; a factory's as it made them),
+            ``random``, or a file.
+        num_classes: of the data; None takes the file's or the model's own.
+        kwargs: for the model's constructor.
+        mean, std: of each channel in [0, 1] units; empty: as the network's ``pretrained_cfg`` says.
+        precision: of the backbone under autocast; the head is float32 always.
+        seed: of random weights; torch's global generator is left as it was.
+    """
+
+    name: str
+    weights: str | Path = "hub"
+    num_classes: int | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+    precision: str = "float32"
+    seed: int = 0
+
+
 class Built(NamedTuple):
     """A teacher's network, what to call it, and where its weights come from: ``hub``, ``file``,
     ``random`` or ``factory``.
@@ -40,32 +68,22 @@ class Built(NamedTuple):
     source: str
 
 
-def build_teacher(
-    name: str,
-    weights: str | Path,
-    state: Mapping[str, Tensor] | None,
-    num_classes: int | None,
-    size: int,
-    kwargs: Mapping[str, Any],
-) -> Built:
-    """Build the network called ``name``; ``state``, of a weights file, is still to be loaded.
-
-    Args:
-        weights: ``hub``, ``random``, or the file that ``state`` is from.
-        num_classes: of the data, where they are known.
+def build_teacher(source: TeacherSource, state: Mapping[str, Tensor] | None, size: int) -> Built:
+    """Build the network of ``source``; ``state``, of its weights file, is still to be loaded.
 
     Raises:
         TeacherError: no such model, bad arguments, weights out of reach.
     """
-    is_hub = weights == "hub"
-    source = "hub" if is_hub else "random" if state is None else "file"
+    name, kwargs, num_classes = source.name, source.kwargs, source.num_classes
+    is_hub = source.weights == "hub"
+    origin = "hub" if is_hub else "random" if state is None else "file"
     if name.startswith(TORCHVISION):
         _refuse_foreign(name, kwargs, TeacherError)
         classes = None if is_hub else _linear_rows(state or {}) or num_classes
         network = _create_torchvision(name, classes, kwargs, pretrained=is_hub)
     elif ":" in name and not name.startswith(HUB_PREFIXES):
         network = _call_factory(name, num_classes, kwargs)
-        return Built(network, name, "factory" if is_hub else source)
+        return Built(network, name, "factory" if is_hub else origin)
     else:
         classes = None if is_hub else num_classes
         if state is not None:
@@ -80,7 +98,7 @@ def build_teacher(
         )
     config: Any = getattr(network, "pretrained_cfg", None) or {}
     tag = config.get("tag") if is_hub else None
-    return Built(network, f"{config['architecture']}.{tag}" if tag else name, source)
+    return Built(network, f"{config['architecture']}.{tag}" if tag else name, origin)
 
 
 def create_timm(

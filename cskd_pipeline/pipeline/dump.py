@@ -28,6 +28,7 @@ from cskd_pipeline.data.unit_views import Loading
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.models.checkpoint import has_card, read_card
 from cskd_pipeline.models.teacher import Teacher, load_teacher
+from cskd_pipeline.models.timm_models import TeacherSource
 from cskd_pipeline.models.weights import is_safetensors
 from cskd_pipeline.pipeline.unit_writer import UnitWriter
 from cskd_pipeline.pipeline.write_cache import WriteOptions, write_cache
@@ -157,15 +158,8 @@ def open_stage_one(
         dataset = dataset.fitting(classes, "the shards", guard)
     guard.report()
     teacher = load_teacher(
-        chosen.name,
-        weights=chosen.weights,
-        num_classes=dataset.num_classes,
+        TeacherSource(num_classes=dataset.num_classes, **vars(chosen)),
         size=recipe.views.size,
-        kwargs=chosen.kwargs,
-        mean=chosen.mean,
-        std=chosen.std,
-        precision=chosen.precision,
-        seed=chosen.seed,
         batch_size=loop.batch_size,
         channels_last=loop.channels_last,
         compile=loop.compile,

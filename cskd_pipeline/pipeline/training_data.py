@@ -108,8 +108,7 @@ class TrainingData:
             preprocessing,
             batch_size=self.eval_batch_size,
             workers=self.workers,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
+            ranks=self.ranks,
         )
 
 

@@ -14,6 +14,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILTo
 from cskd_pipeline.config import TrainRecipe, load_recipe
 from cskd_pipeline.data.evalset import eval_loader
 from cskd_pipeline.data.index import Dataset
+from cskd_pipeline.runtime.distributed import Ranks
 from cskd_pipeline.views.decode import decode
 
 
@@ -50,7 +51,7 @@ def test_ranks_share_the_batches_out(dataset: Dataset) -> None:
     whole = [b.label.tolist() for b in eval_loader(dataset, Preprocessing(), batch_size=10)]
     parts = [
         [b.label.tolist() for b in eval_loader(
-            dataset, Preprocessing(), batch_size=10, rank=rank, world=2
+            dataset, Preprocessing(), batch_size=10, ranks=Ranks(rank, 2)
         )]
         for rank in range(2)
     ]  # fmt: skip

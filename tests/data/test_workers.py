@@ -104,10 +104,11 @@ def test_a_process_that_dies_is_told_with_the_usual_reason() -> None:
     assert "memory is the usual reason" in str(caught.value.action)
 
 
-def test_a_process_that_is_stopped_is_given_up_and_ended() -> None:
+def test_a_process_that_is_stopped_is_given_up_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cskd_pipeline.data.workers.PATIENCE", 1)
     before = set(multiprocessing.active_children())
     with pytest.raises(DataError, match="no loader process has delivered anything") as caught:
-        list(Loader(Squares("stopped"), range(6), workers=1, patience=1))
+        list(Loader(Squares("stopped"), range(6), workers=1))
     assert "1 seconds" in str(caught.value.found)
     assert not set(multiprocessing.active_children()) - before
 

@@ -12,18 +12,17 @@ from torch import nn
 
 from cskd_pipeline.errors import TeacherError, WeightsError
 from cskd_pipeline.models.cut import cut_network
-from cskd_pipeline.models.teacher import Teacher, load_teacher
+from cskd_pipeline.models.teacher import Teacher
 from cskd_pipeline.models.weights import state_digest
 from cskd_pipeline.runtime.device import place
 from tests.models import plain
-from tests.models.test_teacher import views
+from tests.models.test_teacher import small, views
 
 IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def load(name: str, **options: Any) -> Teacher:
-    given = {"weights": "random", "num_classes": 5, "size": 64, "batch_size": 2, **IMAGENET}
-    return load_teacher(name, **(given | options))
+    return small(name, **{"batch_size": 2, **IMAGENET, **options})
 
 
 # Networks that have no forward_features: (factory, locations along a side of 64 px).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cskd_pipeline.errors import MissingPackageError, TeacherError, WeightsError
 from cskd_pipeline.models.cut import head_per_location
 from cskd_pipeline.models.student import Heads
 from cskd_pipeline.models.teacher import Teacher, load_teacher
+from cskd_pipeline.models.timm_models import TeacherSource
 from cskd_pipeline.models.weights import state_digest
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -40,7 +42,10 @@ def views(count: int, size: int, seed: int = 0) -> torch.Tensor:
 
 
 def small(name: str = "tests.models.factories:pooled", **options: Any) -> Teacher:
-    return load_teacher(name, **{"weights": "random", "num_classes": 5, "size": 64, **options})
+    given = {"weights": "random", "num_classes": 5, "size": 64, **options}
+    own = {field.name for field in fields(TeacherSource)} & given.keys()
+    source = TeacherSource(name, **{key: given.pop(key) for key in own})
+    return load_teacher(source, **given)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -251,11 +256,11 @@ def test_a_weights_file_brings_its_class_count(tmp_path: Path, suffix: str) -> N
         save_file(state, path)
     else:
         torch.save({"state_dict": state, "epoch": 3}, path)
-    teacher = load_teacher("resnet10t", weights=path, size=64)
+    teacher = load_teacher(TeacherSource("resnet10t", path), size=64)
     assert (teacher.num_classes, teacher.source) == (11, "file")
     assert teacher.weights_sha256 == state_digest(state)
     with pytest.raises(TeacherError, match="classes are not the data's") as caught:
-        load_teacher("resnet10t", weights=path, size=64, num_classes=10)
+        load_teacher(TeacherSource("resnet10t", path, 10), size=64)
     assert (caught.value.found, caught.value.expected) == ("11 classes", "10 classes")
 
 
@@ -292,7 +297,7 @@ def test_an_unreachable_hub_points_to_a_local_file(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(TeacherError, match="could not be had") as caught:
-        load_teacher("resnet10t.c3_in1k", size=64)
+        load_teacher(TeacherSource("resnet10t.c3_in1k"), size=64)
     assert "model.safetensors" in str(caught.value.action)
     assert caught.value.where == "resnet10t.c3_in1k"
 
@@ -306,10 +311,10 @@ def test_pretrained_weights_are_named_with_their_tag(monkeypatch: pytest.MonkeyP
         return make(name, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    teacher = load_teacher("resnet10t", size=64, num_classes=1000)
+    teacher = load_teacher(TeacherSource("resnet10t", num_classes=1000), size=64)
     assert (teacher.name, teacher.source) == ("resnet10t.c3_in1k", "hub")
     with pytest.raises(TeacherError, match="classes are not the data's"):
-        load_teacher("resnet10t", size=64, num_classes=10)
+        load_teacher(TeacherSource("resnet10t", num_classes=10), size=64)
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])

@@ -13,6 +13,7 @@ from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.models.teacher import Teacher, load_teacher
+from cskd_pipeline.models.timm_models import TeacherSource
 from cskd_pipeline.views.apply import mix_pixels, render, to_float
 from cskd_pipeline.views.bits import view_seed
 from cskd_pipeline.views.decode import decode
@@ -23,16 +24,10 @@ from cskd_pipeline.views.mixing import draw_mix, matching
 def teacher_of(manifest: CacheManifest, batch_size: int = 16) -> Teacher:
     """The teacher of a cache that was dumped with random weights of seed 0."""
     info = manifest.teacher
-    teacher = load_teacher(
-        info.name,
-        weights="random",
-        num_classes=info.num_classes,
-        size=info.size,
-        kwargs=info.kwargs,
-        mean=info.mean,
-        std=info.std,
-        batch_size=batch_size,
+    source = TeacherSource(
+        info.name, "random", info.num_classes, info.kwargs, mean=info.mean, std=info.std
     )
+    teacher = load_teacher(source, size=info.size, batch_size=batch_size)
     assert teacher.weights_sha256 == info.weights_sha256
     return teacher
 

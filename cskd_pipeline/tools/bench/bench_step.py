@@ -29,6 +29,7 @@ from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.distill.encodings.base import Encoding
 from cskd_pipeline.distill.targets import LogitTargets, Targets
 from cskd_pipeline.models.teacher import Teacher, load_teacher
+from cskd_pipeline.models.timm_models import TeacherSource
 from cskd_pipeline.pipeline.trainer import Run
 from cskd_pipeline.pipeline.training_data import TrainingData
 from cskd_pipeline.runtime.classes import ClassGuard
@@ -109,13 +110,15 @@ def bench_step(
     asked = None
     if teacher is not None:
         asked = load_teacher(
-            teacher,
-            weights="random",
-            num_classes=CLASSES,
+            TeacherSource(
+                teacher,
+                "random",
+                CLASSES,
+                mean=policy.mean,  # the images are made up: any will do
+                std=policy.std,
+                precision=PRECISION[recipe.run.amp],
+            ),
             size=policy.size,
-            mean=policy.mean,  # the images are made up: any will do
-            std=policy.std,
-            precision=PRECISION[recipe.run.amp],
             batch_size=recipe.batch.batch_size // recipe.batch.accumulation,
             channels_last=True,
             compile=recipe.run.compile,

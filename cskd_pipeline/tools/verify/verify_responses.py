@@ -18,6 +18,7 @@ from cskd_pipeline.data.replay import Replay, cache_of, renderer_of, same_images
 from cskd_pipeline.distill.encodings import Encoding
 from cskd_pipeline.distill.targets import Targets
 from cskd_pipeline.models.teacher import Teacher, load_teacher
+from cskd_pipeline.models.timm_models import TeacherSource
 from cskd_pipeline.runtime.device import pick_device
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.verify.depth import Check
@@ -140,15 +141,18 @@ def _problems(found: Join, rows: np.ndarray, name: str, values: np.ndarray) -> l
 
 
 def _load(choice: TeacherChoice, recorded: TeacherInfo) -> Teacher:
-    return load_teacher(
+    source = TeacherSource(
         choice.name,
-        weights=choice.weights,
-        num_classes=recorded.num_classes,
-        size=recorded.size,
-        kwargs=recorded.kwargs,
+        choice.weights,
+        recorded.num_classes,
+        recorded.kwargs,
         mean=choice.mean or (),
         std=choice.std or (),
         precision=recorded.precision,
+    )
+    return load_teacher(
+        source,
+        size=recorded.size,
         batch_size=choice.batch_size,
         device=pick_device(choice.device),
     )

@@ -20,6 +20,7 @@ from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets
 from cskd_pipeline.errors import StudentError
 from cskd_pipeline.models.teacher import load_teacher
+from cskd_pipeline.models.timm_models import TeacherSource
 from cskd_pipeline.pipeline.trainer import Run
 from cskd_pipeline.tools.bench import bench_step as bench
 from cskd_pipeline.views.policy import ViewPolicy
@@ -84,7 +85,7 @@ def _sized(recipe: TrainRecipe) -> TrainRecipe:
 
 
 def test_every_side_trains_by_its_own_method_from_its_own_targets() -> None:
-    teacher = load_teacher(TEACHER, weights="random", num_classes=1000, size=SIZE, batch_size=8)
+    teacher = load_teacher(TeacherSource(TEACHER, "random", 1000), size=SIZE, batch_size=8)
     runs = bench._runs(small_recipe(), POLICY, teacher.grid, teacher, torch.device("cpu"))
     batch = bench.synthetic_batch(POLICY, 8, teacher.grid)
     assert list(runs) == ["none", "deit", "cskd", "live"]
@@ -103,7 +104,7 @@ def test_every_side_trains_by_its_own_method_from_its_own_targets() -> None:
 
 
 def test_a_live_teacher_and_its_cached_answers_give_one_loss() -> None:
-    teacher = load_teacher(TEACHER, weights="random", num_classes=1000, size=SIZE, batch_size=8)
+    teacher = load_teacher(TeacherSource(TEACHER, "random", 1000), size=SIZE, batch_size=8)
     runs = bench._runs(small_recipe(), POLICY, teacher.grid, teacher, torch.device("cpu"))
     batch = bench.synthetic_batch(POLICY, 8, teacher.grid)
     answer = teacher.respond(normalise(assemble(batch, POLICY), teacher.mean, teacher.std))
