@@ -134,18 +134,17 @@ def test_rows_and_columns_keep_their_order_from_the_teacher_to_the_cache(
 
 
 def test_a_grid_meant_for_smaller_images_is_warned_of(
-    small: World, tmp_path: Path, capsys: Capture
+    small: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A network for 32 px, or less, given 224."""
     for factory, rows, warned in (("every_pixel", 17, True), ("every_pixel", 16, False)):
         sets = [*own(factory), f"views.size={rows}", "teacher.weights=random"]
         flags = {"data.shards": str(small.shards), "dump.device": "cpu"}
         recipe = world.load_recipe(world.DumpRecipe, None, sets, flags)
-        capsys.readouterr()
+        caplog.clear()
         open_stage_one(recipe)
-        told = re.sub(r"\s+", " ", capsys.readouterr().err)
-        assert ("a grid of 17x17 locations, 2.32 kB a view" in told) == warned
-        assert ("set views.size to theirs" in told) == warned
+        assert ("a grid of 17x17 locations, 2.32 kB a view" in caplog.text) == warned
+        assert ("set views.size to theirs" in caplog.text) == warned
 
 
 def test_a_student_with_weights_of_five_dimensions_is_made(small: World, tmp_path: Path) -> None:
