@@ -2,122 +2,142 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cskd_pipeline.cli.options import (
-    ENCODING_NAMES,
     AcceptClasses,
     AcceptVersions,
     BatchSize,
     CacheArgument,
     Device,
-    Json,
     Mean,
     Outcome,
-    Quiet,
     ShardsOption,
     Split,
     Std,
     TeacherName,
     Weights,
-    complete_encoding,
+    flag,
     parse_channels,
     parse_range,
     require_companion,
     require_encodings,
 )
+from cskd_pipeline.cli.reports import print_report
 from cskd_pipeline.cli.root import cache_app
 from cskd_pipeline.runtime.console import Terminal
 
+if TYPE_CHECKING:
+    from cskd_pipeline.tools.verify.verify_cache import UserImages
+    from cskd_pipeline.tools.verify.verify_responses import TeacherChoice
+
 
 @cache_app.command(epilog="Example: cskd-pipeline cache info cache --json")
-def info(
-    cache: CacheArgument,
-    quiet: Quiet = False,
-    json: Json = False,
-) -> Outcome:
+def info(terminal: Terminal, cache: CacheArgument) -> Outcome:
     """Say what a cache holds: data, teacher, policy, views, what is finished, and bytes."""
     from cskd_pipeline.cache.info import describe
     from cskd_pipeline.cache.summary import summarise
 
-    Terminal.listening(quiet=quiet, json=json)
     found = describe(cache)
-    return found if json else summarise(found)
+    return found if terminal.json else summarise(found)
 
 
-@cache_app.command(epilog="Example: cskd-pipeline cache verify cache --shards 'train-*.tar'")
-def verify(
-    cache: CacheArgument,
-    depth: Annotated[
-        Literal["structure", "bytes"],
-        typer.Option(help="Only that every file is there, or also that everything decodes."),
-    ] = "bytes",
-    shards: ShardsOption = None,
-    teacher: TeacherName = None,
-    weights: Weights = None,
-    mean: Mean = None,
-    std: Std = None,
+@dataclass(frozen=True)
+class ComparedImages:
+    """Name the shards that a cache is compared with."""
+
+    shards: ShardsOption = None
+    split: Split = None
     samples: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help="Views to make again from the shards, and to ask about; 512 unless given.",
+            help="Views to replay from the shards, and to run the teacher on; 512 unless given.",
         ),
-    ] = None,
+    ] = None
+    accept_classes: AcceptClasses = False
+
+    def choose(self, teacher: TeacherChoice | None) -> UserImages | None:
+        """Return them; None without --shards.
+
+        Raises:
+            UsageError: other flags without --shards.
+        """
+        flags = {"--samples": self.samples, "--split": self.split, "--teacher": teacher}
+        flags["--accept-classes"] = self.accept_classes or None
+        require_companion("--shards SHARDS", self.shards, flags)
+        if self.shards is None:
+            return None
+        from cskd_pipeline.tools.verify.verify_cache import SAMPLES, UserImages
+
+        samples = self.samples or SAMPLES
+        return UserImages(self.shards, self.split, samples, self.accept_classes, teacher)
+
+
+@dataclass(frozen=True)
+class ComparedTeacher:
+    """Name the teacher whose logits are compared with a cache's."""
+
+    teacher: TeacherName = None
+    weights: Weights = None
+    mean: Mean = None
+    std: Std = None
+    batch_size: BatchSize = None
+    device: Device = None
+
+    def choose(self) -> TeacherChoice | None:
+        """Return it; None without --teacher.
+
+        Raises:
+            UsageError: other flags without --teacher, or no colours where they are to be.
+        """
+        flags = {"--weights": self.weights, "--mean": self.mean, "--std": self.std}
+        sizes = {"--batch-size": self.batch_size, "--device": self.device}
+        require_companion("--teacher NAME", self.teacher, {**flags, **sizes})
+        if self.teacher is None:
+            return None
+        from cskd_pipeline.tools.verify.verify_responses import TeacherChoice
+
+        return TeacherChoice(
+            self.teacher,
+            self.weights or "hub",
+            parse_channels(self.mean, "--mean"),
+            parse_channels(self.std, "--std"),
+            self.batch_size or 32,
+            self.device or "auto",
+        )
+
+
+@cache_app.command(epilog="Example: cskd-pipeline cache verify cache --shards 'train-*.tar'")
+def verify(
+    terminal: Terminal,
+    cache: CacheArgument,
+    images: ComparedImages,
+    teacher: ComparedTeacher,
+    depth: Annotated[
+        Literal["structure", "bytes"],
+        typer.Option(help="Only that every file is there, or also that everything decodes."),
+    ] = "bytes",
     partial: Annotated[
         bool, typer.Option("--partial", help="Units that are not made yet are no problem.")
     ] = False,
-    split: Split = None,
-    batch_size: BatchSize = None,
-    device: Device = None,
-    accept_classes: AcceptClasses = False,
-    quiet: Quiet = False,
-    json: Json = False,
 ) -> Outcome:
-    """Check a cache: its files and bytes; with --shards that it fits them; with --teacher answers.
+    """Check a cache: its files and bytes; with --shards its views; with --teacher their logits.
 
-    Views that are made again are told apart as bit-exact, differing by rounding, or of another
-    image.
+    Replayed views are bit-exact, differ by rounding, or are of another image.
     """
-    terminal = Terminal.listening(quiet=quiet, json=json)
-    of_teacher = {
-        **{"--weights": weights, "--mean": mean, "--std": std},
-        **{"--batch-size": batch_size, "--device": device},
-    }
-    of_shards = {"--teacher": teacher, "--samples": samples, "--split": split}
-    of_shards["--accept-classes"] = accept_classes or None
-    require_companion("--teacher NAME", teacher, of_teacher)
-    require_companion("--shards SHARDS", shards, of_shards)
-    from cskd_pipeline.tools.verify.verify_cache import SAMPLES
-    from cskd_pipeline.tools.verify.verify_cache import verify as check
-    from cskd_pipeline.tools.verify.verify_responses import TeacherChoice
+    chosen = images.choose(teacher.choose())
+    from cskd_pipeline.tools.verify import verify_cache as verifying
 
-    choice = None
-    if teacher is not None:
-        choice = TeacherChoice(
-            teacher,
-            weights or "hub",
-            parse_channels(mean, "--mean"),
-            parse_channels(std, "--std"),
-            batch_size or 32,
-            device or "auto",
-        )
-    report = check(
-        cache,
-        terminal,
-        depth=depth,
-        shards=shards,
-        split=split,
-        teacher=choice,
-        samples=samples or SAMPLES,
-        partial=partial,
-        accept_classes=accept_classes,
-    )
-    return report if json else None
+    report = verifying.verify_cache(cache, depth=depth, partial=partial, images=chosen)
+    outcome = print_report(terminal, report, verifying.printed(report))
+    verifying.require_ok(report)
+    return outcome
 
 
 @cache_app.command(
@@ -135,13 +155,10 @@ def card(
             help="Where others will read it, for the commands in the card: hf://datasets/LAB/NAME.",
         ),
     ] = None,
-    quiet: Quiet = False,
-    json: Json = False,
 ) -> Outcome:
     """Write the dataset card of a cache that is to be published: provenance, sizes, how to use."""
     from cskd_pipeline.tools.cache_card import write_card
 
-    Terminal.listening(quiet=quiet, json=json)
     return write_card(cache, out, location)
 
 
@@ -154,9 +171,8 @@ def convert(
     ],
     encoding: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar=ENCODING_NAMES,
-            autocompletion=complete_encoding,
+        flag(
+            "--encoding",
             help="What the new cache stores; more than once for several. Without, what the old one "
             "does. What it does not have is made from dense.",
         ),
@@ -171,16 +187,13 @@ def convert(
         ),
     ] = None,
     device: Device = None,
-    quiet: Quiet = False,
-    json: Json = False,
 ) -> Outcome:
     """Make a smaller cache from another: in other encodings, fewer views, or a part of the shards.
 
     Run the same command again after an interruption: finished units are kept.
     """
-    Terminal.listening(quiet=quiet, json=json)
     require_encodings(encoding or ())
-    chosen = None if shards is None else parse_range(shards, "--shards")
+    chosen = parse_range(shards, "--shards")
     from cskd_pipeline.cache.convert import convert as make
     from cskd_pipeline.runtime.device import pick_device
     from cskd_pipeline.runtime.signals import stop_requests
@@ -200,14 +213,11 @@ def convert(
 @cache_app.command(epilog="Example: cskd-pipeline cache upgrade cache")
 def upgrade(
     cache: Annotated[Path, typer.Argument(metavar="CACHE", help="A cache of format version 1.")],
-    quiet: Quiet = False,
-    json: Json = False,
 ) -> Outcome:
     """Make a cache of format version 1 one of version 2, in place: it gets digests of its files.
 
     Run the same command again after an interruption.
     """
-    Terminal.listening(quiet=quiet, json=json)
     from cskd_pipeline.cache.upgrade import upgrade as make
     from cskd_pipeline.runtime.signals import stop_requests
 
@@ -229,14 +239,11 @@ def merge(
     ],
     accept_versions: AcceptVersions = False,
     accept_classes: AcceptClasses = False,
-    quiet: Quiet = False,
-    json: Json = False,
 ) -> Outcome:
     """Join the finished parts of several caches; where they overlap, they must be equal.
 
     Run the same command again after an interruption: finished units are kept, and compared.
     """
-    Terminal.listening(quiet=quiet, json=json)
     from cskd_pipeline.cache.merge import merge as join
     from cskd_pipeline.runtime.classes import ClassGuard
     from cskd_pipeline.runtime.signals import stop_requests

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cskd_pipeline.cli.options import SHARDS_HELP, Device, Json, Outcome, Quiet
+from cskd_pipeline.cli.options import Device, Outcome, RequiredShards, flag
+from cskd_pipeline.cli.reports import print_report
 from cskd_pipeline.cli.root import app, parse_and_run
+from cskd_pipeline.config import TrainRecipe
 from cskd_pipeline.runtime.console import Terminal, kept
 
 if TYPE_CHECKING:
     from cskd_pipeline.tools.commands import Command
 
 
-def _run_inside(quiet: bool, json: bool) -> Command:
-    """Runs a command in this process, in the same tone, and gives what it found."""
-    inherited = [flag for flag, given in (("--quiet", quiet), ("--json", json)) if given]
+def _run_inside(terminal: Terminal) -> Command:
+    """Return what runs a command in this process, as quiet as this one, and returns its summary."""
+    inherited = {"--quiet": terminal.quiet, "--json": terminal.json}
 
     def command(arguments: list[str]) -> dict[str, Any]:
         with kept():
-            outcome = parse_and_run([*arguments, *inherited])
+            outcome = parse_and_run([*arguments, *(name for name in inherited if inherited[name])])
         if not isinstance(outcome, dict):  # typer's way with KeyboardInterrupt is an exit code
             raise KeyboardInterrupt
         return outcome
@@ -31,39 +34,29 @@ def _run_inside(quiet: bool, json: bool) -> Command:
 
 @app.command(epilog="Example: cskd-pipeline demo --out demo-out")
 def demo(
+    terminal: Terminal,
     out: Annotated[Path, typer.Option(metavar="DIR", help="An empty or new folder.")] = Path(
         "demo-out"
     ),
-    quiet: Quiet = False,
-    json: Json = False,
 ) -> Outcome:
     """Run the whole pipeline on small real images: shards, teacher, cache, students, a table."""
-    terminal = Terminal.listening(quiet=quiet, json=json)
-    from cskd_pipeline.tools.demo import run_demo
+    from cskd_pipeline.tools import demo as pipeline_demo
 
-    found = run_demo(out, terminal, _run_inside(quiet, json))
-    return found if json else None  # without --json the demo has drawn its own table
+    report = pipeline_demo.run_demo(out, _run_inside(terminal))
+    return print_report(terminal, report, pipeline_demo.printed(report))
 
 
-@app.command(
-    epilog="Example: cskd-pipeline study --shards 'cifar10/train-*.tar' "
-    "--val-shards 'cifar10/validation-*.tar' --out study-out"
-)
-def study(
-    shards: Annotated[str, typer.Option("--shards", metavar="SHARDS", help=SHARDS_HELP)],
-    val_shards: Annotated[
-        str, typer.Option("--val-shards", metavar="SHARDS", help="Shards to evaluate on.")
-    ],
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="A new folder, or the study's own to go on with.")
-    ] = Path("study-out"),
+@dataclass(frozen=True)
+class StudyFlags:
+    """Say how a study is run."""
+
     size: Annotated[
         Literal["cpu", "gpu"] | None,
         typer.Option(
             help="Which of stages/study's recipes: cifar10_cpu_* for two cores and half an hour, "
             "cifar10_* for an hour of a GPU. Default: what there is."
         ),
-    ] = None,
+    ] = None
     recipes: Annotated[
         Path | None,
         typer.Option(
@@ -71,10 +64,10 @@ def study(
             help="Recipes of your own instead: teacher.toml, dump.toml, none.toml, deit.toml and "
             "cskd.toml.",
         ),
-    ] = None,
+    ] = None
     seeds: Annotated[
         int, typer.Option(min=1, metavar="N", help="Runs of every method; the seeds are 1 to N.")
-    ] = 3,
+    ] = 3
     jobs: Annotated[
         int | None,
         typer.Option(
@@ -82,34 +75,30 @@ def study(
             metavar="N",
             help="Students at a time. Default: 1 on a GPU, else what the cores allow.",
         ),
-    ] = None,
-    device: Device = None,
-    quiet: Quiet = False,
-    json: Json = False,
+    ] = None
+    device: Device = None
+
+
+@app.command(
+    epilog="Example: cskd-pipeline study --shards 'cifar10/train-*.tar' "
+    "--val-shards 'cifar10/validation-*.tar' --out study-out"
+)
+def study(
+    terminal: Terminal,
+    shards: RequiredShards,
+    val_shards: Annotated[str, flag("--val-shards", TrainRecipe)],
+    flags: StudyFlags,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="A new folder, or the study's own to go on with.")
+    ] = Path("study-out"),
 ) -> Outcome:
     """Teacher, cache, and one student with every method and CKF schedule, over several seeds.
 
     Ends with a table of means and deviations, a plot, and whether the paper's ordering held. Run
     the same command again after an interruption: finished runs are kept.
     """
-    terminal = Terminal.listening(quiet=quiet, json=json)
-    from cskd_pipeline.runtime.atomic import NO_LOCKS, sole_writer
-    from cskd_pipeline.tools.study import run_study as studying
-    from cskd_pipeline.tools.study.report import show
+    from cskd_pipeline.tools.study.report import printed
+    from cskd_pipeline.tools.study.run_study import StudyConfig, run_study
 
-    with sole_writer(out) as held:
-        if not held:
-            terminal.warn(NO_LOCKS.format(out))
-        report = studying.run_study(
-            shards,
-            val_shards,
-            out,
-            _run_inside(quiet, json),
-            size=size,
-            recipes=recipes,
-            seeds=seeds,
-            jobs=jobs,
-            device=device,
-        )
-    show(report, terminal)
-    return report if json else None
+    report = run_study(StudyConfig(shards, val_shards, out, **vars(flags)), _run_inside(terminal))
+    return print_report(terminal, report, printed(report))

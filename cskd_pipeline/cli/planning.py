@@ -8,6 +8,7 @@ import typer
 
 from cskd_pipeline.cli.options import Outcome, require_encodings
 from cskd_pipeline.cli.parameters import RecipeLoader
+from cskd_pipeline.cli.reports import print_report
 from cskd_pipeline.cli.root import plan_app
 from cskd_pipeline.config import DumpRecipe, TrainRecipe
 from cskd_pipeline.runtime.console import Terminal
@@ -43,8 +44,7 @@ def plan_dump(
     report = estimate_dump.plan_dump(
         recipe, views=views or (), devices=devices or (), images=images
     )
-    estimate_dump.show(report, terminal)
-    return report if terminal.json else None
+    return print_report(terminal, report, estimate_dump.printed(report))
 
 
 @plan_app.command(
@@ -66,5 +66,4 @@ def plan_train(
     from cskd_pipeline.tools.estimate import estimate_train
 
     report = estimate_train.plan_train(recipe, updates=updates)
-    estimate_train.show(report, terminal)
-    return report if terminal.json else None
+    return print_report(terminal, report, estimate_train.printed(report))

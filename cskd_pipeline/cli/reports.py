@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 
 
 def print_report(terminal: Terminal, report: Mapping[str, Any], printed: Printed) -> Outcome:
-    """Print tables and news; return the report where --json is to print that instead."""
+    """Print tables and news; with --json return the report, which is then printed instead."""
+    if terminal.json:
+        return dict(report)
     for part in printed:
         if isinstance(part, str):
             terminal.line(part)
         else:
             terminal.table(part.title, part.columns, part.rows)
-    return dict(report) if terminal.json else None
+    return None

@@ -68,40 +68,40 @@ def _is_card(path: Path) -> bool:
 
 
 def card(info: Info, location: str) -> str:
-    """The card's text.
+    """Return the card's text.
 
     Args:
         info: what :func:`cskd_pipeline.cache.info.describe` found.
     """
-    told = summarise(info)
+    about = summarise(info)
     data, teacher = info["dataset"], info["teacher"]
     parts = [
         _front_matter(info),
         MARK,
         f"# {text(_title(info))}",
-        "What a CNN says of augmented views of a data set, place by place, for training vision "
+        "A CNN's logits of augmented views of a data set, location by location, to train vision "
         "transformers with Cumulative Spatial Knowledge Distillation (ICCV 2023) or plain "
         "distillation without running the CNN again. It holds no images.",
         "## Use",
         _commands(info, location),
-        "`cache verify` makes a sample of the views again from your images and compares them bit "
+        "`cache verify` replays a sample of the views from your images and compares them bit "
         "by bit. The images may lie in other tar shards, and in another order. What follows "
         "`@sha256:` names the contents of the whole cache: any other is refused.",
         "## What it is",
         table(
             ("", ""),
             [
-                ("data set", told["data"]),
-                ("teacher", told["teacher"]),
-                ("teacher's top-1", told["teacher_top1"]),
-                ("views", told["views"]),
-                ("policy", told["policy"]),
-                ("complete", told["complete"]),
-                ("made", told["made"]),
+                ("data set", about["data"]),
+                ("teacher", about["teacher"]),
+                ("teacher's top-1", about["teacher_top1"]),
+                ("views", about["views"]),
+                ("policy", about["policy"]),
+                ("complete", about["complete"]),
+                ("made", about["made"]),
                 ("teacher's weights, SHA-256", teacher["weights_sha256"]),
-                ("contents", told["digest"]),
+                ("contents", about["digest"]),
                 ("manifest, SHA-256", info["manifest_sha256"]),
-                ("license", told["license"]),
+                ("license", about["license"]),
             ],
         ),
         "## Sizes",
@@ -123,7 +123,7 @@ def card(info: Info, location: str) -> str:
 
 
 def text(value: object) -> str:
-    """``value`` as Markdown that shows just these characters, on one line."""
+    """Return ``value`` as Markdown that shows just these characters, on one line."""
     line = re.sub(r"([\\`*_\[\]{}()#+!|~$@]|:(?=//))", r"\\\1", printable(value, 2000).strip())
     line = re.sub(
         r"^([-=])", r"\\\1", re.sub(r"^(\d+)([.)])(?= )", r"\1\\\2", line)
@@ -136,7 +136,7 @@ def _title(info: Info) -> str:
 
 
 def _front_matter(info: Info) -> str:
-    """YAML; strings as JSON has them, which YAML reads alike."""
+    """Return YAML; strings as JSON has them, which YAML reads alike."""
     license_ = info["license"].strip()
     known = license_.lower() in _LICENSES
     fields: dict[str, Any] = {"pretty_name": printable(_title(info))}
@@ -144,24 +144,24 @@ def _front_matter(info: Info) -> str:
         fields["license"] = license_.lower() if known else "other"
         if not known:
             fields["license_name"] = printable(license_)
-    answers = info["samples"] * info["views"]
+    views = info["samples"] * info["views"]
     fields["task_categories"] = ["image-classification"]
-    fields["size_categories"] = [next((n for most, n in _SIZES if answers < most), "n>1T")]
+    fields["size_categories"] = [next((n for most, n in _SIZES if views < most), "n>1T")]
     fields["tags"] = ["knowledge-distillation", "teacher-cache", "cskd", "zarr"]
     lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
     return "\n".join(["---", *lines, "---"])
 
 
 def _commands(info: Info, location: str) -> str:
-    place = _fenced(shlex.quote(printable(location)))
+    location = _fenced(shlex.quote(printable(location)))
     soft = " --set distill.global_kind=soft --set distill.spatial_kind=soft"
     kinds = "" if "hard" in info["losses"]["cskd"] else soft
     if info["digest"] is not None:
-        place += f"@sha256:{info['digest']}"
+        location += f"@sha256:{info['digest']}"
     return (
         "```\n"
-        f"cskd-pipeline cache verify {place} --depth structure --shards 'YOUR/train-*.tar'\n"
-        f"cskd-pipeline train --cache {place} --shards 'YOUR/train-*.tar' --method cskd{kinds} "
+        f"cskd-pipeline cache verify {location} --depth structure --shards 'YOUR/train-*.tar'\n"
+        f"cskd-pipeline train --cache {location} --shards 'YOUR/train-*.tar' --method cskd{kinds} "
         f"--epochs {info['epochs']} --out run\n"
         "```"
     )
@@ -184,12 +184,12 @@ def _sizes(info: Info) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table whose cells show just their characters."""
+    """Return a Markdown table whose cells show just their characters."""
     lines = [head, ["---"] * len(head)]
     shown = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([*shown, *(f"| {' | '.join(map(text, row))} |" for row in rows)])
 
 
 def _fenced(block: str) -> str:
-    """Inside a fence only a fence would be read."""
+    """Return text for a fence, inside which only a fence would be read."""
     return block.replace("```", "'''")

@@ -1,6 +1,4 @@
-"""This program's own commands, run by those that run all of them: one after the other or side by
-side.
-"""
+"""This program's own commands, as demo and study run them: one after the other or side by side."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,35 +20,29 @@ log = logging.getLogger(__name__)
 
 Summary = dict[str, Any]
 Command = Callable[[list[str]], Summary]
-"""Runs ``cskd-pipeline`` with these words and gives its summary."""
+"""Runs ``cskd-pipeline`` with these words and returns its summary."""
 
 _LOOK = 0.1  # seconds between looks at processes that run
 
 
-def spoken(command: Command) -> Callable[..., Summary]:
-    """``command`` of texts and paths, each call told first as a user would type it."""
-
-    def call(*arguments: str | Path) -> Summary:
-        words = [str(argument) for argument in arguments]
-        log.info(f"$ cskd-pipeline {shlex.join(words)}")
-        return command(words)
-
-    return call
+def announced(command: Command) -> Callable[..., Summary]:
+    """Return ``command`` of texts and paths, which logs each call as a user would type it."""
+    return lambda *arguments: command(_logged(arguments))
 
 
 def side_by_side(
     calls: Mapping[str, Sequence[str | Path]], processes: int, logs: Path
-) -> Iterator[tuple[str, Summary]]:
+) -> Generator[tuple[str, Summary], None, None]:
     """Run commands as processes of their own, ``processes`` at a time, started in their order.
 
-    What each says of its progress is in ``logs/NAME.log``. If one fails, or the caller stops, those
-    that run are asked to stop as by Ctrl-C, which lets them save their state, and are waited for.
+    The news of each is in ``logs/NAME.log``. If one fails, or the caller stops, those that run are
+    stopped as by Ctrl-C, which lets them save their state, and waited for.
 
     Yields:
         Name and summary of each, as they end.
 
     Raises:
-        CskdError: the first failed command's own words.
+        CskdError: a command failed; its own problem, where, found, expected and action.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting = deque(calls.items())
@@ -59,9 +51,7 @@ def side_by_side(
         while waiting or running:
             while waiting and len(running) < processes:
                 name, arguments = waiting.popleft()
-                words = [str(argument) for argument in arguments]
-                log.info(f"$ cskd-pipeline {shlex.join(words)}")
-                running[name] = _start(words, logs / name)
+                running[name] = _start(_logged(arguments), logs / name)
             ended = [name for name, process in running.items() if process.poll() is not None]
             for name in ended:
                 yield name, _summary(running.pop(name).returncode, logs / name)
@@ -72,6 +62,12 @@ def side_by_side(
             process.terminate()
         for process in running.values():
             process.wait()
+
+
+def _logged(arguments: Sequence[str | Path]) -> list[str]:
+    words = [str(argument) for argument in arguments]
+    log.info(f"$ cskd-pipeline {shlex.join(words)}")
+    return words
 
 
 def _start(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
@@ -85,7 +81,7 @@ def _start(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def _summary(code: int, log: Path) -> Summary:
-    """What an ended command found.
+    """Return what an ended command found.
 
     Raises:
         CskdError: it failed.
@@ -95,8 +91,8 @@ def _summary(code: int, log: Path) -> Summary:
         found = json.loads(Path(f"{log}.json").read_text(encoding="utf-8"))
     if code == 0 and isinstance(found, dict):
         return found
-    told = found.get("error") if isinstance(found, dict) else None
-    if not isinstance(told, dict):
+    error = found.get("error") if isinstance(found, dict) else None
+    if not isinstance(error, dict):
         raise CskdError(
             "a command ended before its time",
             where=f"{log}.log",
@@ -105,5 +101,6 @@ def _summary(code: int, log: Path) -> Summary:
         )
     fields = ("where", "found", "expected", "action", "problems")
     raise CskdError(
-        f"{log.name}: {told.get('problem')}", **{name: told[name] for name in fields if told[name]}
+        f"{log.name}: {error.get('problem')}",
+        **{name: error[name] for name in fields if error[name]},
     )

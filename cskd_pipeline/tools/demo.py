@@ -1,6 +1,6 @@
-"""The whole pipeline through its own commands, on small pictures, in minutes.
+"""The whole pipeline through its own commands, on small images, in minutes.
 
-Pictures, shards, a CNN trained as the teacher, its cache, and one ViT trained three ways from it.
+Images, shards, a CNN trained as the teacher, its cache, and one ViT trained three ways from it.
 Every number in the table was measured by the run that prints it.
 """
 
@@ -12,38 +12,41 @@ from pathlib import Path
 from typing import Any
 
 from cskd_pipeline.runtime.atomic import require_empty, write_json
-from cskd_pipeline.runtime.console import Terminal
-from cskd_pipeline.tools.commands import Command, spoken
+from cskd_pipeline.tools.commands import Command, announced
+from cskd_pipeline.tools.tables import Printed, Table
 
 log = logging.getLogger(__name__)
 
-TRAIN_PICTURES = 2400
-VALIDATION_PICTURES = 800
+TRAIN_IMAGES = 2400
+VALIDATION_IMAGES = 800
 METHODS = ("none", "deit", "cskd")
 
 
-def run_demo(out: Path, terminal: Terminal, command: Command) -> dict[str, Any]:
-    """Run every stage below ``out`` and print one table.
+def run_demo(out: Path, command: Command) -> dict[str, Any]:
+    """Run every stage below ``out``.
 
     Args:
-        command: runs ``cskd-pipeline`` with the given arguments and gives its summary.
+        command: runs ``cskd-pipeline`` with the given arguments and returns its summary.
+
+    Returns:
+        The report, which is also in ``out/demo.json``.
 
     Raises:
         OutputError: ``out`` holds something else.
-        MissingPackageError: scikit-learn, which has the pictures, is not installed.
+        MissingPackageError: scikit-learn, which has the images, is not installed.
     """
     from cskd_pipeline.tools.demo_images import write_digit_folders
 
     started = time.perf_counter()
     require_empty(out, action="choose another folder: cskd-pipeline demo --out DIR")
-    pictures, shards = out / "pictures", out / "shards"
-    log.info(f"making {TRAIN_PICTURES + VALIDATION_PICTURES} pictures of handwritten digits")
-    write_digit_folders(pictures, train=TRAIN_PICTURES, validation=VALIDATION_PICTURES, seed=0)
+    images, shards = out / "pictures", out / "shards"
+    log.info(f"making {TRAIN_IMAGES + VALIDATION_IMAGES} images of handwritten digits")
+    write_digit_folders(images, train=TRAIN_IMAGES, validation=VALIDATION_IMAGES, seed=0)
 
-    call = spoken(command)
+    call = announced(command)
     train, validation = shards / "train", shards / "validation"
-    call("make-shards", pictures / "train", train, "--shard-size", "400")
-    call("make-shards", pictures / "validation", validation, "--shard-size", "400")
+    for folder in (train, validation):
+        call("make-shards", images / folder.name, folder, "--shard-size", "400")
     data = ("--shards", train, "--val-shards", validation)
 
     teacher_run = out / "teacher"
@@ -69,7 +72,6 @@ def run_demo(out: Path, terminal: Terminal, command: Command) -> dict[str, Any]:
         "cache": str(cache),
     }
     write_json(out / "demo.json", report)
-    _show(report, terminal)
     return report
 
 
@@ -83,22 +85,23 @@ def _row(name: str, measured: dict[str, Any], summary: dict[str, Any]) -> dict[s
     }
 
 
-def _show(report: dict[str, Any], terminal: Terminal) -> None:
-    terminal.table(
+def printed(report: dict[str, Any]) -> Printed:
+    """Yield a table of the models, and where everything is."""
+    yield Table(
         "Measured in this run",
-        ["model", "trained with", "top-1 %", "seconds", "where"],
+        ("model", "trained with", "top-1 %", "seconds", "where"),
         [
-            [
+            (
                 row["model"],
                 "labels (the teacher)" if row["name"] == "teacher" else row["name"],
                 f"{row['top1']:.1f}",
                 round(row["seconds"]),
                 row["out"],
-            ]
+            )
             for row in report["models"]
         ],
     )
     for encoding, size in report["cache_bytes_per_view"].items():
-        log.info(f"cache, {encoding}: {size:.0f} bytes a view")
-    log.info(f"cache: {report['cache']}")
-    log.info(f"in all {report['seconds']:.0f} s; everything is in {report['out']}")
+        yield f"cache, {encoding}: {size:.0f} bytes a view"
+    yield f"cache: {report['cache']}"
+    yield f"in all {report['seconds']:.0f} s; everything is in {report['out']}"

@@ -1,14 +1,12 @@
-"""Small real pictures that need no download: handwritten digits, placed where it matters.
+"""Small real images that need no download: handwritten digits at varying locations.
 
 scikit-learn ships 1,797 scans of handwritten digits (8x8, the UCI "optical recognition" test set).
-One digit at varying place, scale and colour on a shaded canvas, amid fragments of other digits:
-what the picture shows is decided in a part of it, so a spatial response says more than a global
-one.
+One digit at a varying location, scale and colour on a shaded canvas, amid fragments of other
+digits: a part of the image decides its class, so spatial logits say more than global ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +17,11 @@ from cskd_pipeline.errors import MissingPackageError
 CANVAS = 48  # pixels
 DIGIT = (30, 45)  # side in pixels, from and up to
 FRAGMENT = (8, 12)
-VALIDATION_DIGITS = 497  # scans that no training picture is made of
+VALIDATION_DIGITS = 497  # scans that no training image is made of
 
 
 def _scans() -> tuple[np.ndarray, np.ndarray]:
-    """(N, 8, 8) float in [0, 1] and (N,) labels.
+    """Return the scans, (N, 8, 8) float in [0, 1], and their (N,) labels.
 
     Raises:
         MissingPackageError: scikit-learn is not installed.
@@ -32,7 +30,7 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise MissingPackageError(
-            "the demo takes its pictures from scikit-learn, which is not installed",
+            "the demo takes its images from scikit-learn, which is not installed",
             action="pip install 'cskd-pipeline[demo]'",
         ) from error
     digits, labels = load_digits(return_X_y=True)
@@ -42,30 +40,25 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
 def write_digit_folders(out: Path, *, train: int, validation: int, seed: int) -> None:
     """Write ``out/train/<digit>/*.png`` and ``out/validation/<digit>/*.png``, 48x48 RGB.
 
-    Training and validation pictures are made of different scans. The same arguments give the same
-    pictures.
+    Training and validation images are made of different scans. The same arguments give the same
+    images.
     """
     scans, labels = _scans()
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(scans))
     pools = {"validation": order[:VALIDATION_DIGITS], "train": order[VALIDATION_DIGITS:]}
     for split, count in (("train", train), ("validation", validation)):
-        for number, chosen in enumerate(_cycle(pools[split], count)):
+        for number, chosen in enumerate(np.resize(pools[split], count).tolist()):
             folder = out / split / str(labels[chosen])
             folder.mkdir(parents=True, exist_ok=True)
-            picture = _picture(scans, chosen, pools[split], rng)
-            Image.fromarray(picture).save(folder / f"{number:05d}.png")
+            image = _image(scans, chosen, pools[split], rng)
+            Image.fromarray(image).save(folder / f"{number:05d}.png")
 
 
-def _cycle(pool: np.ndarray, count: int) -> Iterator[int]:
-    for number in range(count):
-        yield int(pool[number % len(pool)])
-
-
-def _picture(
+def _image(
     scans: np.ndarray, chosen: int, pool: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """uint8 (48, 48, 3)."""
+    """Return an image of one digit, uint8 (48, 48, 3)."""
     ramp = np.linspace(-1.0, 1.0, CANVAS)
     shade = rng.uniform(-30, 30) * ramp[:, None] + rng.uniform(-30, 30) * ramp[None, :]
     canvas = rng.uniform(20, 90, 3) + shade[..., None] + rng.normal(0, 10, (CANVAS, CANVAS, 1))

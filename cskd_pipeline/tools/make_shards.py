@@ -28,7 +28,7 @@ SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 
 @dataclass(frozen=True)
 class FolderImage:
-    """One picture of the tree. ``name`` is its path below the tree, with forward slashes."""
+    """Name one image of the tree. ``name`` is its path below the tree, with forward slashes."""
 
     path: Path
     name: str
@@ -36,7 +36,7 @@ class FolderImage:
 
     @property
     def key(self) -> str:
-        """``synset/synset_7.JPEG`` and ``class/7.png`` give ``synset_7`` and ``class_7``.
+        """Return ``synset_7`` of ``synset/synset_7.JPEG``, and ``class_7`` of ``class/7.png``.
 
         ImageNet's published shards have the same keys, so a cache of theirs fits shards made here.
         """
@@ -49,7 +49,7 @@ class FolderImage:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """A tree with one folder per class, in sorted order.
+    """List a tree with one folder per class, in sorted order.
 
     ``skipped``: everything else below the root: files that are no images or lie in no class folder,
     and what systems leave behind. A folder ends with a slash and is one entry.
@@ -146,14 +146,14 @@ def _is_class(entry: os.DirEntry[str]) -> bool:
 
 
 def _listed(root: Path, entry: os.DirEntry[str]) -> str:
-    """An entry as ``skipped`` has it."""
+    """Return an entry as ``skipped`` has it."""
     return Path(entry.path).relative_to(root).as_posix() + ("/" if entry.is_dir() else "")
 
 
 def _files_below(
     root: Path, folder: Path, above: tuple[str, ...], skipped: list[str]
 ) -> Iterator[str]:
-    """Paths below ``root`` of all images in ``folder``, sorted; the rest goes to ``skipped``.
+    """Yield paths below ``root`` of all images in ``folder``, sorted; the rest goes to ``skipped``.
 
     Links to folders are followed, but for those that lead back to where they are.
 
@@ -237,7 +237,7 @@ def _check_keys(images: Sequence[FolderImage]) -> None:
         first = seen.setdefault(image.key, image.name)
         if first != image.name:
             problems.append(f"{first} and {image.name} would both have the key {image.key}")
-        if not _is_utf8(image.name):
+        if any("\ud800" <= letter <= "\udfff" for letter in image.name):  # no UTF-8 on disk
             problems.append(f"{image.name!r} is not UTF-8")
     if problems:
         raise DataError(
@@ -248,16 +248,8 @@ def _check_keys(images: Sequence[FolderImage]) -> None:
         )
 
 
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def shuffled(count: int, seed: int) -> np.ndarray:
-    """A permutation of ``count`` places, the same for a seed on every machine."""
+    """Return a permutation of ``count`` numbers, the same for a seed on every machine."""
     keys = BitStream(derive_seed("make-shards", seed)).raw(count)
     return np.argsort(keys, kind="stable")
 
@@ -265,7 +257,7 @@ def shuffled(count: int, seed: int) -> np.ndarray:
 def _write(
     tree: ImageFolder, folder: Path, shard_size: int, seed: int, split: str, meter: Meter
 ) -> list[int]:
-    """Bytes of each tar written."""
+    """Write the shards and their two lists; return the bytes of each tar."""
     order = shuffled(len(tree.images), seed)
     parts = np.array_split(order, -(-len(order) // shard_size))
     digits = max(4, len(str(len(parts) - 1)))

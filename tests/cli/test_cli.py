@@ -272,7 +272,7 @@ LINES = {
     "dump-teacher": ("pipeline.dump.dump_teacher", "dump-teacher --shards S --teacher t --cache C"),
     "train": ("pipeline.train.train", "train --shards S --cache C --out O"),
     "evaluate": ("pipeline.evaluate.evaluate", "evaluate e --shards S"),
-    "export": ("tools.export.folder.export", "export e --out o"),
+    "export": ("tools.export.export_student.export_student", "export e --out o"),
     "cache info": ("cache.info.describe", "cache info c"),
     "cache merge": ("cache.merge.merge", "cache merge a b --out c"),
     "demo": ("tools.demo.run_demo", "demo"),
@@ -287,10 +287,6 @@ def test_json_is_one_object_whatever_libraries_print(
 
     def noisy(*args: Any, **kwargs: Any) -> dict[str, Any]:
         print("a library says hello")
-        for value in args:
-            if hasattr(value, "table"):
-                value.table("t", ["a"], [[1]])
-                value.line("news")
         return {"top1": 71.5, "where": Path("x")}
 
     replace(target, noisy)
@@ -595,18 +591,19 @@ def test_the_demo_runs_real_commands_and_gets_their_summaries(
     inner = replace("cache.info.describe", {"views": 3})
     replace(
         "tools.demo.run_demo",
-        lambda out, terminal, command: command(["cache", "info", "c", "--json"]),
+        lambda out, command: command(["cache", "info", "c", "--json"]),
     )
+    replace("tools.demo.printed", lambda report: iter(["done"]))
     assert run_json(capsys, "demo") == (0, {"views": 3})
     assert run("demo", "--quiet") == 0
-    assert capsys.readouterr().out == ""  # without --json the demo draws its own table
+    assert capsys.readouterr().out == ""  # what else the demo prints is its own report
     assert [args[0] for args, _ in inner] == ["c"] * 2
 
 
 def test_an_inner_commands_error_and_interruption_are_the_demos(
     replace: Replace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    replace("tools.demo.run_demo", lambda out, terminal, command: command(["cache", "info", "c"]))
+    replace("tools.demo.run_demo", lambda out, command: command(["cache", "info", "c"]))
     replace("cache.info.describe", CacheError("no cache"))
     assert run("demo") == 1
     assert "no cache" in capsys.readouterr().err

@@ -282,7 +282,7 @@ def test_answers_must_agree_on_the_whole_and_in_each_view(
         bound = 0.5 if where == "view" else 0.98
         assert problem["found"].endswith(f"expected {bound} at least")
     if wrong:
-        assert "its answers are not" in report["error"]["action"]
+        assert "its logits are not" in report["error"]["action"]
 
 
 def test_views_whose_partners_image_is_another_are_not_asked_about(

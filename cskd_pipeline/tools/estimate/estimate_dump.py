@@ -8,7 +8,6 @@ devices or loader processes would change.
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
 import tempfile
@@ -33,15 +32,13 @@ from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.models.teacher import Teacher
 from cskd_pipeline.pipeline.dump import loading_for, open_stage_one, teacher_info, usable
 from cskd_pipeline.pipeline.write_cache import cache_manifest
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.distributed import ALONE
 from cskd_pipeline.runtime.progress import duration, progress
 from cskd_pipeline.tools.bench.bench_dump import trial_dump
 from cskd_pipeline.tools.bench.bench_encodings import encode, store
 from cskd_pipeline.tools.bench.responses import Responses
 from cskd_pipeline.tools.bench.timing import SteadyRate
-
-log = logging.getLogger(__name__)
+from cskd_pipeline.tools.tables import Printed, Table
 
 IMAGES = 256
 COMMON = "seeds_and_digests"
@@ -137,32 +134,32 @@ def plan_dump(
     }
 
 
-def show(report: Mapping[str, Any], terminal: Terminal) -> None:
-    """The forecast as a table."""
+def printed(report: Mapping[str, Any]) -> Printed:
+    """Yield the forecast as a table, what was measured, and what limits it."""
     devices = list(report["forecast"][0]["device_seconds"])
-    terminal.table(
+    yield Table(
         f"{report['dataset']['name']}, {report['dataset']['samples']} samples, "
         f"{report['teacher']} on {report['device']}",
-        ["views", "encodings", "bytes/view", "size", "here", *(f"on {n} devices" for n in devices)],
+        ("views", "encodings", "bytes/view", "size", "here", *(f"on {n} devices" for n in devices)),
         [
-            [
+            (
                 row["views"],
                 " + ".join(row["encodings"]),
                 round(row["bytes_per_view"]),
                 size(row["bytes"]),
                 duration(row["seconds"]),
                 *(duration(seconds) for seconds in row["device_seconds"].values()),
-            ]
+            )
             for row in report["forecast"]
         ],
     )
     m = report["measured"]
-    log.info(
+    yield (
         f"measured on {m['views']} views: loader {m['loader_views_per_second']:.4g}/s in "
         f"{m['workers']} processes, teacher {m['teacher_views_per_second']:.4g}/s, "
         f"together {m['dump_views_per_second']:.4g}/s"
     )
-    log.info(f"the limit here is the {report['limit']}; " + _advice(report))
+    yield f"the limit here is the {report['limit']}; {_advice(report)}"
 
 
 def try_dump(recipe: DumpRecipe, dataset: Dataset, teacher: Teacher, images: int) -> DumpTrial:

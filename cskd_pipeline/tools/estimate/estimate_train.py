@@ -1,4 +1,4 @@
-"""``plan train``: whether the loader or the device will be the limit of a training run.
+"""``plan train``: the time of a training run, and whether loader or device is its limit.
 
 The recipe's own data, student and loss do a few updates for real: first the loader alone, then the
 device alone on a batch that is there already, then both together as in training. Nothing is
@@ -7,7 +7,6 @@ written.
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
 import time
@@ -20,12 +19,10 @@ from cskd_pipeline.config import TrainRecipe
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.pipeline.trainer import Run
 from cskd_pipeline.pipeline.training_data import open_training_data
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.device import pick_device, use_threads
 from cskd_pipeline.runtime.progress import duration, progress
 from cskd_pipeline.tools.bench.timing import SteadyRate
-
-log = logging.getLogger(__name__)
+from cskd_pipeline.tools.tables import Printed, Table
 
 UPDATES = 20
 
@@ -96,19 +93,20 @@ def plan_train(recipe: TrainRecipe, *, updates: int = UPDATES) -> dict[str, Any]
     }
 
 
-def show(report: Mapping[str, Any], terminal: Terminal) -> None:
-    """The forecast as a table."""
+def printed(report: Mapping[str, Any]) -> Printed:
+    """Yield the forecast as a table, and what limits it."""
     rates = report["images_per_second"]
-    terminal.table(
+    labels = {
+        "loader": f"loader alone, {report['workers']} processes",
+        "device": "device alone",
+        "together": "together: this run",
+    }
+    yield Table(
         f"{report['student']}, {report['method']}, on {report['device']}",
-        ["what", "images/s", "an epoch", f"{report['epochs']} epochs"],
+        ("what", "images/s", "an epoch", f"{report['epochs']} epochs"),
         [
-            [name, f"{rate:.4g}", *_durations(report, rate)]
-            for name, rate in (
-                (f"loader alone, {report['workers']} processes", rates["loader"]),
-                ("device alone", rates["device"]),
-                ("together: this run", rates["together"]),
-            )
+            (label, f"{rates[name]:.4g}", *_durations(report, rates[name]))
+            for name, label in labels.items()
         ],
     )
     workers = report["workers_to_feed_the_device"]
@@ -118,7 +116,7 @@ def show(report: Mapping[str, Any], terminal: Terminal) -> None:
         advice = f"{workers} loader processes on as many cores would feed the device"
     else:
         advice = f"{workers} loader processes feed it"
-    log.info(f"the limit here is the {report['limit']}; {advice}")
+    yield f"the limit here is the {report['limit']}; {advice}"
 
 
 def _durations(report: Mapping[str, Any], rate: float) -> list[str]:
@@ -127,6 +125,6 @@ def _durations(report: Mapping[str, Any], rate: float) -> list[str]:
 
 
 def _some(run: Run, updates: int) -> Iterator[Batch]:
-    """The micro-batches of the run's next updates, from the loader processes."""
+    """Return the micro-batches of the run's next updates, from the loader processes."""
     positions = islice(run.positions(), updates * run.recipe.batch.accumulation)
     return run.data.batches(positions, run.device)

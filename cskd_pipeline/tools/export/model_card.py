@@ -1,4 +1,4 @@
-"""The model card of an exported student: what it is, how it was trained, how to get its answer.
+"""The model card of an exported student: what it is, how it was trained, how to get its logits.
 
 Names in it are the text of whoever made the student: in Markdown they stay text.
 """
@@ -16,26 +16,26 @@ from cskd_pipeline.tools.cache_card import table, text
 
 METHODS = {
     "none": "labels alone",
-    "deit": "labels and a CNN's answer for the whole picture (DeiT's distillation)",
-    "cskd": "labels and a CNN's answer at every place of the picture (CSKD, arXiv 2307.08500)",
+    "deit": "labels and a CNN's global logits (DeiT's distillation)",
+    "cskd": "labels and a CNN's logits at every location of the image (CSKD, arXiv 2307.08500)",
 }
-_PLACE = "hf-hub:USER/NAME"
+_LOCATION = "hf-hub:USER/NAME"
 
 
 def model_card(
     student: Student, card: StudentCard, formats: Sequence[str], *, each_head: bool
 ) -> str:
-    """The README, with the front matter that the hub reads."""
+    """Return the README, with the front matter that the hub reads."""
     method = METHODS.get(card.method, card.method)
     parts = [
         _front_matter(card, formats),
         f"# {text(card.model)}, trained on {text(card.dataset or 'images')}",
-        f"An image classifier of {card.num_classes} classes for pictures of {card.size} x "
+        f"An image classifier of {card.num_classes} classes for images of {card.size} x "
         f"{card.size} pixels, trained with {text(method)}.",
         table(("", ""), [row for row in _rows(card) if row[1] is not None]),
     ]
     if "timm" in formats:
-        parts += ["## Use with timm", _fence("python", _with_timm()), *_own_answer(student, card)]
+        parts += ["## Use with timm", _fence("python", _with_timm()), *_own_logits(student, card)]
     if "onnx" in formats:
         parts += ["## Use with ONNX Runtime", *_with_onnx(student, card, each_head)]
     parts.append(
@@ -47,8 +47,8 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def own_answer(student: Student, card: StudentCard) -> str | None:
-    """Python that makes ``logits`` of a timm ``model`` and normalised ``images``, as trained.
+def own_logits(student: Student, card: StudentCard) -> str | None:
+    """Return Python that makes ``logits`` of a timm ``model`` and normalised ``images``.
 
     None where timm's own forward gives the same: it averages the class and distillation heads.
     """
@@ -80,7 +80,7 @@ def timms_heads(student: Student) -> tuple[str, ...]:
 
 
 def _pooled(patches: str, student: Student, card: StudentCard) -> str:
-    """The mean over the grid that the dense head was trained on, which may weigh patches."""
+    """Return the mean over the grid that the dense head was trained on, which may weigh patches."""
     assert card.grid is not None
     assert student.token_grid is not None
     if all(t % g == 0 for t, g in zip(student.token_grid, card.grid, strict=True)):
@@ -89,19 +89,19 @@ def _pooled(patches: str, student: Student, card: StudentCard) -> str:
     return f"torch.nn.functional.adaptive_avg_pool2d({maps}, {card.grid}).mean(dim=(2, 3))"
 
 
-def _own_answer(student: Student, card: StudentCard) -> list[str]:
+def _own_logits(student: Student, card: StudentCard) -> list[str]:
     distilled = student.has_distillation_token
-    code = own_answer(student, card)
+    code = own_logits(student, card)
     if code is None:
-        told = "the mean of its class and distillation heads" if distilled else "its answer"
-        return [f"`model(images)` is {told}, as trained."]
-    told = "the mean of its class and distillation heads" if distilled else "its class head alone"
+        given = "the mean of its class and distillation heads" if distilled else "its logits"
+        return [f"`model(images)` is {given}, as trained."]
+    given = "the mean of its class and distillation heads" if distilled else "its class head alone"
     own = "that of its class head: the distillation head was not trained"
     if "dense" in card.heads:
-        own = f"the mean of {', '.join(card.heads)}, where `dense` is the head's answer at every "
+        own = f"the mean of {', '.join(card.heads)}, where `dense` is the head's logits at every "
         own += "patch, averaged"
     return [
-        f"`model(images)` is {told}. The answer that it was trained for is {own}:",
+        f"`model(images)` is {given}. The output that it was trained for is {own}:",
         _fence("python", code),
     ]
 
@@ -116,7 +116,7 @@ def _rows(card: StudentCard) -> list[tuple[str, object]]:
         ("teacher", card.teacher),
         ("top-1", measured),
         ("weights", f"{card.weights}, after epoch {card.epoch}"),
-        ("answer", f"mean of {', '.join(card.heads)}"),
+        ("output", f"mean of {', '.join(card.heads)}"),
         ("recipe, SHA-256", card.recipe_sha256),
         ("teacher's cache, SHA-256 of its contents", card.cache_sha256),
         ("started from weights of SHA-256", card.init_sha256),
@@ -125,7 +125,7 @@ def _rows(card: StudentCard) -> list[tuple[str, object]]:
 
 
 def _front_matter(card: StudentCard, formats: Sequence[str]) -> str:
-    """YAML; strings as JSON has them, which YAML reads alike. It claims no license."""
+    """Return YAML; strings as JSON has them, which YAML reads alike. It claims no license."""
     tags = ["image-classification", *formats]
     tags += [] if card.method == "none" else ["knowledge-distillation", card.method]
     fields = {
@@ -142,9 +142,9 @@ def _with_timm() -> str:
 import torch
 from PIL import Image
 
-model = timm.create_model("{_PLACE}", pretrained=True).eval()  # or "local-dir:FOLDER"
+model = timm.create_model("{_LOCATION}", pretrained=True).eval()  # or "local-dir:FOLDER"
 transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
-images = transform(Image.open("picture.jpg").convert("RGB")).unsqueeze(0)
+images = transform(Image.open("image.jpg").convert("RGB")).unsqueeze(0)
 with torch.inference_mode():
     logits = model(images)'''
 
@@ -155,7 +155,7 @@ def _with_onnx(student: Student, card: StudentCard, each_head: bool) -> list[str
     return [
         f"`model.onnx` takes `images`, float32 (batch, 3, {card.size}, {card.size}), RGB in "
         f"[0, 1], and gives `logits` (batch, {card.num_classes}), the mean of "
-        f"{', '.join(card.heads)}{outputs}. The normalisation is inside. Pictures were evaluated "
+        f"{', '.join(card.heads)}{outputs}. The normalisation is inside. Images were evaluated "
         f"with the shorter side resized to {shown.resized} pixels "
         f"({shown.interpolation}), and the centre cut out.",
         _fence(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train the student; ``schedule`` is CKF's, None where nothing is fused."""
+    """Name one way to train the student; ``schedule`` is CKF's, None where nothing is fused."""
 
     name: str
     method: str
@@ -17,13 +17,13 @@ class Arm:
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """What it changes in its method's recipe, as ``--set`` takes it."""
+        """Return its changes of its method's recipe, as ``--set`` takes them."""
         return () if self.schedule is None else (f"distill.schedule={self.schedule}",)
 
 
 ARMS = (
     Arm("none", "none", None, "none: labels alone"),
-    Arm("deit", "deit", None, "deit: the global answer"),
+    Arm("deit", "deit", None, "deit: the global logits"),
     Arm("cskd_spatial", "cskd", "spatial", "cskd, spatial only (r = 1)"),
     Arm("cskd_global", "cskd", "global", "cskd, global only (r = 0)"),
     Arm("cskd_linear", "cskd", "linear", "cskd, CKF linear"),
@@ -34,7 +34,7 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Claim:
-    """That the arm ``better`` reaches a higher top-1 than the arm ``worse``."""
+    """Claim that the arm ``better`` reaches a higher top-1 than the arm ``worse``."""
 
     text: str
     better: str
@@ -52,16 +52,17 @@ FUSION = Claim("CKF > spatial only", "cskd_linear", "cskd_spatial")
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One student: an arm with a seed, which decides its first weights and the order of images."""
+    """Name one student: an arm with a seed, which decides first weights and the order of images."""
 
     arm: Arm
     seed: int
 
     @property
     def name(self) -> str:
+        """Return the name of its folder, ``cskd_linear-1``."""
         return f"{self.arm.name}-{self.seed}"
 
 
 def all_runs(seeds: Sequence[int]) -> list[StudyRun]:
-    """Seed by seed, so that a study stopped early has all methods at the same seeds."""
+    """Return all, seed by seed, so that a study stopped early has all methods at the same seeds."""
     return [StudyRun(arm, seed) for seed in seeds for arm in ARMS]

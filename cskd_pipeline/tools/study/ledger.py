@@ -23,7 +23,7 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class Recipes:
-    """The study's five recipes; ``sources``: role -> what ``--recipe`` takes."""
+    """Hold the study's five recipes; ``sources``: role -> what ``--recipe`` takes."""
 
     sources: Mapping[str, str]
     teacher: TrainRecipe
@@ -32,13 +32,14 @@ class Recipes:
 
     @property
     def digests(self) -> dict[str, str]:
+        """Return the digest of each recipe, by role."""
         training = {"teacher": self.teacher, **self.students}
         found = {role: result_digest(recipe) for role, recipe in training.items()}
         return {"dump": result_digest(self.dump), **found}
 
 
 def load_recipes(size: str, folder: Path | None = None) -> Recipes:
-    """The recipes of a size in ``stages/study``, or those in a folder.
+    """Return the recipes of a size in ``stages/study``, or those in a folder.
 
     Raises:
         RecipeError: one cannot be used; or the students' differ in more than the method, so that
@@ -66,7 +67,7 @@ def load_recipes(size: str, folder: Path | None = None) -> Recipes:
 
 
 class Ledger:
-    """What is finished of the study in ``folder``.
+    """Know what is finished of the study in ``folder``.
 
     Args:
         digests: what decides the study's results, by name: recipes and data.
@@ -96,7 +97,7 @@ class Ledger:
             sweep(self._results)
 
     def find(self, name: str, *numbers: str) -> dict[str, Any] | None:
-        """What the part ``name`` found, or None while it is not finished.
+        """Return what the part ``name`` found, or None while it is not finished.
 
         Raises:
             OutputError: a file that is not one of ours: no object, or without these ``numbers``.
@@ -105,7 +106,7 @@ class Ledger:
         return _read(path, *numbers) if path.exists() else None
 
     def add(self, name: str, found: Mapping[str, Any]) -> None:
-        """The part ``name`` is finished."""
+        """Write down that the part ``name`` is finished."""
         write_json(self._results / f"{name}.json", found)
 
 
@@ -127,10 +128,10 @@ def _damaged(path: Path, found: str) -> OutputError:
         "a file of the study is damaged",
         where=path,
         found=found,
-        action="remove it and run the same command again: what it tells of is then done again",
+        action="remove it and run the same command again: that part is then done once more",
     )
 
 
 def data_digest(shard_ids: tuple[str, ...]) -> str:
-    """Of the samples of a data set: their keys, tar by tar."""
+    """Return the digest of a data set's samples: their keys, tar by tar."""
     return schemas.sha256(list(shard_ids))

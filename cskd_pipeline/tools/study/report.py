@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cskd_pipeline.runtime.atomic import write_text
-from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools.report import plots
 from cskd_pipeline.tools.report.plot_files import FORMATS, write_plot
 from cskd_pipeline.tools.study.arms import ARMS, FUSION, ORDERING, Claim, StudyRun
-from cskd_pipeline.tools.study.verdicts import Spread, Verdict, judge, ordering
-
-log = logging.getLogger(__name__)
+from cskd_pipeline.tools.study.verdicts import MeanOfRuns, Verdict, judge, ordering
+from cskd_pipeline.tools.tables import Printed, Table
 
 COLUMNS = ("trained with", "seeds", "top-1 %, mean ± deviation", "each seed", "seconds a run")
 NOTE = (
@@ -28,7 +25,7 @@ NOTE = (
 def make_report(
     runs: Sequence[StudyRun], results: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Methods and verdicts as plain data.
+    """Return methods and verdicts as plain data.
 
     Args:
         results: a run's name -> ``top1`` in percent, ``per_head``, ``seconds``; of every run.
@@ -39,7 +36,7 @@ def make_report(
     claims = {claim: judge(top1[claim.better], top1[claim.worse]) for claim in (*ORDERING, FUSION)}
     methods = []
     for arm in ARMS:
-        spread = Spread.of(list(top1[arm.name].values()))
+        spread = MeanOfRuns.of(list(top1[arm.name].values()))
         own = [results[run.name] for run in runs if run.arm == arm]
         methods.append(
             {
@@ -84,16 +81,16 @@ def _claim(claim: Claim, verdict: Verdict) -> dict[str, Any]:
 
 
 def verdict_lines(report: Mapping[str, Any]) -> list[str]:
-    """One line for the whole ordering, then one for each claim."""
-    whole = report["ordering"]
+    """Return one line for the ordering, then one for each claim."""
+    ordered = report["ordering"]
     return [
-        f"the paper's ordering {whole['claim']}: {whole['verdict']}",
+        f"the paper's ordering {ordered['claim']}: {ordered['verdict']}",
         *(f"{one['claim']}: {one['verdict']} ({one['numbers']})" for one in report["claims"]),
     ]
 
 
 def rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """The table's cells, in the order of :data:`COLUMNS`."""
+    """Return the table's cells, in the order of :data:`COLUMNS`."""
     return [
         [
             method["label"],
@@ -107,6 +104,7 @@ def rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def teacher_line(report: Mapping[str, Any]) -> str:
+    """Return how good the teacher is, and what it was trained on."""
     teacher, images = report["teacher"], report["images"]
     return (
         f"teacher {teacher['student']}: top-1 {teacher['top1']:.2f} % on {images['validation']:,} "
@@ -114,23 +112,23 @@ def teacher_line(report: Mapping[str, Any]) -> str:
     )
 
 
-def show(report: Mapping[str, Any], terminal: Terminal) -> None:
-    """Two tables, and the rest as news."""
-    terminal.table("Students' top-1, last weights", COLUMNS, rows(report))
-    whole = report["ordering"]
-    claims = [[one["claim"], one["verdict"], one["numbers"]] for one in report["claims"]]
-    terminal.table(
+def printed(report: Mapping[str, Any]) -> Printed:
+    """Yield the students, the claims, and what else there is to know."""
+    yield Table("Students' top-1, last weights", COLUMNS, rows(report))
+    ordered = report["ordering"]
+    claims = [(one["claim"], one["verdict"], one["numbers"]) for one in report["claims"]]
+    yield Table(
         "The paper's claims",
-        ["claim", "verdict", "means; paired differences"],
-        [[whole["claim"], whole["verdict"], ""], *claims],
+        ("claim", "verdict", "means; paired differences"),
+        [(ordered["claim"], ordered["verdict"], ""), *claims],
     )
-    for line in (teacher_line(report), NOTE):
-        log.info(line)
-    log.info(f"{report['seconds']:.0f} s; everything is in {report['out']}")
+    yield teacher_line(report)
+    yield NOTE
+    yield f"{report['seconds']:.0f} s; everything is in {report['out']}"
 
 
 def write_files(report: Mapping[str, Any], out: Path) -> None:
-    """``table.md``, ``table.csv`` (a row a run), ``study.svg`` and ``study.png``."""
+    """Write ``table.md``, ``table.csv`` (a row a run), ``study.svg`` and ``study.png``."""
     cells = [list(COLUMNS), ["---"] * len(COLUMNS), *rows(report)]
     table = "".join(f"| {' | '.join(row)} |\n" for row in cells)
     lines = [teacher_line(report), *verdict_lines(report), NOTE]

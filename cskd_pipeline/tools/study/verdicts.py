@@ -18,16 +18,16 @@ With few seeds that is a low bar: Student's t asks for 4.3 of three seeds at 95 
 
 
 @dataclass(frozen=True)
-class Spread:
-    """``deviation``: the sample standard deviation (n - 1); None for a single value."""
+class MeanOfRuns:
+    """Hold a mean and the sample standard deviation (n - 1), which a single value has not."""
 
     n: int
     mean: float
     deviation: float | None
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+    def of(cls, values: Sequence[float]) -> MeanOfRuns:
+        """Return the mean of at least one value."""
         mean = math.fsum(values) / len(values)
         if len(values) == 1:
             return cls(1, mean, None)
@@ -36,17 +36,17 @@ class Spread:
 
     @property
     def error(self) -> float | None:
-        """Standard error of the mean."""
+        """Return the standard error of the mean."""
         return None if self.deviation is None else self.deviation / math.sqrt(self.n)
 
     def __str__(self) -> str:
-        """``55.82 ± 0.31``."""
+        """Return ``55.82 ± 0.31``."""
         return f"{self.mean:.2f}" + ("" if self.deviation is None else f" ± {self.deviation:.2f}")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether one method was better than another.
+    """Say whether one method was better than another.
 
     Attributes:
         better, worse: of the seeds that both have.
@@ -55,18 +55,20 @@ class Verdict:
         clear: it lies outside the noise, see :data:`NOISE`; None where the noise is not known.
     """
 
-    better: Spread
-    worse: Spread
+    better: MeanOfRuns
+    worse: MeanOfRuns
     differences: tuple[float, ...]
     held: bool | None
     clear: bool | None
 
     @property
-    def difference(self) -> Spread:
-        return Spread.of(self.differences)
+    def difference(self) -> MeanOfRuns:
+        """Return the mean of the paired differences."""
+        return MeanOfRuns.of(self.differences)
 
     @property
     def word(self) -> str:
+        """Return ``held``, ``did not hold, within noise``, and so on."""
         if self.held is None:
             return "cannot be judged: not all values are numbers"
         word = "held" if self.held else "did not hold"
@@ -78,7 +80,7 @@ class Verdict:
 
     @property
     def numbers(self) -> str:
-        """``55.82 ± 0.31 > 53.80 ± 0.40; paired +2.02 ± 0.17: +1.90 +1.80 +2.36``.
+        """Return ``55.82 ± 0.31 > 53.80 ± 0.40; paired +2.02 ± 0.17: +1.90 +1.80 +2.36``.
 
         What follows a mean is the sample standard deviation, what follows the mean paired
         difference its standard error.
@@ -95,8 +97,8 @@ def judge(better: Mapping[int, float], worse: Mapping[int, float]) -> Verdict:
     """Compare two methods by seed -> top-1; at least one seed is in both."""
     seeds = [seed for seed in better if seed in worse]
     differences = tuple(better[seed] - worse[seed] for seed in seeds)
-    upper, lower = (Spread.of([side[seed] for seed in seeds]) for side in (better, worse))
-    difference = Spread.of(differences)
+    upper, lower = (MeanOfRuns.of([side[seed] for seed in seeds]) for side in (better, worse))
+    difference = MeanOfRuns.of(differences)
     held = clear = None
     if math.isfinite(difference.mean):
         held = difference.mean > 0
@@ -110,7 +112,7 @@ def _outside(mean: float, error: float) -> bool:
 
 
 def ordering(verdicts: Sequence[Verdict]) -> str:
-    """Of a chain of claims: the word for all of them together."""
+    """Return the word for a chain of claims together."""
     if any(verdict.held is None for verdict in verdicts):
         return "cannot be judged"
     if not all(verdict.held for verdict in verdicts):

@@ -1,6 +1,5 @@
-"""Whether a cache can be trusted, in three depths: structure, bytes, meaning.
+"""Whether a cache can be trusted: its structure, its bytes, and what they mean.
 
-1. **depth** -- one depth: what it looked at and what is wrong.
-2. **verify_responses** -- the teacher asked again.
-3. **verify_cache** -- ``verify``: all of it, in order, as one report.
+1. **verify_responses** -- the teacher run again on some of its views.
+2. **verify_cache** -- ``verify_cache``: all of it, in order, as one report.
 """

@@ -1,15 +1,15 @@
 """Whether a cache can be trusted: its files, its bytes, and what they mean for the images at hand.
 
-``verify`` is the whole of it. Structure and bytes need only the cache; with shards, the cache's
-samples are looked for among them and a sample of its views is made again; with a teacher, that
-sample's answers are computed again too.
+``verify_cache`` is the whole of it. Structure and bytes need only the cache; with shards, the
+cache's samples are looked for among them and some of its views are replayed; with a teacher, the
+logits of those views are computed again too.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,68 +23,74 @@ from cskd_pipeline.data.join import Join, join_to_look
 from cskd_pipeline.data.replay import Replay, replay, spread_views
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime.classes import COMMAND_SWITCH, ClassGuard
-from cskd_pipeline.runtime.console import Terminal, format_value
-from cskd_pipeline.tools.verify.depth import Check
-from cskd_pipeline.tools.verify.verify_responses import TeacherChoice, check_teacher
+from cskd_pipeline.runtime.console import format_value
+from cskd_pipeline.tools.tables import Printed, Table
+from cskd_pipeline.tools.verify.verify_responses import Check, TeacherChoice, check_teacher
 
 log = logging.getLogger(__name__)
 
-SAMPLES = 512  # views that are made again unless told otherwise
+SAMPLES = 512  # views that are replayed unless another number is given
 
 
-def verify(
+@dataclass(frozen=True)
+class UserImages:
+    """Name the images that a cache is to fit.
+
+    Args:
+        samples: how many views are replayed from them.
+        accept_classes: class names and labels that are not the cache's are no problem.
+        teacher: runs on the replayed views; None: none does.
+    """
+
+    shards: str
+    split: str | None = None
+    samples: int = SAMPLES
+    accept_classes: bool = False
+    teacher: TeacherChoice | None = None
+
+
+def verify_cache(
     cache: Path | str,
-    terminal: Terminal,
     *,
     depth: str = "bytes",
-    shards: str | None = None,
-    split: str | None = None,
-    teacher: TeacherChoice | None = None,
-    samples: int = SAMPLES,
     partial: bool = False,
-    accept_classes: bool = False,
+    images: UserImages | None = None,
 ) -> dict[str, Any]:
-    """``cskd-pipeline cache verify``: look at everything, tell all that is wrong.
+    """Check everything, and report all that is wrong.
 
     Args:
         depth: ``structure``, or ``bytes``, which is that too.
-        shards, split: the user's own images; None: the cache is looked at alone.
-        teacher: needs ``shards``.
-        samples: how many views are made again, and asked about.
         partial: units that are not made yet are no problem.
-        accept_classes: nor are class names and labels of ``shards`` that are not the cache's.
+        images: the user's own; None: the cache is looked at alone.
 
     Returns:
-        Per depth what was counted, and ``ok``.
+        Per depth what was counted, all ``problems``, and ``ok``.
 
     Raises:
-        CacheError: something is wrong; holds the report too.
         CskdError: there is no cache, or no data set, to look at.
     """
     reader = open_cache(cache)
-    checks = _own_checks(reader, depth, partial, terminal)
+    checks = _own_checks(reader, depth, partial)
     broken = any(check.problems for check in checks[1:])
     differences = reader.manifest.version_differences(library_versions())
-    if shards is not None and broken:
+    if images is not None and broken:
         log.warning("the cache itself is damaged: it is not compared with the shards")
-    elif shards is not None:
-        guard = ClassGuard(accept=True)  # every difference becomes a problem, unless it is accepted
-        found = join_to_look(reader, shards, guard, split=split)
-        checks.append(_classes_check(found, guard, accept_classes, terminal))
-        replayed = replay(found, spread_views(found, samples))
-        checks += [_join_check(found), *_replay_checks(found, replayed, differences)]
-        if teacher is not None:
-            checks += check_teacher(found, replayed, teacher)
-    digest = None if broken else reader.digest()
-    report = _report(reader, checks, differences, digest)
-    _show(checks, terminal)
-    if not report["ok"]:
-        raise _failure(reader, checks, report)
-    return report
+    elif images is not None:
+        checks += _image_checks(reader, images, differences)
+    return {
+        "cache": str(reader.path),
+        "digest": None if broken else reader.digest(),
+        "ok": not any(check.problems for check in checks),
+        "checks": {
+            check.depth: {**check.counts, "problems": len(check.problems)} for check in checks
+        },
+        "other_versions_here": list(differences),
+        "problems": [asdict(problem) for check in checks for problem in check.problems],
+    }
 
 
-def _own_checks(reader: Cache, depth: str, partial: bool, terminal: Terminal) -> list[Check]:
-    """Units, structure, and bytes if asked for: what needs nothing but the cache."""
+def _own_checks(reader: Cache, depth: str, partial: bool) -> list[Check]:
+    """Check units, structure and, by ``depth``, bytes: what needs nothing but the cache."""
     done = reader.done()
     units = [(block, shard) for shard, block in np.argwhere(done.T).tolist()]
     store = reader.store
@@ -104,8 +110,20 @@ def _own_checks(reader: Cache, depth: str, partial: bool, terminal: Terminal) ->
     return checks
 
 
-def _classes_check(found: Join, guard: ClassGuard, accept: bool, terminal: Terminal) -> Check:
-    """Of names, and of labels by key; what is accepted is told."""
+def _image_checks(reader: Cache, images: UserImages, differences: Sequence[str]) -> list[Check]:
+    """Check the cache against the user's images; ``differences`` are those of library versions."""
+    guard = ClassGuard(accept=True)  # every difference becomes a problem, unless it is accepted
+    found = join_to_look(reader, images.shards, guard, split=images.split)
+    checks = [_classes_check(found, guard, images.accept_classes)]
+    replayed = replay(found, spread_views(found, images.samples))
+    checks += [_join_check(found), *_replay_checks(found, replayed, differences)]
+    if images.teacher is not None:
+        checks += check_teacher(found, replayed, images.teacher)
+    return checks
+
+
+def _classes_check(found: Join, guard: ClassGuard, accept: bool) -> Check:
+    """Check names, and labels by key; what is accepted is logged."""
     if accept:
         guard.report()
     else:
@@ -130,7 +148,7 @@ def _join_check(found: Join) -> Check:
 
 
 def _replay_checks(found: Join, replayed: Replay, differences: Sequence[str]) -> list[Check]:
-    """Of images, and of the views of those images that are the cache's."""
+    """Check images, and the views of those images that are the cache's."""
     rows, same = replayed.rows, replayed.same_image
 
     def problems(depth: str, wrong: np.ndarray, what: str) -> list[Problem]:
@@ -160,32 +178,17 @@ def _replay_checks(found: Join, replayed: Replay, differences: Sequence[str]) ->
     ]
 
 
-def _report(
-    reader: Cache, checks: Sequence[Check], differences: Sequence[str], digest: str | None
-) -> dict[str, Any]:
-    return {
-        "cache": str(reader.path),
-        "digest": digest,
-        "ok": not any(check.problems for check in checks),
-        "checks": {
-            check.depth: {**check.counts, "problems": len(check.problems)} for check in checks
-        },
-        "other_versions_here": list(differences),
-        "problems": [asdict(problem) for check in checks for problem in check.problems],
-    }
-
-
-def _show(checks: Sequence[Check], terminal: Terminal) -> None:
+def printed(report: Mapping[str, Any]) -> Printed:
+    """Yield a table of what was checked."""
     rows = []
-    for check in checks:
-        counts = ", ".join(f"{name} {format_value(n)}" for name, n in check.counts.items())
-        rows.append((check.depth, counts.replace("_", " "), len(check.problems)))
-    terminal.table("cache verify", ("depth", "looked at", "problems"), rows)
+    for depth, found in report["checks"].items():
+        counts = [f"{name} {format_value(n)}" for name, n in found.items() if name != "problems"]
+        rows.append((depth, ", ".join(counts).replace("_", " "), found["problems"]))
+    yield Table("cache verify", ("depth", "looked at", "problems"), rows)
 
 
 TO_DO = {
-    "units": "run the dump-teacher command that made it again: it makes what is missing; or pass "
-    "--partial",
+    "units": "run its dump-teacher command again: it makes what is missing; or pass --partial",
     "structure": RESTORE,
     "bytes": RESTORE,
     "classes": "pack the images again from class folders with the cache's names; or, where class k "
@@ -196,19 +199,27 @@ TO_DO = {
     "--set data.drift=warn",
     "teacher": "give the teacher that made the cache by --teacher, --weights, --mean and --std: "
     "cache info shows them",
-    "answers": "the teacher is the cache's but its answers are not: compare the library versions "
+    "answers": "the teacher is the cache's but its logits are not: compare the library versions "
     "that cache info shows, and the code of a factory; else copy the cache again",
 }
 
 
-def _failure(reader: Cache, checks: Sequence[Check], report: Mapping[str, Any]) -> CacheError:
-    failed = [check for check in checks if check.problems]
-    return CacheError(
+def require_ok(report: Mapping[str, Any]) -> None:
+    """Refuse a cache with problems.
+
+    Raises:
+        CacheError: lists them, says what to do, and holds the report.
+    """
+    if report["ok"]:
+        return
+    failed = {depth: found["problems"] for depth, found in report["checks"].items()}
+    failed = {depth: count for depth, count in failed.items() if count}
+    raise CacheError(
         "the cache does not pass",
-        where=reader.path,
-        found=", ".join(f"{len(check.problems)} in {check.depth}" for check in failed),
+        where=report["cache"],
+        found=", ".join(f"{count} in {depth}" for depth, count in failed.items()),
         expected="none",
-        action="; ".join(dict.fromkeys(TO_DO[check.depth] for check in failed)),
-        problems=[str(problem) for check in failed for problem in check.problems],
+        action="; ".join(dict.fromkeys(TO_DO[depth] for depth in failed)),
+        problems=[str(Problem(**problem)) for problem in report["problems"]],
         report=report,
     )

@@ -1,9 +1,10 @@
-"""The teacher asked again about a sample of a cache's views."""
+"""The teacher run again on a sample of a cache's views."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,22 +22,29 @@ from cskd_pipeline.models.teacher import Teacher, load_teacher
 from cskd_pipeline.models.timm_models import TeacherSource
 from cskd_pipeline.runtime.device import pick_device
 from cskd_pipeline.runtime.progress import progress
-from cskd_pipeline.tools.verify.depth import Check
 
 MEAN_AGREEMENT = 0.98
-"""The least, see :func:`agreement`. Logits rounded to float16 tie at 0.4 % of the places
+"""The least, see :func:`agreement`. Logits rounded to float16 tie at 0.4 % of the locations
 (K = 1000), where another machine's last bits change the label; other weights, or other pixels,
 change far more."""
 VIEW_AGREEMENT = 0.5
 """The least of one view: a tie of its global logits costs a third."""
 RATIOS = (1.0, 0.5)
 COMPARED = ("weights_sha256", "mean", "std", "grid", "num_classes", "size", "precision")
-"""What a manifest says of its teacher, and the one at hand must share; its name may differ."""
+"""Of a manifest's teacher, what the one at hand must share; its name may differ."""
+
+
+class Check(NamedTuple):
+    """Hold what was looked at, as numbers by name, and what is wrong."""
+
+    depth: str
+    counts: dict[str, Any]
+    problems: Sequence[Problem]
 
 
 @dataclass(frozen=True)
 class TeacherChoice:
-    """Who is asked again; ``name``, ``weights``, ``mean`` and ``std`` as for dump-teacher."""
+    """Choose the teacher; ``name``, ``weights``, ``mean`` and ``std`` as for dump-teacher."""
 
     name: str
     weights: str = "hub"
@@ -47,7 +55,7 @@ class TeacherChoice:
 
 
 def check_teacher(found: Join, replayed: Replay, choice: TeacherChoice) -> list[Check]:
-    """Whether the teacher is the cache's, and if so whether it still gives its answers.
+    """Compare the teacher with the cache's and, where they are one, its logits with the stored.
 
     Raises:
         TeacherError, WeightsError: there is no such teacher.
@@ -63,23 +71,23 @@ def check_teacher(found: Join, replayed: Replay, choice: TeacherChoice) -> list[
     identity = Check("teacher", counts, problems)
     if problems:
         return [identity]
-    return [identity, _check_answers(found, replayed, teacher)]
+    return [identity, _check_responses(found, replayed, teacher)]
 
 
-def _check_answers(found: Join, replayed: Replay, teacher: Teacher) -> Check:
-    """Ask about those views that were made again to the bit, and so were their partners' images."""
+def _check_responses(found: Join, replayed: Replay, teacher: Teacher) -> Check:
+    """Run it on the views that were replayed to the bit, and whose partners' images are equal."""
     cache = cache_of(found)
     renderer = renderer_of(found, strict=False)
     rows = replayed.rows[replayed.exact & replayed.same_seed]
     rows = rows[same_images(found, renderer.pair(rows).partner)] if len(rows) else rows
     parts: dict[str, list[np.ndarray]] = {name: [] for name in cache.encodings}
-    with progress(len(rows), "views", "asking the teacher again") as meter:
+    with progress(len(rows), "views", "running the teacher again") as meter:
         for start in range(0, len(rows), teacher.batch_size):
             part = rows[start : start + teacher.batch_size]
             batch = render_batch(renderer, part).to(teacher.device)
-            answer = logits_of(teacher, batch, cache.manifest.policy)
+            logits = logits_of(teacher, batch, cache.manifest.policy)
             for name, encoding in cache.encodings.items():
-                live = encoding.encode(answer.spatial.cpu(), answer.global_.cpu())
+                live = encoding.encode(logits.spatial.cpu(), logits.global_.cpu())
                 stored = cache.gather(name, part)
                 tensors = {n: torch.from_numpy(values) for n, values in stored.items()}
                 parts[name].append(agreement(encoding, live, tensors))
@@ -96,7 +104,7 @@ def _check_answers(found: Join, replayed: Replay, teacher: Teacher) -> Check:
 def agreement(
     encoding: Encoding, live: Mapping[str, Tensor], stored: Mapping[str, Tensor]
 ) -> np.ndarray:
-    """How far two answers to each view agree, 0 to 1: (B,) float64.
+    """Return how far two responses to each view agree, 0 to 1: (B,) float64.
 
     The share of equal hard labels, where the encoding has them, else the overlap of the
     distributions (1 - total variation); the mean of that at r = 1, at 0.5, and of the global one.

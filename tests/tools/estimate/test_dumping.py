@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from cskd_pipeline.cache.info import describe
+from cskd_pipeline.cli.reports import print_report
 from cskd_pipeline.config import DumpRecipe, load_recipe
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.models.teacher import Logits
 from cskd_pipeline.pipeline.dump import dump_teacher
+from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools.estimate import estimate_dump
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -108,9 +110,7 @@ def test_every_encoding_and_number_of_views_is_forecast(both: tuple[dict[str, An
 def test_the_table_is_read_in_ten_seconds(
     both: tuple[dict[str, Any], ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from cskd_pipeline.runtime.console import Terminal
-
-    estimate_dump.show(both[0], Terminal())
+    print_report(Terminal(), both[0], estimate_dump.printed(both[0]))
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2 + 2 * (len(ENCODINGS) + 1)
     assert "the limit here is the device" in err

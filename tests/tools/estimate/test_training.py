@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from cskd_pipeline.cli.reports import print_report
 from cskd_pipeline.data import render
 from cskd_pipeline.pipeline.train import train
 from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools.estimate import estimate_train
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -58,9 +60,7 @@ def test_a_slow_disk_is_the_limit(
     assert report["workers_to_feed_the_device"] > 1
     rates = report["images_per_second"]
     assert rates["together"] < rates["loader"] < rates["device"]
-    from cskd_pipeline.runtime.console import Terminal
-
-    estimate_train.show(report, Terminal())
+    print_report(Terminal(), report, estimate_train.printed(report))
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 5
     assert "the limit here is the loader" in err

@@ -25,10 +25,10 @@ from cskd_pipeline.errors import MissingPackageError, OutputError, WeightsError
 from cskd_pipeline.models.checkpoint import load_student, read_card, save_student
 from cskd_pipeline.models.header import StudentCard
 from cskd_pipeline.models.student import Student, create_student, inference_logits
-from cskd_pipeline.tools.export import folder as exporting
-from cskd_pipeline.tools.export import graph
-from cskd_pipeline.tools.export.folder import export
-from cskd_pipeline.tools.export.model_card import model_card, own_answer
+from cskd_pipeline.tools.export import export_student as exporting
+from cskd_pipeline.tools.export import onnx_graph
+from cskd_pipeline.tools.export.export_student import export_student
+from cskd_pipeline.tools.export.model_card import model_card, own_logits
 from tests.pipeline import world
 
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ class Exported:
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     root = tmp_path_factory.mktemp("exported")
     source = save(root / "student.safetensors", request.param)
-    export(source, root / "out", formats=("timm", "onnx"), each_head=True)
+    export_student(source, root / "out", formats=("timm", "onnx"), each_head=True)
     student, card = load_student(source, CPU)
     student.eval()
     return Exported(root / "out", student, card, torch.rand(7, 3, 48, 48))
@@ -122,7 +122,7 @@ def test_the_cards_lines_give_the_answer_that_was_trained(exported: Exported) ->
     model = timm.create_model(f"local-dir:{exported.folder}", pretrained=True).eval()
     student = exported.student
     images = normalise(exported.images, student.mean, student.std)
-    code = own_answer(student, exported.card)
+    code = own_logits(student, exported.card)
     timms = ("cls", "dist") if student.has_distillation_token else ("cls",)
     assert (code is None) == (exported.card.heads == timms)
     scope: dict[str, Any] = {"model": model, "images": images, "torch": torch}
@@ -142,7 +142,7 @@ def test_the_usage_that_the_card_shows_runs(exported: Exported, tmp_path: Path) 
     assert "hf-hub:USER/NAME" in code
     world.draw_pictures(tmp_path / "p", per_class=1, seed=0)
     code = code.replace("hf-hub:USER/NAME", f"local-dir:{exported.folder}")
-    code = code.replace("picture.jpg", str(next((tmp_path / "p").rglob("*.png"))))
+    code = code.replace("image.jpg", str(next((tmp_path / "p").rglob("*.png"))))
     scope: dict[str, Any] = {}
     exec(code, scope)
     assert scope["logits"].shape == (1, 5)
@@ -161,7 +161,7 @@ def test_nothing_of_the_architectures_own_weights_is_claimed(exported: Exported)
 def test_class_names_are_timms_label_names(tmp_path: Path) -> None:
     names = ("a", "b", "<b>c</b>", "d: \x1b[31m", "e")
     save(tmp_path / "s.safetensors", "cskd", class_names=names)
-    export(tmp_path / "s.safetensors", tmp_path / "out")
+    export_student(tmp_path / "s.safetensors", tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["label_names"] == list(names)
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert model.pretrained_cfg["label_names"] == list(names)
@@ -170,7 +170,7 @@ def test_class_names_are_timms_label_names(tmp_path: Path) -> None:
 def test_an_exported_folder_is_a_student_again(exported: Exported, tmp_path: Path) -> None:
     """Card and checksum travel with it, so it can be evaluated, fine-tuned and exported."""
     assert read_card(exported.folder / "model.safetensors") == exported.card
-    export(exported.folder, tmp_path / "again", formats=("timm",))
+    export_student(exported.folder, tmp_path / "again", formats=("timm",))
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (exported.folder / name).read_bytes()
 
@@ -242,7 +242,7 @@ def test_the_graph_names_no_file_of_the_machine_it_was_made_on(exported: Exporte
 
 def test_heads_are_given_only_when_asked(tmp_path: Path) -> None:
     save(tmp_path / "s.safetensors", "cskd", class_names=tuple("abcde"))
-    found = export(tmp_path / "s.safetensors", tmp_path / "out", formats=("onnx",))
+    found = export_student(tmp_path / "s.safetensors", tmp_path / "out", formats=("onnx",))
     assert set(found["files"]) == {"model.onnx", "README.md"}
     model = onnx.load(tmp_path / "out/model.onnx")
     assert [output.name for output in model.graph.output] == ["logits"]
@@ -253,13 +253,15 @@ def test_heads_are_given_only_when_asked(tmp_path: Path) -> None:
 def test_without_its_packages_onnx_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(
+        onnx_graph, "find_spec", lambda name: None if name == "onnxscript" else name
+    )
     save(tmp_path / "s.safetensors", "cskd")
     with pytest.raises(MissingPackageError, match="onnxscript") as caught:
-        export(tmp_path / "s.safetensors", tmp_path / "out", formats=("timm", "onnx"))
+        export_student(tmp_path / "s.safetensors", tmp_path / "out", formats=("timm", "onnx"))
     assert "cskd-pipeline[onnx]" in str(caught.value)
     assert not (tmp_path / "out").exists()
-    export(tmp_path / "s.safetensors", tmp_path / "out")
+    export_student(tmp_path / "s.safetensors", tmp_path / "out")
 
 
 # The card
@@ -269,7 +271,7 @@ def test_the_card_says_how_the_student_was_trained(tmp_path: Path) -> None:
     about = {"dataset": "imagenet", "teacher": "regnety_160.deit_in1k", "top1": 76.25, "epoch": 300}
     digests = {name: c * 64 for name, c in (("recipe_sha256", "a"), ("cache_sha256", "b"))}
     save(tmp_path / "s.safetensors", "cskd", weights="ema", **about, **digests)
-    export(tmp_path / "s.safetensors", tmp_path / "out")
+    export_student(tmp_path / "s.safetensors", tmp_path / "out")
     readme = (tmp_path / "out/README.md").read_text()
     head, _, body = readme.removeprefix("---\n").partition("\n---\n")
     front = dict(line.split(": ", 1) for line in head.splitlines())
@@ -296,7 +298,7 @@ def test_what_is_not_known_is_not_told(tmp_path: Path) -> None:
 def test_foreign_names_stay_text_in_the_card(tmp_path: Path) -> None:
     evil = "<script>x</script> [a](javascript:b) | **c** \x1b[31m\n# d"
     save(tmp_path / "s.safetensors", "cskd", dataset=evil, teacher=evil, class_names=(evil,) * 5)
-    export(tmp_path / "s.safetensors", tmp_path / "out", formats=("timm", "onnx"))
+    export_student(tmp_path / "s.safetensors", tmp_path / "out", formats=("timm", "onnx"))
     readme = (tmp_path / "out/README.md").read_text()
     body = readme.removeprefix("---\n").partition("\n---\n")[2]
     html = MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
@@ -311,10 +313,10 @@ def test_foreign_names_stay_text_in_the_card(tmp_path: Path) -> None:
 def test_only_an_empty_folder_is_written_to(tmp_path: Path) -> None:
     save(tmp_path / "s.safetensors", "none")
     (tmp_path / "out").mkdir()
-    export(tmp_path / "s.safetensors", tmp_path / "out")  # empty
+    export_student(tmp_path / "s.safetensors", tmp_path / "out")  # empty
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     with pytest.raises(OutputError, match="holds something else"):
-        export(tmp_path / "s.safetensors", tmp_path / "out")
+        export_student(tmp_path / "s.safetensors", tmp_path / "out")
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
@@ -326,7 +328,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(exporting, "model_card", fail)
     with pytest.raises(ZeroDivisionError):
-        export(tmp_path / "s.safetensors", tmp_path / "out")
+        export_student(tmp_path / "s.safetensors", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
 
 
@@ -336,7 +338,7 @@ def test_a_damaged_student_is_not_exported(tmp_path: Path) -> None:
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(WeightsError, match="damaged"):
-        export(path, tmp_path / "out")
+        export_student(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -359,7 +361,7 @@ def test_training_from_an_exported_folder_starts_with_its_weights(tmp_path: Path
     from cskd_pipeline.pipeline.finetune import read_source
 
     path = save(tmp_path / "s.safetensors", "cskd")
-    export(path, tmp_path / "out")
+    export_student(path, tmp_path / "out")
     source = read_source(tmp_path / "out")
     assert (source.model, source.size, source.num_classes) == (DISTILLED, 48, 5)
     saved = load_file(path)
@@ -369,7 +371,7 @@ def test_training_from_an_exported_folder_starts_with_its_weights(tmp_path: Path
 
 def test_nothing_of_onnx_is_imported_before_it_is_asked_for() -> None:
     code = (
-        "import sys\nimport cskd_pipeline.tools.export.folder\n"
+        "import sys\nimport cskd_pipeline.tools.export.export_student\n"
         "assert not {'onnx', 'onnxscript', 'onnxruntime'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,7 +14,7 @@ from cskd_pipeline.models.header import StudentCard
 from cskd_pipeline.models.student import Student
 from cskd_pipeline.runtime.atomic import atomic_folder, require_empty, write_text
 from cskd_pipeline.runtime.progress import progress
-from cskd_pipeline.tools.export import graph
+from cskd_pipeline.tools.export import onnx_graph
 from cskd_pipeline.tools.export.model_card import model_card
 
 # Of what timm says of an architecture: the rest is about its own weights, their tag and license.
@@ -23,7 +23,7 @@ _OF_ANY_WEIGHTS = (
 )
 
 
-def export(
+def export_student(
     checkpoint: Path,
     out: Path,
     *,
@@ -43,7 +43,7 @@ def export(
     """
     require_empty(out, action="choose another --out")
     if "onnx" in formats:
-        graph.require_packages()
+        onnx_graph.require_packages()
     source = student_file(checkpoint)
     student, card = load_student(source, torch.device("cpu"))
     student.eval()
@@ -52,7 +52,7 @@ def export(
             _write_timm(student, card, folder)
             done.advance(1)
         if "onnx" in formats:
-            graph.write(student, card, folder / "model.onnx", each_head=each_head)
+            onnx_graph.write_onnx(student, card, folder / "model.onnx", each_head=each_head)
             done.advance(1)
         write_text(folder / "README.md", model_card(student, card, formats, each_head=each_head))
     return {

@@ -12,15 +12,15 @@ import pytest
 from cskd_pipeline.tools.study.arms import ARMS, FUSION, ORDERING, all_runs
 from cskd_pipeline.tools.study.ledger import FAMILIES, load_recipes
 from cskd_pipeline.tools.study.report import make_report
-from cskd_pipeline.tools.study.run_study import Stages
-from cskd_pipeline.tools.study.verdicts import Spread, judge, ordering
+from cskd_pipeline.tools.study.run_study import Stages, StudyConfig
+from cskd_pipeline.tools.study.verdicts import MeanOfRuns, judge, ordering
 
 # --- numbers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("values", [[55.8, 56.1, 55.2], [3.0, 3.0], [1e-3, 2.0, 70.0, 99.5, 12.0]])
 def test_means_and_deviations_are_numpys(values: list[float]) -> None:
-    spread = Spread.of(values)
+    spread = MeanOfRuns.of(values)
     assert spread.n == len(values)
     assert spread.mean == pytest.approx(np.mean(values))
     assert spread.deviation == pytest.approx(np.std(values, ddof=1))
@@ -28,9 +28,9 @@ def test_means_and_deviations_are_numpys(values: list[float]) -> None:
 
 
 def test_a_single_value_has_no_deviation() -> None:
-    assert Spread.of([41.5]) == Spread(1, 41.5, None)
-    assert str(Spread.of([41.5])) == "41.50"
-    assert str(Spread.of([1.0, 2.0])) == "1.50 ± 0.71"
+    assert MeanOfRuns.of([41.5]) == MeanOfRuns(1, 41.5, None)
+    assert str(MeanOfRuns.of([41.5])) == "41.50"
+    assert str(MeanOfRuns.of([1.0, 2.0])) == "1.50 ± 0.71"
 
 
 def seeds(*values: float) -> dict[int, float]:
@@ -63,7 +63,7 @@ def test_a_verdict_says_whether_it_held_and_whether_that_is_noise(
 
 
 def test_seeds_are_compared_with_themselves() -> None:
-    """Spread that methods share is no noise of their difference."""
+    """MeanOfRuns that methods share is no noise of their difference."""
     better, worse = seeds(40, 60, 80), seeds(39, 58.9, 79.1)
     assert judge(better, worse).clear
     assert judge(better, worse).differences == pytest.approx((1.0, 1.1, 0.9))
@@ -147,7 +147,7 @@ def test_the_papers_order_holds_and_its_reverse_does_not() -> None:
 
 
 def test_the_cache_is_of_the_teachers_last_weights_which_no_validation_image_chose() -> None:
-    stages = Stages("shards", "val", Path("out"), load_recipes("cpu"), ())
+    stages = Stages(StudyConfig("shards", "val", Path("out")), load_recipes("cpu"))
     words = list(map(str, stages.dump()))
     weights = Path(words[words.index("--weights") + 1])
     trained = list(map(str, stages.teacher()))

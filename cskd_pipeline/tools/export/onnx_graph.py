@@ -1,4 +1,4 @@
-"""A student as one ONNX graph: pixels in [0, 1] in, its answer out, for any number of pictures."""
+"""A student as one ONNX graph: pixels in [0, 1] in, logits out, for any number of images."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def require_packages() -> None:
 
 
 class HeadsMean(nn.Module):
-    """From pixels to the mean of the heads that a student was trained for."""
+    """Map pixels to the mean of the heads that a student was trained for."""
 
     mean: Tensor
     std: Tensor
@@ -56,21 +56,21 @@ class HeadsMean(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Logits (B, K) of images (B, 3, S, S) in [0, 1]; then each head's, if asked."""
+        """Return logits (B, K) of images (B, 3, S, S) in [0, 1], and each head's by its flag."""
         predicted = self.student((images - self.mean) / self.std, self.grid)
-        answer = inference_logits(predicted, self.heads)
+        logits = inference_logits(predicted, self.heads)
         if not self.each_head:
-            return (answer,)
-        logits = predicted.logits()
-        return (answer, *(logits[name] for name in self.heads))
+            return (logits,)
+        own = predicted.logits()
+        return (logits, *(own[name] for name in self.heads))
 
 
-def write(student: Student, card: StudentCard, path: Path, *, each_head: bool) -> None:
-    """Write the student's graph; it says of itself what it takes and gives.
+def write_onnx(student: Student, card: StudentCard, path: Path, *, each_head: bool) -> None:
+    """Write the student's graph, whose metadata says what it takes and gives.
 
     Args:
         student: in evaluation mode, on the CPU.
-        each_head: whether the heads' own logits follow the answer, as ``cls``, ``dist``, ``dense``.
+        each_head: whether the heads' own logits follow their mean, as ``cls``, ``dist``, ``dense``.
 
     Raises:
         MissingPackageError: see :func:`require_packages`.
@@ -89,7 +89,7 @@ def write(student: Student, card: StudentCard, path: Path, *, each_head: bool) -
         )
     program = torch.onnx.export(
         HeadsMean(student, card, each_head=each_head).eval(),
-        # Two pictures: torch.export takes a size of one for a constant.
+        # Two images: torch.export takes a size of one for a constant.
         (torch.zeros(2, 3, card.size, card.size),),
         dynamo=True,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -109,7 +109,7 @@ def write(student: Student, card: StudentCard, path: Path, *, each_head: bool) -
 
 
 def _about(student: Student, card: StudentCard) -> dict[str, str]:
-    """What a user needs to know, as the model's own metadata."""
+    """Return what a user needs to know, as the model's own metadata."""
     side = card.size
     about = {
         "input": f"float32 (batch, 3, {side}, {side}), RGB in [0, 1]; it is normalised inside",
@@ -133,7 +133,7 @@ def _forget_origins(model: Any) -> None:
 
 
 def _parts(message: Any) -> Iterator[Any]:
-    """A message and all messages in it."""
+    """Yield a message and all messages in it."""
     yield message
     for field, value in message.ListFields():
         if field.message_type is not None:

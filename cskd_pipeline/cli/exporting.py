@@ -1,4 +1,4 @@
-"""The command that hands a student on."""
+"""``export``: a student for others."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from cskd_pipeline.cli.options import Json, Outcome, Quiet, one_of
+from cskd_pipeline.cli.options import Outcome, one_of
 from cskd_pipeline.cli.root import app
 from cskd_pipeline.errors import UsageError
-from cskd_pipeline.runtime.console import Terminal
 
 FORMATS = ("timm", "onnx")
 
@@ -40,12 +39,10 @@ def export(
     heads: Annotated[
         bool, typer.Option("--heads", help="The ONNX model also gives every head's own logits.")
     ] = False,
-    quiet: Quiet = False,
-    json: Json = False,
 ) -> Outcome:
-    """Write a student for those who have not this package: for timm and the hub, or as ONNX.
+    """Write a student for those without this package: for timm and the hub, or as ONNX.
 
-    A README beside it says how it was trained and how to get its answer.
+    A README beside it says how it was trained and how to get its logits.
     """
     formats = tuple(dict.fromkeys(format_ or ("timm",)))
     unknown = [name for name in formats if name not in FORMATS]
@@ -53,7 +50,6 @@ def export(
         raise UsageError("no format of that name", found=unknown[0], expected=" or ".join(FORMATS))
     if heads and "onnx" not in formats:
         raise UsageError("--heads does nothing alone", action="give --format onnx too")
-    Terminal.listening(quiet=quiet, json=json)
-    from cskd_pipeline.tools.export.folder import export as write
+    from cskd_pipeline.tools.export import export_student as exporting
 
-    return write(checkpoint, out, formats=formats, each_head=heads)
+    return exporting.export_student(checkpoint, out, formats=formats, each_head=heads)
