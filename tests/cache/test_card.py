@@ -17,7 +17,8 @@ from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cli import app, main
 from cskd_pipeline.errors import OutputError
-from cskd_pipeline.tools.cache_card import MARK, text, write_card
+from cskd_pipeline.tools.cache_card import MARK, write_card
+from cskd_pipeline.tools.markdown import text
 from tests.cache.making import dataset, make, teacher
 
 EVIL = (
