@@ -18,7 +18,7 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -113,8 +113,7 @@ class Sender:
             os.close(descriptor)
 
 
-@dataclass(frozen=True)
-class Parcel:
+class Parcel(NamedTuple):
     """A packed item; what arrives of it in the parent is the item itself."""
 
     key: int
@@ -125,9 +124,7 @@ class Parcel:
     inline: bytes | None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpacked, (
-            *(self.key, self.worker, self.message, self.spans, self.total, self.inline),
-        )
+        return _unpacked, tuple(self)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Places:
     label: np.ndarray
 
 
+@dataclass(eq=False)
 class ImageSource:
     """Reads samples by (shard, offset) in a layout.
 
@@ -43,42 +44,31 @@ class ImageSource:
         same_labels: labels unlike the cache's are an error.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[TarShard],
-        *,
-        places: Sequence[Places | int] | None = None,
-        cache: Cache | None = None,
-        strict: bool = True,
-        same_labels: bool = True,
-    ) -> None:
-        self.shards = tuple(shards)
-        self.cache = cache
-        self.strict = strict
-        self.same_labels = same_labels
-        self._places = tuple(range(len(shards)) if places is None else places)
-        self._crcs: dict[int, np.ndarray] = {}
+    shards: Sequence[TarShard]
+    _: KW_ONLY
+    places: Sequence[Places | int] | None = None
+    cache: Cache | None = None
+    strict: bool = True
+    same_labels: bool = True
+    _crcs: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def lenient(self) -> ImageSource:
         """Return the same source, which refuses no image for its CRC."""
-        return ImageSource(
-            self.shards,
-            places=self._places,
-            cache=self.cache,
-            strict=False,
-            same_labels=self.same_labels,
-        )
+        return replace(self, strict=False)
 
     def alone(self) -> ImageSource:
         """Return the same source without a cache."""
-        return ImageSource(self.shards, places=self._places)
+        return replace(self, cache=None)
+
+    def _place(self, shard: int) -> Places | int:
+        return shard if self.places is None else self.places[shard]
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return tar numbers and rows in them, (n,) int64 each; ``NOWHERE`` for what no tar has."""
         tars, rows = samples[:, 0].astype(np.int64), samples[:, 1].astype(np.int64)
         for shard in np.unique(samples[:, 0]).tolist():
             here = samples[:, 0] == shard
-            places = self._places[shard]
+            places = self._place(shard)
             if isinstance(places, int):
                 tars[here] = places
             else:
@@ -148,7 +138,7 @@ class ImageSource:
 
     def _shard_labels(self, shard: int) -> np.ndarray:
         """(count,) of a layout shard, as the tars have them; ``NOWHERE`` for what no tar has."""
-        places = self._places[shard]
+        places = self._place(shard)
         return self.shards[places].index.label if isinstance(places, int) else places.label
 
     def relabelled(self, shard: int, recorded: np.ndarray) -> np.ndarray:

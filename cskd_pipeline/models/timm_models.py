@@ -121,12 +121,7 @@ def create_timm(
         error: an unknown name, arguments the model does not take, weights that cannot be fetched.
     """
     if not name.startswith(HUB_PREFIXES) and not timm.is_model(name):
-        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=4)
-        raise error(
-            "timm has no model of this name",
-            where=name,
-            found=f"timm {timm.__version__}" + (f", which has {', '.join(close)}" if close else ""),
-        )
+        raise _unknown(error, timm, name, name.split(".")[0], timm.list_models())
     known = _current_name(name)
     if known is None:
         raise error("timm has removed this model", where=name, found=f"timm {timm.__version__}")
@@ -146,21 +141,11 @@ def create_timm(
     try:
         model: nn.Module = timm.create_model(known, pretrained=pretrained, **arguments)
     except Exception as problem:  # bad arguments fail inside the model, fetching in many libraries
-        found = f"{type(problem).__name__}: {problem}"
         if pretrained:
-            raise error(
-                "the pretrained weights could not be had",
-                where=name,
-                found=found,
-                action="check the name's tag and the network, or fetch model.safetensors of "
-                f"timm/{name} elsewhere and pass that file as the weights",
+            raise _out_of_reach(
+                error, name, problem, f"model.safetensors of timm/{name}"
             ) from problem
-        raise error(
-            "the model cannot be made with these arguments",
-            where=name,
-            found=found,
-            expected=f"arguments that timm's {name} takes, not {arguments}",
-        ) from problem
+        raise _not_made(error, name, problem, arguments) from problem
     return model
 
 
@@ -187,13 +172,7 @@ def _create_torchvision(
     models = torchvision.models
     known = models.list_models(module=models)
     if architecture not in known:
-        close = difflib.get_close_matches(architecture, known, n=4)
-        raise TeacherError(
-            "torchvision has no classification model of this name",
-            where=name,
-            found=f"torchvision {torchvision.__version__}"
-            + (f", which has {', '.join(close)}" if close else ""),
-        )
+        raise _unknown(TeacherError, torchvision, name, architecture, known)
     published = models.get_model_weights(architecture)
     tags = list(published.__members__)
     if tag and (tag not in tags or not pretrained):
@@ -209,12 +188,7 @@ def _create_torchvision(
     try:
         network: nn.Module = models.get_model(architecture, weights=None, **arguments)
     except Exception as problem:  # as in create_timm
-        raise TeacherError(
-            "the model cannot be made with these arguments",
-            where=name,
-            found=f"{type(problem).__name__}: {problem}",
-            expected=f"arguments that torchvision's {architecture} takes, not {arguments}",
-        ) from problem
+        raise _not_made(TeacherError, name, problem, arguments) from problem
     if pretrained:
         load_into(network, _fetch(name, entry), entry.url)
         seen = entry.transforms()
@@ -226,20 +200,47 @@ def _create_torchvision(
 
 
 def _fetch(name: str, entry: Any) -> Mapping[str, Tensor]:
-    """The tensors of weights that torchvision publishes; nothing in the file is run."""
+    """Return the tensors of weights that torchvision publishes; run nothing in the file."""
     try:
         state: Mapping[str, Tensor] = entry.get_state_dict(
             progress=False, check_hash=True, weights_only=True
         )
     except Exception as problem:  # fetching fails in many libraries
-        raise TeacherError(
-            "the pretrained weights could not be had",
-            where=name,
-            found=f"{type(problem).__name__}: {problem}",
-            action=f"check the network, or fetch {entry.url} elsewhere and pass that file as the "
-            "weights",
-        ) from problem
+        raise _out_of_reach(TeacherError, name, problem, entry.url) from problem
     return state
+
+
+def _unknown(
+    error: type[CskdError], library: Any, name: str, architecture: str, known: Sequence[str]
+) -> CskdError:
+    close = difflib.get_close_matches(architecture, known, n=4)
+    return error(
+        f"{library.__name__} has no model of this name",
+        where=name,
+        found=f"{library.__name__} {library.__version__}"
+        + (f", which has {', '.join(close)}" if close else ""),
+    )
+
+
+def _not_made(
+    error: type[CskdError], name: str, problem: Exception, arguments: Mapping[str, Any]
+) -> CskdError:
+    return error(
+        "the model cannot be made with these arguments",
+        where=name,
+        found=f"{type(problem).__name__}: {problem}",
+        expected=f"arguments that {name} takes, not {dict(arguments)}",
+    )
+
+
+def _out_of_reach(error: type[CskdError], name: str, problem: Exception, file: str) -> CskdError:
+    return error(
+        "the pretrained weights cannot be fetched",
+        where=name,
+        found=f"{type(problem).__name__}: {problem}",
+        action=f"check the name's tag and the network, or fetch {file} elsewhere and pass that "
+        "file as the weights",
+    )
 
 
 def _call_factory(name: str, num_classes: int | None, kwargs: Mapping[str, Any]) -> nn.Module:

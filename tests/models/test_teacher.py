@@ -296,7 +296,7 @@ def test_an_unreachable_hub_points_to_a_local_file(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(TeacherError, match="could not be had") as caught:
+    with pytest.raises(TeacherError, match="cannot be fetched") as caught:
         load_teacher(TeacherSource("resnet10t.c3_in1k"), size=64)
     assert "model.safetensors" in str(caught.value.action)
     assert caught.value.where == "resnet10t.c3_in1k"
