@@ -47,12 +47,17 @@ __version__ = "0.1.0"
 # people; a test holds the three together.
 PUBLIC = {
     "Cache": "cskd_pipeline.cache.reader",
+    "CacheSection": "cskd_pipeline.config.sections",
     "CskdError": "cskd_pipeline.errors",
+    "Loading": "cskd_pipeline.data.unit_views",
     "Targets": "cskd_pipeline.distill.targets",
+    "TeacherInfo": "cskd_pipeline.cache.manifest",
     "ViewPolicy": "cskd_pipeline.views.policy",
+    "WriteOptions": "cskd_pipeline.pipeline.write_cache",
     "open_cache": "cskd_pipeline.cache.reader",
     "register_encoding": "cskd_pipeline.distill.encodings",
     "register_policy": "cskd_pipeline.views.policy",
+    "write_cache": "cskd_pipeline.pipeline.write_cache",
 }
 __all__ = ["__version__", *PUBLIC]
 

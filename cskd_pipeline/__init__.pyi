@@ -1,8 +1,13 @@
+from cskd_pipeline.cache.manifest import TeacherInfo as TeacherInfo
 from cskd_pipeline.cache.reader import Cache as Cache
 from cskd_pipeline.cache.reader import open_cache as open_cache
+from cskd_pipeline.config.sections import CacheSection as CacheSection
+from cskd_pipeline.data.unit_views import Loading as Loading
 from cskd_pipeline.distill.encodings import register_encoding as register_encoding
 from cskd_pipeline.distill.targets import Targets as Targets
 from cskd_pipeline.errors import CskdError as CskdError
+from cskd_pipeline.pipeline.write_cache import WriteOptions as WriteOptions
+from cskd_pipeline.pipeline.write_cache import write_cache as write_cache
 from cskd_pipeline.views.policy import ViewPolicy as ViewPolicy
 from cskd_pipeline.views.policy import register_policy as register_policy
 
@@ -10,11 +15,16 @@ PUBLIC: dict[str, str]
 __version__: str
 __all__ = [
     "Cache",
+    "CacheSection",
     "CskdError",
+    "Loading",
     "Targets",
+    "TeacherInfo",
     "ViewPolicy",
+    "WriteOptions",
     "__version__",
     "open_cache",
     "register_encoding",
     "register_policy",
+    "write_cache",
 ]

@@ -35,13 +35,14 @@ MAX_CHUNK_BYTES = 2**28
 """Decoded, and of a file's shard index: far above honest ones, so that no manifest fills memory."""
 
 
-def encodings_of(manifest: CacheManifest) -> dict[str, Encoding]:
-    """Return the manifest's encodings, by name.
+def encodings_of(names: Iterable[str]) -> dict[str, Encoding]:
+    """Return the encodings of these names.
 
     Raises:
         CacheError: one that is neither built in nor registered.
     """
-    unknown = [name for name in manifest.encodings if name not in ENCODINGS]
+    names = tuple(names)
+    unknown = [name for name in names if name not in ENCODINGS]
     if unknown:
         raise CacheError(
             "unknown encoding",
@@ -50,7 +51,7 @@ def encodings_of(manifest: CacheManifest) -> dict[str, Encoding]:
             action="install a newer cskd-pipeline, or, if it is your own, pass it to "
             "cskd_pipeline.register_encoding before the cache is opened",
         )
-    return {name: ENCODINGS[name] for name in manifest.encodings}
+    return {name: ENCODINGS[name] for name in names}
 
 
 def response_shape(manifest: CacheManifest) -> ResponseShape:
@@ -65,7 +66,7 @@ def specs(manifest: CacheManifest) -> dict[str, ArraySpec]:
         CacheError: an array's name is not ``ENCODING/...``, as a registered encoding may have it.
     """
     shape, found = response_shape(manifest), {}
-    for name, encoding in encodings_of(manifest).items():
+    for name, encoding in encodings_of(manifest.encodings).items():
         for spec in encoding.arrays(shape):
             if not re.fullmatch(f"{name}/[a-z0-9_-]+", spec.name):
                 raise CacheError(
@@ -86,7 +87,8 @@ def choose_view_block(
     Args:
         largest_shard: samples in the longest tar shard.
     """
-    arrays = [spec for name in encodings for spec in ENCODINGS[name].arrays(shape)]
+    chosen = encodings_of(encodings).values()
+    arrays = [spec for encoding in chosen for spec in encoding.arrays(shape)]
     view_bytes = largest_shard * sum(spec.row_bytes for spec in arrays)
     fitting = min(MAX_VIEW_BLOCK, max(1, MAX_UNIT_BYTES // view_bytes))
     return max(n for n in range(1, fitting + 1) if views % n == 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib import metadata
@@ -166,8 +166,8 @@ class TeacherInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     grid: tuple[int, int]
-    precision: str
-    kwargs: Mapping[str, Any]
+    precision: str = "float32"
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     top1: float | None = None
 
 
@@ -333,10 +333,10 @@ def _dataset_problems(document: Any, at: str = "$") -> Iterator[str]:
             yield f"{here}.name: found {name!r}, expected a file name or a path inside the folder"
         elif not name.isprintable():
             yield f"{here}.name: found {name!r}, expected printable characters"
-        for field in ("name", "keys_sha256"):
-            first = seen.setdefault((field, shard[field]), number)
+        for identity in ("name", "keys_sha256"):
+            first = seen.setdefault((identity, shard[identity]), number)
             if first != number:
-                yield f"{here}.{field}: found that of shards[{first}], expected each once"
+                yield f"{here}.{identity}: found that of shards[{first}], expected each once"
 
 
 def _cache_problems(document: Any) -> Iterator[str]:

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from cskd_pipeline.cache.buffer import UnitBuffer
-from cskd_pipeline.cache.layout import response_shape
+from cskd_pipeline.cache.layout import encodings_of, response_shape, specs
 from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
 from cskd_pipeline.data.full_batches import TeacherViews, full_batches
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.shards import TarShard
 from cskd_pipeline.data.unit_views import Loading, unit_batches
 from cskd_pipeline.distill.ckf import hard_global_labels
-from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.models.teacher import Logits, require_finite
 from cskd_pipeline.runtime.progress import Meter, progress
@@ -130,7 +129,7 @@ class UnitWriter:
         return complete
 
     def _require_next(self, views: TeacherViews, spatial: Tensor, global_: Tensor) -> None:
-        if self._thread is None or not self._given or self._given.popleft() is not views:
+        if self._thread is None or not self._given or self._given[0] is not views:
             raise UsageError(
                 "these views are not those whose logits come next",
                 where=self.writer.path,
@@ -146,6 +145,7 @@ class UnitWriter:
                 expected=f"spatial {expected[0]}, global {expected[1]}",
                 action="correct TeacherInfo's num_classes and grid, or the network's last steps",
             )
+        self._given.popleft()
 
     def _store(self, views: TeacherViews, logits: Logits, ready: torch.cuda.Event | None) -> int:
         """Encode, sort into units, and hand complete units to the thread; return their number.
@@ -181,8 +181,8 @@ class UnitWriter:
         require_finite(logits, self.writer.manifest.teacher.name)
         label = views.label.to(logits.global_.device)
         found = {"correct": hard_global_labels(logits.global_) == label}
-        for name in self.writer.manifest.encodings:
-            found |= ENCODINGS[name].encode(logits.spatial, logits.global_)
+        for encoding in encodings_of(self.writer.manifest.encodings).values():
+            found |= encoding.encode(logits.spatial, logits.global_)
         return {
             **{name: values.cpu().numpy() for name, values in found.items()},
             "seed": views.seed,
@@ -194,9 +194,8 @@ class UnitWriter:
         """Prepare for the next unit, if there is one."""
         if self._unfinished:
             unit, manifest = self._unfinished[0], self.writer.manifest
-            specs = [spec for name in manifest.encodings for spec in self.writer.specs(name)]
-            count = manifest.dataset.counts[unit.shard]
-            self._buffer = UnitBuffer(len(unit.views), count, {s.name: s.fill for s in specs})
+            fill = {name: spec.fill for name, spec in specs(manifest).items()}
+            self._buffer = UnitBuffer(len(unit.views), manifest.dataset.counts[unit.shard], fill)
             self._missing = self.writer.size_of(unit)
 
     def _commit(self) -> None:

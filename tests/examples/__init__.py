@@ -1,0 +1,1 @@
+"""Each example of docs/examples, run as its reader would."""

@@ -1,0 +1,67 @@
+"""``own_teacher.py`` on images of digits: what the cache holds is what the network gives."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cskd_pipeline as cskd
+from cskd_pipeline.data.assemble import assemble
+from cskd_pipeline.data.batches import render_batch
+from cskd_pipeline.data.images import ImageSource
+from cskd_pipeline.data.index import load_dataset
+from cskd_pipeline.data.plan import SampleSet
+from cskd_pipeline.data.render import Renderer
+from cskd_pipeline.tools.demo_images import write_digit_folders
+from cskd_pipeline.tools.make_shards import make_shards
+
+EXAMPLE = Path(__file__).parents[2] / "docs/examples/own_teacher.py"
+LINES = 30
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tars of 48 images of digits, 48x48 pixels."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digit_folders(folder, train=48, validation=1, seed=0)
+    make_shards(folder / "train", folder / "shards", shard_size=20, seed=0)
+    return folder / "shards"
+
+
+def test_the_cache_has_the_networks_logits_for_every_view(digits: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    subprocess.run([sys.executable, EXAMPLE, digits, path], check=True)
+    cache, dataset = cskd.open_cache(path), load_dataset(digits)
+    assert cache.done().all()
+    assert (cache.views, cache.counts) == (2, dataset.counts)
+    torch.manual_seed(0)
+    cnn = runpy.run_path(str(EXAMPLE))["TinyCNN"](10)
+    policy, images = cache.manifest.policy, ImageSource(dataset.shards)
+    renderer = Renderer(SampleSet.of(dataset), images, policy, cache.manifest.root_seed)
+    for shard, count in enumerate(cache.counts):
+        for view in range(cache.views):
+            rows = np.array([(view, shard, offset) for offset in range(count)])
+            with torch.inference_mode():
+                expected = cnn(assemble(render_batch(renderer, rows), policy))
+            found = cache.rows("dense", view, shard, np.arange(count))
+            for logits, stored in zip(expected, found.values(), strict=True):
+                # Another batch may change float32's last bits, and so a float16's.
+                np.testing.assert_allclose(stored, logits.half().numpy(), rtol=2**-9, atol=1e-5)
+                assert np.ptp(stored) > 0.1
+
+
+def test_its_code_is_short() -> None:
+    inside, code = False, []
+    for line in EXAMPLE.read_text(encoding="utf-8").splitlines():
+        text = line.strip()
+        quotes = text.count('"""')
+        if text and not text.startswith("#") and not inside and not quotes:
+            code.append(text)
+        inside ^= quotes == 1
+    assert len(code) <= LINES

@@ -1,0 +1,187 @@
+"""Writing a cache from any network: what it takes, refuses, and goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cskd_pipeline import CacheSection, Loading, TeacherInfo, WriteOptions, open_cache, write_cache
+from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.data.index import Dataset
+from cskd_pipeline.errors import CacheError, OutputError, TeacherError, UsageError
+from cskd_pipeline.pipeline.unit_writer import UnitWriter
+from tests.cache.making import tree
+from tests.data.making import POLICY
+
+GRID = (2, 3)
+TEACHER = TeacherInfo("mine", "file", "0" * 64, 5, POLICY.size, (0.5,) * 3, (0.25,) * 3, GRID)
+
+
+def network(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits that differ between views, and do not depend on others in the batch."""
+    cells = torch.nn.functional.adaptive_max_pool2d(images, GRID)
+    spatial = torch.stack([cells[:, 0] * (k + 1) - cells[:, 1] * k for k in range(5)], dim=1)
+    return spatial, spatial.amax((2, 3))
+
+
+def cache_of(path: Path, views: int = 4) -> CacheSection:
+    return CacheSection(str(path), encodings=("dense", "envelope"), views=views, view_block=2)
+
+
+def opened(
+    path: Path,
+    dataset: Dataset,
+    views: int = 4,
+    options: WriteOptions = WriteOptions(),  # noqa: B008
+) -> UnitWriter:
+    loading = Loading(batch_size=16)
+    return write_cache(
+        cache_of(path, views), dataset, TEACHER, POLICY, loading=loading, options=options
+    )
+
+
+def fill(
+    out: UnitWriter,
+    change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda *logits: logits,
+    stop: Callable[[int], bool] = lambda complete: False,
+) -> UnitWriter:
+    """Put the network's logits, changed, until ``stop``, given the units complete, is true."""
+    complete = 0
+    with out:
+        for batch in out:
+            complete += out.put(batch, *change(*network(batch.images)))
+            if stop(complete):
+                break
+    return out
+
+
+def filled(path: Path, dataset: Dataset, views: int = 4) -> UnitWriter:
+    return fill(opened(path, dataset, views))
+
+
+@pytest.fixture
+def whole(dataset: Dataset, tmp_path: Path) -> dict[str, bytes]:
+    """Every file, but the manifest, of a cache written at one go."""
+    out = filled(tmp_path / "whole", dataset)
+    assert out.views_written == out.views_total == 4 * dataset.samples
+    assert open_cache(tmp_path / "whole").done().all()
+    return files(tmp_path / "whole")
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {name: data for name, data in tree(path).items() if name != "zarr.json"}
+
+
+def test_stopped_by_an_error_it_goes_on_with_the_units_that_are_left(
+    dataset: Dataset, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    path, rounds = tmp_path / "cache", 0
+    while (out := opened(path, dataset)).units:
+        done = open_cache(path).done()
+        assert len(out.units) == (~done).sum()
+        counted = []
+
+        def stop(complete: int, counted: list[int] = counted) -> bool:
+            counted.append(complete)
+            if complete:
+                raise ZeroDivisionError
+            return False
+
+        with pytest.raises(ZeroDivisionError):
+            fill(out, stop=stop)
+        assert open_cache(path).done().sum() == done.sum() + counted[-1]
+        rounds += 1
+    assert rounds > 3
+    assert files(path) == whole
+
+
+def test_a_loop_that_is_left_writes_what_is_complete(dataset: Dataset, tmp_path: Path) -> None:
+    out = fill(opened(tmp_path / "cache", dataset), stop=bool)
+    assert 0 < out.views_written < out.views_total
+    assert open_cache(tmp_path / "cache").done().sum() == 1
+
+
+def test_more_views_extend_it_and_ranges_share_it(
+    dataset: Dataset, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    filled(tmp_path / "extended", dataset, views=2)
+    filled(tmp_path / "extended", dataset, views=4)
+    assert files(tmp_path / "extended") == whole
+    for part in (WriteOptions(view_range=(2, 4)), WriteOptions(shard_range=(1, 3))):
+        out = fill(opened(tmp_path / "shared", dataset, options=part))
+    assert {(unit.shard, unit.block) for unit in out.units} == {(1, 0), (2, 0)}
+    filled(tmp_path / "shared", dataset)
+    assert files(tmp_path / "shared") == whole
+
+
+def test_logits_that_need_gradients_or_are_float16_are_taken(
+    dataset: Dataset, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    fill(opened(tmp_path / "a", dataset), lambda s, g: (s.requires_grad_(), g.requires_grad_()))
+    fill(opened(tmp_path / "b", dataset), lambda s, g: (s.half(), g.half()))
+    assert files(tmp_path / "a") == files(tmp_path / "b") == whole
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "found"),
+    [
+        (lambda s, g: (s.mT, g), r"spatial \(16, 5, 3, 2\), global \(16, 5\)"),
+        (lambda s, g: (s, g[:8]), r"spatial \(16, 5, 2, 3\), global \(8, 5\)"),
+        (lambda s, g: (s[:, :4], g[:, :4]), r"spatial \(16, 4, 2, 3\), global \(16, 4\)"),
+    ],
+)
+def test_logits_of_another_shape_are_refused(
+    dataset: Dataset, tmp_path: Path, spoiled: Callable[..., tuple[Tensor, Tensor]], found: str
+) -> None:
+    with pytest.raises(UsageError, match=found):
+        fill(opened(tmp_path / "cache", dataset), spoiled)
+
+
+def test_logits_that_float16_does_not_hold_are_refused(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match="mine"):
+        fill(opened(tmp_path / "cache", dataset), lambda s, g: (s, g * 1e5))
+    assert not open_cache(tmp_path / "cache").done().any()
+
+
+def test_views_in_another_order_twice_or_outside_the_block_are_refused(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    out = opened(tmp_path / "cache", dataset)
+    batch = next(iter(out))
+    with pytest.raises(UsageError, match="inside its with block"):
+        out.put(batch, *network(batch.images))
+    with opened(tmp_path / "cache", dataset) as out:
+        one, two, three, *_ = out
+        out.put(one, *network(one.images))
+        for other in (one, three):
+            with pytest.raises(UsageError, match="come next"):
+                out.put(other, *network(other.images))
+        out.put(two, *network(two.images))
+
+
+def test_a_unit_that_cannot_be_written_is_an_error_of_the_block(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> bool:
+        raise OutputError("no space left")
+
+    monkeypatch.setattr(CacheWriter, "write_unit", full)
+    with pytest.raises(OutputError, match="no space left"):
+        filled(tmp_path / "cache", dataset)
+
+
+def test_another_teacher_or_an_unknown_encoding_is_refused(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    filled(tmp_path / "cache", dataset, views=2)
+    settings, other = cache_of(tmp_path / "cache"), replace(TEACHER, weights_sha256="1" * 64)
+    with pytest.raises(CacheError, match="weights_sha256"):
+        write_cache(settings, dataset, other, POLICY)
+    unknown = CacheSection(str(tmp_path / "c"), encodings=("dens",))
+    with pytest.raises(CacheError, match="unknown encoding"):
+        write_cache(unknown, dataset, TEACHER, POLICY)
