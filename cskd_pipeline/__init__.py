@@ -57,6 +57,7 @@ PUBLIC = {
     "open_cache": "cskd_pipeline.cache.reader",
     "register_encoding": "cskd_pipeline.distill.encodings",
     "register_policy": "cskd_pipeline.views.policy",
+    "replay_view": "cskd_pipeline.data.replay",
     "write_cache": "cskd_pipeline.pipeline.write_cache",
 }
 __all__ = ["__version__", *PUBLIC]

@@ -2,6 +2,7 @@ from cskd_pipeline.cache.manifest import TeacherInfo as TeacherInfo
 from cskd_pipeline.cache.reader import Cache as Cache
 from cskd_pipeline.cache.reader import open_cache as open_cache
 from cskd_pipeline.config.sections import CacheSection as CacheSection
+from cskd_pipeline.data.replay import replay_view as replay_view
 from cskd_pipeline.data.unit_views import Loading as Loading
 from cskd_pipeline.distill.encodings import register_encoding as register_encoding
 from cskd_pipeline.distill.targets import Targets as Targets
@@ -26,5 +27,6 @@ __all__ = [
     "open_cache",
     "register_encoding",
     "register_policy",
+    "replay_view",
     "write_cache",
 ]

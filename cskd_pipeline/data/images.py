@@ -194,12 +194,17 @@ class ImageSource:
     def _compare(self, crc: int, shard: int, offset: int) -> None:
         recorded = int(self._checked(shard)[offset])
         if crc != recorded:
-            raise JoinError(
-                "an image is not the one the cache was made from",
-                where=self.where(shard, offset),
-                found=f"CRC-32 {crc:08x}",
-                expected=f"{recorded:08x}",
-                action="use the original files: from copies that were resized or compressed again "
-                "come other views than the teacher saw; or train without these images: "
-                "--set data.drift=skip",
-            )
+            raise other_image(self.where(shard, offset), crc, recorded)
+
+
+def other_image(where: object, crc: int, recorded: int) -> JoinError:
+    """Return the error of an image whose CRC-32 is not the recorded one."""
+    return JoinError(
+        "an image is not the one the cache was made from",
+        where=where,
+        found=f"CRC-32 {crc:08x}",
+        expected=f"{recorded:08x}",
+        action="use the original files: from copies that were resized or compressed again "
+        "come other views than the teacher saw; or train without these images: "
+        "--set data.drift=skip",
+    )

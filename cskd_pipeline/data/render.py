@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -156,29 +156,35 @@ class Renderer:
             recorded[here] = self.cache.view_digests(view, shard)[rows[here, 2]]
         wrong = np.flatnonzero(recorded != digests)
         if len(wrong) and self.drift != "warn":
-            raise self._drift_error(rows[wrong], recorded[wrong], digests[wrong])
+            shown = zip(
+                rows[wrong[:SHOWN]].tolist(), digests[wrong].tolist(), recorded[wrong].tolist(),
+                strict=False,
+            )  # fmt: skip
+            found = [(self.images.where(*at[1:]), at[0], *pair) for at, *pair in shown]
+            raise drift_error(self.cache, found, len(wrong))
         return len(wrong)
 
-    def _drift_error(
-        self, rows: np.ndarray, recorded: np.ndarray, found: np.ndarray
-    ) -> ViewDriftError:
-        assert self.cache is not None
-        differences = self.cache.manifest.version_differences(library_versions())
-        return ViewDriftError(
-            f"{len(rows)} views are not those the teacher saw, though the images are the same",
-            where=self.cache.path,
-            found="other versions: " + "; ".join(differences) if differences else "same versions",
-            expected="pixels equal to the last bit",
-            action="install the versions the cache was made with, or accept it: "
-            "--set data.drift=warn",
-            problems=[
-                f"{self.images.where(shard, offset)}, view {view}: "
-                f"digest {digest:08x}, recorded {expected:08x}"
-                for (view, shard, offset), digest, expected in zip(
-                    rows[:SHOWN].tolist(), found.tolist(), recorded.tolist(), strict=False
-                )
-            ],
-        )
+
+def drift_error(
+    cache: Cache, examples: Iterable[tuple[object, int, int, int]], count: int
+) -> ViewDriftError:
+    """Return the error of ``count`` views whose pixels are not the recorded ones.
+
+    Args:
+        examples: where, view, its digest and the recorded one.
+    """
+    differences = cache.manifest.version_differences(library_versions())
+    return ViewDriftError(
+        f"{count} views are not those the teacher saw, though the images are the same",
+        where=cache.path,
+        found="other versions: " + "; ".join(differences) if differences else "same versions",
+        expected="pixels equal to the last bit",
+        action="install the versions the cache was made with, or accept it: --set data.drift=warn",
+        problems=[
+            f"{where}, view {view}: digest {digest:08x}, recorded {expected:08x}"
+            for where, view, digest, expected in examples
+        ],
+    )
 
 
 def _slabs(rows: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:

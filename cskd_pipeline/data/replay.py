@@ -1,25 +1,74 @@
-"""A cache's views made again from the user's images, and compared with what it recorded."""
+"""A cache's views replayed from the user's images, and compared with what it recorded."""
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
 
 from cskd_pipeline.cache.reader import Cache
-from cskd_pipeline.data.images import NOWHERE
+from cskd_pipeline.data.images import NOWHERE, other_image
 from cskd_pipeline.data.join import Join
-from cskd_pipeline.data.render import Renderer
+from cskd_pipeline.data.render import Renderer, drift_error
+from cskd_pipeline.errors import UsageError
 from cskd_pipeline.runtime.progress import progress
+from cskd_pipeline.views import apply
 from cskd_pipeline.views.bits import view_seed
+from cskd_pipeline.views.decode import decode
+from cskd_pipeline.views.draw import draw
 
 _AT_ONCE = 64  # views rendered at a time
 _STRIDE = 2_654_435_761  # a prime: its multiples visit any number of views before one comes again
 
 
+def replay_view(cache: Cache, view: int, key: str, image: bytes) -> np.ndarray:
+    """Replay one of a cache's views from an image's bytes, pixel by pixel as the teacher saw it.
+
+    For a data pipeline of one's own; only of caches whose policy mixes nothing (``views.mix = 0``).
+
+    Args:
+        view: its number.
+        key: of the sample.
+        image: the file's bytes, as they were when the cache was made.
+
+    Returns:
+        (policy.size, policy.size, 3) float32: uint8 pixels / 255, in erased boxes the policy's
+        mean + std * noise. Normalise it with the student's own mean and std.
+
+    Raises:
+        UsageError: the views are mixed in pairs, so that no view follows from one image.
+        CacheError: a view or key that the cache does not have, or not yet.
+        JoinError: not the image that the cache was made from, by its CRC-32.
+        ViewDriftError: the uint8 pixels have another digest than the recorded one.
+    """
+    policy = cache.manifest.policy
+    if policy.mixes:
+        raise UsageError(
+            "a view of this cache is mixed with another image's",
+            where=cache.path,
+            found=f"policy.mix = {policy.mix:g}",
+            expected="a cache dumped with views.mix = 0",
+            action="use cskd_pipeline.CachedLoader, which decodes both images of a pair",
+        )
+    shard, offset = cache.find([key])[0].tolist()
+    cache.require_done([view], [shard])
+    crc, recorded = zlib.crc32(image), int(cache.image_crc32(shard)[offset])
+    if crc != recorded:
+        raise other_image(key, crc, recorded)
+    pixels = decode(image, key)
+    height, width, _ = pixels.shape
+    params = draw(int(cache.seeds(view, shard)[offset]), policy, width, height)
+    rendered = apply.render(pixels, params, policy)
+    digest, expected = apply.digest(rendered), int(cache.view_digests(view, shard)[offset])
+    if digest != expected:
+        raise drift_error(cache, [(key, view, digest, expected)], 1)
+    return apply.to_float(rendered, params, policy)
+
+
 @dataclass(frozen=True)
 class Replay:
-    """n views made again.
+    """n replayed views.
 
     Args:
         rows: (n, 3) int64 view, shard, offset.
@@ -36,8 +85,8 @@ class Replay:
 
 
 def spread_views(found: Join, count: int) -> np.ndarray:
-    """About ``count`` views of finished units: one of each of so many samples, spread evenly over
-    those that are allowed.
+    """Choose about ``count`` views of finished units: one of each of so many samples, spread evenly
+    over those that are allowed.
 
     Returns:
         (n, 3) int64 view, shard, offset.
@@ -57,9 +106,9 @@ def spread_views(found: Join, count: int) -> np.ndarray:
 
 
 def replay(found: Join, rows: np.ndarray) -> Replay:
-    """Make the views ``rows`` again, (n, 3) view, shard, offset, of samples that are joined.
+    """Replay the views ``rows``, (n, 3) view, shard, offset, of samples that are joined.
 
-    Views of images that are not the cache's are not made: they are others in any case.
+    Views of images that are not the cache's are left out: they are others in any case.
 
     Raises:
         ShardError, ImageError: an image cannot be had.
@@ -68,7 +117,7 @@ def replay(found: Join, rows: np.ndarray) -> Replay:
     cache = cache_of(found)
     found.images.labels(rows[:, 1:])
     exact = np.zeros(len(rows), bool)
-    with progress(len(rows), "views", "making views again") as meter:
+    with progress(len(rows), "views", "replaying") as meter:
         same_image = same_images(found, rows)
         meter.advance(len(rows) - int(same_image.sum()))
         renderer = renderer_of(found, strict=False)
@@ -85,7 +134,7 @@ def replay(found: Join, rows: np.ndarray) -> Replay:
 
 
 def same_images(found: Join, rows: np.ndarray) -> np.ndarray:
-    """(n,) bool, whether the user's image is the cache's; False for what no tar has.
+    """Return (n,) bool, the user's image is the cache's; False for what no tar has.
 
     Args:
         rows: (n, 3) view, shard, offset.
@@ -100,7 +149,7 @@ def same_images(found: Join, rows: np.ndarray) -> np.ndarray:
 
 
 def renderer_of(found: Join, *, strict: bool) -> Renderer:
-    """Makes the cache's views from the user's images.
+    """Return what renders the cache's views from the user's images.
 
     Args:
         strict: refuse views, and images, that are not the cache's, in the words of a run that meets
@@ -113,12 +162,13 @@ def renderer_of(found: Join, *, strict: bool) -> Renderer:
 
 
 def cache_of(found: Join) -> Cache:
+    """Return the cache that was joined."""
     assert found.images.cache is not None
     return found.images.cache
 
 
 def _same_seeds(cache: Cache, rows: np.ndarray) -> np.ndarray:
-    """Whether the recorded seeds follow from root seed, key and view: (n,) bool."""
+    """(n,) bool, the recorded seeds follow from root seed, key and view."""
     keys = {shard: cache.keys(shard) for shard in np.unique(rows[:, 1]).tolist()}
     root_seed = cache.manifest.root_seed
     return np.array(

@@ -1,0 +1,133 @@
+"""The webdataset example: views and targets by key, as the teacher had them."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from webdataset import WebLoader
+
+from cskd_pipeline import Cache, CskdError, open_cache, replay_view
+from cskd_pipeline.config import DumpRecipe, load_recipe
+from cskd_pipeline.data.index import load_dataset
+from cskd_pipeline.distill.targets import LogitTargets
+from cskd_pipeline.pipeline.dump import dump_teacher
+from cskd_pipeline.tools.demo_images import write_digit_folders
+from cskd_pipeline.tools.make_shards import make_shards
+
+EXAMPLE = Path(__file__).parents[2] / "docs/examples/webdataset_map.py"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Handwritten digits as shards, and a cache of unmixed views, erased ones among them."""
+    root = tmp_path_factory.mktemp("unmixed")
+    write_digit_folders(root / "images", train=96, validation=1, seed=0)
+    make_shards(root / "images/train", root / "shards", shard_size=60)
+    flags = {
+        "data.shards": str(root / "shards"),
+        "cache.path": str(root / "cache"),
+        "dump.workers": 0,
+        "dump.device": "cpu",
+    }
+    sets = ["views.mix=0.0", "views.erase=0.5", "cache.views=2", 'cache.encodings=["dense"]']
+    dump_teacher(load_recipe(DumpRecipe, "demo", sets, flags))
+    return root
+
+
+@pytest.fixture(scope="module")
+def example() -> Any:
+    spec = importlib.util.spec_from_file_location("webdataset_map", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_sample_comes_with_its_view_and_targets(root: Path, example: Any) -> None:
+    """In two loader processes, against the cache's own order."""
+    cache = open_cache(root / "cache")
+    data = example.batches(f"{root}/shards/*.tar", cache, 1, batch_size=16)
+    found = list(WebLoader(data, batch_size=None, num_workers=2))
+    assert sum(len(labels) for _, labels, _ in found) == 96
+    labels = {
+        (*targets.hard_spatial(0.5)[i].flatten().tolist(), int(labels[i]))
+        for _, labels, targets in found
+        for i in range(len(labels))
+    }
+    expected = set()
+    for shard, count in enumerate(cache.counts):
+        keys = cache.keys(shard)
+        spatial = cache.targets([(1, key) for key in keys]).hard_spatial(0.5)
+        for i, label in enumerate(cache.labels(shard).tolist()):
+            expected.add((*spatial[i].flatten().tolist(), label))
+        assert count == len(keys)
+    assert labels == expected
+    images = torch.cat([images for images, _, _ in found])
+    assert images.shape[1] == 3
+    inside = (images >= 0) & (images <= 1)
+    assert 0.5 < float(inside.float().mean()) < 1  # but for erased boxes' noise
+
+
+def images(root: Path) -> dict[str, bytes]:
+    return {
+        shard.key(i): shard.read_image(i)
+        for shard in load_dataset(str(root / "shards")).shards
+        for i in range(len(shard))
+    }
+
+
+def test_a_replayed_view_is_the_teachers(root: Path) -> None:
+    """Its logits are those that the cache holds."""
+    from tests.pipeline.live import teacher_of
+
+    cache = open_cache(root / "cache")
+    teacher = teacher_of(cache.manifest)
+    pairs = [(1, key) for key in cache.keys(1)[:8]]
+    views = np.stack([replay_view(cache, view, key, images(root)[key]) for view, key in pairs])
+    pixels = (views - np.array(teacher.mean)) / np.array(teacher.std)
+    with torch.inference_mode():
+        answer = teacher.respond(torch.from_numpy(pixels).float().permute(0, 3, 1, 2))
+    targets = cache.targets(pairs)
+    assert isinstance(targets, LogitTargets)
+    torch.testing.assert_close(targets.global_, answer.global_, atol=2e-3, rtol=0)
+    torch.testing.assert_close(targets.spatial, answer.spatial, atol=2e-3, rtol=0)
+    assert float(targets.spatial.std()) > 0.01  # far more than the tolerance
+
+
+def test_another_image_and_other_pixels_are_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = open_cache(root / "cache")
+    one, other = list(images(root).items())[:2]
+    with pytest.raises(CskdError, match="not the one the cache was made from"):
+        replay_view(cache, 0, one[0], other[1])
+    with pytest.raises(CskdError, match="not in the cache"):
+        replay_view(cache, 0, "nobody", one[1])
+    with pytest.raises(CskdError, match="fewer views"):
+        replay_view(cache, 2, *one)
+    monkeypatch.setattr("cskd_pipeline.views.apply.digest", lambda pixels: 0)
+    with pytest.raises(CskdError, match=r"1 views are not those the teacher saw"):
+        replay_view(cache, 0, *one)
+
+
+def test_mixed_views_need_the_loader(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache: Cache = open_cache(root / "cache")
+    monkeypatch.setattr(type(cache.manifest.policy), "mixes", True)
+    with pytest.raises(CskdError, match=r"mixed with another image[^$]*CachedLoader"):
+        replay_view(cache, 0, "any", b"")
+
+
+def test_the_example_runs_as_a_script(root: Path) -> None:
+    command = [sys.executable, str(EXAMPLE), f"{root}/shards/*.tar", str(root / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 views of 96 samples" in done.stdout
+    assert done.stdout.count("of the locations show the image's class") == 2
