@@ -84,6 +84,23 @@ def test_imports_point_down(path: Path) -> None:
         assert FLOOR[other] < FLOOR[room], f"{name_of(path)} imports {other}"
 
 
+ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.name)
+def test_every_module_stands_in_the_docstring_of_its_room(room: Path) -> None:
+    tree = ast.parse((room / "__init__.py").read_text(encoding="utf-8"))
+    named = set(re.findall(r"(?:``|\*\*)(\w+)(?:``|\*\*)", ast.get_docstring(tree) or ""))
+    modules = {path.stem for path in room.glob("*.py")} - {"__init__"}
+    modules |= {path.parent.name for path in room.glob("*/__init__.py")}
+    assert modules - named == set()
+
+
+def test_the_tour_has_the_rooms_in_the_order_of_their_imports() -> None:
+    rooms = re.findall(r"^\d+\. \*\*(\w+)\*\*", cskd_pipeline.__doc__ or "", re.MULTILINE)
+    assert [{room} for room in rooms] == [floor for floor in FLOORS if floor != {"__main__"}]
+
+
 def test_the_stages_never_import_each_other() -> None:
     used = {
         stage: set(imports(ast.parse((PACKAGE / f"pipeline/{stage}.py").read_text("utf-8"))))

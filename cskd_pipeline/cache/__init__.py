@@ -1,22 +1,23 @@
-"""The teacher cache: a zarr v3 group with leading axes (view, shard, offset). The map of this room:
+"""What is stored: the teacher cache, a zarr v3 group with leading axes (view, shard, offset).
 
-1. **encodings** -- what is stored of an answer: ``dense`` keeps the logits, ``envelope`` what hard
-   labels need at every CKF ratio. One file each behind one interface, which names arrays, makes
-   rows from logits on the device, and makes targets for the losses from rows.
-2. **layout** -- the manifest decides everything: which arrays there are (``arrays``: geometry,
-   ``zarr.json``, file names) and how a unit (block of views, tar shard) maps to files of its own.
-3. **chunks** -- bytes: a file of chunks encoded, one chunk decoded, every checksum looked at.
-4. **store** -- a folder as a cache: manifest, units done, chunks; errors name array, unit and file.
-5. **writer** -- commits units: files written beside their place, synced, renamed (``durable``);
-   their record (``digests``) after all others. **reader** -- sees finished units, compares every
-   file with its record once, keeps decoded slabs (``lru``).
-   **remote** -- the same of a URL, through copies on this machine (``mirror``).
-6. **info** -- what ``cskd-pipeline cache info`` tells (``summary``: to a person); **card** -- the
-   README of a published cache.
-7. **convert** -- a smaller cache of another; **merge** -- one of several (``parts``: whether they
-   belong together); **verify** -- everything looked at, everything wrong told.
+1. ``manifest`` -- the JSON that decides everything; ``layout`` -- which arrays and files follow
+   from it, and how a unit (block of views, tar shard) maps to files of its own; ``arrays`` -- one
+   array's geometry and ``zarr.json``.
+2. ``chunks`` -- bytes: a file of chunks encoded, one chunk decoded, every checksum compared.
+   ``digests`` -- SHA-256 from a unit's files up to the whole cache.
+3. ``store`` -- a folder as a cache: manifest, finished units, chunks; errors name array, unit and
+   file. ``remote`` -- the same at a URL, by ``transfers`` and through copies on this machine
+   (``mirror``).
+4. ``writer`` -- commits units: files written beside their final names, synced, renamed
+   (``durable``), their record last; ``buffer`` gathers a unit's arrays.
+5. ``reader`` -- sees finished units only, and compares every file with its record once; ``slabs``
+   decodes rows and keeps what fits (``lru``), ``key_index`` finds samples by key.
+6. ``convert`` -- a smaller cache of another; ``merge`` -- one of several, which ``parts`` compares;
+   ``upgrade`` -- version 1 to 2, in place.
+7. ``info`` -- a cache described as a dictionary, ``summary`` in half a screen; ``check`` -- a cache
+   verified from nothing but itself.
 
-A file that is missing, cut short or altered raises ``CacheError``; it never reads as fill values.
+A file that is missing, cut short or altered raises an error; it never reads as fill values.
 Nothing here imports torch before an encoding meets a tensor. ``manifests/cache-format.md`` is the
 specification, for readers in any language.
 """

@@ -2,16 +2,19 @@
 
 1. ``listing`` -- the tars that a user names. ``tar_index`` -- a pass over one tar's headers gives
    keys, labels and each image's offset; ``shards`` then reads images by it. ``index`` --
-   a data set of them, and its manifest. ``corrupt`` -- images that cannot be decoded.
+   a data set of them, and its manifest. ``corrupt`` -- images that cannot be decoded;
+   ``left_out`` -- the list of those, and of others that a command does not use.
 2. ``plan`` -- the order of samples and views. A pure function, the same for any number of
    ranks and processes; pairs and repeated views are neighbours in it.
 3. ``join`` -- finds a cache's samples in the user's tars, by key. ``images`` -- reads them, and
-   compares labels and checksums on the way.
+   compares labels and checksums on the way. ``replay`` -- a cache's views rendered again, and
+   compared with what it recorded.
 4. ``render`` -- rows of (view, shard, offset) to pixels: each image decoded once, each view
    rendered once, digests compared. ``batches`` -- the pixels, how they are mixed, labels and the
    teacher's targets, for training. ``unit_views`` -- the same for the dump. ``evalset`` -- for
    evaluation.
-5. ``workers`` -- the processes in which 4 happens; their errors arrive as raised. ``assemble`` --
+5. ``workers`` -- the processes in which 4 happens; their errors arrive as raised, their batches
+   through shared memory (``handover``). ``assemble`` --
    uint8 to mixed floats, where the network is. ``full_batches`` -- for a teacher, which always
    sees a whole batch.
 """

@@ -1,7 +1,8 @@
-"""What stands on the two stages; only the command line uses it.
+"""Tools that stand on the two stages; only the command line uses them.
 
-``bench`` measures, ``estimate`` says what a dump or a run will cost, ``verify`` whether a cache
-can be trusted; ``report`` writes pages and plots, ``export`` students for others, ``cache_card`` a
-cache's README; ``make_shards`` packs images; ``demo`` and ``study`` run the whole, by this
-program's own ``commands``.
+``bench`` measures, ``estimate`` forecasts what a dump or a run will cost, ``verify`` checks a cache
+against images and teacher; ``report`` writes pages and plots, ``export`` students for others,
+``cache_card`` a cache's README, both as ``markdown``; ``make_shards`` packs images; ``demo``, on
+``demo_images``, and ``study`` run the whole by this program's own ``commands``. All return reports,
+which ``tables`` turns into text.
 """
