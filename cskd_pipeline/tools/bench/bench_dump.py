@@ -3,20 +3,18 @@
 In turn: the dump as it is (loader processes, device, encoding, writing, a unit at a time, into a
 temporary cache); the bare teacher on views that lie normalised on the device; the loader processes
 alone; and in this process, on one core, the loader's work for units of ten views and for ten units
-of one. Rates begin when queues are full. :func:`variants` asks the teacher in other ways, and
+of one. Rates begin when queues are full. :func:`variants` runs the teacher in other ways, and
 counts the labels that change.
 """
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -24,16 +22,12 @@ from torch import Tensor
 from cskd_pipeline.config import DumpRecipe
 from cskd_pipeline.data.assemble import normalise
 from cskd_pipeline.data.full_batches import TeacherViews, full_batches
-from cskd_pipeline.data.index import Dataset, sample
-from cskd_pipeline.data.left_out import LeftOuts
-from cskd_pipeline.data.unit_views import Loading, unit_batches
+from cskd_pipeline.data.unit_views import Loading
 from cskd_pipeline.distill.ckf import hard_global_labels, hard_labels
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.models.teacher import Logits, Teacher
-from cskd_pipeline.pipeline.dump import loading_for, open_stage_one, teacher_info, usable
-from cskd_pipeline.pipeline.write_cache import write_cache
-from cskd_pipeline.runtime.distributed import ALONE
-from cskd_pipeline.runtime.progress import silence
+from cskd_pipeline.pipeline.dump import open_stage_one
+from cskd_pipeline.tools.bench.sampled_dump import Advance, SampledDump
 from cskd_pipeline.tools.bench.timing import (
     Clock,
     SteadyRate,
@@ -52,7 +46,7 @@ from cskd_pipeline.tools.tables import Printed, Table
 BLOCK = 10
 DUMP_GOAL, BLOCK_GOAL = 0.95, 1.4
 RATIOS = (1.0, 0.75, 0.5, 0.25, 0.0)  # r at which variants' labels are compared
-_RESIDENT = 4  # batches that the bare teacher is asked about in turn
+_RESIDENT = 4  # batches that the bare teacher is run on in turn
 
 
 def bench_dump(
@@ -64,10 +58,10 @@ def bench_dump(
     compile: bool = False,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Any]:
-    """Dump ``images`` sampled images in ten views, and its parts, ``rounds`` times.
+    """Dump ``images`` sampled images in ten views, and run the dump's parts, ``rounds`` times.
 
     Args:
-        with_variants: also ask the teacher with other settings.
+        with_variants: also run the teacher with other settings.
         compile: torch.compile among them.
 
     Returns:
@@ -78,69 +72,42 @@ def bench_dump(
     Raises:
         CskdError: as the dump itself would.
     """
-    recipe = replace(recipe, cache=replace(recipe.cache, views=BLOCK, view_block=BLOCK))
     dataset, teacher = open_stage_one(recipe)
-    few = sample(dataset, min(images, dataset.samples))
-    loading = loading_for(recipe, teacher)
-    few = usable(few, recipe.data.corrupt, LeftOuts(None, ALONE), loading.workers)
-    resident = _resident(recipe, few, teacher)
-    total = few.samples * BLOCK
-
-    def ask(advance: Callable[[int], None]) -> None:
-        for number in range(-(-total // len(resident[0]))):
-            answer = teacher.unchecked(resident[number % len(resident)])
-            wait_for(teacher.device)
-            advance(len(answer.global_))
-
-    def load(processes: int, block: int) -> Callable[[Callable[[int], None]], None]:
-        def run(advance: Callable[[int], None]) -> None:
-            units = [
-                (shard, range(first, first + block))
-                for shard in range(len(few.shards))
-                for first in range(0, BLOCK, block)
-            ]
-            policy, seed = recipe.views, recipe.cache.root_seed
-            own = Loading(recipe.dump.batch_size, processes)
-            for batch in unit_batches(few, units, policy, seed, own):
-                advance(len(batch))
-
-        return run
-
-    works: dict[str, Callable[[Callable[[int], None]], None]] = {
-        "dump": partial(trial_dump, recipe, few, teacher),
-        "teacher": ask,
-        "loader": load(loading.workers, BLOCK),
-        f"block_{BLOCK}": load(0, BLOCK),
-        "block_1": load(0, 1),
+    few = SampledDump.of(recipe, dataset, teacher, min(images, dataset.samples))
+    resident = _resident(few)
+    size, workers = recipe.dump.batch_size, few.loading.workers
+    works: dict[str, Callable[[Advance], None]] = {
+        "dump": partial(few.write, BLOCK),
+        "teacher": partial(_run_teacher, teacher, resident, few.dataset.samples * BLOCK),
+        "loader": partial(_load, few, BLOCK, Loading(size, workers)),
+        f"block_{BLOCK}": partial(_load, few, BLOCK, Loading(size)),
+        "block_1": partial(_load, few, 1, Loading(size)),
     }
 
-    def side(name: str) -> Callable[[int], float]:
-        def turn(_: int) -> float:
-            steady = SteadyRate(total, clock)
-            with one_thread() if name.startswith("block") else nullcontext():
-                works[name](steady.advance)
-            return steady.rate
+    def rate(name: str, _: int) -> float:
+        steady = SteadyRate(few.dataset.samples * BLOCK, clock)
+        with one_thread() if name.startswith("block") else nullcontext():
+            works[name](steady.advance)
+        return steady.rate
 
-        return turn
-
-    counted = take_turns({name: side(name) for name in works}, rounds, "dumping")
-    per_second = {name: spread(rates) for name, rates in counted.items()}
+    rates = take_turns({name: partial(rate, name) for name in works}, rounds, "dumping")
+    per_second = {name: spread(found) for name, found in rates.items()}
     loader, bare = (per_second[name]["median"] for name in ("loader", "teacher"))
     report = {
         "teacher": teacher.name,
         "device": device_name(teacher.device),
         "precision": teacher.precision,
         "size": recipe.views.size,
-        "batch_size": recipe.dump.batch_size,
-        "workers": loading.workers,
-        "images": few.samples,
+        "batch_size": size,
+        "workers": workers,
+        "images": few.dataset.samples,
         "views_per_image": BLOCK,
         "encodings": list(recipe.cache.encodings),
         "rounds": rounds,
         "views_per_second": per_second,
         "ratio": {
-            "dump_to_teacher": ratio(counted["teacher"], counted["dump"]),
-            "blocks": ratio(counted["block_1"], counted[f"block_{BLOCK}"]),
+            "dump_to_teacher": ratio(rates["teacher"], rates["dump"]),
+            "blocks": ratio(rates["block_1"], rates[f"block_{BLOCK}"]),
         },
         "goal": {"dump_to_teacher": DUMP_GOAL, "blocks": BLOCK_GOAL},
         "limit": "loader" if loader < bare else "teacher",
@@ -151,19 +118,18 @@ def bench_dump(
     return report
 
 
-def trial_dump(
-    recipe: DumpRecipe, few: Dataset, teacher: Teacher, advance: Callable[[int], None]
+def _run_teacher(
+    teacher: Teacher, resident: Sequence[Tensor], views: int, advance: Advance
 ) -> None:
-    """Dump ``few`` as the stage would, but into a temporary folder."""
-    info = teacher_info(teacher, recipe.teacher.kwargs)
-    with silence(), tempfile.TemporaryDirectory(prefix="cskd-trial-") as folder:
-        cache = replace(recipe.cache, path=str(Path(folder) / "cache"))
-        loading = loading_for(recipe, teacher)
-        with write_cache(cache, few, info, recipe.views, loading=loading) as out:
-            for views in out:
-                images = normalise(views.images, teacher.mean, teacher.std)
-                out.put(views, *teacher.unchecked(images))
-                advance(len(views))
+    for number in range(-(-views // len(resident[0]))):
+        logits = teacher.unchecked(resident[number % len(resident)])
+        wait_for(teacher.device)
+        advance(len(logits.global_))
+
+
+def _load(few: SampledDump, block: int, loading: Loading, advance: Advance) -> None:
+    for batch in few.batches(BLOCK, block=block, loading=loading):
+        advance(len(batch))
 
 
 def variants(
@@ -174,11 +140,11 @@ def variants(
     *,
     compile: bool,
 ) -> dict[str, Any]:
-    """The bare teacher with other settings, in turn.
+    """Run the bare teacher with other settings, in turn.
 
     Returns:
         By setting: ``views_per_second``, ``ratio`` to plain float32, and the shares of hard
-        labels, over all places and five values of r, and of global labels that are not
+        labels, over all locations and five values of r, and of global labels that are not
         float32's.
     """
     settings: dict[str, dict[str, Any]] = {
@@ -216,35 +182,34 @@ def variants(
 
 
 def _with(recipe: DumpRecipe, changes: Mapping[str, Any]) -> Teacher:
-    """The recipe's teacher in plain float32, but for ``changes``."""
+    """Load the recipe's teacher in plain float32, but for ``changes``."""
     precision = changes.get("precision", "float32")
     loop = {name: changes.get(name, False) for name in ("channels_last", "compile")}
-    asked = replace(
+    changed = replace(
         recipe,
         teacher=replace(recipe.teacher, precision=precision),
         dump=replace(recipe.dump, **loop),
     )
-    return open_stage_one(asked)[1]
+    return open_stage_one(changed)[1]
 
 
 def _changed(expected: Sequence[Logits], found: Sequence[Logits]) -> tuple[float, float]:
-    """Shares of hard labels, and of global labels, that differ."""
-    spatial, places, global_, views = 0, 0, 0, 0
+    """Return the shares of hard labels, and of global labels, that differ."""
+    spatial, locations, global_, views = 0, 0, 0, 0
     for one, other in zip(expected, found, strict=True):
         for r in RATIOS:
             differs = hard_labels(*one, r) != hard_labels(*other, r)
-            spatial, places = spatial + int(differs.sum()), places + differs.numel()
-        labels = [hard_global_labels(answer.global_) for answer in (one, other)]
+            spatial, locations = spatial + int(differs.sum()), locations + differs.numel()
+        labels = [hard_global_labels(logits.global_) for logits in (one, other)]
         global_, views = global_ + int((labels[0] != labels[1]).sum()), views + len(labels[0])
-    return spatial / places, global_ / views
+    return spatial / locations, global_ / views
 
 
-def _resident(recipe: DumpRecipe, few: Dataset, teacher: Teacher) -> list[Tensor]:
-    """Some full batches of real views, normalised, on the teacher's device."""
-    size = recipe.dump.batch_size
-    units = [(shard, range(BLOCK)) for shard in range(len(few.shards))]
-    batches = unit_batches(few, units, recipe.views, recipe.cache.root_seed, Loading(size))
-    pieces = (TeacherViews.of(batch, recipe.views, teacher.device) for batch in batches)
+def _resident(few: SampledDump) -> list[Tensor]:
+    """Return some full batches of real views, normalised, on the teacher's device."""
+    teacher, size = few.teacher, few.recipe.dump.batch_size
+    batches = few.batches(BLOCK, loading=Loading(size))
+    pieces = (TeacherViews.of(batch, few.recipe.views, teacher.device) for batch in batches)
     full = [
         normalise(views.images, teacher.mean, teacher.std)
         for views in islice(full_batches(pieces, size), _RESIDENT)
@@ -253,8 +218,8 @@ def _resident(recipe: DumpRecipe, few: Dataset, teacher: Teacher) -> list[Tensor
     if not full:
         raise DataError(
             "too few images for a full batch",
-            where=few.name,
-            found=f"{few.samples} images in {BLOCK} views",
+            where=few.dataset.name,
+            found=f"{few.dataset.samples} images in {BLOCK} views",
             expected=f"batches of {size}",
             action="lower --batch-size, or raise --images",
         )

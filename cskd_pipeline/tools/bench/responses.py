@@ -1,8 +1,9 @@
-"""A teacher's answers to some hundred views, and what a cache that holds them says of itself."""
+"""A teacher's responses to some hundred views, from a cache or computed here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,11 @@ from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.config import DumpRecipe
 from cskd_pipeline.data.full_batches import logits_of
-from cskd_pipeline.data.index import describe, sample
-from cskd_pipeline.data.left_out import LeftOuts
-from cskd_pipeline.data.unit_views import unit_batches
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.pipeline.dump import loading_for, open_stage_one, teacher_info, usable
-from cskd_pipeline.pipeline.write_cache import cache_manifest
-from cskd_pipeline.runtime.distributed import ALONE
+from cskd_pipeline.models.teacher import Logits
+from cskd_pipeline.pipeline.dump import open_stage_one
 from cskd_pipeline.runtime.progress import progress
+from cskd_pipeline.tools.bench.sampled_dump import SampledDump
 from cskd_pipeline.views.bits import BitStream, derive_seed
 
 SEED = derive_seed("bench")
@@ -28,7 +26,7 @@ SEED = derive_seed("bench")
 
 @dataclass(frozen=True)
 class Responses:
-    """``spatial`` (n, K, h, w) and ``global_`` (n, K) float16 on the CPU, of n views.
+    """Hold ``spatial`` (n, K, h, w) and ``global_`` (n, K) float16 on the CPU, of n views.
 
     ``manifest`` is that of the cache which they are from, or which the teacher would make.
     """
@@ -38,12 +36,18 @@ class Responses:
     manifest: CacheManifest
     source: str
 
+    @classmethod
+    def joined(cls, parts: Sequence[Logits], manifest: CacheManifest, source: str) -> Responses:
+        """Join the logits of several batches."""
+        spatial, global_ = (torch.cat(arrays) for arrays in zip(*parts, strict=True))
+        return cls(spatial, global_, manifest, source)
+
     def __len__(self) -> int:
         return len(self.global_)
 
 
 def from_cache(path: Path | str, views: int) -> Responses:
-    """``views`` views of a cache with the encoding ``dense``, drawn at random from all it has.
+    """Draw ``views`` views at random from all that a cache with the encoding ``dense`` has.
 
     Raises:
         CacheError: there is no such cache, it lacks ``dense``, or has no finished unit.
@@ -76,7 +80,7 @@ def from_cache(path: Path | str, views: int) -> Responses:
 
 
 def from_teacher(recipe: DumpRecipe, views: int) -> Responses:
-    """The recipe's teacher asked about ``views`` views of samples from all over its shards.
+    """Run the recipe's teacher on ``views`` views of samples from all over its shards.
 
     They are of as many samples as there are, in one view each or, of a small data set, in several.
 
@@ -84,24 +88,15 @@ def from_teacher(recipe: DumpRecipe, views: int) -> Responses:
         CskdError: data or teacher cannot be used.
     """
     dataset, teacher = open_stage_one(recipe)
-    # A teacher always answers whole batches: parts are no smaller than one.
-    few = sample(dataset, views, parts=max(1, min(4, views // recipe.dump.batch_size)))
-    loading = loading_for(recipe, teacher)
-    few = usable(few, recipe.data.corrupt, LeftOuts(None, ALONE), loading.workers)
-    each = range(-(-views // few.samples))
-    units = [(shard, each) for shard in range(len(few.shards))]
-    spatial, global_ = [], []
-    with progress(len(each) * few.samples, "views", "asking the teacher") as meter:
-        for batch in unit_batches(few, units, recipe.views, recipe.cache.root_seed, loading):
-            answer = logits_of(teacher, batch.to(teacher.device), recipe.views)
-            spatial.append(answer.spatial.cpu())
-            global_.append(answer.global_.cpu())
-            meter.advance(len(answer.global_))
-    return Responses(
-        torch.cat(spatial)[:views],
-        torch.cat(global_)[:views],
-        cache_manifest(
-            recipe.cache, describe(few), teacher_info(teacher, recipe.teacher.kwargs), recipe.views
-        ),
-        teacher.name,
-    )
+    # A teacher always runs on whole batches: parts are no smaller than one.
+    parts = max(1, min(4, views // recipe.dump.batch_size))
+    few = SampledDump.of(recipe, dataset, teacher, views, parts)
+    each = -(-views // few.dataset.samples)
+    logits = []
+    with progress(each * few.dataset.samples, "views", "running the teacher") as meter:
+        for batch in few.batches(each):
+            found = logits_of(teacher, batch.to(teacher.device), recipe.views)
+            logits.append(Logits(found.spatial.cpu(), found.global_.cpu()))
+            meter.advance(len(found.global_))
+    all_ = Responses.joined(logits, few.manifest, teacher.name)
+    return replace(all_, spatial=all_.spatial[:views], global_=all_.global_[:views])

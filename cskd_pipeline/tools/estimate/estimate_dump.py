@@ -1,4 +1,4 @@
-"""``plan dump``: bytes and time of a dump, from a small one made for real in a temporary folder.
+"""``plan dump``: bytes and time of a dump, from a small one made for real.
 
 Three things are timed on the same sampled images: the loader alone, the teacher and each encoding
 alone on batches that are there already, and the whole dump, workers, teacher and writer together.
@@ -12,42 +12,38 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cskd_pipeline.cache.info import describe as describe_cache
-from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.summary import size
 from cskd_pipeline.config import DumpRecipe
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.data.full_batches import logits_of
-from cskd_pipeline.data.index import Dataset, describe, sample
-from cskd_pipeline.data.left_out import LeftOuts
-from cskd_pipeline.data.unit_views import Loading, unit_batches
+from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.distill.encodings import ENCODINGS
-from cskd_pipeline.models.teacher import Teacher
-from cskd_pipeline.pipeline.dump import loading_for, open_stage_one, teacher_info, usable
-from cskd_pipeline.pipeline.write_cache import cache_manifest
-from cskd_pipeline.runtime.distributed import ALONE
+from cskd_pipeline.models.teacher import Logits, Teacher
+from cskd_pipeline.pipeline.dump import open_stage_one
+from cskd_pipeline.runtime.device import worker_count
 from cskd_pipeline.runtime.progress import duration, progress
-from cskd_pipeline.tools.bench.bench_dump import trial_dump
 from cskd_pipeline.tools.bench.bench_encodings import encode, store
 from cskd_pipeline.tools.bench.responses import Responses
+from cskd_pipeline.tools.bench.sampled_dump import SampledDump
 from cskd_pipeline.tools.bench.timing import SteadyRate
 from cskd_pipeline.tools.tables import Printed, Table
 
 IMAGES = 256
 COMMON = "seeds_and_digests"
-_KEPT_VIEWS = 512  # whose answers are stored in every encoding
+_KEPT_VIEWS = 512  # whose logits are stored in every encoding
 
 
 @dataclass(frozen=True)
 class DumpTrial:
-    """What was measured; rates in views per second, encodings in seconds a view."""
+    """Hold what was measured: rates in views per second, encodings in seconds a view."""
 
     samples: int
     views: int
@@ -60,7 +56,7 @@ class DumpTrial:
     bytes_per_view: Mapping[str, float]
 
     def device_rate(self, encodings: Sequence[str]) -> float:
-        """Of the teacher and these encodings, with batches that are there already."""
+        """Return the views per second of teacher and these encodings, with batches at hand."""
         return 1.0 / (1.0 / self.teacher + sum(self.encode[name] for name in encodings))
 
 
@@ -164,87 +160,73 @@ def printed(report: Mapping[str, Any]) -> Printed:
 
 def try_dump(recipe: DumpRecipe, dataset: Dataset, teacher: Teacher, images: int) -> DumpTrial:
     """Dump about ``images`` sampled images into a temporary folder, and time it and its parts."""
-    loading = loading_for(recipe, teacher)
+    workers = worker_count(recipe.dump.workers)
     # Every process needs a few pieces of work before the rate is steady.
-    images = min(dataset.samples, max(images, 3 * loading.workers * recipe.views.window))
-    few = sample(dataset, images)
-    few = usable(few, recipe.data.corrupt, LeftOuts(None, ALONE), loading.workers)
-    info = teacher_info(teacher, recipe.teacher.kwargs)
-    manifest = cache_manifest(recipe.cache, describe(few), info, recipe.views)
-    block = manifest.view_block
-    total = few.samples * block
+    images = min(dataset.samples, max(images, 3 * workers * recipe.views.window))
+    few = SampledDump.of(recipe, dataset, teacher, images)
+    block = few.manifest.view_block
+    total = few.dataset.samples * block
     with progress(2 * total, "views", "trying it out") as meter:
-        loader, kept = _load(recipe, few, block, loading, meter.advance)
-        seconds, answers = _ask(recipe, teacher, kept, manifest)
-        costs, sizes = _encode(answers, teacher, max(dataset.counts), block)
-        clock = SteadyRate(total)
+        loading = SteadyRate(total)
+        kept: list[Batch] = []
+        for batch in few.batches(block):
+            loading.advance(len(batch))
+            meter.advance(len(batch))
+            if sum(map(len, kept)) < _KEPT_VIEWS:
+                kept.append(batch)
+        seconds, responses = _time_teacher(few, kept)
+        costs, sizes = _time_encodings(responses, teacher.device, max(dataset.counts))
+        whole = SteadyRate(total)
 
         def advance(count: int) -> None:
-            clock.advance(count)
+            whole.advance(count)
             meter.advance(count)
 
-        cache = replace(recipe.cache, views=block, view_block=block)
-        trial_dump(replace(recipe, cache=cache), few, teacher, advance)
+        few.write(block, advance)
     return DumpTrial(
-        samples=few.samples,
+        samples=few.dataset.samples,
         views=total,
-        workers=loading.workers,
-        loader=loader,
+        workers=workers,
+        loader=loading.rate,
         teacher=1 / seconds,
         encode=costs,
-        together=clock.rate,
-        startup=clock.startup,
+        together=whole.rate,
+        startup=whole.startup,
         bytes_per_view=sizes,
     )
 
 
-def _load(
-    recipe: DumpRecipe, few: Dataset, block: int, loading: Loading, advance: Callable[[int], None]
-) -> tuple[float, list[Batch]]:
-    """Measure the loader's rate with nobody else at work, and return it with the first batches."""
-    kept: list[Batch] = []
-    clock = SteadyRate(few.samples * block)
-    units = [(shard, range(block)) for shard in range(len(few.shards))]
-    for batch in unit_batches(few, units, recipe.views, recipe.cache.root_seed, loading):
-        clock.advance(len(batch.index))
-        advance(len(batch.index))
-        if sum(len(b.index) for b in kept) < _KEPT_VIEWS:
-            kept.append(batch)
-    return clock.rate, kept
-
-
-def _ask(
-    recipe: DumpRecipe, teacher: Teacher, batches: list[Batch], manifest: CacheManifest
-) -> tuple[float, Responses]:
-    """The teacher's seconds a view, with batches that are there already, and its answers."""
-    logits_of(teacher, batches[0].to(teacher.device), recipe.views)  # compiles, chooses kernels
-    seconds, spatial, global_ = [], [], []
+def _time_teacher(few: SampledDump, batches: Sequence[Batch]) -> tuple[float, Responses]:
+    """Return the teacher's seconds a view, with batches that are there already, and its logits."""
+    teacher, policy = few.teacher, few.recipe.views
+    logits_of(teacher, batches[0].to(teacher.device), policy)  # compiles, chooses kernels
+    seconds, logits = [], []
     for batch in batches:
         began = time.perf_counter()
-        answer = logits_of(teacher, batch.to(teacher.device), recipe.views)
-        spatial.append(answer.spatial.cpu())
-        global_.append(answer.global_.cpu())
+        found = logits_of(teacher, batch.to(teacher.device), policy)
+        logits.append(Logits(found.spatial.cpu(), found.global_.cpu()))
         # The model sees a whole batch, however short this one is; a dump's are full.
         seconds.append((time.perf_counter() - began) / teacher.batch_size)
-    answers = Responses(torch.cat(spatial), torch.cat(global_), manifest, teacher.name)
-    return statistics.median(seconds), answers
+    responses = Responses.joined(logits, few.manifest, teacher.name)
+    return statistics.median(seconds), responses
 
 
-def _encode(
-    answers: Responses, teacher: Teacher, shard_length: int, block: int
+def _time_encodings(
+    responses: Responses, device: torch.device, shard_length: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Every encoding's seconds a view, and bytes a view in shards of such a length."""
+    """Return every encoding's seconds a view, and its bytes a view in shards of such a length."""
     rows, costs = {}, {}
     for name, encoding in ENCODINGS.items():
-        rows[name], costs[name] = encode(encoding, answers, teacher.device)
+        rows[name], costs[name] = encode(encoding, responses, device)
     with tempfile.TemporaryDirectory(prefix="cskd-plan-") as folder:
         path = Path(folder) / "cache"
-        store(path, answers, rows, shard_length=shard_length, view_block=block)
+        block = responses.manifest.view_block
+        store(path, responses, rows, shard_length=shard_length, view_block=block)
         return costs, dict(describe_cache(path)["bytes_per_view"])
 
 
 def _workers_to_feed(trial: DumpTrial, own: float) -> int:
-    """Loader processes that keep one device busy, if each does what one does here."""
+    """Return how many loader processes keep one device busy, if each does what one does here."""
     return math.ceil(own / (trial.loader / max(1, trial.workers)))
 
 

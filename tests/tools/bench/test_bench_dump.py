@@ -14,6 +14,8 @@ from cskd_pipeline.config import DumpRecipe, load_recipe
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.models.teacher import Logits
 from cskd_pipeline.tools.bench import bench_dump as bench
+from cskd_pipeline.tools.bench import sampled_dump
+from cskd_pipeline.tools.bench.sampled_dump import SampledDump
 from tests.pipeline import world
 from tests.pipeline.conftest import World, small
 from tests.tools.bench.test_bench_join import Time
@@ -48,15 +50,15 @@ def test_rates_are_of_each_side_and_the_slower_of_loader_and_teacher_is_the_limi
             clock.work(seconds)
             advance(1)
 
-    real = bench.unit_batches
-    monkeypatch.setattr(bench, "trial_dump", write)
+    real = sampled_dump.unit_batches
+    monkeypatch.setattr(SampledDump, "write", write)
 
     def slow(dataset: Any, units: Any, *arguments: Any) -> Any:
         for batch in real(dataset, units, *arguments):
             clock.work(len(batch) * (0.05 if len(units[0][1]) == 10 else 0.1))
             yield batch
 
-    monkeypatch.setattr(bench, "unit_batches", slow)
+    monkeypatch.setattr(sampled_dump, "unit_batches", slow)
     monkeypatch.setattr(bench, "wait_for", lambda device: clock.work(16 * 0.1))
     report = bench.bench_dump(
         recipe_of(small), images=8, rounds=3, with_variants=False, clock=clock
@@ -71,25 +73,24 @@ def test_rates_are_of_each_side_and_the_slower_of_loader_and_teacher_is_the_limi
     assert report["goal"] == {"dump_to_teacher": 0.95, "blocks": 1.4}
 
 
-def test_changed_labels_are_counted_over_all_places_and_ratios() -> None:
+def test_changed_labels_are_counted_over_all_locations_and_ratios() -> None:
     draws = torch.Generator().manual_seed(0)
     spatial = torch.randn(4, 5, 2, 2, generator=draws).half()
-    answer = Logits(spatial, spatial.float().mean((2, 3)).half())
-    assert bench._changed([answer], [answer]) == (0.0, 0.0)
-    turned = answer.spatial.clone()
+    logits = Logits(spatial, spatial.float().mean((2, 3)).half())
+    assert bench._changed([logits], [logits]) == (0.0, 0.0)
+    turned = logits.spatial.clone()
     turned[0, :, 0, 0] = 0
-    turned[0, answer.spatial[0, :, 0, 0].argmin(), 0, 0] = 60000  # on top at every r but 0
-    other = Logits(turned, answer.global_)
-    assert bench._changed([answer], [other]) == (4 / (5 * 16), 0.0)
-    global_ = answer.global_.roll(1, dims=1)
-    assert bench._changed([answer], [Logits(answer.spatial, global_)])[1] == 1.0
+    turned[0, logits.spatial[0, :, 0, 0].argmin(), 0, 0] = 60000  # on top at every r but 0
+    other = Logits(turned, logits.global_)
+    assert bench._changed([logits], [other]) == (4 / (5 * 16), 0.0)
+    global_ = logits.global_.roll(1, dims=1)
+    assert bench._changed([logits], [Logits(logits.spatial, global_)])[1] == 1.0
 
 
 def test_variants_are_teachers_with_other_settings_beside_float32(small: World) -> None:
     recipe = recipe_of(small)
-    recipe = replace(recipe, cache=replace(recipe.cache, views=10, view_block=10))
     dataset, teacher = bench.open_stage_one(recipe)
-    resident = bench._resident(recipe, dataset, teacher)
+    resident = bench._resident(SampledDump.of(recipe, dataset, teacher, dataset.samples))
     assert {len(views) for views in resident} == {16}
     clock = Time()
 

@@ -141,7 +141,7 @@ def test_a_batch_that_is_short_costs_the_teacher_a_whole_one(
     clock = Time()
 
     def logits_of(teacher: Any, batch: Any, policy: Any) -> Logits:
-        clock.work(8.0)  # however many are asked about
+        clock.work(8.0)  # however many views there are
         return Logits(torch.zeros(batch.count, 2, 1, 1), torch.zeros(batch.count, 2))
 
     def batch(count: int) -> Any:
@@ -152,13 +152,11 @@ def test_a_batch_that_is_short_costs_the_teacher_a_whole_one(
     monkeypatch.setattr(estimate_dump, "logits_of", logits_of)
     monkeypatch.setattr(estimate_dump.time, "perf_counter", clock)
     teacher: Any = SimpleNamespace(batch_size=16, device="cpu", name="teacher")
-    recipe: Any = SimpleNamespace(views=None)
-    manifest: Any = None
-    seconds, answers = estimate_dump._ask(
-        recipe, teacher, [batch(3), batch(16), batch(5)], manifest
-    )
+    recipe = SimpleNamespace(views=None)
+    few: Any = SimpleNamespace(recipe=recipe, teacher=teacher, manifest=None)
+    seconds, responses = estimate_dump._time_teacher(few, [batch(3), batch(16), batch(5)])
     assert seconds == 8.0 / 16
-    assert len(answers) == 24
+    assert len(responses) == 24
 
 
 # --- the arithmetic, on rates that are made up ----------------------------------------------------
@@ -196,7 +194,7 @@ def forecast(
     return estimate_dump.plan_dump(recipe, views=(2,), devices=(1, 4))
 
 
-def test_bytes_are_the_answers_and_what_all_encodings_share(
+def test_bytes_are_the_logits_and_what_all_encodings_share(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     report = forecast(monkeypatch, "cpu")

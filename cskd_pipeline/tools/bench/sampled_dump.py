@@ -1,0 +1,86 @@
+"""A dump of a few sampled images, whole or part by part: the loader, the teacher, a cache."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from cskd_pipeline.cache.manifest import CacheManifest
+from cskd_pipeline.config import DumpRecipe
+from cskd_pipeline.data.assemble import normalise
+from cskd_pipeline.data.batches import Batch
+from cskd_pipeline.data.index import Dataset, describe, sample
+from cskd_pipeline.data.left_out import LeftOuts
+from cskd_pipeline.data.unit_views import Loading, unit_batches
+from cskd_pipeline.models.teacher import Teacher
+from cskd_pipeline.pipeline.dump import loading_for, teacher_info, usable
+from cskd_pipeline.pipeline.write_cache import cache_manifest, write_cache
+from cskd_pipeline.runtime.distributed import ALONE
+from cskd_pipeline.runtime.progress import silence
+
+Advance = Callable[[int], object]
+"""Takes note of how many views were done just now."""
+
+
+@dataclass(frozen=True)
+class SampledDump:
+    """Hold some images of a recipe's data set, and the teacher that is run on their views."""
+
+    recipe: DumpRecipe
+    dataset: Dataset
+    teacher: Teacher
+    loading: Loading
+
+    @classmethod
+    def of(
+        cls, recipe: DumpRecipe, dataset: Dataset, teacher: Teacher, images: int, parts: int = 4
+    ) -> SampledDump:
+        """Sample about ``images`` images in ``parts`` runs of neighbours.
+
+        Raises:
+            CskdError: as the dump itself would.
+        """
+        loading = loading_for(recipe, teacher)
+        few = sample(dataset, images, parts)
+        few = usable(few, recipe.data.corrupt, LeftOuts(None, ALONE), loading.workers)
+        return cls(recipe, few, teacher, loading)
+
+    @cached_property
+    def manifest(self) -> CacheManifest:
+        """Return the manifest of a cache of these images."""
+        recipe = self.recipe
+        info = teacher_info(self.teacher, recipe.teacher.kwargs)
+        return cache_manifest(recipe.cache, describe(self.dataset), info, recipe.views)
+
+    def batches(
+        self, views: int, *, block: int | None = None, loading: Loading | None = None
+    ) -> Iterator[Batch]:
+        """Yield the first ``views`` views of every image, from the loader alone.
+
+        Args:
+            block: views of a unit; None: all are one.
+            loading: None: the dump's.
+        """
+        units = [
+            (shard, range(first, min(first + (block or views), views)))
+            for shard in range(len(self.dataset.shards))
+            for first in range(0, views, block or views)
+        ]
+        policy, seed = self.recipe.views, self.recipe.cache.root_seed
+        return unit_batches(self.dataset, units, policy, seed, loading or self.loading)
+
+    def write(self, views: int, advance: Advance) -> None:
+        """Dump ``views`` views of every image as the stage would, but into a temporary folder."""
+        recipe, teacher = self.recipe, self.teacher
+        info = teacher_info(teacher, recipe.teacher.kwargs)
+        with silence(), tempfile.TemporaryDirectory(prefix="cskd-trial-") as folder:
+            path = str(Path(folder) / "cache")
+            cache = replace(recipe.cache, path=path, views=views, view_block=views)
+            with write_cache(cache, self.dataset, info, recipe.views, loading=self.loading) as out:
+                for batch in out:
+                    images = normalise(batch.images, teacher.mean, teacher.std)
+                    out.put(batch, *teacher.unchecked(images))
+                    advance(len(batch))
