@@ -50,7 +50,7 @@ def open_cache(location: Path | str, *, memory: int = 192 * 2**20) -> Cache:
 
 
 class Cache:
-    """The finished units of a cache, as they were when :func:`open_cache` opened it.
+    """Hold the finished units of a cache, as they were when :func:`open_cache` opened it.
 
     A unit is a block of ``view_block`` views of one tar shard; what is not done does not exist.
     Every file is compared with its unit's record when it is first used; every record with the

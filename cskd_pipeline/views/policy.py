@@ -28,7 +28,7 @@ VERSIONS = ("deit-v1",)
 
 @dataclass(frozen=True)
 class ViewPolicy:
-    """DeiT's training augmentation (arXiv 2012.12877, table 9), unchanged in the CSKD paper.
+    """Hold DeiT's training augmentation (arXiv 2012.12877, table 9), unchanged in the CSKD paper.
 
     ``version`` freezes how draws are made and applied; the other fields are its parameters. Lengths
     are in pixels, areas and probabilities are fractions, ``mean`` and ``std`` are in [0, 1] units
