@@ -55,7 +55,7 @@ def encodings(
         list[str] | None, flag("--encoding", help="Only these; more than once for several.")
     ] = None,
 ) -> Outcome:
-    """Bytes, times and distortion of every encoding, on real logits of a teacher."""
+    """Measure bytes, times and distortion of every encoding, on real logits of a teacher."""
     require_encodings(encoding or ())
     if plot is not None and plot.suffix not in (".svg", ".png"):
         raise UsageError(
@@ -93,7 +93,7 @@ def loader(
     rounds: Rounds = 9,
     split: Split = None,
 ) -> Outcome:
-    """This loader against timm's, on the same tars and policy: images a second on one core."""
+    """Compare this loader with timm's, on the same tars and policy: images a second on one core."""
     from cskd_pipeline.data.index import load_dataset
     from cskd_pipeline.tools.bench import bench_loader as bench
 
@@ -117,7 +117,7 @@ def join(
         ),
     ] = False,
 ) -> Outcome:
-    """The loader with the join from a cache against the loader without any; and at scale."""
+    """Compare the loader with the join from a cache and without any; and the join at scale."""
     recipe = load()
     if not simulate or recipe.data.shards or recipe.data.cache:
         load.require(recipe, "--shards --cache")
@@ -152,7 +152,7 @@ def step(
     size: Size = 224,
     rounds: Rounds = 9,
 ) -> Outcome:
-    """A training step from a cache against a plain one, and against one with a live teacher."""
+    """Compare a training step from a cache with a plain one, and with one of a live teacher."""
     recipe = load()
     from dataclasses import replace
 
@@ -195,7 +195,7 @@ def dump(
         bool, typer.Option("--compile", help="With --variants: torch.compile too.")
     ] = False,
 ) -> Outcome:
-    """The dump against the bare teacher, blocks of views against single ones, and the limit."""
+    """Compare the dump with the bare teacher, blocks of views with single ones; find the limit."""
     recipe = load()
     load.require(recipe, "--shards --teacher")
     if compile and not variants:

@@ -23,6 +23,7 @@ def _run_inside(terminal: Terminal) -> Command:
     inherited = {"--quiet": terminal.quiet, "--json": terminal.json}
 
     def command(arguments: list[str]) -> dict[str, Any]:
+        """Run a command and return its summary."""
         with kept():
             outcome = parse_and_run([*arguments, *(name for name in inherited if inherited[name])])
         if not isinstance(outcome, dict):  # typer's way with KeyboardInterrupt is an exit code
@@ -86,13 +87,13 @@ class StudyFlags:
 def study(
     terminal: Terminal,
     shards: RequiredShards,
-    val_shards: Annotated[str, flag("--val-shards", TrainRecipe)],
+    val_shards: Annotated[str, flag("--val-shards", TrainRecipe, help="Shards to evaluate on.")],
     flags: StudyFlags,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="A new folder, or the study's own to go on with.")
     ] = Path("study-out"),
 ) -> Outcome:
-    """Teacher, cache, and one student with every method and CKF schedule, over several seeds.
+    """Train a teacher, and students with every method and CKF schedule over several seeds.
 
     Ends with a table of means and deviations, a plot, and whether the paper's ordering held. Run
     the same command again after an interruption: finished runs are kept.

@@ -55,11 +55,7 @@ _OF_VIEWS = {
 
 def one_of(*known: str) -> Callable[[str], list[str]]:
     """Return what offers ``known`` to a shell's completion; where none fits it offers files."""
-
-    def complete(incomplete: str) -> list[str]:
-        return [word for word in known if word.startswith(incomplete)]
-
-    return complete
+    return lambda incomplete: [word for word in known if word.startswith(incomplete)]
 
 
 def usage_of(kind: type, name: str) -> tuple[str, str]:
@@ -117,10 +113,6 @@ TeacherName = Annotated[str | None, flag("--teacher")]
 Weights = Annotated[str | None, flag("--weights")]
 Mean = Annotated[str | None, flag("--mean")]
 Std = Annotated[str | None, flag("--std")]
-ENCODING_NAMES = usage_of(DumpRecipe, "--encoding")[0].split()[1]
-complete_encoding = one_of(*ENCODING_NAMES.split("|"))
-UpdateSize = Annotated[int | None, flag("--batch-size", TrainRecipe)]
-CacheOption = Annotated[str | None, flag("--cache", TrainRecipe)]
 CacheArgument = Annotated[
     str,
     typer.Argument(

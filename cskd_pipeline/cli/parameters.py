@@ -36,6 +36,7 @@ from cskd_pipeline.cli.options import (
     Quiet,
     Sets,
     flag,
+    one_of,
     parse_channels,
     require,
     usage_of,
@@ -86,8 +87,6 @@ class RecipeLoader(Generic[R]):
 
 def expanded(function: Callable[..., Any], flags: str = "") -> Callable[..., Any]:
     """Return ``function`` with the parameters that typer is to see; see the module."""
-    if "quiet" in inspect.signature(function).parameters:  # written out by hand
-        return function
     hints = get_type_hints(function, include_extras=True)
     shown: list[inspect.Parameter] = []
     makers: dict[str, _Make] = {}
@@ -108,6 +107,7 @@ def expanded(function: Callable[..., Any], flags: str = "") -> Callable[..., Any
 
     @functools.wraps(function)
     def command(**given: Any) -> Any:
+        """Call ``function`` with what it takes."""
         given["terminal"] = Terminal.listening(quiet=given.pop("quiet"), json=given.pop("json"))
         return function(**{name: make(given) for name, make in makers.items()})
 
@@ -130,14 +130,11 @@ def _fields(group: Any) -> _Made:
 
 
 def _recipe_option(kind: type) -> Any:
-    def complete(incomplete: str) -> list[str]:
-        return [name for name in recipe_names(kind) if name.startswith(incomplete)]
-
     return typer.Option(
         "--recipe",
         metavar="FILE|NAME",
         help="A TOML recipe, or the name of one in stages/.",
-        autocompletion=complete,
+        autocompletion=lambda incomplete: one_of(*recipe_names(kind))(incomplete),
     )
 
 
@@ -158,6 +155,7 @@ def _recipe(kind: type, flags: Sequence[str]) -> _Made:
     ]
 
     def make(given: dict[str, Any]) -> RecipeLoader[Any]:
+        """Return the loader of a command line."""
         values = {key: given[name] for key, name in arguments.items()}
         values = {key: value for key, value in values.items() if value not in (None, [])}
         for key in {"teacher.mean", "teacher.std"} & set(values):

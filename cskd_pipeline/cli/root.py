@@ -30,6 +30,7 @@ class _Raised:
 
 class _Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
+        """Return what the command returned, or what it raised."""
         try:
             return super().invoke(ctx)
         except BaseException as error:
@@ -44,6 +45,7 @@ class _Commands(typer.Typer):
         register = super().command(*args, cls=_Command, **options)
 
         def decorate(function: _Function) -> _Function:
+            """Return ``function`` as it is, once it is registered."""
             register(expanded(function, flags))
             return function
 

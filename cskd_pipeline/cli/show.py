@@ -27,7 +27,7 @@ Out = Annotated[
 
 @dataclass(frozen=True)
 class Shown:
-    """The flags of a page, each a field of :class:`cskd_pipeline.tools.report.page.PageOptions`."""
+    """Hold a page's flags, the fields of :class:`~cskd_pipeline.tools.report.page.PageOptions`."""
 
     shards: ShardsOption = None
     split: Split = None

@@ -124,6 +124,7 @@ def index(
     from cskd_pipeline.data import index as indexing
 
     def check(dataset: indexing.Dataset) -> None:
+        """Decode every image, and print the list of those that cannot be decoded."""
         from cskd_pipeline.data.corrupt import require_images
         from cskd_pipeline.runtime.device import worker_count
 
