@@ -1,4 +1,4 @@
-"""Where the arrays of one unit gather while its samples come in, in any order."""
+"""Arrays of one unit, which fill up while its samples come in, in any order."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 
 class UnitBuffer:
-    """Arrays (views, count, ...) of one unit.
+    """Gather arrays (views, count, ...) of one unit.
 
     Args:
-        fill: what stands where a ragged array's rows end early, by array name.
+        fill: by array name, the value beyond the end of a ragged array's rows.
     """
 
     def __init__(self, views: int, count: int, fill: Mapping[str, int | float]) -> None:
@@ -23,7 +23,7 @@ class UnitBuffer:
     def put(
         self, rows: np.ndarray | int, offsets: np.ndarray, values: Mapping[str, np.ndarray]
     ) -> None:
-        """``values[name][i]`` belongs to view row ``rows[i]`` and sample ``offsets[i]``."""
+        """Store ``values[name][i]`` at view row ``rows[i]`` and sample ``offsets[i]``."""
         for name, value in values.items():
             array = self._room(name, value)
             inner: list[Any] = [slice(0, n) for n in value.shape[1:]]

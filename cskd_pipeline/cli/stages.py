@@ -82,7 +82,7 @@ class DumpRange:
 
 
 @dataclass(frozen=True)
-class Loading:
+class LoadingFlags:
     """Say how images are loaded, and where the network runs."""
 
     split: Split = None
@@ -233,7 +233,7 @@ def evaluate(
         ),
     ],
     shards: RequiredShards,
-    loading: Loading,
+    loading: LoadingFlags,
     crop_pct: Annotated[
         float | None,
         typer.Option(

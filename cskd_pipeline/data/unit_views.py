@@ -44,45 +44,29 @@ class Loading:
     device: torch.device | str = "cpu"
 
 
-@dataclass(frozen=True)
-class Item:
-    """Neighbouring samples of one tar shard in some views."""
-
-    shard: int
-    offsets: range
-    views: range
-
-    def rows(self) -> np.ndarray:
-        """Return (n, 3) int32 view, shard, offset, view by view."""
-        grid = np.meshgrid(self.views, self.shard, self.offsets, indexing="ij")
-        return np.stack(grid, axis=-1).reshape(-1, 3).astype(np.int32)
-
-    def batches(self, batch_size: int) -> int:
-        """Count the batches of at most ``batch_size`` that it makes."""
-        return -(-len(self.views) * len(self.offsets) // batch_size)
-
-
-def items_of(unit: UnitViews, count: int, policy: ViewPolicy, batch_size: int) -> list[Item]:
+def items_of(unit: UnitViews, count: int, policy: ViewPolicy, batch_size: int) -> list[np.ndarray]:
     """Cut a unit whose shard has ``count`` samples into items.
 
     Few views: several windows make an item, enough for a batch. Many or large views: a part of them
     makes an item, which then decodes its images for that part only.
+
+    Returns:
+        Each item's rows, view by view: (n, 3) int32 view, shard, offset.
     """
     shard, views = unit
     window_bytes = policy.window * policy.size * policy.size * 3
     parts = -(-len(views) // max(1, ITEM_BYTES // window_bytes))
-    chunks = [
-        views[p[0] : p[-1] + 1] for p in np.array_split(np.arange(len(views)), parts) if len(p)
-    ]
+    chunks = [chunk for chunk in np.array_split(np.array(views), parts) if len(chunk)]
     longest = len(chunks[0])
     windows = -(-batch_size // (policy.window * longest))
     windows = max(1, min(windows, ITEM_BYTES // (window_bytes * longest)))
     span = windows * policy.window
-    return [
-        Item(shard, range(start, min(start + span, count)), chunk)
+    grids = [
+        np.meshgrid(chunk, shard, np.arange(start, min(start + span, count)), indexing="ij")
         for start in range(0, count, span)
         for chunk in chunks
     ]
+    return [np.stack(grid, axis=-1).reshape(-1, 3).astype(np.int32) for grid in grids]
 
 
 class _UnitStream(IterableDataset[Batch | None]):
@@ -95,9 +79,12 @@ class _UnitStream(IterableDataset[Batch | None]):
     def __init__(self, renderer: Renderer, units: Sequence[UnitViews], batch_size: int) -> None:
         self.renderer, self.units, self.batch_size = renderer, units, batch_size
 
-    def items(self, unit: UnitViews) -> list[Item]:
+    def items(self, unit: UnitViews) -> list[np.ndarray]:
         count = self.renderer.samples.counts[unit[0]]
         return items_of(unit, count, self.renderer.policy, self.batch_size)
+
+    def batches(self, item: np.ndarray) -> int:
+        return -(-len(item) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch | None]:
         worker = get_worker_info()
@@ -105,21 +92,16 @@ class _UnitStream(IterableDataset[Batch | None]):
         first = 0  # goes on from unit to unit: short last windows do not always meet one process
         for unit in self.units:
             items = self.items(unit)
-            shares: list[list[Item]] = [[] for _ in range(lanes)]
-            for number, item in enumerate(items, first):
-                shares[number % lanes].append(item)
+            # Item i of all units is made by process i % lanes.
+            shares = [items[(process - first) % lanes :: lanes] for process in range(lanes)]
             first += len(items)
-            lengths = [sum(item.batches(self.batch_size) for item in share) for share in shares]
+            lengths = [sum(map(self.batches, share)) for share in shares]
             for item in shares[lane]:
-                yield from self._batches(item)
+                views = self.renderer.render(item)
+                for start in range(0, len(item), self.batch_size):
+                    part = item[start : start + self.batch_size]
+                    yield compose(self.renderer, self.renderer.pair(part), views)
             yield from [None] * (max(lengths) - lengths[lane])
-
-    def _batches(self, item: Item) -> Iterator[Batch]:
-        rows = item.rows()
-        views = self.renderer.render(rows)
-        for start in range(0, len(rows), self.batch_size):
-            part = rows[start : start + self.batch_size]
-            yield compose(self.renderer, self.renderer.pair(part), views)
 
 
 def unit_batches(
@@ -142,7 +124,7 @@ def unit_batches(
     stream = _UnitStream(renderer, units, loading.batch_size)
     kinds = {(renderer.samples.counts[shard], len(views)): (shard, views) for shard, views in units}
     items = [item for unit in kinds.values() for item in stream.items(unit)]
-    ahead = max((item.batches(loading.batch_size) for item in items), default=1)
+    ahead = max(map(stream.batches, items), default=1)
     loader: Loader[Batch | None] = Loader(
         stream,
         workers=loading.workers,

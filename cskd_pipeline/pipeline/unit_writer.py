@@ -29,7 +29,7 @@ from cskd_pipeline.runtime.progress import Meter, progress
 
 
 class UnitWriter:
-    """Yields every view of some units of a cache, and writes the logits that come back::
+    """Yield every view of some units of a cache, and write the logits that come back::
 
         with unit_writer:
             for views in unit_writer:
@@ -54,7 +54,7 @@ class UnitWriter:
         self.views_written = 0
         self.meter = Meter(self.views_total, "views")
         self._shape = response_shape(writer.manifest)
-        self._views: Generator[TeacherViews, None, None] | None = None
+        self._views = self._iterate()
         self._given = deque[TeacherViews]()
         self._computing = deque[tuple[TeacherViews, Logits, torch.cuda.Event | None]]()
         self._unfinished = deque(self.units)
@@ -68,8 +68,7 @@ class UnitWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         assert self._thread is not None
-        if self._views is not None:
-            self._views.close()
+        self._views.close()
         with self._thread:  # which waits for the unit being written
             if kind is None:
                 while self._computing:
@@ -79,10 +78,11 @@ class UnitWriter:
     def __iter__(self) -> Iterator[TeacherViews]:
         """Yield full batches on the device, the last may be shorter; see :class:`TeacherViews`.
 
+        Only once: what was yielded is gone.
+
         Raises:
             CskdError: an image or a tar that cannot be read.
         """
-        self._views = self._iterate()
         return self._views
 
     def _iterate(self) -> Generator[TeacherViews, None, None]:
@@ -162,15 +162,15 @@ class UnitWriter:
                 for tensor in (*logits, views.label):
                     tensor.record_stream(side)  # not to be given away before this stream is done
                 arrays = self._encode(views, logits)
-        index, complete = views.index, 0
-        while len(index):
-            unit, now = self._unfinished[0], index[: self._missing]
-            assert (now[:, 1] == unit.shard).all(), (unit, now)
-            own = {name: values[: len(now)] for name, values in arrays.items()}
-            self._buffer.put(now[:, 0] - unit.views[0], now[:, 2], own)
-            index = index[len(now) :]
-            arrays = {name: values[len(now) :] for name, values in arrays.items()}
-            self._missing -= len(now)
+        start = complete = 0
+        while start < len(views):
+            unit, rows = self._unfinished[0], slice(start, start + self._missing)
+            view, shard, offset = views.index[rows].T
+            assert (shard == unit.shard).all(), (unit, shard)
+            own = {name: values[rows] for name, values in arrays.items()}
+            self._buffer.put(view - unit.views[0], offset, own)
+            start += len(view)
+            self._missing -= len(view)
             if not self._missing:
                 self._commit()
                 complete += 1

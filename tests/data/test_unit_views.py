@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,24 +106,27 @@ def test_no_batch_carries_views_that_it_does_not_need(dataset: Dataset) -> None:
 def test_items_cover_a_unit_and_stay_small(batch_size: int, views: int, count: int) -> None:
     policy = ViewPolicy()
     items = items_of((5, range(20, 20 + views)), count, policy, batch_size)
-    covered = Counter((v, o) for item in items for v in item.views for o in item.offsets)
-    assert len(covered) == views * count
+    covered = Counter(tuple(row) for item in items for row in item.tolist())
+    assert set(covered) == {(20 + v, 5, o) for v in range(views) for o in range(count)}
     assert set(covered.values()) == {1}
     for item in items:
-        pixels = len(item.views) * len(item.offsets) * policy.size**2 * 3
-        assert pixels <= unit_views_module.ITEM_BYTES
-        assert item.offsets[0] % policy.window == 0  # partners stay inside
-        assert item.offsets[-1] + 1 == count or (item.offsets[-1] + 1) % policy.window == 0
-    full = items[0]
-    assert full.batches(batch_size) * batch_size < 2 * len(full.rows()) or batch_size > count
+        assert len(item) * policy.size**2 * 3 <= unit_views_module.ITEM_BYTES
+        first, last = item[0, 2], item[-1, 2]
+        assert first % policy.window == 0  # partners stay inside
+        assert last + 1 == count or (last + 1) % policy.window == 0
+        assert len(item) == len(set(item[:, 0].tolist())) * (last + 1 - first)
+    full = -(-len(items[0]) // batch_size) * batch_size
+    assert full < 2 * len(items[0]) or batch_size > count
 
 
 def test_windows_too_large_for_memory_are_taken_in_parts_of_the_views() -> None:
     policy = ViewPolicy(size=384, window=512)
     items = items_of((0, range(10)), 1000, policy, 128)
-    assert [(len(i.views), i.offsets) for i in items[:10]] == [(1, range(512))] * 10
+    for view, item in enumerate(items[:10]):
+        assert item.tolist() == [[view, 0, offset] for offset in range(512)]
     policy = ViewPolicy(size=384)
-    assert [len(i.views) for i in items_of((0, range(10)), 64, policy, 128)] == [5, 5]
+    found = items_of((0, range(10)), 64, policy, 128)
+    assert [np.unique(item[:, 0]).tolist() for item in found] == [[*range(5)], [*range(5, 10)]]
 
 
 def test_a_broken_image_stops_the_unit_with_its_name(tmp_path: Any) -> None:
