@@ -14,12 +14,9 @@ from cskd_pipeline.cli.options import (
     BatchSize,
     CacheArgument,
     Device,
-    Mean,
     Outcome,
     ShardsOption,
     Split,
-    Std,
-    TeacherName,
     Weights,
     flag,
     parse_channels,
@@ -83,10 +80,10 @@ class ComparedImages:
 class ComparedTeacher:
     """Name the teacher whose logits are compared with a cache's."""
 
-    teacher: TeacherName = None
+    teacher: Annotated[str | None, flag("--teacher")] = None
     weights: Weights = None
-    mean: Mean = None
-    std: Std = None
+    mean: Annotated[str | None, flag("--mean")] = None
+    std: Annotated[str | None, flag("--std")] = None
     batch_size: BatchSize = None
     device: Device = None
 

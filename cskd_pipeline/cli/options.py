@@ -107,12 +107,8 @@ ShardsOption = Annotated[str | None, flag("--shards")]
 RequiredShards = Annotated[str, flag("--shards")]
 Split = Annotated[str | None, flag("--split")]
 BatchSize = Annotated[int | None, flag("--batch-size")]
-Workers = Annotated[int | None, flag("--workers")]
 Device = Annotated[str | None, flag("--device")]
-TeacherName = Annotated[str | None, flag("--teacher")]
 Weights = Annotated[str | None, flag("--weights")]
-Mean = Annotated[str | None, flag("--mean")]
-Std = Annotated[str | None, flag("--std")]
 CacheArgument = Annotated[
     str,
     typer.Argument(
@@ -153,9 +149,8 @@ def require_companion(usage: str, value: object, others: Mapping[str, object]) -
     """Refuse flags that would do nothing without the one of ``usage``."""
     given = [name for name, other in others.items() if other is not None]
     if given and value is None:
-        raise UsageError(
-            f"{given[0]} does nothing alone", expected=usage, action=f"give {usage.split()[0]} too"
-        )
+        action = f"give {usage.split()[0]} too"
+        raise UsageError(f"{given[0]} does nothing alone", expected=usage, action=action)
 
 
 def require_encodings(names: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ typer's own, but for three kinds:
 ::
 
     @app.command(flags="--shards --teacher --cache", epilog="Example: cskd-pipeline try ...")
-    def try_it(terminal: Terminal, load: RecipeLoader[DumpRecipe], loading: Loading) -> Outcome:
+    def try_it(terminal: Terminal, load: RecipeLoader[DumpRecipe], part: DumpRange) -> Outcome:
         recipe = load()  # or with more than flags say: load({"teacher.name": source})
         load.require(recipe, "--shards --teacher")
 

@@ -17,7 +17,6 @@ from cskd_pipeline.cli.options import (
     Outcome,
     RequiredShards,
     Split,
-    Workers,
     flag,
     parse_range,
     require_companion,
@@ -87,7 +86,7 @@ class LoadingFlags:
 
     split: Split = None
     batch_size: BatchSize = None
-    workers: Workers = None
+    workers: Annotated[int | None, flag("--workers")] = None
     device: Device = None
 
 
