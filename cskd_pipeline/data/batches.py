@@ -1,27 +1,21 @@
-"""Batches: views as uint8 with the numbers that mix them, the labels, and the teacher's answers."""
+"""Batches as they are loaded: uint8 views, the numbers that mix them, labels, encoded targets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from cskd_pipeline.cache.reader import Cache
-from cskd_pipeline.data.images import ImageSource
-from cskd_pipeline.data.plan import EpochPlan, part_size
 from cskd_pipeline.data.render import Pairing, RenderedViews, Renderer
-from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.views.apply import erase_noise
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples in one view each, made of U rendered views of S x S pixels.
+    """Hold B samples in one view each, made of U rendered views of S x S pixels.
 
     On the device after :meth:`to`:
 
@@ -33,7 +27,7 @@ class Batch:
     - ``label``, ``partner_label``: (B,) int64.
     - ``erase_box``: (E, 5) int32 number in ``pixels``, top, left, height, width.
     - ``erase_noise``: (sum of 3 * height * width,) int16, standard normal times 256, box by box.
-    - ``targets``: the teacher's answers by array name, (B, ...).
+    - ``targets``: the teacher's response, encoded: array name -> (B, ...).
 
     On the host always: ``index`` (B, 3) int32 view, shard, offset; ``seed`` (U,) uint64,
     ``image_crc32`` and ``view_digest`` (U,) uint32 of each rendered view; ``drifted``, how many of
@@ -60,10 +54,11 @@ class Batch:
         return len(self.own)
 
     def to(self, device: torch.device | str) -> Batch:
-        """With the first group of fields on ``device``; from pinned memory this does not wait."""
+        """Return it with the first group of fields on ``device``; from pinned memory without waiting."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
+        """Return it with the first group of fields in pinned memory, for a GPU to copy from."""
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, change: Any) -> Batch:
@@ -79,7 +74,7 @@ _ON_DEVICE = (
 
 
 def render_batch(renderer: Renderer, rows: np.ndarray) -> Batch:
-    """The samples ``rows``, (B, 3) view, shard, offset: see :class:`Batch`; no targets yet.
+    """Render the samples ``rows``, (B, 3) view, shard, offset: see :class:`Batch`; no targets yet.
 
     Raises:
         CskdError: whatever :meth:`Renderer.render` raises.
@@ -90,7 +85,7 @@ def render_batch(renderer: Renderer, rows: np.ndarray) -> Batch:
 
 
 def compose(renderer: Renderer, pairing: Pairing, views: RenderedViews) -> Batch:
-    """A batch of what was rendered; of more than it needs, only what it needs is copied."""
+    """Make a batch of rendered views; of more than it needs, only what it needs is copied."""
     needed, number = np.unique(
         np.concatenate([views.find(pairing.own), views.find(pairing.partner)]), return_inverse=True
     )
@@ -120,103 +115,3 @@ def compose(renderer: Renderer, pairing: Pairing, views: RenderedViews) -> Batch
     }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return Batch(drifted=views.drifted, targets={}, **tensors)
-
-
-Position = tuple[int, int, int]
-"""Epoch, step (optimizer update within it), micro-batch (within the update)."""
-
-
-class TrainBatches(Dataset[Batch]):
-    """What one rank trains on: position -> batch.
-
-    A batch is a function of its position, the plan and the data; it depends on no other batch and
-    on no process it was made in.
-
-    Args:
-        images: reads from the layout that ``plan`` runs over.
-        cache: seeds and recorded digests, and the answers of ``encoding``; None: no targets.
-        accumulation: micro-batches of an update.
-        drift: ``warn``: views and images unlike the cache's are counted, not refused.
-
-    Raises:
-        UsageError: the batch cannot be cut into equal parts for ranks and micro-batches.
-    """
-
-    def __init__(
-        self,
-        plan: EpochPlan,
-        images: ImageSource,
-        *,
-        cache: Cache | None = None,
-        encoding: str | None = None,
-        accumulation: int = 1,
-        rank: int = 0,
-        world: int = 1,
-        drift: str = "error",
-    ) -> None:
-        part_size(plan.batch_size, world=world, accumulation=accumulation)
-        self.plan = plan
-        self.accumulation, self.rank, self.world = accumulation, rank, world
-        renderer = Renderer(
-            plan.samples, images, plan.policy, plan.root_seed, cache=cache, drift=drift
-        )
-        self.of_rows = RowBatches(renderer, cache, encoding)
-
-    def rows(self, position: Position) -> np.ndarray:
-        """(B, 3) view, shard, offset."""
-        epoch, step, micro = position
-        cut = {"rank": self.rank, "world": self.world, "accumulation": self.accumulation}
-        return self.plan.batch(epoch, step, micro=micro, **cut)
-
-    def __getitem__(self, position: Position) -> Batch:
-        return self.of_rows[self.rows(position)]
-
-
-class RowBatches(Dataset[Batch]):
-    """(B, 3) rows of view, shard, offset -> batch, with targets where there is an encoding."""
-
-    def __init__(self, renderer: Renderer, cache: Cache | None, encoding: str | None) -> None:
-        self.renderer = renderer
-        self.cache = cache
-        self.encoding = encoding
-
-    def __getitem__(self, rows: np.ndarray) -> Batch:
-        batch = render_batch(self.renderer, rows)
-        if self.cache is None or self.encoding is None:
-            return batch
-        answers = self.cache.gather(self.encoding, rows)
-        return replace(batch, targets={n: torch.from_numpy(a) for n, a in answers.items()})
-
-
-def train_loader(
-    batches: TrainBatches,
-    positions: Iterable[Position],
-    *,
-    workers: int = 0,
-    pin_memory: bool = False,
-    start_method: str | None = None,
-) -> Loader[Batch]:
-    """The batches at ``positions``, in that order, from ``workers`` processes.
-
-    Positions may begin anywhere: what comes is what an uninterrupted run would have had there. One
-    iteration keeps its processes, however many epochs it runs over. Epochs are planned in the
-    parent, and workers are told rows.
-    """
-    return Loader(
-        batches.of_rows,
-        _Order(batches, positions),
-        workers=workers,
-        pin_memory=pin_memory,
-        start_method=start_method,
-    )
-
-
-@dataclass(frozen=True)
-class _Order:
-    """The rows at each position."""
-
-    batches: TrainBatches
-    positions: Iterable[Position]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return map(self.batches.rows, self.positions)

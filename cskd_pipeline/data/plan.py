@@ -1,4 +1,4 @@
-"""Which sample in which view comes when: a pure function of layout, seed and epoch.
+"""The order of training, which sample in which view comes when: a function of layout and seed.
 
 The order is global. Ranks, micro-batches and loader processes only cut it, so a run is described by
 its recipe and not by the machines it happens to have.
@@ -12,7 +12,7 @@ and an image's R views are neighbours, so that a batch decodes and renders nearl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -26,44 +26,52 @@ NOBODY = -1  # stands for the partner of a sample that has none
 
 
 class Layout(Protocol):
-    """Something with tar shards in order: a :class:`Dataset`, a :class:`Cache`."""
+    """Have tar shards in order: as a :class:`Dataset` has, and a :class:`Cache`."""
 
     @property
-    def counts(self) -> tuple[int, ...]: ...
+    def counts(self) -> tuple[int, ...]:
+        """Return how many samples each tar has."""
+        ...
+
     @property
-    def shard_ids(self) -> tuple[str, ...]: ...
+    def shard_ids(self) -> tuple[str, ...]:
+        """Return the SHA-256 of each tar's keys."""
+        ...
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """The layout that shard and offset refer to: each tar's samples, and its keys' SHA-256."""
+    """Name the layout that shard and offset refer to: each tar's samples, its keys' SHA-256."""
 
     counts: tuple[int, ...]
     shard_ids: tuple[str, ...]
 
     @classmethod
     def of(cls, layout: Layout) -> SampleSet:
+        """Return the layout of a data set or a cache."""
         return cls(tuple(layout.counts), tuple(layout.shard_ids))
 
     @property
     def total(self) -> int:
+        """Return the number of samples."""
         return sum(self.counts)
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """``rows``: (steps * batch_size, 3) int32 view, shard, offset in the order of training."""
+    """Hold ``rows``, (steps * batch_size, 3) int32 view, shard, offset in the order of training."""
 
     rows: np.ndarray
     steps: int
 
 
+@dataclass(eq=False)
 class EpochPlan:
-    """The order of training.
+    """Plan the order of training; ``steps`` are the batches of an epoch.
 
     Args:
         samples: the cache's layout, or the shards' where there is no cache.
-        root_seed: of the views; it decides who is whose partner.
+        root_seed: of the views; it decides the partners.
         views: how many there are, reused in turn; None: as many as epochs need.
         repeats: R, views of an image in one epoch.
         batch_size: rows in one optimizer update, over all ranks and micro-batches.
@@ -77,49 +85,45 @@ class EpochPlan:
         DataError: fewer samples than one batch.
     """
 
-    def __init__(
-        self,
-        samples: SampleSet,
-        policy: ViewPolicy,
-        root_seed: int,
-        *,
-        views: int | None,
-        repeats: int,
-        batch_size: int,
-        seed: int,
-        shuffle_shards: int = 16,
-        allowed: Sequence[np.ndarray] | None = None,
-    ) -> None:
-        self.samples, self.policy, self.root_seed = samples, policy, root_seed
-        self.views, self.repeats, self.batch_size = views, repeats, batch_size
-        self.seed, self.shuffle_shards = seed, shuffle_shards
-        self.allowed = allowed
-        counts = np.array(samples.counts, np.int64)
+    samples: SampleSet
+    policy: ViewPolicy
+    root_seed: int
+    _: KW_ONLY
+    views: int | None
+    repeats: int
+    batch_size: int
+    seed: int
+    shuffle_shards: int = 16
+    allowed: Sequence[np.ndarray] | None = None
+    steps: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        counts = np.array(self.samples.counts, np.int64)
         self._shard = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         self._start = np.cumsum(counts) - counts
-        if views is not None and views < repeats:
+        if self.views is not None and self.views < self.repeats:
             raise CacheError(
                 "the cache has fewer views than an epoch shows of an image",
-                found=f"{views} views",
-                expected=f"at least {repeats}",
+                found=f"{self.views} views",
+                expected=f"at least {self.repeats}",
                 action="extend the cache with more views, or set batch.repeats=1",
             )
-        self.steps = self._usable() // batch_size
+        self.steps = self._usable() // self.batch_size
         if self.steps == 0:
             raise DataError(
                 "fewer samples than one batch",
                 found=f"{self._usable()} samples",
-                expected=f"at least batch_size = {batch_size}",
+                expected=f"at least batch_size = {self.batch_size}",
             )
         self._last: tuple[int, Epoch] | None = None
 
     def cycle_views(self, cycle: int) -> list[int]:
-        """The R views in which cycle number ``cycle`` shows every image."""
+        """Return the R views in which cycle number ``cycle`` shows every image."""
         every = [cycle * self.repeats + j for j in range(self.repeats)]
         return [view % self.views for view in every] if self.views else every
 
     def epoch(self, number: int) -> Epoch:
-        """The rows of epoch ``number`` (from 0); what does not fill a batch is dropped."""
+        """Return the rows of epoch ``number`` (from 0); what does not fill a batch is dropped."""
         if self._last is None or self._last[0] != number:
             self._last = (number, self._build(number))
         return self._last[1]
@@ -134,7 +138,7 @@ class EpochPlan:
         micro: int = 0,
         accumulation: int = 1,
     ) -> np.ndarray:
-        """(n, 3) view, shard, offset: what one rank reads for one micro-batch of an update.
+        """Return (n, 3) view, shard, offset: what a rank reads for a micro-batch of an update.
 
         A rank has a contiguous part of the global batch, a micro-batch a contiguous part of that.
         """
@@ -145,7 +149,7 @@ class EpochPlan:
         start = step * self.batch_size + (rank * accumulation + micro) * size
         return self.epoch(epoch).rows[start : start + size]
 
-    # -- how an epoch comes to be ------------------------------------------------------------------
+    # -- how an epoch is built ---------------------------------------------------------------------
 
     def _usable(self) -> int:
         """Rows that every epoch has at least; exact when every sample can be read."""
@@ -162,21 +166,33 @@ class EpochPlan:
         return total
 
     def _build(self, number: int) -> Epoch:
+        """The rows of an epoch, without those of the rest of its cycle.
+
+        A cycle is a list of items in random order. An item is a pair of samples that are mixed with
+        each other (or a sample that has no partner), and stands for up to 2 R rows: both members in
+        each of R views. Written out, the cycle is one long list of rows, of which this epoch has the
+        ``phase``-th of R equal parts. Only the items that lie in that part are written out:
+        with ImageNet and R = 3 the list has 3.8 million rows.
+        """
         cycle, phase = divmod(number, self.repeats)
         views = self.cycle_views(cycle)
-        partner = self._partners(views[0])
+        partner = self._partners(views[0])  # policy.repeats views share their partners
         members = self._ordered_items(partner, cycle)  # (items, 2) sample numbers
-        shown = self._shown(members, views, partner)  # (items, R, 2) bool
-        ends = np.cumsum(shown.sum(axis=(1, 2)))
+        shown = self._shown(members, views, partner)  # (items, R, 2) bool: which rows there are
+        ends = np.cumsum(shown.sum(axis=(1, 2)))  # of the whole list: where each item's rows end
+        # The epoch's part of the list, rows first..last - 1, and the items low..high - 1 that have
+        # them. An edge may lie within an item, which then shows in two epochs.
         first, last = (int(ends[-1]) * p // self.repeats for p in (phase, phase + 1))
         low = int(np.searchsorted(ends, first, side="right"))
         high = int(np.searchsorted(ends, last, side="left")) + 1
-        item, j, member = np.nonzero(shown[low:high])  # view by view within an item
+        # nonzero runs over item, view, member: of an item both members in one view, then the next
+        # view. So a batch renders each view of a pair once, and decodes each image once.
+        item, j, member = np.nonzero(shown[low:high])
         sample = members[low:high][item, member]
         shard = self._shard[sample]
         rows = np.stack([np.array(views)[j], shard, sample - self._start[shard]], axis=1)
-        skipped = first - (int(ends[low - 1]) if low else 0)
-        length = self.steps * self.batch_size
+        skipped = first - (int(ends[low - 1]) if low else 0)  # rows of item low before the edge
+        length = self.steps * self.batch_size  # what does not fill a batch is dropped
         assert last - first >= length
         rows = rows[skipped : skipped + length].astype(np.int32)
         return Epoch(np.ascontiguousarray(rows), self.steps)
@@ -192,9 +208,13 @@ class EpochPlan:
         return np.concatenate(parts)
 
     def _ordered_items(self, partner: np.ndarray, cycle: int) -> np.ndarray:
-        """(items, 2) int64 the pairs of a cycle in its order; single samples with ``NOBODY``."""
+        """(items, 2) int64 the pairs of a cycle in its order; single samples with ``NOBODY``.
+
+        Items are sorted by (block of shards, random number): shards are shuffled over all, samples
+        within blocks of ``shuffle_shards`` shards, so that a batch reads few tars.
+        """
         own = np.arange(len(partner))
-        first = np.flatnonzero(own <= partner)
+        first = np.flatnonzero(own <= partner)  # each pair once, by its lower number
         second = np.where(partner[first] == first, NOBODY, partner[first])
         bits = BitStream(derive_seed("order", self.seed, cycle))
         place = np.argsort(np.argsort(bits.raw(len(self.samples.counts)), kind="stable"))
@@ -218,7 +238,7 @@ class EpochPlan:
 
 
 def part_size(batch_size: int, *, world: int, accumulation: int) -> int:
-    """Rows of one rank's micro-batch.
+    """Return the rows of one rank's micro-batch.
 
     Raises:
         UsageError: the batch cannot be cut into equal parts, so a mean of means would not be the

@@ -1,7 +1,7 @@
 """Cumulative knowledge fusion (CKF): its schedules, its hard labels, and their upper envelope.
 
 Legend: B samples, K classes, h x w the teacher's grid; ``spatial`` d (B, K, h, w) and ``global_``
-g (B, K), both float16: the teacher's answer.
+g (B, K), both float16: the teacher's response.
 
 CKF fuses ``r * d + (1 - r) * g`` with r falling from 1 to 0. At one location class k is thus a line
 in r from g_k to d_k, and the hard label is the line on top. Among several lines on top the larger g
@@ -38,6 +38,9 @@ _LOWEST = -(1 << 62)  # below every key, as int64 and as float32
 _SLACK = 1.0 + 2.0**-20  # more than the seven float32 roundings that it covers
 _CHUNK = 1 << 22  # logits handled at once: scratch memory stays below 300 MB
 
+Schedule = str | Callable[[float], float]
+"""A name of :data:`SCHEDULES`, or a function of one's own: progress t -> ratio r."""
+
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda t: 1.0 - t,
     "x2": lambda t: (1.0 - t) ** 2,
@@ -46,42 +49,50 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "global": lambda t: 0.0,
 }
 """The CKF ratio r by progress t: the paper's three decay functions (arXiv 2307.08500), and its two
-ends for ablations, the spatial response alone and the global one alone, at every place.
+ends for ablations, the spatial response alone and the global one alone, at every location.
 """
 
 
-def ckf_ratio(schedule: str, progress: float) -> float:
-    """The share r of the spatial response, in [0, 1].
+def ckf_ratio(schedule: Schedule, progress: float) -> float:
+    """Return r, the share of the spatial response, in [0, 1].
 
     Args:
+        schedule: a name of :data:`SCHEDULES`, or a function of one's own of t.
         progress: t = epoch / epochs (or update / updates), in [0, 1].
 
     Raises:
-        RecipeError: an unknown schedule.
+        RecipeError: an unknown schedule, progress or a function's ratio outside [0, 1].
     """
-    if schedule not in SCHEDULES:
+    if isinstance(schedule, str) and schedule not in SCHEDULES:
         raise RecipeError(
             "unknown CKF schedule",
             where="distill.schedule",
             found=schedule,
-            expected=", ".join(SCHEDULES),
+            expected=f"{', '.join(SCHEDULES)}, or in Python a function of progress",
         )
-    assert 0.0 <= progress <= 1.0, progress
-    return SCHEDULES[schedule](progress)
+    _require_share(progress, "the training's progress", "epoch / epochs, or update / updates")
+    r = SCHEDULES[schedule](progress) if isinstance(schedule, str) else schedule(progress)
+    _require_share(r, "the ratio that a CKF schedule returns", f"schedule({progress:g})")
+    return float(r)
+
+
+def _require_share(value: float, name: str, where: str) -> None:
+    if not 0.0 <= value <= 1.0:  # NaN is not, either
+        raise RecipeError(f"{name} is out of range", where=where, found=value, expected="0 to 1")
 
 
 def fuse(spatial: Tensor, global_: Tensor, r: float) -> Tensor:
-    """``r * d + (1 - r) * g`` in float32, (B, K, h, w): the target of the soft loss."""
+    """Return ``r * d + (1 - r) * g`` in float32, (B, K, h, w): the target of the soft loss."""
     return r * spatial.float() + (1.0 - r) * global_.float()[:, :, None, None]
 
 
 def hard_global_labels(global_: Tensor) -> Tensor:
-    """The class of the largest global logit, the lowest index among equals, (B,) int64."""
+    """Return the class of the largest global logit, the lowest index among equals, (B,) int64."""
     return global_.argmax(dim=1)
 
 
 def hard_labels(spatial: Tensor, global_: Tensor, r: float) -> Tensor:
-    """The class on top at the multiple of 1/N nearest to r, by the tie rule; no host sync.
+    """Return the class on top at the multiple of 1/N nearest to r, by the tie rule; no host sync.
 
     Returns:
         (B, h, w) int64.
@@ -96,7 +107,7 @@ def hard_labels(spatial: Tensor, global_: Tensor, r: float) -> Tensor:
 
 
 def envelope_labels(planes: Tensor, r: float) -> Tensor:
-    """:func:`hard_labels` from :func:`upper_envelope`'s planes, equal at every r; no host sync.
+    """Return :func:`hard_labels` by :func:`upper_envelope`'s planes, at any r; no host sync.
 
     Args:
         planes: (B, P, h, w) uint16, P odd; trailing planes that are all unused may be left out.
@@ -111,10 +122,10 @@ def envelope_labels(planes: Tensor, r: float) -> Tensor:
 
 
 def upper_envelope(spatial: Tensor, global_: Tensor) -> Tensor:
-    """Every class that is on top at some multiple of 1/N, and where each hands over to the next.
+    """Return every class that is on top at some multiple of 1/N, and where the next takes over.
 
-    From the label at r = 0 the march goes to the nearest crossing with a steeper line, whose place
-    is ``floor(N * a / (a + b))`` for lines a apart at r = 0 and, the other way, b apart at r = 1.
+    From the label at r = 0 the march goes to the nearest crossing with a steeper line, which lies
+    at ``floor(N * a / (a + b))`` for lines a apart at r = 0 and, the other way, b apart at r = 1.
     At the next multiple of 1/N the new label is found as :func:`hard_labels` finds it; so a class
     whose two crossings share a quantum is never listed, and the last class is the label at r = 1.
     On one CPU core a view takes about 1 % of a ResNet-50's forward pass (K = 1000, 7x7).
@@ -136,7 +147,7 @@ def upper_envelope(spatial: Tensor, global_: Tensor) -> Tensor:
     assert global_.shape == (samples, classes), (spatial.shape, global_.shape)
     assert 0 < classes <= UNUSED, classes
     if not all_finite(spatial, global_):
-        raise TeacherError("the teacher's answer holds NaN or infinite logits")
+        raise TeacherError("the teacher's response holds NaN or infinite logits")
     pieces = []
     for d, g in _pieces(spatial, global_):
         d = d.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format)
@@ -177,21 +188,35 @@ def _march(d: Tensor, g: Tensor) -> Tensor:
 def _candidates(d: Tensor, g: Tensor) -> Tensor:
     """The lines that may be on top: class, d and g in units, packed (3, n, C) int64.
 
-    The label at r = 0 comes first and fills the unused columns too. A line that stays below both it
-    and the label at r = 1 is never on top. The maximum of these two is convex and bends where they
-    cross, so another line rises above it there or nowhere: where its point (g, d) lies on or above
-    the chord between theirs. float32 decides that with room to spare.
+    Of 1,000 lines at a location a handful is left, so that the march, which looks at all of them in
+    each of its steps, costs little. C is one more than the most at any location; the label at r = 0
+    comes first and fills the unused columns too.
+
+    Which lines are left: the label at r = 0 (``start``) and the one at r = 1 (``end``) are on top
+    somewhere, so another line must rise above both. The maximum of the two is convex and bends only
+    where they cross, so another straight line rises above it at that crossing or nowhere. There
+    ``r = (g_start - g_end) / ((g_start - g_end) + (d_end - d_start))``; line k is on or above, at
+    that r, if and only if its point (g_k, d_k) is on or above the chord from (g_start, d_start) to
+    (g_end, d_end)::
+
+        (g_start - g_k) * (d_end - d_start) <= (d_k - d_start) * (g_start - g_end)
+
+    A line too many does no harm: the march decides in exact integers. float32 may not leave one
+    out, so the right side is enlarged by ``_SLACK``, more than all roundings of the two sides.
     """
-    start = _first_of_largest(g, d, dim=-1)[..., None]
+    start = _first_of_largest(g, d, dim=-1)[..., None]  # (b, l, 1)
     end = d.argmax(dim=-1, keepdim=True)
     d_start, g_start, d_end, g_end = (x.gather(-1, k) for k in (start, end) for x in (d, g))
     rise = d - d_start
     above = (g_start - g) * (d_end - d_start) <= rise * ((g_start - g_end) * _SLACK)
-    above &= rise > 0
-    place = above.nonzero(as_tuple=True)
+    above &= rise > 0  # a line that is not steeper than ``start`` never overtakes it
+    # Pack what is left of each location to the left, behind column 0: an entry's column is its
+    # number among all entries, less the number of those that belong to the locations before.
+    place = above.nonzero(as_tuple=True)  # sample, location, class of each entry
     row = place[0] * d.shape[1] + place[1]
-    count = above.sum(dim=-1).flatten()
-    column = 1 + torch.arange(len(row), device=d.device) - (count.cumsum(0) - count)[row]
+    count = above.sum(dim=-1).flatten()  # (n,) entries of each location
+    before = count.cumsum(0) - count
+    column = 1 + torch.arange(len(row), device=d.device) - before[row]
     first = torch.stack([start, _units(d_start), _units(g_start)]).flatten(1, 2)
     lines = first.repeat(1, 1, 1 + int(count.max()))
     lines[:, row, column] = torch.stack([place[2], _units(d[place]), _units(g[place])])

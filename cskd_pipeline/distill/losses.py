@@ -8,6 +8,7 @@ class head with the labels, ``global`` the distillation head with the teacher's 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,13 +25,16 @@ METHODS = ("none", "deit", "cskd")
 KINDS = ("hard", "soft")
 SCALINGS = ("reference", "mean")
 
+Weight = float | Callable[[float], float]
+"""Of a term of the loss: a number, or a function of the training's progress t in [0, 1]."""
+
 soft_cross_entropy = SoftTargetCrossEntropy()
 
 
 def mixed_targets(
     label: Tensor, partner_label: Tensor, lam: Tensor, num_classes: int, smoothing: float
 ) -> Tensor:
-    """Smoothed labels of mixed views, (B, K) float32, as timm's mixup makes them.
+    """Return the smoothed labels of mixed views, (B, K) float32, as timm's mixup makes them.
 
     Args:
         label, partner_label: (B,) int64.
@@ -46,7 +50,7 @@ def mixed_targets(
 
 
 def inference_heads(method: str, student: Student) -> tuple[str, ...]:
-    """Return the heads that the method trains; their mean is the student's answer."""
+    """Return the heads that the method trains; their mean is the student's prediction."""
     if method == "none":
         return ("cls",)
     heads = ("cls", "dist") if student.has_distillation_token else ("cls",)
@@ -54,7 +58,7 @@ def inference_heads(method: str, student: Student) -> tuple[str, ...]:
 
 
 class LossParts(NamedTuple):
-    """Scalars: ``total`` with its gradient, the unweighted parts without; unused parts are 0."""
+    """Hold scalars: ``total`` with its gradient, the unweighted parts without; unused: 0."""
 
     total: Tensor
     base: Tensor
@@ -62,21 +66,29 @@ class LossParts(NamedTuple):
     spatial: Tensor
 
     def detached(self) -> Tensor:
-        """(4,) total, base, global, spatial, still on their device."""
+        """Return (4,) total, base, global, spatial, still on their device."""
         return torch.stack([part.detach() for part in self])
 
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """The loss of a method.
+    """Compare a student's logits with labels and the teacher's response, in one of three methods.
+
+    It needs nothing of the rest of the package: heads from :func:`dense_logits` (or any
+    :class:`Heads` of one's own), labels of one's own, and targets of a cache or a live teacher::
+
+        loss = DistillationLoss("cskd", spatial_weight=lambda t: 2 - t)
+        targets = LogitTargets(spatial, global_)  # (B, K, h, w), (B, K)
+        r = ckf_ratio("linear", t)  # t: epoch / epochs
+        loss(Heads(cls, dist, dense), labels, targets, r, t).total.backward()
 
     Args:
         method: ``none``, ``deit`` or ``cskd``.
         global_kind: of the global term, ``hard`` (cross entropy with the teacher's class) or
             ``soft`` (KL divergence).
         spatial_kind: of the spatial term, likewise.
-        alpha: weight of the global term.
-        spatial_weight: lambda, weight of the spatial term.
+        alpha: weight of the global term, in [0, 1]; a number, or a function of progress.
+        spatial_weight: lambda, weight of the spatial term, 0 or more; likewise.
         temperature: tau of the soft terms.
         scaling: of the soft terms, which are sums over everything: ``reference`` multiplies the
             global one by tau^2 / (B * K) and the spatial one by tau^2 / B, as the authors do;
@@ -89,8 +101,8 @@ class DistillationLoss:
     method: str = "cskd"
     global_kind: str = "hard"
     spatial_kind: str = "hard"
-    alpha: float = 0.5
-    spatial_weight: float = 1.0
+    alpha: Weight = 0.5
+    spatial_weight: Weight = 1.0
     temperature: float = 1.0
     scaling: str = "reference"
 
@@ -108,33 +120,42 @@ class DistillationLoss:
                     found=getattr(self, name),
                     expected=", ".join(known),
                 )
-        for name, fits, expected in (
-            ("alpha", 0.0 <= self.alpha <= 1.0, "0 to 1"),
-            ("spatial_weight", self.spatial_weight >= 0.0, "0 or more"),
-            ("temperature", self.temperature > 0.0, "more than 0"),
-        ):
-            if not fits:
-                raise RecipeError(
-                    f"{name} is out of range",
-                    where=f"distill.{name}",
-                    found=getattr(self, name),
-                    expected=expected,
-                )
+        _require(self.temperature > 0.0, "temperature", self.temperature, "more than 0")
+        for name in ("alpha", "spatial_weight"):
+            if not callable(getattr(self, name)):
+                self._weight(name, None)
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Return the kind of each term that the method has, by its name."""
+        terms: dict[str, tuple[str, ...]] = {
+            "none": (),
+            "deit": ("global_kind",),
+            "cskd": ("global_kind", "spatial_kind"),
+        }
+        return {name: getattr(self, name) for name in terms[self.method]}
 
     def __call__(
-        self, heads: Heads, label_targets: Tensor, targets: Targets | None, r: float
+        self,
+        heads: Heads,
+        label_targets: Tensor,
+        targets: Targets | None,
+        r: float,
+        progress: float | None = None,
     ) -> LossParts:
-        """The loss of a batch; no host sync.
+        """Return the loss of a batch; no host sync.
 
         Args:
             heads: the student's; ``dense`` is needed by ``cskd`` only. A student without
                 distillation token is distilled through its class head.
             label_targets: (B, K) float32, see :func:`mixed_targets`.
-            targets: the teacher's answers; None for ``none``.
+            targets: the teacher's response; None for ``none``.
             r: the CKF ratio.
+            progress: t in [0, 1]; needed where a weight is a function of it.
 
         Raises:
-            CacheError: soft targets asked of an encoding that has none.
+            CacheError: a soft term, and an encoding that holds hard labels alone.
+            RecipeError: a weight out of range.
         """
         heads = heads.float()
         unused = heads.cls.new_zeros(())
@@ -144,13 +165,31 @@ class DistillationLoss:
         assert targets is not None, self.method
         distilled = heads.cls if heads.dist is None else heads.dist
         global_ = self._global(distilled, targets)
-        total = (1.0 - self.alpha) * base + self.alpha * global_
+        alpha = self._weight("alpha", progress)
+        total = (1.0 - alpha) * base + alpha * global_
         if self.method == "deit":
             return LossParts(total, base.detach(), global_.detach(), unused)
         assert heads.dense is not None
         spatial = self._spatial(heads.dense, targets, r)
-        total = total + self.spatial_weight * spatial
+        total = total + self._weight("spatial_weight", progress) * spatial
         return LossParts(total, base.detach(), global_.detach(), spatial.detach())
+
+    def _weight(self, name: str, progress: float | None) -> float:
+        """The weight of a term at ``progress``, checked."""
+        weight: Weight = getattr(self, name)
+        if callable(weight):
+            if progress is None:
+                raise RecipeError(
+                    f"{name} is a function of the training's progress, which is not given",
+                    where=f"distill.{name}",
+                    action="pass progress=t, in [0, 1], when you compute the loss",
+                )
+            weight = weight(progress)
+        if name == "alpha":
+            _require(0.0 <= weight <= 1.0, name, weight, "0 to 1")
+        else:
+            _require(weight >= 0.0, name, weight, "0 or more")
+        return weight
 
     def _global(self, logits: Tensor, targets: Targets) -> Tensor:
         if self.global_kind == "hard":
@@ -180,3 +219,10 @@ class DistillationLoss:
             log_target=True,
         )
         return divergence * tau**2
+
+
+def _require(fits: bool, name: str, found: float, expected: str) -> None:
+    if not fits:
+        raise RecipeError(
+            f"{name} is out of range", where=f"distill.{name}", found=found, expected=expected
+        )

@@ -1,4 +1,4 @@
-"""What the teacher said, whichever way it was stored."""
+"""The teacher's response to a batch, whichever way it was stored."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from cskd_pipeline.errors import CacheError
 
 
 class Targets(Protocol):
-    """A batch of the teacher's answers, as the losses ask for them."""
+    """The teacher's response to a batch, in the forms that the losses need."""
 
     def hard_global(self) -> Tensor:
-        """argmax g, the lowest index among equals: (B,) int64."""
+        """Return argmax g, the lowest index among equals: (B,) int64."""
         ...
 
     def hard_spatial(self, r: float) -> Tensor:
-        """The class on top of the fused response at r: (B, h, w) int64."""
+        """Return the class on top of the fused response at r: (B, h, w) int64."""
         ...
 
     def global_log_probabilities(self, temperature: float) -> Tensor:
-        """log softmax of g / temperature: (B, K) float32."""
+        """Return log softmax of g / temperature: (B, K) float32."""
         ...
 
     def spatial_log_probabilities(self, r: float, temperature: float) -> Tensor:
-        """log softmax of (r * d + (1 - r) * g) / temperature: (B, K, h, w) float32."""
+        """Return log softmax of (r * d + (1 - r) * g) / temperature: (B, K, h, w) float32."""
         ...
 
 
 @dataclass(frozen=True)
 class LogitTargets:
-    """From logits: a live teacher's, or a dense encoding's; serves everything.
+    """Hold logits, a live teacher's or a dense encoding's: they serve every loss.
 
     Args:
         spatial: (B, K, h, w), float16 as the teacher gave them, or float32 restored from codes.
@@ -46,21 +46,25 @@ class LogitTargets:
     global_: Tensor
 
     def hard_global(self) -> Tensor:
+        """Return argmax g: (B,) int64."""
         return ckf.hard_global_labels(self.global_)
 
     def hard_spatial(self, r: float) -> Tensor:
+        """Return the class on top of the fused response at r: (B, h, w) int64."""
         return ckf.hard_labels(self.spatial, self.global_, r)
 
     def global_log_probabilities(self, temperature: float) -> Tensor:
+        """Return log softmax of g / temperature, float32."""
         return log_softmax(self.global_.float() / temperature, dim=1)
 
     def spatial_log_probabilities(self, r: float, temperature: float) -> Tensor:
+        """Return log softmax of the fused response / temperature, float32."""
         return log_softmax(ckf.fuse(self.spatial, self.global_, r) / temperature, dim=1)
 
 
 @dataclass(frozen=True)
 class EnvelopeTargets:
-    """From the envelope encoding: the same hard labels at every r, and nothing for soft losses.
+    """Hold the envelope encoding: the same hard labels at every r, and nothing for soft losses.
 
     Args:
         planes: (B, P, h, w) uint16, see :func:`cskd_pipeline.distill.ckf.upper_envelope`.
@@ -71,15 +75,19 @@ class EnvelopeTargets:
     global_label: Tensor
 
     def hard_global(self) -> Tensor:
+        """Return argmax g: (B,) int64."""
         return self.global_label.to(torch.int64)
 
     def hard_spatial(self, r: float) -> Tensor:
+        """Return the class on top of the fused response at r: (B, h, w) int64."""
         return ckf.envelope_labels(self.planes, r)
 
     def global_log_probabilities(self, temperature: float) -> Tensor:
+        """Refuse: the envelope has no logits."""
         raise self._no_logits()
 
     def spatial_log_probabilities(self, r: float, temperature: float) -> Tensor:
+        """Refuse: the envelope has no logits."""
         raise self._no_logits()
 
     @staticmethod

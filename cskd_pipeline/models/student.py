@@ -19,26 +19,26 @@ Grid = tuple[int, int]
 
 
 class Heads(NamedTuple):
-    """A student's logits; ``dist`` without a distillation token, ``dense`` without a grid: None."""
+    """Hold a student's logits; without a distillation token, or a grid, None."""
 
     cls: Tensor  # (B, K)
     dist: Tensor | None = None  # (B, K)
     dense: Tensor | None = None  # (B, K, h, w)
 
     def float(self) -> Heads:
-        """The same in float32."""
+        """Return the same in float32."""
         dist, dense = (None if x is None else x.float() for x in (self.dist, self.dense))
         return Heads(self.cls.float(), dist, dense)
 
     def logits(self) -> dict[str, Tensor]:
-        """One (B, K) per head that is there; ``dense`` by its mean over the grid."""
+        """Return one (B, K) per head that is there; ``dense`` by its mean over the grid."""
         dense = None if self.dense is None else self.dense.mean(dim=(2, 3))
         heads = {"cls": self.cls, "dist": self.dist, "dense": dense}
         return {name: logits for name, logits in heads.items() if logits is not None}
 
 
 def inference_logits(heads: Heads, names: Sequence[str]) -> Tensor:
-    """The mean of the named heads' logits, (B, K): the student's answer (arXiv 2307.08500)."""
+    """Return the mean of the named heads' logits, (B, K): the prediction (arXiv 2307.08500)."""
     logits = heads.logits()
     return torch.stack([logits[name] for name in names]).mean(dim=0)
 
@@ -50,7 +50,7 @@ LEAST_CROP_PCT = 0.1
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How the student sees evaluation images: resized, then the central ``size`` pixels.
+    """Say how evaluation images are prepared: resized, then the central ``size`` pixels.
 
     ``crop_pct`` is ``size`` in units of the resized image's shorter side; ``mean`` and ``std`` are
     in [0, 1] units.
@@ -78,7 +78,7 @@ class Preprocessing:
 
 
 class Student(nn.Module):
-    """Wraps a timm model as ``self.model``, whose state dict is what gets saved: timm loads it.
+    """Wrap a timm model as ``self.model``, whose state dict is what gets saved: timm loads it.
 
     Plain ViTs (with or without distillation token, token or average pooling) serve every method;
     any other timm classifier serves method ``none``.
@@ -96,13 +96,11 @@ class Student(nn.Module):
         self.preprocessing = Preprocessing(
             size, data["crop_pct"], data["interpolation"], self.mean, self.std
         )
-        self.is_vit = isinstance(model, VisionTransformer) and model.global_pool in ("token", "avg")
-        self.has_distillation_token = self.is_vit and hasattr(model, "head_dist")
-        patch_embed: Any = getattr(model, "patch_embed", None)
-        self.token_grid: Grid | None = tuple(patch_embed.grid_size) if self.is_vit else None
+        self.token_grid = _token_grid(model)
+        self.has_distillation_token = _has_distillation_token(model)
 
     def with_model(self, model: nn.Module) -> Student:
-        """The same student around another copy of the network, such as a moving average."""
+        """Return the same student around another copy of the network, such as a moving average."""
         student = Student(model, self.name, self.preprocessing.size, self.kwargs)
         student.preprocessing = self.preprocessing
         return student
@@ -124,25 +122,8 @@ class Student(nn.Module):
             StudentError: a model that is no plain ViT, or one with fewer tokens than the teacher
                 has locations along a side.
         """
-        if method == "none" and grid is None:
-            return
-        if self.token_grid is None:
-            raise StudentError(
-                "this student has no patch tokens to distill to",
-                where=self.name,
-                found=type(self.model).__name__,
-                expected="a plain ViT with token or average pooling, such as "
-                "deit_tiny_distilled_patch16_224",
-                action="choose such a student, or method none",
-            )
-        if grid is not None and any(t < g for t, g in zip(self.token_grid, grid, strict=True)):
-            raise StudentError(
-                "the student's grid is coarser than the teacher's",
-                where=self.name,
-                found="{}x{} tokens".format(*self.token_grid),
-                expected="at least {}x{}".format(*grid),
-                action="choose a student with smaller patches, or a teacher with a larger stride",
-            )
+        if method != "none" or grid is not None:
+            _require_tokens(self.model, grid, self.name)
 
     def try_out(
         self, images: Tensor, num_classes: int, grid: Grid | None, amp: torch.dtype | None = None
@@ -190,52 +171,91 @@ class Student(nn.Module):
                     value.copy_(buffers[name])
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Heads:
-        """Logits of normalised images.
-
-        Args:
-            x: (B, 3, size, size).
-            grid: the teacher's (rows, columns); asks for dense logits. For their mean alone, (1, 1)
-                is the cheapest and gives the same.
-
-        Raises:
-            StudentError: dense logits that this student cannot give at ``grid``.
+        """Return :func:`dense_logits` of normalised images (B, 3, size, size); of a timm classifier
+        that is no plain ViT the class logits alone.
         """
-        if grid is not None:
-            self.require(method="cskd", grid=grid)
-        model: Any = self.model
-        if not self.is_vit:
-            return Heads(model(x))
-        tokens = model.forward_features(x)  # (B, prefix + H * W, C), after the final norm
-        if self.has_distillation_token:
-            cls = model.head(model.head_drop(tokens[:, 0]))
-            dist = model.head_dist(model.head_drop(tokens[:, 1]))
-        else:
-            cls, dist = model.forward_head(tokens), None
-        dense = None if grid is None else self._dense(tokens[:, model.num_prefix_tokens :], grid)
-        return Heads(cls, dist, dense)
+        if self.token_grid is None and grid is None:
+            return Heads(self.model(x))
+        return dense_logits(self.model, x, grid)
 
-    def _dense(self, patches: Tensor, grid: Grid) -> Tensor:
-        """The distillation head (else the class head) on patch tokens (B, H * W, C): (B, K, h, w).
 
-        The head is linear, so the tokens are pooled first: a quarter of the work at 14x14 to 7x7.
-        """
-        model: Any = self.model
-        assert self.token_grid is not None
-        if patches.shape[1] != self.token_grid[0] * self.token_grid[1]:
-            raise StudentError(
-                "the student does not keep a token for every patch",
-                where=self.name,
-                found=f"{patches.shape[1]} patch tokens",
-                expected="{}x{}, each at its place".format(*self.token_grid),
-                action="leave patch_drop_rate out of student.kwargs, or choose method deit or none",
-            )
-        patches = pool_tokens(model.fc_norm(patches), self.token_grid, grid)
-        head = model.head_dist if self.has_distillation_token else model.head
-        return head(model.head_drop(patches)).permute(0, 3, 1, 2)
+def dense_logits(model: nn.Module, images: Tensor, grid: Grid | None = None) -> Heads:
+    """Return the class, distillation and dense logits of a timm ViT, as CSKD trains them.
+
+    Dense logits are the distillation head (without one, the class head) on the patch tokens,
+    averaged over the tokens that fall on each location of the teacher's grid (arXiv 2307.08500).
+    The head is linear, so the tokens are pooled first: a quarter of the work at 14x14 to 7x7.
+
+    Args:
+        model: with or without distillation token, with token or average pooling.
+        images: (B, 3, S, S) normalised.
+        grid: the teacher's (rows, columns); None: no dense logits. For their mean alone, (1, 1) is
+            the cheapest and gives the same.
+
+    Raises:
+        StudentError: the model is no plain ViT, or has fewer tokens than the grid locations.
+    """
+    vit: Any = model
+    name = type(model).__name__
+    token_grid = _require_tokens(model, grid, name)
+    tokens = vit.forward_features(images)  # (B, prefix + H * W, C), after the final norm
+    if _has_distillation_token(model):
+        head = vit.head_dist
+        cls, dist = vit.head(vit.head_drop(tokens[:, 0])), head(vit.head_drop(tokens[:, 1]))
+    else:
+        head = vit.head
+        cls, dist = vit.forward_head(tokens), None
+    if grid is None:
+        return Heads(cls, dist)
+    patches = tokens[:, vit.num_prefix_tokens :]
+    if patches.shape[1] != token_grid[0] * token_grid[1]:
+        raise StudentError(
+            "the student does not keep a token for every patch",
+            where=name,
+            found=f"{patches.shape[1]} patch tokens",
+            expected="{}x{}, one for every patch".format(*token_grid),
+            action="leave patch_drop_rate out of student.kwargs, or choose method deit or none",
+        )
+    pooled = vit.head_drop(pool_tokens(vit.fc_norm(patches), token_grid, grid))
+    return Heads(cls, dist, head(pooled).permute(0, 3, 1, 2))
+
+
+def _token_grid(model: nn.Module) -> Grid | None:
+    """(rows, columns) of a plain ViT's patch tokens; None for other models."""
+    if not isinstance(model, VisionTransformer) or model.global_pool not in ("token", "avg"):
+        return None
+    patch_embed: Any = model.patch_embed
+    return tuple(patch_embed.grid_size)
+
+
+def _has_distillation_token(model: nn.Module) -> bool:
+    return _token_grid(model) is not None and hasattr(model, "head_dist")
+
+
+def _require_tokens(model: nn.Module, grid: Grid | None, name: str) -> Grid:
+    token_grid = _token_grid(model)
+    if token_grid is None:
+        raise StudentError(
+            "this student has no patch tokens to distill to",
+            where=name,
+            found=type(model).__name__,
+            expected="a plain ViT with token or average pooling, such as "
+            "deit_tiny_distilled_patch16_224",
+            action="choose such a student, or method none",
+        )
+    if grid is not None and any(t < g for t, g in zip(token_grid, grid, strict=True)):
+        raise StudentError(
+            "the student's grid is coarser than the teacher's",
+            where=name,
+            found="{}x{} tokens".format(*token_grid),
+            expected="at least {}x{}".format(*grid),
+            action="choose a student with smaller patches, or a teacher with a larger stride",
+        )
+    return token_grid
 
 
 def pool_tokens(tokens: Tensor, token_grid: Grid, grid: Grid) -> Tensor:
-    """Mean of the tokens that fall on each location: (B, H * W, C) -> (B, h, w, C).
+    """Return the mean of the tokens that fall on each location: (B, H * W, C) -> (B, h, w, C).
 
     Equal blocks where the grids divide, else adaptive average pooling, whose blocks overlap.
     """
@@ -255,7 +275,7 @@ def create_student(
     kwargs: Mapping[str, Any] | None = None,
     drop_path: float = 0.0,
 ) -> Student:
-    """A student with fresh weights, drawn from torch's global generator as timm draws them.
+    """Return a student with fresh weights, drawn from torch's global generator as timm draws them.
 
     Args:
         name: a timm name.

@@ -1,11 +1,11 @@
-"""Measuring a student on labelled shards: top-1 and top-5 of each head and of their mean."""
+"""A student's accuracy on labelled shards: top-1 and top-5 of each head and of their mean."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from cskd_pipeline.data.evalset import EvalBatch, eval_loader
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.models.checkpoint import load_student, student_file
-from cskd_pipeline.models.student import Student, inference_logits
+from cskd_pipeline.models.student import Grid, Student, inference_logits
 from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.runtime.device import pick_device, worker_count
 from cskd_pipeline.runtime.distributed import ALONE, Ranks
-from cskd_pipeline.runtime.progress import progress
+from cskd_pipeline.runtime.progress import Meter, progress
 
 log = logging.getLogger(__name__)
 
@@ -31,33 +31,30 @@ Metrics = dict[str, dict[str, float]]
 @torch.inference_mode()
 def measure(
     student: Student,
-    loader: Iterable[EvalBatch],
-    *,
+    batches: Iterable[EvalBatch],
     heads: tuple[str, ...],
-    grid: tuple[int, int] | None,
-    device: torch.device,
+    grid: Grid | None,
+    *,
     amp: torch.dtype | None = None,
-    on_batch: Callable[[int], None] | None = None,
     ranks: Ranks = ALONE,
 ) -> Metrics:
     """Return top-1 and top-5 in percent of each of ``heads`` and of ``mean``.
 
     ``mean`` averages the logits of ``heads`` (CSKD §4: class, distillation, and the mean over
     patches of the dense logits). A head that was not trained is not measured. Ranks
-    that each have a part of the samples all get the figures of the whole. ``on_batch`` is told
-    after every batch how many images it had.
+    that each have a part of the samples all get the figures of the whole.
 
     Raises:
         DataError: no samples.
     """
     student.eval()
+    device = next(student.parameters()).device
     meters: dict[str, tuple[AverageMeter, AverageMeter]] = {}
-    autocast = torch.autocast(device.type, amp) if amp else nullcontext()
-    for batch in loader:
+    for batch in batches:
         pixels = batch.pixels.to(device, non_blocking=True)
         labels = batch.label.to(device, non_blocking=True)
         images = normalise(pixels.permute(0, 3, 1, 2).float() / 255, student.mean, student.std)
-        with autocast:
+        with torch.autocast(device.type, amp, enabled=amp is not None):
             predicted = student(images, grid)
         every = predicted.logits()
         logits = {name: every[name].float() for name in heads}
@@ -67,8 +64,6 @@ def measure(
             one, five = meters.setdefault(name, (AverageMeter(), AverageMeter()))
             one.update(top1, len(labels))
             five.update(top5, len(labels))
-        if on_batch is not None:
-            on_batch(len(labels))
     sums = {
         name: (float(one.sum), float(five.sum), one.count) for name, (one, five) in meters.items()
     }
@@ -82,55 +77,55 @@ def measure(
     return found
 
 
-def evaluate(
-    checkpoint: Path,
-    shards: str,
-    *,
-    split: str = "",
-    crop_pct: float | None = None,
-    batch_size: int = 256,
-    workers: int = -1,
-    device: str = "auto",
-    accept_classes: bool = False,
-) -> dict[str, Any]:
-    """``cskd-pipeline evaluate``: measure a checkpoint (or a run folder's best) on shards.
+@dataclass(frozen=True)
+class EvalOptions:
+    """Choose how a checkpoint is evaluated.
 
     Args:
+        split: of an ``_info.json`` that has several.
         crop_pct: see :class:`Preprocessing`; None: as the run that made the checkpoint evaluated.
         accept_classes: class k of the shards is the student's, whatever the names say.
+    """
+
+    split: str = ""
+    crop_pct: float | None = None
+    batch_size: int = 256
+    workers: int = -1
+    device: str = "auto"
+    accept_classes: bool = False
+
+
+def evaluate(
+    checkpoint: Path, shards: str, options: EvalOptions = EvalOptions()
+) -> dict[str, Any]:
+    """Measure a checkpoint (or a run folder's best) on shards: ``cskd-pipeline evaluate``.
 
     Raises:
         CskdError: student or shards cannot be used, or do not have the same classes.
     """
     path = student_file(Path(checkpoint))
-    target = pick_device(device)
-    student, card = load_student(path, target)
+    device = pick_device(options.device)
+    student, card = load_student(path, device)
     dataset = load_dataset(
         shards,
-        split=split or None,
+        split=options.split or None,
         prefer=("validation", "val", "test"),
     )
-    guard = ClassGuard(accept=accept_classes)
+    guard = ClassGuard(accept=options.accept_classes)
     dataset = dataset.fitting(card.classes(path), "the shards", guard)
     guard.report()
-    shown = student.preprocessing.changed(crop_pct, None)
+    shown = student.preprocessing.changed(options.crop_pct, None)
     loader = eval_loader(
         dataset,
         shown,
-        batch_size=batch_size,
-        workers=worker_count(workers),
-        pin_memory=target.type == "cuda",
+        batch_size=options.batch_size,
+        workers=worker_count(options.workers),
+        pin_memory=device.type == "cuda",
     )
     started = time.perf_counter()
     with progress(dataset.samples, "images", "evaluating") as meter:
-        metrics = measure(
-            student,
-            meter.timed(loader),
-            heads=card.heads,
-            grid=card.grid,
-            device=target,
-            on_batch=meter.advance,
-        )
+        batches = counted(meter.timed(loader), meter)
+        metrics = measure(student, batches, card.heads, card.grid)
     return {
         "checkpoint": str(path),
         "model": card.model,
@@ -145,3 +140,10 @@ def evaluate(
         "top5": metrics["mean"]["top5"],
         "per_head": metrics,
     }
+
+
+def counted(batches: Iterable[EvalBatch], meter: Meter) -> Iterator[EvalBatch]:
+    """Yield ``batches``, whose images count on ``meter`` once the next batch is wanted."""
+    for batch in batches:
+        yield batch
+        meter.advance(len(batch.label))

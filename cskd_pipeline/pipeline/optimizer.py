@@ -1,4 +1,4 @@
-"""The optimizer that a recipe names, of those that timm knows."""
+"""Optimizers by name, of those that timm knows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
-from cskd_pipeline.config import TrainRecipe
+from cskd_pipeline.config import OptimSection
 from cskd_pipeline.errors import RecipeError
 
 FUSED = ("adam", "adamw")
@@ -20,15 +20,17 @@ FUSED_ON = ("cuda",)
 
 
 def make_optimizer(
-    model: nn.Module, recipe: TrainRecipe, device: torch.device
+    model: nn.Module, optim: OptimSection, batch_size: int, device: torch.device
 ) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer over the parameters of ``model``, which lies on ``device``.
+    """Return an optimizer over the parameters of ``model``, which lies on ``device``.
+
+    Args:
+        batch_size: of an update, by which the learning rate is scaled.
 
     Raises:
         RecipeError: an unknown name, one that needs more than gradients, or values it does not
             take.
     """
-    optim = recipe.optim
     name = optim.name.lower().rpartition("_")[2]  # timm takes lookahead_NAME too
     known = [str(one) for one in list_optimizers()]
     if name not in known:
@@ -53,7 +55,7 @@ def make_optimizer(
         return create_optimizer_v2(
             model,
             opt=optim.name,
-            lr=optim.lr * recipe.batch.batch_size / 1024,
+            lr=optim.lr * batch_size / 1024,
             weight_decay=optim.weight_decay,
             betas=tuple(optim.betas),
             **options,

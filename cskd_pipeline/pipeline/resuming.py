@@ -89,7 +89,7 @@ def require_within(update: Any, steps: int, epochs: int, where: Path) -> None:
         )
 
 
-def told(changes: Iterable[Change]) -> list[str]:
+def change_lines(changes: Iterable[Change]) -> list[str]:
     """Return a line for every key of every change: ``update 120: optim.lr 0.001 -> 0.0005``."""
     return [
         f"update {change['update']}: {name} {_shown(before)} -> {_shown(after)}"

@@ -1,5 +1,5 @@
-"""What a run writes down: ``summary.csv``, one row an epoch, and scalars for TensorBoard and, if
-asked, Weights & Biases.
+"""A run's curves: ``summary.csv``, one row an epoch, and scalars for TensorBoard and, where the
+recipe names a project, Weights & Biases.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch.utils.tensorboard import SummaryWriter
 from cskd_pipeline.pipeline.scalars import Board
 from cskd_pipeline.runtime.atomic import write_text
 
-Row = Mapping[str, float | int | None]
+Row = dict[str, float | int | None]
 
 
 class RunLog:
-    """The history of a run, whole on disk after every epoch.
+    """Write the history of a run, whole on disk after every epoch.
 
     ``rows`` travels with the training state, so that a resumed run rewrites the rows it had and
     TensorBoard drops the points after the update it goes on from.
@@ -31,7 +31,7 @@ class RunLog:
     def __init__(
         self,
         folder: Path,
-        rows: list[dict[str, float | int | None]],
+        rows: list[Row],
         update: int,
         *,
         writes: bool = True,
@@ -46,16 +46,16 @@ class RunLog:
             else None
         )
 
-    def scalars(self, update: int, values: Row) -> None:
-        """Points of the curves at an optimizer update."""
+    def scalars(self, update: int, values: Mapping[str, float | int | None]) -> None:
+        """Add points to the curves at an optimizer update."""
         for name, value in values.items():
             if value is not None and self._tensorboard is not None:
                 self._tensorboard.add_scalar(name, value, update)
         if self._board is not None:
             self._board.scalars(update, values)
 
-    def epoch(self, update: int, row: dict[str, float | int | None]) -> None:
-        """One more row of ``summary.csv``; its numbers become scalars under ``epoch/``."""
+    def epoch(self, update: int, row: Row) -> None:
+        """Add a row to ``summary.csv``; its numbers become scalars under ``epoch/``."""
         self.rows.append(row)
         if self._tensorboard is None:
             return
@@ -69,7 +69,7 @@ class RunLog:
         self._tensorboard.flush()
 
     def close(self, *, ended: bool) -> None:
-        """Write what is left; ``ended``: whether the training came to its end."""
+        """Write what is left; ``ended``: the training came to its end."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._board is not None:

@@ -1,4 +1,4 @@
-"""A run's curves on Weights & Biases, by its own package; it never decides anything of the run.
+"""A run's curves on Weights & Biases, by its own package; they never change the run.
 
 The package is imported only for runs that ask for it. What cannot be sent is kept beside the run,
 in ``wandb/``, from where ``wandb sync`` sends it; ``WANDB_MODE`` and the package's other variables
@@ -29,23 +29,23 @@ FINISH_SECONDS = 60.0
 """How long the end of a run waits for what is still to be sent."""
 
 
-def require_board(recipe: TrainRecipe) -> None:
+def require_board(project: str) -> None:
     """Refuse early what could only fail late.
 
     Raises:
-        MissingPackageError: a project was named, and the package is not installed.
+        MissingPackageError: a project is named, and the package is not installed.
     """
-    if recipe.run.wandb and find_spec("wandb") is None:
+    if project and find_spec("wandb") is None:
         raise MissingPackageError(
             "curves on Weights & Biases need an optional package",
-            where=f"run.wandb = {recipe.run.wandb}",
+            where=f"run.wandb = {project}",
             found="no wandb",
             action="pip install 'cskd-pipeline[wandb]', or leave --wandb out",
         )
 
 
 class Board:
-    """One run there; trouble with it is told once, and the training goes on without.
+    """Send one run's curves; the first trouble is logged, and the training goes on without.
 
     Args:
         run: what ``wandb.init`` gave.
@@ -55,9 +55,9 @@ class Board:
         self._run: Any = run
 
     def scalars(self, update: int, values: Mapping[str, float | int | None]) -> None:
-        """Points of the curves at an optimizer update.
+        """Send points of the curves at an optimizer update.
 
-        A run that goes on from its last state makes some updates again: what is there stays, and is
+        A run that goes on from its last state repeats some updates: what is there stays, and is
         equal.
         """
         if self._run is None or update < self._run.step:
@@ -68,11 +68,7 @@ class Board:
             self._give_up(error)
 
     def close(self, *, ended: bool) -> None:
-        """Send what is left, for a while.
-
-        Args:
-            ended: whether the training came to its end.
-        """
+        """Send what is left, for a while; ``ended``: the training came to its end."""
         if self._run is None:
             return
         try:
@@ -87,7 +83,7 @@ class Board:
 
 
 def open_board(recipe: TrainRecipe) -> Board | None:
-    """The recipe's run on Weights & Biases, or on with it; None if it names no project.
+    """Start, or go on with, the recipe's run on Weights & Biases; None if it names no project.
 
     Raises:
         ManifestError: the run's folder names it by something that is no identity.

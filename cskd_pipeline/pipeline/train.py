@@ -1,9 +1,10 @@
-"""Stage two: a student from shards joined to a teacher's cached answers.
+"""Stage two: a student from shards joined to a teacher's cached logits.
 
-``train`` is the whole of it: open the data, check that cache, shards and student fit, then, update
-by update: pixels, heads, loss, step. Everything random is a function of (seed, update), and the
-order of samples of (seed, epoch), so a run that was killed goes on exactly where its last state
-was written. No teacher is loaded here, and nothing of ``dump`` is imported.
+``train`` opens the data, checks that cache, shards and student fit, and runs the epochs: update by
+update (:meth:`Run.step <cskd_pipeline.pipeline.trainer.Run.step>`: pixels, heads, loss, optimizer),
+then the evaluation and the checkpoints. Everything random is a function of (seed, update), and the
+order of samples of (seed, epoch), so a run that was killed goes on exactly where its last state was
+written. No teacher is loaded here, and nothing of ``dump`` is imported.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,15 @@ from torch import Tensor
 
 from cskd_pipeline.config import TrainRecipe, to_toml
 from cskd_pipeline.data.batches import Batch
+from cskd_pipeline.data.evalset import EvalBatch, eval_loader
 from cskd_pipeline.errors import CskdError, TrainingError, UsageError
 from cskd_pipeline.models.checkpoint import save_student
 from cskd_pipeline.models.train_state import find_nonfinite, load_state, save_state
-from cskd_pipeline.pipeline.evaluate import measure
+from cskd_pipeline.pipeline.evaluate import counted, measure
 from cskd_pipeline.pipeline.finetune import check_resumed
-from cskd_pipeline.pipeline.resuming import told, write_changes
+from cskd_pipeline.pipeline.from_recipe import make_run
+from cskd_pipeline.pipeline.job import TrainJob
+from cskd_pipeline.pipeline.resuming import change_lines, write_changes
 from cskd_pipeline.pipeline.run_log import Row, RunLog
 from cskd_pipeline.pipeline.scalars import open_board, require_board
 from cskd_pipeline.pipeline.trainer import PARTS, Run
@@ -46,14 +50,14 @@ WRITTEN = (
     "zarr.json",  # a cache
 )
 """In a folder that has none of these a run can begin; a job's log may be there, say."""
-ASK_EVERY = 10  # updates between the ranks' questions whether one of them was told to stop
+ASK_EVERY = 10  # updates between the ranks' exchanges of whether one of them got a signal
 
 
 def train(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
-    """``cskd-pipeline train``: run ``recipe`` to its end, or on from where it stopped.
+    """Run ``recipe`` to its end, or on from where it stopped: ``cskd-pipeline train``.
 
     Under torchrun every process calls this; together they do what one would do, each with its part
-    of every batch, and the first of them writes and speaks.
+    of every batch, and the first of them writes and logs.
 
     Returns:
         The closing summary: epochs, updates, top-1 of the last and best students, seconds, files.
@@ -71,148 +75,190 @@ def train(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
     ):
         if not held:
             log.warning(NO_LOCKS.format(out))
-        return _train(recipe, ranks, resume)
+        job = _open(recipe, ranks, resume)
+        job.data.guard.report()
+        if ranks.first:
+            write_text(out / RECIPE, to_toml(recipe))
+            for left_out in job.data.left_out:
+                left_out.write()
+        board = open_board(recipe) if ranks.first else None
+        curves = RunLog(out, job.rows, job.run.update, writes=ranks.first, board=board)
+        return _train(job, curves)
 
 
-def _train(recipe: TrainRecipe, ranks: Ranks, resume: bool) -> dict[str, Any]:
-    out = Path(recipe.run.out)
-    require_board(recipe)
-    if ranks.first:
-        _claim(out, resume)
-    ranks.wait()
-    use_threads(recipe.run.threads)
-    data = open_training_data(recipe, ranks)
-    run = Run(recipe, data, ranks.device(pick_device(recipe.run.device)), ranks)
-    if recipe.schedule.warmup_epochs >= recipe.schedule.epochs:
-        log.warning(
-            f"the warm-up ({recipe.schedule.warmup_epochs} epochs) outlasts the run: the learning "
-            "rate never reaches optim.lr; set schedule.warmup_epochs"
-        )
-    _begin(run, resume)
-    data.guard.report()
-    if ranks.first:
-        write_text(out / RECIPE, to_toml(recipe))
-        for left_out in data.left_out:
-            left_out.write()
-    board = open_board(recipe) if ranks.first else None
-    curves = RunLog(out, run.rows, run.update, writes=ranks.first, board=board)
-    started = time.perf_counter()
-    first = run.update
+def _train(job: TrainJob, curves: RunLog) -> dict[str, Any]:
+    """The run's epochs, from wherever it is; its summary."""
+    run, recipe = job.run, job.recipe
+    started, first = time.perf_counter(), run.update
     try:
         with stop_requests() as stop:
-            if run.pending is not None:
-                _close_epoch(run, curves, stop)
-            batches = data.batches(run.positions(), run.device)
+            if job.pending is not None:
+                _close_epoch(job, curves, stop)
+            batches = run.batches()
             while run.update < run.updates:
-                _epoch(run, batches, curves, stop)
+                _epoch(job, batches, curves, stop)
+                _close_epoch(job, curves, stop)
     finally:
         curves.close(ended=run.update >= run.updates)
     seconds = time.perf_counter() - started
     images = (run.updates - first) * recipe.batch.batch_size
     return {
-        "out": str(out),
+        "out": recipe.run.out,
         "student": recipe.student.name,
         "method": recipe.distill.method,
-        "cache_digest": data.cache_digest,
-        "init": run.init,
-        "accepted_classes": list(data.guard.accepted),
+        "cache_digest": job.data.cache_digest,
+        "init": job.init,
+        "accepted_classes": list(job.data.guard.accepted),
         "epochs": recipe.schedule.epochs,
         "updates": run.updates,
-        "recipe_changes": told(run.changes),
+        "recipe_changes": change_lines(job.changes),
         "seconds": seconds,
         "images_per_second": images / seconds if images else None,
-        "last": run.rows[-1] if run.rows else {},
-        "best": run.best,
+        "last": job.rows[-1] if job.rows else {},
+        "best": job.best,
     }
 
 
-def _claim(out: Path, resume: bool) -> None:
-    """Refuse a folder in which the run would write over something, but for a run to resume."""
-    known = (out / RECIPE).exists()
-    if resume:
-        sweep(out)
-    if not (resume and known):
-        goes_on = ", or go on with the run there by --resume" if known else ""
-        require_free(out, WRITTEN, action=f"choose another --out{goes_on}")
+def _epoch(job: TrainJob, batches: Iterator[Batch], curves: RunLog, stop: Stop) -> None:
+    """The updates that are left of the current epoch; ``pending`` is its row then."""
+    run, settings = job.run, job.recipe.run
+    epoch, done, drifted = run.epoch, run.update % run.steps, 0
 
-
-def _begin(run: Run, resume: bool) -> None:
-    """Take up the run's last state, or begin."""
-    recipe = run.recipe
-    state_file = Path(recipe.run.out) / STATE
-    if not (resume and state_file.exists()):
-        if recipe.student.init_from:
-            log.info(str(run.start_from(recipe.student.init_from)))
-        return
-    state = load_state(state_file)
-    run.restore(state, state_file)
-    if not check_resumed(recipe.student.init_from, run.init, state_file):
-        log.info(f"{recipe.student.init_from} is gone; the run goes on without it")
-    log.info(f"resuming at epoch {run.epoch}, update {run.update} of {run.updates}")
-    if len(run.changes) > len(state["changes"]):
-        for line in told(run.changes[-1:]):
-            log.warning(f"the recipe is changed from {line}")
-        _save(run, state_file)
-        if run.ranks.first:
-            write_changes(state_file.parent, run.changes)
-    ended = run.update == run.updates and run.pending is None
-    if ended and run.data.validation_set is not None and "top1" not in run.rows[-1]:
-        run.pending = run.rows.pop()  # of an epoch that was not the last when it ended
-
-
-class Drifted:
-    """Counts views unlike those the teacher saw, where the recipe lets them pass."""
-
-    def __init__(self) -> None:
-        self.views = 0
-
-    def counted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            self.views += batch.drifted
+    def loaded() -> Iterator[Batch]:
+        nonlocal drifted
+        for batch in meter.timed(batches):
+            drifted += batch.drifted
             yield batch
 
-
-def _epoch(run: Run, batches: Iterator[Batch], curves: RunLog, stop: Stop) -> None:
-    """The updates that are left of the current epoch, then its evaluation and checkpoints."""
-    epoch, settings = run.epoch, run.recipe.run
-    state_file = curves.folder / STATE
-    drifted = Drifted()
-    done = run.update % run.steps
     with progress(run.steps, "updates", f"epoch {epoch + 1}", done=done) as meter:
-        timed = meter.timed(drifted.counted(batches))
+        micro_batches = loaded()
         while run.epoch == epoch:
-            ratio = run.ratio()
-            parts = run.step(timed)
+            ratio = run.ratio
+            parts = run.step(micro_batches)
             meter.advance()
-            within = run.update % run.steps
             if run.update % settings.log_every == 0:
                 curves.scalars(run.update, _point(run, parts, ratio))
+            within = run.update % run.steps
             stopping = _stopping(run, stop)
             if within and (stopping or _due(within, settings.checkpoint_every)):
-                _save(run, state_file)
+                _save(job)
                 if stopping:
                     raise KeyboardInterrupt
         means = _finite(run, run.sums / run.steps)  # waits for the device: the time is complete
-        speed = {
-            "images_per_second": meter.rate * run.recipe.batch.batch_size,
-            "data_wait": meter.data_wait,
-        }
-    if drifted.views:
-        log.warning(f"epoch {epoch + 1}: {drifted.views} views are not those the teacher saw")
+        rate, data_wait = meter.rate * job.recipe.batch.batch_size, meter.data_wait
+    if drifted:
+        log.warning(f"epoch {epoch + 1}: {drifted} views are not those the teacher saw")
     run.sums.zero_()
-    lr = run.optimizer.param_groups[0]["lr"]
-    run.pending = {"epoch": epoch + 1, **means, "ckf_ratio": ratio, "lr": lr, **speed}
-    _close_epoch(run, curves, stop)
+    job.pending = {"epoch": epoch + 1, **means, "ckf_ratio": ratio, "lr": run.lr}
+    job.pending |= {"images_per_second": rate, "data_wait": data_wait}
+
+
+def _close_epoch(job: TrainJob, curves: RunLog, stop: Stop) -> None:
+    """Evaluate the epoch whose updates are done where it is due, and write its row and students.
+
+    The state comes first: an evaluation that fails loses nothing of the epoch, and is made up for
+    when the run is resumed.
+    """
+    assert job.pending is not None
+    run, row = job.run, job.pending
+    last = run.update == run.updates
+    _save(job)
+    if job.data.validation is not None and (last or run.epoch % job.recipe.run.eval_every == 0):
+        try:
+            row = row | _evaluate(job, stop)
+        except CskdError:
+            log.warning(f"epoch {run.epoch} is saved; --resume evaluates it and goes on")
+            raise
+    if run.ranks.first:
+        _save_students(job, row)
+    curves.epoch(run.update, row)
+    job.pending = None
+    _save(job)
+    limit = limiting_side(row["data_wait"] or 0)
+    log.info(f"{_epoch_line(row, job.recipe.schedule.epochs)}  limit: {limit}")
+    if _signalled(run, stop) and not last:
+        raise KeyboardInterrupt
+
+
+def _evaluate(job: TrainJob, stop: Stop) -> Row:
+    """Top-1 and top-5 of the running weights and of their average; keeps the best student."""
+    run, row = job.run, dict[str, float | int | None]()
+    candidates = {"last": run.student.model}
+    if run.ema is not None:
+        candidates["ema"] = run.ema.module
+    for name, model in candidates.items():
+        student = run.student.with_model(model)
+        with progress(_validation_share(job), "images", f"evaluating {name}") as meter:
+            images = _validation(job, meter, stop)
+            metrics = measure(student, images, job.heads, run.grid, amp=run.amp, ranks=run.ranks)
+        prefix = "" if name == "last" else "ema_"
+        row |= {f"{prefix}top1": metrics["mean"]["top1"], f"{prefix}top5": metrics["mean"]["top5"]}
+        row |= {f"{prefix}top1_{head}": m["top1"] for head, m in metrics.items() if head != "mean"}
+        top1 = metrics["mean"]["top1"]
+        if top1 > job.best.get("top1", -1.0):
+            if run.ranks.first:
+                path = Path(job.recipe.run.out) / "best.safetensors"
+                save_student(path, model.state_dict(), job.card(name, top1))
+            job.best = {"top1": top1, "epoch": run.epoch, "weights": name}
+    return row
+
+
+def _validation(job: TrainJob, meter: Meter, stop: Stop) -> Iterator[EvalBatch]:
+    """This rank's validation images; a signal ends them at once where no other rank waits."""
+    assert job.data.validation is not None
+    loader: Iterable[EvalBatch] = eval_loader(
+        job.data.validation,
+        job.run.student.preprocessing,
+        batch_size=job.recipe.run.eval_batch_size,
+        workers=job.run.loader.workers,
+        rank=job.run.ranks.rank,
+        world=job.run.ranks.world,
+    )
+    for batch in counted(meter.timed(loader), meter):
+        yield batch
+        if stop.requested and not job.run.ranks.many:
+            raise KeyboardInterrupt
+
+
+def _validation_share(job: TrainJob) -> int:
+    """How many validation images are this rank's: every ``world``-th batch."""
+    assert job.data.validation is not None
+    size, samples = job.recipe.run.eval_batch_size, job.data.validation.samples
+    starts = range(0, samples, size)[job.run.ranks.rank :: job.run.ranks.world]
+    return sum(min(size, samples - start) for start in starts)
+
+
+def _save_students(job: TrainJob, row: Row) -> None:
+    run, out = job.run, Path(job.recipe.run.out)
+    card = job.card("last", row.get("top1"))
+    save_student(out / "last.safetensors", run.student.model.state_dict(), card)
+    if run.ema is not None:
+        card = job.card("ema", row.get("ema_top1"))
+        save_student(out / "last_ema.safetensors", run.ema.module.state_dict(), card)
+
+
+def _save(job: TrainJob) -> None:
+    """Write the state, whose numbers are all finite: a run can always go on from its last."""
+    state = job.state()
+    found = find_nonfinite(state)
+    if job.run.ranks.any(found is not None):
+        raise _diverged(job.run, "the weights are not finite", f"NaN or infinity in {found}")
+    if job.run.ranks.first:
+        save_state(Path(job.recipe.run.out) / STATE, state)
+
+
+def _due(within: int, every: int) -> bool:
+    return every > 0 and within % every == 0
 
 
 def _stopping(run: Run, stop: Stop) -> bool:
-    """Whether to stop here; ranks ask each other now and then, so that all stop at one update."""
+    """Whether to stop here; ranks exchange it now and then, so that all stop at one update."""
     if run.ranks.many and run.update % ASK_EVERY:
         return False
-    return _asked(run, stop)
+    return _signalled(run, stop)
 
 
-def _asked(run: Run, stop: Stop) -> bool:
+def _signalled(run: Run, stop: Stop) -> bool:
     """Whether some rank got a signal; then all know which."""
     if not run.ranks.any(stop.requested):
         return False
@@ -221,28 +267,11 @@ def _asked(run: Run, stop: Stop) -> bool:
     return True
 
 
-def _save(run: Run, path: Path) -> None:
-    """Write the state, whose numbers are all finite: a run can always go on from its last."""
-    state = run.state()
-    found = find_nonfinite(state)
-    if run.ranks.any(found is not None):
-        raise _diverged(run, "the weights are not finite", f"NaN or infinity in {found}")
-    if run.ranks.first:
-        save_state(path, state)
-
-
-def _due(within: int, every: int) -> bool:
-    return every > 0 and within % every == 0
-
-
 def _point(run: Run, parts: Tensor, ratio: float) -> dict[str, float]:
     """The scalars of one update. Reading them is where the host waits for the device."""
     values = _finite(run, parts)
-    return {
-        **{f"train/{name}": value for name, value in values.items()},
-        "train/lr": run.optimizer.param_groups[0]["lr"],
-        "train/ckf_ratio": ratio,
-    }
+    losses = {f"train/{name}": value for name, value in values.items()}
+    return {**losses, "train/lr": run.lr, "train/ckf_ratio": ratio}
 
 
 def _finite(run: Run, parts: Tensor) -> dict[str, float]:
@@ -258,88 +287,13 @@ def _diverged(run: Run, problem: str, found: str) -> TrainingError:
         problem,
         where=f"update {run.update}",
         found=found,
-        action=f"lower the learning rate (optim.lr is {run.recipe.optim.lr:g}), clip gradients or "
+        action=f"lower the learning rate optim.lr (here it was {run.lr:g}), clip gradients or "
         "leave float16, and go on from the last checkpoint, which is from before (or begin anew, "
         "if there is none): the same command with, say, --set optim.clip_grad=1 --resume",
     )
 
 
-def _close_epoch(run: Run, curves: RunLog, stop: Stop) -> None:
-    """Evaluate the epoch whose updates are done where it is due, and write its row and students.
-
-    The state comes first: an evaluation that fails loses nothing of the epoch, and is made up for
-    when the run is resumed.
-    """
-    assert run.pending is not None
-    row, settings, state_file = run.pending, run.recipe.run, curves.folder / STATE
-    last = run.update == run.updates
-    _save(run, state_file)
-    if run.data.validation_set is not None and (last or run.epoch % settings.eval_every == 0):
-        try:
-            row = row | _evaluate(run, curves.folder, stop)
-        except CskdError:
-            log.warning(f"epoch {run.epoch} is saved; --resume evaluates it and goes on")
-            raise
-    if run.ranks.first:
-        _save_students(run, row, curves.folder)
-    curves.epoch(run.update, row)
-    run.pending = None
-    _save(run, state_file)
-    limit = limiting_side(row["data_wait"] or 0)
-    log.info(f"{_epoch_line(row, run.recipe.schedule.epochs)}  limit: {limit}")
-    if _asked(run, stop) and not last:
-        raise KeyboardInterrupt
-
-
-def _save_students(run: Run, row: Row, out: Path) -> None:
-    card = run.card("last", row.get("top1"))
-    save_student(out / "last.safetensors", run.student.model.state_dict(), card)
-    if run.ema is not None:
-        card = run.card("ema", row.get("ema_top1"))
-        save_student(out / "last_ema.safetensors", run.ema.module.state_dict(), card)
-
-
-def _evaluate(run: Run, out: Path, stop: Stop) -> dict[str, float | int | None]:
-    """Top-1 and top-5 of the running weights and of their average; keeps the best student.
-
-    A signal ends it at once where no other rank waits: the state is saved.
-    """
-    row: dict[str, float | int | None] = {}
-    candidates = {"last": run.student.model}
-    if run.ema is not None:
-        candidates["ema"] = run.ema.module
-    for name, model in candidates.items():
-        student = run.student.with_model(model)
-        with progress(run.data.validation_samples, "images", f"evaluating {name}") as meter:
-
-            def advance(count: int, meter: Meter = meter) -> None:
-                meter.advance(count)
-                if stop.requested and not run.ranks.many:
-                    raise KeyboardInterrupt
-
-            metrics = measure(
-                student,
-                meter.timed(run.data.validation(student.preprocessing)),
-                heads=run.heads,
-                grid=run.grid,
-                device=run.device,
-                amp=run.amp,
-                on_batch=advance,
-                ranks=run.ranks,
-            )
-        prefix = "" if name == "last" else "ema_"
-        row |= {f"{prefix}top1": metrics["mean"]["top1"], f"{prefix}top5": metrics["mean"]["top5"]}
-        row |= {f"{prefix}top1_{head}": m["top1"] for head, m in metrics.items() if head != "mean"}
-        top1 = metrics["mean"]["top1"]
-        if top1 > run.best.get("top1", -1.0):
-            if run.ranks.first:
-                card = run.card(name, top1)
-                save_student(out / "best.safetensors", model.state_dict(), card)
-            run.best = {"top1": top1, "epoch": run.epoch, "weights": name}
-    return row
-
-
-def _epoch_line(row: dict[str, float | int | None], epochs: int) -> str:
+def _epoch_line(row: Row, epochs: int) -> str:
     parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.4f}"]
     parts += [f"r {row['ckf_ratio']:.3f}"] if row["spatial"] else []
     if row.get("top1") is not None:
@@ -349,3 +303,57 @@ def _epoch_line(row: dict[str, float | int | None], epochs: int) -> str:
     parts.append(f"{row['images_per_second']:.0f} images/s")
     parts.append(f"data wait {100 * (row['data_wait'] or 0):.0f} %")
     return "  ".join(parts)
+
+
+# -- how a run begins --------------------------------------------------------------------------
+
+
+def _open(recipe: TrainRecipe, ranks: Ranks, resume: bool) -> TrainJob:
+    """The run at its first update, or where its last state was written."""
+    require_board(recipe.run.wandb)
+    if ranks.first:
+        _claim(Path(recipe.run.out), resume)
+    ranks.wait()
+    use_threads(recipe.run.threads)
+    data = open_training_data(recipe, ranks)
+    device = ranks.device(pick_device(recipe.run.device))
+    job = TrainJob(recipe, data, make_run(recipe, data.views, device, ranks))
+    if recipe.schedule.warmup_epochs >= recipe.schedule.epochs:
+        log.warning(
+            f"the warm-up ({recipe.schedule.warmup_epochs} epochs) outlasts the run: the learning "
+            "rate never reaches optim.lr; set schedule.warmup_epochs"
+        )
+    if resume and (Path(recipe.run.out) / STATE).exists():
+        _resume(job, Path(recipe.run.out) / STATE)
+    elif recipe.student.init_from:
+        log.info(str(job.start_from(recipe.student.init_from)))
+    return job
+
+
+def _claim(out: Path, resume: bool) -> None:
+    """Refuse a folder in which the run would write over something, but for a run to resume."""
+    known = (out / RECIPE).exists()
+    if resume:
+        sweep(out)
+    if not (resume and known):
+        goes_on = ", or go on with the run there by --resume" if known else ""
+        require_free(out, WRITTEN, action=f"choose another --out{goes_on}")
+
+
+def _resume(job: TrainJob, state_file: Path) -> None:
+    """Go on from the run's last state."""
+    run, init_from = job.run, job.recipe.student.init_from
+    state = load_state(state_file)
+    job.restore(state, state_file)
+    if not check_resumed(init_from, job.init, state_file):
+        log.info(f"{init_from} is gone; the run goes on without it")
+    log.info(f"resuming at epoch {run.epoch}, update {run.update} of {run.updates}")
+    if len(job.changes) > len(state["changes"]):
+        for line in change_lines(job.changes[-1:]):
+            log.warning(f"the recipe is changed from {line}")
+        _save(job)
+        if run.ranks.first:
+            write_changes(state_file.parent, job.changes)
+    ended = run.update == run.updates and job.pending is None
+    if ended and job.data.validation is not None and "top1" not in job.rows[-1]:
+        job.pending = job.rows.pop()  # of an epoch that was not the last when it ended

@@ -1,0 +1,197 @@
+"""A loader of cached views: images, labels and the teacher's targets, ready for a training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+from itertools import count, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from cskd_pipeline.data.assemble import Inputs
+from cskd_pipeline.data.batches import Batch
+from cskd_pipeline.data.plan import EpochPlan, part_size
+from cskd_pipeline.data.training_views import TrainingViews
+from cskd_pipeline.data.workers import Loader
+from cskd_pipeline.distill.targets import Targets
+from cskd_pipeline.errors import UsageError
+
+_ORDER = ("batch_size", "accumulation", "repeats", "seed", "shuffle_shards")
+
+
+class CachedBatch(NamedTuple):
+    """Hold B views on the loader's device.
+
+    - ``images``: (B, 3, S, S) float32, augmented, mixed, normalised.
+    - ``labels``: (B, K) float32, mixed and smoothed.
+    - ``hard_labels``: (B,) int64, of each view's own image.
+    - ``targets``: the teacher's response to these views, for :class:`DistillationLoss`; None
+      without a cache.
+    """
+
+    images: Tensor
+    labels: Tensor
+    hard_labels: Tensor
+    targets: Targets | None
+
+
+@dataclass(eq=False)
+class CachedLoader:
+    """Iterate over an epoch of views, batch by batch, as a ``DataLoader`` does.
+
+    Which views a batch has depends on ``seed``, epoch and number of the batch alone: not on ranks,
+    processes, or where the iteration began. Each epoch goes on with the next; the processes stay.
+    :meth:`state_dict` is exact in the middle of an epoch too.
+
+    Args:
+        views: see :func:`open_views`.
+        batch_size: images in an optimizer update, over all ranks and micro-batches.
+        accumulation: micro-batches, which are what the loader yields, in an update.
+        mean, std: the student's, in [0, 1] units.
+        smoothing: of the labels.
+        repeats: R, views of an image in an epoch (repeated augmentation): an epoch shows 1/R of the
+            images, and over R epochs every image comes R times.
+        seed: of the order.
+        shuffle_shards: samples are shuffled within blocks of so many shards, shards over all.
+        rank, world: this process and their number; every rank gets as many batches.
+        workers: loader processes; 0: none.
+        device: of the batches.
+        memory_format: of the images.
+
+    Raises:
+        UsageError: a batch that cannot be cut into equal parts.
+        CacheError: fewer views than ``repeats``.
+        DataError: fewer samples than one batch.
+    """
+
+    views: TrainingViews
+    batch_size: int
+    _: KW_ONLY
+    accumulation: int = 1
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    smoothing: float = 0.1
+    repeats: int = 3
+    seed: int = 0
+    shuffle_shards: int = 16
+    rank: int = 0
+    world: int = 1
+    workers: int = 0
+    device: torch.device | str = "cpu"
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    def __post_init__(self) -> None:
+        part_size(self.batch_size, world=self.world, accumulation=self.accumulation)
+        views = self.views
+        self.plan = EpochPlan(
+            views.samples,
+            views.policy,
+            views.root_seed,
+            views=views.views,
+            repeats=self.repeats,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            shuffle_shards=self.shuffle_shards,
+            allowed=views.allowed,
+        )
+        self.device = torch.device(self.device)
+        self.inputs = Inputs(
+            views.policy,
+            views.num_classes,
+            tuple(self.mean),
+            tuple(self.std),
+            self.smoothing,
+            self.memory_format,
+        )
+        self._next = 0  # batches before the next one, since the first epoch
+        self._stream: Iterator[Batch] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return self.plan.steps * self.accumulation
+
+    def __iter__(self) -> Iterator[CachedBatch]:
+        """Yield what is left of the current epoch; the next iteration is the next epoch.
+
+        Raises:
+            CskdError: an image or the cache cannot be read, or is not what it was.
+        """
+        end = (self.epoch + 1) * len(self)
+        if self._stream is None:
+            self._stream = self.batches()
+        while self._next < end:
+            batch = next(self._stream).to(self.device)
+            targets = self.views.targets(batch)
+            yield CachedBatch(*self.inputs(batch), batch.label, targets)
+
+    @property
+    def epoch(self) -> int:
+        """Return the epoch, from 0, that the next batch belongs to."""
+        return self._next // len(self)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch; within that epoch already, stay (as after a resume)."""
+        if epoch != self.epoch:
+            self.start_at(epoch)
+
+    def start_at(self, epoch: int, batch: int = 0) -> None:
+        """Go to a batch of an epoch, both counted from 0."""
+        if self._next != epoch * len(self) + batch:
+            self._stream = None
+            self._next = epoch * len(self) + batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return where the loader is: the batches that it has yielded are done."""
+        order = {name: getattr(self, name) for name in _ORDER}
+        return {"epoch": self.epoch, "batch": self._next % len(self), **order}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`, with any number of ranks and workers.
+
+        Raises:
+            UsageError: the state is of a loader with another order.
+        """
+        problems = [
+            f"{name}: the state's {state.get(name)}, here {getattr(self, name)}"
+            for name in _ORDER
+            if state.get(name) != getattr(self, name)
+        ]
+        if problems:
+            raise UsageError(
+                "the loader's state is of another order of batches",
+                problems=problems,
+                action="make the loader with the same values",
+            )
+        self.start_at(state["epoch"], state["batch"])
+
+    def batches(self, limit: int | None = None) -> Iterator[Batch]:
+        """Yield the next ``limit`` batches as they are loaded, on the host, over as many epochs as
+        it takes; None: without end.
+        """
+        numbers = islice(count(self._next), limit)
+        loader = Loader(
+            self.views,
+            map(self.rows, numbers),
+            workers=self.workers,
+            pin_memory=torch.device(self.device).type == "cuda",
+        )
+        for batch in loader:
+            self._next += 1
+            yield batch
+
+    def rows(self, number: int) -> np.ndarray:
+        """Return view, shard, offset, (n, 3), of a batch, counted since the first epoch."""
+        epoch, within = divmod(number, len(self))
+        step, micro = divmod(within, self.accumulation)
+        return self.plan.batch(
+            epoch,
+            step,
+            rank=self.rank,
+            world=self.world,
+            micro=micro,
+            accumulation=self.accumulation,
+        )

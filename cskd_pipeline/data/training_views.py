@@ -1,0 +1,190 @@
+"""Views to train on: shards joined to a cache, any rows of them as batches with encoded targets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset as TorchDataset
+
+from cskd_pipeline.cache.reader import Cache, open_cache
+from cskd_pipeline.data.batches import Batch, render_batch
+from cskd_pipeline.data.images import ImageSource
+from cskd_pipeline.data.index import Dataset, load_dataset
+from cskd_pipeline.data.join import Join, classes_of, join
+from cskd_pipeline.data.plan import SampleSet
+from cskd_pipeline.data.render import Renderer
+from cskd_pipeline.distill.losses import DistillationLoss
+from cskd_pipeline.distill.targets import Targets
+from cskd_pipeline.errors import CacheError
+from cskd_pipeline.runtime.classes import ClassGuard
+from cskd_pipeline.views.policy import ViewPolicy
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingViews(TorchDataset[Batch]):
+    """Map rows (B, 3) of view, shard, offset to a :class:`Batch` of them.
+
+    A map-style data set of ``torch.utils.data`` whose index is a whole batch: so images are decoded
+    and views rendered once where rows share them. :class:`CachedLoader` orders the rows.
+
+    Args:
+        samples: the layout that shard and offset refer to: the cache's, or the shards' own.
+        images: reads from it; knows the cache, if there is one.
+        views: how many the cache has; None: as many as are wanted.
+        allowed: per shard (count,) bool, samples that can be read; None: all.
+        encoding: the one that targets are read from; None: no targets.
+        grid: the teacher's (rows, columns).
+        drift: ``warn``: views and images unlike the cache's are counted, not refused.
+    """
+
+    samples: SampleSet
+    images: ImageSource
+    policy: ViewPolicy
+    root_seed: int
+    num_classes: int
+    views: int | None = None
+    allowed: Sequence[np.ndarray] | None = None
+    encoding: str | None = None
+    grid: tuple[int, int] | None = None
+    drift: str = "error"
+
+    @classmethod
+    def of_join(cls, found: Join, encoding: str, *, drift: str = "error") -> TrainingViews:
+        """Return a cache's views of the samples that were found, with targets in ``encoding``."""
+        cache = found.images.cache
+        assert cache is not None
+        if not cache.encodings[encoding].exact:
+            log.info(f"targets from {encoding}: an approximation of the teacher's response")
+        manifest = cache.manifest
+        return cls(
+            found.samples,
+            found.images,
+            manifest.policy,
+            manifest.root_seed,
+            manifest.dataset.num_classes,
+            views=cache.views,
+            allowed=found.allowed,
+            encoding=encoding,
+            grid=manifest.grid,
+            drift=drift,
+        )
+
+    @classmethod
+    def of_dataset(cls, dataset: Dataset, policy: ViewPolicy, seed: int) -> TrainingViews:
+        """Return as many views as are wanted of a data set alone, without targets."""
+        assert dataset.num_classes is not None
+        samples, images = SampleSet.of(dataset), ImageSource(dataset.shards)
+        return cls(samples, images, policy, seed, dataset.num_classes)
+
+    @property
+    def cache(self) -> Cache | None:
+        """Return the cache that the views are compared with and targets read from."""
+        return self.images.cache
+
+    def without_cache(self) -> TrainingViews:
+        """Return the same views, compared with no cache, without targets."""
+        return replace(self, images=self.images.alone(), encoding=None)
+
+    @property
+    def renderer(self) -> Renderer:
+        """Return what renders the views, and compares them with the cache's."""
+        return Renderer(
+            self.samples,
+            self.images,
+            self.policy,
+            self.root_seed,
+            cache=self.cache,
+            drift=self.drift,
+        )
+
+    def __getitem__(self, rows: np.ndarray) -> Batch:
+        batch = render_batch(self.renderer, rows)
+        if self.cache is None or self.encoding is None:
+            return batch
+        arrays = self.cache.gather(self.encoding, rows)
+        return replace(batch, targets={n: torch.from_numpy(a) for n, a in arrays.items()})
+
+    def targets(self, batch: Batch) -> Targets | None:
+        """Return the teacher's response to a batch, on the batch's device; None without a cache."""
+        if self.cache is None or self.encoding is None:
+            return None
+        return self.cache.encodings[self.encoding].targets(batch.targets)
+
+
+def open_views(
+    shards: str | Path,
+    cache: str | Path | Cache,
+    loss: DistillationLoss | None = None,
+    *,
+    encoding: str = "auto",
+    missing: str = "error",
+    drift: str = "error",
+) -> TrainingViews:
+    """Open shards and a cache, and find the cache's samples in the shards by their keys.
+
+    Args:
+        shards: webdataset shards: a folder, a pattern, a comma list, or an index of them.
+        cache: a folder or URL, or an open cache.
+        loss: what the targets are for; None: hard targets.
+        encoding: the one to read targets from; ``auto``: the smallest exact one that serves the
+            loss, else the closest.
+        missing: ``skip``: samples that the shards lack, and their partners, are not shown.
+        drift: ``warn``: images and views unlike the teacher's are shown, and counted.
+
+    Raises:
+        CskdError: no such shards or cache, a cache that is not finished or does not serve the loss,
+            other classes, labels or samples.
+    """
+    reader = cache if isinstance(cache, Cache) else open_cache(cache)
+    reader.require_done()
+    chosen = choose_encoding(reader, loss or DistillationLoss(), encoding)
+    guard = ClassGuard(switch=None)
+    dataset = load_dataset(str(shards)).fitting(classes_of(reader), "the shards", guard)
+    found = join(dataset, reader, guard, missing=missing, drift=drift)
+    guard.report()
+    if found.missing:
+        log.warning(f"{found.missing} of the cache's samples are not in the shards, and not shown")
+    return TrainingViews.of_join(found, chosen, drift=drift)
+
+
+def choose_encoding(cache: Cache, loss: DistillationLoss, name: str = "auto") -> str:
+    """Return the encoding ``name``; for ``auto`` the smallest exact one that serves the loss, else
+    the closest approximation, which is the largest.
+
+    Raises:
+        CacheError: the cache does not have it, or nothing that serves the loss.
+    """
+    kinds, tau = loss.kinds, loss.temperature
+    wanted = set(kinds.values())
+    serving = {
+        one: sum(spec.row_bytes for spec in cache.specs(one))
+        for one, encoding in cache.encodings.items()
+        if wanted <= set(encoding.serves)
+        and ("soft" not in wanted or tau >= encoding.min_temperature)
+    }
+    if name == "auto" and serving:
+        exact = [one for one in serving if cache.encodings[one].exact]
+        size = serving.__getitem__
+        return min(exact, key=size) if exact else max(serving, key=size)
+    if name in serving:
+        return name
+    known = name == "auto" or name in cache.encodings
+    words = {"hard": "hard targets", "soft": f"soft targets at temperature {tau:g}"}
+    targets = " and ".join(words[kind] for kind in sorted(wanted))
+    to_hard = " ".join(f"--set distill.{key}=hard" for key in kinds if kinds[key] == "soft")
+    raise CacheError(
+        f"the cache cannot serve {targets}" if known else f"the cache has no encoding {name}",
+        where=cache.path,
+        found=f"encodings {', '.join(cache.encodings)}",
+        expected=f"one that serves {targets}" if known else name,
+        action=f"use {to_hard}, or a cache dumped with --encoding dense"
+        if to_hard
+        else "use --set distill.encoding=auto, or a cache dumped with --encoding envelope",
+    )

@@ -1,0 +1,161 @@
+"""A training run with its recipe, its data, and what it keeps from epoch to epoch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cskd_pipeline.cache.manifest import utc_now
+from cskd_pipeline.config import TrainRecipe, deciding, result_digest
+from cskd_pipeline.distill.losses import inference_heads
+from cskd_pipeline.errors import WeightsError
+from cskd_pipeline.models.header import StudentCard
+from cskd_pipeline.models.train_state import FORMAT
+from cskd_pipeline.pipeline.finetune import Started, read_source, start_from
+from cskd_pipeline.pipeline.resuming import (
+    Change,
+    change_lines,
+    changed_keys,
+    require_same_data,
+    require_within,
+)
+from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.pipeline.training_data import TrainingData
+from cskd_pipeline.runtime.classes import Classes
+
+
+@dataclass
+class TrainJob:
+    """Hold a run and its history.
+
+    Args:
+        rows: of ``summary.csv``, one an epoch.
+        pending: the row of an epoch whose updates are done, and that is still to be evaluated.
+        best: top-1, epoch and weights of the best student.
+        changes: of the recipe, where the run was resumed with another.
+        init: the weights that the run started from: ``from`` and ``sha256``.
+    """
+
+    recipe: TrainRecipe
+    data: TrainingData
+    run: Run
+    rows: list[dict[str, float | int | None]] = field(default_factory=list)
+    pending: dict[str, float | int | None] | None = None
+    best: dict[str, Any] = field(default_factory=dict)
+    changes: list[Change] = field(default_factory=list)
+    init: dict[str, str] | None = None
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Return the student's heads that are trained."""
+        return inference_heads(self.recipe.distill.method, self.run.student)
+
+    def start_from(self, path: str) -> Started:
+        """Begin with the weights at ``path`` instead of fresh ones.
+
+        Raises:
+            WeightsError: they do not fit, or are others on another rank.
+            ClassesError: they are of the same classes, numbered or spelled otherwise.
+        """
+        run = self.run
+        source = read_source(Path(path))
+        started = start_from(source, run.student, self.data.classes, self.data.guard)
+        if len(set(run.ranks.gather(started.sha256))) > 1:
+            raise WeightsError("the ranks found different weights to start from", where=path)
+        if run.ema is not None:
+            run.ema.module.load_state_dict(run.student.model.state_dict())
+        self.init = {"from": path, "sha256": started.sha256}
+        return started
+
+    def state(self) -> dict[str, Any]:
+        """Return what :meth:`restore` takes, the same for any number of ranks; all call it."""
+        return {
+            "format": FORMAT,
+            "recipe": deciding(self.recipe),
+            "changes": self.changes,
+            "data": self.data.identity,
+            "init": self.init,
+            "class_names": self.data.classes.names,
+            "accepted_classes": list(self.data.guard.accepted),
+            **self.run.state(),
+            "pending": self.pending,
+            "rows": self.rows,
+            "best": self.best,
+        }
+
+    def restore(self, state: dict[str, Any], where: Path) -> None:
+        """Go on from :meth:`state`; what its recipe has changed since is added to ``changes``.
+
+        Raises:
+            OutputError: the state is of another recipe or of other data, or past this recipe's end.
+            ClassesError: the data's classes had other names, or another order.
+            WeightsError: its values are not those of a run.
+        """
+        try:
+            changed = changed_keys(state["recipe"], self.recipe, where)
+            require_same_data(state["data"], self.data.identity, where)
+            require_within(state["update"], self.run.steps, self.recipe.schedule.epochs, where)
+            self._restore(state)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise WeightsError(
+                "the training state does not fit the run",
+                where=where,
+                found=f"{type(error).__name__}: {error}".splitlines()[0],
+                action="start again in a new output folder; the students beside it are still good",
+            ) from error
+        if changed:
+            self.changes.append({"time": utc_now(), "update": self.run.update, "changed": changed})
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        rows, best = state["rows"], state["best"]
+        init, pending, changes = state["init"], state["pending"], state["changes"]
+        accepted = state["accepted_classes"]
+        names = [*(state["class_names"] or ()), *accepted]
+        if not all(isinstance(row, dict) for row in [*rows, best, pending or {}, *changes]):
+            raise ValueError("rows, best, pending or changes are no dicts")
+        if not all(type(name) is str for name in names):
+            raise ValueError("class names are no text")
+        if init is not None and [type(init[name]) for name in ("from", "sha256")] != [str, str]:
+            raise ValueError("init has no path and SHA-256")
+        change_lines(changes)  # fails where they are none
+        data, out = self.data, self.recipe.run.out
+        before = Classes("the run to resume", out, data.classes.count, state["class_names"])
+        data.guard.compare(data.classes, before)
+        for line in accepted:
+            data.guard.note(line)
+        self.run.restore(state)
+        self.rows, self.best, self.init = rows, best, init
+        self.pending, self.changes = pending, list(changes)
+
+    def card(self, weights: str, top1: float | None) -> StudentCard:
+        """Return the header of a student's file.
+
+        Args:
+            weights: ``last``, or ``ema`` for the moving average.
+            top1: in percent, where it was measured.
+        """
+        cache, views = self.data.views.cache, self.data.views
+        preprocessing = self.run.student.preprocessing
+        return StudentCard(
+            model=self.recipe.student.name,
+            num_classes=views.num_classes,
+            size=views.policy.size,
+            heads=self.heads,
+            method=self.recipe.distill.method,
+            kwargs=dict(self.recipe.student.kwargs),
+            grid=self.run.grid,
+            crop_pct=preprocessing.crop_pct,
+            interpolation=preprocessing.interpolation,
+            weights=weights,
+            epoch=self.run.epoch,
+            top1=top1,
+            class_names=self.data.classes.names,
+            accepted_classes=tuple(self.data.guard.accepted),
+            dataset=self.data.name,
+            teacher=None if cache is None else cache.manifest.teacher.name,
+            recipe_sha256=result_digest(self.recipe),
+            cache_sha256=self.data.cache_digest,
+            init_sha256=None if self.init is None else self.init["sha256"],
+            recipe_changes=tuple(change_lines(self.changes)),
+        )
