@@ -247,9 +247,7 @@ def evaluate(
     """Measure a student on shards: top-1 and top-5 of each head and of their mean."""
     from cskd_pipeline.pipeline import evaluate as measuring
 
-    return measuring.evaluate(
-        checkpoint,
-        shards,
+    options = measuring.EvalOptions(
         split=loading.split or "",
         crop_pct=crop_pct,
         batch_size=loading.batch_size or 256,
@@ -257,3 +255,4 @@ def evaluate(
         device=loading.device or "auto",
         accept_classes=accept_classes,
     )
+    return measuring.evaluate(checkpoint, shards, options)

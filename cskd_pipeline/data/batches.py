@@ -54,7 +54,7 @@ class Batch:
         return len(self.own)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return it with the first group of fields on ``device``; from pinned memory without waiting."""
+        """Return it with the first group of fields on ``device``; does not wait for pinned ones."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:

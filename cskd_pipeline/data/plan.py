@@ -170,9 +170,9 @@ class EpochPlan:
 
         A cycle is a list of items in random order. An item is a pair of samples that are mixed with
         each other (or a sample that has no partner), and stands for up to 2 R rows: both members in
-        each of R views. Written out, the cycle is one long list of rows, of which this epoch has the
-        ``phase``-th of R equal parts. Only the items that lie in that part are written out:
-        with ImageNet and R = 3 the list has 3.8 million rows.
+        each of R views. Written out, the cycle is one long list of rows, of which this epoch has
+        the ``phase``-th of R equal parts. Only the items that lie in that part are written out: of
+        ImageNet with R = 3 the list has 3.8 million rows.
         """
         cycle, phase = divmod(number, self.repeats)
         views = self.cycle_views(cycle)

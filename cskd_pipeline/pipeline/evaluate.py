@@ -95,9 +95,7 @@ class EvalOptions:
     accept_classes: bool = False
 
 
-def evaluate(
-    checkpoint: Path, shards: str, options: EvalOptions = EvalOptions()
-) -> dict[str, Any]:
+def evaluate(checkpoint: Path, shards: str, options: EvalOptions = EvalOptions()) -> dict[str, Any]:
     """Measure a checkpoint (or a run folder's best) on shards: ``cskd-pipeline evaluate``.
 
     Raises:

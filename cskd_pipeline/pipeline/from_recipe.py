@@ -8,7 +8,8 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
-from cskd_pipeline.config import DistillSection, TrainRecipe
+from cskd_pipeline.config import TrainRecipe
+from cskd_pipeline.config.sections import DistillSection
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.data.cached_loader import CachedLoader
 from cskd_pipeline.data.training_views import TrainingViews
@@ -61,21 +62,25 @@ def make_student(recipe: TrainRecipe, views: TrainingViews) -> Student:
 def make_loader(
     recipe: TrainRecipe,
     views: TrainingViews,
-    student: Student,
-    device: torch.device,
+    student: Student | None = None,
+    device: torch.device | str = "cpu",
     ranks: Ranks = ALONE,
 ) -> CachedLoader:
     """Return a recipe's loader of this rank's part of every batch.
 
+    Args:
+        student: whose mean and std the images are normalised with; None: the policy's own.
+
     Raises:
         CskdError: see :class:`CachedLoader`.
     """
+    network = student or views.policy
     return CachedLoader(
         views,
         recipe.batch.batch_size,
         accumulation=recipe.batch.accumulation,
-        mean=student.mean,
-        std=student.std,
+        mean=network.mean,
+        std=network.std,
         smoothing=recipe.optim.smoothing,
         repeats=recipe.batch.repeats,
         seed=recipe.run.seed,

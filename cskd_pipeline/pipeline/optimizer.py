@@ -11,7 +11,7 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
-from cskd_pipeline.config import OptimSection
+from cskd_pipeline.config.sections import OptimSection
 from cskd_pipeline.errors import RecipeError
 
 FUSED = ("adam", "adamw")

@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from cskd_pipeline.config import TrainData
+from cskd_pipeline.config.sections import TrainData
 from cskd_pipeline.data.corrupt import by_shard, find_corrupt
 from cskd_pipeline.data.join import Join, find_differing
 from cskd_pipeline.data.left_out import LeftOuts, Offsets, tars_sha256
@@ -15,9 +15,7 @@ from cskd_pipeline.data.replay import cache_of, renderer_of, replay, spread_view
 log = logging.getLogger(__name__)
 
 
-def settle(
-    found: Join, data: TrainData, workers: int, encoding: str, left_out: LeftOuts
-) -> Join:
+def settle(found: Join, data: TrainData, workers: int, encoding: str, left_out: LeftOuts) -> Join:
     """Leave out of a join what ``data`` says, report it, and check a sample of what is left.
 
     With ``data.corrupt`` or ``data.drift`` = ``skip`` every image is read once, each rank its
@@ -64,9 +62,7 @@ def _corrupt(found: Join, workers: int, part: int, parts: int) -> Offsets:
         here = samples[:, 0] == shard
         intact[here] = cache.image_crc32(shard)[samples[here, 1]]
     return by_shard(
-        find_corrupt(
-            found.images, samples, intact=intact, workers=workers, part=part, parts=parts
-        )
+        find_corrupt(found.images, samples, intact=intact, workers=workers, part=part, parts=parts)
     )
 
 

@@ -258,12 +258,12 @@ def test_evaluate_passes_its_flags_on(replace: Replace) -> None:
     line = "evaluate run --shards S --split b --batch-size 4 --workers 0 --device cpu"
     line += " --crop-pct 0.5 --accept-classes"
     assert run(*line.split()) == 0
-    [((path, shards), first), (_, second)] = calls
+    [((path, shards, first), _), ((_, _, second), _)] = calls
     assert (path, shards) == (Path("run"), "S")
     common = {"split": "", "batch_size": 256, "workers": -1, "device": "auto"}
-    assert first == common | {"crop_pct": None, "accept_classes": False}
+    assert vars(first) == common | {"crop_pct": None, "accept_classes": False}
     given = {"split": "b", "batch_size": 4, "workers": 0, "device": "cpu"}
-    assert second == given | {"crop_pct": 0.5, "accept_classes": True}
+    assert vars(second) == given | {"crop_pct": 0.5, "accept_classes": True}
 
 
 # --- outcomes -------------------------------------------------------------------------------------
@@ -537,6 +537,7 @@ def test_what_a_parser_would_take_for_the_users_doing_stays_what_it_is(
 TALKS = """
 import sys, types
 module = types.ModuleType("cskd_pipeline.pipeline.evaluate")
+module.EvalOptions = dict
 module.evaluate = lambda *args, **kwargs: {str(i): "x" * 100 for i in range(10_000)}
 sys.modules["cskd_pipeline.pipeline.evaluate"] = module
 from cskd_pipeline.cli import main

@@ -18,10 +18,9 @@ from cskd_pipeline.config import (
     recipe_names,
 )
 from cskd_pipeline.config.sections import DistillSection, EvalSection
-from cskd_pipeline.distill.encodings import ENCODINGS
-from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.pipeline.from_recipe import make_run
 from cskd_pipeline.runtime import resources
-from cskd_pipeline.tools.bench.bench_step import synthetic_data
+from cskd_pipeline.tools.bench.bench_step import synthetic_views
 from cskd_pipeline.views.policy import ViewPolicy
 
 STUDY = {
@@ -147,12 +146,11 @@ def test_a_papers_run_has_the_authors_learning_rates_and_the_updates_its_recipe_
     recipe = load_recipe(TrainRecipe, size, ["student.kwargs={embed_dim=24, depth=1, num_heads=2}"])
     policy = recipe.views
     assert policy is not None
-    data = synthetic_data(recipe, policy, (7, 7), ENCODINGS["envelope"], samples=1_281_167)
-    run = Run(recipe, data, torch.device("cpu"))
+    run = make_run(recipe, synthetic_views(policy, (7, 7), 1_281_167), torch.device("cpu"))
     rates = []
     for epoch in range(301):
-        run.schedule.step_update(epoch * run.steps)
-        rates.append(run.optimizer.param_groups[0]["lr"])
+        run.lr_schedule.step_update(epoch * run.steps)
+        rates.append(run.lr)
     batch, peak = AUTHORS[size]
     assert rates[0] == pytest.approx(1e-6)
     assert rates.index(max(rates)) == 5

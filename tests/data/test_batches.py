@@ -16,12 +16,15 @@ import torch
 
 from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data import render as render_module
-from cskd_pipeline.data.batches import Batch, TrainBatches, render_batch, train_loader
+from cskd_pipeline.data.batches import Batch, render_batch
+from cskd_pipeline.data.cached_loader import CachedLoader
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.join import join
-from cskd_pipeline.data.plan import EpochPlan, SampleSet
+from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.render import Renderer
+from cskd_pipeline.data.training_views import TrainingViews
+from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.errors import UsageError, ViewDriftError
 from cskd_pipeline.views import apply
 from cskd_pipeline.views.bits import view_seed
@@ -33,13 +36,13 @@ from tests.data.making import POLICY, ROOT_SEED, VIEWS, make_cache, same
 REPEATS, BATCH = 2, 16
 
 
-def plan_of(dataset: Dataset, **changes: Any) -> EpochPlan:
-    options: dict[str, Any] = {"views": VIEWS, "repeats": REPEATS, "batch_size": BATCH, "seed": 1}
-    return EpochPlan(SampleSet.of(dataset), POLICY, ROOT_SEED, **{**options, **changes})
+def loader_of(views: TrainingViews, **changes: Any) -> CachedLoader:
+    return CachedLoader(views, BATCH, repeats=REPEATS, seed=1, **changes)
 
 
-def uncached(dataset: Dataset, **changes: Any) -> TrainBatches:
-    return TrainBatches(plan_of(dataset), ImageSource(dataset.shards), **changes)
+def uncached(dataset: Dataset, **changes: Any) -> CachedLoader:
+    views = TrainingViews.of_dataset(dataset, POLICY, ROOT_SEED)
+    return loader_of(replace(views, views=VIEWS), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +50,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Cache:
     return make_cache(tmp_path_factory.mktemp("cache") / "cache", load_dataset(shards))
 
 
-def cached(dataset: Dataset, cache: Cache, **changes: Any) -> TrainBatches:
-    images = join(dataset, cache).images
-    options: dict[str, Any] = {"cache": cache, "encoding": "dense", **changes}
-    return TrainBatches(plan_of(dataset), images, **options)
+def cached(dataset: Dataset, cache: Cache, drift: str = "error", **changes: Any) -> CachedLoader:
+    return loader_of(TrainingViews.of_join(join(dataset, cache), "dense", drift=drift), **changes)
 
 
-def positions(source: TrainBatches, epochs: int) -> list[tuple[int, int, int]]:
-    steps, micros = range(source.plan.steps), range(source.accumulation)
-    return list(itertools.product(range(epochs), steps, micros))
+def batch_at(loader: CachedLoader, epoch: int, step: int = 0, micro: int = 0) -> Batch:
+    number = epoch * len(loader) + step * loader.accumulation + micro
+    return loader.views[loader.rows(number)]
 
 
 def test_a_row_is_the_view_and_the_partner_that_its_seeds_say(dataset: Dataset) -> None:
-    batch = uncached(dataset)[(1, 1, 0)]
+    batch = batch_at(uncached(dataset), 1, 1, 0)
     assert batch.pixels.shape[1:] == (POLICY.size, POLICY.size, 3)
     assert batch.pixels.dtype == torch.uint8
     kinds: Counter[str] = Counter()
@@ -99,7 +100,7 @@ def erased(batch: Batch, number: int) -> tuple[list[list[int]], np.ndarray]:
 
 
 def test_a_sample_without_partner_is_its_own(dataset: Dataset) -> None:
-    renderer = uncached(dataset).of_rows.renderer
+    renderer = uncached(dataset).views.renderer
     batch = render_batch(renderer, np.array([[0, 3, 0], [1, 3, 0]], np.int32))  # a tar of one
     assert torch.equal(batch.own, batch.partner)
     assert batch.lam.tolist() == [1.0, 1.0]
@@ -121,7 +122,7 @@ def test_each_image_is_decoded_once_and_each_view_rendered_once(
 
     monkeypatch.setattr(render_module, "decode", counting_decode)
     monkeypatch.setattr(render_module, "draw", counting_draw)
-    batch = uncached(dataset)[(0, 0, 0)]
+    batch = batch_at(uncached(dataset), 0, 0, 0)
     assert set(decoded.values()) == set(rendered.values()) == {1}
     assert len(rendered) == len(batch.pixels)
     # Neighbours share nearly all: at both ends of the batch a pair may be cut.
@@ -133,13 +134,14 @@ def test_batches_are_the_same_for_any_number_of_workers_and_from_any_start(
     dataset: Dataset, cache: Cache
 ) -> None:
     source = cached(dataset, cache, accumulation=2)
-    wanted = positions(source, 3)
-    alone = [source[position] for position in wanted]
-    assert [len(batch) for batch in alone] == [BATCH // 2] * len(wanted)
+    count = 3 * len(source)
+    alone = [source.views[source.rows(number)] for number in range(count)]
+    assert [len(batch) for batch in alone] == [BATCH // 2] * count
     for workers, start in ((0, 0), (1, 0), (2, 0), (2, 5)):
-        loader = train_loader(source, wanted[start:], workers=workers, start_method="fork")
-        loaded = list(loader)
-        assert len(loaded) == len(wanted) - start
+        loader = cached(dataset, cache, accumulation=2, workers=workers)
+        loader.start_at(*divmod(start, len(loader)))
+        loaded = list(loader.batches(count - start))
+        assert len(loaded) == count - start
         for one, other in zip(loaded, alone[start:], strict=True):
             assert same(one, other)
 
@@ -148,16 +150,16 @@ def test_batches_are_the_same_in_a_process_that_shares_nothing(
     dataset: Dataset, cache: Cache
 ) -> None:
     source = cached(dataset, cache)
-    wanted = [(0, 0, 0), (2, 1, 0)]
-    loader = train_loader(source, wanted, workers=1, start_method="spawn")
-    for one, position in zip(loader, wanted, strict=True):
-        assert same(one, source[position])
+    wanted = [source.rows(0), source.rows(2 * len(source) + 1)]
+    loader = Loader(source.views, wanted, workers=1, start_method="spawn")
+    for one, rows in zip(loader, wanted, strict=True):
+        assert same(one, source.views[rows])
 
 
 def test_ranks_and_micro_batches_are_the_parts_of_one_batch(dataset: Dataset) -> None:
-    whole = uncached(dataset)[(1, 0, 0)]
+    whole = batch_at(uncached(dataset), 1, 0, 0)
     parts = [
-        uncached(dataset, rank=rank, world=2, accumulation=2)[(1, 0, micro)]
+        batch_at(uncached(dataset, rank=rank, world=2, accumulation=2), 1, 0, micro)
         for rank in range(2)
         for micro in range(2)
     ]
@@ -175,8 +177,8 @@ def test_a_cache_gives_the_views_it_recorded_and_its_answers(
     dataset: Dataset, cache: Cache
 ) -> None:
     source, plain = cached(dataset, cache), uncached(dataset)
-    for position in positions(source, 2):
-        batch, other = source[position], plain[position]
+    for position in itertools.product(range(2), range(source.plan.steps)):
+        batch, other = (batch_at(loader, *position) for loader in (source, plain))
         assert torch.equal(batch.pixels, other.pixels)
         assert torch.equal(batch.seed, other.seed)
         assert batch.drifted == 0
@@ -191,9 +193,9 @@ def test_a_cache_gives_the_views_it_recorded_and_its_answers(
 def test_seeds_come_from_the_cache_not_from_their_formula(
     tmp_path: Path, dataset: Dataset, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = cached(dataset, cache)[(0, 0, 0)]
+    batch = batch_at(cached(dataset, cache), 0, 0, 0)
     monkeypatch.setattr(render_module, "view_seed", None)
-    assert same(cached(dataset, cache)[(0, 0, 0)], batch)
+    assert same(batch_at(cached(dataset, cache), 0, 0, 0), batch)
 
 
 class Drifted(Cache):
@@ -204,9 +206,9 @@ class Drifted(Cache):
 
 
 def test_a_view_that_does_not_replay_is_refused_and_named(dataset: Dataset, cache: Cache) -> None:
-    source = cached(dataset, Drifted(cache.path))
+    source = cached(dataset, Drifted(cache.store, cache.done()))
     with pytest.raises(ViewDriftError, match="views are not those the teacher saw") as caught:
-        _ = source[(0, 0, 0)]
+        _ = batch_at(source, 0, 0, 0)
     assert caught.value.found == "same versions"
     line = caught.value.problems[0]
     assert ", view 1: digest " in line
@@ -214,8 +216,8 @@ def test_a_view_that_does_not_replay_is_refused_and_named(dataset: Dataset, cach
 
 
 def test_drift_is_counted_where_the_user_accepts_it(dataset: Dataset, cache: Cache) -> None:
-    batch = cached(dataset, Drifted(cache.path), drift="warn")[(0, 0, 0)]
-    clean = cached(dataset, cache)[(0, 0, 0)]
+    batch = batch_at(cached(dataset, Drifted(cache.store, cache.done()), drift="warn"), 0, 0, 0)
+    clean = batch_at(cached(dataset, cache), 0, 0, 0)
     assert 0 < batch.drifted < len(batch.pixels)
     assert torch.equal(batch.pixels, clean.pixels)
 
@@ -226,7 +228,7 @@ def test_the_error_names_the_versions_that_differ(
     versions = {**cache.manifest.versions, "pillow": "1.0"}
     monkeypatch.setattr(render_module, "library_versions", lambda: versions)
     with pytest.raises(ViewDriftError) as caught:
-        _ = cached(dataset, Drifted(cache.path))[(0, 0, 0)]
+        _ = batch_at(cached(dataset, Drifted(cache.store, cache.done())), 0, 0, 0)
     assert f"pillow: {cache.manifest.versions['pillow']} and 1.0" in caught.value.found
 
 
@@ -234,17 +236,16 @@ def test_loading_leaves_every_global_generator_alone(dataset: Dataset) -> None:
     def states() -> tuple[Any, ...]:
         return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
 
-    source = uncached(dataset)
     before = states()
     for workers in (0, 1):
-        list(train_loader(source, positions(source, 1), workers=workers))
+        list(uncached(dataset, workers=workers))
     assert states() == before
 
 
 def test_a_batch_survives_the_way_between_processes(dataset: Dataset, cache: Cache) -> None:
     source = cached(dataset, cache)
-    batch = source[(0, 0, 0)]
-    (arrived,) = train_loader(source, [(0, 0, 0)], workers=1)
+    batch = batch_at(source, 0, 0, 0)
+    (arrived,) = cached(dataset, cache, workers=1).batches(1)
     assert same(arrived, batch)
     assert same(batch.to("cpu"), batch)
     assert len(batch) == BATCH

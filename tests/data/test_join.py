@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +12,17 @@ from PIL import Image
 
 from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data import shards as shards_module
-from cskd_pipeline.data.batches import TrainBatches
+from cskd_pipeline.data.batches import Batch
+from cskd_pipeline.data.cached_loader import CachedLoader
 from cskd_pipeline.data.index import Dataset, index_shards, load_dataset
 from cskd_pipeline.data.join import Join, find_differing, join
-from cskd_pipeline.data.plan import EpochPlan
 from cskd_pipeline.data.replay import renderer_of, replay, spread_views
+from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.errors import JoinError, ViewDriftError
 from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.views import apply
 from tests.conftest import COUNTS
-from tests.data.making import POLICY, ROOT_SEED, VIEWS, make_cache, same
+from tests.data.making import make_cache, same
 from tests.pictures import Sample, samples, write_shard
 
 EVERY = samples(0, sum(COUNTS))
@@ -40,18 +40,20 @@ def recut(folder: Path, *parts: list[Sample]) -> Dataset:
     return load_dataset(paths, num_classes=5)
 
 
-def source(joined: Join, cache: Cache, batch_size: int = 10, **changes: Any) -> TrainBatches:
-    plan = EpochPlan(
-        joined.samples,
-        POLICY,
-        ROOT_SEED,
-        views=VIEWS,
-        repeats=2,
-        batch_size=batch_size,
-        seed=0,
-        allowed=joined.allowed,
-    )
-    return TrainBatches(plan, joined.images, cache=cache, encoding="dense", **changes)
+class Source:
+    """The batches of a join, by (epoch, step, micro-batch)."""
+
+    def __init__(self, loader: CachedLoader) -> None:
+        self.views, self.plan, self._loader = loader.views, loader.plan, loader
+
+    def __getitem__(self, position: tuple[int, int, int]) -> Batch:
+        epoch, step, _ = position
+        return self.views[self._loader.rows(epoch * self.plan.steps + step)]
+
+
+def source(joined: Join, batch_size: int = 10, drift: str = "error") -> Source:
+    views = TrainingViews.of_join(joined, "dense", drift=drift)
+    return Source(CachedLoader(views, batch_size, repeats=2))
 
 
 def test_the_producer_s_own_shards_are_taken_whole(
@@ -72,7 +74,7 @@ def test_shards_of_the_same_keys_are_found_whatever_they_are_called(
     other = recut(tmp_path, *parts[::-1])
     joined = join(other, cache)
     assert joined.same_shards == 4
-    one, two = source(joined, cache), source(join(dataset, cache), cache)
+    one, two = source(joined), source(join(dataset, cache))
     assert same(one[(0, 1, 0)], two[(0, 1, 0)])
 
 
@@ -85,7 +87,7 @@ def test_other_tars_in_another_order_give_the_same_batches(
     parts = [[EVERY[i] for i in part] for part in np.split(order, cuts)]
     joined = join(recut(tmp_path, *parts, samples(500, 3)), cache)
     assert (joined.same_shards, joined.missing, joined.unused) == (0, 0, 3)
-    one, two = source(joined, cache), source(join(dataset, cache), cache)
+    one, two = source(joined), source(join(dataset, cache))
     for position in ((0, 0, 0), (1, 3, 0), (2, 2, 0)):
         assert same(one[position], two[position])
 
@@ -99,7 +101,7 @@ def test_a_batch_opens_every_tar_once(
     monkeypatch.setattr(
         shards_module, "open_shard", lambda path: (opened.append(path), open_shard(path))[1]
     )
-    _ = source(joined, cache, batch_size=40)[(0, 0, 0)]
+    _ = source(joined, 40)[(0, 0, 0)]
     assert len(opened) == len(set(opened)) == 3
 
 
@@ -122,9 +124,9 @@ def test_training_without_the_missing_asks_for_none_of_them(
     starts = np.cumsum((0, *COUNTS))
     absent = {int(starts[s] + i) for s, m in enumerate(joined.allowed) for i in np.flatnonzero(~m)}
     assert absent == gone
-    skipping = source(joined, cache)
+    skipping = source(joined)
     every = join(dataset, cache)
-    renderer = source(every, cache).of_rows
+    renderer = source(every).views
     for step in range(skipping.plan.steps):
         batch = skipping[(0, step, 0)]
         numbers = starts[batch.index[:, 1]] + batch.index[:, 2].numpy()
@@ -247,7 +249,7 @@ def test_recompressed_images_are_noticed_in_a_sample(tmp_path: Path, cache: Cach
 def test_one_image_that_differs_is_noticed_when_it_is_read(tmp_path: Path, cache: Cache) -> None:
     changed = 6
     other = recut(tmp_path, [recompressed(s) if i == changed else s for i, s in enumerate(EVERY)])
-    strict = source(join(other, cache), cache)
+    strict = source(join(other, cache))
     with pytest.raises(JoinError, match="not the one the cache was made from") as caught:
         _ = [strict[(epoch, step, 0)] for epoch in (0, 1) for step in range(strict.plan.steps)]
     assert EVERY[changed][0] in str(caught.value.where)
@@ -257,7 +259,7 @@ def test_images_that_differ_are_counted_where_the_user_accepts_them(
     tmp_path: Path, cache: Cache
 ) -> None:
     other = recut(tmp_path, [recompressed(s) for s in EVERY])
-    batch = source(join(other, cache, drift="warn"), cache, drift="warn")[(0, 0, 0)]
+    batch = source(join(other, cache, drift="warn"), drift="warn")[(0, 0, 0)]
     assert batch.drifted == len(batch.pixels)
 
 
@@ -304,7 +306,7 @@ def test_images_that_differ_are_found_by_reading_all_and_left_out(
     ]
     assert joined.allowed is not None  # what it was made from is as it was
     assert sum(int((~mask).sum()) for mask in joined.allowed) == 2
-    batches, every = source(skipping, cache, 4), source(join(dataset, cache), cache).of_rows
+    batches, every = source(skipping, 4), source(join(dataset, cache)).views
     for step in range(batches.plan.steps):
         batch = batches[(0, step, 0)]
         numbers = np.array(starts)[batch.index[:, 1]] + batch.index[:, 2].numpy()
@@ -333,7 +335,7 @@ def test_an_image_that_was_altered_after_the_search_is_still_refused(
     tmp_path: Path, cache: Cache
 ) -> None:
     other = recut(tmp_path, [recompressed(s) if i == 6 else s for i, s in enumerate(EVERY)])
-    overlooked = source(join(other, cache, drift="skip"), cache, drift="skip")
+    overlooked = source(join(other, cache, drift="skip"), drift="skip")
     with pytest.raises(JoinError, match="not the one the cache was made from"):
         _ = [overlooked[(epoch, step, 0)] for epoch in (0, 1) for step in range(4)]
 
@@ -344,7 +346,7 @@ def test_views_that_drift_though_images_are_the_same_are_not_skipped_but_refused
     digest = apply.digest
     monkeypatch.setattr(apply, "digest", lambda pixels: digest(pixels) ^ 1)
     with pytest.raises(ViewDriftError):
-        _ = source(join(dataset, cache, drift="skip"), cache, drift="skip")[(0, 0, 0)]
+        _ = source(join(dataset, cache, drift="skip"), drift="skip")[(0, 0, 0)]
 
 
 def test_a_join_says_what_it_found(dataset: Dataset, cache: Cache) -> None:

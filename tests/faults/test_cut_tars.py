@@ -10,10 +10,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import torch
 
 from cskd_pipeline.data.index import index_shards, load_dataset
 from cskd_pipeline.errors import ShardError
+from cskd_pipeline.pipeline.from_recipe import make_loader
 from cskd_pipeline.pipeline.training_data import open_training_data
 from tests.faults.commands import Stages
 from tests.pipeline import world
@@ -64,10 +64,9 @@ def test_a_tar_cut_while_a_run_reads_it_stops_the_run(stages: Stages, tmp_path: 
     tar = sorted(shards.glob("*.tar"))[1]
     content, rng = tar.read_bytes(), random.Random(24)
     for _ in range(5):
-        data = open_training_data(recipe)
-        positions = [(0, step, 0) for step in range(data.steps_per_epoch)]
+        loader = make_loader(recipe, open_training_data(recipe).views)
         os.truncate(tar, rng.randrange(len(content) // 2))
         with pytest.raises(ShardError, match="become shorter") as caught:
-            list(data.batches(positions, torch.device("cpu")))
+            list(loader)
         assert tar.name in str(caught.value)
         tar.write_bytes(content)

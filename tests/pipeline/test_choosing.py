@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from cskd_pipeline.config import TrainRecipe, load_recipe
+from cskd_pipeline.data.training_views import choose_encoding
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.distill.encodings.base import ResponseShape
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.pipeline.training_data import choose_encoding
+from cskd_pipeline.pipeline.from_recipe import make_loss
 
 SHAPE = ResponseShape(1000, 7, 7)  # ImageNet's: at a few classes all encodings are about as large
 
@@ -26,7 +27,8 @@ def a_cache(names: list[str]) -> Any:
 
 def chosen(names: list[str], sets: list[str]) -> str:
     recipe = load_recipe(TrainRecipe, None, [f"distill.{one}" for one in sets])
-    found = {choose_encoding(recipe, a_cache(n)) for n in (names, names[::-1])}
+    loss, name = make_loss(recipe.distill), recipe.distill.encoding
+    found = {choose_encoding(a_cache(n), loss, name) for n in (names, names[::-1])}
     assert len(found) == 1, "the order in a manifest decides nothing"
     return found.pop()
 

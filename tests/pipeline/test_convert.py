@@ -54,8 +54,8 @@ def test_auto_takes_the_closest_approximation_and_says_so(
     recipe = world.train_recipe(soft.shards, soft.cache, tmp_path, "cskd", world.SOFT)
     Terminal.listening()
     data = open_training_data(recipe)
-    assert data.encoding is not None
-    assert data.encoding.name == "dense-q8"
+    assert data.views.cache is not None
+    assert data.views.encoding == "dense-q8"
     assert "targets from dense-q8: an approximation" in capsys.readouterr().err
 
 

@@ -196,7 +196,9 @@ def test_validation_images_are_left_out_too_and_listed_apart(
     whole, _ = broken
     sets = [*SKIP, f"data.val_shards={json.dumps(str(whole.shards))}"]
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run", sets=sets, epochs=1)
-    assert open_training_data(recipe).validation_samples == 92
+    validation = open_training_data(recipe).validation
+    assert validation is not None
+    assert validation.samples == 92
     train(recipe)
     assert len(rows(tmp_path / "run/left_out-validation.csv")) == len(CORRUPT)
     assert not (tmp_path / "run/left_out.csv").exists()

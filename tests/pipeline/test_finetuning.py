@@ -26,8 +26,9 @@ from cskd_pipeline.models.train_state import load_state
 from cskd_pipeline.models.weights import state_digest
 from cskd_pipeline.pipeline import train as stage_two
 from cskd_pipeline.pipeline.finetune import read_source
+from cskd_pipeline.pipeline.from_recipe import make_run
+from cskd_pipeline.pipeline.job import TrainJob
 from cskd_pipeline.pipeline.train import train
-from cskd_pipeline.pipeline.trainer import Run
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools.make_shards import make_shards
@@ -51,6 +52,12 @@ def draw_colours(folder: Path, classes: int, per_class: int, seed: int) -> None:
             Image.fromarray(pixels).save(folder / f"hue{number:02d}" / f"{image}.png")
 
 
+def job_of(recipe: TrainRecipe) -> TrainJob:
+    """A run on the CPU before its first update."""
+    data = open_training_data(recipe)
+    return TrainJob(recipe, data, make_run(recipe, data.views, CPU))
+
+
 @dataclass(frozen=True)
 class Transfer:
     """``runs``: of a student pretrained on ten hues at 32 px; ``shards``: seven other hues."""
@@ -68,12 +75,12 @@ class Transfer:
             self.shards, None, out, "none", given, **({"kwargs": KWARGS} | named)
         )
 
-    def started(self, tmp_path: Path, init: Path | str = "", **named: Any) -> Run:
+    def started(self, tmp_path: Path, init: Path | str = "", **named: Any) -> TrainJob:
         """A run that has its weights, and made no update."""
         recipe = self.recipe(tmp_path / "out", init, **named)
-        run = Run(recipe, open_training_data(recipe), CPU)
-        run.start_from(recipe.student.init_from)
-        return run
+        job = job_of(recipe)
+        job.start_from(recipe.student.init_from)
+        return job
 
 
 @pytest.fixture(scope="session")
@@ -98,20 +105,20 @@ def test_everything_but_heads_and_positions_is_the_sources_at_update_0(
     transfer: Transfer, tmp_path: Path
 ) -> None:
     source = load_file(transfer.run / "best.safetensors")
-    run = transfer.started(tmp_path)
-    state = run.student.model.state_dict()
-    assert run.update == 0
+    job = transfer.started(tmp_path)
+    state = job.run.student.model.state_dict()
+    assert job.run.update == 0
     assert state.keys() == source.keys()
     for name in state.keys() - HEADS - {"pos_embed"}:
         assert torch.equal(state[name], source[name]), name
-    assert run.ema is not None
-    assert_equal(dict(run.ema.module.state_dict()), dict(state))
+    assert job.run.ema is not None
+    assert_equal(dict(job.run.ema.module.state_dict()), dict(state))
 
 
 def test_positions_are_resampled_as_timm_does(transfer: Transfer, tmp_path: Path) -> None:
     source = load_file(transfer.run / "best.safetensors")
-    run = transfer.started(tmp_path)
-    model: Any = run.student.model
+    job = transfer.started(tmp_path)
+    model: Any = job.run.student.model
     positions = model.state_dict()["pos_embed"]
     assert source["pos_embed"].shape == (1, 2 + 4 * 4, 32)
     assert positions.shape == (1, 2 + 6 * 6, 32)
@@ -120,10 +127,10 @@ def test_positions_are_resampled_as_timm_does(transfer: Transfer, tmp_path: Path
 
 
 def test_new_heads_are_those_of_a_fresh_run(transfer: Transfer, tmp_path: Path) -> None:
-    run = transfer.started(tmp_path)
-    fresh = Run(run.recipe, run.data, CPU).student.model.state_dict()
+    job = transfer.started(tmp_path)
+    fresh = job_of(job.recipe).run.student.model.state_dict()
     for name in HEADS:
-        assert torch.equal(run.student.model.state_dict()[name], fresh[name]), name
+        assert torch.equal(job.run.student.model.state_dict()[name], fresh[name]), name
     assert len(fresh["head.weight"]) == 7
 
 
@@ -162,11 +169,11 @@ def test_with_a_cache_the_same_classes_keep_their_heads(
     train(plain)
     init = [f"student.init_from={tmp_path / 'plain'}"]
     recipe = world.train_recipe(shards, small.cache, tmp_path / "out", method, init, epochs=1)
-    run = Run(recipe, open_training_data(recipe), CPU)
-    started = run.start_from(recipe.student.init_from)
+    job = job_of(recipe)
+    started = job.start_from(recipe.student.init_from)
     assert (started.new, started.resized) == ((), None)
     source = load_file(tmp_path / "plain/last.safetensors")
-    assert_equal(dict(run.student.model.state_dict()), source)
+    assert_equal(dict(job.run.student.model.state_dict()), source)
     summary = train(recipe)
     assert summary["last"]["global"] > 0
 
@@ -180,8 +187,8 @@ def test_as_many_classes_of_other_names_get_new_heads(transfer: Transfer, tmp_pa
     for names, new in ((mine, False), (("tone", *mine[1:]), True), (None, False)):
         changed = {**vars(card), "num_classes": 7, "class_names": names}
         save_student(tmp_path / "seven.safetensors", state, type(card)(**changed))
-        run = transfer.started(tmp_path, tmp_path / "seven.safetensors")
-        kept = torch.equal(run.student.model.state_dict()["head.bias"], state["head.bias"])
+        job = transfer.started(tmp_path, tmp_path / "seven.safetensors")
+        kept = torch.equal(job.run.student.model.state_dict()["head.bias"], state["head.bias"])
         assert kept != new, names
 
 
@@ -192,9 +199,9 @@ def test_a_model_in_timms_form_serves_too(transfer: Transfer, tmp_path: Path) ->
     save_for_hf(
         model, str(folder), model_args={**arguments, "img_size": 32}, safe_serialization=True
     )
-    run = transfer.started(tmp_path, folder)
-    assert run.init == {"from": str(folder), "sha256": state_digest(model.state_dict())}
-    mine = run.student.model.state_dict()
+    job = transfer.started(tmp_path, folder)
+    assert job.init == {"from": str(folder), "sha256": state_digest(model.state_dict())}
+    mine = job.run.student.model.state_dict()
     for name, tensor in model.state_dict().items():
         assert name in HEADS | {"pos_embed"} or torch.equal(mine[name], tensor)
 
@@ -206,10 +213,10 @@ def test_a_pth_of_the_same_model_serves_too(
     """As the authors of DeiT publish theirs, and as timm's training script leaves them."""
     source = load_file(transfer.run / "best.safetensors")
     torch.save({"model": source, "epoch": 3} if wrapped else source, tmp_path / "w.pth")
-    run = transfer.started(tmp_path, tmp_path / "w.pth")
-    expected = transfer.started(tmp_path).student.model.state_dict()
-    assert_equal(dict(run.student.model.state_dict()), dict(expected))
-    assert run.init == {"from": str(tmp_path / "w.pth"), "sha256": state_digest(source)}
+    job = transfer.started(tmp_path, tmp_path / "w.pth")
+    expected = transfer.started(tmp_path).run.student.model.state_dict()
+    assert_equal(dict(job.run.student.model.state_dict()), dict(expected))
+    assert job.init == {"from": str(tmp_path / "w.pth"), "sha256": state_digest(source)}
 
 
 def test_a_pth_names_no_model_which_is_said(
@@ -251,12 +258,12 @@ def test_positions_of_the_tokens_before_the_grid_are_kept_as_they_are(
 ) -> None:
     kwargs = KWARGS.replace("}", extra + "}")
     recipe = transfer.recipe(tmp_path / "b", student=student, kwargs=kwargs)
-    fresh: Any = Run(recipe, open_training_data(recipe), CPU).student.model
+    fresh: Any = job_of(recipe).run.student.model
     grid = torch.randn(1, 4 * 4, 32)
     before = torch.cat([torch.full((1, prefix, 32), 7.0), grid], dim=1)
     torch.save({**fresh.state_dict(), "pos_embed": before}, tmp_path / "w.pth")
-    run = transfer.started(tmp_path, tmp_path / "w.pth", student=student, kwargs=kwargs)
-    positions = run.student.model.state_dict()["pos_embed"]
+    job = transfer.started(tmp_path, tmp_path / "w.pth", student=student, kwargs=kwargs)
+    positions = job.run.student.model.state_dict()["pos_embed"]
     assert positions.shape == (1, prefix + 6 * 6, 32)
     assert torch.equal(positions[:, :prefix], before[:, :prefix])
     square = grid.reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
@@ -275,9 +282,9 @@ def test_resolution_is_no_part_of_an_architectures_name(transfer: Transfer, tmp_
         TrainRecipe, None, ["student.init_from="], {k: v for k, v in flat(recipe).items() if v}
     )
     train(recipe)
-    run = transfer.started(tmp_path, tmp_path / "a", student=larger, kwargs=kwargs)
+    job = transfer.started(tmp_path, tmp_path / "a", student=larger, kwargs=kwargs)
     source = load_file(tmp_path / "a/last.safetensors")
-    assert_equal(dict(run.student.model.state_dict()), source)
+    assert_equal(dict(job.run.student.model.state_dict()), source)
 
 
 def flat(recipe: TrainRecipe) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from cskd_pipeline.data.assemble import assemble, normalise
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.distill.targets import LogitTargets, Targets
-from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.pipeline.from_recipe import make_run
 from cskd_pipeline.pipeline.training_data import open_training_data
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -25,14 +25,12 @@ def loss_curve(
     out: Path,
     method: str,
     sets: list[str],
-    answer: Callable[[Batch], Targets] | None = None,
+    targets: Callable[[Batch], Targets] | None = None,
 ) -> torch.Tensor:
-    """(updates, 4) loss and parts of a whole run; ``answer`` replaces the cache's targets."""
+    """(updates, 4) loss and parts of a whole run; ``targets`` replace the cache's targets."""
     recipe = world.train_recipe(small.shards, small.cache, out, method, sets)
-    run = Run(recipe, open_training_data(recipe), CPU)
-    if answer is not None:
-        object.__setattr__(run.data, "targets", answer)
-    batches = run.data.batches(run.positions(), CPU)
+    run = make_run(recipe, open_training_data(recipe).views, CPU, targets=targets)
+    batches = run.batches()
     return torch.stack([run.step(batches) for _ in range(run.updates)])
 
 
@@ -77,7 +75,7 @@ def test_everything_that_the_recipe_says_of_the_loss_reaches_it(
     }
     sets = [f"distill.{name}={value}" for name, value in said.items()]
     recipe = world.train_recipe(small.shards, small.cache, tmp_path, "cskd", sets)
-    run = Run(recipe, open_training_data(recipe), CPU)
+    run = make_run(recipe, open_training_data(recipe).views, CPU)
     assert vars(run.loss) == {"method": "cskd", **said}
 
 

@@ -110,20 +110,18 @@ def test_a_signal_in_an_evaluation_ends_it_at_once(
 ) -> None:
     sets = [f'data.val_shards="{small.validation}"', "run.eval_batch_size=4"]
     run_to_end(recipe_of(small, tmp_path / "whole", *sets))
-    measure, batches = stage_two.measure, 0
+    counted, batches = stage_two.counted, 0
 
-    def watched(*args: Any, on_batch: Any, **kwargs: Any) -> Any:
-        def counted(count: int) -> None:
-            nonlocal batches
+    def watched(*args: Any) -> Any:
+        nonlocal batches
+        for batch in counted(*args):
             batches += 1
             os.kill(os.getpid(), signal.SIGUSR1)
-            on_batch(count)
-
-        return measure(*args, on_batch=counted, **kwargs)
+            yield batch
 
     stopped = recipe_of(small, tmp_path / "stopped", *sets)
     with monkeypatch.context() as patch:
-        patch.setattr(stage_two, "measure", watched)
+        patch.setattr(stage_two, "counted", watched)
         with pytest.raises(Requeue):
             run_to_end(stopped)
     assert batches == 1

@@ -25,7 +25,7 @@ from cskd_pipeline.errors import ViewDriftError
 from cskd_pipeline.models.checkpoint import read_card
 from cskd_pipeline.models.train_state import load_state
 from cskd_pipeline.pipeline import train as stage_two
-from cskd_pipeline.pipeline.evaluate import evaluate
+from cskd_pipeline.pipeline.evaluate import EvalOptions, evaluate
 from cskd_pipeline.pipeline.train import train
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.views import apply
@@ -168,7 +168,7 @@ def test_students_load_into_timm_and_evaluate_as_the_run_said(small: World, tmp_
     assert_equal(dict(last.state_dict()), dict(state["student"]))
     assert model.num_classes == len(world.CLASSES)
 
-    measured = evaluate(out, str(small.validation), workers=0, device="cpu")
+    measured = evaluate(out, str(small.validation), EvalOptions(workers=0, device="cpu"))
     assert measured["top1"] == pytest.approx(summary["best"]["top1"])
     assert measured["samples"] == 16
     assert set(measured["per_head"]) == {"cls", "dist", "dense", "mean"}
@@ -201,7 +201,7 @@ def test_every_method_trains_and_answers_with_the_heads_it_trained(
     )
     summary = run_to_end(recipe)
     assert 0 <= summary["last"]["top1"] <= 100
-    measured = evaluate(tmp_path / "run", str(small.validation), device="cpu")
+    measured = evaluate(tmp_path / "run", str(small.validation), EvalOptions(device="cpu"))
     assert measured["heads"] == heads
     assert list(measured["per_head"]) == [*heads, "mean"]
     logged = {name for name in summary["last"] if name.startswith("top1_")}

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from cskd_pipeline.data.batches import Batch
+from cskd_pipeline.distill.losses import DistillationLoss
+from cskd_pipeline.pipeline.from_recipe import make_run
 from cskd_pipeline.pipeline.trainer import Run
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.distributed import ALONE, Ranks
@@ -20,9 +22,9 @@ from tests.pipeline.conftest import World
 def started(small: World, *sets: str, ranks: Ranks = ALONE) -> tuple[Run, Iterator[Batch]]:
     """A run of 12 updates, and its batches."""
     recipe = world.train_recipe(small.shards, small.cache, Path(), sets=[*sets], epochs=2)
-    data = open_training_data(recipe)
-    run = Run(recipe, data, torch.device("cpu"), ranks)
-    return run, data.batches(run.positions(), run.device)
+    views = open_training_data(recipe).views
+    run = make_run(recipe, views, torch.device("cpu"), ranks)
+    return run, run.batches()
 
 
 def test_chance_in_an_update_follows_from_seed_update_and_rank_alone(small: World) -> None:
@@ -49,13 +51,14 @@ def test_the_ckf_ratio_of_every_update(
     small: World, monkeypatch: pytest.MonkeyPatch, step: str, expected: list[float]
 ) -> None:
     used = []
-    parts = Run.parts
+    loss = DistillationLoss.__call__
 
-    def watched(run: Run, batch: Batch, ratio: float) -> Any:
-        used.append(ratio)
-        return parts(run, batch, ratio)
+    def watched(self: DistillationLoss, heads: Any, labels: Any, targets: Any, r: float, t: float):
+        used.append(r)
+        assert t == pytest.approx(1 - r)
+        return loss(self, heads, labels, targets, r, t)
 
-    monkeypatch.setattr(Run, "parts", watched)
+    monkeypatch.setattr(DistillationLoss, "__call__", watched)
     run, batches = started(small, f"distill.step={step}", "data.check=0")
     for _ in range(12):
         run.step(batches)

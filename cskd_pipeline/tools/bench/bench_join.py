@@ -31,9 +31,10 @@ from cskd_pipeline.cache.manifest import (
 )
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.config import TrainRecipe
-from cskd_pipeline.data.batches import TrainBatches
 from cskd_pipeline.data.plan import EpochPlan, SampleSet
+from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.errors import UsageError
+from cskd_pipeline.pipeline.from_recipe import make_loader
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.bench.timing import Clock, rates, ratio, seconds_of, take_turns
@@ -68,23 +69,20 @@ def bench_join(
     if recipe.distill.method == "none":
         raise UsageError("method none joins no cache", action="use --method cskd or deit")
     recipe = replace(recipe, data=replace(recipe.data, check=0))
-    data = open_training_data(recipe)
-    assert data.joined is not None
-    accumulation = recipe.batch.accumulation
-    alone = TrainBatches(data.plan, data.joined.images.alone(), accumulation=accumulation)
-    steps = data.plan.steps
+    views = open_training_data(recipe).views
+    loader = make_loader(recipe, views)
+    count = updates * loader.accumulation
 
-    def make(batches: TrainBatches, number: int) -> None:
-        for update in range(number * updates, (number + 1) * updates):
-            for micro in range(accumulation):
-                batches[0, update % steps, micro]
+    def make(source: TrainingViews, number: int) -> None:
+        for batch in range(number * count, (number + 1) * count):
+            source[loader.rows(batch % len(loader))]
 
-    sources = {"with_join": data.source, "without": alone}
+    sources = {"with_join": views, "without": views.without_cache()}
     sides = {name: seconds_of(partial(make, source), clock) for name, source in sources.items()}
     seconds = take_turns(sides, rounds, "making batches")
     images = updates * recipe.batch.batch_size
     return {
-        "encoding": data.encoding.name if data.encoding else None,
+        "encoding": views.encoding,
         "rounds": rounds,
         "images_per_round": images,
         "images_per_second": {name: rates(values, images) for name, values in seconds.items()},

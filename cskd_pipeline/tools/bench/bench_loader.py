@@ -19,10 +19,9 @@ import torch
 from timm.data import create_dataset, create_loader
 from timm.data.mixup import FastCollateMixup
 
-from cskd_pipeline.data.batches import TrainBatches
-from cskd_pipeline.data.images import ImageSource
+from cskd_pipeline.data.cached_loader import CachedLoader
 from cskd_pipeline.data.index import Dataset
-from cskd_pipeline.data.plan import EpochPlan, SampleSet
+from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.runtime.atomic import write_json
 from cskd_pipeline.tools.bench.timing import (
@@ -92,20 +91,12 @@ def bench_loader(
 
 
 def _ours(dataset: Dataset, policy: ViewPolicy, repeats: int, batch_size: int) -> Step:
-    plan = EpochPlan(
-        SampleSet.of(dataset),
-        policy,
-        root_seed=0,
-        views=None,
-        repeats=repeats,
-        batch_size=batch_size,
-        seed=0,
-    )
-    batches = TrainBatches(plan, ImageSource(dataset.shards))
+    seed = 0
+    views = TrainingViews.of_dataset(dataset, policy, seed)
+    loader = CachedLoader(views, batch_size, repeats=repeats, seed=seed)
 
     def make(number: int) -> int:
-        epoch, step = divmod(number, plan.steps)
-        return len(batches[epoch, step, 0])
+        return len(views[loader.rows(number)])
 
     return make
 

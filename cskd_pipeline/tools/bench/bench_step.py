@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,19 +22,17 @@ from torch import Tensor
 
 from cskd_pipeline.config import TrainRecipe
 from cskd_pipeline.data.assemble import assemble, normalise
-from cskd_pipeline.data.batches import Batch, TrainBatches
+from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.data.images import ImageSource
-from cskd_pipeline.data.plan import EpochPlan, SampleSet
+from cskd_pipeline.data.plan import SampleSet
+from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.distill.encodings import ENCODINGS
-from cskd_pipeline.distill.encodings.base import Encoding
 from cskd_pipeline.distill.targets import LogitTargets, Targets
 from cskd_pipeline.models.teacher import Teacher, load_teacher
 from cskd_pipeline.models.timm_models import TeacherSource
+from cskd_pipeline.pipeline.from_recipe import make_run
 from cskd_pipeline.pipeline.trainer import Run
-from cskd_pipeline.pipeline.training_data import TrainingData
-from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.runtime.device import pick_device, use_threads
-from cskd_pipeline.runtime.distributed import ALONE
 from cskd_pipeline.tools.bench.timing import (
     Clock,
     comparison_columns,
@@ -68,18 +66,6 @@ CLASSES = 1000
 STRIDE = 32  # of most CNNs: 7 x 7 places at 224 px
 _STEPS = 10_000  # of an epoch; the learning rate stays where a run's beginning has it
 _IMAGE = (500, 375)
-
-
-@dataclass(frozen=True)
-class _Live(TrainingData):
-    """Targets from a teacher that is asked, not from a cache."""
-
-    teacher: Teacher
-
-    def targets(self, batch: Batch) -> Targets:
-        views = assemble(batch, self.policy)
-        answer = self.teacher.respond(normalise(views, self.teacher.mean, self.teacher.std))
-        return LogitTargets(*answer)
 
 
 def bench_step(
@@ -157,15 +143,15 @@ def _measure(runs: Mapping[str, Run], batch: Batch, rounds: int, clock: Clock) -
         run = runs[name]
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.device)
-        parts = run.step(iter([batch] * run.recipe.batch.accumulation))
+        parts = run.step(iter([batch] * run.loader.accumulation))
         parts.tolist()  # waits for the device
         if run.device.type == "cuda":
             peaks[name] = torch.cuda.max_memory_allocated(run.device)
 
     sides = {name: seconds_of(partial(step, name), clock) for name in runs}
-    recipe = runs["none"].recipe
-    seconds = take_turns(sides, rounds, f"training {recipe.student.name}")
-    images = recipe.batch.batch_size
+    plain = runs["none"]
+    seconds = take_turns(sides, rounds, f"training {plain.student.name}")
+    images = plain.loader.batch_size
     slower = {name: ratio(seconds["none"], seconds[name]) for name in ("deit", "cskd")}
     if LIVE in seconds:
         slower[LIVE] = ratio(seconds["cskd"], seconds[LIVE])
@@ -183,51 +169,32 @@ def _runs(
     teacher: Teacher | None,
     device: torch.device,
 ) -> dict[str, Run]:
+    """One run for each side: they differ in the method, and in where their targets come from."""
+    views = synthetic_views(policy, grid, recipe.batch.batch_size * _STEPS)
+
+    def cached(batch: Batch) -> Targets:
+        return ENCODINGS["envelope"].targets(batch.targets)
+
+    def live(batch: Batch) -> Targets:
+        assert teacher is not None
+        pixels = assemble(batch, policy)
+        return LogitTargets(*teacher.respond(normalise(pixels, teacher.mean, teacher.std)))
+
     runs = {}
     for method in METHODS:
         hard: Any = {"method": method, "global_kind": "hard", "spatial_kind": "hard"}
-        asked = replace(recipe, distill=replace(recipe.distill, **hard))
-        encoding = None if method == "none" else ENCODINGS["envelope"]
-        runs[method] = Run(asked, synthetic_data(asked, policy, grid, encoding), device)
+        changed = replace(recipe, distill=replace(recipe.distill, **hard))
+        targets = None if method == "none" else cached
+        runs[method] = make_run(changed, views, device, targets=targets)
     if teacher is not None:
-        data = synthetic_data(asked, policy, grid, ENCODINGS["envelope"])
-        runs[LIVE] = Run(asked, _Live(**vars(data), teacher=teacher), device)
+        runs[LIVE] = make_run(changed, views, device, targets=live)
     return runs
 
 
-def synthetic_data(
-    recipe: TrainRecipe,
-    policy: ViewPolicy,
-    grid: tuple[int, int],
-    encoding: Encoding | None,
-    samples: int | None = None,
-) -> TrainingData:
-    """Return what a run knows of its data, without any: batches are given to it.
-
-    Args:
-        samples: of the data set; None: enough for an epoch of 10,000 updates.
-    """
-    size = recipe.batch.batch_size
-    counted = SampleSet((samples or size * _STEPS,), ("",))
-    plan = EpochPlan(counted, policy, root_seed=0, views=None, repeats=1, batch_size=size, seed=0)
-    return TrainingData(
-        name="synthetic",
-        plan=plan,
-        source=TrainBatches(plan, ImageSource(()), accumulation=recipe.batch.accumulation),
-        policy=policy,
-        num_classes=CLASSES,
-        class_names=None,
-        guard=ClassGuard(),
-        encoding=encoding,
-        grid=None if encoding is None else grid,
-        identity={},
-        validation_set=None,
-        workers=0,
-        eval_batch_size=size,
-        ranks=ALONE,
-        joined=None,
-        cache_digest=None,
-        left_out=(),
+def synthetic_views(policy: ViewPolicy, grid: tuple[int, int], samples: int) -> TrainingViews:
+    """Return views of no images: batches are given to the runs that use them."""
+    return TrainingViews(
+        SampleSet((samples,), ("",)), ImageSource(()), policy, 0, CLASSES, grid=grid
     )
 
 

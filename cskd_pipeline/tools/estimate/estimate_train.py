@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 from cskd_pipeline.config import TrainRecipe
 from cskd_pipeline.data.batches import Batch
-from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.pipeline.from_recipe import make_run
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.device import pick_device, use_threads
 from cskd_pipeline.runtime.progress import duration, progress
@@ -44,17 +43,18 @@ def plan_train(recipe: TrainRecipe, *, updates: int = UPDATES) -> dict[str, Any]
     use_threads(recipe.run.threads)
     if recipe.data.drift == "skip":  # to find such images is to read all; the rates are the same
         recipe = replace(recipe, data=replace(recipe.data, drift="warn"))
-    data = open_training_data(recipe)
-    run = Run(recipe, data, pick_device(recipe.run.device))
+    views = open_training_data(recipe).views
+    run = make_run(recipe, views, pick_device(recipe.run.device))
+    loader = run.loader
     updates = min(updates, run.updates)
     batch_size, accumulation = recipe.batch.batch_size, recipe.batch.accumulation
     with progress(3 * updates, "updates", "trying it out") as meter:
-        loader = SteadyRate(updates)
+        loading = SteadyRate(updates)
         kept: list[Batch] = []
-        for number, batch in enumerate(_some(run, updates), start=1):
+        for number, batch in enumerate(loader.batches(updates * accumulation), start=1):
             kept = [*kept, batch][:accumulation]
             if number % accumulation == 0:
-                loader.advance(1)
+                loading.advance(1)
                 meter.advance()
         seconds = []
         for _ in range(updates):
@@ -64,14 +64,15 @@ def plan_train(recipe: TrainRecipe, *, updates: int = UPDATES) -> dict[str, Any]
             meter.advance()
         run.update = 0
         together = SteadyRate(updates)
-        batches = _some(run, updates)
+        loader.start_at(0)
+        batches = loader.batches(updates * accumulation)
         for _ in range(updates):
             run.step(batches).tolist()
             together.advance(1)
             meter.advance()
     device = batch_size / statistics.median(seconds[len(seconds) // 4 :])
     rates = {
-        "loader": batch_size * loader.rate,
+        "loader": batch_size * loading.rate,
         "device": device,
         "together": batch_size * together.rate,
     }
@@ -80,12 +81,14 @@ def plan_train(recipe: TrainRecipe, *, updates: int = UPDATES) -> dict[str, Any]
         "student": recipe.student.name,
         "method": recipe.distill.method,
         "device": str(run.device),
-        "samples": data.plan.samples.total,
+        "samples": views.samples.total,
         "batch_size": batch_size,
-        "workers": data.workers,
+        "workers": loader.workers,
         "images_per_second": rates,
         "limit": "loader" if rates["loader"] < device else "device",
-        "workers_to_feed_the_device": math.ceil(device / (rates["loader"] / max(1, data.workers))),
+        "workers_to_feed_the_device": math.ceil(
+            device / (rates["loader"] / max(1, loader.workers))
+        ),
         "updates_per_epoch": run.steps,
         "epochs": recipe.schedule.epochs,
         "seconds_per_epoch": epoch,
@@ -122,9 +125,3 @@ def printed(report: Mapping[str, Any]) -> Printed:
 def _durations(report: Mapping[str, Any], rate: float) -> list[str]:
     epoch = report["updates_per_epoch"] * report["batch_size"] / rate
     return [duration(epoch), duration(epoch * report["epochs"])]
-
-
-def _some(run: Run, updates: int) -> Iterator[Batch]:
-    """Return the micro-batches of the run's next updates, from the loader processes."""
-    positions = islice(run.positions(), updates * run.recipe.batch.accumulation)
-    return run.data.batches(positions, run.device)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from cskd_pipeline.cache.reader import Cache
-from cskd_pipeline.data.batches import TrainBatches
+from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.tools.bench import bench_join as bench
 from cskd_pipeline.tools.bench.timing import ratio, seconds_of, spread, take_turns
@@ -63,15 +64,15 @@ def test_both_sides_make_the_same_batches_and_one_has_targets(
     small: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, made = Time(), dict[bool, list[Any]]({True: [], False: []})
-    real = TrainBatches.__getitem__
+    real = TrainingViews.__getitem__
 
-    def recorded(self: TrainBatches, position: tuple[int, int, int]) -> Any:
-        batch = real(self, position)
-        made[bool(batch.targets)].append((position, batch))
+    def recorded(self: TrainingViews, rows: np.ndarray) -> Any:
+        batch = real(self, rows)
+        made[bool(batch.targets)].append((rows.tolist(), batch))
         clock.work(1.25 if batch.targets else 1.0)
         return batch
 
-    monkeypatch.setattr(TrainBatches, "__getitem__", recorded)
+    monkeypatch.setattr(TrainingViews, "__getitem__", recorded)
     asked = recipe(small, "batch.accumulation=2")
     report = bench.bench_join(asked, rounds=3, updates=2, clock=clock)
     assert report["images_per_round"] == 32

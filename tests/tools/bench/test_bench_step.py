@@ -53,7 +53,8 @@ def test_a_ratio_is_seconds_in_units_of_the_plain_step(monkeypatch: pytest.Monke
 
     class Stepped:
         def __init__(self, name: str, run: Run) -> None:
-            self.name, self.recipe, self.device = name, run.recipe, run.device
+            self.name, self.device = name, run.device
+            self.loader, self.student = run.loader, run.student
 
         def step(self, batches: Iterator[Batch]) -> Tensor:
             asked[self.name] += len(list(batches))
@@ -89,10 +90,10 @@ def test_every_side_trains_by_its_own_method_from_its_own_targets() -> None:
     runs = bench._runs(small_recipe(), POLICY, teacher.grid, teacher, torch.device("cpu"))
     batch = bench.synthetic_batch(POLICY, 8, teacher.grid)
     assert list(runs) == ["none", "deit", "cskd", "live"]
-    assert [run.recipe.distill.method for run in runs.values()] == ["none", "deit", "cskd", "cskd"]
-    assert runs["none"].data.targets(batch) is None
-    assert isinstance(runs["cskd"].data.targets(batch), EnvelopeTargets)
-    live = runs["live"].data.targets(batch)
+    assert [run.loss.method for run in runs.values()] == ["none", "deit", "cskd", "cskd"]
+    assert runs["none"].targets(batch) is None
+    assert isinstance(runs["cskd"].targets(batch), EnvelopeTargets)
+    live = runs["live"].targets(batch)
     assert isinstance(live, LogitTargets)
     views = normalise(assemble(batch, POLICY), teacher.mean, teacher.std)
     assert torch.equal(live.global_, teacher.respond(views).global_)
@@ -140,9 +141,9 @@ class Refusing(TorchDispatchMode):
 def test_views_targets_loss_and_gradients_read_nothing_back(method: str) -> None:
     run = small_runs()[method]
     batch = bench.synthetic_batch(POLICY, 8, (2, 2))
-    run.parts(batch, 0.5)  # constants are copied to the device once
+    run.parts(batch)  # constants are copied to the device once
     with Refusing():
-        run.parts(batch, 0.5).total.backward()
+        run.parts(batch).total.backward()
     with pytest.raises(AssertionError, match="reads a value back"), Refusing():
         float(torch.ones(1).sum())
 
@@ -153,7 +154,7 @@ def test_the_dense_head_sees_pooled_tokens() -> None:
     rows = []
     model: Any = run.student.model
     model.head_dist.register_forward_hook(lambda _, given, __: rows.append(given[0].shape))
-    run.parts(bench.synthetic_batch(POLICY, 8, (2, 2)), 0.5)
+    run.parts(bench.synthetic_batch(POLICY, 8, (2, 2)))
     assert sorted(shape[:-1].numel() for shape in rows) == [8, 8 * 4]
 
 
