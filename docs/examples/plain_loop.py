@@ -1,0 +1,41 @@
+"""A plain PyTorch loop over cached views, with a CKF schedule and a loss weight of one's own.
+
+    python plain_loop.py 'shards/train-*.tar' CACHE
+"""
+
+import sys
+
+import timm
+import torch
+
+from cskd_pipeline import CachedLoader, DistillationLoss, ckf_ratio, dense_logits, open_views
+
+
+def train(shards, cache, epochs=30, batch_size=256, lr=1e-3, device="cpu", **student):
+    """Train a ViT; ``student`` are arguments of its constructor."""
+    # Both are functions of progress t in [0, 1]; names of the paper's schedules serve as well.
+    loss = DistillationLoss("cskd", spatial_weight=lambda t: 1.0 + t)
+    schedule = lambda t: (1.0 - t) ** 3  # noqa: E731
+
+    views = open_views(shards, cache, loss)
+    loader = CachedLoader(views, batch_size, repeats=2, workers=2, device=device)
+    student = {"num_classes": views.num_classes, "img_size": views.policy.size, **student}
+    model = timm.create_model("deit_tiny_distilled_patch16_224", **student).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    curve = []
+    for epoch in range(epochs):
+        t = epoch / epochs
+        r = ckf_ratio(schedule, t)
+        for batch in loader:
+            heads = dense_logits(model, batch.images, views.grid)
+            parts = loss(heads, batch.labels, batch.targets, r, t)
+            optimizer.zero_grad()
+            parts.total.backward()
+            optimizer.step()
+            curve.append(parts.detached())
+        print(f"epoch {epoch + 1}: r {r:.3f}, loss {parts.total.item():.4f}")
+    return model, torch.stack(curve)
+
+
+if __name__ == "__main__":
+    train(*sys.argv[1:3])

@@ -1,0 +1,57 @@
+"""Handwritten digits as shards, and a cache of them, for all examples."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+
+from cskd_pipeline.config import DumpRecipe, load_recipe
+from cskd_pipeline.pipeline.dump import dump_teacher
+from cskd_pipeline.tools.demo_images import write_digit_folders
+from cskd_pipeline.tools.make_shards import make_shards
+
+EXAMPLES = Path(__file__).parents[2] / "docs/examples"
+STUDENT: dict[str, Any] = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
+"""Of 6 x 6 tokens at the demo's 48 pixels."""
+
+
+class Digits(NamedTuple):
+    """96 images in 2 tars, and the demo's teacher, untrained, over 4 views of each."""
+
+    shards: str
+    cache: str
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
+    root = tmp_path_factory.mktemp("digits")
+    write_digit_folders(root / "images", train=96, validation=1, seed=0)
+    make_shards(root / "images/train", root / "shards", shard_size=60)
+    flags = {
+        "data.shards": str(root / "shards"),
+        "cache.path": str(root / "cache"),
+        "dump.workers": 0,
+        "dump.device": "cpu",
+    }
+    dump_teacher(load_recipe(DumpRecipe, "demo", [], flags))
+    return Digits(str(root / "shards"), str(root / "cache"))
+
+
+@pytest.fixture(scope="session")
+def example() -> Callable[[str], ModuleType]:
+    """An example as a module, by its file's name."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
