@@ -1,6 +1,6 @@
 """A plain PyTorch loop over cached views, with a CKF schedule and a loss weight of one's own.
 
-    python plain_loop.py 'shards/train-*.tar' CACHE
+python plain_loop.py 'shards/train-*.tar' CACHE
 """
 
 import sys

@@ -1,13 +1,14 @@
 """timm's own training loop, fed by the cached loader.
 
-The loop below is that of timm's ``train.py``: its model, optimizer, scheduler, scaler and average of
-the weights, ``output = model(input)`` and ``loss = loss_fn(output, target)``. Three things are other:
+The loop below is that of timm's ``train.py``: its model, optimizer, scheduler, scaler and average
+of the weights, ``output = model(input)`` and ``loss = loss_fn(output, target)``. Three things
+differ:
 
 1. ``Batches`` stands where ``create_loader`` was: it yields (input, target), and the target is the
    whole batch, with labels and the teacher's response.
 2. ``Distilled`` wraps the model, so that its output in training is all of its logits.
-3. ``Loss`` stands where ``SoftTargetCrossEntropy`` was. Mixup, cutmix, smoothing, random erasing and
-   RandAugment are in the views already: leave timm's off.
+3. ``Loss`` stands where ``SoftTargetCrossEntropy`` was. Mixup, cutmix, smoothing, random erasing
+   and RandAugment are in the views already: leave timm's off.
 
     python timm_train.py 'shards/train-*.tar' CACHE
 """
