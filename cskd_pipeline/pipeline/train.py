@@ -28,10 +28,10 @@ from cskd_pipeline.models.train_state import find_nonfinite, load_state, save_st
 from cskd_pipeline.pipeline.evaluate import counted, measure
 from cskd_pipeline.pipeline.finetune import check_resumed
 from cskd_pipeline.pipeline.from_recipe import make_run
-from cskd_pipeline.pipeline.job import TrainJob
 from cskd_pipeline.pipeline.resuming import change_lines, write_changes
 from cskd_pipeline.pipeline.run_log import Row, RunLog
 from cskd_pipeline.pipeline.scalars import open_board, require_board
+from cskd_pipeline.pipeline.train_job import TrainJob
 from cskd_pipeline.pipeline.trainer import PARTS, Run
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.atomic import NO_LOCKS, require_free, sole_writer, sweep, write_text

@@ -27,8 +27,8 @@ from cskd_pipeline.models.weights import state_digest
 from cskd_pipeline.pipeline import train as stage_two
 from cskd_pipeline.pipeline.finetune import read_source
 from cskd_pipeline.pipeline.from_recipe import make_run
-from cskd_pipeline.pipeline.job import TrainJob
 from cskd_pipeline.pipeline.train import train
+from cskd_pipeline.pipeline.train_job import TrainJob
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools.make_shards import make_shards
