@@ -17,4 +17,6 @@
    through shared memory (``handover``). ``assemble`` --
    uint8 to mixed floats, where the network is. ``full_batches`` -- for a teacher, which always
    sees a whole batch.
+6. ``training_views`` -- all of that as a data set of one's shards and cache, and
+   ``cached_loader`` -- its batches in the plan's order, ready for a loop.
 """

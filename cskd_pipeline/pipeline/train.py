@@ -211,8 +211,7 @@ def _validation(job: TrainJob, meter: Meter, stop: Stop) -> Iterator[EvalBatch]:
         job.run.student.preprocessing,
         batch_size=job.recipe.run.eval_batch_size,
         workers=job.run.loader.workers,
-        rank=job.run.ranks.rank,
-        world=job.run.ranks.world,
+        ranks=job.run.ranks,
     )
     for batch in counted(meter.timed(loader), meter):
         yield batch

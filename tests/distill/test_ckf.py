@@ -336,6 +336,16 @@ def test_the_papers_schedules_fall_from_one_to_zero_as_published() -> None:
     assert ckf.ckf_ratio("cos", 1 / 3) == pytest.approx(math.sqrt(3) / 2)
 
 
+def test_a_schedule_may_be_a_users_own_function_of_progress() -> None:
+    assert ckf.ckf_ratio(lambda t: 1 - t**3, 0.5) == 0.875
+    for ratio in (-0.01, 1.01, math.nan):
+        with pytest.raises(RecipeError, match="schedule returns is out of range") as caught:
+            ckf.ckf_ratio(lambda t, ratio=ratio: ratio, 0.25)
+        assert caught.value.where == "schedule(0.25)"
+    with pytest.raises(RecipeError, match="progress is out of range"):
+        ckf.ckf_ratio("linear", 1.01)
+
+
 def test_the_ends_of_the_fusion_are_schedules_too() -> None:
     """The ablation's ``spatial`` is r = 1 and its ``global`` r = 0, however far a run is."""
     for progress in (0.0, 0.3, 1.0):

@@ -98,6 +98,20 @@ def test_either_term_may_be_soft_while_the_other_is_hard() -> None:
     assert case.loss(global_kind="soft")[1:] == (hard.base, soft.global_, hard.spatial)
 
 
+def test_weights_may_be_functions_of_progress() -> None:
+    case = Case()
+    loss = DistillationLoss(alpha=lambda t: t / 2, spatial_weight=lambda t: 3 - t)
+    labels = torch.from_numpy(case.labels)
+    for t in (0.0, 0.4, 1.0):
+        found = loss(case.heads, labels, case.targets, RATIO, t)
+        assert torch.equal(found.total, case.loss(alpha=t / 2, spatial_weight=3 - t).total)
+    with pytest.raises(RecipeError, match="alpha is a function of the training's progress"):
+        loss(case.heads, labels, case.targets, RATIO)
+    wrong = DistillationLoss(spatial_weight=lambda t: t - 1)
+    with pytest.raises(RecipeError, match="spatial_weight is out of range"):
+        wrong(case.heads, labels, case.targets, RATIO, 0.5)
+
+
 def test_deit_has_no_spatial_term() -> None:
     case = Case(2)
     parts = case.loss(method="deit", alpha=0.3)

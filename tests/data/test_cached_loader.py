@@ -1,0 +1,130 @@
+"""The loader of cached views: what a batch has, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cskd_pipeline.cache.reader import Cache
+from cskd_pipeline.data.assemble import assemble, normalise
+from cskd_pipeline.data.cached_loader import CachedBatch, CachedLoader
+from cskd_pipeline.data.index import Dataset, load_dataset
+from cskd_pipeline.data.training_views import TrainingViews, open_views
+from cskd_pipeline.distill.losses import DistillationLoss, mixed_targets
+from cskd_pipeline.distill.targets import LogitTargets
+from cskd_pipeline.errors import CacheError, JoinError, UsageError
+from tests.data.making import POLICY, make_cache
+from tests.pictures import samples, write_shard
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("cache") / "cache", load_dataset(shards))
+
+
+@pytest.fixture(scope="module")
+def views(shards: Path, cache: Cache) -> TrainingViews:
+    return open_views(shards, cache)
+
+
+def loader_of(views: TrainingViews, **changes: Any) -> CachedLoader:
+    options: dict[str, Any] = {"mean": MEAN, "std": STD, "repeats": 2, "seed": 1}
+    return CachedLoader(views, 12, **{**options, **changes})
+
+
+def same(one: CachedBatch, other: CachedBatch) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
+
+
+def test_a_batch_has_normalised_images_mixed_labels_and_the_teachers_response(
+    views: TrainingViews, cache: Cache
+) -> None:
+    loader = loader_of(views, smoothing=0.2)
+    batch = next(iter(loader))
+    raw = views[loader.rows(0)]
+    assert batch.images.shape == (12, 3, POLICY.size, POLICY.size)
+    assert torch.equal(batch.images, normalise(assemble(raw, POLICY), MEAN, STD))
+    expected = mixed_targets(raw.label, raw.partner_label, raw.lam, 5, 0.2)
+    assert torch.equal(batch.labels, expected)
+    assert (batch.labels.max(dim=1).values < 1).all()
+    assert torch.equal(batch.hard_labels, raw.label)
+    assert isinstance(batch.targets, LogitTargets)
+    rows = cache.gather("dense", loader.rows(0))
+    assert torch.equal(batch.targets.spatial, torch.from_numpy(rows["dense/spatial"]))
+    assert torch.equal(batch.targets.global_, torch.from_numpy(rows["dense/global"]))
+
+
+def test_an_epoch_has_the_stated_length_and_the_next_iteration_is_the_next_epoch(
+    views: TrainingViews,
+) -> None:
+    loader, other = loader_of(views), loader_of(views)
+    first, second = list(loader), list(loader)
+    assert len(first) == len(second) == len(loader) == loader.plan.steps
+    assert not any(same(a, b) for a, b in itertools.product(first, second))
+    other.set_epoch(1)
+    assert all(same(a, b) for a, b in zip(second, other, strict=True))
+    other.set_epoch(0)
+    assert all(same(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_goes_on_in_the_middle_of_an_epoch(views: TrainingViews, workers: int) -> None:
+    whole = loader_of(views, workers=workers)
+    every = [*whole, *whole]
+    for done in (1, len(whole) - 1, len(whole), len(whole) + 1):
+        stopped, resumed = loader_of(views, workers=workers), loader_of(views)
+        epochs = itertools.chain.from_iterable(itertools.repeat(stopped))
+        assert all(same(a, b) for a, b in zip(every[:done], epochs, strict=False))
+        state = stopped.state_dict()
+        assert state["epoch"] * len(whole) + state["batch"] == done
+        resumed.load_state_dict(state)
+        resumed.set_epoch(state["epoch"])  # as loops do at the start of each epoch
+        left = [*resumed, *(resumed if done < len(whole) else ())]
+        assert len(left) == len(every) - done
+        assert all(same(a, b) for a, b in zip(left, every[done:], strict=True))
+
+
+def test_a_state_of_another_order_is_refused(views: TrainingViews) -> None:
+    state = loader_of(views).state_dict()
+    with pytest.raises(UsageError, match="another order") as caught:
+        loader_of(views, seed=2, accumulation=3).load_state_dict(state)
+    assert caught.value.problems == [
+        "accumulation: the state's 1, here 3",
+        "seed: the state's 1, here 2",
+    ]
+
+
+def test_ranks_and_micro_batches_have_equal_parts_of_a_batch(views: TrainingViews) -> None:
+    whole = next(iter(loader_of(views)))
+    parts = [
+        batch
+        for rank in range(2)
+        for batch in itertools.islice(loader_of(views, rank=rank, world=2, accumulation=3), 3)
+    ]
+    assert [len(part.images) for part in parts] == [2] * 6
+    assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+    with pytest.raises(UsageError, match="equal parts"):
+        loader_of(views, world=5)
+
+
+def test_what_does_not_fit_is_refused_when_it_is_opened(
+    tmp_path: Path, shards: Path, cache: Cache, dataset: Dataset
+) -> None:
+    with pytest.raises(CacheError, match="no encoding topk"):
+        open_views(shards, cache, encoding="topk")
+    soft = DistillationLoss(global_kind="soft", spatial_kind="soft")
+    assert open_views(shards, str(cache.path), soft).encoding == "dense"
+    some = tmp_path / "some"
+    some.mkdir()
+    write_shard(some / "0.tar", samples(0, dataset.samples)[1:])
+    with pytest.raises(JoinError, match="1 of the cache's"):
+        open_views(some, cache)
+    found = open_views(some, cache, missing="skip")
+    assert found.allowed is not None
+    assert sum(int((~mask).sum()) for mask in found.allowed) == 1
