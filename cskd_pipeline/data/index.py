@@ -302,12 +302,7 @@ def _check_counts(shards: Sequence[TarShard], counts: Sequence[int] | None) -> N
         for shard, count in zip(shards, counts or map(len, shards), strict=True)
         if len(shard) != count
     ]
-    if wrong:
-        raise ShardError(
-            f"{len(wrong)} of {len(shards)} shards are not as long as {INFO} says",
-            problems=wrong,
-            action=f"download them again, or correct {INFO}",
-        )
+    _refuse(wrong, shards, f"as long as {INFO} says", f"download them again, or correct {INFO}")
 
 
 def _check_sizes(shards: Sequence[TarShard]) -> None:
@@ -316,11 +311,16 @@ def _check_sizes(shards: Sequence[TarShard]) -> None:
         for shard in shards
         if shard.info is not None and _size(shard) != shard.info.bytes
     ]
+    action = "copy or download them again, or describe what is there: cskd-pipeline index"
+    _refuse(wrong, shards, "those of the manifest", action)
+
+
+def _refuse(wrong: list[str], shards: Sequence[TarShard], expected: str, action: str) -> None:
     if wrong:
         raise ShardError(
-            f"{len(wrong)} of {len(shards)} shards are not those of the manifest",
+            f"{len(wrong)} of {len(shards)} shards are not {expected}",
             problems=wrong,
-            action="copy or download them again, or describe what is there: cskd-pipeline index",
+            action=action,
         )
 
 
