@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import pytest
 
+import cskd_pipeline
 from cskd_pipeline.config import DumpRecipe, TrainRecipe, key_info, key_types
 from cskd_pipeline.views.policy import ViewPolicy
 from tests.cli.test_cli import commands
@@ -130,13 +131,22 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
 
 
 def test_every_page_is_linked_from_the_readme() -> None:
-    linked = set(re.findall(r"\]\((docs/[^)#]+)\)", text_of(ROOT / "README.md")))
+    linked = set(re.findall(r"\]\((docs/[^)#]+\.md)\)", text_of(ROOT / "README.md")))
     assert linked == {f"docs/{page.name}" for page in PAGES if page.parent == ROOT / "docs"}
 
 
 def test_the_readme_begins_with_the_first_command() -> None:
     lines = text_of(ROOT / "README.md").splitlines()
     assert lines.index("make demo") < 15
+
+
+@each_page
+def test_python_compiles_and_names_what_is_public(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", text_of(page), re.DOTALL):
+        compile(block, page.name, "exec")
+        assert set(re.findall(r"\bcskd\.(\w+)", block)) <= set(cskd_pipeline.PUBLIC)
+    named = set(re.findall(r"`cskd_pipeline\.(\w+)[`(]", text_of(page)))
+    assert named <= set(cskd_pipeline.PUBLIC)
 
 
 @each_page
@@ -153,10 +163,8 @@ def test_the_map_has_the_rooms_in_the_order_of_their_imports() -> None:
 
 
 def test_the_citation_has_the_packages_version_and_license() -> None:
-    from cskd_pipeline import __version__
-
     citation = text_of(ROOT / "CITATION.cff")
-    assert f"\nversion: {__version__}\n" in citation
+    assert f"\nversion: {cskd_pipeline.__version__}\n" in citation
     assert "\nlicense: Apache-2.0\n" in citation
     assert "arXiv:2307.08500" in citation
 

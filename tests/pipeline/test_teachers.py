@@ -59,7 +59,6 @@ class ResNet18(nn.Module):
 def example() -> str:
     """Return the page's command."""
     page = (ROOT / "docs/own-teacher.md").read_text()
-    assert len(page.strip().splitlines()) <= 17
     return page.split("```")[1].strip()
 
 
