@@ -5,7 +5,7 @@ or failed with a message, 2 wrong usage, 130 interrupted where the work can be t
 
 1. **root** -- the program and its groups of commands.
 2. **options** -- the flags that several commands have, and what is checked of them.
-3. **parameters** -- what stands on a command line, made from the signature of a command's function.
+3. **parameters** -- what stands on a command line, made from what its function takes.
 4. **stages**, **caches**, **exporting**, **planning**, **benching**, **show**, **demo_study** --
    the commands; the last are those that run others. **reports** -- how they print tables.
 5. **running** -- one command run: results, errors, signals, exit codes.

@@ -1,4 +1,4 @@
-"""What stands on a command line, made from what a command's function takes.
+"""Parameters of commands, made from what a command's function takes.
 
 ``@app.command(...)`` reads the function's signature, and adds --quiet and --json. Each parameter is
 typer's own, but for three kinds:

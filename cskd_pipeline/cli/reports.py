@@ -1,4 +1,4 @@
-"""How a tool's report is printed."""
+"""Printing a tool's report: tables and news, or the report itself with --json."""
 
 from __future__ import annotations
 

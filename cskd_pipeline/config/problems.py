@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, a line each: where, found, expected."""
+"""Problems of a recipe, a line each: where, found, expected."""
 
 from __future__ import annotations
 
