@@ -6,7 +6,8 @@
    responses against the loader without, and caches of ImageNet's shape. **bench_dump** -- a dump
    against the bare teacher. **bench_step** -- a training step from a cache against a
    plain one, and one with a live teacher.
-3. **responses** -- real responses to measure encodings on: from a cache with ``dense``, or from a
+3. **sampled_dump** -- a dump of a few images, whole or part by part.
+4. **responses** -- real responses to measure encodings on: from a cache with ``dense``, or from a
    teacher. **bench_encodings** -- each encoding's bytes, times and distortion on them.
    **encodings_plot** -- distortion against bytes, drawn.
 """

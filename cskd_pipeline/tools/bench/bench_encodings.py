@@ -32,7 +32,7 @@ from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.manifest import ShardInfo
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter, UnitData
-from cskd_pipeline.distill.encodings import ENCODINGS, ArraySpec, Encoding, ResponseShape, Rows
+from cskd_pipeline.distill.encodings import ENCODINGS, Encoding, ResponseShape, Rows
 from cskd_pipeline.distill.losses import DistillationLoss
 from cskd_pipeline.distill.targets import LogitTargets, Targets
 from cskd_pipeline.models.student import Heads
@@ -49,6 +49,7 @@ _BATCH = 32
 _REPEATS = 5
 
 
+@one_thread()
 def bench_encodings(
     responses: Responses, *, device: torch.device, names: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -58,26 +59,20 @@ def bench_encodings(
         ``source``, ``views``, ``classes``, ``grid``, and per encoding what the module says; what an
         encoding does not serve is None.
     """
-    names = list(names or ENCODINGS)
-    with one_thread():
-        return _measure(responses, device, names)
-
-
-def _measure(responses: Responses, device: torch.device, names: list[str]) -> dict[str, Any]:
     rows: dict[str, Rows] = {}
-    found: dict[str, dict[str, Any]] = {}
-    with progress(len(names), "encodings", "measuring") as meter:
-        for name in names:
+    found: dict[str, dict[str, Any]] = {name: {} for name in names or ENCODINGS}
+    with progress(len(found), "encodings", "measuring") as meter:
+        for name in found:
             rows[name], seconds = encode(ENCODINGS[name], responses, device)
-            found[name] = {"encode_ms": 1e3 * seconds}
+            found[name]["encode_ms"] = 1e3 * seconds
         with tempfile.TemporaryDirectory(prefix="cskd-bench-") as folder:
             path = Path(folder) / "cache"
             store(path, responses, rows)
             sizes = describe(path)["bytes_per_view"]
-            for name in names:
-                found[name]["bytes_per_view"] = sizes[name]
-                found[name]["decode_ms"] = 1e3 * _decode_seconds(path, name, len(responses))
-                found[name] |= _distortion(ENCODINGS[name], rows[name], responses)
+            for name, measured in found.items():
+                measured["bytes_per_view"] = sizes[name]
+                measured["decode_ms"] = 1e3 * _decode_seconds(path, name, len(responses))
+                measured |= _distortion(ENCODINGS[name], rows[name], responses)
                 meter.advance()
     return {
         "source": responses.source,
@@ -130,7 +125,8 @@ def _share(value: float | None) -> str | None:
 
 def encode(encoding: Encoding, responses: Responses, device: torch.device) -> tuple[Rows, float]:
     """Return all rows by array, and the seconds a view on the device."""
-    buffer = UnitBuffer(1, len(responses), {s.name: s.fill for s in _specs(encoding, responses)})
+    specs = encoding.arrays(ResponseShape(*responses.spatial.shape[1:]))
+    buffer = UnitBuffer(1, len(responses), {spec.name: spec.fill for spec in specs})
     per_view = []
     for start in range(0, len(responses), _BATCH):
         d, g = (
@@ -287,10 +283,6 @@ def _cosine(
         return torch.autograd.grad(total, dense)[0].flatten().double()
 
     return float(cosine_similarity(gradient(exact), gradient(found), dim=0))
-
-
-def _specs(encoding: Encoding, responses: Responses) -> tuple[ArraySpec, ...]:
-    return encoding.arrays(ResponseShape(*responses.spatial.shape[1:]))
 
 
 def _tensors(rows: Rows) -> dict[str, Tensor]:

@@ -2,9 +2,9 @@
 
 All sides are the real step of training (:meth:`cskd_pipeline.pipeline.trainer.Run.step`), on
 batches that lie on the device already, in turn: ``none`` learns from labels alone; ``cskd`` and
-``deit`` have their targets from the envelope encoding; ``live`` is ``cskd`` with the teacher asked
-in every step, as the authors' code does. Pixels, labels and the teacher's answers are drawn at
-random, of the shapes and with as many lines an envelope as real ones; weights are random too. No
+``deit`` have their targets from the envelope encoding; ``live`` is ``cskd`` with the teacher run
+in every step, as the authors' code does. Pixels, labels and the cached logits are drawn at random,
+of the shapes and with as many lines an envelope as real ones; weights are random too. No
 speed depends on them.
 """
 
@@ -63,7 +63,7 @@ LIVE_GOALS = {
 PRECISION = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """The teacher's, by the student's autocast."""
 CLASSES = 1000
-STRIDE = 32  # of most CNNs: 7 x 7 places at 224 px
+STRIDE = 32  # of most CNNs: 7 x 7 locations at 224 px
 _STEPS = 10_000  # of an epoch; the learning rate stays where a run's beginning has it
 _IMAGE = (500, 375)
 
@@ -93,9 +93,10 @@ def bench_step(
     use_threads(recipe.run.threads)
     device = pick_device(recipe.run.device)
     policy = recipe.views or ViewPolicy()
-    asked = None
+    micro_batch = recipe.batch.batch_size // recipe.batch.accumulation
+    live = None
     if teacher is not None:
-        asked = load_teacher(
+        live = load_teacher(
             TeacherSource(
                 teacher,
                 "random",
@@ -105,19 +106,18 @@ def bench_step(
                 precision=PRECISION[recipe.run.amp],
             ),
             size=policy.size,
-            batch_size=recipe.batch.batch_size // recipe.batch.accumulation,
+            batch_size=micro_batch,
             channels_last=True,
             compile=recipe.run.compile,
             device=device,
         )
-    places = max(1, policy.size // STRIDE)
-    grid = (places, places) if asked is None else asked.grid
-    batch = synthetic_batch(policy, recipe.batch.batch_size // recipe.batch.accumulation, grid)
-    batch = batch.to(device)
+    side = max(1, policy.size // STRIDE)
+    grid = (side, side) if live is None else live.grid
+    batch = synthetic_batch(policy, micro_batch, grid).to(device)
     measured = {}
     for name in students:
-        found = replace(recipe, student=replace(recipe.student, name=name))
-        runs = _runs(found, policy, grid, asked, device)
+        changed = replace(recipe, student=replace(recipe.student, name=name))
+        runs = _runs(changed, policy, grid, live, device)
         measured[name] = _measure(runs, batch, rounds, clock)
     report: dict[str, Any] = {
         "device": device_name(device),
@@ -199,9 +199,9 @@ def synthetic_views(policy: ViewPolicy, grid: tuple[int, int], samples: int) -> 
 
 
 def synthetic_batch(policy: ViewPolicy, count: int, grid: tuple[int, int]) -> Batch:
-    """``count`` views of noise, erased and mixed as ``policy`` draws it, and a teacher's answers.
+    """Return ``count`` views of noise, erased and mixed as ``policy`` draws it, and their targets.
 
-    Answers are normal: a global part that all places share and half as much of each place's own.
+    Logits are normal: a global part that all locations share and half as much of each one's own.
     """
     numbers = np.random.default_rng(0)
     mixes = [draw_mix(derive_seed("bench", i), i, policy) for i in range(count)]
@@ -224,10 +224,10 @@ def synthetic_batch(policy: ViewPolicy, count: int, grid: tuple[int, int]) -> Ba
         "view_digest": np.zeros(count, np.uint32),
     }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return Batch(drifted=0, targets=_answers(count, grid), **tensors)
+    return Batch(drifted=0, targets=_envelopes(count, grid), **tensors)
 
 
-def _answers(count: int, grid: tuple[int, int]) -> dict[str, Tensor]:
+def _envelopes(count: int, grid: tuple[int, int]) -> dict[str, Tensor]:
     draws = torch.Generator().manual_seed(0)
     shared = torch.randn(count, CLASSES, 1, 1, generator=draws)
     spatial = shared + 0.5 * torch.randn(count, CLASSES, *grid, generator=draws)
@@ -235,7 +235,7 @@ def _answers(count: int, grid: tuple[int, int]) -> dict[str, Tensor]:
 
 
 def _lines(batch: Batch) -> float:
-    """How many lines the envelopes have, on average."""
+    """Return how many lines the envelopes have, on average."""
     classes = batch.targets["envelope/lines"][:, :, 0]
     return float((classes.to(torch.int32) != 65535).sum(1).float().mean())
 
