@@ -1,4 +1,4 @@
-"""What can go wrong, worded for the person who must act.
+"""The exception tree, worded for the person who must act.
 
 CskdError                exit code 1 unless said otherwise
 |-- UsageError           the call contradicts itself (exit code 2)

@@ -1,4 +1,4 @@
-"""What is stored: the teacher cache, a zarr v3 group with leading axes (view, shard, offset).
+"""Storage: the teacher cache, a zarr v3 group with leading axes (view, shard, offset).
 
 1. ``manifest`` -- the JSON that decides everything; ``layout`` -- which arrays and files follow
    from it, and how a unit (block of views, tar shard) maps to files of its own; ``arrays`` -- one

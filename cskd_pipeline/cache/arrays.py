@@ -53,7 +53,7 @@ class StoredArray:
 
     @property
     def most_bytes(self) -> int:
-        """What reading one chunk takes: the chunk, decoded, or its file's shard index."""
+        """Return the bytes that reading one chunk takes: it, decoded, or its file's shard index."""
         chunk = math.prod(self.chunk_shape or self.file_shape) * self.little.itemsize
         index = 0 if self.chunk_shape is None else 16 * math.prod(self.chunks_per_file)
         return max(chunk, index)
@@ -64,7 +64,7 @@ class StoredArray:
         return 13 if self.chunk_shape is None else 16 * math.prod(self.chunks_per_file) + 4
 
     def most_encoded(self, shape: tuple[int, ...]) -> int:
-        """What a chunk of ``shape`` can take when nothing in it compresses."""
+        """Return the bytes of a chunk of ``shape`` in which nothing compresses."""
         size = math.prod(shape) * self.little.itemsize
         return size + size // 128 + 1024
 

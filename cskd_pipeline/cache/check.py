@@ -1,4 +1,4 @@
-"""Whether a cache is whole, from nothing but itself, to two depths.
+"""Check that a cache is whole, from nothing but itself, to two depths.
 
 *structure*: every finished unit has a record of its own, and the files that the manifest implies,
 long enough to be what they should be. *bytes*: every file is the one in its unit's record, decodes,

@@ -97,7 +97,7 @@ class Folder:
         return size
 
     def names(self, key: str) -> list[str]:
-        """What the folder ``key`` holds; nothing where there is none."""
+        """List what the folder ``key`` holds; nothing where there is none."""
         try:
             return os.listdir(self.root / key)
         except (FileNotFoundError, NotADirectoryError):

@@ -27,7 +27,7 @@ _PIN = re.compile(r"(?P<location>.+)@sha256:(?P<digest>[^/@]*)")
 
 
 class Record(NamedTuple):
-    """What was noted of a unit when it was committed, each 32 bytes.
+    """The digests noted of a unit when it was committed, 32 bytes each.
 
     Args:
         unit: the digest of the unit.

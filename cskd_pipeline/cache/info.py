@@ -1,4 +1,4 @@
-"""What a newcomer asks of a cache first, as one JSON-ready dictionary."""
+"""A cache described: what a newcomer needs first, as one JSON-ready dictionary."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def describe(path: Path | str) -> dict[str, Any]:
 
 
 def cite(manifest: CacheManifest, digest: str | None) -> dict[str, str]:
-    """How to cite the cache (text and BibTeX) and the method.
+    """Return how to cite the cache (text and BibTeX) and the method.
 
     Args:
         digest: of its contents; the manifest's names a cache that is not finished.

@@ -206,7 +206,7 @@ def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def group_problems(document: Any) -> list[str]:
-    """How a ``zarr.json`` differs from a zarr v3 group's."""
+    """List how a ``zarr.json`` differs from a zarr v3 group's."""
     found = document if isinstance(document, dict) else {}
     return [
         f"{name}: found {found.get(name)}, expected {value}"

@@ -1,4 +1,4 @@
-"""What a data set or a cache says of itself, as JSON checked against ``manifests/*.schema.json``.
+"""Manifests of data sets and caches: JSON checked against ``manifests/*.schema.json``.
 
 ``DatasetManifest`` lists tar shards; ``CacheManifest`` adds teacher, view policy and provenance.
 Both are frozen; ``to_json`` and ``from_json`` are inverses. A document that does not fit reports
@@ -100,7 +100,7 @@ class DatasetManifest:
 
     @cached_property
     def shard_ids(self) -> tuple[str, ...]:
-        """What identifies each shard's samples and their order: its ``keys_sha256``."""
+        """Return what identifies each shard's samples and their order: its ``keys_sha256``."""
         return tuple(shard.keys_sha256 for shard in self.shards)
 
     @property
@@ -152,7 +152,7 @@ class DatasetManifest:
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """Who answered. ``grid`` is the (rows, columns) of the spatial response; ``size`` in pixels.
+    """The teacher of a cache. ``grid``: (rows, columns) of its response; ``size`` in pixels.
 
     ``top1`` is an accuracy known from elsewhere, 0 to 1, or None; what the dump measured on its own
     views lies in the cache's array ``top1``, so that a resumed dump need not rewrite the manifest.
@@ -173,7 +173,7 @@ class TeacherInfo:
 
 @dataclass(frozen=True)
 class CacheManifest:
-    """What a cache holds and how it came to be; ``cache.schema.json`` describes the fields."""
+    """The contents of a cache and its origin; ``cache.schema.json`` describes the fields."""
 
     dataset: DatasetManifest
     teacher: TeacherInfo
@@ -272,7 +272,7 @@ class CacheManifest:
         return schemas.sha256(self._deciding("view_block"))
 
     def differences(self, other: CacheManifest) -> list[str]:
-        """What forbids writing ``other``'s units into this cache, one line each; empty if nothing.
+        """List what forbids writing ``other``'s units into this cache, one line each.
 
         Not compared are views and their blocks (a cache grows), versions (see
         :meth:`version_differences`), provenance, free text, and names of data: its contents decide.
@@ -320,7 +320,7 @@ def _check(
 
 
 def _dataset_problems(document: Any, at: str = "$") -> Iterator[str]:
-    """What a schema cannot say."""
+    """Yield the problems that a schema cannot express."""
     names, classes = document["class_names"], document["num_classes"]
     if names is not None and len(names) != classes:
         yield f"{at}.class_names: found {len(names)} names, expected num_classes = {classes}"
@@ -340,7 +340,7 @@ def _dataset_problems(document: Any, at: str = "$") -> Iterator[str]:
 
 
 def _cache_problems(document: Any) -> Iterator[str]:
-    """What a schema cannot say."""
+    """Yield the problems that a schema cannot express."""
     yield from _dataset_problems(document["dataset"], "$.dataset")
     views, block, teacher = document["views"], document["view_block"], document["teacher"]
     if views % block:

@@ -84,7 +84,7 @@ class Mirror:
 
     @contextmanager
     def adding(self, key: str) -> Iterator[tuple[Path, bool]]:
-        """Where the copy belongs, and whether it is missing still; one process at a time.
+        """Yield where the copy belongs and if it is still missing; one process at a time.
 
         But for one whose copy does not grow (it may be stopped): the others make copies of their
         own after a while, of which the last stays.
@@ -142,7 +142,7 @@ def partial_of(path: Path) -> Path:
 
 
 def _grows(path: Path) -> bool:
-    """Whether some process has added to a copy of ``path`` lately."""
+    """Say that some process has added to a copy of ``path`` lately."""
     for partial in path.parent.glob(f".{path.name}.*.partial"):
         with suppress(FileNotFoundError):
             if time.time() - partial.stat().st_mtime < HELD_UP:

@@ -50,19 +50,19 @@ class Part:
 
     @property
     def geometry(self) -> dict[str, tuple[Any, ...]]:
-        """What decides whether two caches' files are alike, by array."""
+        """Return what must agree for two caches' files to be alike, by array."""
         return {
             name: (array.dtype, array.file_shape, array.chunk_shape, array.order)
             for name, array in self.store.arrays.items()
         }
 
     def has(self, block: int, shard: int) -> bool:
-        """Whether this unit of the whole is finished here."""
+        """Say that this unit of the whole is finished here."""
         own = self.shards.get(shard)
         return own is not None and block < len(self.done) and bool(self.done[block, own])
 
     def has_any(self, shard: int) -> bool:
-        """Whether some unit of this tar shard of the whole is finished here."""
+        """Say that some unit of this tar shard of the whole is finished here."""
         own = self.shards.get(shard)
         return own is not None and bool(self.done[:, own].any())
 
@@ -70,7 +70,7 @@ class Part:
         return self.store.arrays[name]
 
     def file(self, name: str, view: int | None, shard: int) -> Path:
-        """Where an array has a view of a tar shard of the whole."""
+        """Return the file in which an array has a view of a tar shard of the whole."""
         own = self.shards[shard]
         return self.path / self.array(name).key(*((own,) if view is None else (view, own)))
 
@@ -192,7 +192,7 @@ def _united_shards(readers: Sequence[Cache]) -> tuple[tuple[ShardInfo, ...], lis
 
 
 def _conflicts(one: Cache, other: Cache) -> list[str]:
-    """What contradicts beside the tar shards; those of one list are told apart by contents alone,
+    """List contradictions beside the tar shards; those of one list differ by contents alone,
     those of different lists belong together only if the data set has the same name.
     """
     mine, theirs = one.manifest, other.manifest

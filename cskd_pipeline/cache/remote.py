@@ -262,7 +262,7 @@ class RemoteFolder(Folder):
             return answer.total
 
     def _insisting(self, key: str, ask: Callable[[Pace], T]) -> T:
-        """What ``ask`` returns, tried again while failures may pass or more bytes arrive."""
+        """Return what ``ask`` returns, tried again while failures may pass or more bytes arrive."""
         failures, reached, pace = 0, 0, Pace()
         while True:
             try:

@@ -58,7 +58,7 @@ class SlowError(Exception):
 
 
 class Pace:
-    """How fast a file arrives, over all tries for it.
+    """The pace at which a file arrives, over all tries for it.
 
     Raises:
         UsageError: an environment variable that is no time.
@@ -233,7 +233,7 @@ def _checked(response: Any, where: str) -> Any:
 
 
 def _followed(here: Any, location: str, where: str) -> Any:
-    """Where a redirect leads, if one may go there."""
+    """Return the target of a redirect, if it may be followed."""
     import yarl
 
     try:

@@ -29,7 +29,7 @@ from cskd_pipeline.runtime.classes import ClassGuard
 
 
 class Unit(NamedTuple):
-    """What is made, and committed, at once: these views of this tar shard."""
+    """The views of a tar shard that are made and committed at once."""
 
     block: int
     shard: int
@@ -238,7 +238,7 @@ class CacheWriter:
 
     @contextmanager
     def committing(self, unit: Unit) -> Iterator[DurableFolder | None]:
-        """Where the unit's files go while the block runs; its record follows if it ends well.
+        """Yield where the unit's files go while the block runs; its record follows if it ends well.
 
         Other processes are kept out of this unit meanwhile. None: it is done already. When the
         block has ended, the unit survives a power cut.

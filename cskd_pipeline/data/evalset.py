@@ -20,7 +20,7 @@ from cskd_pipeline.views.decode import decode
 
 
 class EvalPreprocessing(Protocol):
-    """What a student's :class:`~cskd_pipeline.models.student.Preprocessing` states."""
+    """The part of :class:`~cskd_pipeline.models.student.Preprocessing` that images need."""
 
     @property
     def size(self) -> int:

@@ -19,7 +19,7 @@ SHOWN = 20  # examples in a message
 
 @dataclass(frozen=True)
 class Places:
-    """Where the samples of one layout shard lie: number of the ``tar``, ``row`` there, ``label``.
+    """The samples of one layout shard in the tars: number of the ``tar``, ``row`` there, ``label``.
 
     All are (count,) int32, and ``NOWHERE`` for samples that are in no tar.
     """

@@ -19,7 +19,7 @@ from cskd_pipeline.runtime.progress import progress
 
 @dataclass(frozen=True)
 class Join:
-    """Where every sample of a cache lies in the user's tars.
+    """Every sample of a cache, found in the user's tars.
 
     Args:
         samples: the cache's layout, over which training is planned.
@@ -83,7 +83,7 @@ class Join:
         return replace(self, allowed=tuple(allowed), reasons=reasons)
 
     def count(self, reason: str) -> int:
-        """How many samples are left out for a reason of :attr:`reasons`."""
+        """Count the samples left out for a reason of :attr:`reasons`."""
         return sum(map(len, self.reasons.get(reason, {}).values()))
 
     def left_out(self) -> Iterator[LeftOut]:
@@ -233,7 +233,7 @@ def _compare_labels(
     cache: Cache,
     places: Sequence[Places | int],
 ) -> tuple[int, np.ndarray]:
-    """How many labels were compared; :attr:`Join.relabelled`.
+    """Return the count of labels compared, and :attr:`Join.relabelled`.
 
     Not compared here are tars whose SHA-256, by a manifest, is the one that the cache's labels were
     read from; nothing of such a tar is read before its first use, which compares them.

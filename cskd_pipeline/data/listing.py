@@ -79,7 +79,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _end_of_first(text: str) -> int:
-    """Where the first of the listed paths ends: at a comma outside braces, or at the end."""
+    """Find the end of the first of the listed paths: at a comma outside braces, or at the end."""
     start = len(_existing_folders(text))
     commas = [i for i in range(start, len(text)) if text[i] == ","]
     for end in (len(text), *commas):

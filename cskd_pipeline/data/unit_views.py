@@ -31,7 +31,7 @@ UnitViews = tuple[int, range]
 
 @dataclass(frozen=True)
 class Loading:
-    """How views are made, which changes none of them: how many at a time, by whom, for whom.
+    """Options of making views that change none of them: batches, processes, device.
 
     Args:
         batch_size: views in a batch.

@@ -1,4 +1,4 @@
-"""What is learned: tensors in, tensors out.
+"""The method: tensors in, tensors out.
 
 One batch passes through the room like this::
 

@@ -224,7 +224,7 @@ def _candidates(d: Tensor, g: Tensor) -> Tensor:
 
 
 def _next_line(d: Tensor, g: Tensor, d_top: Tensor, g_top: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the label changes next and to which line: q and a column of d and g (m, C), (m,)."""
+    """Find where the label changes next, and to which column of d and g (m, C): both (m,)."""
     rise = d - d_top[:, None]
     steeper = rise > 0
     fall = (g_top[:, None] - g).where(steeper, 1)

@@ -66,7 +66,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Started:
-    """What became of a source's tensors; ``new`` are the layers whose weights are fresh."""
+    """The outcome for a source's tensors; ``new`` are the layers whose weights are fresh."""
 
     source: Path
     sha256: str
@@ -190,7 +190,7 @@ def _is_foreign(path: Path) -> bool:
 
 
 def _read_timm_folder(path: Path) -> Source:
-    """What timm writes for the hub: ``config.json`` says what ``model.safetensors`` is of."""
+    """Read what timm writes for the hub: ``config.json`` describes ``model.safetensors``."""
     config = path / TIMM_CONFIG
     try:
         document = schemas.read(config)
@@ -291,7 +291,7 @@ def _architecture(name: str) -> str:
 
 
 def _same_classes(mine: Classes, theirs: Classes, guard: ClassGuard) -> bool:
-    """Whether class k is class k of the weights, as far as both sides name them."""
+    """Say that class k is class k of the weights, as far as both sides name them."""
     if mine.count != theirs.count:
         return False
     found = difference(mine, theirs)

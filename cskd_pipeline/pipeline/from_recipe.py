@@ -1,4 +1,4 @@
-"""What a training recipe names, made of it: the loss, the student, and a run that trains it."""
+"""The parts that a training recipe names: the loss, the student, and a run that trains it."""
 
 from __future__ import annotations
 

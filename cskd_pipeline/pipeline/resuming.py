@@ -1,4 +1,4 @@
-"""What a resumed run may change, and a log of what it has: ``changes.jsonl``."""
+"""Changes that a resumed run may make, and the log of those it has made: ``changes.jsonl``."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ def _validation(job: TrainJob, meter: Meter, stop: Stop) -> Iterator[EvalBatch]:
 
 
 def _validation_share(job: TrainJob) -> int:
-    """How many validation images are this rank's: every ``world``-th batch."""
+    """Count this rank's validation images: every ``world``-th batch."""
     assert job.data.validation is not None
     size, samples = job.recipe.run.eval_batch_size, job.data.validation.samples
     starts = range(0, samples, size)[job.run.ranks.rank :: job.run.ranks.world]
@@ -251,14 +251,14 @@ def _due(within: int, every: int) -> bool:
 
 
 def _stopping(run: Run, stop: Stop) -> bool:
-    """Whether to stop here; ranks exchange it now and then, so that all stop at one update."""
+    """Say that it is time to stop; ranks exchange it at times, so that all stop at one update."""
     if run.ranks.many and run.update % ASK_EVERY:
         return False
     return _signalled(run, stop)
 
 
 def _signalled(run: Run, stop: Stop) -> bool:
-    """Whether some rank got a signal; then all know which."""
+    """Say that some rank got a signal; then all know which."""
     if not run.ranks.any(stop.requested):
         return False
     for signals in run.ranks.gather(sorted(stop.signals)):

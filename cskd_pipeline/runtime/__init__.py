@@ -1,4 +1,4 @@
-"""What any long job needs, whatever it computes.
+"""Services that any long job needs, whatever it computes.
 
 1. ``atomic`` -- writes that happen whole or not at all; ``signals`` -- stopping where the work can
    be taken up again.

@@ -1,4 +1,4 @@
-"""What a person or a script sees: progress and warnings on stderr, results on stdout.
+"""The output that a person or a script sees: progress and warnings on stderr, results on stdout.
 
 On a terminal rich draws bars; elsewhere plain lines stay greppable. With ``json`` stdout gets one
 JSON object and nothing else. Text from files, models and recipes is foreign: control characters are
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class Terminal:
-    """Where a command speaks.
+    """The streams of a command.
 
     Args:
         quiet: no progress and no news; warnings, errors and results stay.
@@ -116,7 +116,7 @@ class Terminal:
             _print(self._out, "  ".join(padded).rstrip())
 
     def result(self, document: Mapping[str, Any]) -> None:
-        """What a command found: one JSON object, or ``name: value`` lines with dotted names."""
+        """Print a command's result: one JSON object, or ``name: value`` lines with dotted names."""
         if self.json:
             self._print_json(document)
             return

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Meter:
-    """How far a piece of work is. The rate leaves out what was done before it began.
+    """The progress of a piece of work. The rate leaves out what was done before it began.
 
     Args:
         total: units in all; None where nobody knows.

@@ -1,4 +1,4 @@
-"""Where the recipes (``stages/``) and documents (``manifests/``) lie, in a checkout or a wheel."""
+"""The folders of recipes (``stages/``) and documents (``manifests/``), in a checkout or a wheel."""
 
 from __future__ import annotations
 

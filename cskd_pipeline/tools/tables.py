@@ -1,4 +1,4 @@
-"""What the command line prints of a tool's report."""
+"""A tool's report as the command line prints it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network sees: a view is a pure function of (image bytes, seed, policy) and its partner's.
+"""Views: each is a pure function of (image bytes, seed, policy) and of its partner's.
 
 1. ``policy`` -- every number that decides what views look like.
 2. ``bits`` -- a counter-based bit stream, and seeds derived from names.

@@ -1,4 +1,4 @@
-"""What the study compares, and what the paper (arXiv 2307.08500) claims of it."""
+"""The arms that the study compares, and the claims of the paper (arXiv 2307.08500)."""
 
 from __future__ import annotations
 

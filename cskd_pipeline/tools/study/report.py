@@ -1,4 +1,4 @@
-"""What the study found: a table, verdicts on the paper's claims, and a plot."""
+"""The results of the study: a table, verdicts on the paper's claims, and a plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a cache can be trusted: its files, its bytes, and what they mean for the images at hand.
+"""Verification of a cache: its files, its bytes, and what they mean for the images at hand.
 
 ``verify_cache`` is the whole of it. Structure and bytes need only the cache; with shards, the
 cache's samples are looked for among them and some of its views are replayed; with a teacher, the
