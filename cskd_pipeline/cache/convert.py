@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cskd_pipeline.cache.buffer import UnitBuffer
 from cskd_pipeline.cache.digests import split_pin
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.layout import choose_view_block
 from cskd_pipeline.cache.manifest import CacheManifest, utc_now
 from cskd_pipeline.cache.reader import Cache, open_cache
-from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
+from cskd_pipeline.cache.units import Unit, UnitBuffer, UnitData
+from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS, Rows
 from cskd_pipeline.errors import CacheError, UsageError
 from cskd_pipeline.runtime.progress import progress
@@ -84,7 +84,7 @@ def convert(
             writer.write_unit(unit, unit_data(reader, writer, unit, unit.shard + first, device))
             written += writer.size_of(unit)
             meter.advance(writer.size_of(unit))
-    info = describe(target)
+    info = describe(Cache(writer.store, writer.done()))
     return {
         "cache": str(target),
         "units_written": len(ready),

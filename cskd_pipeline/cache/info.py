@@ -1,13 +1,12 @@
-"""A cache described: what a newcomer needs first, as one JSON-ready dictionary."""
+"""A cache described, for ``cache info``, pages and READMEs, as one JSON-ready dictionary."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.manifest import CacheManifest
-from cskd_pipeline.cache.reader import Cache, open_cache
+from cskd_pipeline.cache.reader import Cache
 
 METHOD = (
     "Cumulative Spatial Knowledge Distillation for Vision Transformers. ICCV 2023. "
@@ -15,8 +14,8 @@ METHOD = (
 )
 
 
-def describe(path: Path | str) -> dict[str, Any]:
-    """Data, teacher, policy, completeness and sizes of the cache in ``path``.
+def describe(cache: Cache) -> dict[str, Any]:
+    """Return data, teacher, policy, completeness and sizes of a cache.
 
     Sizes are file lengths in bytes, counted over all files, those of unfinished units too, and None
     where they are not listed; ``bytes_per_view`` is per view of one sample, over finished units.
@@ -26,14 +25,13 @@ def describe(path: Path | str) -> dict[str, Any]:
     views, whatever its repeats.
 
     Raises:
-        CacheError, ManifestError: there is no cache, or it is damaged.
+        CacheError: a file that is looked at is damaged.
     """
-    reader = open_cache(path)
-    manifest, done = reader.manifest, reader.done()
-    sizes = _bytes_by_array(reader)
-    views_done = int(done.sum(axis=0) @ list(reader.counts)) * manifest.view_block
-    digest = reader.digest()
-    correct, counted = reader.top1()
+    manifest, done = cache.manifest, cache.done()
+    sizes = _bytes_by_array(cache)
+    views_done = int(done.sum(axis=0) @ list(cache.counts)) * manifest.view_block
+    digest = cache.digest()
+    correct, counted = cache.top1()
 
     def per_view(names: list[str]) -> float | None:
         if sizes is None or not views_done:
@@ -41,8 +39,8 @@ def describe(path: Path | str) -> dict[str, Any]:
         return round(sum(sizes[n] for n in names) / views_done, 2)
 
     encodings = {}
-    for name, encoding in reader.encodings.items():
-        arrays = [spec.name for spec in reader.specs(name)]
+    for name, encoding in cache.encodings.items():
+        arrays = [spec.name for spec in cache.specs(name)]
         encodings[name] = {
             "serves": list(encoding.serves),
             "exact": encoding.exact,
@@ -50,10 +48,10 @@ def describe(path: Path | str) -> dict[str, Any]:
             "bytes": None if sizes is None else sum(sizes[array] for array in arrays),
             "bytes_per_view": per_view(arrays),
         }
-    kinds = sorted({kind for encoding in reader.encodings.values() for kind in encoding.serves})
+    kinds = sorted({kind for encoding in cache.encodings.values() for kind in encoding.serves})
     document = manifest.to_json()
     return {
-        "path": str(reader.path),
+        "path": str(cache.path),
         "digest": digest,
         "manifest_sha256": manifest.digest(),
         "parent": document.get("parent"),
@@ -61,7 +59,7 @@ def describe(path: Path | str) -> dict[str, Any]:
         "dataset": {
             "name": manifest.dataset.name,
             "num_classes": manifest.dataset.num_classes,
-            "shards": len(reader.counts),
+            "shards": len(cache.counts),
         },
         "teacher": document["teacher"],
         "teacher_top1": 100 * correct / counted if counted else None,
@@ -128,12 +126,12 @@ def _braced(text: str) -> str:
     return "".join(c for c in text if c not in "{}\\" and c.isprintable())
 
 
-def _bytes_by_array(reader: Cache) -> dict[str, int] | None:
+def _bytes_by_array(cache: Cache) -> dict[str, int] | None:
     """File lengths by array; all ``zarr.json`` together count as ``metadata``."""
-    found = reader.store.sizes()
+    found = cache.store.sizes()
     if found is None:
         return None
-    sizes = dict.fromkeys([*sorted(layout.stored_arrays(reader.manifest)), "metadata"], 0)
+    sizes = dict.fromkeys([*sorted(layout.stored_arrays(cache.manifest)), "metadata"], 0)
     for key, length in found.items():
         name = "metadata" if key.rpartition("/")[2] == layout.GROUP else key.partition("/c/")[0]
         if name in sizes:  # others lie beside the cache

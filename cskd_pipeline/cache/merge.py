@@ -22,9 +22,10 @@ from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.parts import Part, unite
-from cskd_pipeline.cache.reader import open_cache
+from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.remote import require_local
-from cskd_pipeline.cache.writer import CacheWriter, Unit
+from cskd_pipeline.cache.units import Unit
+from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import CacheError, UsageError
 from cskd_pipeline.runtime import atomic
 from cskd_pipeline.runtime.classes import ClassGuard
@@ -70,7 +71,7 @@ def merge(
     if whole.views > writer.manifest.views:
         writer.extend(whole.views)
     numbers = range(len(whole.dataset.shards))
-    result = Part.of(open_cache(target, memory=0), {number: number for number in numbers})
+    result = Part.of(Cache(writer.store, writer.done()), {number: number for number in numbers})
     work = _work(writer, parts)
     counts = Counter(units_copied=0, views_copied=0, units_compared=0)
     with progress(sum(map(writer.size_of, work)), "views", "merging") as meter:
@@ -81,7 +82,7 @@ def merge(
                     raise KeyboardInterrupt
                 counts += _merge_unit(writer, result, parts, unit)
                 meter.advance(writer.size_of(unit))
-    info = describe(target)
+    info = describe(Cache(writer.store, writer.done()))
     return {
         "cache": str(target),
         "sources": [str(part.path) for part in parts],

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,59 +18,34 @@ from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import encode_file
 from cskd_pipeline.cache.digests import Record
 from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
-from cskd_pipeline.cache.manifest import CacheManifest, keys_sha256
+from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.store import CacheStore
+from cskd_pipeline.cache.units import Unit, UnitData
 from cskd_pipeline.distill.encodings import ENCODINGS, ArraySpec
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.runtime import atomic
 from cskd_pipeline.runtime.classes import ClassGuard
 
 
-class Unit(NamedTuple):
-    """The views of a tar shard that are made and committed at once."""
+class CacheWriter:
+    """Write the cache in a folder; make one with :meth:`create` or :meth:`open`.
 
-    block: int
-    shard: int
-    views: range
-
-
-@dataclass
-class UnitData:
-    """Everything of one unit of V views and n samples, in the tar's order.
-
-    Args:
-        keys: n sample keys.
-        labels: (n,) int32.
-        image_crc32: (n,) uint32, of the images' bytes.
-        seeds: (V, n) uint64.
-        view_digests: (V, n) uint32.
-        arrays: name -> (V, n, ...), rows as the encodings' ``encode`` gave them; the first own axis
-            of a ragged array may end early.
-        top1: (V, 2) uint32, of each view: samples whose label the teacher's global response has on
-            top, and samples that were counted.
+    ``store`` is the open folder; a :class:`Cache` over it reads what is done.
     """
 
-    keys: Sequence[str]
-    labels: np.ndarray
-    image_crc32: np.ndarray
-    seeds: np.ndarray
-    view_digests: np.ndarray
-    arrays: Mapping[str, np.ndarray]
-    top1: np.ndarray
-
-
-class CacheWriter:
-    """The cache in a folder, for writing; make one with :meth:`create` or :meth:`open`."""
-
     def __init__(self, store: CacheStore) -> None:
-        self._start(store)
-
-    def _start(self, store: CacheStore) -> None:
         self.path = Path(store.path)
-        self.manifest: CacheManifest = store.manifest
-        self._store = store
-        self._specs = layout.specs(store.manifest)
+        self.store = store
+
+    @property
+    def manifest(self) -> CacheManifest:
+        """Return what the cache holds, as this process last read or wrote it."""
+        return self.store.manifest
+
+    def _reload(self, manifest: CacheManifest | None = None) -> None:
+        """Read the folder again, whose manifest this process or another one has changed."""
+        self.store = CacheStore(self.path, manifest)
 
     @classmethod
     def create(
@@ -84,7 +58,7 @@ class CacheWriter:
     ) -> CacheWriter:
         """Make a cache, or go on with the one that is there if it is of the same making.
 
-        Its views may be other than asked for: see :meth:`extend`.
+        It may have another number of views than ``manifest``: see :meth:`extend`.
 
         Args:
             accept_versions: go on though library versions that decide pixels or answers differ
@@ -141,7 +115,7 @@ class CacheWriter:
     def extend(self, views: int) -> None:
         """Let the cache hold ``views`` views of each sample in all; fewer than now changes nothing.
 
-        One extension at a time: two at once to different lengths may both be asked for again.
+        One extension at a time: after two at once to different lengths, extend again.
 
         Raises:
             CacheError: not a multiple of the view block, which was fixed when the cache was made.
@@ -153,36 +127,34 @@ class CacheWriter:
                 where=self.path,
                 found=f"{views} views",
                 expected=f"a multiple of {block}, the block this cache was made with",
-                action=f"ask for {-(-views // block) * block}",
+                action=f"choose {-(-views // block) * block}",
             )
         with exclusive(self.path):
-            present = CacheStore(self.path).manifest
-            if views > present.views:
-                extended = replace(present, views=views)
+            self._reload()
+            if views > self.manifest.views:
+                extended = replace(self.manifest, views=views)
                 _write(self.path / layout.EXTENDING, f"{views}\n".encode())
                 for key, document in layout.array_documents(extended).items():
                     _write(inside(self.path, key), document)
                 self._write_manifest(extended)
                 (self.path / layout.EXTENDING).unlink()
-            else:
-                self._start(CacheStore(self.path, present))
 
     def specs(self, encoding: str) -> tuple[ArraySpec, ...]:
-        """The encoding's arrays."""
+        """Return the encoding's arrays."""
         return ENCODINGS[encoding].arrays(layout.response_shape(self.manifest))
 
     def size_of(self, unit: Unit) -> int:
-        """Views of one sample in the unit."""
+        """Count the views in the unit."""
         return len(unit.views) * self.manifest.dataset.counts[unit.shard]
 
     def done(self) -> np.ndarray:
-        """Which units are finished, at this moment: (blocks, shards) bool."""
-        return self._store.done()
+        """Return which units are finished, at this moment: (blocks, shards) bool."""
+        return self.store.done()
 
     def todo(
         self, shards: Iterable[int] | None = None, views: Iterable[int] | None = None
     ) -> list[Unit]:
-        """The units that are not done, block by block.
+        """Return the units that are not done, block by block.
 
         Args:
             shards, views: only these; views must make up whole blocks.
@@ -227,7 +199,7 @@ class CacheWriter:
                 earlier unit of the same tar shard recorded; names both.
             OutputError: no space left; the unit stays undone.
         """
-        self._check(unit, data)
+        data.check(self.manifest, unit)
         values = self._per_view(data)
         with self.committing(unit) as folder:
             if folder is not None:
@@ -238,7 +210,7 @@ class CacheWriter:
 
     @contextmanager
     def committing(self, unit: Unit) -> Iterator[DurableFolder | None]:
-        """Yield where the unit's files go while the block runs; its record follows if it ends well.
+        """Yield the folder for the unit's files; its record follows if the block ends well.
 
         Other processes are kept out of this unit meanwhile. None: it is done already. When the
         block has ended, the unit survives a power cut.
@@ -246,7 +218,7 @@ class CacheWriter:
         Raises:
             OutputError: no space left; the unit stays undone.
         """
-        record = inside(self.path, self._store.record_key(unit.block, unit.shard))
+        record = inside(self.path, self.store.record_key(unit.block, unit.shard))
         own_folder = self._file("seed", unit.views[0], unit.shard).parent
         with atomic.explained_os_errors(self.path), exclusive(own_folder):
             if record.exists():
@@ -260,36 +232,12 @@ class CacheWriter:
             folder.flush()
 
     def _write_record(self, folder: DurableFolder, unit: Unit) -> None:
-        keys = [key for _, key in self._store.recorded_files(unit.block, unit.shard)]
+        keys = [key for _, key in self.store.recorded_files(unit.block, unit.shard)]
         # What an earlier unit of the tar shard wrote was compared by value: its bytes count.
-        digests = [folder.digests.get(key) or self._store.sha256(key) for key in keys]
-        row = Record.of(self._store.lineage, keys, digests).row()
-        key = self._store.record_key(unit.block, unit.shard)
-        folder.write(key, encode_file(self._store.arrays[layout.RECORD], row[None]))
-
-    def _check(self, unit: Unit, data: UnitData) -> None:
-        shard = self.manifest.dataset.shards[unit.shard]
-        views, count = len(unit.views), shard.count
-        if len(data.keys) != count or keys_sha256(data.keys) != shard.keys_sha256:
-            raise CacheError(
-                "the samples are not those of the cache's data set",
-                where=f"shard {unit.shard} ({shard.name})",
-                found=f"{len(data.keys)} samples, keys_sha256 {keys_sha256(data.keys)}",
-                expected=f"{count} samples, keys_sha256 {shard.keys_sha256}",
-                action="use the shards that the cache was begun with",
-            )
-        assert unit.views == range(views * unit.block, views * (unit.block + 1)), unit
-        assert data.labels.shape == data.image_crc32.shape == (count,)
-        assert data.seeds.shape == data.view_digests.shape == (views, count)
-        assert data.top1.shape == (views, 2)
-        for name, spec in self._specs.items():
-            found = data.arrays[name]
-            tail = found.shape[2:]
-            assert found.dtype == np.dtype(spec.dtype), (name, found.dtype)
-            assert found.shape[:2] == (views, count), (name, found.shape)
-            assert tail == spec.tail or (
-                spec.ragged and tail[1:] == spec.tail[1:] and tail[0] <= spec.tail[0]
-            ), (name, tail)
+        digests = [folder.digests.get(key) or self.store.sha256(key) for key in keys]
+        row = Record.of(self.store.lineage, keys, digests).row()
+        key = self.store.record_key(unit.block, unit.shard)
+        folder.write(key, encode_file(self.store.arrays[layout.RECORD], row[None]))
 
     def _per_view(self, data: UnitData) -> dict[str, np.ndarray]:
         values = {"seed": data.seeds, "view_digest": data.view_digests, "top1": data.top1}
@@ -301,7 +249,7 @@ class CacheWriter:
     def _write_views(
         self, folder: DurableFolder, name: str, unit: Unit, values: np.ndarray
     ) -> None:
-        array = self._store.arrays[name]
+        array = self.store.arrays[name]
         step = array.file_shape[0]
         for start in range(0, len(values), step):
             part = np.expand_dims(values[start : start + step], 1)  # the axis of tar shards
@@ -312,11 +260,11 @@ class CacheWriter:
 
     def _write_shard(self, folder: DurableFolder, shard: int, data: UnitData) -> None:
         """Keys, labels and image CRCs: the first unit of a tar shard writes, later ones compare."""
-        matrix = layout.key_matrix(data.keys, self._store.arrays["key"])
+        matrix = layout.key_matrix(data.keys, self.store.arrays["key"])
         values = {"key": matrix, "label": data.labels, "image_crc32": data.image_crc32}
         with exclusive(self._file("key", shard).parent) as held:
             for name in layout.PER_SHARD:
-                array, path = self._store.arrays[name], self._file(name, shard)
+                array, path = self.store.arrays[name], self._file(name, shard)
                 if held:
                     atomic.sweep(path.parent, path.name)
                 if path.exists():
@@ -325,7 +273,7 @@ class CacheWriter:
                     folder.write(array.key(shard), encode_file(array, values[name][None]))
 
     def _compare(self, name: str, shard: int, values: np.ndarray, keys: Sequence[str]) -> None:
-        recorded = self._store.shard_chunk(name, shard, self._finished_block(shard))
+        recorded = self.store.shard_chunk(name, shard, self._finished_block(shard))
         differing = np.flatnonzero((recorded != values).reshape(len(values), -1).any(axis=1))
         if differing.size:
             first = int(differing[0])
@@ -342,7 +290,7 @@ class CacheWriter:
 
     def _finished_block(self, shard: int) -> int | None:
         """Return a block of views that is finished of this tar shard."""
-        keys = (self._store.record_key(block, shard) for block in range(self.manifest.blocks))
+        keys = (self.store.record_key(block, shard) for block in range(self.manifest.blocks))
         return next((n for n, key in enumerate(keys) if inside(self.path, key).exists()), None)
 
     def _require_same(self, manifest: CacheManifest, guard: ClassGuard) -> None:
@@ -373,17 +321,17 @@ class CacheWriter:
             )
         if differences:
             with exclusive(self.path):
-                present = CacheStore(self.path).manifest
-                if present.version_differences(versions):
-                    others = (*present.other_versions, dict(versions))
-                    self._write_manifest(replace(present, other_versions=others))
+                self._reload()
+                if self.manifest.version_differences(versions):
+                    others = (*self.manifest.other_versions, dict(versions))
+                    self._write_manifest(replace(self.manifest, other_versions=others))
 
     def _write_manifest(self, manifest: CacheManifest) -> None:
         _write(self.path / layout.GROUP, layout.manifest_document(manifest))
-        self._start(CacheStore(self.path, manifest))
+        self._reload(manifest)
 
     def _file(self, name: str, *at: int) -> Path:
-        return inside(self.path, self._store.arrays[name].key(*at))
+        return inside(self.path, self.store.arrays[name].key(*at))
 
 
 def _write(path: Path, data: bytes) -> None:

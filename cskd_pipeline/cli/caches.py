@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 def info(terminal: Terminal, cache: CacheArgument) -> Outcome:
     """Say what a cache holds: data, teacher, policy, views, what is finished, and bytes."""
     from cskd_pipeline.cache.info import describe
+    from cskd_pipeline.cache.reader import open_cache
     from cskd_pipeline.cache.summary import summarise
 
-    found = describe(cache)
+    found = describe(open_cache(cache))
     return found if terminal.json else summarise(found)
 
 

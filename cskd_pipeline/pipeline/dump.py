@@ -18,6 +18,7 @@ from typing import Any
 
 from cskd_pipeline.cache.info import describe as describe_cache
 from cskd_pipeline.cache.manifest import TeacherInfo
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.summary import size
 from cskd_pipeline.config import DumpRecipe
 from cskd_pipeline.data.assemble import normalise
@@ -116,7 +117,7 @@ def _summary(out: UnitWriter, ranks: Ranks, started: float) -> dict[str, Any]:
     counts = ranks.gather([len(out.units), out.views_written])
     units, views = (sum(column) for column in zip(*counts, strict=True))
     seconds = time.perf_counter() - started
-    info = describe_cache(out.writer.path)
+    info = describe_cache(open_cache(out.writer.path))
     return {
         "cache": str(out.writer.path),
         "units_written": units,

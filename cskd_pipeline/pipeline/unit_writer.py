@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cskd_pipeline.cache.buffer import UnitBuffer
 from cskd_pipeline.cache.layout import encodings_of, response_shape, specs
-from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
+from cskd_pipeline.cache.units import Unit, UnitBuffer, UnitData
+from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.data.full_batches import TeacherViews, full_batches
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.shards import TarShard

@@ -19,7 +19,8 @@ from cskd_pipeline.cache.manifest import (
     library_versions,
     utc_now,
 )
-from cskd_pipeline.cache.writer import CacheWriter, Unit
+from cskd_pipeline.cache.units import Unit
+from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.config import CacheSection
 from cskd_pipeline.data.index import Dataset, describe, load_dataset, refuse_repeated_keys
 from cskd_pipeline.data.unit_views import Loading

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cskd_pipeline.cache.info import describe
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.summary import size, summarise
 from cskd_pipeline.errors import OutputError, printable
 from cskd_pipeline.runtime import atomic
@@ -48,7 +49,7 @@ def write_card(
         CacheError, ManifestError: there is no cache, or it is damaged.
         OutputError: ``out`` is there, and is not a card.
     """
-    info = describe(cache)
+    info = describe(open_cache(cache))
     path = cache / NAME if out is None else out
     if path.exists() and not _is_card(path):
         raise OutputError(

@@ -15,7 +15,8 @@ from cskd_pipeline.cache.chunks import encode_file
 from cskd_pipeline.cache.digests import Record
 from cskd_pipeline.cache.manifest import CacheManifest, DatasetManifest, ShardInfo, TeacherInfo
 from cskd_pipeline.cache.store import CacheStore
-from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
+from cskd_pipeline.cache.units import Unit, UnitData
+from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.views.policy import ViewPolicy
 
 CLASSES, HEIGHT, WIDTH = 20, 2, 3

@@ -54,7 +54,7 @@ def body(card: str) -> list[Any]:
 
 def test_the_card_says_what_the_cache_is(written: Callable[..., str], tmp_path: Path) -> None:
     card = written()
-    info = describe(tmp_path / "cache")
+    info = describe(open_cache(tmp_path / "cache"))
     shown = " ".join(token.content for token in body(card))
     assert info["manifest_sha256"] in shown
     assert info["teacher"]["weights_sha256"] in shown
@@ -148,9 +148,9 @@ def test_a_card_in_the_cache_stands_in_no_readers_way(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(tmp_path / "cache")
-    before = describe(tmp_path / "cache")
+    before = describe(open_cache(tmp_path / "cache"))
     assert main(["cache", "card", str(tmp_path / "cache"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["card"] == str(tmp_path / "cache/README.md")
-    assert describe(tmp_path / "cache") == before
+    assert describe(open_cache(tmp_path / "cache")) == before
     assert open_cache(tmp_path / "cache").done().all()
     assert main(["cache", "verify", str(tmp_path / "cache"), "--quiet"]) == 0

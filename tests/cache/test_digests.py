@@ -24,8 +24,9 @@ from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.merge import merge
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.store import CacheStore
+from cskd_pipeline.cache.units import UnitData
 from cskd_pipeline.cache.upgrade import upgrade
-from cskd_pipeline.cache.writer import CacheWriter, UnitData
+from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import CacheError, UsageError
 from cskd_pipeline.runtime import schemas
 from tests.cache.making import (

@@ -17,7 +17,8 @@ import torch
 import zarr
 
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.cache.writer import CacheWriter, UnitData
+from cskd_pipeline.cache.units import UnitData
+from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS
 from tests.cache.making import dataset, keys, manifest, teacher, tree
 

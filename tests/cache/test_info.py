@@ -22,7 +22,7 @@ from tests.cache.making import COUNTS, dataset, fill, make, manifest, tree
 def test_a_finished_cache_is_described(tmp_path: Path) -> None:
     path = tmp_path / "c"
     make(path, license="CC-BY-4.0")
-    found = json.loads(json.dumps(describe(path)))
+    found = json.loads(json.dumps(describe(open_cache(path))))
     assert found["complete"] is True
     assert found["units"] == {"done": 6, "total": 6}
     assert found["samples"] == sum(COUNTS)
@@ -39,7 +39,7 @@ def test_a_finished_cache_is_described(tmp_path: Path) -> None:
 def test_bytes_are_the_lengths_of_the_files(tmp_path: Path) -> None:
     path = tmp_path / "c"
     make(path)
-    found, files = describe(path), tree(path)
+    found, files = describe(open_cache(path)), tree(path)
     assert found["bytes"] == sum(map(len, files.values())) == sum(found["bytes_by_array"].values())
     lines = sum(len(data) for name, data in files.items() if name.startswith("envelope/lines/c/"))
     labels = sum(len(data) for name, data in files.items() if name.startswith("envelope/global"))
@@ -52,12 +52,12 @@ def test_bytes_are_the_lengths_of_the_files(tmp_path: Path) -> None:
 
 def test_an_unfinished_cache_says_what_is_done(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest(encodings=("envelope",)))
-    found = describe(tmp_path / "c")
+    found = describe(open_cache(tmp_path / "c"))
     assert found["teacher_top1"] is None
     assert found["bytes_per_view"]["envelope"] is None
     assert found["bytes_by_array"]["seed"] == 0
     fill(writer, writer.todo(shards=[1]))
-    found = describe(tmp_path / "c")
+    found = describe(open_cache(tmp_path / "c"))
     assert found["complete"] is False
     assert found["units"] == {"done": 2, "total": 6}
     assert [shard["views_done"] for shard in found["shards"]] == [0, 4, 0]
@@ -66,7 +66,7 @@ def test_an_unfinished_cache_says_what_is_done(tmp_path: Path) -> None:
 
 def test_it_says_how_to_cite_the_cache_and_the_method(tmp_path: Path) -> None:
     made = make(tmp_path / "c", dataset=replace(dataset(), name="to{y}\\x"))
-    found = describe(tmp_path / "c")
+    found = describe(open_cache(tmp_path / "c"))
     assert found["manifest_sha256"] == made.manifest.digest()
     assert found["digest"] == open_cache(tmp_path / "c").digest()
     assert f"sha256:{found['digest']}" in found["cite"]["cache"]
@@ -81,7 +81,7 @@ def test_it_says_how_to_cite_the_cache_and_the_method(tmp_path: Path) -> None:
 
 def test_encodings_say_what_they_serve(tmp_path: Path) -> None:
     CacheWriter.create(tmp_path / "c", manifest(encodings=tuple(ENCODINGS)))
-    found = describe(tmp_path / "c")["encodings"]
+    found = describe(open_cache(tmp_path / "c"))["encodings"]
     assert {name: e["exact"] for name, e in found.items()} == {
         "dense": True, "dense-q8": False, "topk": False, "envelope": True,
     }  # fmt: skip
@@ -92,7 +92,7 @@ def test_encodings_say_what_they_serve(tmp_path: Path) -> None:
 def test_the_parent_of_a_converted_cache_is_named(tmp_path: Path) -> None:
     parent = manifest().as_parent("cd" * 32)
     CacheWriter.create(tmp_path / "c", manifest(parent=parent))
-    found = describe(tmp_path / "c")
+    found = describe(open_cache(tmp_path / "c"))
     assert found["parent"] == parent
     text = summarise(found)["made"]
     assert f"converted from sha256:{'cd' * 32} (dense, envelope, 4 views" in text
@@ -100,7 +100,7 @@ def test_the_parent_of_a_converted_cache_is_named(tmp_path: Path) -> None:
 
 def test_a_finished_cache_fits_in_half_a_screen(tmp_path: Path) -> None:
     make(tmp_path / "c", license="CC-BY-4.0", notes="for tests")
-    lines = dict(flatten(summarise(describe(tmp_path / "c"))))
+    lines = dict(flatten(summarise(describe(open_cache(tmp_path / "c")))))
     assert len(lines) <= 20
     assert lines["data"] == "toy: 12 samples of 20 classes in 3 shards"
     assert lines["complete"] == "yes, 6 units"
@@ -119,13 +119,13 @@ def test_a_finished_cache_fits_in_half_a_screen(tmp_path: Path) -> None:
 
 def test_the_policy_is_told_by_what_is_unusual(tmp_path: Path) -> None:
     make(tmp_path / "c", policy=ViewPolicy(size=32, flip=0.0, crop_area=(0.5, 1.0)))
-    text = summarise(describe(tmp_path / "c"))["policy"]
+    text = summarise(describe(open_cache(tmp_path / "c")))["policy"]
     assert text == "deit-v1, 32 px; unlike its defaults: crop_area 0.5/1, flip 0.0"
 
 
 def test_thousands_of_unfinished_shards_are_summed_up(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest(dataset=dataset((1,) * 1024)))
-    found = describe(tmp_path / "c")
+    found = describe(open_cache(tmp_path / "c"))
     assert len(found["shards"]) == 1024
     text = summarise(found)["complete"]
     assert text.startswith("no, 0 of 2048 units; unfinished: train-0000.tar has 0 of 4 views, ")
@@ -144,14 +144,14 @@ def test_bytes_for_a_person(count: float, text: str) -> None:
 
 def test_a_folder_without_a_cache_is_not_described(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="not a teacher cache"):
-        describe(tmp_path)
+        describe(open_cache(tmp_path))
 
 
 def test_sizes_follow_links_and_end_where_these_lead_back_or_nowhere(tmp_path: Path) -> None:
     make(tmp_path / "cache")
-    before = describe(tmp_path / "cache")
+    before = describe(open_cache(tmp_path / "cache"))
     (tmp_path / "cache/dense").rename(tmp_path / "elsewhere")
     (tmp_path / "cache/dense").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "cache/seed/c/again").symlink_to(tmp_path / "cache")
     (tmp_path / "cache/seed/c/nothing").symlink_to(tmp_path / "nothing")
-    assert describe(tmp_path / "cache") == before
+    assert describe(open_cache(tmp_path / "cache")) == before

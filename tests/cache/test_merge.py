@@ -18,7 +18,8 @@ from cskd_pipeline.cache import chunks
 from cskd_pipeline.cache.manifest import CacheManifest, DatasetManifest, ShardInfo
 from cskd_pipeline.cache.merge import merge
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.cache.writer import CacheWriter, Unit
+from cskd_pipeline.cache.units import Unit
+from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.runtime import atomic
 from cskd_pipeline.runtime.classes import ClassGuard

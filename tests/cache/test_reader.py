@@ -17,7 +17,8 @@ from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder
 from cskd_pipeline.cache.key_index import KeyIndex
 from cskd_pipeline.cache.lru import BytesLRU
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.cache.writer import CacheWriter, Unit
+from cskd_pipeline.cache.units import Unit
+from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import Rows
 from cskd_pipeline.errors import CacheError, ManifestError
 from cskd_pipeline.runtime import schemas

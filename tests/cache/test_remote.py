@@ -496,10 +496,10 @@ def test_nothing_is_written_elsewhere(place: str, folder: Path, capsys: Capture)
 def test_what_a_store_lists_is_described_and_what_a_web_server_does_not_is_said(
     served: Served, store: Served, folder: Path, capsys: Capture
 ) -> None:
-    local = describe(folder)
-    listed = describe(f"s3://{BUCKET}/cache")
+    local = describe(open_cache(folder))
+    listed = describe(open_cache(f"s3://{BUCKET}/cache"))
     assert listed | {"path": None} == local | {"path": None}
-    unlisted = describe(f"{served.url}/cache")
+    unlisted = describe(open_cache(f"{served.url}/cache"))
     assert unlisted["bytes"] is None
     assert unlisted["teacher_top1"] == local["teacher_top1"]
     assert unlisted["units"] == local["units"]

@@ -20,7 +20,8 @@ import pytest
 from cskd_pipeline.cache import durable, layout
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.cache.writer import CacheWriter, Unit
+from cskd_pipeline.cache.units import Unit
+from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import CacheError, CskdError, OutputError, UsageError
 from cskd_pipeline.runtime import atomic
 from tests.cache.making import (
@@ -220,7 +221,7 @@ def test_a_cache_grows_by_whole_blocks(tmp_path: Path) -> None:
     make(path, views=2)
     early = open_cache(path)
     writer = CacheWriter.open(path)
-    with pytest.raises(CacheError, match="ask for 6"):
+    with pytest.raises(CacheError, match="choose 6"):
         writer.extend(5)
     writer.extend(4)
     assert [unit.block for unit in writer.todo()] == [1, 1, 1]

@@ -18,7 +18,7 @@ from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder, _content_size, encode_file
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.cache.writer import Unit
+from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.distill.encodings import ENCODINGS
 from tests.cache.making import BLOCK, COUNTS, VIEWS, make, manifest, tree, unit_data
 

@@ -10,7 +10,8 @@ import torch
 
 from cskd_pipeline.cache.manifest import CacheManifest, TeacherInfo, library_versions
 from cskd_pipeline.cache.reader import Cache, open_cache
-from cskd_pipeline.cache.writer import CacheWriter, UnitData
+from cskd_pipeline.cache.units import UnitData
+from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.data.index import Dataset, describe
 from cskd_pipeline.data.unit_views import Loading, unit_batches

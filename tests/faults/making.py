@@ -10,7 +10,8 @@ import torch
 
 from cskd_pipeline.cache.manifest import DatasetManifest, ShardInfo
 from cskd_pipeline.cache.reader import Cache
-from cskd_pipeline.cache.writer import CacheWriter, Unit, UnitData
+from cskd_pipeline.cache.units import Unit, UnitData
+from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS
 from tests.cache.making import keys, manifest, teacher
 

@@ -31,7 +31,8 @@ from cskd_pipeline.cache.buffer import UnitBuffer
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.manifest import ShardInfo
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.cache.writer import CacheWriter, UnitData
+from cskd_pipeline.cache.units import UnitData
+from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS, Encoding, ResponseShape, Rows
 from cskd_pipeline.distill.losses import DistillationLoss
 from cskd_pipeline.distill.targets import LogitTargets, Targets
@@ -68,7 +69,7 @@ def bench_encodings(
         with tempfile.TemporaryDirectory(prefix="cskd-bench-") as folder:
             path = Path(folder) / "cache"
             store(path, responses, rows)
-            sizes = describe(path)["bytes_per_view"]
+            sizes = describe(open_cache(path))["bytes_per_view"]
             for name, measured in found.items():
                 measured["bytes_per_view"] = sizes[name]
                 measured["decode_ms"] = 1e3 * _decode_seconds(path, name, len(responses))

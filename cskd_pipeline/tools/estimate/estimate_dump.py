@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from cskd_pipeline.cache.info import describe as describe_cache
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.summary import size
 from cskd_pipeline.config import DumpRecipe
 from cskd_pipeline.data.batches import Batch
@@ -222,7 +223,7 @@ def _time_encodings(
         path = Path(folder) / "cache"
         block = responses.manifest.view_block
         store(path, responses, rows, shard_length=shard_length, view_block=block)
-        return costs, dict(describe_cache(path)["bytes_per_view"])
+        return costs, dict(describe_cache(open_cache(path))["bytes_per_view"])
 
 
 def _workers_to_feed(trial: DumpTrial, own: float) -> int:

@@ -50,7 +50,7 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
     labels = read_labels(reader, rows)
     sampled = sample_rows(found, options.samples or SAMPLES)
     counted = measure(found, sampled)
-    info = describe(path)
+    info = describe(reader)
     names, plots = class_names(reader), draw_statistics(counted)
     document = render(
         "cache.html",

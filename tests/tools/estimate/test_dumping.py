@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cskd_pipeline.cache.info import describe
+from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cli.reports import print_report
 from cskd_pipeline.config import DumpRecipe, load_recipe
 from cskd_pipeline.distill.encodings import ENCODINGS
@@ -59,7 +60,7 @@ def both(
     recipe = recipe_of(small.shards, path, list(ENCODINGS))
     report = estimate_dump.plan_dump(recipe, views=(VIEWS, 60), devices=(1, 4))
     assert not path.exists()
-    return report, dump_teacher(recipe), describe(path)
+    return report, dump_teacher(recipe), describe(open_cache(path))
 
 
 def row(report: dict[str, Any], views: int, *encodings: str) -> dict[str, Any]:
