@@ -9,7 +9,7 @@
    file. ``remote`` -- the same at a URL, by ``transfers`` and through copies on this machine
    (``mirror``).
 4. ``writer`` -- commits units: files written beside their final names, synced, renamed
-   (``durable``), their record last; ``buffer`` gathers a unit's arrays.
+   (``durable``), their record last; ``units`` has what a unit holds, and gathers it.
 5. ``reader`` -- sees finished units only, and compares every file with its record once; ``slabs``
    decodes rows and keeps what fits (``lru``), ``key_index`` finds samples by key.
 6. ``convert`` -- a smaller cache of another; ``merge`` -- one of several, which ``parts`` compares;
