@@ -56,6 +56,7 @@ PUBLIC = {
     "LogitTargets": "cskd_pipeline.distill.targets",
     "Targets": "cskd_pipeline.distill.targets",
     "TeacherInfo": "cskd_pipeline.cache.manifest",
+    "UnitWriter": "cskd_pipeline.pipeline.unit_writer",
     "ViewPolicy": "cskd_pipeline.views.policy",
     "WriteOptions": "cskd_pipeline.pipeline.write_cache",
     "ckf_ratio": "cskd_pipeline.distill.ckf",

@@ -14,6 +14,7 @@ from cskd_pipeline.distill.targets import Targets as Targets
 from cskd_pipeline.errors import CskdError as CskdError
 from cskd_pipeline.models.student import Heads as Heads
 from cskd_pipeline.models.student import dense_logits as dense_logits
+from cskd_pipeline.pipeline.unit_writer import UnitWriter as UnitWriter
 from cskd_pipeline.pipeline.write_cache import WriteOptions as WriteOptions
 from cskd_pipeline.pipeline.write_cache import write_cache as write_cache
 from cskd_pipeline.views.policy import ViewPolicy as ViewPolicy
@@ -32,6 +33,7 @@ __all__ = [
     "LogitTargets",
     "Targets",
     "TeacherInfo",
+    "UnitWriter",
     "ViewPolicy",
     "WriteOptions",
     "__version__",

@@ -152,10 +152,20 @@ class DatasetManifest:
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """The teacher of a cache. ``grid``: (rows, columns) of its response; ``size`` in pixels.
+    """State the network that gave a cache's logits.
 
-    ``top1`` is an accuracy known from elsewhere, 0 to 1, or None; what the dump measured on its own
-    views lies in the cache's array ``top1``, so that a resumed dump need not rewrite the manifest.
+    Args:
+        name: timm's, ``torchvision:NAME``, ``package.module:factory``, or your own words.
+        source: where its weights come from: ``hub``, ``file``, ``random``, or your own words.
+        weights_sha256: in hex; :func:`~cskd_pipeline.models.weights.state_digest` makes one.
+        num_classes, grid: K, and (rows, columns), of its spatial logits.
+        size: side of its input, in pixels.
+        mean, std: that it normalises with, in [0, 1] units.
+        precision: of its backbone.
+        kwargs: for the model's constructor.
+        top1: an accuracy known from elsewhere, 0 to 1, or None; what the dump measured on its own
+            views lies in the cache's array ``top1``, so that a resumed dump need not rewrite the
+            manifest.
     """
 
     name: str

@@ -22,7 +22,7 @@ from cskd_pipeline.views.policy import ViewPolicy
 
 @dataclass(frozen=True)
 class TeacherViews:
-    """n views as a teacher sees them, and what is recorded of each.
+    """Hold n views as a teacher sees them, and what is recorded of each.
 
     - ``images``: (n, 3, S, S) float32 on the device, in [0, 1] where nothing was erased (noise
       there), not normalised.

@@ -70,7 +70,7 @@ def items_of(unit: UnitViews, count: int, policy: ViewPolicy, batch_size: int) -
 
 
 class _UnitStream(IterableDataset[Batch | None]):
-    """One process's share of every unit's items, in batches, padded with None.
+    """Yield one process's share of every unit's items, in batches, padded with None.
 
     The loader takes from its processes in turn. Padding keeps them level at the end of every unit,
     so that all batches of a unit come before those of the next.

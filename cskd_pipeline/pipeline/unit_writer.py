@@ -35,6 +35,7 @@ class UnitWriter:
             for views in unit_writer:
                 unit_writer.put(views, *network(views.images))
 
+    Batches are full but for the last, on the device of ``loading``; they are yielded once.
     A unit is committed once all its logits are there; a batch may end one and begin the next. What
     was committed stays, whatever ends the block. A block that ends well waits until all complete
     units are written; one that an error ends waits for the one being written only.
@@ -76,9 +77,7 @@ class UnitWriter:
                 self._wait()
 
     def __iter__(self) -> Iterator[TeacherViews]:
-        """Yield full batches on the device, the last may be shorter; see :class:`TeacherViews`.
-
-        Only once: what was yielded is gone.
+        """Return the batches, each of which is yielded once; see :class:`TeacherViews`.
 
         Raises:
             CskdError: an image or a tar that cannot be read.

@@ -34,7 +34,7 @@ from cskd_pipeline.views.policy import ViewPolicy
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """Which units this process writes, and which differences from an existing cache it accepts.
+    """Say which units this process writes, and which differences from a cache it accepts.
 
     Args:
         shard_range, view_range: only the tar shards and views from, up to and not including;
@@ -76,15 +76,17 @@ def write_cache(
     often it was stopped, if the logits of a view do not depend on the others in its batch.
 
     Args:
-        cache: path, encodings, number of views, root seed; as in a recipe.
+        cache: path, encodings, number of views, root seed: the keys of a recipe's ``[cache]``.
         shards: as ``--shards``, or a data set that is open already.
-        teacher: what the manifest states; ``num_classes`` and ``grid`` are the logits' shape.
-        policy: how views are made.
+        teacher: what the manifest states of the network; K, h and w are its ``num_classes`` and
+            ``grid``.
+        policy: the augmentation.
         loading: batch size, loader processes, and the device on which views come.
         options: a share of the units, and what is accepted.
 
     Returns:
-        An iterable of :class:`~cskd_pipeline.data.full_batches.TeacherViews`, with ``put``.
+        What yields batches of views, each with ``images`` and ``label`` (n,) int64, of the image
+        that fills more of a mixed view; and takes their logits.
 
     Raises:
         CskdError: the shards cannot be used, the folder holds something else, or a cache of
