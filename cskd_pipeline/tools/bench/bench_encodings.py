@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from cskd_pipeline.cache.buffer import UnitBuffer
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.manifest import ShardInfo
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.cache.units import UnitData
+from cskd_pipeline.cache.units import UnitBuffer, UnitData
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS, Encoding, ResponseShape, Rows
 from cskd_pipeline.distill.losses import DistillationLoss
