@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cskd_pipeline.data.assemble import Inputs
 from cskd_pipeline.data.batches import Batch
-from cskd_pipeline.data.plan import EpochPlan, part_size
+from cskd_pipeline.data.plan import EpochPlan
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.distill.targets import Targets
@@ -85,7 +85,7 @@ class CachedLoader:
     memory_format: torch.memory_format = torch.contiguous_format
 
     def __post_init__(self) -> None:
-        part_size(self.batch_size, world=self.world, accumulation=self.accumulation)
+        self._require_equal_parts()
         views = self.views
         self.plan = EpochPlan(
             views.samples,
@@ -187,11 +187,16 @@ class CachedLoader:
         """Return view, shard, offset, (n, 3), of a batch, counted since the first epoch."""
         epoch, within = divmod(number, len(self))
         step, micro = divmod(within, self.accumulation)
-        return self.plan.batch(
-            epoch,
-            step,
-            rank=self.rank,
-            world=self.world,
-            micro=micro,
-            accumulation=self.accumulation,
-        )
+        part = self.rank * self.accumulation + micro  # a rank's micro-batches are neighbours
+        return self.plan.batch(epoch, step, part=part, parts=self.world * self.accumulation)
+
+    def _require_equal_parts(self) -> None:
+        """Of unequal ones a mean of means would not be the mean of the whole."""
+        if self.batch_size % (self.world * self.accumulation):
+            raise UsageError(
+                "the batch cannot be cut into equal parts",
+                found=f"batch_size {self.batch_size}, {self.world} ranks, "
+                f"accumulation {self.accumulation}",
+                expected="batch_size to be a multiple of ranks times accumulation",
+                action="change batch.batch_size or batch.accumulation",
+            )

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cskd_pipeline.errors import CacheError, DataError, UsageError
+from cskd_pipeline.errors import CacheError, DataError
 from cskd_pipeline.views.bits import BitStream, derive_seed
 from cskd_pipeline.views.mixing import matching
 from cskd_pipeline.views.policy import ViewPolicy
@@ -55,14 +55,6 @@ class SampleSet:
     def total(self) -> int:
         """Return the number of samples."""
         return sum(self.counts)
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """Hold ``rows``, (steps * batch_size, 3) int32 view, shard, offset in the order of training."""
-
-    rows: np.ndarray
-    steps: int
 
 
 @dataclass(eq=False)
@@ -115,39 +107,29 @@ class EpochPlan:
                 found=f"{self._usable()} samples",
                 expected=f"at least batch_size = {self.batch_size}",
             )
-        self._last: tuple[int, Epoch] | None = None
+        self._last: tuple[int, np.ndarray] | None = None
 
     def cycle_views(self, cycle: int) -> list[int]:
         """Return the R views in which cycle number ``cycle`` shows every image."""
         every = [cycle * self.repeats + j for j in range(self.repeats)]
         return [view % self.views for view in every] if self.views else every
 
-    def epoch(self, number: int) -> Epoch:
-        """Return the rows of epoch ``number`` (from 0); what does not fill a batch is dropped."""
+    def epoch(self, number: int) -> np.ndarray:
+        """Return the rows of epoch ``number``, from 0, in the order of training: view, shard,
+        offset, (steps * batch_size, 3) int32. What does not fill a batch is dropped.
+        """
         if self._last is None or self._last[0] != number:
             self._last = (number, self._build(number))
         return self._last[1]
 
-    def batch(
-        self,
-        epoch: int,
-        step: int,
-        *,
-        rank: int = 0,
-        world: int = 1,
-        micro: int = 0,
-        accumulation: int = 1,
-    ) -> np.ndarray:
-        """Return (n, 3) view, shard, offset: what a rank reads for a micro-batch of an update.
-
-        A rank has a contiguous part of the global batch, a micro-batch a contiguous part of that.
-        """
-        size = part_size(self.batch_size, world=world, accumulation=accumulation)
+    def batch(self, epoch: int, step: int, *, part: int = 0, parts: int = 1) -> np.ndarray:
+        """Return (n, 3) view, shard, offset: one of ``parts`` equal parts of a batch."""
         assert 0 <= step < self.steps
-        assert 0 <= rank < world
-        assert 0 <= micro < accumulation
-        start = step * self.batch_size + (rank * accumulation + micro) * size
-        return self.epoch(epoch).rows[start : start + size]
+        assert 0 <= part < parts
+        size, rest = divmod(self.batch_size, parts)
+        assert rest == 0, parts
+        start = step * self.batch_size + part * size
+        return self.epoch(epoch)[start : start + size]
 
     # -- how an epoch is built ---------------------------------------------------------------------
 
@@ -165,7 +147,7 @@ class EpochPlan:
             total += int(np.maximum(sizes - 2 * missing, 0).sum())
         return total
 
-    def _build(self, number: int) -> Epoch:
+    def _build(self, number: int) -> np.ndarray:
         """The rows of an epoch, without those of the rest of its cycle.
 
         A cycle is a list of items in random order. An item is a pair of samples that are mixed with
@@ -194,8 +176,7 @@ class EpochPlan:
         skipped = first - (int(ends[low - 1]) if low else 0)  # rows of item low before the edge
         length = self.steps * self.batch_size  # what does not fill a batch is dropped
         assert last - first >= length
-        rows = rows[skipped : skipped + length].astype(np.int32)
-        return Epoch(np.ascontiguousarray(rows), self.steps)
+        return np.ascontiguousarray(rows[skipped : skipped + length].astype(np.int32))
 
     def _partners(self, view: int) -> np.ndarray:
         """(N,) the number of each sample's partner in a view; its own where it has none."""
@@ -235,21 +216,3 @@ class EpochPlan:
                 group, partner = view // self.policy.repeats, self._partners(view)
             shown[:, j] &= (allowed & allowed[partner])[members]
         return shown
-
-
-def part_size(batch_size: int, *, world: int, accumulation: int) -> int:
-    """Return the rows of one rank's micro-batch.
-
-    Raises:
-        UsageError: the batch cannot be cut into equal parts, so a mean of means would not be the
-            mean of the whole.
-    """
-    size, rest = divmod(batch_size, world * accumulation)
-    if rest:
-        raise UsageError(
-            "the batch cannot be cut into equal parts",
-            found=f"batch_size {batch_size}, {world} ranks, accumulation {accumulation}",
-            expected="batch_size to be a multiple of ranks times accumulation",
-            action="change batch.batch_size or batch.accumulation",
-        )
-    return size

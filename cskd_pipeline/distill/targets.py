@@ -14,7 +14,7 @@ from cskd_pipeline.errors import CacheError
 
 
 class Targets(Protocol):
-    """The teacher's response to a batch, in the forms that the losses need."""
+    """Give the teacher's response to a batch in the forms that the losses need."""
 
     def hard_global(self) -> Tensor:
         """Return argmax g, the lowest index among equals: (B,) int64."""

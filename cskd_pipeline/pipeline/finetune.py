@@ -1,6 +1,6 @@
 """Weights that a run starts from: a student's, carried over to other classes and another size.
 
-What a student learned of pictures is kept; heads for other classes are new, and position embeddings
+What a student learned of images is kept; heads for other classes are new, and position embeddings
 are resampled to the new grid by timm's own function. Everything else must fit, tensor by tensor.
 """
 
@@ -37,7 +37,7 @@ _ADAPTED = (
 
 @dataclass(frozen=True)
 class Source:
-    """Weights, and what they are of: ``model`` by its timm name, ``size`` the side of its input.
+    """Hold weights and their model: its timm name, ``size``, the side of its input, its classes.
 
     ``mean`` and ``std`` are in [0, 1] units, where the source names its own. A state dict alone
     names no model (an empty name): it is taken for the student's.
@@ -55,11 +55,12 @@ class Source:
 
     @property
     def sha256(self) -> str:
-        """Of the tensors, in whatever file they lie."""
+        """Return the SHA-256 of the tensors, the same in whatever file they lie."""
         return state_digest(self.state)
 
     @property
     def classes(self) -> Classes:
+        """Return the classes of the weights, for a comparison."""
         of = "the weights to start from"
         return Classes(of, self.path, self.num_classes, self.class_names)
 
@@ -77,25 +78,25 @@ class Started:
     named: bool  # whether the source names its model
 
     def __str__(self) -> str:
-        told = [f"starting from {self.source}: {self.loaded} tensors, SHA-256 {self.sha256[:12]}"]
+        lines = [f"starting from {self.source}: {self.loaded} tensors, SHA-256 {self.sha256[:12]}"]
         if self.new:
             before, now = self.classes
             found = difference(now, before) if before.count == now.count else None
             others = "" if found is None else f", {found.kind}"
-            told.append(f"new {' and '.join(self.new)} ({before.count} classes before, "
-                        f"{now.count} now{others})")  # fmt: skip
+            counts = f"{before.count} classes before, {now.count} now{others}"
+            lines.append(f"new {' and '.join(self.new)} ({counts})")
         if self.resized is not None:
             grids = (f"{rows}x{columns}" for rows, columns in self.resized)
-            told.append(f"pos_embed resized from {' to '.join(grids)}")
+            lines.append(f"pos_embed resized from {' to '.join(grids)}")
         if not self.named:
-            told.append("the file names no model: its arguments, mean and std are taken to be the "
-                        "student's")  # fmt: skip
-        return "; ".join(told)
+            unnamed = "the file names no model: its arguments, mean and std are taken to be the "
+            lines.append(unnamed + "student's")
+        return "; ".join(lines)
 
 
 def read_source(path: Path) -> Source:
-    """The weights at ``path``: a student's file, a run's folder, a folder in timm's form, or a file
-    of tensors alone.
+    """Read the weights at ``path``: a student's file, a run's folder, a folder in timm's form, or a
+    file of tensors alone.
 
     Raises:
         WeightsError: none of these, or damaged.
@@ -150,11 +151,11 @@ def start_from(source: Source, student: Student, classes: Classes, guard: ClassG
     )
 
 
-def check_resumed(asked: str, record: Mapping[str, str] | None, where: Path) -> bool:
+def check_resumed(init_from: str, record: Mapping[str, str] | None, where: Path) -> bool:
     """Refuse to go on with a run from other weights than it started with; nothing is loaded.
 
     Args:
-        asked: ``student.init_from`` of the recipe at hand.
+        init_from: ``student.init_from`` of the recipe at hand.
         record: what the run's state keeps of its start: ``from`` and ``sha256``.
 
     Returns:
@@ -165,16 +166,16 @@ def check_resumed(asked: str, record: Mapping[str, str] | None, where: Path) -> 
         WeightsError: no weights there.
     """
     found = None
-    if asked:
-        if record is not None and record["from"] == asked and not Path(asked).exists():
+    if init_from:
+        if record is not None and record["from"] == init_from and not Path(init_from).exists():
             return False
-        found = read_source(Path(asked)).sha256
+        found = read_source(Path(init_from)).sha256
     expected = None if record is None else record["sha256"]
     if found != expected:
         raise OutputError(
             "the run to resume was started from other weights",
             where=where,
-            found=f"--init-from {asked}, SHA-256 {found[:12]}" if found else "no --init-from",
+            found=f"--init-from {init_from}, SHA-256 {found[:12]}" if found else "no --init-from",
             expected=f"{record['from']}, SHA-256 {record['sha256'][:12]}" if record else "none",
             action="give the same --init-from, or use a new --out folder",
         )

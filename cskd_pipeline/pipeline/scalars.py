@@ -1,7 +1,7 @@
 """A run's curves on Weights & Biases, by its own package; they never change the run.
 
-The package is imported only for runs that ask for it. What cannot be sent is kept beside the run,
-in ``wandb/``, from where ``wandb sync`` sends it; ``WANDB_MODE`` and the package's other variables
+The package is imported only where a run names a project. What cannot be sent is kept beside the
+run, in ``wandb/``, from where ``wandb sync`` sends it; ``WANDB_MODE`` and the package's other variables
 work as they always do.
 """
 

@@ -109,8 +109,14 @@ def test_ranks_and_micro_batches_have_equal_parts_of_a_batch(views: TrainingView
     ]
     assert [len(part.images) for part in parts] == [2] * 6
     assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(5, 1), (1, 5), (4, 4), (24, 1)])
+def test_a_batch_that_cannot_be_cut_into_equal_parts_is_refused(
+    views: TrainingViews, world: int, accumulation: int
+) -> None:
     with pytest.raises(UsageError, match="equal parts"):
-        loader_of(views, world=5)
+        loader_of(views, world=world, accumulation=accumulation)
 
 
 def test_what_does_not_fit_is_refused_when_it_is_opened(

@@ -13,7 +13,7 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from cskd_pipeline.data.plan import EpochPlan, SampleSet
-from cskd_pipeline.errors import CacheError, DataError, UsageError
+from cskd_pipeline.errors import CacheError, DataError
 from cskd_pipeline.views.mixing import matching
 from cskd_pipeline.views.policy import ViewPolicy
 
@@ -70,12 +70,12 @@ def partners(plan: EpochPlan, view: int, shard: int) -> np.ndarray:
 @settings(max_examples=60, deadline=None)
 @given(plans(), st.integers(0, 9))
 def test_an_epoch_has_full_batches_and_nothing_twice(plan: EpochPlan, number: int) -> None:
-    epoch = plan.epoch(number)
-    assert epoch.steps == plan.steps == plan.samples.total // plan.batch_size
-    assert epoch.rows.shape == (epoch.steps * plan.batch_size, 3)
-    assert epoch.rows.dtype == np.int32
-    assert len(as_set(epoch.rows)) == len(epoch.rows)
-    views, shards, offsets = epoch.rows.T
+    rows = plan.epoch(number)
+    assert plan.steps == plan.samples.total // plan.batch_size
+    assert rows.shape == (plan.steps * plan.batch_size, 3)
+    assert rows.dtype == np.int32
+    assert len(as_set(rows)) == len(rows)
+    views, shards, offsets = rows.T
     assert set(views) <= set(plan.cycle_views(number // plan.repeats))
     assert (offsets < np.array(plan.samples.counts)[shards]).all()
     assert (np.minimum(views, offsets) >= 0).all()
@@ -90,7 +90,7 @@ def test_a_cycle_shows_every_image_in_every_view_once_but_for_dropped_tails(
     assert len(set(views)) == plan.repeats
     shown: Rows = set()
     for phase in range(plan.repeats):
-        rows = as_set(plan.epoch(cycle * plan.repeats + phase).rows)
+        rows = as_set(plan.epoch(cycle * plan.repeats + phase))
         assert not shown & rows
         shown |= rows
     everything = {
@@ -105,43 +105,27 @@ def test_a_cycle_shows_every_image_in_every_view_once_but_for_dropped_tails(
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(0, 9))
+@given(st.integers(1, 12), st.integers(1, 3), st.integers(0, 9))
 def test_ranks_and_micro_batches_only_cut_the_global_batch(
-    world: int, accumulation: int, size: int, number: int
+    parts: int, size: int, number: int
 ) -> None:
-    """A rank's micro-batches are neighbours, and so are the ranks: what shares pixels meets."""
-    plan = make([30, 31], batch_size=world * accumulation * size)
+    plan = make([30, 31], batch_size=parts * size)
     for step in (0, plan.steps - 1):
-        parts = [
-            plan.batch(number, step, rank=rank, world=world, micro=m, accumulation=accumulation)
-            for rank in range(world)
-            for m in range(accumulation)
-        ]
-        assert {len(part) for part in parts} == {size}
-        assert np.array_equal(np.concatenate(parts), plan.batch(number, step))
+        cut = [plan.batch(number, step, part=part, parts=parts) for part in range(parts)]
+        assert {len(part) for part in cut} == {size}
+        assert np.array_equal(np.concatenate(cut), plan.batch(number, step))
         at = step * plan.batch_size
-        whole = plan.epoch(number).rows[at : at + plan.batch_size]
+        whole = plan.epoch(number)[at : at + plan.batch_size]
         assert np.array_equal(whole, plan.batch(number, step))
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "world", "accumulation"), [(8, 3, 1), (8, 1, 3), (8, 4, 4), (2, 4, 1)]
-)
-def test_a_batch_that_cannot_be_cut_into_equal_parts_is_refused(
-    batch_size: int, world: int, accumulation: int
-) -> None:
-    plan = make([30, 31], batch_size=batch_size)
-    with pytest.raises(UsageError, match="equal parts"):
-        plan.batch(0, 0, world=world, accumulation=accumulation)
 
 
 @settings(max_examples=50, deadline=None)
 @given(plans(), st.integers(0, 3))
 def test_pairs_and_the_views_of_an_image_are_neighbours(plan: EpochPlan, cycle: int) -> None:
     """A pair's rows lie within 2R; only what a cut or the dropped tail took is apart."""
-    rows = np.concatenate([plan.epoch(cycle * plan.repeats + p).rows for p in range(plan.repeats)])
+    rows = np.concatenate([plan.epoch(cycle * plan.repeats + p) for p in range(plan.repeats)])
     if plan.samples.total % plan.batch_size:  # tails between the epochs; look at the first alone
-        rows = plan.epoch(cycle * plan.repeats).rows
+        rows = plan.epoch(cycle * plan.repeats)
     first_view = plan.cycle_views(cycle)[0]
     places: dict[tuple[int, int], list[int]] = {}
     for place, (_, shard, offset) in enumerate(rows.tolist()):
@@ -156,7 +140,7 @@ def test_pairs_and_the_views_of_an_image_are_neighbours(plan: EpochPlan, cycle: 
 @given(plans(holes=True), st.integers(0, 9))
 def test_no_row_needs_a_sample_that_is_missing(plan: EpochPlan, number: int) -> None:
     assert plan.allowed is not None
-    rows = plan.epoch(number).rows
+    rows = plan.epoch(number)
     assert len(rows) == plan.steps * plan.batch_size
     assert len(as_set(rows)) == len(rows)
     for view, shard, offset in rows.tolist():
@@ -167,9 +151,9 @@ def test_no_row_needs_a_sample_that_is_missing(plan: EpochPlan, number: int) -> 
 @settings(max_examples=20, deadline=None)
 @given(plans(), st.permutations(range(6)))
 def test_an_epoch_depends_on_nothing_planned_before(plan: EpochPlan, order: list[int]) -> None:
-    in_turn = {number: plan.epoch(number).rows for number in range(6)}
+    in_turn = {number: plan.epoch(number) for number in range(6)}
     for number in order:
-        assert np.array_equal(plan.epoch(number).rows, in_turn[number])
+        assert np.array_equal(plan.epoch(number), in_turn[number])
 
 
 def make(counts: list[int], **changes: object) -> EpochPlan:
@@ -180,8 +164,8 @@ def make(counts: list[int], **changes: object) -> EpochPlan:
 
 def test_seeds_cycles_and_phases_give_other_orders() -> None:
     plan = make([30, 31, 32])
-    rows = [plan.epoch(0).rows, plan.epoch(1).rows, plan.epoch(3).rows]
-    rows += [make([30, 31, 32], seed=1).epoch(0).rows]
+    rows = [plan.epoch(0), plan.epoch(1), plan.epoch(3)]
+    rows += [make([30, 31, 32], seed=1).epoch(0)]
     for i, one in enumerate(rows):
         for other in rows[i + 1 :]:
             assert not np.array_equal(one, other)
@@ -190,7 +174,7 @@ def test_seeds_cycles_and_phases_give_other_orders() -> None:
 
 def test_an_epoch_of_repeated_augmentation_shows_a_third_of_the_images_three_times() -> None:
     plan = make([40, 50, 54], batch_size=24)
-    images = plan.epoch(4).rows[:, 1:]
+    images = plan.epoch(4)[:, 1:]
     shown, times = np.unique(images, axis=0, return_counts=True)
     assert 144 / 3 <= len(shown) <= 144 / 3 + 2  # cuts may fall inside a pair
     assert (times == 3).sum() >= len(shown) - 4
@@ -199,10 +183,10 @@ def test_an_epoch_of_repeated_augmentation_shows_a_third_of_the_images_three_tim
 def test_shuffling_goes_by_blocks_of_shards() -> None:
     plan = make([10] * 12, repeats=1, batch_size=30, shuffle_shards=3)
     for number in range(3):
-        blocks = plan.epoch(number).rows[:, 1].reshape(4, 30)
+        blocks = plan.epoch(number)[:, 1].reshape(4, 30)
         assert all(len(set(block)) == 3 for block in blocks.tolist())
         assert any(sorted(block) != block for block in blocks.tolist())
-    assert len(set(make([10] * 12, repeats=1, batch_size=30).epoch(0).rows[:30, 1])) > 6
+    assert len(set(make([10] * 12, repeats=1, batch_size=30).epoch(0)[:30, 1])) > 6
 
 
 def test_more_epochs_than_views_begin_again_with_the_first() -> None:
@@ -234,7 +218,7 @@ def test_where_views_do_not_mix_a_missing_sample_costs_no_other() -> None:
 def test_the_order_is_pinned() -> None:
     """A resumed run must meet the order it left, whatever version goes on with it."""
     plan = make([30, 31, 32, 1], shuffle_shards=2)
-    found = {str(n): zlib.crc32(plan.epoch(n).rows.astype("<i4").tobytes()) for n in (0, 1, 2, 7)}
+    found = {str(n): zlib.crc32(plan.epoch(n).astype("<i4").tobytes()) for n in (0, 1, 2, 7)}
     assert found == json.loads(GOLDEN.read_text())["epochs"]
 
 

@@ -118,7 +118,7 @@ def simulate(*, shards: int = SHARDS) -> dict[str, Any]:
             seed=0,
         )
         for rank in range(RANKS):
-            plan.batch(0, 0, rank=rank, world=RANKS)
+            plan.batch(0, 0, part=rank, parts=RANKS)
         seconds = time.perf_counter() - began
     return {
         "shards": shards,
