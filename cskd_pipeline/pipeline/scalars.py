@@ -1,8 +1,8 @@
 """A run's curves on Weights & Biases, by its own package; they never change the run.
 
 The package is imported only where a run names a project. What cannot be sent is kept beside the
-run, in ``wandb/``, from where ``wandb sync`` sends it; ``WANDB_MODE`` and the package's other variables
-work as they always do.
+run, in ``wandb/``, from where ``wandb sync`` sends it; ``WANDB_MODE`` and the package's other
+variables work as they always do.
 """
 
 from __future__ import annotations
