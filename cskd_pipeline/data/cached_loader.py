@@ -24,14 +24,7 @@ _ORDER = ("batch_size", "accumulation", "repeats", "seed", "shuffle_shards")
 
 
 class CachedBatch(NamedTuple):
-    """Hold B views on the loader's device.
-
-    - ``images``: (B, 3, S, S) float32, augmented, mixed, normalised.
-    - ``labels``: (B, K) float32, mixed and smoothed.
-    - ``hard_labels``: (B,) int64, of each view's own image.
-    - ``targets``: the teacher's response to these views, for :class:`DistillationLoss`; None
-      without a cache.
-    """
+    """Hold B views on the loader's device, as :class:`CachedLoader` yields them."""
 
     images: Tensor
     labels: Tensor
@@ -42,6 +35,10 @@ class CachedBatch(NamedTuple):
 @dataclass(eq=False)
 class CachedLoader:
     """Iterate over an epoch of views, batch by batch, as a ``DataLoader`` does.
+
+    A batch is a named tuple: ``images`` (B, 3, S, S) float32, augmented, mixed and normalised;
+    ``labels`` (B, K) float32, mixed and smoothed; ``hard_labels`` (B,) int64, of each view's own
+    image; ``targets``, the teacher's response to these views, for :class:`DistillationLoss`.
 
     Which views a batch has depends on ``seed``, epoch and number of the batch alone: not on ranks,
     processes, or where the iteration began. Each epoch goes on with the next; the processes stay.

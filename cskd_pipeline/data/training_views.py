@@ -138,6 +138,10 @@ def open_views(
         missing: ``skip``: samples that the shards lack, and their partners, are not shown.
         drift: ``warn``: images and views unlike the teacher's are shown, and counted.
 
+    Returns:
+        A map-style data set of batches for :class:`CachedLoader`. Its ``num_classes``, ``grid``
+        (the teacher's rows and columns) and ``policy.size`` (pixels) are what a student needs.
+
     Raises:
         CskdError: no such shards or cache, a cache that is not finished or does not serve the loss,
             other classes, labels or samples.
