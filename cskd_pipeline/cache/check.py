@@ -3,7 +3,7 @@
 *structure*: every finished unit has a record of its own, and the files that the manifest implies,
 long enough to be what they should be. *bytes*: every file is the one in its unit's record, decodes,
 and holds values that a response can have. That it belongs to someone's images is another question,
-which :mod:`cskd_pipeline.data.replay` answers.
+which :mod:`cskd_pipeline.data.replay` decides.
 """
 
 from __future__ import annotations

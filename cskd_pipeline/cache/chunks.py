@@ -36,11 +36,11 @@ class Folder:
     """The files below ``root``, by key (a path with forward slashes).
 
     Raises:
-        DamageError: a file that is missing, no plain file, shorter or larger than asked for.
+        DamageError: a file that is missing, no plain file, shorter or larger than expected.
     """
 
     lists: bool
-    """Whether :meth:`names` tells what there is; else :meth:`there` does."""
+    """Say that :meth:`names` lists what there is; else :meth:`there` finds it."""
     at_once: int
     """How many files are best read at a time."""
 
@@ -224,7 +224,7 @@ def encode_file(array: StoredArray, values: np.ndarray) -> bytes:
 
 
 def _is_fill(values: np.ndarray, fill: float) -> bool:
-    # NaN, the fill of logits, equals nothing: an answer never is NaN.
+    # NaN, the fill of logits, equals nothing: a response never is NaN.
     return bool(values.flat[0] == fill and (values == fill).all())
 
 

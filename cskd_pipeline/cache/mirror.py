@@ -30,7 +30,7 @@ class Mirror:
 
     Args:
         folder: holds the copies of all caches, which share the bound.
-        name: tells this cache from others.
+        name: distinguishes this cache from others.
         limit: bytes, of all copies. A process looks at it after each 64th part that it added, and
             then makes room for eight such parts: up to eight that fetch at once stay below it, and
             n of them exceed it by about (n - 8)/64 at most.

@@ -113,7 +113,7 @@ def unite(readers: Sequence[Cache], guard: ClassGuard) -> tuple[CacheManifest, l
 
     The classes have the names of the first part that names them; ``guard`` compares the others'.
 
-    Versions are the first part's; those of the others that differ in what decides pixels or answers
+    Versions are the first part's; those of the others that differ in what decides pixels or logits
     are listed in ``other_versions``.
 
     Raises:

@@ -7,7 +7,7 @@ kept below ``CSKD_CACHE_DIR`` (default ``~/.cache/cskd-pipeline``), about ``CSKD
 finished units never change, so copies stay good; documents are read anew at every opening, since
 caches grow.
 
-Only keys that follow from the manifest are asked for, and no file may be larger than the manifest
+Only keys that follow from the manifest are requested, and no file may be larger than the manifest
 implies; :mod:`cskd_pipeline.cache.transfers` has the other bounds. Transfers that break are taken
 up where they broke. What arrives is checked as any cache is, by the checksum of every chunk; a copy
 that fails is fetched once more before that is an error.
@@ -43,7 +43,12 @@ TRIES = 6  # in a row, of what may be otherwise the next time
 WAIT = 0.5  # seconds before the second try; about twice as many before each further one
 CONNECTIONS = 32  # at once, to find out what is there
 MAX_FILE_BYTES = 2**32  # far above honest ones, so that no manifest fills the disk
-_FINAL = frozenset(range(400, 500)) - {404, 408, 425, 429}  # answers that asking again won't change
+_FINAL = frozenset(range(400, 500)) - {
+    404,
+    408,
+    425,
+    429,
+}  # statuses that another request won't change
 _LOGIN = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError")  # botocore's
 # What no network does: our own mistakes, or a library's.
 _BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError)
@@ -87,7 +92,7 @@ class RemoteFolder(Folder):
         most: the most bytes that a file may have, by its key.
 
     Raises:
-        RemoteError: the server refuses, or cannot be reached, or answers what it should not.
+        RemoteError: the server refuses, or cannot be reached, or sends what it should not.
         DamageError: a file that is missing, or larger than it may be.
     """
 
@@ -124,18 +129,18 @@ class RemoteFolder(Folder):
         return self._insisting(key, lambda pace: self._length(key, pace)) if kept is None else kept
 
     def names(self, key: str) -> list[str]:
-        def ask() -> list[str]:
+        def request() -> list[str]:
             fs = self._fs()
             fs.invalidate_cache()
             return [str(name).rsplit("/", 1)[-1] for name in fs.ls(self.where(key), detail=False)]
 
         try:
-            return self._insisting(key, lambda pace: transfers.within(pace, ask))
+            return self._insisting(key, lambda pace: transfers.within(pace, request))
         except DamageError:  # there is none
             return []
 
     def there(self, keys: Sequence[str]) -> list[bool]:
-        """Asks for each; what was there once is not asked for again."""
+        """Requests each; what was there once is not requested again."""
         found = []
         with (
             progress(len(keys), "units", "asking which are finished") as meter,
@@ -150,15 +155,15 @@ class RemoteFolder(Folder):
         if not self.lists:
             return None
 
-        def ask() -> dict[str, int]:
+        def request() -> dict[str, int]:
             found = self._fs().find(self.url, detail=True)
             root = len(self._fs()._strip_protocol(self.url)) + 1
             return {name[root:]: int(info["size"]) for name, info in found.items()}
 
-        return self._insisting("", lambda pace: transfers.within(pace, ask))
+        return self._insisting("", lambda pace: transfers.within(pace, request))
 
     def forget(self, key: str) -> bool:
-        """Once for each file: a server whose file is damaged would be asked forever."""
+        """Once for each file: a server whose file is damaged would be requested forever."""
         first = key not in self._forgotten
         self._forgotten.add(key)
         if self._mirror is not None:
@@ -215,21 +220,21 @@ class RemoteFolder(Folder):
             raise OSError(str(error)) from error
 
     def _go_on_from(self, key: str, file: IO[bytes], limit: int, pace: Pace) -> None:
-        with self._answer(key, file.tell(), pace) as answer:
-            file.seek(answer.start)
+        with self._response(key, file.tell(), pace) as response:
+            file.seek(response.start)
             file.truncate()
-            if answer.total is not None and answer.total > limit:
-                raise DamageError(f"{answer.total} bytes, more than the {limit} it may have")
-            for piece in answer.pieces(pace):
+            if response.total is not None and response.total > limit:
+                raise DamageError(f"{response.total} bytes, more than the {limit} it may have")
+            for piece in response.pieces(pace):
                 if file.tell() + len(piece) > limit:
                     raise DamageError(f"more than the {limit} bytes it may have")
                 with explained_os_errors(self.root):
                     file.write(piece)
                 pace.reached(file.tell())
-        if answer.total is not None and file.tell() != answer.total:
-            raise OSError(f"{file.tell()} bytes arrived where {answer.total} should")
+        if response.total is not None and file.tell() != response.total:
+            raise OSError(f"{file.tell()} bytes arrived where {response.total} should")
 
-    def _answer(
+    def _response(
         self, key: str, start: int, pace: Pace
     ) -> AbstractContextManager[transfers.HttpResponse]:
         where = self.where(key)
@@ -256,17 +261,17 @@ class RemoteFolder(Folder):
     def _length(self, key: str, pace: Pace) -> int:
         if not self._web:
             return transfers.within(pace, lambda: int(self._fs().info(self.where(key))["size"]))
-        with self._answer(key, 0, pace) as answer:
-            if answer.total is None:
+        with self._response(key, 0, pace) as response:
+            if response.total is None:
                 raise OSError("the server does not tell the file's length")
-            return answer.total
+            return response.total
 
-    def _insisting(self, key: str, ask: Callable[[Pace], T]) -> T:
-        """Return what ``ask`` returns, tried again while failures may pass or more bytes arrive."""
+    def _insisting(self, key: str, request: Callable[[Pace], T]) -> T:
+        """Return the result of ``request``, tried again while failures may pass or bytes arrive."""
         failures, reached, pace = 0, 0, Pace()
         while True:
             try:
-                return ask(pace)
+                return request(pace)
             except FileNotFoundError:
                 raise DamageError("the file is missing") from None
             except ImportError as error:
@@ -291,7 +296,7 @@ class RemoteFolder(Folder):
             "the cache may not be read",
             where=self.where(key),
             found=_told(error),
-            action="look whether the URL is right: some stores answer so for what is not there; "
+            action="look whether the URL is right: some stores respond so for what is not there; "
             "log in as the store's own tools want it (a token, a profile, ~/.netrc)"
             + ("; for an open bucket set FSSPEC_S3_ANON=true" if self.scheme == "s3" else ""),
         )
@@ -365,7 +370,7 @@ def _checked(url: str) -> tuple[str, str]:
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status that an error is about; the hub's library has it in the answer."""
+    """The HTTP status that an error is about; the hub's library has it in the response."""
     if isinstance(error, transfers.StatusError):
         return error.status
     status = getattr(getattr(error, "response", None), "status_code", None)

@@ -121,7 +121,7 @@ class CacheStore:
     def done(self) -> np.ndarray:
         """(blocks, shards) bool, from the names of the records: 30,000 in 30 ms.
 
-        Where files are not listed, each is asked for.
+        Where files are not listed, each is requested.
         """
         done = np.zeros((self.manifest.blocks, len(self.manifest.dataset.shards)), bool)
         if not self._folder.lists:

@@ -6,8 +6,8 @@ another, never to another protocol nor from https to http, and a login (``~/.net
 to the cache's own server alone. Every wait ends: what brings next to nothing for
 ``CSKD_REMOTE_TIMEOUT`` seconds (default 300) is given up.
 
-``gs://`` and ``hf://`` name web servers, whose answers come the same way. An ``s3://`` store is
-asked by its library, which signs requests and follows redirects itself (between web servers, the
+``gs://`` and ``hf://`` name web servers, whose responses come the same way. An ``s3://`` store is
+read by its library, which signs requests and follows redirects itself (between web servers, the
 signature for the first alone); its files are read under the same bounds. Listings, sizes, errors
 and logins of stores are left to their libraries, and are bounded in time only.
 """
@@ -46,7 +46,7 @@ _PLAIN = ("", "identity")
 
 
 class StatusError(OSError):
-    """An HTTP answer that is none."""
+    """An HTTP status that is an error."""
 
     def __init__(self, status: int, reason: str | None) -> None:
         super().__init__(f"HTTP status {status} {reason or ''}".rstrip())
@@ -130,8 +130,8 @@ def from_web(
 
     Raises:
         FileNotFoundError: there is none.
-        StatusError, OSError: no answer, or none that can be used.
-        RemoteError: a compressed answer, or a redirect that is not followed.
+        StatusError, OSError: no response, or none that can be used.
+        RemoteError: a compressed response, or a redirect that is not followed.
     """
     from fsspec import asyn
 
@@ -167,22 +167,22 @@ def within(pace: Pace, call: Callable[[], T]) -> T:
     Raises:
         TimeoutError: it took too long.
     """
-    answer: Future[T] = Future()
+    result: Future[T] = Future()
 
     def work() -> None:
         try:
-            answer.set_result(call())
+            result.set_result(call())
         except BaseException as error:
-            answer.set_exception(error)
+            result.set_exception(error)
 
     seconds = pace.left()
     threading.Thread(target=work, daemon=True).start()
     try:
-        return answer.result(seconds)
+        return result.result(seconds)
     except TimeoutError:
-        if answer.done():
+        if result.done():
             raise
-        raise TimeoutError(f"no answer within {seconds:.3g} seconds") from None
+        raise TimeoutError(f"no response within {seconds:.3g} seconds") from None
 
 
 def _run(call: Callable[..., Coroutine[Any, Any, T]], *arguments: object, pace: Pace) -> T:
@@ -193,12 +193,12 @@ def _run(call: Callable[..., Coroutine[Any, Any, T]], *arguments: object, pace: 
     try:
         found: T = asyn.sync(asyn.get_loop(), call, *arguments, timeout=seconds)
     except TimeoutError as error:
-        raise TimeoutError(f"no answer within {seconds:.3g} seconds") from error
+        raise TimeoutError(f"no response within {seconds:.3g} seconds") from error
     return found
 
 
 async def _get(url: str, start: int, where: str, login: dict[str, str] | None) -> Any:
-    """An answer's head: the file, or an error. Redirects are followed here."""
+    """Return a response's head: the file, or an error. Redirects are followed here."""
     import yarl
 
     here = yarl.URL(url)
@@ -266,14 +266,14 @@ def _require_plain(encoding: str, where: str) -> None:
             "the server sends the file compressed, though that was not wanted",
             where=where,
             found=f"Content-Encoding: {encoding}",
-            expected="the file as it is, of which a small answer cannot unfold to a large one",
+            expected="the file as it is, of which a small response cannot unfold to a large one",
             action="switch compression off for these files at the server (their metadata, in an "
             "object store), or copy the cache's folder to this machine by other means",
         )
 
 
 def _total(headers: Any, start: int, part: bool) -> int | None:
-    """The whole file's length, from an answer that should begin at ``start``.
+    """Return the whole file's length, from a response that should begin at ``start``.
 
     Raises:
         OSError: it does not begin there.

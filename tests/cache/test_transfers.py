@@ -437,7 +437,7 @@ def test_a_try_is_over_after_a_minute_of_silence(
     served.always["file"] = "trickle head"
     with pytest.raises(RemoteError, match="cannot be reached") as error:
         read(served.url)
-    assert "no answer within 0.1 seconds, 6 times" in str(error.value.found)
+    assert "no response within 0.1 seconds, 6 times" in str(error.value.found)
 
 
 def test_a_transfer_that_breaks_again_and_again_after_a_byte_is_given_up(
