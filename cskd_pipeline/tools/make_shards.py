@@ -118,10 +118,10 @@ def scan_image_folder(root: Path) -> ImageFolder:
     if not root.is_dir():
         raise DataError("no such folder", where=root, expected="a folder with one folder per class")
     entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    folders = [entry.name for entry in entries if _is_class(entry)]
+    folders = [entry.name for entry in entries if _is_folder(entry)]
     _refuse_odd_trees(root, folders)
     images: list[FolderImage] = []
-    skipped = [_listed(root, entry) for entry in entries if not _is_class(entry)]
+    skipped = [_listed(root, entry) for entry in entries if not _is_folder(entry)]
     hollow: list[str] = []
     for label, folder in enumerate(folders):
         before = len(images)
@@ -141,8 +141,12 @@ def scan_image_folder(root: Path) -> ImageFolder:
     return ImageFolder(tuple(images), tuple(folders), tuple(skipped))
 
 
-def _is_class(entry: os.DirEntry[str]) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir() and not is_left_behind(entry.name)
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in EXTENSIONS
 
 
 def _listed(root: Path, entry: os.DirEntry[str]) -> str:
@@ -167,11 +171,9 @@ def _files_below(
     except OSError as error:
         raise DataError("a folder cannot be read", where=folder, found=error.strerror) from error
     for entry in entries:
-        if is_left_behind(entry.name):
-            skipped.append(_listed(root, entry))
-        elif entry.is_dir():
+        if _is_folder(entry):
             inner.append(entry)
-        elif Path(entry.name).suffix.lower() in EXTENSIONS:
+        elif not is_left_behind(entry.name) and _is_image(entry.name):
             yield _listed(root, entry)
         else:
             skipped.append(_listed(root, entry))
@@ -189,7 +191,7 @@ def _leads_back(link: str, above: Sequence[str]) -> bool:
 
 def _refuse_odd_trees(root: Path, folders: Sequence[str]) -> None:
     if not folders:
-        loose = any(Path(e.name).suffix.lower() in EXTENSIONS for e in os.scandir(root))
+        loose = any(_is_image(entry.name) for entry in os.scandir(root))
         raise DataError(
             "the folder has no class folders",
             where=root,
@@ -198,7 +200,7 @@ def _refuse_odd_trees(root: Path, folders: Sequence[str]) -> None:
         )
     splits = [name for name in folders if name.lower() in SPLIT_NAMES]
     if len(splits) == len(folders) and all(
-        any(_is_class(entry) for entry in os.scandir(root / name)) for name in splits
+        any(_is_folder(entry) for entry in os.scandir(root / name)) for name in splits
     ):
         raise DataError(
             "these folders are splits, not classes",

@@ -21,21 +21,15 @@ import numpy as np
 
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import encode_file
-from cskd_pipeline.cache.manifest import (
-    CacheManifest,
-    DatasetManifest,
-    ShardInfo,
-    TeacherInfo,
-    library_versions,
-    utc_now,
-)
+from cskd_pipeline.cache.manifest import CacheManifest, DatasetManifest, ShardInfo, TeacherInfo
 from cskd_pipeline.cache.reader import Cache, open_cache
-from cskd_pipeline.config import TrainRecipe
+from cskd_pipeline.config import CacheSection, TrainRecipe
 from cskd_pipeline.data.plan import EpochPlan, SampleSet
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.pipeline.from_recipe import make_loader
 from cskd_pipeline.pipeline.training_data import open_training_data
+from cskd_pipeline.pipeline.write_cache import cache_manifest
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.bench.timing import Clock, rates, ratio, seconds_of, take_turns
 from cskd_pipeline.tools.tables import Printed, Table
@@ -167,28 +161,20 @@ def _manifest(shards: int, views: int) -> CacheManifest:
         for i in range(shards)
     )
     policy = ViewPolicy()
-    return CacheManifest(
-        dataset=DatasetManifest("simulated", CLASSES, infos),
-        teacher=TeacherInfo(
-            name="simulated",
-            source="random",
-            weights_sha256="0" * 64,
-            num_classes=CLASSES,
-            size=policy.size,
-            mean=policy.mean,
-            std=policy.std,
-            grid=GRID,
-            precision="float32",
-            kwargs={},
-        ),
-        policy=policy,
-        root_seed=0,
-        views=views,
-        view_block=VIEW_BLOCK,
-        encodings=("envelope",),
-        versions=library_versions(),
-        created=utc_now(),
+    teacher = TeacherInfo(
+        name="simulated",
+        source="random",
+        weights_sha256="0" * 64,
+        num_classes=CLASSES,
+        size=policy.size,
+        mean=policy.mean,
+        std=policy.std,
+        grid=GRID,
+        precision="float32",
+        kwargs={},
     )
+    cache = CacheSection(encodings=("envelope",), views=views, view_block=VIEW_BLOCK)
+    return cache_manifest(cache, DatasetManifest("simulated", CLASSES, infos), teacher, policy)
 
 
 def printed(report: dict[str, Any]) -> Printed:

@@ -17,6 +17,7 @@ from typing import Any
 from cskd_pipeline.config import TrainRecipe
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.pipeline.from_recipe import make_run
+from cskd_pipeline.pipeline.trainer import Run
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.device import pick_device, use_threads
 from cskd_pipeline.runtime.progress import duration, progress
@@ -45,31 +46,8 @@ def plan_train(recipe: TrainRecipe, *, updates: int = UPDATES) -> dict[str, Any]
         recipe = replace(recipe, data=replace(recipe.data, drift="warn"))
     views = open_training_data(recipe).views
     run = make_run(recipe, views, pick_device(recipe.run.device))
-    loader = run.loader
-    updates = min(updates, run.updates)
-    batch_size, accumulation = recipe.batch.batch_size, recipe.batch.accumulation
-    with progress(3 * updates, "updates", "trying it out") as meter:
-        loading = SteadyRate(updates)
-        kept: list[Batch] = []
-        for number, batch in enumerate(loader.batches(updates * accumulation), start=1):
-            kept = [*kept, batch][:accumulation]
-            if number % accumulation == 0:
-                loading.advance(1)
-                meter.advance()
-        seconds = []
-        for _ in range(updates):
-            began = time.perf_counter()
-            run.step(iter(kept)).tolist()  # waits for the device
-            seconds.append(time.perf_counter() - began)
-            meter.advance()
-        run.update = 0
-        together = SteadyRate(updates)
-        loader.start_at(0)
-        batches = loader.batches(updates * accumulation)
-        for _ in range(updates):
-            run.step(batches).tolist()
-            together.advance(1)
-            meter.advance()
+    loader, batch_size = run.loader, recipe.batch.batch_size
+    loading, seconds, together = _try_updates(run, min(updates, run.updates))
     device = batch_size / statistics.median(seconds[len(seconds) // 4 :])
     rates = {
         "loader": batch_size * loading.rate,
@@ -94,6 +72,35 @@ def plan_train(recipe: TrainRecipe, *, updates: int = UPDATES) -> dict[str, Any]
         "seconds_per_epoch": epoch,
         "seconds": together.startup + epoch * recipe.schedule.epochs,
     }
+
+
+def _try_updates(run: Run, updates: int) -> tuple[SteadyRate, list[float], SteadyRate]:
+    """Time the loader alone, each update of the device alone, and both together."""
+    loader = run.loader
+    batches = updates * loader.accumulation
+    with progress(3 * updates, "updates", "trying it out") as meter:
+        loading = SteadyRate(updates)
+        kept: list[Batch] = []
+        for number, batch in enumerate(loader.batches(batches), start=1):
+            kept = [*kept, batch][: loader.accumulation]
+            if number % loader.accumulation == 0:
+                loading.advance(1)
+                meter.advance()
+        seconds = []
+        for _ in range(updates):
+            began = time.perf_counter()
+            run.step(iter(kept)).tolist()  # waits for the device
+            seconds.append(time.perf_counter() - began)
+            meter.advance()
+        run.update = 0
+        together = SteadyRate(updates)
+        loader.start_at(0)
+        source = loader.batches(batches)
+        for _ in range(updates):
+            run.step(source).tolist()
+            together.advance(1)
+            meter.advance()
+    return loading, seconds, together
 
 
 def printed(report: Mapping[str, Any]) -> Printed:

@@ -1,4 +1,4 @@
-"""``bench encodings`` reports what numpy finds on the same answers, and what files really weigh."""
+"""``bench encodings`` reports what numpy finds on the same logits, and what files weigh."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RATIOS = np.arange(21) / 20
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> Responses:
+def responses(tmp_path_factory: pytest.TempPathFactory) -> Responses:
     """40 views of random logits, wide enough for a softmax with a peak."""
     path = tmp_path_factory.mktemp("bench") / "cache"
     make(path, encodings=("dense",))
@@ -40,9 +40,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Responses:
 
 
 @pytest.fixture(scope="module")
-def report(answers: Responses) -> dict[str, Any]:
+def report(responses: Responses) -> dict[str, Any]:
     threads = torch.get_num_threads()
-    found = bench.bench_encodings(answers, device=CPU)
+    found = bench.bench_encodings(responses, device=CPU)
     assert torch.get_num_threads() == threads
     return found
 
@@ -52,7 +52,7 @@ def distribution(d: np.ndarray, g: np.ndarray, r: float, tau: float) -> np.ndarr
     return values / values.sum(1, keepdims=True)
 
 
-def restored_q8(answers: Responses) -> tuple[np.ndarray, np.ndarray]:
+def restored_q8(responses: Responses) -> tuple[np.ndarray, np.ndarray]:
     """Logits after rounding, by the definition in the format's page."""
 
     def rounded(x: np.ndarray) -> np.ndarray:
@@ -63,13 +63,13 @@ def restored_q8(answers: Responses) -> tuple[np.ndarray, np.ndarray]:
         low = flat.min(1).reshape(step.shape)
         return np.asarray(np.round((centred - low) / step) * step)
 
-    d, g = answers.spatial.float().numpy(), answers.global_.float().numpy()
+    d, g = responses.spatial.float().numpy(), responses.global_.float().numpy()
     return rounded(d).astype(np.float64), rounded(g).astype(np.float64)
 
 
-def test_divergences_are_numpys(answers: Responses, report: dict[str, Any]) -> None:
-    d, g = answers.spatial.double().numpy(), answers.global_.double().numpy()
-    near = restored_q8(answers)
+def test_divergences_are_numpys(responses: Responses, report: dict[str, Any]) -> None:
+    d, g = responses.spatial.double().numpy(), responses.global_.double().numpy()
+    near = restored_q8(responses)
     for tau in (1.0, 4.0):
         divergences = []
         for r in RATIOS:
@@ -95,9 +95,9 @@ def test_the_divergence_is_from_the_logits_to_the_approximation() -> None:
     assert float(bench._divergence(exact, found, 0.5, 2.0)) == pytest.approx(expected, rel=1e-4)
 
 
-def test_agreement_is_numpys(answers: Responses, report: dict[str, Any]) -> None:
-    d, g = answers.spatial.double().numpy(), answers.global_.double().numpy()
-    near = restored_q8(answers)
+def test_agreement_is_numpys(responses: Responses, report: dict[str, Any]) -> None:
+    d, g = responses.spatial.double().numpy(), responses.global_.double().numpy()
+    near = restored_q8(responses)
     same = [
         (distribution(d, g, r, 1.0).argmax(1) == distribution(*near, r, 1.0).argmax(1)).mean()
         for r in RATIOS
@@ -108,14 +108,14 @@ def test_agreement_is_numpys(answers: Responses, report: dict[str, Any]) -> None
 
 
 def test_the_gradients_cosine_is_that_of_their_closed_form(
-    answers: Responses, report: dict[str, Any]
+    responses: Responses, report: dict[str, Any]
 ) -> None:
     """The gradient of the soft loss of equal logits is proportional to 1/K - p."""
-    d, g = answers.spatial.double().numpy(), answers.global_.double().numpy()
-    near = restored_q8(answers)
+    d, g = responses.spatial.double().numpy(), responses.global_.double().numpy()
+    near = restored_q8(responses)
     cosines = []
     for r in RATIOS[::5]:
-        for start in range(0, len(answers), 32):
+        for start in range(0, len(responses), 32):
             part = slice(start, start + 32)
             a = (1 / CLASSES - distribution(d[part], g[part], r, 1.0)).ravel()
             b = (1 / CLASSES - distribution(near[0][part], near[1][part], r, 1.0)).ravel()
@@ -137,17 +137,17 @@ def test_exact_encodings_lose_nothing(report: dict[str, Any]) -> None:
 
 
 def test_bytes_are_those_of_files(
-    answers: Responses, report: dict[str, Any], tmp_path: Path
+    responses: Responses, report: dict[str, Any], tmp_path: Path
 ) -> None:
-    rows = {name: bench.encode(ENCODINGS[name], answers, CPU)[0] for name in ENCODINGS}
-    assert bench.store(tmp_path / "c", answers, rows) == len(answers)
+    rows = {name: bench.encode(ENCODINGS[name], responses, CPU)[0] for name in ENCODINGS}
+    assert bench.store(tmp_path / "c", responses, rows) == len(responses)
     files = tree(tmp_path / "c")
     for name in ENCODINGS:
         size = sum(
             len(data) for key, data in files.items() if key.startswith(f"{name}/") and "/c/" in key
         )
         found = report["encodings"][name]
-        assert found["bytes_per_view"] == pytest.approx(size / len(answers), abs=0.01)
+        assert found["bytes_per_view"] == pytest.approx(size / len(responses), abs=0.01)
         assert found["encode_ms"] > 0
         assert found["decode_ms"] > 0
     assert report["views"] == 40
@@ -157,12 +157,12 @@ def test_bytes_are_those_of_files(
 @pytest.mark.parametrize(
     ("length", "block", "used"), [(None, 1, 40), (10, 3, 30), (13, 1, 39), (50, 4, 40)]
 )
-def test_answers_are_stored_as_shards_of_such_a_length(
-    answers: Responses, tmp_path: Path, length: int | None, block: int, used: int
+def test_responses_are_stored_as_shards_of_such_a_length(
+    responses: Responses, tmp_path: Path, length: int | None, block: int, used: int
 ) -> None:
-    rows = {"envelope": bench.encode(ENCODINGS["envelope"], answers, CPU)[0]}
+    rows = {"envelope": bench.encode(ENCODINGS["envelope"], responses, CPU)[0]}
     path = tmp_path / "c"
-    assert bench.store(path, answers, rows, shard_length=length, view_block=block) == used
+    assert bench.store(path, responses, rows, shard_length=length, view_block=block) == used
     reader = open_cache(path)
     assert reader.views * sum(reader.counts) == used
     assert set(reader.counts) == {min(length or 40, 40)}
@@ -170,7 +170,7 @@ def test_answers_are_stored_as_shards_of_such_a_length(
     assert np.array_equal(first, rows["envelope"]["envelope/global_label"][: len(first)])
 
 
-def test_answers_from_a_cache_are_its_rows_of_finished_units(tmp_path: Path) -> None:
+def test_responses_from_a_cache_are_its_rows_of_finished_units(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest())
     fill(writer, writer.todo(shards=[2], views=range(2, 4)))
     reader = open_cache(tmp_path / "c")
@@ -194,7 +194,7 @@ def test_a_cache_without_logits_or_units_is_refused(tmp_path: Path) -> None:
         from_cache(tmp_path / "b", 3)
 
 
-def test_answers_of_a_teacher_are_those_of_its_dump(small: World, tmp_path: Path) -> None:
+def test_responses_of_a_teacher_are_those_of_its_dump(small: World, tmp_path: Path) -> None:
     """Without mixing a view is a function of its own seed alone, wherever its shard ends."""
     from cskd_pipeline.pipeline.dump import dump_teacher
 

@@ -33,7 +33,7 @@ SIZE = 32
 POLICY = ViewPolicy(size=SIZE)
 STUDENT = "deit_tiny_distilled_patch16_224"
 SMALL = "student.kwargs={patch_size=8, embed_dim=16, depth=1, num_heads=2}"
-TEACHER = "resnet10t"  # 1 x 1 places at 32 px
+TEACHER = "resnet10t"  # 1 x 1 locations at 32 px
 
 
 def small_recipe(*sets: str) -> TrainRecipe:
@@ -104,12 +104,12 @@ def test_every_side_trains_by_its_own_method_from_its_own_targets() -> None:
         assert (spatial > 0) == (name in ("cskd", "live"))
 
 
-def test_a_live_teacher_and_its_cached_answers_give_one_loss() -> None:
+def test_a_live_teacher_and_its_cached_logits_give_one_loss() -> None:
     teacher = load_teacher(TeacherSource(TEACHER, "random", 1000), size=SIZE, batch_size=8)
     runs = bench._runs(small_recipe(), POLICY, teacher.grid, teacher, torch.device("cpu"))
     batch = bench.synthetic_batch(POLICY, 8, teacher.grid)
-    answer = teacher.respond(normalise(assemble(batch, POLICY), teacher.mean, teacher.std))
-    cached = ENCODINGS["envelope"].encode(answer.spatial, answer.global_)
+    logits = teacher.respond(normalise(assemble(batch, POLICY), teacher.mean, teacher.std))
+    cached = ENCODINGS["envelope"].encode(logits.spatial, logits.global_)
     batch.targets.update(cached)
     for _ in range(3):
         one, other = (runs[name].step(iter([batch])) for name in ("cskd", "live"))
@@ -149,7 +149,7 @@ def test_views_targets_loss_and_gradients_read_nothing_back(method: str) -> None
 
 
 def test_the_dense_head_sees_pooled_tokens() -> None:
-    """16 patch tokens a view, 4 places: 4 rows a view go through the head for them."""
+    """16 patch tokens a view, 4 locations: 4 rows a view go through the head for them."""
     run = small_runs()["cskd"]
     rows = []
     model: Any = run.student.model

@@ -1,4 +1,4 @@
-"""Exported students answer as they did, without this package."""
+"""Exported students give the logits they did, without this package."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Exported:
     card: StudentCard
     images: torch.Tensor
 
-    def answer(self) -> torch.Tensor:
+    def trained_logits(self) -> torch.Tensor:
         """The student's own, as ``evaluate`` computes it."""
         return inference_logits(self.heads(), self.card.heads)
 
@@ -95,7 +95,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 # timm
 
 
-def test_timm_loads_the_folder_and_answers_as_its_own_model_does(exported: Exported) -> None:
+def test_timm_loads_the_folder_and_gives_the_logits_of_its_own_model(exported: Exported) -> None:
     model = timm.create_model(f"local-dir:{exported.folder}", pretrained=True).eval()
     assert type(model) is type(exported.student.model)
     student = exported.student
@@ -104,7 +104,7 @@ def test_timm_loads_the_folder_and_answers_as_its_own_model_does(exported: Expor
         assert torch.equal(model(images), student.model(images))
 
 
-def test_timm_prepares_pictures_as_evaluate_does(exported: Exported) -> None:
+def test_timm_prepares_images_as_evaluate_does(exported: Exported) -> None:
     model = timm.create_model(f"local-dir:{exported.folder}", pretrained=True)
     data = timm.data.resolve_data_config({}, model=model)
     shown = exported.student.preprocessing
@@ -116,7 +116,7 @@ def test_timm_prepares_pictures_as_evaluate_does(exported: Exported) -> None:
     assert (tuple(data["mean"]), tuple(data["std"])) == (shown.mean, shown.std)
 
 
-def test_the_cards_lines_give_the_answer_that_was_trained(exported: Exported) -> None:
+def test_the_cards_lines_give_the_logits_that_were_trained(exported: Exported) -> None:
     """The README's own code, on timm's model, with no help from this package."""
     readme = (exported.folder / "README.md").read_text()
     model = timm.create_model(f"local-dir:{exported.folder}", pretrained=True).eval()
@@ -132,8 +132,8 @@ def test_the_cards_lines_give_the_answer_that_was_trained(exported: Exported) ->
         else:
             assert f"```python\n{code}\n```" in readme
             exec(code, scope)
-            assert not torch.allclose(model(images), exported.answer(), atol=1e-3)
-    torch.testing.assert_close(scope["logits"], exported.answer(), atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(model(images), exported.trained_logits(), atol=1e-3)
+    torch.testing.assert_close(scope["logits"], exported.trained_logits(), atol=1e-5, rtol=1e-5)
 
 
 def test_the_usage_that_the_card_shows_runs(exported: Exported, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_an_exported_folder_is_a_student_again(exported: Exported, tmp_path: Pat
 # ONNX
 
 
-def onnx_answers(exported: Exported, count: int) -> dict[str, np.ndarray]:
+def onnx_logits(exported: Exported, count: int) -> dict[str, np.ndarray]:
     session = onnxruntime.InferenceSession(str(exported.folder / "model.onnx"))
     names = [output.name for output in session.get_outputs()]
     images = exported.images[:count].numpy()
@@ -186,16 +186,16 @@ def onnx_answers(exported: Exported, count: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_onnx_runtime_gives_the_students_answer(exported: Exported, count: int) -> None:
-    found = onnx_answers(exported, count)
-    answer = exported.answer()[:count].numpy()
+def test_onnx_runtime_gives_the_students_logits(exported: Exported, count: int) -> None:
+    found = onnx_logits(exported, count)
+    expected = exported.trained_logits()[:count].numpy()
     assert found["logits"].shape == (count, 5)
-    np.testing.assert_allclose(found["logits"], answer, atol=1e-4, rtol=0)
-    assert (found["logits"].argmax(1) == answer.argmax(1)).all()
+    np.testing.assert_allclose(found["logits"], expected, atol=1e-4, rtol=0)
+    assert (found["logits"].argmax(1) == expected.argmax(1)).all()
 
 
-def test_each_heads_logits_follow_the_answer(exported: Exported) -> None:
-    found = onnx_answers(exported, 3)
+def test_each_heads_logits_follow_their_mean(exported: Exported) -> None:
+    found = onnx_logits(exported, 3)
     assert list(found) == ["logits", *exported.card.heads]
     for name, logits in exported.heads().logits().items():
         if name in exported.card.heads:
