@@ -116,7 +116,7 @@ class Cache:
 
         Args:
             pairs: view number and sample key; n > 0.
-            encoding: ``auto``: see :meth:`best_encoding`.
+            encoding: ``auto``: the first of :meth:`serving`.
             kinds: of the losses that ``auto`` must serve: ``hard``, ``soft``.
 
         Returns:
@@ -129,26 +129,25 @@ class Cache:
         """
         import torch
 
-        chosen = self.best_encoding(kinds) if encoding == "auto" else encoding
-        if chosen not in self.encodings:
+        found = self.serving(kinds) if encoding == "auto" else [encoding]
+        if not found or found[0] not in self.encodings:
             raise CacheError(
                 "the cache has no such encoding",
                 where=self.path,
                 found=", ".join(self.encodings),
-                expected=f"one for {' and '.join(kinds)} losses" if chosen is None else chosen,
+                expected=found[0] if found else f"one for {' and '.join(kinds)} losses",
             )
         views = np.array([view for view, _ in pairs], np.int64)
         self.require_done(views=views.tolist(), shards=())
         index = np.column_stack([views, self.find([key for _, key in pairs])])
-        rows = self.gather(chosen, index)
+        rows = self.gather(found[0], index)
         tensors = {name: torch.from_numpy(values).to(device) for name, values in rows.items()}
-        return self.encodings[chosen].targets(tensors)
+        return self.encodings[found[0]].targets(tensors)
 
-    def best_encoding(
-        self, kinds: Collection[str] = ("hard",), temperature: float = 1.0
-    ) -> str | None:
-        """Return the smallest encoding that serves these losses exactly, else the closest one,
-        which is the largest; None where nothing serves them.
+    def serving(self, kinds: Collection[str], temperature: float = 1.0) -> list[str]:
+        """List the encodings that serve these losses, the best first.
+
+        That is the smallest exact one; of approximations, after them, the largest.
 
         Args:
             kinds: ``hard``, ``soft``.
@@ -160,10 +159,8 @@ class Cache:
             if set(kinds) <= set(encoding.serves)
             and ("soft" not in kinds or temperature >= encoding.min_temperature)
         }
-        exact = [name for name in sizes if self.encodings[name].exact]
-        if exact:
-            return min(exact, key=lambda name: sizes[name])
-        return max(sizes, key=lambda name: sizes[name], default=None)
+        exact = {name: self.encodings[name].exact for name in sizes}
+        return sorted(sizes, key=lambda n: (not exact[n], sizes[n] if exact[n] else -sizes[n]))
 
     def zarr(self) -> zarr.Group:
         """Return the cache as a zarr group, read-only, for a look around with zarr's own tools.

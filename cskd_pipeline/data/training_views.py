@@ -159,24 +159,16 @@ def open_views(
 
 
 def choose_encoding(cache: Cache, loss: DistillationLoss, name: str = "auto") -> str:
-    """Return the encoding ``name``; for ``auto`` the smallest exact one that serves the loss, else
-    the closest approximation, which is the largest.
+    """Return the encoding ``name``; for ``auto`` the best that serves the loss (``Cache.serving``).
 
     Raises:
         CacheError: the cache does not have it, or nothing that serves the loss.
     """
     kinds, tau = loss.kinds, loss.temperature
     wanted = set(kinds.values())
-    serving = {
-        one: sum(spec.row_bytes for spec in cache.specs(one))
-        for one, encoding in cache.encodings.items()
-        if wanted <= set(encoding.serves)
-        and ("soft" not in wanted or tau >= encoding.min_temperature)
-    }
+    serving = cache.serving(wanted, tau)
     if name == "auto" and serving:
-        exact = [one for one in serving if cache.encodings[one].exact]
-        size = serving.__getitem__
-        return min(exact, key=size) if exact else max(serving, key=size)
+        return serving[0]
     if name in serving:
         return name
     known = name == "auto" or name in cache.encodings

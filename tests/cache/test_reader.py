@@ -430,8 +430,8 @@ def test_targets_are_read_by_view_and_key(cache: Path) -> None:
     pairs = [(2, reader.keys(1)[2]), (0, reader.keys(0)[0]), (2, reader.keys(2)[1])]
     index = np.array([(2, 1, 2), (0, 0, 0), (2, 2, 1)])
     assert reader.find([key for _, key in pairs]).tolist() == index[:, 1:].tolist()
-    assert reader.best_encoding() == "envelope"
-    assert reader.best_encoding(("hard", "soft")) == "dense"
+    assert reader.serving(["hard"])[0] == "envelope"
+    assert reader.serving(["hard", "soft"]) == ["dense"]
     targets = reader.targets(pairs)
     lines = reader.gather("envelope", index)["envelope/lines"]
     assert targets.hard_spatial(0.0).tolist() == lines[:, 0, 0].tolist()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cskd_pipeline import Cache
 from cskd_pipeline.config import TrainRecipe, load_recipe
 from cskd_pipeline.data.training_views import choose_encoding
 from cskd_pipeline.distill.encodings import ENCODINGS
@@ -20,9 +22,11 @@ SHAPE = ResponseShape(1000, 7, 7)  # ImageNet's: at a few classes all encodings 
 
 def a_cache(names: list[str]) -> Any:
     encodings = {name: ENCODINGS[name] for name in names}
-    return SimpleNamespace(
+    cache: Any = SimpleNamespace(
         path=Path("cache"), encodings=encodings, specs=lambda name: ENCODINGS[name].arrays(SHAPE)
     )
+    cache.serving = partial(Cache.serving, cache)
+    return cache
 
 
 def chosen(names: list[str], sets: list[str]) -> str:
