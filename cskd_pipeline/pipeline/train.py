@@ -138,9 +138,9 @@ def _epoch(job: TrainJob, batches: Iterator[Batch], curves: RunLog, stop: Stop) 
             meter.advance()
             if run.update % settings.log_every == 0:
                 curves.scalars(run.update, _point(run, parts, ratio))
-            within = run.update % run.steps
+            within, every = run.update % run.steps, settings.checkpoint_every
             stopping = _stopping(run, stop)
-            if within and (stopping or _due(within, settings.checkpoint_every)):
+            if within and (stopping or (every and within % every == 0)):
                 _save(job)
                 if stopping:
                     raise KeyboardInterrupt
@@ -244,10 +244,6 @@ def _save(job: TrainJob) -> None:
         raise _diverged(job.run, "the weights are not finite", f"NaN or infinity in {found}")
     if job.run.ranks.first:
         save_state(Path(job.recipe.run.out) / STATE, state)
-
-
-def _due(within: int, every: int) -> bool:
-    return every > 0 and within % every == 0
 
 
 def _stopping(run: Run, stop: Stop) -> bool:

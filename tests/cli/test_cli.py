@@ -61,6 +61,7 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Replace:
         module = ModuleType(path)
         setattr(module, name, stand_in)
         module.printed = lambda report: iter(())  # type: ignore[attr-defined]  # no tables
+        module.EvalOptions = SimpleNamespace  # type: ignore[attr-defined]  # the options as given
         monkeypatch.setitem(sys.modules, path, module)
         monkeypatch.setattr(sys.modules.get(parent) or importlib.import_module(parent), last,
                             module, raising=False)  # fmt: skip
