@@ -80,10 +80,12 @@ class _UnitStream(IterableDataset[Batch | None]):
         self.renderer, self.units, self.batch_size = renderer, units, batch_size
 
     def items(self, unit: UnitViews) -> list[np.ndarray]:
+        """Cut a unit; see :func:`items_of`."""
         count = self.renderer.samples.counts[unit[0]]
         return items_of(unit, count, self.renderer.policy, self.batch_size)
 
     def batches(self, item: np.ndarray) -> int:
+        """Count the batches that an item makes."""
         return -(-len(item) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch | None]:

@@ -69,7 +69,7 @@ def test_a_full_batch_is_passed_on_at_once_and_not_copied() -> None:
         assert views.images.data_ptr() == asked[-1].images.data_ptr()
 
 
-def test_views_of_a_batch_have_their_own_seeds_and_the_larger_pictures_label(
+def test_views_of_a_batch_have_their_own_seeds_and_the_larger_images_label(
     dataset: Dataset,
 ) -> None:
     mixed = 0
