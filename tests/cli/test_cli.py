@@ -45,7 +45,11 @@ def commands() -> dict[str, Any]:
 
 @pytest.fixture
 def replace(monkeypatch: pytest.MonkeyPatch) -> Replace:
-    """Puts a recording stand-in for a function: ``replace("cache.info.describe", outcome)``."""
+    """Puts a recording stand-in for a function: ``replace("cache.info.describe", outcome)``.
+
+    The cache that ``cache info`` opens is its location alone.
+    """
+    monkeypatch.setattr("cskd_pipeline.cache.reader.open_cache", lambda location: location)
 
     def put(target: str, outcome: Any) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         path, _, name = f"cskd_pipeline.{target}".rpartition(".")
@@ -470,6 +474,8 @@ def describe(path):
     time.sleep(60)
 module.describe = describe
 sys.modules["cskd_pipeline.cache.info"] = module
+from cskd_pipeline.cache import reader
+reader.open_cache = str
 from cskd_pipeline.cli import main
 sys.exit(main(["cache", "info", "c", "--json"]))
 """
