@@ -36,18 +36,19 @@ class StoredArray:
     level: int = 3
 
     def key(self, *at: int) -> str:
-        """The file that holds the element ``at`` (missing trailing indices are 0)."""
+        """Return the file of the element ``at`` (missing trailing indices are 0)."""
         full = at + (0,) * (len(self.shape) - len(at))
         places = [str(i // n) for i, n in zip(full, self.file_shape, strict=True)]
         return f"{self.name}/c/{'/'.join(places)}"
 
     @cached_property
     def little(self) -> np.dtype:
-        """The data type as it is stored: little-endian."""
+        """Return the data type as it is stored: little-endian."""
         return np.dtype(self.dtype).newbyteorder("<")
 
     @property
     def chunks_per_file(self) -> tuple[int, ...]:
+        """Count the chunks of a file along each axis."""
         assert self.chunk_shape is not None
         return tuple(n // c for n, c in zip(self.file_shape, self.chunk_shape, strict=True))
 
@@ -60,7 +61,7 @@ class StoredArray:
 
     @property
     def least_bytes(self) -> int:
-        """Of a file: its shard index, or a zstd frame (RFC 8878) of one empty block."""
+        """Return the least bytes of a file: a shard index, or a zstd frame of one empty block."""
         return 13 if self.chunk_shape is None else 16 * math.prod(self.chunks_per_file) + 4
 
     def most_encoded(self, shape: tuple[int, ...]) -> int:
@@ -70,14 +71,14 @@ class StoredArray:
 
     @property
     def most_file_bytes(self) -> int:
-        """Of a file: all of its chunks, none of which compresses, and its shard index."""
+        """Return the most bytes of a file: no chunk compresses, and a shard index."""
         if self.chunk_shape is None:
             return self.most_encoded(self.file_shape)
         chunks = math.prod(self.chunks_per_file)
         return chunks * (self.most_encoded(self.chunk_shape) + 16) + 4
 
     def document(self) -> dict[str, Any]:
-        """``zarr.json``: core zarr v3 metadata."""
+        """Return its ``zarr.json``: core zarr v3 metadata."""
         bytes_codec: dict[str, Any] = {"name": "bytes"}
         if np.dtype(self.dtype).itemsize > 1:
             bytes_codec["configuration"] = {"endian": "little"}

@@ -48,7 +48,7 @@ class Folder:
         self.root, self.lists, self.at_once = root, True, 1
 
     def settled(self, identity: str, most: Callable[[str], int]) -> Folder:
-        """The same, now that it is known which cache's files these are.
+        """Return the same folder, now that it is known which cache's files these are.
 
         Args:
             most: the most bytes that a file may have, by its key.
@@ -56,7 +56,7 @@ class Folder:
         return self
 
     def where(self, key: str) -> Path | str:
-        """For messages."""
+        """Return where a file is, for messages."""
         return self.root / key
 
     def forget(self, key: str) -> bool:
@@ -64,7 +64,7 @@ class Folder:
         return False
 
     def read(self, key: str, limit: int) -> bytes:
-        """The whole file, of at most ``limit`` bytes."""
+        """Read the whole file, of at most ``limit`` bytes."""
         descriptor, size = self._open(key)
         try:
             if size > limit:
@@ -74,7 +74,7 @@ class Folder:
             os.close(descriptor)
 
     def read_part(self, key: str, start: int, length: int) -> bytes:
-        """``length`` bytes from ``start``; a negative start counts from the end."""
+        """Read ``length`` bytes from ``start``; a negative start counts from the end."""
         descriptor, size = self._open(key)
         try:
             return _pread(descriptor, start if start >= 0 else size + start, length)
@@ -91,7 +91,7 @@ class Folder:
                 raise DamageError(f"the file cannot be read: {error.strerror}") from error
 
     def length(self, key: str) -> int:
-        """Of the file, in bytes."""
+        """Return the length of the file in bytes."""
         descriptor, size = self._open(key)
         os.close(descriptor)
         return size
@@ -104,11 +104,11 @@ class Folder:
             return []
 
     def there(self, keys: Sequence[str]) -> list[bool]:
-        """Which of these files there are."""
+        """Say which of these files there are."""
         return [(self.root / key).is_file() for key in keys]
 
     def sizes(self) -> dict[str, int] | None:
-        """The length of every file, by key; None if nobody can tell."""
+        """Return the length of every file, by key; None where files are not listed."""
         found: dict[str, int] = {}
         seen: set[tuple[int, int]] = set()  # a link may lead back
         for folder, folders, names in os.walk(self.root, followlinks=True):
@@ -156,7 +156,7 @@ class ChunkReader:
         self._indices: BytesLRU[str, np.ndarray] = BytesLRU(index_bytes)
 
     def read(self, array: StoredArray, *at: int) -> np.ndarray | None:
-        """The chunk that holds the element ``at`` (missing trailing indices are 0).
+        """Read the chunk of the element ``at`` (missing trailing indices are 0).
 
         Returns:
             An array of the chunk's full shape, padding included; None for a chunk inside a shard
@@ -201,7 +201,7 @@ class ChunkReader:
 
 
 def encode_file(array: StoredArray, values: np.ndarray) -> bytes:
-    """One file of ``array``: ``values`` stand at its beginning in every axis, the rest is fill.
+    """Encode one file of ``array``: ``values`` at its beginning in every axis, fill beyond.
 
     Args:
         values: of the array's dtype; at most ``array.file_shape``.

@@ -48,15 +48,15 @@ def convert(
         views: only the first so many views.
         shards: only the tar shards from, up to and not including.
         device: where new encodings are made.
-        stopped: asked between units.
+        stopped: called between units; true ends the work there.
 
     Returns:
         What was written, and the new cache's sizes. ``units_missing`` counts units that the source
         does not have yet: run the same command again when it does.
 
     Raises:
-        CacheError: the source cannot serve an encoding, is damaged, or the target is of another
-            making; UsageError: views or shards that the source does not have.
+        CacheError: the source cannot serve an encoding, is damaged, or the target is another
+            cache; UsageError: views or shards that the source does not have.
         KeyboardInterrupt: stopped between units.
     """
     reader = open_cache(source)
@@ -126,7 +126,7 @@ def unit_data(
     shard: int,
     device: str | torch.device = "cpu",
 ) -> UnitData:
-    """The unit's arrays from the source, where the tar shard has the number ``shard``."""
+    """Read the unit from the source, where its tar shard has the number ``shard``."""
     count = reader.counts[shard]
     fill = {
         spec.name: spec.fill for name in writer.manifest.encodings for spec in writer.specs(name)
@@ -194,7 +194,7 @@ def _view_count(reader: Cache, views: int | None) -> int:
         raise UsageError(
             "the cache does not have so many views",
             where=reader.path,
-            found=f"{views} asked for",
+            found=f"{views}",
             expected=f"1 to {reader.views}",
         )
     return views or reader.views

@@ -36,7 +36,7 @@ class DurableFolder:
         self.digests[key] = hashlib.sha256(data).digest()
 
     def copy(self, source: Path, key: str) -> None:
-        """The same with the bytes of the file ``source``, whatever their length."""
+        """Replace the file, whole or not at all, by the bytes of the file ``source``."""
 
         def write(partial: Path) -> None:
             shutil.copyfile(source, partial)
@@ -58,7 +58,7 @@ class DurableFolder:
 
 
 def inside(root: Path, key: str) -> Path:
-    """The file ``key`` below ``root``, for writing.
+    """Return the file ``key`` below ``root``, for writing.
 
     A cache from elsewhere may have links for folders; what is written would land behind them.
 

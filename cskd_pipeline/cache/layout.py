@@ -82,7 +82,7 @@ def specs(manifest: CacheManifest) -> dict[str, ArraySpec]:
 def choose_view_block(
     views: int, largest_shard: int, encodings: Iterable[str], shape: ResponseShape
 ) -> int:
-    """The largest divisor of ``views``, up to 10, whose units take at most 1 GiB of memory.
+    """Return the largest divisor of ``views``, up to 10, whose units take at most 1 GiB of memory.
 
     Args:
         largest_shard: samples in the longest tar shard.
@@ -95,7 +95,7 @@ def choose_view_block(
 
 
 def stored_arrays(manifest: CacheManifest) -> dict[str, StoredArray]:
-    """Every array of the cache, by name.
+    """Return every array of the cache, by name.
 
     Raises:
         CacheError: an unknown encoding, or chunks larger than readers accept.
@@ -170,12 +170,12 @@ def files_in_unit(array: StoredArray, view_block: int) -> int:
 
 
 def round_up(length: int, step: int) -> int:
-    """The first multiple of ``step`` from ``length`` on."""
+    """Return the first multiple of ``step`` from ``length`` on."""
     return -(-length // step) * step
 
 
 def array_documents(manifest: CacheManifest) -> dict[str, bytes]:
-    """``zarr.json`` of every array and of the groups above it, without the cache's own; by key."""
+    """Return every ``zarr.json`` but the cache's own, of arrays and groups above them, by key."""
     arrays = stored_arrays(manifest)
     groups = {name.rpartition("/")[0] for name in arrays} - {""}
     found = {f"{name}/zarr.json": array.document() for name, array in arrays.items()}
@@ -184,7 +184,7 @@ def array_documents(manifest: CacheManifest) -> dict[str, bytes]:
 
 
 def manifest_document(manifest: CacheManifest) -> bytes:
-    """The cache's own ``zarr.json``: the manifest and its SHA-256 in the attribute ``cskd``.
+    """Return the cache's own ``zarr.json``: manifest and SHA-256 in the attribute ``cskd``.
 
     Raises:
         CacheError: larger than readers accept.
@@ -202,6 +202,7 @@ def manifest_document(manifest: CacheManifest) -> bytes:
 
 
 def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``zarr.json`` of a group."""
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
@@ -216,11 +217,12 @@ def group_problems(document: Any) -> list[str]:
 
 
 def to_bytes(document: Mapping[str, Any]) -> bytes:
+    """Write a document as JSON."""
     return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def parse_manifest(data: bytes, where: object) -> CacheManifest:
-    """The manifest in a cache's ``zarr.json``.
+    """Read the manifest in a cache's ``zarr.json``.
 
     Raises:
         CacheError: the group is no cache, or its manifest was altered.
@@ -283,14 +285,14 @@ def _refuse_version_1(content: Any, where: object) -> None:
 
 
 def key_matrix(keys: Sequence[str], array: StoredArray) -> np.ndarray:
-    """Keys as the array ``key`` stores them: (count, key_bytes) uint8, UTF-8 padded with zeros."""
+    """Return keys as the array ``key`` has them: (count, key_bytes) uint8, UTF-8, zeros behind."""
     width = array.shape[2]
     padded = b"".join(key.encode().ljust(width, b"\0") for key in keys)
     return np.frombuffer(padded, np.uint8).reshape(len(keys), width)
 
 
 def keys_of(matrix: np.ndarray) -> list[str]:
-    """The inverse of :func:`key_matrix`.
+    """Return the keys of a matrix of :func:`key_matrix`.
 
     Raises:
         ValueError: a key that is not UTF-8.

@@ -19,6 +19,7 @@ class BytesLRU(Generic[K, V]):
         self._items: OrderedDict[K, tuple[V, int]] = OrderedDict()
 
     def get(self, key: K) -> V | None:
+        """Return what is kept of ``key``, used now; None where nothing is."""
         item = self._items.get(key)
         if item is None:
             return None
@@ -26,10 +27,12 @@ class BytesLRU(Generic[K, V]):
         return item[0]
 
     def drop(self, key: K) -> None:
+        """Let go of ``key``."""
         _, size = self._items.pop(key, (None, 0))
         self.used -= size
 
     def put(self, key: K, value: V, size: int) -> None:
+        """Keep ``value``, of ``size`` bytes, and let go of what was not used for longest."""
         _, old = self._items.pop(key, (None, 0))
         self._items[key] = (value, size)
         self.used += size - old

@@ -26,12 +26,12 @@ from cskd_pipeline.views.policy import ViewPolicy
 DATASET_FORMAT, CACHE_FORMAT = 1, 2  # versions of the two documents
 MAX_UNITS = 10_000_000  # blocks of views times tar shards; ImageNet's paper recipe has 30,720
 
-# Versions that decide pixels or answers: a cache made half by one and half by another says so.
+# Versions that decide pixels or logits: a cache made half by one and half by another lists both.
 DECIDING_VERSIONS = ("pillow", "libjpeg_turbo", "simplejpeg", "torch", "timm")
 
 
 def keys_sha256(keys: Iterable[str]) -> str:
-    """SHA-256 (hex) of sample keys in order: each as UTF-8, each followed by one zero byte."""
+    """Return the SHA-256 (hex) of sample keys in order: each as UTF-8 and one zero byte."""
     digest = hashlib.sha256()
     for key in keys:
         digest.update(key.encode() + b"\0")
@@ -39,7 +39,7 @@ def keys_sha256(keys: Iterable[str]) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what makes a cache's bytes, without importing torch; absent ones are left out."""
+    """Return versions of the libraries that make a cache's bytes, without importing torch."""
     from PIL import features
 
     found = {"python": platform.python_version(), "machine": platform.machine()}
@@ -55,7 +55,7 @@ def library_versions() -> dict[str, str]:
 
 
 def utc_now() -> str:
-    """The time as the manifests write it: UTC, ISO 8601, whole seconds."""
+    """Return the time as the manifests write it: UTC, ISO 8601, whole seconds."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -76,7 +76,7 @@ class ShardInfo:
 
     @classmethod
     def of(cls, name: str, keys: Sequence[str], size: int, sha256: str) -> ShardInfo:
-        """The shard ``name`` of ``size`` bytes that holds samples with ``keys``."""
+        """Return the shard ``name`` of ``size`` bytes that holds samples with ``keys``."""
         longest = max(len(key.encode()) for key in keys)
         return cls(name, len(keys), size, sha256, keys_sha256(keys), longest)
 
@@ -95,7 +95,7 @@ class DatasetManifest:
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """Samples of each shard."""
+        """Count the samples of each shard."""
         return tuple(shard.count for shard in self.shards)
 
     @cached_property
@@ -105,6 +105,7 @@ class DatasetManifest:
 
     @property
     def samples(self) -> int:
+        """Count the samples of all shards."""
         return sum(self.counts)
 
     def classes(self, of: str, where: object) -> Classes:
@@ -112,6 +113,7 @@ class DatasetManifest:
         return Classes(of, where, self.num_classes, self.class_names)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the document."""
         return {
             "format": "cskd-dataset",
             "format_version": DATASET_FORMAT,
@@ -142,11 +144,17 @@ class DatasetManifest:
         )
 
     def save(self, path: Path) -> None:
+        """Write the document to a file, whole or not at all."""
         atomic.write_json(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> DatasetManifest:
-        """Raises: ManifestError (not JSON, too large, or does not fit), FileNotFoundError."""
+        """Read the document in a file.
+
+        Raises:
+            ManifestError: not JSON, too large, or does not fit.
+            FileNotFoundError: no such file.
+        """
         return cls.from_json(schemas.read(path), where=path)
 
 
@@ -202,14 +210,16 @@ class CacheManifest:
 
     @property
     def grid(self) -> tuple[int, int]:
+        """Return the (rows, columns) of the teacher's spatial response."""
         return self.teacher.grid
 
     @property
     def blocks(self) -> int:
-        """View blocks, ``views / view_block``."""
+        """Count the view blocks, ``views / view_block``."""
         return self.views // self.view_block
 
     def to_json(self) -> dict[str, Any]:
+        """Return the document."""
         teacher = asdict(self.teacher)
         for name in ("mean", "std", "grid"):
             teacher[name] = list(teacher[name])
@@ -270,7 +280,7 @@ class CacheManifest:
         )
 
     def digest(self) -> str:
-        """SHA-256 (hex) of :meth:`to_json` as canonical JSON: sorted keys, no spaces, ASCII."""
+        """Return the SHA-256 (hex) of the canonical JSON: sorted keys, no spaces, ASCII."""
         return schemas.sha256(self.to_json())
 
     def lineage(self) -> str:
@@ -290,7 +300,7 @@ class CacheManifest:
         return [f"{at}: {mine} and {theirs}" for at, mine, theirs in self.conflicts(other)]
 
     def conflicts(self, other: CacheManifest) -> list[tuple[str, Any, Any]]:
-        """The same as :meth:`differences`: the path of a value, its value here, and there."""
+        """Return :meth:`differences` in parts: the path of a value, its value here, and there."""
         mine, theirs = self._deciding(), other._deciding()
         for document in (mine, theirs):
             del document["dataset"]["class_names"]
@@ -307,7 +317,7 @@ class CacheManifest:
         return document
 
     def version_differences(self, versions: Mapping[str, str]) -> list[str]:
-        """Lines ``name: recorded, present`` for the versions that decide pixels or answers."""
+        """List ``name: recorded and present`` for the versions that decide pixels or logits."""
         known = [
             {name: recorded.get(name) for name in DECIDING_VERSIONS}
             for recorded in (self.versions, *self.other_versions)

@@ -45,11 +45,11 @@ def merge(
     """Make, or go on with, the cache ``target`` from the finished units of ``sources``.
 
     Args:
-        accept_versions: merge though library versions that decide pixels or answers differ; the
+        accept_versions: merge though library versions that decide pixels or logits differ; the
             manifest then lists all.
         guard: compares the class names; without, they must be the same. It keeps what was accepted,
             which the new cache does not say: it has the names of the first part that has some.
-        stopped: asked between units.
+        stopped: called between units; true ends the work there.
 
     Returns:
         What was copied and compared, and the new cache's sizes. ``units_missing`` counts units
@@ -57,7 +57,7 @@ def merge(
 
     Raises:
         CacheError: the sources do not belong together, a unit is not the same in two of them, or
-            one is damaged; the target is of another making.
+            one is damaged; the target is another cache.
         KeyboardInterrupt: stopped between units.
     """
     for source in sources:

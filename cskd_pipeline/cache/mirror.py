@@ -43,7 +43,7 @@ class Mirror:
 
     @classmethod
     def of(cls, name: str) -> Mirror:
-        """As the environment says.
+        """Return the copies of the cache ``name`` in the folder that the environment names.
 
         Raises:
             UsageError: a size that is none.
@@ -67,7 +67,7 @@ class Mirror:
         return cls(folder, name, limit)
 
     def find(self, key: str) -> Path | None:
-        """The copy, noted as used now; None if there is none."""
+        """Return the copy, noted as used now; None if there is none."""
         path = self.root / key
         try:
             if time.time() - path.stat().st_mtime > _FRESH:
@@ -77,6 +77,7 @@ class Mirror:
         return path
 
     def length(self, key: str) -> int | None:
+        """Return the length of the copy in bytes; None if there is none."""
         try:
             return (self.root / key).stat().st_size
         except FileNotFoundError:
@@ -101,6 +102,7 @@ class Mirror:
             self._make_room(path)
 
     def remove(self, key: str) -> None:
+        """Remove the copy, if there is one."""
         (self.root / key).unlink(missing_ok=True)
 
     def _make_room(self, added: Path) -> None:

@@ -40,12 +40,12 @@ class Part:
 
     @property
     def store(self) -> CacheStore:
-        """The cache's open folder."""
+        """Return the cache's open folder."""
         return self.reader.store
 
     @property
     def path(self) -> Path:
-        """The cache's folder."""
+        """Return the cache's folder."""
         return Path(self.reader.path)
 
     @property
@@ -67,6 +67,7 @@ class Part:
         return own is not None and bool(self.done[:, own].any())
 
     def array(self, name: str) -> StoredArray:
+        """Return the geometry of an array."""
         return self.store.arrays[name]
 
     def file(self, name: str, view: int | None, shard: int) -> Path:
@@ -75,24 +76,24 @@ class Part:
         return self.path / self.array(name).key(*((own,) if view is None else (view, own)))
 
     def keys_of_files(self, views: range, shard: int) -> Iterator[str]:
-        """The key of every per-view file of a unit."""
+        """Return the key of every per-view file of a unit."""
         block = views[0] // self.reader.manifest.view_block
         return (key for _, key in self.store.unit_files(block, self.shards[shard]))
 
     def shard_values(self, name: str, shard: int) -> np.ndarray:
-        """``key``, ``label`` or ``image_crc32`` of a tar shard of the whole."""
+        """Read ``key``, ``label`` or ``image_crc32`` of a tar shard of the whole."""
         own = self.shards[shard]
         block = int(self.done[:, own].argmax()) if self.done[:, own].any() else None
         return self.store.shard_chunk(name, own, block)
 
     def digests(self, block: int, shard: int) -> dict[str, bytes]:
-        """The SHA-256 of every file of a unit, its tar shard's too, by key."""
+        """Return the SHA-256 of every file of a unit, its tar shard's too, by key."""
         own = self.shards[shard]
         keys = (key for _, key in self.store.recorded_files(block, own))
         return dict(zip(keys, self.store.record(block, own).files, strict=True))
 
     def values(self, views: range, shard: int) -> Iterator[tuple[str, int, np.ndarray]]:
-        """Array, view and values of everything in a unit, view by view, every checksum looked at.
+        """Yield array, view and values of everything in a unit, every checksum compared.
 
         Raises:
             CacheError: something is missing or damaged.
@@ -109,7 +110,7 @@ class Part:
 
 
 def unite(readers: Sequence[Cache], guard: ClassGuard) -> tuple[CacheManifest, list[Part]]:
-    """The manifest of the whole, and its parts.
+    """Return the manifest of the whole, and its parts.
 
     The classes have the names of the first part that names them; ``guard`` compares the others'.
 
@@ -130,7 +131,7 @@ def unite(readers: Sequence[Cache], guard: ClassGuard) -> tuple[CacheManifest, l
         conflicts += [] if classes is None else [classes]
     if conflicts:
         raise CacheError(
-            "the caches cannot be merged: they are not of one making",
+            "the caches cannot be merged: they do not belong together",
             where=", ".join(str(reader.path) for reader in readers),
             expected="the same data, teacher, policy, root seed, encodings and view block",
             action="leave out the caches that do not belong to the others",

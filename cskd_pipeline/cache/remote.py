@@ -57,11 +57,12 @@ T = TypeVar("T")
 
 
 def is_remote(location: object) -> bool:
+    """Say that ``location`` is a URL."""
     return "://" in str(location)
 
 
 def require_local(path: Path | str, problem: str, action: str) -> Path:
-    """Raises: UsageError, a URL, also one that a path made ``https:/`` of."""
+    """Return the folder; refuse a URL (UsageError), also one that a path made ``https:/`` of."""
     if re.match("[a-z][a-z0-9]+:/", str(path)):
         raise UsageError(
             problem,
@@ -74,7 +75,7 @@ def require_local(path: Path | str, problem: str, action: str) -> Path:
 
 
 def open_folder(location: Path | str) -> Folder:
-    """The files of a cache, on this machine or elsewhere.
+    """Open the files of a cache, on this machine or elsewhere.
 
     Raises:
         UsageError: a URL of another kind, or with more in it than a place.
@@ -112,12 +113,15 @@ class RemoteFolder(Folder):
         self.at_once = CONNECTIONS
 
     def settled(self, identity: str, most: Callable[[str], int]) -> Folder:
+        """Return the folder with copies of the cache ``identity``."""
         return RemoteFolder(self.url, Mirror.of(f"{self.url} {identity}"), most)
 
     def where(self, key: str) -> str:
+        """Return the file's URL."""
         return f"{self.url}/{key}"
 
     def read(self, key: str, limit: int) -> bytes:
+        """Read the whole file, of at most ``limit`` bytes; documents always from the server."""
         if self._mirror is not None and not key.endswith("zarr.json"):
             return super().read(key, limit)
         file = io.BytesIO()
@@ -125,10 +129,13 @@ class RemoteFolder(Folder):
         return file.getvalue()
 
     def length(self, key: str) -> int:
+        """Return the length of the copy, or, without one, of the server's file."""
         kept = None if self._mirror is None else self._mirror.length(key)
         return self._insisting(key, lambda pace: self._length(key, pace)) if kept is None else kept
 
     def names(self, key: str) -> list[str]:
+        """List what the folder ``key`` of an object store holds."""
+
         def request() -> list[str]:
             fs = self._fs()
             fs.invalidate_cache()
@@ -140,7 +147,7 @@ class RemoteFolder(Folder):
             return []
 
     def there(self, keys: Sequence[str]) -> list[bool]:
-        """Requests each; what was there once is not requested again."""
+        """Request each file; what was there once is not requested again."""
         found = []
         with (
             progress(len(keys), "units", "asking which are finished") as meter,
@@ -152,6 +159,7 @@ class RemoteFolder(Folder):
         return found
 
     def sizes(self) -> dict[str, int] | None:
+        """Return the length of every file of an object store; None of a web server."""
         if not self.lists:
             return None
 
@@ -163,7 +171,7 @@ class RemoteFolder(Folder):
         return self._insisting("", lambda pace: transfers.within(pace, request))
 
     def forget(self, key: str) -> bool:
-        """Once for each file: a server whose file is damaged would be requested forever."""
+        """Remove the copy; True once for each file: a damaged one is not requested for ever."""
         first = key not in self._forgotten
         self._forgotten.add(key)
         if self._mirror is not None:
@@ -295,7 +303,7 @@ class RemoteFolder(Folder):
         return RemoteError(
             "the cache may not be read",
             where=self.where(key),
-            found=_told(error),
+            found=_one_line(error),
             action="look whether the URL is right: some stores respond so for what is not there; "
             "log in as the store's own tools want it (a token, a profile, ~/.netrc)"
             + ("; for an open bucket set FSSPEC_S3_ANON=true" if self.scheme == "s3" else ""),
@@ -305,7 +313,7 @@ class RemoteFolder(Folder):
         return RemoteError(
             "the cache cannot be reached",
             where=self.where(key),
-            found=f"{_told(error)}, {TRIES} times",
+            found=f"{_one_line(error)}, {TRIES} times",
             action="run the same command again later: what arrived is kept; or copy the cache's "
             "folder to this machine",
         )
@@ -377,7 +385,7 @@ def _status(error: Exception) -> int | None:
     return status if isinstance(status, int) else None
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """On one line: of what is no HTTP, aiohttp quotes all."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

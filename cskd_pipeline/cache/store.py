@@ -24,10 +24,10 @@ from cskd_pipeline.runtime import schemas
 T = TypeVar("T")
 V = TypeVar("V")
 
-FINISH = "run the dump-teacher command that made it again: it makes what is missing"
+FINISH = "run its dump-teacher command once more: it makes what is missing"
 RESTORE = (
     "copy this file again from where the cache came from, or delete its unit's file in digest/ and "
-    "run the dump-teacher command that made it again"
+    "run its dump-teacher command once more"
 )
 
 
@@ -93,7 +93,7 @@ class CacheStore:
                 "the cache's arrays are not what its manifest says",
                 where=self.path,
                 action=(
-                    "run the dump-teacher command that made it again if it was cut off while it "
+                    "run its dump-teacher command once more if it was cut off while it "
                     "started; else copy these files again from where the cache came from"
                 ),
                 problems=problems,
@@ -119,7 +119,7 @@ class CacheStore:
         return [f"{key}: {line}" for line in lines]
 
     def done(self) -> np.ndarray:
-        """(blocks, shards) bool, from the names of the records: 30,000 in 30 ms.
+        """Return the finished units, (blocks, shards) bool, by records' names: 30,000 in 30 ms.
 
         Where files are not listed, each is requested.
         """
@@ -169,7 +169,7 @@ class CacheStore:
         return record
 
     def chunk(self, name: str, view: int, shard: int, *at: int) -> np.ndarray:
-        """The chunk that holds these indices, at its full shape.
+        """Read the chunk that holds these indices, at its full shape.
 
         Raises:
             CacheError: it is missing, damaged, or not what the unit's record says; names array,
@@ -182,7 +182,7 @@ class CacheStore:
         return chunk
 
     def chunk_if_written(self, name: str, view: int, shard: int, *at: int) -> np.ndarray | None:
-        """Like :meth:`chunk`; None where a chunk inside a file is all fill."""
+        """Read a chunk as :meth:`chunk` does; None where one inside a file is all fill."""
         array, block = self.arrays[name], view // self.manifest.view_block
 
         def read() -> np.ndarray | None:
@@ -194,7 +194,7 @@ class CacheStore:
             return self._once_more(read, array.key(view, shard), self.record_key(block, shard))
 
     def shard_chunk(self, name: str, shard: int, block: int | None) -> np.ndarray:
-        """``key``, ``label`` or ``image_crc32`` of a tar shard: (count, ...).
+        """Read ``key``, ``label`` or ``image_crc32`` of a tar shard: (count, ...).
 
         Args:
             block: of a finished unit of the tar shard, whose record says what the file is; None
@@ -250,7 +250,7 @@ class CacheStore:
         return self._folder.sha256(key)
 
     def length(self, key: str) -> int:
-        """Of a file, in bytes.
+        """Return the length of a file in bytes.
 
         Raises:
             DamageError: there is none, or it is no plain file.
@@ -258,7 +258,7 @@ class CacheStore:
         return self._folder.length(key)
 
     def each(self, look: Callable[[T], V], items: Iterable[T]) -> Iterator[V]:
-        """``look`` at each of ``items``, in their order; several at a time where files are far."""
+        """Yield ``look(item)`` for each item, in order; several at a time where files are far."""
         if self._folder.at_once == 1:
             yield from map(look, items)
             return
@@ -266,11 +266,11 @@ class CacheStore:
             yield from pool.map(look, items)
 
     def sizes(self) -> dict[str, int] | None:
-        """The length in bytes of every file there is, by key; None where nobody can tell."""
+        """Return the length in bytes of every file, by key; None where files are not listed."""
         return self._folder.sizes()
 
     def unit_files(self, block: int, shard: int) -> Iterator[tuple[str, str]]:
-        """Array and key of every per-view file of a unit, without its record."""
+        """Yield array and key of every per-view file of a unit, without its record."""
         first = block * self.manifest.view_block
         for name, array in self.arrays.items():
             if name not in (*layout.PER_SHARD, layout.RECORD):
@@ -278,12 +278,13 @@ class CacheStore:
                     yield name, array.key(view, shard)
 
     def recorded_files(self, block: int, shard: int) -> Iterator[tuple[str, str]]:
-        """Array and key of every file in a unit's record: its tar shard's, then its own."""
+        """Yield array and key of every file in a unit's record: its tar shard's, then its own."""
         for name in layout.PER_SHARD:
             yield name, self.arrays[name].key(shard)
         yield from self.unit_files(block, shard)
 
     def unit_name(self, block: int, shard: int) -> str:
+        """Return views and tar shard of a unit, for messages."""
         size = self.manifest.view_block
         name = self.manifest.dataset.shards[shard].name
         return f"views {block * size}-{(block + 1) * size - 1} of shard {shard} ({name})"

@@ -13,7 +13,7 @@ Info = Mapping[str, Any]
 
 
 def summarise(info: Info) -> dict[str, Any]:
-    """One line for each question a newcomer asks, by its name."""
+    """Return one line for each question about a cache, by its name."""
     teacher, data = info["teacher"], info["dataset"]
     height, width = teacher["grid"]
     found = {
@@ -53,7 +53,7 @@ def summarise(info: Info) -> dict[str, Any]:
 
 
 def size(count: float) -> str:
-    """``345 MB``, ``12.3 GB``; powers of 1,000."""
+    """Return ``345 MB``, ``12.3 GB``; powers of 1,000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -114,6 +114,7 @@ class HttpResponse:
     _read: Callable[[int], Coroutine[Any, Any, bytes]]
 
     def pieces(self, pace: Pace) -> Iterator[bytes]:
+        """Yield the body in pieces of bounded size."""
         while piece := _run(self._read, PIECE, pace=pace):
             yield piece
 
@@ -122,7 +123,7 @@ class HttpResponse:
 def from_web(
     url: str, start: int, where: str, pace: Pace, login: dict[str, str] | None = None
 ) -> Iterator[HttpResponse]:
-    """Ask a web server for a file, from byte ``start`` on.
+    """Request a file of a web server, from byte ``start`` on.
 
     Args:
         where: names the file in errors; ``url`` may hold a secret.
@@ -146,7 +147,7 @@ def from_web(
 
 @contextmanager
 def from_s3(fs: Any, path: str, start: int, where: str, pace: Pace) -> Iterator[HttpResponse]:
-    """The same, of an object store that s3fs speaks to."""
+    """Request a file of an object store that s3fs speaks to, from byte ``start`` on."""
     bucket, key, _ = fs.split_path(path)
     range_ = {"Range": f"bytes={start}-"} if start else {}
     found = within(pace, lambda: fs.call_s3("get_object", Bucket=bucket, Key=key, **range_))

@@ -56,12 +56,12 @@ class CacheWriter:
         accept_versions: bool = False,
         guard: ClassGuard | None = None,
     ) -> CacheWriter:
-        """Make a cache, or go on with the one that is there if it is of the same making.
+        """Make a cache, or go on with the one that is there if it is the same.
 
         It may have another number of views than ``manifest``: see :meth:`extend`.
 
         Args:
-            accept_versions: go on though library versions that decide pixels or answers differ
+            accept_versions: go on though library versions that decide pixels or logits differ
                 from those recorded; the manifest then lists both.
             guard: compares the class names; without, they must be the same.
 
@@ -297,15 +297,15 @@ class CacheWriter:
         differences = self.manifest.differences(manifest)
         classes = guard.conflict(
             self.manifest.dataset.classes("the cache", self.path),
-            manifest.dataset.classes("what was asked for", self.path),
+            manifest.dataset.classes("this one", self.path),
         )
         if classes is not None:
             differences.append(classes)
         if differences:
             raise CacheError(
-                "the folder holds a cache of another making (what it records, what was asked for)",
+                "the folder holds another cache (what it records, what this one would)",
                 where=self.path,
-                action="choose another folder, or ask for what this cache holds",
+                action="choose another folder, or the same data, teacher, views and encodings",
                 problems=differences,
             )
 

@@ -44,12 +44,12 @@ class Join:
     reasons: Mapping[str, Offsets] = field(default_factory=dict)
 
     def there(self) -> np.ndarray:
-        """(n, 2) int64 shard and offset of the samples that the user has."""
+        """Return (n, 2) int64 shard and offset of the samples that the user has."""
         every = self._every()
         return every[self.images.locate(every)[0] != NOWHERE]
 
     def usable(self) -> np.ndarray:
-        """(n, 2) int64 shard and offset of the samples that are allowed."""
+        """Return (n, 2) int64 shard and offset of the samples that are allowed."""
         every = self._every()
         return every if self.allowed is None else every[np.concatenate(self.allowed)]
 
@@ -60,7 +60,7 @@ class Join:
         return np.stack([shard, offset], axis=1)
 
     def without(self, offsets: Offsets, reason: str) -> Join:
-        """The same without these samples, which the user has.
+        """Return the join without these samples, which the user has.
 
         Raises:
             JoinError: nothing would be left.
@@ -87,7 +87,7 @@ class Join:
         return sum(map(len, self.reasons.get(reason, {}).values()))
 
     def left_out(self) -> Iterator[LeftOut]:
-        """Every sample of the cache that is not allowed, in the cache's order."""
+        """Yield every sample of the cache that is not allowed, in the cache's order."""
         cache = self.images.cache
         assert cache is not None
         why = {
@@ -187,6 +187,7 @@ def join_to_look(
 
 
 def classes_of(cache: Cache) -> Classes:
+    """Return the classes of a cache, for a comparison."""
     return cache.manifest.dataset.classes("the cache", cache.path)
 
 

@@ -186,7 +186,7 @@ def test_a_cache_is_not_converted_into_itself(source: Path, tmp_path: Path) -> N
 def test_a_target_of_another_making_is_refused(source: Path, tmp_path: Path) -> None:
     make(tmp_path / "c", encodings=("envelope",), root_seed=8)
     before = tree(tmp_path / "c")
-    with pytest.raises(CacheError, match="another making") as caught:
+    with pytest.raises(CacheError, match="another cache") as caught:
         converted(source, tmp_path / "c", "envelope")
     assert any("root_seed" in problem for problem in caught.value.problems)
     assert tree(tmp_path / "c") == before

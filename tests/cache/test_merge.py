@@ -186,7 +186,7 @@ def test_slices_of_another_data_set_are_refused(tmp_path: Path, field: str) -> N
         slice_of(tmp_path / "a", slice(0, 1)),
         slice_of(tmp_path / "b", slice(1, 3), dataset=replace(dataset(), **{field: other})),
     ]
-    with pytest.raises(CacheError, match="not of one making") as caught:
+    with pytest.raises(CacheError, match="do not belong together") as caught:
         merged(tmp_path / "out", *parts)
     [line] = caught.value.problems
     assert line.startswith(f"dataset.{field}: ")
@@ -201,7 +201,7 @@ def test_classes_in_another_order_are_refused_unless_accepted(tmp_path: Path) ->
         part(tmp_path / str(n), [unit], dataset=replace(dataset(), class_names=own))
         for n, (unit, own) in enumerate(zip(UNITS, (None, names, names[::-1]), strict=False))
     ]
-    with pytest.raises(CacheError, match="not of one making") as caught:
+    with pytest.raises(CacheError, match="do not belong together") as caught:
         merged(tmp_path / "out", *parts, guard=ClassGuard())
     [line] = caught.value.problems
     assert line.startswith(f"dataset.class_names: the same {CLASSES} names in another order (class")
@@ -222,7 +222,7 @@ def test_a_target_whose_classes_have_another_order_is_refused(tmp_path: Path) ->
     assert names is not None
     turned = replace(dataset(), class_names=names[::-1])
     a, out = part(tmp_path / "a", UNITS[:1]), part(tmp_path / "out", [], dataset=turned)
-    with pytest.raises(CacheError, match="of another making") as caught:
+    with pytest.raises(CacheError, match="holds another cache") as caught:
         merged(out, a)
     assert "dataset.class_names: the same" in caught.value.problems[0]
 
@@ -261,7 +261,7 @@ def test_caches_of_another_making_are_refused_with_both_sides_named(
     tmp_path: Path, changes: dict[str, Any], at: str
 ) -> None:
     a, b = part(tmp_path / "a", []), part(tmp_path / "b", [], **changes)
-    with pytest.raises(CacheError, match="not of one making") as caught:
+    with pytest.raises(CacheError, match="do not belong together") as caught:
         merged(tmp_path / "out", a, b)
     [line] = caught.value.problems
     assert line.startswith(f"{at}: ")
@@ -280,7 +280,7 @@ def test_other_tar_shards_of_the_same_names_are_refused(
     shards[1] = replace(shards[1], **{field: value})
     other = replace(dataset(), shards=tuple(shards))
     a, b = part(tmp_path / "a", []), part(tmp_path / "b", [], dataset=other)
-    with pytest.raises(CacheError, match="not of one making") as caught:
+    with pytest.raises(CacheError, match="do not belong together") as caught:
         merged(tmp_path / "out", a, b)
     [line] = caught.value.problems
     assert line.startswith(f"tar shard train-0001.tar: {field}: ")
@@ -289,7 +289,7 @@ def test_other_tar_shards_of_the_same_names_are_refused(
 
 def test_a_target_of_another_making_is_refused(tmp_path: Path) -> None:
     a, out = part(tmp_path / "a", UNITS[:1]), part(tmp_path / "out", [], root_seed=8)
-    with pytest.raises(CacheError, match="of another making") as caught:
+    with pytest.raises(CacheError, match="holds another cache") as caught:
         merged(out, a)
     assert caught.value.problems == ["root_seed: 8 and 7"]
 
