@@ -121,7 +121,11 @@ class CachedLoader:
         if self._stream is None:
             self._stream = self.batches()
         while self._next < end:
-            batch = next(self._stream).to(self.device)
+            try:
+                batch = next(self._stream).to(self.device)
+            except Exception:
+                self._stream = None  # the next iteration begins at the batch that failed
+                raise
             targets = self.views.targets(batch)
             yield CachedBatch(*self.inputs(batch), batch.label, targets)
 

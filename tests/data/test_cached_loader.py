@@ -16,7 +16,7 @@ from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.training_views import TrainingViews, open_views
 from cskd_pipeline.distill.losses import DistillationLoss, mixed_targets
 from cskd_pipeline.distill.targets import LogitTargets
-from cskd_pipeline.errors import CacheError, JoinError, UsageError
+from cskd_pipeline.errors import CacheError, DataError, JoinError, UsageError
 from tests.data.making import POLICY, make_cache
 from tests.pictures import samples, write_shard
 
@@ -88,6 +88,25 @@ def test_a_loader_goes_on_in_the_middle_of_an_epoch(views: TrainingViews, worker
         left = [*resumed, *(resumed if done < len(whole) else ())]
         assert len(left) == len(every) - done
         assert all(same(a, b) for a, b in zip(left, every[done:], strict=True))
+
+
+def test_after_an_error_the_next_iteration_begins_at_the_batch_that_failed(
+    views: TrainingViews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader, every = loader_of(views), list(loader_of(views))
+    read = TrainingViews.__getitem__
+
+    def failing(self: TrainingViews, rows: Any) -> Any:
+        if (rows == loader.rows(1)).all():
+            raise DataError("gone")
+        return read(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingViews, "__getitem__", failing)
+        for _ in range(2):
+            with pytest.raises(DataError, match="gone"):
+                list(loader)
+    assert all(same(a, b) for a, b in zip(loader, every[1:], strict=True))
 
 
 def test_a_state_of_another_order_is_refused(views: TrainingViews) -> None:
