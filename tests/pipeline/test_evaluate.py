@@ -13,27 +13,27 @@ from cskd_pipeline.errors import DataError
 from cskd_pipeline.models.student import Heads
 from cskd_pipeline.pipeline.evaluate import Metrics, measure
 
-CPU = torch.device("cpu")
 K = 7
 
 
-class Told(torch.nn.Module):
+class Scripted(torch.nn.Module):
     """Gives the logits it was made with, and keeps the images it was shown."""
 
     mean, std = (0.1, 0.4, 0.7), (0.5, 0.25, 2.0)
 
     def __init__(self, *batches: Heads) -> None:
         super().__init__()
-        self.answers = iter(batches)
+        self.outputs = iter(batches)
+        self.weight = torch.nn.Parameter(torch.zeros(1))  # says on which device it is
         self.shown: list[Tensor] = []
 
     def forward(self, images: Tensor, grid: Any = None) -> Heads:
         self.shown.append(images)
-        return next(self.answers)
+        return next(self.outputs)
 
 
 def measured(student: Any, batches: list[EvalBatch], heads: tuple[str, ...]) -> Metrics:
-    return measure(student, batches, heads=heads, grid=(2, 2), device=CPU)
+    return measure(student, batches, heads, (2, 2))
 
 
 def batch_of(labels: list[int]) -> EvalBatch:
@@ -52,7 +52,7 @@ def ranked(*orders: str) -> Tensor:
 
 def test_a_student_sees_pixels_less_its_mean_in_units_of_its_deviation() -> None:
     batch = batch_of([0, 1])
-    student = Told(Heads(torch.rand(2, K)))
+    student = Scripted(Heads(torch.rand(2, K)))
     measured(student, [batch], ("cls",))
     for channel in range(3):
         pixels = batch.pixels[..., channel].float() / 255
@@ -70,7 +70,7 @@ def test_each_trained_head_is_measured_and_the_mean_of_their_logits() -> None:
     labels = [[0, 5, 6], [0]]
 
     def top(names: tuple[str, ...]) -> dict[str, tuple[float, float]]:
-        found = measured(Told(heads, short), [batch_of(one) for one in labels], names)
+        found = measured(Scripted(heads, short), [batch_of(one) for one in labels], names)
         return {name: (value["top1"], value["top5"]) for name, value in found.items()}
 
     alone = {"cls": (100.0, 100.0), "dist": (25.0, 75.0), "dense": (75.0, 75.0)}
@@ -83,4 +83,4 @@ def test_each_trained_head_is_measured_and_the_mean_of_their_logits() -> None:
 
 def test_no_samples_are_refused() -> None:
     with pytest.raises(DataError, match="no samples"):
-        measured(Told(), [], ("cls",))
+        measured(Scripted(), [], ("cls",))
