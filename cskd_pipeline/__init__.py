@@ -34,6 +34,13 @@ above it.
     (``plan``), ``verify``, ``report`` (pages and plots), ``export``, ``study``, ``demo``.
 11. **cli** -- thin typer commands.
 
+As a library: the names of ``PUBLIC`` below, each from the room that it belongs to. ``docs/api.md``
+has them with their docstrings, ``docs/examples`` the loops that use them::
+
+    cache = cskd_pipeline.open_cache("cache")
+    targets = cache.targets([(0, key) for key in cache.keys(0)])
+    targets.hard_spatial(r=0.5)                             # (n, h, w) int64
+
 ``tests/test_structure.py`` holds the direction of the imports.
 """
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,8 +20,7 @@ from cskd_pipeline.distill.targets import LogitTargets
 from cskd_pipeline.pipeline.dump import dump_teacher
 from cskd_pipeline.tools.demo_images import write_digit_folders
 from cskd_pipeline.tools.make_shards import make_shards
-
-EXAMPLE = Path(__file__).parents[2] / "docs/examples/webdataset_map.py"
+from tests.examples.conftest import EXAMPLES
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +40,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def example() -> Any:
-    spec = importlib.util.spec_from_file_location("webdataset_map", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_every_sample_comes_with_its_view_and_targets(root: Path, example: Any) -> None:
+def test_every_sample_comes_with_its_view_and_targets(
+    root: Path, example: Callable[[str], ModuleType]
+) -> None:
     """In two loader processes, against the cache's own order."""
     cache = open_cache(root / "cache")
-    data = example.batches(f"{root}/shards/*.tar", cache, 1, batch_size=16)
+    data = example("webdataset_map").batches(f"{root}/shards/*.tar", cache, 1, batch_size=16)
     found = list(WebLoader(data, batch_size=None, num_workers=2))
     assert sum(len(labels) for _, labels, _ in found) == 96
     labels = {
@@ -126,7 +117,12 @@ def test_mixed_views_need_the_loader(root: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_example_runs_as_a_script(root: Path) -> None:
-    command = [sys.executable, str(EXAMPLE), f"{root}/shards/*.tar", str(root / "cache")]
+    command = [
+        sys.executable,
+        str(EXAMPLES / "webdataset_map.py"),
+        f"{root}/shards/*.tar",
+        str(root / "cache"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "2 views of 96 samples" in done.stdout
