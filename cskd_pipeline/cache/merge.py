@@ -157,7 +157,7 @@ def _compare_shard(caches: Sequence[Part], shard: int) -> None:
     for other in begun[1:]:
         for name in ("label", "image_crc32"):
             values = (cache.shard_values(name, shard) for cache in (begun[0], other))
-            _require_equal(begun[0], other, name, None, shard, *values)
+            _require_equal(begun[0], other, name, (None, shard), *values)
 
 
 def _compare_unit(one: Part, other: Part, unit: Unit) -> None:
@@ -167,7 +167,7 @@ def _compare_unit(one: Part, other: Part, unit: Unit) -> None:
         one.values(unit.views, unit.shard), other.values(unit.views, unit.shard), strict=True
     )
     for (name, view, mine), (_, _, theirs) in pairs:
-        _require_equal(one, other, name, view, unit.shard, mine, theirs)
+        _require_equal(one, other, name, (view, unit.shard), mine, theirs)
 
 
 def _same_files(one: Part, other: Part, unit: Unit) -> bool:
@@ -194,12 +194,12 @@ def _require_equal(
     one: Part,
     other: Part,
     name: str,
-    view: int | None,
-    shard: int,
+    at: tuple[int | None, int],
     mine: np.ndarray,
     theirs: np.ndarray,
 ) -> None:
-    """Bit for bit."""
+    """Refuse values of an array ``at`` a view (None: of all) and tar shard that differ in a bit."""
+    view, shard = at
     if mine.shape == theirs.shape and mine.tobytes() == theirs.tobytes():
         return
     manifest = one.reader.manifest
@@ -266,7 +266,7 @@ def _copy_shard(
                 _copy(folder, result.array(name).key(shard), part, source, digests)
             elif name != "key":
                 mine, theirs = (cache.shard_values(name, shard) for cache in (result, part))
-                _require_equal(result, part, name, None, shard, mine, theirs)
+                _require_equal(result, part, name, (None, shard), mine, theirs)
 
 
 def _copy(

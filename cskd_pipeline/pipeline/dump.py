@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cskd_pipeline import open_cache
 from cskd_pipeline.cache.info import describe as describe_cache
 from cskd_pipeline.cache.manifest import TeacherInfo
-from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.summary import size
 from cskd_pipeline.config import DumpRecipe
 from cskd_pipeline.data.assemble import normalise
