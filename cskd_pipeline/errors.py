@@ -1,6 +1,6 @@
 """The exception tree, worded for the person who must act.
 
-CskdError                exit code 1 unless said otherwise
+CskdError                exit code 1 unless stated
 |-- UsageError           the call contradicts itself (exit code 2)
 |-- RecipeError          a recipe's key or value
 |-- ManifestError        a data set's or cache's description of itself; carries every problem
@@ -15,7 +15,7 @@ CskdError                exit code 1 unless said otherwise
 |-- WeightsError         a checkpoint or teacher file that cannot be loaded safely
 |-- TeacherError         a model that cannot give spatial logits
 |-- StudentError         a model that cannot take them
-|-- TrainingError        a run that cannot go on: a loss that is not finite
+|-- TrainingError        a run that cannot continue: a loss that is not finite
 |-- RunError             a folder that is no training run's
 |-- RankError            a job of several processes that have lost each other
 |-- OutputError          a folder that holds something else, a full disk
@@ -163,7 +163,7 @@ class StudentError(CskdError):
 
 
 class TrainingError(CskdError):
-    """A run that cannot go on."""
+    """A run that cannot continue."""
 
 
 class RunError(CskdError):
@@ -183,15 +183,15 @@ class MissingPackageError(CskdError):
 
 
 class Interrupted(CskdError):
-    """Ctrl-C; ``action`` says how to go on."""
+    """Ctrl-C; ``action`` says how to continue."""
 
     exit_code = 130
 
 
 class Preempted(CskdError):
-    """SIGTERM, SIGHUP or SIGUSR1, as schedulers send them; ``action`` says how to go on.
+    """SIGTERM, SIGHUP or SIGUSR1, as schedulers send them; ``action`` says how to continue.
 
-    The exit code is ``EX_TEMPFAIL`` of sysexits(3): the same command, queued again, goes on.
+    The exit code is ``EX_TEMPFAIL`` of sysexits(3): the same command, queued again, continues.
     """
 
     exit_code = 75

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 
 import cskd_pipeline
+from cskd_pipeline import errors
+from cskd_pipeline.distill.ckf import SCHEDULES
 
 
 def test_table_stub_and_all_agree() -> None:
@@ -71,7 +73,64 @@ INTRODUCTION = """# The package as a library
 Made from the docstrings by `python -m tests.test_public_names`. Everything here is imported as
 `from cskd_pipeline import ...`, typed, and loaded when it is first used: `import cskd_pipeline`
 alone imports neither torch nor anything else. [The examples](examples) use it, each run by a test.
+
+## A training loop
+
+```python
+views = open_views("shards/train-*.tar", "cache")
+loader, loss = CachedLoader(views, batch_size=256), DistillationLoss()
+for epoch in range(epochs):
+    for batch in loader:
+        heads = dense_logits(model, batch.images, views.grid)  # a timm ViT
+        parts = loss(heads, batch.labels, batch.targets, r=ckf_ratio("linear", epoch / epochs))
+        step(optimizer, parts.total)  # zero_grad, backward, step: yours
+```
+
+[plain_loop.py](examples/plain_loop.py) is a whole program.
 """
+PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "Train from a cache": (
+        "Breaking out of a `for batch in loader` keeps the epoch: the next `for` continues it at "
+        "the next batch; after\na whole epoch the next `for` is the next epoch.",
+        ("open_views", "TrainingViews", "CachedLoader", "CachedBatch", "replay_view"),
+    ),
+    "Losses and schedules": (
+        "`train` and `evaluate` predict by the mean of the logits of all trained heads, the dense "
+        "one averaged over its\nlocations: `inference_logits(heads, tuple(heads.logits()))` after "
+        "`cskd`.",
+        (
+            "dense_logits",
+            "Heads",
+            "DistillationLoss",
+            "LossParts",
+            "ckf_ratio",
+            "inference_logits",
+            "Targets",
+            "LogitTargets",
+        ),
+    ),
+    "Read a cache": ("", ("open_cache", "Cache")),
+    "Write a cache": (
+        "See [your own teacher](own-teacher.md).",
+        (
+            "write_cache",
+            "CacheSection",
+            "TeacherInfo",
+            "ViewPolicy",
+            "UnitWriter",
+            "TeacherViews",
+            "Loading",
+            "WriteOptions",
+        ),
+    ),
+    "Extend": (
+        "Encodings and view policies of your own; [optimizers](running.md#your-own-optimizer).",
+        ("register_encoding", "Encoding", "register_policy"),
+    ),
+    "Errors": ("", ("CskdError",)),
+}
+"""Section -> its introduction and names, in the order of use."""
+SPECIAL = ("__call__", "__len__", "__iter__")
 SECTIONS = {
     "Args:": "Arguments",
     "Returns:": "Returns",
@@ -83,9 +142,18 @@ SECTIONS = {
 def page() -> str:
     """The text of docs/api.md."""
     parts = [INTRODUCTION]
-    for name in sorted(cskd_pipeline.PUBLIC, key=str.lower):
-        parts += entry(f"## {name}", name, getattr(cskd_pipeline, name))
-    return "\n".join(parts)
+    for section, (introduction, names) in PLACES.items():
+        parts += [f"## {section}\n", *([f"{introduction}\n"] if introduction else [])]
+        for name in names:
+            parts += entry(f"### {name}", name, getattr(cskd_pipeline, name))
+    kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
+    parts.append("Its subclasses, in `cskd_pipeline.errors`:\n")
+    parts += [
+        f"- `{kind.__name__}`: {markdown((inspect.getdoc(kind) or '').splitlines()[0]).strip()}"
+        for kind in kinds
+        if issubclass(kind, errors.CskdError) and kind is not errors.CskdError
+    ]
+    return "\n".join(parts) + "\n"
 
 
 def entry(title: str, name: str, value: Any) -> Iterator[str]:
@@ -94,15 +162,25 @@ def entry(title: str, name: str, value: Any) -> Iterator[str]:
     if isinstance(value, property):
         value = value.fget
         yield f"```python\n{name}: {inspect.signature(value).return_annotation}\n```\n"
-    elif not inspect.isclass(value) or "__init__" in vars(value):
+    elif is_made_by_users(value):
         yield f"```python\n{call(name, signature_of(value))}\n```\n"
     yield markdown(inspect.getdoc(value) or "")
     if inspect.isclass(value) and not issubclass(value, Exception):
-        for own in (own for own in vars(value) if not own.startswith("_")):
+        for own in vars(value):
             member = inspect.getattr_static(value, own)
+            if own.startswith("_") and (own not in SPECIAL or not inspect.getdoc(member)):
+                continue
             if callable(member) or isinstance(member, property | classmethod | staticmethod):
                 member = member if isinstance(member, property) else getattr(value, own)
-                yield from entry(f"### {name}.{own}", own, member)
+                yield from entry(f"#### {name}.{own}", own, member)
+
+
+def is_made_by_users(value: Any) -> bool:
+    """Functions, and classes with a constructor: no protocols, whose own takes anything."""
+    protocol = getattr(value, "_is_protocol", False)
+    return not inspect.isclass(value) or (
+        not protocol and ("__init__" in vars(value) or hasattr(value, "_fields"))
+    )
 
 
 def signature_of(value: Any) -> inspect.Signature:
@@ -123,7 +201,7 @@ def call(name: str, signature: inspect.Signature) -> str:
         for p in signature.parameters.values()
         if p.name != "self"
     ]
-    returns = Named(signature.return_annotation)
+    returns = annotated(signature.return_annotation)
     line = f"{name}{signature.replace(parameters=parameters, return_annotation=returns)}"
     if len(line) <= 92:
         return line
@@ -131,7 +209,8 @@ def call(name: str, signature: inspect.Signature) -> str:
     lines = [f"    {p}," for p in parameters]
     if star is not None:
         lines.insert(star, "    *,")
-    return "\n".join([f"{name}(", *lines, f") -> {returns}"])
+    arrow = "" if returns is inspect.Parameter.empty else f" -> {returns}"
+    return "\n".join([f"{name}(", *lines, f"){arrow}"])
 
 
 class Named:
@@ -146,7 +225,9 @@ class Named:
 
 def annotated(annotation: Any) -> Any:
     """An annotation as it is written."""
-    return annotation if annotation is inspect.Parameter.empty else Named(annotation)
+    if annotation is inspect.Parameter.empty:
+        return annotation
+    return Named(getattr(annotation, "__forward_arg__", annotation))  # a named tuple's
 
 
 def shown(default: Any) -> Any:
@@ -179,6 +260,30 @@ def markdown(doc: str) -> str:
 
 def test_the_page_is_what_the_docstrings_say() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "python -m tests.test_public_names renews it"
+
+
+def test_every_public_name_has_one_place_on_the_page() -> None:
+    placed = [name for _, names in PLACES.values() for name in names]
+    assert sorted(placed) == sorted(cskd_pipeline.PUBLIC)
+
+
+def test_the_first_loop_compiles_and_imports_what_is_public() -> None:
+    block = INTRODUCTION.partition("```python\n")[2].partition("```")[0]
+    called = {n.func.id for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Call)
+              and isinstance(n.func, ast.Name)}  # fmt: skip
+    assert called - {"range", "loss", "step"} <= set(cskd_pipeline.PUBLIC)
+
+
+def test_signatures_fields_and_schedules_are_on_the_page() -> None:
+    text = page()
+    assert "_empty" not in text
+    assert "*args" not in text
+    for words in ("__call__(", "-> LossParts", "Heads(cls: Tensor", "LossParts(total: Tensor"):
+        assert words in text, words
+    for words in ("CachedBatch(", "#### CachedLoader.__len__", "#### CachedLoader.__iter__"):
+        assert words in text, words
+    schedule = text.partition("### ckf_ratio")[2].partition("### ")[0]
+    assert all(f"`{name}`" in schedule for name in SCHEDULES)
 
 
 if __name__ == "__main__":

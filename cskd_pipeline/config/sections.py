@@ -104,7 +104,7 @@ class TeacherSection:
 class CacheSection:
     """Choose what the cache holds."""
 
-    path: str = _free("", "The cache to make, to go on with, or to extend by more views.")
+    path: str = _free("", "The cache to create, resume, or extend to more views.")
     encodings: tuple[str, ...] = _fixed(
         ("dense",),
         "What to store: dense serves every loss; envelope hard ones, exactly, in 1/400 of the "

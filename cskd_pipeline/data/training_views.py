@@ -37,6 +37,8 @@ class TrainingViews(TorchDataset[Batch]):
     Args:
         samples: the layout that shard and offset refer to: the cache's, or the shards' own.
         images: reads from it; knows the cache, if there is one.
+        policy, root_seed, num_classes: of the views; a student needs ``policy.size`` (pixels) and
+            ``num_classes``.
         views: how many the cache has; None: as many as are wanted.
         allowed: per shard (count,) bool, samples that can be read; None: all.
         encoding: the one that targets are read from; None: no targets.

@@ -31,7 +31,7 @@ UnitViews = tuple[int, range]
 
 @dataclass(frozen=True)
 class Loading:
-    """Options of making views that change none of them: batches, processes, device.
+    """Say how views are made, which changes none of them: batches, processes, device.
 
     Args:
         batch_size: views in a batch.
@@ -91,7 +91,9 @@ class _UnitStream(IterableDataset[Batch | None]):
     def __iter__(self) -> Iterator[Batch | None]:
         worker = get_worker_info()
         lane, lanes = (worker.id, worker.num_workers) if worker else (0, 1)
-        first = 0  # goes on from unit to unit: short last windows do not always meet one process
+        first = (
+            0  # carried from unit to unit: else one process would get all the short last windows
+        )
         for unit in self.units:
             items = self.items(unit)
             # Item i of all units is made by process i % lanes.
@@ -131,6 +133,6 @@ def unit_batches(
         stream,
         workers=loading.workers,
         pin_memory=torch.device(loading.device).type == "cuda",
-        prefetch=max(2, ahead),  # all of an item: its process goes on with the next one
+        prefetch=max(2, ahead),  # all of an item: its process can start on the next one
     )
     yield from (batch for batch in loader if batch is not None)

@@ -57,7 +57,8 @@ def ckf_ratio(schedule: Schedule, progress: float) -> float:
     """Return r, the share of the spatial response, in [0, 1].
 
     Args:
-        schedule: a name of :data:`SCHEDULES`, or a function of one's own of t.
+        schedule: ``linear`` (1 - t), ``x2`` ((1 - t)^2), ``cos`` (cos(pi t / 2)), ``spatial`` (1),
+            ``global`` (0), or a function of t.
         progress: t = epoch / epochs (or update / updates), in [0, 1].
 
     Raises:

@@ -58,7 +58,12 @@ def inference_heads(method: str, student: Student) -> tuple[str, ...]:
 
 
 class LossParts(NamedTuple):
-    """Hold scalars: ``total`` with its gradient, the unweighted parts without; unused: 0."""
+    """Hold scalar tensors, in this order: the loss of a batch, and its unweighted parts.
+
+    Attributes:
+        total: the weighted sum, with its gradient: call ``total.backward()``.
+        base, global_, spatial: without gradient; 0 where the method has no such term.
+    """
 
     total: Tensor
     base: Tensor
@@ -143,12 +148,12 @@ class DistillationLoss:
         r: float,
         progress: float | None = None,
     ) -> LossParts:
-        """Return the loss of a batch; no host sync.
+        """Return the loss of a batch as :class:`LossParts`; no host sync.
 
         Args:
             heads: the student's; ``dense`` is needed by ``cskd`` only. A student without
                 distillation token is distilled through its class head.
-            label_targets: (B, K) float32, see :func:`mixed_targets`.
+            label_targets: (B, K) float32, probabilities: a batch's ``labels``.
             targets: the teacher's response; None for ``none``.
             r: the CKF ratio.
             progress: t in [0, 1]; needed where a weight is a function of it.

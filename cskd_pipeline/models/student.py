@@ -19,11 +19,17 @@ Grid = tuple[int, int]
 
 
 class Heads(NamedTuple):
-    """Hold a student's logits; without a distillation token, or a grid, None."""
+    """Hold a student's logits; (h, w) is the teacher's grid.
 
-    cls: Tensor  # (B, K)
-    dist: Tensor | None = None  # (B, K)
-    dense: Tensor | None = None  # (B, K, h, w)
+    Attributes:
+        cls: (B, K), of the class head.
+        dist: (B, K), of the distillation head; None: no distillation token.
+        dense: (B, K, h, w), of every location; None: no grid was given.
+    """
+
+    cls: Tensor
+    dist: Tensor | None = None
+    dense: Tensor | None = None
 
     def float(self) -> Heads:
         """Return the same in float32."""
@@ -38,7 +44,11 @@ class Heads(NamedTuple):
 
 
 def inference_logits(heads: Heads, names: Sequence[str]) -> Tensor:
-    """Return the mean of the named heads' logits, (B, K): the prediction (arXiv 2307.08500)."""
+    """Return the mean of the named heads' logits, (B, K): the prediction (arXiv 2307.08500).
+
+    Args:
+        names: the heads that were trained, of ``heads.logits()``: ``cls``, ``dist``, ``dense``.
+    """
     logits = heads.logits()
     return torch.stack([logits[name] for name in names]).mean(dim=0)
 

@@ -1,11 +1,10 @@
 """Stage one: the teacher's logits for every view, written once.
 
-``dump_teacher`` is the whole of it: open shards and teacher, make the cache or go on with it, and
-for each batch of views that it lacks: logits from the teacher, which ``put`` encodes and writes,
-unit by unit (block of views, tar shard), each unit's record last. Batches are full: one may end a
-unit and begin the next. The logits of a view do not depend on the others in the batch, so a dump
-that was killed is run again with the same command, goes on with the units that are left, and equals
-one that was never stopped.
+``dump_teacher`` opens shards and teacher, creates or resumes the cache, and runs the teacher on
+every missing view. ``put`` encodes the logits and commits them one unit (block of views, tar shard)
+at a time, each unit's record last. Batches are full: one may end a unit and begin the next. The
+logits of a view do not depend on the others in the batch, so a dump that was stopped resumes with
+the same command, and its cache equals one that was never stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from cskd_pipeline.models.timm_models import TeacherSource
 from cskd_pipeline.models.weights import is_safetensors
 from cskd_pipeline.pipeline.unit_writer import UnitWriter
 from cskd_pipeline.pipeline.write_cache import WriteOptions, write_cache
-from cskd_pipeline.runtime.classes import ClassGuard
+from cskd_pipeline.runtime.classes import Classes, ClassGuard
 from cskd_pipeline.runtime.device import pick_device, use_threads, worker_count
 from cskd_pipeline.runtime.distributed import ALONE, Ranks, joined
 from cskd_pipeline.runtime.signals import stop_requests
@@ -52,13 +51,14 @@ def dump_teacher(
     accept_versions: bool = False,
     accept_classes: bool = False,
 ) -> dict[str, Any]:
-    """Make, go on with or extend the cache of ``recipe``: ``cskd-pipeline dump-teacher``.
+    """Create, resume or extend the cache of ``recipe``: ``cskd-pipeline dump-teacher``.
 
-    Under torchrun every process calls this, and each takes its share of the units.
+    Under torchrun every process calls this, and each takes its share of the units. Each stops on
+    the signals that it receives itself, without an exchange: torchrun passes them on to all.
 
     Args:
         shard_range, view_range, accept_versions: see :class:`WriteOptions`.
-        accept_classes: go on though the teacher, or the cache, names its classes otherwise.
+        accept_classes: continue even if the teacher's or the cache's class names differ.
 
     Returns:
         The closing summary: views written now and in all, bytes and seconds, views per second, the
@@ -66,8 +66,9 @@ def dump_teacher(
 
     Raises:
         CskdError: data, teacher or cache cannot be used, or do not belong together.
-        KeyboardInterrupt, Requeue: stopped by a signal. Ctrl-C waits for the unit in hand, which
-            may take long; a scheduler does not, and gets what is computed already written.
+        KeyboardInterrupt, Requeue: stopped by a signal. On Ctrl-C the current unit is finished
+            first, which may take a while. On a scheduler's signal only units already complete are
+            written.
     """
     data, cache = recipe.data, recipe.cache
     _require_within(view_range, cache.views)
@@ -76,8 +77,8 @@ def dump_teacher(
         dataset, teacher = open_stage_one(recipe, ranks, guard)
         loading = loading_for(recipe, teacher)
         left_out = LeftOuts(Path(cache.path), ranks)
-        dataset = usable(dataset, data.corrupt, left_out, loading.workers)
-        out = write_cache(
+        dataset = without_corrupt_images(dataset, data.corrupt, left_out, loading.workers)
+        writer = write_cache(
             cache,
             replace(dataset, name=data.name or dataset.name),
             teacher_info(teacher, recipe.teacher.kwargs),
@@ -86,21 +87,23 @@ def dump_teacher(
             options=WriteOptions(shard_range, view_range, accept_versions, guard, ranks),
         )
         if ranks.first:
-            left_out.write()
+            left_out.write()  # now that the folder is known to be this cache's
         if recipe.teacher.weights == "random":
             log.warning("the teacher's weights are random: this cache is good for trials only")
         started = time.perf_counter()
         with stop_requests() as stop:
-            with out:
-                for views in ranks.heeding(out):  # views.images: (n, 3, S, S) on the device
+            with writer:  # yields views; put() takes them back in order
+                for views in ranks.heeding(writer):  # views.images: (n, 3, S, S) on the device
                     images = normalise(views.images, teacher.mean, teacher.std)
-                    logits = teacher.unchecked(images)  # (n, K, h, w) and (n, K) float16
-                    complete = out.put(views, *logits)
+                    # (n, K, h, w) and (n, K) float16; put() checks them, one batch later on CUDA
+                    logits = teacher.unchecked(images)
+                    complete = writer.put(views, *logits)
                     if stop.requeue or (stop.requested and complete):
                         break
-            if stop.requested and out.views_written < out.views_total:
-                raise KeyboardInterrupt
-        return {**_summary(out, ranks, started), "left_out": len(left_out)}
+            # Not in the writer's block: one that an error leaves does not write all complete units.
+            if stop.requested and writer.views_written < writer.views_total:
+                raise KeyboardInterrupt  # stop_requests makes it Requeue on a scheduler's signal
+        return {**_summary(writer, ranks, started), "left_out": len(left_out)}
 
 
 def _require_within(view_range: tuple[int, int] | None, views: int) -> None:
@@ -109,26 +112,9 @@ def _require_within(view_range: tuple[int, int] | None, views: int) -> None:
             "the range of views lies outside the cache",
             found=f"views {view_range[0]}:{view_range[1]}",
             expected=f"a range within 0:{views}",
-            action="say by --views how many the whole cache is to have, the same for every part",
+            action="set --views to the total for the whole cache; "
+            "use the same value for every part",
         )
-
-
-def _summary(out: UnitWriter, ranks: Ranks, started: float) -> dict[str, Any]:
-    counts = ranks.gather([len(out.units), out.views_written])
-    units, views = (sum(column) for column in zip(*counts, strict=True))
-    seconds = time.perf_counter() - started
-    info = describe_cache(open_cache(out.writer.path))
-    return {
-        "cache": str(out.writer.path),
-        "units_written": units,
-        "views_written": views,
-        "seconds": seconds,
-        "views_per_second": views / seconds if views else None,
-        "data_wait": out.meter.data_wait if views else None,
-        **{name: info[name] for name in ("views", "samples", "complete", "bytes")},
-        "bytes_per_view": info["bytes_per_view"],
-        "teacher_top1": info["teacher_top1"],
-    }
 
 
 def open_stage_one(
@@ -137,8 +123,7 @@ def open_stage_one(
     """Open the recipe's shards, and its teacher on the recipe's device, with the same classes.
 
     Args:
-        guard: compares the class names of a teacher that ``train`` made; without, they must be the
-            same.
+        guard: compares the class names of a teacher that ``train`` made; None: they must be equal.
 
     Raises:
         CskdError: one of them cannot be used, or they do not belong together.
@@ -155,7 +140,8 @@ def open_stage_one(
     )
     weights = Path(chosen.weights)
     if weights.is_file() and is_safetensors(weights) and has_card(weights):
-        classes = replace(read_card(weights).classes(weights), of="the teacher")
+        card = read_card(weights)  # of a network that train made
+        classes = Classes("the teacher", weights, card.num_classes, card.class_names)
         dataset = dataset.fitting(classes, "the shards", guard)
     guard.report()
     teacher = load_teacher(
@@ -185,15 +171,17 @@ def _warn_of_a_large_grid(teacher: Teacher) -> None:
 
 
 def loading_for(recipe: DumpRecipe, teacher: Teacher) -> Loading:
-    """Return how the recipe has views made for a teacher."""
+    """Return the recipe's batch size and loader processes, and the teacher's device."""
     return Loading(recipe.dump.batch_size, worker_count(recipe.dump.workers), teacher.device)
 
 
-def usable(dataset: Dataset, corrupt: str, left_out: LeftOuts, workers: int) -> Dataset:
-    """Return the data set without the images that cannot be decoded, if ``corrupt`` is ``skip``.
+def without_corrupt_images(
+    dataset: Dataset, corrupt: str, left_out: LeftOuts, workers: int
+) -> Dataset:
+    """Leave out the images that cannot be decoded if ``corrupt`` is ``skip``, else none.
 
     Raises:
-        UsageError: they are not to be left out, but the cache was begun so.
+        UsageError: ``corrupt`` is ``error``, but the existing cache was started with ``skip``.
         DataError: a tar would have no image left.
     """
     if corrupt == "skip":
@@ -201,10 +189,10 @@ def usable(dataset: Dataset, corrupt: str, left_out: LeftOuts, workers: int) -> 
     record = left_out.path("corrupt.json")
     if record is not None and record.exists():
         raise UsageError(
-            "this cache was begun without the images that cannot be decoded",
+            "this cache was started without the images that cannot be decoded",
             where=record,
             found="data.corrupt = error",
-            action="go on with it by --set data.corrupt=skip, or begin another cache",
+            action="resume it with --set data.corrupt=skip, or start a different cache",
         )
     return dataset
 
@@ -223,3 +211,23 @@ def teacher_info(teacher: Teacher, kwargs: dict[str, Any]) -> TeacherInfo:
         precision=teacher.precision,
         kwargs=kwargs,
     )
+
+
+def _summary(writer: UnitWriter, ranks: Ranks, started: float) -> dict[str, Any]:
+    meter = writer.meter
+    # Read before waiting for other ranks. All are sums over ranks, the time waited for data too.
+    own = [len(writer.units), writer.views_written, meter.waited, meter.seconds]
+    units, views, waited, worked = (sum(column) for column in zip(*ranks.gather(own), strict=True))
+    seconds = time.perf_counter() - started
+    info = describe_cache(open_cache(writer.cache.path))
+    return {
+        "cache": str(writer.cache.path),
+        "units_written": units,
+        "views_written": views,
+        "seconds": seconds,
+        "views_per_second": views / seconds if views else None,
+        "data_wait": waited / worked if views else None,
+        **{name: info[name] for name in ("views", "samples", "complete", "bytes")},
+        "bytes_per_view": info["bytes_per_view"],
+        "teacher_top1": info["teacher_top1"],
+    }

@@ -1,4 +1,4 @@
-"""Optimizers by name, of those that timm knows."""
+"""Optimizers by name, of those in timm's registry, where a program may add its own."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch import nn
 from cskd_pipeline.config.sections import OptimSection
 from cskd_pipeline.errors import RecipeError
 
+LOOKAHEAD = "lookahead_"
+"""In front of a name: timm's average of slow weights around that optimizer."""
 FUSED = ("adam", "adamw")
 FUSED_ON = ("cuda",)
 """One kernel for all parameters, which also skips float16's overflows without asking the host."""
@@ -31,8 +33,16 @@ def make_optimizer(
         RecipeError: an unknown name, one that needs more than gradients, or values it does not
             take.
     """
-    name = optim.name.lower().rpartition("_")[2]  # timm takes lookahead_NAME too
+    name = optim.name.lower().removeprefix(LOOKAHEAD)
     known = [str(one) for one in list_optimizers()]
+    if name in known and "_" in name:
+        raise RecipeError(
+            "timm cannot make an optimizer whose name has an underscore",
+            where="optim.name",
+            found=optim.name,
+            expected="a registered name without underscore, alone or after lookahead_",
+            action=f"register it as {name.replace('_', '')}",
+        )
     if name not in known:
         near = difflib.get_close_matches(name, known, 3)
         raise RecipeError(

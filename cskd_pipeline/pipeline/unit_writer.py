@@ -31,9 +31,9 @@ from cskd_pipeline.runtime.progress import Meter, progress
 class UnitWriter:
     """Yield every view of some units of a cache, and write the logits that come back::
 
-        with unit_writer:
-            for views in unit_writer:
-                unit_writer.put(views, *network(views.images))
+        with writer:
+            for views in writer:
+                writer.put(views, *network(views.images))
 
     Batches are full but for the last, on the device of ``loading``; they are yielded once.
     A unit is committed once all its logits are there; a batch may end one and begin the next. What
@@ -41,20 +41,21 @@ class UnitWriter:
     units are written; one that an error ends waits for the one being written only.
 
     Attributes:
+        cache: the folder that is written.
         units: in the order in which they are written.
         views_total, views_written: views of ``units``, and those of complete ones.
         meter: of the views, and of the time spent waiting for them.
     """
 
     def __init__(
-        self, writer: CacheWriter, dataset: Dataset, units: Sequence[Unit], loading: Loading
+        self, cache: CacheWriter, dataset: Dataset, units: Sequence[Unit], loading: Loading
     ) -> None:
-        self.writer, self.dataset, self.loading = writer, dataset, loading
+        self.cache, self.dataset, self.loading = cache, dataset, loading
         self.units = tuple(units)
-        self.views_total = sum(map(writer.size_of, units))
+        self.views_total = sum(map(cache.size_of, units))
         self.views_written = 0
         self.meter = Meter(self.views_total, "views")
-        self._shape = response_shape(writer.manifest)
+        self._shape = response_shape(cache.manifest)
         self._views = self._iterate()
         self._given = deque[TeacherViews]()
         self._computing = deque[tuple[TeacherViews, Logits, torch.cuda.Event | None]]()
@@ -85,7 +86,7 @@ class UnitWriter:
         return self._views
 
     def _iterate(self) -> Generator[TeacherViews, None, None]:
-        manifest, loading = self.writer.manifest, self.loading
+        manifest, loading = self.cache.manifest, self.loading
         units = [(unit.shard, unit.views) for unit in self.units]
         with progress(self.views_total, "views", "dumping") as self.meter:
             batches = self.meter.timed(
@@ -108,8 +109,8 @@ class UnitWriter:
             How many units became complete.
 
         Raises:
-            UsageError: logits of another shape than the cache's teacher has, other views than
-                those that come next, or no ``with`` block.
+            UsageError: logits whose shape differs from the manifest's, views that do not come next,
+                or no ``with`` block.
             TeacherError: logits of an earlier batch, or of this one, are NaN, infinite, or too
                 large for float16.
             CacheError, OutputError: an earlier unit could not be written.
@@ -131,7 +132,7 @@ class UnitWriter:
         if self._thread is None or not self._given or self._given[0] is not views:
             raise UsageError(
                 "these views are not those whose logits come next",
-                where=self.writer.path,
+                where=self.cache.path,
                 expected="inside its with block: each batch once, in the order of iteration",
             )
         found = tuple(spatial.shape), tuple(global_.shape)
@@ -139,7 +140,7 @@ class UnitWriter:
         if found != expected:
             raise UsageError(
                 "the logits do not have the shape that the cache's manifest states",
-                where=self.writer.path,
+                where=self.cache.path,
                 found=f"spatial {found[0]}, global {found[1]}",
                 expected=f"spatial {expected[0]}, global {expected[1]}",
                 action="correct TeacherInfo's num_classes and grid, or the network's last steps",
@@ -177,10 +178,10 @@ class UnitWriter:
 
     def _encode(self, views: TeacherViews, logits: Logits) -> dict[str, np.ndarray]:
         """Return every array's rows; ``correct``: the network's class is the label."""
-        require_finite(logits, self.writer.manifest.teacher.name)
+        require_finite(logits, self.cache.manifest.teacher.name)
         label = views.label.to(logits.global_.device)
         found = {"correct": hard_global_labels(logits.global_) == label}
-        for encoding in encodings_of(self.writer.manifest.encodings).values():
+        for encoding in encodings_of(self.cache.manifest.encodings).values():
             found |= encoding.encode(logits.spatial, logits.global_)
         return {
             **{name: values.cpu().numpy() for name, values in found.items()},
@@ -192,19 +193,19 @@ class UnitWriter:
     def _begin(self) -> None:
         """Prepare for the next unit, if there is one."""
         if self._unfinished:
-            unit, manifest = self._unfinished[0], self.writer.manifest
+            unit, manifest = self._unfinished[0], self.cache.manifest
             fill = {name: spec.fill for name, spec in specs(manifest).items()}
             self._buffer = UnitBuffer(len(unit.views), manifest.dataset.counts[unit.shard], fill)
-            self._missing = self.writer.size_of(unit)
+            self._missing = self.cache.size_of(unit)
 
     def _commit(self) -> None:
-        """Write the unit in hand in the background; begin the next."""
+        """Write the current unit in the background; start the next."""
         unit = self._unfinished.popleft()
         data = _unit_data(self.dataset.shards[unit.shard], unit, self._buffer.arrays)
         self._wait()  # one is written while one is computed; two would only hold memory
         assert self._thread is not None
-        self._writing = self._thread.submit(self.writer.write_unit, unit, data)
-        self.views_written += self.writer.size_of(unit)
+        self._writing = self._thread.submit(self.cache.write_unit, unit, data)
+        self.views_written += self.cache.size_of(unit)
         self._begin()
 
     def _wait(self) -> None:

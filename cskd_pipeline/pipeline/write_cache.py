@@ -1,7 +1,7 @@
 """Write a cache from any network's logits; ``dump-teacher`` is the first user.
 
-:func:`write_cache` opens the shards and makes the cache, or goes on with it; what it returns yields
-the views that are left and takes their logits.
+:func:`write_cache` opens the shards, creates or resumes the cache, and returns a writer that yields
+the missing views and takes their logits.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class WriteOptions:
         shard_range, view_range: only the tar shards and views from, up to and not including;
             several processes, on one machine or many, may fill one cache, or caches of their own
             that ``cache merge`` joins.
-        accept_versions: go on with a cache that was begun with other library versions.
+        accept_versions: resume a cache that was started with different library versions.
         guard: compares the names of classes; by default they must be the same.
         ranks: of one job, each of which writes its share of the units.
     """
@@ -64,16 +64,16 @@ def write_cache(
     loading: Loading = _IN_PROCESS,
     options: WriteOptions = _ALL,
 ) -> UnitWriter:
-    """Make the cache of ``teacher``'s logits, go on with it, or extend it to more views::
+    """Create the cache of ``teacher``'s logits, resume it, or extend it to more views::
 
-        with write_cache(CacheSection("cache", views=4), "train-*.tar", teacher, policy) as out:
-            for views in out:                          # images (n, 3, S, S) float32, in [0, 1]
+        with write_cache(CacheSection("cache", views=4), "train-*.tar", teacher, policy) as writer:
+            for views in writer:                       # images (n, 3, S, S) float32, in [0, 1]
                 spatial, global_ = network(views.images)
-                out.put(views, spatial, global_)       # (n, K, h, w) and (n, K)
+                writer.put(views, spatial, global_)    # (n, K, h, w) and (n, K)
 
     Units (block of views, tar shard) are committed one by one, and survive whatever ends the block.
-    The same call goes on with those that are left: the finished cache has the same bytes however
-    often it was stopped, if the logits of a view do not depend on the others in its batch.
+    The same call resumes with the missing ones: the finished cache has the same bytes however often
+    it was stopped, if the logits of a view do not depend on the others in its batch.
 
     Args:
         cache: path, encodings, number of views, root seed: the keys of a recipe's ``[cache]``.
@@ -85,12 +85,12 @@ def write_cache(
         options: a share of the units, and what is accepted.
 
     Returns:
-        What yields batches of views, each with ``images`` and ``label`` (n,) int64, of the image
-        that fills more of a mixed view; and takes their logits.
+        A writer that yields batches of views and takes their logits. A batch has ``images`` and
+        ``label`` (n,) int64, of the image that fills more of a mixed view.
 
     Raises:
-        CskdError: the shards cannot be used, the folder holds something else, or a cache of
-            another data set, teacher, policy, seed or set of encodings.
+        CskdError: the shards cannot be used, or the folder holds something else: also a cache whose
+            data set, teacher, policy, seed or encodings differ.
     """
     if not isinstance(shards, Dataset):
         shards = load_dataset(shards, num_classes=teacher.num_classes)

@@ -1,6 +1,6 @@
 """Write a cache of your own network's logits: python own_teacher.py SHARDS CACHE
 
-Stopped, it goes on where it was when it is run again; with more ``views`` it extends the cache.
+Stopped, it resumes when it is run again; with more ``views`` it extends the cache.
 """
 
 import sys
@@ -38,9 +38,9 @@ def main(shards: str, path: str) -> None:
     teacher = cskd.TeacherInfo("tiny-cnn", "random", weights, mean=MEAN, std=STD, **shape)
     settings = cskd.CacheSection(path, encodings=("dense", "envelope"), views=2)
     policy = cskd.ViewPolicy(size=48)
-    with torch.inference_mode(), cskd.write_cache(settings, shards, teacher, policy) as out:
-        for views in out:
-            out.put(views, *cnn(views.images))
+    with torch.inference_mode(), cskd.write_cache(settings, shards, teacher, policy) as writer:
+        for views in writer:
+            writer.put(views, *cnn(views.images))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ def train(shards, cache, epochs=30, batch_size=256, lr=1e-3, device="cpu", **stu
     schedule = lambda t: (1.0 - t) ** 3  # noqa: E731
 
     views = open_views(shards, cache, loss)
+    # Two views of each image share one decoding; the cache needs at least as many (--views 2).
+    # Images come with ImageNet's mean and std: pass mean= and std= for a student with its own.
     loader = CachedLoader(views, batch_size, repeats=2, workers=2, device=device)
     student = {"num_classes": views.num_classes, "img_size": views.policy.size, **student}
     model = timm.create_model("deit_tiny_distilled_patch16_224", **student).to(device)
@@ -33,6 +35,7 @@ def train(shards, cache, epochs=30, batch_size=256, lr=1e-3, device="cpu", **stu
             parts.total.backward()
             optimizer.step()
             curve.append(parts.detached())
+        # Save model, optimizer and loader.state_dict() here, or within the epoch: it is exact.
         print(f"epoch {epoch + 1}: r {r:.3f}, loss {parts.total.item():.4f}")
     return model, torch.stack(curve)
 

@@ -20,6 +20,7 @@ from cskd_pipeline.errors import OutputError
 from cskd_pipeline.models.teacher import Logits, Teacher
 from cskd_pipeline.pipeline import unit_writer
 from cskd_pipeline.pipeline.dump import dump_teacher
+from cskd_pipeline.runtime.distributed import Ranks
 from cskd_pipeline.runtime.signals import Requeue
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -159,6 +160,20 @@ def test_the_summary_counts_what_was_written_and_how_right_the_teacher_was(
     again = dump_teacher(recipe)
     assert (again["views_written"], again["complete"]) == (0, True)
     assert again["data_wait"] is None
+
+
+def test_the_share_of_waiting_is_that_of_all_ranks(
+    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second rank that waited nearly all of its long time."""
+
+    def gather(self: Ranks, value: Any) -> list[Any]:
+        is_count = isinstance(value, list) and len(value) == 4 and isinstance(value[2], float)
+        return [value, [1, 8, 0.9e6, 1e6]] if is_count else [value]
+
+    monkeypatch.setattr(Ranks, "gather", gather)
+    summary = dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache", views=2))
+    assert summary["data_wait"] == pytest.approx(0.9, abs=1e-3)
 
 
 def test_the_recipe_names_the_data_set(small: World, tmp_path: Path) -> None:

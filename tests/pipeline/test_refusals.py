@@ -10,8 +10,12 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from timm.optim import OptimInfo
+from timm.optim._optim_factory import default_registry
 
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.pipeline.dump import dump_teacher
@@ -133,6 +137,49 @@ def test_micro_batches_of_one_image_are_tried_as_such(
 def test_other_optimizers_of_timm_train(small: World, tmp_path: Path, name: str) -> None:
     flags = ("--epochs", 1, *world.as_flags([f"optim.name={name}"]))
     assert world.cli(*train(small, tmp_path / "run", *flags)) == 0
+
+
+class Halving(torch.optim.SGD):
+    """An optimizer of one's own, in timm's registry while a test runs."""
+
+    made = 0
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        type(self).made += 1
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(default_registry, "_optimizers", dict(default_registry._optimizers))
+    for name in ("halving", "my_halving"):
+        default_registry.register(OptimInfo(name, Halving))
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_registered_optimizer_trains(small: World, tmp_path: Path) -> None:
+    flags = ("--epochs", 1, *world.as_flags(["optim.name=halving"]))
+    before = Halving.made
+    assert world.cli(*train(small, tmp_path / "run", *flags)) == 0
+    assert Halving.made > before
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        # timm would take what stands behind the last underscore: another optimizer, silently.
+        ("my_halving", "register it as myhalving"),
+        ("my_adamw", "no optimizer of this name"),
+        ("lookahead_my_halving", "register it as myhalving"),
+    ],
+)
+def test_a_name_of_which_timm_would_take_a_part_is_refused(
+    small: World, tmp_path: Path, refused: Callable[..., str], name: str, says: str
+) -> None:
+    message = refused(*train(small, tmp_path / "run", *world.as_flags([f"optim.name={name}"])))
+    assert says in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_compilation_without_a_compiler_is_refused_before_anything_is_written(

@@ -16,7 +16,7 @@ from cskd_pipeline.data.index import Dataset, describe, sample
 from cskd_pipeline.data.left_out import LeftOuts
 from cskd_pipeline.data.unit_views import Loading, unit_batches
 from cskd_pipeline.models.teacher import Teacher
-from cskd_pipeline.pipeline.dump import loading_for, teacher_info, usable
+from cskd_pipeline.pipeline.dump import loading_for, teacher_info, without_corrupt_images
 from cskd_pipeline.pipeline.write_cache import cache_manifest, write_cache
 from cskd_pipeline.runtime.distributed import ALONE
 from cskd_pipeline.runtime.progress import silence
@@ -45,7 +45,8 @@ class SampledDump:
         """
         loading = loading_for(recipe, teacher)
         few = sample(dataset, images, parts)
-        few = usable(few, recipe.data.corrupt, LeftOuts(None, ALONE), loading.workers)
+        nowhere = LeftOuts(None, ALONE)
+        few = without_corrupt_images(few, recipe.data.corrupt, nowhere, loading.workers)
         return cls(recipe, few, teacher, loading)
 
     @cached_property
