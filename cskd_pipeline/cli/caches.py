@@ -255,5 +255,5 @@ def merge(
             guard=guard,
             stopped=lambda: stop.requested,
         )
-    guard.report()
+    guard.report_new()
     return merged

@@ -40,24 +40,24 @@ class CachedLoader:
     ``labels`` (B, K) float32, mixed and smoothed; ``hard_labels`` (B,) int64, of each view's own
     image; ``targets``, the teacher's response to these views, for :class:`DistillationLoss`.
 
-    Which views a batch has depends on ``seed``, epoch and number of the batch alone: not on ranks,
-    processes, or where the iteration began. Each epoch goes on with the next; the processes stay.
-    :meth:`state_dict` is exact in the middle of an epoch too.
+    Which views a batch has depends on ``seed``, epoch and number of the batch alone, regardless of
+    the number of ranks or workers and of where iteration started. Each new iteration is the next
+    epoch; workers persist. :meth:`state_dict` is exact in the middle of an epoch too.
 
     Args:
         views: see :func:`open_views`.
         batch_size: images in an optimizer update, over all ranks and micro-batches.
         accumulation: micro-batches, which are what the loader yields, in an update.
         mean, std: the student's, in [0, 1] units.
-        smoothing: of the labels.
+        smoothing: label smoothing.
         repeats: R, views of an image in an epoch (repeated augmentation): an epoch shows 1/R of the
             images, and over R epochs every image comes R times.
-        seed: of the order.
+        seed: seeds the order of the samples.
         shuffle_shards: samples are shuffled within blocks of so many shards, shards over all.
-        rank, world: this process and their number; every rank gets as many batches.
+        rank, world: this process and their number; every rank gets the same number of batches.
         workers: loader processes; 0: none.
-        device: of the batches.
-        memory_format: of the images.
+        device: where the batches are put.
+        memory_format: memory format of the images.
 
     Raises:
         UsageError: a batch that cannot be cut into equal parts.
@@ -124,7 +124,7 @@ class CachedLoader:
             try:
                 batch = next(self._stream).to(self.device)
             except Exception:
-                self._stream = None  # the next iteration begins at the batch that failed
+                self._stream = None  # the next iteration starts at the batch that failed
                 raise
             targets = self.views.targets(batch)
             yield CachedBatch(*self.inputs(batch), batch.label, targets)
@@ -151,10 +151,10 @@ class CachedLoader:
         return {"epoch": self.epoch, "batch": self._next % len(self), **order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`, with any number of ranks and workers.
+        """Continue from a :meth:`state_dict`, with any number of ranks and workers.
 
         Raises:
-            UsageError: the state is of a loader with another order.
+            UsageError: the state's loader has a different order of batches.
         """
         problems = [
             f"{name}: the state's {state.get(name)}, here {getattr(self, name)}"
@@ -163,7 +163,7 @@ class CachedLoader:
         ]
         if problems:
             raise UsageError(
-                "the loader's state is of another order of batches",
+                "the loader's state has a different order of batches",
                 problems=problems,
                 action="make the loader with the same values",
             )

@@ -41,7 +41,7 @@ class LeftOuts:
 
     Args:
         folder: the run's or the cache's; None: nothing is kept.
-        part: of the files' names, where a folder has several lists.
+        part: goes into the files' names, where a folder has several lists.
     """
 
     def __init__(self, folder: Path | None, ranks: Ranks, *, part: str = "") -> None:
@@ -77,9 +77,10 @@ class LeftOuts:
         """Return what reading every image finds: from the record, or found now by all ranks.
 
         Args:
-            name: of the record, and in it of the offsets.
-            identity: what the record is about; one about something else is not believed.
-            counts: samples of each shard.
+            name: name of the record, and of the offsets in it.
+            identity: identifies the data that the record describes; a record with another identity
+                is ignored.
+            counts: number of samples in each shard.
             look: reads part i of n of the images, and returns what it finds there.
 
         Raises:
@@ -129,7 +130,9 @@ def _read(
 ) -> Offsets | None:
     record = schemas.read(path)
     if not isinstance(record, dict) or any(record.get(n) != v for n, v in identity.items()):
-        log.info(f"{path} is about other shards or another cache: reading the images again")
+        log.info(
+            f"{path} describes different shards or a different cache: reading the images again"
+        )
         return None
     found = record.get(name)
     here = {str(shard): count for shard, count in enumerate(counts)}

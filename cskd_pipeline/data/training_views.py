@@ -154,7 +154,7 @@ def open_views(
     guard = ClassGuard(switch=None)
     dataset = load_dataset(str(shards)).fitting(classes_of(reader), "the shards", guard)
     found = join(dataset, reader, guard, missing=missing, drift=drift)
-    guard.report()
+    guard.report_new()
     if found.missing:
         log.warning(f"{found.missing} of the cache's samples are not in the shards, and not shown")
     return TrainingViews.of_join(found, chosen, drift=drift)

@@ -143,7 +143,7 @@ def open_stage_one(
         card = read_card(weights)  # of a network that train made
         classes = Classes("the teacher", weights, card.num_classes, card.class_names)
         dataset = dataset.fitting(classes, "the shards", guard)
-    guard.report()
+    guard.report_new()
     teacher = load_teacher(
         TeacherSource(num_classes=dataset.num_classes, **vars(chosen)),
         size=recipe.views.size,

@@ -111,7 +111,7 @@ def evaluate(checkpoint: Path, shards: str, options: EvalOptions = EvalOptions()
     )
     guard = ClassGuard(accept=options.accept_classes)
     dataset = dataset.fitting(card.classes(path), "the shards", guard)
-    guard.report()
+    guard.report_new()
     shown = student.preprocessing.changed(options.crop_pct, None)
     loader = eval_loader(
         dataset,

@@ -126,7 +126,7 @@ def start_from(source: Source, student: Student, classes: Classes, guard: ClassG
 
     Raises:
         WeightsError: another architecture, or tensors that fit neither as they are nor resized.
-        ClassesError: the same classes, numbered or spelled otherwise, where that is not accepted.
+        ClassesError: the same classes in a different order or spelling, where that is not accepted.
     """
     named = bool(source.model)
     if named:
@@ -152,7 +152,7 @@ def start_from(source: Source, student: Student, classes: Classes, guard: ClassG
 
 
 def check_resumed(init_from: str, record: Mapping[str, str] | None, where: Path) -> bool:
-    """Refuse to go on with a run from other weights than it started with; nothing is loaded.
+    """Refuse to resume a run with weights that it did not start from; nothing is loaded.
 
     Args:
         init_from: ``student.init_from`` of the recipe at hand.
@@ -162,7 +162,7 @@ def check_resumed(init_from: str, record: Mapping[str, str] | None, where: Path)
         Whether the weights could be compared: they may be gone, since the run has its own.
 
     Raises:
-        OutputError: other weights.
+        OutputError: different weights.
         WeightsError: no weights there.
     """
     found = None

@@ -1,4 +1,4 @@
-"""The parts that a training recipe names: the loss, the student, and a run that trains it."""
+"""The parts that a training recipe names: the loss, the student, and its trainer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cskd_pipeline.distill.losses import DistillationLoss, inference_heads
 from cskd_pipeline.distill.targets import Targets
 from cskd_pipeline.models.student import Student, create_student
 from cskd_pipeline.pipeline.optimizer import make_optimizer
-from cskd_pipeline.pipeline.trainer import Run, Settings
+from cskd_pipeline.pipeline.trainer import Settings, Trainer
 from cskd_pipeline.runtime.device import memory_format, place, worker_count
 from cskd_pipeline.runtime.distributed import ALONE, Ranks
 
@@ -93,14 +93,14 @@ def make_loader(
     )
 
 
-def make_run(
+def make_trainer(
     recipe: TrainRecipe,
     views: TrainingViews,
     device: torch.device,
     ranks: Ranks = ALONE,
     targets: Callable[[Batch], Targets | None] | None = None,
-) -> Run:
-    """Return a recipe's run before its first update.
+) -> Trainer:
+    """Return a recipe's trainer before its first update.
 
     Args:
         targets: the teacher's response to a batch, such as a live teacher's; None: the cache's.
@@ -132,4 +132,4 @@ def make_run(
     )
     ema = ModelEmaV3(student.model, decay=recipe.run.ema) if recipe.run.ema > 0 else None
     loss, targets = make_loss(distill), targets or views.targets
-    return Run(student, loader, loss, targets, optimizer, lr_schedule, ema, settings, ranks)
+    return Trainer(student, loader, loss, targets, optimizer, lr_schedule, ema, settings, ranks)

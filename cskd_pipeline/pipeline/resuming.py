@@ -13,12 +13,12 @@ from cskd_pipeline.runtime.atomic import write_text
 
 LOG = "changes.jsonl"
 _DATA = {
-    "shards": "data.shards: other samples, or in other shards",
-    "left_out": "data: other samples are left out",
-    "policy": "views: another policy",
-    "root_seed": "views: another root seed",
-    "cache": "data.cache: another cache",
-    "encoding": "distill.encoding: another one is read",
+    "shards": "data.shards: different samples, or in different shards",
+    "left_out": "data: different samples are left out",
+    "policy": "views: different policy",
+    "root_seed": "views: different root seed",
+    "cache": "data.cache: different cache",
+    "encoding": "distill.encoding: different encoding",
 }
 
 Change = dict[str, Any]
@@ -34,7 +34,7 @@ def changed_keys(
     takes the cache's.
 
     Raises:
-        OutputError: keys differ that make it another run; names them all.
+        OutputError: keys differ that a run may not change; names them all.
     """
     now = deciding(recipe)
     names = [name for name in {**before, **now} if not name.startswith("views.")]
@@ -55,7 +55,7 @@ def changed_keys(
 
 
 def require_same_data(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Refuse to go on with a run on other data.
+    """Refuse to resume a run with different data.
 
     Raises:
         OutputError: says in what the data differ.
@@ -69,12 +69,12 @@ def require_same_data(before: Mapping[str, Any], now: Mapping[str, Any], where: 
                 f"{_DATA[name]}: the run's {_shown(before.get(name))}, here {_shown(now[name])}"
                 for name in differing
             ],
-            action="give the run the data that it began with, or use a new --out folder",
+            action="give the run the data that it started with, or use a new --out folder",
         )
 
 
 def require_within(update: Any, steps: int, epochs: int, where: Path) -> None:
-    """Refuse to go on with a run that is further than its recipe's end.
+    """Refuse to resume a run that is past its recipe's end.
 
     Raises:
         OutputError: says how many epochs it needs.

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -20,30 +20,24 @@ Row = dict[str, float | int | None]
 class RunLog:
     """Write the history of a run, whole on disk after every epoch.
 
-    ``rows`` travels with the training state, so that a resumed run rewrites the rows it had and
-    TensorBoard drops the points after the update it goes on from.
-
     Args:
-        writes: False for ranks that only keep the rows.
+        update: finished updates; a resumed run's points after it are dropped from TensorBoard.
+        writes: False for ranks that write nothing.
         board: gets the same scalars as TensorBoard.
     """
 
     def __init__(
         self,
         folder: Path,
-        rows: list[Row],
         update: int,
         *,
         writes: bool = True,
         board: Board | None = None,
     ) -> None:
         self.folder = folder
-        self.rows = rows
         self._board = board
         self._tensorboard = (
-            SummaryWriter(str(folder / "tensorboard"), purge_step=update or None)
-            if writes
-            else None
+            SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1) if writes else None
         )
 
     def scalars(self, update: int, values: Mapping[str, float | int | None]) -> None:
@@ -54,18 +48,17 @@ class RunLog:
         if self._board is not None:
             self._board.scalars(update, values)
 
-    def epoch(self, update: int, row: Row) -> None:
-        """Add a row to ``summary.csv``; its numbers become scalars under ``epoch/``."""
-        self.rows.append(row)
+    def epoch(self, update: int, rows: Sequence[Row]) -> None:
+        """Write ``summary.csv``; the last row's numbers become scalars under ``epoch/``."""
         if self._tensorboard is None:
             return
-        columns = list(dict.fromkeys(name for r in self.rows for name in r))
+        columns = list(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.rows)
+        writer.writerows(rows)
         write_text(self.folder / "summary.csv", text.getvalue())
-        self.scalars(update, {f"epoch/{k}": v for k, v in row.items() if k != "epoch"})
+        self.scalars(update, {f"epoch/{k}": v for k, v in rows[-1].items() if k != "epoch"})
         self._tensorboard.flush()
 
     def close(self, *, ended: bool) -> None:

@@ -45,7 +45,7 @@ def require_board(project: str) -> None:
 
 
 class Board:
-    """Send one run's curves; the first trouble is logged, and the training goes on without.
+    """Send one run's curves; the first trouble is logged, and the training continues without.
 
     Args:
         run: what ``wandb.init`` gave.
@@ -57,8 +57,8 @@ class Board:
     def scalars(self, update: int, values: Mapping[str, float | int | None]) -> None:
         """Send points of the curves at an optimizer update.
 
-        A run that goes on from its last state repeats some updates: what is there stays, and is
-        equal.
+        A resumed run repeats the updates since its last state: the points that are there stay,
+        and are equal.
         """
         if self._run is None or update < self._run.step:
             return
@@ -83,7 +83,7 @@ class Board:
 
 
 def open_board(recipe: TrainRecipe) -> Board | None:
-    """Start, or go on with, the recipe's run on Weights & Biases; None if it names no project.
+    """Start or resume the recipe's run on Weights & Biases; None if it names no project.
 
     Raises:
         ManifestError: the run's folder names it by something that is no identity.
@@ -109,11 +109,11 @@ def open_board(recipe: TrainRecipe) -> Board | None:
     }
     kept = f"curves are kept in {out / 'wandb'}, from where `wandb sync` sends them"
     attempts: tuple[tuple[Any, str], ...] = ((None, kept), ("offline", "there will be no curves"))
-    for mode, otherwise in attempts:
+    for mode, outcome in attempts:
         try:
             run = wandb.init(mode=mode, **arguments)
         except Exception as error:  # of its server, login, files: see Board
-            log.warning(f"Weights & Biases cannot be used ({_reason(error)}): {otherwise}")
+            log.warning(f"Weights & Biases cannot be used ({_reason(error)}): {outcome}")
             wandb.teardown()  # its service would still hold the run's name
             continue
         found = run.settings.mode
@@ -133,7 +133,7 @@ def _identity(out: Path) -> str:
         raise ManifestError(
             path,
             ["$.id: expected letters, digits, - and _"],
-            action="delete the file: the curves begin anew then",
+            action="delete the file: new curves are started then",
         )
     return found
 

@@ -72,7 +72,7 @@ def check_sample(found: Join, count: int, drift: str, encoding: str) -> None:
     Every view is compared while training, too; here a misfit is found before anything is spent.
 
     Args:
-        drift: ``error``, ``skip``, or ``warn``: report what is unlike the cache, and go on.
+        drift: ``error``, ``skip``, or ``warn``: report what differs from the cache, and continue.
 
     Raises:
         ViewDriftError, JoinError: a view, or its image, is not the one the teacher saw.

@@ -20,26 +20,26 @@ from cskd_pipeline.pipeline.resuming import (
     require_same_data,
     require_within,
 )
-from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.pipeline.training_data import TrainingData
 from cskd_pipeline.runtime.classes import Classes
 
 
 @dataclass
 class TrainJob:
-    """Hold a run and its history.
+    """Hold a training run: its recipe, data and trainer, and its history.
 
     Args:
-        rows: of ``summary.csv``, one an epoch.
+        rows: rows of ``summary.csv``, one an epoch.
         pending: the row of an epoch whose updates are done, and that is still to be evaluated.
         best: top-1, epoch and weights of the best student.
-        changes: of the recipe, where the run was resumed with another.
+        changes: how the recipe was changed, each time the run was resumed with a different one.
         init: the weights that the run started from: ``from`` and ``sha256``.
     """
 
     recipe: TrainRecipe
     data: TrainingData
-    run: Run
+    trainer: Trainer
     rows: list[dict[str, float | int | None]] = field(default_factory=list)
     pending: dict[str, float | int | None] | None = None
     best: dict[str, Any] = field(default_factory=dict)
@@ -49,22 +49,22 @@ class TrainJob:
     @property
     def heads(self) -> tuple[str, ...]:
         """Return the student's heads that are trained."""
-        return inference_heads(self.recipe.distill.method, self.run.student)
+        return inference_heads(self.recipe.distill.method, self.trainer.student)
 
     def start_from(self, path: str) -> Started:
-        """Begin with the weights at ``path`` instead of fresh ones.
+        """Start with the weights at ``path`` instead of fresh ones.
 
         Raises:
-            WeightsError: they do not fit, or are others on another rank.
-            ClassesError: they are of the same classes, numbered or spelled otherwise.
+            WeightsError: they do not fit, or the ranks found different ones.
+            ClassesError: they have the same classes in a different order or spelling.
         """
-        run = self.run
+        trainer = self.trainer
         source = read_source(Path(path))
-        started = start_from(source, run.student, self.data.classes, self.data.guard)
-        if len(set(run.ranks.gather(started.sha256))) > 1:
+        started = start_from(source, trainer.student, self.data.classes, self.data.guard)
+        if len(set(trainer.ranks.gather(started.sha256))) > 1:
             raise WeightsError("the ranks found different weights to start from", where=path)
-        if run.ema is not None:
-            run.ema.module.load_state_dict(run.student.model.state_dict())
+        if trainer.ema is not None:
+            trainer.ema.module.load_state_dict(trainer.student.model.state_dict())
         self.init = {"from": path, "sha256": started.sha256}
         return started
 
@@ -78,24 +78,25 @@ class TrainJob:
             "init": self.init,
             "class_names": self.data.classes.names,
             "accepted_classes": list(self.data.guard.accepted),
-            **self.run.state(),
+            **self.trainer.state(),
             "pending": self.pending,
             "rows": self.rows,
             "best": self.best,
         }
 
     def restore(self, state: dict[str, Any], where: Path) -> None:
-        """Go on from :meth:`state`; what its recipe has changed since is added to ``changes``.
+        """Continue from :meth:`state`; add to ``changes`` how the recipe differs now.
 
         Raises:
-            OutputError: the state is of another recipe or of other data, or past this recipe's end.
-            ClassesError: the data's classes had other names, or another order.
+            OutputError: the state's recipe or data differ, or it is past this recipe's end.
+            ClassesError: the data's classes had different names or a different order.
             WeightsError: its values are not those of a run.
         """
         try:
             changed = changed_keys(state["recipe"], self.recipe, where)
             require_same_data(state["data"], self.data.identity, where)
-            require_within(state["update"], self.run.steps, self.recipe.schedule.epochs, where)
+            steps, epochs = self.trainer.steps_per_epoch, self.recipe.schedule.epochs
+            require_within(state["update"], steps, epochs, where)
             self._restore(state)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise WeightsError(
@@ -105,7 +106,8 @@ class TrainJob:
                 action="start again in a new output folder; the students beside it are still good",
             ) from error
         if changed:
-            self.changes.append({"time": utc_now(), "update": self.run.update, "changed": changed})
+            update = self.trainer.update
+            self.changes.append({"time": utc_now(), "update": update, "changed": changed})
 
     def _restore(self, state: dict[str, Any]) -> None:
         rows, best = state["rows"], state["best"]
@@ -124,7 +126,7 @@ class TrainJob:
         data.guard.compare(data.classes, before)
         for line in accepted:
             data.guard.note(line)
-        self.run.restore(state)
+        self.trainer.restore(state)
         self.rows, self.best, self.init = rows, best, init
         self.pending, self.changes = pending, list(changes)
 
@@ -136,7 +138,7 @@ class TrainJob:
             top1: in percent, where it was measured.
         """
         cache, views = self.data.views.cache, self.data.views
-        preprocessing = self.run.student.preprocessing
+        preprocessing = self.trainer.student.preprocessing
         return StudentCard(
             model=self.recipe.student.name,
             num_classes=views.num_classes,
@@ -144,11 +146,11 @@ class TrainJob:
             heads=self.heads,
             method=self.recipe.distill.method,
             kwargs=dict(self.recipe.student.kwargs),
-            grid=self.run.grid,
+            grid=self.trainer.grid,
             crop_pct=preprocessing.crop_pct,
             interpolation=preprocessing.interpolation,
             weights=weights,
-            epoch=self.run.epoch,
+            epoch=self.trainer.epoch,
             top1=top1,
             class_names=self.data.classes.names,
             accepted_classes=tuple(self.data.guard.accepted),

@@ -28,16 +28,16 @@ PARTS = ("loss", "base", "global", "spatial")
 
 @dataclass(frozen=True)
 class Settings:
-    """Set how updates go, beside model, data, loss and optimizer.
+    """Hold training options other than model, data, loss and optimizer.
 
     Args:
-        epochs: of the whole run.
-        ckf: the schedule of the CKF ratio.
-        by_update: the ratio moves with every update, not with every epoch.
-        seed: of dropout and stochastic depth.
+        epochs: length of the whole run.
+        ckf: schedule of the CKF ratio.
+        by_update: change the ratio with every update, not with every epoch.
+        seed: seeds dropout and stochastic depth.
         amp: ``off``, ``bf16`` or ``fp16``.
-        clip_grad: largest global norm of the gradients; 0: any.
-        compile: the network through ``torch.compile``.
+        clip_grad: largest global norm of the gradients; 0: no limit.
+        compile: run the network through ``torch.compile``.
     """
 
     epochs: int
@@ -50,19 +50,19 @@ class Settings:
 
 
 @dataclass(eq=False)
-class Run:
+class Trainer:
     """Train a student: each :meth:`step` is one optimizer update.
 
-    ``update`` counts finished updates; all other position (epoch, learning rate, CKF ratio, order
-    of the samples) follows from it.
+    ``update`` counts finished updates, of ``total_updates``; all else (epoch, learning rate, CKF
+    ratio, order of the samples) follows from it.
 
     Args:
-        student: on its device.
-        loader: of what it learns from.
-        targets: the teacher's response to a batch that lies on the device: of the cache (as
-            ``loader.views.targets``), of a live teacher, or None.
-        lr_schedule: of ``optimizer``'s learning rate, by update.
-        ema: the moving average of the student's weights, if one is kept.
+        student: the network, on its device.
+        loader: yields the training batches.
+        targets: returns the teacher's response to a batch that lies on the device: the cache's
+            (``loader.views.targets``), a live teacher's, or None.
+        lr_schedule: sets ``optimizer``'s learning rate, by update.
+        ema: moving average of the student's weights, if one is kept.
     """
 
     student: Student
@@ -79,8 +79,8 @@ class Run:
         settings, device = self.settings, torch.device(self.loader.device)
         self.device = device
         self.amp = AMP[settings.amp]
-        self.steps = self.loader.plan.steps
-        self.updates = self.steps * settings.epochs
+        self.steps_per_epoch = self.loader.plan.steps
+        self.total_updates = self.steps_per_epoch * settings.epochs
         self.grid = self.loader.views.grid if self.loss.method == "cskd" else None
         self._try_out()
         self.parallel: DistributedDataParallel | None = None
@@ -93,18 +93,18 @@ class Run:
         self.forward: Any = compiled(network, device) if settings.compile else network
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
         self.update = 0
-        self.sums = torch.zeros(len(PARTS), device=device)  # of this epoch's updates so far
+        self.sums = torch.zeros(len(PARTS), device=device)  # over this epoch's updates so far
 
     @property
     def epoch(self) -> int:
         """Return the epoch, from 0, of the next update."""
-        return self.update // self.steps
+        return self.update // self.steps_per_epoch
 
     @property
     def progress(self) -> float:
         """Return t, in [0, 1]: epoch / epochs, as the authors step it, or update / updates."""
         if self.settings.by_update:
-            return self.update / self.updates
+            return self.update / self.total_updates
         return self.epoch / self.settings.epochs
 
     @property
@@ -117,11 +117,11 @@ class Run:
         """Return the learning rate of the last update."""
         return self.optimizer.param_groups[0]["lr"]
 
-    def batches(self) -> Iterator[Batch]:
+    def micro_batches(self) -> Iterator[Batch]:
         """Yield the micro-batches of all updates that are left, until another rank fails."""
         accumulation = self.loader.accumulation
-        self.loader.start_at(self.epoch, self.update % self.steps * accumulation)
-        left = (self.updates - self.update) * accumulation
+        self.loader.start_at(self.epoch, self.update % self.steps_per_epoch * accumulation)
+        left = (self.total_updates - self.update) * accumulation
         return self.ranks.heeding(self.loader.batches(left))
 
     def parts(self, batch: Batch) -> LossParts:
@@ -133,7 +133,7 @@ class Run:
         return self.loss(heads.float(), labels, targets, self.ratio, self.progress)
 
     def step(self, batches: Iterator[Batch]) -> Tensor:
-        """Make one optimizer update of the next ``accumulation`` micro-batches.
+        """Make one optimizer update from the next ``accumulation`` micro-batches.
 
         Returns:
             (4,) the loss and its parts over this rank's samples, on the device: nothing here waits
@@ -213,19 +213,19 @@ class Run:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a :meth:`state`.
+        """Continue from a :meth:`state`.
 
         Raises:
             ValueError, KeyError, RuntimeError: it is no state of such a run.
         """
         update = state["update"]
-        if type(update) is not int or not 0 <= update <= self.updates:
-            raise ValueError(f"update {update!r} of {self.updates}")
+        if type(update) is not int or not 0 <= update <= self.total_updates:
+            raise ValueError(f"update {update!r} of {self.total_updates}")
         self.update = update
         self.student.model.load_state_dict(state["student"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty without float16, as one may go on
+        if state["scaler"]:  # empty if it was saved without float16
             self.scaler.load_state_dict(state["scaler"])
         self.sums = state["sums"].to(self.device).reshape(len(PARTS))

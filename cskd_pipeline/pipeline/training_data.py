@@ -38,12 +38,12 @@ class TrainingData:
     """Hold what a run reads.
 
     Args:
-        name: of the data set.
-        classes: of the training shards, named by the cache where they have no names.
+        name: name of the data set.
+        classes: classes of the training shards, named by the cache where they have no names.
         guard: compares classes, and keeps which differences were accepted.
-        validation: what students are measured on.
-        cache_digest: names the contents of a finished cache.
-        left_out: of the images for training, and for validation.
+        validation: images on which students are measured.
+        cache_digest: identifies the contents of a finished cache.
+        left_out: samples left out of training, and of validation.
     """
 
     name: str
@@ -92,7 +92,7 @@ def open_training_data(recipe: TrainRecipe, ranks: Ranks = ALONE) -> TrainingDat
         views = TrainingViews.of_dataset(dataset, policy, recipe.run.seed)
     else:
         views = _join(recipe, dataset, cache, guard, left_out)
-    guard.report()
+    guard.report_new()
     return TrainingData(
         name=dataset.name,
         classes=classes,
@@ -115,7 +115,7 @@ def _open_cache(recipe: TrainRecipe) -> Cache:
     classes, found = recipe.data.num_classes, cache.manifest.dataset.num_classes
     if classes and classes != found:
         raise CacheError(
-            "the cache is of another number of classes",
+            "the cache has a different number of classes",
             where=cache.path,
             found=f"{found} classes",
             expected=f"data.num_classes = {classes}",
@@ -123,10 +123,10 @@ def _open_cache(recipe: TrainRecipe) -> Cache:
         )
     if recipe.views is not None and recipe.views != cache.manifest.policy:
         raise CacheError(
-            "the cache is of another view policy (recipe's value and cache's)",
+            "the cache uses a different view policy than the recipe (recipe's value and cache's)",
             where=cache.path,
             problems=recipe.views.difference(cache.manifest.policy),
-            action="leave [views] out of the recipe to take the cache's, or use another cache",
+            action="leave [views] out of the recipe to take the cache's, or use a different cache",
         )
     return cache
 

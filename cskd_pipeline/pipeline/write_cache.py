@@ -103,7 +103,7 @@ def write_cache(
         writer = CacheWriter.create(
             cache.path, manifest, accept_versions=options.accept_versions, guard=guard
         )
-        guard.report()
+        guard.report_new()
         if cache.views > writer.manifest.views:
             writer.extend(cache.views)
         chosen = (options.shard_range, options.view_range)

@@ -125,7 +125,7 @@ class ClassGuard:
             self.accepted.append(line)
             self._pending.append(f"accepted by {self.switch}: {line}")
 
-    def report(self) -> None:
+    def report_new(self) -> None:
         """Log what was accepted or is unknown and has not been logged yet, one warning each."""
         for line in self._pending:
             log.warning(line)

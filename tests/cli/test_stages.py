@@ -18,7 +18,7 @@ from cskd_pipeline.config import (
     recipe_names,
 )
 from cskd_pipeline.config.sections import DistillSection, EvalSection
-from cskd_pipeline.pipeline.from_recipe import make_run
+from cskd_pipeline.pipeline.from_recipe import make_trainer
 from cskd_pipeline.runtime import resources
 from cskd_pipeline.tools.bench.bench_step import synthetic_views
 from cskd_pipeline.views.policy import ViewPolicy
@@ -146,11 +146,11 @@ def test_a_papers_run_has_the_authors_learning_rates_and_the_updates_its_recipe_
     recipe = load_recipe(TrainRecipe, size, ["student.kwargs={embed_dim=24, depth=1, num_heads=2}"])
     policy = recipe.views
     assert policy is not None
-    run = make_run(recipe, synthetic_views(policy, (7, 7), 1_281_167), torch.device("cpu"))
+    trainer = make_trainer(recipe, synthetic_views(policy, (7, 7), 1_281_167), torch.device("cpu"))
     rates = []
     for epoch in range(301):
-        run.lr_schedule.step_update(epoch * run.steps)
-        rates.append(run.lr)
+        trainer.lr_schedule.step_update(epoch * trainer.steps_per_epoch)
+        rates.append(trainer.lr)
     batch, peak = AUTHORS[size]
     assert rates[0] == pytest.approx(1e-6)
     assert rates.index(max(rates)) == 5
@@ -158,7 +158,7 @@ def test_a_papers_run_has_the_authors_learning_rates_and_the_updates_its_recipe_
     assert rates[-1] == pytest.approx(1e-5)
     for method in ("cskd", "deit", "none"):
         text = (resources.stages() / f"train/{size}_{method}.toml").read_text()
-        assert f"{run.updates:,} updates of {batch:,}" in text
+        assert f"{trainer.total_updates:,} updates of {batch:,}" in text
         stated = re.search(r"scaled linearly with the batch: (\S+) here", text)
         assert stated is not None
         assert float(stated[1]) == peak

@@ -111,7 +111,7 @@ def test_after_an_error_the_next_iteration_begins_at_the_batch_that_failed(
 
 def test_a_state_of_another_order_is_refused(views: TrainingViews) -> None:
     state = loader_of(views).state_dict()
-    with pytest.raises(UsageError, match="another order") as caught:
+    with pytest.raises(UsageError, match="different order") as caught:
         loader_of(views, seed=2, accumulation=3).load_state_dict(state)
     assert caught.value.problems == [
         "accumulation: the state's 1, here 3",

@@ -157,8 +157,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(
         patch.setattr(
             train,
             "_stopping",
-            lambda run, stop: (
-                run.ranks.any(run.ranks.rank == 1 and run.update == 6) or original(run, stop)
+            lambda trainer, stop: (
+                trainer.ranks.any(trainer.ranks.rank == 1 and trainer.update == 6)
+                or original(trainer, stop)
             ),
         )
         assert finish(start(3, words)) == [130] * 3
@@ -185,16 +186,16 @@ def test_a_rank_that_dies_takes_the_job_down(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """It ends with an error that names the reason, and does not wait for ever."""
-    from cskd_pipeline.pipeline.trainer import Run
+    from cskd_pipeline.pipeline.trainer import Trainer
 
-    original = Run.step
+    original = Trainer.step
 
-    def step(self: Run, batches: Any) -> Any:
+    def step(self: Trainer, batches: Any) -> Any:
         if self.ranks.rank == 1 and self.update == 3:
             os._exit(9)  # as the kernel's out-of-memory killer would
         return original(self, batches)
 
-    monkeypatch.setattr(Run, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     codes = finish(start(3, arguments(small, tmp_path / "run")), seconds=60)
     assert codes[1] == 9
     assert codes[0] == codes[2] == 1
@@ -243,16 +244,16 @@ def in_unit(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object
 
 def in_step(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object]) -> None:
     """One rank acts where the fourth update should be."""
-    from cskd_pipeline.pipeline.trainer import Run
+    from cskd_pipeline.pipeline.trainer import Trainer
 
-    original = Run.step
+    original = Trainer.step
 
-    def step(self: Run, batches: Any) -> Any:
+    def step(self: Trainer, batches: Any) -> Any:
         if self.ranks.rank == rank and self.update == 3:
             act()
         return original(self, batches)
 
-    monkeypatch.setattr(Run, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
 
 
 def stop_myself() -> None:

@@ -26,7 +26,7 @@ from cskd_pipeline.models.train_state import load_state
 from cskd_pipeline.models.weights import state_digest
 from cskd_pipeline.pipeline import train as stage_two
 from cskd_pipeline.pipeline.finetune import read_source
-from cskd_pipeline.pipeline.from_recipe import make_run
+from cskd_pipeline.pipeline.from_recipe import make_trainer
 from cskd_pipeline.pipeline.train import train
 from cskd_pipeline.pipeline.train_job import TrainJob
 from cskd_pipeline.pipeline.training_data import open_training_data
@@ -55,7 +55,7 @@ def draw_colours(folder: Path, classes: int, per_class: int, seed: int) -> None:
 def job_of(recipe: TrainRecipe) -> TrainJob:
     """A run on the CPU before its first update."""
     data = open_training_data(recipe)
-    return TrainJob(recipe, data, make_run(recipe, data.views, CPU))
+    return TrainJob(recipe, data, make_trainer(recipe, data.views, CPU))
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Transfer:
         self, out: Path, init: Path | str = "", sets: tuple[str, ...] = (), **named: Any
     ) -> TrainRecipe:
         """Fine-tuning at 48 px."""
-        source = str(init) or str(self.run)
+        source = str(init) or str(self.trainer)
         given = [*world.VIEWS, "views.size=48", f"student.init_from={source}", *sets]
         return world.train_recipe(
             self.shards, None, out, "none", given, **({"kwargs": KWARGS} | named)
@@ -106,19 +106,19 @@ def test_everything_but_heads_and_positions_is_the_sources_at_update_0(
 ) -> None:
     source = load_file(transfer.run / "best.safetensors")
     job = transfer.started(tmp_path)
-    state = job.run.student.model.state_dict()
-    assert job.run.update == 0
+    state = job.trainer.student.model.state_dict()
+    assert job.trainer.update == 0
     assert state.keys() == source.keys()
     for name in state.keys() - HEADS - {"pos_embed"}:
         assert torch.equal(state[name], source[name]), name
-    assert job.run.ema is not None
-    assert_equal(dict(job.run.ema.module.state_dict()), dict(state))
+    assert job.trainer.ema is not None
+    assert_equal(dict(job.trainer.ema.module.state_dict()), dict(state))
 
 
 def test_positions_are_resampled_as_timm_does(transfer: Transfer, tmp_path: Path) -> None:
     source = load_file(transfer.run / "best.safetensors")
     job = transfer.started(tmp_path)
-    model: Any = job.run.student.model
+    model: Any = job.trainer.student.model
     positions = model.state_dict()["pos_embed"]
     assert source["pos_embed"].shape == (1, 2 + 4 * 4, 32)
     assert positions.shape == (1, 2 + 6 * 6, 32)
@@ -128,9 +128,9 @@ def test_positions_are_resampled_as_timm_does(transfer: Transfer, tmp_path: Path
 
 def test_new_heads_are_those_of_a_fresh_run(transfer: Transfer, tmp_path: Path) -> None:
     job = transfer.started(tmp_path)
-    fresh = job_of(job.recipe).run.student.model.state_dict()
+    fresh = job_of(job.recipe).trainer.student.model.state_dict()
     for name in HEADS:
-        assert torch.equal(job.run.student.model.state_dict()[name], fresh[name]), name
+        assert torch.equal(job.trainer.student.model.state_dict()[name], fresh[name]), name
     assert len(fresh["head.weight"]) == 7
 
 
@@ -173,7 +173,7 @@ def test_with_a_cache_the_same_classes_keep_their_heads(
     started = job.start_from(recipe.student.init_from)
     assert (started.new, started.resized) == ((), None)
     source = load_file(tmp_path / "plain/last.safetensors")
-    assert_equal(dict(job.run.student.model.state_dict()), source)
+    assert_equal(dict(job.trainer.student.model.state_dict()), source)
     summary = train(recipe)
     assert summary["last"]["global"] > 0
 
@@ -188,7 +188,7 @@ def test_as_many_classes_of_other_names_get_new_heads(transfer: Transfer, tmp_pa
         changed = {**vars(card), "num_classes": 7, "class_names": names}
         save_student(tmp_path / "seven.safetensors", state, type(card)(**changed))
         job = transfer.started(tmp_path, tmp_path / "seven.safetensors")
-        kept = torch.equal(job.run.student.model.state_dict()["head.bias"], state["head.bias"])
+        kept = torch.equal(job.trainer.student.model.state_dict()["head.bias"], state["head.bias"])
         assert kept != new, names
 
 
@@ -201,7 +201,7 @@ def test_a_model_in_timms_form_serves_too(transfer: Transfer, tmp_path: Path) ->
     )
     job = transfer.started(tmp_path, folder)
     assert job.init == {"from": str(folder), "sha256": state_digest(model.state_dict())}
-    mine = job.run.student.model.state_dict()
+    mine = job.trainer.student.model.state_dict()
     for name, tensor in model.state_dict().items():
         assert name in HEADS | {"pos_embed"} or torch.equal(mine[name], tensor)
 
@@ -214,8 +214,8 @@ def test_a_pth_of_the_same_model_serves_too(
     source = load_file(transfer.run / "best.safetensors")
     torch.save({"model": source, "epoch": 3} if wrapped else source, tmp_path / "w.pth")
     job = transfer.started(tmp_path, tmp_path / "w.pth")
-    expected = transfer.started(tmp_path).run.student.model.state_dict()
-    assert_equal(dict(job.run.student.model.state_dict()), dict(expected))
+    expected = transfer.started(tmp_path).trainer.student.model.state_dict()
+    assert_equal(dict(job.trainer.student.model.state_dict()), dict(expected))
     assert job.init == {"from": str(tmp_path / "w.pth"), "sha256": state_digest(source)}
 
 
@@ -258,12 +258,12 @@ def test_positions_of_the_tokens_before_the_grid_are_kept_as_they_are(
 ) -> None:
     kwargs = KWARGS.replace("}", extra + "}")
     recipe = transfer.recipe(tmp_path / "b", student=student, kwargs=kwargs)
-    fresh: Any = job_of(recipe).run.student.model
+    fresh: Any = job_of(recipe).trainer.student.model
     grid = torch.randn(1, 4 * 4, 32)
     before = torch.cat([torch.full((1, prefix, 32), 7.0), grid], dim=1)
     torch.save({**fresh.state_dict(), "pos_embed": before}, tmp_path / "w.pth")
     job = transfer.started(tmp_path, tmp_path / "w.pth", student=student, kwargs=kwargs)
-    positions = job.run.student.model.state_dict()["pos_embed"]
+    positions = job.trainer.student.model.state_dict()["pos_embed"]
     assert positions.shape == (1, prefix + 6 * 6, 32)
     assert torch.equal(positions[:, :prefix], before[:, :prefix])
     square = grid.reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
@@ -284,7 +284,7 @@ def test_resolution_is_no_part_of_an_architectures_name(transfer: Transfer, tmp_
     train(recipe)
     job = transfer.started(tmp_path, tmp_path / "a", student=larger, kwargs=kwargs)
     source = load_file(tmp_path / "a/last.safetensors")
-    assert_equal(dict(job.run.student.model.state_dict()), source)
+    assert_equal(dict(job.trainer.student.model.state_dict()), source)
 
 
 def flat(recipe: TrainRecipe) -> dict[str, Any]:
@@ -298,15 +298,15 @@ def flat(recipe: TrainRecipe) -> dict[str, Any]:
 
 
 def die_at(monkeypatch: pytest.MonkeyPatch, deadly: int) -> Callable[[], None]:
-    step = stage_two.Run.step
+    step = stage_two.Trainer.step
 
-    def dying(run: Any, batches: Any) -> torch.Tensor:
-        if run.update == deadly:
+    def dying(trainer: Any, batches: Any) -> torch.Tensor:
+        if trainer.update == deadly:
             raise DiedError
-        return step(run, batches)
+        return step(trainer, batches)
 
-    monkeypatch.setattr(stage_two.Run, "step", dying)
-    return lambda: monkeypatch.setattr(stage_two.Run, "step", step)
+    monkeypatch.setattr(stage_two.Trainer, "step", dying)
+    return lambda: monkeypatch.setattr(stage_two.Trainer, "step", step)
 
 
 @pytest.mark.parametrize("gone", [False, True])

@@ -11,7 +11,7 @@ import torch
 from cskd_pipeline.data.assemble import assemble, normalise
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.distill.targets import LogitTargets, Targets
-from cskd_pipeline.pipeline.from_recipe import make_run
+from cskd_pipeline.pipeline.from_recipe import make_trainer
 from cskd_pipeline.pipeline.training_data import open_training_data
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -29,9 +29,9 @@ def loss_curve(
 ) -> torch.Tensor:
     """(updates, 4) loss and parts of a whole run; ``targets`` replace the cache's targets."""
     recipe = world.train_recipe(small.shards, small.cache, out, method, sets)
-    run = make_run(recipe, open_training_data(recipe).views, CPU, targets=targets)
-    batches = run.batches()
-    return torch.stack([run.step(batches) for _ in range(run.updates)])
+    trainer = make_trainer(recipe, open_training_data(recipe).views, CPU, targets=targets)
+    batches = trainer.micro_batches()
+    return torch.stack([trainer.step(batches) for _ in range(trainer.total_updates)])
 
 
 @pytest.mark.parametrize("method", ["deit", "cskd"])
@@ -75,8 +75,8 @@ def test_everything_that_the_recipe_says_of_the_loss_reaches_it(
     }
     sets = [f"distill.{name}={value}" for name, value in said.items()]
     recipe = world.train_recipe(small.shards, small.cache, tmp_path, "cskd", sets)
-    run = make_run(recipe, open_training_data(recipe).views, CPU)
-    assert vars(run.loss) == {"method": "cskd", **said}
+    trainer = make_trainer(recipe, open_training_data(recipe).views, CPU)
+    assert vars(trainer.loss) == {"method": "cskd", **said}
 
 
 def test_accumulation_changes_a_loss_curve_by_rounding_only(small: World, tmp_path: Path) -> None:

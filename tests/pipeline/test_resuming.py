@@ -23,7 +23,7 @@ from cskd_pipeline.models.checkpoint import read_card
 from cskd_pipeline.models.train_state import find_nonfinite, load_state
 from cskd_pipeline.pipeline import train as stage_two
 from cskd_pipeline.pipeline.resuming import changed_keys, require_same_data
-from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.runtime.atomic import LOCK, sole_writer
 from cskd_pipeline.runtime.signals import Requeue
 from tests.pipeline import world
@@ -93,14 +93,14 @@ def test_a_failing_evaluation_loses_no_update_and_is_made_up_for(
 
 def stopped_after_one_epoch(recipe: TrainRecipe) -> None:
     """Resume, and get SIGTERM in the first update."""
-    step = Run.step
+    step = Trainer.step
 
-    def stopping(run: Run, batches: Any) -> torch.Tensor:
+    def stopping(trainer: Trainer, batches: Any) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGTERM)
-        return step(run, batches)
+        return step(trainer, batches)
 
     with Patch.context() as patch:
-        patch.setattr(Run, "step", stopping)
+        patch.setattr(Trainer, "step", stopping)
         with pytest.raises(Requeue):
             run_to_end(recipe, resume=True)
 
@@ -150,17 +150,17 @@ def test_a_run_that_diverges_keeps_its_last_good_state_and_goes_on_as_advised(
     small: World, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     out = tmp_path / "run"
-    step = Run.step
+    step = Trainer.step
 
-    def poisoned(run: Run, batches: Any) -> torch.Tensor:
-        parts = step(run, batches)
-        if run.update == 5:
+    def poisoned(trainer: Trainer, batches: Any) -> torch.Tensor:
+        parts = step(trainer, batches)
+        if trainer.update == 5:
             with torch.no_grad():
-                next(run.student.parameters()).view(-1)[0] = torch.nan
+                next(trainer.student.parameters()).view(-1)[0] = torch.nan
         return parts
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "step", poisoned)
+        patch.setattr(Trainer, "step", poisoned)
         with pytest.raises(TrainingError, match="the weights are not finite") as caught:
             run_to_end(recipe_of(small, out, "run.checkpoint_every=2"))
     assert str(caught.value.found).startswith("NaN or infinity in student.")
@@ -249,7 +249,7 @@ def test_another_recipe_or_other_data_are_refused_with_all_that_differs(
     state = load_state(out / "state.pt")
     with pytest.raises(OutputError, match="other data") as caught:
         require_same_data(state["data"], state["data"] | {"root_seed": 9}, out / "state.pt")
-    assert caught.value.problems == ["views: another root seed: the run's 0, here 9"]
+    assert caught.value.problems == ["views: different root seed: the run's 0, here 9"]
 
 
 def test_a_run_ends_earlier_but_not_before_where_it_is(small: World, tmp_path: Path) -> None:
@@ -261,16 +261,16 @@ def test_a_run_ends_earlier_but_not_before_where_it_is(small: World, tmp_path: P
         run_to_end(recipe_of(small, tmp_path / "run", *sets, epochs=2), resume=True)
     assert "give schedule.epochs = 3 or more" in str(caught.value.action)
 
-    step = Run.step
+    step = Trainer.step
 
-    def stopping(run: Run, batches: Any) -> torch.Tensor:
-        parts = step(run, batches)
-        if run.update == 3:
+    def stopping(trainer: Trainer, batches: Any) -> torch.Tensor:
+        parts = step(trainer, batches)
+        if trainer.update == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return parts
 
     with Patch.context() as patch:
-        patch.setattr(Run, "step", stopping)
+        patch.setattr(Trainer, "step", stopping)
         with pytest.raises(Requeue):
             run_to_end(recipe_of(small, tmp_path / "short", *sets, epochs=3))
     state = tmp_path / "short/state.pt"
@@ -350,7 +350,7 @@ def test_a_run_begins_and_goes_on_beside_a_jobs_log(
     (out / "slurm-1.out").write_text("hello")
     assert world.cli(*words(small, out)) == 0
     assert world.cli(*words(small, out)) == 1
-    assert "go on with the run there by --resume" in capsys.readouterr().err
+    assert "resume the run there with --resume" in capsys.readouterr().err
     assert world.cli(*words(small, out, "--resume")) == 0
     assert (out / "slurm-1.out").read_text() == "hello"
 

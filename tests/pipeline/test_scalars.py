@@ -25,6 +25,7 @@ from cskd_pipeline.config import TrainRecipe, result_digest
 from cskd_pipeline.errors import ManifestError, MissingPackageError
 from cskd_pipeline.pipeline import scalars
 from cskd_pipeline.pipeline import train as stage_two
+from cskd_pipeline.pipeline.run_log import RunLog
 from cskd_pipeline.pipeline.train import train
 from cskd_pipeline.runtime.console import Terminal
 from tests.pipeline import world
@@ -118,6 +119,30 @@ def tensorboard(out: Path) -> dict[int, dict[str, float]]:
     return points
 
 
+def backdate(out: Path) -> None:
+    """Let the event files come first by name, as of a run that began more than a second ago."""
+    for path in (out / "tensorboard").iterdir():
+        path.rename(path.with_name(f"events.out.tfevents.0000000001.{path.name}"))
+
+
+@pytest.mark.parametrize("finished", [0, 2])
+def test_tensorboard_keeps_the_points_of_finished_updates_once(
+    tmp_path: Path, finished: int
+) -> None:
+    log = RunLog(tmp_path, 0)
+    for update in (1, 2, 3):
+        log.scalars(update, {"train/loss": 1.0})
+    log.close(ended=False)
+    backdate(tmp_path)
+    log = RunLog(tmp_path, finished)
+    for update in range(finished + 1, 5):
+        log.scalars(update, {"train/loss": 2.0})
+    log.close(ended=True)
+    points = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [point.step for point in points] == [1, 2, 3, 4]
+    assert [point.value for point in points] == [1.0] * finished + [2.0] * (4 - finished)
+
+
 def test_the_scalars_are_tensorboards_and_the_configuration_is_the_recipe(
     small: World, tmp_path: Path
 ) -> None:
@@ -153,18 +178,22 @@ def test_a_resumed_run_continues_the_same_curves(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(small, tmp_path / "run")
-    step = stage_two.Run.step
+    step = stage_two.Trainer.step
 
-    def dying(run: Any, batches: Any) -> Any:
-        if run.update == 8:
+    def dying(trainer: Any, batches: Any) -> Any:
+        if trainer.update == 8:
             raise DiedError
-        return step(run, batches)
+        return step(trainer, batches)
 
-    monkeypatch.setattr(stage_two.Run, "step", dying)
+    monkeypatch.setattr(stage_two.Trainer, "step", dying)
     with pytest.raises(DiedError):
         train(recipe)
-    monkeypatch.setattr(stage_two.Run, "step", step)
+    monkeypatch.setattr(stage_two.Trainer, "step", step)
+    backdate(tmp_path / "run")
     train(recipe, resume=True)
+    points = tensorboard(tmp_path / "run")
+    assert all("train/loss" in points[update] for update in range(1, 13))
+    assert [update for update in points if "epoch/loss" in points[update]] == [6, 12]
     first, second = (read(file) for file in files_of(tmp_path / "run"))
     assert first.identity == second.identity
     assert json.loads((tmp_path / "run/wandb.json").read_text()) == {"id": first.identity}

@@ -85,18 +85,18 @@ def test_a_run_that_died_anywhere_ends_as_an_uninterrupted_one(
     run_to_end(whole)
 
     broken = world.train_recipe(small.shards, small.cache, tmp_path / "broken", sets=sets)
-    step = stage_two.Run.step
+    step = stage_two.Trainer.step
     for deadly in (3, 4, 9, 17):
 
-        def dying(run: Any, batches: Any, deadly: int = deadly) -> torch.Tensor:
-            if run.update == deadly:
+        def dying(trainer: Any, batches: Any, deadly: int = deadly) -> torch.Tensor:
+            if trainer.update == deadly:
                 raise DiedError
-            return step(run, batches)
+            return step(trainer, batches)
 
-        monkeypatch.setattr(stage_two.Run, "step", dying)
+        monkeypatch.setattr(stage_two.Trainer, "step", dying)
         with pytest.raises(DiedError):
             run_to_end(broken, resume=deadly != 3)
-    monkeypatch.setattr(stage_two.Run, "step", step)
+    monkeypatch.setattr(stage_two.Trainer, "step", step)
     run_to_end(broken, resume=True)
     assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
     for name in ("last", "last_ema", "best"):

@@ -11,30 +11,30 @@ import torch
 
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.distill.losses import DistillationLoss
-from cskd_pipeline.pipeline.from_recipe import make_run
-from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.pipeline.from_recipe import make_trainer
+from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.distributed import ALONE, Ranks
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 
 
-def started(small: World, *sets: str, ranks: Ranks = ALONE) -> tuple[Run, Iterator[Batch]]:
-    """A run of 12 updates, and its batches."""
+def started(small: World, *sets: str, ranks: Ranks = ALONE) -> tuple[Trainer, Iterator[Batch]]:
+    """A trainer of 12 updates, and its micro-batches."""
     recipe = world.train_recipe(small.shards, small.cache, Path(), sets=[*sets], epochs=2)
     views = open_training_data(recipe).views
-    run = make_run(recipe, views, torch.device("cpu"))
-    run.ranks = ranks  # of which only chance takes notice here
-    return run, run.batches()
+    trainer = make_trainer(recipe, views, torch.device("cpu"))
+    trainer.ranks = ranks  # of which only chance takes notice here
+    return trainer, trainer.micro_batches()
 
 
 def test_chance_in_an_update_follows_from_seed_update_and_rank_alone(small: World) -> None:
     def seeds(seed: int, ranks: Ranks) -> list[int]:
-        run, batches = started(small, f"run.seed={seed}", "data.check=0", ranks=ranks)
+        trainer, batches = started(small, f"run.seed={seed}", "data.check=0", ranks=ranks)
         found = []
         for _ in range(3):
             torch.manual_seed(17)
-            run.step(batches)
+            trainer.step(batches)
             found.append(torch.initial_seed())
         return found
 
@@ -60,21 +60,21 @@ def test_the_ckf_ratio_of_every_update(
         return loss(self, heads, labels, targets, r, t)
 
     monkeypatch.setattr(DistillationLoss, "__call__", watched)
-    run, batches = started(small, f"distill.step={step}", "data.check=0")
+    trainer, batches = started(small, f"distill.step={step}", "data.check=0")
     for _ in range(12):
-        run.step(batches)
+        trainer.step(batches)
     assert used == pytest.approx(expected)
 
 
 def test_the_average_follows_every_parameter(small: World) -> None:
-    run, batches = started(small, "run.ema=0.75", "data.check=0")
-    assert run.ema is not None
-    before = {n: p.clone() for n, p in run.ema.module.named_parameters()}
-    run.step(batches)
-    now = dict(run.student.model.named_parameters())
+    trainer, batches = started(small, "run.ema=0.75", "data.check=0")
+    assert trainer.ema is not None
+    before = {n: p.clone() for n, p in trainer.ema.module.named_parameters()}
+    trainer.step(batches)
+    now = dict(trainer.student.model.named_parameters())
     moved = {n for n in now if not torch.equal(now[n], before[n])}
     assert {now[n].ndim for n in moved} >= {1, 2}
-    for name, average in run.ema.module.named_parameters():
+    for name, average in trainer.ema.module.named_parameters():
         torch.testing.assert_close(average, 0.75 * before[name] + 0.25 * now[name])
 
 
@@ -83,9 +83,9 @@ def test_accumulation_changes_no_update(small: World) -> None:
 
     def weights(accumulation: int) -> list[torch.Tensor]:
         sets = ["optim.name=sgd", "optim.lr=100", "data.check=0", "schedule.warmup_epochs=0"]
-        run, batches = started(small, *sets, f"batch.accumulation={accumulation}")
-        run.step(batches)
-        return [p.detach() for p in run.student.parameters()]
+        trainer, batches = started(small, *sets, f"batch.accumulation={accumulation}")
+        trainer.step(batches)
+        return [p.detach() for p in trainer.student.parameters()]
 
     whole, fresh = weights(1), list(started(small, "data.check=0")[0].student.parameters())
     assert max((a - b).abs().max() for a, b in zip(whole, fresh, strict=True)) > 0.01

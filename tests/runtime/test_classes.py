@@ -85,7 +85,7 @@ def test_what_is_accepted_is_kept_without_paths_and_logged_once(
     guard = ClassGuard("--yes", accept=True)
     for _ in range(2):
         guard.compare(side(("b", "a")), side(("a", "b"), of="there"))
-        guard.report()
+        guard.report_new()
     line = (
         "classes of here and there: the same 2 names in another order "
         '(class 0: "b" in here, "a" in there)'
@@ -102,7 +102,7 @@ def test_names_that_one_side_lacks_are_logged_in_one_line(
         guard.compare(side(None, 12), side(NUMBERS, of="there"))
         guard.compare(side(None, 12), side(None, 12, of="there"))
         guard.compare(side(NUMBERS), side(NUMBERS, of="there"))
-        guard.report()
+        guard.report_new()
         assert guard.accepted == []
     assert caplog.messages == ["no class names in here: class k is taken for class k of there"] * 2
 

@@ -1,6 +1,6 @@
 """``bench step``: what a training step from a cache costs beside a plain one, and a live teacher's.
 
-All sides are the real step of training (:meth:`cskd_pipeline.pipeline.trainer.Run.step`), on
+All sides are the real step of training (:meth:`cskd_pipeline.pipeline.trainer.Trainer.step`), on
 batches that lie on the device already, in turn: ``none`` learns from labels alone; ``cskd`` and
 ``deit`` have their targets from the envelope encoding; ``live`` is ``cskd`` with the teacher run
 in every step, as the authors' code does. Pixels, labels and the cached logits are drawn at random,
@@ -30,8 +30,8 @@ from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.distill.targets import LogitTargets, Targets
 from cskd_pipeline.models.teacher import Teacher, load_teacher
 from cskd_pipeline.models.timm_models import TeacherSource
-from cskd_pipeline.pipeline.from_recipe import make_run
-from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.pipeline.from_recipe import make_trainer
+from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.runtime.device import pick_device, use_threads
 from cskd_pipeline.tools.bench.timing import (
     Clock,
@@ -117,8 +117,8 @@ def bench_step(
     measured = {}
     for name in students:
         changed = replace(recipe, student=replace(recipe.student, name=name))
-        runs = _runs(changed, policy, grid, live, device)
-        measured[name] = _measure(runs, batch, rounds, clock)
+        trainers = _trainers(changed, policy, grid, live, device)
+        measured[name] = _measure(trainers, batch, rounds, clock)
     report: dict[str, Any] = {
         "device": device_name(device),
         "size": policy.size,
@@ -136,20 +136,22 @@ def bench_step(
     return report
 
 
-def _measure(runs: Mapping[str, Run], batch: Batch, rounds: int, clock: Clock) -> dict[str, Any]:
+def _measure(
+    trainers: Mapping[str, Trainer], batch: Batch, rounds: int, clock: Clock
+) -> dict[str, Any]:
     peaks: dict[str, int] = {}
 
     def step(name: str, number: int) -> None:
-        run = runs[name]
-        if run.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(run.device)
-        parts = run.step(iter([batch] * run.loader.accumulation))
+        trainer = trainers[name]
+        if trainer.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(trainer.device)
+        parts = trainer.step(iter([batch] * trainer.loader.accumulation))
         parts.tolist()  # waits for the device
-        if run.device.type == "cuda":
-            peaks[name] = torch.cuda.max_memory_allocated(run.device)
+        if trainer.device.type == "cuda":
+            peaks[name] = torch.cuda.max_memory_allocated(trainer.device)
 
-    sides = {name: seconds_of(partial(step, name), clock) for name in runs}
-    plain = runs["none"]
+    sides = {name: seconds_of(partial(step, name), clock) for name in trainers}
+    plain = trainers["none"]
     seconds = take_turns(sides, rounds, f"training {plain.student.name}")
     images = plain.loader.batch_size
     slower = {name: ratio(seconds["none"], seconds[name]) for name in ("deit", "cskd")}
@@ -162,14 +164,14 @@ def _measure(runs: Mapping[str, Run], batch: Batch, rounds: int, clock: Clock) -
     }
 
 
-def _runs(
+def _trainers(
     recipe: TrainRecipe,
     policy: ViewPolicy,
     grid: tuple[int, int],
     teacher: Teacher | None,
     device: torch.device,
-) -> dict[str, Run]:
-    """One run for each side: they differ in the method, and in where their targets come from."""
+) -> dict[str, Trainer]:
+    """Make a trainer for each side; they differ in the method and in the source of targets."""
     views = synthetic_views(policy, grid, recipe.batch.batch_size * _STEPS)
 
     def cached(batch: Batch) -> Targets:
@@ -180,19 +182,19 @@ def _runs(
         pixels = assemble(batch, policy)
         return LogitTargets(*teacher.respond(normalise(pixels, teacher.mean, teacher.std)))
 
-    runs = {}
+    trainers = {}
     for method in METHODS:
         hard: Any = {"method": method, "global_kind": "hard", "spatial_kind": "hard"}
         changed = replace(recipe, distill=replace(recipe.distill, **hard))
         targets = None if method == "none" else cached
-        runs[method] = make_run(changed, views, device, targets=targets)
+        trainers[method] = make_trainer(changed, views, device, targets=targets)
     if teacher is not None:
-        runs[LIVE] = make_run(changed, views, device, targets=live)
-    return runs
+        trainers[LIVE] = make_trainer(changed, views, device, targets=live)
+    return trainers
 
 
 def synthetic_views(policy: ViewPolicy, grid: tuple[int, int], samples: int) -> TrainingViews:
-    """Return views of no images: batches are given to the runs that use them."""
+    """Return views of no images: batches are given to the trainers that use them."""
     return TrainingViews(
         SampleSet((samples,), ("",)), ImageSource(()), policy, 0, CLASSES, grid=grid
     )

@@ -16,8 +16,8 @@ from typing import Any
 
 from cskd_pipeline.config import TrainRecipe
 from cskd_pipeline.data.batches import Batch
-from cskd_pipeline.pipeline.from_recipe import make_run
-from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.pipeline.from_recipe import make_trainer
+from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.device import pick_device, use_threads
 from cskd_pipeline.runtime.progress import duration, progress
@@ -45,20 +45,20 @@ def plan_train(recipe: TrainRecipe, *, updates: int = UPDATES) -> dict[str, Any]
     if recipe.data.drift == "skip":  # to find such images is to read all; the rates are the same
         recipe = replace(recipe, data=replace(recipe.data, drift="warn"))
     views = open_training_data(recipe).views
-    run = make_run(recipe, views, pick_device(recipe.run.device))
-    loader, batch_size = run.loader, recipe.batch.batch_size
-    loading, seconds, together = _try_updates(run, min(updates, run.updates))
+    trainer = make_trainer(recipe, views, pick_device(recipe.run.device))
+    loader, batch_size = trainer.loader, recipe.batch.batch_size
+    loading, seconds, together = _try_updates(trainer, min(updates, trainer.total_updates))
     device = batch_size / statistics.median(seconds[len(seconds) // 4 :])
     rates = {
         "loader": batch_size * loading.rate,
         "device": device,
         "together": batch_size * together.rate,
     }
-    epoch = run.steps * batch_size / rates["together"]
+    epoch = trainer.steps_per_epoch * batch_size / rates["together"]
     return {
         "student": recipe.student.name,
         "method": recipe.distill.method,
-        "device": str(run.device),
+        "device": str(trainer.device),
         "samples": views.samples.total,
         "batch_size": batch_size,
         "workers": loader.workers,
@@ -67,16 +67,16 @@ def plan_train(recipe: TrainRecipe, *, updates: int = UPDATES) -> dict[str, Any]
         "workers_to_feed_the_device": math.ceil(
             device / (rates["loader"] / max(1, loader.workers))
         ),
-        "updates_per_epoch": run.steps,
+        "updates_per_epoch": trainer.steps_per_epoch,
         "epochs": recipe.schedule.epochs,
         "seconds_per_epoch": epoch,
         "seconds": together.startup + epoch * recipe.schedule.epochs,
     }
 
 
-def _try_updates(run: Run, updates: int) -> tuple[SteadyRate, list[float], SteadyRate]:
+def _try_updates(trainer: Trainer, updates: int) -> tuple[SteadyRate, list[float], SteadyRate]:
     """Time the loader alone, each update of the device alone, and both together."""
-    loader = run.loader
+    loader = trainer.loader
     batches = updates * loader.accumulation
     with progress(3 * updates, "updates", "trying it out") as meter:
         loading = SteadyRate(updates)
@@ -89,15 +89,15 @@ def _try_updates(run: Run, updates: int) -> tuple[SteadyRate, list[float], Stead
         seconds = []
         for _ in range(updates):
             began = time.perf_counter()
-            run.step(iter(kept)).tolist()  # waits for the device
+            trainer.step(iter(kept)).tolist()  # waits for the device
             seconds.append(time.perf_counter() - began)
             meter.advance()
-        run.update = 0
+        trainer.update = 0
         together = SteadyRate(updates)
         loader.start_at(0)
         source = loader.batches(batches)
         for _ in range(updates):
-            run.step(source).tolist()
+            trainer.step(source).tolist()
             together.advance(1)
             meter.advance()
     return loading, seconds, together

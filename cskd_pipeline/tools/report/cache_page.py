@@ -44,7 +44,7 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
     guard = ClassGuard(accept=options.accept_classes)
     shards = options.shards or ""
     found = join_to_look(reader, shards, guard, split=options.split)
-    guard.report()
+    guard.report_new()
     rows = choose_views(found, options.images or IMAGES)
     views = make_views(found, rows)
     labels = read_labels(reader, rows)

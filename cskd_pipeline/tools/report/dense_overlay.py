@@ -118,7 +118,7 @@ def compare(
     if not files:
         return None, without
     found = join_to_look(reader, options.shards or "", guard, split=options.split)
-    guard.report()
+    guard.report_new()
     images, samples = options.images or IMAGES, options.samples or SAMPLES
     rows = choose_views(found, max(images, samples))
     shown = np.unique(np.linspace(0, len(rows) - 1, min(images, len(rows))).astype(np.int64))

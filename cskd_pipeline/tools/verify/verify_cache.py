@@ -125,7 +125,7 @@ def _image_checks(reader: Cache, images: UserImages, differences: Sequence[str])
 def _classes_check(found: Join, guard: ClassGuard, accept: bool) -> Check:
     """Check names, and labels by key; what is accepted is logged."""
     if accept:
-        guard.report()
+        guard.report_new()
     else:
         for line in guard.unknown:
             log.warning(line)

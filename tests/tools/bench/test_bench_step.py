@@ -21,7 +21,7 @@ from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets
 from cskd_pipeline.errors import StudentError
 from cskd_pipeline.models.teacher import load_teacher
 from cskd_pipeline.models.timm_models import TeacherSource
-from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.tools.bench import bench_step as bench
 from cskd_pipeline.views.policy import ViewPolicy
 from tests.pipeline import world
@@ -41,20 +41,20 @@ def small_recipe(*sets: str) -> TrainRecipe:
     return load_recipe(TrainRecipe, None, [SMALL, "run.threads=1", *sets], flags)
 
 
-def small_runs(device: str = "cpu", *sets: str) -> dict[str, Run]:
+def small_trainers(device: str = "cpu", *sets: str) -> dict[str, Trainer]:
     asked = small_recipe(*sets)
-    return bench._runs(asked, POLICY, (2, 2), None, torch.device(device))
+    return bench._trainers(asked, POLICY, (2, 2), None, torch.device(device))
 
 
 def test_a_ratio_is_seconds_in_units_of_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, asked = Time(), Counter[str]()
     seconds = {"none": 1.0, "deit": 1.25, "cskd": 1.5, "live": 6.0}
-    real = bench._runs
+    real = bench._trainers
 
     class Stepped:
-        def __init__(self, name: str, run: Run) -> None:
-            self.name, self.device = name, run.device
-            self.loader, self.student = run.loader, run.student
+        def __init__(self, name: str, trainer: Trainer) -> None:
+            self.name, self.device = name, trainer.device
+            self.loader, self.student = trainer.loader, trainer.student
 
         def step(self, batches: Iterator[Batch]) -> Tensor:
             asked[self.name] += len(list(batches))
@@ -62,9 +62,9 @@ def test_a_ratio_is_seconds_in_units_of_the_plain_step(monkeypatch: pytest.Monke
             return torch.zeros(4)
 
     def named(*arguments: Any) -> Any:
-        return {name: Stepped(name, run) for name, run in real(*arguments).items()}
+        return {name: Stepped(name, trainer) for name, trainer in real(*arguments).items()}
 
-    monkeypatch.setattr(bench, "_runs", named)
+    monkeypatch.setattr(bench, "_trainers", named)
     report = bench.bench_step(
         _sized(small_recipe("batch.accumulation=2")),
         students=[STUDENT],
@@ -87,18 +87,23 @@ def _sized(recipe: TrainRecipe) -> TrainRecipe:
 
 def test_every_side_trains_by_its_own_method_from_its_own_targets() -> None:
     teacher = load_teacher(TeacherSource(TEACHER, "random", 1000), size=SIZE, batch_size=8)
-    runs = bench._runs(small_recipe(), POLICY, teacher.grid, teacher, torch.device("cpu"))
+    trainers = bench._trainers(small_recipe(), POLICY, teacher.grid, teacher, torch.device("cpu"))
     batch = bench.synthetic_batch(POLICY, 8, teacher.grid)
-    assert list(runs) == ["none", "deit", "cskd", "live"]
-    assert [run.loss.method for run in runs.values()] == ["none", "deit", "cskd", "cskd"]
-    assert runs["none"].targets(batch) is None
-    assert isinstance(runs["cskd"].targets(batch), EnvelopeTargets)
-    live = runs["live"].targets(batch)
+    assert list(trainers) == ["none", "deit", "cskd", "live"]
+    assert [trainer.loss.method for trainer in trainers.values()] == [
+        "none",
+        "deit",
+        "cskd",
+        "cskd",
+    ]
+    assert trainers["none"].targets(batch) is None
+    assert isinstance(trainers["cskd"].targets(batch), EnvelopeTargets)
+    live = trainers["live"].targets(batch)
     assert isinstance(live, LogitTargets)
     views = normalise(assemble(batch, POLICY), teacher.mean, teacher.std)
     assert torch.equal(live.global_, teacher.respond(views).global_)
-    for name, run in runs.items():
-        _, base, global_, spatial = run.step(iter([batch])).tolist()
+    for name, trainer in trainers.items():
+        _, base, global_, spatial = trainer.step(iter([batch])).tolist()
         assert base > 0
         assert (global_ > 0) == (name != "none")
         assert (spatial > 0) == (name in ("cskd", "live"))
@@ -106,13 +111,13 @@ def test_every_side_trains_by_its_own_method_from_its_own_targets() -> None:
 
 def test_a_live_teacher_and_its_cached_logits_give_one_loss() -> None:
     teacher = load_teacher(TeacherSource(TEACHER, "random", 1000), size=SIZE, batch_size=8)
-    runs = bench._runs(small_recipe(), POLICY, teacher.grid, teacher, torch.device("cpu"))
+    trainers = bench._trainers(small_recipe(), POLICY, teacher.grid, teacher, torch.device("cpu"))
     batch = bench.synthetic_batch(POLICY, 8, teacher.grid)
     logits = teacher.respond(normalise(assemble(batch, POLICY), teacher.mean, teacher.std))
     cached = ENCODINGS["envelope"].encode(logits.spatial, logits.global_)
     batch.targets.update(cached)
     for _ in range(3):
-        one, other = (runs[name].step(iter([batch])) for name in ("cskd", "live"))
+        one, other = (trainers[name].step(iter([batch])) for name in ("cskd", "live"))
         assert torch.equal(one, other)
 
 
@@ -139,22 +144,22 @@ class Refusing(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["none", "deit", "cskd"])
 def test_views_targets_loss_and_gradients_read_nothing_back(method: str) -> None:
-    run = small_runs()[method]
+    trainer = small_trainers()[method]
     batch = bench.synthetic_batch(POLICY, 8, (2, 2))
-    run.parts(batch)  # constants are copied to the device once
+    trainer.parts(batch)  # constants are copied to the device once
     with Refusing():
-        run.parts(batch).total.backward()
+        trainer.parts(batch).total.backward()
     with pytest.raises(AssertionError, match="reads a value back"), Refusing():
         float(torch.ones(1).sum())
 
 
 def test_the_dense_head_sees_pooled_tokens() -> None:
     """16 patch tokens a view, 4 locations: 4 rows a view go through the head for them."""
-    run = small_runs()["cskd"]
+    trainer = small_trainers()["cskd"]
     rows = []
-    model: Any = run.student.model
+    model: Any = trainer.student.model
     model.head_dist.register_forward_hook(lambda _, given, __: rows.append(given[0].shape))
-    run.parts(bench.synthetic_batch(POLICY, 8, (2, 2)))
+    trainer.parts(bench.synthetic_batch(POLICY, 8, (2, 2)))
     assert sorted(shape[:-1].numel() for shape in rows) == [8, 8 * 4]
 
 
@@ -165,13 +170,13 @@ def test_the_fused_optimizer_steps_as_the_plain_one_and_reads_nothing_back(
     batch = bench.synthetic_batch(POLICY, 8, (2, 2))
     sets = ("run.amp=fp16", "optim.clip_grad=1.0", "run.ema=0.9")
     sets = (*sets, "optim.lr=1.0", "schedule.warmup_epochs=0")
-    plain = small_runs("cpu", *sets)["cskd"]
+    plain = small_trainers("cpu", *sets)["cskd"]
     monkeypatch.setattr("cskd_pipeline.pipeline.optimizer.FUSED_ON", ("cpu",))
-    fused = small_runs("cpu", *sets)["cskd"]
-    for run in (plain, fused):
+    fused = small_trainers("cpu", *sets)["cskd"]
+    for trainer in (plain, fused):
         for _ in range(2):
-            run.step(iter([batch]))
-    start = small_runs("cpu", *sets)["cskd"]
+            trainer.step(iter([batch]))
+    start = small_trainers("cpu", *sets)["cskd"]
     for one, other, first in zip(
         *(r.student.parameters() for r in (fused, plain, start)), strict=True
     ):
@@ -187,12 +192,12 @@ def test_the_fused_optimizer_steps_as_the_plain_one_and_reads_nothing_back(
 @pytest.mark.parametrize("amp", ["fp16", "bf16"])
 @pytest.mark.parametrize("method", ["none", "deit", "cskd"])
 def test_on_a_gpu_the_host_never_waits_in_a_step(method: str, amp: str) -> None:
-    run = small_runs("cuda", f"run.amp={amp}")[method]
+    trainer = small_trainers("cuda", f"run.amp={amp}")[method]
     batch = bench.synthetic_batch(POLICY, 8, (2, 2)).to("cuda")
-    run.step(iter([batch]))  # what is made once is made
+    trainer.step(iter([batch]))  # what is made once is made
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run.step(iter([batch]))
+        trainer.step(iter([batch]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -218,11 +223,11 @@ def test_the_command_prints_every_side(capsys: Capture) -> None:
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_weights_and_images_of_a_step_are_in_the_asked_memory_format(channels_last: bool) -> None:
     formats = {True: torch.channels_last, False: torch.contiguous_format}
-    run = small_runs("cpu", f"run.channels_last={str(channels_last).lower()}")["none"]
-    patches = run.student.model.patch_embed.proj
+    trainer = small_trainers("cpu", f"run.channels_last={str(channels_last).lower()}")["none"]
+    patches = trainer.student.model.patch_embed.proj
     seen: list[Tensor] = []
     patches.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    run.step(iter([bench.synthetic_batch(POLICY, 8, (2, 2))]))
+    trainer.step(iter([bench.synthetic_batch(POLICY, 8, (2, 2))]))
     for tensor in (*seen, patches.weight):
         assert tensor.is_contiguous(memory_format=formats[channels_last])
         assert not tensor.is_contiguous(memory_format=formats[not channels_last])

@@ -12,7 +12,7 @@ import pytest
 from cskd_pipeline.cli.reports import print_report
 from cskd_pipeline.data import render
 from cskd_pipeline.pipeline.train import train
-from cskd_pipeline.pipeline.trainer import Run
+from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools.estimate import estimate_train
 from tests.pipeline import world
@@ -34,7 +34,7 @@ def test_a_slow_student_is_the_limit_and_the_time_is_the_runs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sleep_before(monkeypatch, Run, "parts", 0.4)
+    sleep_before(monkeypatch, Trainer, "parts", 0.4)
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run", epochs=2)
     report = estimate_train.plan_train(recipe, updates=6)
     assert not (tmp_path / "run").exists()
