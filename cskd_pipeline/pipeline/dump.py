@@ -62,7 +62,7 @@ def dump_teacher(
 
     Returns:
         The closing summary: views written now and in all, bytes and seconds, views per second, the
-        share of the time spent waiting for data, the teacher's top-1 on the labels of the views.
+        share of all ranks' time spent waiting for data, the teacher's top-1 on the views' labels.
 
     Raises:
         CskdError: data, teacher or cache cannot be used, or do not belong together.

@@ -35,7 +35,8 @@ def train(shards, cache, epochs=30, batch_size=256, lr=1e-3, device="cpu", **stu
             parts.total.backward()
             optimizer.step()
             curve.append(parts.detached())
-        # Save model, optimizer and loader.state_dict() here, or within the epoch: it is exact.
+        # Save model, optimizer and loader.state_dict() here, or after any step: it is exact.
+        # To resume, load them and loop over range(loader.epoch, epochs).
         print(f"epoch {epoch + 1}: r {r:.3f}, loss {parts.total.item():.4f}")
     return model, torch.stack(curve)
 
