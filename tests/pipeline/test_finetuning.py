@@ -69,7 +69,7 @@ class Transfer:
         self, out: Path, init: Path | str = "", sets: tuple[str, ...] = (), **named: Any
     ) -> TrainRecipe:
         """Fine-tuning at 48 px."""
-        source = str(init) or str(self.trainer)
+        source = str(init) or str(self.run)
         given = [*world.VIEWS, "views.size=48", f"student.init_from={source}", *sets]
         return world.train_recipe(
             self.shards, None, out, "none", given, **({"kwargs": KWARGS} | named)
