@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cskd_pipeline.cache.reader import open_cache
+from tests.pipeline import test_distributed as test_ranks
 from tests.pipeline import world
 from tests.pipeline.conftest import World
-from tests.runtime import test_distributed as test_ranks
 
 SECONDS = 240  # far more than any of it takes, on a machine that does other things
 
