@@ -18,7 +18,7 @@ SHOWN = 20  # examples in a message
 
 
 @dataclass(frozen=True)
-class Places:
+class TarRows:
     """The samples of one layout shard in the tars: number of the ``tar``, ``row`` there, ``label``.
 
     All are (count,) int32, and ``NOWHERE`` for samples that are in no tar.
@@ -37,7 +37,7 @@ class ImageSource:
 
     Args:
         shards: the user's tars.
-        places: per layout shard, where its samples are: the number of a tar with the same keys in
+        tar_rows: per layout shard, where its samples are: the number of a tar with the same keys in
             the same order, or tar and row of each. None: the tars are the layout.
         cache: what must agree with the tars: labels, and every image's CRC-32.
         strict: an image with another CRC is an error; otherwise :meth:`read` passes it on.
@@ -46,7 +46,7 @@ class ImageSource:
 
     shards: Sequence[TarShard]
     _: KW_ONLY
-    places: Sequence[Places | int] | None = None
+    tar_rows: Sequence[TarRows | int] | None = None
     cache: Cache | None = None
     strict: bool = True
     same_labels: bool = True
@@ -60,19 +60,19 @@ class ImageSource:
         """Return the same source without a cache."""
         return replace(self, cache=None)
 
-    def _place(self, shard: int) -> Places | int:
-        return shard if self.places is None else self.places[shard]
+    def _tar_rows_of(self, shard: int) -> TarRows | int:
+        return shard if self.tar_rows is None else self.tar_rows[shard]
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return tar numbers and rows in them, (n,) int64 each; ``NOWHERE`` for what no tar has."""
         tars, rows = samples[:, 0].astype(np.int64), samples[:, 1].astype(np.int64)
         for shard in np.unique(samples[:, 0]).tolist():
             here = samples[:, 0] == shard
-            places = self._place(shard)
-            if isinstance(places, int):
-                tars[here] = places
+            tar_rows = self._tar_rows_of(shard)
+            if isinstance(tar_rows, int):
+                tars[here] = tar_rows
             else:
-                tars[here], rows[here] = places.tar[rows[here]], places.row[rows[here]]
+                tars[here], rows[here] = tar_rows.tar[rows[here]], tar_rows.row[rows[here]]
         return tars, rows
 
     def labels(self, samples: np.ndarray) -> np.ndarray:
@@ -138,8 +138,8 @@ class ImageSource:
 
     def _shard_labels(self, shard: int) -> np.ndarray:
         """(count,) of a layout shard, as the tars have them; ``NOWHERE`` for what no tar has."""
-        places = self._place(shard)
-        return self.shards[places].index.label if isinstance(places, int) else places.label
+        tar_rows = self._tar_rows_of(shard)
+        return self.shards[tar_rows].index.label if isinstance(tar_rows, int) else tar_rows.label
 
     def relabelled(self, shard: int, recorded: np.ndarray) -> np.ndarray:
         """Find the samples of a layout shard whose label in the tars is not the cache's.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cskd_pipeline.cache.reader import Cache
-from cskd_pipeline.data.images import NOWHERE, SHOWN, ImageSource, Places
+from cskd_pipeline.data.images import NOWHERE, SHOWN, ImageSource, TarRows
 from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.left_out import LeftOut, Offsets
 from cskd_pipeline.data.plan import SampleSet
@@ -130,8 +130,8 @@ def join(
         JoinError: samples missing, keys that fit twice, or other labels. Images are compared when
             they are read; :mod:`cskd_pipeline.data.replay` does so for a sample in advance.
     """
-    places = _places(dataset, cache)
-    absent = [_absent(place) for place in places]
+    tar_rows = _tar_rows(dataset, cache)
+    absent = [_absent(rows) for rows in tar_rows]
     count = int(sum(mask.sum() for mask in absent if mask is not None))
     total = sum(cache.counts)
     if count and (missing == "error" or count == total):
@@ -139,12 +139,12 @@ def join(
     guard = guard or ClassGuard(switch=None)
     images = ImageSource(
         dataset.shards,
-        places=places,
+        tar_rows=tar_rows,
         cache=cache,
         strict=drift != "warn",
         same_labels=not guard.accept,
     )
-    compared, relabelled = _compare_labels(images, dataset, cache, places)
+    compared, relabelled = _compare_labels(images, dataset, cache, tar_rows)
     if len(relabelled):
         if not guard.accept:
             raise images.label_error(relabelled, compared, guard.switch)
@@ -159,7 +159,7 @@ def join(
         samples=SampleSet.of(cache),
         images=images,
         allowed=allowed,
-        same_shards=sum(isinstance(place, int) for place in places),
+        same_shards=sum(isinstance(place, int) for place in tar_rows),
         missing=count,
         unused=dataset.samples - (total - count),
         compared=compared,
@@ -217,7 +217,7 @@ def find_differing(found: Join, *, part: int = 0, parts: int = 1) -> Offsets:
     return {shard: sorted(differing[shard]) for shard in sorted(differing)}
 
 
-def _places(dataset: Dataset, cache: Cache) -> list[Places | int]:
+def _tar_rows(dataset: Dataset, cache: Cache) -> list[TarRows | int]:
     tars: dict[str, int] = {}
     for tar, shard_id in enumerate(dataset.shard_ids):
         if shard_id in tars and shard_id in cache.shard_ids:
@@ -232,7 +232,7 @@ def _compare_labels(
     images: ImageSource,
     dataset: Dataset,
     cache: Cache,
-    places: Sequence[Places | int],
+    tar_rows: Sequence[TarRows | int],
 ) -> tuple[int, np.ndarray]:
     """Return the count of labels compared, and :attr:`Join.relabelled`.
 
@@ -240,7 +240,7 @@ def _compare_labels(
     read from; nothing of such a tar is read before its first use, which compares them.
     """
     recorded = cache.manifest.dataset.shards
-    infos = [dataset.shards[place].info if isinstance(place, int) else None for place in places]
+    infos = [dataset.shards[place].info if isinstance(place, int) else None for place in tar_rows]
     shards = [
         shard
         for shard in np.flatnonzero(cache.done().any(axis=0)).tolist()
@@ -251,15 +251,15 @@ def _compare_labels(
         return compared, found[0]
     with progress(len(shards), "shards", "comparing labels with the cache's") as meter:
         for shard, labels in zip(shards, cache.store.each(cache.labels, shards), strict=True):
-            absent = _absent(places[shard])
+            absent = _absent(tar_rows[shard])
             compared += len(labels) - (0 if absent is None else int(absent.sum()))
             found.append(images.relabelled(shard, labels))
             meter.advance()
     return compared, np.concatenate(found)
 
 
-def _look_up(dataset: Dataset, cache: Cache, same: Sequence[int | None]) -> Iterator[Places]:
-    """Places of the layout shards that are None in ``same``, in tars that are not in it."""
+def _look_up(dataset: Dataset, cache: Cache, same: Sequence[int | None]) -> Iterator[TarRows]:
+    """Yield where samples of the shards that are None in ``same`` are, in tars not in it."""
     if None not in same:
         return
     tars = sorted(set(range(len(dataset.shards))) - set(same))
@@ -279,9 +279,9 @@ def _look_up(dataset: Dataset, cache: Cache, same: Sequence[int | None]) -> Iter
             at = int(first[i])
             raise _twice(dataset, sought[i].decode(), int(tar[at]), int(tar[at + 1]))
         found = count == 1
-        places = np.full((3, len(sought)), NOWHERE, np.int32)
-        places[:, found] = tar[first[found]], row[first[found]], label[first[found]]
-        yield Places(*places)
+        tar_rows = np.full((3, len(sought)), NOWHERE, np.int32)
+        tar_rows[:, found] = tar[first[found]], row[first[found]], label[first[found]]
+        yield TarRows(*tar_rows)
 
 
 def _twice(dataset: Dataset, key: str, first: int, second: int) -> JoinError:
@@ -294,8 +294,8 @@ def _twice(dataset: Dataset, key: str, first: int, second: int) -> JoinError:
     )
 
 
-def _absent(place: Places | int) -> np.ndarray | None:
-    return None if isinstance(place, int) else place.tar == NOWHERE
+def _absent(rows: TarRows | int) -> np.ndarray | None:
+    return None if isinstance(rows, int) else rows.tar == NOWHERE
 
 
 def _missing_error(

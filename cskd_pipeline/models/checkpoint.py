@@ -19,7 +19,7 @@ from torch.nn.modules.module import (
 )
 
 from cskd_pipeline.errors import ManifestError, StudentError, WeightsError
-from cskd_pipeline.models.header import FORMAT, StudentCard, parse_header
+from cskd_pipeline.models.header import FORMAT, StudentHeader, parse_header
 from cskd_pipeline.models.student import Student, create_student
 from cskd_pipeline.models.weights import is_safetensors, load_state, state_digest
 from cskd_pipeline.runtime import schemas
@@ -28,17 +28,17 @@ from cskd_pipeline.runtime.atomic import atomic_write
 HEADER = "cskd"
 
 
-def save_student(path: Path, state: dict[str, torch.Tensor], card: StudentCard) -> None:
-    """Write a timm state dict and its card.
+def save_student(path: Path, state: dict[str, torch.Tensor], header: StudentHeader) -> None:
+    """Write a timm state dict and its header.
 
     Raises:
         OutputError: no space, or no permission.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     # One entry: the library writes several in random order, and equal runs leave equal files.
-    about = {"format": FORMAT, "sha256": state_digest(tensors), **asdict(card)}
-    header = {HEADER: json.dumps(about)}
-    data = save(tensors, metadata=header)  # save_file would deny other users the file
+    about = {"format": FORMAT, "sha256": state_digest(tensors), **asdict(header)}
+    metadata = {HEADER: json.dumps(about)}
+    data = save(tensors, metadata=metadata)  # save_file would deny other users the file
     atomic_write(path, lambda partial: partial.write_bytes(data))
 
 
@@ -62,16 +62,16 @@ def student_file(path: Path) -> Path:
     )
 
 
-def read_card(path: Path) -> StudentCard:
+def read_header(path: Path) -> StudentHeader:
     """Read the header of a student's file.
 
     Raises:
-        WeightsError: not a safetensors file, or one without a (known) card.
+        WeightsError: not a safetensors file, or one without a (known) header.
     """
     return _read_header(path)[0]
 
 
-def has_card(path: Path) -> bool:
+def has_header(path: Path) -> bool:
     """Say that a file's header claims a student, rightly or not.
 
     Raises:
@@ -80,13 +80,13 @@ def has_card(path: Path) -> bool:
     return HEADER in _metadata(path)
 
 
-def read_student(path: Path) -> tuple[StudentCard, dict[str, torch.Tensor]]:
+def read_student(path: Path) -> tuple[StudentHeader, dict[str, torch.Tensor]]:
     """Read the header of a student's file and its tensors, which are those that were saved.
 
     Raises:
-        WeightsError: no card, or tensors of another digest than it states.
+        WeightsError: no header, or tensors of another digest than it states.
     """
-    card, digest = _read_header(path)
+    header, digest = _read_header(path)
     state = load_state(path)
     if digest is not None and state_digest(state) != digest:
         raise WeightsError(
@@ -96,33 +96,37 @@ def read_student(path: Path) -> tuple[StudentCard, dict[str, torch.Tensor]]:
             expected=digest,
             action="copy it again from where it came from",
         )
-    return card, state
+    return header, state
 
 
-def load_student(path: Path, device: torch.device) -> tuple[Student, StudentCard]:
+def load_student(path: Path, device: torch.device) -> tuple[Student, StudentHeader]:
     """Load the student of a ``.safetensors`` file that ``train`` wrote.
 
     Raises:
-        WeightsError: no card, damage, or tensors that do not fit the model it names.
+        WeightsError: no header, damage, or tensors that do not fit the model it names.
         StudentError: a model that cannot be made.
     """
-    card, state = read_student(path)
+    header, state = read_student(path)
     student = bounded_student(
-        card.model,
+        header.model,
         state,
         path,
-        num_classes=card.num_classes,
-        size=card.size,
-        kwargs=card.kwargs,
+        num_classes=header.num_classes,
+        size=header.size,
+        kwargs=header.kwargs,
     )
-    student.preprocessing = student.preprocessing.changed(card.crop_pct, card.interpolation)
-    student.require(method=card.method, grid=card.grid)
-    given = {"cls", "dist" if student.has_distillation_token else "", "dense" if card.grid else ""}
-    if not set(card.heads) <= given:
+    student.preprocessing = student.preprocessing.changed(header.crop_pct, header.interpolation)
+    student.require(method=header.method, grid=header.grid)
+    given = {
+        "cls",
+        "dist" if student.has_distillation_token else "",
+        "dense" if header.grid else "",
+    }
+    if not set(header.heads) <= given:
         raise WeightsError(
             "the checkpoint names heads that its model does not have",
             where=path,
-            found=", ".join(card.heads),
+            found=", ".join(header.heads),
             expected="some of " + ", ".join(filter(None, sorted(given))),
         )
     try:
@@ -132,9 +136,9 @@ def load_student(path: Path, device: torch.device) -> tuple[Student, StudentCard
             "the checkpoint's tensors do not fit the model it names",
             where=path,
             found=str(error).splitlines()[-1].strip(),
-            expected=card.model,
+            expected=header.model,
         ) from error
-    return student.to(device), card
+    return student.to(device), header
 
 
 def bounded_student(
@@ -200,8 +204,8 @@ def _registered_at_most(values: int, tensors: int) -> Iterator[None]:
         yield
 
 
-def _read_header(path: Path) -> tuple[StudentCard, str | None]:
-    """The card, and the SHA-256 that the tensors must have."""
+def _read_header(path: Path) -> tuple[StudentHeader, str | None]:
+    """The student's header, and the SHA-256 that the tensors must have."""
     metadata = _metadata(path)
     try:
         return parse_header(schemas.parse(metadata[HEADER].encode(), path))

@@ -22,7 +22,7 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
-class StudentCard:
+class StudentHeader:
     """The header of a student's file.
 
     ``kwargs`` are the timm constructor's, ``heads`` those whose mean is the prediction, ``grid``
@@ -62,12 +62,12 @@ class StudentCard:
         return Classes("the student", where, self.num_classes, self.class_names)
 
 
-_CARD: TypeAdapter[StudentCard] = TypeAdapter(StudentCard)
+_HEADER: TypeAdapter[StudentHeader] = TypeAdapter(StudentHeader)
 _DIGEST: TypeAdapter[str] = TypeAdapter(Digest)
 
 
-def parse_header(document: Any) -> tuple[StudentCard, str | None]:
-    """Read the JSON document of a header: the card, and the SHA-256 that the tensors must have.
+def parse_header(document: Any) -> tuple[StudentHeader, str | None]:
+    """Read a header's JSON document: the header, and the SHA-256 that the tensors must have.
 
     Raises:
         KeyError, ValueError, TypeError, AttributeError: what is missing, or not of its kind.
@@ -78,17 +78,17 @@ def parse_header(document: Any) -> tuple[StudentCard, str | None]:
     try:
         if version == FORMAT:
             digest = _DIGEST.validate_python(document.pop("sha256"))
-        card = _CARD.validate_json(json.dumps(document))
+        header = _HEADER.validate_json(json.dumps(document))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "sha256"
         raise ValueError(f"{name}: {first['msg']}, not {first['input']!r}") from error
-    if card.interpolation not in (None, *INTERPOLATIONS):
-        raise ValueError(f"interpolation {card.interpolation!r}")
-    if card.class_names is not None and len(card.class_names) != card.num_classes:
-        raise ValueError(f"{len(card.class_names)} class_names of {card.num_classes} classes")
-    check_arguments(card.kwargs)
-    return card, digest
+    if header.interpolation not in (None, *INTERPOLATIONS):
+        raise ValueError(f"interpolation {header.interpolation!r}")
+    if header.class_names is not None and len(header.class_names) != header.num_classes:
+        raise ValueError(f"{len(header.class_names)} class_names of {header.num_classes} classes")
+    check_arguments(header.kwargs)
+    return header, digest
 
 
 def check_arguments(value: Any) -> None:

@@ -26,7 +26,7 @@ from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.left_out import LeftOuts
 from cskd_pipeline.data.unit_views import Loading
 from cskd_pipeline.errors import UsageError
-from cskd_pipeline.models.checkpoint import has_card, read_card
+from cskd_pipeline.models.checkpoint import has_header, read_header
 from cskd_pipeline.models.teacher import Teacher, load_teacher
 from cskd_pipeline.models.timm_models import TeacherSource
 from cskd_pipeline.models.weights import is_safetensors
@@ -139,9 +139,9 @@ def open_stage_one(
         empty="pass" if data.corrupt == "skip" else "error",
     )
     weights = Path(chosen.weights)
-    if weights.is_file() and is_safetensors(weights) and has_card(weights):
-        card = read_card(weights)  # of a network that train made
-        classes = Classes("the teacher", weights, card.num_classes, card.class_names)
+    if weights.is_file() and is_safetensors(weights) and has_header(weights):
+        header = read_header(weights)  # of a network that train made
+        classes = Classes("the teacher", weights, header.num_classes, header.class_names)
         dataset = dataset.fitting(classes, "the shards", guard)
     guard.report_new()
     teacher = load_teacher(

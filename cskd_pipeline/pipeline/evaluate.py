@@ -103,14 +103,14 @@ def evaluate(checkpoint: Path, shards: str, options: EvalOptions = EvalOptions()
     """
     path = student_file(Path(checkpoint))
     device = pick_device(options.device)
-    student, card = load_student(path, device)
+    student, header = load_student(path, device)
     dataset = load_dataset(
         shards,
         split=options.split or None,
         prefer=("validation", "val", "test"),
     )
     guard = ClassGuard(accept=options.accept_classes)
-    dataset = dataset.fitting(card.classes(path), "the shards", guard)
+    dataset = dataset.fitting(header.classes(path), "the shards", guard)
     guard.report_new()
     shown = student.preprocessing.changed(options.crop_pct, None)
     loader = eval_loader(
@@ -123,12 +123,12 @@ def evaluate(checkpoint: Path, shards: str, options: EvalOptions = EvalOptions()
     started = time.perf_counter()
     with progress(dataset.samples, "images", "evaluating") as meter:
         batches = counted(meter.timed(loader), meter)
-        metrics = measure(student, batches, card.heads, card.grid)
+        metrics = measure(student, batches, header.heads, header.grid)
     return {
         "checkpoint": str(path),
-        "model": card.model,
-        "method": card.method,
-        "heads": list(card.heads),
+        "model": header.model,
+        "method": header.method,
+        "heads": list(header.heads),
         "crop_pct": shown.crop_pct,
         "interpolation": shown.interpolation,
         "samples": dataset.samples,

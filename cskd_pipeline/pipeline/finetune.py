@@ -17,7 +17,7 @@ from timm.layers import DropPath, resample_abs_pos_embed
 from torch import Tensor, nn
 
 from cskd_pipeline.errors import ManifestError, OutputError, WeightsError
-from cskd_pipeline.models.checkpoint import bounded_student, has_card, read_student, student_file
+from cskd_pipeline.models.checkpoint import bounded_student, has_header, read_student, student_file
 from cskd_pipeline.models.header import MAX_ARGUMENT, check_arguments
 from cskd_pipeline.models.student import Grid, Student
 from cskd_pipeline.models.weights import is_safetensors, load_into, load_state, state_digest
@@ -110,11 +110,17 @@ def read_source(path: Path) -> Source:
     if _is_foreign(path):
         return _read_timm_folder(path)
     file = student_file(path)
-    if not is_safetensors(file) or not has_card(file):
+    if not is_safetensors(file) or not has_header(file):
         return Source(path, load_state(file))
-    card, state = read_student(file)
+    header, state = read_student(file)
     return Source(
-        path, state, card.model, card.kwargs, card.size, card.num_classes, card.class_names
+        path,
+        state,
+        header.model,
+        header.kwargs,
+        header.size,
+        header.num_classes,
+        header.class_names,
     )
 
 
@@ -187,7 +193,7 @@ def _is_foreign(path: Path) -> bool:
     if not (path / TIMM_CONFIG).is_file():
         return False
     weights = path / TIMM_WEIGHTS[0]
-    return not (weights.is_file() and has_card(weights))
+    return not (weights.is_file() and has_header(weights))
 
 
 def _read_timm_folder(path: Path) -> Source:

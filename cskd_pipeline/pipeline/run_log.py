@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from cskd_pipeline.pipeline.scalars import Board
+from cskd_pipeline.pipeline.scalars import WandbCurves
 from cskd_pipeline.runtime.atomic import write_text
 
 Row = dict[str, float | int | None]
@@ -23,7 +23,7 @@ class RunLog:
     Args:
         update: finished updates; a resumed run's points after it are dropped from TensorBoard.
         writes: False for ranks that write nothing.
-        board: gets the same scalars as TensorBoard.
+        wandb_curves: gets the same scalars as TensorBoard.
     """
 
     def __init__(
@@ -32,10 +32,10 @@ class RunLog:
         update: int,
         *,
         writes: bool = True,
-        board: Board | None = None,
+        wandb_curves: WandbCurves | None = None,
     ) -> None:
         self.folder = folder
-        self._board = board
+        self._wandb_curves = wandb_curves
         self._tensorboard = (
             SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1) if writes else None
         )
@@ -45,8 +45,8 @@ class RunLog:
         for name, value in values.items():
             if value is not None and self._tensorboard is not None:
                 self._tensorboard.add_scalar(name, value, update)
-        if self._board is not None:
-            self._board.scalars(update, values)
+        if self._wandb_curves is not None:
+            self._wandb_curves.scalars(update, values)
 
     def epoch(self, update: int, rows: Sequence[Row]) -> None:
         """Write ``summary.csv``; the last row's numbers become scalars under ``epoch/``."""
@@ -65,5 +65,5 @@ class RunLog:
         """Write what is left; ``ended``: the training came to its end."""
         if self._tensorboard is not None:
             self._tensorboard.close()
-        if self._board is not None:
-            self._board.close(ended=ended)
+        if self._wandb_curves is not None:
+            self._wandb_curves.close(ended=ended)

@@ -29,7 +29,7 @@ FINISH_SECONDS = 60.0
 """How long the end of a run waits for what is still to be sent."""
 
 
-def require_board(project: str) -> None:
+def require_wandb(project: str) -> None:
     """Refuse early what could only fail late.
 
     Raises:
@@ -44,7 +44,7 @@ def require_board(project: str) -> None:
         )
 
 
-class Board:
+class WandbCurves:
     """Send one run's curves; the first trouble is logged, and the training continues without.
 
     Args:
@@ -82,7 +82,7 @@ class Board:
         log.warning(f"no more curves on Weights & Biases: {_reason(error)}")
 
 
-def open_board(recipe: TrainRecipe) -> Board | None:
+def open_wandb(recipe: TrainRecipe) -> WandbCurves | None:
     """Start or resume the recipe's run on Weights & Biases; None if it names no project.
 
     Raises:
@@ -112,13 +112,13 @@ def open_board(recipe: TrainRecipe) -> Board | None:
     for mode, outcome in attempts:
         try:
             run = wandb.init(mode=mode, **arguments)
-        except Exception as error:  # of its server, login, files: see Board
+        except Exception as error:  # of its server, login, files: see WandbCurves
             log.warning(f"Weights & Biases cannot be used ({_reason(error)}): {outcome}")
             wandb.teardown()  # its service would still hold the run's name
             continue
         found = run.settings.mode
         log.info(f"Weights & Biases: {run.url if found == 'online' else found}")
-        return Board(run)
+        return WandbCurves(run)
     return None
 
 

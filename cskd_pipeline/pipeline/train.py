@@ -30,7 +30,7 @@ from cskd_pipeline.pipeline.finetune import check_resumed
 from cskd_pipeline.pipeline.from_recipe import make_trainer
 from cskd_pipeline.pipeline.resuming import change_lines, write_changes
 from cskd_pipeline.pipeline.run_log import Row, RunLog
-from cskd_pipeline.pipeline.scalars import open_board, require_board
+from cskd_pipeline.pipeline.scalars import open_wandb, require_wandb
 from cskd_pipeline.pipeline.train_job import TrainJob
 from cskd_pipeline.pipeline.trainer import PARTS, Trainer
 from cskd_pipeline.pipeline.training_data import open_training_data
@@ -78,8 +78,8 @@ def train(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
             write_text(out / RECIPE, to_toml(recipe))
             for left_out in job.data.left_out:
                 left_out.write()
-        board = open_board(recipe) if ranks.first else None
-        curves = RunLog(out, job.trainer.update, writes=ranks.first, board=board)
+        wandb_curves = open_wandb(recipe) if ranks.first else None
+        curves = RunLog(out, job.trainer.update, writes=ranks.first, wandb_curves=wandb_curves)
         return _train(job, curves)
 
 
@@ -220,7 +220,7 @@ def _evaluate(job: TrainJob, stop: Stop) -> Row:
         if top1 > job.best.get("top1", -1.0):
             if trainer.ranks.first:
                 path = Path(job.recipe.run.out) / "best.safetensors"
-                save_student(path, model.state_dict(), job.card(name, top1))
+                save_student(path, model.state_dict(), job.header(name, top1))
             job.best = {"top1": top1, "epoch": trainer.epoch, "weights": name}
     return row
 
@@ -251,11 +251,11 @@ def _validation_share(job: TrainJob) -> int:
 
 def _save_students(job: TrainJob, row: Row) -> None:
     trainer, out = job.trainer, Path(job.recipe.run.out)
-    card = job.card("last", row.get("top1"))
-    save_student(out / "last.safetensors", trainer.student.model.state_dict(), card)
+    header = job.header("last", row.get("top1"))
+    save_student(out / "last.safetensors", trainer.student.model.state_dict(), header)
     if trainer.ema is not None:
-        card = job.card("ema", row.get("ema_top1"))
-        save_student(out / "last_ema.safetensors", trainer.ema.module.state_dict(), card)
+        header = job.header("ema", row.get("ema_top1"))
+        save_student(out / "last_ema.safetensors", trainer.ema.module.state_dict(), header)
 
 
 def _save(job: TrainJob) -> None:
@@ -329,7 +329,7 @@ def _epoch_line(row: Row, epochs: int) -> str:
 
 def _open(recipe: TrainRecipe, ranks: Ranks, resume: bool) -> TrainJob:
     """Open a run before its first update, or as its last state has it."""
-    require_board(recipe.run.wandb)
+    require_wandb(recipe.run.wandb)
     if ranks.first:
         _claim(Path(recipe.run.out), resume)
     ranks.wait()

@@ -10,7 +10,7 @@ from cskd_pipeline.cache.manifest import utc_now
 from cskd_pipeline.config import TrainRecipe, deciding, result_digest
 from cskd_pipeline.distill.losses import inference_heads
 from cskd_pipeline.errors import WeightsError
-from cskd_pipeline.models.header import StudentCard
+from cskd_pipeline.models.header import StudentHeader
 from cskd_pipeline.models.train_state import FORMAT
 from cskd_pipeline.pipeline.finetune import Started, read_source, start_from
 from cskd_pipeline.pipeline.resuming import (
@@ -130,7 +130,7 @@ class TrainJob:
         self.rows, self.best, self.init = rows, best, init
         self.pending, self.changes = pending, list(changes)
 
-    def card(self, weights: str, top1: float | None) -> StudentCard:
+    def header(self, weights: str, top1: float | None) -> StudentHeader:
         """Return the header of a student's file.
 
         Args:
@@ -139,7 +139,7 @@ class TrainJob:
         """
         cache, views = self.data.views.cache, self.data.views
         preprocessing = self.trainer.student.preprocessing
-        return StudentCard(
+        return StudentHeader(
             model=self.recipe.student.name,
             num_classes=views.num_classes,
             size=views.policy.size,

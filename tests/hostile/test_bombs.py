@@ -28,7 +28,7 @@ from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.tar_index import read_index
 from cskd_pipeline.errors import CacheError, ManifestError, ShardError, WeightsError
 from cskd_pipeline.models.checkpoint import save_student
-from cskd_pipeline.models.header import StudentCard
+from cskd_pipeline.models.header import StudentHeader
 from cskd_pipeline.models.weights import load_state
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.views.decode import decode
@@ -392,7 +392,7 @@ def test_a_card_cannot_ask_for_a_model_larger_than_its_file(
     stages: Stages, tmp_path: Path, bounded: Bounded, kwargs: dict[str, int]
 ) -> None:
     """Of 600 GB, of 65,535 layers, of 3.6 billion tokens."""
-    card = StudentCard(
+    card = StudentHeader(
         *("deit_tiny_distilled_patch16_224", 4, 60_000, ("cls", "dist"), "none"), kwargs=kwargs
     )
     save_student(tmp_path / "s.safetensors", {"head.weight": torch.zeros(4, 192)}, card)

@@ -164,7 +164,7 @@ def test_a_hostile_word_in_an_error(
 def test_class_names_travel_through_a_run_untouched_and_unread(
     stages: Stages, tmp_path: Path, says: Callable[..., tuple[int, str]]
 ) -> None:
-    from cskd_pipeline.models.checkpoint import read_card
+    from cskd_pipeline.models.checkpoint import read_header
 
     shards = tmp_path / "shards"
     shards.mkdir()
@@ -179,7 +179,7 @@ def test_class_names_travel_through_a_run_untouched_and_unread(
     assert code == 0
     code, _ = says("evaluate", tmp_path / "run", "--shards", shards, "--workers", 0)
     assert code == 0
-    card = read_card(tmp_path / "run/last.safetensors")
+    card = read_header(tmp_path / "run/last.safetensors")
     assert card.class_names is None or list(card.class_names) == names
     for path in (tmp_path / "run").rglob("*.csv"):
         assert not CONTROL.search(path.read_text())

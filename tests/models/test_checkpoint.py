@@ -22,16 +22,16 @@ from cskd_pipeline.models.checkpoint import (
     _registered_at_most,
     bounded_student,
     load_student,
-    read_card,
+    read_header,
     read_student,
     save_student,
     student_file,
 )
-from cskd_pipeline.models.header import StudentCard
+from cskd_pipeline.models.header import StudentHeader
 from cskd_pipeline.models.student import Student, create_student
 
 CPU = torch.device("cpu")
-CARD = StudentCard(
+CARD = StudentHeader(
     model="deit_tiny_distilled_patch16_224",
     num_classes=3,
     size=16,
@@ -51,10 +51,10 @@ CARD = StudentCard(
 )
 
 
-def student_of(card: StudentCard = CARD) -> Student:
+def student_of(header: StudentHeader = CARD) -> Student:
     torch.manual_seed(0)
     return create_student(
-        card.model, num_classes=card.num_classes, size=card.size, kwargs=card.kwargs
+        header.model, num_classes=header.num_classes, size=header.size, kwargs=header.kwargs
     )
 
 
@@ -64,20 +64,20 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "best.safetensors"
 
 
-def header(file: Path) -> dict[str, Any]:
+def header_of(file: Path) -> dict[str, Any]:
     with safe_open(file, framework="pt") as opened:
         return json.loads(opened.metadata()["cskd"])
 
 
 def rewrite(file: Path, **changes: Any) -> None:
-    """The same tensors under a card with other entries; None takes one away."""
-    card = {k: v for k, v in (header(file) | changes).items() if v is not None}
-    save_file(load_file(file), file, metadata={"cskd": json.dumps(card)})
+    """The same tensors under a header with other entries; None takes one away."""
+    header = {k: v for k, v in (header_of(file) | changes).items() if v is not None}
+    save_file(load_file(file), file, metadata={"cskd": json.dumps(header)})
 
 
 def test_a_student_comes_back_as_it_was_saved(file: Path) -> None:
-    student, card = load_student(file, CPU)
-    assert card == CARD
+    student, header = load_student(file, CPU)
+    assert header == CARD
     shown = student.preprocessing
     assert (shown.crop_pct, shown.interpolation) == (0.875, "bilinear")
     for name, tensor in student_of().model.state_dict().items():
@@ -106,7 +106,7 @@ def test_two_tensors_exchanged_are_noticed(file: Path) -> None:
     state = load_file(file)
     one, other = "blocks.0.norm1.weight", "blocks.0.norm1.bias"
     state[one], state[other] = state[other], state[one]
-    save_file(state, file, metadata={"cskd": json.dumps(header(file))})
+    save_file(state, file, metadata={"cskd": json.dumps(header_of(file))})
     with pytest.raises(WeightsError, match="not those that were saved"):
         load_student(file, CPU)
 
@@ -114,14 +114,14 @@ def test_two_tensors_exchanged_are_noticed(file: Path) -> None:
 def test_a_header_of_this_format_cannot_do_without_the_digest(file: Path) -> None:
     rewrite(file, sha256=None)
     with pytest.raises(WeightsError, match="does not state"):
-        read_card(file)
+        read_header(file)
 
 
 def test_files_of_format_1_which_had_no_digest_are_read(file: Path) -> None:
     later = ("dataset", "teacher", "recipe_sha256", "cache_sha256", "crop_pct", "interpolation")
     rewrite(file, format=1, sha256=None, init_sha256=None, **dict.fromkeys(later))
-    student, card = load_student(file, CPU)
-    assert card == replace(CARD, **dict.fromkeys(later))
+    student, header = load_student(file, CPU)
+    assert header == replace(CARD, **dict.fromkeys(later))
     shown = student.preprocessing
     assert (shown.crop_pct, shown.interpolation) == (0.9, "bicubic")  # timm's for this model
 
@@ -152,7 +152,7 @@ def test_files_of_format_1_which_had_no_digest_are_read(file: Path) -> None:
 def test_entries_that_are_not_of_their_kind_are_refused(file: Path, change: dict[str, Any]) -> None:
     rewrite(file, **change)
     with pytest.raises(WeightsError, match="does not state which student"):
-        read_card(file)
+        read_header(file)
 
 
 def test_a_model_larger_than_the_files_tensors_is_not_made(file: Path) -> None:

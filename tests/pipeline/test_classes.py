@@ -17,8 +17,8 @@ from timm.models import save_for_hf
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.config import TrainRecipe, load_recipe
 from cskd_pipeline.data.index import load_dataset
-from cskd_pipeline.models.checkpoint import read_card, save_student
-from cskd_pipeline.models.header import StudentCard
+from cskd_pipeline.models.checkpoint import read_header, save_student
+from cskd_pipeline.models.header import StudentHeader
 from cskd_pipeline.pipeline.train import train
 from cskd_pipeline.tools.make_shards import make_shards
 from tests.pictures import write_shard
@@ -173,7 +173,7 @@ def test_shards_that_name_the_caches_classes_in_another_order_are_refused(
     [line] = summary["accepted_classes"]
     assert line.startswith("classes of the training shards and the cache: the same 4 names in")
     assert f"accepted by --set data.classes=accept: {line}" in told
-    card = read_card(tmp_path / "run/last.safetensors")
+    card = read_header(tmp_path / "run/last.safetensors")
     assert (card.accepted_classes, card.class_names) == ((line,), NAMES[::-1])
     recipe = load_recipe(TrainRecipe, tmp_path / "run/recipe.toml")
     assert recipe.data.classes == "accept"
@@ -198,7 +198,7 @@ def test_validation_shards_with_other_classes_are_refused(
         summary, _ = done(*words, *ACCEPT, "--quiet")
         [line] = summary["accepted_classes"]
         assert line.startswith("classes of the validation shards and the training shards: ")
-        assert read_card(tmp_path / "run/best.safetensors").accepted_classes == (line,)
+        assert read_header(tmp_path / "run/best.safetensors").accepted_classes == (line,)
 
 
 def test_validation_shards_of_another_number_of_classes_are_told_by_name(
@@ -224,7 +224,7 @@ def test_names_that_a_side_lacks_are_one_line_and_the_students_are_the_caches(
         "training shards"
     )
     assert summary["accepted_classes"] == []
-    assert read_card(tmp_path / "run/last.safetensors").class_names == NAMES
+    assert read_header(tmp_path / "run/last.safetensors").class_names == NAMES
 
 
 def test_labels_that_are_not_the_caches_are_refused_before_the_first_step(
@@ -241,14 +241,14 @@ def test_labels_that_are_not_the_caches_are_refused_before_the_first_step(
     line = "96 of 96 samples have other labels than in the cache"
     assert summary["accepted_classes"] == [line]
     assert line in told
-    assert read_card(tmp_path / "run/last.safetensors").accepted_classes == (line,)
+    assert read_header(tmp_path / "run/last.safetensors").accepted_classes == (line,)
 
 
 # Weights to start from
 
 
 def student_with(run: Path, names: tuple[str, ...] | None, to: Path) -> Path:
-    card = replace(read_card(run / "last.safetensors"), class_names=names)
+    card = replace(read_header(run / "last.safetensors"), class_names=names)
     save_student(to, load_file(run / "last.safetensors"), card)
     return to
 
@@ -270,7 +270,7 @@ def test_weights_of_the_same_classes_in_another_order_are_refused(
     assert "new head" not in told
     [line] = summary["accepted_classes"]
     assert line.startswith("classes of the training shards and the weights to start from: ")
-    assert read_card(tmp_path / "run/last.safetensors").accepted_classes == (line,)
+    assert read_header(tmp_path / "run/last.safetensors").accepted_classes == (line,)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_a_teacher_that_train_made_must_know_the_shards_classes(
 ) -> None:
     kwargs = {"output_stride": 8, "channels": [8, 12, 16, 24]}
     model = timm.create_model(world.TEACHER, num_classes=4, **kwargs)
-    card = StudentCard(world.TEACHER, 4, 32, ("cls",), "none", kwargs, class_names=NAMES[::-1])
+    card = StudentHeader(world.TEACHER, 4, 32, ("cls",), "none", kwargs, class_names=NAMES[::-1])
     save_student(tmp_path / "teacher.safetensors", model.state_dict(), card)
     words = dump(small.shards, tmp_path / "cache")
     words[words.index("random")] = tmp_path / "teacher.safetensors"

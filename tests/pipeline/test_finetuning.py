@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from cskd_pipeline.config import TrainRecipe
 from cskd_pipeline.errors import CskdError, OutputError, WeightsError
-from cskd_pipeline.models.checkpoint import read_card, save_student
+from cskd_pipeline.models.checkpoint import read_header, save_student
 from cskd_pipeline.models.train_state import load_state
 from cskd_pipeline.models.weights import state_digest
 from cskd_pipeline.pipeline import train as stage_two
@@ -144,7 +144,7 @@ def test_the_run_says_what_it_did(
     assert f"starting from {transfer.run}: 31 tensors, SHA-256 {digest[:12]}" in told
     assert "new head and head_dist (10 classes before, 7 now)" in told
     assert "pos_embed resized from 4x4 to 6x6" in told
-    assert read_card(tmp_path / "out/last.safetensors").init_sha256 == digest
+    assert read_header(tmp_path / "out/last.safetensors").init_sha256 == digest
     assert load_state(tmp_path / "out/state.pt")["init"] == {
         "from": str(transfer.run),
         "sha256": digest,
@@ -180,7 +180,7 @@ def test_with_a_cache_the_same_classes_keep_their_heads(
 
 def test_as_many_classes_of_other_names_get_new_heads(transfer: Transfer, tmp_path: Path) -> None:
     """And only if one side has no names is a count taken for the same classes."""
-    card = read_card(transfer.run / "best.safetensors")
+    card = read_header(transfer.run / "best.safetensors")
     state = load_file(transfer.run / "best.safetensors")
     state = {k: v[:7] if k in HEADS else v for k, v in state.items()}
     mine = tuple(f"hue{n:02d}" for n in range(7))
@@ -349,7 +349,7 @@ def test_a_run_goes_on_from_its_own_weights_only(transfer: Transfer, tmp_path: P
 
     other = load_file(copy)
     other["norm.bias"] += 1
-    save_student(tmp_path / "other.safetensors", other, read_card(copy))
+    save_student(tmp_path / "other.safetensors", other, read_header(copy))
     refused = {
         tmp_path / "other.safetensors": (OutputError, "started from other weights"),
         tmp_path / "nothing": (WeightsError, "no such weights"),
@@ -419,7 +419,7 @@ def test_weights_of_pixels_normalised_otherwise_are_refused(
 
 
 def test_tensors_that_do_not_fit_are_named(transfer: Transfer, tmp_path: Path) -> None:
-    card = read_card(transfer.run / "best.safetensors")
+    card = read_header(transfer.run / "best.safetensors")
     whole = load_file(transfer.run / "best.safetensors")
     cases = {
         "pos_embed (1, 17, 32) for (1, 38, 32)": whole | {"pos_embed": torch.zeros(1, 17, 32)},

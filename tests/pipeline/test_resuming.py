@@ -19,7 +19,7 @@ import torch
 
 from cskd_pipeline.config import TrainRecipe, deciding, load_recipe
 from cskd_pipeline.errors import ImageError, OutputError, TrainingError
-from cskd_pipeline.models.checkpoint import read_card
+from cskd_pipeline.models.checkpoint import read_header
 from cskd_pipeline.models.train_state import find_nonfinite, load_state
 from cskd_pipeline.pipeline import train as stage_two
 from cskd_pipeline.pipeline.resuming import changed_keys, require_same_data
@@ -177,7 +177,7 @@ def test_a_run_that_diverges_keeps_its_last_good_state_and_goes_on_as_advised(
         "update 3: schedule.epochs 2 -> 3",
     ]
     assert sorted(summary["recipe_changes"]) == lines
-    assert sorted(read_card(out / "last.safetensors").recipe_changes) == lines
+    assert sorted(read_header(out / "last.safetensors").recipe_changes) == lines
     err = capsys.readouterr().err
     assert all(f"the recipe is changed from {line}" in err for line in lines)
     [change] = [json.loads(line) for line in (out / "changes.jsonl").read_text().splitlines()]

@@ -362,7 +362,7 @@ def test_an_identity_that_is_none_is_refused(small: World, tmp_path: Path, conte
     (tmp_path / "run").mkdir()
     (tmp_path / "run/wandb.json").write_text(content)
     with pytest.raises(ManifestError, match="delete the file"):
-        scalars.open_board(recipe)
+        scalars.open_wandb(recipe)
 
 
 def test_this_package_imports_it_only_when_asked() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.models.checkpoint import read_card
+from cskd_pipeline.models.checkpoint import read_header
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 
@@ -51,4 +51,4 @@ def test_a_run_and_its_student_name_the_contents_they_were_trained_on(
     words = COMMANDS["train"](small, str(small.cache), tmp_path / "run")
     assert world.cli(*words, "--json") == 0
     assert json.loads(capsys.readouterr().out)["cache_digest"] == digest
-    assert read_card(tmp_path / "run/last.safetensors").cache_sha256 == digest
+    assert read_header(tmp_path / "run/last.safetensors").cache_sha256 == digest

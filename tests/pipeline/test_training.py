@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from cskd_pipeline.config import TrainRecipe
 from cskd_pipeline.data import evalset
 from cskd_pipeline.errors import ViewDriftError
-from cskd_pipeline.models.checkpoint import read_card
+from cskd_pipeline.models.checkpoint import read_header
 from cskd_pipeline.models.train_state import load_state
 from cskd_pipeline.pipeline import train as stage_two
 from cskd_pipeline.pipeline.evaluate import EvalOptions, evaluate
@@ -153,7 +153,7 @@ def test_students_load_into_timm_and_evaluate_as_the_run_said(small: World, tmp_
     sets = [f'data.val_shards="{small.validation}"']
     out = tmp_path / "run"
     summary = run_to_end(world.train_recipe(small.shards, small.cache, out, sets=sets))
-    card = read_card(out / "best.safetensors")
+    card = read_header(out / "best.safetensors")
     model = timm.create_model(
         card.model,
         num_classes=card.num_classes,

@@ -10,7 +10,7 @@ import torch
 from timm.models import save_for_hf
 
 from cskd_pipeline.models.checkpoint import load_student, save_student, student_file
-from cskd_pipeline.models.header import StudentCard
+from cskd_pipeline.models.header import StudentHeader
 from cskd_pipeline.models.student import Student
 from cskd_pipeline.runtime.atomic import atomic_folder, require_empty, write_text
 from cskd_pipeline.runtime.progress import progress
@@ -65,7 +65,7 @@ def export_student(
     }
 
 
-def _write_timm(student: Student, card: StudentCard, folder: Path) -> None:
+def _write_timm(student: Student, card: StudentHeader, folder: Path) -> None:
     """``config.json`` and ``model.safetensors``, as ``timm.create_model("hf-hub:…")`` reads them.
 
     The tensors' file is written once more, with the card: this package evaluates, fine-tunes and

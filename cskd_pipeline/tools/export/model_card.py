@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from cskd_pipeline.models.header import StudentCard
+from cskd_pipeline.models.header import StudentHeader
 from cskd_pipeline.models.student import Student
 from cskd_pipeline.tools import markdown
 
@@ -22,7 +22,7 @@ METHODS = {
 
 
 def model_card(
-    student: Student, card: StudentCard, formats: Sequence[str], *, each_head: bool
+    student: Student, card: StudentHeader, formats: Sequence[str], *, each_head: bool
 ) -> str:
     """Return the README, with the front matter that the hub reads. It claims no license."""
     distilled = [] if card.method == "none" else ["knowledge-distillation", card.method]
@@ -46,7 +46,7 @@ def model_card(
     )
 
 
-def own_logits(student: Student, card: StudentCard) -> str | None:
+def own_logits(student: Student, card: StudentHeader) -> str | None:
     """Return Python that makes ``logits`` of a timm ``model`` and normalised ``images``.
 
     None where timm's own forward gives the same: it averages the class and distillation heads.
@@ -78,7 +78,7 @@ def timms_heads(student: Student) -> tuple[str, ...]:
     return ("cls", "dist") if student.has_distillation_token else ("cls",)
 
 
-def _pooled(patches: str, student: Student, card: StudentCard) -> str:
+def _pooled(patches: str, student: Student, card: StudentHeader) -> str:
     """Return the mean over the grid that the dense head was trained on, which may weigh patches."""
     assert card.grid is not None
     assert student.token_grid is not None
@@ -88,7 +88,7 @@ def _pooled(patches: str, student: Student, card: StudentCard) -> str:
     return f"torch.nn.functional.adaptive_avg_pool2d({maps}, {card.grid}).mean(dim=(2, 3))"
 
 
-def _facts(card: StudentCard) -> list[tuple[str, object]]:
+def _facts(card: StudentHeader) -> list[tuple[str, object]]:
     measured = None if card.top1 is None else f"{card.top1:.2f} % on the run's validation images"
     return [
         ("architecture", card.model),

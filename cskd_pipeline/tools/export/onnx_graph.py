@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cskd_pipeline import __version__
 from cskd_pipeline.errors import MissingPackageError, StudentError
-from cskd_pipeline.models.header import StudentCard
+from cskd_pipeline.models.header import StudentHeader
 from cskd_pipeline.models.student import Student, inference_logits
 from cskd_pipeline.runtime.atomic import atomic_write
 
@@ -45,7 +45,7 @@ class HeadsMean(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, student: Student, card: StudentCard, *, each_head: bool) -> None:
+    def __init__(self, student: Student, card: StudentHeader, *, each_head: bool) -> None:
         super().__init__()
         self.student = student
         self.heads = card.heads
@@ -65,7 +65,7 @@ class HeadsMean(nn.Module):
         return (logits, *(own[name] for name in self.heads))
 
 
-def write_onnx(student: Student, card: StudentCard, path: Path, *, each_head: bool) -> None:
+def write_onnx(student: Student, card: StudentHeader, path: Path, *, each_head: bool) -> None:
     """Write the student's graph, whose metadata says what it takes and gives.
 
     Args:
@@ -108,7 +108,7 @@ def write_onnx(student: Student, card: StudentCard, path: Path, *, each_head: bo
     atomic_write(path, lambda partial: partial.write_bytes(data))
 
 
-def _about(student: Student, card: StudentCard) -> dict[str, str]:
+def _about(student: Student, card: StudentHeader) -> dict[str, str]:
     """Return what a user needs to know, as the model's own metadata."""
     side = card.size
     about = {

@@ -22,8 +22,8 @@ from cskd_pipeline.data.batches import render_batch
 from cskd_pipeline.data.join import Join, classes_of, join_to_look
 from cskd_pipeline.data.replay import renderer_of
 from cskd_pipeline.errors import UsageError
-from cskd_pipeline.models.checkpoint import load_student, read_card, student_file
-from cskd_pipeline.models.header import StudentCard
+from cskd_pipeline.models.checkpoint import load_student, read_header, student_file
+from cskd_pipeline.models.header import StudentHeader
 from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.report import plots
@@ -55,7 +55,7 @@ class StudentLabels:
     run: RunRecord
     style: int
     file: Path
-    card: StudentCard
+    header: StudentHeader
     labels: np.ndarray
     agreement: np.ndarray
 
@@ -127,10 +127,10 @@ def compare(
     students = []
     for style, run in enumerate(runs):
         if run.name in files:
-            card, labels = _dense_labels(files[run.name], found, rows)
+            header, labels = _dense_labels(files[run.name], found, rows)
             agreement = (at == labels).mean(axis=(1, 2, 3))
             students.append(
-                StudentLabels(run, style, files[run.name], card, labels[shown], agreement)
+                StudentLabels(run, style, files[run.name], header, labels[shown], agreement)
             )
     compared = Comparison(
         cache=reader,
@@ -163,25 +163,25 @@ def _fitting(
     files, misfits = {}, {}
     for run in runs:
         file = student_file(run.folder)
-        card = read_card(file)
-        if reason := _misfit(card, reader):
+        header = read_header(file)
+        if reason := _misfit(header, reader):
             misfits[run.name] = reason
         else:
-            student = replace(card.classes(file), of=f"the student of {run.name}")
+            student = replace(header.classes(file), of=f"the student of {run.name}")
             guard.compare(student, classes_of(reader))
             files[run.name] = file
     return files, misfits
 
 
-def _misfit(card: StudentCard, reader: Cache) -> str:
+def _misfit(header: StudentHeader, reader: Cache) -> str:
     """Return why a student cannot see this cache's views; empty if it can."""
     manifest = reader.manifest
-    if card.grid is None:
+    if header.grid is None:
         return "its student has no dense head"
     for name, mine, theirs in (
-        ("grid", card.grid, manifest.grid),
-        ("image size", card.size, manifest.policy.size),
-        ("number of classes", card.num_classes, manifest.dataset.num_classes),
+        ("grid", header.grid, manifest.grid),
+        ("image size", header.size, manifest.policy.size),
+        ("number of classes", header.num_classes, manifest.dataset.num_classes),
     ):
         if mine != theirs:
             return f"its student's {name} is {mine}, the cache's is {theirs}"
@@ -189,18 +189,18 @@ def _misfit(card: StudentCard, reader: Cache) -> str:
 
 
 @torch.inference_mode()
-def _dense_labels(file: Path, found: Join, rows: np.ndarray) -> tuple[StudentCard, np.ndarray]:
-    """Return a student's card and the classes of its largest dense logits, (m, h, w) int64."""
-    student, card = load_student(file, torch.device("cpu"))
+def _dense_labels(file: Path, found: Join, rows: np.ndarray) -> tuple[StudentHeader, np.ndarray]:
+    """Return a student's header and the classes of its largest dense logits, (m, h, w) int64."""
+    student, header = load_student(file, torch.device("cpu"))
     student.eval()
     renderer, labels = renderer_of(found, strict=False), []
     with progress(len(rows), "views", f"predicting with {file.parent.name}") as meter:
         for part in np.split(rows, range(_AT_ONCE, len(rows), _AT_ONCE)):
             seen = assemble(render_batch(renderer, part), renderer.policy)
-            heads = student(normalise(seen, student.mean, student.std), card.grid)
+            heads = student(normalise(seen, student.mean, student.std), header.grid)
             labels.append(heads.dense.argmax(dim=1).numpy())
             meter.advance(len(part))
-    return card, np.concatenate(labels)
+    return header, np.concatenate(labels)
 
 
 def draw_agreement(compared: Comparison) -> Plot:

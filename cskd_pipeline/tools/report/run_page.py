@@ -85,8 +85,8 @@ def _figures(
             agreement = {"r=1": one.at(1), "r=0": one.at(0), "last": one.at(one.last_ratio)}
             found["dense"] = {
                 "student": str(one.file),
-                "weights": one.card.weights,
-                "epoch": one.card.epoch,
+                "weights": one.header.weights,
+                "epoch": one.header.epoch,
                 "agreement": agreement,
             }
     if run.name in without:
@@ -115,7 +115,7 @@ def _agreement(one: StudentLabels) -> tuple[object, ...]:
     """Return a student's line in the table of agreement."""
     return (
         one.run.name,
-        which(one.card.epoch, one.card.weights),
+        which(one.header.epoch, one.header.weights),
         *(round(100 * one.at(r), 1) for r in (1.0, one.last_ratio)),
         round(one.last_ratio, 3),
         round(100 * one.at(0.0), 1),

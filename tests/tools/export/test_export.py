@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from cskd_pipeline.data.assemble import normalise
 from cskd_pipeline.errors import MissingPackageError, OutputError, WeightsError
-from cskd_pipeline.models.checkpoint import load_student, read_card, save_student
-from cskd_pipeline.models.header import StudentCard
+from cskd_pipeline.models.checkpoint import load_student, read_header, save_student
+from cskd_pipeline.models.header import StudentHeader
 from cskd_pipeline.models.student import Student, create_student, inference_logits
 from cskd_pipeline.tools.export import export_student as exporting
 from cskd_pipeline.tools.export import onnx_graph
@@ -56,7 +56,7 @@ def save(path: Path, kind: str, size: int = 48, **about: Any) -> Path:
     student = create_student(name, num_classes=5, size=size, kwargs=kwargs)
     for parameter in student.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    card = StudentCard(
+    card = StudentHeader(
         name, 5, size, heads, method, kwargs, grid, crop_pct=0.8, interpolation="bilinear"
     )
     save_student(path, student.model.state_dict(), replace(card, **about))
@@ -69,7 +69,7 @@ class Exported:
 
     folder: Path
     student: Student
-    card: StudentCard
+    card: StudentHeader
     images: torch.Tensor
 
     def trained_logits(self) -> torch.Tensor:
@@ -169,7 +169,7 @@ def test_class_names_are_timms_label_names(tmp_path: Path) -> None:
 
 def test_an_exported_folder_is_a_student_again(exported: Exported, tmp_path: Path) -> None:
     """Card and checksum travel with it, so it can be evaluated, fine-tuned and exported."""
-    assert read_card(exported.folder / "model.safetensors") == exported.card
+    assert read_header(exported.folder / "model.safetensors") == exported.card
     export_student(exported.folder, tmp_path / "again", formats=("timm",))
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (exported.folder / name).read_bytes()

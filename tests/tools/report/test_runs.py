@@ -22,7 +22,7 @@ from selenium.webdriver.common.keys import Keys
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.errors import UsageError
-from cskd_pipeline.models.checkpoint import read_card, save_student
+from cskd_pipeline.models.checkpoint import read_header, save_student
 from cskd_pipeline.pipeline.train import train
 from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.tools.report import curves
@@ -189,7 +189,7 @@ def test_a_students_labels_are_those_of_its_patch_tokens(shown: Shown, small: Wo
     assert without == {}
     assert compared.counted == (24, 4, 4)
     assert all(view.same and view.exact for view in compared.views)
-    card = read_card(shown.cskd / "best.safetensors")
+    card = read_header(shown.cskd / "best.safetensors")
     model: Any = timm.create_model(card.model, num_classes=card.num_classes, **card.kwargs)
     model.load_state_dict(load_file(shown.cskd / "best.safetensors"))
     model.eval()
@@ -314,7 +314,7 @@ def test_a_student_of_another_cache_is_named_and_not_loaded(
     shown: Shown, small: World, tmp_path: Path, field: str
 ) -> None:
     run = shutil.copytree(shown.cskd, tmp_path / "run")
-    card = replace(read_card(run / "best.safetensors"), class_names=None)
+    card = replace(read_header(run / "best.safetensors"), class_names=None)
     other: dict[str, Any] = {"grid": (2, 2), "size": 64, "num_classes": 7}
     state = load_file(run / "best.safetensors")
     save_student(run / "best.safetensors", state, replace(card, **{field: other[field]}))
