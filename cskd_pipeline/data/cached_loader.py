@@ -32,6 +32,22 @@ class CachedBatch(NamedTuple):
     targets: Targets | None
 
 
+@dataclass(frozen=True)
+class _Order:
+    """The rows of a rank's micro-batches, by their number since the first epoch."""
+
+    plan: EpochPlan
+    rank: int
+    world: int
+    accumulation: int
+
+    def __call__(self, number: int) -> np.ndarray:
+        epoch, within = divmod(number, self.plan.steps * self.accumulation)
+        step, micro = divmod(within, self.accumulation)
+        part = self.rank * self.accumulation + micro  # a rank's micro-batches are neighbours
+        return self.plan.batch(epoch, step, part=part, parts=self.world * self.accumulation)
+
+
 @dataclass(eq=False)
 class CachedLoader:
     """Iterate over an epoch of views, batch by batch, as a ``DataLoader`` does.
@@ -104,6 +120,7 @@ class CachedLoader:
             self.smoothing,
             self.memory_format,
         )
+        self._order = _Order(self.plan, self.rank, self.world, self.accumulation)
         self._next = 0  # batches before the next one, since the first epoch
         self._stream: Iterator[Batch] | None = None
 
@@ -119,13 +136,14 @@ class CachedLoader:
         """
         end = (self.epoch + 1) * len(self)
         if self._stream is None:
-            self._stream = self.batches()
+            self._stream = self._load(None)
         while self._next < end:
             try:
                 batch = next(self._stream).to(self.device)
             except Exception:
                 self._stream = None  # the next iteration starts at the batch that failed
                 raise
+            self._next += 1
             targets = self.views.targets(batch)
             yield CachedBatch(*self.inputs(batch), batch.label, targets)
 
@@ -173,23 +191,25 @@ class CachedLoader:
         """Yield the next ``limit`` batches as they are loaded, on the host, over as many epochs as
         it takes; None: without end.
         """
-        numbers = islice(count(self._next), limit)
-        loader = Loader(
-            self.views,
-            map(self.rows, numbers),
-            workers=self.workers,
-            pin_memory=torch.device(self.device).type == "cuda",
-        )
-        for batch in loader:
+        for batch in self._load(limit):
             self._next += 1
             yield batch
 
     def rows(self, number: int) -> np.ndarray:
         """Return view, shard, offset, (n, 3), of a batch, counted since the first epoch."""
-        epoch, within = divmod(number, len(self))
-        step, micro = divmod(within, self.accumulation)
-        part = self.rank * self.accumulation + micro  # a rank's micro-batches are neighbours
-        return self.plan.batch(epoch, step, part=part, parts=self.world * self.accumulation)
+        return self._order(number)
+
+    def _load(self, limit: int | None) -> Iterator[Batch]:
+        """The next batches. Nothing here refers to this loader: dropping it ends the processes at
+        once, where a circle would leave that to the garbage collector, and them blocked.
+        """
+        loader = Loader(
+            self.views,
+            map(self._order, islice(count(self._next), limit)),
+            workers=self.workers,
+            pin_memory=torch.device(self.device).type == "cuda",
+        )
+        return iter(loader)
 
     def _require_equal_parts(self) -> None:
         """Of unequal ones a mean of means would not be the mean of the whole."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from cskd_pipeline.data.training_views import TrainingViews, open_views
 from cskd_pipeline.distill.losses import DistillationLoss, mixed_targets
 from cskd_pipeline.distill.targets import LogitTargets
 from cskd_pipeline.errors import CacheError, DataError, JoinError, UsageError
+from cskd_pipeline.views.policy import ViewPolicy
 from tests.data.making import POLICY, make_cache
 from tests.pictures import samples, write_shard
 
@@ -153,3 +156,19 @@ def test_what_does_not_fit_is_refused_when_it_is_opened(
     found = open_views(some, cache, missing="skip")
     assert found.allowed is not None
     assert sum(int((~mask).sum()) for mask in found.allowed) == 1
+
+
+def test_a_loader_that_is_dropped_in_an_epoch_ends_its_processes(shards: Path) -> None:
+    """A circle of references would leave them to the garbage collector, which waits for seconds."""
+    views = TrainingViews.of_dataset(load_dataset(shards), ViewPolicy(size=32), 0)
+    loader = CachedLoader(views, 8, repeats=1, workers=1)
+    gc.disable()
+    try:
+        before = set(multiprocessing.active_children())
+        for _ in loader:
+            break
+        assert set(multiprocessing.active_children()) - before
+        del loader
+        assert set(multiprocessing.active_children()) <= before
+    finally:
+        gc.enable()
