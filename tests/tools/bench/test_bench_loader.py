@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,8 @@ def test_the_command_prints_ratios_and_goals(small: World, capsys: Capture) -> N
     report = json.loads(capsys.readouterr().out)
     assert report["goal"] == {"repeats_1": 1.5, "repeats_3": 2.0}
     assert report["images_per_round"] == 32
+
+
+def test_shards_that_state_no_classes_are_measured(small: World) -> None:
+    dataset = replace(load_dataset(small.shards), num_classes=None, class_names=None)
+    assert bench._ours(dataset, ViewPolicy(size=32), 1, 16)(0) == 16
