@@ -213,16 +213,6 @@ class DistillSection:
     )
     step: Literal["epoch", "update"] = _fixed("epoch", "How often r changes.")
 
-    @property
-    def kinds(self) -> dict[str, str]:
-        """Return the kind of each term that the method has, by its key."""
-        terms: dict[str, tuple[str, ...]] = {
-            "none": (),
-            "deit": ("global_kind",),
-            "cskd": ("global_kind", "spatial_kind"),
-        }
-        return {key: getattr(self, key) for key in terms[self.method]}
-
 
 @dataclass(frozen=True, config=_STRICT)
 class OptimSection:

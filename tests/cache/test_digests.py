@@ -127,6 +127,7 @@ EXCHANGES: dict[str, Callable[[Path, Path], None]] = {
         c,
         lambda m: replace(
             m,
+            # This cache names its classes.
             dataset=replace(m.dataset, class_names=m.dataset.class_names[::-1]),  # type: ignore[index]
         ),
     ),
@@ -177,6 +178,7 @@ def test_digests_are_what_the_page_says(tmp_path: Path) -> None:
     """Computed from the page's words, with zarr and hashlib alone."""
     make(tmp_path / "c")
     group = zarr.open_group(tmp_path / "c", mode="r")
+    # Attributes are any JSON to zarr; ours is an object.
     document = dict(group.attrs["cskd"]["manifest"])  # type: ignore[arg-type, index, call-overload]
     kept = ("format_version", "dataset", "teacher", "policy", "root_seed", "encodings")
     document = {name: document[name] for name in (*kept, "view_block")}

@@ -21,15 +21,14 @@ STUDENT: dict[str, Any] = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_he
 
 
 class Digits(NamedTuple):
-    """96 images in 2 tars, and the demo's teacher, untrained, over 4 views of each."""
+    """96 images in 2 tars, and a cache of the demo's teacher, untrained."""
 
     shards: str
     cache: str
 
 
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
-    root = tmp_path_factory.mktemp("digits")
+def make_digits(root: Path, *sets: str) -> Digits:
+    """Write both below ``root``, with the demo's recipe as ``sets`` (of ``--set``) change it."""
     write_digit_folders(root / "images", train=96, validation=1, seed=0)
     make_shards(root / "images/train", root / "shards", shard_size=60)
     flags = {
@@ -38,8 +37,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
         "dump.workers": 0,
         "dump.device": "cpu",
     }
-    dump_teacher(load_recipe(DumpRecipe, "demo", [], flags))
+    dump_teacher(load_recipe(DumpRecipe, "demo", sets, flags))
     return Digits(str(root / "shards"), str(root / "cache"))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
+    """4 views of each image."""
+    return make_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="session")

@@ -14,29 +14,17 @@ import torch
 from webdataset import WebLoader
 
 from cskd_pipeline import Cache, CskdError, open_cache, replay_view
-from cskd_pipeline.config import DumpRecipe, load_recipe
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.distill.targets import LogitTargets
-from cskd_pipeline.pipeline.dump import dump_teacher
-from cskd_pipeline.tools.demo_images import write_digit_folders
-from cskd_pipeline.tools.make_shards import make_shards
-from tests.examples.conftest import EXAMPLES
+from tests.examples.conftest import EXAMPLES, make_digits
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Handwritten digits as shards, and a cache of unmixed views, erased ones among them."""
     root = tmp_path_factory.mktemp("unmixed")
-    write_digit_folders(root / "images", train=96, validation=1, seed=0)
-    make_shards(root / "images/train", root / "shards", shard_size=60)
-    flags = {
-        "data.shards": str(root / "shards"),
-        "cache.path": str(root / "cache"),
-        "dump.workers": 0,
-        "dump.device": "cpu",
-    }
-    sets = ["views.mix=0.0", "views.erase=0.5", "cache.views=2", 'cache.encodings=["dense"]']
-    dump_teacher(load_recipe(DumpRecipe, "demo", sets, flags))
+    sets = ("views.mix=0.0", "views.erase=0.5", "cache.views=2", 'cache.encodings=["dense"]')
+    make_digits(root, *sets)
     return root
 
 

@@ -166,5 +166,5 @@ def test_the_recipes_of_a_size_belong_together(size: str) -> None:
     assert cskd.views == recipes.dump.views
     assert recipes.dump.cache.views >= cskd.schedule.epochs  # as many views as method none sees
     assert cskd.run.eval_every == cskd.schedule.epochs  # nothing is chosen by validation
-    assert set(cskd.distill.kinds.values()) == {"hard"}
+    assert cskd.distill.global_kind == cskd.distill.spatial_kind == "hard"
     assert cskd.run.ema == 0.0
