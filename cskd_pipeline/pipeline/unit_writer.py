@@ -71,11 +71,14 @@ class UnitWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         assert self._thread is not None
         self._views.close()
-        with self._thread:  # which waits for the unit being written
-            if kind is None:
-                while self._computing:
-                    self._store(*self._computing.popleft())
-                self._wait()
+        try:
+            with self._thread:  # which waits for the unit being written
+                if kind is None:
+                    while self._computing:
+                        self._store(*self._computing.popleft())
+                    self._wait()
+        finally:
+            self._thread = None
 
     def __iter__(self) -> Iterator[TeacherViews]:
         """Return the batches, each of which is yielded once; see :class:`TeacherViews`.
@@ -160,7 +163,8 @@ class UnitWriter:
             side.wait_event(ready)
             with torch.cuda.stream(side):
                 for tensor in (*logits, views.label):
-                    tensor.record_stream(side)  # not to be given away before this stream is done
+                    if tensor.is_cuda:  # labels lie where the caller's Loading put the views
+                        tensor.record_stream(side)  # kept until this stream is done
                 arrays = self._encode(views, logits)
         start = complete = 0
         while start < len(views):

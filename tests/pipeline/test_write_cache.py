@@ -18,6 +18,7 @@ from cskd_pipeline.pipeline.unit_writer import UnitWriter
 from tests.cache.making import tree
 from tests.data.making import POLICY
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GRID = (2, 3)
 TEACHER = TeacherInfo("mine", "file", "0" * 64, 5, POLICY.size, (0.5,) * 3, (0.25,) * 3, GRID)
 
@@ -162,6 +163,16 @@ def test_views_in_another_order_twice_or_outside_the_block_are_refused(
             with pytest.raises(UsageError, match="come next"):
                 out.put(other, *network(other.images))
         out.put(two, *network(two.images))
+    with pytest.raises(UsageError, match="inside its with block"):
+        out.put(three, *network(three.images))
+
+
+@NEEDS_GPU
+def test_logits_may_lie_on_a_gpu_and_the_views_on_the_host(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    fill(opened(tmp_path / "cache", dataset), lambda s, g: (s.cuda(), g.cuda()))
+    assert open_cache(tmp_path / "cache").done().all()
 
 
 def test_a_unit_that_cannot_be_written_is_an_error_of_the_block(
