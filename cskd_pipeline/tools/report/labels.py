@@ -6,6 +6,7 @@ ones give a label at some ratios, and a change between two of these is put in th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,6 @@ from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.distill import ckf
 from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets
 
-PREFERRED = ("envelope", "dense", "dense-q8", "topk")
 RATIOS = np.linspace(0.0, 1.0, 21)
 _AT_ONCE = 32  # views whose logits are held
 
@@ -67,7 +67,7 @@ def read_labels(cache: Cache, rows: np.ndarray) -> Labels:
     Raises:
         CacheError: a unit is not done, or damaged.
     """
-    name = next(name for name in PREFERRED if name in cache.encodings)
+    name = (cache.serving({"hard"}) or cache.serving({"soft"}, math.inf))[0]
     parts = [
         _planes(cache, name, part) for part in np.split(rows, range(_AT_ONCE, len(rows), _AT_ONCE))
     ]
@@ -86,9 +86,12 @@ def _planes(cache: Cache, name: str, rows: np.ndarray) -> np.ndarray:
         return targets.planes.numpy()
     if isinstance(targets, LogitTargets) and encoding.exact:
         return ckf.upper_envelope(targets.spatial, targets.global_).numpy()
-    tau = max(1.0, encoding.min_temperature)
-    found = [targets.spatial_log_probabilities(float(r), tau).argmax(1).numpy() for r in RATIOS]
-    return planes_of(np.stack(found, axis=1))
+    if "hard" in encoding.serves:
+        found = [targets.hard_spatial(float(r)) for r in RATIOS]
+    else:
+        tau = max(1.0, encoding.min_temperature)
+        found = [targets.spatial_log_probabilities(float(r), tau).argmax(1) for r in RATIOS]
+    return planes_of(torch.stack(found, dim=1).numpy())
 
 
 def planes_of(labels: np.ndarray) -> np.ndarray:

@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cskd_pipeline.cache.convert import convert
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.join import Join, join
 from cskd_pipeline.data.replay import cache_of, renderer_of
+from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.tools.report import statistics
 from cskd_pipeline.tools.report.gallery import choose_views, make_views
 from cskd_pipeline.tools.report.labels import RATIOS, planes_of, read_labels
+from tests import own
 from tests.cache.making import make
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -55,6 +58,24 @@ def test_labels_of_other_encodings_are_those_of_the_logits_or_nearly(
     for r in (0.0, 0.35, 1.0):
         equal = (labels.at(r) == fused(dense, rows, r)).mean()
         assert equal == 1 if labels.exact else equal > 0.85, (r, equal)
+
+
+@pytest.mark.parametrize(
+    ("serves", "exact"), [(("hard", "soft"), True), (("hard",), False), (("soft",), False)]
+)
+def test_labels_of_a_registered_encoding_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serves: tuple[str, ...], exact: bool
+) -> None:
+    encoding = own.Negated()
+    encoding.serves, encoding.exact = serves, exact
+    monkeypatch.setitem(ENCODINGS, encoding.name, encoding)
+    make(tmp_path / "c", encodings=("dense",))
+    convert(tmp_path / "c", tmp_path / "own", encodings=[encoding.name])
+    labels = read_labels(open_cache(tmp_path / "own"), ROWS)
+    assert (labels.encoding, labels.exact) == (encoding.name, exact)
+    dense = open_cache(tmp_path / "c")
+    for r in RATIOS:
+        assert np.array_equal(labels.at(float(r)), fused(dense, ROWS, float(r)))
 
 
 def test_planes_from_labels_at_some_ratios_give_these_labels_there() -> None:
