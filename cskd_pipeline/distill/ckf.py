@@ -83,7 +83,12 @@ def _require_share(value: float, name: str, where: str) -> None:
 
 
 def fuse(spatial: Tensor, global_: Tensor, r: float) -> Tensor:
-    """Return ``r * d + (1 - r) * g`` in float32, (B, K, h, w): the target of the soft loss."""
+    """Return ``r * d + (1 - r) * g`` in float32, (B, K, h, w): the target of the soft loss.
+
+    Raises:
+        RecipeError: r outside [0, 1].
+    """
+    _require_share(r, "the CKF ratio", "r")
     return r * spatial.float() + (1.0 - r) * global_.float()[:, :, None, None]
 
 
@@ -97,6 +102,9 @@ def hard_labels(spatial: Tensor, global_: Tensor, r: float) -> Tensor:
 
     Returns:
         (B, h, w) int64.
+
+    Raises:
+        RecipeError: r outside [0, 1].
     """
     t = _nearest_multiple(r)
     labels = []
@@ -115,6 +123,9 @@ def envelope_labels(planes: Tensor, r: float) -> Tensor:
 
     Returns:
         (B, h, w) int64.
+
+    Raises:
+        RecipeError: r outside [0, 1].
     """
     assert planes.shape[1] % 2 == 1, planes.shape
     passed = planes[:, 1::2].to(torch.int32) < _nearest_multiple(r)
@@ -237,7 +248,7 @@ def _next_line(d: Tensor, g: Tensor, d_top: Tensor, g_top: Tensor) -> tuple[Tens
 
 def _nearest_multiple(r: float) -> int:
     """t, where t/N is the multiple of 1/N nearest to r, the lower one of two."""
-    assert 0.0 <= r <= 1.0, r
+    _require_share(r, "the CKF ratio", "r")
     return math.ceil(Fraction(r) * QUANTUM - Fraction(1, 2))
 
 

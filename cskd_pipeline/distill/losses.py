@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from cskd_pipeline.distill.targets import Targets
-from cskd_pipeline.errors import RecipeError
+from cskd_pipeline.errors import RecipeError, UsageError
 from cskd_pipeline.models.student import Heads, Student
 
 METHODS = ("none", "deit", "cskd")
@@ -160,21 +160,31 @@ class DistillationLoss:
 
         Raises:
             CacheError: a soft term, and an encoding that holds hard labels alone.
-            RecipeError: a weight out of range.
+            RecipeError: a weight or r is out of range.
+            UsageError: no targets, or no dense head, where the method needs them.
         """
         heads = heads.float()
         unused = heads.cls.new_zeros(())
         base = soft_cross_entropy(heads.cls, label_targets)
         if self.method == "none":
             return LossParts(base, base.detach(), unused, unused)
-        assert targets is not None, self.method
+        if targets is None:
+            raise UsageError(
+                f"the method {self.method} compares with the teacher's response, which is None",
+                action="pass the batch's targets, of views that a cache was opened for; or use "
+                'DistillationLoss("none")',
+            )
         distilled = heads.cls if heads.dist is None else heads.dist
         global_ = self._global(distilled, targets)
         alpha = self._weight("alpha", progress)
         total = (1.0 - alpha) * base + alpha * global_
         if self.method == "deit":
             return LossParts(total, base.detach(), global_.detach(), unused)
-        assert heads.dense is not None
+        if heads.dense is None:
+            raise UsageError(
+                "the method cskd compares the dense head, which these heads lack",
+                action="pass the teacher's grid: dense_logits(model, images, views.grid)",
+            )
         spatial = self._spatial(heads.dense, targets, r)
         total = total + self._weight("spatial_weight", progress) * spatial
         return LossParts(total, base.detach(), global_.detach(), spatial.detach())

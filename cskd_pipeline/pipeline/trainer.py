@@ -130,7 +130,7 @@ class Trainer:
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             heads = self.forward(images, self.grid)
         targets = self.targets(batch)
-        return self.loss(heads.float(), labels, targets, self.ratio, self.progress)
+        return self.loss(heads, labels, targets, self.ratio, self.progress)
 
     def step(self, batches: Iterator[Batch]) -> Tensor:
         """Make one optimizer update from the next ``accumulation`` micro-batches.

@@ -346,6 +346,20 @@ def test_a_schedule_may_be_a_users_own_function_of_progress() -> None:
         ckf.ckf_ratio("linear", 1.01)
 
 
+@pytest.mark.parametrize("r", [-0.01, 1.01, math.nan])
+def test_a_ratio_outside_the_unit_interval_is_refused_wherever_it_is_used(r: float) -> None:
+    spatial, global_ = random_answer(4, (2, 5, 3, 2))
+    planes = ckf.upper_envelope(spatial, global_)
+    for use in (
+        lambda: ckf.fuse(spatial, global_, r),
+        lambda: ckf.hard_labels(spatial, global_, r),
+        lambda: ckf.envelope_labels(planes, r),
+    ):
+        with pytest.raises(RecipeError, match="the CKF ratio is out of range") as caught:
+            use()
+        assert caught.value.found is r
+
+
 def test_the_ends_of_the_fusion_are_schedules_too() -> None:
     """The ablation's ``spatial`` is r = 1 and its ``global`` r = 0, however far a run is."""
     for progress in (0.0, 0.3, 1.0):

@@ -12,7 +12,7 @@ from timm.data.mixup import mixup_target
 from cskd_pipeline.distill import ckf
 from cskd_pipeline.distill.losses import DistillationLoss, LossParts, mixed_targets
 from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets
-from cskd_pipeline.errors import CacheError, RecipeError
+from cskd_pipeline.errors import CacheError, RecipeError, UsageError
 from cskd_pipeline.models.student import Heads
 
 B, K, H, W = 3, 7, 2, 4
@@ -128,6 +128,20 @@ def test_none_is_the_cross_entropy_of_the_class_head_and_needs_no_teacher() -> N
     np.testing.assert_allclose(parts.detached(), [expected, expected, 0.0, 0.0], rtol=1e-5)
     alone = DistillationLoss(method="none")(Heads(case.heads.cls), labels, None, 1.0)
     assert alone.base.item() == pytest.approx(soft_ce(case.cls, case.labels), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["deit", "cskd"])
+def test_a_loop_that_forgets_targets_or_the_grid_learns_what_to_pass(method: str) -> None:
+    case, labels = Case(), torch.ones(B, K) / K
+    loss = DistillationLoss(method)
+    with pytest.raises(UsageError, match="pass the batch's targets"):
+        loss(case.heads, labels, None, RATIO)
+    heads = case.heads._replace(dense=None)
+    if method == "cskd":
+        with pytest.raises(UsageError, match="the dense head"):
+            loss(heads, labels, case.targets, RATIO)
+    else:
+        loss(heads, labels, case.targets, RATIO)
 
 
 def test_without_distillation_token_the_class_head_is_distilled() -> None:
