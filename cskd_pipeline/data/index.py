@@ -108,6 +108,9 @@ def sample(dataset: Dataset, samples: int, parts: int = 4) -> Dataset:
     """Take about ``samples`` samples of ``dataset``, in ``parts`` runs of neighbours.
 
     For trials and forecasts. Each part is a shard of its own; its manifest has no hashes.
+
+    Raises:
+        DataError: nothing states the number of classes.
     """
     count = len(dataset.shards)
     chosen = sorted({(2 * i + 1) * count // (2 * parts) for i in range(parts)})
@@ -117,12 +120,12 @@ def sample(dataset: Dataset, samples: int, parts: int = 4) -> Dataset:
         shard = dataset.shards[number]
         start = max(0, (len(shard) - each) // 2)
         shards.append(shard.part(range(start, min(start + each, len(shard)))))
-    assert dataset.num_classes is not None
+    classes = require_num_classes(dataset)
     infos = tuple(
         ShardInfo.of(f"part-{i}.tar", shard.keys, int(shard.index.size.sum()), f"{i:064x}")
         for i, shard in enumerate(shards)
     )
-    manifest = DatasetManifest(dataset.name, dataset.num_classes, infos, dataset.class_names)
+    manifest = DatasetManifest(dataset.name, classes, infos, dataset.class_names)
     return replace(dataset, shards=tuple(shards), manifest=manifest)
 
 
@@ -201,7 +204,7 @@ def index_shards(
         num_classes=num_classes,
         empty="pass" if check else "error",
     )
-    _require_num_classes(dataset)
+    require_num_classes(dataset)
     refuse_repeated_keys(dataset)
     if check:
         check(dataset)
@@ -219,7 +222,7 @@ def describe(dataset: Dataset) -> DatasetManifest:
     """
     if dataset.manifest is not None:
         return dataset.manifest
-    classes = _require_num_classes(dataset)
+    classes = require_num_classes(dataset)
     names = _relative_names([shard.path for shard in dataset.shards])
     infos = []
     with progress(sum(map(_size, dataset.shards)), "bytes", "hashing shards") as meter:
@@ -235,13 +238,18 @@ def describe(dataset: Dataset) -> DatasetManifest:
     return DatasetManifest.from_json(made.to_json(), f"the manifest of {dataset.name}")
 
 
-def _require_num_classes(dataset: Dataset) -> int:
+def require_num_classes(dataset: Dataset, action: str = "pass --num-classes N") -> int:
+    """Return the number of classes.
+
+    Raises:
+        DataError: nothing states it.
+    """
     if dataset.num_classes is None:
         raise DataError(
             "nothing states the number of classes",
             where=dataset.name,
             expected=f"a list of names in {CLASSES} beside the shards, or a number",
-            action="pass --num-classes N",
+            action=action,
         )
     return dataset.num_classes
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.data.batches import Batch, render_batch
 from cskd_pipeline.data.images import ImageSource
-from cskd_pipeline.data.index import Dataset, load_dataset
+from cskd_pipeline.data.index import Dataset, load_dataset, require_num_classes
 from cskd_pipeline.data.join import Join, classes_of, join
 from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.render import Renderer
@@ -80,10 +80,14 @@ class TrainingViews(TorchDataset[Batch]):
 
     @classmethod
     def of_dataset(cls, dataset: Dataset, policy: ViewPolicy, seed: int) -> TrainingViews:
-        """Return as many views as are wanted of a data set alone, without targets."""
-        assert dataset.num_classes is not None
+        """Return as many views as are wanted of a data set alone, without targets.
+
+        Raises:
+            DataError: nothing states the number of classes.
+        """
+        classes = require_num_classes(dataset, "use dataset.with_classes(N)")
         samples, images = SampleSet.of(dataset), ImageSource(dataset.shards)
-        return cls(samples, images, policy, seed, dataset.num_classes)
+        return cls(samples, images, policy, seed, classes)
 
     @property
     def cache(self) -> Cache | None:
@@ -121,7 +125,7 @@ class TrainingViews(TorchDataset[Batch]):
 
 
 def open_views(
-    shards: str | Path,
+    shards: str | Path | Sequence[str | Path],
     cache: str | Path | Cache,
     loss: DistillationLoss | None = None,
     *,
@@ -132,7 +136,8 @@ def open_views(
     """Open shards and a cache, and find the cache's samples in the shards by their keys.
 
     Args:
-        shards: webdataset shards: a folder, a pattern, a comma list, or an index of them.
+        shards: webdataset shards: a folder, a pattern, a comma list, an index of them, or a
+            sequence of these.
         cache: a folder or URL, or an open cache.
         loss: what the targets are for; None: hard targets.
         encoding: the one to read targets from; ``auto``: the smallest exact one that serves the
@@ -152,7 +157,7 @@ def open_views(
     reader.require_done()
     chosen = choose_encoding(reader, loss or DistillationLoss(), encoding)
     guard = ClassGuard(switch=None)
-    dataset = load_dataset(str(shards)).fitting(classes_of(reader), "the shards", guard)
+    dataset = load_dataset(shards).fitting(classes_of(reader), "the shards", guard)
     found = join(dataset, reader, guard, missing=missing, drift=drift)
     guard.report_new()
     if found.missing:

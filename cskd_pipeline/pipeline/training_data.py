@@ -15,11 +15,11 @@ from cskd_pipeline import Cache, open_cache
 from cskd_pipeline.cache.digests import root_digest
 from cskd_pipeline.config import TrainRecipe
 from cskd_pipeline.data.corrupt import without_corrupt
-from cskd_pipeline.data.index import Dataset, load_dataset
+from cskd_pipeline.data.index import Dataset, load_dataset, require_num_classes
 from cskd_pipeline.data.join import classes_of, join
 from cskd_pipeline.data.left_out import LeftOuts
 from cskd_pipeline.data.training_views import TrainingViews, choose_encoding
-from cskd_pipeline.errors import CacheError, DataError, UsageError
+from cskd_pipeline.errors import CacheError, UsageError
 from cskd_pipeline.pipeline.from_recipe import make_loss
 from cskd_pipeline.pipeline.settle import settle
 from cskd_pipeline.runtime import schemas
@@ -145,12 +145,7 @@ def _open_shards(
     if cache is not None:
         dataset = dataset.fitting(classes_of(cache), SHARDS, guard)
         names = names or cache.manifest.dataset.class_names
-    if dataset.num_classes is None:
-        raise DataError(
-            "nothing states the number of classes",
-            where=dataset.name,
-            action="put classes.json beside the shards, or pass --set data.num_classes=N",
-        )
+    require_num_classes(dataset, "pass --set data.num_classes=N")
     return dataset, replace(dataset.classes(SHARDS), names=names)
 
 

@@ -14,7 +14,7 @@ import torch
 from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.assemble import assemble, normalise
 from cskd_pipeline.data.cached_loader import CachedBatch, CachedLoader
-from cskd_pipeline.data.index import Dataset, load_dataset
+from cskd_pipeline.data.index import Dataset, load_dataset, sample
 from cskd_pipeline.data.training_views import TrainingViews, open_views
 from cskd_pipeline.distill.losses import DistillationLoss, mixed_targets
 from cskd_pipeline.distill.targets import LogitTargets
@@ -156,6 +156,27 @@ def test_what_does_not_fit_is_refused_when_it_is_opened(
     found = open_views(some, cache, missing="skip")
     assert found.allowed is not None
     assert sum(int((~mask).sum()) for mask in found.allowed) == 1
+
+
+def test_shards_may_be_a_sequence_of_tars(shards: Path, cache: Cache) -> None:
+    tars = sorted(shards.glob("*.tar"))
+    assert len(tars) > 1
+    assert open_views(tars, cache).samples.counts == open_views(shards, cache).samples.counts
+
+
+def test_views_of_shards_that_state_no_classes_say_how_to_state_them(
+    tmp_path: Path,
+) -> None:
+    write_shard(tmp_path / "0.tar", samples(0, 5))
+    dataset = load_dataset(tmp_path)
+    for use in (
+        lambda: TrainingViews.of_dataset(dataset, ViewPolicy(size=32), 0),
+        lambda: sample(dataset, 4),
+    ):
+        with pytest.raises(DataError, match="nothing states the number of classes"):
+            use()
+    views = TrainingViews.of_dataset(dataset.with_classes(10), ViewPolicy(size=32), 0)
+    assert views.num_classes == 10
 
 
 def test_a_loader_that_is_dropped_in_an_epoch_ends_its_processes(shards: Path) -> None:
