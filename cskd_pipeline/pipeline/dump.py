@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cskd_pipeline import open_cache
 from cskd_pipeline.cache.info import describe as describe_cache
 from cskd_pipeline.cache.manifest import TeacherInfo
@@ -129,23 +131,39 @@ def open_stage_one(
         CskdError: one of them cannot be used, or they do not belong together.
     """
     guard = guard or ClassGuard(switch=None)
-    data, chosen, loop = recipe.data, recipe.teacher, recipe.dump
-    device = ranks.device(pick_device(loop.device))
-    use_threads(loop.threads)
+    data = recipe.data
+    device = ranks.device(pick_device(recipe.dump.device))
+    use_threads(recipe.dump.threads)
     dataset = load_dataset(
         data.shards,
         split=data.split or None,
         num_classes=data.num_classes or None,
         empty="pass" if data.corrupt == "skip" else "error",
     )
-    weights = Path(chosen.weights)
+    weights = Path(recipe.teacher.weights)
     if weights.is_file() and is_safetensors(weights) and has_header(weights):
         header = read_header(weights)  # of a network that train made
         classes = Classes("the teacher", weights, header.num_classes, header.class_names)
         dataset = dataset.fitting(classes, "the shards", guard)
     guard.report_new()
+    teacher = open_teacher(recipe, dataset.num_classes, device)
+    if dataset.num_classes is None:
+        dataset = dataset.with_classes(teacher.num_classes)
+    return dataset, teacher
+
+
+def open_teacher(recipe: DumpRecipe, num_classes: int | None, device: torch.device) -> Teacher:
+    """Load the recipe's teacher for views of its size, and warn of a large grid.
+
+    Args:
+        num_classes: of the data; None: the teacher's own.
+
+    Raises:
+        CskdError: the teacher cannot be used, or has another number of classes.
+    """
+    loop = recipe.dump
     teacher = load_teacher(
-        TeacherSource(num_classes=dataset.num_classes, **vars(chosen)),
+        TeacherSource(num_classes=num_classes, **vars(recipe.teacher)),
         size=recipe.views.size,
         batch_size=loop.batch_size,
         channels_last=loop.channels_last,
@@ -153,9 +171,7 @@ def open_stage_one(
         device=device,
     )
     _warn_of_a_large_grid(teacher)
-    if dataset.num_classes is None:
-        dataset = dataset.with_classes(teacher.num_classes)
-    return dataset, teacher
+    return teacher
 
 
 def _warn_of_a_large_grid(teacher: Teacher) -> None:

@@ -26,7 +26,7 @@ from cskd_pipeline.data.unit_views import Loading
 from cskd_pipeline.distill.ckf import hard_global_labels, hard_labels
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.models.teacher import Logits, Teacher
-from cskd_pipeline.pipeline.dump import open_stage_one
+from cskd_pipeline.pipeline.dump import open_stage_one, open_teacher
 from cskd_pipeline.tools.bench.sampled_dump import Advance, SampledDump
 from cskd_pipeline.tools.bench.timing import (
     Clock,
@@ -114,7 +114,7 @@ def bench_dump(
         "variants": {},
     }
     if with_variants:
-        report["variants"] = variants(recipe, resident, rounds, clock, compile=compile)
+        report["variants"] = variants(few, resident, rounds, clock, compile=compile)
     return report
 
 
@@ -133,7 +133,7 @@ def _load(few: SampledDump, block: int, loading: Loading, advance: Advance) -> N
 
 
 def variants(
-    recipe: DumpRecipe,
+    few: SampledDump,
     resident: Sequence[Tensor],
     rounds: int,
     clock: Clock,
@@ -159,7 +159,7 @@ def variants(
     if compile:
         settings["compile"] = {"compile": True}
         settings["bfloat16 compile"] = {"precision": "bfloat16", "compile": True}
-    teachers = {name: _with(recipe, changes) for name, changes in settings.items()}
+    teachers = {name: _with(few, changes) for name, changes in settings.items()}
     logits: dict[str, list[Logits]] = {}
 
     def respond(name: str, _: int) -> None:
@@ -181,8 +181,9 @@ def variants(
     return report
 
 
-def _with(recipe: DumpRecipe, changes: Mapping[str, Any]) -> Teacher:
-    """Load the recipe's teacher in plain float32, but for ``changes``."""
+def _with(few: SampledDump, changes: Mapping[str, Any]) -> Teacher:
+    """Load the same teacher in plain float32, but for ``changes``."""
+    recipe = few.recipe
     precision = changes.get("precision", "float32")
     loop = {name: changes.get(name, False) for name in ("channels_last", "compile")}
     changed = replace(
@@ -190,7 +191,7 @@ def _with(recipe: DumpRecipe, changes: Mapping[str, Any]) -> Teacher:
         teacher=replace(recipe.teacher, precision=precision),
         dump=replace(recipe.dump, **loop),
     )
-    return open_stage_one(changed)[1]
+    return open_teacher(changed, few.dataset.num_classes, few.teacher.device)
 
 
 def _changed(expected: Sequence[Logits], found: Sequence[Logits]) -> tuple[float, float]:

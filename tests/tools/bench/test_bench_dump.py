@@ -13,6 +13,7 @@ import torch
 from cskd_pipeline.config import DumpRecipe, load_recipe
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.models.teacher import Logits
+from cskd_pipeline.pipeline import dump
 from cskd_pipeline.tools.bench import bench_dump as bench
 from cskd_pipeline.tools.bench import sampled_dump
 from cskd_pipeline.tools.bench.sampled_dump import SampledDump
@@ -87,10 +88,14 @@ def test_changed_labels_are_counted_over_all_locations_and_ratios() -> None:
     assert bench._changed([logits], [Logits(logits.spatial, global_)])[1] == 1.0
 
 
-def test_variants_are_teachers_with_other_settings_beside_float32(small: World) -> None:
+def test_variants_are_teachers_with_other_settings_beside_float32(
+    small: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = recipe_of(small)
     dataset, teacher = bench.open_stage_one(recipe)
-    resident = bench._resident(SampledDump.of(recipe, dataset, teacher, dataset.samples))
+    few = SampledDump.of(recipe, dataset, teacher, dataset.samples)
+    monkeypatch.setattr(dump, "load_dataset", None)  # the shards are not opened again
+    resident = bench._resident(few)
     assert {len(views) for views in resident} == {16}
     clock = Time()
 
@@ -98,11 +103,11 @@ def test_variants_are_teachers_with_other_settings_beside_float32(small: World) 
         clock.work(0.5)
         return clock()
 
-    report = bench.variants(recipe, resident, 3, ticking, compile=False)
+    report = bench.variants(few, resident, 3, ticking, compile=False)
     assert list(report) == ["float32", "channels_last", "bfloat16", "bfloat16 channels_last"]
     assert report["float32"]["hard_labels_changed"] == 0.0
-    halves = bench._with(recipe, {"precision": "bfloat16", "channels_last": True})
-    plain = bench._with(recipe, {})
+    halves = bench._with(few, {"precision": "bfloat16", "channels_last": True})
+    plain = bench._with(few, {})
     assert (halves.precision, halves.channels_last) == ("bfloat16", True)
     assert (plain.precision, plain.channels_last) == ("float32", False)
     assert all(row["ratio"]["median"] == 1.0 for row in report.values())
