@@ -101,3 +101,9 @@ def eval_loader(
     images = EvalImages(dataset, preprocessing, batch_size)
     mine = range(ranks.rank, len(images), ranks.world)
     return Loader(images, mine, workers=workers, pin_memory=pin_memory)
+
+
+def images_of_rank(dataset: Dataset, *, batch_size: int, ranks: Ranks = ALONE) -> int:
+    """Count the images of a rank's batches from :func:`eval_loader`."""
+    starts = range(0, dataset.samples, batch_size)[ranks.rank :: ranks.world]
+    return sum(min(batch_size, dataset.samples - start) for start in starts)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cskd_pipeline.config import TrainRecipe, to_toml
 from cskd_pipeline.data.batches import Batch
-from cskd_pipeline.data.evalset import EvalBatch, eval_loader
+from cskd_pipeline.data.evalset import EvalBatch, eval_loader, images_of_rank
 from cskd_pipeline.errors import CskdError, TrainingError, UsageError
 from cskd_pipeline.models.checkpoint import save_student
 from cskd_pipeline.models.train_state import find_nonfinite, load_state, save_state
@@ -206,9 +206,12 @@ def _evaluate(job: TrainJob, stop: Stop) -> Row:
     candidates = {"last": trainer.student.model}
     if trainer.ema is not None:
         candidates["ema"] = trainer.ema.module
+    assert job.data.validation is not None
+    size = job.recipe.run.eval_batch_size
+    share = images_of_rank(job.data.validation, batch_size=size, ranks=trainer.ranks)
     for name, model in candidates.items():
         student = trainer.student.with_model(model)
-        with progress(_validation_share(job), "images", f"evaluating {name}") as meter:
+        with progress(share, "images", f"evaluating {name}") as meter:
             images = _validation(job, meter, stop)
             metrics = measure(
                 student, images, job.heads, trainer.grid, amp=trainer.amp, ranks=trainer.ranks
@@ -239,14 +242,6 @@ def _validation(job: TrainJob, meter: Meter, stop: Stop) -> Iterator[EvalBatch]:
         yield batch
         if stop.requested and not job.trainer.ranks.many:
             raise KeyboardInterrupt
-
-
-def _validation_share(job: TrainJob) -> int:
-    """Count this rank's validation images: every ``world``-th batch."""
-    assert job.data.validation is not None
-    size, samples = job.recipe.run.eval_batch_size, job.data.validation.samples
-    starts = range(0, samples, size)[job.trainer.ranks.rank :: job.trainer.ranks.world]
-    return sum(min(size, samples - start) for start in starts)
 
 
 def _save_students(job: TrainJob, row: Row) -> None:

@@ -12,7 +12,7 @@ from timm.data import create_transform
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
 from cskd_pipeline.config import TrainRecipe, load_recipe
-from cskd_pipeline.data.evalset import eval_loader
+from cskd_pipeline.data.evalset import eval_loader, images_of_rank
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.runtime.distributed import Ranks
 from cskd_pipeline.views.decode import decode
@@ -56,6 +56,9 @@ def test_ranks_share_the_batches_out(dataset: Dataset) -> None:
         for rank in range(2)
     ]  # fmt: skip
     assert parts == [whole[0::2], whole[1::2]]
+    for rank, batches in enumerate(parts):
+        count = images_of_rank(dataset, batch_size=10, ranks=Ranks(rank, 2))
+        assert count == sum(map(len, batches))
 
 
 def test_the_papers_images_are_resized_to_256_and_cropped_to_224(dataset: Dataset) -> None:
