@@ -33,7 +33,7 @@ study: study-shards $(STAMP)
 study-shards:
 	@test -n '$(STUDY_SHARDS)' && test -n '$(STUDY_VAL)' || { \
 		echo "make study needs CIFAR-10 as shards:" >&2; \
-		echo "  make study STUDY_SHARDS='cifar10/train-{0000..0003}.tar' STUDY_VAL='cifar10/validation-*.tar'" >&2; \
+		echo "  make study STUDY_SHARDS='cifar10/train/train-{0000..0003}.tar' STUDY_VAL='cifar10/validation/*.tar'" >&2; \
 		echo "To make them: class folders of images, then cskd-pipeline make-shards for each split;" >&2; \
 		echo "docs/study.md has the lines." >&2; exit 1; }
 

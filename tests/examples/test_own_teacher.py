@@ -20,8 +20,10 @@ from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.render import Renderer
 from cskd_pipeline.tools.demo_images import write_digit_folders
 from cskd_pipeline.tools.make_shards import make_shards
+from tests.examples.conftest import EXAMPLES
+from tests.examples.test_examples import code_lines
 
-EXAMPLE = Path(__file__).parents[2] / "docs/examples/own_teacher.py"
+EXAMPLE = EXAMPLES / "own_teacher.py"
 LINES = 30
 
 
@@ -57,11 +59,4 @@ def test_the_cache_has_the_networks_logits_for_every_view(digits: Path, tmp_path
 
 
 def test_its_code_is_short() -> None:
-    inside, code = False, []
-    for line in EXAMPLE.read_text(encoding="utf-8").splitlines():
-        text = line.strip()
-        quotes = text.count('"""')
-        if text and not text.startswith("#") and not inside and not quotes:
-            code.append(text)
-        inside ^= quotes == 1
-    assert len(code) <= LINES
+    assert code_lines(EXAMPLE) <= LINES
