@@ -73,6 +73,8 @@ INTRODUCTION = """# The package as a library
 Made from the docstrings by `python -m tests.test_public_names`. Everything here is imported as
 `from cskd_pipeline import ...`, typed, and loaded when it is first used: `import cskd_pipeline`
 alone imports neither torch nor anything else. [The examples](examples) use it, each run by a test.
+News and warnings go where your `logging` sends them (logger `cskd_pipeline`); progress is shown to
+whoever calls `cskd_pipeline.runtime.progress.listen`.
 
 ## A training loop
 

@@ -14,6 +14,7 @@ from cskd_pipeline.cli.options import (
     Split,
     flag,
     require,
+    require_companion,
     require_encodings,
 )
 from cskd_pipeline.cli.parameters import RecipeLoader
@@ -23,7 +24,7 @@ from cskd_pipeline.config import DumpRecipe, TrainRecipe
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.runtime.console import Terminal
 
-Size = Annotated[int, typer.Option(min=8, metavar="N", help="Of the views, in pixels.")]
+Size = Annotated[int, flag("--size")]
 Rounds = Annotated[
     int, typer.Option(min=3, metavar="N", help="How often each side takes its turn.")
 ]
@@ -63,7 +64,11 @@ def encodings(
             found=str(plot),
             expected="a name that ends in .svg or .png",
         )
-    is_cache = "://" in source or Path(source).is_dir()
+    from cskd_pipeline.cache.digests import split_pin
+    from cskd_pipeline.cache.remote import is_remote
+
+    location, _ = split_pin(source)
+    is_cache = is_remote(location) or Path(location).is_dir()
     recipe = load({} if is_cache else {"teacher.name": source})
     if not is_cache:
         require({"--shards SHARDS (or a cache's folder)": recipe.data.shards})
@@ -130,7 +135,7 @@ def join(
 
 
 @bench_app.command(
-    flags="--batch-size --device",
+    flags="--size --batch-size --device",
     epilog="Example: cskd-pipeline bench step --student deit_tiny_distilled_patch16_224 "
     "--teacher regnety_160",
 )
@@ -141,26 +146,25 @@ def step(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="A ViT's timm name; more than once for several. Default: DeiT's three on a GPU, "
-            "its smallest elsewhere.",
+            help="A ViT's timm name; more than once for several. Default: the recipe's; without "
+            "one DeiT's three on a GPU, its smallest elsewhere.",
         ),
     ] = None,
     teacher: Annotated[
         str,
         typer.Option(metavar="NAME", help="The live teacher's timm name; none: without that side."),
     ] = "regnety_160",
-    size: Size = 224,
     rounds: Rounds = 9,
 ) -> Outcome:
     """Compare a training step from a cache with a plain one, and with one of a live teacher."""
     recipe = load()
-    from dataclasses import replace
-
+    for name in student or ():
+        load({"student.name": name})  # refuses a --set of another
+    if not student and load.gives("student.name"):
+        student = [recipe.student.name]
     from cskd_pipeline.runtime.device import pick_device
     from cskd_pipeline.tools.bench import bench_step as bench
-    from cskd_pipeline.views.policy import ViewPolicy
 
-    recipe = replace(recipe, views=replace(recipe.views or ViewPolicy(), size=size))
     known = list(bench.LIVE_GOALS)
     gpu = pick_device(recipe.run.device).type == "cuda"
     report = bench.bench_step(
@@ -198,8 +202,7 @@ def dump(
     """Compare the dump with the bare teacher, blocks of views with single ones; find the limit."""
     recipe = load()
     load.require(recipe, "--shards --teacher")
-    if compile and not variants:
-        raise UsageError("--compile does nothing alone", action="give --variants too")
+    require_companion("--variants", variants or None, {"--compile": compile or None})
     from cskd_pipeline.tools.bench import bench_dump as bench
 
     report = bench.bench_dump(

@@ -23,6 +23,7 @@ from cskd_pipeline.cli.options import (
     parse_range,
     require_companion,
     require_encodings,
+    without_none,
 )
 from cskd_pipeline.cli.reports import print_report
 from cskd_pipeline.cli.root import cache_app
@@ -101,14 +102,14 @@ class ComparedTeacher:
             return None
         from cskd_pipeline.tools.verify.verify_responses import TeacherChoice
 
-        return TeacherChoice(
-            self.teacher,
-            self.weights or "hub",
-            parse_channels(self.mean, "--mean"),
-            parse_channels(self.std, "--std"),
-            self.batch_size or 32,
-            self.device or "auto",
+        given = without_none(
+            weights=self.weights,
+            mean=parse_channels(self.mean, "--mean"),
+            std=parse_channels(self.std, "--std"),
+            batch_size=self.batch_size,
+            device=self.device,
         )
+        return TeacherChoice(self.teacher, **given)
 
 
 @cache_app.command(epilog="Example: cskd-pipeline cache verify cache --shards 'train-*.tar'")

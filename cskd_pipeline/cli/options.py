@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -38,6 +39,7 @@ FLAGS: dict[type, dict[str, str]] = {
         "--val-split NAME": "data.val_split",
         "--student NAME": "student.name",
         "--init-from CHECKPOINT": "student.init_from",
+        "--size N": "views.size",
         "--method": "distill.method",
         "--epochs N": "schedule.epochs",
         "--batch-size N": "batch.batch_size",
@@ -134,6 +136,11 @@ AcceptClasses = Annotated[
 ]
 
 
+def without_none(**values: Any) -> dict[str, Any]:
+    """Return the values that were given, by name: for a function that has defaults of its own."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def require(needed: Mapping[str, Any]) -> None:
     """Refuse a command line in which something without a default is empty: usage -> value."""
     missing = [usage for usage, value in needed.items() if not value]
@@ -173,14 +180,19 @@ def parse_channels(text: str | None, name: str) -> list[float] | None:
     """Return the three numbers of ``R,G,B``; None of None.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: it is something else, or of ``--std`` not above 0.
     """
     if text is None:
         return None
     try:
         red, green, blue = map(float, text.split(","))
+        if not all(map(math.isfinite, (red, green, blue))):
+            raise ValueError("not finite")
+        if name == "--std" and min(red, green, blue) <= 0:
+            raise ValueError("not above 0")
     except ValueError as error:
-        expected = "as in 0.485,0.456,0.406"
+        above = ", each above 0" if name == "--std" else ""
+        expected = f"three numbers{above}, as in 0.485,0.456,0.406"
         raise UsageError(f"{name} takes R,G,B", found=text, expected=expected) from error
     return [red, green, blue]
 

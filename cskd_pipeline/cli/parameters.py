@@ -75,6 +75,11 @@ class RecipeLoader(Generic[R]):
         """
         return load_recipe(self.kind, self.source, self.sets, {**self.given, **(more or {})})
 
+    def gives(self, key: str) -> bool:
+        """Return whether --recipe, --set or a flag decides ``key``, and not its default."""
+        sets = {text.partition("=")[0].strip() for text in self.sets}
+        return self.source is not None or key in sets or key in self.given
+
     def require(self, recipe: R, flags: str) -> None:
         """Refuse a recipe in which a key of one of these flags is empty."""
         found = {}

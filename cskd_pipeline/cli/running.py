@@ -70,7 +70,8 @@ def _next_step(arguments: list[str]) -> str:
     """Return what the user can do after an interruption."""
     command = next((word for word in arguments if not word.startswith("-")), "")
     line = shlex.join([PROGRAM, *arguments])
-    if command == "dump-teacher" or arguments[:2] in (["cache", "convert"], ["cache", "merge"]):
+    resumable = [["cache", name] for name in ("convert", "merge", "upgrade")]
+    if command == "dump-teacher" or arguments[:2] in resumable:
         return f"finished units are kept, go on with: {line}"
     if command == "study":
         return f"finished runs are kept, go on with: {line}"

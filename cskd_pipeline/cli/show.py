@@ -11,7 +11,6 @@ import typer
 from cskd_pipeline.cli.options import AcceptClasses, Outcome, ShardsOption, Split, require
 from cskd_pipeline.cli.root import app
 from cskd_pipeline.errors import UsageError
-from cskd_pipeline.runtime.console import Terminal
 
 Targets = Annotated[
     list[str],
@@ -71,7 +70,7 @@ class Shown:
 
 
 @app.command(epilog="Example: cskd-pipeline show runs/cskd runs/deit --out page --export png")
-def show(target: Targets, shown: Shown, terminal: Terminal, out: Out = Path("show")) -> Outcome:
+def show(target: Targets, shown: Shown, out: Out = Path("show")) -> Outcome:
     """Write one HTML page, which needs no network.
 
     Of a cache, with --shards: the teacher's labels over real views, and statistics.

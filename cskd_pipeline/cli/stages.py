@@ -21,6 +21,7 @@ from cskd_pipeline.cli.options import (
     parse_range,
     require_companion,
     require_encodings,
+    without_none,
 )
 from cskd_pipeline.cli.parameters import RecipeLoader
 from cskd_pipeline.cli.root import app
@@ -247,12 +248,6 @@ def evaluate(
     """Measure a student on shards: top-1 and top-5 of each head and of their mean."""
     from cskd_pipeline.pipeline import evaluate as measuring
 
-    options = measuring.EvalOptions(
-        split=loading.split or "",
-        crop_pct=crop_pct,
-        batch_size=loading.batch_size or 256,
-        workers=-1 if loading.workers is None else loading.workers,
-        device=loading.device or "auto",
-        accept_classes=accept_classes,
-    )
+    given = without_none(**vars(loading), crop_pct=crop_pct, accept_classes=accept_classes)
+    options = measuring.EvalOptions(**given)
     return measuring.evaluate(checkpoint, shards, options)

@@ -2,8 +2,8 @@
 
 A recipe holds everything; ``--set section.key=value`` and flags override it. ``sections`` has every
 key with its default, limits and meaning, ``keys`` finds them by dotted name; ``reading`` turns TOML
-into recipes, ``problems`` what pydantic refuses into one line each; ``writing`` turns recipes back,
-and into what a resumed run must match.
+into recipes, ``problems`` what pydantic refuses into one line each; ``model_names`` knows which
+names are code; ``writing`` turns recipes back, and into what a resumed run must match.
 """
 
 from cskd_pipeline.config.keys import key_info, key_types

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from cskd_pipeline.config.keys import key_types
+from cskd_pipeline.config.model_names import is_factory
 from cskd_pipeline.config.problems import Problems, shown
 from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
 from cskd_pipeline.errors import RecipeError, UsageError
@@ -26,8 +27,6 @@ _MAX_BYTES = 2**20
 _MAX_DOTS = 30
 _BESIDE_A_QUOTE = re.compile(rb"""["'][ \t]*\.|\.[ \t]*["']""")
 _NO_BARE_KEY = re.compile(rb"[^\w\-. \t]+")
-# timm's prefixes, and torchvision's own models; what else has a colon is a factory.
-_HUBS = ("hf-hub:", "hf_hub:", "local-dir:", "torchvision:")
 
 
 def load_recipe(
@@ -65,8 +64,7 @@ def load_recipe(
         overrides[name] = value
     problems = Problems(kind, overrides)
     _refuse_code(document, overrides, problems)
-    for name, value in overrides.items():
-        _put(document, name, value)
+    _put_all(document, overrides, problems)
     problems.take_out_flaws(document)
     recipe = _validated(kind, document, problems)
     if problems.lines or recipe is None:
@@ -164,8 +162,7 @@ def _refuse_code(
     """Refuse a factory, which is code, that only the file names: it may be a stranger's."""
     section = document.get("teacher")
     name = section.get("name") if isinstance(section, dict) else None
-    code = isinstance(name, str) and ":" in name and not name.startswith(_HUBS)
-    if code and "teacher.name" not in overrides:
+    if isinstance(name, str) and is_factory(name) and "teacher.name" not in overrides:
         problems.add(
             "teacher.name",
             f"found {shown(name)}, which would run code of that module; a recipe file alone may "
@@ -197,11 +194,21 @@ def _parse_value(kind: type, name: str, text: str) -> Any:
     return text if textual and not isinstance(parsed["value"], str) else parsed["value"]
 
 
-def _put(document: dict[str, Any], name: str, value: Any) -> None:
-    *parents, key = name.split(".")
-    for part in parents:
-        inner = document.setdefault(part, {})
-        if not isinstance(inner, dict):  # reported when the document is validated
-            return
-        document = inner
-    document[key] = value
+def _put_all(document: dict[str, Any], overrides: Mapping[str, Any], problems: Problems) -> None:
+    """Put the overrides into ``document``; report any inside another or a value."""
+    for name, value in overrides.items():
+        outer = next((one for one in overrides if name.startswith(f"{one}.")), None)
+        if outer is not None:
+            problems.add(name, f"found {outer} on the command line too, expected one of the two")
+            continue
+        *parents, key = name.split(".")
+        inside = document
+        for depth, part in enumerate(parents, 1):
+            inner = inside.setdefault(part, {})
+            if not isinstance(inner, dict):
+                held = ".".join(parents[:depth])
+                problems.add(name, f"found {held} = {shown(inner)}, expected a table to put it in")
+                break
+            inside = inner
+        else:
+            inside[key] = value

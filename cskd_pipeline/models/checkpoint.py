@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 from cskd_pipeline.errors import ManifestError, StudentError, WeightsError
 from cskd_pipeline.models.header import FORMAT, StudentHeader, parse_header
 from cskd_pipeline.models.student import Student, create_student
-from cskd_pipeline.models.weights import is_safetensors, load_state, state_digest
+from cskd_pipeline.models.weights import is_safetensors, load_into, load_state, state_digest
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.runtime.atomic import atomic_write
 
@@ -129,15 +129,7 @@ def load_student(path: Path, device: torch.device) -> tuple[Student, StudentHead
             found=", ".join(header.heads),
             expected="some of " + ", ".join(filter(None, sorted(given))),
         )
-    try:
-        student.model.load_state_dict(state)
-    except RuntimeError as error:
-        raise WeightsError(
-            "the checkpoint's tensors do not fit the model it names",
-            where=path,
-            found=str(error).splitlines()[-1].strip(),
-            expected=header.model,
-        ) from error
+    load_into(student.model, state, path)
     return student.to(device), header
 
 

@@ -16,11 +16,10 @@ import torchvision
 from timm.models import PretrainedCfg, get_deprecated_models, get_pretrained_cfg
 from torch import Tensor, nn
 
+from cskd_pipeline.config.model_names import HUB_PREFIXES, TORCHVISION, is_factory
 from cskd_pipeline.errors import CskdError, TeacherError
 from cskd_pipeline.models.weights import load_into
 
-TORCHVISION = "torchvision:"
-HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's own
 # Arguments that do not describe a model: they fetch or open files (older timm unpickles what
 # ``checkpoint_path`` names), or say where its tensors lie, which is the caller's to say.
 FOREIGN_ARGUMENTS = (
@@ -81,7 +80,7 @@ def build_teacher(source: TeacherSource, state: Mapping[str, Tensor] | None, siz
         _refuse_foreign(name, kwargs, TeacherError)
         classes = None if is_hub else _linear_rows(state or {}) or num_classes
         network = _create_torchvision(name, classes, kwargs, pretrained=is_hub)
-    elif ":" in name and not name.startswith(HUB_PREFIXES):
+    elif is_factory(name):
         network = _call_factory(name, num_classes, kwargs)
         return Built(network, name, "factory" if is_hub else origin)
     else:

@@ -117,7 +117,8 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], where: object) -> N
     """Load ``state`` into ``model``; every name and every shape must agree.
 
     Raises:
-        WeightsError: counts and examples of what is missing, unexpected or of another shape.
+        WeightsError: counts and examples of what is missing, unexpected or of another shape; a
+            dtype that does not convert.
     """
     own = model.state_dict()
     problems = {
@@ -138,7 +139,15 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], where: object) -> N
             expected=f"the {len(own)} tensors of {type(model).__name__}",
             action="check the model's name, its arguments and the class count",
         )
-    model.load_state_dict(dict(state), strict=False)  # strict but for what _optional lets through
+    try:  # strict but for what _optional lets through
+        model.load_state_dict(dict(state), strict=False)
+    except RuntimeError as error:
+        raise WeightsError(
+            "the weights are of a dtype that the model's cannot be made from",
+            where=where,
+            found=str(error).splitlines()[-1].strip(),
+            expected=f"the dtypes of {type(model).__name__}",
+        ) from error
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

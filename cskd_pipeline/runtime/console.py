@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
 _LONGEST = 2000  # characters of a line
-
-T = TypeVar("T")
 
 
 class Terminal:

@@ -1,8 +1,8 @@
 """Progress of long work: reported from anywhere, shown by whoever listens.
 
 As with ``logging``, which carries news and warnings, the work need not know who listens. The
-command line's :class:`cskd_pipeline.runtime.console.Terminal` does; a library's user hears nothing
-unless she calls :func:`listen`.
+command line's :class:`cskd_pipeline.runtime.console.Terminal` does; a library's user hears no
+progress unless she calls :func:`listen`; news and warnings go where her ``logging`` sends them.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import errno
 import importlib
 import inspect
 import json
+import logging
 import os
 import shlex
 import signal
@@ -27,7 +28,10 @@ from cskd_pipeline import __version__
 from cskd_pipeline.cli import app, main
 from cskd_pipeline.config import DumpRecipe, TrainRecipe
 from cskd_pipeline.errors import CacheError, DataError
+from cskd_pipeline.runtime.console import Terminal, kept
+from cskd_pipeline.runtime.progress import PACKAGE, listen
 from cskd_pipeline.runtime.signals import REQUEUE
+from tests.runtime.test_console import heard_by
 
 GROUP = typer.main.get_command(app)
 
@@ -265,8 +269,7 @@ def test_evaluate_passes_its_flags_on(replace: Replace) -> None:
     assert run(*line.split()) == 0
     [((path, shards, first), _), ((_, _, second), _)] = calls
     assert (path, shards) == (Path("run"), "S")
-    common = {"split": "", "batch_size": 256, "workers": -1, "device": "auto"}
-    assert vars(first) == common | {"crop_pct": None, "accept_classes": False}
+    assert vars(first) == {"accept_classes": False}  # the rest is EvalOptions' own
     given = {"split": "b", "batch_size": 4, "workers": 0, "device": "cpu"}
     assert vars(second) == given | {"crop_pct": 0.5, "accept_classes": True}
 
@@ -281,6 +284,7 @@ LINES = {
     "export": ("tools.export.export_student.export_student", "export e --out o"),
     "cache info": ("cache.info.describe", "cache info c"),
     "cache merge": ("cache.merge.merge", "cache merge a b --out c"),
+    "cache upgrade": ("cache.upgrade.upgrade", "cache upgrade c"),
     "demo": ("tools.demo.run_demo", "demo"),
 }
 
@@ -436,6 +440,7 @@ def test_foreign_text_in_errors_is_spelled_out(
             "dump-teacher",
             "finished units are kept, go on with: cskd-pipeline dump-teacher --shards",
         ),
+        ("cache upgrade", "finished units are kept, go on with: cskd-pipeline cache upgrade c"),
         ("cache merge", "finished units are kept, go on with: cskd-pipeline cache merge a b --out"),
         ("train", "go on with: cskd-pipeline train --shards S --cache C --out O --resume"),
         ("evaluate", "start again with: cskd-pipeline evaluate e --shards S"),
@@ -537,6 +542,37 @@ def test_what_a_parser_would_take_for_the_users_doing_stays_what_it_is(
         run("evaluate", "c", "--shards", "s")
     assert caught.value is error
     assert "interrupted" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("outcome", [{}, CacheError("no cache"), KeyboardInterrupt()])
+def test_progress_and_logging_are_as_a_librarys_user_set_them_after_a_command(
+    outcome: Any, replace: Replace
+) -> None:
+    def shown_to() -> Any:
+        return heard_by(), logger.handlers, list(logger.handlers), logger.level, logger.propagate
+
+    logger = logging.getLogger(PACKAGE)
+    during: list[Any] = []
+
+    def describe(*_: Any) -> Any:
+        during.append(shown_to())
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    replace("cache.info.describe", describe)
+    with kept():
+        listen(Terminal())
+        logger.handlers = [logging.NullHandler()]
+        logger.setLevel(logging.ERROR)
+        logger.propagate = True
+        before = shown_to()
+        assert run("cache", "info", "c", "--json") in (0, 1, 130)
+        after = shown_to()
+    assert after == before
+    assert after[1] is before[1]
+    [seen] = during
+    assert all(one != other for one, other in zip(seen, before, strict=True))  # all were changed
 
 
 # --- streams that end -----------------------------------------------------------------------------

@@ -82,8 +82,12 @@ def test_arrays_are_flags_given_more_than_once_or_three_numbers() -> None:
     assert recipe.cache.encodings == ("topk", "dense")
     assert (recipe.teacher.mean, recipe.teacher.std) == ((0.1, 0.2, 0.3), ())
     assert called(dump, flags, "")() == DumpRecipe()
-    with pytest.raises(UsageError, match="--std takes R,G,B"):
-        called(dump, flags, "--std 1,2")
+    for wrong in ("1,2", "1,2,nan", "inf,1,1", "0,1,1", "1,1,-0.5"):
+        with pytest.raises(UsageError, match="--std takes R,G,B"):
+            called(dump, flags, f"--std {wrong}")
+    assert called(dump, flags, "--mean=0,0,0")().teacher.mean == (0.0, 0.0, 0.0)
+    with pytest.raises(UsageError, match="--mean takes R,G,B"):
+        called(dump, flags, "--mean 0,0,nan")
 
 
 def test_missing_values_are_named_as_their_flags_are_written() -> None:

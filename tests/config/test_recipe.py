@@ -23,6 +23,7 @@ from cskd_pipeline.config import (
     result_digest,
     to_toml,
 )
+from cskd_pipeline.config.model_names import is_factory
 from cskd_pipeline.config.sections import OptimSection, RunSection
 from cskd_pipeline.errors import RecipeError, UsageError
 from cskd_pipeline.runtime import resources
@@ -231,6 +232,47 @@ def test_problems_from_the_command_line_say_so(tmp_path: Path) -> None:
         "run.seed (from the command line)",
         "run.amp (from the command line)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("sets", "flags", "problem"),
+    [
+        (
+            ["data.shards.x=3"],
+            {},
+            "data.shards.x (from the command line): found data.shards = 'a.tar', expected a table",
+        ),
+        (
+            ["student.kwargs.depth.x=3"],
+            {},
+            "student.kwargs.depth.x (from the command line): found student.kwargs.depth = 12, "
+            "expected a table",
+        ),
+        (
+            ["student.kwargs.depth=3", "student.kwargs={embed_dim=4}"],
+            {},
+            "student.kwargs.depth (from the command line): found student.kwargs on the "
+            "command line too",
+        ),
+        (
+            ["student.kwargs={embed_dim=4}", "student.kwargs.depth=3"],
+            {},
+            "student.kwargs.depth (from the command line): found student.kwargs on the "
+            "command line too",
+        ),
+        (
+            ["student.name.x=3"],
+            {"student.name": "a"},
+            "student.name.x (from the command line): found student.name on the command line too",
+        ),
+    ],
+)
+def test_a_set_inside_a_value_or_another_set_is_a_problem(
+    tmp_path: Path, sets: list[str], flags: dict[str, Any], problem: str
+) -> None:
+    text = '[data]\nshards = "a.tar"\n[student]\nkwargs = {depth = 12}\n'
+    [found] = problems_of(tmp_path, text, sets=sets, flags=flags)
+    assert found.startswith(problem)
 
 
 def test_a_set_that_contradicts_a_flag_is_wrong_usage() -> None:
@@ -486,6 +528,26 @@ def test_the_choices_are_those_of_the_rooms_that_know_them() -> None:
         "run.amp": tuple(device.AMP),
     }
     assert set(key_info(DumpRecipe, "cache.encodings").examples or ()) == set(encodings.ENCODINGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        *(("os:system", True), ("my.models:net", True), ("torchvision.models:vgg11", True)),
+        *(("resnet18.a1_in1k", False), ("torchvision:resnet18", False)),
+        *(("hf-hub:a/b", False), ("hf_hub:a/b", False), ("local-dir:a", False)),
+    ],
+)
+def test_a_recipes_file_may_name_every_model_but_a_factory(
+    name: str, code: bool, tmp_path: Path
+) -> None:
+    assert is_factory(name) == code
+    text = f'[teacher]\nname = "{name}"\n'
+    if code:
+        [found] = problems_of(tmp_path, text, DumpRecipe)
+        assert "would run code" in found
+    else:
+        assert load_recipe(DumpRecipe, write(tmp_path, text)).teacher.name == name
 
 
 DIGESTS = {

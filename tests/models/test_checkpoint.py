@@ -162,6 +162,14 @@ def test_a_model_larger_than_the_files_tensors_is_not_made(file: Path) -> None:
             load_student(file, CPU)
 
 
+def test_tensors_that_do_not_fit_the_model_are_counted_with_examples(file: Path) -> None:
+    rewrite(file, num_classes=4, class_names=None)
+    with pytest.raises(WeightsError, match="do not fit the model") as caught:
+        load_student(file, CPU)
+    assert caught.value.where == file
+    assert "of another shape (head.weight" in str(caught.value.found)
+
+
 def test_a_model_that_is_too_large_takes_no_memory(file: Path) -> None:
     """Embeddings of 4.3 billion positions would take 137 GB; nothing is allocated for them."""
     rewrite(file, size=65535, kwargs={**CARD.kwargs, "patch_size": 1})

@@ -167,6 +167,12 @@ def test_every_misfit_is_counted_with_examples() -> None:
     assert state_digest(model.state_dict()) == before, "nothing was loaded"
 
 
+def test_a_dtype_that_does_not_convert_is_a_refusal() -> None:
+    packed = torch.zeros(2, 3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    with pytest.raises(WeightsError, match=r"dtype[\s\S]*a file[\s\S]*weight"):
+        load_into(nn.Linear(3, 2, bias=False), {"weight": packed}, "a file")
+
+
 def test_weights_that_fit_are_loaded_with_or_without_batch_norm_counters() -> None:
     source, target = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     nn.init.normal_(source.weight)

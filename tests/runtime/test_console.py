@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
-from contextlib import suppress
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cskd_pipeline.errors import CskdError, DataError, OutputError
-from cskd_pipeline.runtime.console import PLAIN_INTERVAL, Terminal, plain
-from cskd_pipeline.runtime.progress import Meter, duration
+from cskd_pipeline.runtime.console import PLAIN_INTERVAL, Terminal, kept, plain
+from cskd_pipeline.runtime.progress import PACKAGE, Listener, Meter, duration, listen, silence
 
 HOSTILE = "[red]x[/red] \x1b[2J\x07\u202e :smile: https://a.b [link=x]y"
 SPELLED = r"[red]x[/red] \x1b[2J\x07\u202e :smile: https://a.b [link=x]y"
@@ -259,6 +260,38 @@ def test_errors_are_told_on_stderr_and_as_an_object() -> None:
             "problems": ["d"],
         }
     }
+
+
+def heard_by() -> Listener | None:
+    """Return who listens to progress, and leave it."""
+    listener = listen(None)
+    listen(listener)
+    return listener
+
+
+@pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt])
+@pytest.mark.parametrize("within", [silence, kept])
+def test_whoever_listened_does_again_after_a_silence_and_after_a_command(
+    within: Callable[[], AbstractContextManager[None]], error: type[BaseException] | None
+) -> None:
+    own, handler, logger = Speech().terminal, logging.NullHandler(), logging.getLogger(PACKAGE)
+    handlers: list[logging.Handler] = [handler]
+    with kept():
+        listen(own)
+        logger.handlers, logger.propagate = handlers, True
+        logger.setLevel(logging.ERROR)
+        with suppress(KeyError, KeyboardInterrupt), within():
+            if within is kept:
+                Terminal.listening()
+                assert not logger.propagate
+            assert heard_by() is not own
+            assert logger.level != logging.ERROR
+            if error is not None:
+                raise error
+        assert heard_by() is own
+        assert logger.handlers is handlers
+        assert handlers == [handler]
+        assert (logger.level, logger.propagate) == (logging.ERROR, True)
 
 
 def test_an_error_about_a_full_stdout_is_still_told() -> None:

@@ -266,6 +266,16 @@ def test_the_command_prints_one_object_or_a_table(
     assert [line.split()[0] for line in lines[1:]] == ["encoding", "topk"]
 
 
+def test_a_folder_with_its_digest_is_a_cache(
+    small: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--views", 4, "--device", "cpu", "--encoding", "topk", "--json")
+    pinned = f"{small.cache}@sha256:{open_cache(small.cache).digest()}"
+    assert world.cli("bench", "encodings", pinned, *words) == 0
+    assert json.loads(capsys.readouterr().out)["views"] == 4
+    assert world.cli("bench", "encodings", f"{small.cache}@sha256:{'0' * 64}", *words) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

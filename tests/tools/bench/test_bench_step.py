@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -218,6 +219,49 @@ def test_the_command_prints_every_side(capsys: Capture) -> None:
     assert list(report["students"]) == [STUDENT]
     assert list(report["students"][STUDENT]["ratio"]) == ["deit", "cskd"]
     assert (report["device"], report["batch_size"], report["size"]) == ("cpu", 8, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("words", "students", "size"),
+    [
+        ("", [STUDENT], 224),
+        ("--set views.size=32", [STUDENT], 32),
+        ("--size 48 --set views.size=48", [STUDENT], 48),
+        ("--set student.name=b", ["b"], 224),
+        ("--student a --student b", ["a", "b"], 224),
+        ("--student b --set student.name=b", ["b"], 224),
+        ("--recipe R", ["c"], 64),
+        ("--recipe R --student a --size 48", ["a"], 48),
+    ],
+)
+def test_students_and_size_are_the_command_lines_else_the_recipes(
+    words: str, students: list[str], size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[student]\nname = "c"\n[views]\nsize = 64\n')
+    calls: list[Any] = []
+
+    def measured(recipe: TrainRecipe, *, students: Any, **_: Any) -> Any:
+        calls.append((students, (recipe.views or ViewPolicy()).size))
+        return {"students": {}}
+
+    monkeypatch.setattr(bench, "bench_step", measured)
+    line = words.replace("R", str(recipe)).split()
+    assert world.cli("bench", "step", "--device", "cpu", *line) == 0
+    assert calls == [(students, size)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--size 48 --set views.size=32",
+        "--student a --set student.name=b",
+        "--student a --student b --set student.name=b",
+    ],
+)
+def test_a_flag_and_a_set_that_disagree_are_refused(words: str, capsys: Capture) -> None:
+    assert world.cli("bench", "step", "--device", "cpu", *words.split()) == 2
+    assert "a flag and --set disagree" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

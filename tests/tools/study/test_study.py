@@ -24,7 +24,6 @@ from tests.pipeline import world
 from tests.pipeline.conftest import World
 
 NAMES = ("none", "deit", "cskd_spatial", "cskd_global", "cskd_linear", "cskd_x2", "cskd_cos")
-ROLES = ("teacher", "dump", "none", "deit", "cskd")
 
 
 @pytest.fixture(scope="module")
