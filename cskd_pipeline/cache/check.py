@@ -8,7 +8,6 @@ which :mod:`cskd_pipeline.data.replay` decides.
 
 from __future__ import annotations
 
-import copy
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -92,14 +91,14 @@ def check_bytes(reader: Cache, units: Sequence[Unit]) -> list[Problem]:
     """Decode everything that ``units`` hold, several at a time.
 
     Args:
-        reader: of the cache; every thread reads through a copy of its own.
+        reader: of the cache; every thread reads through one of its own.
         units: finished ones.
     """
     own = threading.local()
 
     def look(read: Callable[[Cache], list[Problem]]) -> list[Problem]:
         if not hasattr(own, "reader"):
-            own.reader = copy.deepcopy(reader)
+            own.reader = reader.reopened()
         return read(own.reader)
 
     shards = sorted({shard for _, shard in units})

@@ -19,7 +19,7 @@ from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.layout import choose_view_block
 from cskd_pipeline.cache.manifest import CacheManifest, utc_now
 from cskd_pipeline.cache.reader import Cache, open_cache
-from cskd_pipeline.cache.units import Unit, UnitBuffer, UnitData
+from cskd_pipeline.cache.units import Unit, UnitBuffer, UnitData, encoded
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS, Rows
 from cskd_pipeline.errors import CacheError, UsageError
@@ -172,8 +172,7 @@ def _rows(
         dense = reader.rows("dense", view, shard, offsets)
         spatial, global_ = (torch.from_numpy(v).to(device) for v in dense.values())
         for name in fresh:
-            made = ENCODINGS[name].encode(spatial, global_)
-            found |= {array: values.cpu().numpy() for array, values in made.items()}
+            found |= encoded(ENCODINGS[name], spatial, global_)
     return found
 
 

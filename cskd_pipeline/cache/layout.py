@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,20 +63,53 @@ def specs(manifest: CacheManifest) -> dict[str, ArraySpec]:
     """Return the arrays of all encodings, by name.
 
     Raises:
-        CacheError: an array's name is not ``ENCODING/...``, as a registered encoding may have it.
+        CacheError: a registered encoding has none, or some that cannot be stored or read.
     """
-    shape, found = response_shape(manifest), {}
-    for name, encoding in encodings_of(manifest.encodings).items():
-        for spec in encoding.arrays(shape):
-            if not re.fullmatch(f"{name}/[a-z0-9_-]+", spec.name):
-                raise CacheError(
-                    "an encoding's array has an unusable name",
-                    found=spec.name,
-                    expected=f"{name}/ and lower-case letters, digits, hyphens, underscores",
-                    action="change the encoding that was registered",
-                )
-            found[spec.name] = spec
+    return _specs(manifest.encodings, response_shape(manifest))
+
+
+def _specs(names: Iterable[str], shape: ResponseShape) -> dict[str, ArraySpec]:
+    found: dict[str, ArraySpec] = {}
+    for name, encoding in encodings_of(names).items():
+        arrays = encoding.arrays(shape)
+        problems = list(_encoding_problems(name, arrays))
+        if problems:
+            raise CacheError(
+                f"the arrays of the encoding {name} cannot be used",
+                problems=problems,
+                action="change the encoding that was registered",
+            )
+        found |= {spec.name: spec for spec in arrays}
     return found
+
+
+def _encoding_problems(name: str, arrays: Sequence[ArraySpec]) -> Iterator[str]:
+    """Yield what ``slabs`` could not read; ``ArraySpec`` says what it may be."""
+    if not arrays:
+        yield "there are none"
+    if len({spec.name for spec in arrays}) < len(arrays):
+        yield "two have the same name"
+    if len({spec.rows is None for spec in arrays}) > 1:
+        yield "some have rows and some have not: all of an encoding are read in one way"
+    for spec in arrays:
+        if not re.fullmatch(f"{name}/[a-z0-9_-]+", spec.name):
+            yield (
+                f"{spec.name}: an unusable name, expected {name}/ and lower-case letters, digits, "
+                "hyphens, underscores"
+            )
+        if len(spec.axes) != len(spec.tail) or (spec.ragged and not spec.tail):
+            yield f"{spec.name}: axes {spec.axes} with lengths {spec.tail}, ragged: {spec.ragged}"
+        elif spec.tail_chunk not in (None, spec.tail) and not _cut_along_first(spec):
+            yield (
+                f"{spec.name}: chunks {spec.tail_chunk} of {spec.tail}: only ragged arrays without "
+                "rows are cut, along the first of these axes"
+            )
+
+
+def _cut_along_first(spec: ArraySpec) -> bool:
+    chunk = spec.tail_chunk or ()
+    same = len(chunk) == len(spec.tail) and chunk[1:] == spec.tail[1:]
+    return same and spec.ragged and spec.rows is None and 0 < chunk[0] < spec.tail[0]
 
 
 def choose_view_block(
@@ -87,9 +120,7 @@ def choose_view_block(
     Args:
         largest_shard: samples in the longest tar shard.
     """
-    chosen = encodings_of(encodings).values()
-    arrays = [spec for encoding in chosen for spec in encoding.arrays(shape)]
-    view_bytes = largest_shard * sum(spec.row_bytes for spec in arrays)
+    view_bytes = largest_shard * sum(s.row_bytes for s in _specs(encodings, shape).values())
     fitting = min(MAX_VIEW_BLOCK, max(1, MAX_UNIT_BYTES // view_bytes))
     return max(n for n in range(1, fitting + 1) if views % n == 0)
 
@@ -98,7 +129,7 @@ def stored_arrays(manifest: CacheManifest) -> dict[str, StoredArray]:
     """Return every array of the cache, by name.
 
     Raises:
-        CacheError: an unknown encoding, or chunks larger than readers accept.
+        CacheError: an encoding that is unknown or unusable, or chunks larger than readers accept.
     """
     dataset, block = manifest.dataset, manifest.view_block
     shards, longest = len(dataset.shards), max(dataset.counts)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cskd_pipeline.cache import layout
+from cskd_pipeline.cache import choosing, layout
 from cskd_pipeline.cache.digests import SIZE, root_digest, split_pin
 from cskd_pipeline.cache.key_index import KeyIndex
 from cskd_pipeline.cache.manifest import CacheManifest, keys_sha256
@@ -87,6 +87,10 @@ class Cache:
     def __reduce__(self) -> tuple[Any, ...]:
         return Cache, (self.store, self._done, self._memory, self._units)
 
+    def reopened(self) -> Cache:
+        """Return the same cache, with files of its own: for another thread."""
+        return Cache(CacheStore(self.path, self.manifest), self._done, self._memory, self._units)
+
     def __repr__(self) -> str:
         units = f"{np.count_nonzero(self._done)} of {self._done.size} units"
         samples = f"{sum(self.counts)} samples in {len(self.counts)} shards"
@@ -110,14 +114,14 @@ class Cache:
         encoding: str = "auto",
         *,
         kinds: Collection[str] = ("hard",),
+        temperature: float = 1.0,
         device: torch.device | str = "cpu",
     ) -> Targets:
         """Read the teacher's response to n (view, key) pairs, ready for the loss at any r.
 
         Args:
             pairs: view number and sample key; n > 0.
-            encoding: ``auto``: the first of :meth:`serving`.
-            kinds: of the losses that ``auto`` must serve: ``hard``, ``soft``.
+            encoding, kinds, temperature: see :meth:`choose`.
 
         Returns:
             Targets on ``device``: ``hard_global()`` (n,) and ``hard_spatial(r)`` (n, h, w) int64,
@@ -125,24 +129,17 @@ class Cache:
             ``spatial_log_probabilities(r, temperature)`` (n, K, h, w) float32.
 
         Raises:
-            CacheError: a key, view or encoding that the cache does not have, or not yet.
+            CacheError: a key or view that the cache does not have, or not yet, or no encoding.
         """
         import torch
 
-        found = self.serving(kinds) if encoding == "auto" else [encoding]
-        if not found or found[0] not in self.encodings:
-            raise CacheError(
-                "the cache has no such encoding",
-                where=self.path,
-                found=", ".join(self.encodings),
-                expected=found[0] if found else f"one for {' and '.join(kinds)} losses",
-            )
+        chosen = self.choose(kinds, temperature, encoding)
         views = np.array([view for view, _ in pairs], np.int64)
         self.require_done(views=views.tolist(), shards=())
         index = np.column_stack([views, self.find([key for _, key in pairs])])
-        rows = self.gather(found[0], index)
+        rows = self.gather(chosen, index)
         tensors = {name: torch.from_numpy(values).to(device) for name, values in rows.items()}
-        return self.encodings[found[0]].targets(tensors)
+        return self.encodings[chosen].targets(tensors)
 
     def serving(self, kinds: Collection[str], temperature: float = 1.0) -> list[str]:
         """List the encodings that serve these losses, the best first.
@@ -153,14 +150,18 @@ class Cache:
             kinds: ``hard``, ``soft``.
             temperature: of soft losses.
         """
-        sizes = {
-            name: sum(spec.row_bytes for spec in self.specs(name))
-            for name, encoding in self.encodings.items()
-            if set(kinds) <= set(encoding.serves)
-            and ("soft" not in kinds or temperature >= encoding.min_temperature)
-        }
-        exact = {name: self.encodings[name].exact for name in sizes}
-        return sorted(sizes, key=lambda n: (not exact[n], sizes[n] if exact[n] else -sizes[n]))
+        return choosing.serving(self.encodings, self.shape, kinds, temperature)
+
+    def choose(self, kinds: Collection[str], temperature: float = 1.0, name: str = "auto") -> str:
+        """Return the encoding ``name``; for ``auto`` the first of :meth:`serving`.
+
+        Raises:
+            CacheError: the cache does not have it, or nothing that serves these losses.
+        """
+        serving = self.serving(kinds, temperature)
+        if name in serving or (name == "auto" and serving):
+            return serving[0] if name == "auto" else name
+        raise choosing.refusal(self, kinds, temperature, name)
 
     def zarr(self) -> zarr.Group:
         """Return the cache as a zarr group, read-only, for a look around with zarr's own tools.
@@ -295,8 +296,10 @@ class Cache:
         return self._per_shard("label", shard)
 
     def image_crc32(self, shard: int) -> np.ndarray:
-        """Return the CRC-32 of every image's bytes: (count,) uint32."""
-        return self._per_shard("image_crc32", shard)
+        """Return the CRC-32 of every image's bytes: (count,) uint32, read-only."""
+        return self.slabs.kept(
+            ("image_crc32", None, shard), lambda: self._per_shard("image_crc32", shard)
+        )
 
     def seeds(self, view: int, shard: int) -> np.ndarray:
         """Return the seed of every view: (count,) uint64, read-only."""

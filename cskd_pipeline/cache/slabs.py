@@ -6,6 +6,8 @@ A slab is all rows of one (view, tar shard). Nothing here asks whether the unit 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from cskd_pipeline.cache import layout
@@ -13,6 +15,8 @@ from cskd_pipeline.cache.lru import BytesLRU
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.distill.encodings import Rows
 
+SlabKey = tuple[str, int | None, int]
+"""Encoding or array, view (None: the same in all), tar shard."""
 MAX_SLAB_BYTES = 2**29
 """Of one ragged array, decoded: chunks of one value would unfold thousandfold."""
 
@@ -30,7 +34,7 @@ class SlabReader:
         self.encodings = layout.encodings_of(store.manifest.encodings)
         self.specs = layout.specs(store.manifest)
         self._counts = store.manifest.dataset.counts
-        self._slabs: BytesLRU[tuple[str, int, int], Rows] = BytesLRU(memory)
+        self._slabs: BytesLRU[SlabKey, Rows] = BytesLRU(memory)
 
     def rows(self, encoding: str, view: int, shard: int, offsets: np.ndarray) -> Rows:
         """Return copies of the rows ``offsets``, (n,), unpacked: array name -> (n, ...)."""
@@ -53,12 +57,16 @@ class SlabReader:
 
     def small(self, name: str, view: int, shard: int) -> np.ndarray:
         """Return ``seed`` or ``view_digest``: (count,), read-only."""
-        slab = self._slabs.get((name, view, shard))
+        return self.kept((name, view, shard), lambda: self._whole(name, view, shard))
+
+    def kept(self, key: SlabKey, read: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return the small array ``key``, read-only, from memory or by ``read``."""
+        slab = self._slabs.get(key)
         if slab is None:
-            slab = {name: self._whole(name, view, shard)}
-            slab[name].flags.writeable = False
-            self._slabs.put((name, view, shard), slab, slab[name].nbytes)
-        return slab[name]
+            slab = {key[0]: read()}
+            slab[key[0]].flags.writeable = False
+            self._slabs.put(key, slab, slab[key[0]].nbytes)
+        return slab[key[0]]
 
     def joined(self, parts: list[tuple[np.ndarray, Rows]]) -> Rows:
         """Join rows of several slabs; each part has the numbers of its rows in the result.

@@ -17,7 +17,7 @@ from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder
 from cskd_pipeline.cache.digests import Record
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.remote import is_remote, open_folder
-from cskd_pipeline.distill.encodings import Encoding, register_encoding, registered
+from cskd_pipeline.distill.encodings import ENCODINGS, Encoding, register_encoding, registered
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime import schemas
 
@@ -315,7 +315,8 @@ class CacheStore:
 def _open_again(own: list[Encoding], path: Path | str, manifest: CacheManifest) -> CacheStore:
     """Open a store in another process, where a user's encodings may not be registered yet."""
     for encoding in own:
-        register_encoding(encoding)
+        if encoding.name not in ENCODINGS:  # what this process registered stays
+            register_encoding(encoding)
     return CacheStore(path, manifest)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.manifest import CacheManifest, keys_sha256
+from cskd_pipeline.distill.encodings import ArraySpec, Encoding, ResponseShape, Rows
 from cskd_pipeline.errors import CacheError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Unit(NamedTuple):
@@ -49,7 +53,7 @@ class UnitData:
         """Refuse data that are not of ``unit``, in ``manifest``'s data set.
 
         Raises:
-            CacheError: keys are not the manifest's.
+            CacheError: keys are not the manifest's, or arrays not those of its encodings.
         """
         shard = manifest.dataset.shards[unit.shard]
         views, count = len(unit.views), shard.count
@@ -65,14 +69,49 @@ class UnitData:
         assert self.labels.shape == self.image_crc32.shape == (count,)
         assert self.seeds.shape == self.view_digests.shape == (views, count)
         assert self.top1.shape == (views, 2)
-        for name, spec in layout.specs(manifest).items():
-            found = self.arrays[name]
-            tail = found.shape[2:]
-            assert found.dtype == np.dtype(spec.dtype), (name, found.dtype)
-            assert found.shape[:2] == (views, count), (name, found.shape)
-            assert tail == spec.tail or (
-                spec.ragged and tail[1:] == spec.tail[1:] and tail[0] <= spec.tail[0]
-            ), (name, tail)
+        require_rows(layout.specs(manifest).values(), self.arrays, (views, count))
+
+
+def encoded(encoding: Encoding, spatial: Tensor, global_: Tensor) -> Rows:
+    """Return the rows that an encoding makes of logits (B, K, h, w) and (B, K), on the host.
+
+    Raises:
+        CacheError: they are not what its arrays hold.
+    """
+    made = encoding.encode(spatial, global_)
+    rows = {name: values.cpu().numpy() for name, values in made.items()}
+    require_rows(encoding.arrays(ResponseShape(*spatial.shape[1:])), rows, (len(spatial),))
+    return rows
+
+
+def require_rows(
+    specs: Iterable[ArraySpec], rows: Mapping[str, np.ndarray], leading: tuple[int, ...]
+) -> None:
+    """Refuse rows, axes ``leading`` first, unless they are exactly the arrays ``specs``.
+
+    Raises:
+        CacheError: other names, dtypes or shapes; says all.
+    """
+    known = {spec.name: spec for spec in specs}
+    problems = [f"{name}: no array of the encoding's" for name in rows if name not in known]
+    problems += [f"{name}: missing" for name in known if name not in rows]
+    for name in known.keys() & rows.keys():
+        spec, values = known[name], rows[name]
+        depth, tail = len(leading), values.shape[len(leading) :]
+        fits = tail == spec.tail or (
+            spec.ragged and tail[1:] == spec.tail[1:] and len(tail) > 0 and tail[0] <= spec.tail[0]
+        )
+        if values.dtype != np.dtype(spec.dtype) or values.shape[:depth] != leading or not fits:
+            problems.append(
+                f"{name}: found {values.dtype} {values.shape}, expected {spec.dtype} "
+                f"{(*leading, *spec.tail)}{', the first own axis or less' if spec.ragged else ''}"
+            )
+    if problems:
+        raise CacheError(
+            "these are not the arrays of the encoding",
+            problems=sorted(problems),
+            action="correct the encode or pack of the encoding that was registered",
+        )
 
 
 class UnitBuffer:

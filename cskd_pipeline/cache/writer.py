@@ -21,7 +21,7 @@ from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.store import CacheStore
-from cskd_pipeline.cache.units import Unit, UnitData
+from cskd_pipeline.cache.units import Unit, UnitData, require_rows
 from cskd_pipeline.distill.encodings import ENCODINGS, ArraySpec
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.runtime import atomic
@@ -195,8 +195,8 @@ class CacheWriter:
         When this returns, the unit survives a power cut.
 
         Raises:
-            CacheError: keys are not the manifest's, or labels or image CRCs are not those that an
-                earlier unit of the same tar shard recorded; names both.
+            CacheError: keys are not the manifest's, arrays not its encodings', or labels or image
+                CRCs are not those that an earlier unit of the same tar shard recorded; names both.
             OutputError: no space left; the unit stays undone.
         """
         data.check(self.manifest, unit)
@@ -242,8 +242,10 @@ class CacheWriter:
     def _per_view(self, data: UnitData) -> dict[str, np.ndarray]:
         values = {"seed": data.seeds, "view_digest": data.view_digests, "top1": data.top1}
         for name in self.manifest.encodings:
-            rows = {spec.name: data.arrays[spec.name] for spec in self.specs(name)}
-            values |= ENCODINGS[name].pack(rows)
+            specs = self.specs(name)
+            packed = ENCODINGS[name].pack({spec.name: data.arrays[spec.name] for spec in specs})
+            require_rows(specs, packed, data.seeds.shape)
+            values |= packed
         return values
 
     def _write_views(

@@ -58,7 +58,9 @@ class CachedLoader:
 
     Which views a batch has depends on ``seed``, epoch and number of the batch alone, regardless of
     the number of ranks or workers and of where iteration started. Each new iteration is the next
-    epoch; workers persist. :meth:`state_dict` is exact in the middle of an epoch too.
+    epoch; workers persist. :meth:`state_dict` is exact in the middle of an epoch too. Going
+    elsewhere (:meth:`start_at`, :meth:`set_epoch`, :meth:`load_state_dict`, :meth:`batches`) ends
+    an iteration that is going on; the next one begins there.
 
     Args:
         views: see :func:`open_views`.
@@ -76,7 +78,7 @@ class CachedLoader:
         memory_format: memory format of the images.
 
     Raises:
-        UsageError: a batch that cannot be cut into equal parts.
+        UsageError: an option out of range, or a batch that cannot be cut into equal parts.
         CacheError: fewer views than ``repeats``.
         DataError: fewer samples than one batch.
     """
@@ -98,6 +100,7 @@ class CachedLoader:
     memory_format: torch.memory_format = torch.contiguous_format
 
     def __post_init__(self) -> None:
+        self._require_options()
         self._require_equal_parts()
         views = self.views
         self.plan = EpochPlan(
@@ -137,10 +140,11 @@ class CachedLoader:
         end = (self.epoch + 1) * len(self)
         if self._stream is None:
             self._stream = self._load(None)
-        while self._next < end:
+        stream = self._stream
+        while self._next < end and self._stream is stream:
             try:
-                batch = next(self._stream).to(self.device)
-            except Exception:
+                batch = next(stream).to(self.device)
+            except BaseException:
                 self._stream = None  # the next iteration starts at the batch that failed
                 raise
             self._next += 1
@@ -189,11 +193,14 @@ class CachedLoader:
 
     def batches(self, limit: int | None = None) -> Iterator[Batch]:
         """Yield the next ``limit`` batches as they are loaded, on the host, over as many epochs as
-        it takes; None: without end.
+        it takes; None: without end. Going elsewhere meanwhile ends them.
         """
+        self._stream, number = None, self._next
         for batch in self._load(limit):
-            self._next += 1
+            self._next = number = number + 1
             yield batch
+            if self._next != number:
+                return
 
     def rows(self, number: int) -> np.ndarray:
         """Return view, shard, offset, (n, 3), of a batch, counted since the first epoch."""
@@ -210,6 +217,18 @@ class CachedLoader:
             pin_memory=torch.device(self.device).type == "cuda",
         )
         return iter(loader)
+
+    def _require_options(self) -> None:
+        least = {name: 1 for name in (*_ORDER, "world") if name != "seed"}
+        problems = [
+            f"{name} = {getattr(self, name)}, expected at least {low}"
+            for name, low in {**least, "workers": 0}.items()
+            if getattr(self, name) < low
+        ]
+        if not 0 <= self.rank < max(self.world, 1):
+            problems.append(f"rank = {self.rank}, expected one of {self.world} ranks, from 0")
+        if problems:
+            raise UsageError("the loader's options are out of range", problems=problems)
 
     def _require_equal_parts(self) -> None:
         """Of unequal ones a mean of means would not be the mean of the whole."""

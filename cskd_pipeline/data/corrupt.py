@@ -16,6 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.left_out import LeftOut, LeftOuts, Offsets, tars_sha256
+from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.errors import ImageError
 from cskd_pipeline.runtime.progress import progress
@@ -109,7 +110,7 @@ def without_corrupt(
     Raises:
         DataError: a tar would have no image left.
     """
-    samples = _every(dataset)
+    samples = SampleSet.of(dataset).every()
 
     def look(part: int, parts: int) -> Offsets:
         images = ImageSource(dataset.shards)
@@ -137,7 +138,7 @@ def require_images(dataset: Dataset, *, workers: int = 0) -> None:
         ImageError: how many; its report has them all.
     """
     images = ImageSource(dataset.shards)
-    found = find_corrupt(images, _every(dataset), workers=workers)
+    found = find_corrupt(images, SampleSet.of(dataset).every(), workers=workers)
     if not found:
         return
     rows = [
@@ -153,9 +154,3 @@ def require_images(dataset: Dataset, *, workers: int = 0) -> None:
         "--set data.corrupt=skip",
         report={"corrupt": [dict(zip(names, row, strict=True)) for row in rows]},
     )
-
-
-def _every(dataset: Dataset) -> np.ndarray:
-    shard = np.repeat(np.arange(len(dataset.counts)), dataset.counts)
-    offset = np.concatenate([np.arange(count) for count in dataset.counts])
-    return np.stack([shard, offset], axis=1)

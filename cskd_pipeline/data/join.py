@@ -12,7 +12,7 @@ from cskd_pipeline.data.images import NOWHERE, SHOWN, ImageSource, TarRows
 from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.left_out import LeftOut, Offsets
 from cskd_pipeline.data.plan import SampleSet
-from cskd_pipeline.errors import JoinError
+from cskd_pipeline.errors import JoinError, UsageError
 from cskd_pipeline.runtime.classes import Classes, ClassGuard
 from cskd_pipeline.runtime.progress import progress
 
@@ -45,19 +45,13 @@ class Join:
 
     def there(self) -> np.ndarray:
         """Return (n, 2) int64 shard and offset of the samples that the user has."""
-        every = self._every()
+        every = self.samples.every()
         return every[self.images.locate(every)[0] != NOWHERE]
 
     def usable(self) -> np.ndarray:
         """Return (n, 2) int64 shard and offset of the samples that are allowed."""
-        every = self._every()
+        every = self.samples.every()
         return every if self.allowed is None else every[np.concatenate(self.allowed)]
-
-    def _every(self) -> np.ndarray:
-        counts = self.samples.counts
-        shard = np.repeat(np.arange(len(counts)), counts)
-        offset = np.concatenate([np.arange(count) for count in counts])
-        return np.stack([shard, offset], axis=1)
 
     def without(self, offsets: Offsets, reason: str) -> Join:
         """Return the join without these samples, which the user has.
@@ -129,7 +123,10 @@ def join(
     Raises:
         JoinError: samples missing, keys that fit twice, or other labels. Images are compared when
             they are read; :mod:`cskd_pipeline.data.replay` does so for a sample in advance.
+        UsageError: another word for ``missing`` or ``drift``.
     """
+    require_word("missing", missing, ("error", "skip"))
+    require_word("drift", drift, ("error", "warn", "skip"))
     tar_rows = _tar_rows(dataset, cache)
     absent = [_absent(rows) for rows in tar_rows]
     count = int(sum(mask.sum() for mask in absent if mask is not None))
@@ -165,6 +162,12 @@ def join(
         compared=compared,
         relabelled=relabelled,
     )
+
+
+def require_word(name: str, value: str, words: Sequence[str]) -> None:
+    """Refuse an option's value that is none of ``words``, with a UsageError."""
+    if value not in words:
+        raise UsageError(f"{name} has no such value", found=value, expected=" or ".join(words))
 
 
 def join_to_look(
@@ -207,11 +210,10 @@ def find_differing(found: Join, *, part: int = 0, parts: int = 1) -> Offsets:
     differing: Offsets = {}
     if not len(samples):
         return differing
-    recorded = {shard: cache.image_crc32(shard) for shard in np.unique(samples[:, 0]).tolist()}
     with progress(len(samples), "images", "comparing images with the cache's") as meter:
         for i, crc in found.images.crc32(samples):
             shard, offset = samples[i].tolist()
-            if crc != recorded[shard][offset]:
+            if crc != cache.image_crc32(shard)[offset]:
                 differing.setdefault(shard, []).append(offset)
             meter.advance()
     return {shard: sorted(differing[shard]) for shard in sorted(differing)}

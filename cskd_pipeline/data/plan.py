@@ -56,6 +56,12 @@ class SampleSet:
         """Return the number of samples."""
         return sum(self.counts)
 
+    def every(self) -> np.ndarray:
+        """Return (n, 2) int64 shard and offset of all samples, in order."""
+        shard = np.repeat(np.arange(len(self.counts)), self.counts)
+        offset = np.concatenate([np.arange(count) for count in self.counts])
+        return np.stack([shard, offset], axis=1)
+
 
 @dataclass(eq=False)
 class EpochPlan:

@@ -15,12 +15,11 @@ from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.data.batches import Batch, render_batch
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset, load_dataset, require_num_classes
-from cskd_pipeline.data.join import Join, classes_of, join
+from cskd_pipeline.data.join import Join, classes_of, join, require_word
 from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.render import Renderer
 from cskd_pipeline.distill.losses import DistillationLoss
 from cskd_pipeline.distill.targets import Targets
-from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.views.policy import ViewPolicy
 
@@ -151,11 +150,14 @@ def open_views(
 
     Raises:
         CskdError: no such shards or cache, a cache that is not finished or does not serve the loss,
-            other classes, labels or samples.
+            other classes, labels or samples, another word for ``missing`` or ``drift``.
     """
+    require_word("missing", missing, ("error", "skip"))
+    require_word("drift", drift, ("error", "warn"))
     reader = cache if isinstance(cache, Cache) else open_cache(cache)
     reader.require_done()
-    chosen = choose_encoding(reader, loss or DistillationLoss(), encoding)
+    loss = loss or DistillationLoss()
+    chosen = reader.choose(set(loss.kinds.values()), loss.temperature, encoding)
     guard = ClassGuard(switch=None)
     dataset = load_dataset(shards).fitting(classes_of(reader), "the shards", guard)
     found = join(dataset, reader, guard, missing=missing, drift=drift)
@@ -163,31 +165,3 @@ def open_views(
     if found.missing:
         log.warning(f"{found.missing} of the cache's samples are not in the shards, and not shown")
     return TrainingViews.of_join(found, chosen, drift=drift)
-
-
-def choose_encoding(cache: Cache, loss: DistillationLoss, name: str = "auto") -> str:
-    """Return the encoding ``name``; for ``auto`` the best that serves the loss (``Cache.serving``).
-
-    Raises:
-        CacheError: the cache does not have it, or nothing that serves the loss.
-    """
-    kinds, tau = loss.kinds, loss.temperature
-    wanted = set(kinds.values())
-    serving = cache.serving(wanted, tau)
-    if name == "auto" and serving:
-        return serving[0]
-    if name in serving:
-        return name
-    known = name == "auto" or name in cache.encodings
-    words = {"hard": "hard targets", "soft": f"soft targets at temperature {tau:g}"}
-    targets = " and ".join(words[kind] for kind in sorted(wanted))
-    to_hard = " ".join(f"--set distill.{key}=hard" for key in kinds if kinds[key] == "soft")
-    raise CacheError(
-        f"the cache cannot serve {targets}" if known else f"the cache has no encoding {name}",
-        where=cache.path,
-        found=f"encodings {', '.join(cache.encodings)}",
-        expected=f"one that serves {targets}" if known else name,
-        action=f"use {to_hard}, or a cache dumped with --encoding dense"
-        if to_hard
-        else "use --set distill.encoding=auto, or a cache dumped with --encoding envelope",
-    )

@@ -18,7 +18,7 @@ from cskd_pipeline.data.corrupt import without_corrupt
 from cskd_pipeline.data.index import Dataset, load_dataset, require_num_classes
 from cskd_pipeline.data.join import classes_of, join
 from cskd_pipeline.data.left_out import LeftOuts
-from cskd_pipeline.data.training_views import TrainingViews, choose_encoding
+from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.errors import CacheError, UsageError
 from cskd_pipeline.pipeline.from_recipe import make_loss
 from cskd_pipeline.pipeline.settle import settle
@@ -176,8 +176,9 @@ def _join(
     left_out: LeftOuts,
 ) -> TrainingViews:
     """The cache's views of the samples in the shards, but for those that the recipe leaves out."""
-    drift = recipe.data.drift
-    encoding = choose_encoding(cache, make_loss(recipe.distill), recipe.distill.encoding)
+    drift, loss = recipe.data.drift, make_loss(recipe.distill)
+    kinds = set(loss.kinds.values())
+    encoding = cache.choose(kinds, loss.temperature, recipe.distill.encoding)
     _require_views(cache, recipe.schedule.epochs, recipe.batch.repeats)
     found = join(dataset, cache, guard, missing=recipe.data.missing, drift=drift)
     found = settle(found, recipe.data, worker_count(recipe.run.workers), encoding, left_out)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cskd_pipeline.cache.layout import encodings_of, response_shape, specs
-from cskd_pipeline.cache.units import Unit, UnitBuffer, UnitData
+from cskd_pipeline.cache.units import Unit, UnitBuffer, UnitData, encoded
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.data.full_batches import TeacherViews, full_batches
 from cskd_pipeline.data.index import Dataset
@@ -184,11 +184,13 @@ class UnitWriter:
         """Return every array's rows; ``correct``: the network's class is the label."""
         require_finite(logits, self.cache.manifest.teacher.name)
         label = views.label.to(logits.global_.device)
-        found = {"correct": hard_global_labels(logits.global_) == label}
+        correct = hard_global_labels(logits.global_) == label
+        found: dict[str, np.ndarray] = {}
         for encoding in encodings_of(self.cache.manifest.encodings).values():
-            found |= encoding.encode(logits.spatial, logits.global_)
+            found |= encoded(encoding, *logits)
         return {
-            **{name: values.cpu().numpy() for name, values in found.items()},
+            **found,
+            "correct": correct.cpu().numpy(),
             "seed": views.seed,
             "view_digest": views.view_digest,
             "image_crc32": views.image_crc32,

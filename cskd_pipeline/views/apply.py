@@ -36,10 +36,11 @@ def render(image: np.ndarray, params: ViewParams, policy: ViewPolicy) -> np.ndar
 
 def _own(view: np.ndarray, policy: ViewPolicy) -> np.ndarray:
     expected = (policy.size, policy.size, 3)
-    if view.shape != expected or view.dtype != np.uint8:
+    is_array = isinstance(view, np.ndarray)
+    if not is_array or view.shape != expected or view.dtype != np.uint8:
         raise UsageError(
             f"the view policy {policy.version} rendered something else than a view",
-            found=f"{view.dtype} {view.shape}",
+            found=f"{view.dtype} {view.shape}" if is_array else type(view).__name__,
             expected=f"uint8 {expected}",
             action="correct the function that was given to register_policy",
         )

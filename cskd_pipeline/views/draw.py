@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from cskd_pipeline.errors import UsageError
 from cskd_pipeline.views.bits import BitStream
 from cskd_pipeline.views.policy import REGISTERED, Range, ViewPolicy
 
@@ -47,15 +48,34 @@ def draw(seed: int, policy: ViewPolicy, width: int, height: int) -> ViewParams:
 
     Distributed as timm's ``RandomResizedCropAndInterpolation``, flip, ``rand-m9-mstd0.5-inc1`` and
     ``RandomErasing`` in pixel mode; a version of :func:`register_policy` draws in its own way.
+
+    Raises:
+        UsageError: a registered policy's function returned something else, or boxes to erase that
+            are not inside the view.
     """
     if policy.version in REGISTERED:
-        return REGISTERED[policy.version].draw(seed, policy, width, height)
+        return _own(REGISTERED[policy.version].draw(seed, policy, width, height), policy)
     bits = BitStream(seed)
     crop = _draw_crop(bits, policy, width, height)
     flip = bits.chance(policy.flip)
     ops = _draw_ops(bits, policy)
     erase = _draw_erase(bits, policy)
     return ViewParams(crop, flip, ops, erase, bits.uint64())
+
+
+def _own(params: ViewParams, policy: ViewPolicy) -> ViewParams:
+    side = policy.size
+    if not isinstance(params, ViewParams) or any(
+        min(box) < 0 or box.top + box.height > side or box.left + box.width > side
+        for box in params.erase
+    ):
+        raise UsageError(
+            f"the view policy {policy.version} drew something else than a view's parameters",
+            found=params,
+            expected=f"ViewParams, its erase boxes within {side} x {side} pixels",
+            action="correct the function that was given to register_policy",
+        )
+    return params
 
 
 def _draw_crop(bits: BitStream, policy: ViewPolicy, width: int, height: int) -> Box:

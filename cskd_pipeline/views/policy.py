@@ -184,6 +184,7 @@ def register_policy(
 
 def _restored(document: dict[str, object], code: PolicyCode | None) -> ViewPolicy:
     """Build a policy in another process, where a user's version may not be registered yet."""
-    if code is not None:
-        register_policy(str(document["version"]), *code)
+    version = str(document["version"])
+    if code is not None and version not in REGISTERED:  # what this process registered stays
+        register_policy(version, *code)
     return ViewPolicy.from_json(document)

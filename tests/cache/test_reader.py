@@ -448,9 +448,31 @@ def test_targets_that_are_not_there_are_refused(cache: Path) -> None:
         reader.targets([(0, key), (0, "nobody")])
     with pytest.raises(CacheError, match="fewer views than are needed"):
         reader.targets([(VIEWS, key)])
-    with pytest.raises(CacheError, match=r"no such encoding[^$]*topk"):
+    with pytest.raises(CacheError, match="no encoding topk"):
         reader.targets([(0, key)], "topk")
+    with pytest.raises(CacheError, match="cannot serve soft targets"):
+        reader.targets([(0, key)], "envelope", kinds=["soft"])
     assert str(VIEWS) in repr(reader)
+
+
+def test_small_arrays_are_read_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading views one by one, as :func:`replay_view` does, opens no file for each."""
+    reader = open_cache(cache)
+    first = reader.image_crc32(1), reader.seeds(0, 1)
+    monkeypatch.setattr(reader.store, "shard_chunk", None)
+    monkeypatch.setattr(reader.store, "chunk", None)
+    assert reader.image_crc32(1) is first[0]
+    assert reader.seeds(0, 1) is first[1]
+    assert not first[0].flags.writeable
+
+
+def test_a_reader_for_another_thread_is_the_same(cache: Path) -> None:
+    reader = open_cache(cache)
+    reader.digest()
+    other = reader.reopened()
+    assert other.store is not reader.store
+    assert other.digest() == reader.digest()
+    np.testing.assert_array_equal(other.seeds(0, 1), reader.seeds(0, 1))
 
 
 def test_a_key_of_two_shards_is_refused(cache: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import multiprocessing
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.assemble import assemble, normalise
 from cskd_pipeline.data.cached_loader import CachedBatch, CachedLoader
 from cskd_pipeline.data.index import Dataset, load_dataset, sample
+from cskd_pipeline.data.join import join
 from cskd_pipeline.data.training_views import TrainingViews, open_views
 from cskd_pipeline.distill.losses import DistillationLoss, mixed_targets
 from cskd_pipeline.distill.targets import LogitTargets
@@ -42,7 +45,12 @@ def loader_of(views: TrainingViews, **changes: Any) -> CachedLoader:
 
 
 def same(one: CachedBatch, other: CachedBatch) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
+    return all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
+
+
+def tensors(batch: CachedBatch) -> list[torch.Tensor]:
+    assert isinstance(batch.targets, LogitTargets)
+    return [*batch[:3], batch.targets.spatial, batch.targets.global_]
 
 
 def test_a_batch_has_normalised_images_mixed_labels_and_the_teachers_response(
@@ -110,6 +118,88 @@ def test_after_an_error_the_next_iteration_begins_at_the_batch_that_failed(
             with pytest.raises(DataError, match="gone"):
                 list(loader)
     assert all(same(a, b) for a, b in zip(loader, every[1:], strict=True))
+
+
+def test_an_interrupted_iteration_leaves_a_loader_that_goes_on(
+    views: TrainingViews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader, every = loader_of(views), list(loader_of(views))
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingViews, "__getitem__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(loader)
+    assert all(same(a, b) for a, b in zip(loader, every, strict=True))
+
+
+def test_a_jump_ends_the_iteration_and_the_next_begins_there(views: TrainingViews) -> None:
+    loader, every = loader_of(views), list(loader_of(views))
+    state = loader.state_dict()
+    jumps: list[Callable[[], object]] = [
+        partial(loader.load_state_dict, state),
+        partial(loader.set_epoch, 0),
+        partial(loader.start_at, 0),
+    ]
+    for jump, epoch in zip(jumps, (0, 1, 2), strict=True):
+        loader.set_epoch(epoch)
+        seen = 0
+        for _ in loader:
+            seen += 1
+            jump()
+        assert seen == 1
+        assert loader.epoch == 0
+        assert all(same(a, b) for a, b in zip(loader, every, strict=True))
+    loader.start_at(0)
+    for _ in loader:
+        assert len(list(loader.batches(1))) == 1
+    assert [same(batch, every[2]) for batch in itertools.islice(loader, 1)] == [True]
+    loader.start_at(0)
+    for _ in loader.batches(3):
+        loader.start_at(0, 2)
+    assert loader.state_dict()["batch"] == 2
+
+
+def test_a_state_is_resumed_by_another_number_of_ranks(views: TrainingViews) -> None:
+    loader, every = loader_of(views), list(loader_of(views))
+    next(iter(loader))
+    ranks = [loader_of(views, rank=rank, world=2) for rank in range(2)]
+    for rank in ranks:
+        rank.load_state_dict(loader.state_dict())
+    parts = zip(*map(tensors, (next(iter(rank)) for rank in ranks)), strict=True)
+    for pair, whole in zip(parts, tensors(every[1]), strict=True):
+        assert torch.equal(torch.cat(pair), whole)
+
+
+def test_without_a_cache_there_are_no_targets(views: TrainingViews) -> None:
+    assert next(iter(loader_of(views.without_cache()))).targets is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({name: 0} for name in ("accumulation", "repeats", "shuffle_shards", "world")),
+        *({"workers": -1}, {"rank": 2, "world": 2}, {"rank": -1}),
+    ],
+)
+def test_options_out_of_range_are_refused(views: TrainingViews, options: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(options))} = "):
+        loader_of(views, **options)
+
+
+def test_no_images_in_a_batch_are_refused(views: TrainingViews) -> None:
+    with pytest.raises(UsageError, match="batch_size = 0"):
+        CachedLoader(views, 0)
+
+
+@pytest.mark.parametrize("option", ["missing", "drift"])
+def test_an_unknown_word_is_refused(shards: Path, cache: Cache, option: str) -> None:
+    with pytest.raises(UsageError, match=f"{option} has no such value"):
+        open_views(shards, cache, **{option: "ignore"})  # type: ignore[arg-type]  # a word
+    with pytest.raises(UsageError, match=f"{option} has no such value"):
+        join(load_dataset(shards), cache, **{option: "ignore"})  # type: ignore[arg-type]  # a word
 
 
 def test_a_state_of_another_order_is_refused(views: TrainingViews) -> None:

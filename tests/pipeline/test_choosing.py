@@ -11,7 +11,6 @@ import pytest
 
 from cskd_pipeline import Cache
 from cskd_pipeline.config import TrainRecipe, load_recipe
-from cskd_pipeline.data.training_views import choose_encoding
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.distill.encodings.base import ResponseShape
 from cskd_pipeline.errors import CacheError
@@ -22,17 +21,17 @@ SHAPE = ResponseShape(1000, 7, 7)  # ImageNet's: at a few classes all encodings 
 
 def a_cache(names: list[str]) -> Any:
     encodings = {name: ENCODINGS[name] for name in names}
-    cache: Any = SimpleNamespace(
-        path=Path("cache"), encodings=encodings, specs=lambda name: ENCODINGS[name].arrays(SHAPE)
-    )
+    cache: Any = SimpleNamespace(path=Path("cache"), encodings=encodings, shape=SHAPE)
     cache.serving = partial(Cache.serving, cache)
+    cache.choose = partial(Cache.choose, cache)
     return cache
 
 
 def chosen(names: list[str], sets: list[str]) -> str:
     recipe = load_recipe(TrainRecipe, None, [f"distill.{one}" for one in sets])
     loss, name = make_loss(recipe.distill), recipe.distill.encoding
-    found = {choose_encoding(a_cache(n), loss, name) for n in (names, names[::-1])}
+    kinds, tau = set(loss.kinds.values()), loss.temperature
+    found = {a_cache(n).choose(kinds, tau, name) for n in (names, names[::-1])}
     assert len(found) == 1, "the order in a manifest decides nothing"
     return found.pop()
 

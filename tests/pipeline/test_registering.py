@@ -18,6 +18,7 @@ from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.pipeline.dump import dump_teacher
 from cskd_pipeline.pipeline.train import train
 from cskd_pipeline.views import policy as policies
+from cskd_pipeline.views.draw import Box, draw
 from tests import own
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -100,6 +101,24 @@ def test_a_policy_that_renders_something_else_is_refused() -> None:
     policy, image = ViewPolicy(version=own.VERSION, size=16), np.zeros((20, 30, 3), np.uint8)
     with pytest.raises(CskdError, match="something else than a view"):
         render(image, own.draw(0, policy, 30, 20), policy)
+    register_policy(own.VERSION, own.draw, lambda *_: None)  # type: ignore[arg-type]  # wrong
+    with pytest.raises(CskdError, match=r"something else than a view[^$]*NoneType"):
+        render(image, own.draw(0, policy, 30, 20), policy)
+
+
+@pytest.mark.usefixtures("_registered")
+@pytest.mark.parametrize("box", [(0, 0, 17, 2), (15, 0, 2, 2), (0, 15, 2, 2), (-1, 0, 2, 2)])
+def test_a_policy_that_erases_outside_the_view_is_refused(box: tuple[int, int, int, int]) -> None:
+    policy = ViewPolicy(version=own.VERSION, size=16)
+
+    def draw_with(erase: Box) -> None:
+        params = replace(own.draw(0, policy, 30, 20), erase=(erase,))
+        register_policy(own.VERSION, lambda *_: params, own.render)
+        draw(0, policy, 30, 20)
+
+    draw_with(Box(14, 14, 2, 2))
+    with pytest.raises(CskdError, match="drew something else"):
+        draw_with(Box(*box))
 
 
 @pytest.mark.usefixtures("_registered")
@@ -111,5 +130,5 @@ def test_an_encoding_whose_arrays_could_lie_elsewhere_is_refused(
     monkeypatch.setattr(mine, "arrays", arrays)
     register_encoding(mine)
     recipe = world.dump_recipe(small.shards, tmp_path / "c", views=2, encodings='["own-negated"]')
-    with pytest.raises(CskdError, match="array has an unusable name"):
+    with pytest.raises(CskdError, match="an unusable name"):
         dump_teacher(recipe)

@@ -21,6 +21,7 @@ from cskd_pipeline.data.join import join
 from cskd_pipeline.data.replay import replay, spread_views
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.errors import CacheError, JoinError, ViewDriftError
+from cskd_pipeline.models.timm_models import TeacherSource
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools.verify import verify_responses
@@ -452,3 +453,17 @@ def test_damaged_targets_of_the_sample_stop_training_before_it_begins(
     recipe = world.train_recipe(copy.shards, copy.cache, tmp_path / "run", sets=sets)
     with pytest.raises(CacheError, match="damaged"):
         open_training_data(recipe)
+
+
+def test_a_factory_is_not_called_with_the_arguments_of_a_foreign_manifest(
+    small: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorded = replace(open_cache(small.cache).manifest.teacher, kwargs={"path": "/etc/passwd"})
+    sources: list[TeacherSource] = []
+    monkeypatch.setattr(
+        verify_responses, "load_teacher", lambda source, **_: sources.append(source)
+    )
+    for name in ("tests.own:network", "resnet10t"):
+        verify_responses._load(verify_responses.TeacherChoice(name, device="cpu"), recorded)
+    assert [dict(source.kwargs) for source in sources] == [{}, {"path": "/etc/passwd"}]
+    assert "without the arguments" in caplog.text

@@ -20,6 +20,9 @@ from cskd_pipeline.errors import UsageError
 _BUILT_IN: tuple[Encoding, ...] = (Dense(), DenseQ8(), TopK(), Envelope())
 ENCODINGS: dict[str, Encoding] = {encoding.name: encoding for encoding in _BUILT_IN}
 
+RESERVED = ("auto", "digest", "key", "label", "seed", "top1")
+"""Arrays of every cache, which no encoding may be called as, and the word for a choice of one."""
+
 __all__ = ["ENCODINGS", "ArraySpec", "Encoding", "ResponseShape", "Rows", "register_encoding"]
 
 
@@ -35,16 +38,17 @@ def register_encoding(encoding: Encoding) -> None:
             ``NAME/...``.
 
     Raises:
-        UsageError: the name is a built-in encoding's, or not lower-case letters, digits and
-            hyphens.
+        UsageError: the name is a built-in encoding's or reserved, or not lower-case letters, digits
+            and hyphens.
     """
     name = encoding.name
-    if not re.fullmatch("[a-z][a-z0-9-]{0,39}", name) or ENCODINGS.get(name) in _BUILT_IN:
+    taken = name in RESERVED or ENCODINGS.get(name) in _BUILT_IN
+    if taken or not re.fullmatch("[a-z][a-z0-9-]{0,39}", name):
         raise UsageError(
             "an encoding cannot be registered under this name",
             found=name,
             expected="lower-case letters, digits and hyphens, 40 at most, and none of "
-            + ", ".join(known.name for known in _BUILT_IN),
+            + ", ".join((*(known.name for known in _BUILT_IN), *RESERVED)),
         )
     ENCODINGS[name] = encoding
 

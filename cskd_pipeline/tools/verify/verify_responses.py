@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,9 +20,11 @@ from cskd_pipeline.data.replay import Replay, cache_of, renderer_of, same_images
 from cskd_pipeline.distill.encodings import Encoding
 from cskd_pipeline.distill.targets import Targets
 from cskd_pipeline.models.teacher import Teacher, load_teacher
-from cskd_pipeline.models.timm_models import TeacherSource
+from cskd_pipeline.models.timm_models import TeacherSource, is_factory
 from cskd_pipeline.runtime.device import pick_device
 from cskd_pipeline.runtime.progress import progress
+
+log = logging.getLogger(__name__)
 
 MEAN_AGREEMENT = 0.98
 """The least, see :func:`agreement`. Logits rounded to float16 tie at 0.4 % of the locations
@@ -149,11 +152,20 @@ def _problems(found: Join, rows: np.ndarray, name: str, values: np.ndarray) -> l
 
 
 def _load(choice: TeacherChoice, recorded: TeacherInfo) -> Teacher:
+    """A factory is called without the cache's arguments: timm's and torchvision's models are known
+    to do no harm with a stranger's, the user's own code is not.
+    """
+    kwargs = {} if is_factory(choice.name) else recorded.kwargs
+    if kwargs != recorded.kwargs:
+        log.warning(
+            f"{choice.name} is called without the arguments that the cache records: a factory that "
+            "needs some passes them itself"
+        )
     source = TeacherSource(
         choice.name,
         choice.weights,
         recorded.num_classes,
-        recorded.kwargs,
+        kwargs,
         mean=choice.mean or (),
         std=choice.std or (),
         precision=recorded.precision,

@@ -1,0 +1,134 @@
+"""What an encoding that a user registers must keep to, or is refused before anything is written."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.check import check_bytes
+from cskd_pipeline.cache.reader import open_cache
+from cskd_pipeline.cache.units import UnitData, encoded
+from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.distill.encodings import ENCODINGS, ArraySpec, ResponseShape, register_encoding
+from cskd_pipeline.errors import CacheError, UsageError
+from cskd_pipeline.views import policy as policies
+from cskd_pipeline.views.policy import ViewPolicy, register_policy
+from tests import own
+from tests.cache.making import CLASSES, HEIGHT, WIDTH, manifest, unit_data
+
+NAME = own.Negated.name
+SPATIAL, GLOBAL = f"{NAME}/spatial", f"{NAME}/global"
+Specs = tuple[ArraySpec, ...]
+
+
+@pytest.fixture
+def mine() -> Iterator[own.Negated]:
+    mine = own.Negated()
+    register_encoding(mine)
+    yield mine
+    ENCODINGS.pop(NAME, None)
+
+
+def mine_of(data: UnitData) -> UnitData:
+    """The same unit, with the logits of ``dense`` as this encoding has them."""
+    spatial, global_ = (data.arrays[name] for name in ("dense/spatial", "dense/global"))
+    return replace(data, arrays={SPATIAL: -spatial, GLOBAL: -global_})
+
+
+def fill(writer: CacheWriter) -> None:
+    for unit in writer.todo():
+        writer.write_unit(unit, mine_of(unit_data(unit, manifest())))
+
+
+@pytest.mark.parametrize("name", [*layout.stored_arrays(manifest(encodings=("dense",))), "auto"])
+def test_no_encoding_is_called_as_one_of_the_caches_arrays(name: str) -> None:
+    mine = own.Negated()
+    mine.name = name
+    with pytest.raises(UsageError, match="cannot be registered"):
+        register_encoding(mine)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda a: (), "there are none"),
+        (lambda a: (a[0], a[0]), "two have the same name"),
+        (lambda a: (a[0], replace(a[1], rows=None)), "some have rows and some have not"),
+        (lambda a: (replace(a[0], axes=("class",)),), "axes"),
+        (lambda a: (replace(a[0], axes=(), tail=(), ragged=True),), "axes"),
+        (lambda a: (replace(a[0], tail_chunk=(1, HEIGHT, WIDTH)),), "chunks"),
+        (lambda a: (replace(a[0], tail_chunk=(1, HEIGHT, WIDTH), ragged=True),), "chunks"),
+        (lambda a: (replace(a[0], rows=None, tail_chunk=(1, HEIGHT, WIDTH)),), "chunks"),
+        (
+            lambda a: (replace(a[0], rows=None, tail_chunk=(CLASSES, 1, WIDTH), ragged=True),),
+            "chunks",
+        ),
+    ],
+)
+def test_arrays_that_could_not_be_read_are_refused(
+    mine: own.Negated, monkeypatch: pytest.MonkeyPatch, change: Callable[[Specs], Specs], says: str
+) -> None:
+    arrays = mine.arrays(ResponseShape(CLASSES, HEIGHT, WIDTH))
+    layout.specs(manifest(encodings=(NAME,)))
+    monkeypatch.setattr(mine, "arrays", lambda _shape: change(arrays))
+    with pytest.raises(CacheError, match=f"encoding {NAME} cannot be used[^$]*{says}"):
+        layout.specs(manifest(encodings=(NAME,)))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda r: {**r, "dense/spatial": r[SPATIAL]}, "dense/spatial: no array"),
+        (lambda r: {SPATIAL: r[SPATIAL]}, f"{GLOBAL}: missing"),
+        (lambda r: {**r, GLOBAL: r[SPATIAL]}, f"{GLOBAL}: found float16"),
+        (lambda r: {**r, GLOBAL: r[GLOBAL] > 0}, f"{GLOBAL}: found bool"),
+    ],
+)
+def test_rows_that_are_not_the_arrays_are_refused(
+    mine: own.Negated,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+    says: str,
+) -> None:
+    """As they are encoded, and as they are packed: then the unit stays undone."""
+    writer = CacheWriter.create(tmp_path / "cache", manifest(encodings=(NAME,)))
+    unit = writer.todo()[0]
+    data = mine_of(unit_data(unit, manifest()))
+    spatial, global_ = torch.zeros(2, CLASSES, HEIGHT, WIDTH).half(), torch.zeros(2, CLASSES).half()
+    assert set(encoded(mine, spatial, global_)) == {SPATIAL, GLOBAL}
+    monkeypatch.setattr(mine, "encode", lambda s, g: change({SPATIAL: s, GLOBAL: g}))
+    monkeypatch.setattr(mine, "pack", change)
+    with pytest.raises(CacheError, match=says):
+        encoded(mine, spatial, global_)
+    with pytest.raises(CacheError, match=says):
+        writer.write_unit(unit, data)
+    with pytest.raises(CacheError, match=says):
+        writer.write_unit(unit, replace(data, arrays=change(dict(data.arrays))))
+    assert not writer.done().any()
+
+
+def test_what_is_registered_here_is_not_replaced_by_what_another_process_sends(
+    mine: own.Negated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = CacheWriter.create(tmp_path / "cache", manifest(encodings=(NAME,)))
+    fill(writer)
+    reader = open_cache(tmp_path / "cache")
+    monkeypatch.setitem(policies.REGISTERED, own.VERSION, policies.PolicyCode(own.draw, own.render))
+    policy = ViewPolicy(version=own.VERSION)
+    sent = pickle.dumps((reader, policy))
+    other = own.Negated()
+    register_encoding(other)
+    register_policy(own.VERSION, own.draw, np.flip)
+    assert check_bytes(reader, list(zip(*np.nonzero(reader.done()), strict=True))) == []
+    again, _ = pickle.loads(sent)
+    assert ENCODINGS[NAME] is again.encodings[NAME] is other
+    assert policies.REGISTERED[own.VERSION].render is np.flip
