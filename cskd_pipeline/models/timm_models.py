@@ -67,11 +67,6 @@ class Built(NamedTuple):
     source: str
 
 
-def is_factory(name: str) -> bool:
-    """Say that a teacher's name is ``package.module:factory``, code of the user's own."""
-    return ":" in name and not name.startswith((TORCHVISION, *HUB_PREFIXES))
-
-
 def build_teacher(source: TeacherSource, state: Mapping[str, Tensor] | None, size: int) -> Built:
     """Build the network of ``source``; ``state``, of its weights file, is still to be loaded.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cskd_pipeline.cache.check import Problem
 from cskd_pipeline.cache.manifest import TeacherInfo
+from cskd_pipeline.config.model_names import is_factory
 from cskd_pipeline.data.batches import render_batch
 from cskd_pipeline.data.full_batches import logits_of
 from cskd_pipeline.data.join import Join
@@ -20,7 +21,7 @@ from cskd_pipeline.data.replay import Replay, cache_of, renderer_of, same_images
 from cskd_pipeline.distill.encodings import Encoding
 from cskd_pipeline.distill.targets import Targets
 from cskd_pipeline.models.teacher import Teacher, load_teacher
-from cskd_pipeline.models.timm_models import TeacherSource, is_factory
+from cskd_pipeline.models.timm_models import TeacherSource
 from cskd_pipeline.runtime.device import pick_device
 from cskd_pipeline.runtime.progress import progress
 
