@@ -11,7 +11,8 @@
 4. ``writer`` -- commits units: files written beside their final names, synced, renamed
    (``durable``), their record last; ``units`` has what a unit holds, and gathers it.
 5. ``reader`` -- sees finished units only, and compares every file with its record once; ``slabs``
-   decodes rows and keeps what fits (``lru``), ``key_index`` finds samples by key.
+   decodes rows and keeps what fits (``lru``), ``key_index`` finds samples by key, ``choosing``
+   picks the encoding that serves a loss.
 6. ``convert`` -- a smaller cache of another; ``merge`` -- one of several, which ``parts`` compares;
    ``upgrade`` -- version 1 to 2, in place.
 7. ``info`` -- a cache described as a dictionary, ``summary`` in half a screen; ``check`` -- a cache
