@@ -157,11 +157,12 @@ def _epoch(job: TrainJob, batches: Iterator[Batch], curves: RunLog, stop: Stop) 
                     raise KeyboardInterrupt
         means = _read_means(trainer, trainer.sums / steps)  # waits for the device: times are whole
         rate, data_wait = meter.rate * job.recipe.batch.batch_size, meter.data_wait
+        seconds = meter.seconds * steps / (steps - done)  # of the whole epoch, resumed or not
     if drifted:
         log.warning(f"epoch {epoch + 1}: {drifted} views are not those the teacher saw")
     trainer.sums.zero_()
     job.pending = {"epoch": epoch + 1, **means, "ckf_ratio": ratio, "lr": trainer.lr}
-    job.pending |= {"images_per_second": rate, "data_wait": data_wait}
+    job.pending |= {"seconds": seconds, "images_per_second": rate, "data_wait": data_wait}
 
 
 def _close_epoch(job: TrainJob, curves: RunLog, stop: Stop) -> None:

@@ -91,7 +91,7 @@ def canonical(state: Any) -> bytes:
     if isinstance(state, torch.Tensor):
         return repr((state.dtype, state.shape)).encode() + state.contiguous().numpy().tobytes()
     if isinstance(state, dict):
-        timings = ("images_per_second", "data_wait")
+        timings = ("seconds", "images_per_second", "data_wait")
         parts = [(k, canonical(v)) for k, v in state.items() if k not in timings]
         return b"{" + b"".join(repr(k).encode() + v for k, v in parts) + b"}"
     if isinstance(state, list | tuple):

@@ -45,7 +45,7 @@ def final_state(out: Path) -> dict[str, Any]:
     """What a finished run must agree on with another; timings are not part of it."""
     state = load_state(out / "state.pt")
     for row in state["rows"]:
-        for name in ("images_per_second", "data_wait"):
+        for name in ("seconds", "images_per_second", "data_wait"):
             del row[name]
     return state
 
@@ -304,13 +304,15 @@ def test_an_epochs_line_says_which_side_is_the_limit(
     monkeypatch.setattr("cskd_pipeline.runtime.progress.DATA_LIMITS", threshold)
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run", "deit", epochs=1)
     Terminal(err=err).attach()
-    train(recipe)
+    images = train(recipe)["updates"] * recipe.batch.batch_size
     [line] = [line for line in err.getvalue().splitlines() if line.startswith("epoch 1/1")]
     wait = re.search(rf"  data wait (\d+) %  limit: {side}$", line)
     assert wait, line
     [row] = csv.DictReader((tmp_path / "run/summary.csv").read_text().splitlines())
     assert int(wait[1]) == round(100 * float(row["data_wait"]))
     assert 0 < float(row["data_wait"]) < 1
+    took = float(row["seconds"]) * float(row["images_per_second"])
+    assert took == pytest.approx(images, rel=0.01)
 
 
 def test_training_loads_no_teacher_and_needs_no_network(small: World, tmp_path: Path) -> None:
