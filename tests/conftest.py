@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,12 @@ COUNTS = (21, 8, 13, 1)
 def _one_thread() -> None:
     """Small tensors gain nothing from more, and the machine may be shared."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hangups_are_heard() -> None:
+    """Under ``nohup`` they are ignored, by the commands of tests, too."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
