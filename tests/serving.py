@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,16 @@ class Served:
         return [r for method, path, r in self.asked if method == "GET" and path.endswith(end)]
 
 
+@lru_cache(maxsize=16)
+def _read(file: Path, changed: int, size: int) -> bytes:
+    return file.read_bytes()
+
+
+@lru_cache(maxsize=16)
+def _etag(content: bytes) -> str:
+    return f'"{hashlib.md5(content).hexdigest()}"'
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # headers and body are two packets: 40 ms between them
@@ -89,6 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None:
             return self.send(404, b"not found", body)
         start, status, headers = 0, 200, {"Accept-Ranges": "bytes"}
+        headers["ETag"] = _etag(found)
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
         total = len(found)
         if match and self.served.ranges:
@@ -102,7 +115,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def content(self, path: str, query: dict[str, list[str]]) -> bytes | None:
         file = self.served.root / path.lstrip("/")
-        return file.read_bytes() if file.is_file() else None
+        if not file.is_file():
+            return None
+        status = file.stat()
+        return _read(file, status.st_mtime_ns, status.st_size)
 
     def send(
         self,

@@ -6,8 +6,8 @@
 2. ``chunks`` -- bytes: a file of chunks encoded, one chunk decoded, every checksum compared.
    ``digests`` -- SHA-256 from a unit's files up to the whole cache.
 3. ``store`` -- a folder as a cache: manifest, finished units, chunks; errors name array, unit and
-   file. ``remote`` -- the same at a URL, by ``transfers`` and through copies on this machine
-   (``mirror``).
+   file. ``remote`` -- the same at a URL; ``remote_files`` -- files at a URL, of caches and of
+   shards, by ``transfers`` and through copies on this machine (``mirror``).
 4. ``writer`` -- commits units: files written beside their final names, synced, renamed
    (``durable``), their record last; ``units`` has what a unit holds, and gathers it.
 5. ``reader`` -- sees finished units only, and compares every file with its record once; ``slabs``

@@ -32,10 +32,7 @@ DECIDING_VERSIONS = ("pillow", "libjpeg_turbo", "simplejpeg", "torch", "timm")
 
 def keys_sha256(keys: Iterable[str]) -> str:
     """Return the SHA-256 (hex) of sample keys in order: each as UTF-8 and one zero byte."""
-    digest = hashlib.sha256()
-    for key in keys:
-        digest.update(key.encode() + b"\0")
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(key.encode() + b"\0" for key in keys)).hexdigest()
 
 
 def library_versions() -> dict[str, str]:
@@ -63,19 +60,19 @@ def utc_now() -> str:
 class ShardInfo:
     """One tar: ``name``, ``count`` samples, length in ``bytes``, and what identifies its contents.
 
-    ``sha256`` is of the tar, ``keys_sha256`` of its samples' keys in order; ``key_bytes`` is the
-    length of the longest key as UTF-8.
+    ``sha256`` is of the tar (None: only its headers were read, at a URL), ``keys_sha256`` of its
+    samples' keys in order; ``key_bytes`` is the length of the longest key as UTF-8.
     """
 
     name: str
     count: int
     bytes: int
-    sha256: str
+    sha256: str | None
     keys_sha256: str
     key_bytes: int
 
     @classmethod
-    def of(cls, name: str, keys: Sequence[str], size: int, sha256: str) -> ShardInfo:
+    def of(cls, name: str, keys: Sequence[str], size: int, sha256: str | None) -> ShardInfo:
         """Return the shard ``name`` of ``size`` bytes that holds samples with ``keys``."""
         longest = max(len(key.encode()) for key in keys)
         return cls(name, len(keys), size, sha256, keys_sha256(keys), longest)
@@ -86,12 +83,14 @@ class DatasetManifest:
     """Tar shards in the order that numbers them, and the classes of their labels.
 
     ``class_names`` has ``num_classes`` entries, or is None where the names are not known.
+    ``location`` is the URL of the folder with the tars; None: they lie beside the document.
     """
 
     name: str
     num_classes: int
     shards: tuple[ShardInfo, ...]
     class_names: tuple[str, ...] | None = None
+    location: str | None = None
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -121,7 +120,7 @@ class DatasetManifest:
             "num_classes": self.num_classes,
             "class_names": None if self.class_names is None else list(self.class_names),
             "shards": [asdict(shard) for shard in self.shards],
-        }
+        } | ({} if self.location is None else {"location": self.location})
 
     @classmethod
     def from_json(cls, document: object, where: object = "dataset manifest") -> DatasetManifest:
@@ -141,6 +140,7 @@ class DatasetManifest:
             num_classes=int(document["num_classes"]),
             shards=tuple(ShardInfo(**shard) for shard in document["shards"]),
             class_names=None if names is None else tuple(names),
+            location=document.get("location"),
         )
 
     def save(self, path: Path) -> None:
@@ -362,17 +362,19 @@ def _dataset_problems(document: Any, at: str = "$") -> Iterator[str]:
 def _cache_problems(document: Any) -> Iterator[str]:
     """Yield the problems that a schema cannot express."""
     yield from _dataset_problems(document["dataset"], "$.dataset")
+    data = document["dataset"]
+    if "location" in data or any(shard["sha256"] is None for shard in data["shards"]):
+        yield "$.dataset: found a location or a sha256 of null, expected neither in a cache"
     views, block, teacher = document["views"], document["view_block"], document["teacher"]
     if views % block:
         yield f"$.views: found {views}, expected a multiple of view_block = {block}"
-    units = -(-views // block) * len(document["dataset"]["shards"])
+    units = -(-views // block) * len(data["shards"])
     if units > MAX_UNITS:
         yield f"$.views: found {units:,} units, expected at most {MAX_UNITS:,}"
-    classes = document["dataset"]["num_classes"]
-    if teacher["num_classes"] != classes:
+    if teacher["num_classes"] != data["num_classes"]:
         yield (
             f"$.teacher.num_classes: found {teacher['num_classes']}, "
-            f"expected the data set's num_classes = {classes}"
+            f"expected the data set's num_classes = {data['num_classes']}"
         )
     try:
         policy = ViewPolicy.from_json(document["policy"])

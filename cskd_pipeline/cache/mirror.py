@@ -19,6 +19,8 @@ from cskd_pipeline.runtime.atomic import explained_os_errors
 FOLDER, GIGABYTES = "CSKD_CACHE_DIR", "CSKD_CACHE_GB"
 _DEFAULT_GIGABYTES = "50"
 _LOCKS = "locks"
+NOTES = (".npz", ".sha256")
+"""Ends of names of small files about copies, which outlast these."""
 _STRIPES = 256  # files whose names share one wait for each other
 HELD_UP = 300.0  # seconds to wait for another process whose copy of a file does not grow
 _FRESH = 600.0  # seconds in which a use need not be noted again
@@ -65,6 +67,11 @@ class Mirror:
                 expected="a number above 0",
             )
         return cls(folder, name, limit)
+
+    @property
+    def lasting(self) -> int:
+        """Return how many bytes of copies there are still after room was made."""
+        return self.limit - self.limit // 8
 
     def find(self, key: str) -> Path | None:
         """Return the copy, noted as used now; None if there is none."""
@@ -116,7 +123,7 @@ class Mirror:
         copies = sorted(self._copies())
         excess = sum(size for _, size, _ in copies) - self.limit
         if excess > 0:
-            excess += self.limit // 8  # not again at once
+            excess += self.limit - self.lasting  # not again at once
             for _, size, path in copies:
                 if excess <= 0 or path == str(added):
                     break
@@ -132,6 +139,8 @@ class Mirror:
                 folders.remove(_LOCKS)
             for name in names:
                 path = f"{folder}/{name}"
+                if name.endswith(NOTES):
+                    continue
                 with suppress(FileNotFoundError):
                     status = os.stat(path)
                     if not name.endswith(".partial") or now - status.st_mtime > _ABANDONED:

@@ -16,7 +16,8 @@ from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder
 from cskd_pipeline.cache.digests import Record
 from cskd_pipeline.cache.manifest import CacheManifest
-from cskd_pipeline.cache.remote import is_remote, open_folder
+from cskd_pipeline.cache.remote import open_folder
+from cskd_pipeline.cache.remote_files import is_remote
 from cskd_pipeline.distill.encodings import ENCODINGS, Encoding, register_encoding, registered
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime import schemas

@@ -66,6 +66,7 @@ class Pace:
 
     def __init__(self) -> None:
         self.position = 0
+        self.version = ""  # of the file of which there are bytes already
         self._seconds = _seconds()
         self._since, self._before = time.monotonic(), 0
 
@@ -106,11 +107,34 @@ def _seconds() -> float:
 
 
 @dataclass(frozen=True)
+class ByteRange:
+    """Name bytes ``start`` to ``stop - 1`` of a file; to its end for None."""
+
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def header(self) -> dict[str, str]:
+        """Return the header that requests it; none for the whole file."""
+        if not self.start and self.stop is None:
+            return {}
+        return {"Range": f"bytes={self.start}-{'' if self.stop is None else self.stop - 1}"}
+
+
+@dataclass(frozen=True)
 class HttpResponse:
-    """The bytes of a file from ``start`` on; ``total`` is the file's length, if it is known."""
+    """The bytes of a file from ``start`` on.
+
+    ``total`` is the file's length, if it is known; ``version`` the ETag, empty if there is none;
+    ``part`` says that the server has heeded a range. ``address`` is where on another
+    server redirects led to, which may hold a secret and is good for a while; None without any.
+    """
 
     start: int
     total: int | None
+    version: str
+    part: bool
+    address: str | None
     _read: Callable[[int], Coroutine[Any, Any, bytes]]
 
     def pieces(self, pace: Pace) -> Iterator[bytes]:
@@ -121,9 +145,9 @@ class HttpResponse:
 
 @contextmanager
 def from_web(
-    url: str, start: int, where: str, pace: Pace, login: dict[str, str] | None = None
+    url: str, wanted: ByteRange, where: str, pace: Pace, login: dict[str, str] | None = None
 ) -> Iterator[HttpResponse]:
-    """Request a file of a web server, from byte ``start`` on.
+    """Request a part of a file of a web server.
 
     Args:
         where: names the file in errors; ``url`` may hold a secret.
@@ -134,30 +158,38 @@ def from_web(
         StatusError, OSError: no response, or none that can be used.
         RemoteError: a compressed response, or a redirect that is not followed.
     """
+    import yarl
     from fsspec import asyn
 
-    response = _run(_get, url, start, where, login, pace=pace)
+    response = _run(_get, url, wanted, where, login, pace=pace)
     try:
         part = response.status == 206
-        begin = start if part else 0  # a server that knows no ranges sends all of it again
-        yield HttpResponse(begin, _total(response.headers, begin, part), response.content.read)
+        begin = wanted.start if part else 0  # a server that knows no ranges sends all of it again
+        total, version = _total(response.headers, begin, part), response.headers.get("ETag", "")
+        moved = response.url.origin() != yarl.URL(url).origin()
+        address = str(response.url) if moved else None
+        yield HttpResponse(begin, total, version, part, address, response.content.read)
     finally:
         asyn.get_loop().call_soon_threadsafe(response.close)
 
 
 @contextmanager
-def from_s3(fs: Any, path: str, start: int, where: str, pace: Pace) -> Iterator[HttpResponse]:
-    """Request a file of an object store that s3fs speaks to, from byte ``start`` on."""
+def from_s3(
+    fs: Any, path: str, wanted: ByteRange, where: str, pace: Pace
+) -> Iterator[HttpResponse]:
+    """Request a part of a file of an object store that s3fs speaks to."""
     bucket, key, _ = fs.split_path(path)
-    range_ = {"Range": f"bytes={start}-"} if start else {}
-    found = within(pace, lambda: fs.call_s3("get_object", Bucket=bucket, Key=key, **range_))
+    request = {"Bucket": bucket, "Key": key, **wanted.header}
+    found = within(pace, lambda: fs.call_s3("get_object", **request))
     body = found["Body"]
     try:
         # What some clients leave behind of how they uploaded; the bytes are the file's.
         _require_plain(found.get("ContentEncoding", "").replace("aws-chunked", ""), where)
         headers = {"Content-Range": found.get("ContentRange", "")}
         headers["Content-Length"] = str(found["ContentLength"])
-        yield HttpResponse(start, _total(headers, start, bool(start)), body.read)
+        part = bool(wanted.header)
+        total, version = _total(headers, wanted.start, part), found.get("ETag", "")
+        yield HttpResponse(wanted.start, total, version, part, None, body.read)
     finally:
         fs.loop.call_soon_threadsafe(body.close)
 
@@ -198,7 +230,7 @@ def _run(call: Callable[..., Coroutine[Any, Any, T]], *arguments: object, pace: 
     return found
 
 
-async def _get(url: str, start: int, where: str, login: dict[str, str] | None) -> Any:
+async def _get(url: str, wanted: ByteRange, where: str, login: dict[str, str] | None) -> Any:
     """Return a response's head: the file, or an error. Redirects are followed here."""
     import yarl
 
@@ -207,7 +239,7 @@ async def _get(url: str, start: int, where: str, login: dict[str, str] | None) -
     if login is None:
         login = _netrc(here.host or "")
     for _ in range(REDIRECTS + 1):
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+        headers = {"Accept-Encoding": "identity"} | wanted.header
         if here.origin() == own:
             headers |= login
         response = await _session().get(
@@ -257,7 +289,7 @@ def _refused(where: str, found: str) -> RemoteError:
         where=where,
         found=f"a redirect {found}",
         expected="the file, or a redirect to another web server, not from https to http",
-        action="give the URL under which the cache lies itself, or tell who publishes it",
+        action="give the URL under which the files lie themselves, or tell who publishes it",
     )
 
 
@@ -269,7 +301,7 @@ def _require_plain(encoding: str, where: str) -> None:
             found=f"Content-Encoding: {encoding}",
             expected="the file as it is, of which a small response cannot unfold to a large one",
             action="switch compression off for these files at the server (their metadata, in an "
-            "object store), or copy the cache's folder to this machine by other means",
+            "object store), or copy the files to this machine by other means",
         )
 
 

@@ -65,7 +65,7 @@ def encodings(
             expected="a name that ends in .svg or .png",
         )
     from cskd_pipeline.cache.digests import split_pin
-    from cskd_pipeline.cache.remote import is_remote
+    from cskd_pipeline.cache.remote_files import is_remote
 
     location, _ = split_pin(source)
     is_cache = is_remote(location) or Path(location).is_dir()

@@ -106,7 +106,7 @@ def _are_runs(targets: list[str]) -> bool:
         UsageError: a single target that is neither a run nor a cache.
     """
     from cskd_pipeline.cache.digests import split_pin
-    from cskd_pipeline.cache.remote import is_remote
+    from cskd_pipeline.cache.remote_files import is_remote
     from cskd_pipeline.tools.report.records import is_run
 
     if any(is_run(Path(one)) for one in targets) or len(targets) > 1:

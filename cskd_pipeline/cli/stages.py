@@ -119,11 +119,15 @@ def index(
     images: ImageCheck,
     terminal: Terminal,
 ) -> Outcome:
-    """Read shards once and write their manifest: counts, order of keys, SHA-256, class names."""
-    require_companion("--check-images", images.check_images or None, {"--workers": images.workers})
-    from cskd_pipeline.data import index as indexing
+    """Read shards once and write their manifest: counts, order of keys, SHA-256, class names.
 
-    def check(dataset: indexing.Dataset) -> None:
+    Of shards at a URL only headers are read; SHA-256 where the store states it.
+    """
+    require_companion("--check-images", images.check_images or None, {"--workers": images.workers})
+    from cskd_pipeline.data.describe import index_shards
+    from cskd_pipeline.data.index import Dataset
+
+    def check(dataset: Dataset) -> None:
         """Decode every image, and print the list of those that cannot be decoded."""
         from cskd_pipeline.data.corrupt import require_images
         from cskd_pipeline.runtime.device import worker_count
@@ -137,7 +141,7 @@ def index(
             terminal.table("images that cannot be decoded", ("shard", "key", "found"), rows)
             raise
 
-    dataset = indexing.index_shards(
+    dataset = index_shards(
         shards,
         name=named.name,
         num_classes=named.num_classes,

@@ -36,7 +36,8 @@ _free = partial(_fixed, mark="free")
 
 _SHARDS = (
     "Webdataset shards: a folder, a pattern such as 'train-{0000..1023}.tar' or 'train-*.tar', "
-    "a comma list, an _info.json, or a manifest.json made by index."
+    "a comma list, an _info.json, or a manifest.json made by index; each may be a URL: https://, "
+    "s3://, gs://, hf://."
 )
 _SPLIT = "Which split of an _info.json that has several."
 _CORRUPT = "On images that cannot be decoded."

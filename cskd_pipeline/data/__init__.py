@@ -1,9 +1,11 @@
 """Reading: from tars on a disk to batches on a device.
 
-1. ``listing`` -- the tars that a user names. ``tar_index`` -- a pass over one tar's headers gives
-   keys, labels and each image's offset; ``shards`` then reads images by it. ``index`` --
-   a data set of them, and its manifest. ``corrupt`` -- images that cannot be decoded;
-   ``left_out`` -- the list of those, and of others that a command does not use.
+1. ``listing`` -- the tars that a user names; ``remote_tar`` -- one at a URL, its headers by
+   ranges (``range_file``), its images from a copy, which ``read_ahead`` fetches before use.
+   ``tar_index`` -- a pass over one tar's headers gives keys, labels and each image's offset;
+   ``shards`` then reads images by it. ``index`` -- a data set of them; ``describe`` -- its
+   manifest. ``corrupt`` -- images that cannot be decoded; ``left_out`` -- the list of those, and
+   of others that a command does not use.
 2. ``plan`` -- the order of samples and views. A pure function, the same for any number of
    ranks and processes; pairs and repeated views are neighbours in it.
 3. ``join`` -- finds a cache's samples in the user's tars, by key. ``images`` -- reads them, and

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from cskd_pipeline.data.assemble import Inputs
 from cskd_pipeline.data.batches import Batch
+from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.plan import EpochPlan
+from cskd_pipeline.data.read_ahead import ReadAhead, Use, uses_of
+from cskd_pipeline.data.remote_tar import require_room
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.distill.targets import Targets
@@ -46,6 +49,25 @@ class _Order:
         step, micro = divmod(within, self.accumulation)
         part = self.rank * self.accumulation + micro  # a rank's micro-batches are neighbours
         return self.plan.batch(epoch, step, part=part, parts=self.world * self.accumulation)
+
+    def uses(self, images: ImageSource, start: int) -> Iterator[Use]:
+        """Yield the tars that micro-batches from ``start`` on read, all ranks', without end."""
+        steps = self.plan.steps * self.accumulation
+        for epoch in count(start // steps):
+            numbers, _ = images.locate(self.plan.epoch(epoch)[:, 1:])
+            update = np.arange(len(numbers)) // self.plan.batch_size
+            yield from uses_of(images.tars, numbers, epoch * steps + update * self.accumulation)
+
+
+def _reading_ahead(loader: Loader[Batch], ahead: ReadAhead, number: int) -> Iterator[Batch]:
+    """The loader's batches, of which ``number`` is the first."""
+    try:
+        for batch in loader:
+            number += 1
+            ahead.advance(number)
+            yield batch
+    finally:
+        ahead.close()
 
 
 @dataclass(eq=False)
@@ -81,6 +103,7 @@ class CachedLoader:
         UsageError: an option out of range, or a batch that cannot be cut into equal parts.
         CacheError: fewer views than ``repeats``.
         DataError: fewer samples than one batch.
+        UsageError: the tars of one batch, at a URL, exceed the room for copies.
     """
 
     views: TrainingViews
@@ -103,6 +126,8 @@ class CachedLoader:
         self._require_options()
         self._require_equal_parts()
         views = self.views
+        at_once = min(self.shuffle_shards, self.batch_size)
+        require_room(views.images.tars, at_once, "one batch")
         self.plan = EpochPlan(
             views.samples,
             views.policy,
@@ -210,13 +235,15 @@ class CachedLoader:
         """The next batches. Nothing here refers to this loader: dropping it ends the processes at
         once, where a circle would leave that to the garbage collector, and them blocked.
         """
+        start, images = self._next, self.views.images
         loader = Loader(
             self.views,
-            map(self._order, islice(count(self._next), limit)),
+            map(self._order, islice(count(start), limit)),
             workers=self.workers,
             pin_memory=torch.device(self.device).type == "cuda",
         )
-        return iter(loader)
+        ahead = ReadAhead(images.tars, self._order.uses(images, start), len(self))
+        return _reading_ahead(loader, ahead, start)
 
     def _require_options(self) -> None:
         least = {name: 1 for name in (*_ORDER, "world") if name != "seed"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from cskd_pipeline.data.index import Dataset
+from cskd_pipeline.data.read_ahead import ReadAhead, uses_of
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.runtime.distributed import ALONE, Ranks
 from cskd_pipeline.views.decode import decode
@@ -85,6 +86,27 @@ class EvalImages(TorchDataset[EvalBatch]):
         return EvalBatch(torch.from_numpy(pixels), torch.from_numpy(labels))
 
 
+@dataclass(frozen=True)
+class EvalLoader:
+    """Iterate over the batches of ``loader``: ``step`` images of ``dataset`` at a time."""
+
+    dataset: Dataset
+    loader: Loader[EvalBatch]
+    step: int
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        tars = [shard.path for shard in self.dataset.shards]
+        numbers = np.repeat(np.arange(len(tars)), self.dataset.counts)
+        uses = uses_of(tars, numbers, np.arange(len(numbers)) // self.step)
+        ahead = ReadAhead(tars, uses, len(numbers))
+        try:
+            for number, batch in enumerate(self.loader):
+                ahead.advance(number)
+                yield batch
+        finally:
+            ahead.close()
+
+
 def eval_loader(
     dataset: Dataset,
     preprocessing: EvalPreprocessing,
@@ -93,14 +115,15 @@ def eval_loader(
     workers: int = 0,
     pin_memory: bool = False,
     ranks: Ranks = ALONE,
-) -> Loader[EvalBatch]:
+) -> EvalLoader:
     """Return a loader of every sample once, in order; a rank has every ``world``-th batch.
 
     The last batch may be short.
     """
     images = EvalImages(dataset, preprocessing, batch_size)
     mine = range(ranks.rank, len(images), ranks.world)
-    return Loader(images, mine, workers=workers, pin_memory=pin_memory)
+    loader = Loader(images, mine, workers=workers, pin_memory=pin_memory)
+    return EvalLoader(dataset, loader, batch_size * ranks.world)
 
 
 def images_of_rank(dataset: Dataset, *, batch_size: int, ranks: Ranks = ALONE) -> int:

@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 import numpy as np
 
 from cskd_pipeline.cache.reader import Cache
+from cskd_pipeline.data.remote_tar import Tar
 from cskd_pipeline.data.shards import TarShard
 from cskd_pipeline.errors import JoinError
 from cskd_pipeline.runtime.classes import renumbering
@@ -59,6 +60,11 @@ class ImageSource:
     def alone(self) -> ImageSource:
         """Return the same source without a cache."""
         return replace(self, cache=None)
+
+    @property
+    def tars(self) -> list[Tar]:
+        """Return where the tars are."""
+        return [shard.path for shard in self.shards]
 
     def _tar_rows_of(self, shard: int) -> TarRows | int:
         return shard if self.tar_rows is None else self.tar_rows[shard]

@@ -1,19 +1,21 @@
-"""A data set: its tars in order, its classes, and the manifest that describes both."""
+"""A data set: its tars in order, its classes, and the manifest that it was opened by."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cskd_pipeline.cache.manifest import DatasetManifest, ShardInfo
+from cskd_pipeline.cache.remote_files import CONNECTIONS
 from cskd_pipeline.data.listing import INFO, Spec, list_shards
+from cskd_pipeline.data.remote_tar import RemoteTar, Tar, tars_in
 from cskd_pipeline.data.shards import TarShard
 from cskd_pipeline.errors import DataError, ImageError, ShardError
 from cskd_pipeline.runtime import schemas
@@ -54,7 +56,7 @@ class Dataset:
 
     def classes(self, of: str) -> Classes:
         """Return the classes as those of ``of``, for a comparison."""
-        return Classes(of, self.shards[0].path.parent, self.num_classes, self.class_names)
+        return Classes(of, str(self.shards[0].path.parent), self.num_classes, self.class_names)
 
     def fitting(self, other: Classes, of: str, guard: ClassGuard) -> Dataset:
         """Return the same with ``other``'s number of classes, if names and order are ``other``'s.
@@ -170,10 +172,7 @@ def load_dataset(
     if manifest is not None:
         _check_sizes(shards)
     else:
-        with progress(len(shards), "shards", "reading tar headers") as meter:
-            for shard in shards:
-                _ = shard.index
-                meter.advance()
+        read_headers(shards)
         _check_counts(shards, listing.counts)
         if empty == "error":
             _refuse_empty_images(shards)
@@ -181,61 +180,22 @@ def load_dataset(
     return Dataset(name, shards, classes, names, manifest)
 
 
-def index_shards(
-    spec: Spec,
-    *,
-    name: str | None = None,
-    num_classes: int | None = None,
-    split: str | None = None,
-    check: Callable[[Dataset], None] | None = None,
-) -> DatasetManifest:
-    """Read every byte of the shards once, and describe them.
-
-    Args:
-        check: run on the data set, empty images included, before the shards are hashed.
+def read_headers(shards: Sequence[TarShard]) -> None:
+    """Read the headers of all tars that were not read yet; of those elsewhere, several at a time.
 
     Raises:
-        DataError: as :func:`load_dataset`, and what ``check`` raises; a key that is there twice;
-            nothing states the number of classes.
+        ShardError, RemoteError: see :attr:`TarShard.index`.
     """
-    dataset = load_dataset(
-        spec,
-        split=split,
-        num_classes=num_classes,
-        empty="pass" if check else "error",
-    )
-    require_num_classes(dataset)
-    refuse_repeated_keys(dataset)
-    if check:
-        check(dataset)
-    if name:
-        dataset = replace(dataset, name=name)
-    return describe(dataset)
-
-
-def describe(dataset: Dataset) -> DatasetManifest:
-    """Return the manifest of ``dataset``: its own, or one made by reading every byte.
-
-    Raises:
-        DataError: nothing states the number of classes.
-        ManifestError: a tar's name that no reader of manifests accepts.
-    """
-    if dataset.manifest is not None:
-        return dataset.manifest
-    classes = require_num_classes(dataset)
-    names = _relative_names([shard.path for shard in dataset.shards])
-    infos = []
-    with progress(sum(map(_size, dataset.shards)), "bytes", "hashing shards") as meter:
-        for shard, relative in zip(dataset.shards, names, strict=True):
-            digest, size = hashlib.sha256(), 0
-            with open(shard.path, "rb") as file:
-                while piece := file.read(2**20):
-                    digest.update(piece)
-                    size += len(piece)
-                    meter.advance(len(piece))
-            infos.append(ShardInfo.of(relative, shard.keys, size, digest.hexdigest()))
-    made = DatasetManifest(dataset.name, classes, tuple(infos), dataset.class_names)
-    return DatasetManifest.from_json(made.to_json(), f"the manifest of {dataset.name}")
+    missing = [shard for shard in shards if not shard.is_indexed]
+    elsewhere = any(isinstance(shard.path, RemoteTar) for shard in missing)
+    pool = ThreadPoolExecutor(CONNECTIONS) if elsewhere else None
+    try:
+        with progress(len(missing), "shards", "reading tar headers") as meter:
+            for _ in (pool.map if pool else map)(lambda shard: shard.index, missing):
+                meter.advance()
+    finally:
+        if pool:  # a stop does not wait for tars that have begun
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def require_num_classes(dataset: Dataset, action: str = "pass --num-classes N") -> int:
@@ -254,7 +214,7 @@ def require_num_classes(dataset: Dataset, action: str = "pass --num-classes N") 
     return dataset.num_classes
 
 
-def _names_beside(paths: Sequence[Path]) -> tuple[str, ...] | None:
+def _names_beside(paths: Sequence[Tar]) -> tuple[str, ...] | None:
     """Return the class names in the folders of ``paths``, which must be the same in all."""
     guard = ClassGuard(switch=None)
     known: Classes | None = None
@@ -267,31 +227,40 @@ def _names_beside(paths: Sequence[Path]) -> tuple[str, ...] | None:
     return None if known is None else known.names
 
 
-def find_class_names(folder: Path) -> tuple[str, ...] | None:
+def find_class_names(folder: Path | str) -> tuple[str, ...] | None:
     """Read class names in label order from ``classes.json`` or ``_info.json`` in ``folder``."""
     for file, field in ((CLASSES, None), (INFO, "class_names")):
-        path = folder / file
-        if not path.is_file():
-            continue
-        names = schemas.read(path)
+        names = _document(folder, file)
         if field is not None:
             names = names.get(field) if isinstance(names, dict) else None
         if names is None:
             continue
         if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
             raise DataError(
-                "class names that cannot be used", where=path, expected="a list of names, in order"
+                "class names that cannot be used",
+                where=f"{folder}/{file}",
+                expected="a list of names, in order",
             )
         return tuple(names)
     return None
 
 
-def name_of(paths: Sequence[Path]) -> str:
+def _document(folder: Path | str, name: str) -> Any:
+    """The JSON document of this name in a folder here or elsewhere; None where there is none."""
+    if isinstance(folder, Path):
+        path = folder / name
+        return schemas.read(path) if path.is_file() else None
+    data = tars_in(folder).document_if_there(name)
+    return None if data is None else schemas.parse(data, f"{folder}/{name}")
+
+
+def name_of(paths: Sequence[Tar]) -> str:
     """Return what the tars' names have in common, without numbers: ``imagenet1k-train``."""
-    first, last = min(path.stem for path in paths), max(path.stem for path in paths)
+    stems = [Path(str(path)).stem for path in paths]
+    first, last = min(stems), max(stems)
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
     common = "".join(character for character, _ in alike).rstrip("0123456789").rstrip("-_. ")
-    return common or paths[0].resolve().parent.name or "shards"
+    return common or Path(str(paths[0])).resolve().parent.name or "shards"
 
 
 def _agreed(given: int | None, found: int | None, source: str) -> int | None:
@@ -315,9 +284,9 @@ def _check_counts(shards: Sequence[TarShard], counts: Sequence[int] | None) -> N
 
 def _check_sizes(shards: Sequence[TarShard]) -> None:
     wrong = [
-        f"{shard.path}: {_size(shard)} bytes, expected {shard.info.bytes}"
+        f"{shard.path}: {shard.size} bytes, expected {shard.info.bytes}"
         for shard in shards
-        if shard.info is not None and _size(shard) != shard.info.bytes
+        if shard.info is not None and shard.size != shard.info.bytes
     ]
     action = "copy or download them again, or describe what is there: cskd-pipeline index"
     _refuse(wrong, shards, "those of the manifest", action)
@@ -330,17 +299,6 @@ def _refuse(wrong: list[str], shards: Sequence[TarShard], expected: str, action:
             problems=wrong,
             action=action,
         )
-
-
-def _size(shard: TarShard) -> int:
-    return shard.path.stat().st_size
-
-
-def _relative_names(paths: Sequence[Path]) -> list[str]:
-    """Paths below the innermost folder that holds them all; links keep their own names."""
-    absolute = [Path(os.path.abspath(path)) for path in paths]
-    folder = os.path.commonpath([path.parent for path in absolute])
-    return [path.relative_to(folder).as_posix() for path in absolute]
 
 
 def _refuse_empty_images(shards: Sequence[TarShard]) -> None:
@@ -367,6 +325,8 @@ def refuse_repeated_keys(dataset: Dataset) -> None:
     Raises:
         DataError: which keys, and in which tars.
     """
+    if any(not shard.is_indexed for shard in dataset.shards):
+        read_headers(dataset.shards)
     counts = [len(shard.index) for shard in dataset.shards]
     hashes = np.concatenate(
         [np.fromiter(map(hash, s.index.keys.tolist()), np.int64, len(s)) for s in dataset.shards]
@@ -375,7 +335,7 @@ def refuse_repeated_keys(dataset: Dataset) -> None:
     again = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
     suspects = np.flatnonzero(np.isin(hashes, hashes[again]))
     ends = np.cumsum(counts)
-    seen: dict[bytes, Path] = {}
+    seen: dict[bytes, Tar] = {}
     problems = []
     for number in suspects.tolist():
         shard = int(np.searchsorted(ends, number, side="right"))

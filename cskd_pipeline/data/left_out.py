@@ -119,7 +119,7 @@ def tars_sha256(shards: Sequence[TarShard]) -> str:
     Tars altered without becoming longer or shorter are not noticed here, but when their images are
     read.
     """
-    return schemas.sha256([[tar.keys_sha256, tar.path.stat().st_size] for tar in shards])
+    return schemas.sha256([[tar.keys_sha256, tar.size] for tar in shards])
 
 
 def _read(

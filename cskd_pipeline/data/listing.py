@@ -1,21 +1,34 @@
-"""The tars that a user names: a folder, braces, globs, comma lists, ``_info.json``, a manifest."""
+"""The tars that a user names: a folder, braces, globs, comma lists, ``_info.json``, a manifest.
+
+All of these may be URLs (``https://``, ``s3://``, ``gs://``, ``hf://``); folders and globs where
+the store lists. A manifest on this machine may state that its tars lie at a URL.
+"""
 
 from __future__ import annotations
 
+import fnmatch
 import glob
+import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from webdataset.shardlists import expand_urls
 
+from cskd_pipeline.cache.chunks import DamageError
 from cskd_pipeline.cache.manifest import DatasetManifest
+from cskd_pipeline.cache.remote_files import CONNECTIONS, is_remote
+from cskd_pipeline.data.remote_tar import RemoteTar, Tar, tars_in
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.runtime import schemas
+from cskd_pipeline.runtime.progress import progress
+
+log = logging.getLogger(__name__)
 
 INFO = "_info.json"
 EXPECTED = (
@@ -26,6 +39,10 @@ EXPECTED = (
 Spec = str | Path | Sequence[str | Path]
 
 
+class _Url(str):
+    """The URL of a tar that was not looked for yet."""
+
+
 @dataclass(frozen=True)
 class Listing:
     """The tars in order, and what the user's list states.
@@ -33,14 +50,23 @@ class Listing:
     ``counts``: samples of each tar, by an ``_info.json``.
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[Tar, ...]
+    manifest: DatasetManifest | None = None
+    counts: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Named:
+    """What one of the listed names stands for, as :class:`Listing`; no tar was looked for yet."""
+
+    paths: tuple[Path | _Url, ...]
     manifest: DatasetManifest | None = None
     counts: tuple[int, ...] | None = None
 
 
 def expand_shards(
     spec: Spec, *, split: str | None = None, prefer: Sequence[str] = ("train",)
-) -> list[Path]:
+) -> list[Tar]:
     """List the tars of ``spec``: as listed, braces in their order, globs in natural order.
 
     Args:
@@ -48,7 +74,9 @@ def expand_shards(
         prefer: the splits to look for when none is given and there are several.
 
     Raises:
-        DataError: nothing there, something missing, listed twice, or not a local file.
+        DataError: nothing there, something missing, listed twice, or neither file nor URL.
+        UsageError: a URL of a kind that is not read.
+        RemoteError: a server that refuses, or cannot be reached.
         ManifestError: a manifest that does not fit its schema.
     """
     return list(list_shards(spec, split=split, prefer=prefer).paths)
@@ -62,12 +90,12 @@ def list_shards(
     parts = [piece for part in parts for piece in _pieces(part)]
     if not parts:
         raise DataError("no shards are named", expected=EXPECTED)
-    listings = [_resolve(part, split, prefer) for part in parts]
-    listing = listings[0]
-    if len(listings) > 1:
-        listing = Listing(tuple(path for one in listings for path in one.paths))
-    _check(listing.paths, parts)
-    return listing
+    found = [_resolve(part, split, prefer) for part in parts]
+    tars = _stated([path for one in found for path in one.paths], parts)
+    _refuse_repeated(tars, parts)
+    if len(found) > 1:
+        return Listing(tars)
+    return Listing(tars, found[0].manifest, found[0].counts)
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -99,27 +127,71 @@ def _existing_folders(text: str) -> str:
     return text[:end]
 
 
-def _resolve(text: str, split: str | None, prefer: Sequence[str]) -> Listing:
-    if text.startswith("pipe:") or "://" in text:
+def _resolve(text: str, split: str | None, prefer: Sequence[str]) -> _Named:
+    if text.startswith("pipe:"):
         raise DataError(
-            "shards are read from local files only",
+            "a pipe: would run a program, and is never opened",
             where=text,
             expected=EXPECTED,
-            action="download them first; a pipe: would run a program and is never opened",
+            action="give the URL itself: https://, s3://, gs:// and hf:// are read without a pipe",
         )
+    if is_remote(text):
+        return _resolve_url(text.rstrip("/"), split, prefer)
     path = Path(text)
     if path.is_dir() and (path / INFO).is_file():
         path = path / INFO
     if path.suffix == ".json":
-        return _from_document(path, split, prefer)
-    if split:
-        raise DataError("only an _info.json has splits", where=text, found=split)
+        return _from_document(_read_list(path), path, split, prefer)
+    _refuse_split(split, text)
     if path.is_dir():
         found = sorted(map(Path, glob.glob(f"{glob.escape(text)}/*.tar")), key=_natural)
         if not found:
             raise DataError("the folder holds no tars", where=path, expected=EXPECTED)
-        return Listing(tuple(found))
-    return Listing(tuple(Path(name) for pattern in _expanded(text) for name in _glob(pattern)))
+        return _Named(tuple(found))
+    return _Named(tuple(Path(name) for pattern in _expanded(text) for name in _glob(pattern)))
+
+
+def _resolve_url(text: str, split: str | None, prefer: Sequence[str]) -> _Named:
+    tars_in(text)  # refuses what is no URL of a place
+    folder, _, name = text.rpartition("/")
+    if name.endswith(".json"):
+        try:
+            data = tars_in(folder).document(name, schemas.MAX_BYTES)
+        except DamageError as error:
+            raise DataError("the list of shards cannot be read", where=text, found=error) from error
+        return _from_document(schemas.parse(data, text), text, split, prefer)
+    if not re.search(r"\.tar\b|[*\[{]", name):
+        found = tars_in(text).document_if_there(INFO)
+        if found is not None:
+            url = f"{text}/{INFO}"
+            return _from_document(schemas.parse(found, url), url, split, prefer)
+        text = f"{text}/*.tar"
+    _refuse_split(split, text)
+    return _Named(tuple(url for pattern in _expanded(text) for url in _glob_url(pattern)))
+
+
+def _glob_url(pattern: str) -> list[_Url]:
+    folder, _, name = pattern.rpartition("/")
+    if glob.has_magic(folder):
+        raise DataError("only the last part of a URL may be a pattern", where=pattern)
+    if not glob.has_magic(name):
+        return [_Url(pattern)]
+    tars = tars_in(folder)
+    if not tars.lists:
+        raise DataError(
+            "a web server does not list its files",
+            where=pattern,
+            expected="an _info.json there, or names: 'train-{0000..0009}.tar'",
+        )
+    names = fnmatch.filter(tars.names(""), name)
+    if not names:
+        raise DataError("no file matches the pattern", where=pattern, expected=EXPECTED)
+    return [_Url(f"{folder}/{found}") for found in sorted(names, key=lambda n: _natural(Path(n)))]
+
+
+def _refuse_split(split: str | None, text: str) -> None:
+    if split:
+        raise DataError("only an _info.json has splits", where=text, found=split)
 
 
 def _expanded(text: str) -> list[str]:
@@ -154,28 +226,42 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(p), p) if p.isascii() and p.isdigit() else (-1, p) for p in pieces]
 
 
-def _from_document(path: Path, split: str | None, prefer: Sequence[str]) -> Listing:
+def _read_list(path: Path) -> Any:
     try:
-        document = schemas.read(path)
+        return schemas.read(path)
     except OSError as error:
         raise DataError(
             "the list of shards cannot be read", where=path, found=error.strerror
         ) from error
+
+
+def _from_document(
+    document: Any, path: Path | str, split: str | None, prefer: Sequence[str]
+) -> _Named:
+    """The tars that a document names, beside it or at the URL that it states."""
+    folder: Path | str = path.rpartition("/")[0] if isinstance(path, str) else path.parent
+
+    def beside(name: str) -> Path | _Url:
+        return folder / name if isinstance(folder, Path) else _Url(f"{folder}/{name}")
+
     if isinstance(document, dict) and "splits" in document:
         entry = _split_entry(document["splits"], path, split, prefer)
-        paths = tuple(path.parent / name for name in entry["filenames"])
+        paths = tuple(map(beside, entry["filenames"]))
         counts = entry.get("shard_lengths")
         if not (isinstance(counts, list) and len(counts) == len(paths)):
-            return Listing(paths)
-        return Listing(paths, counts=tuple(counts))
+            return _Named(paths)
+        return _Named(paths, counts=tuple(counts))
     if split:
         raise DataError("a manifest has no splits", where=path, found=split)
     manifest = DatasetManifest.from_json(document, path)
-    return Listing(tuple(path.parent / shard.name for shard in manifest.shards), manifest)
+    if manifest.location is not None:
+        folder = manifest.location
+        log.info(f"{path}: its shards lie at {folder}")
+    return _Named(tuple(beside(shard.name) for shard in manifest.shards), manifest)
 
 
 def _split_entry(
-    splits: Any, path: Path, split: str | None, prefer: Sequence[str]
+    splits: Any, path: Path | str, split: str | None, prefer: Sequence[str]
 ) -> dict[str, Any]:
     """One split of an ``_info.json``; its file names are checked to stay inside the folder."""
     if not isinstance(splits, dict) or not splits:
@@ -209,8 +295,31 @@ def _stays_inside(name: object) -> bool:
     return not ({"", ".", ".."} & set(name.split("/")))
 
 
-def _check(paths: Sequence[Path], parts: Sequence[str]) -> None:
-    missing = [path for path in paths if not path.is_file()]
+def _stated(paths: Sequence[Path | _Url], parts: Sequence[str]) -> tuple[Tar, ...]:
+    """Look for every tar; of those elsewhere, request what their servers state."""
+    urls = [path for path in paths if isinstance(path, _Url)]
+    found: dict[_Url, RemoteTar | None] = {}
+    if urls:
+        folders = dict.fromkeys(url.rpartition("/")[0] for url in urls)
+        there = {folder: tars_in(folder) for folder in folders}
+        known = {folder: tars.listed() for folder, tars in there.items()}
+
+        def state(url: _Url) -> RemoteTar | None:
+            folder, _, name = url.rpartition("/")
+            try:
+                return RemoteTar(url, known[folder].get(name) or there[folder].state(name))
+            except DamageError:  # there is none
+                return None
+
+        with (
+            progress(len(urls), "shards", "asking which there are") as meter,
+            ThreadPoolExecutor(CONNECTIONS) as pool,
+        ):
+            for url, tar in zip(urls, pool.map(state, urls), strict=True):
+                found[url] = tar
+                meter.advance()
+    tars = [found[p] if isinstance(p, _Url) else p if p.is_file() else None for p in paths]
+    missing = [path for path, tar in zip(paths, tars, strict=True) if tar is None]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(paths)} shards are not there",
@@ -218,6 +327,10 @@ def _check(paths: Sequence[Path], parts: Sequence[str]) -> None:
             expected=EXPECTED,
             problems=[f"missing: {path}" for path in missing],
         )
+    return tuple(tar for tar in tars if tar is not None)
+
+
+def _refuse_repeated(paths: Sequence[Tar], parts: Sequence[str]) -> None:
     twice = list(_repeated(paths))
     if twice:
         raise DataError(
@@ -227,6 +340,6 @@ def _check(paths: Sequence[Path], parts: Sequence[str]) -> None:
         )
 
 
-def _repeated(paths: Sequence[Path]) -> Iterator[Path]:
-    counts = Counter(path.resolve() for path in paths)
+def _repeated(paths: Sequence[Tar]) -> Iterator[str]:
+    counts = Counter(str(path.resolve() if isinstance(path, Path) else path) for path in paths)
     yield from (path for path, count in counts.items() if count > 1)

@@ -113,7 +113,7 @@ class EpochPlan:
                 found=f"{self._usable()} samples",
                 expected=f"at least batch_size = {self.batch_size}",
             )
-        self._last: tuple[int, np.ndarray] | None = None
+        self._built: dict[int, np.ndarray] = {}  # of two epochs: one in use, one looked ahead to
 
     def cycle_views(self, cycle: int) -> list[int]:
         """Return the R views in which cycle number ``cycle`` shows every image."""
@@ -124,9 +124,12 @@ class EpochPlan:
         """Return the rows of epoch ``number``, from 0, in the order of training: view, shard,
         offset, (steps * batch_size, 3) int32. What does not fill a batch is dropped.
         """
-        if self._last is None or self._last[0] != number:
-            self._last = (number, self._build(number))
-        return self._last[1]
+        rows = self._built.get(number)
+        if rows is None:
+            rows = self._build(number)
+            kept = sorted(self._built, key=lambda other: abs(other - number))[:1]
+            self._built = {n: self._built[n] for n in kept} | {number: rows}
+        return rows
 
     def batch(self, epoch: int, step: int, *, part: int = 0, parts: int = 1) -> np.ndarray:
         """Return (n, 3) view, shard, offset: one of ``parts`` equal parts of a batch."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cskd_pipeline.cache.manifest import ShardInfo, keys_sha256
+from cskd_pipeline.data.remote_tar import RemoteTar, Tar
 from cskd_pipeline.data.tar_index import ShardIndex, open_shard, read_index
 from cskd_pipeline.errors import ShardError
 
@@ -19,17 +20,19 @@ class TarShard:
     It travels to loader processes by pickle, with its index where that was read already.
 
     Args:
-        path: an uncompressed tar.
+        path: an uncompressed tar, here or elsewhere.
         info: its entry in a manifest; then count and keys are known without reading, and the
             first read compares.
         num_classes: labels must lie below it.
     """
 
     def __init__(
-        self, path: Path, *, info: ShardInfo | None = None, num_classes: int | None = None
+        self, path: Tar | str, *, info: ShardInfo | None = None, num_classes: int | None = None
     ) -> None:
-        self.path = Path(path)
+        self.path: Tar = Path(path) if isinstance(path, str) else path
         self.info = info
+        if info is not None and isinstance(self.path, RemoteTar):
+            self.path = self.path.with_sha256(info.sha256)
         self.num_classes = num_classes
         self._index: ShardIndex | None = None
         self._keys_sha256: str | None = None
@@ -50,6 +53,16 @@ class TarShard:
             self._check(index)
             self._index = index
         return self._index
+
+    @property
+    def is_indexed(self) -> bool:
+        """Say that the headers were read."""
+        return self._index is not None
+
+    @property
+    def size(self) -> int:
+        """Return the length of the tar in bytes."""
+        return self.path.size if isinstance(self.path, RemoteTar) else self.path.stat().st_size
 
     def __len__(self) -> int:
         return self.info.count if self.info else len(self.index)
@@ -115,8 +128,8 @@ class TarShard:
         Raises:
             ShardError: the file is gone or has become shorter since its headers were read.
         """
-        index = self.index
         with open_shard(self.path) as file:
+            index = self.index  # of a tar elsewhere, from the copy that is now there
             for i in rows:
                 size = int(index.size[i])
                 data = self._read(file.fileno(), size, int(index.offset[i]))

@@ -15,12 +15,13 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
+from cskd_pipeline.data.range_file import RangeFile
+from cskd_pipeline.data.remote_tar import RemoteTar, Tar
 from cskd_pipeline.errors import ShardError
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
@@ -48,6 +49,7 @@ LEFT_BEHIND = frozenset({"__MACOSX", "@eaDir"})
 META = re.compile(r"__[^/]*__($|/)")
 END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
 
+TarFile = IO[bytes] | RangeFile
 Span = tuple[int, int]  # (offset in the tar, length), bytes
 
 
@@ -77,20 +79,26 @@ def is_left_behind(name: str) -> bool:
     return name.startswith(".") or name in LEFT_BEHIND
 
 
-def read_index(path: Path) -> ShardIndex:
+def read_index(path: Tar) -> ShardIndex:
     """Read the headers and labels of a tar; image bytes are skipped.
 
     Raises:
         ShardError: see :attr:`TarShard.index`.
+        RemoteError: a tar elsewhere cannot be had.
     """
-    with open_shard(path) as file:
-        descriptor = file.fileno()
+    if isinstance(path, RemoteTar):
+        return ShardIndex(**path.noted(lambda: vars(_read_index(path))))
+    return _read_index(path)
+
+
+def _read_index(path: Tar) -> ShardIndex:
+    with path.open_headers() if isinstance(path, RemoteTar) else open_shard(path) as file:
         samples = _samples(_members(file, path), path)
         rows: list[tuple[bytes, int, int, int]] = []
         for key, fields in samples:
             try:
                 span = _image(fields, path, key)
-                rows.append((key.encode(), *span, _label(fields, descriptor, path, key)))
+                rows.append((key.encode(), *span, _label(fields, file, path, key)))
             except ShardError:
                 others = {key.decode() for key, *_ in rows} | {other for other, _ in samples}
                 if _is_part(fields) and key in others:
@@ -108,12 +116,15 @@ def read_index(path: Path) -> ShardIndex:
     )
 
 
-def open_shard(path: Path) -> IO[bytes]:
-    """Open a tar.
+def open_shard(path: Tar) -> IO[bytes]:
+    """Open a tar; one elsewhere is fetched first, if there is no copy on this machine.
 
     Raises:
         ShardError: it cannot be opened.
+        RemoteError: it cannot be had.
     """
+    if isinstance(path, RemoteTar):
+        return path.open()
     try:
         return open(path, "rb")
     except OSError as error:
@@ -159,7 +170,13 @@ class _Header(tarfile.TarInfo):
         raise tarfile.ReadError("a sparse member")
 
 
-def _members(file: IO[bytes], path: Path) -> Iterator[tuple[str, Span]]:
+def _read_at(file: TarFile, size: int, offset: int) -> bytes:
+    if isinstance(file, RangeFile):
+        return file.read_at(size, offset)
+    return os.pread(file.fileno(), size, offset)
+
+
+def _members(file: TarFile, path: Tar) -> Iterator[tuple[str, Span]]:
     """Yield name and span of every regular file, in order, to the very end of the archive."""
     head = file.read(8)
     file.seek(0)
@@ -170,9 +187,9 @@ def _members(file: IO[bytes], path: Path) -> Iterator[tuple[str, Span]]:
                 where=path,
                 action="unpack it once, for example: gzip -d FILE.tar.gz",
             )
-    end = os.fstat(file.fileno()).st_size
+    end = file.size if isinstance(file, RangeFile) else os.fstat(file.fileno()).st_size
     try:
-        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
+        with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:", tarinfo=_Header) as tar:
             for member in tar:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
                 if len(tar.pax_headers) > MAX_GLOBAL_RECORDS:
@@ -188,7 +205,7 @@ def _members(file: IO[bytes], path: Path) -> Iterator[tuple[str, Span]]:
                         where=f"{path}: {member.name}",
                         found="a link" if member.issym() or member.islnk() else "a special file",
                     )
-            _check_end(file.fileno(), tar.offset, path)
+            _check_end(file, tar.offset, path)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         cut_short = "end of data" in str(error)
         raise ShardError(
@@ -199,13 +216,13 @@ def _members(file: IO[bytes], path: Path) -> Iterator[tuple[str, Span]]:
         ) from error
 
 
-def _check_end(descriptor: int, end: int, path: Path) -> None:
+def _check_end(file: TarFile, end: int, path: Tar) -> None:
     """After the last member come two blocks of zeros and nothing but zeros.
 
     tarfile takes a missing or unreadable header for the end, so a tar that was cut between two
     members would just seem to have fewer.
     """
-    rest = os.pread(descriptor, len(END_OF_ARCHIVE), end)
+    rest = _read_at(file, len(END_OF_ARCHIVE), end)
     if not any(rest) and len(rest) < len(END_OF_ARCHIVE):
         raise ShardError(
             "the tar is cut short: its end mark is missing",
@@ -224,11 +241,11 @@ def _check_end(descriptor: int, end: int, path: Path) -> None:
                 action="copy or download it again; tars joined with cat must stay apart",
             )
         end += len(rest)
-        rest = os.pread(descriptor, 2**20, end)
+        rest = _read_at(file, 2**20, end)
 
 
 def _samples(
-    members: Iterable[tuple[str, Span]], path: Path
+    members: Iterable[tuple[str, Span]], path: Tar
 ) -> Iterator[tuple[str, dict[str, Span]]]:
     """Yield key and fields of each run of members with one key, as webdataset groups them."""
     current, fields = "", dict[str, Span]()
@@ -254,7 +271,7 @@ def _samples(
         yield current, fields
 
 
-def _check_name(name: str, span: Span, path: Path) -> None:
+def _check_name(name: str, span: Span, path: Tar) -> None:
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -271,7 +288,7 @@ def _is_part(fields: dict[str, Span]) -> bool:
     return not (any(f in fields for f in IMAGE_FIELDS) and any(f in fields for f in LABEL_FIELDS))
 
 
-def _apart(key: str, fields: dict[str, Span], path: Path) -> ShardError:
+def _apart(key: str, fields: dict[str, Span], path: Tar) -> ShardError:
     return ShardError(
         "the files of a sample do not stand together in the tar",
         where=f"{path}: {key}",
@@ -281,7 +298,7 @@ def _apart(key: str, fields: dict[str, Span], path: Path) -> ShardError:
     )
 
 
-def _image(fields: dict[str, Span], path: Path, key: str) -> Span:
+def _image(fields: dict[str, Span], path: Tar, key: str) -> Span:
     _check_key(key, path)
     found = [field for field in IMAGE_FIELDS if field in fields]
     if len(found) != 1:
@@ -302,7 +319,7 @@ def _image(fields: dict[str, Span], path: Path, key: str) -> Span:
     return offset, size
 
 
-def _label(fields: dict[str, Span], descriptor: int, path: Path, key: str) -> int:
+def _label(fields: dict[str, Span], file: TarFile, path: Tar, key: str) -> int:
     name = next((field for field in LABEL_FIELDS if field in fields), None)
     if name is None:
         raise ShardError(
@@ -312,7 +329,7 @@ def _label(fields: dict[str, Span], descriptor: int, path: Path, key: str) -> in
             expected="cls (a number) or json with a label",
         )
     offset, size = fields[name]
-    text = os.pread(descriptor, min(size, MAX_LABEL_BYTES), offset)
+    text = _read_at(file, min(size, MAX_LABEL_BYTES), offset)
     label = _parse_cls(text) if name == "cls" else _parse_json(text)
     if label is None or not 0 <= label < 2**31:
         raise ShardError(
@@ -340,7 +357,7 @@ def _parse_json(text: bytes) -> int | None:
     return label if isinstance(label, int) and not isinstance(label, bool) else None
 
 
-def _check_key(key: str, path: Path) -> None:
+def _check_key(key: str, path: Tar) -> None:
     if len(key.encode()) > MAX_KEY_BYTES or "\0" in key:
         raise ShardError(
             "a sample's key is not usable",
@@ -349,7 +366,7 @@ def _check_key(key: str, path: Path) -> None:
         )
 
 
-def _refuse_duplicates(keys: tuple[bytes, ...], path: Path) -> None:
+def _refuse_duplicates(keys: tuple[bytes, ...], path: Tar) -> None:
     if len(set(keys)) == len(keys):
         return
     twice = Counter(keys).most_common(1)[0][0]

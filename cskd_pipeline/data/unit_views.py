@@ -19,6 +19,7 @@ from cskd_pipeline.data.batches import Batch, compose
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.plan import SampleSet
+from cskd_pipeline.data.read_ahead import ReadAhead, uses_of
 from cskd_pipeline.data.render import Renderer
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.views.policy import ViewPolicy
@@ -135,4 +136,18 @@ def unit_batches(
         pin_memory=torch.device(loading.device).type == "cuda",
         prefetch=max(2, ahead),  # all of an item: its process can start on the next one
     )
-    yield from (batch for batch in loader if batch is not None)
+    tars = renderer.images.tars
+    numbers = np.array([shard for shard, _ in units], np.int64)
+    reader = ReadAhead(tars, uses_of(tars, numbers, np.arange(len(units))), len(units))
+    unit = 0
+    try:
+        for batch in loader:
+            if batch is None:
+                continue
+            view, shard, _ = batch.index[-1].tolist()
+            while shard != units[unit][0] or view not in units[unit][1]:
+                unit += 1
+            reader.advance(unit)
+            yield batch
+    finally:
+        reader.close()

@@ -22,7 +22,8 @@ from cskd_pipeline.cache.manifest import (
 from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.config import CacheSection
-from cskd_pipeline.data.index import Dataset, describe, load_dataset, refuse_repeated_keys
+from cskd_pipeline.data.describe import describe
+from cskd_pipeline.data.index import Dataset, load_dataset, refuse_repeated_keys
 from cskd_pipeline.data.unit_views import Loading
 from cskd_pipeline.distill.encodings import ResponseShape
 from cskd_pipeline.errors import UsageError

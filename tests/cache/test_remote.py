@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cskd_pipeline.cache import remote, transfers
+from cskd_pipeline.cache import remote_files, transfers
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.mirror import Mirror
 from cskd_pipeline.cache.reader import Cache, open_cache
@@ -36,7 +36,7 @@ Capture = pytest.CaptureFixture[str]
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where copies are kept."""
     monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "copies"))
-    monkeypatch.setattr(remote, "WAIT", 0.001)
+    monkeypatch.setattr(remote_files, "WAIT", 0.001)
     monkeypatch.setattr(transfers, "TIMEOUT", 10.0)
     return tmp_path / "copies"
 
@@ -461,7 +461,7 @@ def test_other_urls_are_refused_and_no_secret_is_repeated(url: str) -> None:
 def test_a_package_that_is_missing_is_named(
     scheme: str, copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = remote.PACKAGES[scheme]
+    package = remote_files.PACKAGES[scheme]
     import fsspec
 
     def fails(scheme: str, **options: object) -> None:

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cskd_pipeline.cache import durable, mirror, remote, transfers
+from cskd_pipeline.cache import durable, mirror, remote_files, transfers
 from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.chunks import DamageError, encode_file
 from cskd_pipeline.cache.mirror import Mirror
@@ -40,7 +40,7 @@ LARGE = 2**27
 @pytest.fixture
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "copies"))
-    monkeypatch.setattr(remote, "WAIT", 0.001)
+    monkeypatch.setattr(remote_files, "WAIT", 0.001)
     return tmp_path / "copies"
 
 
@@ -208,14 +208,16 @@ def test_another_range_than_the_missing_one_is_not_taken(
         pytest.skip("the right one")
     with (
         pytest.raises(OSError, match=f"another range than the one from byte {start} on"),
-        transfers.from_web(f"{served.url}/file", start, "x", transfers.Pace()),
+        transfers.from_web(f"{served.url}/file", transfers.ByteRange(start), "x", transfers.Pace()),
     ):
         pass
 
 
 def test_a_server_that_knows_no_ranges_is_taken_to_begin_again(served: Served) -> None:
     served.ranges = False
-    with transfers.from_web(f"{served.url}/file", 500, "x", transfers.Pace()) as answer:
+    with transfers.from_web(
+        f"{served.url}/file", transfers.ByteRange(500), "x", transfers.Pace()
+    ) as answer:
         assert (answer.start, answer.total) == (0, 1000)
     file = io.BytesIO()
     file.write(b"x" * 1200)  # more than there is now
@@ -284,7 +286,7 @@ def test_a_redirect_keeps_the_range(served: Served) -> None:
     (served.root / "moved").write_bytes(CONTENT)
     served.replies["file"] = to("/moved")
     pace = transfers.Pace()
-    with transfers.from_web(f"{served.url}/file", 500, "x", pace) as answer:
+    with transfers.from_web(f"{served.url}/file", transfers.ByteRange(500), "x", pace) as answer:
         assert (answer.start, answer.total) == (500, 1000)
         assert b"".join(answer.pieces(pace)) == CONTENT[500:]
     assert served.gets("moved") == ["bytes=500-"]
@@ -351,7 +353,7 @@ def test_a_token_does_not_follow_a_redirect(served: Served, tmp_path: Path) -> N
     with serving(served.root) as other:
         served.replies["moved"] = to(f"{other.url}/file")
         url, pace = f"{served.url}/moved", transfers.Pace()
-        with transfers.from_web(url, 0, "x", pace, token) as answer:
+        with transfers.from_web(url, transfers.ByteRange(), "x", pace, token) as answer:
             assert b"".join(answer.pieces(pace)) == CONTENT
         assert served.headers[0]["authorization"] == "Bearer secret"
         assert "authorization" not in other.headers[0]
@@ -542,8 +544,8 @@ def test_tries_are_further_and_further_apart(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", waits.append)
-    monkeypatch.setattr(remote, "WAIT", 0.5)
+    monkeypatch.setattr(remote_files.time, "sleep", waits.append)
+    monkeypatch.setattr(remote_files, "WAIT", 0.5)
     served.always["file"] = 503
     with pytest.raises(RemoteError, match="cannot be reached"):
         read(served.url)

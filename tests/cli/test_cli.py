@@ -663,7 +663,7 @@ def test_commands_call_their_entry_points_as_these_are_written(
 ) -> None:
     calls = {target: (replace(target, {}), line) for target, line in LINES.values()}
     manifest = SimpleNamespace(save=str, name="n", shards=(), samples=0, num_classes=1)
-    index = "data.index.index_shards"
+    index = "data.describe.index_shards"
     calls[index] = (replace(index, manifest), "index s --out m")
     for recorded, line in calls.values():
         assert run(*line.split(), "--json") == 0

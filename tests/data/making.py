@@ -13,7 +13,8 @@ from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.units import UnitData
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.data.batches import Batch
-from cskd_pipeline.data.index import Dataset, describe
+from cskd_pipeline.data.describe import describe
+from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.unit_views import Loading, unit_batches
 from cskd_pipeline.views.policy import ViewPolicy
 

@@ -15,11 +15,10 @@ import pytest
 from cskd_pipeline.cache.manifest import DatasetManifest
 from cskd_pipeline.data import index as index_module
 from cskd_pipeline.data import shards as shards_module
+from cskd_pipeline.data.describe import describe, index_shards
 from cskd_pipeline.data.index import (
     Dataset,
-    describe,
     find_class_names,
-    index_shards,
     load_dataset,
     name_of,
     refuse_repeated_keys,

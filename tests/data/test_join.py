@@ -14,7 +14,8 @@ from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data import shards as shards_module
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.data.cached_loader import CachedLoader
-from cskd_pipeline.data.index import Dataset, index_shards, load_dataset
+from cskd_pipeline.data.describe import index_shards
+from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.join import Join, find_differing, join
 from cskd_pipeline.data.replay import renderer_of, replay, spread_views
 from cskd_pipeline.data.training_views import TrainingViews

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cskd_pipeline.data.index import index_shards, load_dataset
+from cskd_pipeline.data.describe import index_shards
+from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.errors import ShardError
 from cskd_pipeline.pipeline.from_recipe import make_loader
 from cskd_pipeline.pipeline.training_data import open_training_data

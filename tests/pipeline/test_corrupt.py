@@ -16,7 +16,7 @@ import torch
 
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.data import corrupt
-from cskd_pipeline.data.index import index_shards
+from cskd_pipeline.data.describe import index_shards
 from cskd_pipeline.errors import CskdError, DataError, ImageError
 from cskd_pipeline.pipeline.dump import dump_teacher
 from cskd_pipeline.pipeline.train import train

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cskd_pipeline.cache import remote
+from cskd_pipeline.cache import remote_files
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_training import assert_equal, final_state
@@ -28,7 +28,7 @@ def test_training_from_a_url_equals_training_from_the_folder(
 ) -> None:
     """With loader processes, and with a transfer that breaks on the way."""
     monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "copies"))
-    monkeypatch.setattr(remote, "WAIT", 0.01)
+    monkeypatch.setattr(remote_files, "WAIT", 0.01)
     assert world.cli(*command(small.cache, small, tmp_path / "local")) == 0
     with serving(small.cache.parent) as served:
         served.faults = [("/c/1/0/0/0/0/0", "truncate"), ("/c/0/1/0", "reset")]
@@ -42,7 +42,7 @@ def test_a_server_that_goes_away_stops_a_run_that_can_go_on(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "copies"))
-    monkeypatch.setattr(remote, "WAIT", 0.001)
+    monkeypatch.setattr(remote_files, "WAIT", 0.001)
     out = tmp_path / "run"
     with serving(small.cache.parent) as served:
         url = f"{served.url}/{small.cache.name}"

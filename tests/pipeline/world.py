@@ -85,7 +85,7 @@ def dump_sets(encodings: str = '["dense", "envelope"]', views: int = 4) -> list[
 
 
 def dump_recipe(
-    shards: Path,
+    shards: Path | str,
     cache: Path,
     sets: list[str] | None = None,
     *,

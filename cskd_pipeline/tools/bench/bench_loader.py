@@ -21,8 +21,9 @@ from timm.data.mixup import FastCollateMixup
 
 from cskd_pipeline.data.cached_loader import CachedLoader
 from cskd_pipeline.data.index import Dataset
+from cskd_pipeline.data.remote_tar import RemoteTar
 from cskd_pipeline.data.training_views import TrainingViews
-from cskd_pipeline.errors import DataError
+from cskd_pipeline.errors import DataError, UsageError
 from cskd_pipeline.runtime.atomic import write_json
 from cskd_pipeline.tools.bench.timing import (
     Clock,
@@ -165,7 +166,13 @@ def _describe(dataset: Dataset, folder: Path) -> None:
     """Fill a folder for timm's webdataset reader: links to the tars, and ``_info.json``."""
     names = [f"bench-train-{number:06d}.tar" for number in range(len(dataset.shards))]
     for name, shard in zip(names, dataset.shards, strict=True):
-        (folder / name).symlink_to(Path(shard.path).resolve())
+        if isinstance(shard.path, RemoteTar):
+            raise UsageError(
+                "timm's loader is compared on shards on this machine",
+                where=shard.path,
+                action="copy some of them, and name the copies",
+            )
+        (folder / name).symlink_to(shard.path.resolve())
     split = {
         "name": "train",
         "num_samples": dataset.samples,

@@ -12,7 +12,8 @@ from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.config import DumpRecipe
 from cskd_pipeline.data.assemble import normalise
 from cskd_pipeline.data.batches import Batch
-from cskd_pipeline.data.index import Dataset, describe, sample
+from cskd_pipeline.data.describe import describe
+from cskd_pipeline.data.index import Dataset, sample
 from cskd_pipeline.data.left_out import LeftOuts
 from cskd_pipeline.data.unit_views import Loading, unit_batches
 from cskd_pipeline.models.teacher import Teacher

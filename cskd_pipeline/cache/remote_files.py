@@ -1,0 +1,313 @@
+"""Files at a URL: ``https://``, ``s3://``, ``gs://``, ``hf://``; for caches and for shards.
+
+Transfers that break are taken up where they broke, unless the file has changed meanwhile;
+:mod:`cskd_pipeline.cache.transfers` bounds them in size and time. What is kept on this machine
+lies in a :class:`Mirror`, whole under its name or not at all.
+
+fsspec connects to stores and lists them. Its caching (``filecache``, ``simplecache``) is not used:
+measured with 2026.9, it gave up at the first transfer that broke, and inflated a response of 49 kB
+to 50 MB in memory.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from io import BufferedRandom
+from pathlib import Path
+from typing import IO, Any, TypeVar
+from urllib.parse import urlsplit
+
+from cskd_pipeline.cache import transfers
+from cskd_pipeline.cache.chunks import DamageError
+from cskd_pipeline.cache.mirror import Mirror, partial_of
+from cskd_pipeline.cache.transfers import ByteRange, Pace
+from cskd_pipeline.errors import CskdError, MissingPackageError, RemoteError, UsageError
+from cskd_pipeline.runtime.atomic import explained_os_errors
+
+PACKAGES = {
+    **{"https": "aiohttp", "http": "aiohttp", "s3": "s3fs", "gs": "gcsfs"},
+    "hf": "huggingface_hub aiohttp",
+}
+"""The schemes that may be read, and the packages that each needs."""
+TRIES = 6  # in a row, of what may be otherwise the next time
+WAIT = 0.5  # seconds before the second try; about twice as many before each further one
+CONNECTIONS = 32  # at once, to find out what is there
+_FINAL = frozenset(range(400, 500)) - {
+    404,
+    408,
+    425,
+    429,
+}  # statuses that another request won't change
+_LOGIN = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError")  # botocore's
+# What no network does: our own mistakes, or a library's.
+_BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError)
+
+_CONNECTING: dict[int, threading.Lock] = {}  # by process: a forked one has a lock of its own
+
+T = TypeVar("T")
+
+
+def is_remote(location: object) -> bool:
+    """Say that ``location`` is a URL."""
+    return "://" in str(location)
+
+
+class RemoteFiles:
+    """Read the files below ``url``, by key.
+
+    Args:
+        url: a folder's.
+        mirror: holds copies; None where none are made.
+        of: what the files belong to, in messages: ``cache`` or ``shards``.
+
+    Raises:
+        UsageError: a URL of another kind, or with more in it than a place.
+        RemoteError: the server refuses, or cannot be reached, or sends what it should not.
+        DamageError: a file that is missing, or larger than it may be.
+    """
+
+    def __init__(self, url: str, mirror: Mirror | None = None, of: str = "cache") -> None:
+        self.url, self.scheme = _checked(url, of)
+        self._mirror, self._of = mirror, of
+        self.root = Path() if mirror is None else mirror.root
+        self._opened: tuple[int, Any] | None = None
+        self._web = self.scheme in ("https", "http")
+        self.lists = not self._web  # object stores do, web servers do not
+
+    def where(self, key: str) -> str:
+        """Return the file's URL."""
+        return f"{self.url}/{key}"
+
+    def names(self, key: str) -> list[str]:
+        """List what the folder ``key`` of an object store holds."""
+
+        def request() -> list[str]:
+            fs = self._fs()
+            fs.invalidate_cache()
+            return [str(name).rsplit("/", 1)[-1] for name in fs.ls(self.where(key), detail=False)]
+
+        try:
+            return self._insisting(key, lambda pace: transfers.within(pace, request))
+        except DamageError:  # there is none
+            return []
+
+    def document(self, key: str, limit: int) -> bytes:
+        """Read a file of at most ``limit`` bytes from the server; nothing is kept."""
+        file = io.BytesIO()
+        self._fetch(key, file, limit)
+        return file.getvalue()
+
+    def _keep(self, name: str, fetch: Callable[[BufferedRandom], object]) -> None:
+        """Have the copy ``name``, by ``fetch`` if there is none; under its name it is whole."""
+        assert self._mirror is not None
+        if self._mirror.find(name) is not None:
+            return
+        with self._mirror.adding(name) as (path, missing):
+            if not missing:
+                return
+            partial = partial_of(path)
+            try:
+                with explained_os_errors(partial), open(partial, "x+b") as file:
+                    fetch(file)
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def _fetch(self, key: str, file: IO[bytes], limit: int) -> str:
+        """Fetch a file of at most ``limit`` bytes, and return its version."""
+        return self._insisting(key, lambda pace: self._go_on(key, file, limit, pace))
+
+    def _go_on(self, key: str, file: IO[bytes], limit: int, pace: Pace) -> str:
+        """Fetch what ``file`` lacks; all of it, where the server's is not longer."""
+        try:
+            self._go_on_from(key, file, limit, pace)
+        except transfers.StatusError as error:
+            if error.status != 416 or not file.tell():
+                raise
+            file.seek(0)
+            file.truncate()
+            raise OSError(str(error)) from error
+        return pace.version
+
+    def _go_on_from(self, key: str, file: IO[bytes], limit: int, pace: Pace) -> None:
+        with self._response(key, file.tell(), pace) as response:
+            versions = {response.version, pace.version} - {""}  # not all servers state one
+            if response.start and len(versions) > 1:
+                file.seek(0)
+                raise OSError("the file was exchanged while it was fetched")
+            pace.version = response.version
+            file.seek(response.start)
+            file.truncate()
+            if response.total is not None and response.total > limit:
+                raise DamageError(f"{response.total} bytes, more than the {limit} it may have")
+            for piece in response.pieces(pace):
+                if file.tell() + len(piece) > limit:
+                    raise DamageError(f"more than the {limit} bytes it may have")
+                with explained_os_errors(self.root):
+                    file.write(piece)
+                pace.reached(file.tell())
+        if response.total is not None and file.tell() != response.total:
+            raise OSError(f"{file.tell()} bytes arrived where {response.total} should")
+
+    def _response(
+        self, key: str, start: int, pace: Pace, stop: int | None = None
+    ) -> AbstractContextManager[transfers.HttpResponse]:
+        where = self.where(key)
+        part = ByteRange(start, stop)
+        if self._web:
+            return transfers.from_web(where, part, where, pace)
+        if self.scheme == "s3":
+            return transfers.from_s3(transfers.within(pace, self._fs), where, part, where, pace)
+        url, login = transfers.within(pace, lambda: self._linked(where))
+        return transfers.from_web(url, part, where, pace, login)
+
+    def _linked(self, path: str) -> tuple[str, dict[str, str]]:
+        """The web address of a file in a store, and the headers that log in there."""
+        fs = self._fs()
+        login: dict[str, str] = {}
+        if self.scheme == "gs":
+            fs.credentials.apply(login)
+        else:
+            # The hub's package exports it without saying so to type checkers.
+            from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+            login = build_hf_headers(token=fs.token)
+        return fs.url(path), login
+
+    def _length(self, key: str, pace: Pace) -> int:
+        if not self._web:
+            return transfers.within(pace, lambda: int(self._fs().info(self.where(key))["size"]))
+        with self._response(key, 0, pace) as response:
+            if response.total is None:
+                raise OSError("the server does not tell the file's length")
+            return response.total
+
+    def _insisting(self, key: str, request: Callable[[Pace], T]) -> T:
+        """Return the result of ``request``, tried again while failures may pass or bytes arrive."""
+        failures, reached, pace = 0, 0, Pace()
+        while True:
+            try:
+                return request(pace)
+            except FileNotFoundError:
+                raise DamageError("the file is missing") from None
+            except ImportError as error:
+                raise self._lacks_package(error) from error
+            except transfers.SlowError as error:
+                raise self._slow(key, error) from error
+            except (DamageError, CskdError, *_BUGS):
+                raise
+            except Exception as error:
+                failures = failures + 1 if pace.position <= reached else 1
+                reached = pace.position
+                login = isinstance(error, PermissionError) or type(error).__name__ in _LOGIN
+                if login or _status(error) in _FINAL:
+                    raise self._refused(key, error) from error
+                if failures >= TRIES:
+                    raise self._unreachable(key, error) from error
+            apart = 0.75 + os.getpid() % 32 / 64  # so that many processes do not come back at once
+            time.sleep(WAIT * 2 ** (failures - 1) * apart)
+
+    def is_refusal(self, error: RemoteError) -> bool:
+        """Say that an error is of a file that may not be read, or, at some stores, is not there."""
+        cause = error.__cause__
+        return isinstance(cause, Exception) and (
+            isinstance(cause, PermissionError) or _status(cause) in (401, 403)
+        )
+
+    def _refused(self, key: str, error: Exception) -> RemoteError:
+        return RemoteError(
+            f"the {self._of} may not be read",
+            where=self.where(key),
+            found=_one_line(error),
+            action="look whether the URL is right: some stores respond so for what is not there; "
+            "log in as the store's own tools want it (a token, a profile, ~/.netrc)"
+            + ("; for an open bucket set FSSPEC_S3_ANON=true" if self.scheme == "s3" else ""),
+        )
+
+    def _unreachable(self, key: str, error: Exception) -> RemoteError:
+        return RemoteError(
+            f"the {self._of} cannot be reached",
+            where=self.where(key),
+            found=f"{_one_line(error)}, {TRIES} times",
+            action="run the same command again later: whole files that arrived are kept; or copy "
+            f"the {self._of} to this machine",
+        )
+
+    def _slow(self, key: str, error: Exception) -> RemoteError:
+        return RemoteError(
+            "the server brings next to nothing",
+            where=self.where(key),
+            found=str(error),
+            expected=f"at least {transfers.SLOWEST} bytes a second",
+            action=f"run the same command again later, copy the {self._of} to this machine, or "
+            f"wait longer for bytes: {transfers.SECONDS}=1200",
+        )
+
+    def _fs(self) -> Any:
+        """fsspec's file system: of this process, since connections do not survive a fork."""
+        process = os.getpid()
+        with _CONNECTING.setdefault(process, threading.Lock()):
+            if self._opened is None or self._opened[0] != process:
+                self._opened = process, transfers.keep_over_forks(self._connect())
+            return self._opened[1]
+
+    def _connect(self) -> Any:
+        import fsspec
+
+        options: dict[str, Any] = {}
+        if self.scheme == "s3":
+            seconds = transfers.TIMEOUT
+            options["config_kwargs"] = {"connect_timeout": seconds, "read_timeout": seconds}
+        # Its own memory of connections and listings would outlive what they were true of.
+        return fsspec.filesystem(
+            self.scheme, skip_instance_cache=True, use_listings_cache=False, **options
+        )
+
+    def _lacks_package(self, error: ImportError) -> MissingPackageError:
+        package = PACKAGES[self.scheme]
+        return MissingPackageError(
+            f"reading {self.scheme}:// needs {package.replace(' ', ' and ')}",
+            where=self.url,
+            found=str(error),
+            action=f"pip install {package}",
+        )
+
+
+def _checked(url: str, of: str) -> tuple[str, str]:
+    """The URL without its last slashes, and its scheme."""
+    parts = urlsplit(url)
+    problem = None
+    if parts.scheme not in PACKAGES or "::" in url:
+        problem = f"a {parts.scheme}:// URL" if "::" not in url else "a chain of URLs"
+    elif "@" in parts.netloc:
+        problem = "a name or password, which recipes and messages would repeat"
+    elif parts.query or parts.fragment or not parts.netloc:
+        problem = "no plain place"
+    if problem:
+        raise UsageError(
+            f"{'a ' if of == 'cache' else ''}{of} cannot be read from this URL",
+            found=problem,
+            expected=f"{', '.join(f'{scheme}://' for scheme in PACKAGES)} and a folder",
+            action=f"give a folder, or a URL such as https://host/{of}, s3://bucket/{of} or "
+            f"hf://datasets/lab/{of}",
+        )
+    return url.rstrip("/"), parts.scheme
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status that an error is about; the hub's library has it in the response."""
+    if isinstance(error, transfers.StatusError):
+        return error.status
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _one_line(error: Exception) -> str:
+    """On one line: of what is no HTTP, aiohttp quotes all."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

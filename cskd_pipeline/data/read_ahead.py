@@ -1,0 +1,119 @@
+"""Tars at a URL fetched before they are used, so that what reads them does not wait."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cskd_pipeline.data.remote_tar import RemoteTar, Tar, room_of
+from cskd_pipeline.errors import CskdError
+
+log = logging.getLogger(__name__)
+
+FETCHING = 4  # tars at a time
+
+
+@dataclass(frozen=True)
+class Use:
+    """State that a tar is used from position ``first`` to ``last``, of batches or of units."""
+
+    tar: RemoteTar
+    first: int
+    last: int
+
+
+def uses_of(tars: Sequence[Tar], numbers: np.ndarray, position: np.ndarray) -> list[Use]:
+    """Return the uses of tars that lie elsewhere, in the order of their first.
+
+    Args:
+        numbers: (n,) of the tars that are used, one after the other.
+        position: (n,) int64 of each use, ascending.
+    """
+    found, first = np.unique(numbers, return_index=True)
+    _, back = np.unique(numbers[::-1], return_index=True)
+    last = len(numbers) - 1 - back
+    uses = []
+    for i in np.argsort(first, kind="stable").tolist():
+        tar = tars[int(found[i])]
+        if isinstance(tar, RemoteTar):
+            uses.append(Use(tar, int(position[first[i]]), int(position[last[i]])))
+    return uses
+
+
+class ReadAhead:
+    """Fetch tars in the order of their use, by threads.
+
+    What is in use and what was fetched ahead fit into the room for copies together: nothing that is
+    fetched drives out what is still needed. A tar that cannot be fetched is left to its reader,
+    who meets the error where it belongs.
+
+    Args:
+        tars: all that there are; where none lies elsewhere, nothing is done.
+        uses: in the order of ``first``; may have no end.
+        horizon: positions ahead that are looked at.
+    """
+
+    def __init__(self, tars: Sequence[Tar], uses: Iterable[Use], horizon: int) -> None:
+        room = room_of(tars)
+        self._closed = room is None
+        self._uses, self._room, self._horizon = iter(uses), room or 0, horizon
+        self._waiting: Use | None = None
+        self._held: dict[RemoteTar, int] = {}  # and the position of its last use
+        self._position = -1
+        self._change = threading.Condition()
+
+    def advance(self, position: int) -> None:
+        """Note where the reader is; the first call starts the threads.
+
+        They start late on purpose: after the loader's processes, which are forked.
+        """
+        with self._change:
+            started = self._closed or self._position >= 0
+            self._position = max(position, self._position, 0)
+            self._change.notify_all()
+        if not started:
+            for _ in range(FETCHING):
+                threading.Thread(target=self._work, daemon=True).start()
+
+    def close(self) -> None:
+        """Fetch nothing more; transfers that have begun are finished."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+
+    def _work(self) -> None:
+        while (tar := self._next()) is not None:
+            try:
+                tar.fetch()
+            except CskdError as error:
+                log.debug("%s was not fetched ahead: %s", tar, error)
+
+    def _next(self) -> RemoteTar | None:
+        """Return the next tar, once there is room for it; None at the end."""
+        with self._change:
+            while not self._closed:
+                use = self._waiting or next(self._uses, None)
+                self._waiting = use
+                if use is None:
+                    return None
+                if use.last < self._position:
+                    self._waiting = None
+                elif self._fits(use):
+                    self._waiting = None
+                    self._held[use.tar] = max(use.last, self._held.get(use.tar, 0))
+                    return use.tar
+                else:
+                    self._change.wait()
+            return None
+
+    def _fits(self, use: Use) -> bool:
+        if use.first > self._position + self._horizon:
+            return False
+        held = {tar: last for tar, last in self._held.items() if last >= self._position}
+        self._held = held
+        known = 0 if use.tar in held else use.tar.size
+        return sum(tar.size for tar in held) + known <= self._room

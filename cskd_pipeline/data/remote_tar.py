@@ -1,0 +1,392 @@
+"""A tar at a URL: its headers by requests for ranges, its images from a copy on this machine.
+
+A copy is a whole tar, kept as a cache's files are (:class:`~cskd_pipeline.cache.mirror.Mirror`),
+under a name that follows from the URL and from what the server states of the file: length and ETag,
+or the SHA-256 where a manifest or the store has it. So a tar that is exchanged is never taken for
+the one whose headers were read. Copies are compared with all of that before they get their name.
+
+Indices of tars, and their SHA-256 once they were fetched, are noted beside the copies and outlast
+them: headers are requested once on a machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from io import BufferedRandom, BufferedReader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cskd_pipeline.cache import transfers
+from cskd_pipeline.cache.chunks import DamageError
+from cskd_pipeline.cache.mirror import FOLDER, GIGABYTES, Mirror
+from cskd_pipeline.cache.remote_files import TRIES, RemoteFiles
+from cskd_pipeline.cache.transfers import ByteRange, Pace
+from cskd_pipeline.data.range_file import RangeFile
+from cskd_pipeline.errors import RemoteError, ShardError, UsageError
+from cskd_pipeline.runtime import schemas
+from cskd_pipeline.runtime.atomic import atomic_write, write_text
+
+log = logging.getLogger(__name__)
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Stated:
+    """State a tar's ``size`` in bytes, ``version`` (its ETag, or empty), ``sha256`` if known.
+
+    ``ranges``: the server sends parts of it.
+    """
+
+    size: int
+    version: str
+    ranges: bool
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class RemoteTar:
+    """Name a tar at ``url``, as messages do, and what is stated of it; loader processes get it."""
+
+    url: str
+    stated: Stated
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def parent(self) -> str:
+        """Return the URL of its folder."""
+        return self.url.rpartition("/")[0]
+
+    @property
+    def size(self) -> int:
+        """Return its length in bytes."""
+        return self.stated.size
+
+    @property
+    def _key(self) -> str:
+        return self.url.rpartition("/")[2]
+
+    @property
+    def _name(self) -> str:
+        """Return the name of its copy."""
+        stated = self.stated
+        known = stated.sha256 or f"{stated.size} {stated.version}"
+        return hashlib.sha256(f"{self.url} {known}".encode()).hexdigest()[:32] + ".tar"
+
+    def with_sha256(self, sha256: str | None) -> RemoteTar:
+        """Return the tar that must have this SHA-256, by a manifest; None: unknown to it."""
+        return self if sha256 is None else replace(self, stated=replace(self.stated, sha256=sha256))
+
+    def fetch(self) -> None:
+        """Have a copy on this machine.
+
+        Raises:
+            ShardError: the tar is gone, or not what was stated.
+            RemoteError: the server refuses, or cannot be reached.
+            UsageError: there is no room for one tar.
+        """
+        self.open().close()
+
+    def open(self) -> BufferedReader:
+        """Open the copy, fetched if need be; raise as :meth:`fetch`."""
+        return _tars_at(self.parent).open(self._key, self._name, self.stated)
+
+    def open_headers(self) -> BufferedReader | RangeFile:
+        """Open the copy, or the tar where it lies, of which only what is read is requested."""
+        tars = _tars_at(self.parent)
+        if tars.has(self._name):
+            return self.open()
+        if self.stated.ranges:
+            return RangeFile(self.size, lambda part: tars.read(self._key, part, self.stated))
+        log.info(f"{self.url}: the server sends no parts of files: fetching the whole tar")
+        return self.open()
+
+    def sha256(self) -> str:
+        """Return its SHA-256: stated, or noted when it was fetched, which is done if need be."""
+        return self.stated.sha256 or _tars_at(self.parent).sha256(
+            self._key, self._name, self.stated
+        )
+
+    def known_sha256(self) -> str | None:
+        """Return its SHA-256 if it is stated, or was noted; nothing is fetched."""
+        return self.stated.sha256 or _tars_at(self.parent).noted_sha256(self._name)
+
+    def noted(self, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Return what was made of its headers before, on this machine, or make and note it."""
+        return _tars_at(self.parent).noted(f"{self._name}.npz", make)
+
+
+Tar = Path | RemoteTar
+"""Where a tar is."""
+
+
+class RemoteTars(RemoteFiles):
+    """Read the tars in one folder at a URL."""
+
+    def __init__(self, url: str, mirror: Mirror | None = None) -> None:
+        super().__init__(url, mirror, of="shards")
+        self._addresses: dict[str, str] = {}  # where redirects of a tar led to, by its key
+
+    def state(self, key: str) -> Stated:
+        """Request what the server states of a tar.
+
+        Raises:
+            DamageError: there is none.
+        """
+
+        def request(pace: Pace) -> Stated:
+            with self._response(key, 0, pace, 1) as response:
+                if response.total is None:
+                    raise OSError("the server does not tell the file's length")
+                return Stated(response.total, response.version, response.part)
+
+        return self._insisting(key, request)
+
+    def listed(self) -> dict[str, Stated]:
+        """Return what one listing states of all large files; nothing but of the hub's.
+
+        The hub keeps their SHA-256, and limits how many requests it serves in a while.
+        """
+        if self.scheme != "hf":
+            return {}
+
+        def request() -> dict[str, Stated]:
+            found = {}
+            for info in self._fs().ls(self.url, detail=True):
+                large: Any = info.get("lfs") or {}
+                sha256 = large.get("sha256") if isinstance(large, dict) else large.sha256
+                if isinstance(sha256, str) and _SHA256.fullmatch(sha256):
+                    name = str(info["name"]).rsplit("/", 1)[-1]
+                    found[name] = Stated(int(info["size"]), "", True, sha256)
+            return found
+
+        try:
+            return self._insisting("", lambda pace: transfers.within(pace, request))
+        except DamageError:  # no such folder: its tars are found missing one by one
+            return {}
+
+    def has(self, name: str) -> bool:
+        """Say that the copy ``name`` is there."""
+        assert self._mirror is not None
+        return self._mirror.find(name) is not None
+
+    def open(self, key: str, name: str, stated: Stated) -> BufferedReader:
+        """Open the copy ``name`` of a tar; fetch it first if it is not there."""
+        assert self._mirror is not None
+        _require_room(stated.size, self._mirror, self.where(key), "one tar")
+        for _ in range(TRIES):
+            with self._explained(key):
+                self._keep(name, lambda file: self._fetch_whole(key, name, file, stated))
+            try:
+                file = (self.root / name).open("rb")
+            except FileNotFoundError:
+                continue
+            if os.fstat(file.fileno()).st_size == stated.size:
+                return file
+            file.close()
+            self._mirror.remove(name)
+        raise RemoteError(
+            "copies of the shards are removed before they are read",
+            where=self._mirror.folder,
+            action=f"give {GIGABYTES} more gigabytes",
+        )
+
+    def read(self, key: str, part: ByteRange, stated: Stated) -> bytes:
+        """Request a part of a tar, of the version that was stated."""
+        assert part.stop is not None
+        length = part.stop - part.start
+
+        def request(pace: Pace) -> bytes:
+            address = self._addresses.pop(key, None)
+            try:
+                data = receive(pace, address)
+            except transfers.StatusError as error:
+                if address is None:
+                    raise
+                raise OSError(f"{error}, where redirects led to before") from error
+            return data
+
+        def receive(pace: Pace, address: str | None) -> bytes:
+            with (
+                self._response(key, part.start, pace, part.stop)
+                if address is None
+                else transfers.from_web(address, part, self.where(key), pace, {})
+            ) as response:
+                if not response.part:
+                    raise OSError("the whole file where a part of it was requested")
+                self._require_same(key, stated, response.total, response.version)
+                data = bytearray()
+                for piece in response.pieces(pace):
+                    data += piece
+                    if len(data) > length:
+                        raise OSError(f"more than the {length} bytes that were requested")
+            if len(data) != length:
+                raise OSError(f"{len(data)} bytes arrived where {length} should")
+            address = response.address or address
+            if address is not None:  # saves the redirects of the next part
+                self._addresses[key] = address
+            return bytes(data)
+
+        with self._explained(key):
+            return self._insisting(key, request)
+
+    def sha256(self, key: str, name: str, stated: Stated) -> str:
+        """Return the SHA-256 of a tar, which is fetched where it was not noted."""
+        found = self.noted_sha256(name)
+        if found is None:
+            with self.open(key, name, stated) as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            self._note_sha256(name, found)
+        return found
+
+    def noted_sha256(self, name: str) -> str | None:
+        """Return the SHA-256 that was noted when a tar was fetched; None if it was not."""
+        note = self.root / f"{name}.sha256"
+        found = note.read_text() if note.is_file() else ""
+        return found if _SHA256.fullmatch(found) else None
+
+    def noted(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Return the arrays noted under ``name``, made and noted if they are not there."""
+        path = self.root / name
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, zipfile.BadZipFile):  # there is none, or a damaged one
+            made = make()
+
+        def write(partial: Path) -> None:
+            with open(partial, "wb") as file:
+                np.savez(file, **made)  # type: ignore[arg-type]
+
+        atomic_write(path, write)
+        return made
+
+    def document_if_there(self, key: str) -> bytes | None:
+        """Read a small file; None where there is none, or one that may not be read."""
+        try:
+            return self.document(key, schemas.MAX_BYTES)
+        except DamageError as error:
+            if str(error) == "the file is missing":
+                return None
+            raise ShardError(
+                "a document beside the shards cannot be read",
+                where=self.where(key),
+                found=str(error),
+            ) from error
+        except RemoteError as error:
+            if not self.is_refusal(error):
+                raise
+            log.info(f"{self.where(key)}: taken for absent: {error.found}")
+            return None
+
+    def _fetch_whole(self, key: str, name: str, file: BufferedRandom, stated: Stated) -> None:
+        """Fetch a tar, and compare it with what is stated; a wrong one is fetched once more."""
+        for again in (True, False):
+            file.seek(0)
+            file.truncate()
+            version = self._fetch(key, file, stated.size)
+            self._require_same(key, stated, file.tell(), version)
+            file.flush()
+            file.seek(0)
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found == (stated.sha256 or found):
+                return self._note_sha256(name, found)
+            if not again:
+                raise ShardError(
+                    "the tar is not the one that was described: its bytes differ",
+                    where=self.where(key),
+                    found=f"SHA-256 {found}",
+                    expected=stated.sha256,
+                    action="publish the shards again as they were, or describe them anew: "
+                    "cskd-pipeline index",
+                )
+
+    def _note_sha256(self, name: str, sha256: str) -> None:
+        write_text(self.root / f"{name}.sha256", sha256)
+
+    def _require_same(self, key: str, stated: Stated, size: int | None, version: str) -> None:
+        exchanged = stated.sha256 is None and version != stated.version
+        if size == stated.size and not exchanged:
+            return
+        raise ShardError(
+            "the tar was exchanged while it was in use",
+            where=self.where(key),
+            found=f"{size} bytes, ETag {version or 'none'}",
+            expected=f"{stated.size} bytes, ETag {stated.version or 'none'}, as at the start",
+            action="run the same command again once the shards stay as they are",
+        )
+
+    @contextmanager
+    def _explained(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except DamageError as error:
+            raise ShardError(
+                "the shard cannot be fetched",
+                where=self.where(key),
+                found=str(error),
+                expected="the tar that was there at the start",
+                action="publish the shards again, or describe what is there: cskd-pipeline index",
+            ) from error
+
+
+def tars_in(folder: str) -> RemoteTars:
+    """Return the tars in a folder at a URL, without copies.
+
+    Raises:
+        UsageError: a URL that cannot be read.
+    """
+    return RemoteTars(folder)
+
+
+def _tars_at(folder: str) -> RemoteTars:
+    return _with_copies(folder, os.environ.get(FOLDER), os.environ.get(GIGABYTES))
+
+
+@lru_cache(maxsize=64)
+def _with_copies(folder: str, *environment: str | None) -> RemoteTars:
+    """The connections of one process; ``environment``: where copies lie, and how many."""
+    return RemoteTars(folder, Mirror.of(f"shards {folder}"))
+
+
+def room_of(tars: Iterable[Tar]) -> int | None:
+    """Return how many bytes of copies stay; None where all tars are on this machine."""
+    remote = next((tar for tar in tars if isinstance(tar, RemoteTar)), None)
+    return None if remote is None else Mirror.of(f"shards {remote.parent}").lasting
+
+
+def require_room(tars: Iterable[Tar], at_once: int, what: str) -> None:
+    """Refuse room for copies that is less than the ``at_once`` largest of ``tars`` take.
+
+    Raises:
+        UsageError: it is.
+    """
+    remote = [tar for tar in tars if isinstance(tar, RemoteTar)]
+    if remote:
+        largest = sorted((tar.size for tar in remote), reverse=True)[:at_once]
+        mirror = Mirror.of(f"shards {remote[0].parent}")
+        _require_room(sum(largest), mirror, mirror.folder, f"{what} ({len(largest)} tars)")
+
+
+def _require_room(size: int, mirror: Mirror, where: object, what: str) -> None:
+    if size > mirror.lasting:
+        raise UsageError(
+            f"the room for copies of shards is smaller than what {what} takes",
+            where=where,
+            found=f"{GIGABYTES}={mirror.limit / 1e9:g}, of which {mirror.lasting / 1e9:g} GB stay",
+            expected=f"at least {size / 7 * 8 / 1e9:.3g}",
+            action=f"set {GIGABYTES} to more, or copy the shards to this machine"
+            + ("" if what == "one tar" else "; or set batch.shuffle_shards to less"),
+        )

@@ -1,0 +1,109 @@
+"""Tars are fetched in the order of their use, within the room that copies have."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cskd_pipeline.data import read_ahead
+from cskd_pipeline.data.read_ahead import ReadAhead, Use, uses_of
+from cskd_pipeline.data.remote_tar import RemoteTar, Stated
+from cskd_pipeline.errors import RemoteError
+
+
+def tar(number: int, size: int = 100) -> RemoteTar:
+    return RemoteTar(f"https://host/{number}.tar", Stated(size, "", True))
+
+
+class Fetched:
+    """Stands for the network: which tars were fetched, in order."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.failing: set[int] = set()
+        self.lock = threading.Lock()
+
+    def fetch(self, tar: RemoteTar) -> None:
+        number = int(tar.url.rpartition("/")[2].removesuffix(".tar"))
+        with self.lock:
+            self.numbers.append(number)
+        if number in self.failing:
+            raise RemoteError("the shards cannot be reached", where=tar)
+
+    def until(self, numbers: list[int]) -> None:
+        """These and no others were fetched, after a moment."""
+        self._wait(lambda: len(self.numbers) >= len(numbers))
+        time.sleep(0.05)
+        assert sorted(self.numbers) == sorted(numbers)
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        end = time.monotonic() + 10
+        while not done() and time.monotonic() < end:
+            time.sleep(0.005)
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> Fetched:
+    found = Fetched()
+    monkeypatch.setattr(RemoteTar, "fetch", lambda self: found.fetch(self))
+    monkeypatch.setattr(read_ahead, "room_of", lambda tars: 250)
+    return found
+
+
+def test_uses_are_in_the_order_of_their_first() -> None:
+    tars = [tar(0), Path("here.tar"), tar(2)]
+    uses = uses_of(tars, np.array([2, 1, 2, 0, 0]), np.array([0, 0, 1, 1, 2]))
+    assert uses == [Use(tars[2], 0, 1), Use(tars[0], 1, 2)]  # type: ignore[arg-type]
+
+
+def test_no_more_is_fetched_than_there_is_room_for(fetched: Fetched) -> None:
+    tars = [tar(number) for number in range(5)]
+    ahead = ReadAhead(tars, [Use(t, n, n) for n, t in enumerate(tars)], horizon=100)
+    fetched.until([])  # nothing before the loader's processes are there
+    ahead.advance(0)
+    fetched.until([0, 1])
+    ahead.advance(1)  # tar 0 is not needed any more
+    fetched.until([0, 1, 2])
+    ahead.advance(4)  # 3 was passed by
+    fetched.until([0, 1, 2, 4])
+    ahead.close()
+
+
+def test_nothing_beyond_the_horizon_is_fetched(fetched: Fetched) -> None:
+    tars = [tar(0, 1), tar(1, 1)]
+    endless = (Use(tars[n % 2], n, n) for n in range(10**9))
+    ahead = ReadAhead(tars, endless, horizon=3)
+    ahead.advance(0)
+    fetched.until([0, 1, 0, 1])
+    ahead.close()
+
+
+def test_a_tar_that_fails_is_left_to_its_reader(fetched: Fetched) -> None:
+    fetched.failing = {0}
+    tars = [tar(0), tar(1)]
+    ahead = ReadAhead(tars, [Use(t, n, n) for n, t in enumerate(tars)], horizon=9)
+    ahead.advance(0)
+    fetched.until([0, 1])
+    ahead.close()
+
+
+def test_a_closed_one_fetches_nothing_more(fetched: Fetched) -> None:
+    tars = [tar(number) for number in range(5)]
+    ahead = ReadAhead(tars, [Use(t, n, n) for n, t in enumerate(tars)], horizon=9)
+    ahead.advance(0)
+    fetched.until([0, 1])
+    ahead.close()
+    ahead.advance(4)
+    fetched.until([0, 1])
+
+
+def test_nothing_is_done_for_tars_on_this_machine() -> None:
+    before = threading.active_count()
+    ahead = ReadAhead([Path("a.tar")], [], horizon=9)
+    ahead.advance(0)
+    assert threading.active_count() == before

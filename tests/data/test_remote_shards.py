@@ -1,0 +1,390 @@
+"""Shards at a URL read as those on disk, whatever goes wrong on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cskd_pipeline.cache import remote_files
+from cskd_pipeline.cache.manifest import DatasetManifest
+from cskd_pipeline.data import remote_tar
+from cskd_pipeline.data.describe import describe, index_shards
+from cskd_pipeline.data.index import Dataset, load_dataset
+from cskd_pipeline.data.listing import expand_shards
+from cskd_pipeline.data.range_file import RangeFile
+from cskd_pipeline.data.remote_tar import RemoteTar, RemoteTars, require_room
+from cskd_pipeline.errors import DataError, RemoteError, ShardError, UsageError
+from cskd_pipeline.tools.make_shards import make_shards
+from tests.conftest import COUNTS
+from tests.serving import BUCKET, Served, serving
+
+
+@pytest.fixture
+def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where copies are kept."""
+    monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "copies"))
+    monkeypatch.setattr(remote_files, "WAIT", 0.001)
+    return tmp_path / "copies"
+
+
+@pytest.fixture
+def folder(shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "served/set"))
+
+
+@pytest.fixture
+def served(folder: Path, copies: Path) -> Iterator[Served]:
+    with serving(folder.parent) as found:
+        yield found
+
+
+@pytest.fixture
+def store(folder: Path, copies: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """The same in a bucket, with the settings that S3's own tools read."""
+    with serving(folder.parent, "s3") as found:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", found.url)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+        yield found
+
+
+def pattern(served: Served) -> str:
+    return f"{served.url}/set/train-{{0000..0003}}.tar"
+
+
+def assert_same(remote: Dataset, local: Dataset) -> None:
+    assert (remote.counts, remote.shard_ids) == (local.counts, local.shard_ids)
+    assert (remote.class_names, remote.name) == (local.class_names, local.name)
+    for one, other in zip(remote.shards, local.shards, strict=True):
+        for field in ("keys", "label", "offset", "size"):
+            np.testing.assert_array_equal(getattr(one.index, field), getattr(other.index, field))
+        assert list(one.read_images(range(len(one)))) == list(other.read_images(range(len(other))))
+
+
+def tars(copies: Path) -> list[Path]:
+    return sorted(copies.rglob("*.tar"))
+
+
+def fresh(copies: Path) -> None:
+    shutil.rmtree(copies, ignore_errors=True)
+    remote_tar._with_copies.cache_clear()
+
+
+def test_shards_behind_a_web_server_read_as_their_folder(served: Served, folder: Path) -> None:
+    assert_same(load_dataset(pattern(served)), load_dataset(folder))
+
+
+def test_shards_of_a_server_without_ranges_are_fetched_whole(
+    served: Served, folder: Path, copies: Path
+) -> None:
+    served.ranges = False
+    remote = load_dataset(pattern(served))
+    assert len(tars(copies)) == len(COUNTS)
+    assert_same(remote, load_dataset(folder))
+
+
+@pytest.mark.parametrize(
+    "spec", ["set", "set/", "set/train-*.tar", "set/*.tar,", "set/train-{0000..0003}.tar"]
+)
+def test_shards_in_an_object_store_read_as_their_folder(
+    store: Served, folder: Path, spec: str
+) -> None:
+    assert_same(load_dataset(f"s3://{BUCKET}/{spec}"), load_dataset(folder))
+
+
+def test_a_comma_list_may_mix_urls_and_files(served: Served, folder: Path) -> None:
+    found = expand_shards(f"{served.url}/set/train-0001.tar,{folder}/train-0000.tar")
+    assert [str(path) for path in found] == [
+        f"{served.url}/set/train-0001.tar",
+        f"{folder}/train-0000.tar",
+    ]
+
+
+def test_headers_are_read_by_ranges_and_no_image_is_fetched(tmp_path: Path, copies: Path) -> None:
+    images = tmp_path / "images"
+    for name in ("a", "b"):
+        (images / name).mkdir(parents=True)
+        for number in range(4):
+            data = np.random.default_rng(number).bytes(300_000)
+            (images / name / f"{name}{number}.jpg").write_bytes(b"\xff\xd8\xff" + data)
+    make_shards(images, tmp_path / "served/set", shard_size=4)
+    with serving(tmp_path / "served") as served:
+        info = index_shards(f"{served.url}/set")
+        bodies = [r for r in served.gets(".tar") if r is not None]
+        sizes = [int(r[6:].split("-")[1]) - int(r[6:].split("-")[0]) + 1 for r in bodies]
+        assert served.gets(".tar").count(None) == 0
+    assert sum(sizes) < 0.1 * sum(shard.bytes for shard in info.shards)
+    assert not tars(copies)
+    local = index_shards(tmp_path / "served/set")
+    assert info.location == f"{served.url}/set"
+    assert [replace(s, sha256=None) for s in local.shards] == list(info.shards)
+
+
+def test_headers_are_requested_once_on_a_machine(served: Served) -> None:
+    load_dataset(pattern(served))
+    before = len(served.asked)
+    load_dataset(pattern(served))
+    again = [r for _, path, r in served.asked[before:] if path.endswith(".tar")]
+    assert set(again) == {"bytes=0-0"}  # are they still there, and the same?
+
+
+def test_a_manifest_on_this_machine_leads_to_the_url(
+    served: Served, folder: Path, tmp_path: Path
+) -> None:
+    manifest = index_shards(pattern(served))
+    manifest.save(tmp_path / "train.json")
+    assert DatasetManifest.load(tmp_path / "train.json") == manifest
+    remote = load_dataset(tmp_path / "train.json")
+    assert_same(remote, load_dataset(folder))
+    assert describe(remote) == index_shards(folder)  # what a dump writes is the same
+
+
+def test_a_manifest_beside_the_shards_is_used(served: Served, folder: Path) -> None:
+    index_shards(folder).save(folder / "manifest.json")
+    remote = load_dataset(f"{served.url}/set/manifest.json")
+    assert not [r for r in served.gets(".tar") if r != "bytes=0-0"]
+    assert_same(remote, load_dataset(folder))
+
+
+def test_a_tar_whose_bytes_are_not_the_manifests_is_refused(
+    served: Served, folder: Path, copies: Path
+) -> None:
+    index_shards(folder).save(folder / "manifest.json")
+    path = folder / "train-0000.tar"
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1  # in an image
+    path.write_bytes(data)
+    remote = load_dataset(f"{served.url}/set/manifest.json")
+    with pytest.raises(ShardError, match="not the one that was described") as caught:
+        remote.shards[0].read_image(0)
+    assert caught.value.expected == remote.shards[0].info.sha256  # type: ignore[union-attr]
+    assert not tars(copies)
+
+
+@pytest.mark.parametrize("fault", ["reset", "truncate", 503, 500])
+def test_failures_that_pass_are_got_over(served: Served, folder: Path, fault: str | int) -> None:
+    served.faults = [("0000.tar", fault)] * 3 + [("0002.tar", fault)] * 2
+    assert_same(load_dataset(pattern(served)), load_dataset(folder))
+
+
+def test_failures_that_stay_are_errors(served: Served) -> None:
+    dataset = load_dataset(pattern(served))
+    served.always["0001.tar"] = 503
+    with pytest.raises(RemoteError, match="the shards cannot be reached"):
+        dataset.shards[1].read_image(0)
+    served.always["0001.tar"] = 403
+    with pytest.raises(RemoteError, match="the shards may not be read"):
+        load_dataset(pattern(served))
+
+
+def test_all_that_is_missing_is_named_at_once(served: Served) -> None:
+    with pytest.raises(DataError, match="2 of 6 shards are not there") as caught:
+        load_dataset(f"{served.url}/set/train-{{0000..0005}}.tar")
+    assert [line.rpartition("/")[2] for line in caught.value.problems] == [
+        "train-0004.tar",
+        "train-0005.tar",
+    ]
+
+
+def exchange(path: Path) -> None:
+    """Other bytes of the same length."""
+    data = path.read_bytes()
+    path.write_bytes(data[:600] + bytes(16) + data[616:])
+
+
+def test_a_tar_exchanged_since_its_headers_were_read_is_refused(
+    served: Served, folder: Path, copies: Path
+) -> None:
+    dataset = load_dataset(pattern(served))
+    exchange(folder / "train-0000.tar")
+    with pytest.raises(ShardError, match="the tar was exchanged while it was in use"):
+        dataset.shards[0].read_image(0)
+    assert not tars(copies)
+
+
+def test_a_tar_exchanged_during_its_transfer_is_no_mixture(
+    served: Served, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = load_dataset(pattern(served))
+    served.faults = [("0000.tar", "truncate")]
+    original = remote_files.time.sleep
+
+    def later(seconds: float) -> None:
+        exchange(folder / "train-0000.tar")
+        original(seconds)
+
+    monkeypatch.setattr(remote_files.time, "sleep", later)
+    with pytest.raises(ShardError, match="exchanged"):
+        dataset.shards[0].read_image(0)
+
+
+def test_an_exchanged_tar_is_another_one_for_the_next_command(served: Served, folder: Path) -> None:
+    load_dataset(pattern(served)).shards[0].read_image(0)
+    data = (folder / "train-0002.tar").read_bytes()
+    (folder / "train-0000.tar").write_bytes(data)
+    (folder / "train-0002.tar").unlink()
+    spec = f"{served.url}/set/train-0000.tar"
+    assert load_dataset(spec).counts == (COUNTS[2],)
+
+
+def test_copies_are_shared_and_an_evicted_one_is_fetched_again(
+    served: Served, folder: Path, copies: Path
+) -> None:
+    dataset = load_dataset(pattern(served))
+    image = dataset.shards[0].read_image(3)
+    assert load_dataset(pattern(served)).shards[0].read_image(3) == image
+    assert served.gets("0000.tar").count(None) == 1
+    for path in tars(copies):
+        path.unlink()
+    assert dataset.shards[0].read_image(3) == image
+    assert served.gets("0000.tar").count(None) == 2
+
+
+def test_room_for_less_than_the_set_holds_what_fits(
+    served: Served, folder: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [path.stat().st_size for path in sorted(folder.glob("*.tar"))]
+    limit = 2 * max(sizes)
+    monkeypatch.setenv("CSKD_CACHE_GB", str(limit / 1e9))
+    assert sum(sizes) > limit
+    remote, local = load_dataset(pattern(served)), load_dataset(folder)
+    for _ in range(3):
+        assert_same(remote, local)
+        assert sum(path.stat().st_size for path in tars(copies)) <= limit
+
+
+def test_room_for_less_than_a_tar_or_a_batch_is_refused(
+    served: Served, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = load_dataset(pattern(served))
+    paths = [shard.path for shard in dataset.shards]
+    sizes = [path.stat().st_size for path in sorted(folder.glob("*.tar"))]
+    size = max(sizes)
+    monkeypatch.setenv("CSKD_CACHE_GB", str(1.2 * size / 1e9))
+    require_room(paths, 1, "one batch")
+    with pytest.raises(UsageError, match="smaller than what one batch") as caught:
+        require_room(paths, 16, "one batch")
+    assert "CSKD_CACHE_GB" in str(caught.value.action)
+    monkeypatch.setenv("CSKD_CACHE_GB", str(0.5 * size / 1e9))
+    with pytest.raises(UsageError, match="smaller than what one tar"):
+        dataset.shards[sizes.index(max(sizes))].read_image(0)
+
+
+def test_a_killed_fetch_leaves_nothing_that_is_believed(
+    served: Served, folder: Path, copies: Path
+) -> None:
+    served.always["0000.tar"] = "trickle"
+    stated = RemoteTars(f"{served.url}/set").state("train-0001.tar")
+    data = (folder / "train-0000.tar").read_bytes()
+    stated = replace(stated, size=len(data), version=f'"{hashlib.md5(data).hexdigest()}"')
+    tar = RemoteTar(f"{served.url}/set/train-0000.tar", stated)
+    code = "from cskd_pipeline.data.remote_tar import RemoteTar, Stated\n" + f"{tar!r}.fetch()"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    while not list(copies.rglob("*.partial")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    served.always.clear()
+    assert not tars(copies)
+    with tar.open() as file:
+        assert file.read() == data
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("pipe:cat x.tar", DataError, "never opened"),
+        ("ftp://host/x.tar", UsageError, "shards cannot be read from this URL"),
+        ("https://user:word@host/x.tar", UsageError, "a name or password"),
+        ("https://host/x.tar?token=1", UsageError, "no plain place"),
+        ("https://host/a-*.tar", DataError, "does not list"),
+        ("s3://bucket/*/a.tar", DataError, "only the last part"),
+    ],
+)
+def test_what_is_no_url_of_shards_is_refused(
+    spec: str, error: type[Exception], message: str, copies: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        expand_shards(spec)
+
+
+def test_the_hubs_own_sha256_is_taken(
+    served: Served, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its file system states it: no byte of an image is fetched for the manifest."""
+
+    class Hub:
+        def ls(self, path: str, detail: bool) -> list[dict[str, Any]]:
+            found = []
+            for file in sorted(folder.iterdir()):
+                data = file.read_bytes()
+                large = {"sha256": hashlib.sha256(data).hexdigest()}
+                lfs = large if file.suffix == ".tar" else None
+                found.append({"name": f"{path}/{file.name}", "size": len(data), "lfs": lfs})
+            return found
+
+        def url(self, path: str) -> str:
+            return f"{served.url}/set/{path.rpartition('/')[2]}"
+
+    monkeypatch.setattr(RemoteTars, "_fs", lambda self: Hub())
+    monkeypatch.setattr(RemoteTars, "_linked", lambda self, path: (Hub().url(path), {}))
+    manifest = index_shards("hf://datasets/lab/set/train-{0000..0003}.tar")
+    local = index_shards(folder)
+    assert manifest.location == "hf://datasets/lab/set"
+    assert manifest.shards == local.shards
+    assert None not in served.gets(".tar")
+
+
+def test_headers_behind_redirects_are_requested_where_these_lead(
+    served: Served, folder: Path
+) -> None:
+    """And through the redirect again once that is refused: signed URLs expire."""
+    size = (folder / "train-0000.tar").stat().st_size
+    with serving(folder.parent) as front:
+        target = {"Location": f"{served.url}/set/train-0000.tar", "Content-Length": "0"}
+        front.replies["0000.tar"] = (302, target, b"")
+        tars = RemoteTars(f"{front.url}/set")
+        stated = tars.state("train-0000.tar")
+        read = RangeFile(size, lambda part: tars.read("train-0000.tar", part, stated)).read_at
+        data = (folder / "train-0000.tar").read_bytes()
+        assert read(512, 0) == data[:512]
+        assert read(512, 20_000) == data[20_000:20_512]
+        assert len(front.gets("0000.tar")) == 2  # for what is stated, and the first headers
+        served.faults = [("0000.tar", 403)]
+        assert read(512, 10_000) == data[10_000:10_512]
+        assert len(front.gets("0000.tar")) == 3
+
+
+def test_ranges_grow_where_reads_lie_close_and_shrink_where_not() -> None:
+    data = bytes(range(256)) * 4096
+    parts: list[tuple[int, int]] = []
+
+    def fetch(part: Any) -> bytes:
+        parts.append((part.start, part.stop))
+        return data[part.start : part.stop]
+
+    file = RangeFile(len(data), fetch)
+    assert file.read(512) == data[:512]
+    assert file.read_at(10, 100) == data[100:110]
+    assert len(parts) == 1
+    for offset in range(0, 100_000, 1000):
+        assert file.read_at(512, offset) == data[offset : offset + 512]
+    assert len(parts) < 10
+    assert file.read_at(512, 500_000) == data[500_000:500_512]
+    assert parts[-1][1] - parts[-1][0] == 4096
+    assert file.read_at(10**9, len(data) - 5) == data[-5:]

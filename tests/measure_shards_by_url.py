@@ -1,0 +1,135 @@
+"""Measures a loader on shards in a bucket on loopback against the same shards on disk.
+
+``python -m tests.measure_shards_by_url --images 4000 --workers 2`` prints a JSON document: for
+``disk``, ``cold`` (no copies yet), ``warm`` (all copies there) and ``small`` (room for half of the
+set), in turn over ``--rounds``: seconds until the first batch, images a second after it, and the
+longest wait for a batch. ``--step`` seconds pass after every batch, as in a training loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cskd_pipeline.data.cached_loader import CachedLoader
+from cskd_pipeline.data.describe import index_shards
+from cskd_pipeline.data.index import load_dataset
+from cskd_pipeline.data.training_views import TrainingViews
+from cskd_pipeline.tools.make_shards import make_shards
+from cskd_pipeline.views.policy import ViewPolicy
+from tests.serving import BUCKET, serving
+
+
+def draw(folder: Path, images: int) -> None:
+    """JPEGs of about 100 kB, in two classes."""
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (64, 80, 100, 3), np.uint8)
+    for number in range(images):
+        image = Image.fromarray(coarse[number % 64]).resize((500, 400))
+        grain = random.integers(0, 30, (400, 500, 3), np.uint8)
+        data = io.BytesIO()
+        Image.fromarray(np.asarray(image) // 2 + grain).save(data, "JPEG", quality=88)
+        path = folder / "ab"[number % 2] / f"{number:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data.getvalue())
+
+
+def serve(root: Path, ends: Connection) -> None:
+    """In a process of its own, as a store is: until the other end closes."""
+    with serving(root, "s3") as served:
+        ends.send(served.url)
+        ends.poll(None)
+
+
+def run(spec: str | Path, options: argparse.Namespace) -> dict[str, float]:
+    """One epoch."""
+    started = time.perf_counter()
+    dataset = load_dataset(spec)
+    views = TrainingViews.of_dataset(dataset, ViewPolicy(), seed=0)
+    loader = CachedLoader(
+        views, 128, repeats=1, workers=options.workers, shuffle_shards=options.shuffle_shards
+    )
+    waits, before = [], started
+    for _ in loader.batches(len(loader)):
+        waits.append(time.perf_counter() - before)
+        time.sleep(options.step)
+        before = time.perf_counter()
+    seconds = before - started - waits[0]
+    return {
+        "first_batch_s": waits[0],
+        "images_per_s": 128 * (len(waits) - 1) / seconds,
+        "longest_wait_s": max(waits[1:]),
+        "waiting": sum(waits[1:]) / seconds,
+    }
+
+
+def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """All kinds in turn, ``rounds`` times; medians."""
+    tars = root / "served/set"
+    draw(root / "images", options.images)
+    make_shards(root / "images", tars, shard_size=options.shard_size)
+    total = sum(path.stat().st_size for path in tars.glob("*.tar"))
+    url = f"s3://{BUCKET}/set/*.tar"
+    os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_CONFIG_FILE": os.devnull}
+    copies = root / "copies"
+    os.environ |= {"CSKD_CACHE_DIR": str(copies), "CSKD_CACHE_GB": "50"}
+    started = time.perf_counter()
+    index_shards(url).save(root / "train.json")
+    found: dict[str, list[dict[str, float]]] = {}
+    indexing = time.perf_counter() - started
+    for _ in range(options.rounds):
+        for kind in ("disk", "cold", "warm", "small"):
+            if kind in ("cold", "small"):
+                shutil.rmtree(copies)
+            os.environ["CSKD_CACHE_GB"] = str(total / 2e9) if kind == "small" else "50"
+            spec = tars if kind == "disk" else root / "train.json"
+            found.setdefault(kind, []).append(run(spec, options))
+    return {
+        "bytes": total,
+        "index_s": indexing,
+        **{
+            kind: {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+            for kind, rounds in found.items()
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--shard-size", type=int, default=200)
+    parser.add_argument("--shuffle-shards", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--step", type=float, default=0.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "served").mkdir()
+        context = get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(target=serve, args=(root / "served", there), daemon=True)
+        process.start()
+        os.environ["AWS_ENDPOINT_URL"] = here.recv()
+        try:
+            print(json.dumps(measure(root, options), indent=2))
+        finally:
+            process.terminate()
+
+
+if __name__ == "__main__":
+    main()
