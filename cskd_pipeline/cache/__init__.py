@@ -2,7 +2,8 @@
 
 1. ``manifest`` -- the JSON that decides everything; ``layout`` -- which arrays and files follow
    from it, and how a unit (block of views, tar shard) maps to files of its own; ``arrays`` -- one
-   array's geometry and ``zarr.json``.
+   array's geometry and ``zarr.json``; ``view_blocks`` -- how many views a unit has, and how many
+   files that makes.
 2. ``chunks`` -- bytes: a file of chunks encoded, one chunk decoded, every checksum compared.
    ``digests`` -- SHA-256 from a unit's files up to the whole cache.
 3. ``store`` -- a folder as a cache: manifest, finished units, chunks; errors name array, unit and
@@ -13,8 +14,8 @@
 5. ``reader`` -- sees finished units only, and compares every file with its record once; ``slabs``
    decodes rows and keeps what fits (``lru``), ``key_index`` finds samples by key, ``choosing``
    picks the encoding that serves a loss.
-6. ``convert`` -- a smaller cache of another; ``merge`` -- one of several, which ``parts`` compares;
-   ``upgrade`` -- version 1 to 2, in place.
+6. ``convert`` -- a cache of another, smaller or in fewer files; ``merge`` -- one of several, which
+   ``parts`` compares; ``upgrade`` -- version 1 to 2, in place.
 7. ``info`` -- a cache described as a dictionary, ``summary`` in half a screen; ``check`` -- a cache
    verified from nothing but itself.
 

@@ -47,6 +47,11 @@ class StoredArray:
         return np.dtype(self.dtype).newbyteorder("<")
 
     @property
+    def files(self) -> tuple[int, ...]:
+        """Count the files of the whole array along each axis."""
+        return tuple(-(-n // f) for n, f in zip(self.shape, self.file_shape, strict=True))
+
+    @property
     def chunks_per_file(self) -> tuple[int, ...]:
         """Count the chunks of a file along each axis."""
         assert self.chunk_shape is not None

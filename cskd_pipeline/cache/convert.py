@@ -8,7 +8,7 @@ the same images in the same views.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,10 @@ import numpy as np
 
 from cskd_pipeline.cache.digests import split_pin
 from cskd_pipeline.cache.info import describe
-from cskd_pipeline.cache.layout import choose_view_block
 from cskd_pipeline.cache.manifest import CacheManifest, utc_now
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.units import Unit, UnitBuffer, UnitData, encoded
+from cskd_pipeline.cache.view_blocks import choose_view_block
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS, Rows
 from cskd_pipeline.errors import CacheError, UsageError
@@ -31,22 +31,39 @@ if TYPE_CHECKING:
 _ROWS = 64  # encoded at once
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """Say what the new cache has of the source.
+
+    Args:
+        encodings: none: the source's.
+        views: only the first so many; None: all.
+        shards: only the tar shards from, up to and not including; None: all.
+        view_block: views per unit, which decide how many files there are; 0: as
+            :func:`choose_view_block` says; None: the source's, or chosen if ``views`` are no whole
+            number of them.
+    """
+
+    encodings: Sequence[str] = ()
+    views: int | None = None
+    shards: tuple[int, int] | None = None
+    view_block: int | None = None
+
+
+_COPY = Conversion()
+
+
 def convert(
     source: Path | str,
     target: Path | str,
+    wanted: Conversion = _COPY,
     *,
-    encodings: Sequence[str] = (),
-    views: int | None = None,
-    shards: tuple[int, int] | None = None,
     device: str | torch.device = "cpu",
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Make, or go on with, the cache ``target`` from the finished units of ``source``.
 
     Args:
-        encodings: of the new cache; none: the source's.
-        views: only the first so many views.
-        shards: only the tar shards from, up to and not including.
         device: where new encodings are made.
         stopped: called between units; true ends the work there.
 
@@ -56,7 +73,8 @@ def convert(
 
     Raises:
         CacheError: the source cannot serve an encoding, is damaged, or the target is another
-            cache; UsageError: views or shards that the source does not have.
+            cache; UsageError: views or shards that the source does not have, or blocks that do not
+            divide the views or that the target does not have.
         KeyboardInterrupt: stopped between units.
     """
     reader = open_cache(source)
@@ -66,12 +84,10 @@ def convert(
             where=target,
             action="choose another folder for the new cache",
         )
-    first, last = _shard_range(reader, shards)
-    wanted = tuple(encodings) or reader.manifest.encodings
-    _require_sources(reader, wanted)
-    parent = reader.manifest.as_parent(reader.digest())
-    made = _converted(reader, wanted, _view_count(reader, views), (first, last), parent)
+    first, _ = _shard_range(reader, wanted.shards)
+    made = _converted(reader, wanted)
     writer = CacheWriter.create(target, made, accept_versions=True)
+    _require_block(writer, wanted.view_block)
     if made.views > writer.manifest.views:
         writer.extend(made.views)
     units = writer.todo()
@@ -95,28 +111,42 @@ def convert(
     }
 
 
-def _converted(
-    reader: Cache,
-    encodings: tuple[str, ...],
-    views: int,
-    shards: tuple[int, int],
-    parent: dict[str, Any],
-) -> CacheManifest:
+def _converted(reader: Cache, wanted: Conversion) -> CacheManifest:
     """The new cache's manifest."""
     old = reader.manifest
-    dataset = replace(old.dataset, shards=old.dataset.shards[slice(*shards)])
-    block = old.view_block
-    if views % block:
-        block = choose_view_block(views, max(dataset.counts), encodings, reader.shape)
-    return replace(
+    encodings = tuple(wanted.encodings) or old.encodings
+    _require_sources(reader, encodings)
+    shards = old.dataset.shards[slice(*_shard_range(reader, wanted.shards))]
+    made = replace(
         old,
-        dataset=dataset,
-        views=views,
-        view_block=block,
+        dataset=replace(old.dataset, shards=shards),
+        views=_view_count(reader, wanted.views),
         encodings=encodings,
         created=utc_now(),
-        parent=parent,
+        parent=old.as_parent(reader.digest()),
     )
+    block = old.view_block if wanted.view_block is None else wanted.view_block
+    if wanted.view_block and made.views % block:
+        raise UsageError(
+            "views come in whole blocks",
+            where=reader.path,
+            found=f"{made.views} views in blocks of {block}",
+            expected="a divisor of the number of views",
+        )
+    if not block or made.views % block:
+        block = choose_view_block(made, made.views)
+    return replace(made, view_block=block)
+
+
+def _require_block(writer: CacheWriter, block: int | None) -> None:
+    if block and block != writer.manifest.view_block:
+        raise UsageError(
+            "the blocks of views of a cache are fixed when it is made",
+            where=writer.path,
+            found=f"blocks of {writer.manifest.view_block} views",
+            expected=f"blocks of {block} views",
+            action="choose another folder for the new cache, or leave the block out",
+        )
 
 
 def unit_data(

@@ -7,6 +7,7 @@ from typing import Any
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import Cache
+from cskd_pipeline.cache.view_blocks import count_files
 
 METHOD = (
     "Cumulative Spatial Knowledge Distillation for Vision Transformers. ICCV 2023. "
@@ -21,6 +22,7 @@ def describe(cache: Cache) -> dict[str, Any]:
     where they are not listed; ``bytes_per_view`` is per view of one sample, over finished units.
     ``teacher_top1`` is the share of views whose label the teacher had on top, in percent.
     ``digest`` is the SHA-256 that names a finished cache's contents, else None.
+    ``files``, and ``largest_folder``, the entries of that, are those of the finished cache.
     ``epochs``: how long a training run sees no view twice, which is as many epochs as there are
     views, whatever its repeats.
 
@@ -30,7 +32,7 @@ def describe(cache: Cache) -> dict[str, Any]:
     manifest, done = cache.manifest, cache.done()
     sizes = _bytes_by_array(cache)
     views_done = int(done.sum(axis=0) @ list(cache.counts)) * manifest.view_block
-    digest = cache.digest()
+    digest, counts = cache.digest(), count_files(manifest)
     correct, counted = cache.top1()
 
     def per_view(names: list[str]) -> float | None:
@@ -75,6 +77,7 @@ def describe(cache: Cache) -> dict[str, Any]:
             {"name": shard.name, "samples": shard.count, "views_done": int(n) * manifest.view_block}
             for shard, n in zip(manifest.dataset.shards, done.sum(axis=0), strict=True)
         ],
+        **counts._asdict(),
         "bytes": None if sizes is None else sum(sizes.values()),
         "bytes_by_array": sizes,
         "bytes_per_view": {

@@ -29,8 +29,6 @@ RECORD = "digest"
 """The array whose files, one for each unit, are written last: a unit without one does not exist."""
 EXTENDING = ".extending"
 """A file that says how many views there will be, while arrays get longer than the manifest says."""
-MAX_VIEW_BLOCK = 10
-MAX_UNIT_BYTES = 2**30
 MAX_CHUNK_BYTES = 2**28
 """Decoded, and of a file's shard index: far above honest ones, so that no manifest fills memory."""
 
@@ -65,12 +63,9 @@ def specs(manifest: CacheManifest) -> dict[str, ArraySpec]:
     Raises:
         CacheError: a registered encoding has none, or some that cannot be stored or read.
     """
-    return _specs(manifest.encodings, response_shape(manifest))
-
-
-def _specs(names: Iterable[str], shape: ResponseShape) -> dict[str, ArraySpec]:
+    shape = response_shape(manifest)
     found: dict[str, ArraySpec] = {}
-    for name, encoding in encodings_of(names).items():
+    for name, encoding in encodings_of(manifest.encodings).items():
         arrays = encoding.arrays(shape)
         problems = list(_encoding_problems(name, arrays))
         if problems:
@@ -110,19 +105,6 @@ def _cut_along_first(spec: ArraySpec) -> bool:
     chunk = spec.tail_chunk or ()
     same = len(chunk) == len(spec.tail) and chunk[1:] == spec.tail[1:]
     return same and spec.ragged and spec.rows is None and 0 < chunk[0] < spec.tail[0]
-
-
-def choose_view_block(
-    views: int, largest_shard: int, encodings: Iterable[str], shape: ResponseShape
-) -> int:
-    """Return the largest divisor of ``views``, up to 10, whose units take at most 1 GiB of memory.
-
-    Args:
-        largest_shard: samples in the longest tar shard.
-    """
-    view_bytes = largest_shard * sum(s.row_bytes for s in _specs(encodings, shape).values())
-    fitting = min(MAX_VIEW_BLOCK, max(1, MAX_UNIT_BYTES // view_bytes))
-    return max(n for n in range(1, fitting + 1) if views % n == 0)
 
 
 def stored_arrays(manifest: CacheManifest) -> dict[str, StoredArray]:

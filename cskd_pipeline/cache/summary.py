@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cskd_pipeline.cache.view_blocks import FileCounts
 from cskd_pipeline.views.policy import ViewPolicy
 
 SHOWN = 5  # examples of what there may be thousands of
@@ -33,6 +34,7 @@ def summarise(info: Info) -> dict[str, Any]:
         "complete": _completeness(info),
         "encodings": {name: _encoding(e) for name, e in info["encodings"].items()},
         "serves": _serves(info),
+        "files": _files(info),
         "bytes": "not listed there" if info["bytes"] is None else size(info["bytes"]),
         "largest": ", ".join(
             f"{name} {size(count)}"
@@ -87,6 +89,13 @@ def _completeness(info: Info) -> str:
         f"no, {info['units']['done']} of {info['units']['total']} units; unfinished: "
         f"{', '.join(examples)}{more}"
     )
+
+
+def _files(info: Info) -> str:
+    counts = FileCounts(info["files"], info["largest_folder"])
+    if counts.excess is None:
+        return str(counts)
+    return f"{counts}; {counts.excess}: cache convert --view-block 0 makes fewer"
 
 
 def _encoding(encoding: Info) -> str:

@@ -185,14 +185,25 @@ def convert(
             metavar="FROM:TO", help="Only the tar shards FROM up to, not including, TO, from 0."
         ),
     ] = None,
+    view_block: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=1000,
+            metavar="N",
+            help="Views per unit, which is held in memory: more make fewer files. 0: as many as "
+            "keep a large cache below 40,000 files. Without, what the old cache has.",
+        ),
+    ] = None,
     device: Device = None,
 ) -> Outcome:
-    """Make a smaller cache from another: in other encodings, fewer views, or a part of the shards.
+    """Make a cache from another: other encodings, fewer views, a part of the shards, fewer files.
 
     Run the same command again after an interruption: finished units are kept.
     """
     require_encodings(encoding or ())
     chosen = parse_range(shards, "--shards")
+    from cskd_pipeline.cache.convert import Conversion
     from cskd_pipeline.cache.convert import convert as make
     from cskd_pipeline.runtime.device import pick_device
     from cskd_pipeline.runtime.signals import stop_requests
@@ -201,9 +212,7 @@ def convert(
         return make(
             source,
             target,
-            encodings=encoding or (),
-            views=views,
-            shards=chosen,
+            Conversion(encoding or (), views, chosen, view_block),
             device=pick_device(device or "auto"),
             stopped=lambda: stop.requested,
         )

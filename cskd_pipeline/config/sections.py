@@ -113,7 +113,12 @@ class CacheSection:
         examples=["dense", "dense-q8", "topk", "envelope"],
     )
     views: int = _fixed(1, "Augmented views of every image.", ge=1, le=1_000_000)
-    view_block: int = _free(0, "Views per unit; 0: up to 10, as fits.", ge=0, le=1000)
+    view_block: int = _free(
+        0,
+        "Views per unit; 0: up to 10, or, in a large cache, what keeps it below 40,000 files.",
+        ge=0,
+        le=1000,
+    )
     root_seed: int = _fixed(0, "Seed of every view's augmentation.", **_SEEDS)
     license: str = _free("", "License of the cached logits, for the manifest.")
     notes: str = _free("", "Whatever readers of the manifest should know.")

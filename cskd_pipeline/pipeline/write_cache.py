@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cskd_pipeline.cache.layout import choose_view_block
 from cskd_pipeline.cache.manifest import (
     CacheManifest,
     DatasetManifest,
@@ -20,12 +19,12 @@ from cskd_pipeline.cache.manifest import (
     utc_now,
 )
 from cskd_pipeline.cache.units import Unit
+from cskd_pipeline.cache.view_blocks import choose_view_block
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.config import CacheSection
 from cskd_pipeline.data.describe import describe
 from cskd_pipeline.data.index import Dataset, load_dataset, refuse_repeated_keys
 from cskd_pipeline.data.unit_views import Loading
-from cskd_pipeline.distill.encodings import ResponseShape
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.pipeline.unit_writer import UnitWriter
 from cskd_pipeline.runtime.classes import ClassGuard
@@ -132,13 +131,21 @@ def cache_manifest(
     Raises:
         UsageError: views that are no whole number of blocks.
     """
-    ends = (cache.views, *(view_range or ()))
-    block = cache.view_block or choose_view_block(
-        math.gcd(*ends),
-        max(dataset.counts),
-        cache.encodings,
-        ResponseShape(teacher.num_classes, *teacher.grid),
+    made = CacheManifest(
+        dataset=dataset,
+        teacher=teacher,
+        policy=policy,
+        root_seed=cache.root_seed,
+        views=cache.views,
+        view_block=cache.view_block or 1,
+        encodings=cache.encodings,
+        versions=library_versions(),
+        created=utc_now(),
+        license=cache.license,
+        notes=cache.notes,
     )
+    ends = (cache.views, *(view_range or ()))
+    block = cache.view_block or choose_view_block(made, math.gcd(*ends))
     if any(end % block for end in ends):
         part = "" if view_range is None else f", of which {view_range[0]}:{view_range[1]} now,"
         raise UsageError(
@@ -147,16 +154,4 @@ def cache_manifest(
             found=f"{cache.views} views{part} in blocks of {block}",
             expected="a divisor of the number of views, and of where their range begins and ends",
         )
-    return CacheManifest(
-        dataset=dataset,
-        teacher=teacher,
-        policy=policy,
-        root_seed=cache.root_seed,
-        views=cache.views,
-        view_block=block,
-        encodings=cache.encodings,
-        versions=library_versions(),
-        created=utc_now(),
-        license=cache.license,
-        notes=cache.notes,
-    )
+    return replace(made, view_block=block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from cskd_pipeline.cache import convert as converting
-from cskd_pipeline.cache.convert import convert
+from cskd_pipeline.cache.convert import Conversion, convert
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
@@ -19,8 +20,14 @@ from cskd_pipeline.errors import CacheError, UsageError
 from tests.cache.making import BLOCK, COUNTS, VIEWS, data_files, fill, make, manifest, tree
 
 
-def converted(source: Path, target: Path, *encodings: str, **options: Any) -> dict[str, Any]:
-    return convert(source, target, encodings=encodings, **options)
+def converted(
+    source: Path | str,
+    target: Path,
+    *encodings: str,
+    stopped: Callable[[], bool] = lambda: False,
+    **options: Any,
+) -> dict[str, Any]:
+    return convert(source, target, Conversion(encodings, **options), stopped=stopped)
 
 
 @pytest.fixture(scope="module")

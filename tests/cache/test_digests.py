@@ -18,7 +18,7 @@ import zarr
 
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.check import check_bytes, check_structure
-from cskd_pipeline.cache.convert import convert
+from cskd_pipeline.cache.convert import Conversion, convert
 from cskd_pipeline.cache.digests import split_pin
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.merge import merge
@@ -257,7 +257,7 @@ def test_a_merge_of_parts_has_the_digest_of_the_cache_made_at_once(tmp_path: Pat
     merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     assert open_cache(tmp_path / "out").digest() == root
     for name, shards in (("c", (0, 1)), ("d", (1, 3))):  # other lists of shards, other lineages
-        convert(tmp_path / "whole", tmp_path / name, shards=shards)
+        convert(tmp_path / "whole", tmp_path / name, Conversion(shards=shards))
     merge([tmp_path / "c", tmp_path / "d"], tmp_path / "again")
     assert open_cache(tmp_path / "again").digest() == root
 
@@ -335,7 +335,7 @@ def test_convert_names_the_contents_it_was_made_from(tmp_path: Path) -> None:
     make(tmp_path / "c", encodings=("dense",))
     root = open_cache(tmp_path / "c").digest()
     source = f"{tmp_path / 'c'}@sha256:{root}"
-    convert(source, tmp_path / "small", encodings=["envelope"])
+    convert(source, tmp_path / "small", Conversion(["envelope"]))
     parent = open_cache(tmp_path / "small").manifest.parent
     assert parent is not None
     assert parent["digest"] == root

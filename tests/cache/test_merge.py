@@ -149,11 +149,11 @@ def test_a_merged_cache_says_what_its_parts_say(tmp_path: Path) -> None:
 
 def slice_of(path: Path, shards: slice, **changes: Any) -> Path:
     """A cache of some tar shards, as ``cache convert --shards`` cuts it."""
-    from cskd_pipeline.cache.convert import convert
+    from cskd_pipeline.cache.convert import Conversion, convert
 
     source = path.with_name(f"source of {path.name}")
     make(source, **changes)
-    convert(source, path, shards=(shards.start, shards.stop))
+    convert(source, path, Conversion(shards=(shards.start, shards.stop)))
     return path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cskd_pipeline.cache.convert import convert
+from cskd_pipeline.cache.convert import Conversion, convert
 from tests.faults.commands import Stages, Whole, left_by, used
 from tests.pipeline.conftest import World, small
 from tests.processes import server
@@ -22,7 +22,7 @@ def parts(small: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """The small world's cache in two that overlap in one of its three tar shards."""
     folder = tmp_path_factory.mktemp("parts")
     for number in range(2):
-        convert(small.cache, folder / f"{number}", shards=(number, number + 2))
+        convert(small.cache, folder / f"{number}", Conversion(shards=(number, number + 2)))
     return folder / "0", folder / "1"
 
 

@@ -8,27 +8,31 @@ devices or loader processes would change.
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cskd_pipeline.cache.info import describe as describe_cache
+from cskd_pipeline.cache.manifest import DatasetManifest, ShardInfo
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.summary import size
-from cskd_pipeline.config import DumpRecipe
+from cskd_pipeline.cache.view_blocks import count_files
+from cskd_pipeline.config import CacheSection, DumpRecipe
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.data.full_batches import logits_of
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.models.teacher import Logits, Teacher
-from cskd_pipeline.pipeline.dump import open_stage_one
+from cskd_pipeline.pipeline.dump import open_stage_one, teacher_info
+from cskd_pipeline.pipeline.write_cache import cache_manifest
 from cskd_pipeline.runtime.device import worker_count
 from cskd_pipeline.runtime.progress import duration, progress
 from cskd_pipeline.tools.bench.bench_encodings import encode, store
@@ -36,6 +40,8 @@ from cskd_pipeline.tools.bench.responses import Responses
 from cskd_pipeline.tools.bench.sampled_dump import SampledDump
 from cskd_pipeline.tools.bench.timing import SteadyRate
 from cskd_pipeline.tools.tables import Printed, Table
+
+log = logging.getLogger(__name__)
 
 IMAGES = 256
 COMMON = "seeds_and_digests"
@@ -77,8 +83,9 @@ def plan_dump(
 
     Returns:
         ``measured`` (the trial), ``limit`` (``loader`` or ``device``), ``bytes_per_view`` by
-        encoding, and ``forecast``: bytes, and seconds here and on more devices, for every number of
-        views with each encoding alone and with the recipe's together.
+        encoding, and ``forecast``: bytes, files and entries of the largest folder, and seconds here
+        and on more devices, for every number of views with each encoding alone and with the
+        recipe's together.
 
     Raises:
         CskdError: as the dump itself would.
@@ -93,6 +100,8 @@ def plan_dump(
     rows = []
     for count in views or (recipe.cache.views,):
         total = count * dataset.samples
+        block = 0 if count % (recipe.cache.view_block or 1) else recipe.cache.view_block
+        cache = replace(recipe.cache, views=count, view_block=block)
         for names in stored:
             device = trial.device_rate(names)
             # What other encodings change, they change in the device's share of the time.
@@ -106,6 +115,7 @@ def plan_dump(
                     "encodings": list(names),
                     "bytes_per_view": size,
                     "bytes": round(total * (size + trial.bytes_per_view[COMMON])),
+                    **_count_files(recipe, replace(cache, encodings=names), dataset, teacher),
                     "seconds": trial.startup + total / here,
                     "device_seconds": {str(n): total / (n * each) for n in devices},
                 }
@@ -131,19 +141,42 @@ def plan_dump(
     }
 
 
+def _count_files(
+    recipe: DumpRecipe, cache: CacheSection, dataset: Dataset, teacher: Teacher
+) -> dict[str, int]:
+    """Count the files of ``cache``; warn if the recipe's are more than the Hub recommends."""
+    shards = tuple(ShardInfo(f"{n}", count, 0, "", "", 1) for n, count in enumerate(dataset.counts))
+    sizes = DatasetManifest(dataset.name, teacher.num_classes, shards)
+    counts = count_files(cache_manifest(cache, sizes, teacher_info(teacher, {}), recipe.views))
+    names = " + ".join(cache.encodings)
+    if counts.excess is not None and cache.encodings == recipe.cache.encodings:
+        advice = "" if cache.view_block == 0 else "; cache.view_block=0 makes as few as it can"
+        log.warning(f"{cache.views} views in {names}: {counts}, {counts.excess}{advice}")
+    return counts._asdict()
+
+
 def printed(report: Mapping[str, Any]) -> Printed:
     """Yield the forecast as a table, what was measured, and what limits it."""
     devices = list(report["forecast"][0]["device_seconds"])
     yield Table(
         f"{report['dataset']['name']}, {report['dataset']['samples']} samples, "
         f"{report['teacher']} on {report['device']}",
-        ("views", "encodings", "bytes/view", "size", "here", *(f"on {n} devices" for n in devices)),
+        (
+            "views",
+            "encodings",
+            "bytes/view",
+            "size",
+            "files",
+            "here",
+            *(f"on {n} devices" for n in devices),
+        ),
         [
             (
                 row["views"],
                 " + ".join(row["encodings"]),
                 round(row["bytes_per_view"]),
                 size(row["bytes"]),
+                f"{row['files']:,}",
                 duration(row["seconds"]),
                 *(duration(seconds) for seconds in row["device_seconds"].values()),
             )

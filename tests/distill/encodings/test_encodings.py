@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cskd_pipeline.cache.layout import choose_view_block, stored_arrays
+from cskd_pipeline.cache.layout import stored_arrays
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS, Encoding, ResponseShape, Rows
@@ -251,23 +251,6 @@ def test_the_index_of_an_envelope_file_stays_small(classes: int) -> None:
     chunks = -(-classes // spec.tail_chunk[0])
     assert chunks <= 256
     assert spec.tail_chunk[0] == min(classes, max(8, -(-classes // 256)))
-
-
-@pytest.mark.parametrize(
-    ("views", "largest", "encodings", "classes", "expected"),
-    [
-        (300, 1252, ["envelope"], 1000, 10),
-        (300, 1252, ["dense"], 1000, 6),  # 8 views of 123 MB fit, and 6 divides 300
-        (7, 1252, ["envelope"], 1000, 7),
-        (11, 1252, ["envelope"], 1000, 1),
-        (12, 100_000, ["dense", "envelope"], 1000, 1),
-        (1, 1, ["dense"], 1, 1),
-    ],
-)
-def test_blocks_divide_the_views_and_fit_in_memory(
-    views: int, largest: int, encodings: list[str], classes: int, expected: int
-) -> None:
-    assert choose_view_block(views, largest, encodings, ResponseShape(classes, 7, 7)) == expected
 
 
 def test_encodings_are_found_by_their_names_and_begin_their_arrays_with_them() -> None:

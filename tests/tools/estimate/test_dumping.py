@@ -20,6 +20,8 @@ from cskd_pipeline.models.teacher import Logits
 from cskd_pipeline.pipeline.dump import dump_teacher
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools.estimate import estimate_dump
+from tests.cache.making import CLASSES
+from tests.cache.making import teacher as made_teacher
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.tools.bench.test_bench_join import Time
@@ -81,6 +83,8 @@ def test_bytes_are_those_of_the_dump(both: tuple[dict[str, Any], ...]) -> None:
     found = row(report, VIEWS, *ENCODINGS)["bytes"]
     assert found == pytest.approx(made["bytes"] - made["bytes_by_array"]["metadata"], rel=0.15)
     assert row(report, 60, *ENCODINGS)["bytes"] == pytest.approx(10 * found, rel=1e-3)
+    for name in ("files", "largest_folder"):
+        assert row(report, VIEWS, *ENCODINGS)[name] == made[name]
 
 
 def test_time_is_that_of_the_dump(both: tuple[dict[str, Any], ...]) -> None:
@@ -184,15 +188,38 @@ TRIAL = estimate_dump.DumpTrial(
 
 
 def forecast(
-    monkeypatch: pytest.MonkeyPatch, device: str, trial: estimate_dump.DumpTrial = TRIAL
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    trial: estimate_dump.DumpTrial = TRIAL,
+    *,
+    counts: tuple[int, ...] = (600, 400),
+    views: int = 2,
 ) -> dict[str, Any]:
-    """Of 1000 samples in two views, encoded as ``dense``."""
-    dataset = SimpleNamespace(name="made up", samples=1000)
-    teacher = SimpleNamespace(name="made up", device=torch.device(device))
+    """By default of 1000 samples in two views, encoded as ``dense``."""
+    dataset = SimpleNamespace(name="made up", samples=sum(counts), counts=counts)
+    teacher = SimpleNamespace(name="made up", num_classes=CLASSES, device=torch.device(device))
+    monkeypatch.setattr(estimate_dump, "teacher_info", lambda *_: made_teacher())
     monkeypatch.setattr(estimate_dump, "open_stage_one", lambda *_: (dataset, teacher))
     monkeypatch.setattr(estimate_dump, "try_dump", lambda *_: trial)
     recipe = recipe_of(Path("shards"), Path("cache"), ["dense"])
-    return estimate_dump.plan_dump(recipe, views=(2,), devices=(1, 4))
+    return estimate_dump.plan_dump(recipe, views=(views,), devices=(1, 4))
+
+
+def test_more_files_than_the_hub_recommends_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = forecast(monkeypatch, "cpu", counts=(10, 20))
+    assert not caplog.messages
+    # Two tar shards, one block of two views: 3 files of each shard, 4 of each unit and those of
+    # dense, global logits and two views, and 11 documents.
+    assert row(report, 2, "dense")["files"] == 2 * (3 + 4 + 3) + 11
+    assert row(report, 2, "dense")["largest_folder"] == 9
+    report = forecast(monkeypatch, "cpu", counts=(10,) * 1024, views=300)
+    assert row(report, 300, "envelope")["files"] > 900_000
+    (found,) = caplog.messages  # not of encodings that the recipe does not have
+    assert found.startswith("300 views in dense: ")
+    assert "more than the 100,000 a repository that the Hub recommends" in found
+    assert "cache.view_block=0" in found
 
 
 def test_bytes_are_the_logits_and_what_all_encodings_share(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cskd_pipeline.cache.convert import convert
+from cskd_pipeline.cache.convert import Conversion, convert
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.join import Join, join
@@ -70,7 +70,7 @@ def test_labels_of_a_registered_encoding_alone(
     encoding.serves, encoding.exact = serves, exact
     monkeypatch.setitem(ENCODINGS, encoding.name, encoding)
     make(tmp_path / "c", encodings=("dense",))
-    convert(tmp_path / "c", tmp_path / "own", encodings=[encoding.name])
+    convert(tmp_path / "c", tmp_path / "own", Conversion([encoding.name]))
     labels = read_labels(open_cache(tmp_path / "own"), ROWS)
     assert (labels.encoding, labels.exact) == (encoding.name, exact)
     dense = open_cache(tmp_path / "c")

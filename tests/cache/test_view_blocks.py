@@ -1,0 +1,150 @@
+"""Files are counted before they exist, and blocks of views are chosen so that they stay few."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cskd_pipeline.cache.convert import Conversion, convert
+from cskd_pipeline.cache.info import describe
+from cskd_pipeline.cache.manifest import CacheManifest, ShardInfo
+from cskd_pipeline.cache.reader import open_cache
+from cskd_pipeline.cache.summary import summarise
+from cskd_pipeline.cache.view_blocks import FileCounts, choose_view_block, count_files
+from cskd_pipeline.errors import UsageError
+from tests.cache.making import COUNTS, VIEWS, dataset, make, manifest, teacher, tree
+
+IMAGENET, SHARDS, LONGEST = 300, 1024, 1252
+
+
+def of_size(
+    views: int, shards: int = SHARDS, longest: int = LONGEST, classes: int = 1000, **changes: Any
+) -> CacheManifest:
+    """A manifest of which the sizes alone are true."""
+    infos = tuple(ShardInfo(f"{n}.tar", longest, 0, "", "", 24) for n in range(shards))
+    data = replace(dataset(), num_classes=classes, shards=infos, class_names=None)
+    grid = teacher(num_classes=classes, grid=(7, 7))
+    fields = {"encodings": ("envelope",), "view_block": 1, **changes}
+    return manifest(dataset=data, teacher=grid, views=views, **fields)
+
+
+def on_disk(path: Path) -> FileCounts:
+    folders = [path, *(p for p in path.rglob("*") if p.is_dir())]
+    return FileCounts(len(tree(path)), max(len(list(folder.iterdir())) for folder in folders))
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 3), min_size=1, max_size=12),
+    blocks=st.integers(1, 2),
+    block=st.integers(1, 3),
+    encodings=st.sampled_from([("dense",), ("envelope",), ("dense", "envelope")]),
+)
+def test_the_files_that_are_counted_are_those_on_disk(
+    counts: list[int], blocks: int, block: int, encodings: tuple[str, ...]
+) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "c"
+        shape = {"views": blocks * block, "view_block": block, "encodings": encodings}
+        made = make(path, dataset=dataset(tuple(counts)), **shape)
+        assert count_files(made.manifest) == on_disk(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 50),
+        ({"shards": 1}, 10),
+        ({"shards": 1, "encodings": ("dense",)}, 6),  # 8 views of 123 MB fit; 6 divides 300
+        ({"views": 30}, 10),
+        ({"encodings": ("topk",)}, 100),
+        ({"encodings": ("dense",)}, 6),  # a file for each view, whatever the block is
+        ({"views": 7}, 7),
+        ({"views": 11, "shards": 1}, 1),
+        ({"views": 302}, 2),
+        ({"views": 12, "shards": 1, "longest": 100_000, "encodings": ("dense", "envelope")}, 1),
+        ({"views": 1, "shards": 1, "longest": 1, "classes": 1, "encodings": ("dense",)}, 1),
+    ],
+)
+def test_blocks_divide_the_views_fit_in_memory_and_make_few_files(
+    changes: dict[str, Any], expected: int
+) -> None:
+    made = of_size(**{"views": IMAGENET, **changes})
+    assert choose_view_block(made, made.views) == expected
+
+
+def test_300_views_of_imagenet_are_within_the_hubs_limits() -> None:
+    made = of_size(IMAGENET)
+    today = count_files(replace(made, view_block=10))
+    assert today.files == 187_403
+    assert today.excess == "more than the 100,000 a repository that the Hub recommends"
+    few = count_files(replace(made, view_block=choose_view_block(made, IMAGENET)))
+    assert few.files < 40_000
+    assert few.largest_folder < 5_000
+    assert few.excess is None
+    both = FileCounts(100_001, 10_001)
+    assert (
+        both.excess
+        == "more than the 100,000 a repository and 10,000 a folder that the Hub recommends"
+    )
+
+
+def test_a_packed_cache_has_the_same_responses(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b", Conversion(view_block=VIEWS))
+    old, new = open_cache(tmp_path / "a"), open_cache(tmp_path / "b")
+    assert new.manifest.view_block == VIEWS
+    assert on_disk(tmp_path / "b").files < on_disk(tmp_path / "a").files
+    for view in range(VIEWS):
+        for shard, count in enumerate(COUNTS):
+            for name in old.encodings:
+                mine, theirs = (c.rows(name, view, shard, range(count)) for c in (new, old))
+                assert mine.keys() == theirs.keys()
+                for array in mine:
+                    assert mine[array].tobytes() == theirs[array].tobytes(), array
+            for read in ("seeds", "view_digests", "top1_of"):
+                assert np.array_equal(
+                    getattr(new, read)(view, shard), getattr(old, read)(view, shard)
+                )
+
+
+def test_a_packed_cache_unpacks_to_what_it_was(tmp_path: Path) -> None:
+    made = make(tmp_path / "a").manifest
+    convert(tmp_path / "a", tmp_path / "b", Conversion(view_block=VIEWS))
+    convert(tmp_path / "b", tmp_path / "c", Conversion(view_block=made.view_block))
+    old, new = tree(tmp_path / "a"), tree(tmp_path / "c")
+    assert [name for name in old if old[name] != new[name]] == ["zarr.json"]
+    assert open_cache(tmp_path / "a").digest() == open_cache(tmp_path / "c").digest()
+
+
+def test_a_block_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    with pytest.raises(UsageError, match="whole blocks"):
+        convert(tmp_path / "a", tmp_path / "b", Conversion(view_block=3))
+    assert not (tmp_path / "b").exists()
+    convert(tmp_path / "a", tmp_path / "b", Conversion(view_block=VIEWS))
+    before = tree(tmp_path / "b")
+    with pytest.raises(UsageError, match="fixed when it is made"):
+        convert(tmp_path / "a", tmp_path / "b", Conversion(view_block=1))
+    assert tree(tmp_path / "b") == before
+    assert convert(tmp_path / "a", tmp_path / "b")["units_written"] == 0
+
+
+def test_info_counts_the_files_and_says_how_to_have_fewer(tmp_path: Path) -> None:
+    make(tmp_path / "c")
+    info = describe(open_cache(tmp_path / "c"))
+    counts = on_disk(tmp_path / "c")
+    assert (info["files"], info["largest_folder"]) == counts
+    assert summarise(info)["files"] == str(counts)
+    told = summarise({**info, "files": 187_403, "largest_folder": SHARDS})["files"]
+    assert told == (
+        "187,403 files, at most 1,024 in a folder; more than the 100,000 a repository that the Hub "
+        "recommends: cache convert --view-block 0 makes fewer"
+    )
