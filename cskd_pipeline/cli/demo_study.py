@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cskd_pipeline.cli.options import Device, Outcome, RequiredShards, flag
+from cskd_pipeline.cli.options import Device, Outcome, flag, require_companion
 from cskd_pipeline.cli.reports import print_report
 from cskd_pipeline.cli.root import app, parse_and_run
 from cskd_pipeline.config import TrainRecipe
@@ -51,55 +51,54 @@ def demo(
 class StudyFlags:
     """Say how a study is run."""
 
-    size: Annotated[
-        Literal["cpu", "gpu"] | None,
-        typer.Option(
-            help="Which of stages/study's recipes: cifar10_cpu_* for two cores and half an hour, "
-            "cifar10_* for an hour of a GPU. Default: what there is."
-        ),
-    ] = None
     recipes: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Recipes of your own instead: teacher.toml, dump.toml, none.toml, deit.toml and "
-            "cskd.toml.",
+            help="Recipes of your own: teacher.toml, dump.toml, none.toml, deit.toml, cskd.toml.",
         ),
     ] = None
     seeds: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Runs of every method; the seeds are 1 to N.")
+        int, typer.Option(min=1, metavar="N", help="Runs of every arm; the seeds are 1 to N.")
     ] = 3
     jobs: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help="Students at a time. Default: 1 on a GPU, else what the cores allow.",
+            help="Students at a time. Default: 4 on a GPU, else what the cores allow.",
         ),
     ] = None
     device: Device = None
 
 
-@app.command(
-    epilog="Example: cskd-pipeline study --shards 'cifar10/train-*.tar' "
-    "--val-shards 'cifar10/validation-*.tar' --out study-out"
-)
+@app.command(epilog="Example: cskd-pipeline study --out study-out")
 def study(
     terminal: Terminal,
-    shards: RequiredShards,
-    val_shards: Annotated[str, flag("--val-shards", TrainRecipe, help="Shards to evaluate on.")],
     flags: StudyFlags,
+    shards: Annotated[
+        str | None,
+        flag("--shards", help="CIFAR-10's, for an hour of a GPU; without, the demo's digits."),
+    ] = None,
+    val_shards: Annotated[
+        str | None, flag("--val-shards", TrainRecipe, help="Shards to evaluate on.")
+    ] = None,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="A new folder, or the study's own to go on with.")
     ] = Path("study-out"),
 ) -> Outcome:
-    """Train a teacher, and students with every method and CKF schedule over several seeds.
+    """Ask whether CKF helps, and when: students with every method, and forks late in a run.
 
-    Ends with a table of means and deviations, a plot, and whether the paper's ordering held. Run
-    the same command again after an interruption: finished runs are kept.
+    A teacher, its cache, whole runs over several seeds, and forks of the one at r = 1 once it has
+    learned what local labels can teach. Run the same command again after an interruption.
     """
+    require_companion(
+        "--shards SHARDS", shards, {"--recipes": flags.recipes, "--val-shards": val_shards}
+    )
+    require_companion("--val-shards SHARDS", val_shards, {"--shards": shards})
     from cskd_pipeline.tools.study.report import printed
     from cskd_pipeline.tools.study.run_study import StudyConfig, run_study
 
-    report = run_study(StudyConfig(shards, val_shards, out, **vars(flags)), _run_inside(terminal))
+    config = StudyConfig(out, shards, val_shards, **vars(flags))
+    report = run_study(config, _run_inside(terminal))
     return print_report(terminal, report, printed(report))

@@ -39,6 +39,7 @@ FLAGS: dict[type, dict[str, str]] = {
         "--val-split NAME": "data.val_split",
         "--student NAME": "student.name",
         "--init-from CHECKPOINT": "student.init_from",
+        "--fork-from STATE": "run.fork_from",
         "--size N": "views.size",
         "--method": "distill.method",
         "--epochs N": "schedule.epochs",

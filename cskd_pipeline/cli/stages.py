@@ -205,8 +205,8 @@ def dump_teacher(
 
 
 @app.command(
-    flags="--shards --cache --student --method --epochs --val-shards --out --init-from --wandb "
-    "--split --val-split --batch-size --workers --device",
+    flags="--shards --cache --student --method --epochs --val-shards --out --init-from --fork-from "
+    "--wandb --split --val-split --batch-size --workers --device",
     epilog="Example: cskd-pipeline train --recipe paper_tiny_cskd "
     "--shards 'imagenet1k-train-{0000..1023}.tar' --cache cache --out runs/tiny",
 )

@@ -297,6 +297,13 @@ class RunSection:
     )
     log_every: int = _free(50, "Updates between TensorBoard points.", ge=1)
     checkpoint_every: int = _free(0, "Updates between checkpoints; 0: after epochs only.", ge=0)
+    keep_every: int = _free(
+        0, "Epochs between states that are kept, state-00010.pt; 0: only the last state.", ge=0
+    )
+    # The state says all that decides the result; what the fork changes is in changes.jsonl.
+    fork_from: str = _free(
+        "", "Continue from another run's state, with another loss or CKF schedule."
+    )
     rank_timeout: int = _free(300, _RANK_TIMEOUT, ge=1, le=604_800)
     wandb: str = _free("", "Curves on Weights & Biases too: the project (extra: wandb).")
 

@@ -26,12 +26,12 @@ Change = dict[str, Any]
 
 
 def changed_keys(
-    before: Mapping[str, Any], recipe: TrainRecipe, where: Path
+    before: Mapping[str, Any], recipe: TrainRecipe, where: Path, *, forking: bool = False
 ) -> dict[str, list[Any]]:
     """Return dotted name -> [before, after] of the keys in which ``recipe`` differs from a run's.
 
-    The policy of the views is not compared here: it is the data's, whether the recipe has it or
-    takes the cache's.
+    A fork may change the section ``distill`` too. The policy of the views is not compared here: it
+    is the data's, whether the recipe has it or takes the cache's.
 
     Raises:
         OutputError: keys differ that a run may not change; names them all.
@@ -40,16 +40,18 @@ def changed_keys(
     names = [name for name in {**before, **now} if not name.startswith("views.")]
     found = {n: [before.get(n), now.get(n)] for n in names if before.get(n) != now.get(n)}
     fixed = found.keys() - adjustable(TrainRecipe)
+    if forking:
+        fixed = {name for name in fixed if not name.startswith("distill.")}
     if fixed:
         raise OutputError(
-            "the run to resume was made with another recipe",
+            f"the run to {'fork' if forking else 'resume'} was made with another recipe",
             where=where,
             problems=[
                 f"{name}: the run's {_shown(found[name][0])}, here {_shown(found[name][1])}"
                 for name in sorted(fixed)
             ],
-            action=f"give the run's own values ({where.parent}/recipe.toml has them all), or use a "
-            "new --out folder",
+            action=f"give the run's own values ({where.parent}/recipe.toml has them all)"
+            + ("" if forking else ", or use a new --out folder"),
         )
     return found
 
@@ -70,6 +72,22 @@ def require_same_data(before: Mapping[str, Any], now: Mapping[str, Any], where: 
                 for name in differing
             ],
             action="give the run the data that it started with, or use a new --out folder",
+        )
+
+
+def require_same_start(fork_from: str, forked: bool, where: Path) -> None:
+    """Refuse to resume a fork as if it were none, or another run as a fork.
+
+    Raises:
+        OutputError: says which.
+    """
+    if bool(fork_from) != forked:
+        raise OutputError(
+            "the run to resume began in another way",
+            where=where,
+            found=f"--fork-from {fork_from}" if fork_from else "no --fork-from",
+            expected="--fork-from and a state, for the run is a fork" if forked else "none",
+            action="give the flags that the run was started with, or use a new --out folder",
         )
 
 

@@ -42,7 +42,7 @@ from cskd_pipeline.runtime.signals import Stop, stop_requests
 
 log = logging.getLogger(__name__)
 
-RECIPE, STATE = "recipe.toml", "state.pt"
+RECIPE, STATE, KEPT_STATE = "recipe.toml", "state.pt", "state-{:05}.pt"
 STUDENTS = ("last.safetensors", "last_ema.safetensors", "best.safetensors")
 OCCUPIED_BY = (
     *(RECIPE, STATE, *STUDENTS, "summary.csv", "changes.jsonl", "tensorboard"),
@@ -194,6 +194,8 @@ def _close_epoch(job: TrainJob, curves: RunLog, stop: Stop) -> None:
     job.rows.append(row)
     job.pending = None
     curves.epoch(trainer.update, job.rows)
+    if job.recipe.run.keep_every and trainer.epoch % job.recipe.run.keep_every == 0:
+        _save(job, KEPT_STATE.format(trainer.epoch))
     _save(job)
     limit = limiting_side(row["data_wait"] or 0)
     log.info(f"{_epoch_line(row, job.recipe.schedule.epochs)}  limit: {limit}")
@@ -254,14 +256,14 @@ def _save_students(job: TrainJob, row: Row) -> None:
         save_student(out / "last_ema.safetensors", trainer.ema.module.state_dict(), header)
 
 
-def _save(job: TrainJob) -> None:
+def _save(job: TrainJob, name: str = STATE) -> None:
     """Write the state if its numbers are all finite: a run can always resume from its last."""
     state = job.state()
     found = find_nonfinite(state)
     if job.trainer.ranks.any(found is not None):
         raise _diverged(job.trainer, "the weights are not finite", f"NaN or infinity in {found}")
     if job.trainer.ranks.first:
-        save_state(Path(job.recipe.run.out) / STATE, state)
+        save_state(Path(job.recipe.run.out) / name, state)
 
 
 def _stopping(trainer: Trainer, stop: Stop) -> bool:
@@ -340,6 +342,8 @@ def _open(recipe: TrainRecipe, ranks: Ranks, resume: bool) -> TrainJob:
         )
     if resume and (Path(recipe.run.out) / STATE).exists():
         _resume(job, Path(recipe.run.out) / STATE)
+    elif recipe.run.fork_from:
+        _fork(job, Path(recipe.run.fork_from))
     elif recipe.student.init_from:
         log.info(str(job.start_from(recipe.student.init_from)))
     return job
@@ -355,6 +359,14 @@ def _claim(out: Path, resume: bool) -> None:
         require_free(out, OCCUPIED_BY, action=f"choose another --out{or_resume}")
 
 
+def _fork(job: TrainJob, state_file: Path) -> None:
+    """Begin with another run's state; how the recipes differ is the first of this run's changes."""
+    before = load_state(state_file)
+    job.fork(before, state_file)
+    log.info(f"forking {state_file} after epoch {job.trainer.epoch}")
+    _keep_changes(job, len(before["changes"]))
+
+
 def _resume(job: TrainJob, state_file: Path) -> None:
     """Resume from the run's last state."""
     trainer, init_from = job.trainer, job.recipe.student.init_from
@@ -364,14 +376,20 @@ def _resume(job: TrainJob, state_file: Path) -> None:
         log.info(f"{init_from} is gone; the run continues without it")
     update, total = trainer.update, trainer.total_updates
     log.info(f"resuming at epoch {trainer.epoch}, update {update} of {total}")
-    if len(job.changes) > len(state["changes"]):
-        for line in change_lines(job.changes[-1:]):
-            log.warning(f"the recipe is changed from {line}")
-        _save(job)
-        if trainer.ranks.first:
-            write_changes(state_file.parent, job.changes)
+    _keep_changes(job, len(state["changes"]))
     ended = update == total and job.pending is None
     if ended and job.data.validation is not None and "top1" not in job.rows[-1]:
         # The last epoch was closed without an evaluation: the recipe had more epochs then, or no
         # validation shards. Close it again, with one.
         job.pending = job.rows.pop()
+
+
+def _keep_changes(job: TrainJob, known: int) -> None:
+    """Save a run whose recipe has just been changed, with all its changes."""
+    if len(job.changes) == known:
+        return
+    for line in change_lines(job.changes[-1:]):
+        log.warning(f"the recipe is changed from {line}")
+    _save(job)
+    if job.trainer.ranks.first:
+        write_changes(Path(job.recipe.run.out), job.changes)

@@ -9,7 +9,7 @@ from typing import Any
 from cskd_pipeline.cache.manifest import utc_now
 from cskd_pipeline.config import TrainRecipe, deciding, result_digest
 from cskd_pipeline.distill.losses import inference_heads
-from cskd_pipeline.errors import WeightsError
+from cskd_pipeline.errors import OutputError, WeightsError
 from cskd_pipeline.models.header import StudentHeader
 from cskd_pipeline.models.train_state import FORMAT
 from cskd_pipeline.pipeline.finetune import Started, read_source, start_from
@@ -18,6 +18,7 @@ from cskd_pipeline.pipeline.resuming import (
     change_lines,
     changed_keys,
     require_same_data,
+    require_same_start,
     require_within,
 )
 from cskd_pipeline.pipeline.trainer import Trainer
@@ -84,8 +85,30 @@ class TrainJob:
             "best": self.best,
         }
 
-    def restore(self, state: dict[str, Any], where: Path) -> None:
+    def fork(self, state: dict[str, Any], where: Path) -> None:
+        """Continue from the :meth:`state` of another run, whose ``distill`` may differ.
+
+        CKF's progress begins here, and the best student is this run's own.
+
+        Raises:
+            OutputError, ClassesError, WeightsError: see :meth:`restore`; or no epoch ends here.
+        """
+        self.restore(state, where, forking=True)
+        update, total = self.trainer.update, self.trainer.total_updates
+        if update % self.trainer.steps_per_epoch or not 0 < update < total:
+            raise OutputError(
+                "a run is forked where an epoch ends, and others follow",
+                where=where,
+                found=f"update {update} of {total}, {self.trainer.steps_per_epoch} an epoch",
+                action="name a state that run.keep_every kept",
+            )
+        self.trainer.forked_at, self.best = self.trainer.epoch, {}
+
+    def restore(self, state: dict[str, Any], where: Path, *, forking: bool = False) -> None:
         """Continue from :meth:`state`; add to ``changes`` how the recipe differs now.
+
+        Args:
+            forking: ``distill`` may differ, see :meth:`fork`.
 
         Raises:
             OutputError: the state's recipe or data differ, or it is past this recipe's end.
@@ -93,11 +116,14 @@ class TrainJob:
             WeightsError: its values are not those of a run.
         """
         try:
-            changed = changed_keys(state["recipe"], self.recipe, where)
+            changed = changed_keys(state["recipe"], self.recipe, where, forking=forking)
             require_same_data(state["data"], self.data.identity, where)
             steps, epochs = self.trainer.steps_per_epoch, self.recipe.schedule.epochs
             require_within(state["update"], steps, epochs, where)
             self._restore(state)
+            if not forking:
+                forked = self.trainer.forked_at > 0
+                require_same_start(self.recipe.run.fork_from, forked, where)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise WeightsError(
                 "the training state does not fit the run",

@@ -93,6 +93,7 @@ class Trainer:
         self.forward: Any = compiled(network, device) if settings.compile else network
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
         self.update = 0
+        self.forked_at = 0  # the epoch, where this run goes on from another's state
         self.sums = torch.zeros(len(PARTS), device=device)  # over this epoch's updates so far
 
     @property
@@ -102,10 +103,14 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Return t, in [0, 1]: epoch / epochs, as the authors step it, or update / updates."""
+        """Return t, in [0, 1]: epoch / epochs, as the authors step it, or update / updates.
+
+        In a fork both count from where it began.
+        """
+        forked, steps = self.forked_at, self.steps_per_epoch
         if self.settings.by_update:
-            return self.update / self.total_updates
-        return self.epoch / self.settings.epochs
+            return (self.update - forked * steps) / (self.total_updates - forked * steps)
+        return (self.epoch - forked) / (self.settings.epochs - forked)
 
     @property
     def ratio(self) -> float:
@@ -205,6 +210,7 @@ class Trainer:
         """Return what :meth:`restore` takes, the same for any number of ranks; all call it."""
         return {
             "update": self.update,
+            "forked_at": self.forked_at,
             "student": self.student.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
@@ -221,7 +227,10 @@ class Trainer:
         update = state["update"]
         if type(update) is not int or not 0 <= update <= self.total_updates:
             raise ValueError(f"update {update!r} of {self.total_updates}")
-        self.update = update
+        forked_at = state.get("forked_at", 0)
+        if type(forked_at) is not int or not 0 <= forked_at < self.settings.epochs:
+            raise ValueError(f"forked after epoch {forked_at!r} of {self.settings.epochs}")
+        self.update, self.forked_at = update, forked_at
         self.student.model.load_state_dict(state["student"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])

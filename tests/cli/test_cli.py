@@ -99,7 +99,7 @@ PROMISED = {
     "dump-teacher": "--shards --teacher --cache --weights --encoding --views --recipe --set "
     "--shard-range --view-range --accept-versions --workers --json --quiet",
     "train": "--shards --cache --student --method --epochs --val-shards --out --recipe --set "
-    "--workers --init-from --wandb --resume --json --quiet",
+    "--workers --init-from --fork-from --wandb --resume --json --quiet",
     "evaluate": "CHECKPOINT --shards --json --quiet",
     "export": "CHECKPOINT --out --format --heads --json --quiet",
     "cache info": "CACHE --json --quiet",
@@ -122,7 +122,7 @@ PROMISED = {
     "show": "TARGET... --shards --out --images --samples --epochs --cache --export --split --json "
     "--quiet",
     "demo": "--out --json --quiet",
-    "study": "--shards --val-shards --out --size --recipes --seeds --jobs --device --json --quiet",
+    "study": "--shards --val-shards --out --recipes --seeds --jobs --device --json --quiet",
 }
 
 
@@ -236,7 +236,7 @@ def test_train_puts_flags_into_the_recipe(replace: Replace) -> None:
         "train --recipe paper_tiny --shards S --cache C --student vit_tiny_patch16_224 "
         "--method deit --epochs 3 --val-shards V --out O --workers 0 --device cpu --batch-size 8 "
         "--split a --val-split b --set run.amp=bf16 --set optim.lr=2 --resume -q "
-        "--init-from I --wandb W"
+        "--init-from I --fork-from F --wandb W"
     )
     assert run(*line.split()) == 0
     [((recipe,), named)] = calls
@@ -247,7 +247,7 @@ def test_train_puts_flags_into_the_recipe(replace: Replace) -> None:
     assert (recipe.schedule.epochs, recipe.batch.batch_size, recipe.optim.lr) == (3, 8, 2.0)
     assert (recipe.run.out, recipe.run.workers, recipe.run.device) == ("O", 0, "cpu")
     assert (recipe.run.amp, recipe.run.ema) == ("bf16", 0.99996)
-    assert (recipe.student.init_from, recipe.run.wandb) == ("I", "W")
+    assert (recipe.student.init_from, recipe.run.fork_from, recipe.run.wandb) == ("I", "F", "W")
     assert named == {"resume": True}
 
 

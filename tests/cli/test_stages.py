@@ -24,8 +24,8 @@ from cskd_pipeline.tools.bench.bench_step import synthetic_views
 from cskd_pipeline.views.policy import ViewPolicy
 
 STUDY = {
-    f"cifar10{size}_{role}": DumpRecipe if role == "dump" else TrainRecipe
-    for size in ("", "_cpu")
+    f"{data}_{role}": DumpRecipe if role == "dump" else TrainRecipe
+    for data in ("cifar10", "digits")
     for role in ("teacher", "dump", "none", "deit", "cskd")
 }
 FILES = sorted(resources.stages().glob("*/*.toml"))

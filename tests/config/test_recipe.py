@@ -429,7 +429,7 @@ def changed(kind: type, name: str, value: object) -> object:
 
 FREE = {
     "data.shards", "data.val_shards", "data.cache", "data.split", "data.val_split", "data.name",
-    "data.check", "data.classes", "student.init_from",
+    "data.check", "data.classes", "student.init_from", "run.fork_from", "run.keep_every",
     "cache.path", "cache.view_block", "cache.license", "cache.notes",
     "dump.batch_size", "dump.workers",
     "dump.threads", "dump.device", "dump.channels_last", "dump.compile", "dump.rank_timeout",

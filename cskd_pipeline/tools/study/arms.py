@@ -8,27 +8,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Arm:
-    """Name one way to train the student; ``schedule`` is CKF's, None where nothing is fused."""
+    """Name one way to train the student.
+
+    Args:
+        sets: its changes of its method's recipe, as ``--set`` takes them.
+        fork: it continues the state of :data:`TRUNK` at the fork, instead of fresh weights.
+    """
 
     name: str
     method: str
-    schedule: str | None
     label: str
-
-    @property
-    def sets(self) -> tuple[str, ...]:
-        """Return its changes of its method's recipe, as ``--set`` takes them."""
-        return () if self.schedule is None else (f"distill.schedule={self.schedule}",)
+    sets: tuple[str, ...] = ()
+    fork: bool = False
 
 
+TRUNK = Arm("cskd_spatial", "cskd", "cskd, r = 1 throughout", ("distill.schedule=spatial",))
+"""Whose state is forked; it is also the fork in which r stays 1."""
 ARMS = (
-    Arm("none", "none", None, "none: labels alone"),
-    Arm("deit", "deit", None, "deit: the global logits"),
-    Arm("cskd_spatial", "cskd", "spatial", "cskd, spatial only (r = 1)"),
-    Arm("cskd_global", "cskd", "global", "cskd, global only (r = 0)"),
-    Arm("cskd_linear", "cskd", "linear", "cskd, CKF linear"),
-    Arm("cskd_x2", "cskd", "x2", "cskd, CKF x2"),
-    Arm("cskd_cos", "cskd", "cos", "cskd, CKF cos"),
+    Arm("none", "none", "none: labels alone"),
+    Arm("deit", "deit", "deit: the global response"),
+    Arm("cskd_linear", "cskd", "cskd, r from 1 to 0"),
+    TRUNK,
+    Arm("fork_linear", "cskd", "fork: r from 1 to 0", ("distill.schedule=linear",), True),
+    Arm("fork_off", "cskd", "fork: no spatial term", ("distill.spatial_weight=0.0",), True),
 )
 
 
@@ -46,8 +48,15 @@ ORDERING = (
     Claim("deit > none", "deit", "none"),
 )
 """The paper's main table: cskd > deit > none, cskd with its linear schedule."""
-FUSION = Claim("CKF > spatial only", "cskd_linear", "cskd_spatial")
+FUSION = Claim("CKF > r = 1, whole runs", "cskd_linear", "cskd_spatial")
 """The paper's ablation of CKF."""
+LATE = (
+    Claim("CKF > r = 1, from the fork", "fork_linear", "cskd_spatial"),
+    Claim("no spatial term > r = 1, from the fork", "fork_off", "cskd_spatial"),
+    Claim("CKF > no spatial term, from the fork", "fork_linear", "fork_off"),
+)
+"""Its explanation: once they are learned, local labels hold the student back."""
+CLAIMS = (*ORDERING, FUSION, *LATE)
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,37 @@ class StudyRun:
         return f"{self.arm.name}-{self.seed}"
 
 
-def all_runs(seeds: Sequence[int]) -> list[StudyRun]:
-    """Return all, seed by seed, so that a study stopped early has all methods at the same seeds."""
-    return [StudyRun(arm, seed) for seed in seeds for arm in ARMS]
+def runs_of(seed: int, *, forks: bool) -> list[StudyRun]:
+    """Return the whole runs of a seed, or the forks, which need the trunk's end."""
+    return [StudyRun(arm, seed) for arm in ARMS if arm.fork == forks]
+
+
+@dataclass(frozen=True)
+class ForkPoint:
+    """Say where a trunk is forked: the epoch, its dense head's top-1 then, and whether that is
+    as high as the teacher's local accuracy.
+    """
+
+    epoch: int
+    dense: float | None
+    reached: bool
+
+
+def kept_every(epochs: int) -> int:
+    """Return after how many epochs each of a trunk's states is kept: about ten of a run."""
+    return max(1, epochs // 10)
+
+
+def fork_point(dense: Sequence[float | None], local: float) -> ForkPoint:
+    """Return the first kept epoch at which the trunk has learned what local labels can teach.
+
+    Args:
+        dense: the dense head's top-1 after each epoch, in percent; None: not measured.
+        local: the teacher's local accuracy, in percent. If it is not reached in the first half of
+            the run, the fork is at the end of that half.
+    """
+    every = kept_every(len(dense))
+    kept = range(every, max(every, len(dense) // 2) + 1, every)
+    first = [epoch for epoch in kept if (dense[epoch - 1] or 0.0) >= local]
+    epoch = first[0] if first else kept[-1]
+    return ForkPoint(epoch, dense[epoch - 1], bool(first))

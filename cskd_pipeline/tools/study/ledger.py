@@ -16,7 +16,6 @@ from cskd_pipeline.errors import ManifestError, OutputError, RecipeError
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.runtime.atomic import require_empty, sweep, write_json
 
-FAMILIES = {"cpu": "cifar10_cpu", "gpu": "cifar10"}
 METHODS = ("none", "deit", "cskd")
 PLAN = "plan.json"
 
@@ -38,8 +37,8 @@ class Recipes:
         return {"dump": result_digest(self.dump), **found}
 
 
-def load_recipes(size: str, folder: Path | None = None) -> Recipes:
-    """Return the recipes of a size in ``stages/study``, or those in a folder.
+def load_recipes(family: str | Path) -> Recipes:
+    """Return the recipes of a family in ``stages/study``, ``digits`` say, or those in a folder.
 
     Raises:
         RecipeError: one cannot be used; or the students' differ in more than the method, so that
@@ -47,7 +46,7 @@ def load_recipes(size: str, folder: Path | None = None) -> Recipes:
     """
 
     def source(role: str) -> str:
-        return str(folder / f"{role}.toml") if folder else f"{FAMILIES[size]}_{role}"
+        return f"{family}_{role}" if isinstance(family, str) else str(family / f"{role}.toml")
 
     students = {method: load_recipe(TrainRecipe, source(method)) for method in METHODS}
     for method, recipe in students.items():

@@ -15,23 +15,28 @@ import numpy as np
 import pytest
 
 from cskd_pipeline.config import TrainRecipe, load_recipe, to_toml
+from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.errors import OutputError, RecipeError
 from cskd_pipeline.pipeline import train as stage_two
 from cskd_pipeline.tools.make_shards import make_shards
 from cskd_pipeline.tools.study import run_study as studying
+from cskd_pipeline.tools.study.arms import fork_point
 from cskd_pipeline.tools.study.ledger import Ledger, load_recipes
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 
-NAMES = ("none", "deit", "cskd_spatial", "cskd_global", "cskd_linear", "cskd_x2", "cskd_cos")
+WHOLE = ("none", "deit", "cskd_linear", "cskd_spatial")
+FORKS = ("fork_linear", "fork_off")
+NAMES = (*WHOLE, *FORKS)
+EPOCHS = 2
 
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five recipes of one epoch each."""
+    """Five recipes of two epochs each."""
     folder = tmp_path_factory.mktemp("recipes")
     nowhere = Path()
-    settings = ["run.threads=1", "run.ema=0", "schedule.warmup_epochs=0", *world.VIEWS]
+    settings = ["run.threads=1", "schedule.warmup_epochs=0", *world.VIEWS]
     kinds: dict[str, dict[str, Any]] = {
         "teacher": {"student": world.TEACHER, "kwargs": world.TEACHER_KWARGS, "method": "none"}
     }
@@ -39,7 +44,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds |= {method: {"method": method, "kwargs": small} for method in ("none", "deit", "cskd")}
     for name, kind in kinds.items():
         recipe = world.train_recipe(
-            nowhere, None, nowhere, sets=settings, epochs=1, batch_size=32, **kind
+            nowhere, None, nowhere, sets=settings, epochs=EPOCHS, batch_size=32, **kind
         )
         (folder / f"{name}.toml").write_text(to_toml(recipe))
     dump = world.dump_recipe(nowhere, nowhere, views=2, encodings='["envelope"]')
@@ -107,7 +112,7 @@ def ended(small: World, recipes: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_all_students_are_in_the_report_with_means_and_deviations(ended: Ended) -> None:
-    methods = {method["name"]: method for method in ended.report["methods"]}
+    methods = {arm["name"]: arm for arm in ended.report["arms"]}
     assert tuple(methods) == NAMES
     for name, method in methods.items():
         values = []
@@ -124,9 +129,15 @@ def test_all_students_are_in_the_report_with_means_and_deviations(ended: Ended) 
 
 
 def test_the_claims_compare_what_they_say(ended: Ended) -> None:
-    top1 = {m["name"]: m["top1"] for m in ended.report["methods"]}
-    pairs = {"cskd > deit": ("cskd_linear", "deit"), "deit > none": ("deit", "none"),
-             "CKF > spatial only": ("cskd_linear", "cskd_spatial")}  # fmt: skip
+    top1 = {arm["name"]: arm["top1"] for arm in ended.report["arms"]}
+    pairs = {
+        "cskd > deit": ("cskd_linear", "deit"),
+        "deit > none": ("deit", "none"),
+        "CKF > r = 1, whole runs": ("cskd_linear", "cskd_spatial"),
+        "CKF > r = 1, from the fork": ("fork_linear", "cskd_spatial"),
+        "no spatial term > r = 1, from the fork": ("fork_off", "cskd_spatial"),
+        "CKF > no spatial term, from the fork": ("fork_linear", "fork_off"),
+    }
     claims = {claim["claim"]: claim for claim in ended.report["claims"]}
     assert set(claims) == set(pairs)
     for text, (better, worse) in pairs.items():
@@ -137,50 +148,80 @@ def test_the_claims_compare_what_they_say(ended: Ended) -> None:
 
 
 def test_runs_differ_in_method_schedule_and_seed_alone(ended: Ended) -> None:
-    """Methods of one seed share first weights and order; what was run is in each run's folder."""
+    """Runs of one seed share first weights and order; what was run is in each run's folder."""
     found = {}
     for folder in sorted((ended.out / "runs").iterdir()):
         recipe = load_recipe(TrainRecipe, folder / "recipe.toml")
         name, _, seed = folder.name.rpartition("-")
-        method, _, schedule = name.partition("_")
-        assert (recipe.distill.method, recipe.run.seed) == (method, int(seed))
-        assert recipe.distill.schedule == (schedule or "linear")
-        assert bool(recipe.data.cache) == (method != "none")
+        distill = recipe.distill
+        expected = {"none": "none", "deit": "deit"}.get(name, "cskd")
+        assert (distill.method, recipe.run.seed) == (expected, int(seed))
+        assert distill.schedule == ("spatial" if name == "cskd_spatial" else "linear")
+        assert distill.spatial_weight == (0.0 if name == "fork_off" else 1.0)
+        assert bool(recipe.data.cache) == (name != "none")
+        trunk = ended.out / "runs" / f"cskd_spatial-{seed}" / "state-00001.pt"
+        assert recipe.run.fork_from == (str(trunk) if name in FORKS else "")
         found[folder.name] = recipe.student, recipe.optim, recipe.schedule, recipe.batch
     assert set(found) == {f"{name}-{seed}" for name in NAMES for seed in (1, 2)}
     assert len(set(map(str, found.values()))) == 1
 
 
+def test_forks_share_their_trunks_epochs_and_then_go_their_ways(ended: Ended) -> None:
+    """At half of the run, since the dense head has not reached the teacher's local accuracy."""
+    for seed in ("1", "2"):
+        fork = ended.report["forks"][seed]
+        assert fork["epoch"] == 1
+        assert fork["reached"] == (fork["dense"] >= ended.report["teacher"]["local"])
+        curves = {arm["name"]: arm["runs"][seed]["rows"] for arm in ended.report["arms"]}
+        first = {name: curves[name][0] for name in (*FORKS, "cskd_spatial")}
+        assert first["fork_linear"] == first["fork_off"] == first["cskd_spatial"]
+        assert [row["ckf_ratio"] for row in curves["cskd_spatial"]] == [1.0, 1.0]
+        heads = {"top1", "top1_cls", "top1_dist", "top1_dense"}
+        measured = heads | {f"ema_{name}" for name in heads}
+        assert set(curves["fork_off"][1]) == {"epoch", "ckf_ratio", *measured}
+        assert not list((ended.out / f"runs/cskd_spatial-{seed}").glob("state-*"))
+
+
+def test_attention_distances_are_those_of_the_patches(ended: Ended) -> None:
+    for arm in ended.report["arms"]:
+        [distance] = arm["attention"]
+        # 4 x 4 patches of 8 pixels: 15.3 px on average where all are looked at alike.
+        assert 10 < distance < 20
+
+
 def test_table_plot_and_verdicts_are_files(ended: Ended) -> None:
     table = (ended.out / "table.md").read_text()
     lines = table.splitlines()
-    assert lines[0].startswith("| trained with | seeds | top-1 %, mean ± deviation |")
-    for method, line in zip(ended.report["methods"], lines[2:], strict=False):
-        assert line.startswith(f"| {method['label']} | 2 | {method['text']} |")
+    assert lines[0].startswith("| trained with | seeds | top-1 % | each seed | cls | dist |")
+    for arm, line in zip(ended.report["arms"], lines[2:], strict=False):
+        assert line.startswith(f"| {arm['label']} | 2 | {arm['text']} |")
     for claim in ended.report["claims"]:
         assert f"- {claim['claim']}: {claim['verdict']} ({claim['numbers']})" in lines
     assert "- the paper's ordering cskd > deit > none: " in table
     with open(ended.out / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 14
-    heads = {(row["method"], bool(row["top1_dense"])) for row in rows}
-    assert heads == {("none", False), ("deit", False), ("cskd", True)}
+    assert len(rows) == 2 * len(NAMES)
+    with_dense = {row["arm"] for row in rows if row["top1_dense"] and row["ema_top1_dense"]}
+    assert with_dense == set(NAMES) - {"none", "deit"}
+    with open(ended.out / "curves.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2 * len(NAMES) * EPOCHS
     svg = ET.fromstring((ended.out / "study.svg").read_bytes())
     texts = "".join(svg.itertext())
-    assert all(method["label"] in texts for method in ended.report["methods"])
+    assert all(arm["label"] in texts for arm in ended.report["arms"])
     assert (ended.out / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_interrupted_study_goes_on_without_doing_anything_twice(ended: Ended) -> None:
-    assert ended.first.folders == ["teacher", "none-1", "deit-1", "cskd_spatial-1", "cskd_global-1"]
+    assert ended.first.folders == ["teacher", *(f"{name}-1" for name in WHOLE)]
     left = [f"{name}-{seed}" for seed in (1, 2) for name in NAMES][3:]
     assert ended.second.folders == left
     # The run that was stopped after its last update goes on from its state, and does no other.
-    stopped = ended.out / "runs/cskd_global-1"
-    changed = {path for path, time in ended.before.items() if path.stat().st_mtime_ns != time}
+    stopped = ended.out / "runs/cskd_spatial-1"
+    after = files(ended.out)
+    changed = {path for path, time in ended.before.items() if after.get(path) != time}
     assert {path for path in changed if stopped not in path.parents} == set()
     assert stopped / "state.pt" not in changed
-    assert ended.out / "results/cskd_global-1.json" not in ended.before
+    assert ended.out / "results/cskd_spatial-1.json" not in ended.before
     assert ended.out / "results/none-1.json" in ended.before
 
 
@@ -193,10 +234,10 @@ def test_a_finished_study_only_reports_and_more_seeds_only_add(
     assert world.cli(*study(small, recipes, ended.out, "--seeds", 2)) == 0
     shown = capsys.readouterr().out
     assert "The paper's claims" in shown
-    assert "cskd, CKF linear" in shown
+    assert "fork: no spatial term" in shown
     assert world.cli(*study(small, recipes, ended.out, "--seeds", 1, "--json", "--quiet")) == 0
     one = world.last_json(capsys.readouterr().out)
-    assert {method["n"] for method in one["methods"]} == {1}
+    assert {arm["n"] for arm in one["arms"]} == {1}
     assert "in the one seed there is" in one["claims"][0]["verdict"]
     assert watched.folders == []
     copy = tmp_path / "copy"  # stopped again as soon as it trains
@@ -236,10 +277,10 @@ def test_students_that_differ_in_more_than_the_method_are_refused(
     text = (changed / "deit.toml").read_text()
     (changed / "deit.toml").write_text(text.replace("lr = 0.05", "lr = 0.06"))
     with pytest.raises(RecipeError, match="differ in more than the method"):
-        load_recipes("cpu", changed)
+        load_recipes(changed)
     shutil.copy(changed / "none.toml", changed / "deit.toml")
     with pytest.raises(RecipeError, match="differ in more than the method"):
-        load_recipes("cpu", changed)
+        load_recipes(changed)
 
 
 def test_a_folder_of_something_else_is_refused(
@@ -272,23 +313,63 @@ def test_several_students_at_a_time_are_processes_side_by_side(
     shutil.copytree(ended.out, copy)
     for path in copy.glob("results/*-2.json"):
         path.unlink()
-    asked: dict[str, Any] = {}
+    asked: list[tuple[list[str], int, Path]] = []
 
     def beside(
         calls: Mapping[str, Sequence[object]], processes: int, logs: Path
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        asked.update(calls=calls, processes=processes, logs=logs)
+        asked.append((list(calls), processes, logs))
         for name, words in reversed(calls.items()):
             assert words[0] == "train"
             last = {"top1": 50.0, "top1_cls": 40.0}
-            kept = ("student", "epochs", "updates", "seconds", "images_per_second", "out")
-            yield name, {"last": last, **dict.fromkeys(kept, 1)}
+            kept = ("student", "epochs", "updates", "seconds", "images_per_second")
+            folder = {"out": str(words[list(words).index("--out") + 1])}
+            yield name, {"last": last, **dict.fromkeys(kept, 1), **folder}
 
     monkeypatch.setattr(studying, "side_by_side", beside)
     arguments = study(small, recipes, copy, "--seeds", 2, "--quiet")
     arguments[arguments.index("--jobs") + 1] = 2
     assert world.cli(*arguments) == 0
-    assert list(asked["calls"]) == [f"{name}-2" for name in NAMES]
-    assert (asked["processes"], asked["logs"]) == (2, copy / "logs")
+    waves = [[f"{name}-2" for name in names] for names in (WHOLE, FORKS)]
+    assert asked == [(wave, 2, copy / "logs") for wave in waves]
     report = json.loads((copy / "study.json").read_text())
-    assert {method["top1"]["2"] for method in report["methods"]} == {50.0}
+    assert {arm["top1"]["2"] for arm in report["arms"]} == {50.0}
+
+
+# --- digits, and where a trunk is forked ----------------------------------------------------------
+
+
+def test_without_shards_the_study_makes_the_digits_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(recipe: TrainRecipe, *, resume: bool) -> None:
+        assert load_dataset(recipe.data.shards).samples == 100
+        assert load_dataset(recipe.data.val_shards).samples == 50
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(studying, "DIGITS", {"train": 100, "validation": 50})
+    monkeypatch.setattr(stage_two, "train", stopped)
+    out = tmp_path / "out"
+    assert world.cli("study", "--out", out, "--device", "cpu", "--quiet") == 130
+    made = files(out / "shards")
+    assert made
+    assert world.cli("study", "--out", out, "--device", "cpu", "--quiet") == 130
+    assert files(out / "shards") == made
+
+
+@pytest.mark.parametrize(
+    ("dense", "local", "epoch", "reached"),
+    [
+        ([10.0 * n for n in range(1, 11)], 35.0, 4, True),
+        ([10.0 * n for n in range(1, 11)], 60.0, 5, False),
+        ([None] * 20, 0.5, 10, False),
+        ([90.0], 50.0, 1, True),
+        ([50.0, 90.0], 80.0, 1, False),
+    ],
+)
+def test_a_trunk_is_forked_when_it_has_learned_what_local_labels_teach(
+    dense: list[float | None], local: float, epoch: int, reached: bool
+) -> None:
+    fork = fork_point(dense, local)
+    assert (fork.epoch, fork.reached) == (epoch, reached)
+    assert fork.dense == dense[epoch - 1]

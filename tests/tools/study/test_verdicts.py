@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cskd_pipeline.tools.study.arms import ARMS, FUSION, ORDERING, all_runs
-from cskd_pipeline.tools.study.ledger import FAMILIES, load_recipes
+from cskd_pipeline.tools.study.arms import ARMS, CLAIMS, ForkPoint, StudyRun, runs_of
+from cskd_pipeline.tools.study.ledger import load_recipes
 from cskd_pipeline.tools.study.report import make_report
 from cskd_pipeline.tools.study.run_study import Stages, StudyConfig
 from cskd_pipeline.tools.study.verdicts import MeanOfRuns, judge, ordering
@@ -101,27 +101,27 @@ def test_an_ordering_holds_as_its_weakest_claim() -> None:
 # --- what is compared -----------------------------------------------------------------------------
 
 
-def test_every_method_and_schedule_runs_with_every_seed() -> None:
-    runs = all_runs([1, 2, 3])
-    assert len({run.name for run in runs}) == len(runs) == 21
-    assert {(arm.method, arm.schedule) for arm in ARMS} == {
-        ("none", None),
-        ("deit", None),
-        *(("cskd", schedule) for schedule in ("spatial", "global", "linear", "x2", "cos")),
-    }
-    assert [claim.text for claim in ORDERING] == ["cskd > deit", "deit > none"]
+def test_every_arm_runs_with_every_seed_and_forks_come_after_their_trunk() -> None:
+    whole, forks = (runs_of(2, forks=which) for which in (False, True))
+    assert [run.name for run in whole] == ["none-2", "deit-2", "cskd_linear-2", "cskd_spatial-2"]
+    assert [run.name for run in forks] == ["fork_linear-2", "fork_off-2"]
     names = {arm.name for arm in ARMS}
-    assert all({claim.better, claim.worse} < names for claim in (*ORDERING, FUSION))
+    assert all({claim.better, claim.worse} < names for claim in CLAIMS)
 
 
 def reported(**top1: float) -> dict[str, Any]:
     """The report of one seed's runs; what is not named reached 50 %."""
-    runs = all_runs([1])
     results = {
-        run.name: {"top1": top1.get(run.arm.name, 50.0), "per_head": {}, "seconds": 1.0}
-        for run in runs
+        StudyRun(arm, 1).name: {
+            "top1": top1.get(arm.name, 50.0),
+            "per_head": {"cls": 40.0} if arm.method == "none" else {"cls": 40.0, "dist": 41.0},
+            "ema": {},
+            "attention": [4.0, 8.0],
+            "seconds": 1.0,
+        }
+        for arm in ARMS
     }
-    return make_report(runs, results)
+    return make_report(results, {1: ForkPoint(3, 60.0, True)})
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,8 @@ def reported(**top1: float) -> dict[str, Any]:
     [
         ("cskd > deit", "cskd_linear", "deit"),
         ("deit > none", "deit", "none"),
-        ("CKF > spatial only", "cskd_linear", "cskd_spatial"),
+        ("CKF > r = 1, from the fork", "fork_linear", "cskd_spatial"),
+        ("CKF > r = 1, whole runs", "cskd_linear", "cskd_spatial"),
     ],
 )
 def test_a_claim_holds_where_what_it_names_first_is_better(
@@ -141,22 +142,33 @@ def test_a_claim_holds_where_what_it_names_first_is_better(
         assert found["difference"] == pytest.approx(5.0 if held else -5.0)
 
 
+def test_heads_are_compared_where_both_arms_have_them() -> None:
+    by_head = {one["claim"]: one["by_head"] for one in reported(fork_off=52.0)["claims"]}
+    assert set(by_head["deit > none"]) == {"mean", "cls"}
+    late = by_head["no spatial term > r = 1, from the fork"]
+    assert {name: found["difference"] for name, found in late.items()} == {
+        "mean": 2.0,
+        "cls": 0.0,
+        "dist": 0.0,
+    }
+
+
 def test_the_papers_order_holds_and_its_reverse_does_not() -> None:
     assert reported(cskd_linear=60, deit=55, none=50)["ordering"]["verdict"].startswith("held")
     assert reported(cskd_linear=50, deit=55, none=60)["ordering"]["verdict"] == "did not hold"
 
 
 def test_the_cache_is_of_the_teachers_last_weights_which_no_validation_image_chose() -> None:
-    stages = Stages(StudyConfig("shards", "val", Path("out")), load_recipes("cpu"))
+    stages = Stages(StudyConfig(Path("out")), load_recipes("digits"), "shards", "val")
     words = list(map(str, stages.dump()))
     weights = Path(words[words.index("--weights") + 1])
     trained = list(map(str, stages.teacher()))
     assert weights == Path(trained[trained.index("--out") + 1]) / "last.safetensors"
 
 
-@pytest.mark.parametrize("size", FAMILIES)
-def test_the_recipes_of_a_size_belong_together(size: str) -> None:
-    recipes = load_recipes(size)
+@pytest.mark.parametrize("family", ["digits", "cifar10"])
+def test_the_recipes_of_a_family_belong_together(family: str) -> None:
+    recipes = load_recipes(family)
     cskd = recipes.students["cskd"]
     assert recipes.teacher.student.name == recipes.dump.teacher.name
     assert recipes.teacher.student.kwargs == recipes.dump.teacher.kwargs
@@ -165,6 +177,6 @@ def test_the_recipes_of_a_size_belong_together(size: str) -> None:
     assert recipes.teacher.distill.method == "none"
     assert cskd.views == recipes.dump.views
     assert recipes.dump.cache.views >= cskd.schedule.epochs  # as many views as method none sees
-    assert cskd.run.eval_every == cskd.schedule.epochs  # nothing is chosen by validation
+    assert cskd.run.eval_every == 1  # the fork waits for the dense head
     assert cskd.distill.global_kind == cskd.distill.spatial_kind == "hard"
-    assert cskd.run.ema == 0.0
+    assert cskd.run.ema > 0.9

@@ -1,0 +1,84 @@
+"""What the study measures of trained networks beside their top-1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cskd_pipeline.data.assemble import normalise
+from cskd_pipeline.data.evalset import eval_loader
+from cskd_pipeline.data.index import Dataset
+from cskd_pipeline.models.checkpoint import load_student
+from cskd_pipeline.models.cut import head_per_location
+from cskd_pipeline.models.student import Student
+
+BATCH = 256
+
+
+@torch.inference_mode()
+def local_accuracy(teacher: Path, validation: Dataset, device: torch.device) -> float:
+    """Return how often the largest spatial logit is the image's class, in percent of locations.
+
+    Args:
+        teacher: a CNN's ``.safetensors`` file, as ``train`` wrote it.
+    """
+    network, _ = load_student(teacher, device)
+    right = locations = 0
+    for images, labels in _images(network, validation, device):
+        model: Any = network.model
+        found = head_per_location(model, model.forward_features(images)).argmax(1)  # (B, h, w)
+        right += int((found == labels[:, None, None]).sum())
+        locations += found.numel()
+    return 100 * right / locations
+
+
+@torch.inference_mode()
+def attention_distances(student: Path, validation: Dataset, device: torch.device) -> list[float]:
+    """Return how far each layer's patches look, in pixels: the mean over heads and patches.
+
+    The distance of a patch to the others, weighted with its attention to them (arXiv 2010.11929,
+    section 4.5); attention to other tokens than patches is left out. Of the first 256 images.
+    """
+    network, _ = load_student(student, device)
+    model: Any = network.model.eval()
+    layers: list[Tensor] = []
+    for block in model.blocks:
+        block.attn.fused_attn = False  # which has no map of attention to look at
+        block.attn.attn_drop.register_forward_hook(
+            partial(_keep_distance, layers, _patch_distances(model, device), model)
+        )
+    images, _ = next(_images(network, validation, device))
+    model(images)
+    return [float(layer) for layer in layers]
+
+
+def _keep_distance(
+    layers: list[Tensor], distances: Tensor, model: Any, layer: object, given: object, out: Tensor
+) -> None:
+    """Append the mean distance of a layer's attention ``out``, (B, heads, N, N)."""
+    patches = out[:, :, model.num_prefix_tokens :, model.num_prefix_tokens :].float()
+    layers.append(((patches * distances).sum(-1) / patches.sum(-1)).mean())
+
+
+def _patch_distances(model: Any, device: torch.device) -> Tensor:
+    """Return the distance in pixels of every patch's centre to every other's, (N, N)."""
+    (rows, columns), (height, width) = model.patch_embed.grid_size, model.patch_embed.patch_size
+    places = torch.cartesian_prod(
+        height * torch.arange(rows, device=device), width * torch.arange(columns, device=device)
+    ).float()
+    return torch.cdist(places, places)
+
+
+def _images(
+    network: Student, validation: Dataset, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield batches of normalised images, (B, 3, S, S), and their labels, (B,)."""
+    network.eval()
+    for batch in eval_loader(validation, network.preprocessing, batch_size=BATCH):
+        pixels = batch.pixels.to(device).permute(0, 3, 1, 2).float() / 255
+        yield normalise(pixels, network.mean, network.std), batch.label.to(device)

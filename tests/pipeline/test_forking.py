@@ -1,0 +1,101 @@
+"""A fork continues another run's state with another loss, and CKF's progress begins there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cskd_pipeline.config import TrainRecipe
+from cskd_pipeline.errors import OutputError
+from cskd_pipeline.models.checkpoint import read_header
+from cskd_pipeline.pipeline import train as stage_two
+from cskd_pipeline.tools.report.records import read_log
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+from tests.pipeline.test_training import assert_equal, final_state
+
+EPOCHS = 3
+
+
+def recipe_of(small: World, out: Path, *sets: str) -> TrainRecipe:
+    own = ["schedule.warmup_epochs=0", "data.check=0", "distill.schedule=spatial", *sets]
+    return world.train_recipe(
+        small.shards, small.cache, out, sets=own, epochs=EPOCHS, batch_size=32
+    )
+
+
+@pytest.fixture(scope="module")
+def trunk(small: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trunk") / "run"
+    stage_two.train(recipe_of(small, out, "run.keep_every=2"))
+    return out
+
+
+def fork_of(trunk: Path, small: World, out: Path, *sets: str) -> TrainRecipe:
+    return recipe_of(small, out, f"run.fork_from={trunk / 'state-00002.pt'}", *sets)
+
+
+def test_states_are_kept_where_they_are_wanted(trunk: Path) -> None:
+    assert [path.name for path in sorted(trunk.glob("state-*"))] == ["state-00002.pt"]
+
+
+def test_a_fork_that_changes_nothing_ends_where_its_trunk_does(
+    trunk: Path, small: World, tmp_path: Path
+) -> None:
+    stage_two.train(fork_of(trunk, small, tmp_path / "fork"))
+    expected, found = final_state(trunk), final_state(tmp_path / "fork")
+    for name in ("student", "ema", "optimizer", "update"):
+        assert_equal(found[name], expected[name])
+
+
+def test_a_fork_has_its_own_loss_its_own_progress_and_its_trunks_history(
+    trunk: Path, small: World, tmp_path: Path
+) -> None:
+    out, sets = tmp_path / "fork", ("distill.schedule=linear", "distill.step=update")
+    stage_two.train(fork_of(trunk, small, out, *sets))
+    rows, before = read_log(out / "summary.csv"), read_log(trunk / "summary.csv")
+    assert [row["loss"] for row in rows[:2]] == [row["loss"] for row in before[:2]]
+    # The last of three updates, which are one epoch: 1 - 2 / 3.
+    assert [row["ckf_ratio"] for row in rows] == pytest.approx([1.0, 1.0, 1 / 3], abs=1e-6)
+    assert rows[2]["loss"] != before[2]["loss"]
+    [schedule, step] = read_header(out / "last.safetensors").recipe_changes
+    assert schedule == 'update 6: distill.schedule "spatial" -> "linear"'
+    assert step == 'update 6: distill.step "epoch" -> "update"'
+    assert (out / "changes.jsonl").exists()
+
+
+def test_a_fork_that_was_stopped_is_resumed_as_one(
+    trunk: Path, small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, sets = tmp_path / "fork", ("distill.spatial_weight=0.0", "run.checkpoint_every=1")
+    whole = fork_of(trunk, small, tmp_path / "whole", *sets)
+    stage_two.train(whole)
+    step, stopped = stage_two.Trainer.step, fork_of(trunk, small, out, *sets)
+
+    def once(self: stage_two.Trainer, batches: object) -> object:
+        if self.update == 7:
+            raise KeyboardInterrupt
+        return step(self, batches)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stage_two.Trainer, "step", once)
+    with pytest.raises(KeyboardInterrupt):
+        stage_two.train(stopped)
+    monkeypatch.undo()
+    with pytest.raises(OutputError, match="began in another way"):
+        stage_two.train(recipe_of(small, out, *sets), resume=True)
+    stage_two.train(stopped, resume=True)
+    assert_equal(final_state(out)["student"], final_state(tmp_path / "whole")["student"])
+    assert final_state(out)["forked_at"] == 2
+
+
+def test_what_cannot_be_forked_is_refused(trunk: Path, small: World, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="to fork was made with another recipe") as told:
+        stage_two.train(fork_of(trunk, small, tmp_path / "seed", "run.seed=5"))
+    assert "run.seed: the run's 0, here 5" in str(told.value.problems)
+    ended = tmp_path / "ended.pt"
+    shutil.copy(trunk / "state.pt", ended)
+    with pytest.raises(OutputError, match="where an epoch ends") as told:
+        stage_two.train(recipe_of(small, tmp_path / "none-left", f"run.fork_from={ended}"))
+    assert told.value.found == "update 9 of 9, 3 an epoch"
