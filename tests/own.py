@@ -20,7 +20,7 @@ class Negated:
     name = "own-negated"
     serves: tuple[str, ...] = ("hard", "soft")
     exact = True
-    min_temperature = 0.0
+    temperatures = (0.0, float("inf"))
 
     def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
         fill, axes = float("nan"), ("class", "row", "column")
@@ -29,7 +29,7 @@ class Negated:
             ArraySpec("own-negated/global", "float16", axes[:1], shape[:1], fill, 1, rows=4),
         )
 
-    def encode(self, spatial: Tensor, global_: Tensor) -> dict[str, Tensor]:
+    def encode(self, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> dict[str, Tensor]:
         return {"own-negated/spatial": -spatial, "own-negated/global": -global_}
 
     def targets(self, arrays: Mapping[str, Tensor]) -> LogitTargets:

@@ -22,8 +22,9 @@ def serving(
     sizes = {
         name: sum(spec.row_bytes for spec in encoding.arrays(shape))
         for name, encoding in encodings.items()
+        for lowest, highest in [encoding.temperatures]
         if set(kinds) <= set(encoding.serves)
-        and ("soft" not in kinds or temperature >= encoding.min_temperature)
+        and ("soft" not in kinds or lowest <= temperature <= highest)
     }
     exact = {name: encodings[name].exact for name in sizes}
     return sorted(sizes, key=lambda n: (not exact[n], sizes[n] if exact[n] else -sizes[n]))

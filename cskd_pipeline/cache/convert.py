@@ -16,12 +16,13 @@ import numpy as np
 
 from cskd_pipeline.cache.digests import split_pin
 from cskd_pipeline.cache.info import describe
+from cskd_pipeline.cache.layout import encodings_of
 from cskd_pipeline.cache.manifest import CacheManifest, utc_now
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.units import Unit, UnitBuffer, UnitData, encoded
 from cskd_pipeline.cache.view_blocks import choose_view_block
 from cskd_pipeline.cache.writer import CacheWriter
-from cskd_pipeline.distill.encodings import ENCODINGS, Rows
+from cskd_pipeline.distill.encodings import Encoding, Rows, Sampled
 from cskd_pipeline.errors import CacheError, UsageError
 from cskd_pipeline.runtime.progress import progress
 
@@ -42,12 +43,15 @@ class Conversion:
         view_block: views per unit, which decide how many files there are; 0: as
             :func:`choose_view_block` says; None: the source's, or chosen if ``views`` are no whole
             number of them.
+        sampled: the draws of the encoding ``sampled``, if it is among them; None: the source's, or
+            one draw at temperature 1.
     """
 
     encodings: Sequence[str] = ()
     views: int | None = None
     shards: tuple[int, int] | None = None
     view_block: int | None = None
+    sampled: Sampled | None = None
 
 
 _COPY = Conversion()
@@ -114,17 +118,17 @@ def convert(
 def _converted(reader: Cache, wanted: Conversion) -> CacheManifest:
     """The new cache's manifest."""
     old = reader.manifest
-    encodings = tuple(wanted.encodings) or old.encodings
-    _require_sources(reader, encodings)
     shards = old.dataset.shards[slice(*_shard_range(reader, wanted.shards))]
     made = replace(
         old,
         dataset=replace(old.dataset, shards=shards),
         views=_view_count(reader, wanted.views),
-        encodings=encodings,
+        encodings=tuple(wanted.encodings) or old.encodings,
+        sampled=wanted.sampled or old.sampled,
         created=utc_now(),
         parent=old.as_parent(reader.digest()),
     )
+    _require_sources(reader, made)
     block = old.view_block if wanted.view_block is None else wanted.view_block
     if wanted.view_block and made.views % block:
         raise UsageError(
@@ -165,7 +169,7 @@ def unit_data(
     for row, view in enumerate(unit.views):
         for start in range(0, count, _ROWS):
             offsets = np.arange(start, min(start + _ROWS, count))
-            rows = _rows(reader, writer.manifest.encodings, view, shard, offsets, device)
+            rows = _rows(reader, writer.manifest, view, shard, offsets, device)
             buffer.put(row, offsets, rows)
 
     def stacked(of_view: Callable[[int, int], np.ndarray]) -> np.ndarray:
@@ -184,7 +188,7 @@ def unit_data(
 
 def _rows(
     reader: Cache,
-    encodings: Sequence[str],
+    made: CacheManifest,
     view: int,
     shard: int,
     offsets: np.ndarray,
@@ -194,20 +198,27 @@ def _rows(
     import torch
 
     found: Rows = {}
-    fresh = [name for name in encodings if name not in reader.encodings]
-    for name in encodings:
+    fresh = _fresh(reader, made)
+    for name in made.encodings:
         if name not in fresh:
             found |= reader.rows(name, view, shard, offsets)
     if fresh:
         dense = reader.rows("dense", view, shard, offsets)
         spatial, global_ = (torch.from_numpy(v).to(device) for v in dense.values())
-        for name in fresh:
-            found |= encoded(ENCODINGS[name], spatial, global_)
+        seeds = reader.seeds(view, shard)[offsets]
+        for encoding in fresh.values():
+            found |= encoded(encoding, spatial, global_, seeds)
     return found
 
 
-def _require_sources(reader: Cache, encodings: Sequence[str]) -> None:
-    fresh = [name for name in encodings if name not in reader.encodings]
+def _fresh(reader: Cache, made: CacheManifest) -> dict[str, Encoding]:
+    """The encodings that the source does not have, or has with other draws."""
+    found = encodings_of(made).items()
+    return {name: encoding for name, encoding in found if reader.encodings.get(name) != encoding}
+
+
+def _require_sources(reader: Cache, made: CacheManifest) -> None:
+    fresh = _fresh(reader, made)
     if fresh and "dense" not in reader.encodings:
         raise CacheError(
             f"the cache cannot be converted to {', '.join(fresh)}",

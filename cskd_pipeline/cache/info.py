@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from cskd_pipeline.cache import layout
@@ -43,10 +44,12 @@ def describe(cache: Cache) -> dict[str, Any]:
     encodings = {}
     for name, encoding in cache.encodings.items():
         arrays = [spec.name for spec in cache.specs(name)]
+        lowest, highest = encoding.temperatures
         encodings[name] = {
             "serves": list(encoding.serves),
             "exact": encoding.exact,
-            "min_temperature": encoding.min_temperature,
+            "min_temperature": lowest,
+            "max_temperature": None if highest == math.inf else highest,
             "bytes": None if sizes is None else sum(sizes[array] for array in arrays),
             "bytes_per_view": per_view(arrays),
         }
@@ -57,6 +60,7 @@ def describe(cache: Cache) -> dict[str, Any]:
         "digest": digest,
         "manifest_sha256": manifest.digest(),
         "parent": document.get("parent"),
+        "sampled": document.get("sampled"),
         "format_version": document["format_version"],
         "dataset": {
             "name": manifest.dataset.name,

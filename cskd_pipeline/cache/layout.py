@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.digests import SIZE
 from cskd_pipeline.cache.manifest import CacheManifest
-from cskd_pipeline.distill.encodings import ENCODINGS, ArraySpec, Encoding, ResponseShape
+from cskd_pipeline.distill.encodings import ENCODINGS, ArraySpec, Encoding, ResponseShape, Sampled
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime import schemas
 
@@ -33,13 +33,13 @@ MAX_CHUNK_BYTES = 2**28
 """Decoded, and of a file's shard index: far above honest ones, so that no manifest fills memory."""
 
 
-def encodings_of(names: Iterable[str]) -> dict[str, Encoding]:
-    """Return the encodings of these names.
+def encodings_of(manifest: CacheManifest) -> dict[str, Encoding]:
+    """Return the encodings of the cache, ``sampled`` with its draws and temperature.
 
     Raises:
         CacheError: one that is neither built in nor registered.
     """
-    names = tuple(names)
+    names = manifest.encodings
     unknown = [name for name in names if name not in ENCODINGS]
     if unknown:
         raise CacheError(
@@ -49,7 +49,8 @@ def encodings_of(names: Iterable[str]) -> dict[str, Encoding]:
             action="install a newer cskd-pipeline, or, if it is your own, pass it to "
             "cskd_pipeline.register_encoding before the cache is opened",
         )
-    return {name: ENCODINGS[name] for name in names}
+    own: dict[str, Encoding] = {Sampled.name: manifest.sampled}
+    return {name: own.get(name, ENCODINGS[name]) for name in names}
 
 
 def response_shape(manifest: CacheManifest) -> ResponseShape:
@@ -65,7 +66,7 @@ def specs(manifest: CacheManifest) -> dict[str, ArraySpec]:
     """
     shape = response_shape(manifest)
     found: dict[str, ArraySpec] = {}
-    for name, encoding in encodings_of(manifest.encodings).items():
+    for name, encoding in encodings_of(manifest).items():
         arrays = encoding.arrays(shape)
         problems = list(_encoding_problems(name, arrays))
         if problems:

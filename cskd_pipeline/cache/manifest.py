@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cskd_pipeline.distill.encodings import Sampled
 from cskd_pipeline.errors import CskdError, ManifestError
 from cskd_pipeline.runtime import atomic, schemas
 from cskd_pipeline.runtime.classes import Classes
@@ -207,6 +208,8 @@ class CacheManifest:
     other_versions: tuple[Mapping[str, str], ...] = ()
     parent: Mapping[str, Any] | None = None
     """Of a converted cache: what identifies the cache it was made from (:meth:`as_parent`)."""
+    sampled: Sampled = field(default_factory=Sampled)
+    """The draws of the encoding ``sampled``, if ``encodings`` names it."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -239,6 +242,7 @@ class CacheManifest:
             "notes": self.notes,
             "created": self.created,
             **({} if self.parent is None else {"parent": dict(self.parent)}),
+            **({"sampled": self.sampled.to_json()} if Sampled.name in self.encodings else {}),
         }
 
     def as_parent(self, digest: str | None) -> dict[str, Any]:
@@ -276,6 +280,7 @@ class CacheManifest:
             encodings=tuple(document["encodings"]),
             other_versions=tuple(document["other_versions"]),
             parent=document.get("parent"),
+            sampled=Sampled(**document.get("sampled", {})),
             **{name: document[name] for name in same},
         )
 
@@ -286,8 +291,8 @@ class CacheManifest:
     def lineage(self) -> str:
         """Return the SHA-256 (hex) of what decides the bytes of a unit's files.
 
-        That is the data set's contents and classes, teacher, policy, root seed, view block and
-        encodings; not names, provenance, versions, or the number of views, which grows.
+        That is the data set's contents and classes, teacher, policy, root seed, view block,
+        encodings and draws; not names, provenance, versions, or the number of views, which grows.
         """
         return schemas.sha256(self._deciding("view_block"))
 
@@ -310,7 +315,8 @@ class CacheManifest:
         """Return the document without what leaves a unit's values as they are."""
         document = self.to_json()
         deciding = ("format_version", "dataset", "teacher", "policy", "root_seed", "encodings")
-        document = {name: document[name] for name in (*deciding, *also)}
+        drawn = [name for name in ("sampled",) if name in document]
+        document = {name: document[name] for name in (*deciding, *also, *drawn)}
         del document["teacher"]["source"], document["teacher"]["top1"], document["dataset"]["name"]
         for shard in document["dataset"]["shards"]:
             del shard["name"]
@@ -376,6 +382,9 @@ def _cache_problems(document: Any) -> Iterator[str]:
             f"$.teacher.num_classes: found {teacher['num_classes']}, "
             f"expected the data set's num_classes = {data['num_classes']}"
         )
+    if ("sampled" in document) != (Sampled.name in document["encodings"]):
+        state = "no" if "sampled" in document else "the"
+        yield f"$.sampled: expected {state} draws, by $.encodings"
     try:
         policy = ViewPolicy.from_json(document["policy"])
     except (CskdError, TypeError, ValueError) as error:

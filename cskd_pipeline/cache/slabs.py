@@ -31,7 +31,7 @@ class SlabReader:
     def __init__(self, store: CacheStore, memory: int) -> None:
         self.store = store
         self.shape = layout.response_shape(store.manifest)
-        self.encodings = layout.encodings_of(store.manifest.encodings)
+        self.encodings = layout.encodings_of(store.manifest)
         self.specs = layout.specs(store.manifest)
         self._counts = store.manifest.dataset.counts
         self._slabs: BytesLRU[SlabKey, Rows] = BytesLRU(memory)

@@ -101,8 +101,9 @@ def _files(info: Info) -> str:
 def _encoding(encoding: Info) -> str:
     kinds = " and ".join(encoding["serves"])
     kept = "exactly" if encoding["exact"] else "approximately"
-    lowest = encoding["min_temperature"]
+    lowest, highest = encoding["min_temperature"], encoding["max_temperature"]
     where = f" at temperatures of {lowest:g} and more" if lowest else ""
+    where = f" at temperature {lowest:g}" if lowest == highest else where
     each = encoding["bytes_per_view"]
     unknown = "bytes not known" if encoding["bytes"] is None else "no view yet"
     costs = unknown if each is None else f"{each:.4g} bytes a view"

@@ -72,13 +72,16 @@ class UnitData:
         require_rows(layout.specs(manifest).values(), self.arrays, (views, count))
 
 
-def encoded(encoding: Encoding, spatial: Tensor, global_: Tensor) -> Rows:
+def encoded(encoding: Encoding, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> Rows:
     """Return the rows that an encoding makes of logits (B, K, h, w) and (B, K), on the host.
+
+    Args:
+        encoding, spatial, global_, seeds: see :meth:`Encoding.encode`.
 
     Raises:
         CacheError: they are not what its arrays hold.
     """
-    made = encoding.encode(spatial, global_)
+    made = encoding.encode(spatial, global_, seeds)
     rows = {name: values.cpu().numpy() for name, values in made.items()}
     require_rows(encoding.arrays(ResponseShape(*spatial.shape[1:])), rows, (len(spatial),))
     return rows

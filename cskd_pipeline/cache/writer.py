@@ -22,7 +22,7 @@ from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.cache.units import Unit, UnitData, require_rows
-from cskd_pipeline.distill.encodings import ENCODINGS, ArraySpec
+from cskd_pipeline.distill.encodings import ArraySpec
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.runtime import atomic
 from cskd_pipeline.runtime.classes import ClassGuard
@@ -141,7 +141,9 @@ class CacheWriter:
 
     def specs(self, encoding: str) -> tuple[ArraySpec, ...]:
         """Return the encoding's arrays."""
-        return ENCODINGS[encoding].arrays(layout.response_shape(self.manifest))
+        return layout.encodings_of(self.manifest)[encoding].arrays(
+            layout.response_shape(self.manifest)
+        )
 
     def size_of(self, unit: Unit) -> int:
         """Count the views in the unit."""
@@ -241,9 +243,9 @@ class CacheWriter:
 
     def _per_view(self, data: UnitData) -> dict[str, np.ndarray]:
         values = {"seed": data.seeds, "view_digest": data.view_digests, "top1": data.top1}
-        for name in self.manifest.encodings:
+        for name, encoding in layout.encodings_of(self.manifest).items():
             specs = self.specs(name)
-            packed = ENCODINGS[name].pack({spec.name: data.arrays[spec.name] for spec in specs})
+            packed = encoding.pack({spec.name: data.arrays[spec.name] for spec in specs})
             require_rows(specs, packed, data.seeds.shape)
             values |= packed
         return values

@@ -27,6 +27,7 @@ from cskd_pipeline.cli.options import (
 )
 from cskd_pipeline.cli.reports import print_report
 from cskd_pipeline.cli.root import cache_app
+from cskd_pipeline.errors import UsageError
 from cskd_pipeline.runtime.console import Terminal
 
 if TYPE_CHECKING:
@@ -176,6 +177,14 @@ def convert(
             "does. What it does not have is made from dense.",
         ),
     ] = None,
+    sampled_draws: Annotated[
+        int | None,
+        typer.Option(min=1, max=8, metavar="N", help="Draws of the encoding sampled. Default: 1."),
+    ] = None,
+    sampled_temperature: Annotated[
+        float | None,
+        typer.Option(min=1e-3, max=1000.0, metavar="TAU", help="That it draws at. Default: 1."),
+    ] = None,
     views: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Only the first N views.")
     ] = None,
@@ -203,8 +212,15 @@ def convert(
     """
     require_encodings(encoding or ())
     chosen = parse_range(shards, "--shards")
+    given = sampled_draws is not None or sampled_temperature is not None
+    if given and "sampled" not in (encoding or ()):
+        raise UsageError(
+            "--sampled-draws and --sampled-temperature do nothing without the encoding sampled",
+            action="give --encoding sampled too",
+        )
     from cskd_pipeline.cache.convert import Conversion
     from cskd_pipeline.cache.convert import convert as make
+    from cskd_pipeline.distill.encodings import Sampled
     from cskd_pipeline.runtime.device import pick_device
     from cskd_pipeline.runtime.signals import stop_requests
 
@@ -212,7 +228,13 @@ def convert(
         return make(
             source,
             target,
-            Conversion(encoding or (), views, chosen, view_block),
+            Conversion(
+                encoding or (),
+                views,
+                chosen,
+                view_block,
+                Sampled(sampled_draws or 1, sampled_temperature or 1.0) if given else None,
+            ),
             device=pick_device(device or "auto"),
             stopped=lambda: stop.requested,
         )

@@ -24,7 +24,7 @@ FLAGS: dict[type, dict[str, str]] = {
         "--mean R,G,B": "teacher.mean",
         "--std R,G,B": "teacher.std",
         "--cache DIR": "cache.path",
-        "--encoding dense|dense-q8|topk|envelope": "cache.encodings",
+        "--encoding dense|dense-q8|topk|envelope|sampled": "cache.encodings",
         "--views N": "cache.views",
         "--size N": "views.size",
         "--batch-size N": "dump.batch_size",

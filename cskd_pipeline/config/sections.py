@@ -109,8 +109,15 @@ class CacheSection:
     encodings: tuple[str, ...] = _fixed(
         ("dense",),
         "What to store: dense serves every loss; envelope hard ones, exactly, in 1/400 of the "
-        "bytes; dense-q8 and topk soft ones, nearly. May be given more than once.",
-        examples=["dense", "dense-q8", "topk", "envelope"],
+        "bytes; dense-q8 and topk soft ones, nearly; sampled soft ones by unbiased draws. "
+        "May be given more than once.",
+        examples=["dense", "dense-q8", "topk", "envelope", "sampled"],
+    )
+    sampled_draws: int = _fixed(
+        1, "Draws of each location's soft target, of the encoding sampled.", ge=1, le=8
+    )
+    sampled_temperature: float = _fixed(
+        1.0, "Temperature of the soft targets that sampled draws from.", gt=0.0, le=1000.0
     )
     views: int = _fixed(1, "Augmented views of every image.", ge=1, le=1_000_000)
     view_block: int = _free(

@@ -18,7 +18,7 @@ r = 0 and r = 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 
 import torch
@@ -154,31 +154,55 @@ def upper_envelope(spatial: Tensor, global_: Tensor) -> Tensor:
     Raises:
         TeacherError: a logit is NaN or infinite.
     """
-    samples, classes, height, width = spatial.shape
+    height, width = spatial.shape[2:]
+    pieces = logit_lines(spatial, global_, torch.float32)
+    return envelope_of_lines(((d, g.expand_as(d)) for d, g in pieces), height, width)
+
+
+def logit_lines(
+    spatial: Tensor, global_: Tensor, dtype: torch.dtype, chunk: int = _CHUNK
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield about ``chunk`` logits at a time: d (b, l, K) and g (b, 1, K) of ``dtype``.
+
+    Raises:
+        TeacherError: a logit is NaN or infinite.
+    """
+    samples, classes = global_.shape
     assert spatial.dtype == global_.dtype == torch.float16, (spatial.dtype, global_.dtype)
-    assert global_.shape == (samples, classes), (spatial.shape, global_.shape)
+    assert spatial.shape[:2] == (samples, classes), (spatial.shape, global_.shape)
     assert 0 < classes <= UNUSED, classes
     if not all_finite(spatial, global_):
         raise TeacherError("the teacher's response holds NaN or infinite logits")
-    pieces = []
-    for d, g in _pieces(spatial, global_):
-        d = d.permute(0, 2, 3, 1).to(torch.float32, memory_format=torch.contiguous_format)
-        d = d.flatten(1, 2)
-        pieces.append(_march(d, g.float()[:, None].expand_as(d)))
-    count = max(piece.shape[1] for piece in pieces)
-    padded = [pad(piece, (0, count - piece.shape[1]), value=UNUSED) for piece in pieces]
-    planes = torch.cat(padded).reshape(samples, height, width, count)
+    for d, g in _pieces(spatial, global_, chunk):
+        d = d.permute(0, 2, 3, 1).to(dtype, memory_format=torch.contiguous_format)
+        yield d.flatten(1, 2), g.to(dtype)[:, None]
+
+
+def envelope_of_lines(pieces: Iterable[tuple[Tensor, Tensor]], height: int, width: int) -> Tensor:
+    """Return the planes of :func:`upper_envelope` for any lines, a piece of the batch at a time.
+
+    Args:
+        pieces: each the values at r = 1 and at r = 0, (b, height * width, K), multiples of 2**-24
+            below 2**17 that their type, float32 or float64, holds exactly.
+        height, width: of the grid.
+    """
+    found = [_march(d, g) for d, g in pieces]
+    count = max(piece.shape[1] for piece in found)
+    padded = [pad(piece, (0, count - piece.shape[1]), value=UNUSED) for piece in found]
+    planes = torch.cat(padded).reshape(-1, height, width, count)
     return planes.permute(0, 3, 1, 2).contiguous().to(torch.uint16)
 
 
-def _pieces(spatial: Tensor, global_: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batch in pieces of about ``_CHUNK`` logits."""
-    rows = max(1, _CHUNK // spatial[0].numel())
+def _pieces(
+    spatial: Tensor, global_: Tensor, chunk: int = _CHUNK
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batch in pieces of about ``chunk`` logits."""
+    rows = max(1, chunk // spatial[0].numel())
     return zip(spatial.split(rows), global_.split(rows), strict=True)
 
 
 def _march(d: Tensor, g: Tensor) -> Tensor:
-    """The planes (n, P) int32 of n = b * l locations; d and g (b, l, K) float32."""
+    """The planes (n, P) int32 of n = b * l locations; d and g (b, l, K) float32 or float64."""
     lines = _candidates(d, g)
     shape = (lines.shape[1], 2 * lines.shape[2] - 1)
     planes = torch.full(shape, UNUSED, dtype=torch.int32, device=d.device)
@@ -253,8 +277,9 @@ def _nearest_multiple(r: float) -> int:
 
 
 def _units(logits: Tensor) -> Tensor:
-    """Logits that float16 can hold, as integer multiples of 2**-24, int64."""
-    return (logits.float() * _UNITS_PER_ONE).long()
+    """Multiples of 2**-24, as integers, int64: what float16 can hold, or lines in float64."""
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    return (exact * _UNITS_PER_ONE).long()
 
 
 def _first_of_largest(key: Tensor, *ties: Tensor, dim: int) -> Tensor:

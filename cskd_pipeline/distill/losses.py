@@ -4,6 +4,10 @@
 class head with the labels, ``global`` the distillation head with the teacher's global response,
 ``spatial`` the dense head with the fused response at every location. ``deit`` has no spatial term,
 ``none`` is ``base`` alone.
+
+With draws of the soft targets in their place (:class:`SampledTargets`), a soft term is the cross
+entropy with the drawn classes, mean over draws: it has the same expected gradient as the KL
+divergence, and a value that is larger, in expectation, by tau^2 times the targets' entropy.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from cskd_pipeline.distill.targets import Targets
+from cskd_pipeline.distill.targets import SampledTargets, Targets
 from cskd_pipeline.errors import RecipeError, UsageError
 from cskd_pipeline.models.student import Heads, Student
 
@@ -210,6 +214,8 @@ class DistillationLoss:
         if self.global_kind == "hard":
             return cross_entropy(logits, targets.hard_global())
         samples = len(logits) if self.scaling == "mean" else logits.numel()
+        if isinstance(targets, SampledTargets):
+            return self._drawn(logits, targets.drawn_global(self.temperature)) / samples
         teacher = targets.global_log_probabilities(self.temperature)
         return self._divergence(logits, teacher) / samples
 
@@ -217,6 +223,8 @@ class DistillationLoss:
         if self.spatial_kind == "hard":
             return cross_entropy(logits, targets.hard_spatial(r))
         locations = logits[:, 0].numel() if self.scaling == "mean" else len(logits)
+        if isinstance(targets, SampledTargets):
+            return self._drawn(logits, targets.drawn_spatial(r, self.temperature)) / locations
         teacher = targets.spatial_log_probabilities(r, self.temperature)
         return self._divergence(logits, teacher) / locations
 
@@ -234,6 +242,17 @@ class DistillationLoss:
             log_target=True,
         )
         return divergence * tau**2
+
+    def _drawn(self, logits: Tensor, drawn: Tensor) -> Tensor:
+        """tau^2 * cross entropy of the student at tau with draws, mean over them, else summed.
+
+        Args:
+            logits: (B, K, ...).
+            drawn: (B, draws, ...) int64.
+        """
+        tau = self.temperature
+        found = log_softmax(logits / tau, dim=1).gather(1, drawn)
+        return -found.mean(dim=1).sum() * tau**2
 
 
 def _require(fits: bool, name: str, found: float, expected: str) -> None:

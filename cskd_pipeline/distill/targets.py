@@ -95,7 +95,77 @@ class EnvelopeTargets:
         return CacheError(
             "soft distillation needs the teacher's logits",
             found="the envelope encoding, which holds hard labels only",
-            expected="the encoding dense, dense-q8 or topk",
+            expected="the encoding dense, dense-q8, topk or sampled",
             action="set distill.global_kind and distill.spatial_kind to hard, or use a cache "
+            "dumped with one of these encodings",
+        )
+
+
+@dataclass(frozen=True)
+class SampledTargets:
+    """Hold draws of the soft targets at every r, of one temperature: for soft losses alone.
+
+    Args:
+        planes: (B, P, draws * h, w) uint16, of ``distill.gumbel.noisy_envelopes``.
+        draws: of each location.
+        temperature: tau of the targets that they were drawn from.
+    """
+
+    planes: Tensor
+    draws: int
+    temperature: float
+
+    def drawn_global(self, temperature: float) -> Tensor:
+        """Return classes drawn from softmax(g / tau), those at r = 0: (B, draws * h * w) int64.
+
+        Raises:
+            CacheError: another temperature than the draws'.
+        """
+        self._require(temperature)
+        return self.planes[:, 0].flatten(1).to(torch.int64)
+
+    def drawn_spatial(self, r: float, temperature: float) -> Tensor:
+        """Return classes drawn from softmax(fused(r) / tau): (B, draws, h, w) int64.
+
+        Raises:
+            CacheError: another temperature than the draws'.
+        """
+        self._require(temperature)
+        return ckf.envelope_labels(self.planes, r).unflatten(1, (self.draws, -1))
+
+    def hard_global(self) -> Tensor:
+        """Refuse: a draw is not the class on top."""
+        raise self._only_draws("hard targets")
+
+    def hard_spatial(self, r: float) -> Tensor:
+        """Refuse: a draw is not the class on top."""
+        raise self._only_draws("hard targets")
+
+    def global_log_probabilities(self, temperature: float) -> Tensor:
+        """Refuse: draws have no probabilities."""
+        raise self._only_draws("probabilities")
+
+    def spatial_log_probabilities(self, r: float, temperature: float) -> Tensor:
+        """Refuse: draws have no probabilities."""
+        raise self._only_draws("probabilities")
+
+    def _require(self, temperature: float) -> None:
+        if temperature != self.temperature:
+            raise CacheError(
+                "the sampled encoding cannot serve this temperature",
+                found=f"distill.temperature = {temperature:g}",
+                expected=f"{self.temperature:g}, which its draws were made at",
+                action=f"set distill.temperature to {self.temperature:g}, or make another cache "
+                "from one with dense: cache convert --encoding sampled "
+                f"--sampled-temperature {temperature:g}",
+            )
+
+    @staticmethod
+    def _only_draws(needed: str) -> CacheError:
+        return CacheError(
+            f"the sampled encoding cannot serve {needed}",
+            found="classes drawn from the soft targets",
+            expected="the encoding dense, or envelope for hard targets",
+            action="set distill.global_kind and distill.spatial_kind to soft, or use a cache "
             "dumped with one of these encodings",
         )

@@ -186,8 +186,8 @@ class UnitWriter:
         label = views.label.to(logits.global_.device)
         correct = hard_global_labels(logits.global_) == label
         found: dict[str, np.ndarray] = {}
-        for encoding in encodings_of(self.cache.manifest.encodings).values():
-            found |= encoded(encoding, *logits)
+        for encoding in encodings_of(self.cache.manifest).values():
+            found |= encoded(encoding, *logits, views.seed)
         return {
             **found,
             "correct": correct.cpu().numpy(),

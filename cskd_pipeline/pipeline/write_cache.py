@@ -25,6 +25,7 @@ from cskd_pipeline.config import CacheSection
 from cskd_pipeline.data.describe import describe
 from cskd_pipeline.data.index import Dataset, load_dataset, refuse_repeated_keys
 from cskd_pipeline.data.unit_views import Loading
+from cskd_pipeline.distill.encodings import Sampled
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.pipeline.unit_writer import UnitWriter
 from cskd_pipeline.runtime.classes import ClassGuard
@@ -143,6 +144,7 @@ def cache_manifest(
         created=utc_now(),
         license=cache.license,
         notes=cache.notes,
+        sampled=Sampled(cache.sampled_draws, cache.sampled_temperature),
     )
     ends = (cache.views, *(view_range or ()))
     block = cache.view_block or choose_view_block(made, math.gcd(*ends))

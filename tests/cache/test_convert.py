@@ -43,7 +43,7 @@ def test_new_encodings_are_those_of_the_logits(
 ) -> None:
     """However many samples are encoded at once: the last ones of a shard may be fewer."""
     monkeypatch.setattr(converting, "_ROWS", rows)
-    names = ("envelope", "topk", "dense-q8")
+    names = ("envelope", "topk", "dense-q8", "sampled")
     found = converted(source, tmp_path / "c", *names)
     assert found["complete"] is True
     assert found["units_missing"] == 0
@@ -54,9 +54,10 @@ def test_new_encodings_are_those_of_the_logits(
         for shard, count in enumerate(COUNTS):
             dense = old.rows("dense", view, shard, range(count))
             logits = [torch.from_numpy(values) for values in dense.values()]
+            seeds = old.seeds(view, shard)
             for name in names:
                 rows = new.rows(name, view, shard, range(count))
-                for array, values in ENCODINGS[name].encode(*logits).items():
+                for array, values in ENCODINGS[name].encode(*logits, seeds).items():
                     assert np.array_equal(rows[array], values.numpy()), array
 
 

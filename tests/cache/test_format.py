@@ -73,7 +73,7 @@ def test_the_page_says_enough_to_read_topk(tmp_path: Path) -> None:
     encoding = ENCODINGS["topk"]
     generator = torch.Generator().manual_seed(0)
     d = (torch.randn(2, 60, 2, 3, generator=generator) * 3).half()
-    rows = encoding.encode(d, d.mean((2, 3)).half())
+    rows = encoding.encode(d, d.mean((2, 3)).half(), np.zeros(2, np.uint64))
     targets = encoding.targets(rows)
     row = {name.split("/")[1]: v[1].double().numpy() for name, v in rows.items()}
     classes = row["classes"].astype(int)

@@ -42,9 +42,9 @@ def unit_data(unit: Unit) -> UnitData:
     count = COUNTS[unit.shard]
     rng = np.random.default_rng([77, unit.shard])
     spatial = torch.from_numpy(rng.normal(0, 4, (VIEWS * count, CLASSES, 2, 3)).astype(np.float16))
-    rows = {}
+    rows, seeds = {}, np.arange(VIEWS * count, dtype=np.uint64)
     for encoding in ENCODINGS.values():
-        rows |= encoding.encode(spatial, spatial.float().mean((2, 3)).half())
+        rows |= encoding.encode(spatial, spatial.float().mean((2, 3)).half(), seeds)
     return UnitData(
         keys=keys(unit.shard, count),
         labels=rng.integers(0, CLASSES, count, np.int32),

@@ -344,8 +344,11 @@ def test_agreement_is_the_share_of_equal_labels_or_the_overlap() -> None:
     generator = torch.Generator().manual_seed(0)
     spatial, other = torch.randn(2, 5, 7, 3, 3, generator=generator).half()
     global_ = torch.randn(5, 7, generator=generator).half()
+    seeds = np.arange(5, dtype=np.uint64)
     dense, quantised = ENCODINGS["dense"], ENCODINGS["dense-q8"]
-    found = agreement(dense, dense.encode(spatial, global_), dense.encode(other, global_))
+    found = agreement(
+        dense, dense.encode(spatial, global_, seeds), dense.encode(other, global_, seeds)
+    )
     for b in range(5):
         at_one = (spatial[b].argmax(0) == other[b].argmax(0)).float().mean()
         fused = [
@@ -354,7 +357,9 @@ def test_agreement_is_the_share_of_equal_labels_or_the_overlap() -> None:
         at_half = (fused[0].argmax(0) == fused[1].argmax(0)).float().mean()
         assert found[b] == pytest.approx(float(at_one + at_half + 1) / 3)
     near = agreement(
-        quantised, quantised.encode(spatial, global_), quantised.encode(other, global_)
+        quantised,
+        quantised.encode(spatial, global_, seeds),
+        quantised.encode(other, global_, seeds),
     )
     for b in range(5):
         overlaps = [1.0]

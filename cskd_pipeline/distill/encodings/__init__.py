@@ -2,7 +2,8 @@
 
 ``dense`` keeps the logits and serves every loss. ``envelope`` keeps exactly what hard CKF labels
 need, at any ratio, in 1/400 of the space. For soft losses ``dense-q8`` comes close to it in 2/5 of
-the space, and ``topk`` approximates it in 1/45. :func:`register_encoding` adds a user's own.
+the space, ``topk`` approximates it in 1/45, and ``sampled`` holds unbiased draws of the soft
+targets in 1/300 each. :func:`register_encoding` adds a user's own.
 """
 
 from __future__ import annotations
@@ -14,16 +15,25 @@ from cskd_pipeline.distill.encodings.base import ArraySpec, Encoding, ResponseSh
 from cskd_pipeline.distill.encodings.dense import Dense
 from cskd_pipeline.distill.encodings.dense_q8 import DenseQ8
 from cskd_pipeline.distill.encodings.envelope import Envelope
+from cskd_pipeline.distill.encodings.sampled import Sampled
 from cskd_pipeline.distill.encodings.topk import TopK
 from cskd_pipeline.errors import UsageError
 
-_BUILT_IN: tuple[Encoding, ...] = (Dense(), DenseQ8(), TopK(), Envelope())
+_BUILT_IN: tuple[Encoding, ...] = (Dense(), DenseQ8(), TopK(), Envelope(), Sampled())
 ENCODINGS: dict[str, Encoding] = {encoding.name: encoding for encoding in _BUILT_IN}
 
 RESERVED = ("auto", "digest", "key", "label", "seed", "top1")
 """Arrays of every cache, which no encoding may be called as, and the word for a choice of one."""
 
-__all__ = ["ENCODINGS", "ArraySpec", "Encoding", "ResponseShape", "Rows", "register_encoding"]
+__all__ = [
+    "ENCODINGS",
+    "ArraySpec",
+    "Encoding",
+    "ResponseShape",
+    "Rows",
+    "Sampled",
+    "register_encoding",
+]
 
 
 def register_encoding(encoding: Encoding) -> None:

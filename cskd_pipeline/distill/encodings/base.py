@@ -71,13 +71,13 @@ class Encoding(Protocol):
         name: lower-case letters, digits and hyphens; its arrays are called ``NAME/...``.
         serves: kinds of loss: ``hard``, ``soft``.
         exact: these losses are, bit for bit, those of the teacher's logits.
-        min_temperature: the lowest of soft losses that it serves.
+        temperatures: the lowest and the highest of soft losses that it serves.
     """
 
     name: str
     serves: tuple[str, ...]
     exact: bool
-    min_temperature: float
+    temperatures: tuple[float, float]
 
     def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
         """Return what is stored.
@@ -87,12 +87,13 @@ class Encoding(Protocol):
         """
         ...
 
-    def encode(self, spatial: Tensor, global_: Tensor) -> dict[str, Tensor]:
+    def encode(self, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> dict[str, Tensor]:
         """Make rows from logits, on their device: array name -> (B, ...).
 
         Args:
             spatial: (B, K, h, w) float16.
             global_: (B, K) float16.
+            seeds: (B,) uint64, of the views: for an encoding that draws.
         """
         ...
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from cskd_pipeline.distill.encodings.base import ArraySpec, ResponseShape, Rows
 
@@ -31,7 +34,7 @@ class Dense:
     name = "dense"
     serves: tuple[str, ...] = ("hard", "soft")
     exact = True
-    min_temperature = 0.0
+    temperatures = (0.0, math.inf)
 
     def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
         """Return spatial and global logits, in chunks of a few rows."""
@@ -54,7 +57,7 @@ class Dense:
 
         return spec(SPATIAL, tuple(shape), True), spec(GLOBAL, (shape.classes,), False)
 
-    def encode(self, spatial: Tensor, global_: Tensor) -> dict[str, Tensor]:
+    def encode(self, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> dict[str, Tensor]:
         """Return the logits."""
         return {SPATIAL: spatial, GLOBAL: global_}
 

@@ -8,6 +8,7 @@ the lowest value need to be kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ class DenseQ8:
     name = "dense-q8"
     serves: tuple[str, ...] = ("soft",)
     exact = False
-    min_temperature = 0.0
+    temperatures = (0.0, math.inf)
 
     def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
         """Return codes of spatial and global logits, and their steps, in chunks of a few rows."""
@@ -65,7 +66,7 @@ class DenseQ8:
             spec(STEP, "float32", ("spatial_and_global",), (2,)),
         )
 
-    def encode(self, spatial: Tensor, global_: Tensor) -> dict[str, Tensor]:
+    def encode(self, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> dict[str, Tensor]:
         """Round logits to the finest step, 1/8 or more, in which 255 codes span a view's values."""
         import torch
 

@@ -11,6 +11,7 @@ each other in front (:meth:`Envelope.pack`): the next line's classes say where t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -43,48 +44,25 @@ class Envelope:
     name = "envelope"
     serves: tuple[str, ...] = ("hard",)
     exact = True
-    min_temperature = 0.0
+    temperatures = (0.0, math.inf)
 
     def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
         """Return lines, in chunks of a few lines, and the global labels."""
-        if shape.classes > UNUSED:
-            raise CacheError(
-                "the envelope encoding cannot hold so many classes",
-                found=f"{shape.classes} classes",
-                expected=f"at most {UNUSED}",
-                action="use the encoding dense or dense-q8",
-            )
-        lines = max(_LINES_PER_CHUNK, -(-shape.classes // _CHUNKS_PER_VIEW))
-        grid = (shape.height, shape.width)
         return (
-            ArraySpec(
-                name=LINES,
-                dtype="uint16",
-                axes=("line", "class_and_crossing", "row", "column"),
-                tail=(shape.classes, 2, *grid),
-                fill=UNUSED,
-                level=_LEVEL,
-                tail_chunk=(min(lines, shape.classes), 2, *grid),
-                order=(0, 1, 4, 3, 2, 5, 6),  # all classes, then all crossings, line by line
-                ragged=True,
-            ),
+            lines_spec(LINES, shape),
             ArraySpec(
                 name=GLOBAL_LABEL, dtype="uint16", axes=(), tail=(), fill=UNUSED, level=_LEVEL
             ),
         )
 
-    def encode(self, spatial: Tensor, global_: Tensor) -> dict[str, Tensor]:
+    def encode(self, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> dict[str, Tensor]:
         """March along the upper envelope of every location."""
         import torch
 
         from cskd_pipeline.distill.ckf import hard_global_labels, upper_envelope
 
-        planes = upper_envelope(spatial, global_)  # c0, q1, c1, q2, c2: one short of pairs
-        samples, count, height, width = planes.shape
-        last = planes.new_empty(samples, 1, height, width).fill_(UNUSED)
-        pairs = torch.cat([planes.view(torch.int16), last.view(torch.int16)], dim=1)
-        lines = pairs.reshape(samples, (count + 1) // 2, 2, height, width).view(torch.uint16)
-        return {LINES: lines, GLOBAL_LABEL: hard_global_labels(global_).to(torch.uint16)}
+        label = hard_global_labels(global_).to(torch.uint16)
+        return {LINES: lines_of(upper_envelope(spatial, global_)), GLOBAL_LABEL: label}
 
     def targets(self, arrays: Mapping[str, Tensor]) -> Targets:
         """Return hard targets at every r."""
@@ -92,31 +70,100 @@ class Envelope:
 
         from cskd_pipeline.distill.targets import EnvelopeTargets
 
-        planes = arrays[LINES].flatten(1, 2)[:, :-1]
-        return EnvelopeTargets(planes, arrays[GLOBAL_LABEL].to(torch.int64))
+        return EnvelopeTargets(planes_of(arrays[LINES]), arrays[GLOBAL_LABEL].to(torch.int64))
 
     def pack(self, rows: Rows) -> Rows:
         """Move the crossings of each line to the front of its plane."""
-        lines = rows[LINES].copy()
-        used = lines[..., 1:, 0, :, :] != UNUSED
-        crossings = lines[..., :-1, 1, :, :]
-        locations = used.shape[-2] * used.shape[-1]
-        front = np.arange(locations) < used.sum((-2, -1))[..., None]
-        packed = np.full((*used.shape[:-2], locations), UNUSED, np.uint16)
-        packed[front] = crossings[used]
-        lines[..., :-1, 1, :, :] = packed.reshape(used.shape)
-        return {**rows, LINES: lines}
+        return {**rows, LINES: packed_lines(rows[LINES])}
 
     def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
         """Put the crossings back where the next line's classes are; refuse other classes."""
-        lines = rows[LINES].copy()
-        classes = lines[..., 0, :, :]
-        used = classes[..., 1:, :, :] != UNUSED
-        for found in (rows[GLOBAL_LABEL], classes[..., :1, :, :], classes[..., 1:, :, :][used]):
-            if found.size and found.max() >= shape.classes:
-                raise ValueError(f"class {found.max()} of {shape.classes}")
-        packed = rows[LINES][..., :-1, 1, :, :]
-        crossings = np.full(used.shape, UNUSED, np.uint16)
-        crossings[used] = packed[packed != UNUSED]
-        lines[..., :-1, 1, :, :] = crossings
-        return {**rows, LINES: lines}
+        require_classes(rows[GLOBAL_LABEL], shape)
+        return {**rows, LINES: unpacked_lines(rows[LINES], shape)}
+
+
+def lines_spec(name: str, shape: ResponseShape) -> ArraySpec:
+    """Return the array of an envelope's lines, in chunks of a few.
+
+    Raises:
+        CacheError: so many classes that uint16 cannot number them.
+    """
+    if shape.classes > UNUSED:
+        raise CacheError(
+            f"the {name.partition('/')[0]} encoding cannot hold so many classes",
+            found=f"{shape.classes} classes",
+            expected=f"at most {UNUSED}",
+            action="use the encoding dense or dense-q8",
+        )
+    lines = max(_LINES_PER_CHUNK, -(-shape.classes // _CHUNKS_PER_VIEW))
+    grid = (shape.height, shape.width)
+    return ArraySpec(
+        name=name,
+        dtype="uint16",
+        axes=("line", "class_and_crossing", "row", "column"),
+        tail=(shape.classes, 2, *grid),
+        fill=UNUSED,
+        level=_LEVEL,
+        tail_chunk=(min(lines, shape.classes), 2, *grid),
+        order=(0, 1, 4, 3, 2, 5, 6),  # all classes, then all crossings, line by line
+        ragged=True,
+    )
+
+
+def lines_of(planes: Tensor) -> Tensor:
+    """Return the rows (B, L, 2, h, w) of the planes (B, P, h, w) of an upper envelope.
+
+    The planes, ``c0, q1, c1, q2, c2``, are one short of pairs.
+    """
+    import torch
+
+    samples, count, height, width = planes.shape
+    last = planes.new_empty(samples, 1, height, width).fill_(UNUSED)
+    pairs = torch.cat([planes.view(torch.int16), last.view(torch.int16)], dim=1)
+    return pairs.reshape(samples, (count + 1) // 2, 2, height, width).view(torch.uint16)
+
+
+def planes_of(lines: Tensor) -> Tensor:
+    """Return the planes that :func:`lines_of` was given."""
+    return lines.flatten(1, 2)[:, :-1]
+
+
+def packed_lines(rows: np.ndarray) -> np.ndarray:
+    """Return lines (..., L, 2, h, w) with the crossings of each at the front of its plane."""
+    lines = rows.copy()
+    used = lines[..., 1:, 0, :, :] != UNUSED
+    crossings = lines[..., :-1, 1, :, :]
+    locations = used.shape[-2] * used.shape[-1]
+    front = np.arange(locations) < used.sum((-2, -1))[..., None]
+    packed = np.full((*used.shape[:-2], locations), UNUSED, np.uint16)
+    packed[front] = crossings[used]
+    lines[..., :-1, 1, :, :] = packed.reshape(used.shape)
+    return lines
+
+
+def unpacked_lines(rows: np.ndarray, shape: ResponseShape) -> np.ndarray:
+    """Return the lines that :func:`packed_lines` was given.
+
+    Raises:
+        ValueError: classes that the teacher does not have.
+    """
+    lines = rows.copy()
+    classes = lines[..., 0, :, :]
+    used = classes[..., 1:, :, :] != UNUSED
+    for found in (classes[..., :1, :, :], classes[..., 1:, :, :][used]):
+        require_classes(found, shape)
+    packed = rows[..., :-1, 1, :, :]
+    crossings = np.full(used.shape, UNUSED, np.uint16)
+    crossings[used] = packed[packed != UNUSED]
+    lines[..., :-1, 1, :, :] = crossings
+    return lines
+
+
+def require_classes(found: np.ndarray, shape: ResponseShape) -> None:
+    """Refuse class numbers that the teacher does not have.
+
+    Raises:
+        ValueError: names the largest.
+    """
+    if found.size and found.max() >= shape.classes:
+        raise ValueError(f"class {found.max()} of {shape.classes}")

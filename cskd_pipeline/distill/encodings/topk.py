@@ -69,7 +69,7 @@ class TopK:
     name = "topk"
     serves: tuple[str, ...] = ("soft",)
     exact = False
-    min_temperature = 1.0
+    temperatures = (1.0, math.inf)
 
     def __init__(self, kept: int = 24) -> None:
         self.kept = kept
@@ -105,7 +105,7 @@ class TopK:
             spec(TAIL_GLOBAL, "float16", ("masses",), (2,), nan),
         )
 
-    def encode(self, spatial: Tensor, global_: Tensor) -> dict[str, Tensor]:
+    def encode(self, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> dict[str, Tensor]:
         """Keep the classes with most probability over all locations and the global response."""
         import torch
 

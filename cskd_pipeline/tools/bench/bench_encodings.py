@@ -10,6 +10,10 @@ Legend: d spatial and g global logits; r the CKF ratio; tau the temperature of s
   all locations and 21 values of r: mean and 99th percentile, for each tau.
 - ``gradient_cosine``: between the gradients of the spatial loss from this encoding and from the
   logits, for a student that knows nothing yet (equal logits), over 5 values of r.
+- ``soft_bias_and_variance``: such cosines of the soft loss at r = 1, 1/2 and 0, on the first views:
+  of ``one`` batch's gradient, which both bias and variance turn, and of the ``mean`` of the
+  gradients of 32 independent sets of draws, which bias turns and variance hardly. Without draws
+  both are equal.
 """
 
 from __future__ import annotations
@@ -32,9 +36,9 @@ from cskd_pipeline.cache.manifest import ShardInfo
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.units import UnitBuffer, UnitData
 from cskd_pipeline.cache.writer import CacheWriter
-from cskd_pipeline.distill.encodings import ENCODINGS, Encoding, ResponseShape, Rows
+from cskd_pipeline.distill.encodings import ENCODINGS, Encoding, ResponseShape, Rows, Sampled
 from cskd_pipeline.distill.losses import DistillationLoss
-from cskd_pipeline.distill.targets import LogitTargets, Targets
+from cskd_pipeline.distill.targets import LogitTargets, SampledTargets, Targets
 from cskd_pipeline.models.student import Heads
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.bench.responses import SEED, Responses
@@ -46,6 +50,7 @@ RATIOS = [i / 20 for i in range(21)]
 FEW_RATIOS = RATIOS[::5]
 TEMPERATURES = (1.0, 4.0)
 _BATCH = 32
+_REDRAWN = 32
 _REPEATS = 5
 
 
@@ -108,6 +113,17 @@ def printed(report: Mapping[str, Any]) -> Printed:
         rows,
     )
     yield "KL in nats, over 21 values of r; a dash: the encoding does not serve it"
+    soft = {name: m["soft_bias_and_variance"] for name, m in report["encodings"].items()}
+    yield Table(
+        f"the soft gradient's cosine, of one batch and of the mean of {_REDRAWN} sets of draws",
+        ("encoding", *(f"{what} r={r}" for r in ("1", "0.5", "0") for what in ("one", "mean"))),
+        [
+            (name, *(_share(at[r][what]) for r in ("1", "0.5", "0") for what in ("one", "mean")))
+            for name, at in soft.items()
+            if at
+        ],
+    )
+    yield "what the mean lacks of 1 is bias; what one batch lacks besides is variance"
 
 
 def title(report: Mapping[str, Any]) -> str:
@@ -132,11 +148,12 @@ def encode(encoding: Encoding, responses: Responses, device: torch.device) -> tu
         d, g = (
             x[start : start + _BATCH].to(device) for x in (responses.spatial, responses.global_)
         )
+        seeds = responses.seeds[start : start + _BATCH]
         if start == 0:
-            encoding.encode(d, g)  # the first call chooses kernels
+            encoding.encode(d, g, seeds)  # the first call chooses kernels
         wait_for(device)
         began = time.perf_counter()
-        made = encoding.encode(d, g)
+        made = encoding.encode(d, g, seeds)
         wait_for(device)
         per_view.append((time.perf_counter() - began) / len(g))
         values = {name: rows.cpu().numpy() for name, rows in made.items()}
@@ -177,11 +194,10 @@ def store(
         encodings=tuple(rows),
     )
     writer = CacheWriter.create(path, manifest)
-    stream = BitStream(SEED)  # as incompressible as real seeds and digests
     for unit in writer.todo():
         first = unit.shard * block * length
         part = slice(first, first + block * length)
-        seeds = stream.raw(block * length).reshape(block, length)
+        seeds = responses.seeds[part].reshape(block, length)
         writer.write_unit(
             unit,
             UnitData(
@@ -219,7 +235,10 @@ def _decode_seconds(path: Path, name: str, count: int) -> float:
 
 def _use(encoding: Encoding, targets: Targets) -> None:
     """Compute the targets that one update needs."""
-    if "hard" in encoding.serves:
+    if isinstance(targets, SampledTargets):
+        targets.drawn_global(targets.temperature)
+        targets.drawn_spatial(0.5, targets.temperature)
+    elif "hard" in encoding.serves:
         targets.hard_global()
         targets.hard_spatial(0.5)
     else:
@@ -229,30 +248,60 @@ def _use(encoding: Encoding, targets: Targets) -> None:
 
 def _distortion(encoding: Encoding, rows: Rows, responses: Responses) -> dict[str, Any]:
     agreeing: list[float] = []
+    tau = _temperature(encoding)
     divergences: dict[float, list[Tensor]] = {tau: [] for tau in TEMPERATURES}
     cosines: dict[str, list[float]] = {kind: [] for kind in encoding.serves}
     soft = "soft" in encoding.serves
+    drawn = isinstance(encoding, Sampled)  # has neither a class on top nor probabilities
     for start in range(0, len(responses), _BATCH):
         part = slice(start, start + _BATCH)
         exact = LogitTargets(responses.spatial[part], responses.global_[part])
         found = encoding.targets(_tensors({name: v[part] for name, v in rows.items()}))
-        for r in RATIOS:
+        for r in () if drawn else RATIOS:
             same = found.hard_spatial(r) == exact.hard_spatial(r)
             agreeing += same.flatten(1).float().mean(1).tolist()
-            for tau in TEMPERATURES if soft else ():
-                divergences[tau].append(_divergence(exact, found, r, tau))
+            for at in TEMPERATURES if soft else ():
+                divergences[at].append(_divergence(exact, found, r, at))
         for kind, values in cosines.items():
-            values += [_cosine(kind, exact, found, responses, part, r) for r in FEW_RATIOS]
+            for r in FEW_RATIOS:
+                a, b = (_gradient(kind, t, exact.spatial.shape, r, tau) for t in (exact, found))
+                values.append(float(cosine_similarity(a, b, dim=0)))
     return {
-        "hard_agreement": statistics.fmean(agreeing),
-        "kl": {f"{tau:g}": _summary(torch.cat(v)) for tau, v in divergences.items()}
-        if soft
+        "hard_agreement": None if drawn else statistics.fmean(agreeing),
+        "kl": {f"{at:g}": _summary(torch.cat(v)) for at, v in divergences.items()}
+        if soft and not drawn
         else None,
         "gradient_cosine": {
             kind: statistics.fmean(cosines[kind]) if kind in cosines else None
             for kind in ("hard", "soft")
         },
+        "soft_bias_and_variance": _bias_and_variance(encoding, responses) if soft else None,
     }
+
+
+def _bias_and_variance(encoding: Encoding, responses: Responses) -> dict[str, dict[str, float]]:
+    """Return the cosines of one batch's and of the mean gradient, by r."""
+    part = slice(0, _BATCH)
+    logits, tau = (responses.spatial[part], responses.global_[part]), _temperature(encoding)
+    stream = BitStream(SEED + 1)
+    sets = [
+        encoding.targets(encoding.encode(*logits, stream.raw(len(logits[0]))))
+        for _ in range(_REDRAWN if isinstance(encoding, Sampled) else 1)
+    ]
+    found = {}
+    for r in (1.0, 0.5, 0.0):
+        exact = _gradient("soft", LogitTargets(*logits), logits[0].shape, r, tau)
+        each = [_gradient("soft", targets, logits[0].shape, r, tau) for targets in sets]
+        mean = torch.stack(each).mean(0)
+        one = statistics.fmean(float(cosine_similarity(exact, g, dim=0)) for g in each)
+        found[f"{r:g}"] = {"one": one, "mean": float(cosine_similarity(exact, mean, dim=0))}
+    return found
+
+
+def _temperature(encoding: Encoding) -> float:
+    """1, or the nearest that is served."""
+    lowest, highest = encoding.temperatures
+    return min(max(1.0, lowest), highest)
 
 
 def _divergence(exact: Targets, found: Targets, r: float, tau: float) -> Tensor:
@@ -269,20 +318,14 @@ def _summary(divergences: Tensor) -> dict[str, float]:
     }
 
 
-def _cosine(
-    kind: str, exact: Targets, found: Targets, responses: Responses, part: slice, r: float
-) -> float:
-    loss = DistillationLoss(method="cskd", global_kind=kind, spatial_kind=kind)
-    shape = responses.spatial[part].shape
+def _gradient(kind: str, targets: Targets, shape: Sequence[int], r: float, tau: float) -> Tensor:
+    """Return the gradient of the spatial loss in a fresh student's logits (B, K, h, w), flat."""
+    loss = DistillationLoss("cskd", kind, kind, temperature=tau)
     labels = torch.full(shape[:2], 1.0 / shape[1])
-
-    def gradient(targets: Targets) -> Tensor:
-        dense = torch.zeros(shape, requires_grad=True)
-        heads = Heads(torch.zeros(shape[:2]), torch.zeros(shape[:2]), dense)
-        total = loss(heads, labels, targets, r).total
-        return torch.autograd.grad(total, dense)[0].flatten().double()
-
-    return float(cosine_similarity(gradient(exact), gradient(found), dim=0))
+    dense = torch.zeros(shape, requires_grad=True)
+    heads = Heads(torch.zeros(shape[:2]), torch.zeros(shape[:2]), dense)
+    total = loss(heads, labels, targets, r).total
+    return torch.autograd.grad(total, dense)[0].flatten().double()
 
 
 def _tensors(rows: Rows) -> dict[str, Tensor]:

@@ -233,7 +233,8 @@ def _envelopes(count: int, grid: tuple[int, int]) -> dict[str, Tensor]:
     draws = torch.Generator().manual_seed(0)
     shared = torch.randn(count, CLASSES, 1, 1, generator=draws)
     spatial = shared + 0.5 * torch.randn(count, CLASSES, *grid, generator=draws)
-    return ENCODINGS["envelope"].encode(spatial.half(), spatial.mean((2, 3)).half())
+    seeds = np.zeros(len(spatial), np.uint64)
+    return ENCODINGS["envelope"].encode(spatial.half(), spatial.mean((2, 3)).half(), seeds)
 
 
 def _lines(batch: Batch) -> float:

@@ -49,6 +49,8 @@ def encodings_plot(report: Mapping[str, Any]) -> Figure:
 def _points(report: Mapping[str, Any]) -> Iterator[Point]:
     for name, measured in report["encodings"].items():
         size = measured["bytes_per_view"]
+        if measured["kl"] is None and measured["hard_agreement"] is None:
+            continue  # draws have neither
         if measured["kl"] is None:
             yield Point(name, _HARD, size, 1 - measured["hard_agreement"])
             continue

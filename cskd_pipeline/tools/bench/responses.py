@@ -45,6 +45,11 @@ class Responses:
     def __len__(self) -> int:
         return len(self.global_)
 
+    @property
+    def seeds(self) -> np.ndarray:
+        """Return stand-ins for the views' seeds, (n,) uint64: as incompressible as real ones."""
+        return BitStream(SEED).raw(len(self))
+
 
 def from_cache(path: Path | str, views: int) -> Responses:
     """Draw ``views`` views at random from all that a cache with the encoding ``dense`` has.

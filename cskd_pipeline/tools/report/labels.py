@@ -14,7 +14,7 @@ import torch
 
 from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.distill import ckf
-from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets
+from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets, SampledTargets
 
 RATIOS = np.linspace(0.0, 1.0, 21)
 _AT_ONCE = 32  # views whose logits are held
@@ -86,10 +86,12 @@ def _planes(cache: Cache, name: str, rows: np.ndarray) -> np.ndarray:
         return targets.planes.numpy()
     if isinstance(targets, LogitTargets) and encoding.exact:
         return ckf.upper_envelope(targets.spatial, targets.global_).numpy()
+    if isinstance(targets, SampledTargets):  # the first draw of each location
+        return targets.planes.unflatten(2, (targets.draws, -1))[:, :, 0].numpy()
     if "hard" in encoding.serves:
         found = [targets.hard_spatial(float(r)) for r in RATIOS]
     else:
-        tau = max(1.0, encoding.min_temperature)
+        tau = max(1.0, encoding.temperatures[0])
         found = [targets.spatial_log_probabilities(float(r), tau).argmax(1) for r in RATIOS]
     return planes_of(torch.stack(found, dim=1).numpy())
 

@@ -19,7 +19,7 @@ from cskd_pipeline.data.full_batches import logits_of
 from cskd_pipeline.data.join import Join
 from cskd_pipeline.data.replay import Replay, cache_of, renderer_of, same_images
 from cskd_pipeline.distill.encodings import Encoding
-from cskd_pipeline.distill.targets import Targets
+from cskd_pipeline.distill.targets import SampledTargets, Targets
 from cskd_pipeline.models.teacher import Teacher, load_teacher
 from cskd_pipeline.models.timm_models import TeacherSource
 from cskd_pipeline.runtime.device import pick_device
@@ -90,8 +90,9 @@ def _check_responses(found: Join, replayed: Replay, teacher: Teacher) -> Check:
             part = rows[start : start + teacher.batch_size]
             batch = render_batch(renderer, part).to(teacher.device)
             logits = logits_of(teacher, batch, cache.manifest.policy)
+            seeds = np.array([cache.seeds(v, s)[o] for v, s, o in part.tolist()], np.uint64)
             for name, encoding in cache.encodings.items():
-                live = encoding.encode(logits.spatial.cpu(), logits.global_.cpu())
+                live = encoding.encode(logits.spatial.cpu(), logits.global_.cpu(), seeds)
                 stored = cache.gather(name, part)
                 tensors = {n: torch.from_numpy(values) for n, values in stored.items()}
                 parts[name].append(agreement(encoding, live, tensors))
@@ -110,8 +111,9 @@ def agreement(
 ) -> np.ndarray:
     """Return how far two responses to each view agree, 0 to 1: (B,) float64.
 
-    The share of equal hard labels, where the encoding has them, else the overlap of the
-    distributions (1 - total variation); the mean of that at r = 1, at 0.5, and of the global one.
+    The share of equal hard labels, where the encoding has them, or of equal draws, else the overlap
+    of the distributions (1 - total variation); the mean of that at r = 1, at 0.5, and of the global
+    one.
 
     Args:
         live, stored: rows of the same views, see :meth:`Encoding.encode`.
@@ -119,14 +121,22 @@ def agreement(
     one, other = encoding.targets(live), encoding.targets(stored)
     if "hard" in encoding.serves:
         measures = _equal_labels(one, other)
+    elif isinstance(one, SampledTargets) and isinstance(other, SampledTargets):
+        measures = _equal_draws(one, other)
     else:
-        measures = _overlap(one, other, max(1.0, encoding.min_temperature))
+        measures = _overlap(one, other, max(1.0, encoding.temperatures[0]))
     return torch.stack([measure.double() for measure in measures]).mean(0).numpy()
 
 
 def _equal_labels(one: Targets, other: Targets) -> list[Tensor]:
     spatial = [(one.hard_spatial(r) == other.hard_spatial(r)).double() for r in RATIOS]
     return [*(same.mean((1, 2)) for same in spatial), one.hard_global() == other.hard_global()]
+
+
+def _equal_draws(one: SampledTargets, other: SampledTargets) -> list[Tensor]:
+    pairs = [[x.drawn_spatial(r, x.temperature) for x in (one, other)] for r in RATIOS]
+    pairs.append([x.drawn_global(x.temperature) for x in (one, other)])
+    return [(a == b).double().flatten(1).mean(1) for a, b in pairs]
 
 
 def _overlap(one: Targets, other: Targets, tau: float) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 
 from cskd_pipeline.distill.encodings.dense_q8 import GLOBAL, SPATIAL, STEP, DenseQ8
 from cskd_pipeline.distill.targets import LogitTargets
+
+SEEDS = np.zeros(0, np.uint64)  # not used
 
 
 def restore(codes: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,7 +34,7 @@ def test_values_come_back_within_half_a_step_up_to_a_number_per_location(
     seed: int, spread: float
 ) -> None:
     spatial, global_ = logits(seed, spread)
-    codes = DenseQ8().encode(spatial, global_)
+    codes = DenseQ8().encode(spatial, global_, SEEDS)
     assert codes[SPATIAL].dtype == codes[GLOBAL].dtype == torch.uint8
     assert max(codes[SPATIAL].max(), codes[GLOBAL].max()) <= 254
     for column, (exact, found) in enumerate(zip((spatial, global_), restore(codes), strict=True)):
@@ -43,10 +46,10 @@ def test_values_come_back_within_half_a_step_up_to_a_number_per_location(
 
 def test_the_step_is_an_eighth_or_what_255_codes_need() -> None:
     spatial, global_ = logits(0, 1.0)
-    assert (DenseQ8().encode(spatial, global_)[STEP] == 1 / 8).all()
+    assert (DenseQ8().encode(spatial, global_, SEEDS)[STEP] == 1 / 8).all()
     wide = spatial.clone()
     wide[1, 0, 0, 0], wide[1, 1, 0, 0] = 500.0, -500.0
-    step = DenseQ8().encode(wide, global_)[STEP]
+    step = DenseQ8().encode(wide, global_, SEEDS)[STEP]
     centred = wide.float() - wide.float().mean(1, keepdim=True)
     expected = (centred[1].max() - centred[1].min()) / 254
     assert step[1, 0] == pytest.approx(float(expected), rel=1e-6)
@@ -59,8 +62,8 @@ def test_adding_to_all_classes_of_a_location_changes_no_code() -> None:
     global_ = spatial[:, :, 0, 0]
     offsets = torch.tensor([[0.0, 8.0], [-4.0, 16.0]]).half()
     first, second = (
-        DenseQ8().encode(spatial, global_),
-        DenseQ8().encode(spatial + offsets, global_ - 2),
+        DenseQ8().encode(spatial, global_, SEEDS),
+        DenseQ8().encode(spatial + offsets, global_ - 2, SEEDS),
     )
     assert list(first) == list(second)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -68,7 +71,7 @@ def test_adding_to_all_classes_of_a_location_changes_no_code() -> None:
 
 def test_distributions_are_close_at_every_ratio() -> None:
     spatial, global_ = logits(1, 3.0, 1000)
-    d, g = restore(DenseQ8().encode(spatial, global_))
+    d, g = restore(DenseQ8().encode(spatial, global_, SEEDS))
     for r in (0.0, 0.5, 1.0):
         exact = (r * spatial.float() + (1 - r) * global_.float()[..., None, None]).log_softmax(1)
         found = (r * d + (1 - r) * g[..., None, None]).log_softmax(1)

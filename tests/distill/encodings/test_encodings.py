@@ -16,7 +16,7 @@ from cskd_pipeline.cache.layout import stored_arrays
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS, Encoding, ResponseShape, Rows
-from cskd_pipeline.distill.targets import LogitTargets
+from cskd_pipeline.distill.targets import LogitTargets, SampledTargets
 from cskd_pipeline.errors import CacheError
 from tests.cache.making import (
     CLASSES,
@@ -31,6 +31,8 @@ from tests.cache.making import (
 )
 
 RATIOS = [0.0, 1e-6, 0.1, 1 / 3, 0.5, 0.75, 0.999, 1.0]
+
+SEEDS = np.arange(8, dtype=np.uint64)
 
 
 def logits(
@@ -60,7 +62,7 @@ def test_answers_survive_the_way_through_the_cache(tmp_path: Path, classes: int)
         for view in unit.views:
             answers[view] = logits(view, 5, classes)
             for encoding in ENCODINGS.values():
-                for name, rows in encoding.encode(*answers[view]).items():
+                for name, rows in encoding.encode(*answers[view], SEEDS[:5]).items():
                     arrays.setdefault(name, []).append(rows.numpy())
         data.arrays = {name: stacked(parts) for name, parts in arrays.items()}
         writer.write_unit(unit, data)
@@ -73,6 +75,15 @@ def test_answers_survive_the_way_through_the_cache(tmp_path: Path, classes: int)
     for name, encoding in ENCODINGS.items():
         rows = {key: torch.from_numpy(v) for key, v in reader.gather(name, index).items()}
         targets = encoding.targets(rows)
+        if isinstance(targets, SampledTargets):
+            made = encoding.targets(
+                encoding.encode(expected.spatial, expected.global_, SEEDS[[4, 0, 2] * 2])
+            )
+            assert isinstance(made, SampledTargets)
+            assert torch.equal(targets.drawn_global(1.0), made.drawn_global(1.0))
+            for r in RATIOS:
+                assert torch.equal(targets.drawn_spatial(r, 1.0), made.drawn_spatial(r, 1.0))
+            continue
         if "hard" in encoding.serves:
             assert torch.equal(targets.hard_global(), expected.hard_global())
             for r in RATIOS:
@@ -140,7 +151,9 @@ def test_the_last_crossing_there_is_survives_packing() -> None:
 def test_an_envelope_holds_nothing_where_it_has_no_line_and_the_largest_global_logit() -> None:
     spatial, _ = logits(0, 4, 20)
     _, global_ = logits(1, 4, 20)  # not the mean of what the locations say
-    rows = {name: v.numpy() for name, v in ENCODINGS["envelope"].encode(spatial, global_).items()}
+    rows = {
+        name: v.numpy() for name, v in ENCODINGS["envelope"].encode(spatial, global_, SEEDS).items()
+    }
     classes, crossings = np.moveaxis(rows["envelope/lines"], 2, 0)
     after = np.roll(classes, -1, axis=1)
     after[:, -1] = 65535  # no line follows the last
@@ -189,7 +202,7 @@ def test_rows_are_as_the_arrays_say(classes: int, flat: bool) -> None:
         answer = (torch.zeros_like(answer[0]), torch.zeros_like(answer[1]))
     for encoding in ENCODINGS.values():
         specs = encoding.arrays(ResponseShape(classes, HEIGHT, WIDTH))
-        rows = encoding.encode(*answer)
+        rows = encoding.encode(*answer, SEEDS[:3])
         assert {spec.name for spec in specs} == rows.keys()
         for spec in specs:
             found = rows[spec.name].numpy()
@@ -222,7 +235,7 @@ def test_values_that_no_answer_has_are_refused(
     name: str, array: str, value: float, message: str
 ) -> None:
     encoding, shape = ENCODINGS[name], ResponseShape(40, HEIGHT, WIDTH)
-    rows = {key: v.numpy() for key, v in encoding.encode(*logits(0, 2, 40)).items()}
+    rows = {key: v.numpy() for key, v in encoding.encode(*logits(0, 2, 40), SEEDS[:2]).items()}
     for key, values in encoding.unpack(encoding.pack(rows), shape).items():
         assert np.array_equal(values, rows[key])
     rows[array] = rows[array].copy()
@@ -268,8 +281,8 @@ def test_encodings_are_found_by_their_names_and_begin_their_arrays_with_them() -
 
 def test_rows_are_encoded_on_the_device_of_the_logits() -> None:
     meta = cast(torch.Tensor, torch.empty(2, 5, 2, 2, dtype=torch.float16, device="meta"))
-    rows = ENCODINGS["dense"].encode(meta, meta[:, :, 0, 0])
+    rows = ENCODINGS["dense"].encode(meta, meta[:, :, 0, 0], SEEDS[:2])
     assert {tensor.device.type for tensor in rows.values()} == {"meta"}
-    found = ENCODINGS["envelope"].encode(*logits(0, 2, 5))
+    found = ENCODINGS["envelope"].encode(*logits(0, 2, 5), SEEDS[:2])
     assert {tensor.dtype for tensor in found.values()} == {torch.uint16}
     assert found["envelope/lines"].shape[2:] == (2, HEIGHT, WIDTH)

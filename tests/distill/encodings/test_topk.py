@@ -20,6 +20,8 @@ from cskd_pipeline.distill.encodings.topk import (
 from cskd_pipeline.distill.targets import LogitTargets
 from cskd_pipeline.errors import CacheError
 
+SEEDS = np.zeros(0, np.uint64)  # not used
+
 
 def logits(classes: int, seed: int = 0, samples: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     """Like a CNN's: neighbouring locations agree, a few classes stand out, many are possible."""
@@ -43,7 +45,7 @@ def probabilities(spatial: torch.Tensor, global_: torch.Tensor, r: float, tau: f
 @pytest.mark.parametrize("r", [0.0, 0.25, 0.5, 0.9, 1.0])
 def test_kept_classes_and_the_tail_have_their_mass(r: float, tau: float) -> None:
     spatial, global_ = logits(200)
-    kept = TopK().encode(spatial, global_)
+    kept = TopK().encode(spatial, global_, SEEDS)
     found = TopKTargets(kept).spatial_log_probabilities(r, tau).double().exp().numpy()
     exact = probabilities(spatial, global_, r, tau)
     np.testing.assert_allclose(found.sum(1), 1.0, atol=1e-5)
@@ -59,7 +61,7 @@ def test_kept_classes_and_the_tail_have_their_mass(r: float, tau: float) -> None
 def test_dividing_by_the_kept_sum_would_be_off_by_far() -> None:
     """Why the mass is stored: what other stores do at the same k."""
     spatial, global_ = logits(1000)
-    kept = TopK().encode(spatial, global_)
+    kept = TopK().encode(spatial, global_, SEEDS)
     exact = probabilities(spatial, global_, 1.0, 1.0)
     index = kept[CLASSES].long()[:, :, None, None].expand(-1, -1, 3, 3).numpy()
     theirs = np.take_along_axis(exact, index, 1)
@@ -71,7 +73,7 @@ def test_dividing_by_the_kept_sum_would_be_off_by_far() -> None:
 
 def test_the_global_distribution_is_kept_for_every_class() -> None:
     spatial, global_ = logits(500)
-    targets = TopKTargets(TopK().encode(spatial, global_))
+    targets = TopKTargets(TopK().encode(spatial, global_, SEEDS))
     for tau in (1.0, 2.0, 4.0):
         exact = LogitTargets(spatial, global_).global_log_probabilities(tau)
         found = targets.global_log_probabilities(tau)
@@ -82,7 +84,7 @@ def test_the_global_distribution_is_kept_for_every_class() -> None:
 
 def test_without_a_tail_nothing_but_rounding_is_lost() -> None:
     spatial, global_ = logits(10)
-    kept = TopK().encode(spatial, global_)
+    kept = TopK().encode(spatial, global_, SEEDS)
     assert not {COARSE, TAIL, TAIL_GLOBAL} & set(kept)
     assert kept[CLASSES].shape == (4, 10)
     targets = TopKTargets(kept)
@@ -97,7 +99,7 @@ def test_without_a_tail_nothing_but_rounding_is_lost() -> None:
 
 def test_kept_classes_are_ranked_by_their_probability_over_all_locations() -> None:
     spatial, global_ = logits(50)
-    kept = TopK(5).encode(spatial, global_)
+    kept = TopK(5).encode(spatial, global_, SEEDS)
     d, g = spatial.double().numpy(), global_.double().numpy()
     score = probabilities(spatial, global_, 1.0, 1.0).mean((2, 3))
     score += np.exp(g) / np.exp(g).sum(1, keepdims=True)
@@ -112,7 +114,7 @@ def test_kept_classes_are_ranked_by_their_probability_over_all_locations() -> No
 
 def test_the_masses_are_those_of_the_tail() -> None:
     spatial, global_ = logits(40)
-    kept = TopK(8).encode(spatial, global_)
+    kept = TopK(8).encode(spatial, global_, SEEDS)
     d, g = spatial.double().numpy(), global_.double().numpy()
     d, g = d - d.max(1, keepdims=True), g - g.max(1, keepdims=True)
     for sample in range(4):
@@ -125,7 +127,7 @@ def test_the_masses_are_those_of_the_tail() -> None:
 
 
 def test_a_flat_response_stays_flat() -> None:
-    kept = TopK().encode(torch.zeros(2, 60, 2, 2).half(), torch.zeros(2, 60).half())
+    kept = TopK().encode(torch.zeros(2, 60, 2, 2).half(), torch.zeros(2, 60).half(), SEEDS)
     targets = TopKTargets(kept)
     flat = torch.full((2, 60, 2, 2), -math.log(60))
     found = targets.spatial_log_probabilities(0.3, 1.0)
@@ -137,7 +139,7 @@ def test_a_flat_response_stays_flat() -> None:
 def test_extreme_logits_stay_finite() -> None:
     spatial = torch.zeros(1, 60, 1, 1).half()
     spatial[0, 7], spatial[0, 9:] = 65504.0, -65504.0
-    kept = TopK().encode(spatial, spatial[:, :, 0, 0])
+    kept = TopK().encode(spatial, spatial[:, :, 0, 0], SEEDS)
     targets = TopKTargets(kept)
     for tau in (1.0, 4.0):
         assert targets.spatial_log_probabilities(0.5, tau).isfinite().all()
@@ -146,7 +148,7 @@ def test_extreme_logits_stay_finite() -> None:
 
 def test_labels_are_those_of_the_logits_where_the_lead_is_clear() -> None:
     spatial, global_ = logits(200)
-    targets = TopKTargets(TopK().encode(spatial, global_))
+    targets = TopKTargets(TopK().encode(spatial, global_, SEEDS))
     exact = LogitTargets(spatial, global_)
     assert torch.equal(targets.hard_global(), exact.hard_global())
     for r in (0.0, 0.5, 1.0):
@@ -158,7 +160,7 @@ def test_labels_are_those_of_the_logits_where_the_lead_is_clear() -> None:
 
 
 def test_temperatures_below_one_are_refused() -> None:
-    targets = TopKTargets(TopK().encode(*logits(40)))
+    targets = TopKTargets(TopK().encode(*logits(40), SEEDS))
     for ask in (
         lambda: targets.global_log_probabilities(0.5),
         lambda: targets.spatial_log_probabilities(0.5, 0.99),

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ def test_a_live_teacher_and_its_cached_logits_give_one_loss() -> None:
     trainers = bench._trainers(small_recipe(), POLICY, teacher.grid, teacher, torch.device("cpu"))
     batch = bench.synthetic_batch(POLICY, 8, teacher.grid)
     logits = teacher.respond(normalise(assemble(batch, POLICY), teacher.mean, teacher.std))
-    cached = ENCODINGS["envelope"].encode(logits.spatial, logits.global_)
+    cached = ENCODINGS["envelope"].encode(logits.spatial, logits.global_, np.zeros(8, np.uint64))
     batch.targets.update(cached)
     for _ in range(3):
         one, other = (trainers[name].step(iter([batch])) for name in ("cskd", "live"))
