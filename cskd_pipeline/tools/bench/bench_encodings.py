@@ -10,10 +10,11 @@ Legend: d spatial and g global logits; r the CKF ratio; tau the temperature of s
   all locations and 21 values of r: mean and 99th percentile, for each tau.
 - ``gradient_cosine``: between the gradients of the spatial loss from this encoding and from the
   logits, for a student that knows nothing yet (equal logits), over 5 values of r.
-- ``soft_bias_and_variance``: such cosines of the soft loss at r = 1, 1/2 and 0, on the first views:
-  of ``one`` batch's gradient, which both bias and variance turn, and of the ``mean`` of the
-  gradients of 32 independent sets of draws, which bias turns and variance hardly. Without draws
-  both are equal.
+- ``soft_bias_and_variance``: with the soft loss's exact gradient at r = 1, 1/2 and 0, summed over a
+  batch of 32 views and their locations as the bias of the student's head has it: the cosine of
+  ``one`` batch's gradient, which bias and variance turn, and of the ``mean`` of the gradients of 32
+  independent sets of draws, which bias turns and variance hardly. Without draws both are equal;
+  an encoding of hard labels has its hard gradient compared.
 """
 
 from __future__ import annotations
@@ -120,7 +121,6 @@ def printed(report: Mapping[str, Any]) -> Printed:
         [
             (name, *(_share(at[r][what]) for r in ("1", "0.5", "0") for what in ("one", "mean")))
             for name, at in soft.items()
-            if at
         ],
     )
     yield "what the mean lacks of 1 is bias; what one batch lacks besides is variance"
@@ -275,7 +275,7 @@ def _distortion(encoding: Encoding, rows: Rows, responses: Responses) -> dict[st
             kind: statistics.fmean(cosines[kind]) if kind in cosines else None
             for kind in ("hard", "soft")
         },
-        "soft_bias_and_variance": _bias_and_variance(encoding, responses) if soft else None,
+        "soft_bias_and_variance": _bias_and_variance(encoding, responses),
     }
 
 
@@ -283,15 +283,20 @@ def _bias_and_variance(encoding: Encoding, responses: Responses) -> dict[str, di
     """Return the cosines of one batch's and of the mean gradient, by r."""
     part = slice(0, _BATCH)
     logits, tau = (responses.spatial[part], responses.global_[part]), _temperature(encoding)
+    kind, shape = "soft" if "soft" in encoding.serves else "hard", logits[0].shape
     stream = BitStream(SEED + 1)
     sets = [
         encoding.targets(encoding.encode(*logits, stream.raw(len(logits[0]))))
         for _ in range(_REDRAWN if isinstance(encoding, Sampled) else 1)
     ]
+
+    def gradient(kind: str, targets: Targets, r: float) -> Tensor:
+        return _gradient(kind, targets, shape, r, tau).view(shape).sum((0, 2, 3))
+
     found = {}
     for r in (1.0, 0.5, 0.0):
-        exact = _gradient("soft", LogitTargets(*logits), logits[0].shape, r, tau)
-        each = [_gradient("soft", targets, logits[0].shape, r, tau) for targets in sets]
+        exact = gradient("soft", LogitTargets(*logits), r)
+        each = [gradient(kind, targets, r) for targets in sets]
         mean = torch.stack(each).mean(0)
         one = statistics.fmean(float(cosine_similarity(exact, g, dim=0)) for g in each)
         found[f"{r:g}"] = {"one": one, "mean": float(cosine_similarity(exact, mean, dim=0))}
