@@ -46,6 +46,8 @@ def adjustable(kind: type[DumpRecipe | TrainRecipe]) -> set[str]:
 
 def _deciding(recipe: DumpRecipe | TrainRecipe) -> dict[str, Any]:
     free = keys_marked(type(recipe), "free")
+    if isinstance(recipe, DumpRecipe) and "sampled" not in recipe.cache.encodings:
+        free |= {"cache.sampled_draws", "cache.sampled_temperature"}  # nothing is drawn
     return {
         section: values
         and {name: v for name, v in values.items() if f"{section}.{name}" not in free}

@@ -17,8 +17,9 @@ word i = (n * h * w + l) * K + k of SplitMix64 (Steele et al., OOPSLA 2014), who
     noise = round(tau * -log(-log(u)) * 2**16) / 2**16
 
 Integers are the same on every device; a platform's logarithms, which may differ by some 1e-15, are
-rounded to 1.5e-5. Sums of the noise and float16 logits are multiples of 2**-24 below 2**17, exact
-in float64, so that :mod:`cskd_pipeline.distill.ckf` goes on in integers.
+rounded to 1.5e-5, and then differ for about one value in 1e9. Sums of the noise and float16 logits
+are multiples of 2**-24 below 2**17, exact in float64, so that :mod:`cskd_pipeline.distill.ckf` goes
+on in integers.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.ckf import envelope_labels
-from cskd_pipeline.distill.encodings import ENCODINGS
+from cskd_pipeline.distill.encodings import ENCODINGS, Sampled
 from cskd_pipeline.runtime import resources
 from tests.cache.making import CLASSES, COUNTS, VIEWS, dataset, make, manifest, teacher
 
@@ -98,14 +98,26 @@ def test_every_array_stands_in_the_tables_with_its_type_and_shape() -> None:
     arrays = layout.stored_arrays(
         manifest(
             encodings=tuple(ENCODINGS),
+            sampled=Sampled(2),
             dataset=replace(dataset(), num_classes=40, class_names=None),
             teacher=teacher(num_classes=40),
         )
     )
-    lengths = {"B": 2, "S": 3, "N": 5, "V": 4, "K": 40, "h": 2, "w": 3, "V / B": 2, "k": 24}
+    lengths = {
+        "B": 2,
+        "S": 3,
+        "N": 5,
+        "V": 4,
+        "K": 40,
+        "h": 2,
+        "w": 3,
+        "V / B": 2,
+        "k": 24,
+        "nh": 4,
+    }
     # At most N = 5 rows in a chunk.
     lengths |= {"L": arrays["key"].shape[2], "c": 8, "2048": 5}
-    files = 3 + 3 + (2 + 1) + (2 + 1 + 1) + 6 + 2  # of a tar shard, a unit, and the encodings
+    files = 3 + 3 + (2 + 1) + (2 + 1 + 1) + 6 + 2 + 1  # of a tar shard, a unit, and the encodings
     lengths |= {"R": 32 * (2 + files), "S · R": 3 * 32 * (2 + files)}
     lengths |= {"a": 5, "b": 5, "2a": 5, "2b": 5}
 
@@ -137,8 +149,10 @@ def test_the_page_names_the_example_file_that_is_there(cache: Path) -> None:
 
 
 def test_the_pages_numbers_are_the_codes() -> None:
-    for name, order in (("envelope/lines", "(0, 1, 4, 3, 2, 5, 6)"),):
-        assert str(layout.stored_arrays(manifest())[name].order) == order
+    made = manifest(encodings=("envelope", "sampled"))
+    for name in ("envelope/lines", "sampled/lines"):
+        order = "(0, 1, 4, 3, 2, 5, 6)"
+        assert str(layout.stored_arrays(made)[name].order) == order
         assert order in " ".join(PAGE.split())
     spatial = layout.specs(manifest())["dense/spatial"]
     assert spatial.rows == 16384 // (2 * CLASSES * 2 * 3)

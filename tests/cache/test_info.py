@@ -83,9 +83,10 @@ def test_encodings_say_what_they_serve(tmp_path: Path) -> None:
     CacheWriter.create(tmp_path / "c", manifest(encodings=tuple(ENCODINGS)))
     found = describe(open_cache(tmp_path / "c"))["encodings"]
     assert {name: e["exact"] for name, e in found.items()} == {
-        "dense": True, "dense-q8": False, "topk": False, "envelope": True,
+        "dense": True, "dense-q8": False, "topk": False, "envelope": True, "sampled": False,
     }  # fmt: skip
-    assert found["topk"]["min_temperature"] == 1.0
+    assert (found["topk"]["min_temperature"], found["topk"]["max_temperature"]) == (1.0, None)
+    assert found["sampled"]["min_temperature"] == found["sampled"]["max_temperature"] == 1.0
     assert found["dense-q8"]["serves"] == ["soft"]
 
 

@@ -136,6 +136,19 @@ def test_exact_encodings_lose_nothing(report: dict[str, Any]) -> None:
     assert envelope["gradient_cosine"]["soft"] is None
 
 
+def test_bias_and_variance_are_apart(report: dict[str, Any]) -> None:
+    """Draws vary, and their mean is right; hard labels do not vary, and are wrong."""
+    of = {name: m["soft_bias_and_variance"] for name, m in report["encodings"].items()}
+    for r in ("1", "0.5", "0"):
+        assert of["dense"][r] == pytest.approx({"one": 1.0, "mean": 1.0}, abs=1e-9)
+        assert of["sampled"][r]["one"] < of["sampled"][r]["mean"]
+        lost = {what: 1 / of["sampled"][r][what] ** 2 - 1 for what in ("one", "mean")}
+        assert lost["mean"] < lost["one"] / 8  # by 32, if there is no bias
+        assert of["envelope"][r]["one"] == of["envelope"][r]["mean"] < of["sampled"][r]["mean"]
+    assert report["encodings"]["sampled"]["kl"] is None
+    assert report["encodings"]["sampled"]["hard_agreement"] is None
+
+
 def test_bytes_are_those_of_files(
     responses: Responses, report: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -238,7 +251,8 @@ def test_the_plot_shows_bytes_across_and_loss_up(report: dict[str, Any]) -> None
     assert topk_1[1] > topk_4[1]
     assert dense_1[1] == dense_4[1] == envelope[1] < min(q8_4[1], topk_4[1])
     text = list(ET.fromstring(svg(figure, "t")).itertext())
-    for name in (*ENCODINGS, "exact", "hard labels", "KL at temperature 1", "KL at temperature 4"):
+    shown = [name for name in ENCODINGS if name != "sampled"]  # which has neither labels nor a KL
+    for name in (*shown, "exact", "hard labels", "KL at temperature 1", "KL at temperature 4"):
         assert text.count(name) == 1, name
 
 
@@ -263,7 +277,9 @@ def test_the_command_prints_one_object_or_a_table(
     with Image.open(picture) as image:
         assert (image.format, image.getpixel((0, 0))[:3]) == ("PNG", (255, 255, 255))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["encoding", "topk"]
+    assert [line.split()[0] for line in lines if line][1:] == [
+        "encoding", "topk", "the", "encoding", "topk",
+    ]  # fmt: skip
 
 
 def test_a_folder_with_its_digest_is_a_cache(
