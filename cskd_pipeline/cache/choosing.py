@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from cskd_pipeline.distill.encodings import Encoding, ResponseShape
+from cskd_pipeline.distill.encodings import Encoding, ResponseShape, Sampled
 from cskd_pipeline.errors import CacheError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ def serving(
     encodings: Mapping[str, Encoding],
     shape: ResponseShape,
     kinds: Collection[str],
-    temperature: float,
+    temperature: float | None,
 ) -> list[str]:
     """List the encodings that serve these losses, the best first; see ``Cache.serving``."""
     sizes = {
@@ -24,10 +24,14 @@ def serving(
         for name, encoding in encodings.items()
         for lowest, highest in [encoding.temperatures]
         if set(kinds) <= set(encoding.serves)
-        and ("soft" not in kinds or lowest <= temperature <= highest)
+        and ("soft" not in kinds or temperature is None or lowest <= temperature <= highest)
     }
-    exact = {name: encodings[name].exact for name in sizes}
-    return sorted(sizes, key=lambda n: (not exact[n], sizes[n] if exact[n] else -sizes[n]))
+
+    def rank(name: str) -> tuple[bool, bool, int]:
+        exact, drawn = encodings[name].exact, isinstance(encodings[name], Sampled)
+        return not exact, drawn, sizes[name] if exact else -sizes[name]
+
+    return sorted(sizes, key=rank)
 
 
 def refusal(cache: Cache, kinds: Collection[str], temperature: float, name: str) -> CacheError:
@@ -35,13 +39,19 @@ def refusal(cache: Cache, kinds: Collection[str], temperature: float, name: str)
     known = name == "auto" or name in cache.encodings
     words = {"hard": "hard targets", "soft": f"soft targets at temperature {temperature:g}"}
     targets = " and ".join(words.get(kind, kind) for kind in sorted(kinds))
+    nearest = [
+        f"--set distill.temperature={min(max(temperature, lowest), highest):g} for {other}"
+        for other, encoding in cache.encodings.items()
+        for lowest, highest in [encoding.temperatures]
+        if set(kinds) <= set(encoding.serves) and name in ("auto", other)
+    ]
+    hard = "--set distill.global_kind=hard --set distill.spatial_kind=hard"
     return CacheError(
         f"the cache cannot serve {targets}" if known else f"the cache has no encoding {name}",
         where=cache.path,
         found=f"encodings {', '.join(cache.encodings)}",
         expected=f"one that serves {targets}" if known else name,
-        action="use --set distill.global_kind=hard --set distill.spatial_kind=hard, or a cache "
-        "dumped with --encoding dense"
+        action=f"use {' or '.join(nearest) or hard}, or a cache dumped with --encoding dense"
         if "soft" in kinds
         else "use --set distill.encoding=auto, or a cache dumped with --encoding envelope",
     )

@@ -18,14 +18,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cskd_pipeline.cache.manifest_problems import cache_problems, dataset_problems
 from cskd_pipeline.distill.encodings import Sampled
-from cskd_pipeline.errors import CskdError, ManifestError
+from cskd_pipeline.errors import ManifestError
 from cskd_pipeline.runtime import atomic, schemas
 from cskd_pipeline.runtime.classes import Classes
 from cskd_pipeline.views.policy import ViewPolicy
 
 DATASET_FORMAT, CACHE_FORMAT = 1, 2  # versions of the two documents
-MAX_UNITS = 10_000_000  # blocks of views times tar shards; ImageNet's paper recipe has 30,720
 
 # Versions that decide pixels or logits: a cache made half by one and half by another lists both.
 DECIDING_VERSIONS = ("pillow", "libjpeg_turbo", "simplejpeg", "torch", "timm")
@@ -130,7 +130,7 @@ class DatasetManifest:
         Raises:
             ManifestError: lists everything that does not fit.
         """
-        _check(document, "dataset", where, _dataset_problems)
+        _check(document, "dataset", where, dataset_problems)
         return cls._build(document)
 
     @classmethod
@@ -267,7 +267,7 @@ class CacheManifest:
         Raises:
             ManifestError: lists everything that does not fit.
         """
-        _check(document, "cache", where, _cache_problems)
+        _check(document, "cache", where, cache_problems)
         assert isinstance(document, dict)
         teacher = dict(document["teacher"])
         for name in ("mean", "std", "grid"):
@@ -315,8 +315,8 @@ class CacheManifest:
         """Return the document without what leaves a unit's values as they are."""
         document = self.to_json()
         deciding = ("format_version", "dataset", "teacher", "policy", "root_seed", "encodings")
-        drawn = [name for name in ("sampled",) if name in document]
-        document = {name: document[name] for name in (*deciding, *also, *drawn)}
+        names = (*deciding, "sampled", *also)
+        document = {name: document[name] for name in names if name in document}
         del document["teacher"]["source"], document["teacher"]["top1"], document["dataset"]["name"]
         for shard in document["dataset"]["shards"]:
             del shard["name"]
@@ -343,56 +343,6 @@ def _check(
     problems = problems or list(islice(beyond(document), schemas.MAX_PROBLEMS))
     if problems:
         raise ManifestError(where, problems)
-
-
-def _dataset_problems(document: Any, at: str = "$") -> Iterator[str]:
-    """Yield the problems that a schema cannot express."""
-    names, classes = document["class_names"], document["num_classes"]
-    if names is not None and len(names) != classes:
-        yield f"{at}.class_names: found {len(names)} names, expected num_classes = {classes}"
-    seen: dict[tuple[str, str], int] = {}
-    for number, shard in enumerate(document["shards"]):
-        here = f"{at}.shards[{number}]"
-        name = shard["name"]
-        parts = name.split("/")
-        if "\\" in name or ":" in name or "|" in name or {"", ".", ".."} & set(parts):
-            yield f"{here}.name: found {name!r}, expected a file name or a path inside the folder"
-        elif not name.isprintable():
-            yield f"{here}.name: found {name!r}, expected printable characters"
-        for identity in ("name", "keys_sha256"):
-            first = seen.setdefault((identity, shard[identity]), number)
-            if first != number:
-                yield f"{here}.{identity}: found that of shards[{first}], expected each once"
-
-
-def _cache_problems(document: Any) -> Iterator[str]:
-    """Yield the problems that a schema cannot express."""
-    yield from _dataset_problems(document["dataset"], "$.dataset")
-    data = document["dataset"]
-    if "location" in data or any(shard["sha256"] is None for shard in data["shards"]):
-        yield "$.dataset: found a location or a sha256 of null, expected neither in a cache"
-    views, block, teacher = document["views"], document["view_block"], document["teacher"]
-    if views % block:
-        yield f"$.views: found {views}, expected a multiple of view_block = {block}"
-    units = -(-views // block) * len(data["shards"])
-    if units > MAX_UNITS:
-        yield f"$.views: found {units:,} units, expected at most {MAX_UNITS:,}"
-    if teacher["num_classes"] != data["num_classes"]:
-        yield (
-            f"$.teacher.num_classes: found {teacher['num_classes']}, "
-            f"expected the data set's num_classes = {data['num_classes']}"
-        )
-    if ("sampled" in document) != (Sampled.name in document["encodings"]):
-        state = "no" if "sampled" in document else "the"
-        yield f"$.sampled: expected {state} draws, by $.encodings"
-    try:
-        policy = ViewPolicy.from_json(document["policy"])
-    except (CskdError, TypeError, ValueError) as error:
-        reason = getattr(error, "found", None) or error
-        yield f"$.policy: found {reason}, expected a view policy that is built in or registered"
-    else:
-        if policy.size != teacher["size"]:
-            yield f"$.teacher.size: found {teacher['size']}, expected policy.size = {policy.size}"
 
 
 def _differences(mine: Any, theirs: Any, at: str) -> Iterator[tuple[str, Any, Any]]:

@@ -126,7 +126,8 @@ class Cache:
         Returns:
             Targets on ``device``: ``hard_global()`` (n,) and ``hard_spatial(r)`` (n, h, w) int64,
             ``global_log_probabilities(temperature)`` (n, K) and
-            ``spatial_log_probabilities(r, temperature)`` (n, K, h, w) float32.
+            ``spatial_log_probabilities(r, temperature)`` (n, K, h, w) float32; of ``sampled`` only
+            ``drawn_global(temperature)`` and ``drawn_spatial(r, temperature)``, classes.
 
         Raises:
             CacheError: a key or view that the cache does not have, or not yet, or no encoding.
@@ -141,14 +142,14 @@ class Cache:
         tensors = {name: torch.from_numpy(values).to(device) for name, values in rows.items()}
         return self.encodings[chosen].targets(tensors)
 
-    def serving(self, kinds: Collection[str], temperature: float = 1.0) -> list[str]:
+    def serving(self, kinds: Collection[str], temperature: float | None = 1.0) -> list[str]:
         """List the encodings that serve these losses, the best first.
 
-        That is the smallest exact one; of approximations, after them, the largest.
+        That is the smallest exact one; of approximations, after them, the largest; then draws.
 
         Args:
             kinds: ``hard``, ``soft``.
-            temperature: of soft losses.
+            temperature: of soft losses; None: any.
         """
         return choosing.serving(self.encodings, self.shape, kinds, temperature)
 

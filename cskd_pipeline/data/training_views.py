@@ -18,6 +18,7 @@ from cskd_pipeline.data.index import Dataset, load_dataset, require_num_classes
 from cskd_pipeline.data.join import Join, classes_of, join, require_word
 from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.render import Renderer
+from cskd_pipeline.distill.encodings import Sampled
 from cskd_pipeline.distill.losses import DistillationLoss
 from cskd_pipeline.distill.targets import Targets
 from cskd_pipeline.runtime.classes import ClassGuard
@@ -62,7 +63,8 @@ class TrainingViews(TorchDataset[Batch]):
         cache = found.images.cache
         assert cache is not None
         if not cache.encodings[encoding].exact:
-            log.info(f"targets from {encoding}: an approximation of the teacher's response")
+            kind = "draws from" if encoding == Sampled.name else "an approximation of"
+            log.info(f"targets from {encoding}: {kind} the teacher's response")
         manifest = cache.manifest
         return cls(
             found.samples,

@@ -106,7 +106,8 @@ PROMISED = {
     "cache upgrade": "CACHE --json --quiet",
     "cache verify": "CACHE --depth --shards --teacher --weights --samples --partial --json --quiet",
     "cache card": "CACHE --out --location --json --quiet",
-    "cache convert": "SRC DST --encoding --views --shards --json --quiet",
+    "cache convert": "SRC DST --encoding --sampled-draws --sampled-temperature --views --shards "
+    "--json --quiet",
     "cache merge": "CACHE... --out --accept-versions --json --quiet",
     "bench encodings": "CACHE_OR_TEACHER --shards --weights --views --plot --json --quiet",
     "bench loader": "--shards --size --batch-size --rounds --json --quiet",

@@ -39,6 +39,7 @@ class Stages:
     def convert(self, out: Path, workers: int = 0) -> Words:
         """All other encodings, from ``cache``."""
         words = ("--encoding", "dense-q8", "--encoding", "topk", "--encoding", "envelope")
+        words += ("--encoding", "sampled", "--sampled-draws", "2")
         return ["cache", "convert", self.cache, out, *words, "--device", "cpu", "--quiet"]
 
     def merge(self, out: Path, workers: int = 0) -> Words:

@@ -54,6 +54,11 @@ EVERY = ["dense", "dense-q8", "topk", "envelope"]
         (EVERY, ["method=deit"], "envelope"),
         (EVERY, ["method=deit", "spatial_kind=soft"], "envelope"),  # deit has no spatial term
         (["dense-q8", "envelope"], ["method=deit", "global_kind=soft"], "dense-q8"),
+        (["sampled", "envelope"], SOFT, "sampled"),
+        (["sampled", "envelope"], [], "envelope"),
+        (["sampled", "topk"], SOFT, "topk"),
+        (["sampled", "topk"], [*SOFT, "encoding=sampled"], "sampled"),
+        (["sampled", "topk"], [*SOFT, "temperature=2.0"], "topk"),
     ],
 )
 def test_auto_is_the_smallest_exact_encoding_else_the_closest_approximation(
@@ -74,6 +79,10 @@ def test_auto_is_the_smallest_exact_encoding_else_the_closest_approximation(
         ),
         (["dense", "envelope"], [*SOFT, "encoding=envelope"], "cannot serve soft targets"),
         (["dense"], ["encoding=envelope"], "has no encoding envelope"),
+        (["sampled"], [*SOFT, "temperature=2.0"], "cannot serve soft targets at temperature 2"),
+        (["sampled"], [*SOFT, "temperature=2.0"], "distill.temperature=1 for sampled"),
+        (["sampled"], [], "cannot serve hard targets"),
+        (["sampled", "envelope"], ["spatial_kind=soft"], "hard targets and soft targets"),
     ],
 )
 def test_what_no_encoding_of_the_cache_serves_is_refused(

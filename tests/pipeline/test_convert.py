@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cskd_pipeline.pipeline.dump import dump_teacher
 from tests.cache.making import tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -43,6 +44,26 @@ def test_soft_training_from_an_approximation_is_close_to_the_logits(
     assert not torch.equal(exact, near)
     torch.testing.assert_close(near, exact, atol=2e-3, rtol=0)
     assert exact[0, 2:].min() > 10 * 2e-3  # the teacher has much more to say than that
+
+
+def test_soft_training_from_draws_that_were_dumped_or_converted_is_the_same(
+    small: World, tmp_path: Path
+) -> None:
+    """And near the logits': by the targets' entropy above the divergence, give or take noise."""
+    path = tmp_path / "dumped"
+    sets = ["cache.sampled_draws=4", "cache.sampled_temperature=2.0"]
+    dump_teacher(world.dump_recipe(small.shards, path, sets, encodings='["sampled"]'))
+    words = ("--encoding", "sampled", "--sampled-draws", 4, "--sampled-temperature", 2, "--quiet")
+    assert world.cli("cache", "convert", small.cache, tmp_path / "converted", *words) == 0
+    dumped, made = tree(path), tree(tmp_path / "converted")
+    assert made.keys() == dumped.keys()
+    records = {name for name in made if name.startswith("digest/")}
+    assert {name for name in made if made[name] != dumped[name]} <= {"zarr.json", *records}
+    sets = [*world.SOFT, "distill.scaling=mean", "distill.temperature=2.0"]
+    curve = loss_curve(replace(small, cache=path), tmp_path, "cskd", sets)
+    exact = loss_curve(small, tmp_path, "cskd", sets)
+    assert (curve[:, 2:] > exact[:, 2:]).all()
+    torch.testing.assert_close(curve[:, 1], exact[:, 1], atol=0.02, rtol=0)  # of the labels alone
 
 
 def test_auto_takes_the_closest_approximation_and_says_so(

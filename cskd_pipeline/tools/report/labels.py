@@ -6,7 +6,6 @@ ones give a label at some ratios, and a change between two of these is put in th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +66,7 @@ def read_labels(cache: Cache, rows: np.ndarray) -> Labels:
     Raises:
         CacheError: a unit is not done, or damaged.
     """
-    name = (cache.serving({"hard"}) or cache.serving({"soft"}, math.inf))[0]
+    name = (cache.serving({"hard"}) or cache.serving({"soft"}, None))[0]
     parts = [
         _planes(cache, name, part) for part in np.split(rows, range(_AT_ONCE, len(rows), _AT_ONCE))
     ]

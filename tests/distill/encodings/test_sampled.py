@@ -227,7 +227,7 @@ def test_the_manifest_states_draws_and_temperature(tmp_path: Path) -> None:
     for bad, expected in (
         ({"sampled": {"draws": 9, "temperature": 1.0}}, "$.sampled.draws"),
         ({"sampled": {"draws": 1, "temperature": 0}}, "$.sampled.temperature"),
-        ({"encodings": ["dense"]}, "$.sampled: expected no draws"),
+        ({"encodings": ["dense"]}, "$.sampled: found draws, expected none"),
     ):
         with pytest.raises(ManifestError) as caught:
             CacheManifest.from_json({**document, **bad})

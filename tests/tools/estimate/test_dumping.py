@@ -170,10 +170,11 @@ SIZES = {
     "dense": 1000.0,
     "envelope": 10.0,
     "dense-q8": 500.0,
+    "sampled": 80.0,
     "topk": 100.0,
     estimate_dump.COMMON: 7.0,
 }
-COSTS = {"dense": 0.0, "envelope": 0.01, "dense-q8": 0.0, "topk": 0.0}
+COSTS = {"dense": 0.0, "envelope": 0.01, "dense-q8": 0.0, "topk": 0.0, "sampled": 0.0}
 TRIAL = estimate_dump.DumpTrial(
     samples=10,
     views=20,

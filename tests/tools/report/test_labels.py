@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cskd_pipeline.cache.convert import Conversion, convert
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.join import Join, join
 from cskd_pipeline.data.replay import cache_of, renderer_of
-from cskd_pipeline.distill.encodings import ENCODINGS
+from cskd_pipeline.distill.encodings import ENCODINGS, Sampled
+from cskd_pipeline.distill.targets import SampledTargets
 from cskd_pipeline.tools.report import statistics
 from cskd_pipeline.tools.report.gallery import choose_views, make_views
 from cskd_pipeline.tools.report.labels import RATIOS, planes_of, read_labels
@@ -76,6 +78,19 @@ def test_labels_of_a_registered_encoding_alone(
     dense = open_cache(tmp_path / "c")
     for r in RATIOS:
         assert np.array_equal(labels.at(float(r)), fused(dense, ROWS, float(r)))
+
+
+def test_labels_of_sampled_are_its_first_draw(tmp_path: Path) -> None:
+    make(tmp_path / "dense", encodings=("dense",))
+    convert(tmp_path / "dense", tmp_path / "c", encodings=["sampled"], sampled=Sampled(2, 3.0))
+    cache = open_cache(tmp_path / "c")
+    labels = read_labels(cache, ROWS)
+    assert (labels.encoding, labels.exact) == ("sampled", False)
+    arrays = {n: torch.from_numpy(a) for n, a in cache.gather("sampled", ROWS).items()}
+    targets = cache.encodings["sampled"].targets(arrays)
+    assert isinstance(targets, SampledTargets)
+    for r in (0.0, 0.35, 1.0):
+        assert np.array_equal(labels.at(r), targets.drawn_spatial(r, 3.0)[:, 0].numpy())
 
 
 def test_planes_from_labels_at_some_ratios_give_these_labels_there() -> None:
