@@ -1,9 +1,9 @@
 """Storage: the teacher cache, a zarr v3 group with leading axes (view, shard, offset).
 
-1. ``manifest`` -- the JSON that decides everything; ``layout`` -- which arrays and files follow
-   from it, and how a unit (block of views, tar shard) maps to files of its own; ``arrays`` -- one
-   array's geometry and ``zarr.json``; ``view_blocks`` -- how many views a unit has, and how many
-   files that makes.
+1. ``manifest`` -- the JSON that decides everything, checked by its schema and
+   ``manifest_problems``; ``layout`` -- which arrays and files follow from it, and how a unit (block
+   of views, tar shard) maps to files of its own; ``arrays`` -- one array's geometry and
+   ``zarr.json``; ``view_blocks`` -- how many views a unit has, and how many files that makes.
 2. ``chunks`` -- bytes: a file of chunks encoded, one chunk decoded, every checksum compared.
    ``digests`` -- SHA-256 from a unit's files up to the whole cache.
 3. ``store`` -- a folder as a cache: manifest, finished units, chunks; errors name array, unit and
