@@ -183,7 +183,7 @@ def convert(
     ] = None,
     sampled_temperature: Annotated[
         float | None,
-        typer.Option(min=1e-3, max=1000.0, metavar="TAU", help="That it draws at. Default: 1."),
+        typer.Option(min=0.01, max=1000.0, metavar="TAU", help="That it draws at. Default: 1."),
     ] = None,
     views: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Only the first N views.")

@@ -117,7 +117,7 @@ class CacheSection:
         1, "Draws of each location's soft target, of the encoding sampled.", ge=1, le=8
     )
     sampled_temperature: float = _fixed(
-        1.0, "Temperature of the soft targets that sampled draws from.", gt=0.0, le=1000.0
+        1.0, "Temperature of the soft targets that sampled draws from.", ge=0.01, le=1000.0
     )
     views: int = _fixed(1, "Augmented views of every image.", ge=1, le=1_000_000)
     view_block: int = _free(

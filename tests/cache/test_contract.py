@@ -104,11 +104,12 @@ def test_rows_that_are_not_the_arrays_are_refused(
     unit = writer.todo()[0]
     data = mine_of(unit_data(unit, manifest()))
     spatial, global_ = torch.zeros(2, CLASSES, HEIGHT, WIDTH).half(), torch.zeros(2, CLASSES).half()
-    assert set(encoded(mine, spatial, global_)) == {SPATIAL, GLOBAL}
-    monkeypatch.setattr(mine, "encode", lambda s, g: change({SPATIAL: s, GLOBAL: g}))
+    seeds = np.zeros(2, np.uint64)
+    assert set(encoded(mine, spatial, global_, seeds)) == {SPATIAL, GLOBAL}
+    monkeypatch.setattr(mine, "encode", lambda s, g, seeds: change({SPATIAL: s, GLOBAL: g}))
     monkeypatch.setattr(mine, "pack", change)
     with pytest.raises(CacheError, match=says):
-        encoded(mine, spatial, global_)
+        encoded(mine, spatial, global_, seeds)
     with pytest.raises(CacheError, match=says):
         writer.write_unit(unit, data)
     with pytest.raises(CacheError, match=says):

@@ -11,7 +11,7 @@ import pytest
 
 from cskd_pipeline import Cache
 from cskd_pipeline.config import TrainRecipe, load_recipe
-from cskd_pipeline.distill.encodings import ENCODINGS
+from cskd_pipeline.distill.encodings import ENCODINGS, Sampled
 from cskd_pipeline.distill.encodings.base import ResponseShape
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.pipeline.from_recipe import make_loss
@@ -90,3 +90,12 @@ def test_what_no_encoding_of_the_cache_serves_is_refused(
 ) -> None:
     with pytest.raises(CacheError, match=says):
         chosen(names, sets)
+
+
+def test_draws_come_last_where_they_take_the_most_bytes() -> None:
+    cache = a_cache(["sampled", "dense-q8", "topk"])
+    cache.shape = ResponseShape(10, 4, 4)
+    assert cache.serving({"soft"}) == ["topk", "dense-q8", "sampled"]
+    cache.encodings["sampled"] = Sampled(2, 0.5)
+    assert cache.serving({"soft"}, 0.5) == ["dense-q8", "sampled"]
+    assert cache.serving({"soft"}, None) == ["topk", "dense-q8", "sampled"]

@@ -28,6 +28,7 @@ from cskd_pipeline.distill.encodings.envelope import (
     planes_of,
     unpacked_lines,
 )
+from cskd_pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,11 @@ class Sampled:
 
     Args:
         draws: of each location of a view, 1 to 8.
-        temperature: tau of the soft targets that are drawn from, the only one that is served.
+        temperature: tau of the soft targets that are drawn from, 0.01 to 1000, the only one that is
+            served.
+
+    Raises:
+        UsageError: draws or a temperature out of range.
     """
 
     name = "sampled"
@@ -50,6 +55,12 @@ class Sampled:
     exact = False
 
     def __init__(self, draws: int = 1, temperature: float = 1.0) -> None:
+        if not (1 <= draws <= 8 and 0.01 <= temperature <= 1000.0):
+            raise UsageError(
+                "the sampled encoding cannot draw like this",
+                found=f"{draws} draws at temperature {temperature:g}",
+                expected="1 to 8 draws at a temperature of 0.01 to 1000",
+            )
         self.draws, self.temperature = draws, float(temperature)
         self.temperatures = (self.temperature, self.temperature)
 

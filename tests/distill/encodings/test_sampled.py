@@ -19,7 +19,7 @@ from cskd_pipeline.distill.encodings.sampled import LINES
 from cskd_pipeline.distill.gumbel import gumbel_noise, noisy_envelopes
 from cskd_pipeline.distill.losses import DistillationLoss
 from cskd_pipeline.distill.targets import LogitTargets, SampledTargets
-from cskd_pipeline.errors import CacheError, ManifestError
+from cskd_pipeline.errors import CacheError, ManifestError, UsageError
 from cskd_pipeline.models.student import Heads
 from cskd_pipeline.views.bits import derive_seed
 from tests.cache.making import COUNTS, make, manifest
@@ -269,3 +269,9 @@ def test_the_noise_has_its_mean_and_spread() -> None:
 def test_too_many_classes_are_refused() -> None:
     with pytest.raises(CacheError, match="the sampled encoding cannot hold"):
         Sampled().arrays(ResponseShape(70_000, 7, 7))
+
+
+@pytest.mark.parametrize(("draws", "temperature"), [(0, 1.0), (9, 1.0), (1, 0.0), (1, math.nan)])
+def test_draws_out_of_range_are_refused(draws: int, temperature: float) -> None:
+    with pytest.raises(UsageError, match=f"{draws} draws at temperature {temperature:g}"):
+        Sampled(draws, temperature)
