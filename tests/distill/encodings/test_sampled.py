@@ -238,11 +238,11 @@ def test_the_manifest_states_draws_and_temperature(tmp_path: Path) -> None:
 
 
 def test_a_cache_converted_from_dense_holds_the_draws_of_its_seeds(tmp_path: Path) -> None:
-    from cskd_pipeline.cache.convert import convert
+    from cskd_pipeline.cache.convert import Conversion, convert
 
     make(tmp_path / "dense", encodings=("dense",))
     sampled = Sampled(2, 3.0)
-    convert(tmp_path / "dense", tmp_path / "c", encodings=["sampled"], sampled=sampled)
+    convert(tmp_path / "dense", tmp_path / "c", Conversion(["sampled"], sampled=sampled))
     old, new = open_cache(tmp_path / "dense"), open_cache(tmp_path / "c")
     assert new.encodings == {"sampled": sampled}
     assert new.serving(["soft"], 3.0) == ["sampled"]
@@ -255,7 +255,7 @@ def test_a_cache_converted_from_dense_holds_the_draws_of_its_seeds(tmp_path: Pat
             live = sampled.encode(*arrays, old.seeds(view, shard))[LINES].numpy()
             assert np.array_equal(new.rows("sampled", view, shard, range(count))[LINES], live)
     with pytest.raises(CacheError, match="cannot be converted to sampled"):
-        convert(tmp_path / "c", tmp_path / "d", sampled=Sampled(1, 3.0))
+        convert(tmp_path / "c", tmp_path / "d", Conversion(sampled=Sampled(1, 3.0)))
 
 
 def test_the_noise_has_its_mean_and_spread() -> None:

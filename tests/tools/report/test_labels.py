@@ -82,7 +82,7 @@ def test_labels_of_a_registered_encoding_alone(
 
 def test_labels_of_sampled_are_its_first_draw(tmp_path: Path) -> None:
     make(tmp_path / "dense", encodings=("dense",))
-    convert(tmp_path / "dense", tmp_path / "c", encodings=["sampled"], sampled=Sampled(2, 3.0))
+    convert(tmp_path / "dense", tmp_path / "c", Conversion(["sampled"], sampled=Sampled(2, 3.0)))
     cache = open_cache(tmp_path / "c")
     labels = read_labels(cache, ROWS)
     assert (labels.encoding, labels.exact) == ("sampled", False)
