@@ -72,7 +72,8 @@ class RemoteFiles:
     """
 
     def __init__(self, url: str, mirror: Mirror | None = None, of: str = "cache") -> None:
-        self.url, self.scheme = _checked(url, of)
+        require_url(url, of)
+        self.url, self.scheme = url.rstrip("/"), urlsplit(url).scheme
         self._mirror, self._of = mirror, of
         self.root = Path() if mirror is None else mirror.root
         self._opened: tuple[int, Any] | None = None
@@ -278,8 +279,12 @@ class RemoteFiles:
         )
 
 
-def _checked(url: str, of: str) -> tuple[str, str]:
-    """The URL without its last slashes, and its scheme."""
+def require_url(url: str, of: str) -> None:
+    """Refuse a URL that ``of`` (``cache`` or ``shards``) cannot be read from.
+
+    Raises:
+        UsageError: one of another kind, or with more in it than a place.
+    """
     parts = urlsplit(url)
     problem = None
     if parts.scheme not in PACKAGES or "::" in url:
@@ -296,7 +301,6 @@ def _checked(url: str, of: str) -> tuple[str, str]:
             action=f"give a folder, or a URL such as https://host/{of}, s3://bucket/{of} or "
             f"hf://datasets/lab/{of}",
         )
-    return url.rstrip("/"), parts.scheme
 
 
 def _status(error: Exception) -> int | None:

@@ -59,17 +59,6 @@ class _Order:
             yield from uses_of(images.tars, numbers, epoch * steps + update * self.accumulation)
 
 
-def _reading_ahead(loader: Loader[Batch], ahead: ReadAhead, number: int) -> Iterator[Batch]:
-    """The loader's batches, of which ``number`` is the first."""
-    try:
-        for batch in loader:
-            number += 1
-            ahead.advance(number)
-            yield batch
-    finally:
-        ahead.close()
-
-
 @dataclass(eq=False)
 class CachedLoader:
     """Iterate over an epoch of views, batch by batch, as a ``DataLoader`` does.
@@ -242,8 +231,9 @@ class CachedLoader:
             workers=self.workers,
             pin_memory=torch.device(self.device).type == "cuda",
         )
-        ahead = ReadAhead(images.tars, self._order.uses(images, start), len(self))
-        return _reading_ahead(loader, ahead, start)
+        ahead = ReadAhead(images.tars, self._order.uses(images, start), len(self), start)
+        after = count(start + 1)
+        return ahead.over(loader, lambda _: next(after))
 
     def _require_options(self) -> None:
         least = {name: 1 for name in (*_ORDER, "world") if name != "seed"}

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +14,16 @@ from cskd_pipeline.cache.manifest import DatasetManifest, ShardInfo
 from cskd_pipeline.data.index import (
     Dataset,
     load_dataset,
+    of_each,
     refuse_repeated_keys,
     require_num_classes,
 )
 from cskd_pipeline.data.listing import Spec
-from cskd_pipeline.data.remote_tar import RemoteTar, Tar
+from cskd_pipeline.data.remote_tar import FETCHING, RemoteTar, Tar
 from cskd_pipeline.data.shards import TarShard
 from cskd_pipeline.data.tar_index import open_shard
 from cskd_pipeline.errors import DataError
-from cskd_pipeline.runtime.progress import Meter, progress
+from cskd_pipeline.runtime.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +77,10 @@ def describe(dataset: Dataset) -> DatasetManifest:
         return replace(_describe(dataset, whole=True), location=None)
     if not any(shard.sha256 is None for shard in manifest.shards):
         return replace(manifest, location=None)
-    with progress(sum(shard.size for shard in dataset.shards), "bytes", "hashing shards") as meter:
-        infos = [
-            replace(info, sha256=_sha256(shard, meter)) if info.sha256 is None else info
-            for info, shard in zip(manifest.shards, dataset.shards, strict=True)
-        ]
+    infos = [
+        info if info.sha256 else replace(info, sha256=found)
+        for info, found in zip(manifest.shards, _hashed(dataset.shards, whole=True), strict=True)
+    ]
     return replace(manifest, location=None, shards=tuple(infos))
 
 
@@ -88,12 +88,10 @@ def _describe(dataset: Dataset, *, whole: bool) -> DatasetManifest:
     """The manifest of tars that have none; not ``whole``: nothing is fetched for its SHA-256."""
     classes = require_num_classes(dataset)
     location, names = _relative_names([shard.path for shard in dataset.shards])
-    infos = []
-    with progress(sum(shard.size for shard in dataset.shards), "bytes", "hashing shards") as meter:
-        for shard, relative in zip(dataset.shards, names, strict=True):
-            found = _sha256(shard, meter, whole)
-            keys = shard.keys
-            infos.append(ShardInfo.of(relative, keys, shard.size, found))
+    hashed = zip(dataset.shards, names, _hashed(dataset.shards, whole), strict=True)
+    infos = [
+        ShardInfo.of(relative, shard.keys, shard.size, found) for shard, relative, found in hashed
+    ]
     made = DatasetManifest(dataset.name, classes, tuple(infos), dataset.class_names, location)
     unknown = sum(info.sha256 is None for info in infos)
     if unknown:
@@ -104,17 +102,24 @@ def _describe(dataset: Dataset, *, whole: bool) -> DatasetManifest:
     return DatasetManifest.from_json(made.to_json(), f"the manifest of {dataset.name}")
 
 
-def _sha256(shard: TarShard, meter: Meter, whole: bool = True) -> str | None:
-    if isinstance(shard.path, RemoteTar):
-        found = shard.path.sha256() if whole else shard.path.known_sha256()
-        meter.advance(shard.size)
-        return found
-    digest = hashlib.sha256()
-    with open_shard(shard.path) as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-            meter.advance(len(piece))
-    return digest.hexdigest()
+def _hashed(shards: Sequence[TarShard], whole: bool) -> Iterator[str | None]:
+    """The SHA-256 of each tar; not ``whole``: nothing is fetched, and it may be None."""
+    with progress(sum(shard.size for shard in shards), "bytes", "hashing shards") as meter:
+
+        def sha256(shard: TarShard) -> str | None:
+            if isinstance(shard.path, RemoteTar):
+                return shard.path.sha256() if whole else shard.path.known_sha256()
+            digest = hashlib.sha256()
+            with open_shard(shard.path) as file:
+                while piece := file.read(2**20):
+                    digest.update(piece)
+                    meter.advance(len(piece))
+            return digest.hexdigest()
+
+        for shard, found in zip(shards, of_each(shards, sha256, FETCHING), strict=True):
+            if isinstance(shard.path, RemoteTar):
+                meter.advance(shard.size)
+            yield found
 
 
 def _relative_names(paths: Sequence[Tar]) -> tuple[str | None, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -98,13 +99,8 @@ class EvalLoader:
         tars = [shard.path for shard in self.dataset.shards]
         numbers = np.repeat(np.arange(len(tars)), self.dataset.counts)
         uses = uses_of(tars, numbers, np.arange(len(numbers)) // self.step)
-        ahead = ReadAhead(tars, uses, len(numbers))
-        try:
-            for number, batch in enumerate(self.loader):
-                ahead.advance(number)
-                yield batch
-        finally:
-            ahead.close()
+        shown = itertools.count()
+        yield from ReadAhead(tars, uses, len(numbers)).over(self.loader, lambda _: next(shown))
 
 
 def eval_loader(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from cskd_pipeline.runtime.classes import Classes, ClassGuard
 from cskd_pipeline.runtime.progress import progress
 
 CLASSES = "classes.json"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -187,15 +189,21 @@ def read_headers(shards: Sequence[TarShard]) -> None:
         ShardError, RemoteError: see :attr:`TarShard.index`.
     """
     missing = [shard for shard in shards if not shard.is_indexed]
-    elsewhere = any(isinstance(shard.path, RemoteTar) for shard in missing)
-    pool = ThreadPoolExecutor(CONNECTIONS) if elsewhere else None
+    with progress(len(missing), "shards", "reading tar headers") as meter:
+        for _ in of_each(missing, lambda shard: shard.index, CONNECTIONS):
+            meter.advance()
+
+
+def of_each(shards: Sequence[TarShard], call: Callable[[TarShard], T], at_once: int) -> Iterator[T]:
+    """Yield what ``call`` returns for each tar, called for ``at_once`` of those elsewhere."""
+    if not any(isinstance(shard.path, RemoteTar) for shard in shards):
+        yield from map(call, shards)
+        return
+    pool = ThreadPoolExecutor(at_once)
     try:
-        with progress(len(missing), "shards", "reading tar headers") as meter:
-            for _ in (pool.map if pool else map)(lambda shard: shard.index, missing):
-                meter.advance()
-    finally:
-        if pool:  # a stop does not wait for tars that have begun
-            pool.shutdown(wait=False, cancel_futures=True)
+        yield from pool.map(call, shards)
+    finally:  # a stop does not wait for tars that have begun
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def require_num_classes(dataset: Dataset, action: str = "pass --num-classes N") -> int:

@@ -22,7 +22,7 @@ from webdataset.shardlists import expand_urls
 
 from cskd_pipeline.cache.chunks import DamageError
 from cskd_pipeline.cache.manifest import DatasetManifest
-from cskd_pipeline.cache.remote_files import CONNECTIONS, is_remote
+from cskd_pipeline.cache.remote_files import CONNECTIONS, is_remote, require_url
 from cskd_pipeline.data.remote_tar import RemoteTar, Tar, tars_in
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.runtime import schemas
@@ -152,7 +152,7 @@ def _resolve(text: str, split: str | None, prefer: Sequence[str]) -> _Named:
 
 
 def _resolve_url(text: str, split: str | None, prefer: Sequence[str]) -> _Named:
-    tars_in(text)  # refuses what is no URL of a place
+    require_url(text, "shards")
     folder, _, name = text.rpartition("/")
     if name.endswith(".json"):
         try:

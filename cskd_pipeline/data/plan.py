@@ -124,11 +124,12 @@ class EpochPlan:
         """Return the rows of epoch ``number``, from 0, in the order of training: view, shard,
         offset, (steps * batch_size, 3) int32. What does not fill a batch is dropped.
         """
-        rows = self._built.get(number)
+        built = self._built  # a thread that reads ahead may replace it meanwhile
+        rows = built.get(number)
         if rows is None:
             rows = self._build(number)
-            kept = sorted(self._built, key=lambda other: abs(other - number))[:1]
-            self._built = {n: self._built[n] for n in kept} | {number: rows}
+            kept = sorted(built, key=lambda other: abs(other - number))[:1]
+            self._built = {n: built[n] for n in kept} | {number: rows}
         return rows
 
     def batch(self, epoch: int, step: int, *, part: int = 0, parts: int = 1) -> np.ndarray:

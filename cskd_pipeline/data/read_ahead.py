@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from cskd_pipeline.data.remote_tar import RemoteTar, Tar, room_of
+from cskd_pipeline.data.remote_tar import FETCHING, RemoteTar, Tar, room_of
+from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.errors import CskdError
 
 log = logging.getLogger(__name__)
 
-FETCHING = 4  # tars at a time
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -47,37 +49,52 @@ def uses_of(tars: Sequence[Tar], numbers: np.ndarray, position: np.ndarray) -> l
 class ReadAhead:
     """Fetch tars in the order of their use, by threads.
 
-    What is in use and what was fetched ahead fit into the room for copies together: nothing that is
-    fetched drives out what is still needed. A tar that cannot be fetched is left to its reader,
-    who meets the error where it belongs.
+    What is in use and what was fetched ahead fit into half of the room for copies together: the
+    other half is for a cache's files and for evaluation, so that nothing that is fetched drives
+    out what is still needed. A tar that cannot be fetched is left to its reader, who meets the
+    error where it belongs.
 
     Args:
         tars: all that there are; where none lies elsewhere, nothing is done.
         uses: in the order of ``first``; may have no end.
         horizon: positions ahead that are looked at.
+        position: where the reader begins.
     """
 
-    def __init__(self, tars: Sequence[Tar], uses: Iterable[Use], horizon: int) -> None:
+    def __init__(
+        self, tars: Sequence[Tar], uses: Iterable[Use], horizon: int, position: int = 0
+    ) -> None:
         room = room_of(tars)
         self._closed = room is None
-        self._uses, self._room, self._horizon = iter(uses), room or 0, horizon
+        self._uses, self._room, self._horizon = iter(uses), (room or 0) // 2, horizon
         self._waiting: Use | None = None
         self._held: dict[RemoteTar, int] = {}  # and the position of its last use
-        self._position = -1
+        self._position = position
         self._change = threading.Condition()
 
-    def advance(self, position: int) -> None:
-        """Note where the reader is; the first call starts the threads.
+    def over(self, loader: Loader[Item], position: Callable[[Item], int]) -> Iterator[Item]:
+        """Yield the loader's items; ``position`` says where the reader is, once it has one.
 
-        They start late on purpose: after the loader's processes, which are forked.
+        Tars are fetched as soon as the loader's processes, which may be forked, are there: these
+        read the first ones meanwhile.
         """
+        try:
+            for item in loader.items(self.start):
+                self.advance(position(item))
+                yield item
+        finally:
+            self.close()
+
+    def start(self) -> None:
+        """Start to fetch."""
+        for _ in range(0 if self._closed else FETCHING):
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def advance(self, position: int) -> None:
+        """Note where the reader is."""
         with self._change:
-            started = self._closed or self._position >= 0
-            self._position = max(position, self._position, 0)
+            self._position = max(position, self._position)
             self._change.notify_all()
-        if not started:
-            for _ in range(FETCHING):
-                threading.Thread(target=self._work, daemon=True).start()
 
     def close(self) -> None:
         """Fetch nothing more; transfers that have begun are finished."""

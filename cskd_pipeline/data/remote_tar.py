@@ -38,6 +38,7 @@ from cskd_pipeline.runtime.atomic import atomic_write, write_text
 
 log = logging.getLogger(__name__)
 
+FETCHING = 8  # whole tars at a time
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -101,11 +102,11 @@ class RemoteTar:
 
     def open(self) -> BufferedReader:
         """Open the copy, fetched if need be; raise as :meth:`fetch`."""
-        return _tars_at(self.parent).open(self._key, self._name, self.stated)
+        return tars_in(self.parent).open(self._key, self._name, self.stated)
 
     def open_headers(self) -> BufferedReader | RangeFile:
         """Open the copy, or the tar where it lies, of which only what is read is requested."""
-        tars = _tars_at(self.parent)
+        tars = tars_in(self.parent)
         if tars.has(self._name):
             return self.open()
         if self.stated.ranges:
@@ -115,17 +116,15 @@ class RemoteTar:
 
     def sha256(self) -> str:
         """Return its SHA-256: stated, or noted when it was fetched, which is done if need be."""
-        return self.stated.sha256 or _tars_at(self.parent).sha256(
-            self._key, self._name, self.stated
-        )
+        return self.stated.sha256 or tars_in(self.parent).sha256(self._key, self._name, self.stated)
 
     def known_sha256(self) -> str | None:
         """Return its SHA-256 if it is stated, or was noted; nothing is fetched."""
-        return self.stated.sha256 or _tars_at(self.parent).noted_sha256(self._name)
+        return self.stated.sha256 or tars_in(self.parent).noted_sha256(self._name)
 
     def noted(self, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Return what was made of its headers before, on this machine, or make and note it."""
-        return _tars_at(self.parent).noted(f"{self._name}.npz", make)
+        return tars_in(self.parent).noted(f"{self._name}.npz", make)
 
 
 Tar = Path | RemoteTar
@@ -299,6 +298,7 @@ class RemoteTars(RemoteFiles):
             version = self._fetch(key, file, stated.size)
             self._require_same(key, stated, file.tell(), version)
             file.flush()
+            os.fsync(file.fileno())  # or a power cut may leave zeros under a name that is believed
             file.seek(0)
             found = hashlib.file_digest(file, "sha256").hexdigest()
             if found == (stated.sha256 or found):
@@ -343,21 +343,18 @@ class RemoteTars(RemoteFiles):
 
 
 def tars_in(folder: str) -> RemoteTars:
-    """Return the tars in a folder at a URL, without copies.
+    """Return the tars in a folder at a URL, by this process's connections.
 
     Raises:
-        UsageError: a URL that cannot be read.
+        UsageError: a URL that cannot be read; a size of the folder of copies that is none.
+        OutputError: a folder of copies that others may write to.
     """
-    return RemoteTars(folder)
-
-
-def _tars_at(folder: str) -> RemoteTars:
     return _with_copies(folder, os.environ.get(FOLDER), os.environ.get(GIGABYTES))
 
 
 @lru_cache(maxsize=64)
 def _with_copies(folder: str, *environment: str | None) -> RemoteTars:
-    """The connections of one process; ``environment``: where copies lie, and how many."""
+    """``environment``: where copies lie, and how many."""
     return RemoteTars(folder, Mirror.of(f"shards {folder}"))
 
 

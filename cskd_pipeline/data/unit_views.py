@@ -140,14 +140,13 @@ def unit_batches(
     numbers = np.array([shard for shard, _ in units], np.int64)
     reader = ReadAhead(tars, uses_of(tars, numbers, np.arange(len(units))), len(units))
     unit = 0
-    try:
-        for batch in loader:
-            if batch is None:
-                continue
+
+    def position(batch: Batch | None) -> int:
+        nonlocal unit
+        if batch is not None:
             view, shard, _ = batch.index[-1].tolist()
             while shard != units[unit][0] or view not in units[unit][1]:
                 unit += 1
-            reader.advance(unit)
-            yield batch
-    finally:
-        reader.close()
+        return unit
+
+    yield from (batch for batch in reader.over(loader, position) if batch is not None)

@@ -8,7 +8,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
@@ -131,6 +131,10 @@ class Loader(Generic[Item]):
         )
 
     def __iter__(self) -> Iterator[Item]:
+        return self.items()
+
+    def items(self, started: Callable[[], object] = lambda: None) -> Iterator[Item]:
+        """Yield all items; call ``started`` once the processes are there, before the first."""
         handover = Handover(self._workers, self._ahead)
         self._guarded.sender = handover.sender
         failed: Failed | None = None
@@ -140,6 +144,7 @@ class Loader(Generic[Item]):
         try:
             items = self._start()
             processes = set(multiprocessing.active_children()) - others
+            started()
             for item in items:
                 if isinstance(item, Failed):
                     failed = item

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.utils.data import Dataset
 
 from cskd_pipeline.data import read_ahead
 from cskd_pipeline.data.read_ahead import ReadAhead, Use, uses_of
 from cskd_pipeline.data.remote_tar import RemoteTar, Stated
+from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.errors import RemoteError
 
 
@@ -51,7 +53,7 @@ class Fetched:
 def fetched(monkeypatch: pytest.MonkeyPatch) -> Fetched:
     found = Fetched()
     monkeypatch.setattr(RemoteTar, "fetch", lambda self: found.fetch(self))
-    monkeypatch.setattr(read_ahead, "room_of", lambda tars: 250)
+    monkeypatch.setattr(read_ahead, "room_of", lambda tars: 500)
     return found
 
 
@@ -61,11 +63,11 @@ def test_uses_are_in_the_order_of_their_first() -> None:
     assert uses == [Use(tars[2], 0, 1), Use(tars[0], 1, 2)]  # type: ignore[arg-type]
 
 
-def test_no_more_is_fetched_than_there_is_room_for(fetched: Fetched) -> None:
+def test_no_more_is_fetched_than_half_of_the_room_holds(fetched: Fetched) -> None:
     tars = [tar(number) for number in range(5)]
     ahead = ReadAhead(tars, [Use(t, n, n) for n, t in enumerate(tars)], horizon=100)
     fetched.until([])  # nothing before the loader's processes are there
-    ahead.advance(0)
+    ahead.start()
     fetched.until([0, 1])
     ahead.advance(1)  # tar 0 is not needed any more
     fetched.until([0, 1, 2])
@@ -74,11 +76,30 @@ def test_no_more_is_fetched_than_there_is_room_for(fetched: Fetched) -> None:
     ahead.close()
 
 
+def test_fetching_begins_with_the_loaders_processes_and_where_the_reader_does(
+    fetched: Fetched,
+) -> None:
+    """Before the first item is there, which may wait for a tar; what was passed is left out."""
+    seen: list[list[int]] = []
+
+    class Items(Dataset[int]):
+        def __getitem__(self, number: int) -> int:
+            fetched.until([2, 3])
+            seen.append(sorted(fetched.numbers))
+            return number
+
+    tars = [tar(number) for number in range(4)]
+    uses = [Use(t, n, n) for n, t in enumerate(tars)]
+    ahead = ReadAhead(tars, uses, horizon=9, position=2)
+    assert list(ahead.over(Loader(Items(), [2, 3]), int)) == [2, 3]
+    assert seen == [[2, 3], [2, 3]]
+
+
 def test_nothing_beyond_the_horizon_is_fetched(fetched: Fetched) -> None:
     tars = [tar(0, 1), tar(1, 1)]
     endless = (Use(tars[n % 2], n, n) for n in range(10**9))
     ahead = ReadAhead(tars, endless, horizon=3)
-    ahead.advance(0)
+    ahead.start()
     fetched.until([0, 1, 0, 1])
     ahead.close()
 
@@ -87,7 +108,7 @@ def test_a_tar_that_fails_is_left_to_its_reader(fetched: Fetched) -> None:
     fetched.failing = {0}
     tars = [tar(0), tar(1)]
     ahead = ReadAhead(tars, [Use(t, n, n) for n, t in enumerate(tars)], horizon=9)
-    ahead.advance(0)
+    ahead.start()
     fetched.until([0, 1])
     ahead.close()
 
@@ -95,7 +116,7 @@ def test_a_tar_that_fails_is_left_to_its_reader(fetched: Fetched) -> None:
 def test_a_closed_one_fetches_nothing_more(fetched: Fetched) -> None:
     tars = [tar(number) for number in range(5)]
     ahead = ReadAhead(tars, [Use(t, n, n) for n, t in enumerate(tars)], horizon=9)
-    ahead.advance(0)
+    ahead.start()
     fetched.until([0, 1])
     ahead.close()
     ahead.advance(4)
@@ -105,5 +126,5 @@ def test_a_closed_one_fetches_nothing_more(fetched: Fetched) -> None:
 def test_nothing_is_done_for_tars_on_this_machine() -> None:
     before = threading.active_count()
     ahead = ReadAhead([Path("a.tar")], [], horizon=9)
-    ahead.advance(0)
+    ahead.start()
     assert threading.active_count() == before

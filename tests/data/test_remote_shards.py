@@ -25,8 +25,10 @@ from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.listing import expand_shards
 from cskd_pipeline.data.range_file import RangeFile
 from cskd_pipeline.data.remote_tar import RemoteTar, RemoteTars, require_room
+from cskd_pipeline.data.unit_views import Loading, unit_batches
 from cskd_pipeline.errors import DataError, RemoteError, ShardError, UsageError
 from cskd_pipeline.tools.make_shards import make_shards
+from cskd_pipeline.views.policy import ViewPolicy
 from tests.conftest import COUNTS
 from tests.serving import BUCKET, Served, serving
 
@@ -98,7 +100,7 @@ def test_shards_of_a_server_without_ranges_are_fetched_whole(
 
 
 @pytest.mark.parametrize(
-    "spec", ["set", "set/", "set/train-*.tar", "set/*.tar,", "set/train-{0000..0003}.tar"]
+    "spec", ["set/", "set/train-*.tar,", "set/{train-0000,train-{0001..0003}}.tar"]
 )
 def test_shards_in_an_object_store_read_as_their_folder(
     store: Served, folder: Path, spec: str
@@ -282,6 +284,18 @@ def test_room_for_less_than_a_tar_or_a_batch_is_refused(
     monkeypatch.setenv("CSKD_CACHE_GB", str(0.5 * size / 1e9))
     with pytest.raises(UsageError, match="smaller than what one tar"):
         dataset.shards[sizes.index(max(sizes))].read_image(0)
+
+
+def test_a_dump_fetches_the_tars_of_units_to_come(served: Served, copies: Path) -> None:
+    dataset = load_dataset(pattern(served))
+    units = [(shard, range(1)) for shard in range(len(COUNTS))]
+    batches = unit_batches(dataset, units, ViewPolicy(size=32), 0, Loading(batch_size=4))
+    assert next(batches).index[0, 1] == 0
+    end = time.monotonic() + 10
+    while len(tars(copies)) < len(COUNTS) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(tars(copies)) == len(COUNTS)
+    batches.close()  # type: ignore[attr-defined]
 
 
 def test_a_killed_fetch_leaves_nothing_that_is_believed(
