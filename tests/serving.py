@@ -1,8 +1,10 @@
-"""A folder on the loopback as a web server or an S3-compatible store gives it, faults on demand."""
+"""A folder on the loopback as a web server or a store gives it, faults on demand."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import re
 import sys
 import threading
@@ -16,9 +18,12 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+import pytest
+
 Reply = tuple[int, dict[str, str], bytes]
 
 BUCKET = "bucket"
+REPOSITORY = "lab/toy"
 
 
 class Served:
@@ -206,6 +211,62 @@ class _S3Handler(_Handler):
         ).encode()
 
 
+class _HubHandler(_Handler):
+    """One data set of the Hub, ``REPOSITORY``, as its own library reads and writes it."""
+
+    def do_POST(self) -> None:
+        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        path = unquote(urlsplit(self.path).path)
+        self.served.asked.append((self.command, path, None))
+        self.served.headers.append({name.lower(): value for name, value in self.headers.items()})
+        _, _, what = path.partition(f"/api/datasets/{REPOSITORY}/")
+        if what.startswith("paths-info/"):
+            found = [self.entry(name) for name in parse_qs(sent.decode())["paths"]]
+            return self.send_document([entry for entry in found if entry is not None])
+        if what.startswith("preupload/"):
+            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                     for f in json.loads(sent)["files"]]  # fmt: skip
+            return self.send_document({"files": files})
+        if what.startswith("commit/"):
+            for line in map(json.loads, sent.splitlines()):
+                if line["key"] == "file":
+                    file = self.served.root / line["value"]["path"]
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(base64.b64decode(line["value"]["content"]))
+            url = f"{self.served.url}/datasets/{REPOSITORY}/commit/{'0' * 40}"
+            return self.send_document({"commitUrl": url, "commitOid": "0" * 40})
+        return self.send_document({"url": f"{self.served.url}/datasets/{REPOSITORY}"})
+
+    def content(self, path: str, query: dict[str, list[str]]) -> bytes | None:
+        _, _, what = path.partition(f"/api/datasets/{REPOSITORY}")
+        if path.startswith(f"/datasets/{REPOSITORY}/resolve/main/"):
+            return super().content(path.split("/resolve/main/", 1)[1], query)
+        if what.startswith("/tree/main"):
+            folder = self.served.root / what.removeprefix("/tree/main").strip("/")
+            recursive = query.get("recursive", [""])[0] == "true"
+            inner = folder.rglob("*") if recursive else folder.glob("*")
+            names = sorted(str(p.relative_to(self.served.root)) for p in inner)
+            return json.dumps([self.entry(name) for name in names]).encode() if names else None
+        if path.startswith("/api/datasets/") and (not what or what == "/revision/main"):
+            return json.dumps({"id": REPOSITORY, "sha": "0" * 40, "siblings": []}).encode()
+        return None
+
+    def entry(self, name: str) -> dict[str, Any] | None:
+        file = self.served.root / name
+        if file.is_dir():
+            return {"type": "directory", "path": name, "oid": "0"}
+        if file.is_file():
+            return {"type": "file", "path": name, "size": file.stat().st_size, "oid": "0"}
+        return None
+
+    def send_document(self, document: object) -> None:
+        self.send(200, json.dumps(document).encode(), True, {"Content-Type": "application/json"})
+
+    def end_headers(self) -> None:
+        self.send_header("X-Error-Code", "EntryNotFound")  # looked at where the status is 404
+        super().end_headers()
+
+
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that has gone away is no error here."""
@@ -215,9 +276,9 @@ class _Server(ThreadingHTTPServer):
 
 @contextmanager
 def serving(root: Path, kind: str = "http") -> Iterator[Served]:
-    """Serve ``root``; ``url`` is its place, and for ``s3`` the endpoint of a store."""
+    """Serve ``root``; ``url`` is its place, for ``s3`` and ``hub`` the endpoint of a store."""
     served = Served(root)
-    base = _S3Handler if kind == "s3" else _Handler
+    base = {"http": _Handler, "s3": _S3Handler, "hub": _HubHandler}[kind]
     handler = type("Handler", (base,), {"served": served})
     server = _Server(("127.0.0.1", 0), handler)
     server.daemon_threads = True
@@ -230,3 +291,14 @@ def serving(root: Path, kind: str = "http") -> Iterator[Served]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def take_for_the_hub(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the Hub's package take ``url`` for the Hub: HF_ENDPOINT is read when it is imported."""
+    from huggingface_hub import constants
+
+    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_UPDATE_CHECK", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")

@@ -173,12 +173,16 @@ class RemoteFiles:
         login: dict[str, str] = {}
         if self.scheme == "gs":
             fs.credentials.apply(login)
-        else:
-            # The hub's package exports it without saying so to type checkers.
-            from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+            return fs.url(path), login
+        from huggingface_hub import hf_hub_url
 
-            login = build_hf_headers(token=fs.token)
-        return fs.url(path), login
+        # The hub's package exports it without saying so to type checkers.
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        found = fs.resolve_path(path)  # fs.url lists the whole folder of each file, as well
+        kind = {"repo_type": found.repo_type, "revision": found.revision, "endpoint": fs.endpoint}
+        url = hf_hub_url(found.repo_id, found.path_in_repo, **kind)
+        return url, build_hf_headers(token=fs.token)
 
     def _length(self, key: str, pace: Pace) -> int:
         if not self._web:

@@ -339,7 +339,7 @@ class CacheWriter:
 
 
 def _write(path: Path, data: bytes) -> None:
-    atomic.atomic_write(path, lambda partial: partial.write_bytes(data))
+    atomic.write_bytes(path, data)
 
 
 def _require_free(path: Path) -> None:

@@ -21,6 +21,7 @@ from cskd_pipeline.cli.options import (
     flag,
     parse_channels,
     parse_range,
+    require,
     require_companion,
     require_encodings,
     without_none,
@@ -140,26 +141,56 @@ def verify(
     return outcome
 
 
-@cache_app.command(
-    epilog="Example: cskd-pipeline cache card cache --location hf://datasets/LAB/NAME"
-)
-def card(
-    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="What dump-teacher made.")],
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Default: README.md in the cache.")
-    ] = None,
+@dataclass(frozen=True)
+class Published:
+    """Hold the flags of ``cache publish``."""
+
     location: Annotated[
         str | None,
         typer.Option(
             metavar="URL",
             help="Where others will read it, for the commands in the card: hf://datasets/LAB/NAME.",
         ),
-    ] = None,
-) -> Outcome:
-    """Write the dataset card of a cache that is to be published: provenance, sizes, how to use."""
-    from cskd_pipeline.tools.cache_card import write_card
+    ] = None
+    license: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of the cached logits; the manifest's unless given."),
+    ] = None
+    samples: Annotated[
+        int, typer.Option(min=1, max=10_000, metavar="N", help="Views in the preview.")
+    ] = 300
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Draws other views.")] = 0
+    thumbnails: Annotated[
+        bool,
+        typer.Option(
+            "--thumbnails",
+            help="Show the views in the preview, replayed from --shards. Do so only if their "
+            "images may be shared.",
+        ),
+    ] = False
+    shards: ShardsOption = None
+    split: Split = None
 
-    return write_card(cache, out, location)
+
+@cache_app.command(
+    epilog="Example: cskd-pipeline cache publish cache --location hf://datasets/LAB/NAME"
+)
+def publish(
+    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="What dump-teacher made.")],
+    published: Published,
+) -> Outcome:
+    """Write beside a cache what hubs show of it: card, Croissant, preview, and files' SHA-256.
+
+    Prints the command that uploads it; nothing is uploaded.
+    """
+    if published.thumbnails:
+        require({"--shards SHARDS": published.shards})
+    images = {"--shards": published.shards, "--split": published.split}
+    require_companion("--thumbnails", published.thumbnails or None, images)
+    from cskd_pipeline.tools.publish.publish_cache import PublishOptions
+    from cskd_pipeline.tools.publish.publish_cache import publish as write
+
+    return write(cache, PublishOptions(**vars(published)))
 
 
 @cache_app.command(epilog="Example: cskd-pipeline cache convert cache small --encoding envelope")

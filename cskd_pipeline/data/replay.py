@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from cskd_pipeline.cache.reader import Cache
-from cskd_pipeline.data.images import NOWHERE, other_image
+from cskd_pipeline.data.images import NOWHERE, ImageSource, other_image
 from cskd_pipeline.data.join import Join
-from cskd_pipeline.data.render import Renderer, drift_error
+from cskd_pipeline.data.plan import SampleSet
+from cskd_pipeline.data.render import Pairing, Renderer, drift_error
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.views import apply
@@ -146,6 +147,15 @@ def same_images(found: Join, rows: np.ndarray) -> np.ndarray:
         _, shard, offset = rows[here[i]].tolist()
         same[here[i]] = crc == cache.image_crc32(shard)[offset]
     return same
+
+
+def pair_views(cache: Cache, rows: np.ndarray) -> Pairing:
+    """Return partners of a cache's views, (n, 3) view, shard, offset, and how each pair is mixed.
+
+    Needs no images.
+    """
+    policy, root_seed = cache.manifest.policy, cache.manifest.root_seed
+    return Renderer(SampleSet.of(cache), ImageSource(()), policy, root_seed, cache=cache).pair(rows)
 
 
 def renderer_of(found: Join, *, strict: bool) -> Renderer:

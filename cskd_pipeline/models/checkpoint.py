@@ -23,7 +23,7 @@ from cskd_pipeline.models.header import FORMAT, StudentHeader, parse_header
 from cskd_pipeline.models.student import Student, create_student
 from cskd_pipeline.models.weights import is_safetensors, load_into, load_state, state_digest
 from cskd_pipeline.runtime import schemas
-from cskd_pipeline.runtime.atomic import atomic_write
+from cskd_pipeline.runtime.atomic import write_bytes
 
 HEADER = "cskd"
 
@@ -39,7 +39,7 @@ def save_student(path: Path, state: dict[str, torch.Tensor], header: StudentHead
     about = {"format": FORMAT, "sha256": state_digest(tensors), **asdict(header)}
     metadata = {HEADER: json.dumps(about)}
     data = save(tensors, metadata=metadata)  # save_file would deny other users the file
-    atomic_write(path, lambda partial: partial.write_bytes(data))
+    write_bytes(path, data)
 
 
 def student_file(path: Path) -> Path:

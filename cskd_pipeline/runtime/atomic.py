@@ -107,9 +107,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all."""
+    atomic_write(path, lambda partial: partial.write_bytes(data))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
-    atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, document: object) -> None:

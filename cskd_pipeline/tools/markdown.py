@@ -33,7 +33,8 @@ def fenced(block: str) -> str:
 
 def front_matter(fields: Mapping[str, Any]) -> str:
     """Return YAML; strings as JSON has them, which YAML reads alike."""
-    return "\n".join(f"{name}: {json.dumps(value)}" for name, value in fields.items())
+    lines = (f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items())
+    return "\n".join(lines)
 
 
 def render(template: str, **context: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,19 +10,21 @@ from typing import Any
 
 import pytest
 import typer.main
+import yaml
 from markdown_it import MarkdownIt
 
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.cli import app, main
-from cskd_pipeline.errors import OutputError
-from cskd_pipeline.tools.cache_card import MARK, write_card
+from cskd_pipeline.cli import app
+from cskd_pipeline.errors import OutputError, printable
 from cskd_pipeline.tools.markdown import text
+from cskd_pipeline.tools.publish.cache_card import MARK
+from cskd_pipeline.tools.publish.publish_cache import PublishOptions, publish
 from tests.cache.making import dataset, make, teacher
 
 EVIL = (
     "x](http://evil) ![i](http://evil/i.png) <script>alert(1)</script> `code` | cell | **b** "
-    "```\n# head\n- item\n1. one\n---\n\x1b[31m <!-- & &lt; {{x}} $y$ https://evil.example "
+    "```\n😀 # head\n- item\n1. one\n---\n\x1b[31m <!-- & &lt; {{x}} $y$ https://evil.example "
 )
 
 
@@ -33,16 +34,16 @@ def written(tmp_path: Path) -> Callable[..., str]:
 
     def write(location: str | None = None, **changes: Any) -> str:
         make(tmp_path / "cache", **changes)
-        found = write_card(tmp_path / "cache", location=location)
-        return Path(found["card"]).read_text(encoding="utf-8")
+        publish(tmp_path / "cache", PublishOptions(location))
+        return (tmp_path / "cache/README.md").read_text(encoding="utf-8")
 
     return write
 
 
 def front_matter(card: str) -> dict[str, Any]:
     _, front, _ = card.split("---\n", 2)
-    pairs = (line.split(": ", 1) for line in front.splitlines())
-    return {name: json.loads(value) for name, value in pairs}
+    found: dict[str, Any] = yaml.safe_load(front)
+    return found
 
 
 def body(card: str) -> list[Any]:
@@ -69,6 +70,7 @@ def test_its_front_matter_is_the_hubs(written: Callable[..., str]) -> None:
     assert front["pretty_name"] == "Teacher cache: resnet10t on toy"
     assert front["license"] == "cc-by-4.0"
     assert front["size_categories"] == ["n<1K"]
+    assert "language" not in front
     assert "license_name" not in front
 
 
@@ -79,13 +81,13 @@ def test_other_licenses_keep_their_name(written: Callable[..., str]) -> None:
 
 
 def test_its_commands_can_be_run_as_they_stand(written: Callable[..., str]) -> None:
-    card = written(location="hf://datasets/a lab/it's")
+    card = written(location="s3://a lab/it's")
     fence = next(token.content for token in body(card) if token.type == "fence")
     group: Any = typer.main.get_command(app)
     for line in fence.splitlines():
         program, *words = shlex.split(line)
         assert program == "cskd-pipeline"
-        assert any(word.startswith("hf://datasets/a lab/it's@sha256:") for word in words)
+        assert any(word.startswith("s3://a lab/it's@sha256:") for word in words)
         name = words.pop(0)
         command = group.commands[name]
         if name == "cache":
@@ -107,7 +109,10 @@ def test_hostile_text_stays_text(written: Callable[..., str]) -> None:
     assert not kinds & {"link_open", "image", "strong_open", "hr"}
     assert not kinds & {"ordered_list_open", "bullet_list_open"}
     codes = [token.content for token in body(card) if token.type == "code_inline"]
-    assert codes == ["cache verify", "@sha256:"]
+    assert codes == [
+        *("cache verify", "@sha256:", "preview.parquet", "datasets.load_dataset"),
+        "sha256sum --quiet --check SHA256SUMS",
+    ]
     headings = [
         token.content
         for before, token in zip(body(card), body(card)[1:], strict=False)
@@ -115,7 +120,7 @@ def test_hostile_text_stays_text(written: Callable[..., str]) -> None:
     ]
     assert "head" not in headings
     assert "\x1b" not in card
-    front_matter(card)
+    assert front_matter(card)["license_name"] == printable(EVIL.strip())
     rows = [line for line in card.splitlines() if line.startswith("| data set")]
     assert len(rows) == 1
 
@@ -136,21 +141,10 @@ def test_an_older_card_is_replaced_and_anything_else_kept(tmp_path: Path) -> Non
     readme = tmp_path / "cache/README.md"
     readme.write_text("my own words")
     with pytest.raises(OutputError, match="not written by this command"):
-        write_card(tmp_path / "cache")
+        publish(tmp_path / "cache", PublishOptions())
     assert readme.read_text() == "my own words"
-    write_card(tmp_path / "cache", tmp_path / "card.md")
-    first = (tmp_path / "card.md").read_text()
-    write_card(tmp_path / "cache", tmp_path / "card.md", location="s3://bucket/it")
-    assert "s3://bucket/it" in (tmp_path / "card.md").read_text() != first
-
-
-def test_a_card_in_the_cache_stands_in_no_readers_way(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make(tmp_path / "cache")
-    before = describe(open_cache(tmp_path / "cache"))
-    assert main(["cache", "card", str(tmp_path / "cache"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["card"] == str(tmp_path / "cache/README.md")
-    assert describe(open_cache(tmp_path / "cache")) == before
-    assert open_cache(tmp_path / "cache").done().all()
-    assert main(["cache", "verify", str(tmp_path / "cache"), "--quiet"]) == 0
+    readme.unlink()
+    publish(tmp_path / "cache", PublishOptions())
+    first = readme.read_text()
+    publish(tmp_path / "cache", PublishOptions("s3://bucket/it"))
+    assert "s3://bucket/it" in readme.read_text() != first

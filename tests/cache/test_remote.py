@@ -27,7 +27,7 @@ from cskd_pipeline.errors import CacheError, MissingPackageError, RemoteError, U
 from cskd_pipeline.runtime import progress
 from cskd_pipeline.runtime.progress import Meter
 from tests.cache.making import fill, make, manifest
-from tests.serving import BUCKET, Served, serving
+from tests.serving import BUCKET, REPOSITORY, Served, serving, take_for_the_hub
 
 Capture = pytest.CaptureFixture[str]
 
@@ -100,6 +100,23 @@ def test_a_cache_behind_a_web_server_gives_its_zarr_group(served: Served) -> Non
 
 def test_a_cache_in_an_object_store_reads_as_its_folder(store: Served, folder: Path) -> None:
     assert_same(f"s3://{BUCKET}/cache", folder)
+
+
+def test_a_cache_on_the_hub_reads_as_its_folder(
+    folder: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logged in, and with one request for each file: listings are counted there."""
+    with serving(folder, "hub") as served:
+        take_for_the_hub(served.url, monkeypatch)
+        assert_same(f"hf://datasets/{REPOSITORY}", folder)
+    fetched = [path for _, path, _ in served.asked if "/resolve/main/" in path]
+    assert len(set(fetched)) == len(fetched) > 50
+    for (_, path, _), headers in zip(served.asked, served.headers, strict=True):
+        assert headers["authorization"] == "Bearer hf_test"
+        if path in fetched:
+            assert headers["accept-encoding"] == "identity"
+    listed = {path.partition("/tree/main/")[2] for _, path, _ in served.asked if "/tree/" in path}
+    assert listed == {"digest/c", "digest/c/0", "digest/c/1"}
 
 
 def test_what_was_read_once_is_not_fetched_again(served: Served, folder: Path) -> None:

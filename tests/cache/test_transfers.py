@@ -359,22 +359,19 @@ def test_a_token_does_not_follow_a_redirect(served: Served, tmp_path: Path) -> N
         assert "authorization" not in other.headers[0]
 
 
-@pytest.mark.parametrize("scheme", ["hf", "gs"])
-def test_files_of_the_hub_and_of_google_come_over_their_web_address(
-    scheme: str, served: Served, monkeypatch: pytest.MonkeyPatch
+def test_files_of_google_come_over_their_web_address(
+    served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Store:
-        token = "secret"
-
         def url(self, path: str) -> str:
-            assert path == f"{scheme}://lab/cache/file"
+            assert path == "gs://lab/cache/file"
             return f"{served.url}/file"
 
         credentials = SimpleNamespace(
             apply=lambda headers: headers.update(authorization="Bearer secret")
         )
 
-    folder = RemoteFolder(f"{scheme}://lab/cache")
+    folder = RemoteFolder("gs://lab/cache")
     monkeypatch.setattr(folder, "_fs", Store)
     assert folder.read("file", 1000) == CONTENT
     assert served.headers[0]["authorization"] == "Bearer secret"

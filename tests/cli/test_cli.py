@@ -105,7 +105,8 @@ PROMISED = {
     "cache info": "CACHE --json --quiet",
     "cache upgrade": "CACHE --json --quiet",
     "cache verify": "CACHE --depth --shards --teacher --weights --samples --partial --json --quiet",
-    "cache card": "CACHE --out --location --json --quiet",
+    "cache publish": "CACHE --location --license --samples --seed --thumbnails --shards --split "
+    "--json --quiet",
     "cache convert": "SRC DST --encoding --sampled-draws --sampled-temperature --views --shards "
     "--json --quiet",
     "cache merge": "CACHE... --out --accept-versions --json --quiet",

@@ -1,16 +1,26 @@
-"""Training from a cache that lies on a web server is training from its folder."""
+"""Training from a cache that lies on a web server, or on the Hub, is training from its folder."""
 
 from __future__ import annotations
 
+import io
+import json
+import shlex
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.cli import hf
+from PIL import Image
 
 from cskd_pipeline.cache import remote_files
+from tests.cache.making import tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_training import assert_equal, final_state
-from tests.serving import serving
+from tests.serving import REPOSITORY, serving, take_for_the_hub
 
 Capture = pytest.CaptureFixture[str]
 
@@ -23,23 +33,30 @@ def command(cache: object, small: World, out: Path, *flags: object) -> list[obje
     ]
 
 
+@pytest.fixture(scope="module")
+def local(small: World, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a run from the folder ends with."""
+    out = tmp_path_factory.mktemp("local") / "run"
+    assert world.cli(*command(small.cache, small, out)) == 0
+    return final_state(out)
+
+
 def test_training_from_a_url_equals_training_from_the_folder(
-    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: World, local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With loader processes, and with a transfer that breaks on the way."""
     monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "copies"))
     monkeypatch.setattr(remote_files, "WAIT", 0.01)
-    assert world.cli(*command(small.cache, small, tmp_path / "local")) == 0
     with serving(small.cache.parent) as served:
         served.faults = [("/c/1/0/0/0/0/0", "truncate"), ("/c/0/1/0", "reset")]
         url = f"{served.url}/{small.cache.name}"
         assert world.cli(*command(url, small, tmp_path / "remote")) == 0
         assert any("/c/" in path for _, path, _ in served.asked)
-    assert_equal(final_state(tmp_path / "local"), final_state(tmp_path / "remote"))
+    assert_equal(local, final_state(tmp_path / "remote"))
 
 
 def test_a_server_that_goes_away_stops_a_run_that_can_go_on(
-    small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    small: World, local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "copies"))
     monkeypatch.setattr(remote_files, "WAIT", 0.001)
@@ -55,6 +72,30 @@ def test_a_server_that_goes_away_stops_a_run_that_can_go_on(
         served.always.clear()
         again = command(url, small, out, "--set", "data.check=0", "--resume")
         assert world.cli(*again) == 0
-    local = tmp_path / "local"
-    assert world.cli(*command(small.cache, small, local)) == 0
-    assert_equal(final_state(local), final_state(out))
+    assert_equal(local, final_state(out))
+
+
+def test_a_cache_is_published_uploaded_by_the_hubs_tool_and_trained_from(
+    small: World, local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """The printed command runs as it stands."""
+    shutil.copytree(small.cache, tmp_path / "my cache")
+    location, images = f"hf://datasets/{REPOSITORY}", ("--thumbnails", "--shards", small.shards)
+    words = ("cache", "publish", tmp_path / "my cache", "--location", location, *images, "--json")
+    assert world.cli(*words) == 0
+    report = json.loads(capsys.readouterr().out)
+    for row in pq.read_table(tmp_path / "my cache/preview.parquet").to_pylist():
+        assert max(Image.open(io.BytesIO(row["thumbnail"]["bytes"])).size) <= 112
+    on_hub = tmp_path / "hub"
+    on_hub.mkdir()
+    with serving(on_hub, "hub") as served:
+        take_for_the_hub(served.url, monkeypatch)
+        monkeypatch.setattr(sys, "argv", shlex.split(report["upload"]))
+        with pytest.raises(SystemExit) as exit_:
+            hf.main()
+        assert not exit_.value.code
+        assert tree(on_hub) == tree(tmp_path / "my cache")
+        monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "copies"))
+        pinned = f"{location}@sha256:{report['digest']}"
+        assert world.cli(*command(pinned, small, tmp_path / "run")) == 0
+    assert_equal(local, final_state(tmp_path / "run"))

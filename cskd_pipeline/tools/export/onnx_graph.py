@@ -15,7 +15,7 @@ from cskd_pipeline import __version__
 from cskd_pipeline.errors import MissingPackageError, StudentError
 from cskd_pipeline.models.header import StudentHeader
 from cskd_pipeline.models.student import Student, inference_logits
-from cskd_pipeline.runtime.atomic import atomic_write
+from cskd_pipeline.runtime.atomic import write_bytes
 
 OPSET = 18
 INPUT = "images"
@@ -105,7 +105,7 @@ def write_onnx(student: Student, card: StudentHeader, path: Path, *, each_head: 
     onnx.helper.set_model_props(model, _about(student, card))
     onnx.checker.check_model(model, full_check=True)
     data = model.SerializeToString()
-    atomic_write(path, lambda partial: partial.write_bytes(data))
+    write_bytes(path, data)
 
 
 def _about(student: Student, card: StudentHeader) -> dict[str, str]:

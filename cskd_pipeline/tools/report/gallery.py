@@ -14,7 +14,13 @@ from cskd_pipeline.data.assemble import assemble
 from cskd_pipeline.data.batches import render_batch
 from cskd_pipeline.data.images import NOWHERE
 from cskd_pipeline.data.join import Join
-from cskd_pipeline.data.replay import cache_of, renderer_of, same_images, spread_views
+from cskd_pipeline.data.replay import (
+    cache_of,
+    pair_views,
+    renderer_of,
+    same_images,
+    spread_views,
+)
 from cskd_pipeline.errors import JoinError, printable
 from cskd_pipeline.runtime.progress import progress
 
@@ -78,10 +84,21 @@ class GalleryView:
 
     @property
     def image(self) -> str:
-        """Return the view as a ``data:`` URL: PNG of a small one, JPEG of others."""
+        """Return the view as a ``data:`` URL."""
+        kind, data = self.encoded(len(self.pixels))
+        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+    def encoded(self, most: int) -> tuple[str, bytes]:
+        """Return kind and bytes of an image file, PNG of a small view and JPEG of others.
+
+        Args:
+            most: pixels of a side; a larger view is made smaller.
+        """
         kind, buffer = "png" if self.small else "jpeg", io.BytesIO()
-        Image.fromarray(self.pixels).save(buffer, format=kind.upper(), quality=88)
-        return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        image = Image.fromarray(self.pixels)
+        image.thumbnail((most, most))
+        image.save(buffer, format=kind.upper(), quality=88)
+        return kind, buffer.getvalue()
 
 
 def class_names(cache: Cache) -> list[str]:
@@ -99,7 +116,7 @@ def choose_views(found: Join, count: int) -> np.ndarray:
     """
     rows = spread_views(found, count)
     if len(rows):
-        partner = renderer_of(found, strict=False).pair(rows).partner
+        partner = pair_views(cache_of(found), rows).partner
         rows = rows[found.images.locate(partner[:, 1:])[0] != NOWHERE]
     if not len(rows):
         raise JoinError(
@@ -111,15 +128,23 @@ def choose_views(found: Join, count: int) -> np.ndarray:
     return rows
 
 
-def ground_truth(found: Join, rows: np.ndarray) -> GroundTruth:
-    """Return the classes in the views ``rows``, (n, 3) view, shard, offset."""
-    cache = cache_of(found)
-    pairing = renderer_of(found, strict=False).pair(rows)
+def labels_and_share(cache: Cache, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return of the views ``rows``, (n, 3) view, shard, offset, what is in each.
+
+    Returns:
+        (n,) int64 labels of their own images, and of those mixed in; (n,) float share of the own.
+    """
+    pairing = pair_views(cache, rows)
     own, partner = (
         np.array([cache.labels(shard)[offset] for _, shard, offset in part.tolist()], np.int64)
         for part in (pairing.own, pairing.partner)
     )
-    share = np.array([mix.lam for mix in pairing.mixes])
+    return own, partner, np.array([mix.lam for mix in pairing.mixes])
+
+
+def ground_truth(cache: Cache, rows: np.ndarray) -> GroundTruth:
+    """Return the classes in the views ``rows``, (n, 3) view, shard, offset."""
+    own, partner, share = labels_and_share(cache, rows)
     first = share >= 0.5
     return GroundTruth(
         larger=np.where(first, own, partner),
@@ -135,9 +160,9 @@ def make_views(found: Join, rows: np.ndarray) -> list[GalleryView]:
         ShardError, ImageError: an image cannot be read.
     """
     cache, renderer = cache_of(found), renderer_of(found, strict=False)
-    partner = renderer.pair(rows).partner
+    partner = pair_views(cache, rows).partner
     same = same_images(found, rows) & same_images(found, partner)
-    truth, names = ground_truth(found, rows), class_names(cache)
+    truth, names = ground_truth(cache, rows), class_names(cache)
     views = []
     with progress(len(rows), "views", "replaying views") as meter:
         for i, (view, shard, offset) in enumerate(rows.tolist()):

@@ -17,7 +17,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from cskd_pipeline.errors import OutputError, printable
-from cskd_pipeline.runtime.atomic import atomic_write
+from cskd_pipeline.runtime.atomic import write_bytes
 from cskd_pipeline.tools.report.plots import INK, settings
 
 FORMATS = ("png", "svg")
@@ -96,7 +96,7 @@ def write_plot(figure: Figure, path: Path, title: str, description: str = "") ->
             expected=" or ".join(f".{name}" for name in FORMATS),
         )
     data = png(figure, title) if ending == "png" else svg_file(figure, title, description)
-    atomic_write(path, lambda partial: partial.write_bytes(data))
+    write_bytes(path, data)
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def measure(found: Join, rows: np.ndarray) -> Statistics:
         for part in np.split(rows, np.flatnonzero(np.diff(rows[:, :2], axis=0).any(axis=1)) + 1):
             parts.append(read_labels(cache, part))
             meter.advance(len(part))
-    known = ground_truth(found, rows)
+    known = ground_truth(cache, rows)
     at = [np.concatenate([labels.at(r) for labels in parts]) for r in RATIOS]
     larger, smaller = (x[:, None, None] for x in (known.larger, known.smaller))
     classes = cache.manifest.dataset.num_classes

@@ -9,16 +9,17 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cskd_pipeline.cache.info import describe
-from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.summary import size, summarise
-from cskd_pipeline.errors import OutputError, printable
-from cskd_pipeline.runtime import atomic
+from cskd_pipeline.errors import printable
 from cskd_pipeline.tools import markdown
+from cskd_pipeline.tools.publish import preview, sums
 
-MARK = "<!-- written by cskd-pipeline cache card -->"
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MARK = "<!-- written by cskd-pipeline cache publish -->"
 NAME = "README.md"
 # Of the hub's identifiers, those that data comes with; others are "other", with their own name.
 _LICENSES = (
@@ -34,73 +35,57 @@ _SIZES = (
 Info = Mapping[str, Any]
 
 
-def write_card(
-    cache: Path,
-    out: Path | None = None,
-    location: str | None = None,
-) -> dict[str, Any]:
-    """Write the card of the cache in ``cache``.
-
-    Args:
-        out: the file; default: ``README.md`` in the cache, where a hub shows it.
-        location: where the cache will be read from; default: its folder's name.
-
-    Raises:
-        CacheError, ManifestError: there is no cache, or it is damaged.
-        OutputError: ``out`` is there, and is not a card.
-    """
-    info = describe(open_cache(cache))
-    path = cache / NAME if out is None else out
-    if path.exists() and not _is_card(path):
-        raise OutputError(
-            "the file is there, and was not written by this command",
-            where=path,
-            expected="no file, or an older card",
-            action="move it away, or name another file: --out FILE",
-        )
-    atomic.write_text(path, card(info, location or cache.resolve().name))
-    return {"card": str(path), "digest": info["digest"]}
-
-
-def _is_card(path: Path) -> bool:
+def is_card(path: Path) -> bool:
+    """Say that the file is there, and was written by this command."""
+    if not path.exists():
+        return False
     with open(path, encoding="utf-8", errors="replace") as file:
         return MARK in file.read(10_000)
 
 
-def card(info: Info, location: str) -> str:
+def card(info: Info, location: str, table: pa.Table) -> str:
     """Return the card's text.
 
     Args:
         info: what :func:`cskd_pipeline.cache.info.describe` found.
+        location: where the cache will be read from.
+        table: the preview.
     """
+    fields = hub_fields(info)
     soft = " --set distill.global_kind=soft --set distill.spatial_kind=soft"
     pin = "" if info["digest"] is None else f"@sha256:{info['digest']}"
-    title = f"Teacher cache: {info['teacher']['name']} on {info['dataset']['name']}"
     return markdown.render(
         "cache_card.md",
-        front_matter=markdown.front_matter(_hub_fields(info, title)),
+        front_matter=markdown.front_matter(fields),
         mark=MARK,
-        title=title,
+        title=fields["pretty_name"],
         location=markdown.fenced(shlex.quote(printable(location))) + pin,
         kinds="" if "hard" in info["losses"]["cskd"] else soft,
         info=info,
         about=summarise(info),
         size=size,
         bibtex=markdown.fenced(info["cite"]["bibtex"]),
+        columns=(columns := preview.columns_of(table)),
+        thumbnails=any(column.type == "image" for column in columns),
+        views=table.num_rows,
+        files={"preview": preview.NAME, "sums": sums.NAME},
     )
 
 
-def _hub_fields(info: Info, title: str) -> dict[str, Any]:
-    """Return what the hub reads of a data set."""
+def hub_fields(info: Info) -> dict[str, Any]:
+    """Return what the hub reads of a data set: name, license, what it is, what its viewer opens."""
     license_ = info["license"].strip()
+    title = f"Teacher cache: {info['teacher']['name']} on {info['dataset']['name']}"
     fields: dict[str, Any] = {"pretty_name": printable(title)}
     if license_.lower() in _LICENSES:
         fields["license"] = license_.lower()
     elif license_:
         fields |= {"license": "other", "license_name": printable(license_)}
     views = info["samples"] * info["views"]
+    files = [{"split": "preview", "path": preview.NAME}]
     return fields | {
         "task_categories": ["image-classification"],
         "size_categories": [next((name for most, name in _SIZES if views < most), "n>1T")],
         "tags": ["knowledge-distillation", "teacher-cache", "cskd", "zarr"],
+        "configs": [{"config_name": "preview", "data_files": files}],
     }

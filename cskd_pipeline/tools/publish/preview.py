@@ -1,0 +1,205 @@
+"""Some views of a cache as a Parquet table, which the Hub's viewer and any data frame open."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from cskd_pipeline.cache.reader import Cache
+from cskd_pipeline.data.images import NOWHERE
+from cskd_pipeline.data.join import Join
+from cskd_pipeline.data.replay import cache_of, pair_views
+from cskd_pipeline.errors import JoinError, MissingPackageError
+from cskd_pipeline.tools.report.gallery import class_names, labels_and_share, make_views
+from cskd_pipeline.tools.report.labels import read_labels
+from cskd_pipeline.views.bits import BitStream, derive_seed
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from cskd_pipeline.distill.targets import Targets
+
+NAME = "preview.parquet"
+PIXELS = 112  # of a thumbnail's longer side
+_SLABS = 64  # (view, tar shard) pairs that views are drawn from
+_AT_ONCE = 32  # views whose logits are held
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the preview.
+
+    Args:
+        type: Arrow's name of it, and ``image`` for a struct of bytes and path, as the Hub has it.
+        meaning: one line for the card and for ``croissant.json``.
+    """
+
+    name: str
+    type: str
+    meaning: str
+
+
+COLUMNS = (
+    Column("key", "string", "key of the sample in its tar"),
+    Column("view", "int32", "number of the view"),
+    Column("label", "int32", "the sample's class"),
+    Column("class_name", "string", "its name, where the cache has names"),
+    Column("share", "float32", "share of the view that shows the sample's own image"),
+    Column("partner_label", "int32", "class of the image mixed in; the label where none is"),
+    Column("teacher_label", "int32", "class on top of the teacher's global logits"),
+    Column("teacher_class_name", "string", "its name, where the cache has names"),
+    Column("teacher_probability", "float32", "its softmax probability, where logits are stored"),
+    Column("agreement", "float32", "share of the locations whose label at r = 1 is the label"),
+    Column("thumbnail", "image", f"the view, at most {PIXELS} pixels wide"),
+)
+
+
+def require_pyarrow() -> None:
+    """Raise a MissingPackageError without pyarrow."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError(
+            "the preview is written by an optional package",
+            found="no pyarrow",
+            action="pip install 'cskd-pipeline[hub]'",
+        ) from error
+
+
+def draw_rows(cache: Cache, count: int, seed: int) -> np.ndarray:
+    """Draw ``count`` views of finished units, or all that there are, by a seed.
+
+    Returns:
+        (n, 3) int64 view, shard, offset, in this order; from few (view, tar shard) pairs.
+    """
+    block, units = cache.manifest.view_block, np.argwhere(cache.done()).tolist()
+    pairs = [(b * block + v, shard) for b, shard in units for v in range(block)]
+    bits = BitStream(derive_seed("preview", seed))
+    rows: list[tuple[int, int, int]] = []
+    for number, i in enumerate(np.argsort(bits.raw(len(pairs)), kind="stable").tolist()):
+        if number >= _SLABS and len(rows) >= count:
+            break
+        view, shard = pairs[i]
+        rows += [(view, shard, offset) for offset in range(cache.counts[shard])]
+    chosen = np.argsort(bits.raw(len(rows)), kind="stable")[:count]
+    return np.array(sorted(rows[i] for i in chosen), np.int64)
+
+
+def make_table(cache: Cache, rows: np.ndarray, found: Join | None = None) -> pa.Table:
+    """Return the preview of the views ``rows``, (n, 3) view, shard, offset, n > 0.
+
+    Args:
+        found: adds thumbnails of the views whose images are there, and leaves the others out.
+
+    Raises:
+        CacheError: a file of the cache is damaged.
+        JoinError: no image is there.
+    """
+    import pyarrow as pa
+
+    thumbnails: list[bytes] = []
+    if found is not None:
+        rows, thumbnails = _thumbnails(found, rows)
+    names = _names(cache)
+    own, partner, share = labels_and_share(cache, rows)
+    labels, probabilities = _global(cache, rows)
+    agreement = (read_labels(cache, rows).at(1.0) == own[:, None, None]).mean(axis=(1, 2))
+    values: dict[str, Any] = {
+        "key": [cache.keys(shard)[offset] for _, shard, offset in rows.tolist()],
+        "view": rows[:, 0],
+        "label": own,
+        "class_name": [names[k] for k in own],
+        "share": share,
+        "partner_label": partner,
+        "teacher_label": labels,
+        "teacher_class_name": [names[k] for k in labels],
+        "teacher_probability": probabilities,
+        "agreement": agreement,
+    }
+    if found is not None:
+        values["thumbnail"] = [{"bytes": data, "path": None} for data in thumbnails]
+    columns = [column for column in COLUMNS if column.name in values]
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    types = {c.name: image if c.type == "image" else pa.type_for_alias(c.type) for c in columns}
+    features = {c.name: _feature(c) for c in columns}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema(list(types.items()), metadata=metadata)
+    arrays = [pa.array(values[name], type_, from_pandas=True) for name, type_ in types.items()]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def columns_of(table: pa.Table) -> list[Column]:
+    """Return the columns that a preview has: no thumbnails unless they were wanted."""
+    return [column for column in COLUMNS if column.name in table.column_names]
+
+
+def parquet(table: pa.Table) -> bytes:
+    """Return the table as a Parquet file."""
+    import pyarrow.parquet as pq
+
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    return file.getvalue()
+
+
+def _names(cache: Cache) -> list[str] | list[None]:
+    known = cache.manifest.dataset.class_names
+    return class_names(cache) if known else [None] * cache.manifest.dataset.num_classes
+
+
+def _feature(column: Column) -> dict[str, str]:
+    if column.type == "image":
+        return {"_type": "Image"}
+    return {"dtype": column.type, "_type": "Value"}
+
+
+def _global(cache: Cache, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the teacher's global labels, (n,) int64, and their probabilities, (n,), or NaN.
+
+    Labels are those of an exact encoding where there is one, whatever has the probabilities.
+    """
+    hard, soft = cache.serving({"hard"}), cache.serving({"soft"}, math.inf)
+    labels, probabilities = np.zeros(len(rows), np.int64), np.full(len(rows), np.nan)
+    for start in range(0, len(rows), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        if hard:
+            labels[part] = _targets(cache, hard[0], rows[part]).hard_global().numpy()
+        if soft:
+            tau = max(1.0, cache.encodings[soft[0]].min_temperature)
+            found = _targets(cache, soft[0], rows[part]).global_log_probabilities(tau)
+            if not hard:
+                labels[part] = found.argmax(1).numpy()
+            if tau == 1:
+                top = found.exp().numpy()
+                probabilities[part] = top[np.arange(len(top)), labels[part]]
+    return labels, probabilities
+
+
+def _targets(cache: Cache, encoding: str, rows: np.ndarray) -> Targets:
+    arrays = {name: torch.from_numpy(a) for name, a in cache.gather(encoding, rows).items()}
+    return cache.encodings[encoding].targets(arrays)
+
+
+def _thumbnails(found: Join, rows: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
+    """Return the views whose images are the cache's, and each as an image file."""
+    here = [
+        found.images.locate(part[:, 1:])[0] != NOWHERE
+        for part in (rows, pair_views(cache_of(found), rows).partner)
+    ]
+    rows = rows[here[0] & here[1]]
+    views = make_views(found, rows) if len(rows) else []
+    if not any(view.same for view in views):
+        raise JoinError(
+            "there is no thumbnail to make: no drawn view has its images here",
+            where=cache_of(found).path,
+            found=f"{found.missing} of {found.samples.total} samples missing",
+            action="give the shards that the cache was made from, or leave --thumbnails out",
+        )
+    same = [view.same for view in views]
+    return rows[same], [view.encoded(PIXELS)[1] for view in views if view.same]

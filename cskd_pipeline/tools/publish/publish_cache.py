@@ -1,0 +1,143 @@
+"""Write beside a cache's arrays what it is published with; uploading is left to the Hub's tool."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.info import describe
+from cskd_pipeline.cache.reader import Cache, open_cache
+from cskd_pipeline.cache.remote import require_local
+from cskd_pipeline.cache.store import FINISH
+from cskd_pipeline.data.join import join_to_look
+from cskd_pipeline.errors import CacheError, OutputError, UsageError
+from cskd_pipeline.runtime import atomic
+from cskd_pipeline.runtime.classes import ClassGuard
+from cskd_pipeline.tools.publish import cache_card, croissant, preview, sums
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SAMPLES = 300
+_REPOSITORY = re.compile(r"hf://datasets/(?P<id>[\w.-]+/[\w.-]+)/?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class PublishOptions:
+    """How a cache is published.
+
+    Args:
+        location: where it will be read from; None: by its folder's name.
+        license: None: the manifest's.
+        samples: views in the preview, drawn by ``seed``.
+        thumbnails: show the views, replayed from ``shards``, of which only ``split`` is read.
+    """
+
+    location: str | None = None
+    license: str | None = None
+    samples: int = SAMPLES
+    seed: int = 0
+    thumbnails: bool = False
+    shards: str | None = None
+    split: str | None = None
+
+
+def publish(path: Path, options: PublishOptions) -> dict[str, Any]:
+    """Write ``README.md``, ``croissant.json``, ``preview.parquet`` and ``SHA256SUMS`` in a cache.
+
+    Files of an earlier call are replaced, each as a whole; the README goes first, by whose mark the
+    next call knows the others as its own.
+
+    Returns:
+        The files, the views in the preview, the cache's digest, and, where ``location`` is on the
+        Hub, the command that uploads it.
+
+    Raises:
+        CacheError, ManifestError: there is no cache, nothing in it is finished, or it is damaged.
+        MissingPackageError: there is no pyarrow.
+        OutputError: one of the files is there, and was not written by this command.
+        UsageError: another license than the manifest's, or a location that cannot be one.
+    """
+    preview.require_pyarrow()
+    repository = _repository(options.location)
+    cache = open_cache(require_local(path, "only a folder's cache is published", "copy it here"))
+    if not cache.done().any():
+        raise CacheError("nothing of the cache is finished", where=cache.path, action=FINISH)
+    _require_own(path)
+    info = _described(cache, options.license)
+    table = _preview(cache, options)
+    location = options.location or path.resolve().name
+    own = {sums.NAME: sums.sums(cache).encode(), preview.NAME: preview.parquet(table)}
+    listed = {layout.GROUP: (path / layout.GROUP).read_bytes(), **own}
+    written = {
+        cache_card.NAME: cache_card.card(info, location, table).encode(),
+        **own,
+        croissant.NAME: croissant.croissant(info, repository, files=listed, table=table).encode(),
+    }
+    for name, data in written.items():
+        atomic.write_bytes(path / name, data)
+    report = {
+        "files": [str(path / name) for name in written],
+        "views": table.num_rows,
+        "license": info["license"] or "none stated",
+        "digest": info["digest"],
+    }
+    if repository is not None:
+        target = f"{repository} {shlex.quote(str(path))}"
+        report["upload"] = f"hf upload {target} --repo-type dataset"
+    return report
+
+
+def _repository(location: str | None) -> str | None:
+    """Return OWNER/NAME of a location on the Hub, None of any other.
+
+    Raises:
+        UsageError: it is there, and no data set's root, where a card is shown and a preview found.
+    """
+    if location is None or not location.startswith("hf:"):
+        return None
+    match = _REPOSITORY.fullmatch(location)
+    if match is None:
+        raise UsageError(
+            "no data set of the Hub has this location",
+            found=location,
+            expected="hf://datasets/LAB/NAME, whose README is the data set's card",
+        )
+    return match["id"]
+
+
+def _preview(cache: Cache, options: PublishOptions) -> pa.Table:
+    rows, found = preview.draw_rows(cache, options.samples, options.seed), None
+    if options.thumbnails:
+        assert options.shards is not None
+        found = join_to_look(cache, options.shards, ClassGuard(switch=None), split=options.split)
+    return preview.make_table(cache, rows, found)
+
+
+def _require_own(path: Path) -> None:
+    names = (cache_card.NAME, croissant.NAME, preview.NAME, sums.NAME)
+    there = [name for name in names if (path / name).exists()]
+    if there and not cache_card.is_card(path / cache_card.NAME):
+        raise OutputError(
+            "the file is there, and was not written by this command",
+            where=path / there[0],
+            expected="no such file, or those of an earlier call",
+            action="move it away",
+        )
+
+
+def _described(cache: Cache, license_: str | None) -> dict[str, Any]:
+    info = describe(cache)
+    if license_ is not None and info["license"] not in ("", license_):
+        raise UsageError(
+            "the cache has another license",
+            where=cache.path,
+            found=f"--license {license_}",
+            expected=info["license"],
+            action="leave --license out: the manifest states it",
+        )
+    return info if license_ is None else {**info, "license": license_}
