@@ -14,10 +14,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from cskd_pipeline.cache.convert import convert
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.cli import main
+from cskd_pipeline.distill.targets import SampledTargets
 from cskd_pipeline.errors import CacheError, MissingPackageError, OutputError, UsageError, printable
 from cskd_pipeline.runtime import atomic
 from cskd_pipeline.tools.publish.preview import draw_rows
@@ -146,6 +148,26 @@ def test_only_what_is_done_and_known_is_shown(tmp_path: Path) -> None:
     assert {row["teacher_probability"] for row in rows} == {None}
     assert {row["class_name"] for row in rows} == {row["teacher_class_name"] for row in rows}
     assert {row["class_name"] for row in rows} == {None}
+
+
+@pytest.mark.parametrize("encoding", ["topk", "sampled"])
+def test_labels_of_approximations_are_said_to_be_that(
+    encoding: str, finished: Path, tmp_path: Path
+) -> None:
+    convert(finished, tmp_path / "cache", encodings=[encoding])
+    publish(tmp_path / "cache", OPTIONS)
+    cache = open_cache(tmp_path / "cache")
+    for row in rows_of(tmp_path / "cache"):
+        targets = cache.targets([(row["view"], row["key"])], kinds=("soft",))
+        if isinstance(targets, SampledTargets):
+            draws = targets.drawn_global(1.0)[0].tolist()
+            assert draws.count(row["teacher_label"]) == max(map(draws.count, draws))
+            assert row["teacher_probability"] is None
+        else:
+            top, label = targets.global_log_probabilities(1.0)[0].exp().max(0)
+            assert row["teacher_label"] == int(label)
+            assert row["teacher_probability"] == pytest.approx(float(top))
+    assert "labels are approximations" in (tmp_path / "cache/README.md").read_text()
 
 
 def test_datasets_opens_the_preview(published: Published, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.images import NOWHERE
 from cskd_pipeline.data.join import Join
 from cskd_pipeline.data.replay import cache_of, pair_views
+from cskd_pipeline.distill.targets import SampledTargets
 from cskd_pipeline.errors import JoinError, MissingPackageError
 from cskd_pipeline.tools.report.gallery import class_names, labels_and_share, make_views
 from cskd_pipeline.tools.report.labels import read_labels
@@ -162,22 +162,27 @@ def _feature(column: Column) -> dict[str, str]:
 def _global(cache: Cache, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the teacher's global labels, (n,) int64, and their probabilities, (n,), or NaN.
 
-    Labels are those of an exact encoding where there is one, whatever has the probabilities.
+    Labels are those of an exact encoding where there is one, whatever has the probabilities; of
+    draws alone, the most frequent class.
     """
-    hard, soft = cache.serving({"hard"}), cache.serving({"soft"}, math.inf)
+    hard, soft = cache.serving({"hard"}), cache.serving({"soft"}, None)
     labels, probabilities = np.zeros(len(rows), np.int64), np.full(len(rows), np.nan)
     for start in range(0, len(rows), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
         if hard:
             labels[part] = _targets(cache, hard[0], rows[part]).hard_global().numpy()
         if soft:
-            tau = max(1.0, cache.encodings[soft[0]].min_temperature)
-            found = _targets(cache, soft[0], rows[part]).global_log_probabilities(tau)
+            targets = _targets(cache, soft[0], rows[part])
+            tau = max(1.0, cache.encodings[soft[0]].temperatures[0])
+            if isinstance(targets, SampledTargets):
+                top = targets.drawn_global(targets.temperature).mode(1).values.numpy()
+            else:
+                found = targets.global_log_probabilities(tau).exp().numpy()
+                top = labels[part] if hard else found.argmax(1)
+                if tau == 1:
+                    probabilities[part] = found[np.arange(len(top)), top]
             if not hard:
-                labels[part] = found.argmax(1).numpy()
-            if tau == 1:
-                top = found.exp().numpy()
-                probabilities[part] = top[np.arange(len(top)), labels[part]]
+                labels[part] = top
     return labels, probabilities
 
 
