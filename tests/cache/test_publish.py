@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cskd_pipeline.cache.convert import convert
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
@@ -154,7 +153,8 @@ def test_only_what_is_done_and_known_is_shown(tmp_path: Path) -> None:
 def test_labels_of_approximations_are_said_to_be_that(
     encoding: str, finished: Path, tmp_path: Path
 ) -> None:
-    convert(finished, tmp_path / "cache", encodings=[encoding])
+    words = [str(finished), str(tmp_path / "cache"), "--encoding", encoding, "--quiet"]
+    assert main(["cache", "convert", *words]) == 0
     publish(tmp_path / "cache", OPTIONS)
     cache = open_cache(tmp_path / "cache")
     for row in rows_of(tmp_path / "cache"):
