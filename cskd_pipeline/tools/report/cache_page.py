@@ -18,9 +18,8 @@ from cskd_pipeline.tools.report.labels import Labels, read_labels
 from cskd_pipeline.tools.report.page import PageOptions, render, write_page
 from cskd_pipeline.tools.report.statistics import (
     Statistics,
-    draw_statistics,
+    draw_truth,
     measure,
-    most_displaced,
     sample_rows,
 )
 
@@ -51,7 +50,7 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
     sampled = sample_rows(found, options.samples or SAMPLES)
     counted = measure(found, sampled)
     info = describe(reader)
-    names, plots = class_names(reader), draw_statistics(counted)
+    plot = draw_truth(counted)
     document = render(
         "cache.html",
         f"{info['teacher']['name']} on {info['dataset']['name']}",
@@ -61,14 +60,11 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
         labels=labels,
         schedules=list(_schedules(1)),
         views=views,
-        plots=plots,
-        displaced=[
-            (names[k], *(round(100 * float(shares[k]), 3) for shares in counted.balance))
-            for k in most_displaced(counted, 10)
-        ],
+        counted=counted,
+        plot=plot,
     )
     return {
-        **write_page(out, document, plots, options.export),
+        **write_page(out, document, [plot], options.export),
         "accepted_classes": guard.accepted,
         "views_shown": len(views),
         "views_exact": sum(view.same and view.exact for view in views),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cskd_pipeline.tools.report import plots
 from cskd_pipeline.tools.report.plot_files import Plot
-from cskd_pipeline.tools.report.records import RunRecord
+from cskd_pipeline.tools.report.ranking import Contender, unit_of
 
 _DISTILLED = ("deit", "cskd")
 _SPATIAL = ("cskd",)
@@ -20,10 +20,8 @@ class Curve:
 
     Args:
         name: of the plot's file, without ending.
-        scale: factor on the logged number.
         methods: of the runs that have it; the others log a constant.
         shared: curves of one such name have a common y axis.
-        floor: a y that the axis reaches down to.
     """
 
     name: str
@@ -31,10 +29,8 @@ class Curve:
     column: str
     y_label: str
     caption: str
-    scale: float = 1.0
     methods: tuple[str, ...] = _ALL
     shared: str = ""
-    floor: float | None = None
 
 
 LOSSES = (
@@ -64,75 +60,65 @@ TOP1 = tuple(
         ("top1_dense", "Top-1, dense head", "top1_dense", "Alone, the mean over all locations."),
     )
 )
-COURSE = (
-    Curve("lr", "Learning rate", "lr", "learning rate", "In the last update of an epoch.", floor=0),
-    Curve(
-        *("ckf_ratio", "CKF ratio", "ckf_ratio", "r"),
-        "1: the teacher's local logits alone, 0: its global ones. In the last update of an epoch.",
-        methods=_SPATIAL,
-        floor=0,
-    ),
-    Curve(
-        *("images_per_second", "Throughput", "images_per_second", "images/s"),
-        "Of training alone, without evaluation.",
-        floor=0,
-    ),
-    Curve(
-        *("data_wait", "Data wait", "data_wait", "% of the time"),
-        "How long training waited for data.",
-        scale=100.0,
-        floor=0,
-    ),
-)
 GROUPS: dict[str, tuple[Curve, ...]] = {
     "Loss and its parts": LOSSES,
-    "Top-1 on the validation images": TOP1,
-    "Schedule and speed": COURSE,
+    "Top-1 of each head": TOP1,
 }
 """Side by side under a heading each; every plot's file has its curve's name."""
 
 
-def series(runs: Sequence[RunRecord], curve: Curve) -> list[plots.Series]:
-    """Return one series per run that has the curve, over epochs, in the run's style."""
-    found = []
-    for style, run in enumerate(runs):
-        epochs, values = run.column(curve.column)
-        if epochs and run.method in curve.methods:
-            scaled = [curve.scale * value for value in values]
-            found.append(plots.Series(run.name, epochs, scaled, style))
-    return found
+def series(contenders: Sequence[Contender], curve: Curve) -> list[plots.Series]:
+    """Return the curve of each contender that has it, over epochs."""
+    having = [one for one in contenders if one.method in curve.methods]
+    return [found for one in having if (found := one.curve(curve.column))]
 
 
-def draw(runs: Sequence[RunRecord], curves: Sequence[Curve]) -> Iterator[Plot]:
-    """Yield the plots of those curves that any run has."""
-    drawn = {curve: found for curve in curves if (found := series(runs, curve))}
+def draw_top1(contenders: Sequence[Contender]) -> Iterator[Plot]:
+    """Yield top-1 over epochs, and over the time of training where that was logged."""
+    averaged = ", ".join(plots.shown(c.name) for c in contenders if c.column == "ema_top1")
+    caption = "On the validation images" + (f"; EMA of {averaged}." if averaged else ".")
+    if any(len(one.runs) > 1 for one in contenders):
+        caption += " Bands reach from the lowest to the highest seed."
+    for name, title, timed in (
+        ("top1_epochs", "Top-1 over epochs", False),
+        ("top1_time", "Top-1 over the time of training", True),
+    ):
+        found = [c for one in contenders if (c := one.curve(one.column, timed=timed))]
+        if not found:
+            continue
+        unit, size = unit_of(max(one.x[-1] for one in found)) if timed else ("epoch", 1)
+        scaled = [replace(one, x=[x / size for x in one.x]) for one in found]
+        figure = plots.lines(scaled, x_label=unit, y_label="top-1, %")
+        said = "Evaluation and the making of the cache are not counted." if timed else caption
+        yield Plot(name, title, figure, said, _description(scaled, "top-1, %", unit))
+
+
+def draw(contenders: Sequence[Contender], curves: Sequence[Curve]) -> Iterator[Plot]:
+    """Yield the plots of those curves of which any contender has two points."""
+    drawn = {curve: found for curve in curves if (found := series(contenders, curve))}
     for curve, found in drawn.items():
         together = [one for other, s in drawn.items() if other.shared == curve.shared for one in s]
         figure = plots.lines(
             found,
             x_label="epoch",
             y_label=curve.y_label,
-            y_limits=_limits(together if curve.shared else found, curve),
-            legend=len(runs) > 1,
+            y_limits=_limits(together) if curve.shared else None,
         )
-        yield Plot(curve.name, curve.title, figure, curve.caption, _description(found, curve))
+        description = _description(found, curve.y_label, "epoch")
+        yield Plot(curve.name, curve.title, figure, curve.caption, description)
 
 
-def _limits(found: Sequence[plots.Series], curve: Curve) -> tuple[float, float] | None:
-    """Return a common range for curves that are compared across plots, or one from the floor up."""
-    if not curve.shared and curve.floor is None:
-        return None
-    values = [y for one in found for y in one.y]
-    low = min(values) if curve.floor is None else min([curve.floor, *values])
-    high = max(values)
-    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return (low - room if curve.floor is None else low, high + room)
+def _limits(found: Sequence[plots.Series]) -> tuple[float, float]:
+    """Return a common range for curves that are compared across plots."""
+    values = [y for one in found for y in (*one.y, *one.low, *one.high)]
+    room = 0.05 * (max(values) - min(values)) or 0.05 * abs(max(values)) or 1.0
+    return min(values) - room, max(values) + room
 
 
-def _description(found: Sequence[plots.Series], curve: Curve) -> str:
+def _description(found: Sequence[plots.Series], y_label: str, unit: str) -> str:
     parts = [
-        f"{plots.shown(one.name)}: {plots.number(one.y[0])} at epoch {one.x[0]}, "
-        f"{plots.number(one.y[-1])} at epoch {one.x[-1]}"
+        f"{plots.shown(one.name)}: {plots.number(one.y[0])} at {unit} {plots.number(one.x[0])}, "
+        f"{plots.number(one.y[-1])} at {unit} {plots.number(one.x[-1])}"
         for one in found
     ]
-    return f"{curve.y_label} over epochs. {'; '.join(parts)}"
+    return f"{y_label} over {unit}. {'; '.join(parts)}"

@@ -220,7 +220,7 @@ def draw_agreement(compared: Comparison) -> Plot:
     return Plot(
         "dense_agreement",
         "Locations at which student and teacher agree",
-        plots.lines(series, x_label=RATIO_AXIS, y_label="locations that agree, %"),
+        plots.lines(series, x_label=RATIO_AXIS, y_label="locations that agree, %", x_limits=(1, 0)),
         caption,
         f"{caption} {values}",
     )

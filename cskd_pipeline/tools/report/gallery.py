@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.assemble import assemble
@@ -26,6 +29,7 @@ from cskd_pipeline.runtime.progress import progress
 
 _SMALL = 64  # pixels up to which a view is stored as it is, and shown without smoothing
 _NAME = 80  # letters of a class name
+_ALONE = 0.995  # from this share on, what is mixed in is too little to be named
 
 
 @dataclass(frozen=True)
@@ -102,14 +106,44 @@ class GalleryView:
 
 
 def class_names(cache: Cache) -> list[str]:
-    """Return a name for every class, on one line and not too long."""
+    """Return a name for every class, on one line and not too long; of ImageNet's classes words."""
     data = cache.manifest.dataset
-    names = data.class_names or [""] * data.num_classes
-    return [printable(name, _NAME) or f"class {k}" for k, name in enumerate(names)]
+    names = data.class_names or _synsets_of_keys(cache) or [""] * data.num_classes
+    return [printable(name, _NAME) or f"class {k}" for k, name in enumerate(words_of(names))]
+
+
+def words_of(names: Sequence[str]) -> list[str]:
+    """Return names with ``n01443537`` as ``goldfish``, and ``crane (n02012849)`` of two cranes.
+
+    Words are those of timm's list of ImageNet-1k; other names stay as they are.
+    """
+    info = ImageNetInfo()
+    known = set(info.label_names()).intersection(names)
+    words = [
+        info.label_name_to_description(name).partition(",")[0] if name in known else name
+        for name in names
+    ]
+    uses = Counter(words)
+    return [
+        f"{word} ({name})" if name in known and uses[word] > 1 else word
+        for word, name in zip(words, names, strict=True)
+    ]
+
+
+def _synsets_of_keys(cache: Cache) -> list[str]:
+    """Return ImageNet-1k's synsets if the keys of a finished shard begin with their labels'."""
+    synsets, finished = ImageNetInfo().label_names(), np.flatnonzero(cache.done().any(axis=0))
+    if cache.manifest.dataset.num_classes != len(synsets) or not len(finished):
+        return []
+    shard = int(finished[0])
+    pairs = zip(cache.keys(shard), cache.labels(shard).tolist(), strict=True)
+    return synsets if all(key.startswith(synsets[label]) for key, label in pairs) else []
 
 
 def choose_views(found: Join, count: int) -> np.ndarray:
     """Return about ``count`` views whose images are there: (n, 3) view, shard, offset; n > 0.
+
+    Those in which one image fills the most come first.
 
     Raises:
         JoinError: there is none.
@@ -125,7 +159,7 @@ def choose_views(found: Join, count: int) -> np.ndarray:
             found=f"{found.missing} of {found.samples.total} samples missing",
             action="give the shards that the cache was made from, or finish the dump",
         )
-    return rows
+    return rows[np.argsort(-ground_truth(cache_of(found), rows).share, kind="stable")]
 
 
 def labels_and_share(cache: Cache, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -187,6 +221,6 @@ def make_views(found: Join, rows: np.ndarray) -> list[GalleryView]:
 
 def _contents(truth: GroundTruth, i: int, names: list[str]) -> list[tuple[int, str]]:
     larger, smaller, share = int(truth.larger[i]), int(truth.smaller[i]), truth.share[i]
-    if share == 1:
+    if share >= _ALONE:
         return [(larger, names[larger])]
     return [(k, f"{names[k]} {part:.0%}") for k, part in ((larger, share), (smaller, 1 - share))]

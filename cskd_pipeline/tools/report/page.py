@@ -23,6 +23,7 @@ from cskd_pipeline.errors import printable
 from cskd_pipeline.runtime.atomic import write_text
 from cskd_pipeline.runtime.console import format_value, plain
 from cskd_pipeline.tools.report.plot_files import Plot, write_plot
+from cskd_pipeline.tools.report.plots import css_look
 
 PAGE = "index.html"
 _PACKAGE = "cskd_pipeline.tools.report"
@@ -116,6 +117,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.globals["look"] = css_look
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return environment
 

@@ -44,9 +44,19 @@ class Plot:
         """Return the description, or the caption."""
         return self.description or self.caption
 
+    @property
+    def names(self) -> list[str]:
+        """Return the legend's names, in the order of their styles; none of a single curve."""
+        return [text.get_text() for legend in self.figure.legends for text in legend.get_texts()]
+
     def svg(self) -> str:
-        """Return the figure for a page."""
-        return svg(self.figure, self.title, self.described)
+        """Return the figure for a page, which has one key for all plots instead of legends."""
+        legends = [*self.figure.legends]
+        self.figure.legends.clear()
+        try:
+            return svg(self.figure, self.title, self.described)
+        finally:
+            self.figure.legends.extend(legends)
 
 
 def svg(figure: Figure, title: str, description: str = "") -> str:

@@ -71,12 +71,15 @@ class Series:
     Args:
         name: stands in the legend; empty for none.
         style: colour, dash and marker; give the same thing the same number in every plot.
+        low, high: the edges of a band around it; none unless given.
     """
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     style: int = 0
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
 
 
 def lines(
@@ -84,24 +87,30 @@ def lines(
     *,
     x_label: str,
     y_label: str,
+    x_limits: tuple[float, float] | None = None,
     y_limits: tuple[float, float] | None = None,
-    legend: bool = True,
 ) -> Figure:
-    """Draw curves over a common x. A curve of few points has markers, of one point only that.
+    """Draw curves over a common x, with a legend where there are several.
+
+    A curve of few points has markers, of one point only that.
 
     Args:
-        y_limits: the range of the y axis; None: what is drawn.
-        legend: whether the names of the series are shown.
+        x_limits, y_limits: the range of an axis; None: what is drawn.
     """
     with settings():
         figure, axes = _axes(SIZE, x_label, y_label)
         for one in series:
             axes.plot(one.x, one.y, **_look(one.style, markers=len(one.x) <= 12))
+            if one.low:
+                colour = PALETTE[one.style % len(PALETTE)]
+                axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.2, linewidth=0)
+        if x_limits is not None:
+            axes.set_xlim(*x_limits)
         if y_limits is not None:
             axes.set_ylim(*y_limits)
         if all(float(value).is_integer() for one in series for value in one.x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-        if legend:
+        if len(series) > 1:
             _legend(figure, {one.name: _look(one.style) for one in series})
     return figure
 
@@ -139,16 +148,6 @@ def scatter(
         lower.set_ylim(-1, 1)
         upper.tick_params(labelbottom=False)
         _legend(figure, {one.name: _dots(one.style) for one in series})
-    return figure
-
-
-def bars(names: Sequence[str], values: Sequence[float], *, x_label: str) -> Figure:
-    """Draw one horizontal bar a name, the first on top, each with its value."""
-    with settings():
-        figure, axes = _rows(names, 0.24, x_label)
-        drawn = axes.barh(range(len(names)), values, height=0.7, color=PALETTE[0])
-        axes.bar_label(drawn, [number(value) for value in values], padding=3, fontsize=8)
-        axes.margins(x=0.15)
     return figure
 
 
@@ -236,6 +235,13 @@ def _look(style: int, *, markers: bool = False) -> dict[str, Any]:
         "marker": MARKERS[style % len(MARKERS)] if markers else "",
         "markersize": 4,
     }
+
+
+def css_look(style: int) -> tuple[str, str]:
+    """Return a curve's colour and its dashes, as SVG's ``stroke-dasharray`` has them."""
+    look = _look(style)
+    dashes = look["linestyle"]
+    return look["color"], "none" if dashes == "-" else " ".join(str(1.6 * n) for n in dashes[1])
 
 
 def _dots(style: int) -> dict[str, Any]:

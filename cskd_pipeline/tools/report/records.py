@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,11 @@ class RunRecord:
         """Return the mean of a column over epochs, or None."""
         values = self.column(name)[1]
         return sum(values) / len(values) if values else None
+
+    def elapsed(self) -> list[float] | None:
+        """Return the seconds of training up to the end of every epoch; None where not logged."""
+        seconds = self.column("seconds")[1]
+        return list(accumulate(seconds)) if 0 < self.epochs == len(seconds) else None
 
     def best(self) -> dict[str, Any] | None:
         """Return the highest top-1 (percent), its epoch, and its weights: ``last`` or ``ema``.

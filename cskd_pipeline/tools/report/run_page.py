@@ -15,14 +15,15 @@ from cskd_pipeline.tools.report.dense_overlay import (
     script_data,
 )
 from cskd_pipeline.tools.report.page import PageOptions, render, write_page
+from cskd_pipeline.tools.report.ranking import SEEDS_DIFFER_IN, Contender, rank, took, verdict
 from cskd_pipeline.tools.report.records import RunRecord, read_runs, recipe_differences, which
 
 
 def show_runs(folders: Sequence[Path], out: Path, options: PageOptions) -> dict[str, Any]:
     """Write ``out/index.html`` for ``cskd-pipeline show RUN...``.
 
-    An exported plot has the name of its curve (:data:`cskd_pipeline.tools.report.curves.GROUPS`) or
-    ``dense_agreement``.
+    Exported plots are ``top1_epochs``, ``top1_time``, ``dense_agreement``, and one by the name of
+    each curve (:data:`cskd_pipeline.tools.report.curves.GROUPS`).
 
     Returns:
         The files, the page's size in bytes, and each run's figures, by its name.
@@ -32,8 +33,11 @@ def show_runs(folders: Sequence[Path], out: Path, options: PageOptions) -> dict[
     """
     runs = read_runs(folders)
     differences = recipe_differences(runs)
-    drawn = {name: list(curves.draw(runs, group)) for name, group in curves.GROUPS.items()}
-    plots = [plot for group in drawn.values() for plot in group]
+    ranked = rank(runs)
+    contenders = sorted(ranked, key=lambda one: one.style)
+    top1 = list(curves.draw_top1(contenders))
+    drawn = {name: list(curves.draw(contenders, group)) for name, group in curves.GROUPS.items()}
+    plots = [*top1, *(plot for group in drawn.values() for plot in group)]
     guard = ClassGuard(accept=options.accept_classes)
     compared, without = None, dict[str, str]()
     if options.shards is not None:
@@ -46,9 +50,18 @@ def show_runs(folders: Sequence[Path], out: Path, options: PageOptions) -> dict[
         data={} if compared is None else script_data(compared),
         scripts=() if compared is None else ("locations.js", "runs.js"),
         runs=runs,
+        winner=ranked[0].name,
+        verdict=verdict(ranked),
+        ranking=_ranking(ranked),
+        names=[one.name for one in contenders],
+        top1=top1,
         overview=[_overview(run) for run in runs],
         students=list(dict.fromkeys(run.recipe.student.name for run in runs)),
-        differences=[(name, *values) for name, values in differences.items()],
+        differences=[
+            (name, *values)
+            for name, values in recipe_differences([one.runs[0] for one in contenders]).items()
+            if name not in SEEDS_DIFFER_IN
+        ],
         curves=drawn,
         compared=compared,
         without=without,
@@ -79,6 +92,7 @@ def _figures(
         "best": run.best(),
         **{column: run.last(column) for column in ("loss", "top1", "ema_top1")},
         **{column: run.mean(column) for column in ("images_per_second", "data_wait")},
+        "seconds": None if (spent := run.elapsed()) is None else spent[-1],
     }
     for one in students:
         if one.run is run:
@@ -92,6 +106,31 @@ def _figures(
     if run.name in without:
         found["dense"] = without[run.name]
     return found
+
+
+def _ranking(ranked: Sequence[Contender]) -> list[tuple[object, ...]]:
+    """Return a line for each recipe: its top-1, how far that is behind the first, and its cost."""
+    first, lines = ranked[0].best, list[tuple[object, ...]]()
+    for one in ranked:
+        best, speed, wait = one.best, one.mean("images_per_second"), one.mean("data_wait")
+        behind = (
+            None if best is None or first is None or one is ranked[0] else best.mean - first.mean
+        )
+        of = one.runs[0].recipe.schedule.epochs
+        epochs = min(run.epochs for run in one.runs)
+        lines.append(
+            (
+                {"name": one.name, "style": one.style},
+                None if best is None else str(best),
+                None if behind is None else f"{behind:.2f}",
+                len(one.runs),
+                str(of) if epochs >= of else f"{epochs} of {of}",
+                None if one.seconds is None else took(one.seconds),
+                None if speed is None else round(speed),
+                None if wait is None else round(100 * wait, 1),
+            )
+        )
+    return lines
 
 
 def _overview(run: RunRecord) -> tuple[object, ...]:

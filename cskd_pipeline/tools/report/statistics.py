@@ -13,12 +13,10 @@ from cskd_pipeline.tools.report import plots
 from cskd_pipeline.tools.report.gallery import ground_truth
 from cskd_pipeline.tools.report.labels import Labels, read_labels
 from cskd_pipeline.tools.report.plot_files import Plot
-from cskd_pipeline.tools.report.plots import Series
 
 RATIOS = np.linspace(0.0, 1.0, 101)
-RATIO_AXIS = "r: 0 is the global response, 1 the local one"
+RATIO_AXIS = "r, from local (1) to global (0)"
 SLABS = 64  # (view, shard) pairs that are read; of a remote cache as many files
-_LINES_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -30,9 +28,7 @@ class Statistics:
         encoding, exact: of the labels, as in :class:`Labels`.
         agreement, either: (101,) share of locations whose label at ``RATIOS`` is the class of the
             larger image, or of one of the two.
-        lines: ``lines[n]`` locations have n labels between r = 0 and r = 1.
-        balance: (3, K) shares of each class among the views' larger classes, the labels at r = 1
-            and those at r = 0.
+        mean_lines: labels that a location has between r = 0 and r = 1, on average.
     """
 
     views: int
@@ -40,13 +36,7 @@ class Statistics:
     exact: bool
     agreement: np.ndarray
     either: np.ndarray
-    lines: np.ndarray
-    balance: np.ndarray
-
-    @property
-    def mean_lines(self) -> float:
-        """Return the mean number of labels of a location."""
-        return float((np.arange(len(self.lines)) * self.lines).sum() / self.lines.sum())
+    mean_lines: float
 
 
 def sample_rows(found: Join, count: int) -> np.ndarray:
@@ -88,65 +78,32 @@ def measure(found: Join, rows: np.ndarray) -> Statistics:
     known = ground_truth(cache, rows)
     at = [np.concatenate([labels.at(r) for labels in parts]) for r in RATIOS]
     larger, smaller = (x[:, None, None] for x in (known.larger, known.smaller))
-    classes = cache.manifest.dataset.num_classes
-    lines = np.concatenate([labels.lines() for labels in parts])
-    counted = [known.larger, at[-1].ravel(), at[0].ravel()]
     return Statistics(
         views=len(rows),
         encoding=parts[0].encoding,
         exact=parts[0].exact,
         agreement=np.array([(x == larger).mean() for x in at]),
         either=np.array([((x == larger) | (x == smaller)).mean() for x in at]),
-        lines=np.bincount(lines.ravel()),
-        balance=np.stack([np.bincount(x, minlength=classes) / len(x) for x in counted]),
+        mean_lines=float(np.concatenate([labels.lines() for labels in parts]).mean()),
     )
 
 
-def draw_statistics(found: Statistics) -> list[Plot]:
-    """Draw agreement with the ground truth, labels of a location, and class balance."""
-    shares = (100 * found.lines / found.lines.sum())[1:].tolist()
-    names = [f"{n} label{'s' * (n > 1)}" for n in range(1, len(shares) + 1)]
-    if len(shares) > _LINES_SHOWN:
-        names[_LINES_SHOWN - 1 :] = [f"{_LINES_SHOWN} or more"]
-        shares[_LINES_SHOWN - 1 :] = [sum(shares[_LINES_SHOWN - 1 :])]
+def draw_truth(found: Statistics) -> Plot:
+    """Draw agreement with the ground truth over r."""
     agreement = {"the larger image's class": found.agreement, "either image's class": found.either}
-    kinds = ("ground truth", "labels at r = 1", "labels at r = 0")
-    balance = {kind: np.sort(one)[::-1] for kind, one in zip(kinds, found.balance, strict=True)}
-    over = f"Over all locations of {found.views} views, labels from {found.encoding}"
-    return [
-        Plot(
-            "agreement",
-            "Agreement with the ground truth",
-            plots.lines(_percent(RATIOS, agreement), x_label=RATIO_AXIS, y_label="locations, %"),
-            f"{over}. Views are mixed of two images, so no label is right everywhere.",
+    if np.array_equal(found.agreement, found.either):
+        agreement = {"the image's class": found.agreement}
+    return Plot(
+        "agreement",
+        "Agreement with the ground truth",
+        plots.lines(
+            [
+                plots.Series(name, RATIOS.tolist(), (100 * shares).tolist(), style)
+                for style, (name, shares) in enumerate(agreement.items())
+            ],
+            x_label=RATIO_AXIS,
+            y_label="locations, %",
+            x_limits=(1, 0),
         ),
-        Plot(
-            "labels",
-            "Labels of a location as r falls from 1 to 0",
-            plots.bars(names, shares, x_label="locations, %"),
-            f"{over}: {found.mean_lines:.2f} on average, the lines of the upper envelope.",
-        ),
-        Plot(
-            "balance",
-            "Class balance",
-            plots.lines(
-                _percent(np.arange(1, found.balance.shape[1] + 1), balance),
-                x_label="class, by its rank",
-                y_label="share, %",
-            ),
-            f"{over}. Ground truth is the class of the larger image; each curve is sorted.",
-        ),
-    ]
-
-
-def _percent(x: np.ndarray, curves: dict[str, np.ndarray]) -> list[Series]:
-    return [
-        Series(name, x.tolist(), (100 * shares).tolist(), style)
-        for style, (name, shares) in enumerate(curves.items())
-    ]
-
-
-def most_displaced(found: Statistics, count: int) -> list[int]:
-    """Return the classes whose share of labels at r = 1 is furthest from the ground truth's."""
-    gap = np.abs(found.balance[1] - found.balance[0])
-    return [k for k in np.argsort(-gap, kind="stable").tolist() if gap[k] > 0][:count]
+        f"Over all locations of {found.views} views, labels from {found.encoding}.",
+    )

@@ -22,6 +22,7 @@ def rows(epochs: int, *, method: str = "cskd", shift: float = 0.0) -> list[dict[
             "spatial": 2.0625 - 0.03 * epoch + shift if method == "cskd" else 0.0,
             "ckf_ratio": 1 - (epoch - 1) / epochs,
             "lr": 0.001 / epoch + shift / 1000,
+            "seconds": 10.0 + epoch + shift,
             "images_per_second": 500.5 + epoch + 10 * shift,
             "data_wait": 0.03125 + 0.001 * epoch + 0.01 * shift,
             "top1": 30.5 + epoch + shift,

@@ -16,7 +16,13 @@ from cskd_pipeline.data.replay import cache_of, renderer_of
 from cskd_pipeline.distill.encodings import ENCODINGS, Sampled
 from cskd_pipeline.distill.targets import SampledTargets
 from cskd_pipeline.tools.report import statistics
-from cskd_pipeline.tools.report.gallery import choose_views, make_views
+from cskd_pipeline.tools.report.gallery import (
+    choose_views,
+    class_names,
+    ground_truth,
+    make_views,
+    words_of,
+)
 from cskd_pipeline.tools.report.labels import RATIOS, planes_of, read_labels
 from tests import own
 from tests.cache.making import make
@@ -125,10 +131,7 @@ def test_figures_are_counted_over_every_location(found: Join) -> None:
         assert measured.agreement[index] == pytest.approx(right.mean(), abs=1e-3)
         either = (labels == own[:, None, None]) | (labels == partner[:, None, None])
         assert measured.either[index] == pytest.approx(either.mean(), abs=1e-3)
-    assert measured.lines.sum() == labels.size
-    shares = np.bincount(labels.ravel(), minlength=4) / labels.size
-    np.testing.assert_allclose(measured.balance[1], shares, atol=1e-3)
-    np.testing.assert_allclose(measured.balance[0], np.bincount(larger, minlength=4) / len(rows))
+    assert measured.mean_lines == pytest.approx(read_labels(cache, rows).lines().mean())
 
 
 def test_samples_are_few_slabs_of_many_views_each(found: Join) -> None:
@@ -136,6 +139,20 @@ def test_samples_are_few_slabs_of_many_views_each(found: Join) -> None:
     assert 40 <= len(rows) <= 50
     assert len(np.unique(rows, axis=0)) == len(rows)
     assert set(rows[:, 1]) == {0, 1, 2}
+
+
+def test_views_of_one_image_come_first(found: Join) -> None:
+    shares = ground_truth(cache_of(found), choose_views(found, 12)).share
+    assert shares.tolist() == sorted(shares.tolist(), reverse=True)
+    assert shares[0] > shares[-1]
+
+
+def test_imagenets_classes_have_words(tmp_path: Path) -> None:
+    assert words_of(["n01443537", "n02012849", "n03126707", "n99999999", "disc"]) == [
+        "goldfish", "crane (n02012849)", "crane (n03126707)", "n99999999", "disc",
+    ]  # fmt: skip
+    make(tmp_path / "c", encodings=("dense",))
+    assert class_names(open_cache(tmp_path / "c"))[:2] == ["class 0", "class 1"]
 
 
 def test_views_are_what_the_network_saw(found: Join) -> None:

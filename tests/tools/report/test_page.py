@@ -72,9 +72,10 @@ def test_it_opens_from_disk_without_a_complaint(chrome: webdriver.Chrome, plain:
     assert complaints(chrome) == []
     assert len(all_of(chrome, "figure[data-view]")) == 5
     widths = chrome.execute_script(
-        "return [...document.querySelectorAll('.stage img')].map(i => i.naturalWidth)"
+        "return [...document.querySelectorAll('#gallery img')].map(i => i.naturalWidth)"
     )
     assert widths == [world.SIZE] * 5
+    assert len(all_of(chrome, "#moments [data-r] svg")) == 3 * 3
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", plain.read_text())
 
 
@@ -215,7 +216,7 @@ def test_the_report_and_the_page_agree(small: World, tmp_path: Path, capsys: Cap
     words = ["show", small.cache, "--shards", small.shards, "--out", out, "--export", "svg"]
     assert world.cli(*words, "--json", "--images", 4, "--samples", 60) == 0
     report: dict[str, Any] = json.loads(capsys.readouterr().out)
-    names = {"index.html", "agreement.svg", "labels.svg", "balance.svg"}
+    names = {"index.html", "agreement.svg"}
     assert {path.name for path in out.iterdir()} == names
     assert report["bytes"] == (out / "index.html").stat().st_size
     assert (report["views_shown"], report["views_exact"]) == (4, 4)
@@ -238,7 +239,7 @@ def test_an_unfinished_cache_says_what_is_missing(small: World, tmp_path: Path) 
     assert world.cli(*words, "--shard-range", "1:2") == 0
     text = shown(tmp_path / "c", small.shards, tmp_path / "page").read_text()
     assert "2 of 6 units are finished" in text
-    assert re.search(r"<td>train-0+\.tar</td><td class=number>32</td><td class=number>0</td>", text)
+    assert re.search(r">train-0+\.tar</td><td [^<]*>32</td><td [^<]*>0</td>", text)
 
 
 def test_changed_images_are_pointed_out(small: World, tmp_path: Path) -> None:

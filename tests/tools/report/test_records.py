@@ -11,6 +11,7 @@ import pytest
 from cskd_pipeline.errors import RecipeError, RunError, UsageError
 from cskd_pipeline.tools.report import curves
 from cskd_pipeline.tools.report.plot_files import svg
+from cskd_pipeline.tools.report.ranking import Contender, rank, verdict
 from cskd_pipeline.tools.report.records import (
     MAX_BYTES,
     MAX_RUNS,
@@ -74,7 +75,7 @@ def test_a_run_in_its_first_epoch_has_no_rows(tmp_path: Path) -> None:
     [
         (b"epoch,loss", b"loss,epoch", "line 1"),
         (b"epoch,loss", b"epoch,base", "line 1"),  # twice
-        (b"\n2,", b"\n2,7,", "line 3: 17 fields"),
+        (b"\n2,", b"\n2,7,", "line 3: 18 fields"),
         (b"\n2,", b"\n\n2,", "line 3"),
         (b"\n2,", b"\n1,", "line 3: epoch 1"),
         (b"\n2,", b"\n-2,", "line 3: epoch -2"),
@@ -150,30 +151,87 @@ def test_only_the_keys_in_which_recipes_differ(tmp_path: Path) -> None:
 # Curves
 
 
+def contenders(*folders: Path) -> list[Contender]:
+    """In the order given, as the page draws them."""
+    return sorted(rank(read_runs(folders)), key=lambda one: one.style)
+
+
 def test_curves_are_the_logs_numbers_in_the_runs_style(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "one"), make_run(tmp_path / "two", shift=1.0, epochs=3)]
-    runs = read_runs([make_run(tmp_path / "plain", method="none"), *folders])
+    drawn = contenders(make_run(tmp_path / "plain", method="none"), *folders)
     logged = [rows(4, method="none"), rows(4), rows(3, shift=1.0)]
     seen = set()
     for group in curves.GROUPS.values():
         for curve in group:
-            found = {one.style: one for one in curves.series(runs, curve)}
+            found = {one.style: one for one in curves.series(drawn, curve)}
             wanted = {1, 2} if "none" not in curve.methods else {0, 1, 2}
             wanted -= {0} if curve.column == "top1_dense" else set()
             assert set(found) == wanted, curve
             for style, one in found.items():
-                assert one.name == runs[style].name
+                assert one.name == drawn[style].name == ("plain", "one", "two")[style]
                 assert list(one.x) == [row["epoch"] for row in logged[style]]
-                scale = 100 if curve.column == "data_wait" else 1
-                assert one.y == [scale * row[curve.column] for row in logged[style]]
+                assert one.y == [row[curve.column] for row in logged[style]]
+                assert not one.low
             seen.add(curve.column)
-    assert {"loss", "base", "global", "spatial", "lr", "ckf_ratio", "data_wait"} < seen
-    assert {"images_per_second", "top1", "top1_cls", "top1_dist", "top1_dense", "ema_top1"} < seen
+    assert {"loss", "base", "global", "spatial"} < seen
+    assert {"top1", "top1_cls", "top1_dist", "top1_dense", "ema_top1"} < seen
+
+
+def test_seeds_are_one_curve_with_a_band(tmp_path: Path) -> None:
+    """Over epochs that all have finished; over time only where all have logged it."""
+    seeds = [
+        make_run(tmp_path / f"cskd-{n}", shift=n, logged=4 - n, sets=(f"run.seed={n}",))
+        for n in (0, 1)
+    ]
+    [one] = contenders(*seeds)
+    assert (one.name, one.column) == ("cskd", "ema_top1")
+    curve = one.curve("top1")
+    assert curve is not None
+    assert (curve.x, curve.y) == ([1, 2, 3], [32.0, 33.0, 34.0])
+    assert (curve.low, curve.high) == ([31.5, 32.5, 33.5], [32.5, 33.5, 34.5])
+    timed = one.curve("top1", timed=True)
+    assert timed is not None
+    assert (timed.x, timed.y) == ([11.5, 24.0, 37.5], curve.y)
+    assert one.seconds == (50 + 39) / 2
+    again = contenders(*seeds, make_run(tmp_path / "again"))
+    assert [(each.name, len(each.runs)) for each in again] == [("cskd", 2), ("again", 1)]
+    log = seeds[0] / "summary.csv"
+    log.write_text(log.read_text().replace("seconds", "weeks", 1))
+    [without] = contenders(*seeds)
+    assert (without.seconds, without.curve("top1", timed=True)) == (None, None)
+
+
+def test_the_first_is_named_with_its_lead_and_what_the_seeds_say(tmp_path: Path) -> None:
+    for method, shift in (("deit", 0.0), ("cskd", 1.5)):
+        for n, scatter in enumerate((0.0, 0.5)):
+            extra = scatter if method == "cskd" else 0.0
+            folder = tmp_path / f"{method}-{n}"
+            make_run(folder, method=method, shift=shift + extra, sets=(f"run.seed={n}",))
+    runs = read_runs([tmp_path / f"{name}" for name in ("deit-0", "deit-1", "cskd-0", "cskd-1")])
+    ranked = rank(runs)
+    assert [one.name for one in ranked] == ["cskd", "deit"]
+    assert verdict(ranked) == [
+        "reaches 37.00 ± 0.35 % top-1 after 57 seconds of training.",
+        "That is 1.75 points above deit after 50 seconds of training.",
+        "Seed by seed +1.75 ± 0.25: outside the noise.",
+    ]
+    alone = rank([runs[0], runs[2]])
+    assert verdict(alone)[1:] == [
+        "That is 1.50 points above deit-0 after 50 seconds of training.",
+        "How much of it is the seeds' noise takes several seeds of each to know.",
+    ]
+    assert verdict(rank(read_runs([make_run(tmp_path / "new", logged=0)]))) == []
+
+
+def test_no_plot_has_a_single_point(tmp_path: Path) -> None:
+    drawn = contenders(make_run(tmp_path / "new", logged=1))
+    assert list(curves.draw_top1(drawn)) == []
+    assert not any(list(curves.draw(drawn, group)) for group in curves.GROUPS.values())
 
 
 def test_drawn_curves_share_colours_names_and_the_axis_of_top1(tmp_path: Path) -> None:
     evil = "$x_1$ <script>alert(1)<|script>"
-    runs = read_runs([make_run(tmp_path / evil), make_run(tmp_path / "two", shift=1.0)])
+    runs = contenders(make_run(tmp_path / evil), make_run(tmp_path / "two", shift=1.0))
     spans, colours = set(), {}
     for plot in curves.draw(runs, curves.TOP1):
         axes = plot.figure.axes[0]
@@ -181,7 +239,7 @@ def test_drawn_curves_share_colours_names_and_the_axis_of_top1(tmp_path: Path) -
         colours[plot.name] = [line.get_color() for line in axes.lines]
         [legend] = plot.figure.legends
         assert [text.get_text() for text in legend.get_texts()] == [evil, "two"]
-        assert re.match(r"top-1, % over epochs\. \$x_1\$ .*; two: ", plot.description)
+        assert re.match(r"top-1, % over epoch\. \$x_1\$ .*; two: ", plot.description)
     assert len(spans) == 1
     assert len(colours) == 5
     assert len(set(map(tuple, colours.values()))) == 1
@@ -191,14 +249,13 @@ def test_drawn_curves_share_colours_names_and_the_axis_of_top1(tmp_path: Path) -
 
 
 def test_one_run_needs_no_legend_and_what_nobody_logged_no_plot(tmp_path: Path) -> None:
-    runs = read_runs([make_run(tmp_path / "one", method="none")])
+    runs = contenders(make_run(tmp_path / "one", method="none"))
     drawn = [plot for group in curves.GROUPS.values() for plot in curves.draw(runs, group)]
     names = [plot.name for plot in drawn]
     assert "loss_spatial" not in names
-    assert "ckf_ratio" not in names
-    assert {"loss", "top1", "top1_ema", "lr", "images_per_second", "data_wait"} < set(names)
+    assert {"loss", "top1", "top1_ema"} < set(names)
     assert not any(plot.figure.legends for plot in drawn)
-    assert list(curves.draw(read_runs([make_run(tmp_path / "new", logged=0)]), curves.LOSSES)) == []
+    assert list(curves.draw(contenders(make_run(tmp_path / "new", logged=0)), curves.LOSSES)) == []
 
 
 def test_many_long_names_leave_the_curves_their_room(tmp_path: Path) -> None:
@@ -207,7 +264,7 @@ def test_many_long_names_leave_the_curves_their_room(tmp_path: Path) -> None:
     figures = []
     for count in (2, 20):
         folders = [make_run(tmp_path / f"{count}/{name.format(i)}") for i in range(count)]
-        figures.append(next(curves.draw(read_runs(folders), curves.LOSSES)).figure)
+        figures.append(next(curves.draw(contenders(*folders), curves.LOSSES)).figure)
     few, many = figures
     for figure in (few, many):
         svg(figure, "t")  # lays it out

@@ -87,7 +87,8 @@ def test_it_opens_from_disk_without_a_complaint(chrome: webdriver.Chrome, shown:
     assert complaints(chrome) == []
     titles = {title.text for title in all_of(chrome, ".plot h3")}
     every = [curve.title for group in curves.GROUPS.values() for curve in group]
-    assert titles == {*every, "Locations at which student and teacher agree"}
+    first = {"Top-1 over epochs", "Top-1 over the time of training"}
+    assert titles == {*every, *first, "Locations at which student and teacher agree"}
     assert len(all_of(chrome, ".plot svg[role=img]")) == len(titles)
     assert len(all_of(chrome, "figure[data-view]")) == 5
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", shown.page.read_text())
@@ -109,11 +110,10 @@ def test_names_and_recipes_stay_text(chrome: webdriver.Chrome, shown: Shown) -> 
     one(chrome, "#at").send_keys(Keys.PAGE_UP)
     assert chrome.execute_script("return window.hurt") is None
     assert not all_of(chrome, "main img:not(.stage img), main [onerror], main b")
-    cells = [cell.text for cell in all_of(chrome, "#runs td")]
+    cells = [cell.get_attribute("textContent") for cell in all_of(chrome, "#runs td")]
     spelled = EVIL.replace("\u202e", r"\u202e")
     assert cells.count(spelled) == 2  # the run's name, and a value of its recipe
-    legend = "".join(text.get_attribute("textContent") for text in all_of(chrome, "svg text"))
-    assert r"""<img src=x onerror="window.hurt=1"> $x_1$""" in legend
+    assert r"""<img src=x onerror="window.hurt=1"> $x_1$""" in one(chrome, "#top1 .key").text
     assert "\u202e" not in shown.page.read_text()
 
 
@@ -160,7 +160,8 @@ def test_the_slider_moves_the_teacher_and_what_agrees(
             assert said["share"] == f"agrees at {same.sum()} of 16"
             total += int(same.sum())
         assert (
-            f"{BOLD} agrees at {total / 0.8:.1f} % of 80 locations" in one(chrome, "#status").text
+            f"{BOLD} agrees at {total / 0.8 + 1e-9:.1f} % of 80 locations"
+            in one(chrome, "#status").text
         )
 
 
@@ -246,18 +247,24 @@ def test_the_page_has_the_logs_numbers(
     assert shown.report["differences"]["distill.method"] == ["cskd", "none"]
     assert shown.report["bytes"] == shown.page.stat().st_size
     look(chrome, shown.page)
-    cells = [cell.text for cell in all_of(chrome, "#runs tbody tr:nth-child(2) td")][1:10]
+    one(chrome, "#runs summary").click()
+    cells = [cell.text for cell in all_of(chrome, "#runs details tr:nth-child(2) td")][1:]
     assert cells == ["none", "-", "4", "35.25", "epoch 4, EMA", "34.5", "35.25", "503", "3.4"]
     assert "is not here: method none trains no dense head." in one(chrome, "#dense").text
+    first, second = (row.text for row in all_of(chrome, "#top1 tbody tr"))
+    assert first.split()[-8:] == ["35.25", "-", "1", "4", "50", "seconds", "503", "3.4"]
+    behind = real["best"]["top1"] - 35.25
+    assert f"{real['best']['top1']:.2f} {behind:.2f} 1 3 " in second
+    assert "reaches 35.25 % top-1 after 50 seconds" in one(chrome, ".lede").text
     described = [d.get_attribute("textContent") for d in all_of(chrome, ".plot svg desc")]
     assert any("34.5 at epoch 4" in text for text in described)
 
 
 def test_every_plot_becomes_a_file(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", method="none", shift=1.0)]
-    common = {"loss", "loss_base", "lr", "images_per_second", "data_wait"}
+    common = {"top1_epochs", "top1_time", "loss", "loss_base"}
     common |= {"top1", "top1_ema", "top1_cls", "top1_dist"}
-    every = common | {"loss_global", "loss_spatial", "ckf_ratio", "top1_dense"}
+    every = common | {"loss_global", "loss_spatial", "top1_dense"}
     for kind, head, names, chosen in (
         ("svg", b"<?xml", every, runs),
         ("png", b"\x89PNG", common, runs[1:]),
@@ -281,7 +288,7 @@ def test_a_run_in_its_first_epoch_is_shown_as_one(chrome: webdriver.Chrome, tmp_
     look(chrome, tmp_path / "out/index.html")
     assert complaints(chrome) == []
     assert "new has not finished an epoch yet" in one(chrome, "#runs").text
-    assert "0 of 4" in one(chrome, "#runs table").text
+    assert "0 of 4" in one(chrome, "#top1 table").text
 
 
 def test_recipes_without_end_are_cut_short(chrome: webdriver.Chrome, tmp_path: Path) -> None:
@@ -293,7 +300,7 @@ def test_recipes_without_end_are_cut_short(chrome: webdriver.Chrome, tmp_path: P
     report = show(tmp_path / "out", *runs)
     assert len(report["differences"]) == 5000
     look(chrome, tmp_path / "out/index.html")
-    assert len(all_of(chrome, "#runs table")[1].find_elements("css selector", "tbody tr")) == 200
+    assert len(all_of(chrome, "#runs > .wide tbody tr")) == 200
     assert "And 4800 keys more, which --json lists." in one(chrome, "#runs").text
 
 

@@ -12,9 +12,27 @@
     const locations = shown.views[Number(figure.dataset.view)];
     const here = figure.querySelector(".here");
     const tell = (i) => { here.textContent = where(i) + spans(locations[i]); };
-    const cells = layCells(figure.querySelector(".locations"), tell);
-    return { locations, cells, legend: figure.querySelector(".legend") };
+    return {
+      locations,
+      of: classesOf(figure),
+      stage: layCells(figure.querySelector(".locations"), tell),
+      legend: figure.querySelector(".legend"),
+      shares: figure.querySelector(".shares"),
+      image: figure.querySelector("img"),
+    };
   });
+
+  for (const row of document.querySelectorAll("[data-moments]")) {
+    const { locations, of, image } = views[Number(row.dataset.moments)];
+    for (const figure of row.querySelectorAll("[data-r]")) {
+      const classes = ranked(locations.map((location) => labelAt(location, Number(figure.dataset.r))), of);
+      const copy = figure.querySelector("img");
+      copy.src = image.src;
+      copy.alt = image.alt;
+      drawOutlines(figure.querySelector(".outlines"), classes);
+      figure.querySelector(".said").textContent = counted(classes).map(({ text }) => text).join(", ");
+    }
+  }
 
   function draw() {
     const r = ratio(), value = Number(slider.value);
@@ -23,7 +41,9 @@
     slider.setAttribute("aria-valuetext", `${epoch}r = ${r.toFixed(2)}`);
     status.textContent =
       `${epoch}r = ${r.toFixed(2)}: ${percent(agreement)} of all locations have the class of the larger image.`;
-    for (const { locations, cells, legend } of views) paint(cells, locations.map((location) => labelAt(location, r)), legend);
+    for (const { locations, of, stage, legend, shares } of views) {
+      paint(stage, locations.map((location) => labelAt(location, r)), of, legend, shares);
+    }
   }
 
   drive.addEventListener("change", () => {

@@ -10,24 +10,24 @@
       here.textContent = `${where(i)}teacher: ${spans(locations[i])}${students.join("")}`;
     };
     const panels = [...figure.querySelectorAll("[data-panel]")].map((panel) => ({
-      cells: layCells(panel.querySelector(".locations"), tell),
+      stage: layCells(panel.querySelector(".locations"), tell),
       legend: panel.querySelector(".legend"),
       share: panel.querySelector(".share"),
     }));
-    return { locations, predicted, panels };
+    return { locations, predicted, panels, of: classesOf(figure) };
   });
 
   function draw() {
     const r = 1 - Number(slider.value) / 100;
     const agreed = shown.students.map(() => 0);
     let all = 0;
-    for (const { locations, predicted, panels: [teacher, ...students] } of views) {
+    for (const { locations, predicted, of, panels: [teacher, ...students] } of views) {
       const labels = locations.map((location) => labelAt(location, r));
-      paint(teacher.cells, labels, teacher.legend, 5);
-      students.forEach(({ cells, legend, share }, s) => {
-        paint(cells, predicted[s], legend, 5);
+      paint(teacher.stage, labels, of, teacher.legend);
+      students.forEach(({ stage, legend, share }, s) => {
+        paint(stage, predicted[s], of, legend);
         const same = labels.map((label, i) => label === predicted[s][i]);
-        cells.forEach((cell, i) => cell.classList.toggle("same", same[i]));
+        stage.cells.forEach((cell, i) => cell.classList.toggle("same", same[i]));
         const count = same.filter(Boolean).length;
         share.textContent = `agrees at ${count} of ${labels.length}`;
         agreed[s] += count;
