@@ -112,8 +112,8 @@ def test_a_cache_on_the_hub_reads_as_its_folder(
     fetched = [path for _, path, _ in served.asked if "/resolve/main/" in path]
     assert len(set(fetched)) == len(fetched) > 50
     for (_, path, _), headers in zip(served.asked, served.headers, strict=True):
-        assert headers["authorization"] == "Bearer hf_test"
         if path in fetched:
+            assert headers["authorization"] == "Bearer hf_test"
             assert headers["accept-encoding"] == "identity"
     listed = {path.partition("/tree/main/")[2] for _, path, _ in served.asked if "/tree/" in path}
     assert listed == {"digest/c", "digest/c/0", "digest/c/1"}
