@@ -3,7 +3,8 @@
 ``python -m tests.measure_shards_by_url --images 4000 --workers 2`` prints a JSON document: for
 ``disk``, ``cold`` (no copies yet), ``warm`` (all copies there) and ``small`` (room for half of the
 set), in turn over ``--rounds``: seconds until the first batch, images a second after it, and the
-longest wait for a batch. ``--step`` seconds pass after every batch, as in a training loop.
+longest wait for a batch. ``--step`` seconds pass after every batch, as in a training loop;
+``--rate``: MB a second of each of the store's connections.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ def draw(folder: Path, images: int) -> None:
         path.write_bytes(data.getvalue())
 
 
-def serve(root: Path, ends: Connection) -> None:
+def serve(root: Path, rate: float, ends: Connection) -> None:
     """In a process of its own, as a store is: until the other end closes."""
     with serving(root, "s3") as served:
+        served.rate = rate * 1e6 or None
         ends.send(served.url)
         ends.poll(None)
 
@@ -115,6 +117,7 @@ def main() -> None:
     parser.add_argument("--shuffle-shards", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--step", type=float, default=0.0)
+    parser.add_argument("--rate", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +125,9 @@ def main() -> None:
         (root / "served").mkdir()
         context = get_context("spawn")
         here, there = context.Pipe()
-        process = context.Process(target=serve, args=(root / "served", there), daemon=True)
+        process = context.Process(
+            target=serve, args=(root / "served", options.rate, there), daemon=True
+        )
         process.start()
         os.environ["AWS_ENDPOINT_URL"] = here.recv()
         try:

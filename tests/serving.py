@@ -39,6 +39,7 @@ class Served:
         asked: method, path and Range of every request.
         headers: of every request, by name in lower case.
         ranges: whether Range is heeded.
+        rate: bytes a second of each connection; None: as fast as it goes.
     """
 
     def __init__(self, root: Path) -> None:
@@ -49,6 +50,7 @@ class Served:
         self.asked: list[tuple[str, str, str | None]] = []
         self.headers: list[dict[str, str]] = []
         self.ranges = True
+        self.rate: float | None = None
         self.url = ""
         self.lock = threading.Lock()
 
@@ -140,8 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not body:
             return
         if fault is None:
-            self.wfile.write(data)
-            return
+            return self.write(data)
         if fault == "trickle":
             return self.trickle(b"")
         self.wfile.write(data[: len(data) // 2])
@@ -149,6 +150,13 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "silence":
             time.sleep(2)
         self.close_connection = True
+
+    def write(self, data: bytes) -> None:
+        piece = 2**16 if self.served.rate else max(1, len(data))
+        for start in range(0, len(data), piece):
+            self.wfile.write(data[start : start + piece])
+            if self.served.rate:
+                time.sleep(piece / self.served.rate)
 
     def reply(self, status: int, headers: dict[str, str], data: bytes) -> None:
         self.send_response(status)

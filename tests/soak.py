@@ -1,0 +1,192 @@
+"""Trains for as long as wanted with shards and cache elsewhere, and watches memory and descriptors.
+
+``python -m tests.soak --steps 10000`` trains a tiny student by the command line: its shards in a
+bucket, its cache behind a web server, both on loopback, a transfer broken every five seconds, and
+room for copies of half of the set, so that tars and units are fetched, removed and fetched again.
+Every epoch is evaluated, by loader processes of its own. It prints a JSON document: for the first
+and the last quarter of the time (after the first epoch) the medians of the resident memory of the
+trainer and of its largest loader process (MB) and of all together with shared pages once (PSS), the
+most open descriptors of each, and steps a second. It ends with 1 where memory grew by more than a
+twentieth, or descriptors by more than four.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from cskd_pipeline.pipeline.dump import dump_teacher
+from cskd_pipeline.tools.make_shards import make_shards
+from tests.pipeline import world
+from tests.serving import BUCKET, serving
+
+BATCH = 8
+
+
+def serve(root: Path, ends: Connection) -> None:
+    """A store and a web server in a process of their own, until the other end closes."""
+    with serving(root, "s3") as store, serving(root) as web:
+        ends.send((store.url, web.url))
+        while not ends.poll(5):
+            store.faults, web.faults = [(".tar", "truncate")], [("/0", "reset")]
+
+
+@contextmanager
+def served(root: Path) -> Iterator[tuple[str, str]]:
+    """The endpoints of both."""
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(root, there), daemon=True)
+    process.start()
+    try:
+        yield here.recv()
+    finally:
+        process.terminate()
+        process.join()
+
+
+def prepare(root: Path, per_class: int) -> None:
+    """Shards, validation shards and a cache."""
+    world.draw_pictures(root / "images", per_class=per_class, seed=0)
+    world.draw_pictures(root / "more", per_class=8, seed=1)
+    make_shards(root / "images", root / "served/train", shard_size=16)
+    make_shards(root / "more", root / "served/validation", shard_size=16, split="validation")
+    dump_teacher(world.dump_recipe(root / "served/train", root / "served/cache"))
+
+
+def command(root: Path, urls: tuple[str, str], epochs: int) -> list[str]:
+    """The training run."""
+    place = ("--shards", f"s3://{BUCKET}/train", "--val-shards", f"s3://{BUCKET}/validation")
+    words = [
+        *("train", *place, "--cache", f"{urls[1]}/cache", "--out", root / "run"),
+        *("--student", world.STUDENT, "--method", "cskd", "--epochs", epochs),
+        *("--batch-size", BATCH, "--workers", 2, "--device", "cpu"),
+        *world.as_flags(world.train_sets()),
+        *("--set", "batch.shuffle_shards=2", "--set", "run.threads=1", "--set", "run.log_every=50"),
+    ]
+    return [sys.executable, "-m", "cskd_pipeline", *map(str, words)]
+
+
+def environment(root: Path, store: str) -> dict[str, str]:
+    """Credentials of the store, and room for copies of half of what is served."""
+    size = sum(path.stat().st_size for path in (root / "served").rglob("*") if path.is_file())
+    return os.environ | {
+        **{"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": store},
+        **{"AWS_DEFAULT_REGION": "us-east-1", "AWS_CONFIG_FILE": os.devnull},
+        **{"CSKD_CACHE_DIR": str(root / "copies"), "CSKD_CACHE_GB": str(size / 2e9)},
+    }
+
+
+def look(root: int) -> dict[str, float]:
+    """Memory (MB) and descriptors of a process and of those below it."""
+    parents = {}
+    for entry in os.listdir("/proc"):
+        with suppress(OSError):
+            if entry.isdecimal():
+                stat = Path(f"/proc/{entry}/stat").read_text()
+                parents[int(entry)] = int(stat.rpartition(")")[2].split()[1])
+    tree = [root]
+    for process in tree:
+        tree += [child for child, parent in parents.items() if parent == process]
+    found = dict[int, tuple[float, float, int]]()
+    for process in tree:
+        with suppress(OSError):  # one that has just ended
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
+            memory = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines}
+            files = len(os.listdir(f"/proc/{process}/fd"))
+            found[process] = memory["Rss"], memory["Pss"], files
+    if root not in found:
+        return {}
+    others = [one for process, one in found.items() if process != root]
+    return {
+        "trainer_rss": found[root][0],
+        "worker_rss": max((rss for rss, _, _ in others), default=0.0),
+        "all_pss": sum(pss for _, pss, _ in found.values()),
+        "trainer_descriptors": found[root][2],
+        "worker_descriptors": max((files for *_, files in others), default=0),
+    }
+
+
+def quarter(samples: list[dict[str, float]]) -> dict[str, float]:
+    """Medians of memory, the most descriptors."""
+    return {
+        name: round((max if "descriptors" in name else statistics.median)(s[name] for s in samples))
+        for name in samples[0]
+    }
+
+
+def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The run, watched."""
+    prepare(root, options.per_class)
+    steps = 4 * options.per_class // BATCH  # an epoch
+    samples = []
+    started = time.perf_counter()
+    with served(root / "served") as urls, open(root / "log", "w") as log:
+        process = subprocess.Popen(
+            command(root, urls, -(-options.steps // steps)),
+            env=environment(root, urls[0]),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            while process.poll() is None:
+                begun = (root / "run/summary.csv").exists()  # the first epoch is over
+                if begun and (sample := look(process.pid)):
+                    samples.append(sample)
+                time.sleep(options.every)
+        finally:
+            process.kill()
+    if process.returncode:
+        raise SystemExit((root / "log").read_text())
+    with open(root / "run/summary.csv") as file:
+        seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+    part = len(seconds) // 4
+    copies = [path for path in (root / "copies").rglob("*") if path.is_file()]
+    return {
+        "steps": steps * len(seconds),
+        "seconds": round(time.perf_counter() - started),
+        "samples": len(samples),
+        "copies_mb": sum(path.stat().st_size for path in copies) / 1e6,
+        "served_mb": 2e3 * float(environment(root, "")["CSKD_CACHE_GB"]),
+        "first": quarter(samples[: len(samples) // 4])
+        | {"steps_per_second": round(part * steps / sum(seconds[:part]), 1)},
+        "last": quarter(samples[-(len(samples) // 4) :])
+        | {"steps_per_second": round(part * steps / sum(seconds[-part:]), 1)},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--per-class", type=int, default=64, help="images of each of 4 classes")
+    parser.add_argument("--every", type=float, default=2.0, help="seconds between samples")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = run(Path(folder), options)
+    print(json.dumps(found, indent=2))
+    first, last = found["first"], found["last"]
+    grown = [
+        name
+        for name in first
+        if ("descriptors" in name and last[name] > first[name] + 4)
+        or (("rss" in name or "pss" in name) and last[name] > 1.05 * first[name])
+    ]
+    if grown:
+        raise SystemExit(f"grew: {', '.join(grown)}")
+
+
+if __name__ == "__main__":
+    main()
