@@ -264,7 +264,12 @@ class _HubHandler(_Handler):
         if file.is_dir():
             return {"type": "directory", "path": name, "oid": "0"}
         if file.is_file():
-            return {"type": "file", "path": name, "size": file.stat().st_size, "oid": "0"}
+            size = file.stat().st_size
+            found = {"type": "file", "path": name, "size": size, "oid": "0"}
+            if file.suffix == ".tar":
+                oid = hashlib.sha256(file.read_bytes()).hexdigest()
+                found["lfs"] = {"oid": oid, "size": size, "pointerSize": 134}
+            return found
         return None
 
     def send_document(self, document: object) -> None:

@@ -33,7 +33,8 @@ from cskd_pipeline.tools.make_shards import make_shards
 from tests.pipeline import world
 from tests.serving import BUCKET, serving
 
-BATCH = 8
+BATCH = 4
+STUDENT = "{img_size=32, patch_size=4, embed_dim=16, depth=1, num_heads=1}"
 
 
 def serve(root: Path, ends: Connection) -> None:
@@ -74,7 +75,7 @@ def command(root: Path, urls: tuple[str, str], epochs: int) -> list[str]:
         *("train", *place, "--cache", f"{urls[1]}/cache", "--out", root / "run"),
         *("--student", world.STUDENT, "--method", "cskd", "--epochs", epochs),
         *("--batch-size", BATCH, "--workers", 2, "--device", "cpu"),
-        *world.as_flags(world.train_sets()),
+        *world.as_flags(world.train_sets(STUDENT)),
         *("--set", "batch.shuffle_shards=2", "--set", "run.threads=1", "--set", "run.log_every=50"),
     ]
     return [sys.executable, "-m", "cskd_pipeline", *map(str, words)]

@@ -30,7 +30,7 @@ from cskd_pipeline.errors import DataError, RemoteError, ShardError, UsageError
 from cskd_pipeline.tools.make_shards import make_shards
 from cskd_pipeline.views.policy import ViewPolicy
 from tests.conftest import COUNTS
-from tests.serving import BUCKET, Served, serving
+from tests.serving import BUCKET, REPOSITORY, Served, serving, take_for_the_hub
 
 
 @pytest.fixture
@@ -337,31 +337,21 @@ def test_what_is_no_url_of_shards_is_refused(
         expand_shards(spec)
 
 
-def test_the_hubs_own_sha256_is_taken(
-    served: Served, folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("spec", ["set", "set/*.tar", "set/train-{0000..0003}.tar"])
+def test_shards_on_the_hub_read_as_their_folder_and_have_its_sha256(
+    folder: Path, copies: Path, monkeypatch: pytest.MonkeyPatch, spec: str
 ) -> None:
-    """As its file system states it: no byte of an image is fetched for the manifest."""
-
-    class Hub:
-        def ls(self, path: str, detail: bool) -> list[dict[str, Any]]:
-            found = []
-            for file in sorted(folder.iterdir()):
-                data = file.read_bytes()
-                large = {"sha256": hashlib.sha256(data).hexdigest()}
-                lfs = large if file.suffix == ".tar" else None
-                found.append({"name": f"{path}/{file.name}", "size": len(data), "lfs": lfs})
-            return found
-
-        def url(self, path: str) -> str:
-            return f"{served.url}/set/{path.rpartition('/')[2]}"
-
-    monkeypatch.setattr(RemoteTars, "_fs", lambda self: Hub())
-    monkeypatch.setattr(RemoteTars, "_linked", lambda self, path: (Hub().url(path), {}))
-    manifest = index_shards("hf://datasets/lab/set/train-{0000..0003}.tar")
-    local = index_shards(folder)
-    assert manifest.location == "hf://datasets/lab/set"
-    assert manifest.shards == local.shards
-    assert None not in served.gets(".tar")
+    """By its own file system; no byte of an image is fetched for the manifest."""
+    with serving(folder.parent, "hub") as served:
+        take_for_the_hub(served.url, monkeypatch)
+        manifest = index_shards(f"hf://datasets/{REPOSITORY}/{spec}")
+        assert manifest.location == f"hf://datasets/{REPOSITORY}/set"
+        assert manifest.shards == index_shards(folder).shards
+        assert None not in served.gets(".tar")
+        assert_same(load_dataset(f"hf://datasets/{REPOSITORY}/{spec}"), load_dataset(folder))
+        requests = zip(served.asked, served.headers, strict=True)
+        logins = {h.get("authorization") for (_, path, _), h in requests if REPOSITORY in path}
+        assert logins == {"Bearer hf_test"}
 
 
 def test_headers_behind_redirects_are_requested_where_these_lead(
