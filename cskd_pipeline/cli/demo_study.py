@@ -1,4 +1,4 @@
-"""Commands that run other commands: the demo of it all, and the study."""
+"""Commands that run other commands: the demo, the study, and all measurements in one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cskd_pipeline.cli.options import Device, Outcome, flag, require_companion
+from cskd_pipeline.cli.options import Device, Outcome, RequiredShards, flag, require_companion
 from cskd_pipeline.cli.reports import print_report
-from cskd_pipeline.cli.root import app, parse_and_run
+from cskd_pipeline.cli.root import app, bench_app, parse_and_run
 from cskd_pipeline.config import TrainRecipe
 from cskd_pipeline.runtime.console import Terminal, kept
 
@@ -101,4 +101,40 @@ def study(
 
     config = StudyConfig(out, shards, val_shards, **vars(flags))
     report = run_study(config, _run_inside(terminal))
+    return print_report(terminal, report, printed(report))
+
+
+@bench_app.command(
+    "all",
+    epilog="Example: cskd-pipeline bench all --seconds 540 --shards 'train-*.tar' --out bench-out",
+)
+def bench_everything(
+    terminal: Terminal,
+    shards: RequiredShards,
+    cifar10: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="CIFAR-10's shards, *train-*.tar and *validation-*.tar, for the study; without "
+            "them none is done.",
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=1, metavar="N", help="Stop after so long; the same command goes on."),
+    ] = None,
+    device: Device = None,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="A new folder, or the one to go on with.")
+    ] = Path("bench-out"),
+) -> Outcome:
+    """Measure all that a GPU must show, in order of worth, as a Markdown table of this machine.
+
+    A view's logits and cached labels must be those of a live teacher; then bench step, dump and
+    loader, and the study's forks with what is left. On a CPU all of it is small.
+    """
+    from cskd_pipeline.tools.bench.bench_all import AllConfig, bench_all, printed
+
+    config = AllConfig(shards, out, cifar10, seconds, device)
+    report = bench_all(config, _run_inside(terminal))
     return print_report(terminal, report, printed(report))

@@ -37,6 +37,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def use_threads(threads: int) -> None:
     """Let networks on the CPU use ``threads`` cores; 0 leaves torch's choice, all of them.
 

@@ -117,6 +117,7 @@ PROMISED = {
     "bench dump": "--shards --teacher --weights --size --images --rounds --variants --compile "
     "--batch-size --workers --device --recipe --set --json --quiet",
     "bench join": "--shards --cache --rounds --simulate --recipe --set --json --quiet",
+    "bench all": "--shards --cifar10 --seconds --device --out --json --quiet",
     "plan dump": "--shards --teacher --weights --encoding --views --devices --images --recipe "
     "--set --workers --json --quiet",
     "plan train": "--shards --cache --student --method --epochs --updates --recipe --set "

@@ -6,6 +6,8 @@
    responses against the loader without, and caches of ImageNet's shape. **bench_dump** -- a dump
    against the bare teacher. **bench_step** -- a training step from a cache against a
    plain one, and one with a live teacher.
+   **bench_all** -- all of them and the study, in order of worth, within a time; **gpu_checks** --
+   what must hold on every device; **figures** -- the reports as one Markdown table.
 3. **sampled_dump** -- a dump of a few images, whole or part by part.
 4. **responses** -- real responses to measure encodings on: from a cache with ``dense``, or from a
    teacher. **bench_encodings** -- each encoding's bytes, times and distortion on them.

@@ -27,13 +27,13 @@ from cskd_pipeline.distill.ckf import hard_global_labels, hard_labels
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.models.teacher import Logits, Teacher
 from cskd_pipeline.pipeline.dump import open_stage_one, open_teacher
+from cskd_pipeline.runtime.device import device_name
 from cskd_pipeline.tools.bench.sampled_dump import Advance, SampledDump
 from cskd_pipeline.tools.bench.timing import (
     Clock,
     SteadyRate,
     comparison_columns,
     comparison_row,
-    device_name,
     one_thread,
     ratio,
     seconds_of,
@@ -74,7 +74,7 @@ def bench_dump(
     """
     dataset, teacher = open_stage_one(recipe)
     few = SampledDump.of(recipe, dataset, teacher, min(images, dataset.samples))
-    resident = _resident(few)
+    resident = resident_views(few)
     size, workers = recipe.dump.batch_size, few.loading.workers
     works: dict[str, Callable[[Advance], None]] = {
         "dump": partial(few.write, BLOCK),
@@ -206,8 +206,12 @@ def _changed(expected: Sequence[Logits], found: Sequence[Logits]) -> tuple[float
     return spatial / locations, global_ / views
 
 
-def _resident(few: SampledDump) -> list[Tensor]:
-    """Return some full batches of real views, normalised, on the teacher's device."""
+def resident_views(few: SampledDump) -> list[Tensor]:
+    """Return some full batches of real views, normalised, on the teacher's device.
+
+    Raises:
+        DataError: too few images for one.
+    """
     teacher, size = few.teacher, few.recipe.dump.batch_size
     batches = few.batches(BLOCK, loading=Loading(size))
     pieces = (TeacherViews.of(batch, few.recipe.views, teacher.device) for batch in batches)

@@ -27,6 +27,7 @@ from cskd_pipeline.errors import DataError, UsageError
 from cskd_pipeline.runtime.atomic import write_json
 from cskd_pipeline.tools.bench.timing import (
     Clock,
+    SteadyRate,
     comparison_columns,
     comparison_row,
     one_thread,
@@ -89,6 +90,26 @@ def bench_loader(
         "ratio": {n: ratio(seconds[n], seconds["timm"]) for n in seconds if n != "timm"},
         "goal": {f"repeats_{n}": goal for n, goal in GOALS.items()},
     }
+
+
+def loader_rate(
+    dataset: Dataset, *, size: int, batch_size: int, workers: int, images: int, repeats: int = 1
+) -> float:
+    """Return the images per second of a training loader with ``workers`` processes.
+
+    Args:
+        images: about how many are made; the first quarter, while processes start, is not counted.
+
+    Raises:
+        DataError: fewer samples than one batch; ShardError, ImageError: data that cannot be read.
+    """
+    views = TrainingViews.of_dataset(dataset, ViewPolicy(size=size), 0)
+    loader = CachedLoader(views, batch_size, repeats=repeats, workers=workers)
+    batches = max(2, -(-images // batch_size))
+    steady = SteadyRate(batches * batch_size)
+    for batch in loader.batches(batches):
+        steady.advance(len(batch))
+    return steady.rate
 
 
 def _ours(dataset: Dataset, policy: ViewPolicy, repeats: int, batch_size: int) -> Step:

@@ -32,12 +32,11 @@ from cskd_pipeline.models.teacher import Teacher, load_teacher
 from cskd_pipeline.models.timm_models import TeacherSource
 from cskd_pipeline.pipeline.from_recipe import make_trainer
 from cskd_pipeline.pipeline.trainer import Trainer
-from cskd_pipeline.runtime.device import pick_device, use_threads
+from cskd_pipeline.runtime.device import device_name, pick_device, use_threads
 from cskd_pipeline.tools.bench.timing import (
     Clock,
     comparison_columns,
     comparison_row,
-    device_name,
     rates,
     ratio,
     seconds_of,

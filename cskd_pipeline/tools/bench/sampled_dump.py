@@ -76,13 +76,16 @@ class SampledDump:
 
     def write(self, views: int, advance: Advance) -> None:
         """Dump ``views`` views of every image as the stage would, but into a temporary folder."""
+        with silence(), tempfile.TemporaryDirectory(prefix="cskd-trial-") as folder:
+            self.write_to(Path(folder) / "cache", views, advance)
+
+    def write_to(self, path: Path, views: int, advance: Advance) -> None:
+        """Dump ``views`` views of every image, a unit for each shard, into a cache at ``path``."""
         recipe, teacher = self.recipe, self.teacher
         info = teacher_info(teacher, recipe.teacher.kwargs)
-        with silence(), tempfile.TemporaryDirectory(prefix="cskd-trial-") as folder:
-            path = str(Path(folder) / "cache")
-            cache = replace(recipe.cache, path=path, views=views, view_block=views)
-            with write_cache(cache, self.dataset, info, recipe.views, loading=self.loading) as out:
-                for batch in out:
-                    images = normalise(batch.images, teacher.mean, teacher.std)
-                    out.put(batch, *teacher.unchecked(images))
-                    advance(len(batch))
+        cache = replace(recipe.cache, path=str(path), views=views, view_block=views)
+        with write_cache(cache, self.dataset, info, recipe.views, loading=self.loading) as out:
+            for batch in out:
+                images = normalise(batch.images, teacher.mean, teacher.std)
+                out.put(batch, *teacher.unchecked(images))
+                advance(len(batch))

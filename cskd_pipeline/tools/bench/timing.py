@@ -135,8 +135,3 @@ def wait_for(device: torch.device) -> None:
     """Return once the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of a GPU, or ``cpu``."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -16,9 +16,8 @@ from cskd_pipeline.cache.manifest import library_versions
 from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.pipeline.train import KEPT_STATE
 from cskd_pipeline.runtime.atomic import NO_LOCKS, sole_writer, write_json
-from cskd_pipeline.runtime.device import cores, pick_device
+from cskd_pipeline.runtime.device import cores, device_name, pick_device
 from cskd_pipeline.runtime.progress import progress
-from cskd_pipeline.tools.bench.timing import device_name
 from cskd_pipeline.tools.commands import Command, Summary, announced, side_by_side
 from cskd_pipeline.tools.demo_images import write_digit_folders
 from cskd_pipeline.tools.report.records import read_log

@@ -1,0 +1,313 @@
+"""``bench all``: everything that a machine must show, in order of worth, within a time.
+
+Each result is in ``results.json`` as soon as it is there, and a run that goes on begins with the
+first that is missing; what failed is tried once more. The study is last and has a folder of its
+own, with its own ledger.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cskd_pipeline.cache.manifest import library_versions
+from cskd_pipeline.config import DumpRecipe, TrainRecipe, load_recipe
+from cskd_pipeline.data.index import load_dataset
+from cskd_pipeline.errors import CskdError, OutputError
+from cskd_pipeline.runtime import schemas
+from cskd_pipeline.runtime.atomic import require_empty, write_json, write_text
+from cskd_pipeline.runtime.device import cores, device_name, pick_device
+from cskd_pipeline.tools.bench.bench_dump import bench_dump
+from cskd_pipeline.tools.bench.bench_loader import GOALS, bench_loader, loader_rate
+from cskd_pipeline.tools.bench.bench_step import LIVE_GOALS, PRECISION, bench_step
+from cskd_pipeline.tools.bench.figures import (
+    COLUMNS,
+    Figure,
+    markdown,
+    of_check,
+    of_dump,
+    of_loader,
+    of_step,
+    rows,
+)
+from cskd_pipeline.tools.bench.gpu_checks import check_cache, check_companions
+from cskd_pipeline.tools.commands import Command
+from cskd_pipeline.tools.study.run_study import StudyConfig, run_study
+from cskd_pipeline.tools.tables import Printed, Table
+
+log = logging.getLogger(__name__)
+
+RESULTS, TABLE, STUDY = "results.json", "table.md", "study"
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Say how large the measurements are.
+
+    Args:
+        teacher: a CNN's timm name; its weights are random, which no figure here depends on.
+        amps: the students' precisions, as ``run.amp`` takes them; the teacher's follow.
+        size: of the views, in pixels.
+        images: sampled of the shards in a round of the dump, and for the checks.
+    """
+
+    teacher: str
+    students: tuple[str, ...]
+    amps: tuple[str, ...]
+    size: int
+    batch_size: int
+    images: int
+    rounds: int
+
+
+SCALES = {
+    "cuda": Scale("regnety_160", tuple(LIVE_GOALS), ("bf16", "fp16"), 224, 128, 128, 5),
+    "cpu": Scale("resnet18", tuple(LIVE_GOALS)[:1], ("off",), 64, 8, 16, 3),
+}
+"""By the kind of device: on a CPU small, to see that all of it runs."""
+
+
+@dataclass(frozen=True)
+class AllConfig:
+    """Say what is measured, where, and for how long.
+
+    Args:
+        shards: ImageNet's, or some of them.
+        out: a new folder, or one of a run to go on with.
+        cifar10: a folder with CIFAR-10's training and validation shards; None: without the study.
+        seconds: after which the measurements are cut off; None: never.
+    """
+
+    shards: str
+    out: Path
+    cifar10: Path | None = None
+    seconds: float | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Name a function that measures, and one that makes figures of its report."""
+
+    run: Callable[[], Report]
+    figures: Callable[[Report], Iterator[Figure]]
+
+
+def bench_all(config: AllConfig, command: Command) -> dict[str, Any]:
+    """Measure what is not measured yet, for ``seconds``, and report on all that is there.
+
+    Args:
+        command: runs ``cskd-pipeline`` in this process and returns its summary.
+
+    Returns:
+        ``results`` by name, ``errors`` by name, ``missing`` names, ``title`` and ``figures``.
+
+    Raises:
+        OutputError: ``out`` holds something else, or another machine's results.
+        KeyboardInterrupt, Requeue: stopped; the same call goes on.
+    """
+    device = pick_device(config.device or "auto")
+    scale = SCALES["cuda" if device.type == "cuda" else "cpu"]
+    known = _open(config.out, _machine(device))
+    todo = _measurements(config, scale)
+    known["errors"] = {}
+    with _deadline(config.seconds) as over:
+        try:
+            for name, measurement in todo.items():
+                if name not in known["results"]:
+                    _measure(name, measurement, known)
+                    write_json(config.out / RESULTS, known)
+                    _write_table(config, known, todo)
+            if config.cifar10 is not None:
+                _run_study(config, known, command)
+        except KeyboardInterrupt:
+            if not over():
+                raise
+            log.info(f"the {config.seconds:g} seconds are over; the same command goes on")
+    write_json(config.out / RESULTS, known)
+    missing = [name for name in todo if name not in known["results"]]
+    return known | {"missing": missing} | _write_table(config, known, todo)
+
+
+def _measure(name: str, measurement: Measurement, known: dict[str, Any]) -> None:
+    log.info(f"{name} ...")
+    try:
+        known["results"][name] = report = measurement.run()
+    except (CskdError, RuntimeError) as error:  # CUDA's own, out of memory among them
+        known["errors"][name] = f"{type(error).__name__}: {error}"
+        log.warning(f"{name} failed: {known['errors'][name]}")
+        return
+    for figure in measurement.figures(report):
+        log.info(f"{figure.what}: {figure.found}")
+
+
+def _measurements(config: AllConfig, scale: Scale) -> dict[str, Measurement]:
+    """Return what is measured by name, in order of worth."""
+    size = [f"views.size={scale.size}"]
+    train_flags: dict[str, Any] = {
+        "batch.batch_size": scale.batch_size,
+        "run.device": config.device,
+    }
+    train = {
+        amp: load_recipe(TrainRecipe, None, [*size, f"run.amp={amp}"], train_flags)
+        for amp in scale.amps
+    }
+    dump_flags: dict[str, Any] = {
+        "data.shards": config.shards,
+        "teacher.name": scale.teacher,
+        "teacher.weights": "random",
+        "dump.batch_size": scale.batch_size,
+        "dump.device": config.device,
+    }
+    precisions = dict.fromkeys(["float32", *(PRECISION[amp] for amp in scale.amps)])
+    teachers = {
+        name: load_recipe(DumpRecipe, None, [*size, f"teacher.precision={name}"], dump_flags)
+        for name in precisions
+    }
+    found = {
+        f"companions {name}": Measurement(partial(check_companions, recipe, scale.images), of_check)
+        for name, recipe in teachers.items()
+    }
+    for name, recipe in teachers.items():
+        found[f"cache {name}"] = Measurement(partial(check_cache, recipe, scale.images), of_check)
+
+    def steps(amp: str) -> dict[str, Measurement]:
+        return {
+            f"step {student} {amp}": Measurement(
+                partial(
+                    bench_step,
+                    train[amp],
+                    students=[student],
+                    teacher=scale.teacher,
+                    rounds=scale.rounds,
+                ),
+                of_step,
+            )
+            for student in scale.students
+        }
+
+    first, *others = scale.amps
+    found |= steps(first)
+    run_dump = partial(
+        bench_dump,
+        teachers["float32"],
+        images=scale.images,
+        rounds=scale.rounds,
+        with_variants=False,
+    )
+    found["dump"] = Measurement(run_dump, of_dump)
+    for amp in others:
+        found |= steps(amp)
+    found["loader"] = Measurement(partial(_loader, config.shards, scale), of_loader)
+    return found
+
+
+def _loader(shards: str, scale: Scale) -> Report:
+    dataset = load_dataset(shards)
+    size, batch_size = scale.size, min(scale.batch_size, 64)
+    report = bench_loader(dataset, size=size, batch_size=batch_size, rounds=scale.rounds)
+    if dataset.num_classes is None:
+        dataset = dataset.with_classes(1000)
+    everywhere = {
+        f"repeats_{repeats}": loader_rate(
+            dataset,
+            size=size,
+            batch_size=batch_size,
+            workers=cores(),
+            images=scale.images * cores() * 4,
+            repeats=repeats,
+        )
+        for repeats in GOALS
+    }
+    return report | {"cores": cores(), "all_cores": everywhere}
+
+
+def _run_study(config: AllConfig, known: dict[str, Any], command: Command) -> None:
+    study = StudyConfig(
+        config.out / STUDY,
+        f"{config.cifar10}/*train-*.tar",
+        f"{config.cifar10}/*validation-*.tar",
+        device=config.device,
+    )
+    try:
+        run_study(study, command)
+    except (CskdError, RuntimeError) as error:
+        known["errors"][STUDY] = f"{type(error).__name__}: {error}"
+        log.warning(f"the study failed: {known['errors'][STUDY]}")
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    return {"device": device_name(device), "cores": cores(), "versions": library_versions()}
+
+
+def _open(out: Path, machine: dict[str, Any]) -> dict[str, Any]:
+    """Return what is known already; nothing in a new folder."""
+    path = out / RESULTS
+    if not path.exists():
+        require_empty(out, action="choose another folder: cskd-pipeline bench all --out DIR")
+        out.mkdir(parents=True, exist_ok=True)
+        return {"machine": machine, "results": {}, "errors": {}}
+    known = schemas.read(path)
+    if not isinstance(known, dict) or known.get("machine") != machine:
+        raise OutputError(
+            "the results in this folder are another machine's",
+            where=path,
+            found=known.get("machine") if isinstance(known, dict) else type(known).__name__,
+            expected=machine,
+            action="choose another folder: cskd-pipeline bench all --out DIR",
+        )
+    return known
+
+
+def _write_table(
+    config: AllConfig, known: Mapping[str, Any], todo: Mapping[str, Measurement]
+) -> dict[str, Any]:
+    """Write ``table.md``: the figures, and what the study has found so far; return the figures."""
+    machine = known["machine"]
+    versions = ", ".join(f"{n} {machine['versions'].get(n)}" for n in ("python", "torch", "timm"))
+    title = f"{machine['device']}, {machine['cores']} CPU cores, {versions}"
+    results = {name: known["results"][name] for name in todo if name in known["results"]}
+    figures = [figure for name, found in results.items() for figure in todo[name].figures(found)]
+    figures += [Figure(name, f"failed: {error}") for name, error in known["errors"].items()]
+    text = markdown(title, rows(figures))
+    study = config.out / STUDY / TABLE
+    if study.exists():
+        text += f"\nThe study on CIFAR-10:\n\n{study.read_text(encoding='utf-8')}"
+    write_text(config.out / TABLE, text)
+    return {"title": title, "figures": rows(figures), "markdown": str(config.out / TABLE)}
+
+
+def printed(report: Mapping[str, Any]) -> Printed:
+    """Yield the figures, where they are as Markdown, and what is not measured yet."""
+    yield Table(report["title"], COLUMNS, report["figures"])
+    if report["missing"]:
+        yield f"not measured yet: {', '.join(report['missing'])}"
+    yield f"as Markdown: {report['markdown']}"
+
+
+@contextmanager
+def _deadline(seconds: float | None) -> Iterator[Callable[[], bool]]:
+    """Interrupt the block as Ctrl-C would, after ``seconds``; yield what tells whether it did."""
+    rung = False
+
+    def ring(number: int, frame: object) -> None:
+        nonlocal rung
+        rung = True
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0)
+    try:
+        yield lambda: rung
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
