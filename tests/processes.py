@@ -1,7 +1,7 @@
 """Commands as processes of their own that start in milliseconds, to be killed and measured.
 
-One server process loads torch once and forks a copy of itself for every command, so a real process
-with real signals costs no more than the work it does.
+One server process loads torch and timm once, and nothing of this package. It forks a copy of itself
+for every command, so a real process with real signals costs no more than the work it does.
 """
 
 from __future__ import annotations
@@ -77,20 +77,25 @@ class Server:
         log: Path,
         limits: dict[str, int] | None = None,
         environment: dict[str, str] | None = None,
+        code: str | None = None,
+        session: bool = False,
     ) -> Process:
-        """``cskd-pipeline`` with these arguments.
+        """``cskd-pipeline`` with these arguments, or a program with them.
 
         Args:
             log: a file for stdout and stderr, gone when the process was waited for.
             limits: soft limits by name, without ``RLIMIT_``; ``AS`` is beyond what torch takes.
             environment: variables that differ from this process's.
+            code: of the program, instead of the command's.
+            session: in a group of processes of its own, as a terminal starts it.
         """
         log.touch()  # a process killed at once writes none
         words = [str(word) for word in arguments]
-        pid = self.ask(run=words, log=str(log), limits=limits or {}, environment=environment or {})
+        how = {"limits": limits or {}, "environment": environment or {}}
+        pid = self.ask(run=words, log=str(log), code=code, session=session, **how)
         return Process(self, pid, log)
 
-    def run(self, *arguments: object, log: Path, **options: dict[str, Any]) -> Ended:
+    def run(self, *arguments: object, log: Path, **options: Any) -> Ended:
         """:meth:`start`, with its options, and wait."""
         return self.start(*arguments, log=log, **options).wait()
 
@@ -131,8 +136,8 @@ def _wait(pid: int) -> dict[str, int]:
 
 def _run(request: dict[str, Any]) -> None:
     """In the forked child: run the command and end."""
-    from cskd_pipeline.cli import main
-
+    if request["session"]:
+        os.setsid()
     log = os.open(request["log"], os.O_WRONLY | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
@@ -146,12 +151,22 @@ def _run(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     code = 70
     try:
-        code = main(request["run"])
+        code = _command(request["run"], request["code"])
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _command(words: list[str], code: str | None) -> int:
+    if code is None:
+        from cskd_pipeline.cli import main
+
+        return main(words)
+    sys.argv = ["-c", *words]
+    exec(code, {"__name__": "__main__"})
+    return 0
 
 
 if __name__ == "__main__":

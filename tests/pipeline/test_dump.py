@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from cskd_pipeline.runtime.distributed import Ranks
 from cskd_pipeline.runtime.signals import Requeue
 from tests.pipeline import world
 from tests.pipeline.conftest import World
+from tests.processes import server
 
 
 def data_files(cache: Path) -> dict[str, bytes]:
@@ -37,7 +36,7 @@ def data_files(cache: Path) -> dict[str, bytes]:
 
 def dump_command(small: World, cache: Path, workers: int) -> list[str]:
     return [
-        *(sys.executable, "-m", "cskd_pipeline", "dump-teacher", "--shards", str(small.shards)),
+        *("dump-teacher", "--shards", str(small.shards)),
         *("--teacher", world.TEACHER, "--weights", "random", "--cache", str(cache)),
         *("--workers", str(workers), "--device", "cpu"),
         *world.as_flags(world.dump_sets()),
@@ -48,23 +47,20 @@ def test_a_dump_asked_to_stop_keeps_its_units_and_says_how_to_go_on(
     small: World, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
-    process = subprocess.Popen(
-        dump_command(small, cache, 0),
-        stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    process = server().start(*dump_command(small, cache, 0), log=tmp_path / "log")
+    deadline = time.monotonic() + 60
     while not list(cache.glob("digest/c/*/*")):
-        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    process.send(signal.SIGINT)
+    ended = process.wait()
     done = open_cache(cache).done()
     assert done.sum() > 0
-    if process.returncode != 0:  # the last unit may have been under way already
-        assert process.returncode == 130
-        assert b"cskd-pipeline dump-teacher" in errors
+    if ended.code != 0:  # the last unit may have been under way already
+        assert ended.code == 130
+        assert "cskd-pipeline dump-teacher" in ended.output
         assert done.sum() < done.size
-    assert b"Traceback" not in errors
+    assert "Traceback" not in ended.output
 
 
 def send_at(

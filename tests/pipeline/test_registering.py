@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from cskd_pipeline.views.draw import Box, draw
 from tests import own
 from tests.pipeline import world
 from tests.pipeline.conftest import World
+from tests.processes import server
 
 
 @pytest.fixture
@@ -60,20 +59,18 @@ def test_training_from_ones_own_encoding_equals_training_from_dense(
     assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
 
 
-def test_another_process_gets_what_was_registered(cache: Path) -> None:
+def test_another_process_gets_what_was_registered(cache: Path, tmp_path: Path) -> None:
     """As loader processes do that are not forked: they unpickle the cache and the policy."""
     reader = open_cache(cache)
     expected = reader.rows(own.Negated.name, 0, 1, [3])["own-negated/global"]
-    sent = pickle.dumps((reader.manifest.policy, reader, expected))
+    (tmp_path / "sent").write_bytes(pickle.dumps((reader.manifest.policy, reader, expected)))
     code = (
-        "import pickle, sys; policy, cache, expected = pickle.load(sys.stdin.buffer); "
+        "import pickle, sys; policy, cache, expected = pickle.load(open(sys.argv[1], 'rb')); "
         "from cskd_pipeline.views.draw import draw; assert not draw(1, policy, 40, 50).erase; "
         "assert (cache.rows('own-negated', 0, 1, [3])['own-negated/global'] == expected).all()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=sent, capture_output=True, check=False
-    )
-    assert done.returncode == 0, done.stderr.decode()
+    ended = server().run(tmp_path / "sent", log=tmp_path / "log", code=code)
+    assert ended.code == 0, ended.output
 
 
 def test_without_them_the_cache_is_refused_with_what_to_register(cache: Path) -> None:

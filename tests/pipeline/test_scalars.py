@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from cskd_pipeline.runtime.console import Terminal
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_training import DiedError, assert_equal, final_state
+from tests.processes import server
 
 BLOCK = 32768
 
@@ -206,18 +208,21 @@ def test_a_resumed_run_continues_the_same_curves(
 
 def test_the_command_names_the_project_and_one_rank_speaks(small: World, tmp_path: Path) -> None:
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"),
-        *("cskd_pipeline", "train", "--shards", str(small.shards), "--cache", str(small.cache)),
-        *("--student", world.STUDENT, "--method", "cskd", "--epochs", "1", "--batch-size", "16"),
-        *("--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")),
-        *("--wandb", "trials", *world.as_flags(world.train_sets())),
+        *("train", "--shards", small.shards, "--cache", small.cache, "--student", world.STUDENT),
+        *("--method", "cskd", "--epochs", 1, "--batch-size", 16, "--workers", 0, "--device", "cpu"),
+        *("--out", tmp_path / "run", "--wandb", "trials", *world.as_flags(world.train_sets())),
     ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "Weights & Biases: offline" in done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in ("0", "1"):
+        job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        processes.append(server().start(*command, log=tmp_path / rank, environment=job))
+    ended = [process.wait() for process in processes]
+    assert [one.code for one in ended] == [0, 0], ended
+    assert ["Weights & Biases: offline" in one.output for one in ended] == [True, False]
     [file] = files_of(tmp_path / "run")
     assert read(file).project == "trials"
 
@@ -227,26 +232,21 @@ def test_ctrl_c_reaches_the_whole_group_and_the_curves_are_whole(
 ) -> None:
     """As a terminal sends it: to the package's own process too."""
     command = [
-        *(sys.executable, "-m", "cskd_pipeline", "train", "--shards", str(small.shards)),
-        *("--cache", str(small.cache), "--student", world.STUDENT, "--method", "cskd"),
-        *("--epochs", "500", "--batch-size", "16", "--workers", "0", "--device", "cpu"),
-        *("--out", str(tmp_path / "run"), "--wandb", "trials"),
+        *("train", "--shards", small.shards, "--cache", small.cache, "--student", world.STUDENT),
+        *("--method", "cskd", "--epochs", 500, "--batch-size", 16, "--workers", 0),
+        *("--device", "cpu", "--out", tmp_path / "run", "--wandb", "trials"),
         *world.as_flags([*world.train_sets(), "run.checkpoint_every=1"]),
     ]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    process = server().start(*command, log=tmp_path / "log", session=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "run/summary.csv").exists():
-        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert "--resume" in errors
+    ended = process.wait()
+    assert ended.code == 130, ended.output
+    assert "Traceback" not in ended.output
+    assert "--resume" in ended.output
     [file] = files_of(tmp_path / "run")
     found = read(file)
     assert found.exit_code == 1

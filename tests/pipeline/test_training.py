@@ -5,11 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,7 @@ from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.views import apply
 from tests.pipeline import world
 from tests.pipeline.conftest import World
+from tests.processes import server
 
 Capture = pytest.CaptureFixture[str]
 
@@ -115,34 +113,30 @@ def test_a_run_stopped_by_sigint_says_how_to_go_on_and_does(small: World, tmp_pa
         )
 
     command = [
-        *(sys.executable, "-m", "cskd_pipeline", "train", "--method", "cskd", "--student"),
-        *(world.STUDENT, "--shards", str(small.shards), "--cache", str(small.cache)),
-        *("--epochs", "8", "--batch-size", "8", "--workers", "1", "--device", "cpu"),
+        *("train", "--method", "cskd", "--student", world.STUDENT, "--shards", small.shards),
+        *("--cache", small.cache, "--epochs", 8, "--batch-size", 8, "--workers", 1),
+        *("--device", "cpu", "--out", tmp_path / "broken"),
         *world.as_flags([*world.train_sets(), *sets]),
-        *("--out", str(tmp_path / "broken")),
     ]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    _wait_for_progress(tmp_path / "broken" / "state.pt", process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert b"--resume" in errors
-    assert b"Traceback" not in errors
+    process = server().start(*command, log=tmp_path / "log")
+    _wait_for_progress(tmp_path / "broken" / "state.pt")
+    process.send(signal.SIGINT)
+    ended = process.wait()
+    assert ended.code == 130
+    assert "--resume" in ended.output
+    assert "Traceback" not in ended.output
     assert 0 < load_state(tmp_path / "broken" / "state.pt")["update"] < 8 * 12
     run_to_end(recipe("broken"), resume=True)
     run_to_end(recipe("whole"))
     assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
 
 
-def _wait_for_progress(state: Path, process: subprocess.Popen[bytes]) -> None:
+def _wait_for_progress(state: Path) -> None:
     """Until the state has been written twice since now."""
     seen: set[int] = set()
     deadline = time.monotonic() + 120
     before = state.stat().st_mtime_ns if state.exists() else 0
     while len(seen) < 2:
-        assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline
         if state.exists() and state.stat().st_mtime_ns != before:
             seen.add(state.stat().st_mtime_ns)
@@ -337,9 +331,9 @@ loaded = sorted(m for m in sys.modules if "teacher" in m or m == "cskd_pipeline.
 assert loaded == [], loaded
 """
     command = [
-        *(sys.executable, "-c", script, "train", "--method", "cskd", "--epochs", "1"),
-        *("--shards", str(small.shards), "--cache", str(small.cache), "--student", world.STUDENT),
-        *("--batch-size", "16", "--out", str(tmp_path / "run"), "--workers", "0", "-q"),
-        *world.as_flags(world.train_sets()),
+        *("train", "--method", "cskd", "--epochs", 1, "--shards", small.shards),
+        *("--cache", small.cache, "--student", world.STUDENT, "--batch-size", 16),
+        *("--out", tmp_path / "run", "--workers", 0, "-q", *world.as_flags(world.train_sets())),
     ]
-    subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    ended = server().run(*command, log=tmp_path / "log", code=script)
+    assert ended.code == 0, ended.output

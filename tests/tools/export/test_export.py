@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from cskd_pipeline.tools.export import onnx_graph
 from cskd_pipeline.tools.export.export_student import export_student
 from cskd_pipeline.tools.export.model_card import model_card, own_logits
 from tests.pipeline import world
+from tests.processes import server
 
 CPU = torch.device("cpu")
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -369,9 +368,10 @@ def test_training_from_an_exported_folder_starts_with_its_weights(tmp_path: Path
     assert all(torch.equal(source.state[name], saved[name]) for name in saved)
 
 
-def test_nothing_of_onnx_is_imported_before_it_is_asked_for() -> None:
+def test_nothing_of_onnx_is_imported_before_it_is_asked_for(tmp_path: Path) -> None:
     code = (
         "import sys\nimport cskd_pipeline.tools.export.export_student\n"
         "assert not {'onnx', 'onnxscript', 'onnxruntime'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    ended = server().run(log=tmp_path / "log", code=code)
+    assert ended.code == 0, ended.output
