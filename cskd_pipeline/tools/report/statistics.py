@@ -104,6 +104,7 @@ def draw_truth(found: Statistics) -> Plot:
             x_label=RATIO_AXIS,
             y_label="locations, %",
             x_limits=(1, 0),
+            y_limits=(0, 105 * max(one.max() for one in agreement.values()) or 1),
         ),
         f"Over all locations of {found.views} views, labels from {found.encoding}.",
     )

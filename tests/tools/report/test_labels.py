@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,6 +155,18 @@ def test_imagenets_classes_have_words(tmp_path: Path) -> None:
     ]  # fmt: skip
     make(tmp_path / "c", encodings=("dense",))
     assert class_names(open_cache(tmp_path / "c"))[:2] == ["class 0", "class 1"]
+
+
+def test_imagenets_keys_name_classes_that_the_shards_do_not() -> None:
+    cache: Any = SimpleNamespace(
+        manifest=SimpleNamespace(dataset=SimpleNamespace(class_names=None, num_classes=1000)),
+        done=lambda: np.array([[False, True]]),
+        keys=lambda shard: {1: ["n01443537_7"]}[shard],
+        labels=lambda shard: np.array([1]),
+    )
+    assert class_names(cache)[:2] == ["tench", "goldfish"]
+    cache.labels = lambda shard: np.array([2])
+    assert class_names(cache)[:2] == ["class 0", "class 1"]
 
 
 def test_views_are_what_the_network_saw(found: Join) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
 
 from cskd_pipeline.cache.manifest import DatasetManifest
 from cskd_pipeline.cache.reader import open_cache
@@ -99,6 +100,65 @@ def test_the_slider_turns_local_labels_into_the_global_one(
         assert found == expected.at(1 - step / 100).ravel().tolist(), step
     assert one(chrome, "#status").text.startswith("r = 0.00: ")
     assert len({tuple(found) for found in seen}) > 3  # labels change in between, too
+
+
+def test_every_class_is_outlined_by_its_region_and_the_largest_are_named(
+    chrome: webdriver.Chrome, plain: Path
+) -> None:
+    """The view's own classes always, others from a sixteenth of the locations on, all in words."""
+    look(chrome, plain)
+    kinds, names = set(), sorted(world.CLASSES)
+    for step in (0, 50, 100):
+        chrome.execute_script("arguments[0].value = arguments[1]", one(chrome, "#at"), step)
+        one(chrome, "#at").send_keys(Keys.ARROW_LEFT)
+        for view in drawn(chrome):
+            found = [int(label) for label in view["labels"]]
+            own = [int(k) for k in view["of"].split()]
+            wanted = {k for k in found if k in own or found.count(k) * 16 >= len(found)}
+            regions = [[k == label for label in found] for k in wanted]
+            assert sorted(view["inside"]) == sorted(regions)
+            named = {names[k] for k in wanted}
+            assert set(view["names"]) <= named
+            assert view["names"]
+            shares = {f"{names[k]} {found.count(k)}" for k in wanted}
+            rest = sum(k not in wanted for k in found)
+            assert set(view["legend"]) == shares | ({f"other {rest}"} if rest else set())
+            kinds |= set(view["kinds"])
+    assert {"own", "partner", "other"} <= kinds
+
+
+def drawn(chrome: webdriver.Chrome) -> list[dict[str, Any]]:
+    """Of every view: its labels, which locations each outline has inside, and what is written."""
+    found: list[dict[str, Any]] = chrome.execute_script("""
+        return [...document.querySelectorAll("#gallery [data-view]")].map((figure) => {
+            const svg = figure.querySelector(".outlines svg");
+            const paths = [...svg.querySelectorAll("path:not(.casing)")];
+            const columns = svg.viewBox.baseVal.width / 100;
+            const cells = [...figure.querySelectorAll(".locations span")];
+            const middle = (i) =>
+                new DOMPoint(100 * (i % columns) + 50, 100 * Math.floor(i / columns) + 50);
+            const text = (selector) =>
+                [...figure.querySelectorAll(`${selector}:not([hidden])`)].map((e) => e.textContent);
+            return {
+                labels: cells.map((cell) => cell.dataset.label), of: figure.dataset.classes,
+                inside: paths.map((path) => cells.map((_, i) => path.isPointInFill(middle(i)))),
+                kinds: paths.map((path) => path.getAttribute("class")),
+                names: text(".outlines .name"), legend: text(".legend li:not(.of)"),
+            };
+        });
+    """)
+    return found
+
+
+def test_the_button_plays_to_the_end_and_stops(chrome: webdriver.Chrome, plain: Path) -> None:
+    look(chrome, plain)
+    slider, button = one(chrome, "#at"), one(chrome, "#play")
+    chrome.execute_script("arguments[0].value = 97", slider)
+    button.click()
+    assert button.get_attribute("aria-label") == "pause"
+    WebDriverWait(chrome, 5, 0.05).until(lambda _: "play" in button.get_attribute("aria-label"))
+    assert slider.get_attribute("value") == "100"
+    assert one(chrome, "#status").text.startswith("r = 0.00: ")
 
 
 def test_a_schedule_leads_through_its_epochs(chrome: webdriver.Chrome, plain: Path) -> None:

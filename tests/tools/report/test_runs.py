@@ -103,6 +103,8 @@ def test_a_phone_scrolls_one_way(chrome: webdriver.Chrome, shown: Shown, dark: b
         "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     )
     assert wide <= page_width == 360
+    cells = "[...document.querySelectorAll('td')].map((td) => td.getBoundingClientRect().right)"
+    assert chrome.execute_script(f"return Math.max(...{cells})") <= 360  # no column is cut
 
 
 def test_names_and_recipes_stay_text(chrome: webdriver.Chrome, shown: Shown) -> None:
