@@ -37,7 +37,7 @@ from cskd_pipeline.cache.manifest import ShardInfo
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.units import UnitBuffer, UnitData
 from cskd_pipeline.cache.writer import CacheWriter
-from cskd_pipeline.distill.encodings import ENCODINGS, Encoding, ResponseShape, Rows, Sampled
+from cskd_pipeline.distill.encodings import Encoding, ResponseShape, Rows, Sampled
 from cskd_pipeline.distill.losses import DistillationLoss
 from cskd_pipeline.distill.targets import LogitTargets, SampledTargets, Targets
 from cskd_pipeline.models.student import Heads
@@ -66,10 +66,11 @@ def bench_encodings(
         encoding does not serve is None.
     """
     rows: dict[str, Rows] = {}
-    found: dict[str, dict[str, Any]] = {name: {} for name in names or ENCODINGS}
+    encodings = responses.encodings(names)
+    found: dict[str, dict[str, Any]] = {name: {} for name in encodings}
     with progress(len(found), "encodings", "measuring") as meter:
-        for name in found:
-            rows[name], seconds = encode(ENCODINGS[name], responses, device)
+        for name, encoding in encodings.items():
+            rows[name], seconds = encode(encoding, responses, device)
             found[name]["encode_ms"] = 1e3 * seconds
         with tempfile.TemporaryDirectory(prefix="cskd-bench-") as folder:
             path = Path(folder) / "cache"
@@ -78,7 +79,7 @@ def bench_encodings(
             for name, measured in found.items():
                 measured["bytes_per_view"] = sizes[name]
                 measured["decode_ms"] = 1e3 * _decode_seconds(path, name, len(responses))
-                measured |= _distortion(ENCODINGS[name], rows[name], responses)
+                measured |= _distortion(encodings[name], rows[name], responses)
                 meter.advance()
     return {
         "source": responses.source,
@@ -221,10 +222,10 @@ def _decode_seconds(path: Path, name: str, count: int) -> float:
     """Time files (in the page cache) to targets, a view, every time by a new reader."""
     index = np.zeros((count, 3), np.int64)
     index[:, 2] = np.arange(count)[::-1]
-    encoding = ENCODINGS[name]
     seconds = []
     for _ in range(_REPEATS):
         reader = open_cache(path)
+        encoding = reader.encodings[name]
         began = time.perf_counter()
         for start in range(0, count, _BATCH):
             rows = reader.gather(name, index[start : start + _BATCH])

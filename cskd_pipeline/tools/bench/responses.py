@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cskd_pipeline.cache.layout import encodings_of
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.config import DumpRecipe
 from cskd_pipeline.data.full_batches import logits_of
+from cskd_pipeline.distill.encodings import ENCODINGS, Encoding
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.models.teacher import Logits
 from cskd_pipeline.pipeline.dump import open_stage_one
@@ -44,6 +46,10 @@ class Responses:
 
     def __len__(self) -> int:
         return len(self.global_)
+
+    def encodings(self, names: Sequence[str] = ()) -> dict[str, Encoding]:
+        """Return these encodings, or every one, ``sampled`` with the manifest's draws."""
+        return encodings_of(replace(self.manifest, encodings=tuple(names or ENCODINGS)))
 
     @property
     def seeds(self) -> np.ndarray:

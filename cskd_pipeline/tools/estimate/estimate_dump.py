@@ -250,7 +250,7 @@ def _time_encodings(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return every encoding's seconds a view, and its bytes a view in shards of such a length."""
     rows, costs = {}, {}
-    for name, encoding in ENCODINGS.items():
+    for name, encoding in responses.encodings().items():
         rows[name], costs[name] = encode(encoding, responses, device)
     with tempfile.TemporaryDirectory(prefix="cskd-plan-") as folder:
         path = Path(folder) / "cache"

@@ -60,6 +60,7 @@ def both(
     """The forecast, the dump's summary, and the description of what it made."""
     path = tmp_path_factory.mktemp("plan") / "cache"
     recipe = recipe_of(small.shards, path, list(ENCODINGS))
+    recipe = replace(recipe, cache=replace(recipe.cache, sampled_draws=2))
     report = estimate_dump.plan_dump(recipe, views=(VIEWS, 60), devices=(1, 4))
     assert not path.exists()
     return report, dump_teacher(recipe), describe(open_cache(path))
