@@ -77,7 +77,7 @@ class Server:
         log: Path,
         limits: dict[str, int] | None = None,
         environment: dict[str, str] | None = None,
-        code: str | None = None,
+        code: str | Path | None = None,
         session: bool = False,
     ) -> Process:
         """``cskd-pipeline`` with these arguments, or a program with them.
@@ -86,11 +86,13 @@ class Server:
             log: a file for stdout and stderr, gone when the process was waited for.
             limits: soft limits by name, without ``RLIMIT_``; ``AS`` is beyond what torch takes.
             environment: variables that differ from this process's.
-            code: of the program, instead of the command's.
+            code: of the program, instead of the command's; a path is that of its file.
             session: in a group of processes of its own, as a terminal starts it.
         """
         log.touch()  # a process killed at once writes none
         words = [str(word) for word in arguments]
+        if isinstance(code, Path):
+            code = f"import runpy; runpy.run_path({str(code)!r}, run_name='__main__')"
         how = {"limits": limits or {}, "environment": environment or {}}
         pid = self.ask(run=words, log=str(log), code=code, session=session, **how)
         return Process(self, pid, log)

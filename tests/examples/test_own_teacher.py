@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from cskd_pipeline.tools.demo_images import write_digit_folders
 from cskd_pipeline.tools.make_shards import make_shards
 from tests.examples.conftest import EXAMPLES
 from tests.examples.test_examples import code_lines
+from tests.processes import server
 
 EXAMPLE = EXAMPLES / "own_teacher.py"
 LINES = 30
@@ -38,7 +37,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_cache_has_the_networks_logits_for_every_view(digits: Path, tmp_path: Path) -> None:
     path = tmp_path / "cache"
-    subprocess.run([sys.executable, EXAMPLE, digits, path], check=True)
+    ended = server().run(digits, path, log=tmp_path / "log", code=EXAMPLE)
+    assert ended.code == 0, ended.output
     cache, dataset = cskd.open_cache(path), load_dataset(digits)
     assert cache.done().all()
     assert (cache.views, cache.counts) == (2, dataset.counts)

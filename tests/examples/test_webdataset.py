@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +15,7 @@ from cskd_pipeline import Cache, CskdError, open_cache, replay_view
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.distill.targets import LogitTargets
 from tests.examples.conftest import EXAMPLES, make_digits
+from tests.processes import server
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +103,9 @@ def test_mixed_views_need_the_loader(root: Path, monkeypatch: pytest.MonkeyPatch
         replay_view(cache, 0, "any", b"")
 
 
-def test_the_example_runs_as_a_script(root: Path) -> None:
-    command = [
-        sys.executable,
-        str(EXAMPLES / "webdataset_map.py"),
-        f"{root}/shards/*.tar",
-        str(root / "cache"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "2 views of 96 samples" in done.stdout
-    assert done.stdout.count("of the locations show the image's class") == 2
+def test_the_example_runs_as_a_script(root: Path, tmp_path: Path) -> None:
+    words = (f"{root}/shards/*.tar", root / "cache")
+    ended = server().run(*words, log=tmp_path / "log", code=EXAMPLES / "webdataset_map.py")
+    assert ended.code == 0, ended.output
+    assert "2 views of 96 samples" in ended.output
+    assert ended.output.count("of the locations show the image's class") == 2

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from cskd_pipeline.models.checkpoint import (
 )
 from cskd_pipeline.models.header import StudentHeader
 from cskd_pipeline.models.student import Student, create_student
+from tests.processes import server
 
 CPU = torch.device("cpu")
 CARD = StudentHeader(
@@ -170,7 +169,7 @@ def test_tensors_that_do_not_fit_the_model_are_counted_with_examples(file: Path)
     assert "of another shape (head.weight" in str(caught.value.found)
 
 
-def test_a_model_that_is_too_large_takes_no_memory(file: Path) -> None:
+def test_a_model_that_is_too_large_takes_no_memory(file: Path, tmp_path: Path) -> None:
     """Embeddings of 4.3 billion positions would take 137 GB; nothing is allocated for them."""
     rewrite(file, size=65535, kwargs={**CARD.kwargs, "patch_size": 1})
     code = (
@@ -186,10 +185,9 @@ def test_a_model_that_is_too_large_takes_no_memory(file: Path) -> None:
         "except WeightsError as error:\n"
         "    print(error.problem, '|', peak() - before)\n"
     )
-    words = [sys.executable, "-c", code, str(file)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    problem, _, mebibytes = done.stdout.partition("|")
-    assert "larger than its tensors" in problem, done.stderr
+    ended = server().run(file, log=tmp_path / "log", code=code)
+    problem, _, mebibytes = ended.output.partition("|")
+    assert "larger than its tensors" in problem, ended.output
     assert int(mebibytes) < 100
 
 

@@ -319,13 +319,16 @@ def test_a_cache_of_another_making_is_not_gone_on_with(
     assert open_cache(small.cache).manifest == before
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vgg11"])
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [("vit_tiny_patch16_224", "{}"), ("vgg11", "{mlp_ratio=0.01}")]
+)
 def test_a_teacher_without_spatial_logits_is_refused_with_the_reason(
-    small: World, tmp_path: Path, refused: Callable[..., str], name: str
+    small: World, tmp_path: Path, refused: Callable[..., str], name: str, kwargs: str
 ) -> None:
     command = [
         *("dump-teacher", "--shards", small.shards, "--cache", tmp_path / "cache", "-q"),
         *("--teacher", name, "--weights", "random", "--set", "views.size=224"),
+        *("--set", f"teacher.kwargs={kwargs}"),
     ]
     assert "gives no spatial logits" in refused(*command)
     assert not (tmp_path / "cache").exists()
