@@ -333,8 +333,8 @@ class Cache:
     def top1_of(self, view: int, shard: int) -> np.ndarray:
         """Return (correct, counted) of one view of one tar shard: (2,) uint32."""
         self._require(view, shard)
-        block = self.store.chunk("top1", view, shard)
-        return block[view % len(block), 0]
+        block = self.slabs.block("top1", view, shard)
+        return block[view % len(block), 0].copy()
 
     def rows(
         self, encoding: str, view: int, shard: int, offsets: np.ndarray | Sequence[int]

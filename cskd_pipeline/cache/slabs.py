@@ -17,6 +17,8 @@ from cskd_pipeline.distill.encodings import Rows
 
 SlabKey = tuple[str, int | None, int]
 """Encoding or array, view (None: the same in all), tar shard."""
+KEPT_BLOCK_BYTES = 2**22
+"""Of a block of views that is one chunk; larger ones are decoded for every view."""
 MAX_SLAB_BYTES = 2**29
 """Of one ragged array, decoded: chunks of one value would unfold thousandfold."""
 
@@ -35,6 +37,7 @@ class SlabReader:
         self.specs = layout.specs(store.manifest)
         self._counts = store.manifest.dataset.counts
         self._slabs: BytesLRU[SlabKey, Rows] = BytesLRU(memory)
+        self._blocks: dict[str, tuple[str, np.ndarray]] = {}  # of each array: a file, and its chunk
 
     def rows(self, encoding: str, view: int, shard: int, offsets: np.ndarray) -> Rows:
         """Return copies of the rows ``offsets``, (n,), unpacked: array name -> (n, ...)."""
@@ -54,6 +57,19 @@ class SlabReader:
         if self.specs[name].rows is None:
             return self._whole(name, view, shard)
         return self._random(name, view, shard, np.arange(self._counts[shard]))
+
+    def block(self, name: str, view: int, shard: int) -> np.ndarray:
+        """Return the file of an array whose files are one chunk, (views of a unit, 1, ...).
+
+        The last one is kept, so that going from view to view decodes it once.
+        """
+        key = self.store.arrays[name].key(view, shard)
+        if self._blocks.get(name, ("",))[0] != key:
+            chunk = self.store.chunk(name, view, shard)
+            if chunk.nbytes > KEPT_BLOCK_BYTES:
+                return chunk
+            self._blocks[name] = key, chunk
+        return self._blocks[name][1]
 
     def small(self, name: str, view: int, shard: int) -> np.ndarray:
         """Return ``seed`` or ``view_digest``: (count,), read-only."""
@@ -105,8 +121,8 @@ class SlabReader:
         """(count, ...) of one view; a ragged axis ends with the last entry in use."""
         array, count = self.store.arrays[name], self._counts[shard]
         if array.chunk_shape is None:
-            block = self.store.chunk(name, view, shard)
-            return block[view % len(block), 0, :count].copy()  # the block itself is not kept
+            block = self.block(name, view, shard)
+            return block[view % len(block), 0, :count].copy()
         pieces = [self.store.chunk(name, view, shard)[0, 0, :count]]
         if not self.specs[name].ragged:
             return pieces[0]
