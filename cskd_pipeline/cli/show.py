@@ -73,9 +73,9 @@ class Shown:
 def show(target: Targets, shown: Shown, out: Out = Path("show")) -> Outcome:
     """Write one HTML page, which needs no network.
 
-    Of a cache, with --shards: the teacher's labels over real views, and statistics.
+    Of a cache, with --shards: the teacher's labels over real views, from local to global.
 
-    Of runs: curves side by side; with --shards their students' labels at every location, too.
+    Of runs: which won, by how much, at what cost; with --shards their students' labels, too.
     """
     are_runs = _are_runs(target)
     if not are_runs:

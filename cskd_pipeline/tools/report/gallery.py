@@ -221,6 +221,6 @@ def make_views(found: Join, rows: np.ndarray) -> list[GalleryView]:
 
 def _contents(truth: GroundTruth, i: int, names: list[str]) -> list[tuple[int, str]]:
     larger, smaller, share = int(truth.larger[i]), int(truth.smaller[i]), truth.share[i]
-    if share >= _ALONE:
+    if share >= _ALONE or larger == smaller:
         return [(larger, names[larger])]
     return [(k, f"{names[k]} {part:.0%}") for k, part in ((larger, share), (smaller, 1 - share))]

@@ -125,25 +125,27 @@ def verdict(ranked: Sequence[Contender]) -> list[str]:
     if not means:
         return []
     first, best = means[0]
-    said = [f"reaches {best} % top-1{_after(first)}."]
+    said = [f"reaches {best} % top-1{_in(first)}."]
     if len(means) > 1:
         second, other = means[1]
-        ahead = f"{best.mean - other.mean:.2f} points above {second.name}{_after(second)}"
-        said += [f"That is {ahead}.", _noise(first, second)]
+        behind = f"{best.mean - other.mean:.2f} points behind"
+        said += [f"{second.name} is second{_in(second)}, {behind}.", _noise(first, second)]
     return said
 
 
 def _noise(first: Contender, second: Contender) -> str:
     """Say how far the difference of two is to be trusted."""
     if len(first.top1.keys() & second.top1.keys()) < 2:
-        return "How much of it is the seeds' noise takes several seeds of each to know."
+        return "With one seed of each, the noise of seeds is not known."
     judged = judge(first.top1, second.top1)
     clear, found = "outside" if judged.clear else "within", judged.difference
-    return f"Seed by seed {found.mean:+.2f} ± {found.error:.2f}: {clear} the noise."
+    return (
+        f"Seed by seed the difference is {found.mean:+.2f} ± {found.error:.2f}: {clear} the noise."
+    )
 
 
-def _after(one: Contender) -> str:
-    return "" if one.seconds is None else f" after {took(one.seconds)} of training"
+def _in(one: Contender) -> str:
+    return "" if one.seconds is None else f" in {took(one.seconds)} of training"
 
 
 def took(seconds: float) -> str:

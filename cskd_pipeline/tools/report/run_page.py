@@ -1,4 +1,4 @@
-"""The page of training runs: their curves side by side, and their students' dense labels."""
+"""The page of training runs: which won, their curves, and their students' dense labels."""
 
 from __future__ import annotations
 

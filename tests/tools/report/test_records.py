@@ -211,14 +211,14 @@ def test_the_first_is_named_with_its_lead_and_what_the_seeds_say(tmp_path: Path)
     ranked = rank(runs)
     assert [one.name for one in ranked] == ["cskd", "deit"]
     assert verdict(ranked) == [
-        "reaches 37.00 ± 0.35 % top-1 after 57 seconds of training.",
-        "That is 1.75 points above deit after 50 seconds of training.",
-        "Seed by seed +1.75 ± 0.25: outside the noise.",
+        "reaches 37.00 ± 0.35 % top-1 in 57 seconds of training.",
+        "deit is second in 50 seconds of training, 1.75 points behind.",
+        "Seed by seed the difference is +1.75 ± 0.25: outside the noise.",
     ]
     alone = rank([runs[0], runs[2]])
     assert verdict(alone)[1:] == [
-        "That is 1.50 points above deit-0 after 50 seconds of training.",
-        "How much of it is the seeds' noise takes several seeds of each to know.",
+        "deit-0 is second in 50 seconds of training, 1.50 points behind.",
+        "With one seed of each, the noise of seeds is not known.",
     ]
     assert verdict(rank(read_runs([make_run(tmp_path / "new", logged=0)]))) == []
 

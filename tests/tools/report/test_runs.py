@@ -249,15 +249,15 @@ def test_the_page_has_the_logs_numbers(
     assert shown.report["differences"]["distill.method"] == ["cskd", "none"]
     assert shown.report["bytes"] == shown.page.stat().st_size
     look(chrome, shown.page)
-    one(chrome, "#runs summary").click()
-    cells = [cell.text for cell in all_of(chrome, "#runs details tr:nth-child(2) td")][1:]
+    one(chrome, "#figures summary").click()
+    cells = [cell.text for cell in all_of(chrome, "#figures tr:nth-child(2) td")][1:]
     assert cells == ["none", "-", "4", "35.25", "epoch 4, EMA", "34.5", "35.25", "503", "3.4"]
     assert "is not here: method none trains no dense head." in one(chrome, "#dense").text
     first, second = (row.text for row in all_of(chrome, "#top1 tbody tr"))
     assert first.split()[-8:] == ["35.25", "-", "1", "4", "50", "seconds", "503", "3.4"]
     behind = real["best"]["top1"] - 35.25
     assert f"{real['best']['top1']:.2f} {behind:.2f} 1 3 " in second
-    assert "reaches 35.25 % top-1 after 50 seconds" in one(chrome, ".lede").text
+    assert "reaches 35.25 % top-1 in 50 seconds" in one(chrome, ".lede").text
     described = [d.get_attribute("textContent") for d in all_of(chrome, ".plot svg desc")]
     assert any("34.5 at epoch 4" in text for text in described)
 
@@ -302,7 +302,8 @@ def test_recipes_without_end_are_cut_short(chrome: webdriver.Chrome, tmp_path: P
     report = show(tmp_path / "out", *runs)
     assert len(report["differences"]) == 5000
     look(chrome, tmp_path / "out/index.html")
-    assert len(all_of(chrome, "#runs > .wide tbody tr")) == 200
+    assert len(all_of(chrome, "#runs details:first-of-type tbody tr")) == 200
+    one(chrome, "#runs summary").click()
     assert "And 4800 keys more, which --json lists." in one(chrome, "#runs").text
 
 

@@ -193,6 +193,8 @@ function counted(classes) {
 
 function paint({ cells, outlines }, labels, of, legend, shares) {
   // Outlines and names on the view, and below it how many locations each class has.
+  if (outlines.dataset.drawn === labels.join()) return;
+  outlines.dataset.drawn = labels.join();
   const classes = ranked(labels, of);
   drawOutlines(outlines, classes);
   labels.forEach((label, i) => {
