@@ -16,6 +16,8 @@ from huggingface_hub.cli import hf
 from PIL import Image
 
 from cskd_pipeline.cache import remote_files
+from cskd_pipeline.data.index import load_dataset
+from cskd_pipeline.tools.make_shards import make_shards
 from tests.cache.making import tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -80,7 +82,10 @@ def test_a_cache_is_published_uploaded_by_the_hubs_tool_and_trained_from(
 ) -> None:
     """The printed command runs as it stands."""
     shutil.copytree(small.cache, tmp_path / "my cache")
-    location, images = f"hf://datasets/{REPOSITORY}", ("--thumbnails", "--shards", small.shards)
+    location, images = (
+        f"hf://datasets/{REPOSITORY}",
+        ("--thumbnails", "--shards", small.shards, "--samples", 40),
+    )
     words = ("cache", "publish", tmp_path / "my cache", "--location", location, *images, "--json")
     assert world.cli(*words) == 0
     report = json.loads(capsys.readouterr().out)
@@ -99,3 +104,32 @@ def test_a_cache_is_published_uploaded_by_the_hubs_tool_and_trained_from(
         pinned = f"{location}@sha256:{report['digest']}"
         assert world.cli(*command(pinned, small, tmp_path / "run")) == 0
     assert_equal(local, final_state(tmp_path / "run"))
+
+
+def test_thumbnails_are_of_views_whose_both_images_are_the_teachers(
+    small: World, tmp_path: Path, capsys: Capture
+) -> None:
+    shutil.copytree(small.cache, tmp_path / "cache")
+    tar = sorted(small.shards.glob("*.tar"))[0]
+    words = (
+        "cache",
+        "publish",
+        tmp_path / "cache",
+        "--samples",
+        60,
+        "--thumbnails",
+        "--shards",
+        tar,
+    )
+    assert world.cli(*words) == 0
+    rows = pq.read_table(tmp_path / "cache/preview.parquet").to_pylist()
+    there = {key.decode() for key in load_dataset(tar).shards[0].index.keys.tolist()}
+    assert {row["key"] for row in rows} <= there
+    assert 0 < len(rows) < 60
+    assert "the preview's small ones" in (tmp_path / "cache/README.md").read_text()
+    before = tree(tmp_path / "cache")
+    world.draw_pictures(tmp_path / "others", per_class=24, seed=1)
+    make_shards(tmp_path / "others", tmp_path / "shards", shard_size=35)
+    assert world.cli(*words[:-1], tmp_path / "shards") == 1
+    assert "there is no thumbnail to make" in capsys.readouterr().err
+    assert tree(tmp_path / "cache") == before
