@@ -94,9 +94,9 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, list[dict[str, float]]] = {}
     indexing = time.perf_counter() - started
     for _ in range(options.rounds):
-        for kind in ("disk", "cold", "warm", "small"):
+        for kind in options.kinds.split(","):
             if kind in ("cold", "small"):
-                shutil.rmtree(copies)
+                shutil.rmtree(copies, ignore_errors=True)
             os.environ["CSKD_CACHE_GB"] = str(total / 2e9) if kind == "small" else "50"
             spec = tars if kind == "disk" else root / "train.json"
             found.setdefault(kind, []).append(run(spec, options))
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--step", type=float, default=0.0)
     parser.add_argument("--rate", type=float, default=0.0)
+    parser.add_argument("--kinds", default="disk,cold,warm,small")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
