@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 import numpy as np
 
 from cskd_pipeline.cache.reader import Cache
+from cskd_pipeline.data.read_ahead import ReadAhead, uses_of
 from cskd_pipeline.data.remote_tar import Tar
 from cskd_pipeline.data.shards import TarShard
 from cskd_pipeline.errors import JoinError
@@ -118,12 +119,20 @@ class ImageSource:
     def crc32(self, samples: np.ndarray) -> Iterator[tuple[int, int]]:
         """Yield index into ``samples`` and the image's CRC-32, in the order of :meth:`read`.
 
-        Nothing is compared.
+        Nothing is compared. Tars elsewhere are fetched ahead.
 
         Raises:
             ShardError: a tar cannot be read.
         """
-        return ((i, crc) for i, _, crc in self._read(samples))
+        tars, order = self.tars, np.sort(self.locate(samples)[0])
+        ahead = ReadAhead(tars, uses_of(tars, order, np.arange(len(order))), len(order))
+        ahead.start()
+        try:
+            for position, (i, _, crc) in enumerate(self._read(samples)):
+                ahead.advance(position)
+                yield i, crc
+        finally:
+            ahead.close()
 
     def _read(self, samples: np.ndarray) -> Iterator[tuple[int, bytes, int]]:
         tars, rows = self.locate(samples)

@@ -9,7 +9,7 @@ import numpy as np
 
 from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.images import NOWHERE, SHOWN, ImageSource, TarRows
-from cskd_pipeline.data.index import Dataset, load_dataset
+from cskd_pipeline.data.index import Dataset, load_dataset, read_headers
 from cskd_pipeline.data.left_out import LeftOut, Offsets
 from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.errors import JoinError, UsageError
@@ -251,6 +251,8 @@ def _compare_labels(
     compared, found = 0, [np.empty((0, 3), np.int64)]
     if not shards:
         return compared, found[0]
+    places = [tar_rows[shard] for shard in shards]
+    read_headers([dataset.shards[place] for place in places if isinstance(place, int)])
     with progress(len(shards), "shards", "comparing labels with the cache's") as meter:
         for shard, labels in zip(shards, cache.store.each(cache.labels, shards), strict=True):
             absent = _absent(tar_rows[shard])
@@ -265,6 +267,7 @@ def _look_up(dataset: Dataset, cache: Cache, same: Sequence[int | None]) -> Iter
     if None not in same:
         return
     tars = sorted(set(range(len(dataset.shards))) - set(same))
+    read_headers([dataset.shards[tar] for tar in tars])
     keys = [dataset.shards[tar].index.keys for tar in tars] or [np.empty(0, "S1")]
     tar = np.repeat(tars, [len(part) for part in keys]).astype(np.int32)
     row = np.concatenate([np.arange(len(part), dtype=np.int32) for part in keys])

@@ -11,6 +11,7 @@ from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.images import NOWHERE, ImageSource, other_image
 from cskd_pipeline.data.join import Join
 from cskd_pipeline.data.plan import SampleSet
+from cskd_pipeline.data.remote_tar import room_of
 from cskd_pipeline.data.render import Pairing, Renderer, drift_error
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.runtime.progress import progress
@@ -85,9 +86,12 @@ class Replay:
     exact: np.ndarray
 
 
-def spread_views(found: Join, count: int) -> np.ndarray:
+def spread_views(found: Join, count: int, few: int | None = None) -> np.ndarray:
     """Choose about ``count`` views of finished units: one of each of so many samples, spread evenly
     over those that are allowed.
+
+    Args:
+        few: so many tars at most, where they lie elsewhere: each is fetched whole.
 
     Returns:
         (n, 3) int64 view, shard, offset.
@@ -95,6 +99,10 @@ def spread_views(found: Join, count: int) -> np.ndarray:
     cache = cache_of(found)
     done, samples = cache.done(), found.usable()
     samples = samples[np.isin(samples[:, 0], np.flatnonzero(done.any(axis=0)))]
+    if few is not None and room_of(found.images.tars) is not None:
+        tars = found.images.locate(samples)[0]
+        every = np.unique(tars)
+        samples = samples[np.isin(tars, every[:: -(-len(every) // few)])]
     if not len(samples) or not count:
         return np.empty((0, 3), np.int64)
     chosen = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(np.int64))
@@ -116,10 +124,10 @@ def replay(found: Join, rows: np.ndarray) -> Replay:
         JoinError: labels differ.
     """
     cache = cache_of(found)
-    found.images.labels(rows[:, 1:])
     exact = np.zeros(len(rows), bool)
     with progress(len(rows), "views", "replaying") as meter:
         same_image = same_images(found, rows)
+        found.images.labels(rows[:, 1:])  # late: of tars elsewhere there are copies now
         meter.advance(len(rows) - int(same_image.sum()))
         renderer = renderer_of(found, strict=False)
         numbers = np.flatnonzero(same_image)

@@ -10,6 +10,7 @@ from cskd_pipeline.config.sections import TrainData
 from cskd_pipeline.data.corrupt import by_shard, find_corrupt
 from cskd_pipeline.data.join import Join, find_differing
 from cskd_pipeline.data.left_out import LeftOuts, Offsets, tars_sha256
+from cskd_pipeline.data.remote_tar import FETCHING
 from cskd_pipeline.data.replay import cache_of, renderer_of, replay, spread_views
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def check_sample(found: Join, count: int, drift: str, encoding: str) -> None:
         ViewDriftError, JoinError: a view, or its image, is not the one the teacher saw.
         CacheError: targets are damaged, or not all there.
     """
-    rows = spread_views(found, count)
+    rows = spread_views(found, count, few=FETCHING)
     if not len(rows):
         return
     cache_of(found).gather(encoding, rows)  # raises where it is damaged

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cskd_pipeline import open_cache
 from cskd_pipeline.cache import remote_files
+from cskd_pipeline.data.describe import index_shards
+from cskd_pipeline.data.index import load_dataset
+from cskd_pipeline.data.join import join
+from cskd_pipeline.data.remote_tar import RemoteTars
+from cskd_pipeline.data.replay import replay, spread_views
 from cskd_pipeline.pipeline.dump import dump_teacher
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -45,6 +53,36 @@ def test_a_dump_from_a_url_has_the_bytes_of_one_from_disk(small: World, tmp_path
     made, other = open_cache(tmp_path / "cache"), open_cache(small.cache)
     assert made.manifest.dataset == other.manifest.dataset  # with every tar's SHA-256
     assert made.digest() == other.digest()
+
+
+def test_before_training_few_tars_are_fetched_and_headers_read_several_at_a_time(
+    small: World, tmp_path: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers, read = set(), RemoteTars.read
+
+    def noted(*arguments: Any) -> bytes:
+        readers.add(threading.get_ident())
+        return read(*arguments)
+
+    monkeypatch.setattr(RemoteTars, "read", noted)
+    cache = open_cache(small.cache)
+    with serving(small.shards.parent) as served:
+        index_shards(f"{served.url}/shards").save(tmp_path / "train.json")  # without SHA-256
+        shutil.rmtree(copies)  # another machine
+        dataset = load_dataset(tmp_path / "train.json")
+        readers.clear()
+        found = join(dataset, cache)
+        assert found.same_shards == 3
+        assert readers
+        assert threading.get_ident() not in readers  # a pool's threads alone
+        rows = spread_views(found, 12, few=2)
+        assert len(rows) == len(spread_views(found, 12)) == 12
+        assert len(np.unique(found.images.locate(rows[:, 1:])[0])) == 2
+        assert replay(found, rows).exact.all()
+        fetched = [path for _, path, part in served.asked if path.endswith(".tar") and not part]
+        assert len(fetched) == 2
+    local = join(load_dataset(small.shards), cache)
+    assert len(np.unique(spread_views(local, 12, few=2)[:, 1])) == 3
 
 
 def train(shards: object, small: World, out: Path, *flags: object) -> int:

@@ -17,6 +17,7 @@ from cskd_pipeline.data.assemble import assemble
 from cskd_pipeline.data.batches import render_batch
 from cskd_pipeline.data.images import NOWHERE
 from cskd_pipeline.data.join import Join
+from cskd_pipeline.data.remote_tar import FETCHING
 from cskd_pipeline.data.replay import (
     cache_of,
     pair_views,
@@ -148,7 +149,7 @@ def choose_views(found: Join, count: int) -> np.ndarray:
     Raises:
         JoinError: there is none.
     """
-    rows = spread_views(found, count)
+    rows = spread_views(found, count, few=FETCHING)
     if len(rows):
         partner = pair_views(cache_of(found), rows).partner
         rows = rows[found.images.locate(partner[:, 1:])[0] != NOWHERE]
