@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -56,17 +57,18 @@ class ReadAhead:
 
     Args:
         tars: all that there are; where none lies elsewhere, nothing is done.
-        uses: in the order of ``first``; may have no end.
+        uses: in the order of ``first``; may have no end. None: they come by :meth:`add`.
         horizon: positions ahead that are looked at.
         position: where the reader begins.
     """
 
     def __init__(
-        self, tars: Sequence[Tar], uses: Iterable[Use], horizon: int, position: int = 0
+        self, tars: Sequence[Tar], uses: Iterable[Use] | None, horizon: int, position: int = 0
     ) -> None:
         room = room_of(tars)
         self._closed = room is None
-        self._uses, self._room, self._horizon = iter(uses), (room or 0) // 2, horizon
+        self._uses, self._growing = iter(uses or ()), uses is None
+        self._room, self._horizon = (room or 0) // 2, horizon
         self._waiting: Use | None = None
         self._held: dict[RemoteTar, int] = {}  # and the position of its last use
         self._position = position
@@ -96,6 +98,12 @@ class ReadAhead:
             self._position = max(position, self._position)
             self._change.notify_all()
 
+    def add(self, uses: Iterable[Use]) -> None:
+        """Add uses that have become known."""
+        with self._change:
+            self._uses = chain(self._uses, uses)
+            self._change.notify_all()
+
     def close(self) -> None:
         """Fetch nothing more; transfers that have begun are finished."""
         with self._change:
@@ -115,9 +123,11 @@ class ReadAhead:
             while not self._closed:
                 use = self._waiting or next(self._uses, None)
                 self._waiting = use
-                if use is None:
+                if use is None and not self._growing:
                     return None
-                if use.last < self._position:
+                if use is None:
+                    self._change.wait()
+                elif use.last < self._position:
                     self._waiting = None
                 elif self._fits(use):
                     self._waiting = None

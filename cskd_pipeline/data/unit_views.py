@@ -8,22 +8,26 @@ number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import Dataset as TorchDataset
 
 from cskd_pipeline.data.batches import Batch, compose
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.read_ahead import ReadAhead, uses_of
+from cskd_pipeline.data.remote_tar import room_of
 from cskd_pipeline.data.render import Renderer
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.views.policy import ViewPolicy
 
+EARLY = 2  # units that are taken before they are needed where tars lie elsewhere, to fetch those
 ITEM_BYTES = 2**28  # of rendered pixels that a process holds at a time
 
 UnitViews = tuple[int, range]
@@ -70,83 +74,73 @@ def items_of(unit: UnitViews, count: int, policy: ViewPolicy, batch_size: int) -
     return [np.stack(grid, axis=-1).reshape(-1, 3).astype(np.int32) for grid in grids]
 
 
-class _UnitStream(IterableDataset[Batch | None]):
-    """Yield one process's share of every unit's items, in batches, padded with None.
+class _Items(TorchDataset[list[Batch]]):
+    """Item -> its batches."""
 
-    The loader takes from its processes in turn. Padding keeps them level at the end of every unit,
-    so that all batches of a unit come before those of the next.
-    """
+    def __init__(self, renderer: Renderer, batch_size: int) -> None:
+        self.renderer, self.batch_size = renderer, batch_size
 
-    def __init__(self, renderer: Renderer, units: Sequence[UnitViews], batch_size: int) -> None:
-        self.renderer, self.units, self.batch_size = renderer, units, batch_size
-
-    def items(self, unit: UnitViews) -> list[np.ndarray]:
-        """Cut a unit; see :func:`items_of`."""
-        count = self.renderer.samples.counts[unit[0]]
-        return items_of(unit, count, self.renderer.policy, self.batch_size)
-
-    def batches(self, item: np.ndarray) -> int:
-        """Count the batches that an item makes."""
-        return -(-len(item) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch | None]:
-        worker = get_worker_info()
-        lane, lanes = (worker.id, worker.num_workers) if worker else (0, 1)
-        first = (
-            0  # carried from unit to unit: else one process would get all the short last windows
-        )
-        for unit in self.units:
-            items = self.items(unit)
-            # Item i of all units is made by process i % lanes.
-            shares = [items[(process - first) % lanes :: lanes] for process in range(lanes)]
-            first += len(items)
-            lengths = [sum(map(self.batches, share)) for share in shares]
-            for item in shares[lane]:
-                views = self.renderer.render(item)
-                for start in range(0, len(item), self.batch_size):
-                    part = item[start : start + self.batch_size]
-                    yield compose(self.renderer, self.renderer.pair(part), views)
-            yield from [None] * (max(lengths) - lengths[lane])
+    def __getitem__(self, item: np.ndarray) -> list[Batch]:
+        views = self.renderer.render(item)
+        parts = (item[i : i + self.batch_size] for i in range(0, len(item), self.batch_size))
+        return [compose(self.renderer, self.renderer.pair(part), views) for part in parts]
 
 
 def unit_batches(
     dataset: Dataset,
-    units: Sequence[UnitViews],
+    units: Iterable[UnitViews],
     policy: ViewPolicy,
     root_seed: int,
     loading: Loading,
 ) -> Iterator[Batch]:
     """Yield every view of every unit exactly once, in batches of at most ``loading.batch_size``.
 
-    Units come in order, each complete before the next; within a unit the order of batches depends
-    on ``loading.workers``, the batches do not. ``Batch.index`` says where each row belongs. They
-    lie on the host.
+    Units are taken from ``units`` when a process can start on them (a little earlier where their
+    tars are fetched meanwhile), and come in that order, each complete before the next.
+    ``Batch.index`` says where each row belongs. They lie on the host.
 
     Raises:
         CskdError: an image or a tar that cannot be read.
     """
-    renderer = Renderer(SampleSet.of(dataset), ImageSource(dataset.shards), policy, root_seed)
-    stream = _UnitStream(renderer, units, loading.batch_size)
-    kinds = {(renderer.samples.counts[shard], len(views)): (shard, views) for shard, views in units}
-    items = [item for unit in kinds.values() for item in stream.items(unit)]
-    ahead = max(map(stream.batches, items), default=1)
-    loader: Loader[Batch | None] = Loader(
-        stream,
+    samples, size = SampleSet.of(dataset), loading.batch_size
+    renderer = Renderer(samples, ImageSource(dataset.shards), policy, root_seed)
+    tars, taken = renderer.images.tars, list[UnitViews]()
+    reader = ReadAhead(tars, None, sys.maxsize)
+
+    def items() -> Iterator[np.ndarray]:
+        for unit in _early(noted(), 0 if room_of(tars) is None else EARLY):
+            yield from items_of(unit, samples.counts[unit[0]], policy, size)
+
+    def noted() -> Iterator[UnitViews]:
+        for unit in units:
+            reader.add(uses_of(tars, np.array([unit[0]]), np.array([len(taken)])))
+            taken.append(unit)
+            yield unit
+
+    loader: Loader[list[Batch]] = Loader(
+        _Items(renderer, size),
+        items(),
         workers=loading.workers,
         pin_memory=torch.device(loading.device).type == "cuda",
-        prefetch=max(2, ahead),  # all of an item: its process can start on the next one
     )
-    tars = renderer.images.tars
-    numbers = np.array([shard for shard, _ in units], np.int64)
-    reader = ReadAhead(tars, uses_of(tars, numbers, np.arange(len(units))), len(units))
-    unit = 0
+    number = 0
 
-    def position(batch: Batch | None) -> int:
-        nonlocal unit
-        if batch is not None:
-            view, shard, _ = batch.index[-1].tolist()
-            while shard != units[unit][0] or view not in units[unit][1]:
-                unit += 1
-        return unit
+    def position(batches: list[Batch]) -> int:
+        nonlocal number
+        view, shard, _ = batches[0].index[0].tolist()
+        while shard != taken[number][0] or view not in taken[number][1]:
+            number += 1
+        return number
 
-    yield from (batch for batch in reader.over(loader, position) if batch is not None)
+    for batches in reader.over(loader, position):
+        yield from batches
+
+
+def _early(units: Iterable[UnitViews], count: int) -> Iterator[UnitViews]:
+    """Yield the units, each of which is taken while ``count`` that were taken before wait."""
+    waiting = deque[UnitViews]()
+    for unit in units:
+        waiting.append(unit)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting

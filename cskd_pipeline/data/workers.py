@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cskd_pipeline.data.handover import Failed, Handover, Sender
 from cskd_pipeline.errors import CskdError, DataError
@@ -30,22 +30,11 @@ any batch takes.
 _PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent dies
 
 
-class _Handing:
+class _Guarded(Dataset[Any]):
     """Items packed where they were made, so that an error arrives instead of them."""
 
     sender: Sender  # of the processes that are about to start
 
-    def handed(self, item: Any) -> Any:
-        process = get_worker_info()
-        if process is None:
-            return item
-        try:
-            return self.sender.pack(process.id, item)
-        except DataError as error:
-            return self.sender.pack(process.id, Failed(error))
-
-
-class _Guarded(_Handing, Dataset[Any]):
     def __init__(self, inner: Dataset[Any]) -> None:
         self.inner = inner
 
@@ -54,23 +43,13 @@ class _Guarded(_Handing, Dataset[Any]):
             item = self.inner[index]
         except Exception as error:
             item = _failed(error)
-        return self.handed(item)
-
-
-class _GuardedStream(_Handing, IterableDataset[Any]):
-    def __init__(self, inner: IterableDataset[Any]) -> None:
-        self.inner = inner
-
-    def __iter__(self) -> Iterator[Any]:
-        items = iter(self.inner)
-        while True:
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            except Exception as error:
-                item = _failed(error)
-            yield self.handed(item)
+        process = get_worker_info()
+        if process is None:
+            return item
+        try:
+            return self.sender.pack(process.id, item)
+        except DataError as error:
+            return self.sender.pack(process.id, Failed(error))
 
 
 def _failed(error: Exception) -> Failed:
@@ -88,8 +67,8 @@ class Loader(Generic[Item]):
     """Iterates a data set of whole batches, in order, with or without loader processes.
 
     Args:
-        dataset: map-style (``order`` has its indices) or iterable; gives batches, not samples.
-        order: indices; None for iterable data sets.
+        dataset: gives batches, not samples.
+        order: its indices, each taken from here when a process can start on it.
         workers: processes; 0: none.
         pin_memory: for a CUDA device to read from while it computes.
         prefetch: batches that each process may be ahead.
@@ -103,7 +82,7 @@ class Loader(Generic[Item]):
     def __init__(
         self,
         dataset: Dataset[Item],
-        order: Iterable[Any] | None = None,
+        order: Iterable[Any],
         *,
         workers: int = 0,
         pin_memory: bool = False,
@@ -113,9 +92,7 @@ class Loader(Generic[Item]):
         self._start_method = start_method or multiprocessing.get_start_method()
         self._workers = workers
         self._ahead = prefetch * workers + 1
-        self._guarded: _Guarded | _GuardedStream = (
-            _GuardedStream(dataset) if isinstance(dataset, IterableDataset) else _Guarded(dataset)
-        )
+        self._guarded = _Guarded(dataset)
         self._loader: DataLoader[Any] = DataLoader(
             self._guarded,
             sampler=cast(Any, order),

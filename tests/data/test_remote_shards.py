@@ -25,7 +25,7 @@ from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.listing import expand_shards
 from cskd_pipeline.data.range_file import RangeFile
 from cskd_pipeline.data.remote_tar import RemoteTar, RemoteTars, require_room
-from cskd_pipeline.data.unit_views import Loading, unit_batches
+from cskd_pipeline.data.unit_views import EARLY, Loading, unit_batches
 from cskd_pipeline.errors import DataError, RemoteError, ShardError, UsageError
 from cskd_pipeline.tools.make_shards import make_shards
 from cskd_pipeline.views.policy import ViewPolicy
@@ -286,15 +286,17 @@ def test_room_for_less_than_a_tar_or_a_batch_is_refused(
         dataset.shards[sizes.index(max(sizes))].read_image(0)
 
 
-def test_a_dump_fetches_the_tars_of_units_to_come(served: Served, copies: Path) -> None:
+def test_a_dump_fetches_the_tars_of_the_next_units(served: Served, copies: Path) -> None:
+    """Of those that it has taken for itself, which are few."""
     dataset = load_dataset(pattern(served))
     units = [(shard, range(1)) for shard in range(len(COUNTS))]
     batches = unit_batches(dataset, units, ViewPolicy(size=32), 0, Loading(batch_size=4))
     assert next(batches).index[0, 1] == 0
     end = time.monotonic() + 10
-    while len(tars(copies)) < len(COUNTS) and time.monotonic() < end:
+    while len(tars(copies)) < 1 + EARLY and time.monotonic() < end:
         time.sleep(0.01)
-    assert len(tars(copies)) == len(COUNTS)
+    assert len(tars(copies)) == 1 + EARLY < len(COUNTS)
+    assert sum(len(batch) for batch in batches) == dataset.samples - 4
     batches.close()  # type: ignore[attr-defined]
 
 
