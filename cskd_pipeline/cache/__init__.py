@@ -10,7 +10,8 @@
    file. ``remote`` -- the same at a URL; ``remote_files`` -- files at a URL, of caches and of
    shards, by ``transfers`` and through copies on this machine (``mirror``).
 4. ``writer`` -- commits units: files written beside their final names, synced, renamed
-   (``durable``), their record last; ``units`` has what a unit holds, and gathers it.
+   (``durable``), their record last; ``units`` has what a unit holds, and gathers it; ``claims``
+   say which process makes which.
 5. ``reader`` -- sees finished units only, and compares every file with its record once; ``slabs``
    decodes rows and keeps what fits (``lru``), ``key_index`` finds samples by key, ``choosing``
    picks the encoding that serves a loss.

@@ -153,6 +153,10 @@ class CacheWriter:
         """Return which units are finished, at this moment: (blocks, shards) bool."""
         return self.store.done()
 
+    def is_done(self, unit: Unit) -> bool:
+        """Say that this unit is finished, at this moment."""
+        return (self.path / self.store.record_key(unit.block, unit.shard)).exists()
+
     def todo(
         self, shards: Iterable[int] | None = None, views: Iterable[int] | None = None
     ) -> list[Unit]:

@@ -1,0 +1,143 @@
+"""Claims: one process makes a unit; what it leaves behind when it ends stands in nobody's way."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cskd_pipeline.cache.claims import FOLDER, Claims
+from cskd_pipeline.cache.units import Unit
+from cskd_pipeline.errors import OutputError
+from cskd_pipeline.runtime import processes
+from cskd_pipeline.runtime.processes import has_ended, identify
+
+ONE, TWO = Unit(0, 1, range(2)), Unit(3, 0, range(6, 8))
+PATIENCE = 0.2
+
+
+def claims(root: Path, patience: float = PATIENCE) -> Claims:
+    return Claims(root, patience)
+
+
+def left_by_another(root: Path, unit: Unit, **changes: Any) -> Path:
+    """The claim of a process that gives no sign of life."""
+    path = root / FOLDER / f"{unit.block}.{unit.shard}"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**identify(os.getpid()), "claim": "another", **changes}))
+    return path
+
+
+def test_a_unit_is_claimed_by_one_until_it_lets_go(tmp_path: Path) -> None:
+    one, other = claims(tmp_path, 60), claims(tmp_path, 60)
+    assert one.take(ONE)
+    assert not other.take(ONE)
+    assert other.take(TWO)
+    one.drop(ONE)
+    assert other.take(ONE)
+    other.drop_all()
+    assert not list(tmp_path.iterdir())
+    one.drop_all()  # which holds nothing
+
+
+def test_processes_that_claim_at_once_never_claim_the_same(tmp_path: Path) -> None:
+    units = [Unit(block, 0, range(1)) for block in range(100)]
+    context = multiprocessing.get_context("fork")
+    found, over = context.SimpleQueue(), context.Event()
+
+    def work() -> None:
+        own = claims(tmp_path, 60)
+        found.put([unit.block for unit in units if own.take(unit)])
+        over.wait()
+        os._exit(0)
+
+    started = [context.Process(target=work) for _ in range(4)]
+    for process in started:
+        process.start()
+    taken = [block for _ in started for block in found.get()]
+    assert sorted(taken) == list(range(100))
+    over.set()
+    for process in started:
+        process.join()
+    after = claims(tmp_path, 60)
+    assert all(after.take(unit) for unit in units)  # for all of them have ended
+
+
+def test_a_claim_without_a_sign_of_life_is_taken_over_after_a_while(tmp_path: Path) -> None:
+    """Its process lives, or is another machine's."""
+    for unit, changes in ((ONE, {}), (TWO, {"boot": "another", "pid": 2**22, "started": "1"})):
+        path = left_by_another(tmp_path, unit, **changes)
+        os.utime(path, (0, 0))  # whatever the clocks say
+        own = claims(tmp_path)
+        assert not own.take(unit)
+        time.sleep(PATIENCE / 2)
+        os.utime(path, (2**31, 2**31))  # a sign of life
+        assert not own.take(unit)
+        time.sleep(PATIENCE / 2)
+        assert not own.take(unit)
+        time.sleep(PATIENCE)
+        assert own.take(unit)
+        assert '"another"' not in path.read_text() or "boot" in changes
+
+
+def test_signs_of_life_keep_a_claim(tmp_path: Path) -> None:
+    one, other = claims(tmp_path), claims(tmp_path)
+    assert one.take(ONE)
+    until = time.monotonic() + 3 * PATIENCE
+    while time.monotonic() < until:
+        assert not other.take(ONE)
+        one.renew()
+        time.sleep(PATIENCE / 20)
+
+
+def test_what_was_taken_over_is_not_let_go_of_by_the_one_before(tmp_path: Path) -> None:
+    one, other, third = (claims(tmp_path) for _ in range(3))
+    assert one.take(ONE)
+    assert not other.take(ONE)
+    time.sleep(1.5 * PATIENCE)
+    assert other.take(ONE)
+    one.drop_all()
+    assert not third.take(ONE)
+
+
+def test_a_process_that_has_ended_is_known_by_more_than_its_number(tmp_path: Path) -> None:
+    own = identify(os.getpid())
+    assert not has_ended(json.dumps(own))
+    assert has_ended(json.dumps({**own, "started": "1"}))  # one that had the number before
+    for elsewhere in ("host", "boot", "namespace"):
+        assert not has_ended(json.dumps({**own, "started": "1", elsewhere: "another"}))
+    for text in ("", "{", "[1]", "[" * 100_000, json.dumps({**own, "pid": "x"}), '{"pid": 1e999}'):
+        assert not has_ended(text)
+
+
+def test_without_proc_silence_alone_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = json.dumps({**identify(os.getpid()), "started": "1"})
+
+    def no_such_file(self: Path) -> str:
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(processes.Path, "read_text", no_such_file)
+    assert not has_ended(before)
+    assert not has_ended(json.dumps(identify(os.getpid())))
+
+
+def test_links_and_other_things_for_claims_do_no_harm(tmp_path: Path) -> None:
+    outside, cache = tmp_path / "outside", tmp_path / "cache"
+    (cache / FOLDER).mkdir(parents=True)
+    outside.write_text("mine")
+    (cache / FOLDER / "0.1").symlink_to(outside)
+    os.mkfifo(cache / FOLDER / "3.0")
+    own = claims(cache, 0.0)
+    for unit in (ONE, TWO):
+        assert not own.take(unit)
+        assert own.take(unit)
+    own.sweep()
+    assert outside.read_text() == "mine"
+    (cache / FOLDER).symlink_to(tmp_path)
+    with pytest.raises(OutputError, match="leads out of it"):
+        own.take(ONE)
