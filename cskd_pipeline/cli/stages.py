@@ -69,8 +69,8 @@ class DumpRange:
         str | None,
         typer.Option(
             metavar="FROM:TO",
-            help="Only the shards FROM up to, not including, TO, counted from 0: several machines "
-            "can fill one cache, or caches of their own for cache merge.",
+            help="Only the shards FROM up to, not including, TO, counted from 0: for caches of "
+            "parts, which cache merge joins. Machines that share a cache's folder need none.",
         ),
     ] = None
     view_range: Annotated[
@@ -173,7 +173,8 @@ def dump_teacher(
 ) -> Outcome:
     """Run the teacher over augmented views and store its logits in a cache: stage one.
 
-    Run the same command again after an interruption: finished units are kept.
+    Run the same command again after an interruption: finished units are kept. Run it several times
+    at once, on machines that share the cache's folder, to share the work.
 
     A teacher of your own is --teacher package.module:factory. The factory takes num_classes or
     nothing (and --set teacher.kwargs={...}) and returns a torch module whose forward ends in global

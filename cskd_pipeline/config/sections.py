@@ -47,7 +47,7 @@ _DEVICE = "auto (a GPU where there is one), cpu, cuda, cuda:1."
 _DEVICES = ["auto", "cpu", "cuda"]
 _CHANNELS_LAST = "Keep the network and its images in the channels_last format."
 _COMPILE = "Run the network through torch.compile."
-_RANK_TIMEOUT = "Seconds without a sign of life, after which a rank is given up."
+_RANK_TIMEOUT = "Seconds without a sign of life, after which a rank is given up"
 
 
 _OrSkip = Literal["error", "skip"]
@@ -155,7 +155,9 @@ class DumpLoop:
     device: str = _free("auto", _DEVICE, examples=_DEVICES)
     channels_last: bool = _free(True, _CHANNELS_LAST)
     compile: bool = _free(False, _COMPILE)
-    rank_timeout: int = _free(300, _RANK_TIMEOUT, ge=1, le=604_800)
+    rank_timeout: int = _free(
+        300, f"{_RANK_TIMEOUT}, and its units are taken over.", ge=1, le=604_800
+    )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -311,7 +313,7 @@ class RunSection:
     fork_from: str = _free(
         "", "Continue from another run's state, with another loss or CKF schedule."
     )
-    rank_timeout: int = _free(300, _RANK_TIMEOUT, ge=1, le=604_800)
+    rank_timeout: int = _free(300, f"{_RANK_TIMEOUT}.", ge=1, le=604_800)
     wandb: str = _free("", "Curves on Weights & Biases too: the project (extra: wandb).")
 
 

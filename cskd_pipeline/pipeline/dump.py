@@ -55,8 +55,9 @@ def dump_teacher(
 ) -> dict[str, Any]:
     """Create, resume or extend the cache of ``recipe``: ``cskd-pipeline dump-teacher``.
 
-    Under torchrun every process calls this, and each takes its share of the units. Each stops on
-    the signals that it receives itself, without an exchange: torchrun passes them on to all.
+    Under torchrun every process calls this. They meet here and in ``write_cache``, and then only to
+    sum up: in between each draws the next undone unit, and stops on the signals that it receives
+    itself. Other jobs may be at work in the same cache. All return once everything is done.
 
     Args:
         shard_range, view_range, accept_versions: see :class:`WriteOptions`.
@@ -74,7 +75,8 @@ def dump_teacher(
     """
     data, cache = recipe.data, recipe.cache
     _require_within(view_range, cache.views)
-    with joined(recipe.dump.rank_timeout) as ranks:
+    patience = recipe.dump.rank_timeout
+    with joined(patience) as ranks:
         guard = ClassGuard(accept=accept_classes)
         dataset, teacher = open_stage_one(recipe, ranks, guard)
         loading = loading_for(recipe, teacher)
@@ -86,7 +88,7 @@ def dump_teacher(
             teacher_info(teacher, recipe.teacher.kwargs),
             recipe.views,
             loading=loading,
-            options=WriteOptions(shard_range, view_range, accept_versions, guard, ranks),
+            options=WriteOptions(shard_range, view_range, accept_versions, guard, ranks, patience),
         )
         if ranks.first:
             left_out.write()  # now that the folder is known to be this cache's
@@ -94,8 +96,8 @@ def dump_teacher(
             log.warning("the teacher's weights are random: this cache is good for trials only")
         started = time.perf_counter()
         with stop_requests() as stop:
-            with writer:  # yields views; put() takes them back in order
-                for views in ranks.heeding(writer):  # views.images: (n, 3, S, S) on the device
+            with writer:  # draws undone units and yields their views; put() takes these in order
+                for views in writer:  # views.images: (n, 3, S, S) on the device
                     images = normalise(views.images, teacher.mean, teacher.std)
                     # (n, K, h, w) and (n, K) float16; put() checks them, one batch later on CUDA
                     logits = teacher.unchecked(images)
@@ -103,7 +105,7 @@ def dump_teacher(
                     if stop.requeue or (stop.requested and complete):
                         break
             # Not in the writer's block: one that an error leaves does not write all complete units.
-            if stop.requested and writer.views_written < writer.views_total:
+            if stop.requested and not writer.finished:
                 raise KeyboardInterrupt  # stop_requests makes it Requeue on a scheduler's signal
         return {**_summary(writer, ranks, started), "left_out": len(left_out)}
 
@@ -232,7 +234,7 @@ def teacher_info(teacher: Teacher, kwargs: dict[str, Any]) -> TeacherInfo:
 def _summary(writer: UnitWriter, ranks: Ranks, started: float) -> dict[str, Any]:
     meter = writer.meter
     # Read before waiting for other ranks. All are sums over ranks, the time waited for data too.
-    own = [len(writer.units), writer.views_written, meter.waited, meter.seconds]
+    own = [writer.units_written, writer.views_written, meter.waited, meter.seconds]
     units, views, waited, worked = (sum(column) for column in zip(*ranks.gather(own), strict=True))
     seconds = time.perf_counter() - started
     info = describe_cache(open_cache(writer.cache.path))

@@ -7,7 +7,7 @@ before is encoded on a stream of its own; a thread writes one unit while the nex
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
@@ -21,48 +21,51 @@ from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.data.full_batches import TeacherViews, full_batches
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.shards import TarShard
-from cskd_pipeline.data.unit_views import Loading, unit_batches
+from cskd_pipeline.data.unit_views import Loading, UnitViews, unit_batches
 from cskd_pipeline.distill.ckf import hard_global_labels
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.models.teacher import Logits, require_finite
+from cskd_pipeline.pipeline.undone_units import UndoneUnits
 from cskd_pipeline.runtime.progress import Meter, progress
 
 
 class UnitWriter:
-    """Yield every view of some units of a cache, and write the logits that come back::
+    """Yield every view of a cache's undone units, and write the logits that come back::
 
         with writer:
             for views in writer:
                 writer.put(views, *network(views.images))
 
-    Batches are full but for the last, on the device of ``loading``; they are yielded once.
+    Batches are full but for the last, on the device of ``loading``; they are yielded once. Units
+    are claimed one by one, so several processes may do this in one cache. Once no more are free, a
+    process waits until the others have done theirs, and takes over those that were given up.
     A unit is committed once all its logits are there; a batch may end one and begin the next. What
     was committed stays, whatever ends the block. A block that ends well waits until all complete
     units are written; one that an error ends waits for the one being written only.
 
     Attributes:
         cache: the folder that is written.
-        units: in the order in which they are written.
-        views_total, views_written: views of ``units``, and those of complete ones.
+        units: those that were undone at the start, in the order in which they are drawn.
+        units_written, views_written: of those that this process has completed.
         meter: of the views, and of the time spent waiting for them.
     """
 
     def __init__(
-        self, cache: CacheWriter, dataset: Dataset, units: Sequence[Unit], loading: Loading
+        self, cache: CacheWriter, dataset: Dataset, undone: UndoneUnits, loading: Loading
     ) -> None:
         self.cache, self.dataset, self.loading = cache, dataset, loading
-        self.units = tuple(units)
-        self.views_total = sum(map(cache.size_of, units))
-        self.views_written = 0
-        self.meter = Meter(self.views_total, "views")
+        self.units, self._undone = undone.units, undone
+        self.units_written = self.views_written = 0
+        self.meter = Meter(undone.expected, "views")
         self._shape = response_shape(cache.manifest)
         self._views = self._iterate()
         self._given = deque[TeacherViews]()
         self._computing = deque[tuple[TeacherViews, Logits, torch.cuda.Event | None]]()
-        self._unfinished = deque(self.units)
-        self._begin()
+        self._unfinished = deque[Unit]()
+        self._buffer: UnitBuffer | None = None
+        self._missing = 0  # views of the unit that the buffer is of
         self._thread: ThreadPoolExecutor | None = None
-        self._writing: Future[bool] | None = None
+        self._writing: Future[None] | None = None
 
     def __enter__(self) -> UnitWriter:
         self._thread = ThreadPoolExecutor(1)
@@ -74,31 +77,54 @@ class UnitWriter:
         try:
             with self._thread:  # which waits for the unit being written
                 if kind is None:
-                    while self._computing:
-                        self._store(*self._computing.popleft())
-                    self._wait()
+                    self._settle()
         finally:
             self._thread = None
+            self._undone.claims.drop_all()
+
+    @property
+    def views_total(self) -> int:
+        """Count the views that this process will have written, as far as is known now."""
+        return self._undone.expected
+
+    @property
+    def finished(self) -> bool:
+        """Say that all ``units`` are done, whoever made them."""
+        return not self._undone.left()
 
     def __iter__(self) -> Iterator[TeacherViews]:
         """Return the batches, each of which is yielded once; see :class:`TeacherViews`.
 
         Raises:
-            CskdError: an image or a tar that cannot be read.
+            CskdError: an image or a tar that cannot be read; the error that ended another rank.
+            UsageError: no ``with`` block.
         """
         return self._views
 
     def _iterate(self) -> Generator[TeacherViews, None, None]:
-        manifest, loading = self.cache.manifest, self.loading
-        units = [(unit.shard, unit.views) for unit in self.units]
+        self._require_open()
         with progress(self.views_total, "views", "dumping") as self.meter:
-            batches = self.meter.timed(
-                unit_batches(self.dataset, units, manifest.policy, manifest.root_seed, loading)
-            )
-            pieces = (TeacherViews.of(b, manifest.policy, loading.device) for b in batches)
-            for views in full_batches(pieces, loading.batch_size):
-                self._given.append(views)
-                yield views
+            for units in self._undone.rounds():
+                pieces = self._pieces(self._begun(units))
+                batches = full_batches(pieces, self.loading.batch_size)
+                for views in self._undone.ranks.heeding(batches):
+                    self._given.append(views)
+                    yield views
+                self._settle()
+                if self._unfinished:  # whoever takes all batches first completes them later
+                    return
+
+    def _begun(self, units: Iterable[Unit]) -> Iterator[UnitViews]:
+        for unit in units:
+            self._unfinished.append(unit)
+            self.meter.total = self.views_total
+            yield unit.shard, unit.views
+
+    def _pieces(self, units: Iterable[UnitViews]) -> Iterator[TeacherViews]:
+        manifest, loading = self.cache.manifest, self.loading
+        batches = unit_batches(self.dataset, units, manifest.policy, manifest.root_seed, loading)
+        for batch in self.meter.timed(batches):
+            yield TeacherViews.of(batch, manifest.policy, loading.device)
 
     def put(self, views: TeacherViews, spatial: Tensor, global_: Tensor) -> int:
         """Take the logits of ``views``; on CUDA the host does not wait for them.
@@ -126,17 +152,19 @@ class UnitWriter:
             ready.record(torch.cuda.current_stream(spatial.device))
         self._computing.append((views, logits, ready))
         self.meter.advance(len(views))
+        self._undone.claims.renew()
         complete = 0
         while len(self._computing) > batches_ahead(spatial.device):
             complete += self._store(*self._computing.popleft())
         return complete
 
     def _require_next(self, views: TeacherViews, spatial: Tensor, global_: Tensor) -> None:
-        if self._thread is None or not self._given or self._given[0] is not views:
+        self._require_open()
+        if not self._given or self._given[0] is not views:
             raise UsageError(
                 "these views are not those whose logits come next",
                 where=self.cache.path,
-                expected="inside its with block: each batch once, in the order of iteration",
+                expected="each batch once, in the order of iteration",
             )
         found = tuple(spatial.shape), tuple(global_.shape)
         expected = (len(views), *self._shape), (len(views), self._shape.classes)
@@ -149,6 +177,20 @@ class UnitWriter:
                 action="correct TeacherInfo's num_classes and grid, or the network's last steps",
             )
         self._given.popleft()
+
+    def _require_open(self) -> None:
+        if self._thread is None:
+            raise UsageError(
+                "a cache's writer is not open",
+                where=self.cache.path,
+                expected="its views are yielded, and their logits taken, inside its with block",
+            )
+
+    def _settle(self) -> None:
+        """Write all units whose logits are there."""
+        while self._computing:
+            self._store(*self._computing.popleft())
+        self._wait()
 
     def _store(self, views: TeacherViews, logits: Logits, ready: torch.cuda.Event | None) -> int:
         """Encode, sort into units, and hand complete units to the thread; return their number.
@@ -168,15 +210,16 @@ class UnitWriter:
                 arrays = self._encode(views, logits)
         start = complete = 0
         while start < len(views):
-            unit, rows = self._unfinished[0], slice(start, start + self._missing)
+            unit, buffer = self._unfinished[0], self._buffer or self._begin()
+            rows = slice(start, start + self._missing)
             view, shard, offset = views.index[rows].T
             assert (shard == unit.shard).all(), (unit, shard)
             own = {name: values[rows] for name, values in arrays.items()}
-            self._buffer.put(view - unit.views[0], offset, own)
+            buffer.put(view - unit.views[0], offset, own)
             start += len(view)
             self._missing -= len(view)
             if not self._missing:
-                self._commit()
+                self._commit(buffer)
                 complete += 1
         return complete
 
@@ -196,23 +239,27 @@ class UnitWriter:
             "image_crc32": views.image_crc32,
         }
 
-    def _begin(self) -> None:
-        """Prepare for the next unit, if there is one."""
-        if self._unfinished:
-            unit, manifest = self._unfinished[0], self.cache.manifest
-            fill = {name: spec.fill for name, spec in specs(manifest).items()}
-            self._buffer = UnitBuffer(len(unit.views), manifest.dataset.counts[unit.shard], fill)
-            self._missing = self.cache.size_of(unit)
+    def _begin(self) -> UnitBuffer:
+        """Prepare for the next unit."""
+        unit, manifest = self._unfinished[0], self.cache.manifest
+        fill = {name: spec.fill for name, spec in specs(manifest).items()}
+        self._buffer = UnitBuffer(len(unit.views), manifest.dataset.counts[unit.shard], fill)
+        self._missing = self.cache.size_of(unit)
+        return self._buffer
 
-    def _commit(self) -> None:
-        """Write the current unit in the background; start the next."""
-        unit = self._unfinished.popleft()
-        data = _unit_data(self.dataset.shards[unit.shard], unit, self._buffer.arrays)
+    def _commit(self, buffer: UnitBuffer) -> None:
+        """Write the current unit in the background."""
+        unit, self._buffer = self._unfinished.popleft(), None
+        data = _unit_data(self.dataset.shards[unit.shard], unit, buffer.arrays)
         self._wait()  # one is written while one is computed; two would only hold memory
         assert self._thread is not None
-        self._writing = self._thread.submit(self.cache.write_unit, unit, data)
+        self._writing = self._thread.submit(self._write, unit, data)
+        self.units_written += 1
         self.views_written += self.cache.size_of(unit)
-        self._begin()
+
+    def _write(self, unit: Unit, data: UnitData) -> None:
+        self.cache.write_unit(unit, data)
+        self._undone.claims.drop(unit)
 
     def _wait(self) -> None:
         if self._writing is not None:

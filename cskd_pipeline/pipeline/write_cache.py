@@ -27,6 +27,7 @@ from cskd_pipeline.data.index import Dataset, load_dataset, refuse_repeated_keys
 from cskd_pipeline.data.unit_views import Loading
 from cskd_pipeline.distill.encodings import Sampled
 from cskd_pipeline.errors import UsageError
+from cskd_pipeline.pipeline.undone_units import UndoneUnits
 from cskd_pipeline.pipeline.unit_writer import UnitWriter
 from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.runtime.distributed import ALONE, Ranks
@@ -38,12 +39,13 @@ class WriteOptions:
     """Say which units this process writes, and which differences from a cache it accepts.
 
     Args:
-        shard_range, view_range: only the tar shards and views from, up to and not including;
-            several processes, on one machine or many, may fill one cache, or caches of their own
-            that ``cache merge`` joins.
+        shard_range, view_range: only the tar shards and views from, up to and not including: for
+            caches of parts, that ``cache merge`` joins. Processes that fill one cache need no
+            ranges, for each claims the units that it makes.
         accept_versions: resume a cache that was started with different library versions.
         guard: compares the names of classes; by default they must be the same.
-        ranks: of one job, each of which writes its share of the units.
+        ranks: of one job, who draw units from one counter.
+        patience: seconds without a sign of life after which another process's unit is taken over.
     """
 
     shard_range: tuple[int, int] | None = None
@@ -51,6 +53,7 @@ class WriteOptions:
     accept_versions: bool = False
     guard: ClassGuard | None = None
     ranks: Ranks = ALONE
+    patience: float = 300.0
 
 
 _ALL, _IN_PROCESS = WriteOptions(), Loading()
@@ -109,11 +112,12 @@ def write_cache(
             writer.extend(cache.views)
         chosen = (options.shard_range, options.view_range)
         units = writer.todo(*(None if ends is None else range(*ends) for ends in chosen))
-    # One list for all: a rank that looks later would find some units done.
+    # One list for all, in which they count: a rank that looks later would find some units done.
     units = ranks.gather(units)[0]
     if not ranks.first:
         writer = CacheWriter.open(cache.path)
-    return UnitWriter(writer, shards, units[ranks.rank :: ranks.world], loading)
+    undone = UndoneUnits(writer, units, options.patience, ranks)
+    return UnitWriter(writer, shards, undone, loading)
 
 
 def cache_manifest(

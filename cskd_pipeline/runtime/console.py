@@ -162,7 +162,13 @@ class Terminal:
             )
             self._bars.start()
         bars = self._bars
-        meter = Meter(total, unit, done, self._clock, lambda m: bars.update(bar, completed=m.count))
+        meter = Meter(
+            total,
+            unit,
+            done,
+            self._clock,
+            lambda m: bars.update(bar, completed=m.count, total=m.total),
+        )
         bar = bars.add_task(description, total=total, completed=done, meter=meter)
         try:
             yield meter

@@ -8,6 +8,7 @@ SIGUSR1 are a scheduler's or a closing terminal's: the command saves as well, an
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -34,6 +35,8 @@ class Stop:
 
     def __init__(self) -> None:
         self.signals: set[int] = set()
+        self.idle = False
+        """There is nothing to finish, so a signal ends the work at once."""
 
     @property
     def requested(self) -> bool:
@@ -45,6 +48,11 @@ class Stop:
         """Say that a scheduler's has, which gives little time; a person's Ctrl-C outweighs it."""
         return self.requested and signal.SIGINT not in self.signals
 
+    def heed(self) -> None:
+        """Leave by ``KeyboardInterrupt`` if a signal has come."""
+        if self.requested:
+            raise KeyboardInterrupt
+
     def add(self, signals: Iterable[int]) -> None:
         """Add those that other processes of the job have received."""
         self.signals.update(signals)
@@ -53,6 +61,8 @@ class Stop:
         if signum == signal.SIGINT and signum in self.signals:
             raise KeyboardInterrupt
         self.signals.add(signum)
+        if self.idle:
+            raise KeyboardInterrupt
 
 
 @contextmanager
@@ -63,14 +73,36 @@ def stop_requests() -> Iterator[Stop]:
     ``KeyboardInterrupt``, which leaves the block as :class:`Requeue` on a scheduler's signal.
     Outside the main thread, where Python delivers no signals, ``requested`` stays False.
     """
-    stop = Stop()
+    global _innermost
+    stop, outer = Stop(), _innermost
     with _handled(STOPPING, stop._receive):
         try:
+            _innermost = stop
             yield stop
         except KeyboardInterrupt:
             if stop.requeue:
                 raise Requeue(stop.signals) from None
             raise
+        finally:
+            _innermost = outer
+
+
+_innermost: Stop | None = None
+
+
+def pause(seconds: float) -> None:
+    """Sleep where nothing is in hand: a signal that :func:`stop_requests` collects ends the work.
+
+    Raises:
+        KeyboardInterrupt: one has come, before or now.
+    """
+    stop = _innermost or Stop()
+    try:
+        stop.idle = True
+        stop.heed()
+        time.sleep(seconds)
+    finally:
+        stop.idle = False
 
 
 @contextmanager

@@ -152,10 +152,8 @@ def test_logits_that_float16_does_not_hold_are_refused(dataset: Dataset, tmp_pat
 def test_views_in_another_order_twice_or_outside_the_block_are_refused(
     dataset: Dataset, tmp_path: Path
 ) -> None:
-    out = opened(tmp_path / "cache", dataset)
-    batch = next(iter(out))
     with pytest.raises(UsageError, match="inside its with block"):
-        out.put(batch, *network(batch.images))
+        next(iter(opened(tmp_path / "cache", dataset)))
     with opened(tmp_path / "cache", dataset) as out:
         one, two, three, *_ = out
         out.put(one, *network(one.images))

@@ -4,6 +4,6 @@
 2. **job** -- a process's rank, and what all ranks agree on.
 """
 
-from cskd_pipeline.runtime.distributed.job import ALONE, Ranks, joined, launched
+from cskd_pipeline.runtime.distributed.job import ALONE, Ranks, joined, launched, torchrun_job
 
-__all__ = ["ALONE", "Ranks", "joined", "launched"]
+__all__ = ["ALONE", "Ranks", "joined", "launched", "torchrun_job"]

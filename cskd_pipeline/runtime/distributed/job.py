@@ -7,6 +7,8 @@ at the same point, or the job would wait until one of them is given up.
 from __future__ import annotations
 
 import gc
+import json
+import logging
 import os
 import re
 import traceback
@@ -22,11 +24,14 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from cskd_pipeline.errors import CskdError, RankError, UsageError
-from cskd_pipeline.runtime.distributed.watch import Watch
+from cskd_pipeline.runtime.distributed.watch import Watch, of_this_attempt
+from cskd_pipeline.runtime.processes import identify
 from cskd_pipeline.runtime.progress import silence
 from cskd_pipeline.runtime.signals import Requeue
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,33 @@ class Ranks:
             self._meet()
             self.any(False)
 
+    def numbers(self, name: str) -> Iterator[int]:
+        """Yield 0, 1, 2 and so on, each to one rank alone: to whichever is the next to continue.
+
+        No rank waits for another. If the job's store is lost, each counts on by itself, and several
+        get the same numbers.
+        """
+        watch, number = self.watch, -1
+        while True:
+            number += 1
+            if watch is not None:
+                counted = watch.count(name)
+                if counted is None:
+                    log.warning("the job's store does not respond: this rank counts on by itself")
+                    watch = None
+                else:
+                    number = counted - 1
+            yield number
+
+    def heed(self) -> None:
+        """Raise the error of another rank that has failed.
+
+        Raises:
+            RankError: that rank's error.
+        """
+        if self.watch is not None:
+            self.watch.heed()
+
     def heeding(self, items: Iterable[T]) -> Iterator[T]:
         """Pass ``items`` on until another rank has failed.
 
@@ -95,8 +127,7 @@ class Ranks:
             RankError: that rank's error.
         """
         for item in items:
-            if self.watch is not None:
-                self.watch.heed()
+            self.heed()
             yield item
 
     @contextmanager
@@ -151,6 +182,15 @@ def launched(environment: Mapping[str, str] = os.environ) -> Ranks:
     )
 
 
+def torchrun_job(environment: Mapping[str, str] = os.environ) -> str:
+    """Return what names torchrun's job, the same each time it starts its ranks again; or "".
+
+    That is its ``--rdzv-id``; without one, the agent of this node.
+    """
+    name = environment.get("TORCHELASTIC_RUN_ID", "")
+    return json.dumps(identify(os.getppid())) if name == "none" else name
+
+
 @contextmanager
 def joined(patience: float) -> Iterator[Ranks]:
     """Connect this process with the others of its job while the block runs; only the first logs.
@@ -180,7 +220,7 @@ def joined(patience: float) -> Iterator[Ranks]:
         with ranks.explained():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo",
-                store=store,
+                store=of_this_attempt(store),
                 rank=ranks.rank,
                 world_size=ranks.world,
                 timeout=limit,

@@ -10,9 +10,12 @@ to do is waited for.
 from __future__ import annotations
 
 import json
+import math
 import os
+import queue
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -21,8 +24,12 @@ from cskd_pipeline.errors import CskdError, RankError
 
 BEAT = 0.5  # seconds between two signs of life
 _SILENT = 3.0  # seconds without one, by which a failed collective is explained
+_RESPONDING = 10.0  # seconds that the store is waited for where there is a way without
 _LEAVING = 10.0  # seconds that a failed rank stays for the others to learn why
 _FASTEST, _SLOWEST = 0.01, 0.5  # seconds between looks while a rank waits
+_SHARED_STORE = (
+    "; where torchrun's nodes come and go, export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all"
+)
 _FIELDS = ("problem", "found", "expected", "action", "problems")
 
 
@@ -48,6 +55,8 @@ class Watch:
         self._arrived = 0
         self._leaving = False
         self._mine: str | None = None
+        self._counting = ""  # what is to be counted up
+        self._counted = queue.SimpleQueue[int]()
         self._look, self._seen, self._closed = (threading.Event() for _ in range(3))
         self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
         self._thread.start()
@@ -78,6 +87,18 @@ class Watch:
         """Raise the error that ended another rank; signals are not passed on by this."""
         if self.error is not None and not self.interrupted:
             raise self.error
+
+    def count(self, name: str) -> int | None:
+        """Count ``name`` up by one, for all ranks, and return the count; None without the store."""
+        self._counting = name
+        self._look.set()
+        # Not by the clock: this process may have been stopped itself.
+        for _ in range(math.ceil(min(self.patience, _RESPONDING) / BEAT)):
+            with suppress(queue.Empty):
+                return self._counted.get(timeout=BEAT)
+            if self._lost:
+                break
+        return None
 
     def verdict(self, found: str) -> CskdError:
         """Say why a collective has failed."""
@@ -111,7 +132,8 @@ class Watch:
             found=found,
             expected=f"{self.world} ranks at work",
             action="see whether a process was stopped or killed, and the messages of all ranks; "
-            "then run the same command again (train goes on with --resume)",
+            "then run the same command again (train goes on with --resume)"
+            + (_SHARED_STORE if self._arrived == 1 and _agent_has_store() else ""),
         )
 
     def fail(self, error: BaseException) -> None:
@@ -184,6 +206,9 @@ class Watch:
 
     def _publish(self, store: dist.Store, published: dict[str, int]) -> None:
         store.add(f"life/{self.rank}", 1)
+        counting, self._counting = self._counting, ""
+        if counting:
+            self._counted.put(store.add(f"count/{counting}", 1))
         mine, self._mine = self._mine, None
         if mine is not None and store.add("claims", 1) == 1:
             store.set("error", mine)
@@ -223,5 +248,14 @@ def _own_connection(patience: float) -> dist.Store:
         wait_for_workers=False,
         timeout=timedelta(seconds=patience),
     )
-    attempt = [os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT")]
-    return dist.PrefixStore("/".join(["cskd-pipeline", *attempt]), store)
+    return dist.PrefixStore("cskd-pipeline", of_this_attempt(store))
+
+
+def of_this_attempt(store: dist.Store) -> dist.Store:
+    """Return a part of the store without what ranks wrote before torchrun started them again.
+
+    Where ranks have the store, it is new. Where agents have it, it stays, and they count restarts.
+    """
+    if not _agent_has_store():
+        return store
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)

@@ -1,0 +1,85 @@
+"""Measures how long a dump's ranks wait for a slow one: units drawn from a counter, and cut evenly.
+
+``python -m tests.measure_dump_tail`` prints a line for each of three cases in both ways, in turn:
+seconds of the whole dump, and its tail, from the last unit of the other ranks to the end. Three
+ranks make 48 units of 0.25 s each; rank 1 is as fast as the others, or stopped (SIGSTOP) for 4 s,
+or takes four times as long for a unit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cskd_pipeline.cache.units import Unit
+from cskd_pipeline.pipeline.undone_units import UndoneUnits
+from cskd_pipeline.pipeline.unit_writer import UnitWriter
+from tests.pipeline import test_distributed as ranks
+from tests.pipeline.test_elastic import Dump, files
+
+UNIT, STOPPED = 0.25, 4.0  # seconds
+
+
+def evenly(self: UndoneUnits) -> Iterator[Unit]:
+    """Every rank's share is fixed before it begins."""
+    for unit in self.units[self.ranks.rank :: self.ranks.world]:
+        if self._takes(unit):
+            yield unit
+
+
+def writing(log: Path, slow: bool) -> Any:
+    original = UnitWriter._write
+
+    def write(self: UnitWriter, *arguments: Any) -> None:
+        rank = os.environ["RANK"]
+        time.sleep(UNIT * (4 if slow and rank == "1" else 1))
+        original(self, *arguments)
+        with open(log, "a") as file:
+            file.write(json.dumps([rank, time.time()]) + "\n")
+
+    return write
+
+
+def measure(dump: Dump, folder: Path, case: str) -> tuple[float, float, list[int]]:
+    """Seconds, the seconds of the tail, and the units of each rank."""
+    log, original = folder / "log", UnitWriter._write
+    UnitWriter._write = writing(log, case == "slow")  # type: ignore[method-assign]
+    started = ranks.start(3, dump.words(folder / "c"))
+    UnitWriter._write = original  # type: ignore[method-assign]
+    while not log.exists() or '"1"' not in log.read_text():
+        time.sleep(0.01)
+    if case == "stopped":
+        os.kill(started[1].pid, signal.SIGSTOP)
+        threading.Timer(STOPPED, os.kill, (started[1].pid, signal.SIGCONT)).start()
+    assert ranks.finish(started, 600) == [0, 0, 0]
+    assert files(folder / "c") == dump.bytes
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    first, last = min(at for _, at in rows), max(at for _, at in rows)
+    others = max(at for rank, at in rows if rank != "1")
+    return last - first, last - others, [sum(r == str(n) for r, _ in rows) for n in range(3)]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as root:
+        dump, drawn = Dump(Path(root)), UndoneUnits._drawn
+        print("rank 1     units        seconds   tail   units of each rank")
+        for case in ("equal", "stopped", "slow"):
+            for name, way in (("counter", drawn), ("even cut", evenly)):
+                UndoneUnits._drawn = way  # type: ignore[method-assign]
+                folder = Path(root) / f"{case} {name}"
+                folder.mkdir()
+                seconds, tail, units = measure(dump, folder, case)
+                print(f"{case:10} {name:10} {seconds:9.1f} {tail:6.1f}   {units}")
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

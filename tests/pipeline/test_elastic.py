@@ -1,0 +1,253 @@
+"""A dump whose processes come, go and stop: the bytes of one process, each unit made once.
+
+Agents are torchrun's, and ranks and jobs real processes; all are forked, for nobody is to wait for
+imports. Every unit takes a moment longer than it must, so that something happens in between.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cskd_pipeline.cache.claims import FOLDER
+from cskd_pipeline.cache.units import Unit
+from cskd_pipeline.pipeline.unit_writer import UnitWriter
+from cskd_pipeline.tools.make_shards import make_shards
+from tests.cache.making import tree
+from tests.pipeline import test_distributed as ranks
+from tests.pipeline import world
+from tests.pipeline.conftest import World
+from tests.pipeline.test_torchrun import free_port
+
+FORK = multiprocessing.get_context("fork")
+MOMENT = 0.1  # seconds
+SECONDS = 120  # far more than any of it takes, on a machine that does other things
+
+
+class Made(list[dict[str, Any]]):
+    """Which process has written which unit, as far as a file says."""
+
+    def __init__(self, path: Path) -> None:
+        lines = path.read_text().splitlines() if path.exists() else []
+        super().__init__(map(json.loads, lines))
+
+    def by(self, **who: object) -> list[dict[str, Any]]:
+        return [row for row in self if who.items() <= row.items()]
+
+
+class Dump:
+    """48 units of 4 images in 2 views, and what one process makes of them."""
+
+    def __init__(self, root: Path) -> None:
+        world.draw_pictures(root / "pictures", per_class=12, seed=3)
+        make_shards(root / "pictures", root / "shards", shard_size=4)
+        self.shards = root / "shards"
+        assert world.cli(*self.words(root / "alone")) == 0
+        self.bytes = files(root / "alone")
+
+    def words(self, cache: Path, *more: str) -> list[object]:
+        sets = [*world.dump_sets(views=8), "dump.threads=1", "dump.batch_size=8", *more]
+        return [
+            *("dump-teacher", "--shards", self.shards, "--teacher", world.TEACHER, "--quiet"),
+            *("--weights", "random", "--cache", cache, "--workers", 0, "--device", "cpu"),
+            *world.as_flags(sets),
+        ]
+
+
+def files(cache: Path) -> dict[str, bytes]:
+    found = tree(cache)
+    del found["zarr.json"]  # it has the time
+    return found
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory: pytest.TempPathFactory) -> Dump:
+    return Dump(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Made]:
+    """What was written until now, by processes that are forked after this."""
+    path, original = tmp_path / "made", UnitWriter._write
+
+    def write(self: UnitWriter, unit: Unit, *data: Any) -> None:
+        time.sleep(MOMENT)
+        original(self, unit, *data)
+        row = {"unit": [unit.block, unit.shard], "pid": os.getpid(), "at": time.time()}
+        row |= {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    monkeypatch.setattr(UnitWriter, "_write", write)
+    return lambda: Made(path)
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Starts functions as processes, which do not outlive the test."""
+    started: list[Any] = []
+
+    def _start(target: Callable[..., None], *arguments: Any) -> Any:
+        process = FORK.Process(target=target, args=arguments)
+        process.start()
+        started.append(process)
+        return process
+
+    yield _start
+    for process in started:
+        for pid in (*children(process.pid), process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.join()
+
+
+def children(pid: int) -> list[int]:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def ended(*processes: Any) -> list[int | None]:
+    for process in processes:
+        process.join(SECONDS)
+    return [process.exitcode for process in processes]
+
+
+def command(words: list[object]) -> None:
+    raise SystemExit(world.cli(*words))
+
+
+def _worker(words: list[object]) -> None:
+    code = world.cli(*words)
+    if code:
+        os._exit(code)
+
+
+def agent(words: list[object], port: int, nodes: str, processes: int, shared_store: bool) -> None:
+    """What ``torchrun --nnodes NODES --nproc-per-node PROCESSES --max-restarts 3`` does."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = str(int(not shared_store))
+    least, _, most = nodes.partition(":")
+    config = LaunchConfig(
+        min_nodes=int(least),
+        max_nodes=int(most),
+        nproc_per_node=processes,
+        run_id="test",
+        rdzv_endpoint=f"127.0.0.1:{port}",
+        rdzv_backend="c10d",
+        rdzv_configs={"last_call_timeout": 1, "keep_alive_interval": 1},
+        max_restarts=3,
+        start_method="fork",
+        shutdown_timeout=20,
+    )
+    elastic_launch(config, _worker)(words)
+
+
+def once_each(made: Made) -> bool:
+    counts = Counter(tuple(row["unit"]) for row in made)
+    return len(counts) == 48 and set(counts.values()) == {1}
+
+
+def test_a_node_joins_and_is_lost_and_the_dump_goes_on(
+    dump: Dump, made: Callable[[], Made], start: Callable[..., Any], tmp_path: Path
+) -> None:
+    words, port = dump.words(tmp_path / "c", "dump.rank_timeout=3"), free_port()
+    first = start(agent, words, port, "1:2", 1, False)
+    until(lambda: len(made()) >= 2)
+    second = start(agent, words, port, "1:2", 1, False)
+    until(lambda: len({row["RANK"] for row in made().by(WORLD_SIZE="2")}) == 2)
+    for pid in (second.pid, *children(second.pid)):
+        os.kill(pid, signal.SIGKILL)
+    assert not once_each(made()), "killed too late to prove anything"
+    assert ended(first) == [0]
+    assert files(tmp_path / "c") == dump.bytes
+    assert once_each(made())
+
+
+def test_a_killed_rank_is_started_again_and_its_unit_made(
+    dump: Dump, made: Callable[[], Made], start: Callable[..., Any], tmp_path: Path
+) -> None:
+    started = start(agent, dump.words(tmp_path / "c"), free_port(), "1:1", 2, True)
+    until(lambda: made().by(RANK="1"))
+    os.kill(made().by(RANK="1")[0]["pid"], signal.SIGKILL)
+    assert not once_each(made()), "killed too late to prove anything"
+    assert ended(started) == [0]
+    assert len({row["pid"] for row in made()}) == 4
+    assert files(tmp_path / "c") == dump.bytes
+    assert once_each(made())
+
+
+def test_a_rank_that_is_stopped_for_a_while_leaves_its_units_to_the_others(
+    dump: Dump, made: Callable[[], Made], tmp_path: Path
+) -> None:
+    """It has one unit in hand, and one being written, when it goes on."""
+    started = ranks.start(3, dump.words(tmp_path / "c"))
+    until(lambda: made().by(RANK="1"))
+    os.kill(started[1].pid, signal.SIGSTOP)
+    before = len(made().by(RANK="1"))
+    until(lambda: len(made()) - len(made().by(RANK="1")) >= 48 - before - 2)
+    os.kill(started[1].pid, signal.SIGCONT)
+    assert ranks.finish(started) == [0, 0, 0]
+    assert len(made().by(RANK="1")) <= before + 2
+    assert files(tmp_path / "c") == dump.bytes
+    assert once_each(made())
+
+
+def test_jobs_that_share_a_folder_alone_make_each_unit_once(
+    dump: Dump, made: Callable[[], Made], start: Callable[..., Any], tmp_path: Path
+) -> None:
+    """One is stopped by Slurm, one killed; one that comes later makes what they leave."""
+    words = dump.words(tmp_path / "c")
+    preempted, killed = start(command, words), start(command, words)
+    for process, number in ((preempted, signal.SIGUSR1), (killed, signal.SIGKILL)):
+        until(lambda pid=process.pid: made().by(pid=pid))
+        os.kill(process.pid, number)
+    assert ended(preempted, killed) == [75, -9]
+    left = [path.read_text() for path in (tmp_path / "c" / FOLDER).iterdir()]
+    assert [json.loads(text)["pid"] for text in left] == [killed.pid] * len(left)
+    assert ended(start(command, words), start(command, words)) == [0, 0]
+    assert files(tmp_path / "c") == dump.bytes
+    assert once_each(made())
+
+
+def test_training_that_torchrun_starts_again_resumes_from_its_last_state(
+    small: World, start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cskd_pipeline.pipeline.trainer import Trainer
+
+    original, killed = Trainer.step, tmp_path / "killed"
+
+    def step(self: Trainer, batches: Any) -> Any:
+        if self.ranks.rank == 1 and self.update == 6 and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        with open(tmp_path / f"updates {self.ranks.rank}", "a") as file:
+            file.write(f"{self.update}\n")
+        return original(self, batches)
+
+    ranks.run_in(1, ranks.arguments(small, tmp_path / "alone"))
+    monkeypatch.setattr(Trainer, "step", step)
+    words = ranks.arguments(small, tmp_path / "run")
+    assert ended(start(agent, words, free_port(), "1:1", 2, True)) == [0]
+    assert (tmp_path / "updates 1").read_text().split() == [*map(str, [*range(6), *range(4, 12)])]
+    ranks.same_curve(ranks.summary(tmp_path / "run"), ranks.summary(tmp_path / "alone"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert world.cli(*words) == 1  # which is not this job's to resume
