@@ -36,13 +36,14 @@ from cskd_pipeline.pipeline.trainer import PARTS, Trainer
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.atomic import NO_LOCKS, require_free, sole_writer, sweep, write_text
 from cskd_pipeline.runtime.device import pick_device, use_threads
-from cskd_pipeline.runtime.distributed import Ranks, joined
+from cskd_pipeline.runtime.distributed import Ranks, joined, torchrun_job
 from cskd_pipeline.runtime.progress import Meter, limiting_side, progress
 from cskd_pipeline.runtime.signals import Stop, stop_requests
 
 log = logging.getLogger(__name__)
 
 RECIPE, STATE, KEPT_STATE = "recipe.toml", "state.pt", "state-{:05}.pt"
+JOB = ".torchrun-job"
 STUDENTS = ("last.safetensors", "last_ema.safetensors", "best.safetensors")
 OCCUPIED_BY = (
     *(RECIPE, STATE, *STUDENTS, "summary.csv", "changes.jsonl", "tensorboard"),
@@ -59,7 +60,7 @@ def train(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Run ``recipe`` to its end, from its start or its last state: ``cskd-pipeline train``.
 
     Under torchrun every process calls this; together they do what one would do, each with its part
-    of every batch, and the first of them writes and logs.
+    of every batch, and the first of them writes and logs. What torchrun starts again resumes.
 
     Returns:
         The closing summary: epochs, updates, top-1 of the last and best students, seconds, files.
@@ -75,6 +76,8 @@ def train(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
         job = _open(recipe, ranks, resume)
         job.data.guard.report_new()
         if ranks.first:
+            if torchrun_job():
+                write_text(out / JOB, torchrun_job())
             write_text(out / RECIPE, to_toml(recipe))
             for left_out in job.data.left_out:
                 left_out.write()
@@ -329,8 +332,8 @@ def _open(recipe: TrainRecipe, ranks: Ranks, resume: bool) -> TrainJob:
     """Open a run before its first update, or as its last state has it."""
     require_wandb(recipe.run.wandb)
     if ranks.first:
-        _claim(Path(recipe.run.out), resume)
-    ranks.wait()
+        resume = _claim(Path(recipe.run.out), resume)
+    resume = ranks.gather(resume)[0]
     use_threads(recipe.run.threads)
     data = open_training_data(recipe, ranks)
     device = ranks.device(pick_device(recipe.run.device))
@@ -349,14 +352,21 @@ def _open(recipe: TrainRecipe, ranks: Ranks, resume: bool) -> TrainJob:
     return job
 
 
-def _claim(out: Path, resume: bool) -> None:
-    """Refuse to overwrite existing files unless resuming the run that wrote them."""
-    known = (out / RECIPE).exists()
+def _claim(out: Path, resume: bool) -> bool:
+    """Refuse to overwrite existing files unless resuming the run that wrote them.
+
+    Returns:
+        Whether to resume: also where torchrun starts again what its job began here.
+    """
+    known, begun_by = (out / RECIPE).exists(), out / JOB
+    if torchrun_job() and begun_by.is_file():
+        resume = resume or begun_by.read_text(errors="replace") == torchrun_job()
     if resume:
         sweep(out)
     if not (resume and known):
         or_resume = ", or resume the run there with --resume" if known else ""
         require_free(out, OCCUPIED_BY, action=f"choose another --out{or_resume}")
+    return resume
 
 
 def _fork(job: TrainJob, state_file: Path) -> None:
