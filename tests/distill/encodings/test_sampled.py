@@ -285,7 +285,7 @@ def test_a_draw_takes_at_most_300_bytes(tmp_path: Path) -> None:
 
     Shared and regional logits have exponential tails: a location has 2.05 lines, 0.21 of them agree
     with the global label, and a draw takes 291 bytes. EfficientNet-Lite0 on 32 views of ImageNet's
-    images had 2.10 and 2.16 lines, 0.21, and 289 and 304 bytes, which fall to 267 on 128 views.
+    images had 2.10 and 2.16 lines, 0.21, and 289 and 304 bytes.
     """
     views, generator = 32, torch.Generator().manual_seed(0)
     shared, regions = torch.empty(views, 1000, 1, 1), torch.empty(views, 1000, 3, 3)
