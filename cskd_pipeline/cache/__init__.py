@@ -16,7 +16,8 @@
    decodes rows and keeps what fits (``lru``), ``key_index`` finds samples by key, ``choosing``
    picks the encoding that serves a loss.
 6. ``convert`` -- a cache of another, smaller or in fewer files; ``merge`` -- one of several, which
-   ``parts`` compares; ``upgrade`` -- version 1 to 2, in place.
+   ``parts`` compares; ``upgrade`` -- version 1 to 2, in place; ``omitted`` -- the list of samples
+   that a dump left out, which goes along.
 7. ``info`` -- a cache described as a dictionary, ``summary`` in half a screen; ``check`` -- a cache
    verified from nothing but itself.
 

@@ -21,6 +21,7 @@ from cskd_pipeline.cache.digests import split_pin
 from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.manifest import CacheManifest
+from cskd_pipeline.cache.omitted import carry_lists
 from cskd_pipeline.cache.parts import Part, unite
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.remote import require_local
@@ -72,6 +73,9 @@ def merge(
         writer.extend(whole.views)
     numbers = range(len(whole.dataset.shards))
     result = Part.of(Cache(writer.store, writer.done()), {number: number for number in numbers})
+    inverse = [{own: n for n, own in part.shards.items()} for part in (result, *parts)]
+    stores = [part.store for part in (result, *parts)]
+    carry_lists(writer.path, zip(stores, inverse, strict=True))
     work = _work(writer, parts)
     counts = Counter(units_copied=0, views_copied=0, units_compared=0)
     with progress(sum(map(writer.size_of, work)), "views", "merging") as meter:

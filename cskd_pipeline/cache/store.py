@@ -258,6 +258,19 @@ class CacheStore:
         """
         return self._folder.length(key)
 
+    def beside(self, name: str) -> bytes | None:
+        """Return a file that lies beside the arrays, at most 64 MiB; None where there is none.
+
+        Raises:
+            CacheError: it is larger, or no plain file.
+        """
+        if not self._folder.there([name])[0]:
+            return None
+        try:
+            return self._folder.read(name, schemas.MAX_BYTES)
+        except DamageError as error:
+            raise self._damaged(name, "a file beside the arrays", error) from error
+
     def each(self, look: Callable[[T], V], items: Iterable[T]) -> Iterator[V]:
         """Yield ``look(item)`` for each item, in order; several at a time where files are far."""
         if self._folder.at_once == 1:

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 
+from cskd_pipeline.cache.omitted import LeftOut
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset
-from cskd_pipeline.data.left_out import LeftOut, LeftOuts, Offsets, tars_sha256
+from cskd_pipeline.data.left_out import LeftOuts, Offsets, tars_sha256
 from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.errors import ImageError

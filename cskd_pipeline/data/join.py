@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from cskd_pipeline.cache.omitted import LeftOut
 from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.images import NOWHERE, SHOWN, ImageSource, TarRows
 from cskd_pipeline.data.index import Dataset, load_dataset, read_headers
-from cskd_pipeline.data.left_out import LeftOut, Offsets
+from cskd_pipeline.data.left_out import Offsets
 from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.errors import JoinError, UsageError
 from cskd_pipeline.runtime.classes import Classes, ClassGuard

@@ -6,34 +6,22 @@ image is kept in records beside it, so that a resumed command need not read them
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from cskd_pipeline.cache.omitted import LIST, LeftOut, write_list
 from cskd_pipeline.data.shards import TarShard
 from cskd_pipeline.errors import ManifestError
 from cskd_pipeline.runtime import schemas
-from cskd_pipeline.runtime.atomic import write_json, write_text
+from cskd_pipeline.runtime.atomic import write_json
 from cskd_pipeline.runtime.distributed import Ranks
 
 log = logging.getLogger(__name__)
 
-LIST = "left_out.csv"
-
 Offsets = dict[int, list[int]]
 """Shard -> offsets of samples in it."""
-
-
-class LeftOut(NamedTuple):
-    """A sample that is not used: ``reason`` is ``missing``, ``other image`` or ``corrupt``."""
-
-    reason: str
-    shard: int
-    offset: int
-    key: str
 
 
 class LeftOuts:
@@ -105,10 +93,7 @@ class LeftOuts:
         """Write the list, where there is something in it, and the records of what was read."""
         path = self.path(LIST)
         if path is not None and self._samples:
-            text = io.StringIO()
-            rows = csv.writer(text, lineterminator="\n")
-            rows.writerows([LeftOut._fields, *self._samples])
-            write_text(path, text.getvalue())
+            write_list(path, self._samples)
         for path, document in self._records.items():
             write_json(path, document)
 

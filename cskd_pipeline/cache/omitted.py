@@ -1,0 +1,70 @@
+"""``left_out.csv``: the samples that a command left out, listed in a run's or a cache's folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from cskd_pipeline.cache.store import CacheStore
+from cskd_pipeline.errors import CacheError
+from cskd_pipeline.runtime.atomic import write_text
+
+LIST = "left_out.csv"
+
+
+class LeftOut(NamedTuple):
+    """A sample that is not used: ``reason`` is ``missing``, ``other image`` or ``corrupt``."""
+
+    reason: str
+    shard: int
+    offset: int
+    key: str
+
+
+def write_list(path: Path, samples: Iterable[LeftOut]) -> None:
+    """Write the list, whole or not at all."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([LeftOut._fields, *samples])
+    write_text(path, text.getvalue())
+
+
+def carry_lists(target: Path, sources: Iterable[tuple[CacheStore, Mapping[int, int]]]) -> None:
+    """Write the samples that the sources list into the list of the cache ``target``.
+
+    Args:
+        sources: each with the numbers that its tar shards have in ``target``; samples of others are
+            not listed there.
+
+    Raises:
+        CacheError: a list that is none.
+    """
+    found = {
+        sample._replace(shard=numbers[sample.shard])
+        for store, numbers in sources
+        for sample in _listed(store)
+        if sample.shard in numbers
+    }
+    if found:
+        write_list(target / LIST, sorted(found, key=lambda sample: sample[1:]))
+
+
+def _listed(store: CacheStore) -> list[LeftOut]:
+    text = store.beside(LIST)
+    if text is None:
+        return []
+    try:
+        header, *rows = csv.reader(text.decode().splitlines(), strict=True)
+        if tuple(header) != LeftOut._fields:
+            raise ValueError(f"the columns {', '.join(header)[:100]}")
+        return [LeftOut(reason, int(at), int(offset), key) for reason, at, offset, key in rows]
+    except (ValueError, csv.Error) as error:
+        raise CacheError(
+            "the list of samples that the cache's dump left out cannot be read",
+            where=f"{store.path}/{LIST}",
+            found=str(error),
+            expected=f"a table with the columns {', '.join(LeftOut._fields)}",
+            action="copy the file again from where the cache came from, or remove it",
+        ) from error
