@@ -32,13 +32,13 @@ from cskd_pipeline.tools.bench.figures import (
     COLUMNS,
     Figure,
     markdown,
-    of_check,
     of_dump,
     of_loader,
     of_step,
+    of_teacher,
     rows,
 )
-from cskd_pipeline.tools.bench.gpu_checks import check_cache, check_companions
+from cskd_pipeline.tools.bench.gpu_checks import check_teacher
 from cskd_pipeline.tools.commands import Command
 from cskd_pipeline.tools.study.run_study import StudyConfig, run_study
 from cskd_pipeline.tools.tables import Printed, Table
@@ -174,11 +174,9 @@ def _measurements(config: AllConfig, scale: Scale) -> dict[str, Measurement]:
         for name in precisions
     }
     found = {
-        f"companions {name}": Measurement(partial(check_companions, recipe, scale.images), of_check)
+        f"teacher {name}": Measurement(partial(check_teacher, recipe, scale.images), of_teacher)
         for name, recipe in teachers.items()
     }
-    for name, recipe in teachers.items():
-        found[f"cache {name}"] = Measurement(partial(check_cache, recipe, scale.images), of_check)
 
     def steps(amp: str) -> dict[str, Measurement]:
         return {
@@ -302,6 +300,8 @@ def _deadline(seconds: float | None) -> Iterator[Callable[[], bool]]:
     def ring(number: int, frame: object) -> None:
         nonlocal rung
         rung = True
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of a shell's background jobs
+            raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGALRM, ring)

@@ -20,16 +20,17 @@ class Figure(NamedTuple):
 COLUMNS = ("measured", "found", "goal", "reached")
 
 
-def of_check(report: Mapping[str, Any]) -> Iterator[Figure]:
+def of_teacher(report: Mapping[str, Any]) -> Iterator[Figure]:
     """Yield how many values differ that must not."""
-    kind = "logits" if "logits" in report else "labels"
     texts = {
-        "logits": "logits that change with the other views of a batch",
-        "labels": "hard labels of a cache that are not the live teacher's",
+        "companions": "logits that change with the other views of a batch",
+        "cache": "hard labels of a cache that are not the live teacher's",
     }
-    found = f"{report['differ']:,} of {report[kind]:,}"
-    where = f"{report['teacher']}, {report['precision']}"
-    yield Figure(f"{texts[kind]}: {where}", found, "0", report["differ"] == 0)
+    for name, text in texts.items():
+        found = report[name]
+        counts = f"{found['differ']:,} of {found['compared']:,}"
+        what = f"{text}: {report['teacher']}, {report['precision']}"
+        yield Figure(what, counts, "0", found["differ"] == 0)
 
 
 def of_step(report: Mapping[str, Any]) -> Iterator[Figure]:

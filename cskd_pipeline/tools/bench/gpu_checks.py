@@ -24,15 +24,31 @@ VIEWS = 2
 """Of every image, in the cache that is compared with its teacher."""
 
 
-def check_companions(recipe: DumpRecipe, images: int) -> dict[str, Any]:
+def check_teacher(recipe: DumpRecipe, images: int) -> dict[str, Any]:
+    """Run both checks with a recipe's teacher, on ``images`` sampled images of its shards.
+
+    Returns:
+        ``companions`` and ``cache``: how many values were ``compared``, and how many ``differ``.
+
+    Raises:
+        CskdError: as a dump of the recipe would.
+    """
+    recipe = replace(recipe, cache=replace(recipe.cache, encodings=("envelope",)))
+    dataset, teacher = open_stage_one(recipe)
+    few = SampledDump.of(recipe, dataset, teacher, min(images, dataset.samples))
+    return {
+        "teacher": teacher.name,
+        "precision": teacher.precision,
+        "companions": check_companions(few),
+        "cache": check_cache(few),
+    }
+
+
+def check_companions(few: SampledDump) -> dict[str, int]:
     """Count logits of views that change with the other views of their batch; there must be none.
 
     The same views come in order, in reverse, each half among views of zeros, and one alone.
-
-    Returns:
-        ``logits``: how many float16 values were compared; ``differ``: how many were others.
     """
-    few = _few(recipe, images)
     views = resident_views(few)[0]
     half, nothing = len(views) // 2, torch.zeros_like(views)
     upper, lower = views.clone(), views.clone()
@@ -45,24 +61,17 @@ def check_companions(recipe: DumpRecipe, images: int) -> dict[str, Any]:
         (_rows(expected, slice(1)), few.teacher.respond(views[:1])),
     ]
     counts = [_differing(a, b) for pair in pairs for a, b in zip(*pair, strict=True)]
-    return _about(few) | {
-        "logits": sum(total for total, _ in counts),
-        "differ": sum(differ for _, differ in counts),
-    }
+    compared, differ = map(sum, zip(*counts, strict=True))
+    return {"compared": compared, "differ": differ}
 
 
-def check_cache(recipe: DumpRecipe, images: int) -> dict[str, Any]:
+def check_cache(few: SampledDump) -> dict[str, int]:
     """Count hard labels, local at five r and global, that a cache has unlike its teacher run live.
 
     The cache is dumped and read as the two stages do; the live teacher sees the training batches,
-    assembled on the device.
-
-    Returns:
-        ``labels``: how many were compared; ``differ``: how many were others; there must be none.
+    assembled on the device. There must be none.
     """
-    recipe = replace(recipe, cache=replace(recipe.cache, encodings=("envelope",)))
-    few = _few(recipe, images)
-    teacher, labels, differ = few.teacher, 0, 0
+    recipe, teacher, compared, differ = few.recipe, few.teacher, 0, 0
     with tempfile.TemporaryDirectory(prefix="cskd-check-") as folder:
         path = Path(folder) / "cache"
         few.write_to(path, VIEWS, lambda count: None)
@@ -78,18 +87,9 @@ def check_cache(recipe: DumpRecipe, images: int) -> dict[str, Any]:
             pairs = [(cached.hard_global(), live.hard_global())]
             pairs += [(cached.hard_spatial(r), live.hard_spatial(r)) for r in RATIOS]
             for found, expected in pairs:
-                labels += found.numel()
+                compared += found.numel()
                 differ += int((found != expected).sum())
-    return _about(few) | {"labels": labels, "differ": differ}
-
-
-def _few(recipe: DumpRecipe, images: int) -> SampledDump:
-    dataset, teacher = open_stage_one(recipe)
-    return SampledDump.of(recipe, dataset, teacher, min(images, dataset.samples))
-
-
-def _about(few: SampledDump) -> dict[str, Any]:
-    return {"teacher": few.teacher.name, "precision": few.teacher.precision}
+    return {"compared": compared, "differ": differ}
 
 
 def _flipped(logits: Logits) -> Logits:

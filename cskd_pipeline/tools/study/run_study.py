@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def _run_all(study: StudyConfig, command: Command) -> dict[str, Any]:
     recipes = load_recipes(study.recipes or ("cifar10" if study.shards else "digits"))
     call = announced(command)
     stages, ledger = _open(study, recipes, call)
-    train, validation = stages.datasets()
+    train, validation = stages.datasets
     teacher = _kept(ledger, TEACHER, lambda: _trained(call(*stages.teacher())))
     cache = _kept(ledger, DUMP, lambda: _dumped(call(*stages.dump())))
     local = _kept(ledger, LOCAL, lambda: _local(study.out / TEACHER / LAST, validation, device))
@@ -121,7 +122,7 @@ def _open(
     digests = {f"{role} recipe": digest for role, digest in recipes.digests.items()}
     if study.shards is not None and study.val_shards is not None:
         stages = Stages(study, recipes, study.shards, study.val_shards)
-        for split, found in zip(("training", "validation"), stages.datasets(), strict=True):
+        for split, found in zip(("training", "validation"), stages.datasets, strict=True):
             digests[f"{split} images"] = data_digest(found.shard_ids)
         return stages, Ledger(study.out, digests)
     ledger = Ledger(study.out, digests | {"images": f"digits {DIGITS}"})
@@ -219,6 +220,7 @@ class Stages:
     shards: str
     val_shards: str
 
+    @cached_property
     def datasets(self) -> tuple[Dataset, Dataset]:
         """Return the training and the validation images."""
         return load_dataset(self.shards), load_dataset(self.val_shards, prefer=("validation",))

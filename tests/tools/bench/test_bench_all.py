@@ -16,13 +16,13 @@ from torch import Tensor
 from cskd_pipeline.models.teacher import Logits, Teacher
 from cskd_pipeline.tools.bench import bench_all as bench
 from cskd_pipeline.tools.bench.figures import Figure, markdown, of_step, rows
-from cskd_pipeline.tools.bench.gpu_checks import check_cache, check_companions
+from cskd_pipeline.tools.bench.gpu_checks import check_teacher
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 
 Capture = pytest.CaptureFixture[str]
 TINY = "deit_tiny_distilled_patch16_224"
-NAMES = ("companions float32", "cache float32", f"step {TINY} off", "dump", "loader")
+NAMES = ("teacher float32", f"step {TINY} off", "dump", "loader")
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ def test_all_is_measured_and_ends_with_a_table_of_this_machine(
     monkeypatch.setattr(bench, "bench_dump", rings)
     assert world.cli(*words(small, out, "--seconds", 500, "--json", "--quiet")) == 0
     cut = world.last_json(capsys.readouterr().out)
-    assert tuple(cut["results"]) == NAMES[:3]
-    assert cut["missing"] == list(NAMES[3:])
+    assert tuple(cut["results"]) == NAMES[:2]
+    assert cut["missing"] == list(NAMES[2:])
     before = results(out)
     monkeypatch.setattr(bench, "bench_dump", real)
     assert world.cli(*words(small, out, "--quiet")) == 0
@@ -120,13 +120,16 @@ def test_another_machines_results_are_refused(
 # --- the checks find what they are for ------------------------------------------------------------
 
 
+def test_a_sound_teacher_differs_nowhere(small: World) -> None:
+    found = check_teacher(world.dump_recipe(small.shards, Path()), 16)
+    assert (found["companions"]["differ"], found["cache"]["differ"]) == (0, 0)
+    assert found["companions"]["compared"] == (16 + 8 + 8 + 1) * 4 * (4 * 4 + 1)
+    assert found["cache"]["compared"] == 2 * 16 * (1 + 5 * 4 * 4)
+
+
 def test_logits_that_depend_on_companions_are_counted(
     small: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = world.dump_recipe(small.shards, Path())
-    sound = check_companions(recipe, 16)
-    assert sound["differ"] == 0
-    assert sound["logits"] == 16 * 4 * (4 * 4 + 1) * 2 + 4 * (4 * 4 + 1)
     real = Teacher.respond
 
     def leaks(teacher: Teacher, x: Tensor) -> Logits:
@@ -134,23 +137,31 @@ def test_logits_that_depend_on_companions_are_counted(
         return Logits(found.spatial + (1 if x[0].sum() < x[-1].sum() else 0), found.global_)
 
     monkeypatch.setattr(Teacher, "respond", leaks)
-    assert check_companions(recipe, 16)["differ"] > 0
+    found = check_teacher(world.dump_recipe(small.shards, Path()), 16)
+    assert found["companions"]["differ"] > 0
 
 
 def test_labels_of_a_cache_that_are_not_its_teachers_are_counted(
     small: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = world.dump_recipe(small.shards, Path())
-    sound = check_cache(recipe, 16)
-    assert sound["differ"] == 0
-    assert sound["labels"] == 2 * 16 * (1 + 5 * 16)
     real = Teacher.respond
 
     def others(teacher: Teacher, x: Tensor) -> Logits:
         return Logits(*(values.roll(1, dims=0) for values in real(teacher, x)))
 
     monkeypatch.setattr(Teacher, "respond", others)
-    assert check_cache(recipe, 16)["differ"] > 0
+    found = check_teacher(world.dump_recipe(small.shards, Path()), 16)
+    assert found["cache"]["differ"] > 0
+
+
+def test_the_deadline_ends_a_background_job_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with bench._deadline(0.05) as over, pytest.raises(KeyboardInterrupt):
+            time.sleep(5)
+        assert over()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_figure_says_whether_it_reaches_its_goal() -> None:
