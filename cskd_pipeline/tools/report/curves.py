@@ -55,9 +55,9 @@ TOP1 = tuple(
     for name, title, column, caption in (
         ("top1", "Top-1", "top1", "Of the mean of the heads, which is the student's prediction."),
         ("top1_ema", "Top-1, EMA", "ema_top1", "The same with the running average of the weights."),
-        ("top1_cls", "Top-1, class head", "top1_cls", "Alone."),
-        ("top1_dist", "Top-1, distillation head", "top1_dist", "Alone."),
-        ("top1_dense", "Top-1, dense head", "top1_dense", "Alone, the mean over all locations."),
+        ("top1_cls", "Top-1, class head", "top1_cls", ""),
+        ("top1_dist", "Top-1, distillation head", "top1_dist", ""),
+        ("top1_dense", "Top-1, dense head", "top1_dense", "The mean over all locations."),
     )
 )
 GROUPS: dict[str, tuple[Curve, ...]] = {

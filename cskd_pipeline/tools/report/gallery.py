@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from timm.data import ImageNetInfo
 
 from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.assemble import assemble
@@ -29,6 +29,7 @@ from cskd_pipeline.errors import JoinError, printable
 from cskd_pipeline.runtime.progress import progress
 
 _SMALL = 64  # pixels up to which a view is stored as it is, and shown without smoothing
+_SYNSET = re.compile("n[0-9]{8}")
 _NAME = 80  # letters of a class name
 _ALONE = 0.995  # from this share on, what is mixed in is too little to be named
 
@@ -118,6 +119,10 @@ def words_of(names: Sequence[str]) -> list[str]:
 
     Words are those of timm's list of ImageNet-1k; other names stay as they are.
     """
+    if not any(map(_SYNSET.fullmatch, names)):
+        return list(names)
+    from timm.data import ImageNetInfo  # takes a second, which other data need not pay
+
     info = ImageNetInfo()
     known = set(info.label_names()).intersection(names)
     words = [
@@ -133,10 +138,12 @@ def words_of(names: Sequence[str]) -> list[str]:
 
 def _synsets_of_keys(cache: Cache) -> list[str]:
     """Return ImageNet-1k's synsets if the keys of a finished shard begin with their labels'."""
-    synsets, finished = ImageNetInfo().label_names(), np.flatnonzero(cache.done().any(axis=0))
-    if cache.manifest.dataset.num_classes != len(synsets) or not len(finished):
+    finished = np.flatnonzero(cache.done().any(axis=0))
+    if cache.manifest.dataset.num_classes != 1000 or not len(finished):
         return []
-    shard = int(finished[0])
+    from timm.data import ImageNetInfo
+
+    synsets, shard = ImageNetInfo().label_names(), int(finished[0])
     pairs = zip(cache.keys(shard), cache.labels(shard).tolist(), strict=True)
     return synsets if all(key.startswith(synsets[label]) for key, label in pairs) else []
 

@@ -198,6 +198,7 @@ function paint({ cells, outlines }, labels, of, legend, shares) {
   const classes = ranked(labels, of);
   drawOutlines(outlines, classes);
   labels.forEach((label, i) => {
+    if (cells[i].dataset.label === String(label)) return;
     cells[i].dataset.label = label;
     cells[i].setAttribute("aria-label", name(label));
     cells[i].title = name(label);
