@@ -3,11 +3,11 @@
 ``python -m tests.soak --steps 10000`` trains a tiny student by the command line: its shards in a
 bucket, its cache behind a web server, both on loopback, a transfer broken every five seconds, and
 room for copies of half of the set, so that tars and units are fetched, removed and fetched again.
-Every epoch is evaluated, by loader processes of its own. It prints a JSON document: for the first
-and the last quarter of the time (after the first epoch) the medians of the resident memory of the
-trainer and of its largest loader process (MB) and of all together with shared pages once (PSS), the
-most open descriptors of each, and steps a second. It ends with 1 where memory grew by more than a
-twentieth, or descriptors by more than four.
+Every epoch is evaluated, by loader processes of its own. It prints a JSON document: for each
+quarter of the time (after the first epoch) medians of memory in MB (``rss``: resident, of the
+trainer and of its largest loader process; ``own``: what is no file's, shared pages once, of all
+together), the most open descriptors, and steps a second. It ends with 1 where memory of the last
+quarter is more than a twentieth above the first's, or descriptors are more than four above.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cskd_pipeline.pipeline.dump import dump_teacher
 from cskd_pipeline.tools.make_shards import make_shards
 from tests.pipeline import world
 from tests.serving import BUCKET, serving
+
+Item = TypeVar("Item")
 
 BATCH = 4
 STUDENT = "{img_size=32, patch_size=4, embed_dim=16, depth=1, num_heads=1}"
@@ -102,23 +105,29 @@ def look(root: int) -> dict[str, float]:
     tree = [root]
     for process in tree:
         tree += [child for child, parent in parents.items() if parent == process]
-    found = dict[int, tuple[float, float, int]]()
+    found = dict[int, tuple[float, float, int]]()  # resident, own, descriptors
     for process in tree:
         with suppress(OSError):  # one that has just ended
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
             memory = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines}
             files = len(os.listdir(f"/proc/{process}/fd"))
-            found[process] = memory["Rss"], memory["Pss"], files
+            found[process] = memory["Rss"], memory["Pss_Anon"] + memory["Pss_Shmem"], files
     if root not in found:
         return {}
     others = [one for process, one in found.items() if process != root]
     return {
         "trainer_rss": found[root][0],
         "worker_rss": max((rss for rss, _, _ in others), default=0.0),
-        "all_pss": sum(pss for _, pss, _ in found.values()),
+        "all_own": sum(own for _, own, _ in found.values()),
         "trainer_descriptors": found[root][2],
         "worker_descriptors": max((files for *_, files in others), default=0),
     }
+
+
+def cut(values: list[Item]) -> list[list[Item]]:
+    """Four parts, one after the other."""
+    ends = [len(values) * number // 4 for number in range(5)]
+    return [values[start:end] for start, end in pairwise(ends)]
 
 
 def quarter(samples: list[dict[str, float]]) -> dict[str, float]:
@@ -154,7 +163,6 @@ def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit((root / "log").read_text())
     with open(root / "run/summary.csv") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
-    part = len(seconds) // 4
     copies = [path for path in (root / "copies").rglob("*") if path.is_file()]
     return {
         "steps": steps * len(seconds),
@@ -162,10 +170,10 @@ def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
         "samples": len(samples),
         "copies_mb": sum(path.stat().st_size for path in copies) / 1e6,
         "served_mb": 2e3 * float(environment(root, "")["CSKD_CACHE_GB"]),
-        "first": quarter(samples[: len(samples) // 4])
-        | {"steps_per_second": round(part * steps / sum(seconds[:part]), 1)},
-        "last": quarter(samples[-(len(samples) // 4) :])
-        | {"steps_per_second": round(part * steps / sum(seconds[-part:]), 1)},
+        "quarters": [
+            quarter(part) | {"steps_per_second": round(steps * len(epochs) / sum(epochs), 1)}
+            for part, epochs in zip(cut(samples), cut(seconds), strict=True)
+        ],
     }
 
 
@@ -178,12 +186,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = run(Path(folder), options)
     print(json.dumps(found, indent=2))
-    first, last = found["first"], found["last"]
+    first, *_, last = found["quarters"]
     grown = [
         name
         for name in first
         if ("descriptors" in name and last[name] > first[name] + 4)
-        or (("rss" in name or "pss" in name) and last[name] > 1.05 * first[name])
+        or (name.endswith(("rss", "own")) and last[name] > 1.05 * first[name])
     ]
     if grown:
         raise SystemExit(f"grew: {', '.join(grown)}")

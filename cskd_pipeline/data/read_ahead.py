@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
+THREAD = "read ahead"
+
 
 @dataclass(frozen=True)
 class Use:
@@ -90,7 +92,7 @@ class ReadAhead:
     def start(self) -> None:
         """Start to fetch."""
         for _ in range(0 if self._closed else FETCHING):
-            threading.Thread(target=self._work, daemon=True).start()
+            threading.Thread(target=self._work, daemon=True, name=THREAD).start()
 
     def advance(self, position: int) -> None:
         """Note where the reader is."""

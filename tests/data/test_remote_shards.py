@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,9 +22,12 @@ from cskd_pipeline.cache import remote_files
 from cskd_pipeline.cache.manifest import DatasetManifest
 from cskd_pipeline.data import remote_tar
 from cskd_pipeline.data.describe import describe, index_shards
+from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.listing import expand_shards
+from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.range_file import RangeFile
+from cskd_pipeline.data.read_ahead import THREAD
 from cskd_pipeline.data.remote_tar import RemoteTar, RemoteTars, require_room
 from cskd_pipeline.data.unit_views import EARLY, Loading, unit_batches
 from cskd_pipeline.errors import DataError, RemoteError, ShardError, UsageError
@@ -298,6 +302,30 @@ def test_a_dump_fetches_the_tars_of_the_next_units(served: Served, copies: Path)
     assert len(tars(copies)) == 1 + EARLY < len(COUNTS)
     assert sum(len(batch) for batch in batches) == dataset.samples - 4
     batches.close()  # type: ignore[attr-defined]
+
+
+def test_reading_over_and_over_leaves_no_descriptors_and_no_threads(
+    served: Served, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for a part of the set, so that every tar is fetched in every round."""
+    sizes = [path.stat().st_size for path in folder.glob("*.tar")]
+    monkeypatch.setenv("CSKD_CACHE_GB", str(2 * max(sizes) / 1e9))
+    dataset = load_dataset(pattern(served))
+    images = ImageSource(dataset.shards)
+
+    def held() -> tuple[int, int]:
+        """Once what was begun ahead has ended."""
+        end = time.monotonic() + 10
+        while any(t.name == THREAD for t in threading.enumerate()) and time.monotonic() < end:
+            time.sleep(0.01)
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    found = []
+    for _ in range(6):
+        assert len(list(images.crc32(SampleSet.of(dataset).every()))) == dataset.samples
+        found.append(held())
+    assert max(found[3:]) <= max(found[:3])
+    assert len(served.gets("0000.tar")) > 6
 
 
 def test_a_killed_fetch_leaves_nothing_that_is_believed(
