@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -28,11 +27,9 @@ from tests.pipeline.test_elastic import Dump, files
 UNIT, STOPPED = 0.25, 4.0  # seconds
 
 
-def evenly(self: UndoneUnits) -> Iterator[Unit]:
+def evenly(self: UndoneUnits) -> Iterator[Iterator[Unit]]:
     """Every rank's share is fixed before it begins."""
-    for unit in self.units[self.ranks.rank :: self.ranks.world]:
-        if self._takes(unit):
-            yield unit
+    yield filter(self._takes, self.units[self.ranks.rank :: self.ranks.world])
 
 
 def writing(log: Path, slow: bool) -> Any:
@@ -68,17 +65,19 @@ def measure(dump: Dump, folder: Path, case: str) -> tuple[float, float, list[int
 
 
 def main() -> None:
+    table = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the dumps print
     with tempfile.TemporaryDirectory() as root:
-        dump, drawn = Dump(Path(root)), UndoneUnits._drawn
-        print("rank 1     units        seconds   tail   units of each rank")
+        dump, drawn = Dump(Path(root)), UndoneUnits.rounds
+        print("rank 1     units        seconds   tail   units of each rank", file=table)
         for case in ("equal", "stopped", "slow"):
             for name, way in (("counter", drawn), ("even cut", evenly)):
-                UndoneUnits._drawn = way  # type: ignore[method-assign]
+                UndoneUnits.rounds = way  # type: ignore[method-assign]
                 folder = Path(root) / f"{case} {name}"
                 folder.mkdir()
                 seconds, tail, units = measure(dump, folder, case)
-                print(f"{case:10} {name:10} {seconds:9.1f} {tail:6.1f}   {units}")
-                sys.stdout.flush()
+                line = f"{case:10} {name:10} {seconds:9.1f} {tail:6.1f}   {units}"
+                print(line, file=table)
 
 
 if __name__ == "__main__":

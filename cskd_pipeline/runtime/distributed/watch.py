@@ -155,8 +155,12 @@ class Watch:
         self._refresh(_SILENT)
 
     def leave(self, *, stay: bool) -> None:
-        """End the thread; where ``stay``, once all others know why, or are gone."""
-        self._leaving = True
+        """End the thread; where ``stay``, once all others know why, or are gone.
+
+        The rank that holds the job's store stays for them as well.
+        """
+        self._leaving = stay  # others that stay need not wait for this one
+        stay = stay or (self.rank == 0 and not _agent_has_store())
         until = time.monotonic() + (_LEAVING if stay else 0.0)
         while time.monotonic() < until and not self._lost:
             self._refresh(_FASTEST)
@@ -200,6 +204,8 @@ class Watch:
                 self._seen.set()
                 self._look.wait(BEAT)
                 self._look.clear()
+            if not self._leaving:
+                store.add(f"left/{self.rank}", 1)  # the last that this rank wants of the store
         except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
             self._lost = str(error).splitlines()[0] if str(error) else type(error).__name__
             self._seen.set()
