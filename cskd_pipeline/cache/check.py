@@ -79,7 +79,7 @@ def _missing_files(store: CacheStore, unit: Unit) -> list[Problem]:
 def _length_problems(store: CacheStore, name: str, key: str) -> list[Problem]:
     least = store.arrays[name].least_bytes
     try:
-        length = store.length(key)
+        length = store.folder.length(key)
     except DamageError as error:
         return [Problem("structure", key, str(error))]
     if length < least:

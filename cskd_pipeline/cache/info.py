@@ -135,7 +135,7 @@ def _braced(text: str) -> str:
 
 def _bytes_by_array(cache: Cache) -> dict[str, int] | None:
     """File lengths by array; all ``zarr.json`` together count as ``metadata``."""
-    found = cache.store.sizes()
+    found = cache.store.folder.sizes()
     if found is None:
         return None
     sizes = dict.fromkeys([*sorted(layout.stored_arrays(cache.manifest)), "metadata"], 0)

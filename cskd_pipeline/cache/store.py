@@ -42,6 +42,9 @@ class CacheStore:
         path: a folder, or a URL to read from; see :mod:`cskd_pipeline.cache.remote`.
         manifest: when it is known already; it is read otherwise.
 
+    Attributes:
+        folder: its files by key; what is missing or no plain file there is a ``DamageError``.
+
     Raises:
         CacheError: there is no cache, or its manifest was altered.
         ManifestError: the manifest does not fit its schema.
@@ -53,8 +56,8 @@ class CacheStore:
         self.manifest = manifest or _read_manifest(folder)
         self.arrays = layout.stored_arrays(self.manifest)
         self.lineage = self.manifest.lineage()
-        self._folder = folder.settled(self.lineage, self._most_bytes)
-        self._chunks = ChunkReader(self._folder)
+        self.folder = folder.settled(self.lineage, self._most_bytes)
+        self._chunks = ChunkReader(self.folder)
         rows = [name for name, _ in self.recorded_files(0, 0)]
         self._rows, self._first_row = len(rows), {name: rows.index(name) for name in rows}
         units = self.manifest.blocks * len(self.manifest.dataset.shards)
@@ -79,7 +82,7 @@ class CacheStore:
         differing: dict[str, bytes] = {}
         for key, expected in layout.array_documents(self.manifest).items():
             try:
-                data = self._folder.read(key, schemas.MAX_BYTES)
+                data = self.folder.read(key, schemas.MAX_BYTES)
             except DamageError as error:
                 problems.append(f"{key}: {error}")
             else:
@@ -103,7 +106,7 @@ class CacheStore:
     def _extended_documents(self) -> dict[str, bytes]:
         """Return the documents of the longer cache that an extension, perhaps cut off, begins."""
         try:
-            views = int(self._folder.read(layout.EXTENDING, 100))
+            views = int(self.folder.read(layout.EXTENDING, 100))
         except (DamageError, ValueError):
             return {}
         if views <= self.manifest.views or views % self.manifest.view_block:
@@ -125,13 +128,13 @@ class CacheStore:
         Where files are not listed, each is requested.
         """
         done = np.zeros((self.manifest.blocks, len(self.manifest.dataset.shards)), bool)
-        if not self._folder.lists:
+        if not self.folder.lists:
             keys = [self.record_key(*unit) for unit in np.ndindex(*done.shape)]
-            return np.array(self._folder.there(keys), bool).reshape(done.shape)
+            return np.array(self.folder.there(keys), bool).reshape(done.shape)
         root = f"{layout.RECORD}/c"
-        blocks = {int(n) for n in self._folder.names(root) if n.isdecimal()}
+        blocks = {int(n) for n in self.folder.names(root) if n.isdecimal()}
         for block in sorted(n for n in blocks if n < len(done)):
-            names = (int(n) for n in self._folder.names(f"{root}/{block}") if n.isdecimal())
+            names = (int(n) for n in self.folder.names(f"{root}/{block}") if n.isdecimal())
             done[block, [n for n in names if n < done.shape[1]]] = True
         return done
 
@@ -219,7 +222,7 @@ class CacheStore:
         unit = block * len(self.manifest.dataset.shards) + shard
         if self._trusted[unit * self._rows + row]:
             return
-        expected, found = self.record(block, shard).files[row], self._folder.sha256(key)
+        expected, found = self.record(block, shard).files[row], self.folder.sha256(key)
         if found != expected:
             raise DamageError(
                 f"sha256 {found.hex()}, where its unit's record says {expected.hex()}: altered, or "
@@ -235,28 +238,12 @@ class CacheStore:
         try:
             return read()
         except DamageError:
-            forgotten = [self._folder.forget(key) for key in keys]
+            forgotten = [self.folder.forget(key) for key in keys]
             if not any(forgotten):
                 raise
             for key in keys:
                 self._chunks.forget(key)
             return read()
-
-    def sha256(self, key: str) -> bytes:
-        """Return the SHA-256 of a file's bytes.
-
-        Raises:
-            DamageError: there is none, or it is no plain file.
-        """
-        return self._folder.sha256(key)
-
-    def length(self, key: str) -> int:
-        """Return the length of a file in bytes.
-
-        Raises:
-            DamageError: there is none, or it is no plain file.
-        """
-        return self._folder.length(key)
 
     def beside(self, name: str) -> bytes | None:
         """Return a file that lies beside the arrays, at most 64 MiB; None where there is none.
@@ -264,24 +251,20 @@ class CacheStore:
         Raises:
             CacheError: it is larger, or no plain file.
         """
-        if not self._folder.there([name])[0]:
+        if not self.folder.there([name])[0]:
             return None
         try:
-            return self._folder.read(name, schemas.MAX_BYTES)
+            return self.folder.read(name, schemas.MAX_BYTES)
         except DamageError as error:
             raise self._damaged(name, "a file beside the arrays", error) from error
 
     def each(self, look: Callable[[T], V], items: Iterable[T]) -> Iterator[V]:
         """Yield ``look(item)`` for each item, in order; several at a time where files are far."""
-        if self._folder.at_once == 1:
+        if self.folder.at_once == 1:
             yield from map(look, items)
             return
-        with ThreadPoolExecutor(self._folder.at_once) as pool:
+        with ThreadPoolExecutor(self.folder.at_once) as pool:
             yield from pool.map(look, items)
-
-    def sizes(self) -> dict[str, int] | None:
-        """Return the length in bytes of every file, by key; None where files are not listed."""
-        return self._folder.sizes()
 
     def unit_files(self, block: int, shard: int) -> Iterator[tuple[str, str]]:
         """Yield array and key of every per-view file of a unit, without its record."""
@@ -319,7 +302,7 @@ class CacheStore:
     def _damaged(self, key: str, what: str, error: Exception) -> CacheError:
         return CacheError(
             "the cache is damaged",
-            where=self._folder.where(key),
+            where=self.folder.where(key),
             found=f"{what}: {error}",
             expected="the bytes that were written",
             action=RESTORE,

@@ -127,7 +127,7 @@ def _digests(store: CacheStore, keys: list[str]) -> list[bytes]:
     found = []
     for key in keys:
         try:
-            found.append(store.sha256(key))
+            found.append(store.folder.sha256(key))
         except DamageError as error:
             raise CacheError(
                 "a finished unit lacks a file",

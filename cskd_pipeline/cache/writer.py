@@ -240,7 +240,7 @@ class CacheWriter:
     def _write_record(self, folder: DurableFolder, unit: Unit) -> None:
         keys = [key for _, key in self.store.recorded_files(unit.block, unit.shard)]
         # What an earlier unit of the tar shard wrote was compared by value: its bytes count.
-        digests = [folder.digests.get(key) or self.store.sha256(key) for key in keys]
+        digests = [folder.digests.get(key) or self.store.folder.sha256(key) for key in keys]
         row = Record.of(self.store.lineage, keys, digests).row()
         key = self.store.record_key(unit.block, unit.shard)
         folder.write(key, encode_file(self.store.arrays[layout.RECORD], row[None]))

@@ -81,11 +81,15 @@ def render_batch(renderer: Renderer, rows: np.ndarray) -> Batch:
     """
     pairing = renderer.pair(rows)
     views = renderer.render(np.concatenate([pairing.own, pairing.partner]))
-    return compose(renderer, pairing, views)
+    return compose(renderer.labels(pairing), pairing, views)
 
 
-def compose(renderer: Renderer, pairing: Pairing, views: RenderedViews) -> Batch:
-    """Make a batch of rendered views; of more than it needs, only what it needs is copied."""
+def compose(labels: np.ndarray, pairing: Pairing, views: RenderedViews) -> Batch:
+    """Make a batch of rendered views; of more than it needs, only what it needs is copied.
+
+    Args:
+        labels: (2, B) int64, of the samples and of their partners.
+    """
     needed, number = np.unique(
         np.concatenate([views.find(pairing.own), views.find(pairing.partner)]), return_inverse=True
     )
@@ -95,8 +99,6 @@ def compose(renderer: Renderer, pairing: Pairing, views: RenderedViews) -> Batch
     params = [views.params[i] for i in needed]
     boxes = [(i, *box) for i, param in enumerate(params) for box in param.erase]
     noise = [erase_noise(param) for param in params if param.erase]
-    labels = renderer.images.labels(np.concatenate([pairing.own, pairing.partner])[:, 1:])
-    label, partner_label = np.split(labels, 2)
     cutmix = [mix.box if mix.cutmix else (0, 0, 0, 0) for mix in pairing.mixes]
     arrays: dict[str, np.ndarray] = {
         "pixels": pixels,
@@ -104,8 +106,8 @@ def compose(renderer: Renderer, pairing: Pairing, views: RenderedViews) -> Batch
         "partner": partner,
         "lam": np.array([mix.lam for mix in pairing.mixes], np.float32),
         "cutmix_box": np.array(cutmix, np.int32),
-        "label": label,
-        "partner_label": partner_label,
+        "label": labels[0],
+        "partner_label": labels[1],
         "erase_box": np.array(boxes, np.int32).reshape(-1, 5),
         "erase_noise": np.concatenate([np.empty(0, np.int16), *noise]),
         "index": pairing.own.astype(np.int32),

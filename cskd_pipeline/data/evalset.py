@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,24 +16,9 @@ from torch.utils.data import Dataset as TorchDataset
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.read_ahead import ReadAhead, uses_of
 from cskd_pipeline.data.workers import Loader
+from cskd_pipeline.models.student import Preprocessing
 from cskd_pipeline.runtime.distributed import ALONE, Ranks
 from cskd_pipeline.views.decode import decode
-
-
-class EvalPreprocessing(Protocol):
-    """The part of :class:`~cskd_pipeline.models.student.Preprocessing` that images need."""
-
-    @property
-    def size(self) -> int:
-        """Return the side of the input in pixels."""
-
-    @property
-    def crop_pct(self) -> float:
-        """Return the input's share of the resized image's shorter side."""
-
-    @property
-    def interpolation(self) -> str:
-        """Return the name of the filter."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +36,7 @@ class EvalBatch:
 class EvalImages(TorchDataset[EvalBatch]):
     """Batch number -> batch of consecutive samples."""
 
-    def __init__(self, dataset: Dataset, preprocessing: EvalPreprocessing, batch_size: int) -> None:
+    def __init__(self, dataset: Dataset, preprocessing: Preprocessing, batch_size: int) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.size = preprocessing.size
@@ -105,7 +89,7 @@ class EvalLoader:
 
 def eval_loader(
     dataset: Dataset,
-    preprocessing: EvalPreprocessing,
+    preprocessing: Preprocessing,
     *,
     batch_size: int,
     workers: int = 0,

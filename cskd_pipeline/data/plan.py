@@ -13,30 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Protocol
 
 import numpy as np
 
+from cskd_pipeline.cache.reader import Cache
+from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.errors import CacheError, DataError
 from cskd_pipeline.views.bits import BitStream, derive_seed
 from cskd_pipeline.views.mixing import matching
 from cskd_pipeline.views.policy import ViewPolicy
 
 NOBODY = -1  # stands for the partner of a sample that has none
-
-
-class Layout(Protocol):
-    """Have tar shards in order: as a :class:`Dataset` has, and a :class:`Cache`."""
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Return how many samples each tar has."""
-        ...
-
-    @property
-    def shard_ids(self) -> tuple[str, ...]:
-        """Return the SHA-256 of each tar's keys."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +34,7 @@ class SampleSet:
     shard_ids: tuple[str, ...]
 
     @classmethod
-    def of(cls, layout: Layout) -> SampleSet:
+    def of(cls, layout: Dataset | Cache) -> SampleSet:
         """Return the layout of a data set or a cache."""
         return cls(tuple(layout.counts), tuple(layout.shard_ids))
 

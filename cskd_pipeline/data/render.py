@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -67,6 +67,7 @@ def partners(
     return matching(root_seed, shard_id, count, view, policy)
 
 
+@dataclass(eq=False)
 class Renderer:
     """Renders any view of any sample of a layout. Picklable; holds no open file.
 
@@ -77,19 +78,13 @@ class Renderer:
         drift: ``warn`` counts views and images that differ; ``error`` and ``skip`` refuse them.
     """
 
-    def __init__(
-        self,
-        samples: SampleSet,
-        images: ImageSource,
-        policy: ViewPolicy,
-        root_seed: int,
-        *,
-        cache: Cache | None = None,
-        drift: str = "error",
-    ) -> None:
-        self.samples, self.images = samples, images
-        self.policy, self.root_seed = policy, root_seed
-        self.cache, self.drift = cache, drift
+    samples: SampleSet
+    images: ImageSource
+    policy: ViewPolicy
+    root_seed: int
+    _: KW_ONLY
+    cache: Cache | None = None
+    drift: str = "error"
 
     def pair(self, rows: np.ndarray) -> Pairing:
         """Return partners of ``rows``, (n, 3) view, shard, offset, and how each pair is mixed."""
@@ -136,6 +131,15 @@ class Renderer:
         seed = np.array(seeds, np.uint64)
         drifted = self._compare(rows, digests)
         return RenderedViews(rows, pixels, params, seed, crcs, digests, drifted)
+
+    def labels(self, pairing: Pairing) -> np.ndarray:
+        """Return the class numbers of samples and partners, (2, n) int64.
+
+        Raises:
+            JoinError: the cache has other labels.
+        """
+        samples = np.concatenate([pairing.own, pairing.partner])[:, 1:]
+        return np.stack(np.split(self.images.labels(samples), 2))
 
     def _seeds(self, rows: np.ndarray) -> list[int]:
         if self.cache is None:

@@ -102,14 +102,8 @@ class TrainingViews(TorchDataset[Batch]):
     @property
     def renderer(self) -> Renderer:
         """Return what renders the views, and compares them with the cache's."""
-        return Renderer(
-            self.samples,
-            self.images,
-            self.policy,
-            self.root_seed,
-            cache=self.cache,
-            drift=self.drift,
-        )
+        of = (self.samples, self.images, self.policy, self.root_seed)
+        return Renderer(*of, cache=self.cache, drift=self.drift)
 
     def __getitem__(self, rows: np.ndarray) -> Batch:
         batch = render_batch(self.renderer, rows)

@@ -82,8 +82,9 @@ class _Items(TorchDataset[list[Batch]]):
 
     def __getitem__(self, item: np.ndarray) -> list[Batch]:
         views = self.renderer.render(item)
-        parts = (item[i : i + self.batch_size] for i in range(0, len(item), self.batch_size))
-        return [compose(self.renderer, self.renderer.pair(part), views) for part in parts]
+        starts = range(0, len(item), self.batch_size)
+        pairings = [self.renderer.pair(item[i : i + self.batch_size]) for i in starts]
+        return [compose(self.renderer.labels(one), one, views) for one in pairings]
 
 
 def unit_batches(

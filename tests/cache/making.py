@@ -149,7 +149,7 @@ def record_anew(path: Path) -> None:
     array = store.arrays[layout.RECORD]
     for block, shard in np.argwhere(store.done()).tolist():
         keys = [key for _, key in store.recorded_files(block, shard)]
-        record = Record.of(store.lineage, keys, [store.sha256(key) for key in keys])
+        record = Record.of(store.lineage, keys, [store.folder.sha256(key) for key in keys])
         (path / store.record_key(block, shard)).write_bytes(encode_file(array, record.row()[None]))
 
 

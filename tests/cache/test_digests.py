@@ -350,7 +350,7 @@ def test_a_file_is_hashed_once_however_many_processes_read_it(
     make(tmp_path / "c")
     reader = open_cache(tmp_path / "c", memory=0)
     log = tmp_path / "log"
-    folder = type(reader.store._folder)
+    folder = type(reader.store.folder)
     hashed = folder.sha256
 
     def noted(self: Any, key: str) -> bytes:

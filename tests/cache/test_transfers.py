@@ -173,7 +173,7 @@ def test_no_copy_is_larger_than_the_manifest_implies(
 
 def test_every_file_of_a_cache_fits_its_bound(finished: Path) -> None:
     store = open_cache(finished).store
-    sizes = store.sizes()
+    sizes = store.folder.sizes()
     assert sizes is not None
     bounds = {key: store._most_bytes(key) for key in sizes}
     assert all(sizes[key] <= bounds[key] for key in sizes)

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from cskd_pipeline.config import TrainRecipe
 from cskd_pipeline.data.assemble import assemble, normalise
-from cskd_pipeline.data.batches import Batch
+from cskd_pipeline.data.batches import Batch, compose
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.plan import SampleSet
+from cskd_pipeline.data.render import Pairing, RenderedViews
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.distill.targets import LogitTargets, Targets
@@ -43,7 +44,6 @@ from cskd_pipeline.tools.bench.timing import (
     take_turns,
 )
 from cskd_pipeline.tools.tables import Printed, Table
-from cskd_pipeline.views.apply import erase_noise
 from cskd_pipeline.views.bits import derive_seed
 from cskd_pipeline.views.draw import draw
 from cskd_pipeline.views.mixing import draw_mix
@@ -207,25 +207,14 @@ def synthetic_batch(policy: ViewPolicy, count: int, grid: tuple[int, int]) -> Ba
     numbers = np.random.default_rng(0)
     mixes = [draw_mix(derive_seed("bench", i), i, policy) for i in range(count)]
     params = [draw(derive_seed("bench", i), policy, *_IMAGE) for i in range(count)]
-    boxes = [(i, *box) for i, param in enumerate(params) for box in param.erase]
-    noise = [erase_noise(param) for param in params if param.erase]
-    arrays = {
-        "pixels": numbers.integers(0, 256, (count, policy.size, policy.size, 3), dtype=np.uint8),
-        "own": np.arange(count),
-        "partner": np.arange(count)[::-1].copy(),
-        "lam": np.array([mix.lam for mix in mixes], np.float32),
-        "cutmix_box": np.array([m.box if m.cutmix else (0,) * 4 for m in mixes], np.int32),
-        "label": numbers.integers(0, CLASSES, count),
-        "partner_label": numbers.integers(0, CLASSES, count),
-        "erase_box": np.array(boxes, np.int32).reshape(-1, 5),
-        "erase_noise": np.concatenate([np.empty(0, np.int16), *noise]),
-        "index": np.zeros((count, 3), np.int32),
-        "seed": np.zeros(count, np.uint64),
-        "image_crc32": np.zeros(count, np.uint32),
-        "view_digest": np.zeros(count, np.uint32),
-    }
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return Batch(drifted=0, targets=_envelopes(count, grid), **tensors)
+    side = policy.size
+    pixels = numbers.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    labels = numbers.integers(0, CLASSES, (2, count))
+    rows = np.stack([np.zeros(count, np.int64), np.zeros(count, np.int64), np.arange(count)], 1)
+    unknown = np.zeros(count, np.uint32)
+    views = RenderedViews(rows, pixels, params, unknown.astype(np.uint64), unknown, unknown, 0)
+    batch = compose(labels, Pairing(rows, rows[::-1], mixes), views)
+    return replace(batch, targets=_envelopes(count, grid))
 
 
 def _envelopes(count: int, grid: tuple[int, int]) -> dict[str, Tensor]:

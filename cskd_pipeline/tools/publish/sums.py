@@ -20,7 +20,7 @@ def sums(cache: Cache) -> str:
         CacheError: a record is missing or damaged.
     """
     documents = (layout.GROUP, *layout.array_documents(cache.manifest))
-    found = {key: cache.store.sha256(key) for key in documents}
+    found = {key: cache.store.folder.sha256(key) for key in documents}
     units = np.argwhere(cache.done()).tolist()
     with progress(len(units), "units", "reading their records") as meter:
         for files in cache.store.each(lambda unit: _unit(cache, *unit), units):
@@ -33,4 +33,4 @@ def _unit(cache: Cache, block: int, shard: int) -> dict[str, bytes]:
     keys = [key for _, key in cache.store.recorded_files(block, shard)]
     files = cache.store.record(block, shard).files
     own = cache.store.record_key(block, shard)
-    return {**dict(zip(keys, files, strict=True)), own: cache.store.sha256(own)}
+    return {**dict(zip(keys, files, strict=True)), own: cache.store.folder.sha256(own)}

@@ -118,32 +118,26 @@ def agreement(
     Args:
         live, stored: rows of the same views, see :meth:`Encoding.encode`.
     """
-    one, other = encoding.targets(live), encoding.targets(stored)
+    tau = max(1.0, encoding.temperatures[0])
+    pairs = zip(
+        *(_responses(encoding, encoding.targets(rows), tau) for rows in (live, stored)), strict=True
+    )
+    measures = []
+    for a, b in pairs:
+        same = torch.minimum(a, b).exp().sum(1) if a.is_floating_point() else a == b
+        measures.append(same.double().reshape(len(same), -1).mean(1))
+    return torch.stack(measures).mean(0).numpy()
+
+
+def _responses(encoding: Encoding, targets: Targets, tau: float) -> list[Tensor]:
+    """Return labels or draws, else log probabilities: local at each of ``RATIOS``, then global."""
     if "hard" in encoding.serves:
-        measures = _equal_labels(one, other)
-    elif isinstance(one, SampledTargets) and isinstance(other, SampledTargets):
-        measures = _equal_draws(one, other)
-    else:
-        measures = _overlap(one, other, max(1.0, encoding.temperatures[0]))
-    return torch.stack([measure.double() for measure in measures]).mean(0).numpy()
-
-
-def _equal_labels(one: Targets, other: Targets) -> list[Tensor]:
-    spatial = [(one.hard_spatial(r) == other.hard_spatial(r)).double() for r in RATIOS]
-    return [*(same.mean((1, 2)) for same in spatial), one.hard_global() == other.hard_global()]
-
-
-def _equal_draws(one: SampledTargets, other: SampledTargets) -> list[Tensor]:
-    pairs = [[x.drawn_spatial(r, x.temperature) for x in (one, other)] for r in RATIOS]
-    pairs.append([x.drawn_global(x.temperature) for x in (one, other)])
-    return [(a == b).double().flatten(1).mean(1) for a, b in pairs]
-
-
-def _overlap(one: Targets, other: Targets, tau: float) -> list[Tensor]:
-    pairs = [[x.spatial_log_probabilities(r, tau) for x in (one, other)] for r in RATIOS]
-    spatial = [torch.minimum(a, b).exp().sum(1).mean((1, 2)) for a, b in pairs]
-    a, b = (x.global_log_probabilities(tau) for x in (one, other))
-    return [*spatial, torch.minimum(a, b).exp().sum(1)]
+        return [*map(targets.hard_spatial, RATIOS), targets.hard_global()]
+    if isinstance(targets, SampledTargets):
+        tau = targets.temperature
+        return [*(targets.drawn_spatial(r, tau) for r in RATIOS), targets.drawn_global(tau)]
+    spatial = (targets.spatial_log_probabilities(r, tau) for r in RATIOS)
+    return [*spatial, targets.global_log_probabilities(tau)]
 
 
 def _problems(found: Join, rows: np.ndarray, name: str, values: np.ndarray) -> list[Problem]:

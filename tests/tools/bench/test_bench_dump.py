@@ -95,7 +95,7 @@ def test_variants_are_teachers_with_other_settings_beside_float32(
     dataset, teacher = bench.open_stage_one(recipe)
     few = SampledDump.of(recipe, dataset, teacher, dataset.samples)
     monkeypatch.setattr(dump, "load_dataset", None)  # the shards are not opened again
-    resident = bench._resident(few)
+    resident = bench.resident_views(few)
     assert {len(views) for views in resident} == {16}
     clock = Time()
 
