@@ -266,8 +266,8 @@ def _copy_shard(
     with exclusive(result.file("key", None, shard).parent):
         for name in layout.PER_SHARD:
             if not result.file(name, None, shard).exists():
-                source = part.array(name).key(part.shards[shard])
-                _copy(folder, result.array(name).key(shard), part, source, digests)
+                source = part.store.arrays[name].key(part.shards[shard])
+                _copy(folder, result.store.arrays[name].key(shard), part, source, digests)
             elif name != "key":
                 mine, theirs = (cache.shard_values(name, shard) for cache in (result, part))
                 _require_equal(result, part, name, (None, shard), mine, theirs)

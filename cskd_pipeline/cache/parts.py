@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.manifest import CacheManifest, ShardInfo, utc_now
 from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.cache.store import CacheStore
@@ -66,14 +65,10 @@ class Part:
         own = self.shards.get(shard)
         return own is not None and bool(self.done[:, own].any())
 
-    def array(self, name: str) -> StoredArray:
-        """Return the geometry of an array."""
-        return self.store.arrays[name]
-
     def file(self, name: str, view: int | None, shard: int) -> Path:
         """Return the file in which an array has a view of a tar shard of the whole."""
         own = self.shards[shard]
-        return self.path / self.array(name).key(*((own,) if view is None else (view, own)))
+        return self.path / self.store.arrays[name].key(*((own,) if view is None else (view, own)))
 
     def keys_of_files(self, views: range, shard: int) -> Iterator[str]:
         """Return the key of every per-view file of a unit."""

@@ -69,11 +69,7 @@ class Cache:
     """
 
     def __init__(
-        self,
-        store: CacheStore,
-        done: np.ndarray,
-        memory: int = 0,
-        units: np.ndarray | None = None,
+        self, store: CacheStore, done: np.ndarray, memory: int = 0, units: np.ndarray | None = None
     ) -> None:
         self.path = store.path
         self.manifest: CacheManifest = store.manifest

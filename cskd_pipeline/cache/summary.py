@@ -17,7 +17,7 @@ def summarise(info: Info) -> dict[str, Any]:
     """Return one line for each question about a cache, by its name."""
     teacher, data = info["teacher"], info["dataset"]
     height, width = teacher["grid"]
-    found = {
+    return {
         "cache": info["path"],
         "data": (
             f"{data['name']}: {info['samples']} samples of {data['num_classes']} classes in "
@@ -51,7 +51,6 @@ def summarise(info: Info) -> dict[str, Any]:
         "notes": info["notes"] or None,
         "cite": {"cache": info["cite"]["cache"], "method": info["cite"]["method"]},
     }
-    return found
 
 
 def size(count: float) -> str:

@@ -7,16 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cskd_pipeline.cli.options import (
-    BatchSize,
-    Outcome,
-    RequiredShards,
-    Split,
-    flag,
-    require,
-    require_companion,
-    require_encodings,
-)
+from cskd_pipeline.cli import options
 from cskd_pipeline.cli.parameters import RecipeLoader
 from cskd_pipeline.cli.reports import print_report
 from cskd_pipeline.cli.root import bench_app
@@ -24,7 +15,7 @@ from cskd_pipeline.config import DumpRecipe, TrainRecipe
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.runtime.console import Terminal
 
-Size = Annotated[int, flag("--size")]
+Size = Annotated[int, options.flag("--size")]
 Rounds = Annotated[
     int, typer.Option(min=3, metavar="N", help="How often each side takes its turn.")
 ]
@@ -53,11 +44,11 @@ def encodings(
         typer.Option(metavar="FILE.svg|FILE.png", help="Draw distortion against bytes."),
     ] = None,
     encoding: Annotated[
-        list[str] | None, flag("--encoding", help="Only these; more than once for several.")
+        list[str] | None, options.flag("--encoding", help="Only these; more than once for several.")
     ] = None,
-) -> Outcome:
+) -> options.Outcome:
     """Measure bytes, times and distortion of every encoding, on real logits of a teacher."""
-    require_encodings(encoding or ())
+    options.require_encodings(encoding or ())
     if plot is not None and plot.suffix not in (".svg", ".png"):
         raise UsageError(
             "the plot is an SVG or a PNG",
@@ -71,7 +62,7 @@ def encodings(
     is_cache = is_remote(location) or Path(location).is_dir()
     recipe = load({} if is_cache else {"teacher.name": source})
     if not is_cache:
-        require({"--shards SHARDS (or a cache's folder)": recipe.data.shards})
+        options.require({"--shards SHARDS (or a cache's folder)": recipe.data.shards})
     from cskd_pipeline.runtime.device import pick_device
     from cskd_pipeline.tools.bench.bench_encodings import bench_encodings, printed, title
     from cskd_pipeline.tools.bench.responses import from_cache, from_teacher
@@ -92,12 +83,12 @@ def encodings(
 @bench_app.command(epilog="Example: cskd-pipeline bench loader --shards 'train-*.tar'")
 def loader(
     terminal: Terminal,
-    shards: RequiredShards,
+    shards: options.RequiredShards,
     size: Size = 224,
-    batch_size: BatchSize = None,
+    batch_size: options.BatchSize = None,
     rounds: Rounds = 9,
-    split: Split = None,
-) -> Outcome:
+    split: options.Split = None,
+) -> options.Outcome:
     """Compare this loader with timm's, on the same tars and policy: images a second on one core."""
     from cskd_pipeline.data.index import load_dataset
     from cskd_pipeline.tools.bench import bench_loader as bench
@@ -121,7 +112,7 @@ def join(
             "--simulate", help="Also, or only, open caches of ImageNet's shape, and plan an epoch."
         ),
     ] = False,
-) -> Outcome:
+) -> options.Outcome:
     """Compare the loader with the join from a cache and without any; and the join at scale."""
     recipe = load()
     if not simulate or recipe.data.shards or recipe.data.cache:
@@ -155,7 +146,7 @@ def step(
         typer.Option(metavar="NAME", help="The live teacher's timm name; none: without that side."),
     ] = "regnety_160",
     rounds: Rounds = 9,
-) -> Outcome:
+) -> options.Outcome:
     """Compare a training step from a cache with a plain one, and with one of a live teacher."""
     recipe = load()
     for name in student or ():
@@ -198,11 +189,11 @@ def dump(
     compile: Annotated[
         bool, typer.Option("--compile", help="With --variants: torch.compile too.")
     ] = False,
-) -> Outcome:
+) -> options.Outcome:
     """Compare the dump with the bare teacher, blocks of views with single ones; find the limit."""
     recipe = load()
     load.require(recipe, "--shards --teacher")
-    require_companion("--variants", variants or None, {"--compile": compile or None})
+    options.require_companion("--variants", variants or None, {"--compile": compile or None})
     from cskd_pipeline.tools.bench import bench_dump as bench
 
     report = bench.bench_dump(

@@ -8,36 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cskd_pipeline.cli.options import (
-    AcceptClasses,
-    AcceptVersions,
-    BatchSize,
-    CacheArgument,
-    Device,
-    Outcome,
-    ShardsOption,
-    Split,
-    Weights,
-    flag,
-    parse_channels,
-    parse_range,
-    require,
-    require_companion,
-    require_encodings,
-    without_none,
-)
+from cskd_pipeline.cli import options
 from cskd_pipeline.cli.reports import print_report
 from cskd_pipeline.cli.root import cache_app
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.runtime.console import Terminal
 
 if TYPE_CHECKING:
+    from cskd_pipeline.cache.convert import Conversion
     from cskd_pipeline.tools.verify.verify_cache import UserImages
     from cskd_pipeline.tools.verify.verify_responses import TeacherChoice
 
 
 @cache_app.command(epilog="Example: cskd-pipeline cache info cache --json")
-def info(terminal: Terminal, cache: CacheArgument) -> Outcome:
+def info(terminal: Terminal, cache: options.CacheArgument) -> options.Outcome:
     """Say what a cache holds: data, teacher, policy, views, what is finished, and bytes."""
     from cskd_pipeline.cache.info import describe
     from cskd_pipeline.cache.reader import open_cache
@@ -51,8 +35,8 @@ def info(terminal: Terminal, cache: CacheArgument) -> Outcome:
 class ComparedImages:
     """Name the shards that a cache is compared with."""
 
-    shards: ShardsOption = None
-    split: Split = None
+    shards: options.ShardsOption = None
+    split: options.Split = None
     samples: Annotated[
         int | None,
         typer.Option(
@@ -61,7 +45,7 @@ class ComparedImages:
             help="Views to replay from the shards, and to run the teacher on; 512 unless given.",
         ),
     ] = None
-    accept_classes: AcceptClasses = False
+    accept_classes: options.AcceptClasses = False
 
     def choose(self, teacher: TeacherChoice | None) -> UserImages | None:
         """Return them; None without --shards.
@@ -71,7 +55,7 @@ class ComparedImages:
         """
         flags = {"--samples": self.samples, "--split": self.split, "--teacher": teacher}
         flags["--accept-classes"] = self.accept_classes or None
-        require_companion("--shards SHARDS", self.shards, flags)
+        options.require_companion("--shards SHARDS", self.shards, flags)
         if self.shards is None:
             return None
         from cskd_pipeline.tools.verify.verify_cache import SAMPLES, UserImages
@@ -84,12 +68,12 @@ class ComparedImages:
 class ComparedTeacher:
     """Name the teacher whose logits are compared with a cache's."""
 
-    teacher: Annotated[str | None, flag("--teacher")] = None
-    weights: Weights = None
-    mean: Annotated[str | None, flag("--mean")] = None
-    std: Annotated[str | None, flag("--std")] = None
-    batch_size: BatchSize = None
-    device: Device = None
+    teacher: Annotated[str | None, options.flag("--teacher")] = None
+    weights: options.Weights = None
+    mean: Annotated[str | None, options.flag("--mean")] = None
+    std: Annotated[str | None, options.flag("--std")] = None
+    batch_size: options.BatchSize = None
+    device: options.Device = None
 
     def choose(self) -> TeacherChoice | None:
         """Return it; None without --teacher.
@@ -99,15 +83,15 @@ class ComparedTeacher:
         """
         flags = {"--weights": self.weights, "--mean": self.mean, "--std": self.std}
         sizes = {"--batch-size": self.batch_size, "--device": self.device}
-        require_companion("--teacher NAME", self.teacher, {**flags, **sizes})
+        options.require_companion("--teacher NAME", self.teacher, {**flags, **sizes})
         if self.teacher is None:
             return None
         from cskd_pipeline.tools.verify.verify_responses import TeacherChoice
 
-        given = without_none(
+        given = options.without_none(
             weights=self.weights,
-            mean=parse_channels(self.mean, "--mean"),
-            std=parse_channels(self.std, "--std"),
+            mean=options.parse_channels(self.mean, "--mean"),
+            std=options.parse_channels(self.std, "--std"),
             batch_size=self.batch_size,
             device=self.device,
         )
@@ -117,7 +101,7 @@ class ComparedTeacher:
 @cache_app.command(epilog="Example: cskd-pipeline cache verify cache --shards 'train-*.tar'")
 def verify(
     terminal: Terminal,
-    cache: CacheArgument,
+    cache: options.CacheArgument,
     images: ComparedImages,
     teacher: ComparedTeacher,
     depth: Annotated[
@@ -127,7 +111,7 @@ def verify(
     partial: Annotated[
         bool, typer.Option("--partial", help="Units that are not made yet are no problem.")
     ] = False,
-) -> Outcome:
+) -> options.Outcome:
     """Check a cache: its files and bytes; with --shards its views; with --teacher their logits.
 
     Replayed views are bit-exact, differ by rounding, or are of another image.
@@ -168,8 +152,8 @@ class Published:
             "images may be shared.",
         ),
     ] = False
-    shards: ShardsOption = None
-    split: Split = None
+    shards: options.ShardsOption = None
+    split: options.Split = None
 
 
 @cache_app.command(
@@ -178,53 +162,50 @@ class Published:
 def publish(
     cache: Annotated[Path, typer.Argument(metavar="CACHE", help="What dump-teacher made.")],
     published: Published,
-) -> Outcome:
+) -> options.Outcome:
     """Write beside a cache what hubs show of it: card, Croissant, preview, and files' SHA-256.
 
     Prints the command that uploads it; nothing is uploaded.
     """
     if published.thumbnails:
-        require({"--shards SHARDS": published.shards})
+        options.require({"--shards SHARDS": published.shards})
     images = {"--shards": published.shards, "--split": published.split}
-    require_companion("--thumbnails", published.thumbnails or None, images)
+    options.require_companion("--thumbnails", published.thumbnails or None, images)
     from cskd_pipeline.tools.publish.publish_cache import PublishOptions
     from cskd_pipeline.tools.publish.publish_cache import publish as write
 
     return write(cache, PublishOptions(**vars(published)))
 
 
-@cache_app.command(epilog="Example: cskd-pipeline cache convert cache small --encoding envelope")
-def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A cache: a folder, or its URL.")],
-    target: Annotated[
-        Path,
-        typer.Argument(metavar="DST", help="The cache to make from it, or to go on with."),
-    ],
+@dataclass(frozen=True)
+class Converted:
+    """Say what the new cache has of the old one."""
+
     encoding: Annotated[
         list[str] | None,
-        flag(
+        options.flag(
             "--encoding",
             help="What the new cache stores; more than once for several. Without, what the old one "
             "does. What it does not have is made from dense.",
         ),
-    ] = None,
+    ] = None
     sampled_draws: Annotated[
         int | None,
         typer.Option(min=1, max=8, metavar="N", help="Draws of the encoding sampled. Default: 1."),
-    ] = None,
+    ] = None
     sampled_temperature: Annotated[
         float | None,
         typer.Option(min=0.01, max=1000.0, metavar="TAU", help="That it draws at. Default: 1."),
-    ] = None,
+    ] = None
     views: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Only the first N views.")
-    ] = None,
+    ] = None
     shards: Annotated[
         str | None,
         typer.Option(
             metavar="FROM:TO", help="Only the tar shards FROM up to, not including, TO, from 0."
         ),
-    ] = None,
+    ] = None
     view_block: Annotated[
         int | None,
         typer.Option(
@@ -234,47 +215,57 @@ def convert(
             help="Views per unit, which is held in memory: more make fewer files. 0: as many as "
             "keep a large cache below 40,000 files. Without, what the old cache has.",
         ),
-    ] = None,
-    device: Device = None,
-) -> Outcome:
+    ] = None
+
+    def choose(self) -> Conversion:
+        """Return it.
+
+        Raises:
+            RecipeError: no such encoding; UsageError: draws without ``sampled``, or no range.
+        """
+        encodings = self.encoding or ()
+        options.require_encodings(encodings)
+        shards = options.parse_range(self.shards, "--shards")
+        given = self.sampled_draws is not None or self.sampled_temperature is not None
+        if given and "sampled" not in encodings:
+            raise UsageError(
+                "--sampled-draws and --sampled-temperature do nothing without the encoding sampled",
+                action="give --encoding sampled too",
+            )
+        from cskd_pipeline.cache.convert import Conversion
+        from cskd_pipeline.distill.encodings import Sampled
+
+        draws = Sampled(self.sampled_draws or 1, self.sampled_temperature or 1.0)
+        return Conversion(encodings, self.views, shards, self.view_block, draws if given else None)
+
+
+@cache_app.command(epilog="Example: cskd-pipeline cache convert cache small --encoding envelope")
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A cache: a folder, or its URL.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="The cache to make from it, or to go on with.")
+    ],
+    converted: Converted,
+    device: options.Device = None,
+) -> options.Outcome:
     """Make a cache from another: other encodings, fewer views, a part of the shards, fewer files.
 
     Run the same command again after an interruption: finished units are kept.
     """
-    require_encodings(encoding or ())
-    chosen = parse_range(shards, "--shards")
-    given = sampled_draws is not None or sampled_temperature is not None
-    if given and "sampled" not in (encoding or ()):
-        raise UsageError(
-            "--sampled-draws and --sampled-temperature do nothing without the encoding sampled",
-            action="give --encoding sampled too",
-        )
-    from cskd_pipeline.cache.convert import Conversion
+    wanted = converted.choose()
     from cskd_pipeline.cache.convert import convert as make
-    from cskd_pipeline.distill.encodings import Sampled
     from cskd_pipeline.runtime.device import pick_device
     from cskd_pipeline.runtime.signals import stop_requests
 
+    on = pick_device(device or "auto")
     with stop_requests() as stop:
-        return make(
-            source,
-            target,
-            Conversion(
-                encoding or (),
-                views,
-                chosen,
-                view_block,
-                Sampled(sampled_draws or 1, sampled_temperature or 1.0) if given else None,
-            ),
-            device=pick_device(device or "auto"),
-            stopped=lambda: stop.requested,
-        )
+        return make(source, target, wanted, device=on, stopped=lambda: stop.requested)
 
 
 @cache_app.command(epilog="Example: cskd-pipeline cache upgrade cache")
 def upgrade(
     cache: Annotated[Path, typer.Argument(metavar="CACHE", help="A cache of format version 1.")],
-) -> Outcome:
+) -> options.Outcome:
     """Make a cache of format version 1 one of version 2, in place: it gets digests of its files.
 
     Run the same command again after an interruption.
@@ -298,9 +289,9 @@ def merge(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="The cache to make from them, or to go on with.")
     ],
-    accept_versions: AcceptVersions = False,
-    accept_classes: AcceptClasses = False,
-) -> Outcome:
+    accept_versions: options.AcceptVersions = False,
+    accept_classes: options.AcceptClasses = False,
+) -> options.Outcome:
     """Join the finished parts of several caches; where they overlap, they must be equal.
 
     Run the same command again after an interruption: finished units are kept, and compared.

@@ -8,21 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cskd_pipeline.cli.options import (
-    SHARDS_HELP,
-    AcceptClasses,
-    AcceptVersions,
-    BatchSize,
-    Device,
-    Outcome,
-    RequiredShards,
-    Split,
-    flag,
-    parse_range,
-    require_companion,
-    require_encodings,
-    without_none,
-)
+from cskd_pipeline.cli import options
 from cskd_pipeline.cli.parameters import RecipeLoader
 from cskd_pipeline.cli.root import app
 from cskd_pipeline.config import DumpRecipe, TrainRecipe
@@ -41,7 +27,7 @@ class NamedData:
         int | None,
         typer.Option(min=1, max=65535, metavar="N", help="Default: from the class names."),
     ] = None
-    split: Split = None
+    split: options.Split = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +43,9 @@ class ImageCheck:
     ] = False
     workers: Annotated[
         int | None,
-        flag("--workers", help="Processes for --check-images; -1: one for each core but one."),
+        options.flag(
+            "--workers", help="Processes for --check-images; -1: one for each core but one."
+        ),
     ] = None
 
 
@@ -85,10 +73,10 @@ class DumpRange:
 class LoadingFlags:
     """Say how images are loaded, and where the network runs."""
 
-    split: Split = None
-    batch_size: BatchSize = None
-    workers: Annotated[int | None, flag("--workers")] = None
-    device: Device = None
+    split: options.Split = None
+    batch_size: options.BatchSize = None
+    workers: Annotated[int | None, options.flag("--workers")] = None
+    device: options.Device = None
 
 
 @app.command(
@@ -104,7 +92,7 @@ def make_shards(
     split: Annotated[
         str, typer.Option(metavar="NAME", help="What the shards and _info.json call this part.")
     ] = "train",
-) -> Outcome:
+) -> options.Outcome:
     """Pack an ImageFolder tree into webdataset shards, image bytes untouched."""
     from cskd_pipeline.tools import make_shards as make
 
@@ -113,17 +101,19 @@ def make_shards(
 
 @app.command(epilog="Example: cskd-pipeline index 'shards/train-*.tar' --out manifest.json")
 def index(
-    shards: Annotated[str, typer.Argument(metavar="SHARDS", help=SHARDS_HELP)],
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help=options.SHARDS_HELP)],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The manifest to write.")],
     named: NamedData,
     images: ImageCheck,
     terminal: Terminal,
-) -> Outcome:
+) -> options.Outcome:
     """Read shards once and write their manifest: counts, order of keys, SHA-256, class names.
 
     Of shards at a URL only headers are read; SHA-256 where the store states it.
     """
-    require_companion("--check-images", images.check_images or None, {"--workers": images.workers})
+    options.require_companion(
+        "--check-images", images.check_images or None, {"--workers": images.workers}
+    )
     from cskd_pipeline.data.describe import index_shards
     from cskd_pipeline.data.index import Dataset
 
@@ -168,9 +158,9 @@ def index(
 def dump_teacher(
     load: RecipeLoader[DumpRecipe],
     part: DumpRange,
-    accept_versions: AcceptVersions = False,
-    accept_classes: AcceptClasses = False,
-) -> Outcome:
+    accept_versions: options.AcceptVersions = False,
+    accept_classes: options.AcceptClasses = False,
+) -> options.Outcome:
     """Run the teacher over augmented views and store its logits in a cache: stage one.
 
     Run the same command again after an interruption: finished units are kept. Run it several times
@@ -189,9 +179,9 @@ def dump_teacher(
     """
     recipe = load()
     load.require(recipe, "--shards --teacher --cache")
-    shard_range = parse_range(part.shard_range, "--shard-range")
-    view_range = parse_range(part.view_range, "--view-range")
-    require_encodings(recipe.cache.encodings)
+    shard_range = options.parse_range(part.shard_range, "--shard-range")
+    view_range = options.parse_range(part.view_range, "--view-range")
+    options.require_encodings(recipe.cache.encodings)
     from cskd_pipeline.pipeline import dump
     from cskd_pipeline.runtime.distributed import launched
 
@@ -216,7 +206,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, mid-epoch if need be.")
     ] = False,
-) -> Outcome:
+) -> options.Outcome:
     """Train a ViT from shards joined to a cache: stage two. No teacher is loaded."""
     recipe = load()
     cache = " --cache" if recipe.distill.method != "none" else ""
@@ -237,7 +227,7 @@ def evaluate(
             help="A student's .safetensors file, a run's folder, or an exported one.",
         ),
     ],
-    shards: RequiredShards,
+    shards: options.RequiredShards,
     loading: LoadingFlags,
     crop_pct: Annotated[
         float | None,
@@ -248,11 +238,10 @@ def evaluate(
             "training run's unless given.",
         ),
     ] = None,
-    accept_classes: AcceptClasses = False,
-) -> Outcome:
+    accept_classes: options.AcceptClasses = False,
+) -> options.Outcome:
     """Measure a student on shards: top-1 and top-5 of each head and of their mean."""
     from cskd_pipeline.pipeline import evaluate as measuring
 
-    given = without_none(**vars(loading), crop_pct=crop_pct, accept_classes=accept_classes)
-    options = measuring.EvalOptions(**given)
-    return measuring.evaluate(checkpoint, shards, options)
+    given = options.without_none(**vars(loading), crop_pct=crop_pct, accept_classes=accept_classes)
+    return measuring.evaluate(checkpoint, shards, measuring.EvalOptions(**given))

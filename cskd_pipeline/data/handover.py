@@ -134,23 +134,18 @@ class Failed:
     error: BaseException
 
 
-def _unpacked(
-    key: int,
-    worker: int,
-    message: bytes,
-    spans: list[tuple[int, int]],
-    total: int,
-    inline: bytes | None,
-) -> Any:
+def _unpacked(*fields: Any) -> Any:
     """Return the item, or a :class:`Failed`: an error here would end torch's own threads."""
+    parcel = Parcel(*fields)
     try:
-        if inline is None:
-            whole = memoryview(_received(_RECEIVING[key][worker], total))
+        if parcel.inline is None:
+            whole = memoryview(_received(_RECEIVING[parcel.key][parcel.worker], parcel.total))
         else:
-            whole = memoryview(bytearray(inline))
-        return pickle.loads(message, buffers=[whole[a : a + size] for a, size in spans])
+            whole = memoryview(bytearray(parcel.inline))
+        buffers = [whole[start : start + size] for start, size in parcel.spans]
+        return pickle.loads(parcel.message, buffers=buffers)
     except (OSError, MemoryError) as error:
-        return Failed(_no_room(error, total))
+        return Failed(_no_room(error, parcel.total))
     except Exception as error:
         return Failed(error)
 

@@ -171,13 +171,7 @@ def require_word(name: str, value: str, words: Sequence[str]) -> None:
         raise UsageError(f"{name} has no such value", found=value, expected=" or ".join(words))
 
 
-def join_to_look(
-    cache: Cache,
-    shards: str,
-    guard: ClassGuard,
-    *,
-    split: str | None = None,
-) -> Join:
+def join_to_look(cache: Cache, shards: str, guard: ClassGuard, *, split: str | None = None) -> Join:
     """The cache's samples among the user's ``shards``, for those who compare or show them: samples
     that are missing and images that differ are no error.
 
@@ -232,10 +226,7 @@ def _tar_rows(dataset: Dataset, cache: Cache) -> list[TarRows | int]:
 
 
 def _compare_labels(
-    images: ImageSource,
-    dataset: Dataset,
-    cache: Cache,
-    tar_rows: Sequence[TarRows | int],
+    images: ImageSource, dataset: Dataset, cache: Cache, tar_rows: Sequence[TarRows | int]
 ) -> tuple[int, np.ndarray]:
     """Return the count of labels compared, and :attr:`Join.relabelled`.
 

@@ -108,10 +108,7 @@ def tars_sha256(shards: Sequence[TarShard]) -> str:
 
 
 def _read(
-    path: Path,
-    name: str,
-    identity: Mapping[str, Any],
-    counts: Sequence[int],
+    path: Path, name: str, identity: Mapping[str, Any], counts: Sequence[int]
 ) -> Offsets | None:
     record = schemas.read(path)
     if not isinstance(record, dict) or any(record.get(n) != v for n, v in identity.items()):

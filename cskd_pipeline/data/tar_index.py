@@ -38,12 +38,7 @@ EXTENSIONS = (
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
 
-COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-}
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 LEFT_BEHIND = frozenset({"__MACOSX", "@eaDir"})
 """Folders that macOS and Synology put beside images: halves of files, and thumbnails."""
 META = re.compile(r"__[^/]*__($|/)")

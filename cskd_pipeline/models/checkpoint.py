@@ -37,9 +37,8 @@ def save_student(path: Path, state: dict[str, torch.Tensor], header: StudentHead
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     # One entry: the library writes several in random order, and equal runs leave equal files.
     about = {"format": FORMAT, "sha256": state_digest(tensors), **asdict(header)}
-    metadata = {HEADER: json.dumps(about)}
-    data = save(tensors, metadata=metadata)  # save_file would deny other users the file
-    write_bytes(path, data)
+    # save_file would deny other users the file.
+    write_bytes(path, save(tensors, metadata={HEADER: json.dumps(about)}))
 
 
 def student_file(path: Path) -> Path:
@@ -107,27 +106,18 @@ def load_student(path: Path, device: torch.device) -> tuple[Student, StudentHead
         StudentError: a model that cannot be made.
     """
     header, state = read_student(path)
-    student = bounded_student(
-        header.model,
-        state,
-        path,
-        num_classes=header.num_classes,
-        size=header.size,
-        kwargs=header.kwargs,
-    )
+    arguments = {name: getattr(header, name) for name in ("num_classes", "size", "kwargs")}
+    student = bounded_student(header.model, state, path, **arguments)
     student.preprocessing = student.preprocessing.changed(header.crop_pct, header.interpolation)
     student.require(method=header.method, grid=header.grid)
-    given = {
-        "cls",
-        "dist" if student.has_distillation_token else "",
-        "dense" if header.grid else "",
-    }
-    if not set(header.heads) <= given:
+    there = {"cls": True, "dist": student.has_distillation_token, "dense": header.grid is not None}
+    given = sorted(name for name, is_there in there.items() if is_there)
+    if not set(header.heads) <= set(given):
         raise WeightsError(
             "the checkpoint names heads that its model does not have",
             where=path,
             found=", ".join(header.heads),
-            expected="some of " + ", ".join(filter(None, sorted(given))),
+            expected="some of " + ", ".join(given),
         )
     load_into(student.model, state, path)
     return student.to(device), header

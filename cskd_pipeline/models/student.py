@@ -82,9 +82,7 @@ class Preprocessing:
         """Return the same with another crop and filter; 0, ``auto`` and None keep its own."""
         given = interpolation if interpolation != "auto" else None
         return replace(
-            self,
-            crop_pct=crop_pct or self.crop_pct,
-            interpolation=given or self.interpolation,
+            self, crop_pct=crop_pct or self.crop_pct, interpolation=given or self.interpolation
         )
 
 

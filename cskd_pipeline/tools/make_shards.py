@@ -61,12 +61,7 @@ class ImageFolder:
 
 
 def make_shards(
-    image_folder: Path,
-    out: Path,
-    *,
-    shard_size: int = 1000,
-    seed: int = 0,
-    split: str = "train",
+    image_folder: Path, out: Path, *, shard_size: int = 1000, seed: int = 0, split: str = "train"
 ) -> dict[str, Any]:
     """Write ``out/{split}-0000.tar`` …, ``out/_info.json`` and ``out/classes.json``.
 

@@ -28,19 +28,8 @@ from cskd_pipeline.errors import DataError
 from cskd_pipeline.models.teacher import Logits, Teacher
 from cskd_pipeline.pipeline.dump import open_stage_one, open_teacher
 from cskd_pipeline.runtime.device import device_name
+from cskd_pipeline.tools.bench import timing
 from cskd_pipeline.tools.bench.sampled_dump import Advance, SampledDump
-from cskd_pipeline.tools.bench.timing import (
-    Clock,
-    SteadyRate,
-    comparison_columns,
-    comparison_row,
-    one_thread,
-    ratio,
-    seconds_of,
-    spread,
-    take_turns,
-    wait_for,
-)
 from cskd_pipeline.tools.tables import Printed, Table
 
 BLOCK = 10
@@ -56,7 +45,7 @@ def bench_dump(
     rounds: int,
     with_variants: bool,
     compile: bool = False,
-    clock: Clock = time.perf_counter,
+    clock: timing.Clock = time.perf_counter,
 ) -> dict[str, Any]:
     """Dump ``images`` sampled images in ten views, and run the dump's parts, ``rounds`` times.
 
@@ -85,13 +74,13 @@ def bench_dump(
     }
 
     def rate(name: str, _: int) -> float:
-        steady = SteadyRate(few.dataset.samples * BLOCK, clock)
-        with one_thread() if name.startswith("block") else nullcontext():
+        steady = timing.SteadyRate(few.dataset.samples * BLOCK, clock)
+        with timing.one_thread() if name.startswith("block") else nullcontext():
             works[name](steady.advance)
         return steady.rate
 
-    rates = take_turns({name: partial(rate, name) for name in works}, rounds, "dumping")
-    per_second = {name: spread(found) for name, found in rates.items()}
+    rates = timing.take_turns({name: partial(rate, name) for name in works}, rounds, "dumping")
+    per_second = {name: timing.spread(found) for name, found in rates.items()}
     loader, bare = (per_second[name]["median"] for name in ("loader", "teacher"))
     report = {
         "teacher": teacher.name,
@@ -106,8 +95,8 @@ def bench_dump(
         "rounds": rounds,
         "views_per_second": per_second,
         "ratio": {
-            "dump_to_teacher": ratio(rates["teacher"], rates["dump"]),
-            "blocks": ratio(rates["block_1"], rates[f"block_{BLOCK}"]),
+            "dump_to_teacher": timing.ratio(rates["teacher"], rates["dump"]),
+            "blocks": timing.ratio(rates["block_1"], rates[f"block_{BLOCK}"]),
         },
         "goal": {"dump_to_teacher": DUMP_GOAL, "blocks": BLOCK_GOAL},
         "limit": "loader" if loader < bare else "teacher",
@@ -123,7 +112,7 @@ def _run_teacher(
 ) -> None:
     for number in range(-(-views // len(resident[0]))):
         logits = teacher.unchecked(resident[number % len(resident)])
-        wait_for(teacher.device)
+        timing.wait_for(teacher.device)
         advance(len(logits.global_))
 
 
@@ -133,12 +122,7 @@ def _load(few: SampledDump, block: int, loading: Loading, advance: Advance) -> N
 
 
 def variants(
-    few: SampledDump,
-    resident: Sequence[Tensor],
-    rounds: int,
-    clock: Clock,
-    *,
-    compile: bool,
+    few: SampledDump, resident: Sequence[Tensor], rounds: int, clock: timing.Clock, *, compile: bool
 ) -> dict[str, Any]:
     """Run the bare teacher with other settings, in turn.
 
@@ -164,17 +148,17 @@ def variants(
 
     def respond(name: str, _: int) -> None:
         logits[name] = [teachers[name].unchecked(views) for views in resident]
-        wait_for(teachers[name].device)
+        timing.wait_for(teachers[name].device)
 
-    sides = {name: seconds_of(partial(respond, name), clock) for name in teachers}
-    seconds = take_turns(sides, rounds, "running the teacher")
+    sides = {name: timing.seconds_of(partial(respond, name), clock) for name in teachers}
+    seconds = timing.take_turns(sides, rounds, "running the teacher")
     views = sum(map(len, resident))
     report = {}
     for name, times in seconds.items():
         spatial, global_ = _changed(logits["float32"], logits[name])
         report[name] = {
-            "views_per_second": spread([views / value for value in times]),
-            "ratio": ratio(times, seconds["float32"]),
+            "views_per_second": timing.spread([views / value for value in times]),
+            "ratio": timing.ratio(times, seconds["float32"]),
             "hard_labels_changed": spatial,
             "global_labels_changed": global_,
         }
@@ -248,8 +232,8 @@ def printed(report: Mapping[str, Any]) -> Printed:
     yield Table(
         f"{report['teacher']} on {report['device']}, {report['precision']}, {report['size']} px, "
         f"{report['images']} images in {BLOCK} views, {report['rounds']} rounds",
-        comparison_columns("views/s"),
-        [comparison_row(label, rates[n], ratios[n], goals[n]) for n, label in names.items()],
+        timing.comparison_columns("views/s"),
+        [timing.comparison_row(label, rates[n], ratios[n], goals[n]) for n, label in names.items()],
     )
     loader, bare = rates["loader"]["median"], rates["teacher"]["median"]
     yield (

@@ -42,11 +42,7 @@ RANKS, BATCH_SIZE, REPEATS = 64, 1024, 3
 
 
 def bench_join(
-    recipe: TrainRecipe,
-    *,
-    rounds: int,
-    updates: int = 1,
-    clock: Clock = time.perf_counter,
+    recipe: TrainRecipe, *, rounds: int, updates: int = 1, clock: Clock = time.perf_counter
 ) -> dict[str, Any]:
     """Make the recipe's batches with its cache and without any.
 
@@ -103,13 +99,7 @@ def simulate(*, shards: int = SHARDS) -> dict[str, Any]:
         policy, root_seed = reader.manifest.policy, reader.manifest.root_seed
         began = time.perf_counter()
         plan = EpochPlan(
-            samples,
-            policy,
-            root_seed,
-            views=VIEWS,
-            repeats=REPEATS,
-            batch_size=BATCH_SIZE,
-            seed=0,
+            samples, policy, root_seed, views=VIEWS, repeats=REPEATS, batch_size=BATCH_SIZE, seed=0
         )
         for rank in range(RANKS):
             plan.batch(0, 0, part=rank, parts=RANKS)

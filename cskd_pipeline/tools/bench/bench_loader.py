@@ -25,17 +25,7 @@ from cskd_pipeline.data.remote_tar import RemoteTar
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.errors import DataError, UsageError
 from cskd_pipeline.runtime.atomic import write_json
-from cskd_pipeline.tools.bench.timing import (
-    Clock,
-    SteadyRate,
-    comparison_columns,
-    comparison_row,
-    one_thread,
-    rates,
-    ratio,
-    seconds_of,
-    take_turns,
-)
+from cskd_pipeline.tools.bench import timing
 from cskd_pipeline.tools.tables import Printed, Table
 from cskd_pipeline.views.policy import ViewPolicy
 
@@ -53,7 +43,7 @@ def bench_loader(
     batch_size: int,
     rounds: int,
     batches: int = 2,
-    clock: Clock = time.perf_counter,
+    clock: timing.Clock = time.perf_counter,
 ) -> dict[str, Any]:
     """Make batches of ``dataset`` with each number of repeats in ``GOALS``, and with timm.
 
@@ -75,10 +65,10 @@ def bench_loader(
         for batch in range(number * batches, (number + 1) * batches):
             made[name] += step(batch)
 
-    with tempfile.TemporaryDirectory() as folder, one_thread():
+    with tempfile.TemporaryDirectory() as folder, timing.one_thread():
         steps["timm"] = _timms(dataset, Path(folder), policy, batch_size)
-        sides = {n: seconds_of(partial(work, n, step), clock) for n, step in steps.items()}
-        seconds = take_turns(sides, rounds, "making batches")
+        sides = {n: timing.seconds_of(partial(work, n, step), clock) for n, step in steps.items()}
+        seconds = timing.take_turns(sides, rounds, "making batches")
     images = batches * batch_size
     assert set(made.values()) == {(rounds + 1) * images}, made
     return {
@@ -86,8 +76,10 @@ def bench_loader(
         "size": size,
         "rounds": rounds,
         "images_per_round": images,
-        "images_per_second_per_core": {name: rates(s, images) for name, s in seconds.items()},
-        "ratio": {n: ratio(seconds[n], seconds["timm"]) for n in seconds if n != "timm"},
+        "images_per_second_per_core": {
+            name: timing.rates(s, images) for name, s in seconds.items()
+        },
+        "ratio": {n: timing.ratio(seconds[n], seconds["timm"]) for n in seconds if n != "timm"},
         "goal": {f"repeats_{n}": goal for n, goal in GOALS.items()},
     }
 
@@ -106,7 +98,7 @@ def loader_rate(
     views = TrainingViews.of_dataset(dataset, ViewPolicy(size=size), 0)
     loader = CachedLoader(views, batch_size, repeats=repeats, workers=workers)
     batches = max(2, -(-images // batch_size))
-    steady = SteadyRate(batches * batch_size)
+    steady = timing.SteadyRate(batches * batch_size)
     for batch in loader.batches(batches):
         steady.advance(len(batch))
     return steady.rate
@@ -208,10 +200,12 @@ def printed(report: dict[str, Any]) -> Printed:
     rows = []
     for name, found in report["images_per_second_per_core"].items():
         times = report["ratio"].get(name, {"median": 1.0, "low": None, "high": None})
-        rows.append(comparison_row(name.replace("_", " "), found, times, report["goal"].get(name)))
+        rows.append(
+            timing.comparison_row(name.replace("_", " "), found, times, report["goal"].get(name))
+        )
     yield Table(
         f"images a second on one core ({report['policy']}, {report['size']} px, {report['rounds']} "
         f"rounds of {report['images_per_round']} images)",
-        comparison_columns("median", "ratio to timm"),
+        timing.comparison_columns("median", "ratio to timm"),
         rows,
     )

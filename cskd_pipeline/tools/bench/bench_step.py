@@ -34,15 +34,7 @@ from cskd_pipeline.models.timm_models import TeacherSource
 from cskd_pipeline.pipeline.from_recipe import make_trainer
 from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.runtime.device import device_name, pick_device, use_threads
-from cskd_pipeline.tools.bench.timing import (
-    Clock,
-    comparison_columns,
-    comparison_row,
-    rates,
-    ratio,
-    seconds_of,
-    take_turns,
-)
+from cskd_pipeline.tools.bench import timing
 from cskd_pipeline.tools.tables import Printed, Table
 from cskd_pipeline.views.bits import derive_seed
 from cskd_pipeline.views.draw import draw
@@ -73,7 +65,7 @@ def bench_step(
     students: Sequence[str],
     teacher: str | None,
     rounds: int,
-    clock: Clock = time.perf_counter,
+    clock: timing.Clock = time.perf_counter,
 ) -> dict[str, Any]:
     """Train each of ``students`` for some steps in every way.
 
@@ -136,7 +128,7 @@ def bench_step(
 
 
 def _measure(
-    trainers: Mapping[str, Trainer], batch: Batch, rounds: int, clock: Clock
+    trainers: Mapping[str, Trainer], batch: Batch, rounds: int, clock: timing.Clock
 ) -> dict[str, Any]:
     peaks: dict[str, int] = {}
 
@@ -149,15 +141,15 @@ def _measure(
         if trainer.device.type == "cuda":
             peaks[name] = torch.cuda.max_memory_allocated(trainer.device)
 
-    sides = {name: seconds_of(partial(step, name), clock) for name in trainers}
+    sides = {name: timing.seconds_of(partial(step, name), clock) for name in trainers}
     plain = trainers["none"]
-    seconds = take_turns(sides, rounds, f"training {plain.student.name}")
+    seconds = timing.take_turns(sides, rounds, f"training {plain.student.name}")
     images = plain.loader.batch_size
-    slower = {name: ratio(seconds["none"], seconds[name]) for name in ("deit", "cskd")}
+    slower = {name: timing.ratio(seconds["none"], seconds[name]) for name in ("deit", "cskd")}
     if LIVE in seconds:
-        slower[LIVE] = ratio(seconds["cskd"], seconds[LIVE])
+        slower[LIVE] = timing.ratio(seconds["cskd"], seconds[LIVE])
     return {
-        "images_per_second": {name: rates(times, images) for name, times in seconds.items()},
+        "images_per_second": {name: timing.rates(times, images) for name, times in seconds.items()},
         "ratio": slower,
         "peak_memory": peaks or None,
     }
@@ -238,12 +230,12 @@ def printed(report: Mapping[str, Any]) -> Printed:
         rows = []
         for name, rate in found["images_per_second"].items():
             peak = found["peak_memory"] and found["peak_memory"][name] / 2**30
-            row = comparison_row(name, rate, found["ratio"].get(name), goals.get(name))
+            row = timing.comparison_row(name, rate, found["ratio"].get(name), goals.get(name))
             rows.append((*row, peak))
         yield Table(
             f"{student}: steps of {report['batch_size']} images at {report['size']} px, "
             f"{report['device']}, amp {report['amp']}; seconds in units of none's (live: of "
             "cskd's)",
-            (*comparison_columns("images/s"), "peak GiB"),
+            (*timing.comparison_columns("images/s"), "peak GiB"),
             rows,
         )

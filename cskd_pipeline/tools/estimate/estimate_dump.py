@@ -125,7 +125,7 @@ def plan_dump(
         "teacher": teacher.name,
         "device": str(teacher.device),
         "limit": limit,
-        "workers_to_feed_a_device": _workers_to_feed(trial, own),
+        "workers_to_feed_a_device": math.ceil(own / (trial.loader / max(1, trial.workers))),
         "measured": {
             "samples": trial.samples,
             "views": trial.views,
@@ -162,12 +162,7 @@ def printed(report: Mapping[str, Any]) -> Printed:
         f"{report['dataset']['name']}, {report['dataset']['samples']} samples, "
         f"{report['teacher']} on {report['device']}",
         (
-            "views",
-            "encodings",
-            "bytes/view",
-            "size",
-            "files",
-            "here",
+            *("views", "encodings", "bytes/view", "size", "files", "here"),
             *(f"on {n} devices" for n in devices),
         ),
         [
@@ -257,11 +252,6 @@ def _time_encodings(
         block = responses.manifest.view_block
         store(path, responses, rows, shard_length=shard_length, view_block=block)
         return costs, dict(describe_cache(open_cache(path))["bytes_per_view"])
-
-
-def _workers_to_feed(trial: DumpTrial, own: float) -> int:
-    """Return how many loader processes keep one device busy, if each does what one does here."""
-    return math.ceil(own / (trial.loader / max(1, trial.workers)))
 
 
 def _advice(report: Mapping[str, Any]) -> str:

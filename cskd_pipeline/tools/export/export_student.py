@@ -18,17 +18,11 @@ from cskd_pipeline.tools.export import onnx_graph
 from cskd_pipeline.tools.export.model_card import model_card
 
 # Of what timm says of an architecture: the rest is about its own weights, their tag and license.
-_OF_ANY_WEIGHTS = (
-    *("architecture", "custom_load", "fixed_input_size", "first_conv", "classifier"),
-)
+_OF_ANY_WEIGHTS = "architecture", "custom_load", "fixed_input_size", "first_conv", "classifier"
 
 
 def export_student(
-    checkpoint: Path,
-    out: Path,
-    *,
-    formats: Sequence[str] = ("timm",),
-    each_head: bool = False,
+    checkpoint: Path, out: Path, *, formats: Sequence[str] = ("timm",), each_head: bool = False
 ) -> dict[str, Any]:
     """Write the student of ``checkpoint`` (a file, or a run's folder) into an empty folder.
 

@@ -51,7 +51,7 @@ def own_logits(student: Student, card: StudentHeader) -> str | None:
 
     None where timm's own forward gives the same: it averages the class and distillation heads.
     """
-    if card.heads == timms_heads(student):
+    if card.heads == (("cls", "dist") if student.has_distillation_token else ("cls",)):
         return None
     if card.heads == ("cls",):
         return "logits = model.head(model.forward_features(images)[:, 0])"
@@ -71,11 +71,6 @@ def own_logits(student: Student, card: StudentHeader) -> str | None:
     ]
     names = ("cls", "dist", "dense") if student.has_distillation_token else ("cls", "dense")
     return "\n".join([*lines, f"logits = ({' + '.join(names)}) / {len(names)}"])
-
-
-def timms_heads(student: Student) -> tuple[str, ...]:
-    """Return the heads that timm's own forward averages."""
-    return ("cls", "dist") if student.has_distillation_token else ("cls",)
 
 
 def _pooled(patches: str, student: Student, card: StudentHeader) -> str:

@@ -47,9 +47,7 @@ class HeadsMean(nn.Module):
 
     def __init__(self, student: Student, card: StudentHeader, *, each_head: bool) -> None:
         super().__init__()
-        self.student = student
-        self.heads = card.heads
-        self.grid = card.grid
+        self.student, self.heads, self.grid = student, card.heads, card.grid
         self.each_head = each_head
         for name in ("mean", "std"):
             values = torch.tensor(getattr(student, name)).view(1, 3, 1, 1)
@@ -104,8 +102,7 @@ def write_onnx(student: Student, card: StudentHeader, path: Path, *, each_head: 
     model.producer_name, model.producer_version = "cskd-pipeline", __version__
     onnx.helper.set_model_props(model, _about(student, card))
     onnx.checker.check_model(model, full_check=True)
-    data = model.SerializeToString()
-    write_bytes(path, data)
+    write_bytes(path, model.SerializeToString())
 
 
 def _about(student: Student, card: StudentHeader) -> dict[str, str]:

@@ -176,8 +176,5 @@ def _load(choice: TeacherChoice, recorded: TeacherInfo) -> Teacher:
         precision=recorded.precision,
     )
     return load_teacher(
-        source,
-        size=recorded.size,
-        batch_size=choice.batch_size,
-        device=pick_device(choice.device),
+        source, size=recorded.size, batch_size=choice.batch_size, device=pick_device(choice.device)
     )

@@ -60,7 +60,7 @@ def test_rates_are_of_each_side_and_the_slower_of_loader_and_teacher_is_the_limi
             yield batch
 
     monkeypatch.setattr(sampled_dump, "unit_batches", slow)
-    monkeypatch.setattr(bench, "wait_for", lambda device: clock.work(16 * 0.1))
+    monkeypatch.setattr(bench.timing, "wait_for", lambda device: clock.work(16 * 0.1))
     report = bench.bench_dump(
         recipe_of(small), images=8, rounds=3, with_variants=False, clock=clock
     )
