@@ -199,19 +199,20 @@ WORK: dict[str, Callable[[str, str], None]] = {
 
 
 def one(name: str, cache: str, tars: str, end: Connection) -> None:
-    before, began = resident(), time.perf_counter()
+    before, began, worked = resident(), time.perf_counter(), sum(os.times()[:4])
     WORK[name](cache, tars)
-    end.send((time.perf_counter() - began, resident() - before))
+    cores = sum(os.times()[:4]) - worked
+    end.send((time.perf_counter() - began, cores, resident() - before))
 
 
-def measured(name: str, cache: Path | str, tars: Path) -> tuple[float, int]:
-    """Seconds, and bytes by which a new process grew."""
+def measured(name: str, cache: Path | str, tars: Path) -> tuple[float, float, int]:
+    """Seconds, of them at work (with loader processes), and bytes by which a new process grew."""
     context = get_context("fork")
     here, there = context.Pipe()
     process = context.Process(target=one, args=(name, str(cache), str(tars), there))
     process.start()
     there.close()
-    found: tuple[float, int] = here.recv()
+    found: tuple[float, float, int] = here.recv()
     process.join()
     return found
 
@@ -310,6 +311,12 @@ def main() -> None:
         )
 
 
+def cell(runs: list[tuple[float, float, int]]) -> str:
+    """Medians."""
+    wall, cores, grown = (statistics.median(column) for column in zip(*runs, strict=True))
+    return f"{wall:.3g} s, {cores:.3g} s, {grown / 1e6:.0f} MB"
+
+
 def measure(root: Path, caches: dict[int, Path], options: argparse.Namespace) -> None:
     """Print a table of what every work takes with either cache."""
     for path in caches.values():
@@ -320,21 +327,18 @@ def measure(root: Path, caches: dict[int, Path], options: argparse.Namespace) ->
         ("entries of the largest folder", *(f"{count.largest_folder:,}" for count in counts)),
     ]
     for name in WORK:
-        runs: dict[int, list[tuple[float, int]]] = {block: [] for block in caches}
+        runs: dict[int, list[tuple[float, float, int]]] = {block: [] for block in caches}
         for _ in range(options.rounds):
             for block, path in caches.items():
                 runs[block].append(measured(name, path, root / "tars"))
-        cells = [
-            f"{statistics.median(s for s, _ in pairs):.3g} s, "
-            f"{statistics.median(b for _, b in pairs) / 1e6:.0f} MB"
-            for pairs in runs.values()
-        ]
+        cells = map(cell, runs.values())
         rows.append((name, *cells))
         print(rows[-1], flush=True)
     if options.url:
         times = [f"{by_url(root, path.name):.3g} s" for path in caches.values()]
         rows.append(("open by URL, nothing copied yet", *times))
-    title = f"{options.views} views of {options.shards} tar shards; seconds, growth of the process"
+    what = "seconds, seconds of a core, growth of the process"
+    title = f"{options.views} views of {options.shards} tar shards: {what}"
     table(title, ("", *(f"blocks of {block}" for block in caches)), rows)
 
 

@@ -92,9 +92,7 @@ def _completeness(info: Info) -> str:
 
 def _files(info: Info) -> str:
     counts = FileCounts(info["files"], info["largest_folder"])
-    if counts.excess is None:
-        return str(counts)
-    return f"{counts}; {counts.excess}: cache convert --view-block 0 makes fewer"
+    return counts.advice or str(counts)
 
 
 def _encoding(encoding: Info) -> str:

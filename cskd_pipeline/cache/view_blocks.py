@@ -40,6 +40,13 @@ class FileCounts(NamedTuple):
         found = [f"{limit:,} a {of}" for count, limit, of in counts if count > limit]
         return f"more than the {' and '.join(found)} that the Hub recommends" if found else None
 
+    @property
+    def advice(self) -> str | None:
+        """Return what to do about a finished cache with an excess; None where there is none."""
+        if self.excess is None:
+            return None
+        return f"{self}, {self.excess}: cache convert --view-block 0 makes fewer"
+
 
 def count_files(manifest: CacheManifest) -> FileCounts:
     """Count the files that the cache has when it is finished, its ``zarr.json`` documents too.

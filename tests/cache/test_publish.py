@@ -93,6 +93,17 @@ def test_the_command_that_uploads_is_printed(copied: Path, capsys: Capture) -> N
     assert upload == f"hf upload lab/toy {copied} --repo-type dataset"
 
 
+def test_more_files_than_the_hub_recommends_are_warned_of(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(copied, replace(OPTIONS, samples=1))
+    assert not caplog.messages
+    monkeypatch.setattr("cskd_pipeline.cache.view_blocks.HUB_FILES", 20)
+    publish(copied, replace(OPTIONS, samples=1))
+    assert "more than the 20 a repository that the Hub recommends" in caplog.text
+    assert "cache convert --view-block 0" in caplog.text
+
+
 # --- the preview ----------------------------------------------------------------------------------
 
 

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cskd_pipeline.cache.convert import Conversion, convert
 from cskd_pipeline.cache.info import describe
+from cskd_pipeline.cache.layout import RECORD, stored_arrays
 from cskd_pipeline.cache.manifest import CacheManifest, ShardInfo
+from cskd_pipeline.cache.merge import merge
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.summary import summarise
 from cskd_pipeline.cache.view_blocks import FileCounts, choose_view_block, count_files
-from cskd_pipeline.errors import UsageError
-from tests.cache.making import COUNTS, VIEWS, dataset, make, manifest, teacher, tree
+from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.errors import CacheError, UsageError
+from cskd_pipeline.tools.verify.verify_cache import verify_cache
+from tests.cache.making import BLOCK, COUNTS, VIEWS, dataset, fill, make, manifest, teacher, tree
+from tests.serving import serving
 
 IMAGENET, SHARDS, LONGEST = 300, 1024, 1252
 
@@ -96,32 +103,74 @@ def test_300_views_of_imagenet_are_within_the_hubs_limits() -> None:
     )
 
 
-def test_a_packed_cache_has_the_same_responses(tmp_path: Path) -> None:
-    make(tmp_path / "a")
-    convert(tmp_path / "a", tmp_path / "b", Conversion(view_block=VIEWS))
-    old, new = open_cache(tmp_path / "a"), open_cache(tmp_path / "b")
-    assert new.manifest.view_block == VIEWS
-    assert on_disk(tmp_path / "b").files < on_disk(tmp_path / "a").files
-    for view in range(VIEWS):
-        for shard, count in enumerate(COUNTS):
-            for name in old.encodings:
-                mine, theirs = (c.rows(name, view, shard, range(count)) for c in (new, old))
-                assert mine.keys() == theirs.keys()
-                for array in mine:
-                    assert mine[array].tobytes() == theirs[array].tobytes(), array
-            for read in ("seeds", "view_digests", "top1_of"):
-                assert np.array_equal(
-                    getattr(new, read)(view, shard), getattr(old, read)(view, shard)
-                )
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a cache, ``old``, and what it is repacked to, ``new``."""
+    path = tmp_path_factory.mktemp("blocks")
+    make(path / "old")
+    convert(path / "old", path / "new", Conversion(view_block=VIEWS))
+    return path
 
 
-def test_a_packed_cache_unpacks_to_what_it_was(tmp_path: Path) -> None:
-    made = make(tmp_path / "a").manifest
-    convert(tmp_path / "a", tmp_path / "b", Conversion(view_block=VIEWS))
-    convert(tmp_path / "b", tmp_path / "c", Conversion(view_block=made.view_block))
-    old, new = tree(tmp_path / "a"), tree(tmp_path / "c")
+def test_a_repacked_cache_has_the_same_responses(
+    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path))
+    assert on_disk(both / "new").files < on_disk(both / "old").files
+    old = open_cache(both / "old")
+    with serving(both) as served:
+        for new in (open_cache(both / "new"), open_cache(f"{served.url}/new")):
+            assert new.manifest.view_block == VIEWS
+            for view, shard in product(range(VIEWS), range(len(COUNTS))):
+                for name in old.encodings:
+                    rows = (c.rows(name, view, shard, range(COUNTS[shard])) for c in (new, old))
+                    for mine, theirs in zip(*(found.items() for found in rows), strict=True):
+                        assert mine[0] == theirs[0]
+                        assert mine[1].tobytes() == theirs[1].tobytes()
+                for read in ("seeds", "view_digests", "top1_of"):
+                    mine, theirs = (getattr(cache, read)(view, shard) for cache in (new, old))
+                    assert np.array_equal(mine, theirs)
+
+
+def test_other_readers_of_zarr_see_the_same_arrays(both: Path) -> None:
+    old, new = (zarr.open_group(both / name, mode="r") for name in ("old", "new"))
+    for name in arrays_of(both / "old"):
+        assert np.asarray(old[name][...]).tobytes() == np.asarray(new[name][...]).tobytes(), name
+
+
+def arrays_of(path: Path) -> list[str]:
+    """The arrays that do not depend on the blocks."""
+    return [name for name in stored_arrays(open_cache(path).manifest) if name != RECORD]
+
+
+def test_a_repacked_cache_is_verified_pinned_cut_and_merged(both: Path, tmp_path: Path) -> None:
+    digest = open_cache(both / "new").digest()
+    open_cache(f"{both / 'new'}@sha256:{digest}")
+    assert verify_cache(both / "new")["ok"]
+    slices = [tmp_path / "a", tmp_path / "b"]
+    for path, shards in zip(slices, ((0, 1), (1, 3)), strict=True):
+        convert(both / "new", path, Conversion(shards=shards))
+    merge(slices, tmp_path / "whole")
+    assert open_cache(tmp_path / "whole").digest() == digest
+    with pytest.raises(CacheError, match="do not belong together"):
+        merge([both / "old", both / "new"], tmp_path / "mixed")
+
+
+def test_a_repacked_cache_goes_back_to_what_it_was(both: Path, tmp_path: Path) -> None:
+    convert(both / "new", tmp_path / "c", Conversion(view_block=BLOCK))
+    old, new = tree(both / "old"), tree(tmp_path / "c")
     assert [name for name in old if old[name] != new[name]] == ["zarr.json"]
-    assert open_cache(tmp_path / "a").digest() == open_cache(tmp_path / "c").digest()
+    assert open_cache(both / "old").digest() == open_cache(tmp_path / "c").digest()
+
+
+def test_an_unfinished_cache_is_repacked_as_far_as_it_goes(tmp_path: Path) -> None:
+    writer = CacheWriter.create(tmp_path / "a", manifest())
+    fill(writer, [unit for unit in writer.todo() if unit.block == 0 or unit.shard == 1])
+    found = convert(tmp_path / "a", tmp_path / "b", Conversion(view_block=VIEWS))
+    assert (found["units_written"], found["units_missing"]) == (1, 2)
+    fill(writer)
+    found = convert(tmp_path / "a", tmp_path / "b")
+    assert (found["units_written"], found["complete"]) == (2, True)
 
 
 def test_a_block_that_cannot_be_is_refused(tmp_path: Path) -> None:
@@ -145,6 +194,6 @@ def test_info_counts_the_files_and_says_how_to_have_fewer(tmp_path: Path) -> Non
     assert summarise(info)["files"] == str(counts)
     told = summarise({**info, "files": 187_403, "largest_folder": SHARDS})["files"]
     assert told == (
-        "187,403 files, at most 1,024 in a folder; more than the 100,000 a repository that the Hub "
+        "187,403 files, at most 1,024 in a folder, more than the 100,000 a repository that the Hub "
         "recommends: cache convert --view-block 0 makes fewer"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.store import FINISH
+from cskd_pipeline.cache.view_blocks import count_files
 from cskd_pipeline.data.join import join_to_look
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.runtime import atomic
@@ -21,6 +23,8 @@ from cskd_pipeline.tools.publish import cache_card, croissant, preview, sums
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+log = logging.getLogger(__name__)
 
 SAMPLES = 300
 _REPOSITORY = re.compile(r"hf://datasets/(?P<id>[\w.-]+/[\w.-]+)/?", re.ASCII)
@@ -87,6 +91,9 @@ def publish(path: Path, options: PublishOptions) -> dict[str, Any]:
         "digest": info["digest"],
     }
     if repository is not None:
+        advice = count_files(cache.manifest).advice
+        if advice is not None:
+            log.warning(advice)
         target = f"{repository} {shlex.quote(str(path))}"
         report["upload"] = f"hf upload {target} --repo-type dataset"
     return report
