@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -75,18 +76,34 @@ def require_same_data(before: Mapping[str, Any], now: Mapping[str, Any], where: 
         )
 
 
-def require_same_start(fork_from: str, forked: bool, where: Path) -> None:
-    """Refuse to resume a fork as if it were none, or another run as a fork.
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_same_start(fork_from: str, record: Mapping[str, str] | None, where: Path) -> None:
+    """Refuse to resume a fork as if it were none, or of another state, or another run as a fork.
+
+    Args:
+        fork_from: ``run.fork_from`` of the recipe at hand.
+        record: the path and SHA-256 of the state that the run began with; it may be gone.
 
     Raises:
         OutputError: says which.
     """
-    if bool(fork_from) != forked:
+    given = Path(fork_from)
+    if record is None or not fork_from:
+        same = record is None and not fork_from
+    else:
+        same = fork_from == record["from"] and not given.exists()
+        same = same or (given.is_file() and file_sha256(given) == record["sha256"])
+    if not same:
         raise OutputError(
             "the run to resume began in another way",
             where=where,
             found=f"--fork-from {fork_from}" if fork_from else "no --fork-from",
-            expected="--fork-from and a state, for the run is a fork" if forked else "none",
+            expected="no --fork-from" if record is None else f"--fork-from {record['from']}",
             action="give the flags that the run was started with, or use a new --out folder",
         )
 

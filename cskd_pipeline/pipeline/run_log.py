@@ -67,3 +67,16 @@ class RunLog:
             self._tensorboard.close()
         if self._wandb_curves is not None:
             self._wandb_curves.close(ended=ended)
+
+
+def epoch_line(row: Row, epochs: int) -> str:
+    """Return an epoch's row as the line that the log has of it."""
+    parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.4f}"]
+    parts += [f"r {row['ckf_ratio']:.3f}"] if row["spatial"] else []
+    if row.get("top1") is not None:
+        parts.append(f"top-1 {row['top1']:.2f}")
+    if row.get("ema_top1") is not None:
+        parts.append(f"EMA {row['ema_top1']:.2f}")
+    parts.append(f"{row['images_per_second']:.0f} images/s")
+    parts.append(f"data wait {100 * (row['data_wait'] or 0):.0f} %")
+    return "  ".join(parts)

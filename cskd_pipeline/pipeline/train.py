@@ -22,14 +22,14 @@ from torch import Tensor
 from cskd_pipeline.config import TrainRecipe, to_toml
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.data.evalset import EvalBatch, eval_loader, images_of_rank
-from cskd_pipeline.errors import CskdError, TrainingError, UsageError
+from cskd_pipeline.errors import CskdError, TrainingError, UsageError, WeightsError
 from cskd_pipeline.models.checkpoint import save_student
 from cskd_pipeline.models.train_state import find_nonfinite, load_state, save_state
 from cskd_pipeline.pipeline.evaluate import counted, measure
 from cskd_pipeline.pipeline.finetune import check_resumed
 from cskd_pipeline.pipeline.from_recipe import make_trainer
 from cskd_pipeline.pipeline.resuming import change_lines, write_changes
-from cskd_pipeline.pipeline.run_log import Row, RunLog
+from cskd_pipeline.pipeline.run_log import Row, RunLog, epoch_line
 from cskd_pipeline.pipeline.scalars import open_wandb, require_wandb
 from cskd_pipeline.pipeline.train_job import TrainJob
 from cskd_pipeline.pipeline.trainer import PARTS, Trainer
@@ -81,6 +81,7 @@ def train(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
             write_text(out / RECIPE, to_toml(recipe))
             for left_out in job.data.left_out:
                 left_out.write()
+        _keep_changes(job)
         wandb_curves = open_wandb(recipe) if ranks.first else None
         curves = RunLog(out, job.trainer.update, writes=ranks.first, wandb_curves=wandb_curves)
         return _train(job, curves)
@@ -100,7 +101,7 @@ def _first_rank_holds(out: Path, ranks: Ranks) -> Iterator[None]:
 
 def _train(job: TrainJob, curves: RunLog) -> dict[str, Any]:
     """Train the epochs that are left; return the run's summary."""
-    trainer, recipe = job.trainer, job.recipe
+    trainer = job.trainer
     started, first = time.perf_counter(), trainer.update
     try:
         with stop_requests() as stop:
@@ -112,23 +113,8 @@ def _train(job: TrainJob, curves: RunLog) -> dict[str, Any]:
                 _close_epoch(job, curves, stop)
     finally:
         curves.close(ended=trainer.update >= trainer.total_updates)
-    seconds = time.perf_counter() - started
-    images = (trainer.total_updates - first) * recipe.batch.batch_size
-    return {
-        "out": recipe.run.out,
-        "student": recipe.student.name,
-        "method": recipe.distill.method,
-        "cache_digest": job.data.cache_digest,
-        "init": job.init,
-        "accepted_classes": list(job.data.guard.accepted),
-        "epochs": recipe.schedule.epochs,
-        "updates": trainer.total_updates,
-        "recipe_changes": change_lines(job.changes),
-        "seconds": seconds,
-        "images_per_second": images / seconds if images else None,
-        "last": job.rows[-1] if job.rows else {},
-        "best": job.best,
-    }
+    images = (trainer.total_updates - first) * job.recipe.batch.batch_size
+    return job.summary(images, time.perf_counter() - started)
 
 
 def _epoch(job: TrainJob, batches: Iterator[Batch], curves: RunLog, stop: Stop) -> None:
@@ -201,7 +187,7 @@ def _close_epoch(job: TrainJob, curves: RunLog, stop: Stop) -> None:
         _save(job, KEPT_STATE.format(trainer.epoch))
     _save(job)
     limit = limiting_side(row["data_wait"] or 0)
-    log.info(f"{_epoch_line(row, job.recipe.schedule.epochs)}  limit: {limit}")
+    log.info(f"{epoch_line(row, job.recipe.schedule.epochs)}  limit: {limit}")
     if _signalled(trainer, stop) and not last:
         raise KeyboardInterrupt
 
@@ -313,18 +299,6 @@ def _diverged(trainer: Trainer, problem: str, found: str) -> TrainingError:
     )
 
 
-def _epoch_line(row: Row, epochs: int) -> str:
-    parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.4f}"]
-    parts += [f"r {row['ckf_ratio']:.3f}"] if row["spatial"] else []
-    if row.get("top1") is not None:
-        parts.append(f"top-1 {row['top1']:.2f}")
-    if row.get("ema_top1") is not None:
-        parts.append(f"EMA {row['ema_top1']:.2f}")
-    parts.append(f"{row['images_per_second']:.0f} images/s")
-    parts.append(f"data wait {100 * (row['data_wait'] or 0):.0f} %")
-    return "  ".join(parts)
-
-
 # -- how a run starts --------------------------------------------------------------------------
 
 
@@ -371,22 +345,24 @@ def _claim(out: Path, resume: bool) -> bool:
 
 def _fork(job: TrainJob, state_file: Path) -> None:
     """Begin with another run's state; how the recipes differ is the first of this run's changes."""
-    before = load_state(state_file)
-    job.fork(before, state_file)
+    if not state_file.is_file():
+        raise WeightsError(
+            "there is no such state to fork",
+            where=state_file,
+            action="name one that run.keep_every kept",
+        )
+    job.fork(load_state(state_file), state_file)
+    _compare_init(job, state_file)
     log.info(f"forking {state_file} after epoch {job.trainer.epoch}")
-    _keep_changes(job, len(before["changes"]))
 
 
 def _resume(job: TrainJob, state_file: Path) -> None:
     """Resume from the run's last state."""
-    trainer, init_from = job.trainer, job.recipe.student.init_from
-    state = load_state(state_file)
-    job.restore(state, state_file)
-    if not check_resumed(init_from, job.init, state_file):
-        log.info(f"{init_from} is gone; the run continues without it")
+    trainer = job.trainer
+    job.restore(load_state(state_file), state_file)
+    _compare_init(job, state_file)
     update, total = trainer.update, trainer.total_updates
     log.info(f"resuming at epoch {trainer.epoch}, update {update} of {total}")
-    _keep_changes(job, len(state["changes"]))
     ended = update == total and job.pending is None
     if ended and job.data.validation is not None and "top1" not in job.rows[-1]:
         # The last epoch was closed without an evaluation: the recipe had more epochs then, or no
@@ -394,12 +370,17 @@ def _resume(job: TrainJob, state_file: Path) -> None:
         job.pending = job.rows.pop()
 
 
-def _keep_changes(job: TrainJob, known: int) -> None:
-    """Save a run whose recipe has just been changed, with all its changes."""
-    if len(job.changes) == known:
-        return
-    for line in change_lines(job.changes[-1:]):
-        log.warning(f"the recipe is changed from {line}")
-    _save(job)
-    if job.trainer.ranks.first:
+def _compare_init(job: TrainJob, state_file: Path) -> None:
+    init_from = job.recipe.student.init_from
+    if not check_resumed(init_from, job.init, state_file):
+        log.info(f"{init_from} is gone; the run continues without it")
+
+
+def _keep_changes(job: TrainJob) -> None:
+    """Save a run whose recipe has just been changed, and write all its changes to its folder."""
+    if job.changed:
+        for line in change_lines(job.changes[-1:]):
+            log.warning(f"the recipe is changed from {line}")
+        _save(job)
+    if job.changes and job.trainer.ranks.first:
         write_changes(Path(job.recipe.run.out), job.changes)

@@ -17,6 +17,7 @@ from cskd_pipeline.pipeline.resuming import (
     Change,
     change_lines,
     changed_keys,
+    file_sha256,
     require_same_data,
     require_same_start,
     require_within,
@@ -35,7 +36,9 @@ class TrainJob:
         pending: the row of an epoch whose updates are done, and that is still to be evaluated.
         best: top-1, epoch and weights of the best student.
         changes: how the recipe was changed, each time the run was resumed with a different one.
+        changed: the last of ``changes`` is new.
         init: the weights that the run started from: ``from`` and ``sha256``.
+        forked: the state that a fork began with, in the same way.
     """
 
     recipe: TrainRecipe
@@ -45,7 +48,9 @@ class TrainJob:
     pending: dict[str, float | int | None] | None = None
     best: dict[str, Any] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
+    changed: bool = False
     init: dict[str, str] | None = None
+    forked: dict[str, str] | None = None
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -77,6 +82,7 @@ class TrainJob:
             "changes": self.changes,
             "data": self.data.identity,
             "init": self.init,
+            "forked": self.forked,
             "class_names": self.data.classes.names,
             "accepted_classes": list(self.data.guard.accepted),
             **self.trainer.state(),
@@ -91,8 +97,12 @@ class TrainJob:
         CKF's progress begins here, and the best student is this run's own.
 
         Raises:
-            OutputError, ClassesError, WeightsError: see :meth:`restore`; or no epoch ends here.
+            OutputError, ClassesError, WeightsError: see :meth:`restore`; or no epoch ends here; or
+                the ranks found different states.
         """
+        self.forked = {"from": str(where), "sha256": file_sha256(where)}
+        if len(set(self.trainer.ranks.gather(self.forked["sha256"]))) > 1:
+            raise WeightsError("the ranks found different states to fork", where=where)
         self.restore(state, where, forking=True)
         update, total = self.trainer.update, self.trainer.total_updates
         if update % self.trainer.steps_per_epoch or not 0 < update < total:
@@ -122,8 +132,8 @@ class TrainJob:
             require_within(state["update"], steps, epochs, where)
             self._restore(state)
             if not forking:
-                forked = self.trainer.forked_at > 0
-                require_same_start(self.recipe.run.fork_from, forked, where)
+                self.forked = _recorded(state.get("forked"), "forked")
+                require_same_start(self.recipe.run.fork_from, self.forked, where)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise WeightsError(
                 "the training state does not fit the run",
@@ -131,21 +141,22 @@ class TrainJob:
                 found=f"{type(error).__name__}: {error}".splitlines()[0],
                 action="start again in a new output folder; the students beside it are still good",
             ) from error
+        if forking:
+            changed["run.fork_from"] = ["", f"{where.parent.name}/{where.name}"]
+        self.changed = bool(changed)
         if changed:
             update = self.trainer.update
             self.changes.append({"time": utc_now(), "update": update, "changed": changed})
 
     def _restore(self, state: dict[str, Any]) -> None:
-        rows, best = state["rows"], state["best"]
-        init, pending, changes = state["init"], state["pending"], state["changes"]
+        rows, best, pending, changes = (state[n] for n in ("rows", "best", "pending", "changes"))
         accepted = state["accepted_classes"]
         names = [*(state["class_names"] or ()), *accepted]
         if not all(isinstance(row, dict) for row in [*rows, best, pending or {}, *changes]):
             raise ValueError("rows, best, pending or changes are no dicts")
         if not all(type(name) is str for name in names):
             raise ValueError("class names are no text")
-        if init is not None and [type(init[name]) for name in ("from", "sha256")] != [str, str]:
-            raise ValueError("init has no path and SHA-256")
+        init = _recorded(state["init"], "init")
         change_lines(changes)  # fails where they are none
         data, out = self.data, self.recipe.run.out
         before = Classes("the run to resume", out, data.classes.count, state["class_names"])
@@ -155,6 +166,25 @@ class TrainJob:
         self.trainer.restore(state)
         self.rows, self.best, self.init = rows, best, init
         self.pending, self.changes = pending, list(changes)
+
+    def summary(self, images: int, seconds: float) -> dict[str, Any]:
+        """Return what ``train`` reports: ``images`` is how many it trained on in ``seconds``."""
+        recipe = self.recipe
+        return {
+            "out": recipe.run.out,
+            "student": recipe.student.name,
+            "method": recipe.distill.method,
+            "cache_digest": self.data.cache_digest,
+            "init": self.init,
+            "accepted_classes": list(self.data.guard.accepted),
+            "epochs": recipe.schedule.epochs,
+            "updates": self.trainer.total_updates,
+            "recipe_changes": change_lines(self.changes),
+            "seconds": seconds,
+            "images_per_second": images / seconds if images else None,
+            "last": self.rows[-1] if self.rows else {},
+            "best": self.best,
+        }
 
     def header(self, weights: str, top1: float | None) -> StudentHeader:
         """Return the header of a student's file.
@@ -187,3 +217,11 @@ class TrainJob:
             init_sha256=None if self.init is None else self.init["sha256"],
             recipe_changes=tuple(change_lines(self.changes)),
         )
+
+
+def _recorded(value: Any, name: str) -> dict[str, str] | None:
+    """Return where a run started from, as a state has it."""
+    if value is not None and [type(value[key]) for key in ("from", "sha256")] != [str, str]:
+        raise ValueError(f"{name} has no path and SHA-256")
+    found: dict[str, str] | None = value
+    return found

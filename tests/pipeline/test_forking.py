@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cskd_pipeline.config import TrainRecipe
-from cskd_pipeline.errors import OutputError
+from cskd_pipeline.errors import OutputError, WeightsError
 from cskd_pipeline.models.checkpoint import read_header
 from cskd_pipeline.pipeline import train as stage_two
 from cskd_pipeline.tools.report.records import read_log
@@ -60,9 +60,10 @@ def test_a_fork_has_its_own_loss_its_own_progress_and_its_trunks_history(
     # The last of three updates, which are one epoch: 1 - 2 / 3.
     assert [row["ckf_ratio"] for row in rows] == pytest.approx([1.0, 1.0, 1 / 3], abs=1e-6)
     assert rows[2]["loss"] != before[2]["loss"]
-    [schedule, step] = read_header(out / "last.safetensors").recipe_changes
+    [schedule, step, fork] = read_header(out / "last.safetensors").recipe_changes
     assert schedule == 'update 6: distill.schedule "spatial" -> "linear"'
     assert step == 'update 6: distill.step "epoch" -> "update"'
+    assert fork == 'update 6: run.fork_from "" -> "run/state-00002.pt"'
     assert (out / "changes.jsonl").exists()
 
 
@@ -83,11 +84,35 @@ def test_a_fork_that_was_stopped_is_resumed_as_one(
     with pytest.raises(KeyboardInterrupt):
         stage_two.train(stopped)
     monkeypatch.undo()
-    with pytest.raises(OutputError, match="began in another way"):
-        stage_two.train(recipe_of(small, out, *sets), resume=True)
+    other = tmp_path / "other.pt"
+    shutil.copy(trunk / "state.pt", other)
+    for start in ("", "run.fork_from=gone.pt", f"run.fork_from={other}"):
+        with pytest.raises(OutputError, match="began in another way"):
+            stage_two.train(recipe_of(small, out, *sets, *filter(None, [start])), resume=True)
     stage_two.train(stopped, resume=True)
     assert_equal(final_state(out)["student"], final_state(tmp_path / "whole")["student"])
     assert final_state(out)["forked_at"] == 2
+
+
+def test_a_fork_killed_before_its_first_update_begins_again(
+    trunk: Path, small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "fork"
+    recipe = fork_of(trunk, small, out, "distill.schedule=linear")
+
+    def killed(*given: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    for last in ("to_toml", "write_changes", "RunLog"):
+        monkeypatch.setattr(stage_two, last, killed)
+        with pytest.raises(KeyboardInterrupt):
+            stage_two.train(recipe, resume=True)
+        monkeypatch.undo()
+    monkeypatch.setattr(stage_two, "RunLog", killed)
+    (out / "changes.jsonl").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        stage_two.train(recipe, resume=True)
+    assert len((out / "changes.jsonl").read_text().splitlines()) == 1
 
 
 def test_what_cannot_be_forked_is_refused(trunk: Path, small: World, tmp_path: Path) -> None:
@@ -99,3 +124,11 @@ def test_what_cannot_be_forked_is_refused(trunk: Path, small: World, tmp_path: P
     with pytest.raises(OutputError, match="where an epoch ends") as told:
         stage_two.train(recipe_of(small, tmp_path / "none-left", f"run.fork_from={ended}"))
     assert told.value.found == "update 9 of 9, 3 an epoch"
+    with pytest.raises(OutputError, match="started from other weights"):
+        stage_two.train(
+            fork_of(
+                trunk, small, tmp_path / "init", f"student.init_from={trunk / 'last.safetensors'}"
+            )
+        )
+    with pytest.raises(WeightsError, match="no such state to fork"):
+        stage_two.train(recipe_of(small, tmp_path / "gone", "run.fork_from=gone.pt"))
