@@ -112,12 +112,12 @@ def bench_all(config: AllConfig, command: Command) -> dict[str, Any]:
         ``results`` by name, ``errors`` by name, ``missing`` names, ``title`` and ``figures``.
 
     Raises:
-        OutputError: ``out`` holds something else, or another machine's results.
+        OutputError: ``out`` holds something else, or results of another machine or other shards.
         KeyboardInterrupt, Requeue: stopped; the same call goes on.
     """
     device = pick_device(config.device or "auto")
     scale = SCALES["cuda" if device.type == "cuda" else "cpu"]
-    known = _open(config.out, _machine(device))
+    known = _open(config.out, {"machine": _machine(device), "shards": config.shards})
     todo = _measurements(config, scale)
     known["errors"] = {}
     with _deadline(config.seconds) as over:
@@ -247,20 +247,27 @@ def _machine(device: torch.device) -> dict[str, Any]:
     return {"device": device_name(device), "cores": cores(), "versions": library_versions()}
 
 
-def _open(out: Path, machine: dict[str, Any]) -> dict[str, Any]:
+def _open(out: Path, of: dict[str, Any]) -> dict[str, Any]:
     """Return what is known already; nothing in a new folder."""
     path = out / RESULTS
     if not path.exists():
         require_empty(out, action="choose another folder: cskd-pipeline bench all --out DIR")
         out.mkdir(parents=True, exist_ok=True)
-        return {"machine": machine, "results": {}, "errors": {}}
+        return of | {"results": {}, "errors": {}}
     known = schemas.read(path)
-    if not isinstance(known, dict) or known.get("machine") != machine:
+    if not isinstance(known, dict) or not isinstance(known.get("results"), dict):
         raise OutputError(
-            "the results in this folder are another machine's",
+            "the file of results is damaged",
             where=path,
-            found=known.get("machine") if isinstance(known, dict) else type(known).__name__,
-            expected=machine,
+            action="remove it, and run the same command again",
+        )
+    found = {name: known.get(name) for name in of}
+    if found != of:
+        raise OutputError(
+            "the results in this folder are another machine's, or of other shards",
+            where=path,
+            found=found,
+            expected=of,
             action="choose another folder: cskd-pipeline bench all --out DIR",
         )
     return known

@@ -100,6 +100,7 @@ def rows(figures: Sequence[Figure]) -> list[tuple[str, ...]]:
 
 
 def markdown(title: str, cells: Sequence[Sequence[str]]) -> str:
-    """Return rows as a Markdown table under a title."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *cells]
+    """Return rows as a Markdown table under a title; what errors say stays text in its cell."""
+    texts = [[" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in cells]
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *texts]
     return f"**{title}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cskd_pipeline.errors import OutputError
 from cskd_pipeline.models.teacher import Logits, Teacher
 from cskd_pipeline.tools.bench import bench_all as bench
 from cskd_pipeline.tools.bench.figures import Figure, markdown, of_step, rows
@@ -82,7 +83,7 @@ def test_what_fails_is_said_and_tried_again_and_a_person_can_stop_it(
     def measurements(config: bench.AllConfig, scale: bench.Scale) -> dict[str, bench.Measurement]:
         def fails() -> dict[str, Any]:
             asked.append("fails")
-            raise torch.OutOfMemoryError("2 GiB")
+            raise OutputError("no room | 2 GiB", where="here")
 
         def works() -> dict[str, Any]:
             asked.append("works")
@@ -96,7 +97,9 @@ def test_what_fails_is_said_and_tried_again_and_a_person_can_stop_it(
     monkeypatch.setattr(bench, "_measurements", measurements)
     assert world.cli(*words(small, tmp_path / "out", "--quiet")) == 0
     table = (tmp_path / "out" / bench.TABLE).read_text()
-    assert "| a | failed: OutOfMemoryError: 2 GiB |" in table
+    assert "| a | failed: OutputError: no room \\| 2 GiB where: here | | |" in table.replace(
+        "  ", " "
+    )
     assert "| works | 1 |" in table
 
     def stopped(study: Any, command: object) -> None:
@@ -115,6 +118,12 @@ def test_another_machines_results_are_refused(
     (tmp_path / bench.RESULTS).write_text(json.dumps(known))
     assert world.cli(*words(small, tmp_path)) == 1
     assert "the results in this folder are another machine's" in capsys.readouterr().err
+    machine = bench._machine(torch.device("cpu"))
+    of_others = {"machine": machine, "shards": "other.tar", "results": {}}
+    for text, found in ((json.dumps(of_others), "other shards"), ("{}", "damaged")):
+        (tmp_path / bench.RESULTS).write_text(text)
+        assert world.cli(*words(small, tmp_path)) == 1
+        assert found in capsys.readouterr().err
 
 
 # --- the checks find what they are for ------------------------------------------------------------
