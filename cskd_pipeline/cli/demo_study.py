@@ -39,11 +39,14 @@ def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="An empty or new folder.")] = Path(
         "demo-out"
     ),
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Of images, views, weights and order.")
+    ] = 0,
 ) -> Outcome:
-    """Run the whole pipeline on small real images: shards, teacher, cache, students, a table."""
+    """Run the whole pipeline on small images: shards, teacher, cache, students, a table, a page."""
     from cskd_pipeline.tools import demo as pipeline_demo
 
-    report = pipeline_demo.run_demo(out, _run_inside(terminal))
+    report = pipeline_demo.run_demo(out, _run_inside(terminal), seed)
     return print_report(terminal, report, pipeline_demo.printed(report))
 
 

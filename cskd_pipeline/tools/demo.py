@@ -22,11 +22,12 @@ VALIDATION_IMAGES = 800
 METHODS = ("none", "deit", "cskd")
 
 
-def run_demo(out: Path, command: Command) -> dict[str, Any]:
+def run_demo(out: Path, command: Command, seed: int = 0) -> dict[str, Any]:
     """Run every stage below ``out``.
 
     Args:
         command: runs ``cskd-pipeline`` with the given arguments and returns its summary.
+        seed: of everything: images, views, weights and the order of training.
 
     Returns:
         The report, which is also in ``out/demo.json``.
@@ -41,13 +42,13 @@ def run_demo(out: Path, command: Command) -> dict[str, Any]:
     require_empty(out, action="choose another folder: cskd-pipeline demo --out DIR")
     images, shards = out / "pictures", out / "shards"
     log.info(f"making {TRAIN_IMAGES + VALIDATION_IMAGES} images of handwritten digits")
-    write_digit_folders(images, train=TRAIN_IMAGES, validation=VALIDATION_IMAGES, seed=0)
+    write_digit_folders(images, train=TRAIN_IMAGES, validation=VALIDATION_IMAGES, seed=seed)
 
     call = announced(command)
     train, validation = shards / "train", shards / "validation"
     for folder in (train, validation):
         call("make-shards", images / folder.name, folder, "--shard-size", "400")
-    data = ("--shards", train, "--val-shards", validation)
+    data = ("--shards", train, "--val-shards", validation, "--set", f"run.seed={seed}")
 
     teacher_run = out / "teacher"
     teacher = call("train", "--recipe", "demo_teacher", *data, "--out", teacher_run)
@@ -55,21 +56,24 @@ def run_demo(out: Path, command: Command) -> dict[str, Any]:
     cache = out / "cache"
     dump = call(
         *("dump-teacher", "--recipe", "demo", "--shards", train),
-        *("--weights", weights, "--cache", cache),
+        *("--weights", weights, "--cache", cache, "--set", f"cache.root_seed={seed}"),
     )
     rows = [_row("teacher", call("evaluate", weights, "--shards", validation), teacher)]
-    for method in METHODS:
-        run = out / f"student_{method}"
+    runs = {method: out / f"student_{method}" for method in METHODS}
+    for method, run in runs.items():
         source = () if method == "none" else ("--cache", cache)
         summary = call("train", "--recipe", f"demo_{method}", *data, *source, "--out", run)
         measured = call("evaluate", run / "best.safetensors", "--shards", validation)
         rows.append(_row(method, measured, summary))
+    page = call("show", *runs.values(), "--shards", train, "--cache", cache, "--out", out / "page")
     report = {
         "out": str(out),
+        "seed": seed,
         "seconds": time.perf_counter() - started,
         "models": rows,
         "cache_bytes_per_view": dump["bytes_per_view"],
         "cache": str(cache),
+        "page": page["page"],
     }
     write_json(out / "demo.json", report)
     return report
@@ -104,4 +108,5 @@ def printed(report: dict[str, Any]) -> Printed:
     for encoding, size in report["cache_bytes_per_view"].items():
         yield f"cache, {encoding}: {size:.0f} bytes a view"
     yield f"cache: {report['cache']}"
+    yield f"curves, and labels at every location: open {report['page']}"
     yield f"in all {report['seconds']:.0f} s; everything is in {report['out']}"

@@ -124,7 +124,7 @@ PROMISED = {
     "--workers --json --quiet",
     "show": "TARGET... --shards --out --images --samples --epochs --cache --export --split --json "
     "--quiet",
-    "demo": "--out --json --quiet",
+    "demo": "--out --seed --json --quiet",
     "study": "--shards --val-shards --out --recipes --seeds --jobs --device --json --quiet",
 }
 
@@ -639,7 +639,7 @@ def test_the_demo_runs_real_commands_and_gets_their_summaries(
     inner = replace("cache.info.describe", {"views": 3})
     replace(
         "tools.demo.run_demo",
-        lambda out, command: command(["cache", "info", "c", "--json"]),
+        lambda out, command, seed: command(["cache", "info", "c", "--json"]),
     )
     assert run_json(capsys, "demo") == (0, {"views": 3})
     assert run("demo", "--quiet") == 0
@@ -650,7 +650,7 @@ def test_the_demo_runs_real_commands_and_gets_their_summaries(
 def test_an_inner_commands_error_and_interruption_are_the_demos(
     replace: Replace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    replace("tools.demo.run_demo", lambda out, command: command(["cache", "info", "c"]))
+    replace("tools.demo.run_demo", lambda out, command, seed: command(["cache", "info", "c"]))
     replace("cache.info.describe", CacheError("no cache"))
     assert run("demo") == 1
     assert "no cache" in capsys.readouterr().err

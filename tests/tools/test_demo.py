@@ -1,0 +1,60 @@
+"""The demo: its images, and the commands it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cskd_pipeline.tools import demo_images
+from cskd_pipeline.tools.demo import METHODS, printed, run_demo
+
+
+def images(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): np.asarray(Image.open(path)).tobytes()
+        for path in sorted(folder.rglob("*.png"))
+    }
+
+
+def test_a_seed_decides_the_images(tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        demo_images.write_digit_folders(tmp_path / name, train=12, validation=4, seed=seed)
+    a, b, c = (images(tmp_path / name) for name in "abc")
+    assert len(a) == 16
+    assert a == b != c
+    assert {len(pixels) for pixels in a.values()} == {48 * 48 * 3}
+
+
+def test_every_stage_runs_with_the_seed_and_a_page_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds, calls = list[int](), list[list[str]]()
+    monkeypatch.setattr(
+        demo_images,
+        "write_digit_folders",
+        lambda out, *, train, validation, seed: seeds.append(seed),
+    )
+
+    def command(words: list[str]) -> dict[str, Any]:
+        calls.append(words)
+        return {"model": "m", "top1": 50.0, "seconds": 1.0, "out": "o", "bytes_per_view": {}} | {
+            "page": words[words.index("--out") + 1] if words[0] == "show" else None
+        }
+
+    report = run_demo(tmp_path / "demo", command, seed=5)
+    assert seeds == [5]
+    assert report["seed"] == 5
+    trained = [words for words in calls if words[0] == "train"]
+    recipes = [words[words.index("--recipe") + 1] for words in trained]
+    assert recipes == ["demo_teacher", *(f"demo_{method}" for method in METHODS)]
+    assert all("run.seed=5" in words for words in trained)
+    assert ["--cache" in words for words in trained] == [False, False, True, True]
+    [dump] = [words for words in calls if words[0] == "dump-teacher"]
+    assert "cache.root_seed=5" in dump
+    assert calls[-1][0] == "show"
+    assert report["page"] == str(tmp_path / "demo/page")
+    assert any(str(report["page"]) in part for part in printed(report) if isinstance(part, str))
