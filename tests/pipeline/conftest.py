@@ -31,3 +31,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> World:
     found = World(root / "shards", root / "validation", root / "cache")
     dump_teacher(world.dump_recipe(found.shards, found.cache))
     return found
+
+
+@pytest.fixture(scope="session")
+def alone(small: World, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """The curve of the run that jobs of several ranks make, made by one process."""
+    from tests.pipeline import test_distributed as ranks
+
+    out = tmp_path_factory.mktemp("alone") / "run"
+    ranks.run_in(1, ranks.arguments(small, out))
+    return ranks.summary(out)

@@ -7,6 +7,7 @@ imports. Every unit takes a moment longer than it must, so that something happen
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cskd_pipeline.cache.claims import FOLDER
 from cskd_pipeline.cache.units import Unit
@@ -30,7 +32,7 @@ from tests.pipeline.conftest import World
 from tests.pipeline.test_torchrun import free_port
 
 FORK = multiprocessing.get_context("fork")
-MOMENT = 0.1  # seconds
+MOMENT = 0.07  # seconds
 SECONDS = 120  # far more than any of it takes, on a machine that does other things
 
 
@@ -81,7 +83,8 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Made]:
     path, original = tmp_path / "made", UnitWriter._write
 
     def write(self: UnitWriter, unit: Unit, *data: Any) -> None:
-        time.sleep(MOMENT)
+        # A node that is alone is to be found at work by the next one.
+        time.sleep(4 * MOMENT if os.environ.get("WORLD_SIZE") == "1" else MOMENT)
         original(self, unit, *data)
         row = {"unit": [unit.block, unit.shard], "pid": os.getpid(), "at": time.time()}
         row |= {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
@@ -142,8 +145,7 @@ def _worker(words: list[object]) -> None:
 
 def agent(words: list[object], port: int, nodes: str, processes: int, shared_store: bool) -> None:
     """What ``torchrun --nnodes NODES --nproc-per-node PROCESSES --max-restarts 3`` does."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
+    logging.disable(logging.CRITICAL)  # torch imports its compiler to print what failed
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = str(int(not shared_store))
     least, _, most = nodes.partition(":")
     config = LaunchConfig(
@@ -169,7 +171,7 @@ def once_each(made: Made) -> bool:
 def test_a_node_joins_and_is_lost_and_the_dump_goes_on(
     dump: Dump, made: Callable[[], Made], start: Callable[..., Any], tmp_path: Path
 ) -> None:
-    words, port = dump.words(tmp_path / "c", "dump.rank_timeout=3"), free_port()
+    words, port = dump.words(tmp_path / "c", "dump.rank_timeout=2"), free_port()
     first = start(agent, words, port, "1:2", 1, False)
     until(lambda: len(made()) >= 2)
     second = start(agent, words, port, "1:2", 1, False)
@@ -229,7 +231,11 @@ def test_jobs_that_share_a_folder_alone_make_each_unit_once(
 
 
 def test_training_that_torchrun_starts_again_resumes_from_its_last_state(
-    small: World, start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: World,
+    start: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    alone: list[dict[str, float]],
 ) -> None:
     from cskd_pipeline.pipeline.trainer import Trainer
 
@@ -243,11 +249,10 @@ def test_training_that_torchrun_starts_again_resumes_from_its_last_state(
             file.write(f"{self.update}\n")
         return original(self, batches)
 
-    ranks.run_in(1, ranks.arguments(small, tmp_path / "alone"))
     monkeypatch.setattr(Trainer, "step", step)
     words = ranks.arguments(small, tmp_path / "run")
     assert ended(start(agent, words, free_port(), "1:1", 2, True)) == [0]
     assert (tmp_path / "updates 1").read_text().split() == [*map(str, [*range(6), *range(4, 12)])]
-    ranks.same_curve(ranks.summary(tmp_path / "run"), ranks.summary(tmp_path / "alone"))
+    ranks.same_curve(ranks.summary(tmp_path / "run"), alone)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
     assert world.cli(*words) == 1  # which is not this job's to resume
