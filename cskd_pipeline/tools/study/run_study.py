@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -138,6 +139,7 @@ def _make_digits(
     started = time.perf_counter()
     write_digit_folders(images, seed=0, **DIGITS)
     for split, folder in folders.items():
+        shutil.rmtree(folder, ignore_errors=True)  # of a study that was killed here
         call("make-shards", images / split, folder, "--shard-size", "400")
     return {"seconds": time.perf_counter() - started}
 

@@ -355,6 +355,9 @@ def test_without_shards_the_study_makes_the_digits_once(
     assert made
     assert world.cli("study", "--out", out, "--device", "cpu", "--quiet") == 130
     assert files(out / "shards") == made
+    (out / "results" / "images.json").unlink()  # as if it was killed before this was written
+    assert world.cli("study", "--out", out, "--device", "cpu", "--quiet") == 130
+    assert [path.name for path in files(out / "shards")] == [path.name for path in made]
 
 
 @pytest.mark.parametrize(
