@@ -1,7 +1,5 @@
 """One zarr v3 array of the cache: its geometry, its ``zarr.json``, and the names of its files."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

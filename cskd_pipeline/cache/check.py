@@ -6,8 +6,6 @@ and holds values that a response can have. That it belongs to someone's images i
 which :mod:`cskd_pipeline.data.replay` decides.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence

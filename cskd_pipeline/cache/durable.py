@@ -1,7 +1,5 @@
 """Writing so that a kill or a power cut leaves a file whole or absent, and two writers apart."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Sample keys found in a cache: key -> tar shard and offset."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

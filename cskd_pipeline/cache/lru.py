@@ -1,7 +1,5 @@
 """A least-recently-used store of arrays, bounded by bytes."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Generic, TypeVar

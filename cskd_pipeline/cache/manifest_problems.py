@@ -1,7 +1,5 @@
 """Problems of manifests that a JSON Schema cannot express."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -5,8 +5,6 @@ wrote them, every value. A unit is decoded once, which looks at every checksum, 
 copied as they are; its record comes last. What an earlier merge left is compared, not copied again.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby

@@ -4,8 +4,6 @@ A slab is all rows of one (view, tar shard). Nothing here asks whether the unit 
 ``reader``'s task.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

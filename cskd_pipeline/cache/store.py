@@ -1,7 +1,5 @@
 """A cache's folder: its manifest, its finished units, its chunks; errors that say where."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A cache in half a screen: what :func:`cskd_pipeline.cache.info.describe` found, for a person."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

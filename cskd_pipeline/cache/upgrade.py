@@ -6,8 +6,6 @@ decoded, which looks at every checksum, and gets its record; the manifest of ver
 tell any more: a record says what they are now.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``bench``: what things cost and how fast they are, measured here."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """``export``: a student for others."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

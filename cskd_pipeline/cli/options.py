@@ -1,7 +1,5 @@
 """Flags that several commands have, and what is checked of them before anything is loaded."""
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence

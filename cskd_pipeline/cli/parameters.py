@@ -20,8 +20,6 @@ The flags themselves stand in :mod:`cskd_pipeline.cli.options`, where a command 
 borrows them.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """``plan``: forecasts, from a small part done for real."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """The program and its groups of commands."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar

@@ -1,7 +1,5 @@
 """Run one command: its result, its errors, signals, and the exit code."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import shlex

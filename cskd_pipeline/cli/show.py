@@ -1,7 +1,5 @@
 """Pages to look at: of a cache, or of training runs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal

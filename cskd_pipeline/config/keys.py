@@ -1,7 +1,5 @@
 """The keys of a recipe by their dotted names, ``section.key``: types and metadata."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints

@@ -1,7 +1,5 @@
 """Whose a model's name is: timm's, torchvision's, or that of the user's own factory."""
 
-from __future__ import annotations
-
 TORCHVISION = "torchvision:"
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's own
 

@@ -1,7 +1,5 @@
 """Problems of a recipe, a line each: where, found, expected."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import re

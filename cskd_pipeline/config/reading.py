@@ -1,7 +1,5 @@
 """Recipes from files, names and the command line."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import os

@@ -1,7 +1,5 @@
 """Recipes back to TOML, and to the digest of what decides a result."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import asdict

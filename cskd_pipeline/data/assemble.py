@@ -1,7 +1,5 @@
 """Views on the device: uint8 to floats, erased, mixed, normalised; the host waits for nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache

@@ -5,8 +5,6 @@ one of shards that do not hold them. Which they are depends on the files alone, 
 loader processes.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import NamedTuple
 

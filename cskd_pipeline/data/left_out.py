@@ -4,8 +4,6 @@
 image is kept in records beside it, so that a resumed command need not read them again.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path

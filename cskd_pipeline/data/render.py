@@ -1,7 +1,5 @@
 """Views of samples as pixels: every image decoded once, every view rendered once, drift refused."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache

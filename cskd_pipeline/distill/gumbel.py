@@ -22,8 +22,6 @@ are multiples of 2**-24 below 2**17, exact in float64, so that :mod:`cskd_pipeli
 on in integers.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

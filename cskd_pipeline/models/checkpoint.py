@@ -1,7 +1,5 @@
 """Students' files: written whole, read back as they were saved, made within bounds."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -8,8 +8,6 @@ is averaged for the linear layer whose output the network returns. Either is pro
 pixels, or refused with the reason.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 

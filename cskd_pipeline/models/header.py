@@ -1,7 +1,5 @@
 """The header of a student's file, and the checks of what is in it."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar

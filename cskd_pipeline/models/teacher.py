@@ -1,7 +1,5 @@
 """The teacher: any CNN whose head can be applied at each location of its last feature map."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

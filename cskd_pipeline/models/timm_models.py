@@ -1,8 +1,6 @@
 """Models by name, timm's, torchvision's and the user's own; every way of not getting one is a clear
 error."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """Training states: what a run needs to go on, written whole and read without running anything."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A checkpoint's tensors, read without running anything that is in it."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import re

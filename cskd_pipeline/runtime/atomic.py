@@ -1,7 +1,5 @@
 """Writes that happen whole or not at all, and folders that are ours before we write to them."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

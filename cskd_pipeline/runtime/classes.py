@@ -4,8 +4,6 @@ Wherever two sides meet (shards, validation shards, a cache, a student, weights 
 :class:`ClassGuard` compares their lists. A difference is refused, or accepted and written down.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections import Counter

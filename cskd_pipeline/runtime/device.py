@@ -1,7 +1,5 @@
 """Which device computes, in which memory format, how many processes load, in how much memory."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from contextlib import suppress

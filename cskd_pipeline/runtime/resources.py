@@ -1,7 +1,5 @@
 """The folders of recipes (``stages/``) and documents (``manifests/``), in a checkout or a wheel."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]

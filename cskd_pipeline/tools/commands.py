@@ -1,7 +1,5 @@
 """This program's own commands, as demo and study run them: one after the other or side by side."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shlex

@@ -1,7 +1,5 @@
 """An ImageFolder tree into webdataset shards: image bytes untouched, order shuffled, sizes even."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -4,8 +4,6 @@ Whatever a template prints is escaped, unless the template marks it ``|safe``: c
 Markdown already.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A tool's report as the command line prints it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """From an image and parameters to a view's pixels."""
 
-from __future__ import annotations
-
 import zlib
 
 import numpy as np

@@ -5,8 +5,6 @@ to floats, integers, normals and betas are written out here. Integers and table 
 possible; where a logarithm is needed its result is rounded far above the last bit.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from functools import cache

@@ -1,7 +1,5 @@
 """Bytes to RGB pixels, the same in both stages whatever the file is."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """From a seed to the parameters of a view. Nothing here looks at pixels."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

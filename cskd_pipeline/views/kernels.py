@@ -10,8 +10,6 @@ sharpen or to change colour, and 0.9 times to rotate.
 Images are (H, W, 3) uint8, C-contiguous.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Partners: the neighbour a view is mixed with, and how."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

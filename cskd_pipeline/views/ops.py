@@ -7,8 +7,6 @@ same there, and only there on all of its builds. A rotation's sine and cosine ar
 they are rounded to 15 digits, and what follows is a fixed order of float64 operations.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -7,8 +7,6 @@ of one. Rates begin when queues are full. :func:`variants` runs the teacher in o
 counts the labels that change.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext

@@ -17,8 +17,6 @@ Legend: d spatial and g global logits; r the CKF ratio; tau the temperature of s
   an encoding of hard labels has its hard gradient compared.
 """
 
-from __future__ import annotations
-
 import statistics
 import tempfile
 import time

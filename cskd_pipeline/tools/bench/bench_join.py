@@ -6,8 +6,6 @@ opens caches of ImageNet's shape, which have their documents and a file for each
 nothing else.
 """
 
-from __future__ import annotations
-
 import gc
 import tempfile
 import time

@@ -6,8 +6,6 @@ core. timm's side is what its training script sets up: ``create_dataset("wds/...
 ``create_loader`` and ``FastCollateMixup``.
 """
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Callable, Iterator

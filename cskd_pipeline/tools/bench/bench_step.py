@@ -8,8 +8,6 @@ of the shapes and with as many lines an envelope as real ones; weights are rando
 speed depends on them.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

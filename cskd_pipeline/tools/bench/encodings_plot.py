@@ -1,7 +1,5 @@
 """The report of ``bench encodings`` drawn: what an encoding loses against the bytes it takes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 

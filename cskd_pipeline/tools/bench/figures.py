@@ -1,7 +1,5 @@
 """The reports of ``bench all`` as lines of one Markdown table, ready for a README."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 

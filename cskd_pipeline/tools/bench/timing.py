@@ -1,7 +1,5 @@
 """Rates of work: sides of a comparison in turn, so that a busy machine is busy for all of them."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -6,8 +6,6 @@ The last is what a dump on this machine will do; the first two tell what limits 
 devices or loader processes would change.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import statistics

@@ -5,8 +5,6 @@ device alone on a batch that is there already, then both together as in training
 written.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

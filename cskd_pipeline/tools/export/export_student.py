@@ -1,7 +1,5 @@
 """``export``: a student as a folder that others load without this package."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

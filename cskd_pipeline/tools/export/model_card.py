@@ -3,8 +3,6 @@
 Names in it are the text of whoever made the student: in Markdown they stay text.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 

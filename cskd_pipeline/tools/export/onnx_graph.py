@@ -1,7 +1,5 @@
 """A student as one ONNX graph: pixels in [0, 1] in, logits out, for any number of images."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from importlib.util import find_spec

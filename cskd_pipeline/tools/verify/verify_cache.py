@@ -5,8 +5,6 @@ cache's samples are looked for among them and some of its views are replayed; wi
 logits of those views are computed again too.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """The teacher run again on a sample of a cache's views."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
