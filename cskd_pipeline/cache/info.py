@@ -15,6 +15,11 @@ METHOD = (
     "arXiv:2307.08500."
 )
 
+_OF_MANIFEST = (
+    *("format_version", "parent", "sampled", "teacher", "policy", "root_seed", "views"),
+    *("view_block", "versions", "other_versions", "license", "notes", "created"),
+)
+
 
 def describe(cache: Cache) -> dict[str, Any]:
     """Return data, teacher, policy, completeness and sizes of a cache.
@@ -59,22 +64,15 @@ def describe(cache: Cache) -> dict[str, Any]:
         "path": str(cache.path),
         "digest": digest,
         "manifest_sha256": manifest.digest(),
-        "parent": document.get("parent"),
-        "sampled": document.get("sampled"),
-        "format_version": document["format_version"],
+        **{name: document.get(name) for name in _OF_MANIFEST},
         "dataset": {
             "name": manifest.dataset.name,
             "num_classes": manifest.dataset.num_classes,
             "shards": len(cache.counts),
         },
-        "teacher": document["teacher"],
         "teacher_top1": 100 * correct / counted if counted else None,
-        "policy": document["policy"],
-        "root_seed": manifest.root_seed,
         "samples": manifest.dataset.samples,
-        "views": manifest.views,
         "epochs": manifest.views,
-        "view_block": manifest.view_block,
         "units": {"done": int(done.sum()), "total": done.size},
         "complete": bool(done.all()),
         "shards": [
@@ -91,11 +89,6 @@ def describe(cache: Cache) -> dict[str, Any]:
         "encodings": encodings,
         "losses": {"deit": kinds, "cskd": kinds},
         "schedules": "any",
-        "versions": dict(manifest.versions),
-        "other_versions": [dict(versions) for versions in manifest.other_versions],
-        "license": manifest.license,
-        "notes": manifest.notes,
-        "created": manifest.created,
         "cite": cite(manifest, digest),
     }
 

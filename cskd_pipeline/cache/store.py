@@ -94,10 +94,8 @@ class CacheStore:
             raise CacheError(
                 "the cache's arrays are not what its manifest says",
                 where=self.path,
-                action=(
-                    "run its dump-teacher command once more if it was cut off while it "
-                    "started; else copy these files again from where the cache came from"
-                ),
+                action="run its dump-teacher command once more if it was cut off while it "
+                "started; else copy these files again from where the cache came from",
                 problems=problems,
             )
 

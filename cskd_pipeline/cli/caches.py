@@ -81,21 +81,16 @@ class ComparedTeacher:
         Raises:
             UsageError: other flags without --teacher, or no colours where they are to be.
         """
-        flags = {"--weights": self.weights, "--mean": self.mean, "--std": self.std}
-        sizes = {"--batch-size": self.batch_size, "--device": self.device}
-        options.require_companion("--teacher NAME", self.teacher, {**flags, **sizes})
+        rest = {name: value for name, value in vars(self).items() if name != "teacher"}
+        flags = {f"--{name.replace('_', '-')}": value for name, value in rest.items()}
+        options.require_companion("--teacher NAME", self.teacher, flags)
         if self.teacher is None:
             return None
         from cskd_pipeline.tools.verify.verify_responses import TeacherChoice
 
-        given = options.without_none(
-            weights=self.weights,
-            mean=options.parse_channels(self.mean, "--mean"),
-            std=options.parse_channels(self.std, "--std"),
-            batch_size=self.batch_size,
-            device=self.device,
-        )
-        return TeacherChoice(self.teacher, **given)
+        for name in ("mean", "std"):
+            rest[name] = options.parse_channels(rest[name], f"--{name}")
+        return TeacherChoice(self.teacher, **options.without_none(**rest))
 
 
 @cache_app.command(epilog="Example: cskd-pipeline cache verify cache --shards 'train-*.tar'")

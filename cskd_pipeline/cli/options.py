@@ -72,7 +72,7 @@ def usage_of(kind: type, name: str) -> tuple[str, str]:
 
 
 def flag(name: str, kind: type = DumpRecipe, **options: Any) -> Any:
-    """Return typer's option for a flag, from its key; ``options`` are typer's, in place of those.
+    """Return typer's option for a flag, from its key; ``options`` are typer's, instead of those.
 
     Raises:
         KeyError: no recipe of this kind has such a flag.

@@ -131,13 +131,8 @@ def index(
             terminal.table("images that cannot be decoded", ("shard", "key", "found"), rows)
             raise
 
-    dataset = index_shards(
-        shards,
-        name=named.name,
-        num_classes=named.num_classes,
-        split=named.split,
-        check=check if images.check_images else None,
-    )
+    chosen = check if images.check_images else None
+    dataset = index_shards(shards, **vars(named), check=chosen)
     dataset.save(out)
     return {
         "manifest": out,

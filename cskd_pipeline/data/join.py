@@ -24,7 +24,7 @@ class Join:
 
     Args:
         samples: the cache's layout, over which training is planned.
-        images: reads samples by their place in that layout.
+        images: reads samples by shard and offset in that layout.
         allowed: per shard (count,) bool, samples the user has; None: all.
         same_shards: shards whose tar holds the same keys in the same order.
         missing: samples that the user's tars lack.

@@ -61,7 +61,7 @@ class Terminal:
     def listening(cls, *, quiet: bool = False, json: bool = False) -> Terminal:
         """Return a terminal that shows this process's progress, news and warnings from now on.
 
-        It takes the place of the one before; :func:`kept` gives that one its place back.
+        It replaces the one before; :func:`kept` brings that one back.
         """
         terminal = cls(quiet=quiet, json=json)
         terminal.attach()
@@ -222,7 +222,7 @@ class _News(logging.Handler):
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Give what listened before its place back when the block ends."""
+    """Bring back what listened before when the block ends."""
     logger = logging.getLogger(PACKAGE)
     before, handlers = listen(None), logger.handlers
     level, propagate = logger.level, logger.propagate

@@ -158,8 +158,6 @@ def _manifest(shards: int, views: int) -> CacheManifest:
         mean=policy.mean,
         std=policy.std,
         grid=GRID,
-        precision="float32",
-        kwargs={},
     )
     cache = CacheSection(encodings=("envelope",), views=views, view_block=VIEW_BLOCK)
     return cache_manifest(cache, DatasetManifest("simulated", CLASSES, infos), teacher, policy)

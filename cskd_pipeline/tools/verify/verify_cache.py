@@ -138,9 +138,8 @@ def _classes_check(found: Join, guard: ClassGuard, accept: bool) -> Check:
 
 
 def _join_check(found: Join) -> Check:
-    total, problems = found.samples.total, []
-    for sample in found.left_out():
-        problems.append(Problem("join", sample.key, "not in the shards"))
+    total = found.samples.total
+    problems = [Problem("join", one.key, "not in the shards") for one in found.left_out()]
     counts = {"samples": total, "found": total - found.missing, "unused": found.unused}
     return Check("join", {**counts, "shards_alike": found.same_shards}, problems)
 
