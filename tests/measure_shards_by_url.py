@@ -3,8 +3,9 @@
 ``python -m tests.measure_shards_by_url --images 4000 --workers 2`` prints a JSON document: for
 ``disk``, ``cold`` (no copies yet), ``warm`` (all copies there) and ``small`` (room for half of the
 set), in turn over ``--rounds``: seconds until the first batch, images a second after it, and the
-longest wait for a batch. ``--step`` seconds pass after every batch, as in a training loop;
-``--rate``: MB a second of each of the store's connections.
+longest wait for a batch; ``cpu_ms``: of this process for an image (all of it with ``--workers 0``),
+which other work on the machine hardly changes. ``--step`` seconds pass after every batch, as in a
+training loop; ``--rate``: MB a second of each of the store's connections.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def run(spec: str | Path, options: argparse.Namespace) -> dict[str, float]:
     loader = CachedLoader(
         views, 128, repeats=1, workers=options.workers, shuffle_shards=options.shuffle_shards
     )
-    waits, before = [], started
+    waits, before, busy = [], started, time.process_time()
     for _ in loader.batches(len(loader)):
         waits.append(time.perf_counter() - before)
         time.sleep(options.step)
@@ -75,6 +76,7 @@ def run(spec: str | Path, options: argparse.Namespace) -> dict[str, float]:
         "images_per_s": 128 * (len(waits) - 1) / seconds,
         "longest_wait_s": max(waits[1:]),
         "waiting": sum(waits[1:]) / seconds,
+        "cpu_ms": 1000 * (time.process_time() - busy) / (128 * len(waits)),
     }
 
 
