@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import multiprocessing
 import os
 import signal
@@ -18,7 +19,7 @@ import torch
 
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.errors import ImageError, UsageError
-from cskd_pipeline.runtime.distributed import Ranks, launched
+from cskd_pipeline.runtime.distributed import Ranks, joined, launched
 from tests.cache.making import tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -43,12 +44,33 @@ def arguments(small: World, out: Path, *more: object, method: str = "cskd") -> l
 
 def _rank(rank: int, ranks: int, port: int, words: list[object]) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    _enter(rank, ranks, port)
     raise SystemExit(world.cli(*words))
 
 
-def start(ranks: int, words: list[object], missing: int = 0) -> list[Any]:
+def _enter(rank: int, ranks: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _counter(rank: int, ranks: int, port: int, folder: Path) -> None:
+    _enter(rank, ranks, port)
+    with joined(60) as job:
+        numbers = list(itertools.takewhile(lambda n: n < 100, job.numbers("units")))
+    (folder / str(rank)).write_text(" ".join(map(str, numbers)))
+
+
+def test_a_number_is_drawn_by_one_rank_alone(tmp_path: Path) -> None:
+    assert finish(start(3, tmp_path, target=_counter)) == [0] * 3
+    drawn = [[*map(int, (tmp_path / str(rank)).read_text().split())] for rank in range(3)]
+    assert all(numbers == sorted(numbers) for numbers in drawn)
+    assert sorted(itertools.chain(*drawn)) == list(range(100))
+    assert list(itertools.islice(Ranks().numbers("units"), 3)) == [0, 1, 2]
+
+
+def start(
+    ranks: int, words: Any, missing: int = 0, target: Callable[..., None] = _rank
+) -> list[Any]:
     """The ranks' processes, without the last ``missing``; forked, so that they need not import
     torch again.
     """
@@ -57,7 +79,7 @@ def start(ranks: int, words: list[object], missing: int = 0) -> list[Any]:
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=_rank, args=(rank, ranks, port, words))
+        context.Process(target=target, args=(rank, ranks, port, words))
         for rank in range(ranks - missing)
     ]
     for process in processes:
