@@ -91,6 +91,7 @@ def rank(runs: Sequence[RunRecord]) -> list[Contender]:
     seen = Counter[tuple[str, int]]()
     for run in runs:
         recipe = {k: v for k, v in flatten(asdict(run.recipe)) if k not in SEEDS_DIFFER_IN}
+        recipe["run.fork_from"] = bool(run.recipe.run.fork_from)  # each seed forks its own state
         name, seed = repr(recipe), run.recipe.run.seed
         groups.setdefault((name, seen[name, seed]), []).append(run)  # a seed again is on its own
         seen[name, seed] += 1

@@ -201,6 +201,16 @@ def test_seeds_are_one_curve_with_a_band(tmp_path: Path) -> None:
     assert (without.seconds, without.curve("top1", timed=True)) == (None, None)
 
 
+def test_forks_of_several_seeds_are_one_curve_and_no_seeds_of_whole_runs(tmp_path: Path) -> None:
+    whole = make_run(tmp_path / "cskd-1", sets=("run.seed=1",))
+    forks = [
+        make_run(tmp_path / f"fork-{n}", sets=(f"run.seed={n}", f"run.fork_from=cskd-{n}/state.pt"))
+        for n in (1, 2)
+    ]
+    found = [(each.name, len(each.runs)) for each in contenders(whole, *forks)]
+    assert found == [("cskd-1", 1), ("fork", 2)]
+
+
 def test_the_first_is_named_with_its_lead_and_what_the_seeds_say(tmp_path: Path) -> None:
     for method, shift in (("deit", 0.0), ("cskd", 1.5)):
         for n, scatter in enumerate((0.0, 0.5)):
