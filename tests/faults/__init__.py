@@ -7,6 +7,7 @@ SIGKILL at random moments of every command  ``test_kills`` (``CSKD_KILLS=50`` fo
 SIGINT, SIGTERM                             ``pipeline/test_dump``, ``pipeline/test_training``
 an exception at chosen updates of a run     ``pipeline/test_training``
 one command twice into one cache at once    ``test_kills``; writers alone: ``cache/test_writer``
+ranks killed, stopped, nodes that join      ``pipeline/test_elastic``
 a disk that fills, under every writer       ``test_full_disk``; at every file of a unit, at every
                                             sync: ``cache/test_writer``, ``pipeline/test_refusals``
 files that may not grow (a quota, ulimit)   ``test_full_disk``
