@@ -48,7 +48,7 @@ def open_folder(location: Path | str) -> Folder:
     """Open the files of a cache, on this machine or elsewhere.
 
     Raises:
-        UsageError: a URL of another kind, or with more in it than a place.
+        UsageError: a URL of another kind, or with more in it than host and path.
         MissingPackageError: fsspec cannot read this kind without another package.
     """
     return RemoteFolder(str(location)) if is_remote(location) else Folder(Path(location))

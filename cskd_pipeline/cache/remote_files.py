@@ -66,7 +66,7 @@ class RemoteFiles:
         of: what the files belong to, in messages: ``cache`` or ``shards``.
 
     Raises:
-        UsageError: a URL of another kind, or with more in it than a place.
+        UsageError: a URL of another kind, or with more in it than host and path.
         RemoteError: the server refuses, or cannot be reached, or sends what it should not.
         DamageError: a file that is missing, or larger than it may be.
     """
@@ -287,7 +287,7 @@ def require_url(url: str, of: str) -> None:
     """Refuse a URL that ``of`` (``cache`` or ``shards``) cannot be read from.
 
     Raises:
-        UsageError: one of another kind, or with more in it than a place.
+        UsageError: one of another kind, or with more in it than host and path.
     """
     parts = urlsplit(url)
     problem = None
@@ -296,7 +296,7 @@ def require_url(url: str, of: str) -> None:
     elif "@" in parts.netloc:
         problem = "a name or password, which recipes and messages would repeat"
     elif parts.query or parts.fragment or not parts.netloc:
-        problem = "no plain place"
+        problem = "a query, a fragment, or no host"
     if problem:
         raise UsageError(
             f"{'a ' if of == 'cache' else ''}{of} cannot be read from this URL",

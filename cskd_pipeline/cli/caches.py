@@ -238,7 +238,7 @@ class Converted:
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A cache: a folder, or its URL.")],
     target: Annotated[
-        Path, typer.Argument(metavar="DST", help="The cache to make from it, or to go on with.")
+        Path, typer.Argument(metavar="DST", help="The cache to make from it, or to resume.")
     ],
     converted: Converted,
     device: options.Device = None,
@@ -282,7 +282,7 @@ def merge(
         ),
     ],
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="The cache to make from them, or to go on with.")
+        Path, typer.Option(metavar="DIR", help="The cache to make from them, or to resume.")
     ],
     accept_versions: options.AcceptVersions = False,
     accept_classes: options.AcceptClasses = False,

@@ -87,7 +87,7 @@ def study(
         str | None, flag("--val-shards", TrainRecipe, help="Shards to evaluate on.")
     ] = None,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="A new folder, or the study's own to go on with.")
+        Path, typer.Option(metavar="DIR", help="A new folder, or the study's own to resume.")
     ] = Path("study-out"),
 ) -> Outcome:
     """Ask whether CKF helps, and when: students with every method, and forks late in a run.
@@ -128,7 +128,7 @@ def bench_everything(
     ] = None,
     device: Device = None,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="A new folder, or the one to go on with.")
+        Path, typer.Option(metavar="DIR", help="A new folder, or the one to resume.")
     ] = Path("bench-out"),
 ) -> Outcome:
     """Measure all that a GPU must show, in order of worth, as a Markdown table of this machine.

@@ -57,7 +57,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class _Named:
-    """What one of the listed names stands for, as :class:`Listing`; no tar was looked for yet."""
+    """Hold what a listed name stands for, as :class:`Listing`; no tar was looked for yet."""
 
     paths: tuple[Path | _Url, ...]
     manifest: DatasetManifest | None = None

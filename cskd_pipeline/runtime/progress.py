@@ -73,7 +73,7 @@ class Meter:
 
     @property
     def limit(self) -> str:
-        """Which side holds up the other: ``data`` or ``device``."""
+        """Return which side holds up the other: ``data`` or ``device``."""
         return limiting_side(self.data_wait)
 
     @property

@@ -355,7 +355,7 @@ def test_a_killed_fetch_leaves_nothing_that_is_believed(
         ("pipe:cat x.tar", DataError, "never opened"),
         ("ftp://host/x.tar", UsageError, "shards cannot be read from this URL"),
         ("https://user:word@host/x.tar", UsageError, "a name or password"),
-        ("https://host/x.tar?token=1", UsageError, "no plain place"),
+        ("https://host/x.tar?token=1", UsageError, "a query, a fragment, or no host"),
         ("https://host/a-*.tar", DataError, "does not list"),
         ("s3://bucket/*/a.tar", DataError, "only the last part"),
     ],

@@ -32,7 +32,7 @@ _REPOSITORY = re.compile(r"hf://datasets/(?P<id>[\w.-]+/[\w.-]+)/?", re.ASCII)
 
 @dataclass(frozen=True)
 class PublishOptions:
-    """How a cache is published.
+    """Say how a cache is published.
 
     Args:
         location: where it will be read from; None: by its folder's name.
