@@ -23,10 +23,10 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         with open(partial, "wb") as file:
             try:
                 torch.save(state, file)
-            except RuntimeError as error:  # torch's own; the write that failed is behind it
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from error
-                raise
+            except RuntimeError as error:  # torch's own; a full disk or a signal is behind it
+                if error.__context__ is None:
+                    raise
+                raise error.__context__ from error
 
     atomic_write(path, write)
 

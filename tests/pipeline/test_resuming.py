@@ -20,7 +20,7 @@ import torch
 from cskd_pipeline.config import TrainRecipe, deciding, load_recipe
 from cskd_pipeline.errors import ImageError, OutputError, TrainingError
 from cskd_pipeline.models.checkpoint import read_header
-from cskd_pipeline.models.train_state import find_nonfinite, load_state
+from cskd_pipeline.models.train_state import find_nonfinite, load_state, save_state
 from cskd_pipeline.pipeline import train as stage_two
 from cskd_pipeline.pipeline.resuming import changed_keys, require_same_data
 from cskd_pipeline.pipeline.trainer import Trainer
@@ -32,6 +32,30 @@ from tests.pipeline.test_training import assert_equal, final_state, run_to_end
 
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
+
+
+def test_a_signal_while_a_state_is_written_is_the_signal(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """torch raises an error of its own over the one that interrupts it."""
+    save = torch.save
+
+    class Interrupted:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def write(self, data: bytes) -> int:
+            if self.file.tell() > 200:
+                raise KeyboardInterrupt
+            return int(self.file.write(data))
+
+        def flush(self) -> None:
+            self.file.flush()
+
+    monkeypatch.setattr(torch, "save", lambda state, file: save(state, Interrupted(file)))
+    with pytest.raises(KeyboardInterrupt):
+        save_state(tmp_path / "state.pt", {"weights": torch.zeros(1000)})
+    assert not list(tmp_path.iterdir())
 
 
 def recipe_of(small: World, out: Path, *sets: str, epochs: int = 2) -> TrainRecipe:
