@@ -28,11 +28,10 @@ study: $(STAMP)
 	$(BIN)/cskd-pipeline study --out '$(STUDY_OUT)' $(STUDY_ARGS)
 
 # One process more than two cores: many tests wait for processes, signals and deadlines of their own.
-# In the order of the files: the slowest, tests/pipeline, would be among the last otherwise.
 TEST_PROCESSES ?= 3
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadscope $(PYTEST_ARGS)
 
 coverage: PYTEST_ARGS += --cov --cov-report=term
 coverage: test
