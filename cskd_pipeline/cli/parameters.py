@@ -114,7 +114,7 @@ def expanded(function: Callable[..., Any], flags: str = "") -> Callable[..., Any
         given["terminal"] = Terminal.listening(quiet=given.pop("quiet"), json=given.pop("json"))
         return function(**{name: make(given) for name, make in makers.items()})
 
-    # typer reads both; functions have the first only where it differs from their code.
+    # typer reads both; type checkers do not know the first, for which inspect looks.
     command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in shown}
     return command

@@ -5,6 +5,9 @@ containers have 64 MB by default, less than one batch of a paper's recipe. Its d
 through a socket that parent and process have from the start: no path in ``TMPDIR`` is needed and
 nobody is waited for. All of it happens where the batch was made, so that what fails arrives as
 an error instead of the batch; torch's queues would share memory in a thread that drops what fails.
+
+Only what this process's own loader processes send is unpickled: their queue and sockets have no
+name that anyone else could open.
 """
 
 from __future__ import annotations

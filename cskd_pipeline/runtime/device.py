@@ -27,8 +27,9 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).item()
+    # no such name, driver or kernels, or no data (meta); a build without it; no module for it
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(
             "no such device on this machine", where="device", found=name, expected="cpu, cuda, auto"
         ) from error
