@@ -136,8 +136,9 @@ def bench_everything(
     A view's logits and cached labels must be those of a live teacher; then bench step, dump and
     loader, and the study's forks with what is left. On a CPU all of it is small.
     """
-    from cskd_pipeline.tools.bench.bench_all import AllConfig, bench_all, printed
+    from cskd_pipeline.tools.bench import bench_all as bench
 
-    config = AllConfig(shards, out, cifar10, seconds, device)
-    report = bench_all(config, _run_inside(terminal))
-    return print_report(terminal, report, printed(report))
+    report = bench.bench_all(bench.AllConfig(shards, out, cifar10, seconds, device))
+    outcome = print_report(terminal, report, bench.printed(report))
+    bench.require_ok(report)
+    return outcome

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -29,12 +31,20 @@ def announced(command: Command) -> Callable[..., Summary]:
 
 
 def side_by_side(
-    calls: Mapping[str, Sequence[str | Path]], processes: int, logs: Path
+    calls: Mapping[str, Sequence[str | Path]],
+    processes: int,
+    logs: Path,
+    *,
+    grace: float | None = None,
 ) -> Generator[tuple[str, Summary], None, None]:
     """Run commands as processes of their own, ``processes`` at a time, started in their order.
 
     The news of each is in ``logs/NAME.log``. If one fails, or the caller stops, those that run are
     stopped as by Ctrl-C, which lets them save their state, and waited for.
+
+    Args:
+        grace: seconds of that wait, after which they are killed with all that they started; None:
+            as long as it takes.
 
     Yields:
         Name and summary of each, as they end.
@@ -49,7 +59,7 @@ def side_by_side(
         while waiting or running:
             while waiting and len(running) < processes:
                 name, arguments = waiting.popleft()
-                running[name] = _start(_logged(arguments), logs / name)
+                running[name] = _start(_logged(arguments), logs / name, grace is not None)
             ended = [name for name, process in running.items() if process.poll() is not None]
             for name in ended:
                 yield name, _summary(running.pop(name).returncode, logs / name)
@@ -59,7 +69,11 @@ def side_by_side(
         for process in running.values():
             process.terminate()
         for process in running.values():
-            process.wait()
+            try:
+                process.wait(grace)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def _logged(arguments: Sequence[str | Path]) -> list[str]:
@@ -68,13 +82,14 @@ def _logged(arguments: Sequence[str | Path]) -> list[str]:
     return words
 
 
-def _start(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+def _start(words: Sequence[str], log: Path, own_group: bool) -> subprocess.Popen[bytes]:
     with open(f"{log}.json", "wb") as out, open(f"{log}.log", "wb") as err:
         return subprocess.Popen(
             [sys.executable, "-m", "cskd_pipeline", *words, "--json"],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
+            start_new_session=own_group,
         )
 
 

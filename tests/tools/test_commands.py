@@ -29,9 +29,14 @@ def test_a_command_in_a_process_of_its_own_says_why_it_failed(tmp_path: Path) ->
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call's one word is Python to run instead of this program."""
 
-    def start(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    def start(words: Sequence[str], log: Path, own_group: bool) -> subprocess.Popen[bytes]:
         with open(f"{log}.json", "wb") as out, open(f"{log}.log", "wb") as err:
-            return subprocess.Popen([sys.executable, "-c", *words], stdout=out, stderr=err)
+            return subprocess.Popen(
+                [sys.executable, "-c", *words],
+                stdout=out,
+                stderr=err,
+                start_new_session=own_group,
+            )
 
     monkeypatch.setattr(commands, "_start", start)
 
@@ -113,3 +118,25 @@ def test_a_caller_that_stops_leaves_no_process(tmp_path: Path) -> None:
     assert next(running) == ("b", {})
     running.close()  # as an exception at the caller's would
     assert asked.exists()
+
+
+@pytest.mark.usefixtures("scripts")
+def test_one_that_does_not_stop_is_killed_with_what_it_started(tmp_path: Path) -> None:
+    inner = tmp_path / "inner"
+    stubborn = [
+        "import os, pathlib, signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"if os.fork() == 0: pathlib.Path({str(inner)!r}).write_text(str(os.getpid()) + ' ')\n"
+        "time.sleep(60)"
+    ]
+    quick = [
+        f"import time, pathlib\np = pathlib.Path({str(inner)!r})\n"
+        "while not p.exists() or not p.read_text().endswith(' '): time.sleep(.01)\nprint('{}')"
+    ]
+    running = side_by_side({"a": stubborn, "b": quick}, 2, tmp_path / "l", grace=0.1)
+    assert next(running) == ("b", {})
+    started = time.monotonic()
+    running.close()
+    assert time.monotonic() - started < 10
+    status = Path(f"/proc/{inner.read_text().strip()}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text()

@@ -1,8 +1,8 @@
 """``bench all``: everything that a machine must show, in order of worth, within a time.
 
 Each result is in ``results.json`` as soon as it is there, and a run that goes on begins with the
-first that is missing; what failed is tried once more. The study is last and has a folder of its
-own, with its own ledger.
+first that is missing; what failed is tried once more. The study is last, a process of its own with
+its own folder and ledger.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,13 +39,14 @@ from cskd_pipeline.tools.bench.figures import (
     rows,
 )
 from cskd_pipeline.tools.bench.gpu_checks import check_teacher
-from cskd_pipeline.tools.commands import Command
-from cskd_pipeline.tools.study.run_study import StudyConfig, run_study
+from cskd_pipeline.tools.commands import side_by_side
 from cskd_pipeline.tools.tables import Printed, Table
 
 log = logging.getLogger(__name__)
 
 RESULTS, TABLE, STUDY = "results.json", "table.md", "study"
+GRACE = 5.0
+"""Seconds in which the study may save; an update can take longer, and a training ends with one."""
 Report = dict[str, Any]
 
 
@@ -102,11 +103,8 @@ class Measurement:
     figures: Callable[[Report], Iterator[Figure]]
 
 
-def bench_all(config: AllConfig, command: Command) -> dict[str, Any]:
+def bench_all(config: AllConfig) -> dict[str, Any]:
     """Measure what is not measured yet, for ``seconds``, and report on all that is there.
-
-    Args:
-        command: runs ``cskd-pipeline`` in this process and returns its summary.
 
     Returns:
         ``results`` by name, ``errors`` by name, ``missing`` names, ``title`` and ``figures``.
@@ -128,7 +126,7 @@ def bench_all(config: AllConfig, command: Command) -> dict[str, Any]:
                     write_json(config.out / RESULTS, known)
                     _write_table(config, known, todo)
             if config.cifar10 is not None:
-                _run_study(config, known, command)
+                _run_study(config, known)
         except KeyboardInterrupt:
             if not over():
                 raise
@@ -143,8 +141,7 @@ def _measure(name: str, measurement: Measurement, known: dict[str, Any]) -> None
     try:
         known["results"][name] = report = measurement.run()
     except (CskdError, RuntimeError) as error:  # CUDA's own, out of memory among them
-        known["errors"][name] = f"{type(error).__name__}: {error}"
-        log.warning(f"{name} failed: {known['errors'][name]}")
+        _failed(name, error, known)
         return
     for figure in measurement.figures(report):
         log.info(f"{figure.what}: {figure.found}")
@@ -229,18 +226,23 @@ def _loader(shards: str, scale: Scale) -> Report:
     return report | {"cores": cores(), "all_cores": everywhere}
 
 
-def _run_study(config: AllConfig, known: dict[str, Any], command: Command) -> None:
-    study = StudyConfig(
-        config.out / STUDY,
-        f"{config.cifar10}/*train-*.tar",
-        f"{config.cifar10}/*validation-*.tar",
-        device=config.device,
-    )
+def _run_study(config: AllConfig, known: dict[str, Any]) -> None:
+    folder, device = config.cifar10, () if config.device is None else ("--device", config.device)
+    words = [
+        *("study", "--out", config.out / STUDY, "--shards", f"{folder}/*train-*.tar"),
+        *("--val-shards", f"{folder}/*validation-*.tar", *device),
+    ]
+    log.info(f"its news: {config.out}/logs/{STUDY}.log")
     try:
-        run_study(study, command)
-    except (CskdError, RuntimeError) as error:
-        known["errors"][STUDY] = f"{type(error).__name__}: {error}"
-        log.warning(f"the study failed: {known['errors'][STUDY]}")
+        with closing(side_by_side({STUDY: words}, 1, config.out / "logs", grace=GRACE)) as ended:
+            next(ended)
+    except CskdError as error:
+        _failed(STUDY, error, known)
+
+
+def _failed(name: str, error: Exception, known: dict[str, Any]) -> None:
+    known["errors"][name] = " ".join(f"{type(error).__name__}: {error}".split())
+    log.warning(f"{name} failed: {known['errors'][name]}")
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
@@ -299,6 +301,22 @@ def printed(report: Mapping[str, Any]) -> Printed:
     yield f"as Markdown: {report['markdown']}"
 
 
+def require_ok(report: Mapping[str, Any]) -> None:
+    """Refuse a report with failures.
+
+    Raises:
+        CskdError: names them, and holds the report.
+    """
+    if report["errors"]:
+        raise CskdError(
+            "measurements failed",
+            where=report["markdown"],
+            action="the same command tries them again",
+            problems=[f"{name}: {error}" for name, error in report["errors"].items()],
+            report=report,
+        )
+
+
 @contextmanager
 def _deadline(seconds: float | None) -> Iterator[Callable[[], bool]]:
     """Interrupt the block as Ctrl-C would, after ``seconds``; yield what tells whether it did."""
@@ -307,9 +325,7 @@ def _deadline(seconds: float | None) -> Iterator[Callable[[], bool]]:
     def ring(number: int, frame: object) -> None:
         nonlocal rung
         rung = True
-        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of a shell's background jobs
-            raise KeyboardInterrupt
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds or 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from cskd_pipeline.errors import OutputError
 from cskd_pipeline.models.teacher import Logits, Teacher
+from cskd_pipeline.tools import commands
 from cskd_pipeline.tools.bench import bench_all as bench
 from cskd_pipeline.tools.bench.figures import Figure, markdown, of_step, rows
 from cskd_pipeline.tools.bench.gpu_checks import check_teacher
@@ -76,8 +79,9 @@ def test_all_is_measured_and_ends_with_a_table_of_this_machine(
 
 
 def test_what_fails_is_said_and_tried_again_and_a_person_can_stop_it(
-    small: World, scale: bench.Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    small: World, scale: bench.Scale, tmp_path: Path, capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     asked: list[str] = []
 
     def measurements(config: bench.AllConfig, scale: bench.Scale) -> dict[str, bench.Measurement]:
@@ -95,18 +99,22 @@ def test_what_fails_is_said_and_tried_again_and_a_person_can_stop_it(
         return {"a": bench.Measurement(fails, figures), "b": bench.Measurement(works, figures)}
 
     monkeypatch.setattr(bench, "_measurements", measurements)
-    assert world.cli(*words(small, tmp_path / "out", "--quiet")) == 0
+    assert world.cli(*words(small, tmp_path / "out")) == 1
+    told = capsys.readouterr()
+    assert "works" in told.out  # the figures come all the same
+    assert "measurements failed" in told.err
+    assert "- a: OutputError: no room | 2 GiB where: here" in told.err
     table = (tmp_path / "out" / bench.TABLE).read_text()
-    assert "| a | failed: OutputError: no room \\| 2 GiB where: here | | |" in table.replace(
-        "  ", " "
-    )
+    assert "| a | failed: OutputError: no room \\| 2 GiB where: here |" in table
     assert "| works | 1 |" in table
 
-    def stopped(study: Any, command: object) -> None:
-        assert study.shards == "C/*train-*.tar"
+    def stopped(calls: Any, *args: Any, grace: float) -> Iterator[Any]:
+        assert "C/*train-*.tar" in calls["study"]
+        assert world.cli(*calls["study"]) == 1  # no such shards, but right words
         raise KeyboardInterrupt
+        yield
 
-    monkeypatch.setattr(bench, "run_study", stopped)
+    monkeypatch.setattr(bench, "side_by_side", stopped)
     assert world.cli(*words(small, tmp_path / "out", "--cifar10", "C", "--quiet")) == 130
     assert asked == ["fails", "works", "fails"]
 
@@ -163,14 +171,25 @@ def test_labels_of_a_cache_that_are_not_its_teachers_are_counted(
     assert found["cache"]["differ"] > 0
 
 
-def test_the_deadline_ends_a_background_job_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with bench._deadline(0.05) as over, pytest.raises(KeyboardInterrupt):
-            time.sleep(5)
-        assert over()
+def test_a_study_that_does_not_stop_ends_with_the_time_all_the_same(
+    small: World, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+
+    def start(words: list[str], log: Path, own_group: bool) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", code], start_new_session=own_group)
+
+    monkeypatch.setattr(commands, "_start", start)
+    monkeypatch.setattr(bench, "_measurements", lambda *_: {})
+    monkeypatch.setattr(bench, "GRACE", 0.1)
+    before, started = signal.signal(signal.SIGINT, signal.SIG_IGN), time.monotonic()
+    try:  # a shell's background jobs ignore SIGINT
+        flags = ("--cifar10", tmp_path, "--seconds", 1)
+        assert world.cli(*words(small, tmp_path / "out", *flags)) == 0
     finally:
         signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - started < 30
+    assert "the 1 seconds are over" in capsys.readouterr().err
 
 
 def test_a_figure_says_whether_it_reaches_its_goal() -> None:
