@@ -32,7 +32,7 @@ from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.tools.make_shards import make_shards
 from cskd_pipeline.views.policy import ViewPolicy
-from tests.serving import BUCKET, serving
+from tests.serving import BUCKET, bucket_settings, serving
 
 
 def draw(folder: Path, images: int) -> None:
@@ -87,8 +87,6 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     make_shards(root / "images", tars, shard_size=options.shard_size)
     total = sum(path.stat().st_size for path in tars.glob("*.tar"))
     url = f"s3://{BUCKET}/set/*.tar"
-    os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-    os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_CONFIG_FILE": os.devnull}
     copies = root / "copies"
     os.environ |= {"CSKD_CACHE_DIR": str(copies), "CSKD_CACHE_GB": "50"}
     started = time.perf_counter()
@@ -132,7 +130,7 @@ def main() -> None:
             target=serve, args=(root / "served", options.rate, there), daemon=True
         )
         process.start()
-        os.environ["AWS_ENDPOINT_URL"] = here.recv()
+        os.environ |= bucket_settings(here.recv())
         try:
             print(json.dumps(measure(root, options), indent=2))
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import sys
 import threading
@@ -19,6 +20,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 import pytest
+
+from cskd_pipeline.cache import mirror, remote_files
 
 Reply = tuple[int, dict[str, str], bytes]
 
@@ -304,6 +307,31 @@ def serving(root: Path, kind: str = "http") -> Iterator[Served]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def bucket_settings(url: str) -> dict[str, str]:
+    """The environment by which S3's own tools find the store at ``url``."""
+    return {
+        **{"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1"},
+        **{"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"},
+        "AWS_CONFIG_FILE": os.devnull,
+    }
+
+
+@contextmanager
+def serving_bucket(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """Serve ``root`` as ``s3://BUCKET``."""
+    with serving(root, "s3") as found:
+        for name, value in bucket_settings(found.url).items():
+            monkeypatch.setenv(name, value)
+        yield found
+
+
+def keep_copies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have copies kept in ``folder``, and hardly wait before another try."""
+    monkeypatch.setenv(mirror.FOLDER, str(folder))
+    monkeypatch.setattr(remote_files, "WAIT", 0.001)
+    return folder
 
 
 def take_for_the_hub(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 from cskd_pipeline.pipeline.dump import dump_teacher
 from cskd_pipeline.tools.make_shards import make_shards
 from tests.pipeline import world
-from tests.serving import BUCKET, serving
+from tests.serving import BUCKET, bucket_settings, serving
 
 Item = TypeVar("Item")
 
@@ -88,8 +88,7 @@ def environment(root: Path, store: str) -> dict[str, str]:
     """Credentials of the store, and room for copies of half of what is served."""
     size = sum(path.stat().st_size for path in (root / "served").rglob("*") if path.is_file())
     return os.environ | {
-        **{"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": store},
-        **{"AWS_DEFAULT_REGION": "us-east-1", "AWS_CONFIG_FILE": os.devnull},
+        **bucket_settings(store),
         **{"CSKD_CACHE_DIR": str(root / "copies"), "CSKD_CACHE_GB": str(size / 2e9)},
     }
 

@@ -27,7 +27,15 @@ from cskd_pipeline.errors import CacheError, MissingPackageError, RemoteError, U
 from cskd_pipeline.runtime import progress
 from cskd_pipeline.runtime.progress import Meter
 from tests.cache.making import fill, make, manifest
-from tests.serving import BUCKET, REPOSITORY, Served, serving, take_for_the_hub
+from tests.serving import (
+    BUCKET,
+    REPOSITORY,
+    Served,
+    keep_copies,
+    serving,
+    serving_bucket,
+    take_for_the_hub,
+)
 
 Capture = pytest.CaptureFixture[str]
 
@@ -35,10 +43,8 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where copies are kept."""
-    monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "copies"))
-    monkeypatch.setattr(remote_files, "WAIT", 0.001)
     monkeypatch.setattr(transfers, "TIMEOUT", 10.0)
-    return tmp_path / "copies"
+    return keep_copies(tmp_path / "copies", monkeypatch)
 
 
 @pytest.fixture
@@ -55,13 +61,8 @@ def served(folder: Path, copies: Path) -> Iterator[Served]:
 
 @pytest.fixture
 def store(folder: Path, copies: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    """The same in a bucket, with the settings that S3's own tools read."""
-    with serving(folder.parent, "s3") as found:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", found.url)
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "test")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    """The same in a bucket."""
+    with serving_bucket(folder.parent, monkeypatch) as found:
         yield found
 
 

@@ -31,7 +31,7 @@ from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.remote import RemoteFolder
 from cskd_pipeline.cli import main
 from cskd_pipeline.errors import CacheError, OutputError, RemoteError, UsageError
-from tests.serving import BUCKET, Served, serving
+from tests.serving import BUCKET, Served, keep_copies, serving, serving_bucket
 
 Capture = pytest.CaptureFixture[str]
 LARGE = 2**27
@@ -39,9 +39,7 @@ LARGE = 2**27
 
 @pytest.fixture
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "copies"))
-    monkeypatch.setattr(remote_files, "WAIT", 0.001)
-    return tmp_path / "copies"
+    return keep_copies(tmp_path / "copies", monkeypatch)
 
 
 @pytest.fixture
@@ -56,12 +54,7 @@ def served(tmp_path: Path, copies: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.fixture
 def store(tmp_path: Path, served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    with serving(tmp_path / "served", "s3") as found:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", found.url)
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "test")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    with serving_bucket(tmp_path / "served", monkeypatch) as found:
         yield found
 
 

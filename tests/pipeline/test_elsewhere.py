@@ -15,14 +15,13 @@ import pytest
 from huggingface_hub.cli import hf
 from PIL import Image
 
-from cskd_pipeline.cache import remote_files
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.tools.make_shards import make_shards
 from tests.cache.making import tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_training import assert_equal, final_state
-from tests.serving import REPOSITORY, serving, take_for_the_hub
+from tests.serving import REPOSITORY, keep_copies, serving, take_for_the_hub
 
 Capture = pytest.CaptureFixture[str]
 
@@ -47,8 +46,7 @@ def test_training_from_a_url_equals_training_from_the_folder(
     small: World, local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With loader processes, and with a transfer that breaks on the way."""
-    monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "copies"))
-    monkeypatch.setattr(remote_files, "WAIT", 0.01)
+    keep_copies(tmp_path / "copies", monkeypatch)
     with serving(small.cache.parent) as served:
         served.faults = [("/c/1/0/0/0/0/0", "truncate"), ("/c/0/1/0", "reset")]
         url = f"{served.url}/{small.cache.name}"
@@ -60,8 +58,7 @@ def test_training_from_a_url_equals_training_from_the_folder(
 def test_a_server_that_goes_away_stops_a_run_that_can_go_on(
     small: World, local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "copies"))
-    monkeypatch.setattr(remote_files, "WAIT", 0.001)
+    keep_copies(tmp_path / "copies", monkeypatch)
     out = tmp_path / "run"
     with serving(small.cache.parent) as served:
         url = f"{served.url}/{small.cache.name}"
@@ -100,7 +97,7 @@ def test_a_cache_is_published_uploaded_by_the_hubs_tool_and_trained_from(
             hf.main()
         assert not exit_.value.code
         assert tree(on_hub) == tree(tmp_path / "my cache")
-        monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "copies"))
+        keep_copies(tmp_path / "copies", monkeypatch)
         pinned = f"{location}@sha256:{report['digest']}"
         assert world.cli(*command(pinned, small, tmp_path / "run")) == 0
     assert_equal(local, final_state(tmp_path / "run"))

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from cskd_pipeline import open_cache
-from cskd_pipeline.cache import remote_files
 from cskd_pipeline.data.describe import index_shards
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.join import join
@@ -22,7 +21,7 @@ from cskd_pipeline.pipeline.dump import dump_teacher
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_training import assert_equal, final_state
-from tests.serving import serving
+from tests.serving import keep_copies, serving
 
 Capture = pytest.CaptureFixture[str]
 
@@ -30,9 +29,7 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture(autouse=True)
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where copies are kept."""
-    monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "copies"))
-    monkeypatch.setattr(remote_files, "WAIT", 0.01)
-    return tmp_path / "copies"
+    return keep_copies(tmp_path / "copies", monkeypatch)
 
 
 def files(cache: Path) -> dict[str, bytes]:
