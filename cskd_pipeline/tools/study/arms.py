@@ -97,12 +97,13 @@ def fork_point(dense: Sequence[float | None], local: float) -> ForkPoint:
     """Return the first kept epoch at which the trunk has learned what local labels can teach.
 
     Args:
-        dense: the dense head's top-1 after each epoch, in percent; None: not measured.
+        dense: the dense head's top-1 after each of two epochs or more, in percent; None: not
+            measured.
         local: the teacher's local accuracy, in percent. If it is not reached in the first half of
             the run, the fork is at the end of that half.
     """
     every = kept_every(len(dense))
-    kept = range(every, max(every, len(dense) // 2) + 1, every)
+    kept = range(every, len(dense) // 2 + 1, every)
     first = [epoch for epoch in kept if (dense[epoch - 1] or 0.0) >= local]
     epoch = first[0] if first else kept[-1]
     return ForkPoint(epoch, dense[epoch - 1], bool(first))

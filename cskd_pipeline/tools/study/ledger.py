@@ -42,7 +42,8 @@ def load_recipes(family: str | Path) -> Recipes:
 
     Raises:
         RecipeError: one cannot be used; or the students' differ in more than the method, so that
-            comparing them would say nothing about it.
+            comparing them would say nothing about it; or they have one epoch, before whose end
+            none can be forked.
     """
 
     def source(role: str) -> str:
@@ -57,6 +58,13 @@ def load_recipes(family: str | Path) -> Recipes:
                 where=source(method),
                 expected=f"{source('cskd')} with distill.method = {method!r}, and else its values",
             )
+    if students["cskd"].schedule.epochs < 2:
+        raise RecipeError(
+            "a run of one epoch cannot be forked",
+            where=source("cskd"),
+            found="schedule.epochs = 1",
+            expected="2 or more, in all students' recipes",
+        )
     return Recipes(
         sources={role: source(role) for role in ("teacher", "dump", *METHODS)},
         teacher=load_recipe(TrainRecipe, source("teacher")),

@@ -283,6 +283,19 @@ def test_students_that_differ_in_more_than_the_method_are_refused(
         load_recipes(changed)
 
 
+def test_recipes_of_one_epoch_are_refused_before_anything_is_trained(
+    small: World, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = tmp_path / "recipes"
+    shutil.copytree(recipes, changed)
+    for method in ("none", "deit", "cskd"):
+        path = changed / f"{method}.toml"
+        path.write_text(path.read_text().replace(f"epochs = {EPOCHS}", "epochs = 1"))
+    assert world.cli(*study(small, changed, tmp_path / "out")) == 1
+    assert "a run of one epoch cannot be forked" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "results").exists()
+
+
 def test_a_folder_of_something_else_is_refused(
     small: World, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -366,7 +379,7 @@ def test_without_shards_the_study_makes_the_digits_once(
         ([10.0 * n for n in range(1, 11)], 35.0, 4, True),
         ([10.0 * n for n in range(1, 11)], 60.0, 5, False),
         ([None] * 20, 0.5, 10, False),
-        ([90.0], 50.0, 1, True),
+        ([90.0, 95.0], 50.0, 1, True),
         ([50.0, 90.0], 80.0, 1, False),
     ],
 )
