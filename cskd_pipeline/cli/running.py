@@ -71,8 +71,8 @@ def _next_step(arguments: list[str]) -> str:
     resumable = [["cache", name] for name in ("convert", "merge", "upgrade")]
     if command == "dump-teacher" or arguments[:2] in resumable:
         return f"finished units are kept, go on with: {line}"
-    if command == "study":
-        return f"finished runs are kept, go on with: {line}"
+    if command == "study" or arguments[:2] == ["bench", "all"]:
+        return f"what is finished is kept, go on with: {line}"
     if command == "train":
         resume = "" if "--resume" in arguments else " --resume"
         return f"the last checkpoint is kept, go on with: {line}{resume}"
