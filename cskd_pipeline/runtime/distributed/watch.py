@@ -54,8 +54,8 @@ class Watch:
         self._lost = ""  # why the store cannot be reached
         self._arrived = 0
         self._leaving = False
-        self._mine: str | None = None
-        self._counting = ""  # what is to be counted up
+        self._mine = queue.SimpleQueue[str]()  # why this rank ends
+        self._counting = queue.SimpleQueue[str]()  # what is to be counted up
         self._counted = queue.SimpleQueue[int]()
         self._look, self._seen, self._closed = (threading.Event() for _ in range(3))
         self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
@@ -90,7 +90,7 @@ class Watch:
 
     def count(self, name: str) -> int | None:
         """Count ``name`` up by one, for all ranks, and return the count; None without the store."""
-        self._counting = name
+        self._counting.put(name)
         self._look.set()
         # Not by the clock: this process may have been stopped itself.
         for _ in range(math.ceil(min(self.patience, _RESPONDING) / BEAT)):
@@ -151,7 +151,7 @@ class Watch:
         if not signalled:
             error.where = where
         fields = {name: getattr(error, name) for name in _FIELDS}
-        self._mine = json.dumps({**fields, "where": where, "signal": signalled}, default=str)
+        self._mine.put(json.dumps({**fields, "where": where, "signal": signalled}, default=str))
         self._refresh(_SILENT)
 
     def leave(self, *, stay: bool) -> None:
@@ -212,13 +212,13 @@ class Watch:
 
     def _publish(self, store: dist.Store, published: dict[str, int]) -> None:
         store.add(f"life/{self.rank}", 1)
-        counting, self._counting = self._counting, ""
-        if counting:
-            self._counted.put(store.add(f"count/{counting}", 1))
-        mine, self._mine = self._mine, None
-        if mine is not None and store.add("claims", 1) == 1:
-            store.set("error", mine)
-            store.add("failed", 1)
+        with suppress(queue.Empty):
+            self._counted.put(store.add(f"count/{self._counting.get_nowait()}", 1))
+        with suppress(queue.Empty):
+            mine = self._mine.get_nowait()
+            if store.add("claims", 1) == 1:
+                store.set("error", mine)
+                store.add("failed", 1)
         for name, value in (("met", self._arrived), ("left", int(self._leaving))):
             if value > published[name]:
                 store.add(f"{name}/{self.rank}", value - published[name])
