@@ -50,7 +50,7 @@ def load_state(path: Path) -> dict[str, Any]:
         raise WeightsError(
             "the file holds no training state of this version",
             where=path,
-            action="resume with the version that wrote it, or start again in a new output folder",
+            action="continue with the version that wrote it, or start again in a new output folder",
         )
     return state
 

@@ -158,7 +158,7 @@ def start_from(source: Source, student: Student, classes: Classes, guard: ClassG
 
 
 def check_resumed(init_from: str, record: Mapping[str, str] | None, where: Path) -> bool:
-    """Refuse to resume a run with weights that it did not start from; nothing is loaded.
+    """Refuse to continue a run with weights that it did not start from; nothing is loaded.
 
     Args:
         init_from: ``student.init_from`` of the recipe at hand.
@@ -179,11 +179,11 @@ def check_resumed(init_from: str, record: Mapping[str, str] | None, where: Path)
     expected = None if record is None else record["sha256"]
     if found != expected:
         raise OutputError(
-            "the run to resume was started from other weights",
+            "the training state's run was started from other weights",
             where=where,
             found=f"--init-from {init_from}, SHA-256 {found[:12]}" if found else "no --init-from",
             expected=f"{record['from']}, SHA-256 {record['sha256'][:12]}" if record else "none",
-            action="give the same --init-from, or use a new --out folder",
+            action="give the same --init-from, or start again in a new output folder",
         )
     return True
 

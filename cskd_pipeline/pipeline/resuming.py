@@ -1,4 +1,4 @@
-"""Changes that a resumed run may make, and the log of those it has made: ``changes.jsonl``."""
+"""Changes that a resumed run or a fork may make, and the log of them: ``changes.jsonl``."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ def changed_keys(
         fixed = {name for name in fixed if not name.startswith("distill.")}
     if fixed:
         raise OutputError(
-            f"the run to {'fork' if forking else 'resume'} was made with another recipe",
+            "the training state was made with another recipe",
             where=where,
             problems=[
                 f"{name}: the run's {_shown(found[name][0])}, here {_shown(found[name][1])}"
                 for name in sorted(fixed)
             ],
-            action=f"give the run's own values ({where.parent}/recipe.toml has them all)"
-            + ("" if forking else ", or use a new --out folder"),
+            action=f"give the run's own values ({where.parent}/recipe.toml has them all), or start "
+            "again in a new output folder",
         )
     return found
 
 
 def require_same_data(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Refuse to resume a run with different data.
+    """Refuse to continue a run with different data.
 
     Raises:
         OutputError: says in what the data differ.
@@ -66,13 +66,13 @@ def require_same_data(before: Mapping[str, Any], now: Mapping[str, Any], where: 
     differing = [name for name in now if before.get(name) != now[name]]
     if differing:
         raise OutputError(
-            "the run to resume was made with other data",
+            "the training state was made with other data",
             where=where,
             problems=[
                 f"{_DATA[name]}: the run's {_shown(before.get(name))}, here {_shown(now[name])}"
                 for name in differing
             ],
-            action="give the run the data that it started with, or use a new --out folder",
+            action="give the data that the run started with, or start again in a new output folder",
         )
 
 
@@ -109,14 +109,14 @@ def require_same_start(fork_from: str, record: Mapping[str, str] | None, where: 
 
 
 def require_within(update: Any, steps: int, epochs: int, where: Path) -> None:
-    """Refuse to resume a run that is past its recipe's end.
+    """Refuse to continue a run that is past its recipe's end.
 
     Raises:
         OutputError: says how many epochs it needs.
     """
     if type(update) is int and update > steps * epochs:
         raise OutputError(
-            "the run to resume is past the end of this recipe",
+            "the training state is past the end of this recipe",
             where=where,
             found=f"update {update}: {update / steps:.4g} epochs of {steps} updates",
             expected=f"at most schedule.epochs = {epochs}",

@@ -130,7 +130,7 @@ class TrainJob:
             require_same_data(state["data"], self.data.identity, where)
             steps, epochs = self.trainer.steps_per_epoch, self.recipe.schedule.epochs
             require_within(state["update"], steps, epochs, where)
-            self._restore(state)
+            self._restore(state, where)
             if not forking:
                 self.forked = _recorded(state.get("forked"), "forked")
                 require_same_start(self.recipe.run.fork_from, self.forked, where)
@@ -148,7 +148,7 @@ class TrainJob:
             update = self.trainer.update
             self.changes.append({"time": utc_now(), "update": update, "changed": changed})
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any], where: Path) -> None:
         rows, best, pending, changes = (state[n] for n in ("rows", "best", "pending", "changes"))
         accepted = state["accepted_classes"]
         names = [*(state["class_names"] or ()), *accepted]
@@ -158,8 +158,8 @@ class TrainJob:
             raise ValueError("class names are no text")
         init = _recorded(state["init"], "init")
         change_lines(changes)  # fails where they are none
-        data, out = self.data, self.recipe.run.out
-        before = Classes("the run to resume", out, data.classes.count, state["class_names"])
+        data = self.data
+        before = Classes("the training state", where, data.classes.count, state["class_names"])
         data.guard.compare(data.classes, before)
         for line in accepted:
             data.guard.note(line)

@@ -325,10 +325,10 @@ def test_a_run_goes_on_with_its_own_classes_only(
     done(*words)
     (shards / "classes.json").write_text(json.dumps(NAMES[::-1]))
     message = refused(*words, "--resume")
-    assert "the training shards and the run to resume do not have the same classes" in message
+    assert "the training shards and the training state do not have the same classes" in message
     summary, _ = done(*words, "--resume", *ACCEPT, "--quiet")
     [line] = summary["accepted_classes"]
-    assert "the run to resume" in line
+    assert "the training state" in line
     (shards / "classes.json").unlink()
     _, told = done(*words, "--resume", "--quiet")
     assert "no class names in the training shards" in told

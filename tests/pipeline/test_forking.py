@@ -116,7 +116,7 @@ def test_a_fork_killed_before_its_first_update_begins_again(
 
 
 def test_what_cannot_be_forked_is_refused(trunk: Path, small: World, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="to fork was made with another recipe") as told:
+    with pytest.raises(OutputError, match="state was made with another recipe") as told:
         stage_two.train(fork_of(trunk, small, tmp_path / "seed", "run.seed=5"))
     assert "run.seed: the run's 0, here 5" in str(told.value.problems)
     ended = tmp_path / "ended.pt"
@@ -124,7 +124,7 @@ def test_what_cannot_be_forked_is_refused(trunk: Path, small: World, tmp_path: P
     with pytest.raises(OutputError, match="where an epoch ends") as told:
         stage_two.train(recipe_of(small, tmp_path / "none-left", f"run.fork_from={ended}"))
     assert told.value.found == "update 9 of 9, 3 an epoch"
-    with pytest.raises(OutputError, match="started from other weights"):
+    with pytest.raises(OutputError, match="state's run was started from other weights"):
         stage_two.train(
             fork_of(
                 trunk, small, tmp_path / "init", f"student.init_from={trunk / 'last.safetensors'}"
