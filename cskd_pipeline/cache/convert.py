@@ -44,15 +44,16 @@ class Conversion:
         view_block: views per unit, which decide how many files there are; 0: as
             :func:`choose_view_block` says; None: the source's, or chosen if ``views`` are no whole
             number of them.
-        sampled: the draws of the encoding ``sampled``, if it is among them; None: the source's, or
-            one draw at temperature 1.
+        sampled_draws, sampled_temperature: of the encoding ``sampled``, if it is among them; None:
+            the source's, or one draw at temperature 1.
     """
 
     encodings: Sequence[str] = ()
     views: int | None = None
     shards: tuple[int, int] | None = None
     view_block: int | None = None
-    sampled: Sampled | None = None
+    sampled_draws: int | None = None
+    sampled_temperature: float | None = None
 
 
 _COPY = Conversion()
@@ -128,7 +129,7 @@ def _converted(reader: Cache, wanted: Conversion) -> CacheManifest:
         dataset=replace(old.dataset, shards=shards),
         views=_view_count(reader, wanted.views),
         encodings=tuple(wanted.encodings) or old.encodings,
-        sampled=wanted.sampled or old.sampled,
+        sampled=_draws(old.sampled, wanted),
         created=utc_now(),
         parent=old.as_parent(reader.digest()),
     )
@@ -144,6 +145,11 @@ def _converted(reader: Cache, wanted: Conversion) -> CacheManifest:
     if not block or made.views % block:
         block = choose_view_block(made, made.views)
     return replace(made, view_block=block)
+
+
+def _draws(old: Sampled, wanted: Conversion) -> Sampled:
+    draws, tau = wanted.sampled_draws, wanted.sampled_temperature
+    return Sampled(old.draws if draws is None else draws, old.temperature if tau is None else tau)
 
 
 def _require_block(writer: CacheWriter, block: int | None) -> None:

@@ -186,11 +186,21 @@ class Converted:
     ] = None
     sampled_draws: Annotated[
         int | None,
-        typer.Option(min=1, max=8, metavar="N", help="Draws of the encoding sampled. Default: 1."),
+        typer.Option(
+            min=1,
+            max=8,
+            metavar="N",
+            help="Draws of the encoding sampled. Without, what the old one has, or 1.",
+        ),
     ] = None
     sampled_temperature: Annotated[
         float | None,
-        typer.Option(min=0.01, max=1000.0, metavar="TAU", help="That it draws at. Default: 1."),
+        typer.Option(
+            min=0.01,
+            max=1000.0,
+            metavar="TAU",
+            help="That it draws at. Without, what the old one has, or 1.",
+        ),
     ] = None
     views: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Only the first N views.")
@@ -221,17 +231,15 @@ class Converted:
         encodings = self.encoding or ()
         options.require_encodings(encodings)
         shards = options.parse_range(self.shards, "--shards")
-        given = self.sampled_draws is not None or self.sampled_temperature is not None
-        if given and "sampled" not in encodings:
+        draws = (self.sampled_draws, self.sampled_temperature)
+        if draws != (None, None) and "sampled" not in encodings:
             raise UsageError(
                 "--sampled-draws and --sampled-temperature do nothing without the encoding sampled",
                 action="give --encoding sampled too",
             )
         from cskd_pipeline.cache.convert import Conversion
-        from cskd_pipeline.distill.encodings import Sampled
 
-        draws = Sampled(self.sampled_draws or 1, self.sampled_temperature or 1.0)
-        return Conversion(encodings, self.views, shards, self.view_block, draws if given else None)
+        return Conversion(encodings, self.views, shards, self.view_block, *draws)
 
 
 @cache_app.command(epilog="Example: cskd-pipeline cache convert cache small --encoding envelope")

@@ -26,6 +26,7 @@ from cskd_pipeline.tools.bench.bench_encodings import encode, store
 from cskd_pipeline.tools.bench.responses import Responses
 from cskd_pipeline.views.bits import derive_seed
 from tests.cache.making import COUNTS, dataset, make, manifest, teacher
+from tests.pipeline import world
 
 RATIOS = (1.0, 0.8, 0.5, 0.2, 0.0)
 MASK = 2**64 - 1
@@ -245,7 +246,8 @@ def test_a_cache_converted_from_dense_holds_the_draws_of_its_seeds(tmp_path: Pat
 
     make(tmp_path / "dense", encodings=("dense",))
     sampled = Sampled(2, 3.0)
-    convert(tmp_path / "dense", tmp_path / "c", Conversion(["sampled"], sampled=sampled))
+    wanted = Conversion(["sampled"], sampled_draws=2, sampled_temperature=3.0)
+    convert(tmp_path / "dense", tmp_path / "c", wanted)
     old, new = open_cache(tmp_path / "dense"), open_cache(tmp_path / "c")
     assert new.encodings == {"sampled": sampled}
     assert new.serving(["soft"], 3.0) == ["sampled"]
@@ -258,7 +260,27 @@ def test_a_cache_converted_from_dense_holds_the_draws_of_its_seeds(tmp_path: Pat
             live = sampled.encode(*arrays, old.seeds(view, shard))[LINES].numpy()
             assert np.array_equal(new.rows("sampled", view, shard, range(count))[LINES], live)
     with pytest.raises(CacheError, match="cannot be converted to sampled"):
-        convert(tmp_path / "c", tmp_path / "d", Conversion(sampled=Sampled(1, 3.0)))
+        convert(tmp_path / "c", tmp_path / "d", Conversion(sampled_draws=1))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), Sampled(2, 3.0)),
+        (("--sampled-draws", "4"), Sampled(4, 3.0)),
+        (("--sampled-temperature", "1.5"), Sampled(2, 1.5)),
+    ],
+)
+def test_convert_keeps_the_draws_and_temperature_that_are_not_given(
+    tmp_path: Path, flags: tuple[str, ...], expected: Sampled
+) -> None:
+    make(tmp_path / "dense", encodings=("dense",))
+    words = ("cache", "convert", tmp_path / "dense", tmp_path / "a", "--encoding", "dense")
+    draws = ("--sampled-draws", 2, "--sampled-temperature", 3)
+    assert world.cli(*words, "--encoding", "sampled", *draws) == 0
+    words = ("cache", "convert", tmp_path / "a", tmp_path / "b", "--encoding", "sampled")
+    assert world.cli(*words, *flags) == 0
+    assert open_cache(tmp_path / "b").encodings == {"sampled": expected}
 
 
 def test_the_noise_has_its_mean_and_spread() -> None:

@@ -15,7 +15,7 @@ from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.join import Join, join
 from cskd_pipeline.data.replay import cache_of, renderer_of
-from cskd_pipeline.distill.encodings import ENCODINGS, Sampled
+from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.distill.targets import SampledTargets
 from cskd_pipeline.tools.report import statistics
 from cskd_pipeline.tools.report.gallery import (
@@ -90,7 +90,8 @@ def test_labels_of_a_registered_encoding_alone(
 
 def test_labels_of_sampled_are_its_first_draw(tmp_path: Path) -> None:
     make(tmp_path / "dense", encodings=("dense",))
-    convert(tmp_path / "dense", tmp_path / "c", Conversion(["sampled"], sampled=Sampled(2, 3.0)))
+    wanted = Conversion(["sampled"], sampled_draws=2, sampled_temperature=3.0)
+    convert(tmp_path / "dense", tmp_path / "c", wanted)
     cache = open_cache(tmp_path / "c")
     labels = read_labels(cache, ROWS)
     assert (labels.encoding, labels.exact) == ("sampled", False)
