@@ -37,10 +37,10 @@ def serving(
 def refusal(cache: Cache, kinds: Collection[str], temperature: float, name: str) -> CacheError:
     """Make the error about a cache that lacks the encoding ``name``, or one for these losses."""
     known = name == "auto" or name in cache.encodings
-    words = {"hard": "hard targets", "soft": f"soft targets at temperature {temperature:g}"}
+    words = {"hard": "hard targets", "soft": f"soft targets at temperature {temperature}"}
     targets = " and ".join(words.get(kind, kind) for kind in sorted(kinds))
     nearest = [
-        f"--set distill.temperature={min(max(temperature, lowest), highest):g} for {other}"
+        f"--set distill.temperature={min(max(temperature, lowest), highest)} for {other}"
         for other, encoding in cache.encodings.items()
         for lowest, highest in [encoding.temperatures]
         if set(kinds) <= set(encoding.serves) and name in ("auto", other)

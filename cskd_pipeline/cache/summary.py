@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cskd_pipeline.cache.view_blocks import FileCounts
+from cskd_pipeline.distill.encodings import Sampled
 from cskd_pipeline.views.policy import ViewPolicy
 
 SHOWN = 5  # examples of what there may be thousands of
@@ -30,7 +31,7 @@ def summarise(info: Info) -> dict[str, Any]:
         "policy": _policy(info["policy"]),
         "views": f"{info['views']} of each sample; {info['epochs']} epochs see none of them twice",
         "complete": _completeness(info),
-        "encodings": {name: _encoding(e) for name, e in info["encodings"].items()},
+        "encodings": {name: _encoding(name, info) for name in info["encodings"]},
         "serves": _serves(info),
         "files": _files(info),
         "bytes": "not listed there" if info["bytes"] is None else size(info["bytes"]),
@@ -93,16 +94,23 @@ def _files(info: Info) -> str:
     return counts.advice or str(counts)
 
 
-def _encoding(encoding: Info) -> str:
+def kept(name: str, info: Info) -> str:
+    """Return how well an encoding of the cache serves: exactly, by draws, or approximately."""
+    if name == Sampled.name:
+        return f"by unbiased draws, {info['sampled']['draws']} of each location"
+    return "exactly" if info["encodings"][name]["exact"] else "approximately"
+
+
+def _encoding(name: str, info: Info) -> str:
+    encoding = info["encodings"][name]
     kinds = " and ".join(encoding["serves"])
-    kept = "exactly" if encoding["exact"] else "approximately"
     lowest, highest = encoding["min_temperature"], encoding["max_temperature"]
-    where = f" at temperatures of {lowest:g} and more" if lowest else ""
-    where = f" at temperature {lowest:g}" if lowest == highest else where
+    where = f" at temperatures of {lowest} and more" if lowest else ""
+    where = f" at temperature {lowest}" if lowest == highest else where
     each = encoding["bytes_per_view"]
     unknown = "bytes not known" if encoding["bytes"] is None else "no view yet"
     costs = unknown if each is None else f"{each:.4g} bytes a view"
-    return f"{costs}; {kinds} targets, {kept}{where}"
+    return f"{costs}; {kinds} targets, {kept(name, info)}{where}"
 
 
 def _serves(info: Info) -> str:

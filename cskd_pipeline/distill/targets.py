@@ -153,11 +153,11 @@ class SampledTargets:
         if temperature != self.temperature:
             raise CacheError(
                 "the sampled encoding cannot serve this temperature",
-                found=f"distill.temperature = {temperature:g}",
-                expected=f"{self.temperature:g}, which its draws were made at",
-                action=f"set distill.temperature to {self.temperature:g}, or make another cache "
+                found=f"distill.temperature = {temperature}",
+                expected=f"{self.temperature}, which its draws were made at",
+                action=f"set distill.temperature to {self.temperature}, or make another cache "
                 "from one with dense: cache convert --encoding sampled "
-                f"--sampled-temperature {temperature:g}",
+                f"--sampled-temperature {temperature}",
             )
 
     @staticmethod

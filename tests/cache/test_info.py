@@ -12,7 +12,7 @@ from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.summary import size, summarise
 from cskd_pipeline.cache.writer import CacheWriter
-from cskd_pipeline.distill.encodings import ENCODINGS
+from cskd_pipeline.distill.encodings import ENCODINGS, Sampled
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime.console import flatten
 from cskd_pipeline.views.policy import ViewPolicy
@@ -88,6 +88,19 @@ def test_encodings_say_what_they_serve(tmp_path: Path) -> None:
     assert (found["topk"]["min_temperature"], found["topk"]["max_temperature"]) == (1.0, None)
     assert found["sampled"]["min_temperature"] == found["sampled"]["max_temperature"] == 1.0
     assert found["dense-q8"]["serves"] == ["soft"]
+
+
+def test_a_summary_says_how_targets_are_served(tmp_path: Path) -> None:
+    made = manifest(encodings=tuple(ENCODINGS), sampled=Sampled(4, 1 / 3))
+    CacheWriter.create(tmp_path / "c", made)
+    found = summarise(describe(open_cache(tmp_path / "c")))["encodings"]
+    assert {name: text.split("; ")[1] for name, text in found.items()} == {
+        "dense": "hard and soft targets, exactly",
+        "dense-q8": "soft targets, approximately",
+        "topk": "soft targets, approximately at temperatures of 1.0 and more",
+        "envelope": "hard targets, exactly",
+        "sampled": f"soft targets, by unbiased draws, 4 of each location at temperature {1 / 3}",
+    }
 
 
 def test_the_parent_of_a_converted_cache_is_named(tmp_path: Path) -> None:

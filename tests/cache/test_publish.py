@@ -178,7 +178,10 @@ def test_labels_of_approximations_are_said_to_be_that(
             top, label = targets.global_log_probabilities(1.0)[0].exp().max(0)
             assert row["teacher_label"] == int(label)
             assert row["teacher_probability"] == pytest.approx(float(top))
-    assert "labels are approximations" in (tmp_path / "cache/README.md").read_text()
+    text = (tmp_path / "cache/README.md").read_text()
+    assert "labels are approximations" in text
+    kept = {"topk": "approximately", "sampled": "by unbiased draws, 1 of each location"}
+    assert f"| {encoding} | soft targets, {kept[encoding]} |" in text
 
 
 def test_datasets_opens_the_preview(published: Published, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_auto_is_the_smallest_exact_encoding_else_the_closest_approximation(
         (["dense", "envelope"], [*SOFT, "encoding=envelope"], "cannot serve soft targets"),
         (["dense"], ["encoding=envelope"], "has no encoding envelope"),
         (["sampled"], [*SOFT, "temperature=2.0"], "cannot serve soft targets at temperature 2"),
-        (["sampled"], [*SOFT, "temperature=2.0"], "distill.temperature=1 for sampled"),
+        (["sampled"], [*SOFT, "temperature=2.0"], "distill.temperature=1.0 for sampled"),
         (["sampled"], [], "cannot serve hard targets"),
         (["sampled", "envelope"], ["spatial_kind=soft"], "hard targets and soft targets"),
     ],

@@ -58,7 +58,7 @@ class Sampled:
         if not (1 <= draws <= 8 and 0.01 <= temperature <= 1000.0):
             raise UsageError(
                 "the sampled encoding cannot draw like this",
-                found=f"{draws} draws at temperature {temperature:g}",
+                found=f"{draws} draws at temperature {temperature}",
                 expected="1 to 8 draws at a temperature of 0.01 to 1000",
             )
         self.draws, self.temperature = draws, float(temperature)

@@ -262,7 +262,7 @@ def _require_tail(temperature: float) -> None:
     if temperature < 1.0:
         raise CacheError(
             "the topk encoding cannot serve this temperature",
-            found=f"distill.temperature = {temperature:g}",
+            found=f"distill.temperature = {temperature}",
             expected="1 or more: the tail's mass is known there",
             action="use a cache with the encoding dense or dense-q8",
         )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cskd_pipeline.cache.summary import size, summarise
+from cskd_pipeline.cache.summary import kept, size, summarise
 from cskd_pipeline.errors import printable
 from cskd_pipeline.tools import markdown
 from cskd_pipeline.tools.publish import preview, sums
@@ -64,6 +64,7 @@ def card(info: Info, location: str, table: pa.Table) -> str:
         info=info,
         about=summarise(info),
         size=size,
+        kept=kept,
         bibtex=markdown.fenced(info["cite"]["bibtex"]),
         columns=(columns := preview.columns_of(table)),
         thumbnails=any(column.type == "image" for column in columns),
