@@ -18,7 +18,7 @@ from cskd_pipeline.cache.digests import split_pin
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.layout import encodings_of
 from cskd_pipeline.cache.manifest import CacheManifest, utc_now
-from cskd_pipeline.cache.omitted import carry_lists
+from cskd_pipeline.cache.omitted import carry_corrupt, carry_lists
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.units import Unit, UnitBuffer, UnitData, encoded
 from cskd_pipeline.cache.view_blocks import choose_view_block
@@ -99,6 +99,8 @@ def convert(
     numbers = range(len(made.dataset.shards))
     own, theirs = {n: n for n in numbers}, {first + n: n for n in numbers}
     carry_lists(writer.path, [(writer.store, own), (reader.store, theirs)])
+    if len(numbers) == len(reader.counts):  # of a part of the tars another record is true
+        carry_corrupt(writer.path, reader.store)
     units = writer.todo()
     ready = [unit for unit in units if _in_source(reader, unit, first)]
     written = 0

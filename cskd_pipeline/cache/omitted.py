@@ -1,4 +1,7 @@
-"""``left_out.csv``: the samples that a command left out, listed in a run's or a cache's folder."""
+"""``left_out.csv``: the samples that a command left out, listed in a run's or a cache's folder.
+
+``corrupt.json`` beside it has what reading every image found, by the tars that were read.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from typing import NamedTuple
 
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.runtime.atomic import write_text
+from cskd_pipeline.runtime.atomic import write_bytes, write_text
 
-LIST = "left_out.csv"
+LIST, CORRUPT = "left_out.csv", "corrupt.json"
 
 
 class LeftOut(NamedTuple):
@@ -49,6 +52,13 @@ def carry_lists(target: Path, sources: Iterable[tuple[CacheStore, Mapping[int, i
     }
     if found:
         write_list(target / LIST, sorted(found, key=lambda sample: sample[1:]))
+
+
+def carry_corrupt(target: Path, source: CacheStore) -> None:
+    """Copy the source's ``corrupt.json``, so that a dump goes on without reading every image."""
+    record = source.beside(CORRUPT)
+    if record is not None:
+        write_bytes(target / CORRUPT, record)
 
 
 def _listed(store: CacheStore) -> list[LeftOut]:

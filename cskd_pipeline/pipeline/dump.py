@@ -20,6 +20,7 @@ import torch
 from cskd_pipeline import open_cache
 from cskd_pipeline.cache.info import describe as describe_cache
 from cskd_pipeline.cache.manifest import TeacherInfo
+from cskd_pipeline.cache.omitted import CORRUPT
 from cskd_pipeline.cache.summary import size
 from cskd_pipeline.config import DumpRecipe
 from cskd_pipeline.data.assemble import normalise
@@ -204,7 +205,7 @@ def without_corrupt_images(
     """
     if corrupt == "skip":
         return without_corrupt(dataset, left_out, workers=workers, doing="dumping")
-    record = left_out.path("corrupt.json")
+    record = left_out.path(CORRUPT)
     if record is not None and record.exists():
         raise UsageError(
             "this cache was started without the images that cannot be decoded",

@@ -8,7 +8,7 @@ import pytest
 
 from cskd_pipeline.cache.convert import Conversion, convert
 from cskd_pipeline.cache.merge import merge
-from cskd_pipeline.cache.omitted import LIST
+from cskd_pipeline.cache.omitted import CORRUPT, LIST
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import CacheError
 from tests.cache.making import make, manifest
@@ -23,6 +23,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("omitted") / "c"
     make(path, encodings=("envelope",))
     (path / LIST).write_text(LISTED)
+    (path / CORRUPT).write_text("{}")
     return path
 
 
@@ -30,6 +31,7 @@ def test_slices_list_their_own_and_what_is_merged_lists_all(source: Path, tmp_pa
     slices = [tmp_path / "a", tmp_path / "b"]
     for path, shards in zip(slices, ((0, 1), (1, 3)), strict=True):
         convert(source, path, Conversion(shards=shards))
+    assert not any((path / CORRUPT).exists() for path in slices)  # of other tars
     assert (slices[0] / LIST).read_text() == f"{HEADER}corrupt,0,3,a\n"
     assert (slices[1] / LIST).read_text() == f'{HEADER}corrupt,0,0,"b,""c"\ncorrupt,1,7,é\n'
     merge(slices, tmp_path / "whole")
@@ -46,13 +48,16 @@ def test_the_list_of_a_published_cache_comes_along(
     with serving(source) as served:
         convert(served.url, tmp_path / "c", Conversion(view_block=4))
         assert (tmp_path / "c" / LIST).read_text() == LISTED
+        assert (tmp_path / "c" / CORRUPT).read_text() == "{}"
         (source / LIST).unlink()
+        (source / CORRUPT).unlink()
         try:
             monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "others"))
             convert(served.url, tmp_path / "d")
         finally:
             (source / LIST).write_text(LISTED)
-    assert not (tmp_path / "d" / LIST).exists()
+            (source / CORRUPT).write_text("{}")
+    assert not any((tmp_path / "d" / name).exists() for name in (LIST, CORRUPT))
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n", f"{HEADER}corrupt,x,0,k\n", f"{HEADER}corrupt,0\n"])
