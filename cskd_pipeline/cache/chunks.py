@@ -42,7 +42,7 @@ class Folder:
     lists: bool
     """Say that :meth:`names` lists what there is; else :meth:`there` finds it."""
     at_once: int
-    """How many files are best read at a time."""
+    """The number of files that are best read at a time."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.lists, self.at_once = root, True, 1

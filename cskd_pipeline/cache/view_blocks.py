@@ -1,4 +1,4 @@
-"""How many views a unit has, and how many files that makes of a cache.
+"""The size of a unit in views, and the number of files that it makes of a cache.
 
 A unit has a few files, however many views it holds: larger blocks of views make fewer files. Where
 responses are read view by view, a chunk is one view of one tar shard whatever the block is.

@@ -1,4 +1,4 @@
-"""What an encoding that a user registers must keep to, or is refused before anything is written."""
+"""An encoding that a user registers keeps to the contract, or is refused before any write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cache is published with: files beside its arrays that hubs, and people, read.
+"""Publishing a cache: files beside its arrays that hubs, and people, read.
 
 ``publish_cache`` writes them all: ``cache_card`` the README, ``preview`` some views as Parquet,
 ``sums`` every file's SHA-256, ``croissant`` the description that machines read. No reader of caches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,14 +63,12 @@ COLUMNS = (
 
 def require_pyarrow() -> None:
     """Raise a MissingPackageError without pyarrow."""
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError as error:
+    if find_spec("pyarrow") is None:
         raise MissingPackageError(
             "the preview is written by an optional package",
             found="no pyarrow",
             action="pip install 'cskd-pipeline[hub]'",
-        ) from error
+        )
 
 
 def draw_rows(cache: Cache, count: int, seed: int) -> np.ndarray:
