@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cskd_pipeline import CacheSection, Loading, TeacherInfo, WriteOptions, open_cache, write_cache
+from cskd_pipeline.cache.claims import FOLDER
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.errors import CacheError, OutputError, TeacherError, UsageError
@@ -105,6 +107,22 @@ def test_a_loop_that_is_left_writes_what_is_complete(dataset: Dataset, tmp_path:
     out = fill(opened(tmp_path / "cache", dataset), stop=bool)
     assert 0 < out.views_written < out.views_total
     assert open_cache(tmp_path / "cache").done().sum() == 1
+
+
+def test_logits_are_a_sign_of_life_before_a_unit_is_complete(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    loading, options = Loading(batch_size=1), WriteOptions(patience=0.0)
+    cache = cache_of(tmp_path / "cache")
+    out = write_cache(cache, dataset, TEACHER, POLICY, loading=loading, options=options)
+    with out:
+        batch = next(iter(out))
+        claims = [*(tmp_path / "cache" / FOLDER).iterdir()]
+        for claim in claims:
+            os.utime(claim, (0, 0))
+        assert not out.put(batch, *network(batch.images))
+        assert claims
+        assert all(claim.stat().st_mtime > 0 for claim in claims)
 
 
 def test_more_views_extend_it_and_ranges_share_it(
