@@ -118,10 +118,6 @@ class TarShard:
         """Name sample ``i`` in an error message."""
         return f"{self.path}: {self.key(i)}"
 
-    def read_image(self, i: int) -> bytes:
-        """Read the bytes of sample ``i``'s image."""
-        return next(self.read_images([i]))
-
     def read_images(self, rows: Iterable[int]) -> Iterator[bytes]:
         """Yield the images of samples ``rows``, in that order, from one opening of the file.
 

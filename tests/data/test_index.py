@@ -87,7 +87,7 @@ def test_a_data_set_opened_by_its_manifest_reads_no_tar(
         assert dataset.shard_ids == manifest.shard_ids
         assert (dataset.name, dataset.num_classes) == ("birds & others", 5)
         assert describe(dataset) == manifest
-    assert dataset.shards[0].read_image(0)
+    assert next(dataset.shards[0].read_images([0]))
 
 
 def test_shards_in_several_folders_are_named_below_what_they_share(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_a_tar_whose_bytes_are_not_the_manifests_is_refused(
     path.write_bytes(data)
     remote = load_dataset(f"{served.url}/set/manifest.json")
     with pytest.raises(ShardError, match="not the one that was described") as caught:
-        remote.shards[0].read_image(0)
+        next(remote.shards[0].read_images([0]))
     assert caught.value.expected == remote.shards[0].info.sha256  # type: ignore[union-attr]
     assert not tars(copies)
 
@@ -192,7 +192,7 @@ def test_failures_that_stay_are_errors(served: Served) -> None:
     dataset = load_dataset(pattern(served))
     served.always["0001.tar"] = 503
     with pytest.raises(RemoteError, match="the shards cannot be reached"):
-        dataset.shards[1].read_image(0)
+        next(dataset.shards[1].read_images([0]))
     served.always["0001.tar"] = 403
     with pytest.raises(RemoteError, match="the shards may not be read"):
         load_dataset(pattern(served))
@@ -219,7 +219,7 @@ def test_a_tar_exchanged_since_its_headers_were_read_is_refused(
     dataset = load_dataset(pattern(served))
     exchange(folder / "train-0000.tar")
     with pytest.raises(ShardError, match="the tar was exchanged while it was in use"):
-        dataset.shards[0].read_image(0)
+        next(dataset.shards[0].read_images([0]))
     assert not tars(copies)
 
 
@@ -236,11 +236,11 @@ def test_a_tar_exchanged_during_its_transfer_is_no_mixture(
 
     monkeypatch.setattr(remote_files.time, "sleep", later)
     with pytest.raises(ShardError, match="exchanged"):
-        dataset.shards[0].read_image(0)
+        next(dataset.shards[0].read_images([0]))
 
 
 def test_an_exchanged_tar_is_another_one_for_the_next_command(served: Served, folder: Path) -> None:
-    load_dataset(pattern(served)).shards[0].read_image(0)
+    next(load_dataset(pattern(served)).shards[0].read_images([0]))
     data = (folder / "train-0002.tar").read_bytes()
     (folder / "train-0000.tar").write_bytes(data)
     (folder / "train-0002.tar").unlink()
@@ -252,12 +252,12 @@ def test_copies_are_shared_and_an_evicted_one_is_fetched_again(
     served: Served, folder: Path, copies: Path
 ) -> None:
     dataset = load_dataset(pattern(served))
-    image = dataset.shards[0].read_image(3)
-    assert load_dataset(pattern(served)).shards[0].read_image(3) == image
+    image = next(dataset.shards[0].read_images([3]))
+    assert next(load_dataset(pattern(served)).shards[0].read_images([3])) == image
     assert served.gets("0000.tar").count(None) == 1
     for path in tars(copies):
         path.unlink()
-    assert dataset.shards[0].read_image(3) == image
+    assert next(dataset.shards[0].read_images([3])) == image
     assert served.gets("0000.tar").count(None) == 2
 
 
@@ -288,7 +288,7 @@ def test_room_for_less_than_a_tar_or_a_batch_is_refused(
     assert "CSKD_CACHE_GB" in str(caught.value.action)
     monkeypatch.setenv("CSKD_CACHE_GB", str(0.5 * size / 1e9))
     with pytest.raises(UsageError, match="smaller than what one tar"):
-        dataset.shards[sizes.index(max(sizes))].read_image(0)
+        next(dataset.shards[sizes.index(max(sizes))].read_images([0]))
 
 
 def test_a_dump_fetches_the_tars_of_the_next_units(served: Served, copies: Path) -> None:

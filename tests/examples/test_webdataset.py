@@ -56,7 +56,7 @@ def test_every_sample_comes_with_its_view_and_targets(
 
 def images(root: Path) -> dict[str, bytes]:
     return {
-        shard.key(i): shard.read_image(i)
+        shard.key(i): next(shard.read_images([i]))
         for shard in load_dataset(str(root / "shards")).shards
         for i in range(len(shard))
     }

@@ -51,7 +51,7 @@ def live_answers(shards: Path, cache: Path) -> Iterator[LiveAnswer]:
     std = np.array(teacher.std, np.float32)
     for number, shard in enumerate(load_dataset(str(shards)).shards):
         count = len(shard)
-        images = [decode(shard.read_image(i), shard.key(i)) for i in range(count)]
+        images = [decode(next(shard.read_images([i])), shard.key(i)) for i in range(count)]
         for view in range(manifest.views):
             seeds = [view_seed(root, key, view) for key in shard.keys]
             sizes = [(im.shape[1], im.shape[0]) for im in images]

@@ -72,7 +72,10 @@ def turned(shards: Path, to: Path, names: Sequence[str] | None) -> Path:
     for shard in load_dataset(shards).shards:
         rows = range(len(shard))
         content = [
-            (shard.key(i), {"jpg": shard.read_image(i), "cls": b"%d" % (3 - shard.label(i))})
+            (
+                shard.key(i),
+                {"jpg": next(shard.read_images([i])), "cls": b"%d" % (3 - shard.label(i))},
+            )
             for i in rows
         ]
         write_shard(to / shard.path.name, content)

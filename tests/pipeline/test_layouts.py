@@ -41,7 +41,9 @@ def samples(small: World) -> list[Sample]:
     found: list[Sample] = []
     for shard in load_dataset(small.shards).shards:
         for i, key in enumerate(shard.keys):
-            found.append((key, {"jpg": shard.read_image(i), "cls": b"%d" % shard.label(i)}))
+            found.append(
+                (key, {"jpg": next(shard.read_images([i])), "cls": b"%d" % shard.label(i)})
+            )
     return found
 
 

@@ -215,7 +215,7 @@ def pixels(shards: Path, reader: Cache, view: int, shard: int, offset: int) -> n
     seeds, views = [], []
     for sample in (offset, partner):
         seeds.append(int(reader.seeds(view, shard)[sample]))
-        image = decode(tar.read_image(sample), tar.key(sample))
+        image = decode(next(tar.read_images([sample])), tar.key(sample))
         params = draw(seeds[-1], policy, image.shape[1], image.shape[0])
         views.append(to_float(render(image, params, policy), params, policy))
     return mix_pixels(views[0], views[1], draw_mix(seeds[0], seeds[1], policy))
