@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from email.utils import formatdate
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -42,6 +43,7 @@ class Served:
         asked: method, path and Range of every request.
         headers: of every request, by name in lower case.
         ranges: whether Range is heeded.
+        etags: whether files have an ETag; the date of their last change otherwise.
         rate: bytes a second of each connection; None: as fast as it goes.
     """
 
@@ -52,7 +54,7 @@ class Served:
         self.replies: dict[str, Reply] = {}
         self.asked: list[tuple[str, str, str | None]] = []
         self.headers: list[dict[str, str]] = []
-        self.ranges = True
+        self.ranges = self.etags = True
         self.rate: float | None = None
         self.url = ""
         self.lock = threading.Lock()
@@ -111,7 +113,10 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None:
             return self.send(404, b"not found", body)
         start, status, headers = 0, 200, {"Accept-Ranges": "bytes"}
-        headers["ETag"] = _etag(found)
+        if self.served.etags:
+            headers["ETag"] = _etag(found)
+        else:
+            headers["Last-Modified"] = formatdate((self.served.root / path[1:]).stat().st_mtime)
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
         total = len(found)
         if match and self.served.ranges:

@@ -125,9 +125,10 @@ class ByteRange:
 class HttpResponse:
     """The bytes of a file from ``start`` on.
 
-    ``total`` is the file's length, if it is known; ``version`` the ETag, empty if there is none;
-    ``part`` says that the server has heeded a range. ``address`` is where on another
-    server redirects led to, which may hold a secret and is good for a while; None without any.
+    ``total`` is the file's length, if it is known; ``version`` the ETag, or the date of the last
+    change, or empty; ``part`` says that the server has heeded a range. ``address`` is where on
+    another server redirects led to, which may hold a secret and is good for a while; None without
+    any.
     """
 
     start: int
@@ -165,7 +166,8 @@ def from_web(
     try:
         part = response.status == 206
         begin = wanted.start if part else 0  # a server that knows no ranges sends all of it again
-        total, version = _total(response.headers, begin, part), response.headers.get("ETag", "")
+        total = _total(response.headers, begin, part)
+        version = response.headers.get("ETag") or response.headers.get("Last-Modified", "")
         moved = response.url.origin() != yarl.URL(url).origin()
         address = str(response.url) if moved else None
         yield HttpResponse(begin, total, version, part, address, response.content.read)

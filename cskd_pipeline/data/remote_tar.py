@@ -1,9 +1,10 @@
 """A tar at a URL: its headers by requests for ranges, its images from a copy on this machine.
 
 A copy is a whole tar, kept as a cache's files are (:class:`~cskd_pipeline.cache.mirror.Mirror`),
-under a name that follows from the URL and from what the server states of the file: length and ETag,
-or the SHA-256 where a manifest or the store has it. So a tar that is exchanged is never taken for
-the one whose headers were read. Copies are compared with all of that before they get their name.
+under a name that follows from the URL and from what the server states of the file: length and ETag
+(or date), or the SHA-256 where a manifest or the store has it. So a tar that is exchanged is never
+taken for the one whose headers were read. Copies are compared with all of that before they get
+their name.
 
 Indices of tars, and their SHA-256 once they were fetched, are noted beside the copies and outlast
 them: headers are requested once on a machine.
@@ -44,7 +45,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Stated:
-    """State a tar's ``size`` in bytes, ``version`` (its ETag, or empty), ``sha256`` if known.
+    """State a tar's ``size`` in bytes, ``version`` (ETag, date or empty), ``sha256`` if known.
 
     ``ranges``: the server sends parts of it.
     """
@@ -87,8 +88,16 @@ class RemoteTar:
         return hashlib.sha256(f"{self.url} {known}".encode()).hexdigest()[:32] + ".tar"
 
     def with_sha256(self, sha256: str | None) -> RemoteTar:
-        """Return the tar that must have this SHA-256, by a manifest; None: unknown to it."""
-        return self if sha256 is None else replace(self, stated=replace(self.stated, sha256=sha256))
+        """Return the tar that must have this SHA-256, by a manifest; None: unknown to it.
+
+        Raises:
+            ShardError: its store states another.
+        """
+        if sha256 is None:
+            return self
+        if self.stated.sha256 not in (None, sha256):
+            raise _not_described(self.url, self.stated.sha256, sha256)
+        return replace(self, stated=replace(self.stated, sha256=sha256))
 
     def fetch(self) -> None:
         """Have a copy on this machine.
@@ -123,8 +132,12 @@ class RemoteTar:
         return self.stated.sha256 or tars_in(self.parent).noted_sha256(self._name)
 
     def noted(self, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Return what was made of its headers before, on this machine, or make and note it."""
-        return tars_in(self.parent).noted(f"{self._name}.npz", make)
+        """Return what was made of its headers before, on this machine, or make and note it.
+
+        Headers are read before the SHA-256 is compared: what the server states is in the name too.
+        """
+        version = hashlib.sha256(self.stated.version.encode()).hexdigest()[:32]
+        return tars_in(self.parent).noted(f"{self._name}.{version}.npz", make)
 
 
 Tar = Path | RemoteTar
@@ -148,7 +161,7 @@ class RemoteTars(RemoteFiles):
         def request(pace: Pace) -> Stated:
             with self._response(key, 0, pace, 1) as response:
                 if response.total is None:
-                    raise OSError("the server does not tell the file's length")
+                    raise OSError("the server does not state the file's length")
                 return Stated(response.total, response.version, response.part)
 
         return self._insisting(key, request)
@@ -262,12 +275,15 @@ class RemoteTars(RemoteFiles):
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
-        except (OSError, ValueError, zipfile.BadZipFile):  # there is none, or a damaged one
-            made = make()
+        except FileNotFoundError:
+            pass
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            log.warning(f"{path}: damaged, and written anew: {error}")
+        made = make()
 
         def write(partial: Path) -> None:
             with open(partial, "wb") as file:
-                np.savez(file, **made)  # type: ignore[arg-type]
+                np.savez(file, **made)  # type: ignore[arg-type]  # no array is its allow_pickle
 
         atomic_write(path, write)
         return made
@@ -296,6 +312,8 @@ class RemoteTars(RemoteFiles):
             file.seek(0)
             file.truncate()
             version = self._fetch(key, file, stated.size)
+            if stated.sha256 is not None:  # decides; some servers state a version each of one file
+                version = stated.version
             self._require_same(key, stated, file.tell(), version)
             file.flush()
             os.fsync(file.fileno())  # or a power cut may leave zeros under a name that is believed
@@ -304,27 +322,20 @@ class RemoteTars(RemoteFiles):
             if found == (stated.sha256 or found):
                 return self._note_sha256(name, found)
             if not again:
-                raise ShardError(
-                    "the tar is not the one that was described: its bytes differ",
-                    where=self.where(key),
-                    found=f"SHA-256 {found}",
-                    expected=stated.sha256,
-                    action="publish the shards again as they were, or describe them anew: "
-                    "cskd-pipeline index",
-                )
+                raise _not_described(self.where(key), found, stated.sha256)
 
     def _note_sha256(self, name: str, sha256: str) -> None:
         write_text(self.root / f"{name}.sha256", sha256)
 
     def _require_same(self, key: str, stated: Stated, size: int | None, version: str) -> None:
-        exchanged = stated.sha256 is None and version != stated.version
-        if size == stated.size and not exchanged:
+        listed = stated.sha256 is not None and not stated.version  # its listing has no ETag
+        if size == stated.size and (listed or version == stated.version):
             return
         raise ShardError(
             "the tar was exchanged while it was in use",
             where=self.where(key),
-            found=f"{size} bytes, ETag {version or 'none'}",
-            expected=f"{stated.size} bytes, ETag {stated.version or 'none'}, as at the start",
+            found=f"{size} bytes, version {version or 'not stated'}",
+            expected=f"{stated.size} bytes, version {stated.version or 'not stated'}",
             action="run the same command again once the shards stay as they are",
         )
 
@@ -340,6 +351,16 @@ class RemoteTars(RemoteFiles):
                 expected="the tar that was there at the start",
                 action="publish the shards again, or describe what is there: cskd-pipeline index",
             ) from error
+
+
+def _not_described(url: str, found: str | None, expected: str | None) -> ShardError:
+    return ShardError(
+        "the tar is not the one that was described: its bytes differ",
+        where=url,
+        found=f"SHA-256 {found}",
+        expected=expected,
+        action="publish the shards again as they were, or describe them anew: cskd-pipeline index",
+    )
 
 
 def tars_in(folder: str) -> RemoteTars:

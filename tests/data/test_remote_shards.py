@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -213,9 +214,12 @@ def exchange(path: Path) -> None:
     path.write_bytes(data[:600] + bytes(16) + data[616:])
 
 
+@pytest.mark.parametrize("etags", [True, False])
 def test_a_tar_exchanged_since_its_headers_were_read_is_refused(
-    served: Served, folder: Path, copies: Path
+    served: Served, folder: Path, copies: Path, etags: bool
 ) -> None:
+    served.etags = etags
+    os.utime(folder / "train-0000.tar", (0, 0))
     dataset = load_dataset(pattern(served))
     exchange(folder / "train-0000.tar")
     with pytest.raises(ShardError, match="the tar was exchanged while it was in use"):
@@ -246,6 +250,37 @@ def test_an_exchanged_tar_is_another_one_for_the_next_command(served: Served, fo
     (folder / "train-0002.tar").unlink()
     spec = f"{served.url}/set/train-0000.tar"
     assert load_dataset(spec).counts == (COUNTS[2],)
+
+
+def test_headers_of_a_wrong_tar_are_not_taken_for_the_described_ones(
+    served: Served, folder: Path
+) -> None:
+    """Not even later, once the tar that the manifest describes is there again."""
+    index_shards(folder).save(folder / "manifest.json")
+    path, spec = folder / "train-0000.tar", f"{served.url}/set/manifest.json"
+    described, labels = path.read_bytes(), load_dataset(folder).shards[0].index.label.tolist()
+    with tarfile.open(path) as tar:
+        start = next(m.offset_data for m in tar if m.name.endswith(".cls"))
+    path.write_bytes(described[:start] + bytes([described[start] ^ 1]) + described[start + 1 :])
+    assert load_dataset(spec).shards[0].index.label.tolist() != labels
+    path.write_bytes(described)
+    assert load_dataset(spec).shards[0].index.label.tolist() == labels
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 no zip", b"\x93NUMPY", None])
+def test_a_damaged_note_of_headers_is_written_anew(
+    served: Served, folder: Path, copies: Path, content: bytes | None, caplog: Any
+) -> None:
+    load_dataset(pattern(served))
+    notes = list(copies.rglob("*.npz"))
+    assert len(notes) == len(COUNTS)
+    for note in notes:
+        whole = note.read_bytes()
+        note.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    for damaged in (len(COUNTS), 0):
+        caplog.clear()
+        assert_same(load_dataset(pattern(served)), load_dataset(folder))
+        assert caplog.text.count("damaged, and written anew") == damaged
 
 
 def test_copies_are_shared_and_an_evicted_one_is_fetched_again(
@@ -383,6 +418,21 @@ def test_shards_on_the_hub_read_as_their_folder_and_have_its_sha256(
         requests = zip(served.asked, served.headers, strict=True)
         logins = {h.get("authorization") for (_, path, _), h in requests if REPOSITORY in path}
         assert logins == {"Bearer hf_test"}
+
+
+def test_a_tar_of_which_the_hub_states_another_sha256_is_refused_at_once(
+    folder: Path, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(folder.parent, "hub") as served:
+        take_for_the_hub(served.url, monkeypatch)
+        index_shards(f"hf://datasets/{REPOSITORY}/set").save(tmp_path / "train.json")
+        exchange(folder / "train-0000.tar")
+        fresh(copies)
+        before = len(served.gets(".tar"))
+        with pytest.raises(ShardError, match="not the one that was described") as caught:
+            load_dataset(tmp_path / "train.json")
+        assert str(caught.value.where).endswith("train-0000.tar")
+        assert len(served.gets(".tar")) == before
 
 
 def test_headers_behind_redirects_are_requested_where_these_lead(
