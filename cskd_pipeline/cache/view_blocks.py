@@ -45,7 +45,10 @@ class FileCounts(NamedTuple):
         """Return what to do about a finished cache with an excess; None where there is none."""
         if self.excess is None:
             return None
-        return f"{self}, {self.excess}: cache convert --view-block 0 makes fewer"
+        return (
+            f"{self}, {self.excess}: cache convert makes fewer, with --view-block 0 or, of dense "
+            "and dense-q8, which have a file for each view and shard, with another --encoding"
+        )
 
 
 def count_files(manifest: CacheManifest) -> FileCounts:

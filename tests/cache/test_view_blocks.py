@@ -93,6 +93,8 @@ def test_300_views_of_imagenet_are_within_the_hubs_limits() -> None:
     assert few.files < 40_000
     assert few.largest_folder < 5_000
     assert few.excess is None
+    dense = of_size(IMAGENET, encodings=("dense",))  # no block helps
+    assert count_files(replace(dense, view_block=choose_view_block(dense, IMAGENET))).excess
     both = FileCounts(100_001, 10_001)
     assert (
         both.excess
@@ -193,5 +195,6 @@ def test_info_counts_the_files_and_says_how_to_have_fewer(tmp_path: Path) -> Non
     told = summarise({**info, "files": 187_403, "largest_folder": SHARDS})["files"]
     assert told == (
         "187,403 files, at most 1,024 in a folder, more than the 100,000 a repository that the Hub "
-        "recommends: cache convert --view-block 0 makes fewer"
+        "recommends: cache convert makes fewer, with --view-block 0 or, of dense and dense-q8, "
+        "which have a file for each view and shard, with another --encoding"
     )
