@@ -62,7 +62,7 @@ def _old_manifest(root: Path) -> CacheManifest | None:
     path = root / layout.GROUP
     document = schemas.read(path) if path.exists() else None
     try:
-        content = document["attributes"][layout.ATTRIBUTE]  # type: ignore[index]  # refused below
+        content = document["attributes"][layout.ATTRIBUTE]  # type: ignore[index]  # else a TypeError
         old, digest = dict(content["manifest"]), content["sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise CacheError(

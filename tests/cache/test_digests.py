@@ -207,6 +207,7 @@ def test_digests_are_what_the_page_says(tmp_path: Path) -> None:
             record = b"".join(
                 [bytes.fromhex(unit), bytes.fromhex(lineage), *(f.digest() for f in files.values())]
             )
+            # A group may hold groups; this one is an array.
             row = np.asarray(group["digest"][block]).reshape(len(COUNTS), -1)[shard]  # type: ignore[index]
             assert row.tobytes() == record
             units += bytes.fromhex(unit)
@@ -413,9 +414,8 @@ def test_an_upgrade_that_was_stopped_goes_on(tmp_path: Path) -> None:
     whole = tree(tmp_path / "c")
     downgrade(tmp_path / "c")
     for number in range(UNITS):
-        answers = iter([False] * number + [True])
         with pytest.raises(KeyboardInterrupt):
-            upgrade(tmp_path / "c", stopped=lambda a=answers: next(a))  # type: ignore[misc]
+            upgrade(tmp_path / "c", stopped=iter([False] * number + [True]).__next__)
         with pytest.raises(CacheError, match="format version 1"):
             open_cache(tmp_path / "c")
     upgrade(tmp_path / "c")
