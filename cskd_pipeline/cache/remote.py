@@ -98,7 +98,7 @@ class RemoteFolder(RemoteFiles, Folder):
         """Request each file; what was there once is not requested again."""
         found = []
         with (
-            progress(len(keys), "units", "asking which are finished") as meter,
+            progress(len(keys), "units", "looking for finished units") as meter,
             ThreadPoolExecutor(CONNECTIONS) as pool,
         ):
             for there in pool.map(self._is_there, keys):

@@ -37,12 +37,8 @@ PACKAGES = {
 TRIES = 6  # in a row, of what may be otherwise the next time
 WAIT = 0.5  # seconds before the second try; about twice as many before each further one
 CONNECTIONS = 32  # at once, to find out what is there
-_FINAL = frozenset(range(400, 500)) - {
-    404,
-    408,
-    425,
-    429,
-}  # statuses that another request won't change
+# Statuses that another request won't change.
+_FINAL = frozenset(range(400, 500)) - {404, 408, 425, 429}
 _LOGIN = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError")  # botocore's
 # What no network does: our own mistakes, or a library's.
 _BUGS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError)
@@ -189,7 +185,7 @@ class RemoteFiles:
             return transfers.within(pace, lambda: int(self._fs().info(self.where(key))["size"]))
         with self._response(key, 0, pace) as response:
             if response.total is None:
-                raise OSError("the server does not tell the file's length")
+                raise OSError("the server does not state the file's length")
             return response.total
 
     def _insisting(self, key: str, request: Callable[[Pace], T]) -> T:

@@ -89,10 +89,10 @@ class CachedLoader:
         memory_format: memory format of the images.
 
     Raises:
-        UsageError: an option out of range, or a batch that cannot be cut into equal parts.
+        UsageError: an option out of range, a batch that cannot be cut into equal parts, or one
+            whose tars, at a URL, exceed the room for copies.
         CacheError: fewer views than ``repeats``.
         DataError: fewer samples than one batch.
-        UsageError: the tars of one batch, at a URL, exceed the room for copies.
     """
 
     views: TrainingViews

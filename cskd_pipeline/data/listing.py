@@ -312,7 +312,7 @@ def _stated(paths: Sequence[Path | _Url], parts: Sequence[str]) -> tuple[Tar, ..
                 return None
 
         with (
-            progress(len(urls), "shards", "asking which there are") as meter,
+            progress(len(urls), "shards", "looking for shards") as meter,
             ThreadPoolExecutor(CONNECTIONS) as pool,
         ):
             for url, tar in zip(urls, pool.map(state, urls), strict=True):
