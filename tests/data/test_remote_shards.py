@@ -11,7 +11,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ import pytest
 from cskd_pipeline.cache import remote_files
 from cskd_pipeline.cache.manifest import DatasetManifest
 from cskd_pipeline.data import remote_tar
+from cskd_pipeline.data.cached_loader import CachedLoader
 from cskd_pipeline.data.describe import describe, index_shards
+from cskd_pipeline.data.evalset import eval_loader
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.listing import expand_shards
@@ -30,8 +32,10 @@ from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.range_file import RangeFile
 from cskd_pipeline.data.read_ahead import THREAD
 from cskd_pipeline.data.remote_tar import RemoteTar, RemoteTars, require_room
+from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.data.unit_views import EARLY, Loading, unit_batches
 from cskd_pipeline.errors import DataError, RemoteError, ShardError, UsageError
+from cskd_pipeline.models.student import Preprocessing
 from cskd_pipeline.tools.make_shards import make_shards
 from cskd_pipeline.views.policy import ViewPolicy
 from tests.conftest import COUNTS
@@ -324,6 +328,34 @@ def test_room_for_less_than_a_tar_or_a_batch_is_refused(
     monkeypatch.setenv("CSKD_CACHE_GB", str(0.5 * size / 1e9))
     with pytest.raises(UsageError, match="smaller than what one tar"):
         next(dataset.shards[sizes.index(max(sizes))].read_images([0]))
+
+
+def training(dataset: Dataset) -> Iterator[object]:
+    views = TrainingViews.of_dataset(dataset, ViewPolicy(size=32), 0)
+    return CachedLoader(views, 4, repeats=1, shuffle_shards=1).batches()
+
+
+def evaluation(dataset: Dataset) -> Iterator[object]:
+    preprocessing = Preprocessing(32, 1.0, "bilinear", (0.0,), (1.0,))
+    return iter(eval_loader(dataset, preprocessing, batch_size=4))
+
+
+def comparison(dataset: Dataset) -> Iterator[object]:
+    return ImageSource(dataset.shards).crc32(SampleSet.of(dataset).every())
+
+
+@pytest.mark.parametrize("reader", [training, evaluation, comparison])
+def test_tars_are_fetched_before_they_are_read(
+    served: Served, copies: Path, reader: Callable[[Dataset], Iterator[object]]
+) -> None:
+    """One item is of two tars at most."""
+    items = reader(load_dataset(pattern(served)))
+    next(items)
+    end = time.monotonic() + 10
+    while len(tars(copies)) < 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(tars(copies)) >= 3
+    items.close()  # type: ignore[attr-defined]  # of a generator
 
 
 def test_a_dump_fetches_the_tars_of_the_next_units(served: Served, copies: Path) -> None:
