@@ -64,7 +64,7 @@ class Contender:
         found = [mean for run in self.runs if (mean := run.mean(column)) is not None]
         return fmean(found) if found else None
 
-    def curve(self, column: str, scale: float = 1.0, *, timed: bool = False) -> Series | None:
+    def curve(self, column: str, *, timed: bool = False) -> Series | None:
         """Return the mean of a column over epochs, or seconds, and the seeds' range as its band.
 
         None of fewer than two points, or where the seconds were not logged.
@@ -75,7 +75,7 @@ class Contender:
         if len(epochs) < 2 or spent is None:
             return None
         x = [fmean(each[epoch - 1] for each in spent) if timed else epoch for epoch in epochs]
-        y = [[scale * values[epoch] for values in logged] for epoch in epochs]
+        y = [[values[epoch] for values in logged] for epoch in epochs]
         band = ([min(each) for each in y], [max(each) for each in y]) if len(logged) > 1 else ()
         return Series(self.name, x, [fmean(each) for each in y], self.style, *band)
 
