@@ -101,7 +101,7 @@ def test_more_files_than_the_hub_recommends_are_warned_of(
     monkeypatch.setattr("cskd_pipeline.cache.view_blocks.HUB_FILES", 20)
     publish(copied, replace(OPTIONS, samples=1))
     assert "more than the 20 a repository that the Hub recommends" in caplog.text
-    assert "cache convert --view-block 0" in caplog.text
+    assert "cache convert makes fewer, with --view-block 0" in caplog.text
 
 
 # --- the preview ----------------------------------------------------------------------------------
