@@ -1,12 +1,13 @@
 """Commands as processes of their own that start in milliseconds, to be killed and measured.
 
-One server process loads torch and timm once, and nothing of this package. It forks a copy of itself
-for every command, so a real process with real signals costs no more than the work it does.
+One server process loads the large libraries once, and nothing of this package. It forks a copy of
+itself for every command, so a real process with real signals costs no more than the work it does.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import resource
@@ -116,10 +117,14 @@ def server() -> Server:
 
 
 def _serve() -> None:
+    import numba  # noqa: F401
     import timm  # noqa: F401
     import torch
+    import webdataset  # noqa: F401
+    from torch.utils import tensorboard  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # no collection in a forked process looks through what was loaded here
     for line in sys.stdin:
         request = json.loads(line)
         if "run" in request:

@@ -18,8 +18,8 @@ from tests.processes import server
 
 __all__ = ["small", "unsynced"]
 
-MEMORY = 300 * 10**6
-"""Bytes that a command may take beyond a process with torch loaded, honest work included."""
+MEMORY = 240 * 10**6
+"""Bytes that a command may take beyond an idle one: see ``idle``; honest work included."""
 
 
 @pytest.fixture

@@ -268,7 +268,7 @@ def test_an_image_bomb_is_refused_with_its_sample(
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     words = (*stages.dump(tmp_path / "cache", workers=0), "--set", "data.num_classes=4")
-    message = bounded(*words, "--shards", tmp_path / "t.tar", memory=300 * 10**6)
+    message = bounded(*words, "--shards", tmp_path / "t.tar", memory=240 * 10**6)
     assert "t.tar: key_7" in message
 
 

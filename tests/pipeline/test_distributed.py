@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import itertools
 import multiprocessing
 import os
@@ -82,8 +83,10 @@ def start(
         context.Process(target=target, args=(rank, ranks, port, words))
         for rank in range(ranks - missing)
     ]
+    gc.freeze()  # what was loaded here, no collection in a rank looks through
     for process in processes:
         process.start()
+    gc.unfreeze()
     return processes
 
 
