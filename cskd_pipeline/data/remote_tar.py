@@ -125,7 +125,11 @@ class RemoteTar:
 
     def sha256(self) -> str:
         """Return its SHA-256: stated, or noted when it was fetched, which is done if need be."""
-        return self.stated.sha256 or tars_in(self.parent).sha256(self._key, self._name, self.stated)
+        found = self.known_sha256()
+        if found is None:
+            with self.open() as file:
+                found = self.known_sha256() or hashlib.file_digest(file, "sha256").hexdigest()
+        return found
 
     def known_sha256(self) -> str | None:
         """Return its SHA-256 if it is stated, or was noted; nothing is fetched."""
@@ -221,29 +225,24 @@ class RemoteTars(RemoteFiles):
         length = part.stop - part.start
 
         def request(pace: Pace) -> bytes:
-            address = self._addresses.pop(key, None)
+            address, data = self._addresses.pop(key, None), bytearray()
             try:
-                data = receive(pace, address)
+                with (
+                    self._response(key, part.start, pace, part.stop)
+                    if address is None
+                    else transfers.from_web(address, part, self.where(key), pace, {})
+                ) as response:
+                    if not response.part:
+                        raise OSError("the whole file where a part of it was requested")
+                    self._require_same(key, stated, response.total, response.version)
+                    for piece in response.pieces(pace):
+                        data += piece
+                        if len(data) > length:
+                            raise OSError(f"more than the {length} bytes that were requested")
             except transfers.StatusError as error:
                 if address is None:
                     raise
                 raise OSError(f"{error}, where redirects led to before") from error
-            return data
-
-        def receive(pace: Pace, address: str | None) -> bytes:
-            with (
-                self._response(key, part.start, pace, part.stop)
-                if address is None
-                else transfers.from_web(address, part, self.where(key), pace, {})
-            ) as response:
-                if not response.part:
-                    raise OSError("the whole file where a part of it was requested")
-                self._require_same(key, stated, response.total, response.version)
-                data = bytearray()
-                for piece in response.pieces(pace):
-                    data += piece
-                    if len(data) > length:
-                        raise OSError(f"more than the {length} bytes that were requested")
             if len(data) != length:
                 raise OSError(f"{len(data)} bytes arrived where {length} should")
             address = response.address or address
@@ -253,15 +252,6 @@ class RemoteTars(RemoteFiles):
 
         with self._explained(key):
             return self._insisting(key, request)
-
-    def sha256(self, key: str, name: str, stated: Stated) -> str:
-        """Return the SHA-256 of a tar, which is fetched where it was not noted."""
-        found = self.noted_sha256(name)
-        if found is None:
-            with self.open(key, name, stated) as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            self._note_sha256(name, found)
-        return found
 
     def noted_sha256(self, name: str) -> str | None:
         """Return the SHA-256 that was noted when a tar was fetched; None if it was not."""
@@ -319,13 +309,10 @@ class RemoteTars(RemoteFiles):
             os.fsync(file.fileno())  # or a power cut may leave zeros under a name that is believed
             file.seek(0)
             found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found == (stated.sha256 or found):
-                return self._note_sha256(name, found)
+            if stated.sha256 in (None, found):
+                return write_text(self.root / f"{name}.sha256", found)
             if not again:
                 raise _not_described(self.where(key), found, stated.sha256)
-
-    def _note_sha256(self, name: str, sha256: str) -> None:
-        write_text(self.root / f"{name}.sha256", sha256)
 
     def _require_same(self, key: str, stated: Stated, size: int | None, version: str) -> None:
         listed = stated.sha256 is not None and not stated.version  # its listing has no ETag
