@@ -17,10 +17,13 @@ class DurableFolder:
     """Files below ``root``, by key. After :meth:`flush`, what was written survives a power cut.
 
     ``digests`` has the SHA-256 of every file written, by key.
+
+    Args:
+        held: no other process writes these files: what killed writers left of them is removed.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, held: bool) -> None:
+        self.root, self._held = root, held
         self.digests: dict[str, bytes] = {}
         self._touched: set[Path] = set()
 
@@ -45,6 +48,8 @@ class DurableFolder:
 
     def _put(self, key: str, write: Callable[[Path], object]) -> None:
         path = inside(self.root, key)
+        if self._held:
+            atomic.sweep(path.parent, path.name)
         atomic.atomic_write(path, write)
         self._touched.update(path.relative_to(self.root).parents)
 

@@ -16,7 +16,7 @@ import numpy as np
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.convert import unit_data
 from cskd_pipeline.cache.digests import split_pin
-from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
+from cskd_pipeline.cache.durable import DurableFolder, exclusive
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.omitted import carry_lists
@@ -26,7 +26,6 @@ from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import CacheError, UsageError
-from cskd_pipeline.runtime import atomic
 from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.runtime.progress import progress
 
@@ -274,8 +273,6 @@ def _copy_shard(
 def _copy(
     folder: DurableFolder, key: str, part: Part, source: str, digests: Mapping[str, bytes]
 ) -> None:
-    path = inside(folder.root, key)
-    atomic.sweep(path.parent, path.name)  # what a killed writer left; the unit is held by us
     folder.copy(part.path / source, key)
     if folder.digests[key] != digests[source]:
         raise CacheError(

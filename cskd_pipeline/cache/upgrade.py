@@ -40,9 +40,9 @@ def upgrade(path: Path | str, *, stopped: Callable[[], bool] = lambda: False) ->
         KeyboardInterrupt: stopped between units.
     """
     root = require_local(path, "a cache is upgraded where it lies", "copy it to this machine")
-    with atomic.explained_os_errors(root), exclusive(root):
+    with atomic.explained_os_errors(root), exclusive(root) as held:
         old = _old_manifest(root)
-        written = 0 if old is None else _write_records(root, old, stopped)
+        written = 0 if old is None else _write_records(DurableFolder(root, held), old, stopped)
         shutil.rmtree(inside(root, f"{_MARKS}/zarr.json").parent, ignore_errors=True)
     reader = open_cache(root)
     return {
@@ -85,9 +85,11 @@ def _old_manifest(root: Path) -> CacheManifest | None:
     return CacheManifest.from_json(old | {"format_version": 2}, path)
 
 
-def _write_records(root: Path, manifest: CacheManifest, stopped: Callable[[], bool]) -> int:
+def _write_records(
+    folder: DurableFolder, manifest: CacheManifest, stopped: Callable[[], bool]
+) -> int:
     """Write what version 2 has more, the manifest last; return how many units there are."""
-    folder = DurableFolder(root)
+    root = folder.root
     for key, document in layout.array_documents(manifest).items():
         folder.write(key, document)
     store = CacheStore(root, manifest)

@@ -137,7 +137,7 @@ class CacheWriter:
                 for key, document in layout.array_documents(extended).items():
                     _write(inside(self.path, key), document)
                 self._write_manifest(extended)
-                (self.path / layout.EXTENDING).unlink()
+                (self.path / layout.EXTENDING).unlink(missing_ok=True)
 
     def specs(self, encoding: str) -> tuple[ArraySpec, ...]:
         """Return the encoding's arrays."""
@@ -226,14 +226,13 @@ class CacheWriter:
         """
         record = inside(self.path, self.store.record_key(unit.block, unit.shard))
         own_folder = self._file("seed", unit.views[0], unit.shard).parent
-        with atomic.explained_os_errors(self.path), exclusive(own_folder):
+        with atomic.explained_os_errors(self.path), exclusive(own_folder) as held:
             if record.exists():
                 yield None
                 return
-            folder = DurableFolder(self.path)
+            folder = DurableFolder(self.path, held)
             yield folder
             folder.flush()
-            atomic.sweep(record.parent, record.name)
             self._write_record(folder, unit)
             folder.flush()
 
@@ -262,20 +261,16 @@ class CacheWriter:
         for start in range(0, len(values), step):
             part = np.expand_dims(values[start : start + step], 1)  # the axis of tar shards
             key = array.key(unit.views[start], unit.shard)
-            path = inside(self.path, key)
-            atomic.sweep(path.parent, path.name)
             folder.write(key, encode_file(array, part))
 
     def _write_shard(self, folder: DurableFolder, shard: int, data: UnitData) -> None:
         """Keys, labels and image CRCs: the first unit of a tar shard writes, later ones compare."""
         matrix = layout.key_matrix(data.keys, self.store.arrays["key"])
         values = {"key": matrix, "label": data.labels, "image_crc32": data.image_crc32}
-        with exclusive(self._file("key", shard).parent) as held:
+        with exclusive(self._file("key", shard).parent):
             for name in layout.PER_SHARD:
-                array, path = self.store.arrays[name], self._file(name, shard)
-                if held:
-                    atomic.sweep(path.parent, path.name)
-                if path.exists():
+                array = self.store.arrays[name]
+                if self._file(name, shard).exists():
                     self._compare(name, shard, values[name], data.keys)
                 else:
                     folder.write(array.key(shard), encode_file(array, values[name][None]))

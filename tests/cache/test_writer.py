@@ -426,6 +426,35 @@ def test_several_writers_of_one_cache_at_once(
     assert tree(path) == finished
 
 
+@pytest.mark.parametrize("name", ["key", "dense/spatial", layout.RECORD])
+def test_without_locks_two_writers_of_one_unit_leave_each_other_their_files(
+    name: str, tmp_path: Path, finished: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second writes all of the unit while the first is at the file of ``name``."""
+
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(durable.fcntl, "flock", no_locks)
+    first = CacheWriter.create(tmp_path, manifest())
+    second = CacheWriter.open(tmp_path)
+    unit = first.todo()[0]
+    data = unit_data(unit, first.manifest)
+    write_bytes = Path.write_bytes
+
+    def meanwhile(path: Path, content: bytes) -> int:
+        count = write_bytes(path, content)
+        if path.is_relative_to(tmp_path / name):
+            monkeypatch.setattr(Path, "write_bytes", write_bytes)
+            assert second.write_unit(unit, data)
+        return count
+
+    monkeypatch.setattr(Path, "write_bytes", meanwhile)
+    first.write_unit(unit, data)
+    assert second.is_done(unit)
+    assert tree(tmp_path).items() <= finished.items()
+
+
 def create_or_say(path: Path, made: CacheManifest, answers: Any) -> None:
     try:
         answers.put(CacheWriter.create(path, made).manifest.root_seed)
