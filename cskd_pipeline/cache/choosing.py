@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from cskd_pipeline.distill.encodings import Encoding, ResponseShape, Sampled
+from cskd_pipeline.distill.encodings import Encoding, ResponseShape, Sampled, temperature_near
 from cskd_pipeline.errors import CacheError
 
 if TYPE_CHECKING:
@@ -40,9 +40,8 @@ def refusal(cache: Cache, kinds: Collection[str], temperature: float, name: str)
     words = {"hard": "hard targets", "soft": f"soft targets at temperature {temperature}"}
     targets = " and ".join(words.get(kind, kind) for kind in sorted(kinds))
     nearest = [
-        f"--set distill.temperature={min(max(temperature, lowest), highest)} for {other}"
+        f"--set distill.temperature={temperature_near(encoding, temperature)} for {other}"
         for other, encoding in cache.encodings.items()
-        for lowest, highest in [encoding.temperatures]
         if set(kinds) <= set(encoding.serves) and name in ("auto", other)
     ]
     hard = "--set distill.global_kind=hard --set distill.spatial_kind=hard"

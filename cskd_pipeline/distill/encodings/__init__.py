@@ -36,6 +36,12 @@ __all__ = [
 ]
 
 
+def temperature_near(encoding: Encoding, wanted: float = 1.0) -> float:
+    """Return the temperature nearest to ``wanted`` that the encoding's soft losses may have."""
+    lowest, highest = encoding.temperatures
+    return min(max(wanted, lowest), highest)
+
+
 def register_encoding(encoding: Encoding) -> None:
     """Let this process write and read caches with ``encoding``, under ``encoding.name``.
 

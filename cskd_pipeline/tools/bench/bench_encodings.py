@@ -35,7 +35,7 @@ from cskd_pipeline.cache.manifest import ShardInfo
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.units import UnitBuffer, UnitData
 from cskd_pipeline.cache.writer import CacheWriter
-from cskd_pipeline.distill.encodings import Encoding, ResponseShape, Rows, Sampled
+from cskd_pipeline.distill.encodings import Encoding, ResponseShape, Rows, Sampled, temperature_near
 from cskd_pipeline.distill.losses import DistillationLoss
 from cskd_pipeline.distill.targets import LogitTargets, SampledTargets, Targets
 from cskd_pipeline.models.student import Heads
@@ -247,7 +247,7 @@ def _use(encoding: Encoding, targets: Targets) -> None:
 
 def _distortion(encoding: Encoding, rows: Rows, responses: Responses) -> dict[str, Any]:
     agreeing: list[float] = []
-    tau = _temperature(encoding)
+    tau = temperature_near(encoding)
     divergences: dict[float, list[Tensor]] = {tau: [] for tau in TEMPERATURES}
     cosines: dict[str, list[float]] = {kind: [] for kind in encoding.serves}
     soft = "soft" in encoding.serves
@@ -281,7 +281,7 @@ def _distortion(encoding: Encoding, rows: Rows, responses: Responses) -> dict[st
 def _bias_and_variance(encoding: Encoding, responses: Responses) -> dict[str, dict[str, float]]:
     """Return the cosines of one batch's and of the mean gradient, by r."""
     part = slice(0, _BATCH)
-    logits, tau = (responses.spatial[part], responses.global_[part]), _temperature(encoding)
+    logits, tau = (responses.spatial[part], responses.global_[part]), temperature_near(encoding)
     kind, shape = "soft" if "soft" in encoding.serves else "hard", logits[0].shape
     stream = BitStream(SEED + 1)
     sets = [
@@ -300,12 +300,6 @@ def _bias_and_variance(encoding: Encoding, responses: Responses) -> dict[str, di
         one = statistics.fmean(float(cosine_similarity(exact, g, dim=0)) for g in each)
         found[f"{r:g}"] = {"one": one, "mean": float(cosine_similarity(exact, mean, dim=0))}
     return found
-
-
-def _temperature(encoding: Encoding) -> float:
-    """1, or the nearest that is served."""
-    lowest, highest = encoding.temperatures
-    return min(max(1.0, lowest), highest)
 
 
 def _divergence(exact: Targets, found: Targets, r: float, tau: float) -> Tensor:

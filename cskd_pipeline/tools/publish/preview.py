@@ -15,6 +15,7 @@ from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.images import NOWHERE
 from cskd_pipeline.data.join import Join
 from cskd_pipeline.data.replay import cache_of, pair_views
+from cskd_pipeline.distill.encodings import temperature_near
 from cskd_pipeline.distill.targets import SampledTargets
 from cskd_pipeline.errors import JoinError, MissingPackageError
 from cskd_pipeline.tools.report.gallery import class_names, labels_and_share, make_views
@@ -172,9 +173,9 @@ def _global(cache: Cache, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             labels[part] = _targets(cache, hard[0], rows[part]).hard_global().numpy()
         if soft:
             targets = _targets(cache, soft[0], rows[part])
-            tau = max(1.0, cache.encodings[soft[0]].temperatures[0])
+            tau = temperature_near(cache.encodings[soft[0]])
             if isinstance(targets, SampledTargets):
-                top = targets.drawn_global(targets.temperature).mode(1).values.numpy()
+                top = targets.drawn_global(tau).mode(1).values.numpy()
             else:
                 found = targets.global_log_probabilities(tau).exp().numpy()
                 top = labels[part] if hard else found.argmax(1)

@@ -13,6 +13,7 @@ import torch
 
 from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.distill import ckf
+from cskd_pipeline.distill.encodings import temperature_near
 from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets, SampledTargets
 
 RATIOS = np.linspace(0.0, 1.0, 21)
@@ -90,7 +91,7 @@ def _planes(cache: Cache, name: str, rows: np.ndarray) -> np.ndarray:
     if "hard" in encoding.serves:
         found = [targets.hard_spatial(float(r)) for r in RATIOS]
     else:
-        tau = max(1.0, encoding.temperatures[0])
+        tau = temperature_near(encoding)
         found = [targets.spatial_log_probabilities(float(r), tau).argmax(1) for r in RATIOS]
     return planes_of(torch.stack(found, dim=1).numpy())
 

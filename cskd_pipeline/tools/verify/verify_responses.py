@@ -16,8 +16,8 @@ from cskd_pipeline.data.batches import render_batch
 from cskd_pipeline.data.full_batches import logits_of
 from cskd_pipeline.data.join import Join
 from cskd_pipeline.data.replay import Replay, cache_of, renderer_of, same_images
-from cskd_pipeline.distill.encodings import Encoding
-from cskd_pipeline.distill.targets import SampledTargets, Targets
+from cskd_pipeline.distill.encodings import Encoding, temperature_near
+from cskd_pipeline.distill.targets import SampledTargets
 from cskd_pipeline.models.teacher import Teacher, load_teacher
 from cskd_pipeline.models.timm_models import TeacherSource
 from cskd_pipeline.runtime.device import pick_device
@@ -116,23 +116,19 @@ def agreement(
     Args:
         live, stored: rows of the same views, see :meth:`Encoding.encode`.
     """
-    tau = max(1.0, encoding.temperatures[0])
-    pairs = zip(
-        *(_responses(encoding, encoding.targets(rows), tau) for rows in (live, stored)), strict=True
-    )
     measures = []
-    for a, b in pairs:
+    for a, b in zip(*(_responses(encoding, rows) for rows in (live, stored)), strict=True):
         same = torch.minimum(a, b).exp().sum(1) if a.is_floating_point() else a == b
         measures.append(same.double().reshape(len(same), -1).mean(1))
     return torch.stack(measures).mean(0).numpy()
 
 
-def _responses(encoding: Encoding, targets: Targets, tau: float) -> list[Tensor]:
+def _responses(encoding: Encoding, rows: Mapping[str, Tensor]) -> list[Tensor]:
     """Return labels or draws, else log probabilities: local at each of ``RATIOS``, then global."""
+    targets, tau = encoding.targets(rows), temperature_near(encoding)
     if "hard" in encoding.serves:
         return [*map(targets.hard_spatial, RATIOS), targets.hard_global()]
     if isinstance(targets, SampledTargets):
-        tau = targets.temperature
         return [*(targets.drawn_spatial(r, tau) for r in RATIOS), targets.drawn_global(tau)]
     spatial = (targets.spatial_log_probabilities(r, tau) for r in RATIOS)
     return [*spatial, targets.global_log_probabilities(tau)]

@@ -15,7 +15,7 @@ import torch
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.distill import ckf
-from cskd_pipeline.distill.encodings import ResponseShape, Sampled
+from cskd_pipeline.distill.encodings import ResponseShape, Sampled, TopK, temperature_near
 from cskd_pipeline.distill.encodings.sampled import LINES
 from cskd_pipeline.distill.gumbel import gumbel_noise, noisy_envelopes
 from cskd_pipeline.distill.losses import DistillationLoss
@@ -300,6 +300,11 @@ def test_too_many_classes_are_refused() -> None:
 def test_draws_out_of_range_are_refused(draws: int, temperature: float) -> None:
     with pytest.raises(UsageError, match=f"{draws} draws at temperature {temperature}"):
         Sampled(draws, temperature)
+
+
+def test_the_temperature_nearest_to_one_is_of_those_that_are_served() -> None:
+    assert [temperature_near(Sampled(1, tau)) for tau in (0.5, 1.0, 4.0)] == [0.5, 1.0, 4.0]
+    assert [temperature_near(TopK(), wanted) for wanted in (0.5, 1.0, 4.0)] == [1.0, 1.0, 4.0]
 
 
 def test_a_draw_takes_at_most_300_bytes(tmp_path: Path) -> None:
