@@ -67,7 +67,7 @@ def convert(
     device: str | torch.device = "cpu",
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Make, or go on with, the cache ``target`` from the finished units of ``source``.
+    """Make, or continue, the cache ``target`` from the finished units of ``source``.
 
     Args:
         device: where new encodings are made.

@@ -40,7 +40,7 @@ def merge(
     guard: ClassGuard | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Make, or go on with, the cache ``target`` from the finished units of ``sources``.
+    """Make, or continue, the cache ``target`` from the finished units of ``sources``.
 
     Args:
         accept_versions: merge though library versions that decide pixels or logits differ; the

@@ -55,7 +55,7 @@ def carry_lists(target: Path, sources: Iterable[tuple[CacheStore, Mapping[int, i
 
 
 def carry_corrupt(target: Path, source: CacheStore) -> None:
-    """Copy the source's ``corrupt.json``, so that a dump goes on without reading every image."""
+    """Copy the source's ``corrupt.json``, so that a dump continues without reading every image."""
     record = source.beside(CORRUPT)
     if record is not None:
         write_bytes(target / CORRUPT, record)

@@ -56,12 +56,12 @@ class CacheWriter:
         accept_versions: bool = False,
         guard: ClassGuard | None = None,
     ) -> CacheWriter:
-        """Make a cache, or go on with the one that is there if it is the same.
+        """Make a cache, or continue the one that is there if it is the same.
 
         It may have another number of views than ``manifest``: see :meth:`extend`.
 
         Args:
-            accept_versions: go on though library versions that decide pixels or logits differ
+            accept_versions: continue though library versions that decide pixels or logits differ
                 from those recorded; the manifest then lists both.
             guard: compares the class names; without, they must be the same.
 
@@ -89,7 +89,7 @@ class CacheWriter:
 
     @classmethod
     def open(cls, path: Path | str) -> CacheWriter:
-        """Go on with an existing cache; one whose creation was cut off is completed.
+        """Continue an existing cache; one whose creation was cut off is completed.
 
         Raises:
             CacheError: there is none, or its metadata was altered; ManifestError.

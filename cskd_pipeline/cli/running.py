@@ -70,12 +70,12 @@ def _next_step(arguments: list[str]) -> str:
     line = shlex.join([PROGRAM, *arguments])
     resumable = [["cache", name] for name in ("convert", "merge", "upgrade")]
     if command == "dump-teacher" or arguments[:2] in resumable:
-        return f"finished units are kept, go on with: {line}"
+        return f"finished units are kept, continue with: {line}"
     if command == "study" or arguments[:2] == ["bench", "all"]:
-        return f"what is finished is kept, go on with: {line}"
+        return f"what is finished is kept, continue with: {line}"
     if command == "train":
         resume = "" if "--resume" in arguments else " --resume"
-        return f"the last checkpoint is kept, go on with: {line}{resume}"
+        return f"the last checkpoint is kept, continue with: {line}{resume}"
     return f"start again with: {line}"
 
 

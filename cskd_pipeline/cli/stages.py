@@ -199,7 +199,7 @@ def dump_teacher(
 def train(
     load: RecipeLoader[TrainRecipe],
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out, mid-epoch if need be.")
+        bool, typer.Option("--resume", help="Continue the run in --out, mid-epoch if need be.")
     ] = False,
 ) -> options.Outcome:
     """Train a ViT from shards joined to a cache: stage two. No teacher is loaded."""

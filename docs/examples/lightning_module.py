@@ -1,7 +1,7 @@
 """A Lightning module fed by the cached loader, on any number of devices.
 
-Lightning keeps the loader's state in its checkpoints: a run resumed in the middle of an epoch goes
-on with exactly the batches that were left.
+Lightning keeps the loader's state in its checkpoints: a run resumed in the middle of an epoch
+continues with exactly the batches that were left.
 
     python lightning_module.py 'shards/train-*.tar' CACHE
 """

@@ -441,11 +441,14 @@ def test_foreign_text_in_errors_is_spelled_out(
     [
         (
             "dump-teacher",
-            "finished units are kept, go on with: cskd-pipeline dump-teacher --shards",
+            "finished units are kept, continue with: cskd-pipeline dump-teacher --shards",
         ),
-        ("cache upgrade", "finished units are kept, go on with: cskd-pipeline cache upgrade c"),
-        ("cache merge", "finished units are kept, go on with: cskd-pipeline cache merge a b --out"),
-        ("train", "go on with: cskd-pipeline train --shards S --cache C --out O --resume"),
+        ("cache upgrade", "finished units are kept, continue with: cskd-pipeline cache upgrade c"),
+        (
+            "cache merge",
+            "finished units are kept, continue with: cskd-pipeline cache merge a b --out",
+        ),
+        ("train", "continue with: cskd-pipeline train --shards S --cache C --out O --resume"),
         ("evaluate", "start again with: cskd-pipeline evaluate e --shards S"),
     ],
 )

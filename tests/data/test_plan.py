@@ -216,7 +216,7 @@ def test_where_views_do_not_mix_a_missing_sample_costs_no_other() -> None:
 
 
 def test_the_order_is_pinned() -> None:
-    """A resumed run must meet the order it left, whatever version goes on with it."""
+    """A resumed run must meet the order it left, whatever version continues with it."""
     plan = make([30, 31, 32, 1], shuffle_shards=2)
     found = {str(n): zlib.crc32(plan.epoch(n).astype("<i4").tobytes()) for n in (0, 1, 2, 7)}
     assert found == json.loads(GOLDEN.read_text())["epochs"]

@@ -52,7 +52,7 @@ def test_a_command_stopped_by_a_scheduler_goes_on_when_queued_again(
         assert ended.code in (0, 75), ended.output
         if ended.code == 75:
             assert f"error: stopped by {number.name}\n" in ended.output
-            assert "go on with" in ended.output
+            assert "continue with" in ended.output
         assert "Traceback" not in ended.output
     ended = stages.server.run(*command(out), log=stages.log)
     assert ended.code == 0, ended.output

@@ -100,7 +100,7 @@ def test_a_document_that_never_ends_is_refused(tmp_path: Path, document: str) ->
     "name", ["digest", "digest/c", "seed/c/0", "dense", "key/c", "envelope/lines"]
 )
 def test_nothing_is_written_through_a_link_for_a_folder(tmp_path: Path, name: str) -> None:
-    """Going on with a stranger's cache, or extending it, could write over anything."""
+    """Continuing a stranger's cache, or extending it, could write over anything."""
     cache, away = tmp_path / "cache", tmp_path / "away"
     writer = CacheWriter.create(cache, manifest())
     fill(writer, writer.todo()[:1])

@@ -1,4 +1,4 @@
-"""``data.corrupt``: both stages refuse images that cannot be decoded, or go on without them."""
+"""``data.corrupt``: both stages refuse images that cannot be decoded, or continue without them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing a cache from any network: what it takes, refuses, and goes on with."""
+"""Writing a cache from any network: what it takes, refuses, and continues with."""
 
 from __future__ import annotations
 

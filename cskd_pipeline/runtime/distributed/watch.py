@@ -132,7 +132,7 @@ class Watch:
             found=found,
             expected=f"{self.world} ranks at work",
             action="see whether a process was stopped or killed, and the messages of all ranks; "
-            "then run the same command again (train goes on with --resume)"
+            "then run the same command again (train continues with --resume)"
             + (_SHARED_STORE if self._arrived == 1 and _agent_has_store() else ""),
         )
 
@@ -143,7 +143,7 @@ class Watch:
             text = "was stopped by a signal" if signalled else f"ended with {error!r}"
             error = RankError(
                 f"rank {self.rank} of this job {text}",
-                action="run the same command again (train goes on with --resume)"
+                action="run the same command again (train continues with --resume)"
                 if signalled
                 else f"see the traceback in the messages of rank {self.rank}",
             )

@@ -83,7 +83,7 @@ class AllConfig:
 
     Args:
         shards: ImageNet's, or some of them.
-        out: a new folder, or one of a run to go on with.
+        out: a new folder, or one of a run to continue.
         cifar10: a folder with CIFAR-10's training and validation shards; None: without the study.
         seconds: after which the measurements are cut off; None: never.
     """

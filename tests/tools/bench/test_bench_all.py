@@ -117,7 +117,8 @@ def test_what_fails_is_said_and_tried_again_and_a_person_can_stop_it(
     monkeypatch.setattr(bench, "side_by_side", stopped)
     assert world.cli(*words(small, tmp_path / "out", "--cifar10", "C", "--quiet")) == 130
     assert (
-        "what is finished is kept, go on with: cskd-pipeline bench all" in capsys.readouterr().err
+        "what is finished is kept, continue with: cskd-pipeline bench all"
+        in capsys.readouterr().err
     )
     assert asked == ["fails", "works", "fails"]
 
