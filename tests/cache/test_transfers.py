@@ -16,9 +16,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,19 +219,21 @@ def test_a_server_that_knows_no_ranges_is_taken_to_begin_again(served: Served) -
     assert file.getvalue() == CONTENT
 
 
-def test_a_range_that_ends_early_is_asked_for_on(served: Served) -> None:
+def test_a_range_that_ends_early_is_asked_for_on(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     headers = {"Content-Length": "300", "Content-Range": "bytes 0-299/1000"}
     served.replies["file"] = (206, headers, CONTENT[:300])
     folder = RemoteFolder(served.url)
     taken = folder._go_on_from
 
-    def then_as_usual(*arguments: object) -> None:
+    def then_as_usual(*arguments: Any) -> None:
         try:
-            taken(*arguments)  # type: ignore[arg-type]
+            taken(*arguments)
         finally:
             served.replies.clear()
 
-    folder._go_on_from = then_as_usual  # type: ignore[method-assign]
+    monkeypatch.setattr(folder, "_go_on_from", then_as_usual)
     assert folder.read("file", 1000) == CONTENT
     assert served.gets("file") == [None, "bytes=300-"]
 
@@ -374,11 +377,12 @@ def test_files_of_google_come_over_their_web_address(
 def test_a_refusal_by_a_stores_library_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     folder, asked = RemoteFolder("hf://lab/cache"), []
 
+    class Refusal(OSError):
+        response = SimpleNamespace(status_code=401)
+
     def refuses() -> None:
         asked.append(1)
-        error = OSError("no token")
-        error.response = SimpleNamespace(status_code=401)  # type: ignore[attr-defined]
-        raise error
+        raise Refusal("no token")
 
     monkeypatch.setattr(folder, "_fs", refuses)
     with pytest.raises(RemoteError, match="may not be read"):
@@ -587,8 +591,8 @@ def test_a_folder_of_copies_of_another_user_is_refused(
     Mirror.of("a cache")  # a link of one's own
     look = os.lstat if which == "link" else os.stat
 
-    def foreign(path: object, **options: object) -> os.stat_result:
-        found = list(look(path))  # type: ignore[arg-type]
+    def foreign(path: Path, **options: object) -> os.stat_result:
+        found = list(look(path))
         found[4] = os.geteuid() + 1
         return os.stat_result(found)
 
@@ -683,15 +687,14 @@ def test_a_lock_is_let_go_though_a_process_was_forked_while_it_was_held(tmp_path
 # --- mirror's room --------------------------------------------------------------------------------
 
 
+CLOCK = count()
+
+
 def add(to: Mirror, key: str, size: int) -> None:
     with to.adding(key) as (path, missing):
         assert missing
         path.write_bytes(bytes(size))
-        os.utime(path, (add.clock, add.clock))  # type: ignore[attr-defined]
-    add.clock += 1  # type: ignore[attr-defined]
-
-
-add.clock = 0  # type: ignore[attr-defined]
+        os.utime(path, (now := next(CLOCK), now))
 
 
 def kept(one: Mirror) -> set[int]:
@@ -722,7 +725,9 @@ def test_copies_of_other_caches_count_and_give_way(tmp_path: Path) -> None:
     assert kept(other) == {1}
 
 
-def test_copies_are_counted_anew_after_each_64th_part_that_was_added(tmp_path: Path) -> None:
+def test_copies_are_counted_anew_after_each_64th_part_that_was_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = Mirror(tmp_path, "a cache", limit=6400)
     looks: list[int] = []
     counted = one._copies
@@ -731,7 +736,7 @@ def test_copies_are_counted_anew_after_each_64th_part_that_was_added(tmp_path: P
         looks.append(1)
         return counted()
 
-    one._copies = counting  # type: ignore[method-assign]
+    monkeypatch.setattr(one, "_copies", counting)
     add(one, "0", 10)
     assert len(looks) == 1  # the first: others' may fill the folder
     for number in range(1, 4):

@@ -33,15 +33,15 @@ from cskd_pipeline.runtime.progress import PACKAGE, listen
 from cskd_pipeline.runtime.signals import REQUEUE
 from tests.runtime.test_console import heard_by
 
-GROUP = typer.main.get_command(app)
+GROUP = typer.main.get_group(app)
 
 Replace = Callable[..., "list[tuple[tuple[Any, ...], dict[str, Any]]]"]
 
 
 def commands() -> dict[str, Any]:
     """Every command by its words: ``{"cache info": <command>, ...}``."""
-    found = {}
-    for name, command in GROUP.commands.items():  # type: ignore[attr-defined]
+    found: dict[str, Any] = {}
+    for name, command in GROUP.commands.items():
         inner = getattr(command, "commands", None)
         found |= {f"{name} {sub}": c for sub, c in inner.items()} if inner else {name: command}
     return found
@@ -67,9 +67,8 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Replace:
             return outcome(*args, **kwargs) if callable(outcome) else outcome
 
         module = ModuleType(path)
-        setattr(module, name, stand_in)
-        module.printed = lambda report: iter(())  # type: ignore[attr-defined]  # no tables
-        module.EvalOptions = SimpleNamespace  # type: ignore[attr-defined]  # the options as given
+        no_tables, as_given = (lambda report: iter(())), SimpleNamespace
+        vars(module).update({name: stand_in, "printed": no_tables, "EvalOptions": as_given})
         monkeypatch.setitem(sys.modules, path, module)
         monkeypatch.setattr(sys.modules.get(parent) or importlib.import_module(parent), last,
                             module, raising=False)  # fmt: skip
