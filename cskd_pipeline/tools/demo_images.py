@@ -1,8 +1,9 @@
-"""Small real images that need no download: handwritten digits at varying locations.
+"""Small real images that need no download: pages of handwritten digits.
 
 scikit-learn ships 1,797 scans of handwritten digits (8x8, the UCI "optical recognition" test set).
-One digit at a varying location, scale and colour on a shaded canvas, amid fragments of other
-digits: a part of the image decides its class, so spatial logits say more than global ones.
+Seven or eight of one class, in three rows, make an image. Recipes join two images by CutMix in
+every view, so that locations show different classes and spatial logits say more than global ones.
+Some training images have a random label, as in sets collected from the web.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from PIL import Image
 from cskd_pipeline.errors import MissingPackageError
 
 CANVAS = 48  # pixels
-DIGIT = (30, 45)  # side in pixels, from and up to
-FRAGMENT = (8, 12)
+ROWS = 3  # of as many cells
+DIGIT = (13, 16)  # side in pixels, from and up to
+OWN_CELLS = (7, 9)  # cells that hold a digit, from and up to
+RANDOM_LABELS = 0.3  # of the training images; a tenth of them are right by chance
 VALIDATION_DIGITS = 497  # scans that no training image is made of
 
 
@@ -38,46 +41,48 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_digit_folders(out: Path, *, train: int, validation: int, seed: int) -> None:
-    """Write ``out/train/<digit>/*.png`` and ``out/validation/<digit>/*.png``, 48x48 RGB.
+    """Write ``out/train/<label>/*.png`` and ``out/validation/<label>/*.png``, 48x48 RGB.
 
-    Training and validation images are made of different scans. The same arguments give the same
-    images.
+    Training and validation images are made of different scans, and labels of validation images
+    are right. The same arguments give the same images.
     """
-    scans, labels = _scans()
+    scans, classes = _scans()
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(scans))
     pools = {"validation": order[:VALIDATION_DIGITS], "train": order[VALIDATION_DIGITS:]}
     for split, count in (("train", train), ("validation", validation)):
-        for number, chosen in enumerate(np.resize(pools[split], count).tolist()):
-            folder = out / split / str(labels[chosen])
+        pool = pools[split]
+        for number, chosen in enumerate(np.resize(pool, count).tolist()):
+            label = classes[chosen]
+            image = _image(scans, chosen, pool[classes[pool] == label], rng)
+            if split == "train" and rng.random() < RANDOM_LABELS:
+                label = rng.integers(10)
+            folder = out / split / str(label)
             folder.mkdir(parents=True, exist_ok=True)
-            image = _image(scans, chosen, pools[split], rng)
             Image.fromarray(image).save(folder / f"{number:05d}.png")
 
 
 def _image(
-    scans: np.ndarray, chosen: int, pool: np.ndarray, rng: np.random.Generator
+    scans: np.ndarray, chosen: int, alike: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return an image of one digit, uint8 (48, 48, 3)."""
+    """Return an image of the ``chosen`` scan and some that are ``alike``, uint8 (48, 48, 3)."""
     ramp = np.linspace(-1.0, 1.0, CANVAS)
     shade = rng.uniform(-30, 30) * ramp[:, None] + rng.uniform(-30, 30) * ramp[None, :]
     canvas = rng.uniform(20, 90, 3) + shade[..., None] + rng.normal(0, 10, (CANVAS, CANVAS, 1))
-    for other in rng.choice(pool, rng.integers(2, 5)):
-        row, column = rng.integers(0, 5, 2)
-        fragment = scans[other, row : row + 4, column : column + 4]
-        _paint(canvas, fragment, int(rng.integers(*FRAGMENT)), rng.uniform(60, 255, 3), rng)
-    _paint(canvas, scans[chosen], int(rng.integers(*DIGIT)), rng.uniform(150, 255, 3), rng)
+    own = int(rng.integers(*OWN_CELLS))
+    digits = [chosen, *rng.choice(alike, own - 1)]
+    cell = CANVAS // ROWS
+    for spot, digit in zip(rng.permutation(ROWS**2), digits, strict=False):  # the others are empty
+        side = int(rng.integers(*DIGIT))
+        top, left = cell * np.array(divmod(spot, ROWS)) + rng.integers(0, cell - side + 1, 2)
+        _paint(canvas[top : top + side, left : left + side], scans[digit], rng)
     return np.clip(canvas, 0, 255).astype(np.uint8)
 
 
-def _paint(
-    canvas: np.ndarray, ink: np.ndarray, side: int, colour: np.ndarray, rng: np.random.Generator
-) -> None:
-    """Lay ``ink`` (opacity in [0, 1]), enlarged to ``side`` pixels, somewhere on the canvas."""
+def _paint(part: np.ndarray, ink: np.ndarray, rng: np.random.Generator) -> None:
+    """Lay ``ink`` (opacity in [0, 1]) on a square ``part`` of the canvas in a colour of its own."""
     scaled = Image.fromarray((ink * 255).astype(np.uint8)).resize(
-        (side, side), Image.Resampling.BICUBIC
+        part.shape[:2], Image.Resampling.BICUBIC
     )
     opacity = np.asarray(scaled, np.float64)[..., None] / 255
-    top, left = rng.integers(0, CANVAS - side + 1, 2)
-    part = canvas[top : top + side, left : left + side]
-    part[:] = part * (1 - opacity) + colour * opacity
+    part[:] = part * (1 - opacity) + rng.uniform(150, 255, 3) * opacity

@@ -29,6 +29,26 @@ def test_a_seed_decides_the_images(tmp_path: Path) -> None:
     assert {len(pixels) for pixels in a.values()} == {48 * 48 * 3}
 
 
+def test_labels_of_some_training_images_are_random_and_of_validation_images_right(
+    tmp_path: Path,
+) -> None:
+    demo_images.write_digit_folders(tmp_path, train=400, validation=100, seed=1)
+    _, labels = demo_images._scans()
+    order = np.random.default_rng(1).permutation(len(labels))
+    first = {"validation": 0, "train": demo_images.VALIDATION_DIGITS}
+    right = {
+        split: [
+            int(path.parent.name) == labels[order[start + int(path.stem)]]
+            for path in (tmp_path / split).rglob("*.png")
+        ]
+        for split, start in first.items()
+    }
+    assert len(right["validation"]) == 100
+    assert all(right["validation"])
+    wrong = 1 - np.mean(right["train"])
+    assert abs(wrong - 0.9 * demo_images.RANDOM_LABELS) < 0.08  # 3.5 standard deviations of 400
+
+
 def test_every_stage_runs_with_the_seed_and_a_page_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
