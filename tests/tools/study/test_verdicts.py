@@ -166,14 +166,14 @@ def test_the_cache_is_of_the_teachers_last_weights_which_no_validation_image_cho
     assert weights == Path(trained[trained.index("--out") + 1]) / "last.safetensors"
 
 
-@pytest.mark.parametrize("family", ["digits", "cifar10"])
-def test_the_recipes_of_a_family_belong_together(family: str) -> None:
+@pytest.mark.parametrize(("family", "size"), [("digits", 48), ("cifar10", 32)])
+def test_the_recipes_of_a_family_belong_together(family: str, size: int) -> None:
     recipes = load_recipes(family)
     cskd = recipes.students["cskd"]
     assert recipes.teacher.student.name == recipes.dump.teacher.name
     assert recipes.teacher.student.kwargs == recipes.dump.teacher.kwargs
     assert recipes.teacher.views is not None
-    assert recipes.teacher.views.size == recipes.dump.views.size == 32
+    assert recipes.teacher.views.size == recipes.dump.views.size == size
     assert recipes.teacher.distill.method == "none"
     assert cskd.views == recipes.dump.views
     assert recipes.dump.cache.views >= cskd.schedule.epochs  # as many views as method none sees
