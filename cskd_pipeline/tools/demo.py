@@ -40,7 +40,7 @@ def run_demo(out: Path, command: Command, seed: int = 0) -> dict[str, Any]:
 
     started = time.perf_counter()
     require_empty(out, action="choose another folder: cskd-pipeline demo --out DIR")
-    images, shards = out / "pictures", out / "shards"
+    images, shards = out / "images", out / "shards"
     log.info(f"making {TRAIN_IMAGES + VALIDATION_IMAGES} images of handwritten digits")
     write_digit_folders(images, train=TRAIN_IMAGES, validation=VALIDATION_IMAGES, seed=seed)
 

@@ -17,8 +17,8 @@ from cskd_pipeline.errors import MissingPackageError
 
 CANVAS = 48  # pixels
 ROWS = 3  # of as many cells
-DIGIT = (13, 16)  # side in pixels, from and up to
-OWN_CELLS = (7, 9)  # cells that hold a digit, from and up to
+SIDE = (13, 16)  # of a digit in pixels, from and up to
+DIGITS = (7, 9)  # in an image, from and up to
 RANDOM_LABELS = 0.3  # of the training images; a tenth of them are right by chance
 VALIDATION_DIGITS = 497  # scans that no training image is made of
 
@@ -69,11 +69,10 @@ def _image(
     ramp = np.linspace(-1.0, 1.0, CANVAS)
     shade = rng.uniform(-30, 30) * ramp[:, None] + rng.uniform(-30, 30) * ramp[None, :]
     canvas = rng.uniform(20, 90, 3) + shade[..., None] + rng.normal(0, 10, (CANVAS, CANVAS, 1))
-    own = int(rng.integers(*OWN_CELLS))
-    digits = [chosen, *rng.choice(alike, own - 1)]
+    digits = [chosen, *rng.choice(alike, int(rng.integers(*DIGITS)) - 1)]
     cell = CANVAS // ROWS
     for spot, digit in zip(rng.permutation(ROWS**2), digits, strict=False):  # the others are empty
-        side = int(rng.integers(*DIGIT))
+        side = int(rng.integers(*SIDE))
         top, left = cell * np.array(divmod(spot, ROWS)) + rng.integers(0, cell - side + 1, 2)
         _paint(canvas[top : top + side, left : left + side], scans[digit], rng)
     return np.clip(canvas, 0, 255).astype(np.uint8)
