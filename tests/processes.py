@@ -14,11 +14,32 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+PATIENCE = 120  # seconds: far more than any of it takes, on a machine that does other things
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait until ``condition`` is true, and fail if it never is."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "what the test waits for does not happen"
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process is there and no zombie; one that is being killed still is."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "XZ"
 
 
 @dataclass(frozen=True)

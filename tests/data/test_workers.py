@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, get_worker_info
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.errors import DataError, ImageError
 from cskd_pipeline.runtime import signals
+from tests.processes import until
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -175,7 +176,7 @@ def started(program: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def alive(session: int) -> bool:
+def any_alive(session: int) -> bool:
     """Whether any process of the session is there and no zombie."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -194,10 +195,7 @@ def test_ctrl_c_ends_all_processes_without_a_word_from_them(tmp_path: Path, prog
         time.sleep(0.5 * (program is STARTING))  # its process is importing now
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         output, errors = process.communicate(timeout=30)
-        deadline = time.monotonic() + 10
-        while alive(process.pid):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        until(lambda: not any_alive(process.pid))
     assert process.returncode == 130
     assert output.endswith("interrupted\n")
     assert errors == ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from cskd_pipeline.runtime.distributed import Ranks
 from cskd_pipeline.runtime.signals import Requeue
 from tests.pipeline import world
 from tests.pipeline.conftest import World
-from tests.processes import server
+from tests.processes import server, until
 
 
 def data_files(cache: Path) -> dict[str, bytes]:
@@ -48,10 +47,7 @@ def test_a_dump_asked_to_stop_keeps_its_units_and_says_how_to_go_on(
 ) -> None:
     cache = tmp_path / "cache"
     process = server().start(*dump_command(small, cache, 0), log=tmp_path / "log")
-    deadline = time.monotonic() + 60
-    while not list(cache.glob("digest/c/*/*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: list(cache.glob("digest/c/*/*")))
     process.send(signal.SIGINT)
     ended = process.wait()
     done = open_cache(cache).done()

@@ -30,10 +30,10 @@ from tests.pipeline import test_distributed as ranks
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_torchrun import free_port
+from tests.processes import PATIENCE, until
 
 FORK = multiprocessing.get_context("fork")
 MOMENT = 0.07  # seconds
-SECONDS = 120  # far more than any of it takes, on a machine that does other things
 
 
 class Made(list[dict[str, Any]]):
@@ -95,13 +95,6 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Made]:
     return lambda: Made(path)
 
 
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Starts functions as processes, which do not outlive the test."""
@@ -129,7 +122,7 @@ def children(pid: int) -> list[int]:
 
 def ended(*processes: Any) -> list[int | None]:
     for process in processes:
-        process.join(SECONDS)
+        process.join(PATIENCE)
     return [process.exitcode for process in processes]
 
 

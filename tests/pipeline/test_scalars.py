@@ -10,7 +10,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +31,7 @@ from cskd_pipeline.runtime.console import Terminal
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_training import DiedError, assert_equal, final_state
-from tests.processes import server
+from tests.processes import server, until
 
 BLOCK = 32768
 
@@ -238,10 +237,7 @@ def test_ctrl_c_reaches_the_whole_group_and_the_curves_are_whole(
         *world.as_flags([*world.train_sets(), "run.checkpoint_every=1"]),
     ]
     process = server().start(*command, log=tmp_path / "log", session=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run/summary.csv").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until((tmp_path / "run/summary.csv").exists)
     os.killpg(process.pid, signal.SIGINT)
     ended = process.wait()
     assert ended.code == 130, ended.output

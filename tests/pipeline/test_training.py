@@ -7,7 +7,6 @@ import io
 import json
 import re
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.views import apply
 from tests.pipeline import world
 from tests.pipeline.conftest import World
-from tests.processes import server
+from tests.processes import server, until
 
 Capture = pytest.CaptureFixture[str]
 
@@ -133,14 +132,13 @@ def test_a_run_stopped_by_sigint_says_how_to_go_on_and_does(small: World, tmp_pa
 
 def _wait_for_progress(state: Path) -> None:
     """Until the state has been written twice since now."""
-    seen: set[int] = set()
-    deadline = time.monotonic() + 120
-    before = state.stat().st_mtime_ns if state.exists() else 0
-    while len(seen) < 2:
-        assert time.monotonic() < deadline
-        if state.exists() and state.stat().st_mtime_ns != before:
-            seen.add(state.stat().st_mtime_ns)
-        time.sleep(0.005)
+
+    def written() -> int:
+        return state.stat().st_mtime_ns if state.exists() else 0
+
+    for _ in range(2):
+        before = written()
+        until(lambda before=before: written() != before)
 
 
 def test_students_load_into_timm_and_evaluate_as_the_run_said(small: World, tmp_path: Path) -> None:
