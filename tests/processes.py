@@ -25,9 +25,12 @@ from typing import Any
 PATIENCE = 120  # seconds: far more than any of it takes, on a machine that does other things
 
 
-def until(condition: Callable[[], object]) -> None:
-    """Wait until ``condition`` is true, and fail if it never is."""
-    end = time.monotonic() + PATIENCE
+def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+    """Wait until ``condition`` is true, and fail if it is not within ``seconds``.
+
+    Where it would come true by itself some day, give fewer seconds than that takes.
+    """
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "what the test waits for does not happen"
         time.sleep(0.01)

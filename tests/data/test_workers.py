@@ -195,7 +195,7 @@ def test_ctrl_c_ends_all_processes_without_a_word_from_them(tmp_path: Path, prog
         time.sleep(0.5 * (program is STARTING))  # its process is importing now
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         output, errors = process.communicate(timeout=30)
-        until(lambda: not any_alive(process.pid))
+        until(lambda: not any_alive(process.pid), seconds=10)
     assert process.returncode == 130
     assert output.endswith("interrupted\n")
     assert errors == ""

@@ -139,4 +139,4 @@ def test_one_that_does_not_stop_is_killed_with_what_it_started(tmp_path: Path) -
     started = time.monotonic()
     running.close()
     assert time.monotonic() - started < 10
-    until(lambda: not alive(int(inner.read_text())))
+    until(lambda: not alive(int(inner.read_text())), seconds=30)  # it sleeps for 60
