@@ -31,7 +31,6 @@ from cskd_pipeline.tools.bench.bench_step import LIVE_GOALS, PRECISION, bench_st
 from cskd_pipeline.tools.bench.figures import (
     COLUMNS,
     Figure,
-    markdown,
     of_dump,
     of_loader,
     of_step,
@@ -40,7 +39,7 @@ from cskd_pipeline.tools.bench.figures import (
 )
 from cskd_pipeline.tools.bench.gpu_checks import check_teacher
 from cskd_pipeline.tools.commands import side_by_side
-from cskd_pipeline.tools.tables import Printed, Table
+from cskd_pipeline.tools.tables import Printed, Table, markdown_table
 
 log = logging.getLogger(__name__)
 
@@ -285,12 +284,13 @@ def _write_table(
     results = {name: known["results"][name] for name in todo if name in known["results"]}
     figures = [figure for name, found in results.items() for figure in todo[name].figures(found)]
     figures += [Figure(name, f"failed: {error}") for name, error in known["errors"].items()]
-    text = markdown(title, rows(figures))
+    cells = rows(figures)
+    text = f"**{title}**\n\n{markdown_table(COLUMNS, cells)}"
     study = config.out / STUDY / TABLE
     if study.exists():
         text += f"\nThe study on CIFAR-10:\n\n{study.read_text(encoding='utf-8')}"
     write_text(config.out / TABLE, text)
-    return {"title": title, "figures": rows(figures), "markdown": str(config.out / TABLE)}
+    return {"title": title, "figures": cells, "markdown": str(config.out / TABLE)}
 
 
 def printed(report: Mapping[str, Any]) -> Printed:

@@ -95,10 +95,3 @@ def rows(figures: Sequence[Figure]) -> list[tuple[str, ...]]:
     """Return the cells of :data:`COLUMNS`."""
     marks = {True: "yes", False: "no", None: ""}
     return [(*figure[:3], marks[figure.reached]) for figure in figures]
-
-
-def markdown(title: str, cells: Sequence[Sequence[str]]) -> str:
-    """Return rows as a Markdown table under a title; what errors say stays text in its cell."""
-    texts = [[" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in cells]
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *texts]
-    return f"**{title}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from cskd_pipeline.runtime.atomic import write_text
 from cskd_pipeline.tools.report import plots
 from cskd_pipeline.tools.report.plot_files import FORMATS, write_plot
-from cskd_pipeline.tools.study.arms import (
-    ARMS,
-    CLAIMS,
-    ORDERING,
-    Arm,
-    Claim,
-    ForkPoint,
-    StudyRun,
-)
-from cskd_pipeline.tools.study.verdicts import MeanOfRuns, judge, ordering
-from cskd_pipeline.tools.tables import Printed, Table
+from cskd_pipeline.tools.study.arms import ARMS, CLAIMS, ORDERING, Arm, Claim, ForkPoint, StudyRun
+from cskd_pipeline.tools.study.verdicts import MeanOfRuns, Verdict, judge, ordering
+from cskd_pipeline.tools.tables import Printed, Table, markdown_table
 
 Results = Mapping[str, Mapping[str, Any]]
 """A run's name -> ``top1``, ``per_head``, ``ema``, ``attention``, ``rows``, ``seconds``."""
+Measured = Mapping[str, Mapping[int, float]]
+"""One of :data:`MEASURES` -> seed -> top-1 in percent; without those that an arm does not have."""
 
 HEADS = ("cls", "dist", "dense")
 MEASURES = ("mean", *HEADS, "EMA")
 COLUMNS = ("trained with", "seeds", "top-1 %", "each seed", *HEADS, "EMA", "attention, px")
+CLAIM_COLUMNS = ("claim", "verdict", *(f"{measure}, paired" for measure in MEASURES))
 NOTE = (
     "Top-1 of the last weights by the mean of the heads that the method trains, then each head's "
     "alone, then the weights' moving average. Deviations are sample standard deviations over "
@@ -46,65 +42,56 @@ def make_report(results: Results, forks: Mapping[int, ForkPoint]) -> dict[str, A
         results: by the runs' names.
         forks: seed -> where its trunk was forked.
     """
-    seeds = list(forks)
-    top1 = {arm.name: _values(results, arm, seeds, "mean") for arm in ARMS}
-    claims = [_claim(claim, results, seeds) for claim in CLAIMS]
-    chain = [judge(top1[claim.better], top1[claim.worse]) for claim in ORDERING]
+    runs = {arm: {seed: results[StudyRun(arm, seed).name] for seed in forks} for arm in ARMS}
+    measured = {arm.name: _measured(own) for arm, own in runs.items()}
+    judged = {claim: _judge(measured[claim.better], measured[claim.worse]) for claim in CLAIMS}
     return {
-        "arms": [_arm(arm, results, seeds) for arm in ARMS],
+        "arms": [_arm(arm, own, measured[arm.name]) for arm, own in runs.items()],
         "forks": {str(seed): asdict(fork) for seed, fork in forks.items()},
-        "claims": claims,
-        "ordering": {"claim": "cskd > deit > none", "verdict": ordering(chain)},
+        "claims": [_claim(claim, verdicts) for claim, verdicts in judged.items()],
+        "ordering": {
+            "claim": "cskd > deit > none",
+            "verdict": ordering([judged[claim]["mean"] for claim in ORDERING]),
+        },
     }
 
 
-def _values(results: Results, arm: Arm, seeds: Sequence[int], measure: str) -> dict[int, float]:
-    """Return seed -> top-1 in percent by one of :data:`MEASURES`; none where it has no such."""
-    found = {}
-    for seed in seeds:
-        result = results[StudyRun(arm, seed).name]
-        by_measure = {"mean": result["top1"], **result["per_head"]}
-        if "mean" in result["ema"]:
-            by_measure["EMA"] = result["ema"]["mean"]
-        if measure in by_measure:
-            found[seed] = by_measure[measure]
-    return found
+def _measured(runs: Mapping[int, Mapping[str, Any]]) -> Measured:
+    found: dict[str, dict[int, float]] = {measure: {} for measure in MEASURES}
+    for seed, run in runs.items():
+        top1 = {"mean": run["top1"], **run["per_head"]}
+        if "mean" in run["ema"]:
+            top1["EMA"] = run["ema"]["mean"]
+        for measure, value in top1.items():
+            found[measure][seed] = value
+    return {measure: values for measure, values in found.items() if values}
 
 
-def _arm(arm: Arm, results: Results, seeds: Sequence[int]) -> dict[str, Any]:
-    own = [results[StudyRun(arm, seed).name] for seed in seeds]
-    means: dict[str, Any] = {}
-    for measure in MEASURES:
-        values = _values(results, arm, seeds, measure)
-        means[measure] = MeanOfRuns.of(list(values.values())) if values else None
-    spread = means["mean"]
-    layers = zip(*(result["attention"] for result in own), strict=True)
+def _judge(better: Measured, worse: Measured) -> dict[str, Verdict]:
+    return {name: judge(better[name], worse[name]) for name in better if name in worse}
+
+
+def _arm(arm: Arm, runs: Mapping[int, Mapping[str, Any]], top1: Measured) -> dict[str, Any]:
+    means = {measure: MeanOfRuns.of(list(values.values())) for measure, values in top1.items()}
+    layers = zip(*(run["attention"] for run in runs.values()), strict=True)
     return {
         "name": arm.name,
         "method": arm.method,
         "fork": arm.fork,
         "label": arm.label,
-        "n": spread.n,
-        "mean": spread.mean,
-        "deviation": spread.deviation,
-        "text": str(spread),
-        "top1": {str(seed): result["top1"] for seed, result in zip(seeds, own, strict=True)},
-        "measures": {name: found and found.mean for name, found in means.items()},
-        "attention": [sum(layer) / len(own) for layer in layers],
-        "runs": {str(seed): result for seed, result in zip(seeds, own, strict=True)},
-        "seconds": sum(result["seconds"] for result in own) / len(own),
+        **asdict(means["mean"]),
+        "text": str(means["mean"]),
+        "top1": {str(seed): value for seed, value in top1["mean"].items()},
+        "measures": {name: means[name].mean if name in means else None for name in MEASURES},
+        "attention": [fmean(layer) for layer in layers],
+        "runs": {str(seed): run for seed, run in runs.items()},
+        "seconds": fmean(run["seconds"] for run in runs.values()),
     }
 
 
-def _claim(claim: Claim, results: Results, seeds: Sequence[int]) -> dict[str, Any]:
-    sides = {arm.name: arm for arm in ARMS}
-    pairs = {
-        measure: tuple(
-            _values(results, sides[name], seeds, measure) for name in (claim.better, claim.worse)
-        )
-        for measure in MEASURES
-    }
-    verdict = judge(*pairs["mean"])
+def _claim(claim: Claim, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
+    verdict = verdicts["mean"]
+    by_head = {measure: found.difference for measure, found in verdicts.items()}
     return {
         "claim": claim.text,
         "better": claim.better,
@@ -117,25 +104,15 @@ def _claim(claim: Claim, results: Results, seeds: Sequence[int]) -> dict[str, An
         "verdict": verdict.word,
         "numbers": verdict.numbers,
         "by_head": {
-            measure: {"difference": (found := judge(*pair).difference).mean, "error": found.error}
-            for measure, pair in pairs.items()
-            if pair[0] and pair[1]
+            measure: {"difference": found.mean, "error": found.error}
+            for measure, found in by_head.items()
         },
     }
 
 
-def verdict_lines(report: Mapping[str, Any]) -> list[str]:
-    """Return one line for the ordering, then one for each claim."""
-    ordered = report["ordering"]
-    return [
-        f"the paper's ordering {ordered['claim']}: {ordered['verdict']}",
-        *(f"{one['claim']}: {one['verdict']} ({one['numbers']})" for one in report["claims"]),
-    ]
-
-
-def rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """Return the table's cells, in the order of :data:`COLUMNS`."""
-    return [
+def _tables(report: Mapping[str, Any]) -> Iterator[Table]:
+    """Yield the arms, then the claims: their verdicts, and the paired difference by every head."""
+    arms = [
         [
             arm["label"],
             str(arm["n"]),
@@ -146,14 +123,12 @@ def rows(report: Mapping[str, Any]) -> list[list[str]]:
         ]
         for arm in report["arms"]
     ]
-
-
-def claim_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """Return a row for each claim: its verdict, and the paired difference by every head."""
-    return [
+    yield Table("Students' top-1, last weights", COLUMNS, arms)
+    claims = [
         [one["claim"], one["verdict"], *(_difference(one["by_head"].get(m)) for m in MEASURES)]
         for one in report["claims"]
     ]
+    yield Table("The paper's claims", CLAIM_COLUMNS, claims)
 
 
 def _percent(value: float | None) -> str:
@@ -167,7 +142,7 @@ def _difference(found: Mapping[str, Any] | None) -> str:
     return f"{found['difference']:+.2f}{error}"
 
 
-def about(report: Mapping[str, Any]) -> Iterator[str]:
+def _about(report: Mapping[str, Any]) -> Iterator[str]:
     """Yield how good the teacher is, what it was trained on, and where the forks begin."""
     teacher, images = report["teacher"], report["images"]
     yield (
@@ -183,16 +158,15 @@ def about(report: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-CLAIM_COLUMNS = ("claim", "verdict", *(f"{measure}, paired" for measure in MEASURES))
+def _ordering(report: Mapping[str, Any]) -> str:
+    return "the paper's ordering {claim}: {verdict}".format(**report["ordering"])
 
 
 def printed(report: Mapping[str, Any]) -> Printed:
     """Yield the students, the claims, and what else there is to know."""
-    yield Table("Students' top-1, last weights", COLUMNS, rows(report))
-    yield Table("The paper's claims", CLAIM_COLUMNS, claim_rows(report))
-    ordered = report["ordering"]
-    yield f"the paper's ordering {ordered['claim']}: {ordered['verdict']}"
-    yield from about(report)
+    yield from _tables(report)
+    yield _ordering(report)
+    yield from _about(report)
     yield NOTE
     yield f"{report['seconds']:.0f} s; everything is in {report['out']}"
 
@@ -201,12 +175,19 @@ def write_files(report: Mapping[str, Any], out: Path) -> None:
     """Write ``table.md``, ``table.csv`` (a row a run), ``curves.csv`` (a row an epoch), and
     ``study.svg`` and ``study.png``.
     """
-    tables = [(COLUMNS, rows(report)), (CLAIM_COLUMNS, claim_rows(report))]
-    text = "\n".join(_markdown(columns, cells) for columns, cells in tables)
-    lines = [*about(report), *verdict_lines(report), NOTE]
-    write_text(out / "table.md", f"{text}\n" + "".join(f"- {line}\n" for line in lines))
-    write_text(out / "table.csv", _csv(report))
-    write_text(out / "curves.csv", _curves(report))
+    tables = "\n".join(markdown_table(table.columns, table.rows) for table in _tables(report))
+    claims = [f"{one['claim']}: {one['verdict']} ({one['numbers']})" for one in report["claims"]]
+    lines = [*_about(report), _ordering(report), *claims, NOTE]
+    write_text(out / "table.md", f"{tables}\n" + "".join(f"- {line}\n" for line in lines))
+    names = [f"{ema}top1{head}" for ema in ("", "ema_") for head in ("", *map("_{}".format, HEADS))]
+    _write_csv(out / "table.csv", ["arm", "seed", *names, "attention"], _run_rows(report))
+    epochs = (
+        {"arm": arm["name"], "seed": seed} | row
+        for arm in report["arms"]
+        for seed, run in arm["runs"].items()
+        for row in run["rows"]
+    )
+    _write_csv(out / "curves.csv", ["arm", "seed", "epoch", "ckf_ratio", *names], epochs)
     arms = report["arms"]
     figure = plots.means(
         [arm["label"] for arm in arms],
@@ -215,46 +196,28 @@ def write_files(report: Mapping[str, Any], out: Path) -> None:
         [arm["deviation"] for arm in arms],
         x_label="top-1, %",
     )
+    title = "Students' top-1: mean, deviation, seeds"
     description = "; ".join(f"{arm['label']} {arm['text']}" for arm in arms)
     for ending in FORMATS:
-        write_plot(
-            figure, out / f"study.{ending}", "Students' top-1: mean, deviation, seeds", description
-        )
+        write_plot(figure, out / f"study.{ending}", title, description)
 
 
-def _markdown(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *cells]
-    return "".join(f"| {' | '.join(row)} |\n" for row in lines)
-
-
-def _runs(report: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+def _run_rows(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for arm in report["arms"]:
         for seed, run in arm["runs"].items():
-            yield arm["name"], seed, run
+            heads = {f"top1_{head}": value for head, value in run["per_head"].items()}
+            averaged = {
+                "ema_top1" if head == "mean" else f"ema_top1_{head}": value
+                for head, value in run["ema"].items()
+            }
+            layers = " ".join(f"{layer:.3f}" for layer in run["attention"])
+            row = {"arm": arm["name"], "seed": seed, "top1": run["top1"], "attention": layers}
+            yield row | heads | averaged
 
 
-def _csv(report: Mapping[str, Any]) -> str:
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = [f"top1_{head}" for head in HEADS]
-    ema = ["ema_top1", *(f"ema_{name}" for name in names)]
-    writer.writerow(["arm", "seed", "top1", *names, *ema, "attention"])
-    for arm, seed, run in _runs(report):
-        heads = [run["per_head"].get(head, "") for head in HEADS]
-        averaged = [run["ema"].get(head, "") for head in ("mean", *HEADS)]
-        layers = " ".join(f"{layer:.3f}" for layer in run["attention"])
-        writer.writerow([arm, seed, run["top1"], *heads, *averaged, layers])
-    return text.getvalue()
-
-
-def _curves(report: Mapping[str, Any]) -> str:
-    text = io.StringIO()
-    names = ["epoch", "ckf_ratio"]
-    names += [
-        f"{ema}top1{head}" for ema in ("", "ema_") for head in ("", *map("_{}".format, HEADS))
-    ]
-    writer = csv.DictWriter(text, ["arm", "seed", *names], restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    for arm, seed, run in _runs(report):
-        writer.writerows({"arm": arm, "seed": seed} | row for row in run["rows"])
-    return text.getvalue()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 NOISE = 2.0
 """Standard errors of the mean paired difference: less than them is within the noise.
@@ -28,7 +29,7 @@ class MeanOfRuns:
     @classmethod
     def of(cls, values: Sequence[float]) -> MeanOfRuns:
         """Return the mean of at least one value."""
-        mean = math.fsum(values) / len(values)
+        mean = fmean(values)
         if len(values) == 1:
             return cls(1, mean, None)
         squares = math.fsum((value - mean) ** 2 for value in values)
@@ -103,12 +104,9 @@ def judge(better: Mapping[int, float], worse: Mapping[int, float]) -> Verdict:
     if math.isfinite(difference.mean):
         held = difference.mean > 0
         error = difference.error
-        clear = None if error is None else difference.mean != 0 and _outside(difference.mean, error)
+        if error is not None:
+            clear = difference.mean != 0 and abs(difference.mean) >= NOISE * error
     return Verdict(upper, lower, differences, held, clear)
-
-
-def _outside(mean: float, error: float) -> bool:
-    return abs(mean) >= NOISE * error
 
 
 def ordering(verdicts: Sequence[Verdict]) -> str:

@@ -19,8 +19,9 @@ from cskd_pipeline.errors import OutputError
 from cskd_pipeline.models.teacher import Logits, Teacher
 from cskd_pipeline.tools import commands
 from cskd_pipeline.tools.bench import bench_all as bench
-from cskd_pipeline.tools.bench.figures import Figure, markdown, of_step, rows
+from cskd_pipeline.tools.bench.figures import COLUMNS, Figure, of_step, rows
 from cskd_pipeline.tools.bench.gpu_checks import check_teacher
+from cskd_pipeline.tools.tables import markdown_table
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 
@@ -210,5 +211,5 @@ def test_a_figure_says_whether_it_reaches_its_goal() -> None:
     assert (cached.goal, cached.reached) == ("≤ 1.03", True)
     assert (live.goal, live.reached) == ("≥ 4.5", False)
     assert images.found == "none 1,234"
-    text = markdown("GPU", rows([cached, live, images]))
+    text = markdown_table(COLUMNS, rows([cached, live, images]))
     assert text.splitlines()[-3].endswith("| 1.02 (1 to 1.05) | ≤ 1.03 | yes |")
