@@ -17,7 +17,7 @@ from typing import Any, get_args
 import pytest
 
 import cskd_pipeline
-from cskd_pipeline.config import DumpRecipe, TrainRecipe, key_info, key_types
+from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe, key_info, key_types
 from cskd_pipeline.views.policy import ViewPolicy
 from tests.cli.test_cli import commands
 from tests.test_structure import FLOORS

@@ -9,7 +9,7 @@ from cskd_pipeline.cli import options
 from cskd_pipeline.cli.parameters import RecipeLoader
 from cskd_pipeline.cli.reports import print_report
 from cskd_pipeline.cli.root import bench_app
-from cskd_pipeline.config import DumpRecipe, TrainRecipe
+from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.runtime.console import Terminal
 

@@ -11,7 +11,7 @@ import typer
 from cskd_pipeline.cli.options import Device, Outcome, RequiredShards, flag, require_companion
 from cskd_pipeline.cli.reports import print_report
 from cskd_pipeline.cli.root import app, bench_app, parse_and_run
-from cskd_pipeline.config import TrainRecipe
+from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.runtime.console import Terminal, kept
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cskd_pipeline.config import DumpRecipe, TrainRecipe, key_info
+from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe, key_info
 from cskd_pipeline.errors import RecipeError, UsageError
 
 Outcome = dict[str, Any] | None

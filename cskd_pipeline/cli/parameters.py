@@ -39,7 +39,8 @@ from cskd_pipeline.cli.options import (
     require,
     usage_of,
 )
-from cskd_pipeline.config import DumpRecipe, TrainRecipe, key_types, load_recipe, recipe_names
+from cskd_pipeline.config.reading import load_recipe, recipe_names
+from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe, key_types
 from cskd_pipeline.runtime.console import Terminal
 
 R = TypeVar("R", DumpRecipe, TrainRecipe)
@@ -69,7 +70,7 @@ class RecipeLoader(Generic[R]):
         """Return the recipe, with ``more`` (key -> value) beside the flags.
 
         Raises:
-            RecipeError, UsageError: see :func:`cskd_pipeline.config.load_recipe`.
+            RecipeError, UsageError: see :func:`cskd_pipeline.config.reading.load_recipe`.
         """
         return load_recipe(self.kind, self.source, self.sets, {**self.given, **(more or {})})
 

@@ -8,7 +8,7 @@ from cskd_pipeline.cli.options import Outcome, require_encodings
 from cskd_pipeline.cli.parameters import RecipeLoader
 from cskd_pipeline.cli.reports import print_report
 from cskd_pipeline.cli.root import plan_app
-from cskd_pipeline.config import DumpRecipe, TrainRecipe
+from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
 from cskd_pipeline.runtime.console import Terminal
 
 

@@ -11,7 +11,7 @@ import typer
 from cskd_pipeline.cli import options
 from cskd_pipeline.cli.parameters import RecipeLoader
 from cskd_pipeline.cli.root import app
-from cskd_pipeline.config import DumpRecipe, TrainRecipe
+from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
 from cskd_pipeline.errors import ImageError
 from cskd_pipeline.runtime.console import Terminal
 

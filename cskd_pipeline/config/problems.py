@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cskd_pipeline.config.keys import key_types
+from cskd_pipeline.config.sections import key_types
 from cskd_pipeline.errors import printable
 
 MAX_DEPTH = 20

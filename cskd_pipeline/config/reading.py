@@ -11,10 +11,8 @@ from typing import Any, Literal, TypeVar, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from cskd_pipeline.config.keys import key_types
-from cskd_pipeline.config.model_names import is_factory
 from cskd_pipeline.config.problems import Problems, shown
-from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
+from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe, is_factory, key_types
 from cskd_pipeline.errors import RecipeError, UsageError
 from cskd_pipeline.runtime import resources
 

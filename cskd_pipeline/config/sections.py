@@ -1,10 +1,12 @@
 """The sections of a recipe: every key, its default, its limits, and what it means.
 
+:func:`key_types` and :func:`key_info` find them by dotted name, ``section.key``.
+
 The descriptions are also the help of the command line's flags, the ``examples`` what a shell's
 completion offers. Every key decides the result (``_fixed``) but for those made by
 
 - ``_free``: it cannot change a result (worker counts, folders, notes), so it is no part of
-  :func:`cskd_pipeline.config.result_digest`;
+  :func:`cskd_pipeline.config.writing.result_digest`;
 - ``_adjustable``: it can, and yet a run may be resumed with another value. The others decide what
   samples, targets and tensors are: with another value it would be another run.
 
@@ -13,11 +15,13 @@ Encodings, models, devices and optimizers are open sets: their own modules check
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from functools import cache, partial
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass, is_pydantic_dataclass
+from pydantic.fields import FieldInfo
 
 from cskd_pipeline.views.policy import ViewPolicy
 
@@ -330,3 +334,41 @@ class TrainRecipe:
     batch: BatchSection = Field(default_factory=BatchSection)
     eval: EvalSection = Field(default_factory=EvalSection)
     run: RunSection = Field(default_factory=RunSection)
+
+
+@cache
+def key_types(kind: type) -> Mapping[str, Any]:
+    """Return dotted name -> type of every section and key; of ``X | None`` only X."""
+    types: dict[str, Any] = {}
+    for section, hint in get_type_hints(kind).items():
+        types[section] = next((t for t in get_args(hint) if t is not type(None)), hint)
+        types |= {f"{section}.{key}": t for key, t in get_type_hints(types[section]).items()}
+    return types
+
+
+def key_info(kind: type, name: str) -> FieldInfo:
+    """Return default, limits, description and examples of the key called ``name``.
+
+    Raises:
+        KeyError: there is no such key.
+    """
+    section, _, key = name.partition(".")
+    owner = key_types(kind)[section]
+    if is_pydantic_dataclass(owner):
+        return owner.__pydantic_fields__[key]
+    return FieldInfo.from_annotation(get_type_hints(owner)[key])  # the view policy's
+
+
+def keys_marked(kind: type, mark: str) -> set[str]:
+    """Return the dotted names of the keys that are ``free`` or ``adjustable``."""
+    names = (name for name in key_types(kind) if "." in name)
+    return {name for name in names if key_info(kind, name).json_schema_extra == {"mark": mark}}
+
+
+TORCHVISION = "torchvision:"
+HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's own
+
+
+def is_factory(name: str) -> bool:
+    """Return whether a model's name is ``package.module:factory``, code that building it runs."""
+    return ":" in name and not name.startswith((TORCHVISION, *HUB_PREFIXES))

@@ -5,8 +5,7 @@ import re
 from dataclasses import asdict
 from typing import Any
 
-from cskd_pipeline.config.keys import keys_marked
-from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
+from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe, keys_marked
 from cskd_pipeline.runtime import schemas
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")

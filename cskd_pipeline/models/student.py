@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from cskd_pipeline.config.model_names import HUB_PREFIXES
+from cskd_pipeline.config.sections import HUB_PREFIXES
 from cskd_pipeline.errors import StudentError
 from cskd_pipeline.models.timm_models import create_timm
 

@@ -14,7 +14,7 @@ import torchvision
 from timm.models import PretrainedCfg, get_deprecated_models, get_pretrained_cfg
 from torch import Tensor, nn
 
-from cskd_pipeline.config.model_names import HUB_PREFIXES, TORCHVISION, is_factory
+from cskd_pipeline.config.sections import HUB_PREFIXES, TORCHVISION, is_factory
 from cskd_pipeline.errors import CskdError, TeacherError
 from cskd_pipeline.models.weights import load_into
 

@@ -22,7 +22,7 @@ from cskd_pipeline.cache.info import describe as describe_cache
 from cskd_pipeline.cache.manifest import TeacherInfo
 from cskd_pipeline.cache.omitted import CORRUPT
 from cskd_pipeline.cache.summary import size
-from cskd_pipeline.config import DumpRecipe
+from cskd_pipeline.config.sections import DumpRecipe
 from cskd_pipeline.data.assemble import normalise
 from cskd_pipeline.data.corrupt import without_corrupt
 from cskd_pipeline.data.index import Dataset, load_dataset

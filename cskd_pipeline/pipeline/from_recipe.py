@@ -8,8 +8,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
-from cskd_pipeline.config import TrainRecipe
-from cskd_pipeline.config.sections import DistillSection
+from cskd_pipeline.config.sections import DistillSection, TrainRecipe
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.data.cached_loader import CachedLoader
 from cskd_pipeline.data.training_views import TrainingViews

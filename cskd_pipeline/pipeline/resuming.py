@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cskd_pipeline.config import TrainRecipe, adjustable, deciding
+from cskd_pipeline.config.sections import TrainRecipe
+from cskd_pipeline.config.writing import adjustable, deciding
 from cskd_pipeline.errors import OutputError
 from cskd_pipeline.runtime.atomic import write_text
 

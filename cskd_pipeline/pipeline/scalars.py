@@ -17,7 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cskd_pipeline.config import TrainRecipe, result_digest
+from cskd_pipeline.config.sections import TrainRecipe
+from cskd_pipeline.config.writing import result_digest
 from cskd_pipeline.errors import ManifestError, MissingPackageError
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.runtime.atomic import write_json

@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cskd_pipeline.config import TrainRecipe, to_toml
+from cskd_pipeline.config.sections import TrainRecipe
+from cskd_pipeline.config.writing import to_toml
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.data.evalset import EvalBatch, eval_loader, images_of_rank
 from cskd_pipeline.errors import CskdError, TrainingError, UsageError, WeightsError

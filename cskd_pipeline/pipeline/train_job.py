@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cskd_pipeline.cache.manifest import utc_now
-from cskd_pipeline.config import TrainRecipe, deciding, result_digest
+from cskd_pipeline.config.sections import TrainRecipe
+from cskd_pipeline.config.writing import deciding, result_digest
 from cskd_pipeline.distill.losses import inference_heads
 from cskd_pipeline.errors import OutputError, WeightsError
 from cskd_pipeline.models.header import StudentHeader

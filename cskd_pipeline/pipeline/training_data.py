@@ -13,7 +13,7 @@ import numpy as np
 
 from cskd_pipeline import Cache, open_cache
 from cskd_pipeline.cache.digests import root_digest
-from cskd_pipeline.config import TrainRecipe
+from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.data.corrupt import without_corrupt
 from cskd_pipeline.data.index import Dataset, load_dataset, require_num_classes
 from cskd_pipeline.data.join import classes_of, join

@@ -21,7 +21,7 @@ from cskd_pipeline.cache.manifest import (
 from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.cache.view_blocks import choose_view_block
 from cskd_pipeline.cache.writer import CacheWriter
-from cskd_pipeline.config import CacheSection
+from cskd_pipeline.config.sections import CacheSection
 from cskd_pipeline.data.describe import describe
 from cskd_pipeline.data.index import Dataset, load_dataset, refuse_repeated_keys
 from cskd_pipeline.data.unit_views import Loading

@@ -26,7 +26,7 @@ import typer.main
 
 from cskd_pipeline import __version__
 from cskd_pipeline.cli import app, main
-from cskd_pipeline.config import DumpRecipe, TrainRecipe
+from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
 from cskd_pipeline.errors import CacheError, DataError
 from cskd_pipeline.runtime.console import Terminal, kept
 from cskd_pipeline.runtime.progress import PACKAGE, listen

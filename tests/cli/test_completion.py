@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import cskd_pipeline
-from cskd_pipeline.config import DumpRecipe, TrainRecipe, recipe_names
+from cskd_pipeline.config.reading import recipe_names
+from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
 
 VARIABLE = "_CSKD_PIPELINE_COMPLETE"
 ROOT = Path(cskd_pipeline.__file__).parents[1]

@@ -11,13 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from cskd_pipeline.config import (
-    DumpRecipe,
-    TrainRecipe,
-    load_recipe,
-    recipe_names,
-)
-from cskd_pipeline.config.sections import DistillSection, EvalSection
+from cskd_pipeline.config.reading import load_recipe, recipe_names
+from cskd_pipeline.config.sections import DistillSection, DumpRecipe, EvalSection, TrainRecipe
 from cskd_pipeline.pipeline.from_recipe import make_trainer
 from cskd_pipeline.runtime import resources
 from cskd_pipeline.tools.bench.bench_step import synthetic_views

@@ -11,20 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cskd_pipeline.config import (
+from cskd_pipeline.config.reading import find_recipe, load_recipe, recipe_names
+from cskd_pipeline.config.sections import (
     DumpRecipe,
+    OptimSection,
+    RunSection,
     TrainRecipe,
-    adjustable,
-    find_recipe,
+    is_factory,
     key_info,
     key_types,
-    load_recipe,
-    recipe_names,
-    result_digest,
-    to_toml,
 )
-from cskd_pipeline.config.model_names import is_factory
-from cskd_pipeline.config.sections import OptimSection, RunSection
+from cskd_pipeline.config.writing import adjustable, result_digest, to_toml
 from cskd_pipeline.errors import RecipeError, UsageError
 from cskd_pipeline.runtime import resources
 from cskd_pipeline.views.policy import ViewPolicy

@@ -11,7 +11,8 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
-from cskd_pipeline.config import TrainRecipe, load_recipe
+from cskd_pipeline.config.reading import load_recipe
+from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.data.evalset import eval_loader, images_of_rank
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.runtime.distributed import Ranks

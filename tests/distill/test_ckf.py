@@ -15,7 +15,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cskd_pipeline.config import TrainRecipe, key_types
+from cskd_pipeline.config.sections import TrainRecipe, key_types
 from cskd_pipeline.distill import ckf
 from cskd_pipeline.errors import RecipeError, TeacherError
 

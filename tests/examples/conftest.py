@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from cskd_pipeline.config import DumpRecipe, load_recipe
+from cskd_pipeline.config.reading import load_recipe
+from cskd_pipeline.config.sections import DumpRecipe
 from cskd_pipeline.pipeline.dump import dump_teacher
 from cskd_pipeline.tools.demo_images import write_digit_folders
 from cskd_pipeline.tools.make_shards import make_shards

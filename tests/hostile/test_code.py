@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.config import DumpRecipe, load_recipe
+from cskd_pipeline.config.reading import load_recipe
+from cskd_pipeline.config.sections import DumpRecipe
 from cskd_pipeline.errors import CacheError, CskdError
 from cskd_pipeline.models.train_state import load_state
 from cskd_pipeline.pipeline.train import train

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cskd_pipeline import Cache
-from cskd_pipeline.config import TrainRecipe, load_recipe
+from cskd_pipeline.config.reading import load_recipe
+from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.distill.encodings import ENCODINGS, Sampled
 from cskd_pipeline.distill.encodings.base import ResponseShape
 from cskd_pipeline.errors import CacheError

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.config import TrainRecipe, load_recipe
+from cskd_pipeline.config.reading import load_recipe
+from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.models.checkpoint import read_header, save_student
 from cskd_pipeline.models.header import StudentHeader

@@ -19,7 +19,7 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch.nn import functional
 
-from cskd_pipeline.config import TrainRecipe
+from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.errors import CskdError, OutputError, WeightsError
 from cskd_pipeline.models.checkpoint import read_header, save_student
 from cskd_pipeline.models.train_state import load_state

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cskd_pipeline.config import TrainRecipe
+from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.errors import OutputError, WeightsError
 from cskd_pipeline.models.checkpoint import read_header
 from cskd_pipeline.pipeline import train as stage_two

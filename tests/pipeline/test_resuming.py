@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from cskd_pipeline.config import TrainRecipe, deciding, load_recipe
+from cskd_pipeline.config.reading import load_recipe
+from cskd_pipeline.config.sections import TrainRecipe
+from cskd_pipeline.config.writing import deciding
 from cskd_pipeline.errors import ImageError, OutputError, TrainingError
 from cskd_pipeline.models.checkpoint import read_header
 from cskd_pipeline.models.train_state import find_nonfinite, load_state, save_state

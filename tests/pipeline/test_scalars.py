@@ -21,7 +21,8 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
-from cskd_pipeline.config import TrainRecipe, result_digest
+from cskd_pipeline.config.sections import TrainRecipe
+from cskd_pipeline.config.writing import result_digest
 from cskd_pipeline.errors import ManifestError, MissingPackageError
 from cskd_pipeline.pipeline import scalars
 from cskd_pipeline.pipeline import train as stage_two

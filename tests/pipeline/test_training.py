@@ -15,7 +15,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from cskd_pipeline.config import TrainRecipe
+from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.data import evalset
 from cskd_pipeline.errors import ViewDriftError
 from cskd_pipeline.models.checkpoint import read_header

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from cskd_pipeline.cli import main
-from cskd_pipeline.config import DumpRecipe, TrainRecipe, load_recipe
+from cskd_pipeline.config.reading import load_recipe
+from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
 
 CLASSES = ("disc", "square", "bars", "cross")
 SIZE = 32

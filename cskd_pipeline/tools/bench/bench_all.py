@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from cskd_pipeline.cache.manifest import library_versions
-from cskd_pipeline.config import DumpRecipe, TrainRecipe, load_recipe
+from cskd_pipeline.config.reading import load_recipe
+from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.errors import CskdError, OutputError
 from cskd_pipeline.runtime import schemas

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cskd_pipeline.config import DumpRecipe
+from cskd_pipeline.config.sections import DumpRecipe
 from cskd_pipeline.data.assemble import normalise
 from cskd_pipeline.data.full_batches import TeacherViews, full_batches
 from cskd_pipeline.data.unit_views import Loading

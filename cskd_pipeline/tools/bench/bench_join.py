@@ -21,7 +21,7 @@ from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import encode_file
 from cskd_pipeline.cache.manifest import CacheManifest, DatasetManifest, ShardInfo, TeacherInfo
 from cskd_pipeline.cache.reader import Cache, open_cache
-from cskd_pipeline.config import CacheSection, TrainRecipe
+from cskd_pipeline.config.sections import CacheSection, TrainRecipe
 from cskd_pipeline.data.plan import EpochPlan, SampleSet
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.errors import UsageError

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cskd_pipeline.config import TrainRecipe
+from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.data.assemble import assemble, normalise
 from cskd_pipeline.data.batches import Batch, compose
 from cskd_pipeline.data.images import ImageSource

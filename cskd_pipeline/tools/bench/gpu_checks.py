@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cskd_pipeline.config import DumpRecipe
+from cskd_pipeline.config.sections import DumpRecipe
 from cskd_pipeline.data.assemble import assemble, normalise
 from cskd_pipeline.data.cached_loader import CachedLoader
 from cskd_pipeline.data.training_views import open_views

@@ -13,7 +13,7 @@ from torch import Tensor
 from cskd_pipeline.cache.layout import encodings_of
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.config import DumpRecipe
+from cskd_pipeline.config.sections import DumpRecipe
 from cskd_pipeline.data.full_batches import logits_of
 from cskd_pipeline.distill.encodings import ENCODINGS, Encoding
 from cskd_pipeline.errors import CacheError

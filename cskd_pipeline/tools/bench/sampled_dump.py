@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cskd_pipeline.cache.manifest import CacheManifest
-from cskd_pipeline.config import DumpRecipe
+from cskd_pipeline.config.sections import DumpRecipe
 from cskd_pipeline.data.assemble import normalise
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.data.describe import describe

@@ -23,7 +23,7 @@ from cskd_pipeline.cache.manifest import DatasetManifest, ShardInfo
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.summary import size
 from cskd_pipeline.cache.view_blocks import count_files
-from cskd_pipeline.config import CacheSection, DumpRecipe
+from cskd_pipeline.config.sections import CacheSection, DumpRecipe
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.data.full_batches import logits_of
 from cskd_pipeline.data.index import Dataset

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cskd_pipeline.config import TrainRecipe
+from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.pipeline.from_recipe import make_trainer
 from cskd_pipeline.pipeline.trainer import Trainer

@@ -14,7 +14,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from cskd_pipeline.config import TrainRecipe, load_recipe
+from cskd_pipeline.config.reading import load_recipe
+from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.errors import RunError, UsageError, printable
 from cskd_pipeline.runtime.console import flatten
 

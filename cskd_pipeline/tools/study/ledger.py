@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cskd_pipeline.config import DumpRecipe, TrainRecipe, load_recipe, result_digest
+from cskd_pipeline.config.reading import load_recipe
+from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
+from cskd_pipeline.config.writing import result_digest
 from cskd_pipeline.errors import ManifestError, OutputError, RecipeError
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.runtime.atomic import require_empty, sweep, write_json

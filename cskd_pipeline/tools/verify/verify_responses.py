@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cskd_pipeline.cache.check import Problem
 from cskd_pipeline.cache.manifest import TeacherInfo
-from cskd_pipeline.config.model_names import is_factory
+from cskd_pipeline.config.sections import is_factory
 from cskd_pipeline.data.batches import render_batch
 from cskd_pipeline.data.full_batches import logits_of
 from cskd_pipeline.data.join import Join

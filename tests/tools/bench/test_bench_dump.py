@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from cskd_pipeline.config import DumpRecipe, load_recipe
+from cskd_pipeline.config.reading import load_recipe
+from cskd_pipeline.config.sections import DumpRecipe
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.models.teacher import Logits
 from cskd_pipeline.pipeline import dump

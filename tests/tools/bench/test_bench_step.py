@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cskd_pipeline.config import TrainRecipe, load_recipe
+from cskd_pipeline.config.reading import load_recipe
+from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.data.assemble import assemble, normalise
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.distill.encodings import ENCODINGS

@@ -14,7 +14,8 @@ import torch
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cli.reports import print_report
-from cskd_pipeline.config import DumpRecipe, load_recipe
+from cskd_pipeline.config.reading import load_recipe
+from cskd_pipeline.config.sections import DumpRecipe
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.models.teacher import Logits
 from cskd_pipeline.pipeline.dump import dump_teacher

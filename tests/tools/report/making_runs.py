@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cskd_pipeline.config import TrainRecipe, load_recipe, to_toml
+from cskd_pipeline.config.reading import load_recipe
+from cskd_pipeline.config.sections import TrainRecipe
+from cskd_pipeline.config.writing import to_toml
 
 HEADS = ("cls", "dist", "dense")
 

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cskd_pipeline.config import TrainRecipe, load_recipe, to_toml
+from cskd_pipeline.config.reading import load_recipe
+from cskd_pipeline.config.sections import TrainRecipe
+from cskd_pipeline.config.writing import to_toml
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.errors import OutputError, RecipeError
 from cskd_pipeline.pipeline import train as stage_two
