@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from cskd_pipeline.errors import CskdError, RankError, UsageError
-from cskd_pipeline.runtime.distributed.watch import Watch, of_this_attempt
 from cskd_pipeline.runtime.processes import identify
 from cskd_pipeline.runtime.progress import silence
 from cskd_pipeline.runtime.signals import Requeue
+from cskd_pipeline.runtime.watch import Watch, of_this_attempt
 
 T = TypeVar("T")
 
