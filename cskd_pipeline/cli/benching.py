@@ -71,9 +71,8 @@ def encodings(
     outcome = print_report(terminal, report, printed(report))
     if plot is not None:
         from cskd_pipeline.tools.bench.encodings_plot import encodings_plot
-        from cskd_pipeline.tools.report.plot_files import write_plot
 
-        write_plot(encodings_plot(report), plot, title(report))
+        encodings_plot(report, title(report)).write(plot)
         terminal.line(f"plot: {plot}")
     return outcome
 

@@ -9,23 +9,19 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from cskd_pipeline.cache.reader import Cache
-from cskd_pipeline.data.images import NOWHERE
 from cskd_pipeline.data.join import Join
-from cskd_pipeline.data.replay import cache_of, pair_views
+from cskd_pipeline.data.replay import cache_of
 from cskd_pipeline.distill.encodings import temperature_near
 from cskd_pipeline.distill.targets import SampledTargets
 from cskd_pipeline.errors import JoinError, MissingPackageError
-from cskd_pipeline.tools.report.gallery import class_names, labels_and_share, make_views
-from cskd_pipeline.tools.report.labels import read_labels
+from cskd_pipeline.tools.report.gallery import class_names, ground_truth, make_views, with_images
+from cskd_pipeline.tools.report.labels import read_labels, read_targets
 from cskd_pipeline.views.bits import BitStream, derive_seed
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from cskd_pipeline.distill.targets import Targets
 
 NAME = "preview.parquet"
 PIXELS = 112  # of a thumbnail's longer side
@@ -107,16 +103,16 @@ def make_table(cache: Cache, rows: np.ndarray, found: Join | None = None) -> pa.
     if found is not None:
         rows, thumbnails = _thumbnails(found, rows)
     names = _names(cache)
-    own, partner, share = labels_and_share(cache, rows)
+    truth = ground_truth(cache, rows)
     labels, probabilities = _global(cache, rows)
-    agreement = (read_labels(cache, rows).at(1.0) == own[:, None, None]).mean(axis=(1, 2))
+    agreement = (read_labels(cache, rows).at(1.0) == truth.own[:, None, None]).mean(axis=(1, 2))
     values: dict[str, Any] = {
         "key": [cache.keys(shard)[offset] for _, shard, offset in rows.tolist()],
         "view": rows[:, 0],
-        "label": own,
-        "class_name": [names[k] for k in own],
-        "share": share,
-        "partner_label": partner,
+        "label": truth.own,
+        "class_name": [names[k] for k in truth.own],
+        "share": truth.share,
+        "partner_label": truth.partner,
         "teacher_label": labels,
         "teacher_class_name": [names[k] for k in labels],
         "teacher_probability": probabilities,
@@ -170,9 +166,9 @@ def _global(cache: Cache, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for start in range(0, len(rows), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
         if hard:
-            labels[part] = _targets(cache, hard[0], rows[part]).hard_global().numpy()
+            labels[part] = read_targets(cache, hard[0], rows[part]).hard_global().numpy()
         if soft:
-            targets = _targets(cache, soft[0], rows[part])
+            targets = read_targets(cache, soft[0], rows[part])
             tau = temperature_near(cache.encodings[soft[0]])
             if isinstance(targets, SampledTargets):
                 top = targets.drawn_global(tau).mode(1).values.numpy()
@@ -186,18 +182,9 @@ def _global(cache: Cache, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return labels, probabilities
 
 
-def _targets(cache: Cache, encoding: str, rows: np.ndarray) -> Targets:
-    arrays = {name: torch.from_numpy(a) for name, a in cache.gather(encoding, rows).items()}
-    return cache.encodings[encoding].targets(arrays)
-
-
 def _thumbnails(found: Join, rows: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
     """Return the views whose images are the cache's, and each as an image file."""
-    here = [
-        found.images.locate(part[:, 1:])[0] != NOWHERE
-        for part in (rows, pair_views(cache_of(found), rows).partner)
-    ]
-    rows = rows[here[0] & here[1]]
+    rows = with_images(found, rows)
     views = make_views(found, rows) if len(rows) else []
     if not any(view.same for view in views):
         raise JoinError(

@@ -32,7 +32,7 @@ from cskd_pipeline.tools.report.labels import Labels, read_labels
 from cskd_pipeline.tools.report.page import PageOptions
 from cskd_pipeline.tools.report.plot_files import Plot
 from cskd_pipeline.tools.report.records import RunRecord
-from cskd_pipeline.tools.report.statistics import RATIO_AXIS, RATIOS
+from cskd_pipeline.tools.report.statistics import RATIO_AXIS, RATIOS, spread
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def compare(
     guard.report_new()
     images, samples = options.images or IMAGES, options.samples or SAMPLES
     rows = choose_views(found, max(images, samples))
-    shown = np.unique(np.linspace(0, len(rows) - 1, min(images, len(rows))).astype(np.int64))
+    shown = spread(len(rows), images)
     teacher = read_labels(reader, rows)
     at = np.stack([teacher.at(r) for r in RATIOS])  # (101, m, h, w)
     students = []

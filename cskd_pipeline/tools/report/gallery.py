@@ -39,14 +39,19 @@ class GroundTruth:
     """The classes of n mixed views, by the cache's labels.
 
     Args:
-        larger, smaller: (n,) int64, the class of the image that fills more of each view, and of the
-            other one; equal where nothing is mixed in.
-        share: (n,) float, of the larger.
+        own, partner: (n,) int64, the class of each view's own image, and of the one mixed in; equal
+            where none is.
+        share: (n,) float, of the own image.
     """
 
-    larger: np.ndarray
-    smaller: np.ndarray
+    own: np.ndarray
+    partner: np.ndarray
     share: np.ndarray
+
+    @property
+    def larger(self) -> np.ndarray:
+        """Return the class of the image that fills more of each view: (n,) int64."""
+        return np.where(self.share >= 0.5, self.own, self.partner)
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,7 @@ class GalleryView:
     """One replayed view.
 
     Args:
-        number, shard, offset: of the view, and of its sample.
-        key: the sample's.
+        number, key: of the view, and of its sample.
         pixels: (S, S, 3) uint8, mixed, as the network saw it.
         contents: each class in it and its name, with its share where two are mixed.
         same: both of its images are those that the teacher saw.
@@ -63,8 +67,6 @@ class GalleryView:
     """
 
     number: int
-    shard: int
-    offset: int
     key: str
     pixels: np.ndarray
     contents: list[tuple[int, str]]
@@ -156,10 +158,7 @@ def choose_views(found: Join, count: int) -> np.ndarray:
     Raises:
         JoinError: there is none.
     """
-    rows = spread_views(found, count, few=FETCHING)
-    if len(rows):
-        partner = pair_views(cache_of(found), rows).partner
-        rows = rows[found.images.locate(partner[:, 1:])[0] != NOWHERE]
+    rows = with_images(found, spread_views(found, count, few=FETCHING))
     if not len(rows):
         raise JoinError(
             "there is nothing to show: no finished part of the cache has its images here",
@@ -167,32 +166,29 @@ def choose_views(found: Join, count: int) -> np.ndarray:
             found=f"{found.missing} of {found.samples.total} samples missing",
             action="give the shards that the cache was made from, or finish the dump",
         )
-    return rows[np.argsort(-ground_truth(cache_of(found), rows).share, kind="stable")]
+    share = ground_truth(cache_of(found), rows).share
+    return rows[np.argsort(-np.maximum(share, 1 - share), kind="stable")]
 
 
-def labels_and_share(cache: Cache, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return of the views ``rows``, (n, 3) view, shard, offset, what is in each.
+def with_images(found: Join, rows: np.ndarray) -> np.ndarray:
+    """Return those of the views ``rows`` whose images, the one mixed in too, are there."""
+    if not len(rows):
+        return rows
+    own, partner = (
+        found.images.locate(part[:, 1:])[0] != NOWHERE
+        for part in (rows, pair_views(cache_of(found), rows).partner)
+    )
+    return rows[own & partner]
 
-    Returns:
-        (n,) int64 labels of their own images, and of those mixed in; (n,) float share of the own.
-    """
+
+def ground_truth(cache: Cache, rows: np.ndarray) -> GroundTruth:
+    """Return the classes in the views ``rows``, (n, 3) view, shard, offset."""
     pairing = pair_views(cache, rows)
     own, partner = (
         np.array([cache.labels(shard)[offset] for _, shard, offset in part.tolist()], np.int64)
         for part in (pairing.own, pairing.partner)
     )
-    return own, partner, np.array([mix.lam for mix in pairing.mixes])
-
-
-def ground_truth(cache: Cache, rows: np.ndarray) -> GroundTruth:
-    """Return the classes in the views ``rows``, (n, 3) view, shard, offset."""
-    own, partner, share = labels_and_share(cache, rows)
-    first = share >= 0.5
-    return GroundTruth(
-        larger=np.where(first, own, partner),
-        smaller=np.where(first, partner, own),
-        share=np.maximum(share, 1 - share),
-    )
+    return GroundTruth(own, partner, np.array([mix.lam for mix in pairing.mixes]))
 
 
 def make_views(found: Join, rows: np.ndarray) -> list[GalleryView]:
@@ -214,8 +210,6 @@ def make_views(found: Join, rows: np.ndarray) -> list[GalleryView]:
             views.append(
                 GalleryView(
                     number=view,
-                    shard=shard,
-                    offset=offset,
                     key=cache.keys(shard)[offset],
                     pixels=(pixels.clamp(0, 1) * 255).round().byte().numpy(),
                     contents=_contents(truth, i, names),
@@ -228,7 +222,8 @@ def make_views(found: Join, rows: np.ndarray) -> list[GalleryView]:
 
 
 def _contents(truth: GroundTruth, i: int, names: list[str]) -> list[tuple[int, str]]:
-    larger, smaller, share = int(truth.larger[i]), int(truth.smaller[i]), truth.share[i]
-    if share >= _ALONE or larger == smaller:
-        return [(larger, names[larger])]
-    return [(k, f"{names[k]} {part:.0%}") for k, part in ((larger, share), (smaller, 1 - share))]
+    own, partner, share = int(truth.own[i]), int(truth.partner[i]), float(truth.share[i])
+    larger, *smaller = sorted([(own, share), (partner, 1 - share)], key=lambda part: -part[1])
+    if own == partner or larger[1] >= _ALONE:
+        return [(larger[0], names[larger[0]])]
+    return [(k, f"{names[k]} {part:.0%}") for k, part in (larger, *smaller)]

@@ -14,7 +14,7 @@ import torch
 from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.distill import ckf
 from cskd_pipeline.distill.encodings import temperature_near
-from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets, SampledTargets
+from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets, SampledTargets, Targets
 
 RATIOS = np.linspace(0.0, 1.0, 21)
 _AT_ONCE = 32  # views whose logits are held
@@ -78,10 +78,14 @@ def read_labels(cache: Cache, rows: np.ndarray) -> Labels:
     return Labels(name, cache.encodings[name].exact, planes)
 
 
+def read_targets(cache: Cache, name: str, rows: np.ndarray) -> Targets:
+    """Read the targets that the encoding ``name`` has of the views ``rows``."""
+    arrays = {n: torch.from_numpy(values) for n, values in cache.gather(name, rows).items()}
+    return cache.encodings[name].targets(arrays)
+
+
 def _planes(cache: Cache, name: str, rows: np.ndarray) -> np.ndarray:
-    arrays = {n: torch.from_numpy(a) for n, a in cache.gather(name, rows).items()}
-    encoding = cache.encodings[name]
-    targets = encoding.targets(arrays)
+    encoding, targets = cache.encodings[name], read_targets(cache, name, rows)
     if isinstance(targets, EnvelopeTargets):
         return targets.planes.numpy()
     if isinstance(targets, LogitTargets) and encoding.exact:

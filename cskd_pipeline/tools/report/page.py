@@ -22,7 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cskd_pipeline.errors import printable
 from cskd_pipeline.runtime.atomic import write_text
 from cskd_pipeline.runtime.console import format_value, plain
-from cskd_pipeline.tools.report.plot_files import Plot, write_plot
+from cskd_pipeline.tools.report.plot_files import Plot
 from cskd_pipeline.tools.report.plots import css_look
 
 PAGE = "index.html"
@@ -98,7 +98,7 @@ def write_page(
     write_text(out / PAGE, document)
     exported = {} if export is None else {out / f"{plot.name}.{export}": plot for plot in plots}
     for path, plot in exported.items():
-        write_plot(plot.figure, path, plot.title, plot.described)
+        plot.write(path)
     return {
         "page": str(out / PAGE),
         "bytes": len(document.encode()),

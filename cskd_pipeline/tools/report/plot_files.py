@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,13 +34,8 @@ class Plot:
     name: str
     title: str
     figure: Figure
-    caption: str
+    caption: str = ""
     description: str = ""
-
-    @property
-    def described(self) -> str:
-        """Return the description, or the caption."""
-        return self.description or self.caption
 
     @property
     def names(self) -> list[str]:
@@ -50,103 +43,80 @@ class Plot:
         return [text.get_text() for legend in self.figure.legends for text in legend.get_texts()]
 
     def svg(self) -> str:
-        """Return the figure for a page, which has one key for all plots instead of legends."""
+        """Return an ``<svg>`` as wide as its column in a page, in whose ink it is, and which has
+        one key for all plots instead of legends.
+        """
         legends = [*self.figure.legends]
         self.figure.legends.clear()
         try:
-            return svg(self.figure, self.title, self.described)
+            root = self._tree(background="none")
         finally:
             self.figure.legends.extend(legends)
+        for element in root.iter():
+            if "style" in element.attrib:
+                element.set("style", element.attrib["style"].replace(INK, "currentColor"))
+        for name in ("width", "height"):
+            root.attrib.pop(name, None)
+        return ET.tostring(root, encoding="unicode")
 
+    def write(self, path: Path) -> None:
+        """Write the plot to a file, in the format of its ending, whole or not at all.
 
-def svg(figure: Figure, title: str, description: str = "") -> str:
-    """Return an ``<svg>`` element as wide as its column, in the ink of the page around it.
+        Raises:
+            OutputError: another ending than ``FORMATS``; no space, or no permission.
+        """
+        ending = path.suffix.lower().removeprefix(".")
+        if ending not in FORMATS:
+            raise OutputError(
+                "a plot cannot be written in this format",
+                where=path,
+                found=path.suffix or "no ending",
+                expected=" or ".join(f".{name}" for name in FORMATS),
+            )
+        axes, buffer = self.figure.axes[0], io.BytesIO()
+        with settings():
+            axes.set_title(printable(self.title, 70), loc="left")
+            try:
+                if ending == "svg":
+                    root = self._tree(background="white")
+                    ET.ElementTree(root).write(buffer, encoding="utf-8", xml_declaration=True)
+                else:
+                    nobody = {"Software": None}
+                    self.figure.savefig(
+                        buffer, format="png", dpi=200, facecolor="white", metadata=nobody
+                    )
+            finally:
+                axes.set_title("", loc="left")
+        write_bytes(path, buffer.getvalue())
 
-    Args:
-        title, description: for screen readers; not drawn.
-    """
-    root = _tree(figure, title, description, background="none")
-    for element in root.iter():
-        if "style" in element.attrib:
-            element.set("style", element.attrib["style"].replace(INK, "currentColor"))
-    for name in ("width", "height"):
-        root.attrib.pop(name, None)
-    return ET.tostring(root, encoding="unicode")
+    def _tree(self, *, background: str) -> ET.Element:
+        """Return the figure as SVG, without date and style sheet, with texts for screen readers.
 
-
-def svg_file(figure: Figure, title: str, description: str = "") -> bytes:
-    """Return the figure as an SVG file."""
-    with _titled(figure, title):
-        root = _tree(figure, title, description, background="white")
-    return b'<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="utf-8") + b"\n"
-
-
-def png(figure: Figure, title: str) -> bytes:
-    """Return the figure as a PNG file, 200 dots an inch."""
-    buffer = io.BytesIO()
-    with _titled(figure, title), settings():
-        figure.savefig(
-            buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None}
-        )
-    return buffer.getvalue()
-
-
-def write_plot(figure: Figure, path: Path, title: str, description: str = "") -> None:
-    """Write a figure to a file, in the format of its ending, whole or not at all.
-
-    Raises:
-        OutputError: another ending than ``FORMATS``; no space, or no permission.
-    """
-    ending = path.suffix.lower().removeprefix(".")
-    if ending not in FORMATS:
-        raise OutputError(
-            "a plot cannot be written in this format",
-            where=path,
-            found=path.suffix or "no ending",
-            expected=" or ".join(f".{name}" for name in FORMATS),
-        )
-    data = png(figure, title) if ending == "png" else svg_file(figure, title, description)
-    write_bytes(path, data)
-
-
-@contextmanager
-def _titled(figure: Figure, title: str) -> Iterator[None]:
-    axes = figure.axes[0]
-    with settings():
-        axes.set_title(printable(title, 70), loc="left")
-    try:
-        yield
-    finally:
-        axes.set_title("", loc="left")
-
-
-def _tree(figure: Figure, title: str, description: str, *, background: str) -> ET.Element:
-    """Return the figure as SVG, without date and style sheet, with texts for screen readers.
-
-    Ids that nothing points at are left out. The others are digests of what they name and of the
-    title, so those of several figures can stand in one page.
-    """
-    buffer = io.BytesIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with settings(), matplotlib.rc_context({"svg.hashsalt": printable(title)}):
-        figure.savefig(buffer, format="svg", facecolor=background, metadata=nothing)
-    root = ET.fromstring(buffer.getvalue())
-    for parent in list(root.iter()):
-        for style in parent.findall(f"{{{_SVG}}}style"):
-            parent.remove(style)
-    root.set("style", "stroke-linejoin: round; stroke-linecap: butt")  # as the style sheet has it
-    text = ET.tostring(root, encoding="unicode")
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        element.attrib = {key.rpartition("}")[2]: value for key, value in element.items()}
-        if f"#{element.get('id')}" not in text:
-            element.attrib.pop("id", None)
-    root.set("xmlns", _SVG)
-    root.set("role", "img")
-    root.set("aria-label", printable(title))
-    for number, (tag, words) in enumerate((("title", title), ("desc", description))):
-        if words:
-            element = ET.Element(tag)
-            element.text = printable(words, 2000)
-            root.insert(number, element)
-    return root
+        Ids that nothing points at are left out. The others are digests of what they name and of
+        the title, so those of several figures can stand in one page.
+        """
+        buffer = io.BytesIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        with settings(), matplotlib.rc_context({"svg.hashsalt": printable(self.title)}):
+            self.figure.savefig(buffer, format="svg", facecolor=background, metadata=nothing)
+        root = ET.fromstring(buffer.getvalue())
+        for parent in list(root.iter()):
+            for style in parent.findall(f"{{{_SVG}}}style"):
+                parent.remove(style)
+        root.set("style", "stroke-linejoin: round; stroke-linecap: butt")  # as the style sheet
+        text = ET.tostring(root, encoding="unicode")
+        for element in root.iter():
+            element.tag = element.tag.rpartition("}")[2]
+            element.attrib = {key.rpartition("}")[2]: value for key, value in element.items()}
+            if f"#{element.get('id')}" not in text:
+                element.attrib.pop("id", None)
+        root.set("xmlns", _SVG)
+        root.set("role", "img")
+        root.set("aria-label", printable(self.title))
+        texts = {"title": self.title, "desc": self.description or self.caption}
+        for number, (tag, words) in enumerate(texts.items()):
+            if words:
+                element = ET.Element(tag)
+                element.text = printable(words, 2000)
+                root.insert(number, element)
+        return root

@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from cskd_pipeline.errors import printable
 
@@ -120,33 +119,31 @@ def scatter(
     *,
     x_label: str,
     y_label: str,
-    lane: tuple[str, float],
+    floor: float,
     labels: Sequence[tuple[str, float, float]],
 ) -> Figure:
     """Draw points on two logarithmic axes.
 
     Args:
-        lane: a name and a bound: points below the bound stand in a lane of that name under the
-            axes, since a logarithmic axis has no room for them.
+        floor: what lies below it stands at the bottom, at ``exact``.
         labels: (name, x, y) written beside a point.
     """
     with settings():
-        figure, upper = _axes((6.4, 4.2), x_label, y_label, lane=True)
-        lower, (lane_name, bound) = figure.axes[-1], lane
+        figure, axes = _axes((6.4, 4.2), x_label, y_label)
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=floor)
         for one in series:
-            look, points = _dots(one.style), list(zip(one.x, one.y, strict=True))
-            above = [(x, y) for x, y in points if y >= bound]
-            below = [x for x, y in points if y < bound]
-            upper.plot([x for x, _ in above], [y for _, y in above], **look)
-            lower.plot(below, [0] * len(below), **look)
-        _logarithmic(upper, "x")
-        _logarithmic(upper, "y")
+            axes.plot(one.x, [y if y >= floor else 0.0 for y in one.y], **_dots(one.style))
+        axes.update_datalim([(1, 0), (1, floor)], updatex=False)  # "exact" is always there
+        axes.autoscale_view()
+        low, high = axes.get_xlim()
+        if high < 100 * low:  # powers of ten alone would be one number, or none
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(lambda x, _: number(x))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(lambda y, _: number(y) if y else "exact")
         for name, x, y in labels:
-            axes, point = (upper, (x, y)) if y >= bound else (lower, (x, 0.0))
-            _label(axes, shown(name), point)
-        lower.set_yticks([0], [shown(lane_name)])
-        lower.set_ylim(-1, 1)
-        upper.tick_params(labelbottom=False)
+            _label(axes, shown(name), (x, y if y >= floor else 0.0))
         _legend(figure, {one.name: _dots(one.style) for one in series})
     return figure
 
@@ -165,7 +162,10 @@ def means(
         deviations: half the length of each bar; None for none.
     """
     with settings():
-        figure, axes = _rows(names, 0.32, x_label)
+        figure, axes = _axes((SIZE[0], 0.9 + 0.32 * len(names)), x_label, "")
+        axes.grid(visible=False, axis="y")
+        axes.set_yticks(range(len(names)), [shown(name) for name in names])
+        axes.set_ylim(len(names) - 0.5, -0.5)  # the first on top
         for row, (single, centre, deviation) in enumerate(
             zip(values, centres, deviations, strict=True)
         ):
@@ -186,27 +186,12 @@ def settings() -> Iterator[None]:
         yield
 
 
-def _axes(
-    size: tuple[float, float], x_label: str, y_label: str, *, lane: bool = False
-) -> tuple[Figure, Axes]:
-    """Return a figure and its axes; with ``lane``, second axes below with the same x."""
+def _axes(size: tuple[float, float], x_label: str, y_label: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained")
-    heights = [9, 1] if lane else [1]
-    columns = figure.subplots(len(heights), sharex=True, height_ratios=heights, squeeze=False)
-    for axes in columns[:, 0]:
-        axes.grid(visible=True)
-        axes.set_axisbelow(True)
-    columns[-1, 0].set_xlabel(shown(x_label))
-    columns[0, 0].set_ylabel(shown(y_label))
-    return figure, columns[0, 0]
-
-
-def _rows(names: Sequence[str], height: float, x_label: str) -> tuple[Figure, Axes]:
-    """Return a figure with one row a name, each ``height`` inches, the first on top."""
-    figure, axes = _axes((SIZE[0], 0.9 + height * max(len(names), 1)), x_label, "")
-    axes.grid(visible=False, axis="y")
-    axes.set_yticks(range(len(names)), [shown(name) for name in names])
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes = figure.subplots()
+    axes.grid(visible=True)
+    axes.set_axisbelow(True)
+    axes.set(xlabel=shown(x_label), ylabel=shown(y_label))
     return figure, axes
 
 
@@ -269,22 +254,6 @@ def _legend(figure: Figure, named: dict[str, dict[str, Any]]) -> None:
     )
     for text, name in zip(legend.get_texts(), named, strict=True):
         text.set_text(shown(name))
-
-
-def _logarithmic(axes: Axes, which: str) -> None:
-    """Make an axis logarithmic, with plain numbers at powers of ten, also of an empty plot."""
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    drawn = [
-        value for line in axes.lines for value in np.ravel(getattr(line, f"get_{which}data")())
-    ]
-    if not any(value > 0 for value in drawn):
-        axes.set(**{f"{which}lim": (1e-3, 1e-1)})
-    axes.set(**{f"{which}scale": "log"})
-    low, high = axis.get_view_interval()
-    if high < 100 * low:  # powers of ten alone would be one number, or none
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def number(value: float) -> str:

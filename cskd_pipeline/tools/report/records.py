@@ -5,10 +5,9 @@ The folder may be a stranger's, and the run may still go on: what is not finishe
 
 from __future__ import annotations
 
-import csv
-import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -54,11 +53,6 @@ class RunRecord:
     def epochs(self) -> int:
         """Count the finished epochs."""
         return int(self.rows[-1]["epoch"] or 0) if self.rows else 0
-
-    @property
-    def finished(self) -> bool:
-        """Return whether the recipe's last epoch is finished."""
-        return self.epochs >= self.recipe.schedule.epochs
 
     @property
     def schedule(self) -> str | None:
@@ -198,17 +192,14 @@ def read_log(path: Path) -> tuple[Row, ...]:
     columns, rows = list[str](), list[Row]()
     for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
-            lines = list(csv.reader([line.decode()], strict=True))
-            if len(lines) != 1:
-                raise ValueError("not one line of comma-separated text")
-            [fields] = lines
-            if number == 1:
-                columns = fields
-                if columns[0] != "epoch" or len(set(columns)) < len(columns):
-                    raise ValueError("columns without epoch as the first, or with one twice")
-            else:
+            fields = line.decode().split(",")
+            if number > 1:
                 rows.append(_row(columns, fields, after=rows[-1]["epoch"] if rows else None))
-        except (ValueError, csv.Error) as error:
+                continue
+            columns = fields
+            if columns[0] != "epoch" or len(set(columns)) < len(columns):
+                raise ValueError("columns without epoch as the first, or with one twice")
+        except ValueError as error:
             raise _damaged(path, f"line {number}: {error}") from error
     return tuple(rows)
 
@@ -226,13 +217,10 @@ def _row(columns: list[str], fields: list[str], after: float | None) -> Row:
 
 def _number(column: str, text: str) -> float:
     """Return a number that can be drawn."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not abs(value) <= LARGEST:
-        raise ValueError(f"{column} {text}, expected a number")
-    return value
+    with suppress(ValueError):
+        if abs(value := float(text)) <= LARGEST:
+            return value
+    raise ValueError(f"{column} {text}, expected a number")
 
 
 def _damaged(path: Path, found: str) -> RunError:

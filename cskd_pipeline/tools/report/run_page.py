@@ -112,22 +112,19 @@ def _ranking(ranked: Sequence[Contender]) -> list[tuple[object, ...]]:
     """Return a line for each recipe: its top-1, how far that is behind the first, and its cost."""
     first, lines = ranked[0].best, list[tuple[object, ...]]()
     for one in ranked:
-        best, speed, wait = one.best, one.mean("images_per_second"), one.mean("data_wait")
-        behind = (
-            None if best is None or first is None or one is ranked[0] else best.mean - first.mean
-        )
-        of = one.runs[0].recipe.schedule.epochs
-        epochs = min(run.epochs for run in one.runs)
+        best, epochs = one.best, min(run.epochs for run in one.runs)
+        behind = None
+        if best is not None and first is not None and one is not ranked[0]:
+            behind = f"{best.mean - first.mean:.2f}"
         lines.append(
             (
                 {"name": one.name, "style": one.style},
                 None if best is None else str(best),
-                None if behind is None else f"{behind:.2f}",
+                behind,
                 len(one.runs),
-                str(of) if epochs >= of else f"{epochs} of {of}",
+                _of(epochs, one.runs[0].recipe.schedule.epochs),
                 None if one.seconds is None else took(one.seconds),
-                None if speed is None else round(speed),
-                None if wait is None else round(100 * wait, 1),
+                *_speed(one),
             )
         )
     return lines
@@ -135,19 +132,27 @@ def _ranking(ranked: Sequence[Contender]) -> list[tuple[object, ...]]:
 
 def _overview(run: RunRecord) -> tuple[object, ...]:
     """Return a run's line in the table of runs."""
-    best, wait, speed = run.best(), run.mean("data_wait"), run.mean("images_per_second")
-    of = run.recipe.schedule.epochs
+    best = run.best()
     return (
         run.name,
         run.method,
         run.schedule,
-        str(of) if run.finished else f"{run.epochs} of {of}",
+        _of(run.epochs, run.recipe.schedule.epochs),
         None if best is None else round(best["top1"], 2),
         None if best is None else which(best["epoch"], best["weights"]),
         *(None if (v := run.last(name)) is None else round(v, 2) for name in ("top1", "ema_top1")),
-        None if speed is None else round(speed),
-        None if wait is None else round(100 * wait, 1),
+        *_speed(run),
     )
+
+
+def _of(epochs: int, planned: int) -> str:
+    return str(planned) if epochs >= planned else f"{epochs} of {planned}"
+
+
+def _speed(one: RunRecord | Contender) -> tuple[object, object]:
+    """Return images a second, and the time that was waited for data in percent."""
+    speed, wait = one.mean("images_per_second"), one.mean("data_wait")
+    return None if speed is None else round(speed), None if wait is None else round(100 * wait, 1)
 
 
 def _agreement(one: StudentLabels) -> tuple[object, ...]:

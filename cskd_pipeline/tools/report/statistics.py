@@ -55,15 +55,16 @@ def sample_rows(found: Join, count: int) -> np.ndarray:
     ]
     if not pairs or not count:
         return np.empty((0, 3), np.int64)
-    chosen = _spread(len(pairs), min(SLABS, count))
+    chosen = spread(len(pairs), min(SLABS, count))
     each, rows = -(-count // len(chosen)), []
     for view, shard in (pairs[i] for i in chosen):
         offsets = samples[samples[:, 0] == shard, 1]
-        rows += [(view, shard, int(offsets[i])) for i in _spread(len(offsets), each)]
+        rows += [(view, shard, int(offsets[i])) for i in spread(len(offsets), each)]
     return np.array(rows[:count], np.int64)
 
 
-def _spread(total: int, count: int) -> list[int]:
+def spread(total: int, count: int) -> list[int]:
+    """Return ``count`` of the numbers below ``total``, or all, evenly spread."""
     return np.unique(np.linspace(0, total - 1, min(count, total)).astype(int)).tolist()
 
 
@@ -75,15 +76,15 @@ def measure(found: Join, rows: np.ndarray) -> Statistics:
         for part in np.split(rows, np.flatnonzero(np.diff(rows[:, :2], axis=0).any(axis=1)) + 1):
             parts.append(read_labels(cache, part))
             meter.advance(len(part))
-    known = ground_truth(cache, rows)
+    truth = ground_truth(cache, rows)
     at = [np.concatenate([labels.at(r) for labels in parts]) for r in RATIOS]
-    larger, smaller = (x[:, None, None] for x in (known.larger, known.smaller))
+    own, partner, larger = (x[:, None, None] for x in (truth.own, truth.partner, truth.larger))
     return Statistics(
         views=len(rows),
         encoding=parts[0].encoding,
         exact=parts[0].exact,
         agreement=np.array([(x == larger).mean() for x in at]),
-        either=np.array([((x == larger) | (x == smaller)).mean() for x in at]),
+        either=np.array([((x == own) | (x == partner)).mean() for x in at]),
         mean_lines=float(np.concatenate([labels.lines() for labels in parts]).mean()),
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from cskd_pipeline.runtime.atomic import write_text
 from cskd_pipeline.tools.report import plots
-from cskd_pipeline.tools.report.plot_files import FORMATS, write_plot
+from cskd_pipeline.tools.report.plot_files import FORMATS, Plot
 from cskd_pipeline.tools.study.arms import ARMS, CLAIMS, ORDERING, Arm, Claim, ForkPoint, StudyRun
 from cskd_pipeline.tools.study.verdicts import MeanOfRuns, Verdict, judge, ordering
 from cskd_pipeline.tools.tables import Printed, Table, markdown_table
@@ -199,7 +199,7 @@ def write_files(report: Mapping[str, Any], out: Path) -> None:
     title = "Students' top-1: mean, deviation, seeds"
     description = "; ".join(f"{arm['label']} {arm['text']}" for arm in arms)
     for ending in FORMATS:
-        write_plot(figure, out / f"study.{ending}", title, description)
+        Plot("study", title, figure, description).write(out / f"study.{ending}")
 
 
 def _run_rows(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

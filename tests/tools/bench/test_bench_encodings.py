@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.axes import Axes
 from PIL import Image
 
 from cskd_pipeline.cache.reader import open_cache
@@ -21,7 +20,6 @@ from cskd_pipeline.errors import CacheError
 from cskd_pipeline.tools.bench import bench_encodings as bench
 from cskd_pipeline.tools.bench.encodings_plot import encodings_plot
 from cskd_pipeline.tools.bench.responses import Responses, from_cache, from_teacher
-from cskd_pipeline.tools.report.plot_files import svg
 from tests.cache.making import CLASSES, COUNTS, HEIGHT, VIEWS, WIDTH, fill, make, manifest, tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -229,36 +227,48 @@ def test_responses_of_a_teacher_are_those_of_its_dump(small: World, tmp_path: Pa
 # --- plot and command -----------------------------------------------------------------------------
 
 
-def test_the_plot_shows_bytes_across_and_loss_up(report: dict[str, Any]) -> None:
-    figure = encodings_plot(report)
-    figure.draw_without_rendering()
-    above, lane = figure.axes
+def test_the_plot_shows_bytes_across_and_loss_up(report: dict[str, Any], tmp_path: Path) -> None:
+    plot = encodings_plot(report, "t")
+    plot.figure.draw_without_rendering()
+    [axes] = plot.figure.axes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "symlog")
     e = report["encodings"]
-    assert above.get_xscale() == above.get_yscale() == lane.get_xscale() == "log"
-
-    def pixels(axes: Axes, curve: int) -> list[tuple[float, float]]:
-        return [tuple(at) for at in axes.transData.transform(axes.lines[curve].get_xydata())]
-
-    # per curve (tau = 1, tau = 4, hard labels): those that lose something, and those that do not
-    (q8_1, topk_1), (q8_4, topk_4) = pixels(above, 0), pixels(above, 1)
-    (dense_1,), (dense_4,), (envelope,) = (pixels(lane, curve) for curve in range(3))
-    assert pixels(above, 2) == []
-    sizes = [e[name]["bytes_per_view"] for name in ("dense-q8", "topk", "dense", "envelope")]
-    across = [at[0] for at in (q8_1, topk_1, dense_1, envelope)]
-    assert np.argsort(across).tolist() == np.argsort(sizes).tolist()
-    assert [q8_4[0], topk_4[0], dense_4[0]] == [q8_1[0], topk_1[0], dense_1[0]]
-    assert q8_1[1] > q8_4[1]  # more loss at tau = 1
-    assert topk_1[1] > topk_4[1]
-    assert dense_1[1] == dense_4[1] == envelope[1] < min(q8_4[1], topk_4[1])
-    text = list(ET.fromstring(svg(figure, "t")).itertext())
+    kl, hard = [n for n in e if e[n]["kl"]], [n for n in e if e[n]["kl"] is None]
+    at = [
+        dict(zip(names, axes.transData.transform(curve.get_xydata()), strict=True))
+        for curve, names in zip(axes.lines, (kl, kl, [n for n in hard if n != "sampled"]),
+                                strict=True)
+    ]  # fmt: skip
+    one, four, labels = at  # tau = 1, tau = 4, hard labels
+    across = {name: found[0] for name, found in (one | labels).items()}
+    assert sorted(across, key=across.__getitem__) == sorted(
+        across, key=lambda name: e[name]["bytes_per_view"]
+    )
+    for name in kl:
+        assert four[name][0] == one[name][0]
+    assert one["dense-q8"][1] > four["dense-q8"][1]  # more loss at tau = 1
+    assert one["topk"][1] > four["topk"][1]
+    lossy = min(found["dense-q8"][1] for found in (one, four))
+    assert one["dense"][1] == four["dense"][1] == labels["envelope"][1] < lossy
+    plot.write(tmp_path / "t.svg")
+    text = list(ET.parse(tmp_path / "t.svg").getroot().itertext())
     shown = [name for name in ENCODINGS if name != "sampled"]  # which has neither labels nor a KL
     for name in (*shown, "exact", "hard labels", "KL at temperature 1", "KL at temperature 4"):
         assert text.count(name) == 1, name
 
 
+@pytest.mark.parametrize("names", [["sampled"], ["topk"], ["dense"]])
+def test_the_plot_of_one_encoding_or_of_draws_alone_is_drawn(
+    report: dict[str, Any], tmp_path: Path, names: list[str]
+) -> None:
+    some = {**report, "encodings": {name: report["encodings"][name] for name in names}}
+    encodings_plot(some, "t").write(tmp_path / "t.png")
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_names_in_the_plot_stay_text(report: dict[str, Any]) -> None:
     entry = report["encodings"]["dense"]
-    drawn = svg(encodings_plot({**report, "encodings": {"<script>&$x^2$": entry}}), "t")
+    drawn = encodings_plot({**report, "encodings": {"<script>&$x^2$": entry}}, "t").svg()
     assert "<script>" not in drawn
     assert "<script>&$x^2$" in list(ET.fromstring(drawn).itertext())
 

@@ -145,7 +145,8 @@ def test_samples_are_few_slabs_of_many_views_each(found: Join) -> None:
 
 
 def test_views_of_one_image_come_first(found: Join) -> None:
-    shares = ground_truth(cache_of(found), choose_views(found, 12)).share
+    own = ground_truth(cache_of(found), choose_views(found, 12)).share
+    shares = np.maximum(own, 1 - own)
     assert shares.tolist() == sorted(shares.tolist(), reverse=True)
     assert shares[0] > shares[-1]
 
@@ -179,7 +180,7 @@ def test_views_are_what_the_network_saw(found: Join) -> None:
     rows = choose_views(found, 6)
     views = make_views(found, rows)
     assert all(view.same and view.exact for view in views)
-    numbers = [(view.number, view.shard, view.offset) for view in views]
+    numbers = [(view.number, *cache_of(found).find([view.key])[0]) for view in views]
     assert numbers == [tuple(row) for row in rows.tolist()]
     batch = render_batch(renderer_of(found, strict=True), rows)
     seen = assemble(batch, cache_of(found).manifest.policy).permute(0, 2, 3, 1)

@@ -199,7 +199,8 @@ def test_a_students_labels_are_those_of_its_patch_tokens(shown: Shown, small: Wo
     mean, std = (np.array(model.default_cfg[name], np.float32) for name in ("mean", "std"))
     reader = open_cache(small.cache)
     for i, view in enumerate(compared.views):
-        seen = pixels(small.shards, reader, view.number, view.shard, view.offset)
+        shard, offset = reader.find([view.key])[0].tolist()
+        seen = pixels(small.shards, reader, view.number, shard, offset)
         x = torch.from_numpy((seen - mean) / std).permute(2, 0, 1)[None].float()
         with torch.inference_mode():
             tokens = model.head_dist(model.forward_features(x)[0, 2:])  # (64, K)
