@@ -1,24 +1,30 @@
-"""The parts that a training recipe names: the loss, the student, and its trainer."""
+"""The parts that a training recipe names: the loss, the student, its loader and its optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+import inspect
+from typing import Any
 
+import timm
 import torch
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from torch import nn
 
-from cskd_pipeline.config.sections import DistillSection, TrainRecipe
-from cskd_pipeline.data.batches import Batch
+from cskd_pipeline.config.sections import DistillSection, OptimSection, TrainRecipe
 from cskd_pipeline.data.cached_loader import CachedLoader
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.distill.losses import DistillationLoss, inference_heads
-from cskd_pipeline.distill.targets import Targets
+from cskd_pipeline.errors import RecipeError
 from cskd_pipeline.models.student import Student, create_student
-from cskd_pipeline.pipeline.optimizer import make_optimizer
-from cskd_pipeline.pipeline.trainer import Settings, Trainer
-from cskd_pipeline.runtime.device import memory_format, place, worker_count
+from cskd_pipeline.runtime.device import memory_format, worker_count
 from cskd_pipeline.runtime.distributed import ALONE, Ranks
+
+LOOKAHEAD = "lookahead_"
+"""In front of a name: timm's average of slow weights around that optimizer."""
+FUSED = ("adam", "adamw")
+FUSED_ON = ("cuda",)
+"""One kernel for all parameters, which also skips float16's overflows without asking the host."""
 
 
 def make_loss(distill: DistillSection) -> DistillationLoss:
@@ -92,43 +98,71 @@ def make_loader(
     )
 
 
-def make_trainer(
-    recipe: TrainRecipe,
-    views: TrainingViews,
-    device: torch.device,
-    ranks: Ranks = ALONE,
-    targets: Callable[[Batch], Targets | None] | None = None,
-) -> Trainer:
-    """Return a recipe's trainer before its first update.
+def make_optimizer(
+    model: nn.Module, optim: OptimSection, batch_size: int, device: torch.device
+) -> torch.optim.Optimizer:
+    """Return an optimizer over the parameters of ``model``, which lies on ``device``.
 
     Args:
-        targets: the teacher's response to a batch, such as a live teacher's; None: the cache's.
+        batch_size: of an update, by which the learning rate is scaled.
 
     Raises:
-        CskdError: student, batch and optimizer cannot be made, or the student fails in a step.
+        RecipeError: an unknown name, one that needs more than gradients, or values it does not
+            take.
     """
-    student = make_student(recipe, views)
-    place(student, device, recipe.run.channels_last)
-    loader = make_loader(recipe, views, student, device, ranks)
-    optimizer = make_optimizer(student.model, recipe.optim, recipe.batch.batch_size, device)
-    steps, schedule, distill = loader.plan.steps, recipe.schedule, recipe.distill
-    settings = Settings(
-        epochs=schedule.epochs,
-        ckf=distill.schedule,
-        by_update=distill.step == "update",
-        seed=recipe.run.seed,
-        amp=recipe.run.amp,
-        clip_grad=recipe.optim.clip_grad,
-        compile=recipe.run.compile,
-    )
-    lr_schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=steps * schedule.epochs,
-        lr_min=schedule.min_lr,
-        warmup_t=schedule.warmup_epochs * steps,
-        warmup_lr_init=schedule.warmup_lr,
-        t_in_epochs=False,
-    )
-    ema = ModelEmaV3(student.model, decay=recipe.run.ema) if recipe.run.ema > 0 else None
-    loss, targets = make_loss(distill), targets or views.targets
-    return Trainer(student, loader, loss, targets, optimizer, lr_schedule, ema, settings, ranks)
+    name = optim.name.lower().removeprefix(LOOKAHEAD)
+    known = [str(one) for one in list_optimizers()]
+    if name in known and "_" in name:
+        raise RecipeError(
+            "timm cannot make an optimizer whose name has an underscore",
+            where="optim.name",
+            found=optim.name,
+            expected="a registered name without underscore, alone or after lookahead_",
+            action=f"register it as {name.replace('_', '')}",
+        )
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3)
+        raise RecipeError(
+            "timm has no optimizer of this name",
+            where="optim.name",
+            found=optim.name,
+            expected=f"one that timm {timm.__version__} has, "
+            + (f"did you mean {' or '.join(near)}?" if near else "such as adamw, lamb or sgd"),
+        )
+    if get_optimizer_info(name).second_order:
+        raise RecipeError(
+            "this optimizer needs second derivatives, which training does not compute",
+            where="optim.name",
+            found=optim.name,
+            action="choose one that needs gradients alone, such as adamw",
+        )
+    fused = optim.name in FUSED and device.type in FUSED_ON
+    options: dict[str, Any] = {"fused": True} if fused else {}
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=optim.name,
+            lr=optim.lr * batch_size / 1024,
+            weight_decay=optim.weight_decay,
+            betas=tuple(optim.betas),
+            **options,
+        )
+    except Exception as problem:  # each checks its values in its own way, or needs a package
+        usual = _usual_betas(name)
+        raise RecipeError(
+            "the optimizer cannot be made with these values",
+            where=f"optim.name = {optim.name}",
+            found=f"betas {list(optim.betas)}: {type(problem).__name__}: {problem}",
+            expected=None if usual is None else f"{len(usual)} betas, its own are {list(usual)}",
+            action="set optim.betas, or choose another optimizer",
+        ) from problem
+
+
+def _usual_betas(name: str) -> tuple[float, ...] | None:
+    """The betas that an optimizer has where none are given."""
+    info = get_optimizer_info(name)
+    kind = info.opt_class
+    if not info.has_betas or isinstance(kind, str):
+        return None
+    betas = inspect.signature(kind).parameters["betas"].default
+    return tuple(betas) if isinstance(betas, tuple | list) else None

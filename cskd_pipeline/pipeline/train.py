@@ -28,7 +28,6 @@ from cskd_pipeline.models.checkpoint import save_student
 from cskd_pipeline.models.train_state import find_nonfinite, load_state, save_state
 from cskd_pipeline.pipeline.evaluate import counted, measure
 from cskd_pipeline.pipeline.finetune import check_resumed
-from cskd_pipeline.pipeline.from_recipe import make_trainer
 from cskd_pipeline.pipeline.resuming import change_lines, write_changes
 from cskd_pipeline.pipeline.run_log import Row, RunLog, epoch_line
 from cskd_pipeline.pipeline.scalars import open_wandb, require_wandb
@@ -312,7 +311,7 @@ def _open(recipe: TrainRecipe, ranks: Ranks, resume: bool) -> TrainJob:
     use_threads(recipe.run.threads)
     data = open_training_data(recipe, ranks)
     device = ranks.device(pick_device(recipe.run.device))
-    job = TrainJob(recipe, data, make_trainer(recipe, data.views, device, ranks))
+    job = TrainJob(recipe, data, Trainer(recipe, data.views, device, ranks))
     if recipe.schedule.warmup_epochs >= recipe.schedule.epochs:
         log.warning(
             f"the warm-up ({recipe.schedule.warmup_epochs} epochs) outlasts the run: the learning "

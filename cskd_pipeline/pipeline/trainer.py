@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,85 +12,73 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.data.batches import Batch
-from cskd_pipeline.data.cached_loader import CachedLoader
-from cskd_pipeline.distill.ckf import Schedule, ckf_ratio
-from cskd_pipeline.distill.losses import DistillationLoss, LossParts
+from cskd_pipeline.data.training_views import TrainingViews
+from cskd_pipeline.distill.ckf import ckf_ratio
+from cskd_pipeline.distill.losses import LossParts
 from cskd_pipeline.distill.targets import Targets
-from cskd_pipeline.models.student import Student
-from cskd_pipeline.runtime.device import AMP, compiled
+from cskd_pipeline.pipeline.from_recipe import make_loader, make_loss, make_optimizer, make_student
+from cskd_pipeline.runtime.device import AMP, compiled, place
 from cskd_pipeline.runtime.distributed import ALONE, Ranks
 from cskd_pipeline.views.bits import derive_seed
 
 PARTS = ("loss", "base", "global", "spatial")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Hold training options other than model, data, loss and optimizer.
-
-    Args:
-        epochs: length of the whole run.
-        ckf: schedule of the CKF ratio.
-        by_update: change the ratio with every update, not with every epoch.
-        seed: seeds dropout and stochastic depth.
-        amp: ``off``, ``bf16`` or ``fp16``.
-        clip_grad: largest global norm of the gradients; 0: no limit.
-        compile: run the network through ``torch.compile``.
-    """
-
-    epochs: int
-    ckf: Schedule = "linear"
-    by_update: bool = False
-    seed: int = 0
-    amp: str = "off"
-    clip_grad: float = 0.0
-    compile: bool = False
-
-
-@dataclass(eq=False)
 class Trainer:
-    """Train a student: each :meth:`step` is one optimizer update.
+    """Train a recipe's student: each :meth:`step` is one optimizer update.
 
     ``update`` counts finished updates, of ``total_updates``; all else (epoch, learning rate, CKF
     ratio, order of the samples) follows from it.
 
     Args:
-        student: the network, on its device.
-        loader: yields the training batches.
-        targets: returns the teacher's response to a batch that lies on the device: the cache's
-            (``loader.views.targets``), a live teacher's, or None.
-        lr_schedule: sets ``optimizer``'s learning rate, by update.
-        ema: moving average of the student's weights, if one is kept.
+        targets: returns the teacher's response to a batch that lies on the device, such as a live
+            teacher's; None: the cache's.
+
+    Raises:
+        CskdError: student, batch and optimizer cannot be made, or the student fails in a step.
     """
 
-    student: Student
-    loader: CachedLoader
-    loss: DistillationLoss
-    targets: Callable[[Batch], Targets | None]
-    optimizer: torch.optim.Optimizer
-    lr_schedule: CosineLRScheduler
-    ema: ModelEmaV3 | None
-    settings: Settings
-    ranks: Ranks = ALONE
-
-    def __post_init__(self) -> None:
-        settings, device = self.settings, torch.device(self.loader.device)
-        self.device = device
-        self.amp = AMP[settings.amp]
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        views: TrainingViews,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        targets: Callable[[Batch], Targets | None] | None = None,
+    ) -> None:
+        run, schedule = recipe.run, recipe.schedule
+        self.recipe, self.device, self.ranks = recipe, device, ranks
+        self.student = place(make_student(recipe, views), device, run.channels_last)
+        self.loader = make_loader(recipe, views, self.student, device, ranks)
+        self.loss, self.targets = make_loss(recipe.distill), targets or views.targets
+        self.optimizer = make_optimizer(
+            self.student.model, recipe.optim, recipe.batch.batch_size, device
+        )
         self.steps_per_epoch = self.loader.plan.steps
-        self.total_updates = self.steps_per_epoch * settings.epochs
-        self.grid = self.loader.views.grid if self.loss.method == "cskd" else None
+        self.total_updates = self.steps_per_epoch * schedule.epochs
+        self.lr_schedule = CosineLRScheduler(
+            self.optimizer,
+            t_initial=self.total_updates,
+            lr_min=schedule.min_lr,
+            warmup_t=schedule.warmup_epochs * self.steps_per_epoch,
+            warmup_lr_init=schedule.warmup_lr,
+            t_in_epochs=False,
+        )
+        self.ema = ModelEmaV3(self.student.model, decay=run.ema) if run.ema > 0 else None
+        self.amp = AMP[run.amp]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp == "fp16")
+        self.grid = views.grid if self.loss.method == "cskd" else None
         self._try_out()
         self.parallel: DistributedDataParallel | None = None
-        if self.ranks.many:  # averages gradients, so that equal parts of a batch act as the whole
+        if ranks.many:  # averages gradients, so that equal parts of a batch act as the whole
             own = [device.index] if device.type == "cuda" else None
-            self.ranks.wait()  # some may have had more to read
-            with self.ranks.explained():
+            ranks.wait()  # some may have had more to read
+            with ranks.explained():
                 self.parallel = DistributedDataParallel(self.student, device_ids=own)
         network = self.parallel or self.student
-        self.forward: Any = compiled(network, device) if settings.compile else network
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
+        self.forward: Any = compiled(network, device) if run.compile else network
         self.update = 0
         self.forked_at = 0  # the epoch, where this run goes on from another's state
         self.sums = torch.zeros(len(PARTS), device=device)  # over this epoch's updates so far
@@ -108,14 +95,14 @@ class Trainer:
         In a fork both count from where it began.
         """
         forked, steps = self.forked_at, self.steps_per_epoch
-        if self.settings.by_update:
+        if self.recipe.distill.step == "update":
             return (self.update - forked * steps) / (self.total_updates - forked * steps)
-        return (self.epoch - forked) / (self.settings.epochs - forked)
+        return (self.epoch - forked) / (self.recipe.schedule.epochs - forked)
 
     @property
     def ratio(self) -> float:
         """Return the CKF ratio r of the next update."""
-        return ckf_ratio(self.settings.ckf, self.progress)
+        return ckf_ratio(self.recipe.distill.schedule, self.progress)
 
     @property
     def lr(self) -> float:
@@ -158,9 +145,9 @@ class Trainer:
                 parts = self.parts(batch)
                 self.scaler.scale(parts.total / accumulation).backward()
             sums += parts.detached() / accumulation
-        if self.settings.clip_grad > 0:
+        if (limit := self.recipe.optim.clip_grad) > 0:
             self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.clip_grad)
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -201,7 +188,7 @@ class Trainer:
         ``torch.manual_seed`` would do, but formats a stack trace where CUDA is not in use.
         """
         whose = (self.ranks.rank,) if self.ranks.rank else ()
-        seed = derive_seed("update", self.settings.seed, self.update, *whose) >> 1
+        seed = derive_seed("update", self.recipe.run.seed, self.update, *whose) >> 1
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -228,8 +215,8 @@ class Trainer:
         if type(update) is not int or not 0 <= update <= self.total_updates:
             raise ValueError(f"update {update!r} of {self.total_updates}")
         forked_at = state.get("forked_at", 0)
-        if type(forked_at) is not int or not 0 <= forked_at < self.settings.epochs:
-            raise ValueError(f"forked after epoch {forked_at!r} of {self.settings.epochs}")
+        if type(forked_at) is not int or not 0 <= forked_at < self.recipe.schedule.epochs:
+            raise ValueError(f"forked after epoch {forked_at!r} of {self.recipe.schedule.epochs}")
         self.update, self.forked_at = update, forked_at
         self.student.model.load_state_dict(state["student"])
         if self.ema is not None:

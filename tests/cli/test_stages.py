@@ -13,7 +13,7 @@ import torch
 
 from cskd_pipeline.config.reading import load_recipe, recipe_names
 from cskd_pipeline.config.sections import DistillSection, DumpRecipe, EvalSection, TrainRecipe
-from cskd_pipeline.pipeline.from_recipe import make_trainer
+from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.runtime import resources
 from cskd_pipeline.tools.bench.bench_step import synthetic_views
 from cskd_pipeline.views.policy import ViewPolicy
@@ -141,7 +141,7 @@ def test_a_papers_run_has_the_authors_learning_rates_and_the_updates_its_recipe_
     recipe = load_recipe(TrainRecipe, size, ["student.kwargs={embed_dim=24, depth=1, num_heads=2}"])
     policy = recipe.views
     assert policy is not None
-    trainer = make_trainer(recipe, synthetic_views(policy, (7, 7), 1_281_167), torch.device("cpu"))
+    trainer = Trainer(recipe, synthetic_views(policy, (7, 7), 1_281_167), torch.device("cpu"))
     rates = []
     for epoch in range(301):
         trainer.lr_schedule.step_update(epoch * trainer.steps_per_epoch)

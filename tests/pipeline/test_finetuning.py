@@ -26,9 +26,9 @@ from cskd_pipeline.models.train_state import load_state
 from cskd_pipeline.models.weights import state_digest
 from cskd_pipeline.pipeline import train as stage_two
 from cskd_pipeline.pipeline.finetune import read_source
-from cskd_pipeline.pipeline.from_recipe import make_trainer
 from cskd_pipeline.pipeline.train import train
 from cskd_pipeline.pipeline.train_job import TrainJob
+from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools.make_shards import make_shards
@@ -55,7 +55,7 @@ def draw_colours(folder: Path, classes: int, per_class: int, seed: int) -> None:
 def job_of(recipe: TrainRecipe) -> TrainJob:
     """A run on the CPU before its first update."""
     data = open_training_data(recipe)
-    return TrainJob(recipe, data, make_trainer(recipe, data.views, CPU))
+    return TrainJob(recipe, data, Trainer(recipe, data.views, CPU))
 
 
 @dataclass(frozen=True)

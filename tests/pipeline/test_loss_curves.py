@@ -11,7 +11,7 @@ import torch
 from cskd_pipeline.data.assemble import assemble, normalise
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.distill.targets import LogitTargets, Targets
-from cskd_pipeline.pipeline.from_recipe import make_trainer
+from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.pipeline.training_data import open_training_data
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -29,7 +29,7 @@ def loss_curve(
 ) -> torch.Tensor:
     """(updates, 4) loss and parts of a whole run; ``targets`` replace the cache's targets."""
     recipe = world.train_recipe(small.shards, small.cache, out, method, sets)
-    trainer = make_trainer(recipe, open_training_data(recipe).views, CPU, targets=targets)
+    trainer = Trainer(recipe, open_training_data(recipe).views, CPU, targets=targets)
     batches = trainer.micro_batches()
     return torch.stack([trainer.step(batches) for _ in range(trainer.total_updates)])
 
@@ -75,7 +75,7 @@ def test_everything_that_the_recipe_says_of_the_loss_reaches_it(
     }
     sets = [f"distill.{name}={value}" for name, value in said.items()]
     recipe = world.train_recipe(small.shards, small.cache, tmp_path, "cskd", sets)
-    trainer = make_trainer(recipe, open_training_data(recipe).views, CPU)
+    trainer = Trainer(recipe, open_training_data(recipe).views, CPU)
     assert vars(trainer.loss) == {"method": "cskd", **said}
 
 

@@ -16,7 +16,7 @@ import torch
 
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.pipeline.dump import dump_teacher, open_stage_one
-from cskd_pipeline.pipeline.from_recipe import make_trainer
+from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.pipeline.training_data import open_training_data
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -153,6 +153,6 @@ def test_a_student_with_weights_of_five_dimensions_is_made(small: World, tmp_pat
     recipe = world.train_recipe(
         small.shards, None, tmp_path, "none", sets, student="lambda_resnet26t", kwargs="{}"
     )
-    trainer = make_trainer(recipe, open_training_data(recipe).views, torch.device("cpu"))
+    trainer = Trainer(recipe, open_training_data(recipe).views, torch.device("cpu"))
     shapes = {parameter.ndim for parameter in trainer.student.parameters()}
     assert 5 in shapes

@@ -11,7 +11,6 @@ import torch
 
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.distill.losses import DistillationLoss
-from cskd_pipeline.pipeline.from_recipe import make_trainer
 from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.distributed import ALONE, Ranks
@@ -23,7 +22,7 @@ def started(small: World, *sets: str, ranks: Ranks = ALONE) -> tuple[Trainer, It
     """A trainer of 12 updates, and its micro-batches."""
     recipe = world.train_recipe(small.shards, small.cache, Path(), sets=[*sets], epochs=2)
     views = open_training_data(recipe).views
-    trainer = make_trainer(recipe, views, torch.device("cpu"))
+    trainer = Trainer(recipe, views, torch.device("cpu"))
     trainer.ranks = ranks  # of which only chance takes notice here
     return trainer, trainer.micro_batches()
 

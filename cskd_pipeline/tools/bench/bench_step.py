@@ -29,7 +29,6 @@ from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.distill.targets import LogitTargets, Targets
 from cskd_pipeline.models.teacher import Teacher, load_teacher
 from cskd_pipeline.models.timm_models import TeacherSource
-from cskd_pipeline.pipeline.from_recipe import make_trainer
 from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.runtime.device import device_name, pick_device, use_threads
 from cskd_pipeline.tools.bench import timing
@@ -176,9 +175,9 @@ def _trainers(
         hard: Any = {"method": method, "global_kind": "hard", "spatial_kind": "hard"}
         changed = replace(recipe, distill=replace(recipe.distill, **hard))
         targets = None if method == "none" else cached
-        trainers[method] = make_trainer(changed, views, device, targets=targets)
+        trainers[method] = Trainer(changed, views, device, targets=targets)
     if teacher is not None:
-        trainers[LIVE] = make_trainer(changed, views, device, targets=live)
+        trainers[LIVE] = Trainer(changed, views, device, targets=live)
     return trainers
 
 

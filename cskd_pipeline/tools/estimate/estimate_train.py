@@ -14,7 +14,6 @@ from typing import Any
 
 from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.data.batches import Batch
-from cskd_pipeline.pipeline.from_recipe import make_trainer
 from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.device import pick_device, use_threads
@@ -43,7 +42,7 @@ def plan_train(recipe: TrainRecipe, *, updates: int = UPDATES) -> dict[str, Any]
     if recipe.data.drift == "skip":  # to find such images is to read all; the rates are the same
         recipe = replace(recipe, data=replace(recipe.data, drift="warn"))
     views = open_training_data(recipe).views
-    trainer = make_trainer(recipe, views, pick_device(recipe.run.device))
+    trainer = Trainer(recipe, views, pick_device(recipe.run.device))
     loader, batch_size = trainer.loader, recipe.batch.batch_size
     loading, seconds, together = _try_updates(trainer, min(updates, trainer.total_updates))
     device = batch_size / statistics.median(seconds[len(seconds) // 4 :])

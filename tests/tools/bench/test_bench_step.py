@@ -174,7 +174,7 @@ def test_the_fused_optimizer_steps_as_the_plain_one_and_reads_nothing_back(
     sets = ("run.amp=fp16", "optim.clip_grad=1.0", "run.ema=0.9")
     sets = (*sets, "optim.lr=1.0", "schedule.warmup_epochs=0")
     plain = small_trainers("cpu", *sets)["cskd"]
-    monkeypatch.setattr("cskd_pipeline.pipeline.optimizer.FUSED_ON", ("cpu",))
+    monkeypatch.setattr("cskd_pipeline.pipeline.from_recipe.FUSED_ON", ("cpu",))
     fused = small_trainers("cpu", *sets)["cskd"]
     for trainer in (plain, fused):
         for _ in range(2):
