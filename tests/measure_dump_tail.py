@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cskd_pipeline.cache.units import Unit
-from cskd_pipeline.pipeline.undone_units import UndoneUnits
-from cskd_pipeline.pipeline.unit_writer import UnitWriter
+from cskd_pipeline.pipeline.unit_writer import UndoneUnits, UnitWriter
 from tests.pipeline import test_distributed as ranks
 from tests.pipeline.test_elastic import Dump, files
 

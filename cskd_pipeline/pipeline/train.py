@@ -28,10 +28,8 @@ from cskd_pipeline.models.checkpoint import save_student
 from cskd_pipeline.models.train_state import find_nonfinite, load_state, save_state
 from cskd_pipeline.pipeline.evaluate import counted, measure
 from cskd_pipeline.pipeline.finetune import check_resumed
-from cskd_pipeline.pipeline.resuming import change_lines, write_changes
-from cskd_pipeline.pipeline.run_log import Row, RunLog, epoch_line
-from cskd_pipeline.pipeline.scalars import open_wandb, require_wandb
-from cskd_pipeline.pipeline.train_job import TrainJob
+from cskd_pipeline.pipeline.run_log import Row, RunLog, epoch_line, open_wandb, require_wandb
+from cskd_pipeline.pipeline.train_job import TrainJob, change_lines, write_changes
 from cskd_pipeline.pipeline.trainer import PARTS, Trainer
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.atomic import NO_LOCKS, require_free, sole_writer, sweep, write_text

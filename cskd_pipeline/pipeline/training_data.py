@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ import numpy as np
 from cskd_pipeline import Cache, open_cache
 from cskd_pipeline.cache.digests import root_digest
 from cskd_pipeline.config.sections import TrainRecipe
-from cskd_pipeline.data.corrupt import without_corrupt
+from cskd_pipeline.data.corrupt import by_shard, find_corrupt, without_corrupt
 from cskd_pipeline.data.index import Dataset, load_dataset, require_num_classes
-from cskd_pipeline.data.join import classes_of, join
-from cskd_pipeline.data.left_out import LeftOuts
+from cskd_pipeline.data.join import Join, classes_of, find_differing, join
+from cskd_pipeline.data.left_out import LeftOuts, Offsets, tars_sha256
+from cskd_pipeline.data.remote_tar import FETCHING
+from cskd_pipeline.data.replay import cache_of, renderer_of, replay, spread_views
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.errors import CacheError, UsageError
 from cskd_pipeline.pipeline.from_recipe import make_loss
-from cskd_pipeline.pipeline.settle import settle
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.runtime.classes import TRAIN_SWITCH, Classes, ClassGuard
 from cskd_pipeline.runtime.device import worker_count
@@ -169,20 +170,17 @@ def _open_validation(
 
 
 def _join(
-    recipe: TrainRecipe,
-    dataset: Dataset,
-    cache: Cache,
-    guard: ClassGuard,
-    left_out: LeftOuts,
+    recipe: TrainRecipe, dataset: Dataset, cache: Cache, guard: ClassGuard, left_out: LeftOuts
 ) -> TrainingViews:
     """The cache's views of the samples in the shards, but for those that the recipe leaves out."""
-    drift, loss = recipe.data.drift, make_loss(recipe.distill)
-    kinds = set(loss.kinds.values())
-    encoding = cache.choose(kinds, loss.temperature, recipe.distill.encoding)
+    data, loss = recipe.data, make_loss(recipe.distill)
+    encoding = cache.choose(set(loss.kinds.values()), loss.temperature, recipe.distill.encoding)
     _require_views(cache, recipe.schedule.epochs, recipe.batch.repeats)
-    found = join(dataset, cache, guard, missing=recipe.data.missing, drift=drift)
-    found = settle(found, recipe.data, worker_count(recipe.run.workers), encoding, left_out)
-    return TrainingViews.of_join(found, encoding, drift=drift)
+    found = join(dataset, cache, guard, missing=data.missing, drift=data.drift)
+    found = _leave_out(found, recipe, left_out)
+    if left_out.ranks.first:
+        _check_sample(found, data.check, data.drift, encoding)
+    return TrainingViews.of_join(found, encoding, drift=data.drift)
 
 
 def _require_views(cache: Cache, epochs: int, repeats: int) -> None:
@@ -193,6 +191,73 @@ def _require_views(cache: Cache, epochs: int, repeats: int) -> None:
         log.warning(
             f"{epochs} epochs show every image {cycles * repeats} times in {cache.views} views: "
             f"views come again from epoch {fresh * repeats + 1} on"
+        )
+
+
+def _leave_out(found: Join, recipe: TrainRecipe, left_out: LeftOuts) -> Join:
+    """Leave out of a join what the recipe says, and report it.
+
+    With ``data.corrupt`` or ``data.drift`` = ``skip`` every image is read once, each rank its
+    share; a run that is resumed has the outcome in its folder.
+    """
+    counts, shards = found.samples.counts, tars_sha256(found.images.shards)
+    identity = {"cache": cache_of(found).lineage, "shards": shards}
+    if recipe.data.corrupt == "skip":
+        look = partial(_find_corrupt, found, worker_count(recipe.run.workers))
+        found = found.without(left_out.find("corrupt", identity, counts, look), "corrupt")
+    if recipe.data.drift == "skip":
+        look = partial(_find_differing, found)
+        found = found.without(left_out.find("differing", identity, counts, look), "other image")
+    left_out.add(found.left_out())
+    if len(left_out):
+        count = found.count("corrupt")
+        log.warning(
+            f"training without {len(left_out)} samples of the cache's {found.samples.total}: "
+            f"{found.missing} are not in the shards, {found.count('other image')} have other images"
+            f"{f', {count} cannot be decoded' if count else ''}{left_out.listed}"
+        )
+    if found.unused:
+        log.info(f"{found.unused} samples of the shards are not in the cache, and not used")
+    return found
+
+
+def _find_corrupt(found: Join, workers: int, part: int, parts: int) -> Offsets:
+    """Images that are not the cache's and cannot be decoded: the cache's could be."""
+    cache, samples = cache_of(found), found.there()
+    intact = np.empty(len(samples), np.uint32)
+    for shard in np.unique(samples[:, 0]).tolist():
+        here = samples[:, 0] == shard
+        intact[here] = cache.image_crc32(shard)[samples[here, 1]]
+    return by_shard(
+        find_corrupt(found.images, samples, intact=intact, workers=workers, part=part, parts=parts)
+    )
+
+
+def _find_differing(found: Join, part: int, parts: int) -> Offsets:
+    return find_differing(found, part=part, parts=parts)
+
+
+def _check_sample(found: Join, count: int, drift: str, encoding: str) -> None:
+    """Replay ``count`` views, as training will, and read their targets.
+
+    Every view is compared while training, too; here a misfit is found before anything is spent.
+    With ``drift`` = ``warn`` it is reported only.
+    """
+    rows = spread_views(found, count, few=FETCHING)
+    if not len(rows):
+        return
+    cache_of(found).gather(encoding, rows)  # raises where it is damaged
+    replayed = replay(found, rows)
+    exact, same = int(replayed.exact.sum()), int(replayed.same_image.sum())
+    wrong = rows[~replayed.exact]
+    if len(wrong) and drift != "warn":
+        renderer_of(found, strict=True).render(wrong)  # refuses them
+    line = f"checked {len(rows)} views of the cache: {exact} come out bit for bit"
+    if exact == len(rows):
+        log.info(line)
+    else:
+        log.warning(
+            f"{line}, {same - exact} differ by rounding, {len(rows) - same} are of other images"
         )
 
 

@@ -27,8 +27,7 @@ from cskd_pipeline.data.index import Dataset, load_dataset, refuse_repeated_keys
 from cskd_pipeline.data.unit_views import Loading
 from cskd_pipeline.distill.encodings import Sampled
 from cskd_pipeline.errors import UsageError
-from cskd_pipeline.pipeline.undone_units import UndoneUnits
-from cskd_pipeline.pipeline.unit_writer import UnitWriter
+from cskd_pipeline.pipeline.unit_writer import UndoneUnits, UnitWriter
 from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.runtime.distributed import ALONE, Ranks
 from cskd_pipeline.views.policy import ViewPolicy

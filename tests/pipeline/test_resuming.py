@@ -24,7 +24,7 @@ from cskd_pipeline.errors import ImageError, OutputError, TrainingError
 from cskd_pipeline.models.checkpoint import read_header
 from cskd_pipeline.models.train_state import find_nonfinite, load_state, save_state
 from cskd_pipeline.pipeline import train as stage_two
-from cskd_pipeline.pipeline.resuming import changed_keys, require_same_data
+from cskd_pipeline.pipeline.train_job import changed_keys, require_same_data
 from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.runtime.atomic import LOCK, sole_writer
 from cskd_pipeline.runtime.signals import Requeue

@@ -24,7 +24,7 @@ from wandb.proto import wandb_internal_pb2
 from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.config.writing import result_digest
 from cskd_pipeline.errors import ManifestError, MissingPackageError
-from cskd_pipeline.pipeline import scalars
+from cskd_pipeline.pipeline import run_log
 from cskd_pipeline.pipeline import train as stage_two
 from cskd_pipeline.pipeline.run_log import RunLog
 from cskd_pipeline.pipeline.train import train
@@ -344,7 +344,7 @@ def test_if_nothing_works_the_run_does_without(
 def test_a_missing_package_is_told_before_anything_is_written(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scalars, "find_spec", lambda name: None)
+    monkeypatch.setattr(run_log, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError) as caught:
         train(recipe_of(small, tmp_path / "run"))
     assert "cskd-pipeline[wandb]" in str(caught.value)
@@ -359,13 +359,13 @@ def test_an_identity_that_is_none_is_refused(small: World, tmp_path: Path, conte
     (tmp_path / "run").mkdir()
     (tmp_path / "run/wandb.json").write_text(content)
     with pytest.raises(ManifestError, match="delete the file"):
-        scalars.open_wandb(recipe)
+        run_log.open_wandb(recipe)
 
 
 def test_this_package_imports_it_only_when_asked() -> None:
     """timm does so too wherever it is installed, so a run's own modules cannot show it."""
     code = (
-        "import sys\nimport cskd_pipeline.pipeline.scalars\n"
+        "import sys\nimport cskd_pipeline.pipeline.run_log\n"
         "assert not {'wandb', 'timm'} & set(sys.modules), 'imported'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
