@@ -1,27 +1,8 @@
 """The exception tree, worded for the person who must act.
 
-CskdError                exit code 1 unless stated
-|-- UsageError           the call contradicts itself (exit code 2)
-|-- RecipeError          a recipe's key or value
-|-- ManifestError        a data set's or cache's description of itself; carries every problem
-|-- DataError            shards and what is in them
-|   |-- ShardError       a tar: not one, cut short, a sample without image or label
-|   |-- ImageError       bytes that are no image, or one too large to be honest
-|   |-- ClassesError     two sides whose class numbers mean different classes
-|   `-- JoinError        the shards at hand and the cache's data set differ
-|-- ViewDriftError       a replayed view is not the recorded one
-|-- CacheError           a cache: incomplete, damaged, or of another kind than is needed
-|-- RemoteError          a cache elsewhere that cannot be reached, or may not be read
-|-- WeightsError         a checkpoint or teacher file that cannot be loaded safely
-|-- TeacherError         a model that cannot give spatial logits
-|-- StudentError         a model that cannot take them
-|-- TrainingError        a run that cannot continue: a loss that is not finite
-|-- RunError             a folder that is no training run's
-|-- RankError            a job of several processes that have lost each other
-|-- OutputError          a folder that holds something else, a full disk
-|-- MissingPackageError  an optional package that this command needs
-|-- Interrupted          Ctrl-C (exit code 130)
-`-- Preempted            SIGTERM, SIGHUP or SIGUSR1: work is kept, to be requeued (exit code 75)
+Every class is a :class:`CskdError`; :class:`ShardError`, :class:`ImageError`, :class:`ClassesError`
+and :class:`JoinError` are :class:`DataError` as well. Exit codes: 2 of :class:`UsageError`, 130 of
+:class:`Interrupted`, 75 of :class:`Preempted`, 1 of all others.
 """
 
 from __future__ import annotations
@@ -84,17 +65,6 @@ class CskdError(Exception):
             lines.append(f"  - and {len(self.problems) - MAX_PROBLEMS} more")
         return "\n".join(lines)
 
-    def __reduce__(self) -> tuple[object, ...]:
-        # Loader processes send exceptions by pickle; the default would lose the keyword fields.
-        return (_rebuild, (type(self), dict(self.__dict__)))
-
-
-def _rebuild(kind: type[CskdError], fields: dict[str, object]) -> CskdError:
-    error = kind.__new__(kind)
-    Exception.__init__(error, fields["problem"])
-    error.__dict__.update(fields)
-    return error
-
 
 class UsageError(CskdError):
     """The call contradicts itself."""
@@ -116,6 +86,7 @@ class ManifestError(CskdError):
     def __init__(self, where: object, problems: list[str], action: str | None = None) -> None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__(f"{count} in a manifest", where=where, action=action, problems=problems)
+        self.args = (where, problems, action)  # pickle calls the class with these
 
 
 class DataError(CskdError):
@@ -163,7 +134,7 @@ class StudentError(CskdError):
 
 
 class TrainingError(CskdError):
-    """A run that cannot continue."""
+    """A run that cannot continue: a loss that is not finite."""
 
 
 class RunError(CskdError):
@@ -171,7 +142,7 @@ class RunError(CskdError):
 
 
 class RankError(CskdError):
-    """The processes of a job cannot reach each other."""
+    """The processes of a job have lost each other."""
 
 
 class OutputError(CskdError):
