@@ -6,8 +6,8 @@
 3. ``student`` -- a timm ViT with class, distillation and dense logits.
 4. ``weights`` -- a checkpoint's tensors, read without running anything that is in it.
 5. ``checkpoint`` -- a student's file: ``.safetensors`` with timm's own parameter names, which
-   ``timm.create_model(name, checkpoint_path=file)`` takes; its ``header`` states, as JSON,
-   model, heads, origin, and the SHA-256 of its tensors.
+   ``timm.create_model(name, checkpoint_path=file)`` takes; its header states, as JSON, model,
+   heads, origin, and the SHA-256 of its tensors.
 6. ``train_state`` -- one ``state.pt``, written whole or not at all and read with
    ``weights_only=True``: tensors and plain values.
 """

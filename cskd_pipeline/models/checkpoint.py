@@ -3,11 +3,12 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
@@ -17,13 +18,67 @@ from torch.nn.modules.module import (
 )
 
 from cskd_pipeline.errors import ManifestError, StudentError, WeightsError
-from cskd_pipeline.models.header import FORMAT, StudentHeader, parse_header
-from cskd_pipeline.models.student import Student, create_student
+from cskd_pipeline.models.student import INTERPOLATIONS, LEAST_CROP_PCT, Student, create_student
 from cskd_pipeline.models.weights import is_safetensors, load_into, load_state, state_digest
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.runtime.atomic import write_bytes
+from cskd_pipeline.runtime.classes import Classes
 
 HEADER = "cskd"
+FORMAT = 2
+"""Of the header; those of format 1 have no digest of the tensors."""
+MAX_ARGUMENT = 65535
+"""The largest number among a stranger's model arguments."""
+
+Side = Annotated[int, Field(gt=0, le=MAX_ARGUMENT)]
+Head = Annotated[str, Field(pattern="^(cls|dist|dense)$")]
+Filter = Annotated[str, Field(pattern=f"^({'|'.join(INTERPOLATIONS)})$")]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class StudentHeader:
+    """The header of a student's file.
+
+    ``kwargs`` are the timm constructor's, ``heads`` those whose mean is the prediction, ``grid``
+    the teacher grid (rows, columns) that the dense head was trained on, or None. ``crop_pct`` and
+    ``interpolation`` say how images are resized to evaluate it; None: as timm does for the model.
+    ``accepted_classes`` has a line for each difference between classes with which the run was made
+    all the same, ``recipe_changes`` one for what was changed where it was resumed. The digests are
+    SHA-256 in hex: of the recipe's deciding fields, of the contents of the cache (None where it was
+    not finished), and of the weights that the run started from.
+    """
+
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    model: str
+    num_classes: Side
+    size: Side
+    heads: Annotated[tuple[Head, ...], Field(min_length=1)]
+    method: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    grid: tuple[Side, Side] | None = None
+    crop_pct: Annotated[float, Field(ge=LEAST_CROP_PCT, le=1)] | None = None
+    interpolation: Filter | None = None
+    weights: str = "last"  # last or ema
+    epoch: int = 0
+    top1: float | None = None  # percent, on the validation shards of the run
+    class_names: tuple[str, ...] | None = None
+    accepted_classes: tuple[str, ...] = ()
+    dataset: str | None = None
+    teacher: str | None = None  # its timm name
+    recipe_sha256: Digest | None = None
+    cache_sha256: Digest | None = None
+    init_sha256: Digest | None = None
+    recipe_changes: tuple[str, ...] = ()
+
+    def classes(self, where: object) -> Classes:
+        """Return the classes, for a comparison; ``where`` is the student's file."""
+        return Classes("the student", where, self.num_classes, self.class_names)
+
+
+_HEADER: TypeAdapter[StudentHeader] = TypeAdapter(StudentHeader)
+_DIGEST: TypeAdapter[str] = TypeAdapter(Digest)
 
 
 def save_student(path: Path, state: dict[str, torch.Tensor], header: StudentHeader) -> None:
@@ -185,17 +240,47 @@ def _registered_at_most(values: int, tensors: int) -> Iterator[None]:
 
 
 def _read_header(path: Path) -> tuple[StudentHeader, str | None]:
-    """The student's header, and the SHA-256 that the tensors must have."""
+    """The student's header, and the SHA-256 that the tensors must have; None: of format 1."""
     metadata = _metadata(path)
     try:
-        return parse_header(schemas.parse(metadata[HEADER].encode(), path))
+        document = schemas.parse(metadata[HEADER].encode(), path)
+        version = document.pop("format")
+        if version not in (1, FORMAT):
+            raise ValueError(f"format {version!r}")
+        digest = _DIGEST.validate_python(document.pop("sha256")) if version == FORMAT else None
+        header = _HEADER.validate_json(json.dumps(document))
+        names, count = header.class_names, header.num_classes
+        if names is not None and len(names) != count:
+            raise ValueError(f"{len(names)} class_names of {count} classes")
+        check_arguments(header.kwargs)
     except (KeyError, ValueError, TypeError, AttributeError, ManifestError) as error:
+        found = f"{type(error).__name__}: {error}"
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"])) or "sha256"
+            found = f"{name}: {first['msg']}, not {first['input']!r}"
         raise WeightsError(
             "the checkpoint does not state which student it holds",
             where=path,
-            found=f"{type(error).__name__}: {error}",
+            found=found,
             expected=f"an entry {HEADER!r} of format {FORMAT} in its header, as train writes it",
         ) from error
+    return header, digest
+
+
+def check_arguments(value: Any) -> None:
+    """Refuse numbers and collections with which a constructor could be kept busy for ever.
+
+    Raises:
+        ValueError: names the number.
+    """
+    if isinstance(value, dict | list):
+        if len(value) > 1000:
+            raise ValueError(f"kwargs with {len(value)} entries in one table or list")
+        for item in value.values() if isinstance(value, dict) else value:
+            check_arguments(item)
+    elif isinstance(value, int | float) and not abs(value) <= MAX_ARGUMENT:
+        raise ValueError(f"kwargs with the number {value}")
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -138,8 +138,8 @@ def load_teacher(
     state = None if source.weights in ("hub", "random") else load_state(source.weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(source.seed)
-        built = build_teacher(source, state, size)
-    network = built.network.float().eval().requires_grad_(False)
+        network, full_name, origin = build_teacher(source, state, size)
+    network = network.float().eval().requires_grad_(False)
     faults: list[CskdError] = []
     if state is not None:
         with _noted(faults):
@@ -150,14 +150,14 @@ def load_teacher(
     with _noted(faults):
         mean, std = _normalisation(network, source)
     _raise_all(faults, name)
-    digest = state_digest(network.state_dict())
+    weights_sha256 = state_digest(network.state_dict())
     model = place(cut.network, device, channels_last)
     return Teacher(
         model=model,
         backbone=compiled(model.forward_features, device) if compile else model.forward_features,
-        name=built.name,
-        source=built.source,
-        weights_sha256=digest,
+        name=full_name,
+        source=origin,
+        weights_sha256=weights_sha256,
         num_classes=cut.num_classes,
         size=size,
         mean=mean,

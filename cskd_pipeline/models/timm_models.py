@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torchvision
@@ -55,18 +55,14 @@ class TeacherSource:
     seed: int = 0
 
 
-class Built(NamedTuple):
-    """A teacher's network, what to call it, and where its weights come from: ``hub``, ``file``,
-    ``random`` or ``factory``.
-    """
-
-    network: nn.Module
-    name: str
-    source: str
-
-
-def build_teacher(source: TeacherSource, state: Mapping[str, Tensor] | None, size: int) -> Built:
+def build_teacher(
+    source: TeacherSource, state: Mapping[str, Tensor] | None, size: int
+) -> tuple[nn.Module, str, str]:
     """Build the network of ``source``; ``state``, of its weights file, is still to be loaded.
+
+    Returns:
+        The network, what to call it, and where its weights come from: ``hub``, ``file``, ``random``
+        or ``factory``.
 
     Raises:
         TeacherError: no such model, bad arguments, weights out of reach.
@@ -74,20 +70,16 @@ def build_teacher(source: TeacherSource, state: Mapping[str, Tensor] | None, siz
     name, kwargs, num_classes = source.name, source.kwargs, source.num_classes
     is_hub = source.weights == "hub"
     origin = "hub" if is_hub else "random" if state is None else "file"
+    if is_factory(name):
+        return _call_factory(name, num_classes, kwargs), name, "factory" if is_hub else origin
     if name.startswith(TORCHVISION):
-        _refuse_foreign(name, kwargs, TeacherError)
-        classes = None if is_hub else _linear_rows(state or {}) or num_classes
+        classes = _linear_rows(state or {}) or num_classes
         network = _create_torchvision(name, classes, kwargs, pretrained=is_hub)
-    elif is_factory(name):
-        network = _call_factory(name, num_classes, kwargs)
-        return Built(network, name, "factory" if is_hub else origin)
     else:
-        classes = None if is_hub else num_classes
-        if state is not None:
-            classes = classes_in(state, name) or num_classes
+        classes = _classifier_rows(state or {}, name) or num_classes
         network = create_timm(
             name,
-            num_classes=classes,
+            num_classes=None if is_hub else classes,
             size=size,
             kwargs=kwargs,
             error=TeacherError,
@@ -95,7 +87,7 @@ def build_teacher(source: TeacherSource, state: Mapping[str, Tensor] | None, siz
         )
     config: Any = getattr(network, "pretrained_cfg", None) or {}
     tag = config.get("tag") if is_hub else None
-    return Built(network, f"{config['architecture']}.{tag}" if tag else name, origin)
+    return network, f"{config['architecture']}.{tag}" if tag else name, origin
 
 
 def create_timm(
@@ -165,6 +157,7 @@ def _create_torchvision(
 
     What torchvision publishes says its mean and std; other weights may have been trained with any.
     """
+    _refuse_foreign(name, kwargs, TeacherError)
     architecture, _, tag = name.removeprefix(TORCHVISION).partition(".")
     models = torchvision.models
     known = models.list_models(module=models)
@@ -197,14 +190,11 @@ def _create_torchvision(
 
 
 def _fetch(name: str, entry: Any) -> Mapping[str, Tensor]:
-    """Return the tensors of weights that torchvision publishes; run nothing in the file."""
+    """The tensors of weights that torchvision publishes; nothing in the file is run."""
     try:
-        state: Mapping[str, Tensor] = entry.get_state_dict(
-            progress=False, check_hash=True, weights_only=True
-        )
+        return entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as problem:  # fetching fails in many libraries
         raise _out_of_reach(TeacherError, name, problem, entry.url) from problem
-    return state
 
 
 def _unknown(
@@ -275,8 +265,8 @@ def _linear_rows(state: Mapping[str, Tensor]) -> int | None:
     return len(matrices[-1]) if matrices else None
 
 
-def classes_in(state: Mapping[str, Tensor], name: str) -> int | None:
-    """Return the class count of a state dict: the rows of the classifier of the model ``name``."""
+def _classifier_rows(state: Mapping[str, Tensor], name: str) -> int | None:
+    """The class count of a state dict of timm's model ``name``."""
     classifier = getattr(_config(name), "classifier", None)
     for layer in (classifier,) if isinstance(classifier, str) else classifier or ():
         if f"{layer}.weight" in state:
@@ -285,13 +275,13 @@ def classes_in(state: Mapping[str, Tensor], name: str) -> int | None:
 
 
 def _config(name: str) -> PretrainedCfg | None:
-    """Return timm's configuration of the architecture; None for models that only the hub knows."""
+    """timm's configuration of the architecture; None for models that only the hub knows."""
     known = None if name.startswith(HUB_PREFIXES) else _current_name(name)
     return None if known is None else get_pretrained_cfg(known.split(".")[0])
 
 
 def _current_name(name: str) -> str | None:
-    """Return timm's name of the model today, which may have a tag; None: it has none any more.
+    """timm's name of the model today, which may have a tag; None: it has none any more.
 
     Of an old name timm knows nothing else: neither its input size nor its classifier.
     """

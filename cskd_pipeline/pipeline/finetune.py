@@ -17,8 +17,14 @@ from timm.layers import DropPath, resample_abs_pos_embed
 from torch import Tensor, nn
 
 from cskd_pipeline.errors import ManifestError, OutputError, WeightsError
-from cskd_pipeline.models.checkpoint import bounded_student, has_header, read_student, student_file
-from cskd_pipeline.models.header import MAX_ARGUMENT, check_arguments
+from cskd_pipeline.models.checkpoint import (
+    MAX_ARGUMENT,
+    bounded_student,
+    check_arguments,
+    has_header,
+    read_student,
+    student_file,
+)
 from cskd_pipeline.models.student import Grid, Student
 from cskd_pipeline.models.weights import is_safetensors, load_into, load_state, state_digest
 from cskd_pipeline.runtime import schemas

@@ -14,7 +14,7 @@ from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.config.writing import adjustable, deciding, result_digest
 from cskd_pipeline.distill.losses import inference_heads
 from cskd_pipeline.errors import OutputError, WeightsError
-from cskd_pipeline.models.header import StudentHeader
+from cskd_pipeline.models.checkpoint import StudentHeader
 from cskd_pipeline.models.train_state import FORMAT
 from cskd_pipeline.pipeline.finetune import Started, read_source, start_from
 from cskd_pipeline.pipeline.trainer import Trainer

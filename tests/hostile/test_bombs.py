@@ -27,8 +27,7 @@ from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.tar_index import read_index
 from cskd_pipeline.errors import CacheError, ManifestError, ShardError, WeightsError
-from cskd_pipeline.models.checkpoint import save_student
-from cskd_pipeline.models.header import StudentHeader
+from cskd_pipeline.models.checkpoint import StudentHeader, save_student
 from cskd_pipeline.models.weights import load_state
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.views.decode import decode

@@ -17,6 +17,7 @@ from torch import nn
 from cskd_pipeline.errors import WeightsError
 from cskd_pipeline.models.checkpoint import (
     OversizeError,
+    StudentHeader,
     _registered_at_most,
     bounded_student,
     load_student,
@@ -25,7 +26,6 @@ from cskd_pipeline.models.checkpoint import (
     save_student,
     student_file,
 )
-from cskd_pipeline.models.header import StudentHeader
 from cskd_pipeline.models.student import Student, create_student
 from tests.processes import server
 

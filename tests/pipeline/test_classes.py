@@ -18,8 +18,7 @@ from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.config.reading import load_recipe
 from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.data.index import load_dataset
-from cskd_pipeline.models.checkpoint import read_header, save_student
-from cskd_pipeline.models.header import StudentHeader
+from cskd_pipeline.models.checkpoint import StudentHeader, read_header, save_student
 from cskd_pipeline.pipeline.train import train
 from cskd_pipeline.tools.make_shards import make_shards
 from tests.pictures import write_shard

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from timm.models import save_for_hf
 
-from cskd_pipeline.models.checkpoint import load_student, save_student, student_file
-from cskd_pipeline.models.header import StudentHeader
+from cskd_pipeline.models.checkpoint import StudentHeader, load_student, save_student, student_file
 from cskd_pipeline.models.student import Student
 from cskd_pipeline.runtime.atomic import atomic_folder, require_empty, write_text
 from cskd_pipeline.runtime.progress import progress

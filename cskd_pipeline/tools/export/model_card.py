@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from cskd_pipeline.models.header import StudentHeader
+from cskd_pipeline.models.checkpoint import StudentHeader
 from cskd_pipeline.models.student import Student
 from cskd_pipeline.tools import markdown
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cskd_pipeline import __version__
 from cskd_pipeline.errors import MissingPackageError, StudentError
-from cskd_pipeline.models.header import StudentHeader
+from cskd_pipeline.models.checkpoint import StudentHeader
 from cskd_pipeline.models.student import Student, inference_logits
 from cskd_pipeline.runtime.atomic import write_bytes
 

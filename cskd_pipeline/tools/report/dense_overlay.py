@@ -22,8 +22,7 @@ from cskd_pipeline.data.batches import render_batch
 from cskd_pipeline.data.join import Join, classes_of, join_to_look
 from cskd_pipeline.data.replay import renderer_of
 from cskd_pipeline.errors import UsageError
-from cskd_pipeline.models.checkpoint import load_student, read_header, student_file
-from cskd_pipeline.models.header import StudentHeader
+from cskd_pipeline.models.checkpoint import StudentHeader, load_student, read_header, student_file
 from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.report import plots

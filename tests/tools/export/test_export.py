@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 
 from cskd_pipeline.data.assemble import normalise
 from cskd_pipeline.errors import MissingPackageError, OutputError, WeightsError
-from cskd_pipeline.models.checkpoint import load_student, read_header, save_student
-from cskd_pipeline.models.header import StudentHeader
+from cskd_pipeline.models.checkpoint import StudentHeader, load_student, read_header, save_student
 from cskd_pipeline.models.student import Student, create_student, inference_logits
 from cskd_pipeline.tools.export import export_student as exporting
 from cskd_pipeline.tools.export import onnx_graph
