@@ -61,7 +61,7 @@ def utc_now() -> str:
 class ShardInfo:
     """One tar: ``name``, ``count`` samples, length in ``bytes``, and what identifies its contents.
 
-    ``sha256`` is of the tar (None: only its headers were read, at a URL), ``keys_sha256`` of its
+    ``sha256`` is of the tar (None: at a URL, and its store states none), ``keys_sha256`` of its
     samples' keys in order; ``key_bytes`` is the length of the longest key as UTF-8.
     """
 
@@ -300,7 +300,8 @@ class CacheManifest:
         """List what forbids writing ``other``'s units into this cache, one line each.
 
         Not compared are views and their blocks (a cache grows), versions (see
-        :meth:`version_differences`), provenance, free text, and names of data: its contents decide.
+        :meth:`version_differences`), provenance, free text, names of data (its contents decide),
+        and the SHA-256 of tars where one of the two does not state it.
         """
         return [f"{at}: {mine} and {theirs}" for at, mine, theirs in self.conflicts(other)]
 
@@ -353,6 +354,8 @@ def _differences(mine: Any, theirs: Any, at: str) -> Iterator[tuple[str, Any, An
     elif at == "dataset.shards" and len(mine) == len(theirs):
         for number, (ours, other) in enumerate(zip(mine, theirs, strict=True)):
             yield from _differences(ours, other, f"{at}[{number}]")
+    elif at.endswith(".sha256") and None in (mine, theirs):
+        return
     elif mine != theirs:
         if at == "dataset.shards":
             mine, theirs = f"{len(mine)} shards", f"{len(theirs)} shards"

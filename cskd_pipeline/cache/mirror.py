@@ -19,8 +19,8 @@ from cskd_pipeline.runtime.atomic import explained_os_errors
 FOLDER, GIGABYTES = "CSKD_CACHE_DIR", "CSKD_CACHE_GB"
 _DEFAULT_GIGABYTES = "50"
 _LOCKS = "locks"
-NOTES = (".npz", ".sha256")
-"""Ends of names of small files about copies, which outlast these."""
+NOTES = ".npz"
+"""The end of names of small files about copies, which outlast these."""
 _STRIPES = 256  # files whose names share one wait for each other
 HELD_UP = 300.0  # seconds to wait for another process whose copy of a file does not grow
 _FRESH = 600.0  # seconds in which a use need not be noted again

@@ -183,8 +183,15 @@ def _united_shards(readers: Sequence[Cache]) -> tuple[tuple[ShardInfo, ...], lis
                 )
                 for field in _IDENTITY
                 if getattr(other, field) != getattr(shard, field)
+                and not (field == "sha256" and None in (other.sha256, shard.sha256))
             ]
-    return tuple(shards), conflicts
+    stated = {
+        shard.keys_sha256: shard.sha256
+        for reader in readers
+        for shard in reader.manifest.dataset.shards
+        if shard.sha256 is not None
+    }
+    return tuple(replace(s, sha256=stated.get(s.keys_sha256)) for s in shards), conflicts
 
 
 def _conflicts(one: Cache, other: Cache) -> list[str]:

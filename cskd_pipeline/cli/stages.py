@@ -115,24 +115,19 @@ def index(
         "--check-images", images.check_images or None, {"--workers": images.workers}
     )
     from cskd_pipeline.data.describe import index_shards
-    from cskd_pipeline.data.index import Dataset
+    from cskd_pipeline.runtime.device import worker_count
 
-    def check(dataset: Dataset) -> None:
-        """Decode every image, and print the list of those that cannot be decoded."""
-        from cskd_pipeline.data.corrupt import require_images
-        from cskd_pipeline.runtime.device import worker_count
-
-        count = worker_count(-1 if images.workers is None else images.workers)
-        try:
-            require_images(dataset, workers=count)
-        except ImageError as error:
-            report: Any = error.report
-            rows = [tuple(row.values()) for row in report["corrupt"]]
+    decoders = None
+    if images.check_images:
+        decoders = worker_count(-1 if images.workers is None else images.workers)
+    try:
+        dataset = index_shards(shards, **vars(named), decoders=decoders)
+    except ImageError as error:
+        report: Any = error.report or {}
+        rows = [tuple(row.values()) for row in report.get("corrupt", ())]
+        if rows:
             terminal.table("images that cannot be decoded", ("shard", "key", "found"), rows)
-            raise
-
-    chosen = check if images.check_images else None
-    dataset = index_shards(shards, **vars(named), check=chosen)
+        raise
     dataset.save(out)
     return {
         "manifest": out,

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,16 +14,15 @@ from cskd_pipeline.cache.manifest import DatasetManifest, ShardInfo
 from cskd_pipeline.data.index import (
     Dataset,
     load_dataset,
-    of_each,
     refuse_repeated_keys,
     require_num_classes,
 )
 from cskd_pipeline.data.listing import Spec
-from cskd_pipeline.data.remote_tar import FETCHING, RemoteTar, Tar
+from cskd_pipeline.data.remote_tar import RemoteTar, Tar
 from cskd_pipeline.data.shards import TarShard
 from cskd_pipeline.data.tar_index import open_shard
 from cskd_pipeline.errors import DataError
-from cskd_pipeline.runtime.progress import progress
+from cskd_pipeline.runtime.progress import Meter, progress
 
 log = logging.getLogger(__name__)
 
@@ -34,92 +33,76 @@ def index_shards(
     name: str | None = None,
     num_classes: int | None = None,
     split: str | None = None,
-    check: Callable[[Dataset], None] | None = None,
+    decoders: int | None = None,
 ) -> DatasetManifest:
     """Read every byte of the shards once, and describe them; of those at a URL, headers only.
 
-    The SHA-256 of a tar at a URL is None, unless its store has it (``hf://``) or it was fetched
-    whole before.
-
     Args:
-        check: run on the data set, empty images included, before the shards are hashed.
+        decoders: decode every image first, by so many loader processes; None: do not.
 
     Raises:
-        DataError: as :func:`load_dataset`, and what ``check`` raises; a key that is there twice;
-            nothing states the number of classes.
+        DataError: as :func:`load_dataset`; a key that is there twice; nothing states the number of
+            classes.
+        ImageError: images that cannot be decoded, all of them in its report.
     """
     dataset = load_dataset(
         spec,
         split=split,
         num_classes=num_classes,
-        empty="pass" if check else "error",
+        empty="error" if decoders is None else "pass",
     )
     require_num_classes(dataset)
     refuse_repeated_keys(dataset)
-    if check:
-        check(dataset)
-    if name:
-        dataset = replace(dataset, name=name)
-    return _describe(dataset, whole=False)
+    if decoders is not None:
+        from cskd_pipeline.data.corrupt import require_images  # and torch
+
+        require_images(dataset, workers=decoders)
+    dataset = replace(dataset, name=name or dataset.name, manifest=None)
+    location, _ = _relative_names([shard.path for shard in dataset.shards])
+    return replace(describe(dataset), location=location)
 
 
 def describe(dataset: Dataset) -> DatasetManifest:
-    """Return the manifest of ``dataset``: its own, or one made by reading every byte.
+    """Return the manifest of ``dataset``: its own, or one made by reading every byte of its tars.
 
-    Tars without a SHA-256 in the manifest are hashed too: what is derived of them states it.
+    Of a tar at a URL nothing is read: its SHA-256 is the one that its store states, or None.
 
     Raises:
         DataError: nothing states the number of classes.
         ManifestError: a tar's name that no reader of manifests accepts.
     """
-    manifest = dataset.manifest
-    if manifest is None:
-        return replace(_describe(dataset, whole=True), location=None)
-    if not any(shard.sha256 is None for shard in manifest.shards):
-        return replace(manifest, location=None)
-    infos = [
-        info if info.sha256 else replace(info, sha256=found)
-        for info, found in zip(manifest.shards, _hashed(dataset.shards, whole=True), strict=True)
-    ]
-    return replace(manifest, location=None, shards=tuple(infos))
-
-
-def _describe(dataset: Dataset, *, whole: bool) -> DatasetManifest:
-    """The manifest of tars that have none; not ``whole``: nothing is fetched for its SHA-256."""
-    classes = require_num_classes(dataset)
-    location, names = _relative_names([shard.path for shard in dataset.shards])
-    hashed = zip(dataset.shards, names, _hashed(dataset.shards, whole), strict=True)
-    infos = [
-        ShardInfo.of(relative, shard.keys, shard.size, found) for shard, relative, found in hashed
-    ]
-    made = DatasetManifest(dataset.name, classes, tuple(infos), dataset.class_names, location)
-    unknown = sum(info.sha256 is None for info in infos)
+    manifest = dataset.manifest or _made(dataset)
+    unknown = sum(info.sha256 is None for info in manifest.shards)
     if unknown:
         log.info(
-            f"{unknown} shards without SHA-256: the store states none, and they were not fetched; "
-            "dump-teacher finds it, once it has them"
+            f"{unknown} shards without SHA-256, which their store does not state: length, keys and "
+            "the images' CRC-32 identify them"
         )
+    return replace(manifest, location=None)
+
+
+def _made(dataset: Dataset) -> DatasetManifest:
+    classes = require_num_classes(dataset)
+    _, names = _relative_names([shard.path for shard in dataset.shards])
+    with progress(sum(shard.size for shard in dataset.shards), "bytes", "hashing shards") as meter:
+        infos = [
+            ShardInfo.of(name, shard.keys, shard.size, _sha256(shard, meter))
+            for name, shard in zip(names, dataset.shards, strict=True)
+        ]
+    made = DatasetManifest(dataset.name, classes, tuple(infos), dataset.class_names)
     return DatasetManifest.from_json(made.to_json(), f"the manifest of {dataset.name}")
 
 
-def _hashed(shards: Sequence[TarShard], whole: bool) -> Iterator[str | None]:
-    """The SHA-256 of each tar; not ``whole``: nothing is fetched, and it may be None."""
-    with progress(sum(shard.size for shard in shards), "bytes", "hashing shards") as meter:
-
-        def sha256(shard: TarShard) -> str | None:
-            if isinstance(shard.path, RemoteTar):
-                return shard.path.sha256() if whole else shard.path.known_sha256()
-            digest = hashlib.sha256()
-            with open_shard(shard.path) as file:
-                while piece := file.read(2**20):
-                    digest.update(piece)
-                    meter.advance(len(piece))
-            return digest.hexdigest()
-
-        for shard, found in zip(shards, of_each(shards, sha256, FETCHING), strict=True):
-            if isinstance(shard.path, RemoteTar):
-                meter.advance(shard.size)
-            yield found
+def _sha256(shard: TarShard, meter: Meter) -> str | None:
+    if isinstance(shard.path, RemoteTar):
+        meter.advance(shard.size)
+        return shard.path.stated.sha256
+    digest = hashlib.sha256()
+    with open_shard(shard.path) as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+            meter.advance(len(piece))
+    return digest.hexdigest()
 
 
 def _relative_names(paths: Sequence[Tar]) -> tuple[str | None, list[str]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +23,6 @@ from cskd_pipeline.runtime.classes import Classes, ClassGuard
 from cskd_pipeline.runtime.progress import progress
 
 CLASSES = "classes.json"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,17 @@ class Dataset:
         if self.num_classes == num_classes:
             return self
         classes = _agreed(num_classes, self.num_classes, self.name)
-        shards = tuple(shard.with_classes(num_classes) for shard in self.shards)
+        shards = tuple(replace(shard, num_classes=num_classes) for shard in self.shards)
         return replace(self, shards=shards, num_classes=classes)
+
+    def held_to(self, manifest: DatasetManifest) -> Dataset:
+        """Return the same, whose tars must be the ones that ``manifest`` describes in this order.
+
+        Raises:
+            ShardError: they are not, by their keys or by the SHA-256 that their store states.
+        """
+        pairs = zip(self.shards, manifest.shards, strict=True)
+        return replace(self, shards=tuple(replace(shard, info=info) for shard, info in pairs))
 
     def without(self, offsets: Mapping[int, Sequence[int]]) -> Dataset:
         """Return the same as if the tars did not hold these samples, shard -> offsets.
@@ -126,7 +133,7 @@ def sample(dataset: Dataset, samples: int, parts: int = 4) -> Dataset:
         shards.append(shard.part(range(start, min(start + each, len(shard)))))
     classes = require_num_classes(dataset)
     infos = tuple(
-        ShardInfo.of(f"part-{i}.tar", shard.keys, int(shard.index.size.sum()), f"{i:064x}")
+        ShardInfo.of(f"part-{i}.tar", shard.keys, int(shard.index.size.sum()), None)
         for i, shard in enumerate(shards)
     )
     manifest = DatasetManifest(dataset.name, classes, infos, dataset.class_names)
@@ -189,19 +196,15 @@ def read_headers(shards: Sequence[TarShard]) -> None:
         ShardError, RemoteError: see :attr:`TarShard.index`.
     """
     missing = [shard for shard in shards if not shard.is_indexed]
-    with progress(len(missing), "shards", "reading tar headers") as meter:
-        for _ in of_each(missing, lambda shard: shard.index, CONNECTIONS):
-            meter.advance()
-
-
-def of_each(shards: Sequence[TarShard], call: Callable[[TarShard], T], at_once: int) -> Iterator[T]:
-    """Yield what ``call`` returns for each tar, called for ``at_once`` of those elsewhere."""
-    if not any(isinstance(shard.path, RemoteTar) for shard in shards):
-        yield from map(call, shards)
+    if not missing:
         return
-    pool = ThreadPoolExecutor(at_once)
+    pool = ThreadPoolExecutor(CONNECTIONS)
+    remote = any(isinstance(shard.path, RemoteTar) for shard in missing)
+    apply = pool.map if remote else map
     try:
-        yield from pool.map(call, shards)
+        with progress(len(missing), "shards", "reading tar headers") as meter:
+            for _ in apply(lambda shard: shard.index, missing):
+                meter.advance()
     finally:  # a stop does not wait for tars that have begun
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -333,8 +336,7 @@ def refuse_repeated_keys(dataset: Dataset) -> None:
     Raises:
         DataError: which keys, and in which tars.
     """
-    if any(not shard.is_indexed for shard in dataset.shards):
-        read_headers(dataset.shards)
+    read_headers(dataset.shards)
     counts = [len(shard.index) for shard in dataset.shards]
     hashes = np.concatenate(
         [np.fromiter(map(hash, s.index.keys.tolist()), np.int64, len(s)) for s in dataset.shards]

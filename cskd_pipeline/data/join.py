@@ -230,15 +230,17 @@ def _compare_labels(
 ) -> tuple[int, np.ndarray]:
     """Return the count of labels compared, and :attr:`Join.relabelled`.
 
-    Not compared here are tars whose SHA-256, by a manifest, is the one that the cache's labels were
-    read from; nothing of such a tar is read before its first use, which compares them.
+    Not compared here are tars whose SHA-256, by a manifest, is that of the one that the cache's
+    labels were read from; nothing of such a tar is read before its first use, which compares them.
     """
     recorded = cache.manifest.dataset.shards
     infos = [dataset.shards[place].info if isinstance(place, int) else None for place in tar_rows]
     shards = [
         shard
         for shard in np.flatnonzero(cache.done().any(axis=0)).tolist()
-        if (info := infos[shard]) is None or info.sha256 != recorded[shard].sha256
+        if (info := infos[shard]) is None
+        or info.sha256 is None
+        or info.sha256 != recorded[shard].sha256
     ]
     compared, found = 0, [np.empty((0, 3), np.int64)]
     if not shards:

@@ -6,8 +6,8 @@ under a name that follows from the URL and from what the server states of the fi
 taken for the one whose headers were read. Copies are compared with all of that before they get
 their name.
 
-Indices of tars, and their SHA-256 once they were fetched, are noted beside the copies and outlast
-them: headers are requested once on a machine.
+Indices of tars are noted beside the copies and outlast them: headers are requested once on a
+machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from cskd_pipeline.cache.transfers import ByteRange, Pace
 from cskd_pipeline.data.range_file import RangeFile
 from cskd_pipeline.errors import RemoteError, ShardError, UsageError
 from cskd_pipeline.runtime import schemas
-from cskd_pipeline.runtime.atomic import atomic_write, write_text
+from cskd_pipeline.runtime.atomic import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -123,18 +123,6 @@ class RemoteTar:
         log.info(f"{self.url}: the server sends no parts of files: fetching the whole tar")
         return self.open()
 
-    def sha256(self) -> str:
-        """Return its SHA-256: stated, or noted when it was fetched, which is done if need be."""
-        found = self.known_sha256()
-        if found is None:
-            with self.open() as file:
-                found = self.known_sha256() or hashlib.file_digest(file, "sha256").hexdigest()
-        return found
-
-    def known_sha256(self) -> str | None:
-        """Return its SHA-256 if it is stated, or was noted; nothing is fetched."""
-        return self.stated.sha256 or tars_in(self.parent).noted_sha256(self._name)
-
     def noted(self, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Return what was made of its headers before, on this machine, or make and note it.
 
@@ -204,7 +192,7 @@ class RemoteTars(RemoteFiles):
         _require_room(stated.size, self._mirror, self.where(key), "one tar")
         for _ in range(TRIES):
             with self._explained(key):
-                self._keep(name, lambda file: self._fetch_whole(key, name, file, stated))
+                self._keep(name, lambda file: self._fetch_whole(key, file, stated))
             try:
                 file = (self.root / name).open("rb")
             except FileNotFoundError:
@@ -253,12 +241,6 @@ class RemoteTars(RemoteFiles):
         with self._explained(key):
             return self._insisting(key, request)
 
-    def noted_sha256(self, name: str) -> str | None:
-        """Return the SHA-256 that was noted when a tar was fetched; None if it was not."""
-        note = self.root / f"{name}.sha256"
-        found = note.read_text() if note.is_file() else ""
-        return found if _SHA256.fullmatch(found) else None
-
     def noted(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Return the arrays noted under ``name``, made and noted if they are not there."""
         path = self.root / name
@@ -296,7 +278,7 @@ class RemoteTars(RemoteFiles):
             log.info(f"{self.where(key)}: taken for absent: {error.found}")
             return None
 
-    def _fetch_whole(self, key: str, name: str, file: BufferedRandom, stated: Stated) -> None:
+    def _fetch_whole(self, key: str, file: BufferedRandom, stated: Stated) -> None:
         """Fetch a tar, and compare it with what is stated; a wrong one is fetched once more."""
         for again in (True, False):
             file.seek(0)
@@ -307,10 +289,12 @@ class RemoteTars(RemoteFiles):
             self._require_same(key, stated, file.tell(), version)
             file.flush()
             os.fsync(file.fileno())  # or a power cut may leave zeros under a name that is believed
+            if stated.sha256 is None:
+                return
             file.seek(0)
             found = hashlib.file_digest(file, "sha256").hexdigest()
-            if stated.sha256 in (None, found):
-                return write_text(self.root / f"{name}.sha256", found)
+            if found == stated.sha256:
+                return
             if not again:
                 raise _not_described(self.where(key), found, stated.sha256)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from cskd_pipeline.data.tar_index import ShardIndex, open_shard, read_index
 from cskd_pipeline.errors import ShardError
 
 
+@dataclass(eq=False)
 class TarShard:
     """One tar. Nothing is read before it is needed, and no file stays open.
 
@@ -21,24 +23,21 @@ class TarShard:
 
     Args:
         path: an uncompressed tar, here or elsewhere.
-        info: its entry in a manifest; then count and keys are known without reading, and the
-            first read compares.
+        info: its entry in a manifest; then count and keys are known without reading, and what is
+            read is compared.
         num_classes: labels must lie below it.
     """
 
-    def __init__(
-        self, path: Tar | str, *, info: ShardInfo | None = None, num_classes: int | None = None
-    ) -> None:
-        self.path: Tar = Path(path) if isinstance(path, str) else path
-        self.info = info
-        if info is not None and isinstance(self.path, RemoteTar):
-            self.path = self.path.with_sha256(info.sha256)
-        self.num_classes = num_classes
-        self._index: ShardIndex | None = None
-        self._keys_sha256: str | None = None
+    path: Tar
+    info: ShardInfo | None = None
+    num_classes: int | None = None
+    _index: ShardIndex | None = field(default=None, repr=False)
 
-    def __repr__(self) -> str:
-        return f"TarShard({str(self.path)!r})"
+    def __post_init__(self) -> None:
+        if self.info is not None and isinstance(self.path, RemoteTar):
+            self.path = self.path.with_sha256(self.info.sha256)
+        if self._index is not None:
+            self._check(self._index)
 
     @property
     def index(self) -> ShardIndex:
@@ -67,38 +66,22 @@ class TarShard:
     def __len__(self) -> int:
         return self.info.count if self.info else len(self.index)
 
-    @property
+    @cached_property
     def keys_sha256(self) -> str:
         """Return what identifies the samples and their order."""
-        if self.info:
-            return self.info.keys_sha256
-        if self._keys_sha256 is None:
-            self._keys_sha256 = keys_sha256(self.keys)
-        return self._keys_sha256
-
-    def with_classes(self, num_classes: int) -> TarShard:
-        """Return the same tar, its labels checked against ``num_classes``; read nothing again."""
-        shard = TarShard(self.path, info=self.info, num_classes=num_classes)
-        if self._index is not None:
-            shard._check(self._index)
-            shard._index, shard._keys_sha256 = self._index, self._keys_sha256
-        return shard
+        return self.info.keys_sha256 if self.info else keys_sha256(self.keys)
 
     def part(self, rows: range) -> TarShard:
         """Return these samples alone, as if the tar held no others."""
-        return self._with(self.index.at(slice(rows.start, rows.stop, rows.step)))
+        kept = self.index.at(slice(rows.start, rows.stop, rows.step))
+        return replace(self, info=None, _index=kept)
 
     def without(self, rows: Sequence[int]) -> TarShard:
         """Return the same as if the tar did not hold samples ``rows``, with a fitting entry."""
-        kept = np.delete(np.arange(len(self.index)), rows)
-        shard = self._with(self.index.at(kept))
+        kept = self.index.at(np.delete(np.arange(len(self)), rows))
+        shard = replace(self, info=None, _index=kept)
         if self.info:
             shard.info = ShardInfo.of(self.info.name, shard.keys, self.info.bytes, self.info.sha256)
-        return shard
-
-    def _with(self, index: ShardIndex) -> TarShard:
-        shard = TarShard(self.path, num_classes=self.num_classes)
-        shard._index = index
         return shard
 
     @property

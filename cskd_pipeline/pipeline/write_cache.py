@@ -115,6 +115,7 @@ def write_cache(
     units = ranks.gather(units)[0]
     if not ranks.first:
         writer = CacheWriter.open(cache.path)
+    shards = shards.held_to(writer.manifest.dataset)
     undone = UndoneUnits(writer, units, options.patience, ranks)
     return UnitWriter(writer, shards, undone, loading)
 

@@ -287,6 +287,15 @@ def test_other_tar_shards_of_the_same_names_are_refused(
     assert f" in {a}, {value} in {b}" in line
 
 
+def test_a_tar_whose_sha256_one_part_does_not_state_is_the_others(tmp_path: Path) -> None:
+    shards = tuple(replace(shard, sha256=None) for shard in dataset().shards)
+    unknown = replace(dataset(), shards=shards)
+    a, b = part(tmp_path / "a", UNITS[:1], dataset=unknown), part(tmp_path / "b", UNITS[1:2])
+    merged(tmp_path / "out", a, b)
+    assert open_cache(tmp_path / "out").manifest.dataset == dataset()
+    merged(tmp_path / "out", a)  # an unknown one is no other one
+
+
 def test_a_target_of_another_making_is_refused(tmp_path: Path) -> None:
     a, out = part(tmp_path / "a", UNITS[:1]), part(tmp_path / "out", [], root_seed=8)
     with pytest.raises(CacheError, match="holds another cache") as caught:

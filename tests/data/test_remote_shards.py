@@ -162,7 +162,7 @@ def test_a_manifest_on_this_machine_leads_to_the_url(
     assert DatasetManifest.load(tmp_path / "train.json") == manifest
     remote = load_dataset(tmp_path / "train.json")
     assert_same(remote, load_dataset(folder))
-    assert describe(remote) == index_shards(folder)  # what a dump writes is the same
+    assert describe(remote) == replace(manifest, location=None)  # what a dump writes
 
 
 def test_a_manifest_beside_the_shards_is_used(served: Served, folder: Path) -> None:

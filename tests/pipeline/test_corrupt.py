@@ -17,7 +17,8 @@ import torch
 from cskd_pipeline.cache.convert import convert
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.data import corrupt
-from cskd_pipeline.data.describe import index_shards
+from cskd_pipeline.data.describe import describe
+from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.errors import CskdError, DataError, ImageError
 from cskd_pipeline.pipeline.dump import dump_teacher
 from cskd_pipeline.pipeline.train import train
@@ -93,7 +94,7 @@ def test_a_dump_without_them_is_that_of_shards_that_do_not_hold_them(
 ) -> None:
     whole, fewer = broken
     dump_teacher(world.dump_recipe(fewer.shards, tmp_path / "fewer"))
-    index_shards(whole.shards, check=lambda dataset: None).save(whole.shards / "manifest.json")
+    describe(load_dataset(whole.shards, empty="pass")).save(whole.shards / "manifest.json")
     for name, shards in (("cache", whole.shards), ("listed", whole.shards / "manifest.json")):
         recipe = world.dump_recipe(shards, tmp_path / name, SKIP)
         recipe = replace(recipe, dump=replace(recipe.dump, workers=2))

@@ -5,19 +5,31 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cskd_pipeline import open_cache
+from cskd_pipeline.cache.manifest import TeacherInfo
+from cskd_pipeline.cache.writer import CacheWriter
+from cskd_pipeline.config import CacheSection
 from cskd_pipeline.data.describe import index_shards
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.join import join
 from cskd_pipeline.data.remote_tar import RemoteTars
 from cskd_pipeline.data.replay import replay, spread_views
+from cskd_pipeline.data.shards import TarShard
+from cskd_pipeline.data.unit_views import Loading
+from cskd_pipeline.errors import ShardError
 from cskd_pipeline.pipeline.dump import dump_teacher
+from cskd_pipeline.pipeline.unit_writer import UnitWriter
+from cskd_pipeline.pipeline.write_cache import write_cache
+from cskd_pipeline.views.policy import ViewPolicy
+from tests.pictures import write_shards
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_training import assert_equal, final_state
@@ -42,14 +54,74 @@ def files(cache: Path) -> dict[str, bytes]:
 
 
 def test_a_dump_from_a_url_has_the_bytes_of_one_from_disk(small: World, tmp_path: Path) -> None:
+    """With every tar's SHA-256, from a manifest beside the tars."""
+    index_shards(small.shards).save(small.shards / "manifest.json")
     with serving(small.shards.parent) as served:
         served.faults = [("0001.tar", "truncate"), ("0002.tar", "reset")]
-        recipe = world.dump_recipe(f"{served.url}/shards", tmp_path / "cache")
-        dump_teacher(recipe)
+        dump_teacher(world.dump_recipe(f"{served.url}/shards/manifest.json", tmp_path / "cache"))
     assert files(tmp_path / "cache") == files(small.cache)
     made, other = open_cache(tmp_path / "cache"), open_cache(small.cache)
-    assert made.manifest.dataset == other.manifest.dataset  # with every tar's SHA-256
+    assert made.manifest.dataset == other.manifest.dataset
     assert made.digest() == other.digest()
+
+
+def dump_zeros(shards: str, cache: Path, seen: Callable[[], object] = lambda: None) -> UnitWriter:
+    """A dump of one view, of a network that knows nothing; ``seen`` after each batch."""
+    teacher = TeacherInfo("zeros", "random", "0" * 64, 5, 32, (0.0,) * 3, (1.0,) * 3, (2, 2))
+    section, policy = CacheSection(str(cache), views=1), ViewPolicy(size=32)
+    with write_cache(section, shards, teacher, policy, loading=Loading(batch_size=4)) as writer:
+        for views in writer:
+            writer.put(views, torch.zeros(len(views), 5, 2, 2), torch.zeros(len(views), 5))
+            seen()
+    return writer
+
+
+def test_a_dump_from_a_url_begins_before_the_last_tar_is_requested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With room for half of the set, and no tar is fetched twice. Resumed, it is the same."""
+    tars = write_shards(tmp_path / "served/set", (4,) * 8)
+    size = max(path.stat().st_size for path in tars)
+    monkeypatch.setenv("CSKD_CACHE_GB", str(5 * size / 1e9))
+    cache, begun = tmp_path / "cache", list[tuple[bool, bool]]()
+    with serving(tmp_path / "served") as served, caplog.at_level("INFO"):
+        last = [path.name for path in tars][-1]
+
+        def seen() -> None:
+            begun.append((bool(CacheWriter.open(cache).done().any()), None in served.gets(last)))
+
+        dump_zeros(f"{served.url}/set/train-{{0000..0007}}.tar", cache, seen)
+        assert (True, False) in begun  # a unit is written, and the last tar was not requested
+        assert [served.gets(path.name).count(None) for path in tars] == [1] * 8
+        assert caplog.text.count("8 shards without SHA-256") == 1
+        index_shards(f"{served.url}/set/train-{{0000..0007}}.tar").save(tmp_path / "train.json")
+        for spec in (tmp_path / "served/set", tmp_path / "train.json"):
+            assert not dump_zeros(str(spec), cache).units  # the same, all of it done
+    assert {shard.sha256 for shard in open_cache(cache).manifest.dataset.shards} == {None}
+
+
+def test_a_dump_resumed_from_a_url_has_the_tars_that_its_cache_states(tmp_path: Path) -> None:
+    tars = write_shards(tmp_path / "served/set", (4, 4))
+    dump_zeros(str(tmp_path / "served/set"), tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache/digest/c")  # no unit is done
+    data, at = tars[1].read_bytes(), int(TarShard(tars[1]).index.offset[0]) + 200
+    tars[1].write_bytes(data[:at] + bytes(16) + data[at + 16 :])  # in an image
+    refused = pytest.raises(ShardError, match="not the one that was described")
+    with serving(tmp_path / "served") as served, refused:
+        dump_zeros(f"{served.url}/set/train-{{0000..0001}}.tar", tmp_path / "cache")
+
+
+def test_labels_of_tars_without_sha256_are_compared_before_training(
+    small: World, tmp_path: Path
+) -> None:
+    """Neither side states one; that they are the same nobody knows."""
+    with serving(small.shards.parent) as served:
+        url = f"{served.url}/shards"
+        dump_teacher(world.dump_recipe(url, tmp_path / "cache"))
+        index_shards(url).save(tmp_path / "train.json")
+        cache = open_cache(tmp_path / "cache")
+        found = join(load_dataset(tmp_path / "train.json"), cache)
+        assert found.compared == found.samples.total
 
 
 def test_before_training_few_tars_are_fetched_and_headers_read_several_at_a_time(

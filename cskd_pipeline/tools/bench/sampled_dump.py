@@ -12,7 +12,6 @@ from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.config.sections import DumpRecipe
 from cskd_pipeline.data.assemble import normalise
 from cskd_pipeline.data.batches import Batch
-from cskd_pipeline.data.describe import describe
 from cskd_pipeline.data.index import Dataset, sample
 from cskd_pipeline.data.left_out import LeftOuts
 from cskd_pipeline.data.unit_views import Loading, unit_batches
@@ -55,7 +54,8 @@ class SampledDump:
         """Return the manifest of a cache of these images."""
         recipe = self.recipe
         info = teacher_info(self.teacher, recipe.teacher.kwargs)
-        return cache_manifest(recipe.cache, describe(self.dataset), info, recipe.views)
+        assert self.dataset.manifest is not None  # the sample's own
+        return cache_manifest(recipe.cache, self.dataset.manifest, info, recipe.views)
 
     def batches(
         self, views: int, *, block: int | None = None, loading: Loading | None = None
