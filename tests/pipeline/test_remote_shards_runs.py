@@ -16,7 +16,7 @@ import torch
 from cskd_pipeline import open_cache
 from cskd_pipeline.cache.manifest import TeacherInfo
 from cskd_pipeline.cache.writer import CacheWriter
-from cskd_pipeline.config import CacheSection
+from cskd_pipeline.config.sections import CacheSection
 from cskd_pipeline.data.describe import index_shards
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.join import join
