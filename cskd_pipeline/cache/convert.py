@@ -7,7 +7,7 @@ the same images in the same views.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cskd_pipeline.cache.digests import split_pin
-from cskd_pipeline.cache.info import describe
-from cskd_pipeline.cache.layout import encodings_of
+from cskd_pipeline.cache.info import SIZES, describe
+from cskd_pipeline.cache.layout import encodings_of, specs
 from cskd_pipeline.cache.manifest import CacheManifest, utc_now
 from cskd_pipeline.cache.omitted import carry_corrupt, carry_lists
 from cskd_pipeline.cache.reader import Cache, open_cache
@@ -84,12 +84,7 @@ def convert(
         KeyboardInterrupt: stopped between units.
     """
     reader = open_cache(source)
-    if Path(split_pin(source)[0]).resolve() == Path(target).resolve():
-        raise UsageError(
-            "a cache cannot be converted into itself",
-            where=target,
-            action="choose another folder for the new cache",
-        )
+    require_apart([source], target, "converted")
     first, _ = _shard_range(reader, wanted.shards)
     made = _converted(reader, wanted)
     writer = CacheWriter.create(target, made, accept_versions=True)
@@ -108,7 +103,8 @@ def convert(
         for unit in ready:
             if stopped():
                 raise KeyboardInterrupt
-            writer.write_unit(unit, unit_data(reader, writer, unit, unit.shard + first, device))
+            shard = unit.shard + first
+            writer.write_unit(unit, unit_data(reader, writer.manifest, unit, shard, device))
             written += writer.size_of(unit)
             meter.advance(writer.size_of(unit))
     info = describe(Cache(writer.store, writer.done()))
@@ -117,8 +113,7 @@ def convert(
         "units_written": len(ready),
         "views_written": written,
         "units_missing": len(units) - len(ready),
-        **{name: info[name] for name in ("views", "samples", "complete", "bytes")},
-        "bytes_per_view": info["bytes_per_view"],
+        **{name: info[name] for name in SIZES},
     }
 
 
@@ -154,6 +149,16 @@ def _draws(old: Sampled, wanted: Conversion) -> Sampled:
     return Sampled(old.draws if draws is None else draws, old.temperature if tau is None else tau)
 
 
+def require_apart(sources: Iterable[Path | str], target: Path | str, what: str) -> None:
+    """Refuse a target that is one of the sources."""
+    if any(Path(split_pin(s)[0]).resolve() == Path(target).resolve() for s in sources):
+        raise UsageError(
+            f"a cache cannot be {what} into itself",
+            where=target,
+            action="choose another folder for the new cache",
+        )
+
+
 def _require_block(writer: CacheWriter, block: int | None) -> None:
     if block and block != writer.manifest.view_block:
         raise UsageError(
@@ -167,22 +172,22 @@ def _require_block(writer: CacheWriter, block: int | None) -> None:
 
 def unit_data(
     reader: Cache,
-    writer: CacheWriter,
+    made: CacheManifest,
     unit: Unit,
     shard: int,
     device: str | torch.device = "cpu",
 ) -> UnitData:
-    """Read the unit from the source, where its tar shard has the number ``shard``."""
-    count = reader.counts[shard]
-    fill = {
-        spec.name: spec.fill for name in writer.manifest.encodings for spec in writer.specs(name)
-    }
-    buffer = UnitBuffer(len(unit.views), count, fill)
+    """Read a unit of a cache ``made`` from this one, in which ``shard`` is its tar shard."""
+    every = np.arange(reader.counts[shard])
+    fill = {name: spec.fill for name, spec in specs(made).items()}
+    buffer = UnitBuffer(len(unit.views), len(every), fill)
+    fresh = _fresh(reader, made)
     for row, view in enumerate(unit.views):
-        for start in range(0, count, _ROWS):
-            offsets = np.arange(start, min(start + _ROWS, count))
-            rows = _rows(reader, writer.manifest, view, shard, offsets, device)
-            buffer.put(row, offsets, rows)
+        for name in made.encodings:
+            if name not in fresh:
+                buffer.put(row, every, reader.rows(name, view, shard, every))
+        for offsets in np.split(every, range(_ROWS, len(every), _ROWS)) if fresh else ():
+            buffer.put(row, offsets, _made(reader, fresh, (view, shard), offsets, device))
 
     def stacked(of_view: Callable[[int, int], np.ndarray]) -> np.ndarray:
         return np.stack([of_view(view, shard) for view in unit.views])
@@ -198,29 +203,21 @@ def unit_data(
     )
 
 
-def _rows(
+def _made(
     reader: Cache,
-    made: CacheManifest,
-    view: int,
-    shard: int,
+    fresh: Mapping[str, Encoding],
+    at: tuple[int, int],
     offsets: np.ndarray,
     device: str | torch.device,
 ) -> Rows:
-    """Every array's rows of some samples in one view: copied, or made from the logits."""
+    """Make new rows of some samples in a (view, tar shard) from the logits."""
     import torch
 
-    found: Rows = {}
-    fresh = _fresh(reader, made)
-    for name in made.encodings:
-        if name not in fresh:
-            found |= reader.rows(name, view, shard, offsets)
-    if fresh:
-        dense = reader.rows("dense", view, shard, offsets)
-        spatial, global_ = (torch.from_numpy(v).to(device) for v in dense.values())
-        seeds = reader.seeds(view, shard)[offsets]
-        for encoding in fresh.values():
-            found |= encoded(encoding, spatial, global_, seeds)
-    return found
+    dense = reader.rows("dense", *at, offsets)
+    spatial, global_ = (torch.from_numpy(values).to(device) for values in dense.values())
+    seeds = reader.seeds(*at)[offsets]
+    made = [encoded(encoding, spatial, global_, seeds) for encoding in fresh.values()]
+    return {name: values for rows in made for name, values in rows.items()}
 
 
 def _fresh(reader: Cache, made: CacheManifest) -> dict[str, Encoding]:

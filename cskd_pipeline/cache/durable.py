@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,25 +32,12 @@ class DurableFolder:
         Raises:
             OutputError: no space left, no permission, or a link that leads out of the folder.
         """
-        self._put(key, lambda partial: partial.write_bytes(data))
-        self.digests[key] = hashlib.sha256(data).digest()
-
-    def copy(self, source: Path, key: str) -> None:
-        """Replace the file, whole or not at all, by the bytes of the file ``source``."""
-
-        def write(partial: Path) -> None:
-            shutil.copyfile(source, partial)
-            with open(partial, "rb") as file:
-                self.digests[key] = hashlib.file_digest(file, "sha256").digest()
-
-        self._put(key, write)
-
-    def _put(self, key: str, write: Callable[[Path], object]) -> None:
         path = inside(self.root, key)
         if self._held:
             atomic.sweep(path.parent, path.name)
-        atomic.atomic_write(path, write)
+        atomic.write_bytes(path, data)
         self._touched.update(path.relative_to(self.root).parents)
+        self.digests[key] = hashlib.sha256(data).digest()
 
     def flush(self) -> None:
         """Sync every folder in which a file or folder may be new since the last time."""
@@ -105,7 +91,14 @@ def exclusive(
         with suppress(OSError):
             held = _locked(descriptor, HELD if seconds is None else seconds, busy)
             if not held and seconds is None:
-                raise _held_up(folder)
+                raise OutputError(
+                    "another process holds a part of the cache and does not let go of it",
+                    where=folder,
+                    found=f"held for {HELD:g} seconds",
+                    expected="a unit's files are written in seconds",
+                    action="see whether a process that writes this cache was stopped: continue or "
+                    "kill it, then run the same command again; finished units are kept",
+                )
         yield held
     finally:
         if held:  # closing alone would leave it to processes that were forked meanwhile
@@ -126,14 +119,3 @@ def _locked(descriptor: int, seconds: float, busy: Callable[[], bool]) -> bool:
             time.sleep(min(0.05, seconds))
         else:
             return True
-
-
-def _held_up(folder: Path) -> OutputError:
-    return OutputError(
-        "another process holds a part of the cache and does not let go of it",
-        where=folder,
-        found=f"held for {HELD:g} seconds",
-        expected="a unit's files are written in seconds",
-        action="see whether a process that writes this cache was stopped: continue or kill it, "
-        "then run the same command again; finished units are kept",
-    )

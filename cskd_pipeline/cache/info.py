@@ -19,6 +19,8 @@ _OF_MANIFEST = (
     *("format_version", "parent", "sampled", "teacher", "policy", "root_seed", "views"),
     *("view_block", "versions", "other_versions", "license", "notes", "created"),
 )
+SIZES = ("views", "samples", "complete", "bytes", "bytes_per_view")
+"""Of a description: what a command that writes a cache reports of it."""
 
 
 def describe(cache: Cache) -> dict[str, Any]:

@@ -50,3 +50,11 @@ class KeyIndex:
                 "(cache.keys(shard) lists a shard's)",
             )
         return self._found[first].astype(np.int64)
+
+    def repeated(self) -> tuple[int, str, list[int]]:
+        """Count the keys that come more than once; give the first, and two shards that have it."""
+        again = np.flatnonzero(self._keys[1:] == self._keys[:-1])
+        if not len(again):
+            return 0, "", []
+        first = again[0]
+        return len(again), self._keys[first].decode(), self._found[first : first + 2, 0].tolist()

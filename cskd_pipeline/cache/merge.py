@@ -1,23 +1,23 @@
 """``cache merge``: one cache of the finished units of several, disjoint or overlapping.
 
-A unit that several have must be equal in all of them: their files' bytes, or, where another zstd
-wrote them, every value. A unit is decoded once, which looks at every checksum, and its files are
-copied as they are; its record comes last. What an earlier merge left is compared, not copied again.
+A unit that several have must be equal in all of them: its files by their records, or, where another
+zstd wrote them, every value. A unit is decoded once, which looks at every checksum, and its files
+are copied as they are. What an earlier merge left is compared, not copied again.
 """
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cskd_pipeline.cache import layout
-from cskd_pipeline.cache.convert import unit_data
+from cskd_pipeline.cache.convert import require_apart, unit_data
 from cskd_pipeline.cache.digests import split_pin
-from cskd_pipeline.cache.durable import DurableFolder, exclusive
-from cskd_pipeline.cache.info import describe
+from cskd_pipeline.cache.info import SIZES, describe
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.omitted import carry_lists
 from cskd_pipeline.cache.parts import Part, unite
@@ -25,11 +25,9 @@ from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.cache.writer import CacheWriter
-from cskd_pipeline.errors import CacheError, UsageError
+from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.runtime.progress import progress
-
-_PIECE = 2**20
 
 
 def merge(
@@ -61,7 +59,7 @@ def merge(
     for source in sources:
         location, _ = split_pin(source)
         require_local(location, "merge copies files of folders", "copy this cache here first")
-    _require_apart(sources, target)
+    require_apart(sources, target, "merged")
     guard = guard or ClassGuard(switch=None)
     whole, parts = unite([open_cache(source, memory=0) for source in sources], guard)
     _require_accepted(whole, parts, accept_versions)
@@ -73,7 +71,8 @@ def merge(
     inverse = [{own: n for n, own in part.shards.items()} for part in (result, *parts)]
     stores = [part.store for part in (result, *parts)]
     carry_lists(writer.path, zip(stores, inverse, strict=True))
-    work = _work(writer, parts)
+    every = [Unit.of(writer.manifest, b, s) for s in numbers for b in range(whole.blocks)]
+    work = [unit for unit in every if any(part.has(unit) for part in parts)]
     counts = Counter(units_copied=0, views_copied=0, units_compared=0)
     with progress(sum(map(writer.size_of, work)), "views", "merging") as meter:
         for shard, units in groupby(work, lambda unit: unit.shard):
@@ -90,35 +89,8 @@ def merge(
         "accepted_classes": guard.accepted,
         **{name: counts[name] for name in ("units_copied", "views_copied", "units_compared")},
         "units_missing": info["units"]["total"] - info["units"]["done"],
-        **{name: info[name] for name in ("views", "samples", "complete", "bytes")},
-        "bytes_per_view": info["bytes_per_view"],
+        **{name: info[name] for name in SIZES},
     }
-
-
-def _merge_unit(
-    writer: CacheWriter, result: Part, parts: Sequence[Part], unit: Unit
-) -> Counter[str]:
-    """Compare the unit wherever it is done, then store it if ``result`` had it not; what was done.
-
-    Comparing comes first: a unit about which two parts disagree is not stored.
-    """
-    holders = [part for part in (result, *parts) if part.has(unit.block, unit.shard)]
-    for other in holders[1:]:
-        _compare_unit(holders[0], other, unit)
-    counts = Counter(units_compared=len(holders) - 1)
-    if holders[0] is not result and _take(writer, result, holders[0], unit):
-        counts.update(units_copied=1, views_copied=writer.size_of(unit))
-    return counts
-
-
-def _require_apart(sources: Iterable[Path | str], target: Path | str) -> None:
-    for source in sources:
-        if Path(split_pin(source)[0]).resolve() == Path(target).resolve():
-            raise UsageError(
-                "a cache cannot be merged into itself",
-                where=target,
-                action="choose another folder for the merged cache",
-            )
 
 
 def _require_accepted(whole: CacheManifest, parts: Sequence[Part], accept: bool) -> None:
@@ -141,54 +113,72 @@ def _require_accepted(whole: CacheManifest, parts: Sequence[Part], accept: bool)
         )
 
 
-def _work(writer: CacheWriter, parts: Sequence[Part]) -> list[Unit]:
-    """The units that some part has, tar shard by tar shard."""
-    block, shards = writer.manifest.view_block, len(writer.manifest.dataset.shards)
-    return [
-        Unit(number, shard, range(number * block, (number + 1) * block))
-        for shard in range(shards)
-        for number in range(writer.manifest.blocks)
-        if any(part.has(number, shard) for part in parts)
-    ]
+def _merge_unit(
+    writer: CacheWriter, result: Part, parts: Sequence[Part], unit: Unit
+) -> Counter[str]:
+    """Compare the unit wherever it is done, then store it if ``result`` had it not; what was done.
+
+    Comparing comes first: a unit about which two parts disagree is not stored.
+    """
+    holders = [part for part in (result, *parts) if part.has(unit)]
+    for other in holders[1:]:
+        _compare_unit(holders[0], other, unit)
+    counts = Counter(units_compared=len(holders) - 1)
+    source = holders[0]
+    if source is not result:
+        data = unit_data(source.reader, writer.manifest, unit, source.shards[unit.shard])
+        copy = partial(_copied, source, _files(source, result, unit))
+        # Where its longest tar shard is another, a cache has files of another shape.
+        if writer.write_unit(unit, data, copy if source.geometry == result.geometry else None):
+            counts.update(units_copied=1, views_copied=writer.size_of(unit))
+    return counts
+
+
+def _files(source: Part, result: Part, unit: Unit) -> dict[str, tuple[str, bytes]]:
+    """Return where the unit's files are in ``source``, and their digests, by key in ``result``."""
+    own = (unit.block, source.shards[unit.shard])
+    keys = (key for _, key in result.store.recorded_files(unit.block, unit.shard))
+    sources = (key for _, key in source.store.recorded_files(*own))
+    digests = source.store.record(*own).files
+    return dict(zip(keys, zip(sources, digests, strict=True), strict=True))
+
+
+def _copied(source: Part, files: dict[str, tuple[str, bytes]], key: str) -> bytes:
+    """Return the bytes of the file that is to have this key."""
+    own, digest = files[key]
+    data = (source.path / own).read_bytes()
+    found = hashlib.sha256(data)
+    if found.digest() != digest:
+        raise CacheError(
+            "a file changed while it was copied",
+            where=source.path / own,
+            found=f"sha256 {found.hexdigest()}",
+            expected=digest.hex(),
+            action="run the command again when nothing else writes there",
+        )
+    return data
 
 
 def _compare_shard(caches: Sequence[Part], shard: int) -> None:
     """Labels and image CRCs of a tar shard are the same wherever it was begun."""
     begun = [cache for cache in caches if cache.has_any(shard)]
     for other in begun[1:]:
-        for name in ("label", "image_crc32"):
-            values = (cache.shard_values(name, shard) for cache in (begun[0], other))
+        for name, read in (("label", Cache.labels), ("image_crc32", Cache.image_crc32)):
+            values = (read(cache.reader, cache.shards[shard]) for cache in (begun[0], other))
             _require_equal(begun[0], other, name, (None, shard), *values)
 
 
 def _compare_unit(one: Part, other: Part, unit: Unit) -> None:
-    if _same_files(one, other, unit):
+    records = [p.store.record(unit.block, p.shards[unit.shard]) for p in (one, other)]
+    if records[0].files == records[1].files:
         return
-    pairs = zip(
-        one.values(unit.views, unit.shard), other.values(unit.views, unit.shard), strict=True
-    )
-    for (name, view, mine), (_, _, theirs) in pairs:
-        _require_equal(one, other, name, (view, unit.shard), mine, theirs)
-
-
-def _same_files(one: Part, other: Part, unit: Unit) -> bool:
-    pairs = zip(
-        one.keys_of_files(unit.views, unit.shard),
-        other.keys_of_files(unit.views, unit.shard),
-        strict=True,
-    )
-    return all(_same_bytes(one.path / a, other.path / b) for a, b in pairs)
-
-
-def _same_bytes(one: Path, other: Path) -> bool:
-    """False, too, where one cannot be read: reading its values will say why."""
-    if not (one.is_file() and other.is_file()) or one.stat().st_size != other.stat().st_size:
-        return False
-    with open(one, "rb") as a, open(other, "rb") as b:
-        while piece := a.read(_PIECE):
-            if piece != b.read(_PIECE):
-                return False
-    return True
+    manifest, shards = one.reader.manifest, (one.shards[unit.shard], other.shards[unit.shard])
+    mine = unit_data(one.reader, manifest, unit, shards[0]).per_view()
+    theirs = unit_data(other.reader, manifest, unit, shards[1]).per_view()
+    for name in mine:
+        for row, view in enumerate(unit.views):
+            at = (view, unit.shard)
+            _require_equal(one, other, name, at, mine[name][row], theirs[name][row])
 
 
 def _require_equal(
@@ -224,61 +214,3 @@ def _difference(one: Part, name: str, shard: int, mine: np.ndarray, theirs: np.n
     differing = np.flatnonzero(np.not_equal(*rows).any(axis=1))
     key = one.reader.keys(one.shards[shard])[differing[0]]
     return f"{len(differing)} of {len(mine)} samples differ, the first is {key}"
-
-
-def _take(writer: CacheWriter, result: Part, part: Part, unit: Unit) -> bool:
-    """Check the unit of ``part`` and store it; False if another process did so meanwhile."""
-    own = part.shards[unit.shard]
-    if part.geometry != result.geometry:  # its longest tar shard is another: so are its files
-        return writer.write_unit(unit, unit_data(part.reader, writer, unit, own))
-    _decode(part, unit)
-    digests = part.digests(unit.block, unit.shard)
-    with writer.committing(unit) as folder:
-        if folder is None:
-            return False
-        _copy_shard(folder, result, part, unit.shard, digests)
-        pairs = zip(
-            result.keys_of_files(unit.views, unit.shard),
-            part.keys_of_files(unit.views, unit.shard),
-            strict=True,
-        )
-        for key, source in pairs:
-            _copy(folder, key, part, source, digests)
-    return True
-
-
-def _decode(part: Part, unit: Unit) -> None:
-    """Raises: CacheError, a file is missing or damaged."""
-    own, reader = part.shards[unit.shard], part.reader
-    for read in (reader.keys, reader.labels, reader.image_crc32):
-        read(own)
-    for _ in part.values(unit.views, unit.shard):
-        pass
-
-
-def _copy_shard(
-    folder: DurableFolder, result: Part, part: Part, shard: int, digests: Mapping[str, bytes]
-) -> None:
-    """Keys, labels and image CRCs, if no unit of the tar shard has brought them yet."""
-    with exclusive(result.file("key", None, shard).parent):
-        for name in layout.PER_SHARD:
-            if not result.file(name, None, shard).exists():
-                source = part.store.arrays[name].key(part.shards[shard])
-                _copy(folder, result.store.arrays[name].key(shard), part, source, digests)
-            elif name != "key":
-                mine, theirs = (cache.shard_values(name, shard) for cache in (result, part))
-                _require_equal(result, part, name, (None, shard), mine, theirs)
-
-
-def _copy(
-    folder: DurableFolder, key: str, part: Part, source: str, digests: Mapping[str, bytes]
-) -> None:
-    folder.copy(part.path / source, key)
-    if folder.digests[key] != digests[source]:
-        raise CacheError(
-            "a file changed while it was copied",
-            where=part.path / source,
-            found=f"sha256 {folder.digests[key].hex()}",
-            expected=digests[source].hex(),
-            action="run the command again when nothing else writes there",
-        )

@@ -7,16 +7,18 @@ the order of the parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cskd_pipeline.cache.key_index import KeyIndex
 from cskd_pipeline.cache.manifest import CacheManifest, ShardInfo, utc_now
 from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.cache.store import CacheStore
+from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime.classes import ClassGuard
 
@@ -48,17 +50,14 @@ class Part:
         return Path(self.reader.path)
 
     @property
-    def geometry(self) -> dict[str, tuple[Any, ...]]:
+    def geometry(self) -> dict[str, dict[str, Any]]:
         """Return what must agree for two caches' files to be alike, by array."""
-        return {
-            name: (array.dtype, array.file_shape, array.chunk_shape, array.order)
-            for name, array in self.store.arrays.items()
-        }
+        return {name: {**a.document(), "shape": None} for name, a in self.store.arrays.items()}
 
-    def has(self, block: int, shard: int) -> bool:
+    def has(self, unit: Unit) -> bool:
         """Say that this unit of the whole is finished here."""
-        own = self.shards.get(shard)
-        return own is not None and block < len(self.done) and bool(self.done[block, own])
+        own = self.shards.get(unit.shard)
+        return own is not None and unit.block < len(self.done) and bool(self.done[unit.block, own])
 
     def has_any(self, shard: int) -> bool:
         """Say that some unit of this tar shard of the whole is finished here."""
@@ -69,39 +68,6 @@ class Part:
         """Return the file in which an array has a view of a tar shard of the whole."""
         own = self.shards[shard]
         return self.path / self.store.arrays[name].key(*((own,) if view is None else (view, own)))
-
-    def keys_of_files(self, views: range, shard: int) -> Iterator[str]:
-        """Return the key of every per-view file of a unit."""
-        block = views[0] // self.reader.manifest.view_block
-        return (key for _, key in self.store.unit_files(block, self.shards[shard]))
-
-    def shard_values(self, name: str, shard: int) -> np.ndarray:
-        """Read ``key``, ``label`` or ``image_crc32`` of a tar shard of the whole."""
-        own = self.shards[shard]
-        block = int(self.done[:, own].argmax()) if self.done[:, own].any() else None
-        return self.store.shard_chunk(name, own, block)
-
-    def digests(self, block: int, shard: int) -> dict[str, bytes]:
-        """Return the SHA-256 of every file of a unit, its tar shard's too, by key."""
-        own = self.shards[shard]
-        keys = (key for _, key in self.store.recorded_files(block, own))
-        return dict(zip(keys, self.store.record(block, own).files, strict=True))
-
-    def values(self, views: range, shard: int) -> Iterator[tuple[str, int, np.ndarray]]:
-        """Yield array, view and values of everything in a unit, every checksum compared.
-
-        Raises:
-            CacheError: something is missing or damaged.
-        """
-        own, reader = self.shards[shard], self.reader
-        every = np.arange(reader.counts[own])
-        for view in views:
-            yield "seed", view, reader.seeds(view, own)
-            yield "view_digest", view, reader.view_digests(view, own)
-            yield "top1", view, reader.top1_of(view, own)
-            for encoding in reader.encodings:
-                rows = reader.rows(encoding, view, own, every)
-                yield from ((name, view, values) for name, values in rows.items())
 
 
 def unite(readers: Sequence[Cache], guard: ClassGuard) -> tuple[CacheManifest, list[Part]]:
@@ -138,7 +104,7 @@ def unite(readers: Sequence[Cache], guard: ClassGuard) -> tuple[CacheManifest, l
         for reader in readers
     ]
     if len(shards) > max(len(reader.counts) for reader in readers):
-        _require_unique_keys(parts, len(shards))
+        _require_unique_keys(parts)
     manifests = [reader.manifest for reader in readers]
     parents = [manifest.parent for manifest in manifests]
     whole = replace(
@@ -215,33 +181,20 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
-def _require_unique_keys(parts: Sequence[Part], shards: int) -> None:
+def _require_unique_keys(parts: Sequence[Part]) -> None:
     """A data set that was cut in two ways has tar shards unlike each other with the same images."""
-    keys: list[np.ndarray] = []
-    origin: list[np.ndarray] = []
-    for shard in range(shards):
-        holder = next((part for part in parts if part.has_any(shard)), None)
-        if holder is not None:
-            found = holder.reader.keys(holder.shards[shard])
-            keys.append(np.array([key.encode() for key in found]))
-            origin.append(np.full(len(found), shard))
-    if not keys:
-        return
-    every, where = np.concatenate(keys), np.concatenate(origin)
-    order = np.argsort(every, kind="stable")
-    every, where = every[order], where[order]
-    twice = np.flatnonzero(every[1:] == every[:-1])
-    if len(twice):
-        first = int(twice[0])
-        places = []
-        for shard in where[first : first + 2].tolist():
-            part = next(part for part in parts if part.has_any(shard))
-            name = part.reader.manifest.dataset.shards[part.shards[shard]].name
-            places.append(f"{name} of {part.path}")
+    begun = {n: part for part in parts[::-1] for n in part.shards if part.has_any(n)}
+    index = KeyIndex(list(begun), lambda n: begun[n].reader.keys(begun[n].shards[n]), None)
+    count, key, twice = index.repeated()
+    if count:
+        places = [
+            f"{begun[n].reader.manifest.dataset.shards[begun[n].shards[n]].name} of {begun[n].path}"
+            for n in sorted(twice)
+        ]
         raise CacheError(
             "the caches cannot be merged: they hold the same samples in different tar shards",
             where=" and ".join(places),
-            found=f"{len(twice)} keys more than once, for example {every[first].decode()}",
+            found=f"{count} keys more than once, for example {key}",
             expected="caches of one cut of the data set into tar shards",
             action="leave out the caches that were made from another cut",
         )

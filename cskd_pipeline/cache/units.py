@@ -24,6 +24,12 @@ class Unit(NamedTuple):
     shard: int
     views: range
 
+    @classmethod
+    def of(cls, manifest: CacheManifest, block: int, shard: int) -> Unit:
+        """Return the unit with the views that the block has in this cache."""
+        size = manifest.view_block
+        return cls(block, shard, range(block * size, (block + 1) * size))
+
 
 @dataclass
 class UnitData:
@@ -48,6 +54,11 @@ class UnitData:
     view_digests: np.ndarray
     arrays: Mapping[str, np.ndarray]
     top1: np.ndarray
+
+    def per_view(self) -> Rows:
+        """Return what differs between views, by the name of its array: name -> (V, ...)."""
+        own = {"seed": self.seeds, "view_digest": self.view_digests, "top1": self.top1}
+        return {**own, **self.arrays}
 
     def check(self, manifest: CacheManifest, unit: Unit) -> None:
         """Refuse data that are not of ``unit``, in ``manifest``'s data set.

@@ -7,8 +7,7 @@ again, whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.cache.units import Unit, UnitData, require_rows
-from cskd_pipeline.distill.encodings import ArraySpec
+from cskd_pipeline.distill.encodings import Rows
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.runtime import atomic
 from cskd_pipeline.runtime.classes import ClassGuard
@@ -80,7 +79,7 @@ class CacheWriter:
             with exclusive(path):
                 _require_free(path)
                 if not (path / layout.GROUP).exists():
-                    _write(path / layout.GROUP, layout.manifest_document(manifest))
+                    atomic.write_bytes(path / layout.GROUP, layout.manifest_document(manifest))
         writer = cls.open(path)
         writer._require_same(manifest, guard or ClassGuard(switch=None))
         for versions in (manifest.versions, *manifest.other_versions):
@@ -107,7 +106,7 @@ class CacheWriter:
                 if held:
                     atomic.sweep(path.parent, path.name)
                 if cut_off or not path.exists():
-                    _write(path, document)
+                    atomic.write_bytes(path, document)
             (root / layout.EXTENDING).unlink(missing_ok=True)
         store.check_metadata()
         return cls(store)
@@ -133,17 +132,11 @@ class CacheWriter:
             self._reload()
             if views > self.manifest.views:
                 extended = replace(self.manifest, views=views)
-                _write(self.path / layout.EXTENDING, f"{views}\n".encode())
+                atomic.write_bytes(self.path / layout.EXTENDING, f"{views}\n".encode())
                 for key, document in layout.array_documents(extended).items():
-                    _write(inside(self.path, key), document)
+                    atomic.write_bytes(inside(self.path, key), document)
                 self._write_manifest(extended)
                 (self.path / layout.EXTENDING).unlink(missing_ok=True)
-
-    def specs(self, encoding: str) -> tuple[ArraySpec, ...]:
-        """Return the encoding's arrays."""
-        return layout.encodings_of(self.manifest)[encoding].arrays(
-            layout.response_shape(self.manifest)
-        )
 
     def size_of(self, unit: Unit) -> int:
         """Count the views in the unit."""
@@ -189,16 +182,22 @@ class CacheWriter:
             )
         done = self.done()
         return [
-            Unit(block, shard, range(block * size, (block + 1) * size))
+            Unit.of(manifest, block, shard)
             for block in blocks
             for shard in chosen
             if not done[block, shard]
         ]
 
-    def write_unit(self, unit: Unit, data: UnitData) -> bool:
+    def write_unit(
+        self, unit: Unit, data: UnitData, copy: Callable[[str], bytes] | None = None
+    ) -> bool:
         """Store a unit and mark it done; False if another writer finished it meanwhile.
 
-        When this returns, the unit survives a power cut.
+        Other processes are kept out of this unit meanwhile. When this returns, it survives a power
+        cut.
+
+        Args:
+            copy: gives the bytes of a file that holds these values, by its key, where there is one.
 
         Raises:
             CacheError: keys are not the manifest's, arrays not its encodings', or labels or image
@@ -206,35 +205,42 @@ class CacheWriter:
             OutputError: no space left; the unit stays undone.
         """
         data.check(self.manifest, unit)
-        values = self._per_view(data)
-        with self.committing(unit) as folder:
-            if folder is not None:
-                self._write_shard(folder, unit.shard, data)
-                for name, array in values.items():
-                    self._write_views(folder, name, unit, array)
-        return folder is not None
-
-    @contextmanager
-    def committing(self, unit: Unit) -> Iterator[DurableFolder | None]:
-        """Yield the folder for the unit's files; its record follows if the block ends well.
-
-        Other processes are kept out of this unit meanwhile. None: it is done already. When the
-        block has ended, the unit survives a power cut.
-
-        Raises:
-            OutputError: no space left; the unit stays undone.
-        """
+        values = self._packed(data)
         record = inside(self.path, self.store.record_key(unit.block, unit.shard))
         own_folder = self._file("seed", unit.views[0], unit.shard).parent
         with atomic.explained_os_errors(self.path), exclusive(own_folder) as held:
             if record.exists():
-                yield None
-                return
+                return False
             folder = DurableFolder(self.path, held)
-            yield folder
+
+            def write(name: str, at: tuple[int, ...], part: np.ndarray) -> None:
+                array = self.store.arrays[name]
+                key = array.key(*at)
+                folder.write(key, encode_file(array, part) if copy is None else copy(key))
+
+            self._write_shard(unit.shard, data, write)
+            for name, of_views in values.items():
+                step = self.store.arrays[name].file_shape[0]
+                for start in range(0, len(of_views), step):
+                    part = np.expand_dims(of_views[start : start + step], 1)  # axis of tar shards
+                    write(name, (unit.views[start], unit.shard), part)
             folder.flush()
             self._write_record(folder, unit)
             folder.flush()
+        return True
+
+    def _write_shard(
+        self, shard: int, data: UnitData, write: Callable[[str, tuple[int], np.ndarray], None]
+    ) -> None:
+        """Keys, labels and image CRCs: the first unit of a tar shard writes, later ones compare."""
+        matrix = layout.key_matrix(data.keys, self.store.arrays["key"])
+        values = {"key": matrix, "label": data.labels, "image_crc32": data.image_crc32}
+        with exclusive(self._file("key", shard).parent):
+            for name in layout.PER_SHARD:
+                if self._file(name, shard).exists():
+                    self._compare(name, shard, values[name], data.keys)
+                else:
+                    write(name, (shard,), values[name][None])
 
     def _write_record(self, folder: DurableFolder, unit: Unit) -> None:
         keys = [key for _, key in self.store.recorded_files(unit.block, unit.shard)]
@@ -244,36 +250,14 @@ class CacheWriter:
         key = self.store.record_key(unit.block, unit.shard)
         folder.write(key, encode_file(self.store.arrays[layout.RECORD], row[None]))
 
-    def _per_view(self, data: UnitData) -> dict[str, np.ndarray]:
-        values = {"seed": data.seeds, "view_digest": data.view_digests, "top1": data.top1}
-        for name, encoding in layout.encodings_of(self.manifest).items():
-            specs = self.specs(name)
+    def _packed(self, data: UnitData) -> Rows:
+        values, shape = data.per_view(), layout.response_shape(self.manifest)
+        for encoding in layout.encodings_of(self.manifest).values():
+            specs = encoding.arrays(shape)
             packed = encoding.pack({spec.name: data.arrays[spec.name] for spec in specs})
             require_rows(specs, packed, data.seeds.shape)
             values |= packed
         return values
-
-    def _write_views(
-        self, folder: DurableFolder, name: str, unit: Unit, values: np.ndarray
-    ) -> None:
-        array = self.store.arrays[name]
-        step = array.file_shape[0]
-        for start in range(0, len(values), step):
-            part = np.expand_dims(values[start : start + step], 1)  # the axis of tar shards
-            key = array.key(unit.views[start], unit.shard)
-            folder.write(key, encode_file(array, part))
-
-    def _write_shard(self, folder: DurableFolder, shard: int, data: UnitData) -> None:
-        """Keys, labels and image CRCs: the first unit of a tar shard writes, later ones compare."""
-        matrix = layout.key_matrix(data.keys, self.store.arrays["key"])
-        values = {"key": matrix, "label": data.labels, "image_crc32": data.image_crc32}
-        with exclusive(self._file("key", shard).parent):
-            for name in layout.PER_SHARD:
-                array = self.store.arrays[name]
-                if self._file(name, shard).exists():
-                    self._compare(name, shard, values[name], data.keys)
-                else:
-                    folder.write(array.key(shard), encode_file(array, values[name][None]))
 
     def _compare(self, name: str, shard: int, values: np.ndarray, keys: Sequence[str]) -> None:
         recorded = self.store.shard_chunk(name, shard, self._finished_block(shard))
@@ -330,15 +314,11 @@ class CacheWriter:
                     self._write_manifest(replace(self.manifest, other_versions=others))
 
     def _write_manifest(self, manifest: CacheManifest) -> None:
-        _write(self.path / layout.GROUP, layout.manifest_document(manifest))
+        atomic.write_bytes(self.path / layout.GROUP, layout.manifest_document(manifest))
         self._reload(manifest)
 
     def _file(self, name: str, *at: int) -> Path:
         return inside(self.path, self.store.arrays[name].key(*at))
-
-
-def _write(path: Path, data: bytes) -> None:
-    atomic.write_bytes(path, data)
 
 
 def _require_free(path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from cskd_pipeline import open_cache
+from cskd_pipeline.cache.info import SIZES
 from cskd_pipeline.cache.info import describe as describe_cache
 from cskd_pipeline.cache.manifest import TeacherInfo
 from cskd_pipeline.cache.omitted import CORRUPT
@@ -246,7 +247,5 @@ def _summary(writer: UnitWriter, ranks: Ranks, started: float) -> dict[str, Any]
         "seconds": seconds,
         "views_per_second": views / seconds if views else None,
         "data_wait": waited / worked if views else None,
-        **{name: info[name] for name in ("views", "samples", "complete", "bytes")},
-        "bytes_per_view": info["bytes_per_view"],
-        "teacher_top1": info["teacher_top1"],
+        **{name: info[name] for name in (*SIZES, "teacher_top1")},
     }

@@ -456,25 +456,12 @@ def test_a_full_disk_leaves_what_the_same_command_finishes(
     a = part(tmp_path / "a", [Unit(0, 1, range(4))], view_block=4)
     template = tmp_path / "template"
     CacheWriter.create(template, manifest(view_block=4))
-    copies, copyfile = [0], shutil.copyfile
     count = 3 + 3 + 5 + 2  # tar shard, views, dense (a file per view), envelope; then the record
     for number in range(count + 1):
         out = tmp_path / str(number)
         shutil.copytree(template, out)
-        copies[0] = 0
-
-        def failing(source: Path, target: Path, number: int = number) -> Path:
-            copies[0] += 1
-            if copies[0] == number + 1:
-                target.write_bytes(source.read_bytes()[:10])
-                raise OSError(28, os.strerror(28), str(target))
-            return Path(copyfile(source, target))
-
         with monkeypatch.context() as patch:
-            if number == count:
-                fail_at(patch, 0)
-            else:
-                patch.setattr(shutil, "copyfile", failing)
+            fail_at(patch, number)
             with pytest.raises(OutputError, match="no space left"):
                 merged(out, a)
         assert open_cache(out).done().sum() == 0

@@ -319,7 +319,7 @@ def rolled(copy: World, names: tuple[str, ...], units: int) -> None:
     reader = open_cache(old)
     writer = CacheWriter.create(copy.cache, reader.manifest)
     for number, unit in enumerate(writer.todo()):
-        data = unit_data(reader, writer, unit, unit.shard)
+        data = unit_data(reader, writer.manifest, unit, unit.shard)
         for name in names if number < units else ():
             data.arrays[name][:] = np.roll(data.arrays[name], 1, axis=2)
         writer.write_unit(unit, data)
