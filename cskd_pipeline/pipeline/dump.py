@@ -22,7 +22,6 @@ from cskd_pipeline.cache.info import SIZES
 from cskd_pipeline.cache.info import describe as describe_cache
 from cskd_pipeline.cache.manifest import TeacherInfo
 from cskd_pipeline.cache.omitted import CORRUPT
-from cskd_pipeline.cache.summary import size
 from cskd_pipeline.config.sections import DumpRecipe
 from cskd_pipeline.data.assemble import normalise
 from cskd_pipeline.data.corrupt import without_corrupt
@@ -159,6 +158,8 @@ def open_stage_one(
 def open_teacher(recipe: DumpRecipe, num_classes: int | None, device: torch.device) -> Teacher:
     """Load the recipe's teacher for views of its size, and warn of a large grid.
 
+    A network for small images that is fed large ones has one: it costs much and means little.
+
     Args:
         num_classes: of the data; None: the teacher's own.
 
@@ -174,20 +175,15 @@ def open_teacher(recipe: DumpRecipe, num_classes: int | None, device: torch.devi
         compile=loop.compile,
         device=device,
     )
-    _warn_of_a_large_grid(teacher)
-    return teacher
-
-
-def _warn_of_a_large_grid(teacher: Teacher) -> None:
-    """Warn of a network for small images fed large ones: its grid costs much and means little."""
     rows, columns = teacher.grid
     if max(rows, columns) > LARGE_GRID:
         stored = 2 * teacher.num_classes * (rows * columns + 1)  # float16
         log.warning(
             f"at {teacher.size} px {teacher.name} gives a grid of {rows}x{columns} locations, "
-            f"{size(stored)} a view uncompressed: if it was trained on smaller images, set "
-            "views.size to theirs"
+            f"{stored / 1000:,.2f} kB a view uncompressed: if it was trained on smaller images, "
+            "set views.size to theirs"
         )
+    return teacher
 
 
 def loading_for(recipe: DumpRecipe, teacher: Teacher) -> Loading:
