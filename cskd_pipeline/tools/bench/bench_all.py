@@ -149,57 +149,35 @@ def _measure(name: str, measurement: Measurement, known: dict[str, Any]) -> None
 
 def _measurements(config: AllConfig, scale: Scale) -> dict[str, Measurement]:
     """Return what is measured by name, in order of worth."""
-    size = [f"views.size={scale.size}"]
-    train_flags: dict[str, Any] = {
-        "batch.batch_size": scale.batch_size,
-        "run.device": config.device,
-    }
-    train = {
-        amp: load_recipe(TrainRecipe, None, [*size, f"run.amp={amp}"], train_flags)
-        for amp in scale.amps
-    }
-    dump_flags: dict[str, Any] = {
-        "data.shards": config.shards,
-        "teacher.name": scale.teacher,
-        "teacher.weights": "random",
-        "dump.batch_size": scale.batch_size,
-        "dump.device": config.device,
-    }
-    precisions = dict.fromkeys(["float32", *(PRECISION[amp] for amp in scale.amps)])
-    teachers = {
-        name: load_recipe(DumpRecipe, None, [*size, f"teacher.precision={name}"], dump_flags)
-        for name in precisions
-    }
-    found = {
-        f"teacher {name}": Measurement(partial(check_teacher, recipe, scale.images), of_teacher)
-        for name, recipe in teachers.items()
-    }
+    size = f"views.size={scale.size}"
+
+    def dump_recipe(precision: str) -> DumpRecipe:
+        flags = {
+            "data.shards": config.shards,
+            "teacher.name": scale.teacher,
+            "teacher.weights": "random",
+            "dump.batch_size": scale.batch_size,
+            "dump.device": config.device,
+        }
+        return load_recipe(DumpRecipe, None, [size, f"teacher.precision={precision}"], flags)
 
     def steps(amp: str) -> dict[str, Measurement]:
+        flags = {"batch.batch_size": scale.batch_size, "run.device": config.device}
+        recipe = load_recipe(TrainRecipe, None, [size, f"run.amp={amp}"], flags)
+        run = partial(bench_step, recipe, teacher=scale.teacher, rounds=scale.rounds)
         return {
-            f"step {student} {amp}": Measurement(
-                partial(
-                    bench_step,
-                    train[amp],
-                    students=[student],
-                    teacher=scale.teacher,
-                    rounds=scale.rounds,
-                ),
-                of_step,
-            )
+            f"step {student} {amp}": Measurement(partial(run, students=[student]), of_step)
             for student in scale.students
         }
 
+    found: dict[str, Measurement] = {}
+    for precision in dict.fromkeys(["float32", *(PRECISION[amp] for amp in scale.amps)]):
+        run = partial(check_teacher, dump_recipe(precision), scale.images)
+        found[f"teacher {precision}"] = Measurement(run, of_teacher)
     first, *others = scale.amps
     found |= steps(first)
-    run_dump = partial(
-        bench_dump,
-        teachers["float32"],
-        images=scale.images,
-        rounds=scale.rounds,
-        with_variants=False,
-    )
-    found["dump"] = Measurement(run_dump, of_dump)
+    dump = partial(bench_dump, dump_recipe("float32"), images=scale.images, rounds=scale.rounds)
+    found["dump"] = Measurement(partial(dump, with_variants=False), of_dump)
     for amp in others:
         found |= steps(amp)
     found["loader"] = Measurement(partial(_loader, config.shards, scale), of_loader)
@@ -210,19 +188,9 @@ def _loader(shards: str, scale: Scale) -> Report:
     dataset = load_dataset(shards)
     size, batch_size = scale.size, min(scale.batch_size, 64)
     report = bench_loader(dataset, size=size, batch_size=batch_size, rounds=scale.rounds)
-    if dataset.num_classes is None:
-        dataset = dataset.with_classes(1000)
-    everywhere = {
-        f"repeats_{repeats}": loader_rate(
-            dataset,
-            size=size,
-            batch_size=batch_size,
-            workers=cores(),
-            images=scale.images * cores() * 4,
-            repeats=repeats,
-        )
-        for repeats in GOALS
-    }
+    images = scale.images * cores() * 4
+    on_all = partial(loader_rate, size=size, batch_size=batch_size, workers=cores(), images=images)
+    everywhere = {f"repeats_{repeats}": on_all(dataset, repeats=repeats) for repeats in GOALS}
     return report | {"cores": cores(), "all_cores": everywhere}
 
 

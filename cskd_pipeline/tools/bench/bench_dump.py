@@ -7,7 +7,6 @@ of one. Rates begin when queues are full. :func:`variants` runs the teacher in o
 counts the labels that change.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -43,7 +42,6 @@ def bench_dump(
     rounds: int,
     with_variants: bool,
     compile: bool = False,
-    clock: timing.Clock = time.perf_counter,
 ) -> dict[str, Any]:
     """Dump ``images`` sampled images in ten views, and run the dump's parts, ``rounds`` times.
 
@@ -72,7 +70,7 @@ def bench_dump(
     }
 
     def rate(name: str, _: int) -> float:
-        steady = timing.SteadyRate(few.dataset.samples * BLOCK, clock)
+        steady = timing.SteadyRate(few.dataset.samples * BLOCK)
         with timing.one_thread() if name.startswith("block") else nullcontext():
             works[name](steady.advance)
         return steady.rate
@@ -101,7 +99,7 @@ def bench_dump(
         "variants": {},
     }
     if with_variants:
-        report["variants"] = variants(few, resident, rounds, clock, compile=compile)
+        report["variants"] = variants(few, resident, rounds, compile=compile)
     return report
 
 
@@ -120,7 +118,7 @@ def _load(few: SampledDump, block: int, loading: Loading, advance: Advance) -> N
 
 
 def variants(
-    few: SampledDump, resident: Sequence[Tensor], rounds: int, clock: timing.Clock, *, compile: bool
+    few: SampledDump, resident: Sequence[Tensor], rounds: int, *, compile: bool
 ) -> dict[str, Any]:
     """Run the bare teacher with other settings, in turn.
 
@@ -148,14 +146,14 @@ def variants(
         logits[name] = [teachers[name].unchecked(views) for views in resident]
         timing.wait_for(teachers[name].device)
 
-    sides = {name: timing.seconds_of(partial(respond, name), clock) for name in teachers}
-    seconds = timing.take_turns(sides, rounds, "running the teacher")
+    works = {name: partial(respond, name) for name in teachers}
+    seconds = timing.time_turns(works, rounds, "running the teacher")
     views = sum(map(len, resident))
     report = {}
     for name, times in seconds.items():
         spatial, global_ = _changed(logits["float32"], logits[name])
         report[name] = {
-            "views_per_second": timing.spread([views / value for value in times]),
+            "views_per_second": timing.rates(times, views),
             "ratio": timing.ratio(times, seconds["float32"]),
             "hard_labels_changed": spatial,
             "global_labels_changed": global_,

@@ -29,7 +29,7 @@ from cskd_pipeline.pipeline.from_recipe import make_loader
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.pipeline.write_cache import cache_manifest
 from cskd_pipeline.runtime.progress import progress
-from cskd_pipeline.tools.bench.timing import Clock, rates, ratio, seconds_of, take_turns
+from cskd_pipeline.tools.bench.timing import rates, ratio, time_turns
 from cskd_pipeline.tools.tables import Printed, Table
 from cskd_pipeline.views.policy import ViewPolicy
 
@@ -39,9 +39,7 @@ VIEWS, FEW_VIEWS, VIEW_BLOCK = 300, 30, 10
 RANKS, BATCH_SIZE, REPEATS = 64, 1024, 3
 
 
-def bench_join(
-    recipe: TrainRecipe, *, rounds: int, updates: int = 1, clock: Clock = time.perf_counter
-) -> dict[str, Any]:
+def bench_join(recipe: TrainRecipe, *, rounds: int, updates: int = 1) -> dict[str, Any]:
     """Make the recipe's batches with its cache and without any.
 
     Args:
@@ -66,8 +64,8 @@ def bench_join(
             source[loader.rows(batch % len(loader))]
 
     sources = {"with_join": views, "without": views.without_cache()}
-    sides = {name: seconds_of(partial(make, source), clock) for name, source in sources.items()}
-    seconds = take_turns(sides, rounds, "making batches")
+    works = {name: partial(make, source) for name, source in sources.items()}
+    seconds = time_turns(works, rounds, "making batches")
     images = updates * recipe.batch.batch_size
     return {
         "encoding": views.encoding,

@@ -7,7 +7,6 @@ core. timm's side is what its training script sets up: ``create_dataset("wds/...
 """
 
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -41,7 +40,6 @@ def bench_loader(
     batch_size: int,
     rounds: int,
     batches: int = 2,
-    clock: timing.Clock = time.perf_counter,
 ) -> dict[str, Any]:
     """Make batches of ``dataset`` with each number of repeats in ``GOALS``, and with timm.
 
@@ -55,7 +53,7 @@ def bench_loader(
     Raises:
         DataError: fewer samples than one batch; ShardError, ImageError: data that cannot be read.
     """
-    policy = ViewPolicy(size=size)
+    policy, dataset = ViewPolicy(size=size), _with_classes(dataset)
     steps = {f"repeats_{n}": _ours(dataset, policy, n, batch_size) for n in GOALS}
     made = dict.fromkeys([*steps, "timm"], 0)
 
@@ -65,8 +63,8 @@ def bench_loader(
 
     with tempfile.TemporaryDirectory() as folder, timing.one_thread():
         steps["timm"] = _timms(dataset, Path(folder), policy, batch_size)
-        sides = {n: timing.seconds_of(partial(work, n, step), clock) for n, step in steps.items()}
-        seconds = timing.take_turns(sides, rounds, "making batches")
+        works = {name: partial(work, name, step) for name, step in steps.items()}
+        seconds = timing.time_turns(works, rounds, "making batches")
     images = batches * batch_size
     assert set(made.values()) == {(rounds + 1) * images}, made
     return {
@@ -93,7 +91,7 @@ def loader_rate(
     Raises:
         DataError: fewer samples than one batch; ShardError, ImageError: data that cannot be read.
     """
-    views = TrainingViews.of_dataset(dataset, ViewPolicy(size=size), 0)
+    views = TrainingViews.of_dataset(_with_classes(dataset), ViewPolicy(size=size), 0)
     loader = CachedLoader(views, batch_size, repeats=repeats, workers=workers)
     batches = max(2, -(-images // batch_size))
     steady = timing.SteadyRate(batches * batch_size)
@@ -102,18 +100,17 @@ def loader_rate(
     return steady.rate
 
 
+def _with_classes(dataset: Dataset) -> Dataset:
+    """Count the classes of shards that do not state them: labels are mixed, or one-hot."""
+    if dataset.num_classes is not None:
+        return dataset
+    return dataset.with_classes(1 + max(int(shard.index.label.max()) for shard in dataset.shards))
+
+
 def _ours(dataset: Dataset, policy: ViewPolicy, repeats: int, batch_size: int) -> Step:
-    seed = 0
-    if dataset.num_classes is None:  # nothing here depends on it, but labels are mixed
-        largest = max(int(shard.index.label.max()) for shard in dataset.shards)
-        dataset = dataset.with_classes(largest + 1)
-    views = TrainingViews.of_dataset(dataset, policy, seed)
-    loader = CachedLoader(views, batch_size, repeats=repeats, seed=seed)
-
-    def make(number: int) -> int:
-        return len(views[loader.rows(number)])
-
-    return make
+    views = TrainingViews.of_dataset(dataset, policy, 0)
+    loader = CachedLoader(views, batch_size, repeats=repeats)
+    return lambda number: len(views[loader.rows(number)])
 
 
 def _timms(dataset: Dataset, folder: Path, policy: ViewPolicy, batch_size: int) -> Step:
@@ -149,15 +146,11 @@ def _timms(dataset: Dataset, folder: Path, policy: ViewPolicy, batch_size: int) 
             cutmix_alpha=policy.cutmix_alpha,
             prob=policy.mix,
             switch_prob=policy.cutmix_switch,
-            num_classes=1 + max(int(shard.index.label.max()) for shard in dataset.shards),
+            num_classes=dataset.num_classes,
         ),
     )
     stream = _endless(loader.loader)  # what its processes make, before the device's part
-
-    def make(number: int) -> int:
-        return len(next(stream)[0])
-
-    return make
+    return lambda _: len(next(stream)[0])
 
 
 def _endless(loader: Any) -> Iterator[Any]:

@@ -8,7 +8,6 @@ of the shapes and with as many lines an envelope as real ones; weights are rando
 speed depends on them.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -62,7 +61,6 @@ def bench_step(
     students: Sequence[str],
     teacher: str | None,
     rounds: int,
-    clock: timing.Clock = time.perf_counter,
 ) -> dict[str, Any]:
     """Train each of ``students`` for some steps in every way.
 
@@ -106,7 +104,7 @@ def bench_step(
     for name in students:
         changed = replace(recipe, student=replace(recipe.student, name=name))
         trainers = _trainers(changed, policy, grid, live, device)
-        measured[name] = _measure(trainers, batch, rounds, clock)
+        measured[name] = _measure(trainers, batch, rounds)
     report: dict[str, Any] = {
         "device": device_name(device),
         "size": policy.size,
@@ -124,9 +122,7 @@ def bench_step(
     return report
 
 
-def _measure(
-    trainers: Mapping[str, Trainer], batch: Batch, rounds: int, clock: timing.Clock
-) -> dict[str, Any]:
+def _measure(trainers: Mapping[str, Trainer], batch: Batch, rounds: int) -> dict[str, Any]:
     peaks: dict[str, int] = {}
 
     def step(name: str, number: int) -> None:
@@ -138,9 +134,9 @@ def _measure(
         if trainer.device.type == "cuda":
             peaks[name] = torch.cuda.max_memory_allocated(trainer.device)
 
-    sides = {name: timing.seconds_of(partial(step, name), clock) for name in trainers}
     plain = trainers["none"]
-    seconds = timing.take_turns(sides, rounds, f"training {plain.student.name}")
+    works = {name: partial(step, name) for name in trainers}
+    seconds = timing.time_turns(works, rounds, f"training {plain.student.name}")
     images = plain.loader.batch_size
     slower = {name: timing.ratio(seconds["none"], seconds[name]) for name in ("deit", "cskd")}
     if LIVE in seconds:

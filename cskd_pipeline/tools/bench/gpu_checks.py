@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cskd_pipeline.config.sections import DumpRecipe
 from cskd_pipeline.data.assemble import assemble, normalise
 from cskd_pipeline.data.cached_loader import CachedLoader
 from cskd_pipeline.data.training_views import open_views
 from cskd_pipeline.distill.targets import LogitTargets
-from cskd_pipeline.models.teacher import Logits
 from cskd_pipeline.pipeline.dump import open_stage_one
 from cskd_pipeline.tools.bench.bench_dump import RATIOS, resident_views
 from cskd_pipeline.tools.bench.sampled_dump import SampledDump
@@ -53,15 +51,19 @@ def check_companions(few: SampledDump) -> dict[str, int]:
     half, nothing = len(views) // 2, torch.zeros_like(views)
     upper, lower = views.clone(), views.clone()
     upper[half:], lower[:half] = nothing[half:], nothing[:half]
-    expected = few.teacher.respond(views)
-    pairs = [
-        (expected, _flipped(few.teacher.respond(views.flip(0)))),
-        (_rows(expected, slice(half)), _rows(few.teacher.respond(upper), slice(half))),
-        (_rows(expected, slice(half, None)), _rows(few.teacher.respond(lower), slice(half, None))),
-        (_rows(expected, slice(1)), few.teacher.respond(views[:1])),
+    respond = few.teacher.respond
+    expected = respond(views)
+    found = [
+        (slice(None), [logits.flip(0) for logits in respond(views.flip(0))]),
+        (slice(half), respond(upper)),
+        (slice(half, None), respond(lower)),
+        (slice(1), respond(views[:1])),
     ]
-    counts = [_differing(a, b) for pair in pairs for a, b in zip(*pair, strict=True)]
-    compared, differ = map(sum, zip(*counts, strict=True))
+    compared = differ = 0
+    for rows, responses in found:
+        for one, other in zip(expected, responses, strict=True):
+            bits = one[rows].view(torch.int16) != other[rows].view(torch.int16)
+            compared, differ = compared + bits.numel(), differ + int(bits.sum())
     return {"compared": compared, "differ": differ}
 
 
@@ -90,15 +92,3 @@ def check_cache(few: SampledDump) -> dict[str, int]:
                 compared += found.numel()
                 differ += int((found != expected).sum())
     return {"compared": compared, "differ": differ}
-
-
-def _flipped(logits: Logits) -> Logits:
-    return Logits(*(values.flip(0) for values in logits))
-
-
-def _rows(logits: Logits, rows: slice) -> Logits:
-    return Logits(*(values[rows] for values in logits))
-
-
-def _differing(expected: Tensor, found: Tensor) -> tuple[int, int]:
-    return expected.numel(), int((expected.view(torch.int16) != found.view(torch.int16)).sum())

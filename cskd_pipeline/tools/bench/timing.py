@@ -4,16 +4,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from cskd_pipeline.runtime.progress import progress
 
-Clock = Callable[[], float]
-"""Seconds that never run backwards."""
 Spread = Mapping[str, float | None]
 """``median``, ``low`` and ``high``, in this order."""
 
+clock = time.perf_counter
 WARM_UP = 0.25  # share of the work that is not counted: processes start, queues fill, caches warm
 _UNKNOWN: Spread = {"median": None, "low": None, "high": None}
 
@@ -44,15 +44,17 @@ def take_turns(
     return found
 
 
-def seconds_of(work: Callable[[int], object], clock: Clock) -> Callable[[int], float]:
-    """Return a side that does ``work`` and returns its seconds."""
+def time_turns(
+    works: Mapping[str, Callable[[int], object]], rounds: int, doing: str
+) -> dict[str, list[float]]:
+    """Return the seconds of each work in each round, see :func:`take_turns`."""
 
-    def measured(number: int) -> float:
+    def seconds(work: Callable[[int], object], number: int) -> float:
         began = clock()
         work(number)
         return clock() - began
 
-    return measured
+    return take_turns({name: partial(seconds, works[name]) for name in works}, rounds, doing)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -89,15 +91,14 @@ class SteadyRate:
         total: how much there will be in all.
     """
 
-    def __init__(self, total: int, clock: Clock = time.perf_counter) -> None:
-        self._total, self._clock = total, clock
-        self._started = clock()
+    def __init__(self, total: int) -> None:
+        self._total, self._started = total, clock()
         self._marks: list[tuple[int, float]] = []
 
     def advance(self, count: int) -> None:
         """Count ``count`` more as done now."""
         done = self._marks[-1][0] if self._marks else 0
-        self._marks.append((done + count, self._clock()))
+        self._marks.append((done + count, clock()))
 
     @property
     def rate(self) -> float:

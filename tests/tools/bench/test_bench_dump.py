@@ -61,10 +61,9 @@ def test_rates_are_of_each_side_and_the_slower_of_loader_and_teacher_is_the_limi
             yield batch
 
     monkeypatch.setattr(sampled_dump, "unit_batches", slow)
+    monkeypatch.setattr(bench.timing, "clock", clock)
     monkeypatch.setattr(bench.timing, "wait_for", lambda device: clock.work(16 * 0.1))
-    report = bench.bench_dump(
-        recipe_of(small), images=8, rounds=3, with_variants=False, clock=clock
-    )
+    report = bench.bench_dump(recipe_of(small), images=8, rounds=3, with_variants=False)
     found = {name: rates["median"] for name, rates in report["views_per_second"].items()}
     assert found == pytest.approx(
         {"dump": 5, "teacher": 10, "loader": 20, "block_10": 20, "block_1": 10}
@@ -104,7 +103,8 @@ def test_variants_are_teachers_with_other_settings_beside_float32(
         clock.work(0.5)
         return clock()
 
-    report = bench.variants(few, resident, 3, ticking, compile=False)
+    monkeypatch.setattr(bench.timing, "clock", ticking)
+    report = bench.variants(few, resident, 3, compile=False)
     assert list(report) == ["float32", "channels_last", "bfloat16", "bfloat16 channels_last"]
     assert report["float32"]["hard_labels_changed"] == 0.0
     halves = bench._with(few, {"precision": "bfloat16", "channels_last": True})

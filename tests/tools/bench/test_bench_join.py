@@ -13,7 +13,8 @@ from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.tools.bench import bench_join as bench
-from cskd_pipeline.tools.bench.timing import ratio, seconds_of, spread, take_turns
+from cskd_pipeline.tools.bench import timing
+from cskd_pipeline.tools.bench.timing import ratio, spread
 from tests.pipeline import world
 from tests.pipeline.conftest import World, small
 
@@ -35,7 +36,9 @@ class Time:
         self.now += seconds
 
 
-def test_sides_take_turns_and_the_first_round_is_not_counted() -> None:
+def test_sides_take_turns_and_the_first_round_is_not_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock, order = Time(), list[str]()
 
     def side(name: str, seconds: float) -> Any:
@@ -45,8 +48,8 @@ def test_sides_take_turns_and_the_first_round_is_not_counted() -> None:
 
         return work
 
-    sides = {name: seconds_of(side(name, cost), clock) for name, cost in (("a", 1), ("b", 3))}
-    found = take_turns(sides, 3, "working")
+    monkeypatch.setattr(timing, "clock", clock)
+    found = timing.time_turns({"a": side("a", 1), "b": side("b", 3)}, 3, "working")
     assert found == {"a": [1, 2, 3], "b": [3, 4, 5]}
     assert order == ["a0", "b0", "b0", "a0", "a1", "b1", "b2", "a2"]
 
@@ -73,8 +76,9 @@ def test_both_sides_make_the_same_batches_and_one_has_targets(
         return batch
 
     monkeypatch.setattr(TrainingViews, "__getitem__", recorded)
+    monkeypatch.setattr(timing, "clock", clock)
     asked = recipe(small, "batch.accumulation=2")
-    report = bench.bench_join(asked, rounds=3, updates=2, clock=clock)
+    report = bench.bench_join(asked, rounds=3, updates=2)
     assert report["images_per_round"] == 32
     assert report["ratio"] == {"median": 0.8, "low": 0.8, "high": 0.8}
     assert report["images_per_second"]["without"]["median"] == 8.0

@@ -68,12 +68,12 @@ def test_a_ratio_is_seconds_in_units_of_the_plain_step(monkeypatch: pytest.Monke
         return {name: Stepped(name, trainer) for name, trainer in real(*arguments).items()}
 
     monkeypatch.setattr(bench, "_trainers", named)
+    monkeypatch.setattr(bench.timing, "clock", clock)
     report = bench.bench_step(
         _sized(small_recipe("batch.accumulation=2")),
         students=[STUDENT],
         teacher=TEACHER,
         rounds=3,
-        clock=clock,
     )
     found = report["students"][STUDENT]
     assert found["ratio"]["cskd"] == {"median": 1.5, "low": 1.5, "high": 1.5}

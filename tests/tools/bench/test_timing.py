@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cskd_pipeline.tools.bench.timing import SteadyRate
+from cskd_pipeline.tools.bench import timing
 
 
 class Clock:
@@ -15,12 +15,14 @@ class Clock:
         return self.now
 
 
-def ran(seconds: list[float], total: int, each: int = 10) -> SteadyRate:
+def ran(seconds: list[float], total: int, each: int = 10) -> timing.SteadyRate:
     clock = Clock()
-    steady = SteadyRate(total, clock)
-    for wait in seconds:
-        clock.now += wait
-        steady.advance(each)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "clock", clock)
+        steady = timing.SteadyRate(total)
+        for wait in seconds:
+            clock.now += wait
+            steady.advance(each)
     return steady
 
 
