@@ -1,8 +1,8 @@
 """``cache merge``: one cache of the finished units of several, disjoint or overlapping.
 
-A unit that several have must be equal in all of them: its files by their records, or, where another
-zstd wrote them, every value. A unit is decoded once, which looks at every checksum, and its files
-are copied as they are. What an earlier merge left is compared, not copied again.
+A unit that several have must be equal in all of them: its files' bytes, or, where another zstd
+wrote them, every value. A unit is decoded once, which looks at every checksum, and its files are
+copied as they are. What an earlier merge left is compared, not copied again.
 """
 
 import hashlib
@@ -169,12 +169,14 @@ def _compare_shard(caches: Sequence[Part], shard: int) -> None:
 
 
 def _compare_unit(one: Part, other: Part, unit: Unit) -> None:
-    records = [p.store.record(unit.block, p.shards[unit.shard]) for p in (one, other)]
-    if records[0].files == records[1].files:
+    sides = [(part, part.shards[unit.shard]) for part in (one, other)]
+    digests = [part.store.record(unit.block, own).files for part, own in sides]
+    if digests[0] == digests[1]:
+        for part, own in sides:
+            part.store.compare_files(unit.block, own)
         return
-    manifest, shards = one.reader.manifest, (one.shards[unit.shard], other.shards[unit.shard])
-    mine = unit_data(one.reader, manifest, unit, shards[0]).per_view()
-    theirs = unit_data(other.reader, manifest, unit, shards[1]).per_view()
+    manifest = one.reader.manifest
+    mine, theirs = (unit_data(p.reader, manifest, unit, own).per_view() for p, own in sides)
     for name in mine:
         for row, view in enumerate(unit.views):
             at = (view, unit.shard)

@@ -213,6 +213,19 @@ class CacheStore:
         with self.explained(name, None, shard):
             return self._once_more(read, *keys)
 
+    def compare_files(self, block: int, shard: int) -> None:
+        """Compare every file of a finished unit with its record; nothing is decoded.
+
+        Raises:
+            CacheError: one is missing, or not what the record says.
+        """
+        for row, (name, key) in enumerate(self.recorded_files(block, shard)):
+            try:
+                self._compare(block, shard, row, key)
+            except DamageError as error:
+                what = f"array {name}, {self.unit_name(block, shard)}"
+                raise self._damaged(key, what, error) from error
+
     def _compare(self, block: int, shard: int, row: int, key: str) -> None:
         """Compare a file with its unit's record, unless it was."""
         unit = block * len(self.manifest.dataset.shards) + shard

@@ -439,6 +439,22 @@ def test_a_damaged_part_is_not_copied(tmp_path: Path, name: str, how: str) -> No
     assert not open_cache(tmp_path / "out").done()[0, 0]
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("first", [True, False], ids=["left before", "in another part"])
+def test_a_damaged_second_copy_is_found(tmp_path: Path, name: str, first: bool) -> None:
+    a, b = (part(tmp_path / of, UNITS) for of in "ab")
+    out = tmp_path / "out"
+    if first:
+        merged(out, a)
+    path = min(p for p in ((out if first else b) / name / "c").rglob("*") if p.is_file())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+    with pytest.raises(CacheError, match="damaged") as caught:
+        merged(out, a, b)
+    assert caught.value.where == path
+
+
 def test_a_merge_that_is_stopped_anywhere_goes_on(tmp_path: Path, whole: dict[str, bytes]) -> None:
     parts = [part(tmp_path / "a", UNITS[:4]), part(tmp_path / "b", UNITS[2:])]
     for number in range(len(UNITS)):
