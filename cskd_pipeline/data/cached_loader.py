@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from itertools import count, islice
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -24,6 +26,15 @@ from cskd_pipeline.distill.targets import Targets
 from cskd_pipeline.errors import UsageError
 
 _ORDER = ("batch_size", "accumulation", "repeats", "seed", "shuffle_shards")
+
+_open_streams: WeakSet[Any] = WeakSet()
+
+
+@atexit.register
+def _close_streams() -> None:
+    """End what a program left in the middle, before Python takes its modules apart."""
+    for stream in list(_open_streams):
+        stream.close()
 
 
 class CachedBatch(NamedTuple):
@@ -154,6 +165,7 @@ class CachedLoader:
         end = (self.epoch + 1) * len(self)
         if self._stream is None:
             self._stream = self._load(None)
+            _open_streams.add(self._stream)
         stream = self._stream
         while self._next < end and self._stream is stream:
             try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -283,3 +285,24 @@ def test_a_loader_that_is_dropped_in_an_epoch_ends_its_processes(shards: Path) -
         assert set(multiprocessing.active_children()) <= before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_program_that_ends_in_the_middle_of_an_epoch_ends_silently(
+    shards: Path, workers: int
+) -> None:
+    """Python takes the modules apart before the loader, a later global than the package."""
+    program = f"""
+import cskd_pipeline
+from cskd_pipeline.data.cached_loader import CachedLoader
+from cskd_pipeline.data.index import load_dataset
+from cskd_pipeline.data.training_views import TrainingViews
+from cskd_pipeline.views.policy import ViewPolicy
+
+views = TrainingViews.of_dataset(load_dataset({str(shards)!r}), ViewPolicy(size=32), 0)
+loader = CachedLoader(views, 8, repeats=1, workers={workers})
+for batch in loader:
+    break
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
