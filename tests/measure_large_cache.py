@@ -199,6 +199,7 @@ WORK: dict[str, Callable[[str, str], None]] = {
 
 
 def one(name: str, cache: str, tars: str, end: Connection) -> None:
+    torch.set_num_threads(1)  # threads that torch had before the fork are not here: it would wait
     before, began, worked = resident(), time.perf_counter(), sum(os.times()[:4])
     WORK[name](cache, tars)
     cores = sum(os.times()[:4]) - worked
