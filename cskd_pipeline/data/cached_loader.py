@@ -165,7 +165,6 @@ class CachedLoader:
         end = (self.epoch + 1) * len(self)
         if self._stream is None:
             self._stream = self._load(None)
-            _open_streams.add(self._stream)
         stream = self._stream
         while self._next < end and self._stream is stream:
             try:
@@ -245,7 +244,9 @@ class CachedLoader:
         )
         ahead = ReadAhead(images.tars, self._order.uses(images, start), len(self), start)
         after = count(start + 1)
-        return ahead.over(loader, lambda _: next(after))
+        stream = ahead.over(loader, lambda _: next(after))
+        _open_streams.add(stream)
+        return stream
 
     def _require_options(self) -> None:
         least = {name: 1 for name in (*_ORDER, "world") if name != "seed"}
