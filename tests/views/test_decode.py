@@ -319,9 +319,9 @@ def jpeg_header(width: int, height: int) -> bytes:
 )
 def test_a_bomb_is_refused_by_its_header_alone(data: bytes) -> None:
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()  # a busy machine does not lengthen it
     error = refusal(data)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
     assert error.problem == "the image is larger than any honest one"
