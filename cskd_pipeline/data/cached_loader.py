@@ -11,7 +11,6 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from cskd_pipeline.data.assemble import Inputs
@@ -88,7 +87,7 @@ class CachedLoader:
         views: see :func:`open_views`.
         batch_size: images in an optimizer update, over all ranks and micro-batches.
         accumulation: micro-batches, which are what the loader yields, in an update.
-        mean, std: the student's, in [0, 1] units.
+        mean, std: the student's, in [0, 1] units; None: those of the views' policy.
         smoothing: label smoothing.
         repeats: R, views of an image in an epoch (repeated augmentation): an epoch shows 1/R of the
             images, and over R epochs every image comes R times.
@@ -110,8 +109,8 @@ class CachedLoader:
     batch_size: int
     _: KW_ONLY
     accumulation: int = 1
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     smoothing: float = 0.1
     repeats: int = 3
     seed: int = 0
@@ -143,8 +142,8 @@ class CachedLoader:
         self.inputs = Inputs(
             views.policy,
             views.num_classes,
-            tuple(self.mean),
-            tuple(self.std),
+            tuple(self.mean or views.policy.mean),
+            tuple(self.std or views.policy.std),
             self.smoothing,
             self.memory_format,
         )

@@ -19,7 +19,7 @@ def train(shards, cache, epochs=30, batch_size=256, lr=1e-3, device="cpu", **stu
 
     views = open_views(shards, cache, loss)
     # Two views of each image share one decoding; the cache needs at least as many (--views 2).
-    # Images come with ImageNet's mean and std: pass mean= and std= for a student with its own.
+    # Images are normalised as the cache's policy says: pass mean= and std= for other than that.
     loader = CachedLoader(views, batch_size, repeats=2, workers=2, device=device)
     student = {"num_classes": views.num_classes, "img_size": views.policy.size, **student}
     model = timm.create_model("deit_tiny_distilled_patch16_224", **student).to(device)

@@ -63,6 +63,8 @@ def test_a_batch_has_normalised_images_mixed_labels_and_the_teachers_response(
     raw = views[loader.rows(0)]
     assert batch.images.shape == (12, 3, POLICY.size, POLICY.size)
     assert torch.equal(batch.images, normalise(assemble(raw, POLICY), MEAN, STD))
+    own = next(iter(loader_of(views, mean=None, std=None))).images
+    assert torch.equal(own, normalise(assemble(raw, POLICY), POLICY.mean, POLICY.std))
     expected = mixed_targets(raw.label, raw.partner_label, raw.lam, 5, 0.2)
     assert torch.equal(batch.labels, expected)
     assert (batch.labels.max(dim=1).values < 1).all()
