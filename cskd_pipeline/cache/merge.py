@@ -60,7 +60,7 @@ def merge(
         location, _ = split_pin(source)
         require_local(location, "merge copies files of folders", "copy this cache here first")
     require_apart(sources, target, "merged")
-    guard = guard or ClassGuard(switch=None)
+    guard = guard or ClassGuard()
     whole, parts = unite([open_cache(source, memory=0) for source in sources], guard)
     _require_accepted(whole, parts, accept_versions)
     writer = CacheWriter.create(target, whole, accept_versions=accept_versions, guard=guard)

@@ -81,7 +81,7 @@ class CacheWriter:
                 if not (path / layout.GROUP).exists():
                     atomic.write_bytes(path / layout.GROUP, layout.manifest_document(manifest))
         writer = cls.open(path)
-        writer._require_same(manifest, guard or ClassGuard(switch=None))
+        writer._require_same(manifest, guard or ClassGuard())
         for versions in (manifest.versions, *manifest.other_versions):
             writer._join_versions(versions, accept_versions)
         return writer

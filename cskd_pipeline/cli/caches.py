@@ -300,10 +300,10 @@ def merge(
     Run the same command again after an interruption: finished units are kept, and compared.
     """
     from cskd_pipeline.cache.merge import merge as join
-    from cskd_pipeline.runtime.classes import ClassGuard
+    from cskd_pipeline.runtime.classes import COMMAND_SWITCH, ClassGuard
     from cskd_pipeline.runtime.signals import stop_requests
 
-    guard = ClassGuard(accept=accept_classes)
+    guard = ClassGuard(COMMAND_SWITCH, accept=accept_classes)
     with stop_requests() as stop:
         merged = join(
             caches,

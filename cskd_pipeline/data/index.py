@@ -227,7 +227,7 @@ def require_num_classes(dataset: Dataset, action: str = "pass --num-classes N") 
 
 def _names_beside(paths: Sequence[Tar]) -> tuple[str, ...] | None:
     """Return the class names in the folders of ``paths``, which must be the same in all."""
-    guard = ClassGuard(switch=None)
+    guard = ClassGuard()
     known: Classes | None = None
     for folder in dict.fromkeys(path.parent for path in paths):
         names = find_class_names(folder)

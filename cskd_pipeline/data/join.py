@@ -134,7 +134,7 @@ def join(
     total = sum(cache.counts)
     if count and (missing == "error" or count == total):
         raise _missing_error(dataset, cache, absent, count)
-    guard = guard or ClassGuard(switch=None)
+    guard = guard or ClassGuard()
     images = ImageSource(
         dataset.shards,
         tar_rows=tar_rows,

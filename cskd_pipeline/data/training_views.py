@@ -154,7 +154,7 @@ def open_views(
     reader.require_done()
     loss = loss or DistillationLoss()
     chosen = reader.choose(set(loss.kinds.values()), loss.temperature, encoding)
-    guard = ClassGuard(switch=None)
+    guard = ClassGuard()
     dataset = load_dataset(shards).fitting(classes_of(reader), "the shards", guard)
     found = join(dataset, reader, guard, missing=missing, drift=drift)
     guard.report_new()

@@ -35,7 +35,7 @@ from cskd_pipeline.models.timm_models import TeacherSource
 from cskd_pipeline.models.weights import is_safetensors
 from cskd_pipeline.pipeline.unit_writer import UnitWriter
 from cskd_pipeline.pipeline.write_cache import WriteOptions, write_cache
-from cskd_pipeline.runtime.classes import Classes, ClassGuard
+from cskd_pipeline.runtime.classes import COMMAND_SWITCH, Classes, ClassGuard
 from cskd_pipeline.runtime.device import pick_device, use_threads, worker_count
 from cskd_pipeline.runtime.distributed import ALONE, Ranks, joined
 from cskd_pipeline.runtime.signals import stop_requests
@@ -78,9 +78,11 @@ def dump_teacher(
     _require_within(view_range, cache.views)
     patience = recipe.dump.rank_timeout
     with joined(patience) as ranks:
-        guard = ClassGuard(accept=accept_classes)
+        guard = ClassGuard(COMMAND_SWITCH, accept=accept_classes)
         dataset, teacher = open_stage_one(recipe, ranks, guard)
         loading = loading_for(recipe, teacher)
+        # The data set decides the manifest, so its corrupt images are found first; their list is
+        # written once the folder is known to be this cache's.
         left_out = LeftOuts(Path(cache.path), ranks)
         dataset = without_corrupt_images(dataset, data.corrupt, left_out, loading.workers)
         writer = write_cache(
@@ -92,18 +94,19 @@ def dump_teacher(
             options=WriteOptions(shard_range, view_range, accept_versions, guard, ranks, patience),
         )
         if ranks.first:
-            left_out.write()  # now that the folder is known to be this cache's
+            left_out.write()
         if recipe.teacher.weights == "random":
             log.warning("the teacher's weights are random: this cache is good for trials only")
         started = time.perf_counter()
         with stop_requests() as stop:
-            with writer:  # draws undone units and yields their views; put() takes these in order
-                for views in writer:  # views.images: (n, 3, S, S) on the device
+            with writer:
+                for views in writer.views():  # of undone units: images (n, 3, S, S) on the device
                     images = normalise(views.images, teacher.mean, teacher.std)
                     # (n, K, h, w) and (n, K) float16; put() checks them, one batch later on CUDA
-                    logits = teacher.unchecked(images)
-                    complete = writer.put(views, *logits)
-                    if stop.requeue or (stop.requested and complete):
+                    spatial, global_ = teacher.unchecked(images)
+                    units_completed = writer.put(views, spatial, global_)
+                    # Ctrl-C waits for the end of a unit; a scheduler gives too little time for it.
+                    if stop.requeue or (stop.requested and units_completed):
                         break
             # Not in the writer's block: one that an error leaves does not write all complete units.
             if stop.requested and not writer.finished:
@@ -128,12 +131,13 @@ def open_stage_one(
     """Open the recipe's shards, and its teacher on the recipe's device, with the same classes.
 
     Args:
-        guard: compares the class names of a teacher that ``train`` made; None: they must be equal.
+        guard: compares the class names of a teacher that ``train`` made with the shards'; None:
+            they must be equal.
 
     Raises:
         CskdError: one of them cannot be used, or they do not belong together.
     """
-    guard = guard or ClassGuard(switch=None)
+    guard = guard or ClassGuard()
     data = recipe.data
     device = ranks.device(pick_device(recipe.dump.device))
     use_threads(recipe.dump.threads)
@@ -168,7 +172,7 @@ def open_teacher(recipe: DumpRecipe, num_classes: int | None, device: torch.devi
     """
     loop = recipe.dump
     teacher = load_teacher(
-        TeacherSource(num_classes=num_classes, **vars(recipe.teacher)),
+        TeacherSource(num_classes=num_classes, **vars(recipe.teacher)),  # its keys: [teacher]'s
         size=recipe.views.size,
         batch_size=loop.batch_size,
         channels_last=loop.channels_last,

@@ -18,7 +18,7 @@ from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.models.checkpoint import load_student, student_file
 from cskd_pipeline.models.student import Grid, Student, inference_logits
-from cskd_pipeline.runtime.classes import ClassGuard
+from cskd_pipeline.runtime.classes import COMMAND_SWITCH, ClassGuard
 from cskd_pipeline.runtime.device import pick_device, worker_count
 from cskd_pipeline.runtime.distributed import ALONE, Ranks
 from cskd_pipeline.runtime.progress import Meter, progress
@@ -109,7 +109,7 @@ def evaluate(checkpoint: Path, shards: str, options: EvalOptions = EvalOptions()
         split=options.split or None,
         prefer=("validation", "val", "test"),
     )
-    guard = ClassGuard(accept=options.accept_classes)
+    guard = ClassGuard(COMMAND_SWITCH, accept=options.accept_classes)
     dataset = dataset.fitting(header.classes(path), "the shards", guard)
     guard.report_new()
     shown = student.preprocessing.changed(options.crop_pct, None)

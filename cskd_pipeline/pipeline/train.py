@@ -1,10 +1,15 @@
 """Stage two: a student from shards joined to a teacher's cached logits.
 
-``train`` opens the data, checks that cache, shards and student fit, and runs the epochs: update by
-update (:meth:`Trainer.step <cskd_pipeline.pipeline.trainer.Trainer.step>`: pixels, heads, loss,
-optimizer), then the evaluation and the checkpoints. Everything random is a function of (seed,
-update), and the order of samples is one of (seed, epoch), so a run that was killed resumes exactly
-from its last state. No teacher is loaded here, and nothing of ``dump`` is imported.
+``train`` opens the data, checks that cache, shards and student fit, and runs the epochs:
+
+- ``_epoch`` makes the updates of one, each of them :meth:`Trainer.step
+  <cskd_pipeline.pipeline.trainer.Trainer.step>` (pixels, heads, loss, optimizer);
+- ``_close_epoch`` evaluates it and writes its row, its students and the state.
+
+A :class:`TrainJob <cskd_pipeline.pipeline.train_job.TrainJob>` holds what lasts for the whole run.
+Everything random is a function of (seed, update), and the order of samples is one of (seed, epoch),
+so a run that was killed resumes exactly from its last state. No teacher is loaded here, and nothing
+of ``dump`` is imported.
 """
 
 from __future__ import annotations
@@ -51,7 +56,7 @@ OCCUPIED_BY = (
 """A run may start in any folder that contains none of these (other files, such as a job's log, are
 fine).
 """
-ASK_EVERY = 10  # updates between the ranks' exchanges of whether one of them got a signal
+ASK_EVERY = 10  # updates after which ranks ask each other whether one of them got a signal
 
 
 def train(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
@@ -70,7 +75,7 @@ def train(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
     if not recipe.run.out:
         raise UsageError("train needs an output folder", action="pass --out DIR")
     out = Path(recipe.run.out)
-    with joined(recipe.run.rank_timeout) as ranks, _first_rank_holds(out, ranks):
+    with joined(recipe.run.rank_timeout) as ranks, _locked_by_first_rank(out, ranks):
         job = _open(recipe, ranks, resume)
         job.data.guard.report_new()
         if ranks.first:
@@ -86,8 +91,8 @@ def train(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
 
 
 @contextmanager
-def _first_rank_holds(out: Path, ranks: Ranks) -> Iterator[None]:
-    """Hold the output folder on the first rank, which alone writes to it."""
+def _locked_by_first_rank(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Lock the output folder for the first rank, which alone writes to it."""
     if not ranks.first:
         yield
         return
@@ -103,7 +108,7 @@ def _train(job: TrainJob, curves: RunLog) -> dict[str, Any]:
     started, first = time.perf_counter(), trainer.update
     try:
         with stop_requests() as stop:
-            if job.pending is not None:
+            if job.pending is not None:  # stopped between an epoch's updates and its evaluation
                 _close_epoch(job, curves, stop)
             batches = trainer.micro_batches()
             while trainer.update < trainer.total_updates:
@@ -116,7 +121,7 @@ def _train(job: TrainJob, curves: RunLog) -> dict[str, Any]:
 
 
 def _epoch(job: TrainJob, batches: Iterator[Batch], curves: RunLog, stop: Stop) -> None:
-    """Make the updates that are left in the current epoch; its row is ``job.pending`` then."""
+    """Make the updates that are left in the current epoch; leave its row in ``job.pending``."""
     trainer, options = job.trainer, job.recipe.run
     epoch, steps, drifted = trainer.epoch, trainer.steps_per_epoch, 0
     done = trainer.update % steps
@@ -136,8 +141,8 @@ def _epoch(job: TrainJob, batches: Iterator[Batch], curves: RunLog, stop: Stop) 
             if trainer.update % options.log_every == 0:
                 curves.scalars(trainer.update, _point(trainer, parts, ratio))
             within, every = trainer.update % steps, options.checkpoint_every
-            # All ranks exchange signals here: call it after every update, whatever else holds.
-            stopping = _stopping(trainer, stop)
+            # Ranks wait for each other here: call it after every update, whatever else holds.
+            stopping = _time_to_stop(trainer, stop)
             if within and (stopping or (every and within % every == 0)):
                 _save(job)
                 if stopping:
@@ -186,7 +191,7 @@ def _close_epoch(job: TrainJob, curves: RunLog, stop: Stop) -> None:
     _save(job)
     limit = limiting_side(row["data_wait"] or 0)
     log.info(f"{epoch_line(row, job.recipe.schedule.epochs)}  limit: {limit}")
-    if _signalled(trainer, stop) and not last:
+    if _exchange_signals(trainer, stop) and not last:
         raise KeyboardInterrupt
 
 
@@ -195,7 +200,7 @@ def _evaluate(job: TrainJob, stop: Stop) -> Row:
     trainer, row = job.trainer, dict[str, float | int | None]()
     candidates = {"last": trainer.student.model}
     if trainer.ema is not None:
-        candidates["ema"] = trainer.ema.module
+        candidates["ema"] = trainer.ema.module  # the moving average of the weights
     assert job.data.validation is not None
     size = job.recipe.run.eval_batch_size
     share = images_of_rank(job.data.validation, batch_size=size, ranks=trainer.ranks)
@@ -244,7 +249,10 @@ def _save_students(job: TrainJob, row: Row) -> None:
 
 
 def _save(job: TrainJob, name: str = STATE) -> None:
-    """Write the state if its numbers are all finite: a run can always resume from its last."""
+    """Write the state if its numbers are all finite: a run can always resume from its last.
+
+    All ranks call this: they average their sums of losses, and one that diverged stops all.
+    """
     state = job.state()
     found = find_nonfinite(state)
     if job.trainer.ranks.any(found is not None):
@@ -253,15 +261,15 @@ def _save(job: TrainJob, name: str = STATE) -> None:
         save_state(Path(job.recipe.run.out) / name, state)
 
 
-def _stopping(trainer: Trainer, stop: Stop) -> bool:
-    """Say that it is time to stop; ranks exchange it at times, so that all stop at one update."""
+def _time_to_stop(trainer: Trainer, stop: Stop) -> bool:
+    """Say that it is time to stop; ranks ask each other at times, so all stop at one update."""
     if trainer.ranks.many and trainer.update % ASK_EVERY:
         return False
-    return _signalled(trainer, stop)
+    return _exchange_signals(trainer, stop)
 
 
-def _signalled(trainer: Trainer, stop: Stop) -> bool:
-    """Say that some rank got a signal; then all know which."""
+def _exchange_signals(trainer: Trainer, stop: Stop) -> bool:
+    """Say that some rank got a signal; all ranks call this, and then know which."""
     if not trainer.ranks.any(stop.requested):
         return False
     for signals in trainer.ranks.gather(sorted(stop.signals)):

@@ -42,7 +42,9 @@ class TrainJob:
 
     Args:
         rows: rows of ``summary.csv``, one an epoch.
-        pending: the row of an epoch whose updates are done, and that is still to be evaluated.
+        pending: the row of an epoch whose updates are done, until it is evaluated and its students
+            are written; then it moves to ``rows``. It is saved with the state, so that a run killed
+            in between repeats no update.
         best: top-1, epoch and weights of the best student.
         changes: how the recipe was changed, each time the run was resumed with a different one.
         changed: the last of ``changes`` is new.

@@ -37,7 +37,7 @@ class UnitWriter:
     """Yield every view of a cache's undone units, and write the logits that come back::
 
         with writer:
-            for views in writer:
+            for views in writer.views():
                 writer.put(views, *network(views.images))
 
     Batches are full but for the last, on the device of ``loading``; they are yielded once. Units
@@ -96,8 +96,8 @@ class UnitWriter:
         """Say that all ``units`` are done, whoever made them."""
         return not self._undone.left()
 
-    def __iter__(self) -> Iterator[TeacherViews]:
-        """Return the batches, each of which is yielded once; see :class:`TeacherViews`.
+    def views(self) -> Iterator[TeacherViews]:
+        """Yield the views of undone units, batch by batch, each once; see :class:`TeacherViews`.
 
         Raises:
             CskdError: an image or a tar that cannot be read; the error that ended another rank.
@@ -157,10 +157,10 @@ class UnitWriter:
         self._computing.append((views, logits, ready))
         self.meter.advance(len(views))
         self._undone.claims.renew()
-        complete = 0
+        completed = 0
         while len(self._computing) > batches_ahead(spatial.device):
-            complete += self._store(*self._computing.popleft())
-        return complete
+            completed += self._store(*self._computing.popleft())
+        return completed
 
     def _require_next(self, views: TeacherViews, spatial: Tensor, global_: Tensor) -> None:
         self._require_open()

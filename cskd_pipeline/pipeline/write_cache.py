@@ -70,7 +70,7 @@ def write_cache(
     """Create the cache of ``teacher``'s logits, resume it, or extend it to more views::
 
         with write_cache(CacheSection("cache", views=4), "train-*.tar", teacher, policy) as writer:
-            for views in writer:                       # images (n, 3, S, S) float32, in [0, 1]
+            for views in writer.views():               # images (n, 3, S, S) float32, in [0, 1]
                 spatial, global_ = network(views.images)
                 writer.put(views, spatial, global_)    # (n, K, h, w) and (n, K)
 
@@ -102,7 +102,7 @@ def write_cache(
         refuse_repeated_keys(shards)
         dataset = replace(describe(shards), name=shards.name)
         manifest = cache_manifest(cache, dataset, teacher, policy, options.view_range)
-        guard = options.guard or ClassGuard(switch=None)
+        guard = options.guard or ClassGuard()
         writer = CacheWriter.create(
             cache.path, manifest, accept_versions=options.accept_versions, guard=guard
         )

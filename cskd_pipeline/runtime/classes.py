@@ -72,7 +72,7 @@ class ClassGuard:
     """Refuses classes that differ, or accepts them; keeps what was accepted and what is unknown.
 
     Args:
-        switch: what the user passes to accept a difference; None where nothing accepts it.
+        switch: what the user passes to accept a difference; None: nothing accepts it.
         accept: take class k of one side for class k of the other, whatever their names.
 
     Attributes:
@@ -80,7 +80,7 @@ class ClassGuard:
         unknown: one line for each pair of which only one side names its classes.
     """
 
-    def __init__(self, switch: str | None = COMMAND_SWITCH, *, accept: bool = False) -> None:
+    def __init__(self, switch: str | None = None, *, accept: bool = False) -> None:
         self.switch = switch
         self.accept = accept
         self.accepted: list[str] = []

@@ -22,7 +22,7 @@ from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.runtime import atomic
-from cskd_pipeline.runtime.classes import ClassGuard
+from cskd_pipeline.runtime.classes import COMMAND_SWITCH, ClassGuard
 from tests.cache.making import (
     BLOCK,
     CLASSES,
@@ -202,13 +202,13 @@ def test_classes_in_another_order_are_refused_unless_accepted(tmp_path: Path) ->
         for n, (unit, own) in enumerate(zip(UNITS, (None, names, names[::-1]), strict=False))
     ]
     with pytest.raises(CacheError, match="do not belong together") as caught:
-        merged(tmp_path / "out", *parts, guard=ClassGuard())
+        merged(tmp_path / "out", *parts, guard=ClassGuard(COMMAND_SWITCH))
     [line] = caught.value.problems
     assert line.startswith(f"dataset.class_names: the same {CLASSES} names in another order (class")
     assert f'"{names[-1]}" in {parts[2]}, "c0" in {parts[1]}' in line
     assert line.endswith("--accept-classes accepts it")
     assert not (tmp_path / "out").exists()
-    guard = ClassGuard(accept=True)
+    guard = ClassGuard(COMMAND_SWITCH, accept=True)
     found = merged(tmp_path / "out", *parts, guard=guard)
     assert len(found["accepted_classes"]) == 1
     assert guard.unknown == [

@@ -20,7 +20,7 @@ from cskd_pipeline.data.join import Join, find_differing, join
 from cskd_pipeline.data.replay import renderer_of, replay, spread_views
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.errors import JoinError, ViewDriftError
-from cskd_pipeline.runtime.classes import ClassGuard
+from cskd_pipeline.runtime.classes import COMMAND_SWITCH, ClassGuard
 from cskd_pipeline.views import apply
 from tests.conftest import COUNTS
 from tests.data.making import make_cache, same
@@ -193,7 +193,7 @@ def test_labels_of_what_is_missing_are_not_compared(tmp_path: Path, cache: Cache
 def test_labels_that_are_accepted_are_counted_and_read_as_they_are(
     tmp_path: Path, cache: Cache
 ) -> None:
-    guard = ClassGuard(accept=True)
+    guard = ClassGuard(COMMAND_SWITCH, accept=True)
     turned = [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)]
     joined = join(recut(tmp_path, turned), cache, guard)
     assert guard.accepted == ["34 of 43 samples have other labels than in the cache"]

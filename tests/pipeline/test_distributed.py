@@ -168,13 +168,13 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     from cskd_pipeline.pipeline import train
 
     words = arguments(small, tmp_path / "run")
-    original = train._stopping
+    original = train._time_to_stop
     # Forked ranks inherit the stand-in: rank 1 alone is told to stop, all of them do.
     with monkeypatch.context() as patch:
         patch.setattr(train, "ASK_EVERY", 1)
         patch.setattr(
             train,
-            "_stopping",
+            "_time_to_stop",
             lambda trainer, stop: (
                 trainer.ranks.any(trainer.ranks.rank == 1 and trainer.update == 6)
                 or original(trainer, stop)

@@ -56,7 +56,7 @@ def fill(
     """Put the network's logits, changed, until ``stop``, given the units complete, is true."""
     complete = 0
     with out:
-        for batch in out:
+        for batch in out.views():
             complete += out.put(batch, *change(*network(batch.images)))
             if stop(complete):
                 break
@@ -116,7 +116,7 @@ def test_logits_are_a_sign_of_life_before_a_unit_is_complete(
     cache = cache_of(tmp_path / "cache")
     out = write_cache(cache, dataset, TEACHER, POLICY, loading=loading, options=options)
     with out:
-        batch = next(iter(out))
+        batch = next(out.views())
         claims = [*(tmp_path / "cache" / FOLDER).iterdir()]
         for claim in claims:
             os.utime(claim, (0, 0))
@@ -171,9 +171,9 @@ def test_views_in_another_order_twice_or_outside_the_block_are_refused(
     dataset: Dataset, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="inside its with block"):
-        next(iter(opened(tmp_path / "cache", dataset)))
+        next(opened(tmp_path / "cache", dataset).views())
     with opened(tmp_path / "cache", dataset) as out:
-        one, two, three, *_ = out
+        one, two, three, *_ = out.views()
         out.put(one, *network(one.images))
         for other in (one, three):
             with pytest.raises(UsageError, match="come next"):

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from cskd_pipeline.errors import ClassesError
-from cskd_pipeline.runtime.classes import Classes, ClassGuard, difference, renumbering
+from cskd_pipeline.runtime.classes import (
+    COMMAND_SWITCH,
+    Classes,
+    ClassGuard,
+    difference,
+    renumbering,
+)
 
 NUMBERS = tuple(str(n) for n in range(12))
 PADDED = tuple(f"n{n:08d}" for n in range(12))
@@ -98,7 +104,7 @@ def test_names_that_one_side_lacks_are_logged_in_one_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     for accept in (False, True):
-        guard = ClassGuard(accept=accept)
+        guard = ClassGuard(COMMAND_SWITCH, accept=accept)
         guard.compare(side(None, 12), side(NUMBERS, of="there"))
         guard.compare(side(None, 12), side(None, 12, of="there"))
         guard.compare(side(NUMBERS), side(NUMBERS, of="there"))
@@ -108,7 +114,7 @@ def test_names_that_one_side_lacks_are_logged_in_one_line(
 
 
 def test_another_number_of_classes_is_never_accepted() -> None:
-    guard = ClassGuard(accept=True)
+    guard = ClassGuard(COMMAND_SWITCH, accept=True)
     for mine, theirs in ((side(None, 11), side(NUMBERS)), (side(NUMBERS[1:]), side(NUMBERS))):
         with pytest.raises(ClassesError) as caught:
             guard.compare(mine, theirs)
@@ -119,7 +125,7 @@ def test_another_number_of_classes_is_never_accepted() -> None:
 def test_a_stranger_s_names_are_short_and_on_one_line() -> None:
     hostile = ("a\x1b[31m\nb" + "x" * 10_000, "c")
     with pytest.raises(ClassesError) as caught:
-        ClassGuard().compare(side(hostile), side(("c", "d"), of="there"))
+        ClassGuard(COMMAND_SWITCH).compare(side(hostile), side(("c", "d"), of="there"))
     assert "\x1b" not in str(caught.value)
     assert max(map(len, str(caught.value).splitlines())) < 400
 

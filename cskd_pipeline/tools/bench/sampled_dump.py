@@ -85,7 +85,7 @@ class SampledDump:
         info = teacher_info(teacher, recipe.teacher.kwargs)
         cache = replace(recipe.cache, path=str(path), views=views, view_block=views)
         with write_cache(cache, self.dataset, info, recipe.views, loading=self.loading) as out:
-            for batch in out:
+            for batch in out.views():
                 images = normalise(batch.images, teacher.mean, teacher.std)
                 out.put(batch, *teacher.unchecked(images))
                 advance(len(batch))

@@ -121,7 +121,7 @@ def _preview(cache: Cache, options: PublishOptions) -> pa.Table:
     rows, found = preview.draw_rows(cache, options.samples, options.seed), None
     if options.thumbnails:
         assert options.shards is not None
-        found = join_to_look(cache, options.shards, ClassGuard(switch=None), split=options.split)
+        found = join_to_look(cache, options.shards, ClassGuard(), split=options.split)
     return preview.make_table(cache, rows, found)
 
 

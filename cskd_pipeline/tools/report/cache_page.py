@@ -12,7 +12,7 @@ from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.summary import size, summarise
 from cskd_pipeline.data.join import join_to_look
 from cskd_pipeline.distill.ckf import SCHEDULES, ckf_ratio
-from cskd_pipeline.runtime.classes import ClassGuard
+from cskd_pipeline.runtime.classes import COMMAND_SWITCH, ClassGuard
 from cskd_pipeline.tools.report.gallery import choose_views, class_names, make_views
 from cskd_pipeline.tools.report.labels import Labels, read_labels
 from cskd_pipeline.tools.report.page import PageOptions, render, write_page
@@ -40,7 +40,7 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
         CskdError: the cache, or the shards, cannot be used, or do not belong together.
     """
     reader = open_cache(path)
-    guard = ClassGuard(accept=options.accept_classes)
+    guard = ClassGuard(COMMAND_SWITCH, accept=options.accept_classes)
     shards = options.shards or ""
     found = join_to_look(reader, shards, guard, split=options.split)
     guard.report_new()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cskd_pipeline.runtime.classes import ClassGuard
+from cskd_pipeline.runtime.classes import COMMAND_SWITCH, ClassGuard
 from cskd_pipeline.tools.report import curves
 from cskd_pipeline.tools.report.dense_overlay import (
     StudentLabels,
@@ -38,7 +38,7 @@ def show_runs(folders: Sequence[Path], out: Path, options: PageOptions) -> dict[
     top1 = list(curves.draw_top1(contenders))
     drawn = {name: list(curves.draw(contenders, group)) for name, group in curves.GROUPS.items()}
     plots = [*top1, *(plot for group in drawn.values() for plot in group)]
-    guard = ClassGuard(accept=options.accept_classes)
+    guard = ClassGuard(COMMAND_SWITCH, accept=options.accept_classes)
     compared, without = None, dict[str, str]()
     if options.shards is not None:
         compared, without = compare(runs, guard, options)

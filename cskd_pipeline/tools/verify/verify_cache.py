@@ -110,7 +110,9 @@ def _own_checks(reader: Cache, depth: str, partial: bool) -> list[Check]:
 
 def _image_checks(reader: Cache, images: UserImages, differences: Sequence[str]) -> list[Check]:
     """Check the cache against the user's images; ``differences`` are those of library versions."""
-    guard = ClassGuard(accept=True)  # every difference becomes a problem, unless it is accepted
+    guard = ClassGuard(
+        COMMAND_SWITCH, accept=True
+    )  # every difference becomes a problem, unless it is accepted
     found = join_to_look(reader, images.shards, guard, split=images.split)
     checks = [_classes_check(found, guard, images.accept_classes)]
     replayed = replay(found, spread_views(found, images.samples))
