@@ -39,20 +39,14 @@ class ComparedImages:
     split: options.Split = None
     samples: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Views to replay from the shards, and to run the teacher on; 512 unless given.",
+        options.count(
+            "Views to replay from the shards, and to run the teacher on; 512 unless given."
         ),
     ] = None
     accept_classes: options.AcceptClasses = False
 
     def choose(self, teacher: TeacherChoice | None) -> UserImages | None:
-        """Return them; None without --shards.
-
-        Raises:
-            UsageError: other flags without --shards.
-        """
+        """Return them; None without --shards, which the other flags need."""
         flags = {"--samples": self.samples, "--split": self.split, "--teacher": teacher}
         flags["--accept-classes"] = self.accept_classes or None
         options.require_companion("--shards SHARDS", self.shards, flags)
@@ -76,11 +70,7 @@ class ComparedTeacher:
     device: options.Device = None
 
     def choose(self) -> TeacherChoice | None:
-        """Return it; None without --teacher.
-
-        Raises:
-            UsageError: other flags without --teacher, or no colours where they are to be.
-        """
+        """Return it; None without --teacher, which the other flags need."""
         rest = {name: value for name, value in vars(self).items() if name != "teacher"}
         flags = {f"--{name.replace('_', '-')}": value for name, value in rest.items()}
         options.require_companion("--teacher NAME", self.teacher, flags)
@@ -135,10 +125,8 @@ class Published:
         str | None,
         typer.Option(metavar="NAME", help="Of the cached logits; the manifest's unless given."),
     ] = None
-    samples: Annotated[
-        int, typer.Option(min=1, max=10_000, metavar="N", help="Views in the preview.")
-    ] = 300
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Draws other views.")] = 0
+    samples: Annotated[int, options.count("Views in the preview.", most=10_000)] = 300
+    seed: Annotated[int, options.count("Draws other views.", least=0)] = 0
     thumbnails: Annotated[
         bool,
         typer.Option(
@@ -186,11 +174,8 @@ class Converted:
     ] = None
     sampled_draws: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            max=8,
-            metavar="N",
-            help="Draws of the encoding sampled. Without, what the old one has, or 1.",
+        options.count(
+            "Draws of the encoding sampled. Without, what the old one has, or 1.", most=8
         ),
     ] = None
     sampled_temperature: Annotated[
@@ -202,9 +187,7 @@ class Converted:
             help="That it draws at. Without, what the old one has, or 1.",
         ),
     ] = None
-    views: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Only the first N views.")
-    ] = None
+    views: Annotated[int | None, options.count("Only the first N views.")] = None
     shards: Annotated[
         str | None,
         typer.Option(
@@ -213,21 +196,16 @@ class Converted:
     ] = None
     view_block: Annotated[
         int | None,
-        typer.Option(
-            min=0,
-            max=1000,
-            metavar="N",
-            help="Views per unit, which is held in memory: more make fewer files. 0: as many as "
+        options.count(
+            "Views per unit, which is held in memory: more make fewer files. 0: as many as "
             "keep a large cache below 40,000 files. Without, what the old cache has.",
+            least=0,
+            most=1000,
         ),
     ] = None
 
     def choose(self) -> Conversion:
-        """Return it.
-
-        Raises:
-            RecipeError: no such encoding; UsageError: draws without ``sampled``, or no range.
-        """
+        """Return it; refuse unknown encodings, draws without ``sampled``, and what is no range."""
         encodings = self.encoding or ()
         options.require_encodings(encodings)
         shards = options.parse_range(self.shards, "--shards")

@@ -11,7 +11,7 @@ from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe, key_info
 from cskd_pipeline.errors import RecipeError, UsageError
 
 Outcome = dict[str, Any] | None
-"""What a command found; :func:`cskd_pipeline.cli.running.main` prints it."""
+"""What a command found; :func:`cskd_pipeline.cli.root.main` prints it."""
 
 FLAGS: dict[type, dict[str, str]] = {
     DumpRecipe: {
@@ -60,11 +60,7 @@ def one_of(*known: str) -> Callable[[str], list[str]]:
 
 
 def usage_of(kind: type, name: str) -> tuple[str, str]:
-    """Return usage and key of a flag, ``("--epochs N", "schedule.epochs")`` of ``--epochs``.
-
-    Raises:
-        KeyError: no recipe of this kind has such a flag.
-    """
+    """Return usage and key of a flag, ``("--epochs N", "schedule.epochs")`` of ``--epochs``."""
     for usage, key in FLAGS[kind].items():
         if usage.partition(" ")[0] == name:
             return usage, key
@@ -72,11 +68,7 @@ def usage_of(kind: type, name: str) -> tuple[str, str]:
 
 
 def flag(name: str, kind: type = DumpRecipe, **options: Any) -> Any:
-    """Return typer's option for a flag, from its key; ``options`` are typer's, instead of those.
-
-    Raises:
-        KeyError: no recipe of this kind has such a flag.
-    """
+    """Return typer's option for a flag, from its key; ``options`` are typer's, instead of those."""
     usage, key = usage_of(kind, name)
     info = key_info(kind, key)
     made: dict[str, Any] = {"metavar": usage.partition(" ")[2] or None, "help": info.description}
@@ -87,6 +79,11 @@ def flag(name: str, kind: type = DumpRecipe, **options: Any) -> Any:
     if info.examples:
         made["autocompletion"] = one_of(*info.examples)
     return typer.Option(name, **(made | _OF_VIEWS.get(key, {}) | options))
+
+
+def count(help: str, *, least: int = 1, most: int | None = None) -> Any:
+    """Return typer's option for a whole number ``N``, within limits."""
+    return typer.Option(metavar="N", min=least, max=most, help=help)
 
 
 Json = Annotated[
@@ -176,11 +173,7 @@ def require_encodings(names: Sequence[str]) -> None:
 
 
 def parse_channels(text: str | None, name: str) -> list[float] | None:
-    """Return the three numbers of ``R,G,B``; None of None.
-
-    Raises:
-        UsageError: it is something else, or of ``--std`` not above 0.
-    """
+    """Return the three numbers of ``R,G,B``, of ``--std`` above 0, or refuse them; None of None."""
     if text is None:
         return None
     try:
@@ -197,11 +190,7 @@ def parse_channels(text: str | None, name: str) -> list[float] | None:
 
 
 def parse_range(text: str | None, name: str) -> tuple[int, int] | None:
-    """Return the two numbers of ``FROM:TO``; None of None.
-
-    Raises:
-        UsageError: it is something else, or FROM is not below TO.
-    """
+    """Return the two numbers of ``FROM:TO``, or refuse what is no range; None of None."""
     if text is None:
         return None
     first, _, last = text.partition(":")

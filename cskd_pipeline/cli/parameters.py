@@ -67,11 +67,7 @@ class RecipeLoader(Generic[R]):
     given: Mapping[str, Any]
 
     def __call__(self, more: Mapping[str, Any] | None = None) -> R:
-        """Return the recipe, with ``more`` (key -> value) beside the flags.
-
-        Raises:
-            RecipeError, UsageError: see :func:`cskd_pipeline.config.reading.load_recipe`.
-        """
+        """Return the recipe, with ``more`` (key -> value) beside the flags."""
         return load_recipe(self.kind, self.source, self.sets, {**self.given, **(more or {})})
 
     def gives(self, key: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cskd_pipeline.cli.options import AcceptClasses, Outcome, ShardsOption, Split, require
+from cskd_pipeline.cli.options import AcceptClasses, Outcome, ShardsOption, Split, count, require
 from cskd_pipeline.cli.root import app
 from cskd_pipeline.errors import UsageError
 
@@ -36,28 +36,18 @@ class Shown:
             "the first recipe names unless given.",
         ),
     ] = None
-    images: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=200, metavar="N", help="Views to show; 12 unless given, of runs 8."
-        ),
-    ] = None
+    images: Annotated[int | None, count("Views to show; 12 unless given, of runs 8.", most=200)] = (
+        None
+    )
     samples: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Views whose labels are counted; 2048 unless given, of runs 256.",
-        ),
+        int | None, count("Views whose labels are counted; 2048 unless given, of runs 256.")
     ] = None
     epochs: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            max=10_000,
-            metavar="N",
-            help="Of a cache: the length of the run that the schedules' slider follows; 300 "
-            "unless given.",
+        count(
+            "Of a cache: the length of the run that the schedules' slider follows; 300 unless "
+            "given.",
+            most=10_000,
         ),
     ] = None
     export: Annotated[
@@ -98,11 +88,7 @@ def show(target: Targets, shown: Shown, out: Out = Path("show")) -> Outcome:
 
 
 def _are_runs(targets: list[str]) -> bool:
-    """Return whether the targets are runs' folders.
-
-    Raises:
-        UsageError: a single target that is neither a run nor a cache.
-    """
+    """Say that the targets are runs' folders; refuse a single one that is no cache either."""
     from cskd_pipeline.cache.digests import split_pin
     from cskd_pipeline.cache.remote_files import is_remote
     from cskd_pipeline.tools.report.records import is_run

@@ -1,8 +1,9 @@
-"""Shards, the two stages, and evaluation."""
+"""Shards, the two stages, and what is made of a student: figures, and files for others."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from cskd_pipeline.cli import options
 from cskd_pipeline.cli.parameters import RecipeLoader
 from cskd_pipeline.cli.root import app
 from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
-from cskd_pipeline.errors import ImageError
+from cskd_pipeline.errors import ImageError, UsageError
 from cskd_pipeline.runtime.console import Terminal
 
 
@@ -24,8 +25,7 @@ class NamedData:
         str | None, typer.Option(metavar="NAME", help="Of the data set; default: from the shards.")
     ] = None
     num_classes: Annotated[
-        int | None,
-        typer.Option(min=1, max=65535, metavar="N", help="Default: from the class names."),
+        int | None, options.count("Default: from the class names.", most=65535)
     ] = None
     split: options.Split = None
 
@@ -87,8 +87,8 @@ def make_shards(
         Path, typer.Argument(metavar="IMAGE_FOLDER", help="A tree with one folder per class.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="An empty or new folder.")],
-    shard_size: Annotated[int, typer.Option(min=1, metavar="N", help="Samples in a shard.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the shuffle.")] = 0,
+    shard_size: Annotated[int, options.count("Samples in a shard.")] = 1000,
+    seed: Annotated[int, options.count("Of the shuffle.", least=0)] = 0,
     split: Annotated[
         str, typer.Option(metavar="NAME", help="What the shards and _info.json call this part.")
     ] = "train",
@@ -235,3 +235,46 @@ def evaluate(
 
     given = options.without_none(**vars(loading), crop_pct=crop_pct, accept_classes=accept_classes)
     return measuring.evaluate(checkpoint, shards, measuring.EvalOptions(**given))
+
+
+class ExportFormat(StrEnum):
+    """Name what a student is exported as."""
+
+    TIMM = "timm"
+    ONNX = "onnx"
+
+
+@app.command(
+    epilog="Example: cskd-pipeline export runs/tiny --out tiny-for-all --format timm --format onnx"
+)
+def export(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A student's .safetensors file, or a run's folder."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="An empty or new folder.")],
+    format_: Annotated[
+        list[ExportFormat] | None,
+        typer.Option(
+            "--format",
+            help="timm: config.json and model.safetensors, which timm loads from the folder or the "
+            "hub. onnx: model.onnx, the normalisation and the mean of the heads inside. May be "
+            "given more than once; timm unless given.",
+        ),
+    ] = None,
+    heads: Annotated[
+        bool, typer.Option("--heads", help="The ONNX model also gives every head's own logits.")
+    ] = False,
+) -> options.Outcome:
+    """Write a student for those without this package: for timm and the hub, or as ONNX.
+
+    A README beside it says how it was trained and how to get its logits.
+    """
+    formats = tuple(dict.fromkeys(format_ or (ExportFormat.TIMM,)))
+    if heads and ExportFormat.ONNX not in formats:
+        raise UsageError("--heads does nothing alone", action="give --format onnx too")
+    from cskd_pipeline.tools.export import export_student as exporting
+
+    return exporting.export_student(checkpoint, out, formats=formats, each_head=heads)

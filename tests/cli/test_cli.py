@@ -338,7 +338,7 @@ def test_refusals_are_a_message_exit_1_and_no_traceback(
         ("cache", "Missing command"),
         ("index a", "Missing option '--out'"),
         ("evaluate a", "Missing option '--shards'"),
-        ("export a --out b --format tflite", "expected: timm or onnx"),
+        ("export a --out b --format tflite", "'tflite' is not one of 'timm', 'onnx'"),
         ("export a --out b --heads", "give --format onnx too"),
         ("make-shards a", "Missing argument 'OUT'"),
         ("train --method both", "'both'"),

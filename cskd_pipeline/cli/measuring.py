@@ -1,4 +1,4 @@
-"""``bench``: what things cost and how fast they are, measured here."""
+"""``bench`` and ``plan``: what things cost and how fast they are, measured here or forecast."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,15 +8,13 @@ import typer
 from cskd_pipeline.cli import options
 from cskd_pipeline.cli.parameters import RecipeLoader
 from cskd_pipeline.cli.reports import print_report
-from cskd_pipeline.cli.root import bench_app
+from cskd_pipeline.cli.root import bench_app, plan_app
 from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.runtime.console import Terminal
 
 Size = Annotated[int, options.flag("--size")]
-Rounds = Annotated[
-    int, typer.Option(min=3, metavar="N", help="How often each side takes its turn.")
-]
+Rounds = Annotated[int, options.count("How often each side takes its turn.", least=3)]
 
 
 @bench_app.command(
@@ -34,9 +32,7 @@ def encodings(
         ),
     ],
     load: RecipeLoader[DumpRecipe],
-    views: Annotated[
-        int, typer.Option(min=1, metavar="N", help="How many views to measure on.")
-    ] = 256,
+    views: Annotated[int, options.count("How many views to measure on.")] = 256,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE.svg|FILE.png", help="Draw distortion against bytes."),
@@ -171,9 +167,7 @@ def step(
 def dump(
     terminal: Terminal,
     load: RecipeLoader[DumpRecipe],
-    images: Annotated[
-        int, typer.Option(min=1, metavar="N", help="How many images to dump in each round.")
-    ] = 128,
+    images: Annotated[int, options.count("How many images to dump in each round.")] = 128,
     rounds: Rounds = 5,
     variants: Annotated[
         bool,
@@ -197,3 +191,54 @@ def dump(
         recipe, images=images, rounds=rounds, with_variants=variants, compile=compile
     )
     return print_report(terminal, report, bench.printed(report))
+
+
+@plan_app.command(
+    name="dump",
+    flags="--shards --teacher --weights --encoding --split --batch-size --workers --device",
+    epilog="Example: cskd-pipeline plan dump --recipe paper_regnety_160 --shards train.json "
+    "--views 30 --views 300 --devices 8",
+)
+def plan_dump(
+    terminal: Terminal,
+    load: RecipeLoader[DumpRecipe],
+    views: Annotated[
+        list[int] | None, options.count("Views to forecast; more than once for several.")
+    ] = None,
+    devices: Annotated[
+        list[int] | None, options.count("Forecast N such devices too; more than once.")
+    ] = None,
+    images: Annotated[int, options.count("About how many images to try it on.")] = 256,
+) -> options.Outcome:
+    """Forecast bytes and time of a dump, for every encoding, from a few hundred images."""
+    recipe = load({"cache.views": max(views)} if views else {})
+    load.require(recipe, "--shards --teacher")
+    options.require_encodings(recipe.cache.encodings)
+    from cskd_pipeline.tools.estimate import estimate_dump
+
+    report = estimate_dump.plan_dump(
+        recipe, views=views or (), devices=devices or (), images=images
+    )
+    return print_report(terminal, report, estimate_dump.printed(report))
+
+
+@plan_app.command(
+    name="train",
+    flags="--shards --cache --student --method --epochs --split --batch-size --workers --device",
+    epilog="Example: cskd-pipeline plan train --recipe paper_tiny_cskd --shards train.json "
+    "--cache cache",
+)
+def plan_train(
+    terminal: Terminal,
+    load: RecipeLoader[TrainRecipe],
+    updates: Annotated[
+        int, options.count("How many updates to try it on, each way.", least=2)
+    ] = 20,
+) -> options.Outcome:
+    """Forecast the time of a training run, and whether the loader or the device is its limit."""
+    recipe = load()
+    load.require(recipe, "--shards")
+    from cskd_pipeline.tools.estimate import estimate_train
+
+    report = estimate_train.plan_train(recipe, updates=updates)
+    return print_report(terminal, report, estimate_train.printed(report))
