@@ -1,19 +1,21 @@
-"""Recipes from files, names and the command line."""
+"""Recipes from files, names and the command line; what is wrong with one, a line each."""
+
+from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from cskd_pipeline.config.problems import Problems, shown
 from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe, is_factory, key_types
-from cskd_pipeline.errors import RecipeError, UsageError
+from cskd_pipeline.errors import RecipeError, UsageError, printable
 from cskd_pipeline.runtime import resources
 
 R = TypeVar("R", DumpRecipe, TrainRecipe)
@@ -23,6 +25,21 @@ _MAX_BYTES = 2**20
 _MAX_DOTS = 30
 _BESIDE_A_QUOTE = re.compile(rb"""["'][ \t]*\.|\.[ \t]*["']""")
 _NO_BARE_KEY = re.compile(rb"[^\w\-. \t]+")
+MAX_DEPTH = 20
+"""Of tables and arrays in one another: what walks through them calls itself."""
+
+# Where pydantic's own words are not those of someone who writes TOML.
+_EXPECTED = {
+    "bool_type": "true or false",
+    "dataclass_type": "a table",
+    "dict_type": "a table",
+    "float_type": "a number",
+    "int_type": "an integer",
+    "string_type": "a string",
+    "too_short": "at least one value",
+    "tuple_type": "an array",
+}
+_Location = tuple[str | int, ...]
 
 
 def load_recipe(
@@ -54,11 +71,11 @@ def load_recipe(
             raise UsageError(
                 "a flag and --set disagree",
                 where=name,
-                found=f"{shown(value)} and {shown(overrides[name])}",
+                found=f"{_shown(value)} and {_shown(overrides[name])}",
                 action="give one of the two",
             )
         overrides[name] = value
-    problems = Problems(kind, overrides)
+    problems = _Problems(kind, overrides)
     _refuse_code(document, overrides, problems)
     _put_all(document, overrides, problems)
     problems.take_out_flaws(document)
@@ -69,7 +86,7 @@ def load_recipe(
     return recipe
 
 
-def _validated(kind: type[R], document: dict[str, Any], problems: Problems) -> R | None:
+def _validated(kind: type[R], document: dict[str, Any], problems: _Problems) -> R | None:
     try:
         # JSON has TOML's types: strict validation takes its arrays for tuples, and nothing else.
         return TypeAdapter(kind).validate_json(json.dumps(document))
@@ -82,12 +99,9 @@ def _validated(kind: type[R], document: dict[str, Any], problems: Problems) -> R
 
 
 def find_recipe(kind: type, source: str | Path) -> Path:
-    """Return the file that ``--recipe`` means: a path, or a name in ``stages/``.
+    """Return the file that ``--recipe`` means: a path, or a name in ``stages/``; refuse others.
 
     A name without its method means the method this project is for: ``paper_tiny``.
-
-    Raises:
-        RecipeError: there is no such file, or no recipe of that name.
     """
     given = str(source)
     if given.endswith(".toml") or os.sep in given:
@@ -153,7 +167,7 @@ def _nests_deeply(data: bytes) -> bool:
 
 
 def _refuse_code(
-    document: Mapping[str, Any], overrides: Mapping[str, Any], problems: Problems
+    document: Mapping[str, Any], overrides: Mapping[str, Any], problems: _Problems
 ) -> None:
     """Refuse a factory, which is code, that only the file names: it may be a stranger's."""
     section = document.get("teacher")
@@ -161,8 +175,8 @@ def _refuse_code(
     if isinstance(name, str) and is_factory(name) and "teacher.name" not in overrides:
         problems.add(
             "teacher.name",
-            f"found {shown(name)}, which would run code of that module; a recipe file alone may "
-            f"not: if you trust it, say --teacher {shown(name)} as well",
+            f"found {_shown(name)}, which would run code of that module; a recipe file alone may "
+            f"not: if you trust it, say --teacher {_shown(name)} as well",
         )
 
 
@@ -190,7 +204,7 @@ def _parse_value(kind: type, name: str, text: str) -> Any:
     return text if textual and not isinstance(parsed["value"], str) else parsed["value"]
 
 
-def _put_all(document: dict[str, Any], overrides: Mapping[str, Any], problems: Problems) -> None:
+def _put_all(document: dict[str, Any], overrides: Mapping[str, Any], problems: _Problems) -> None:
     """Put the overrides into ``document``; report any inside another or a value."""
     for name, value in overrides.items():
         outer = next((one for one in overrides if name.startswith(f"{one}.")), None)
@@ -203,8 +217,112 @@ def _put_all(document: dict[str, Any], overrides: Mapping[str, Any], problems: P
             inner = inside.setdefault(part, {})
             if not isinstance(inner, dict):
                 held = ".".join(parents[:depth])
-                problems.add(name, f"found {held} = {shown(inner)}, expected a table to put it in")
+                problems.add(name, f"found {held} = {_shown(inner)}, expected a table to put it in")
                 break
             inside = inner
         else:
             inside[key] = value
+
+
+# -- what is wrong with a recipe ---------------------------------------------------------------
+
+
+class _Problems:
+    """The problems of a recipe of a kind, of which the command line gave ``overrides``."""
+
+    def __init__(self, kind: type, overrides: Iterable[str]) -> None:
+        self.lines: list[str] = []
+        self._names = list(key_types(kind))
+        self._overrides = set(overrides)
+
+    def add(self, path: str, text: str) -> None:
+        origin = " (from the command line)" if path.split("[")[0] in self._overrides else ""
+        self.lines.append(f"{path}{origin}: {text}")
+
+    def add_errors(self, error: ValidationError) -> None:
+        """Add everything that pydantic found, unknown keys first."""
+        unknown = "unexpected_keyword_argument"
+        for one in sorted(error.errors(include_url=False), key=lambda one: one["type"] != unknown):
+            path = _dotted(one["loc"])
+            if one["type"] == unknown:
+                self._add_unknown(path)
+            elif one["type"] == "missing":  # of an array of fixed length
+                self.add(path, "found nothing, expected a value")
+            else:
+                self.add(path, f"found {_shown(one['input'])}, expected {_expected(one)}")
+
+    def take_out_flaws(self, document: dict[str, Any]) -> None:
+        """Take the keys out of ``document`` whose values no recipe can hold, and add them."""
+        for location, text in list(_flaws(document)):
+            self.add(_dotted(location), text)
+            section = document.get(str(location[0]))
+            if isinstance(section, dict) and len(location) > 1:
+                section.pop(location[1], None)
+            else:
+                document.pop(str(location[0]), None)
+
+    def _add_unknown(self, path: str) -> None:
+        """Add that nothing is called ``path``, with the nearest name that something has."""
+        section, _, key = path.rpartition(".")
+        last = {name: name.rpartition(".")[2] for name in self._names}
+        inside = {last[name]: name for name in self._names if name.rpartition(".")[0] == section}
+        near = (
+            [inside[one] for one in difflib.get_close_matches(key, inside, 1)]
+            or [name for one, name in inside.items() if key in one.split("_")]
+            or [name for name in self._names if last[name] == key]
+            or difflib.get_close_matches(path, self._names, 1)
+        )
+        hint = f", did you mean {' or '.join(near)}?" if near else ""
+        self.add(path, f"found an unknown {'key' if section else 'section'}{hint}")
+
+
+def _dotted(location: _Location) -> str:
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location).lstrip(".")
+
+
+def _expected(error: Any) -> str:
+    """Return what was expected, of one of pydantic's errors."""
+    text = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    text = re.sub("^(greater|less)", r"a value \1", _EXPECTED.get(error["type"], text))
+    if error["type"] == "literal_error":
+        near = difflib.get_close_matches(str(error["input"]), re.findall("'(.+?)'", text), 1)
+        text += f", did you mean {near[0]!r}?" if near else ""
+    return text
+
+
+def _flaws(value: Any, location: _Location = ()) -> Iterator[tuple[_Location, str]]:
+    """Yield the location and the text of what JSON, or TOML written later, could not hold."""
+    if isinstance(value, dict | list | tuple) and len(location) <= MAX_DEPTH:
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            inside = (*location, key)
+            yield from _flaws(item, inside)
+            if flaw := _flaw(key):
+                yield inside, f"found {_shown(key)}, expected {flaw}"
+    elif flaw := _flaw(value):
+        yield location, f"found {_shown(value)}, expected {flaw}"
+
+
+def _flaw(value: Any) -> str:
+    """Return what a value should have been that cannot be passed on or written back."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return "text that is valid Unicode"
+        return "text without a NUL character" if "\0" in value else ""
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else "a finite number"
+    if isinstance(value, int):
+        return "" if -(2**63) <= value < 2**63 else "an integer of 64 bits"
+    if isinstance(value, dict | list | tuple):
+        return f"at most {MAX_DEPTH} tables in one another"
+    return "a string, number or boolean"
+
+
+def _shown(value: Any) -> str:
+    """Return ``value`` about as TOML writes it, short."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a table"
+    return printable(repr(list(value) if isinstance(value, tuple) else value), 60)

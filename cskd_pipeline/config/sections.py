@@ -347,11 +347,7 @@ def key_types(kind: type) -> Mapping[str, Any]:
 
 
 def key_info(kind: type, name: str) -> FieldInfo:
-    """Return default, limits, description and examples of the key called ``name``.
-
-    Raises:
-        KeyError: there is no such key.
-    """
+    """Return default, limits, description and examples of the key called ``name``."""
     section, _, key = name.partition(".")
     owner = key_types(kind)[section]
     if is_pydantic_dataclass(owner):

@@ -11,7 +11,7 @@ from cskd_pipeline.views.policy import REGISTERED, Range, ViewPolicy
 ATTEMPTS = 10  # at a crop or an erase box, as torchvision and timm have it
 MAX_LEVEL = 10.0  # of RandAugment magnitudes
 ARGUMENT_UNITS = 4096
-"""Arguments of operations are multiples of 1/4096: :mod:`cskd_pipeline.views.ops` says why."""
+"""Arguments of operations are multiples of 1/4096: :mod:`cskd_pipeline.views.apply` says why."""
 
 Op = tuple[str, float]
 """A RandAugment operation and its argument; operations without one have 0."""

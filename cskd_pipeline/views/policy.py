@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cskd_pipeline.errors import RecipeError, UsageError
+from cskd_pipeline.runtime import schemas
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +24,16 @@ RGB = tuple[float, float, float]
 # at that colour; in caches of format version 1 another colour, or none, turned white. Views of all
 # other files are as they were.
 VERSIONS = ("deit-v1",)
+_LIMITS = {
+    **dict.fromkeys(("flip", "randaugment_prob", "erase", "mix", "cutmix_switch"), (0, 1)),
+    **dict.fromkeys(("randaugment_std", "mixup_alpha", "cutmix_alpha"), (0, math.inf)),
+    "randaugment_magnitude": (0, 10),
+    "randaugment_ops": (0, math.inf),
+    "size": (8, math.inf),
+    "window": (2, math.inf),
+    "repeats": (1, math.inf),
+}
+"""Least and most of the fields that are one number."""
 
 
 @dataclass(frozen=True)
@@ -67,37 +77,28 @@ class ViewPolicy:
                 "the view policy is not usable", where="[views]", found="; ".join(problems)
             )
 
-    def _problems(self) -> list[str]:
-        problems = []
-        if self.version not in (*VERSIONS, *REGISTERED):
-            known = ", ".join((*VERSIONS, *REGISTERED))
-            problems.append(
-                f"version {self.version!r} is unknown, known: {known}; "
+    def _problems(self) -> Iterator[str]:
+        known = (*VERSIONS, *REGISTERED)
+        if self.version not in known:
+            yield (
+                f"version {self.version!r} is unknown, known: {', '.join(known)}; "
                 "cskd_pipeline.register_policy adds one"
             )
-        for name in ("flip", "randaugment_prob", "erase", "mix", "cutmix_switch"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                problems.append(f"{name} = {getattr(self, name)} is not a probability")
+        for name, (least, most) in _LIMITS.items():
+            value = getattr(self, name)
+            if value < least:
+                yield f"{name} = {value} is below {least}"
+            elif not value <= most:
+                yield f"{name} = {value} is above {most}"
         for name in ("crop_area", "erase_area", "crop_ratio", "erase_ratio"):
             low, high = getattr(self, name)
-            top = 1.0 if name.endswith("area") else float("inf")
+            top = 1.0 if name.endswith("area") else math.inf
             if not 0.0 < low <= high <= top:
-                problems.append(f"{name} = [{low}, {high}] is not a range within (0, {top}]")
-        for name, low in (("size", 8), ("randaugment_ops", 0), ("window", 2), ("repeats", 1)):
-            if getattr(self, name) < low:
-                problems.append(f"{name} = {getattr(self, name)} is below {low}")
-        if not 0.0 <= self.randaugment_magnitude <= 10.0:
-            problems.append(
-                f"randaugment_magnitude = {self.randaugment_magnitude} is not in [0, 10]"
-            )
-        for name in ("randaugment_std", "mixup_alpha", "cutmix_alpha"):
-            if getattr(self, name) < 0.0:
-                problems.append(f"{name} = {getattr(self, name)} is negative")
+                yield f"{name} = [{low}, {high}] is not a range within (0, {top}]"
         if self.mix > 0.0 and self.mixup_alpha == 0.0 and self.cutmix_alpha == 0.0:
-            problems.append("mix > 0 needs mixup_alpha or cutmix_alpha above 0")
+            yield "mix > 0 needs mixup_alpha or cutmix_alpha above 0"
         if any(s <= 0.0 for s in self.std):
-            problems.append(f"std = {list(self.std)} is not positive")
-        return problems
+            yield f"std = {list(self.std)} is not positive"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (self.to_json(), REGISTERED.get(self.version))
@@ -131,8 +132,7 @@ class ViewPolicy:
 
     def digest(self) -> str:
         """Return the SHA-256 (hex) of the canonical JSON: equal digests mean equal views."""
-        canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return schemas.sha256(self.to_json())
 
     def difference(self, other: ViewPolicy) -> list[str]:
         """List the fields that differ, one line each: ``name: ours and theirs``."""

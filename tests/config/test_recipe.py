@@ -126,7 +126,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         "expected a string, number or boolean",
         "student.kwargs.deep.rate[1]: found nan, expected a finite number",
         "batch.accumulation: found 3, expected a divisor of batch.batch_size",
-        "views: flip = 2.0 is not a probability; size = 3 is below 8",
+        "views: flip = 2.0 is above 1; size = 3 is below 8",
     }
 
 

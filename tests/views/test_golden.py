@@ -20,12 +20,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cskd_pipeline.views.apply import digest, erase_noise, mix_pixels, render, to_float
+from cskd_pipeline.views.apply import (
+    apply_op,
+    digest,
+    erase_noise,
+    mix_pixels,
+    render,
+    to_float,
+)
 from cskd_pipeline.views.bits import BitStream, derive_seed, normal_table, view_seed
 from cskd_pipeline.views.decode import decode
 from cskd_pipeline.views.draw import OPS, ViewParams, argument, draw
 from cskd_pipeline.views.mixing import draw_mix, matching
-from cskd_pipeline.views.ops import apply_op
 from cskd_pipeline.views.policy import ViewPolicy
 from tests.views.making import noise, scene
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageFilter
 from timm.data.auto_augment import NAME_TO_OP
 
+from cskd_pipeline.views.apply import apply_op
 from cskd_pipeline.views.draw import ARGUMENT_UNITS, MAX_LEVEL, OPS, argument
-from cskd_pipeline.views.ops import apply_op
 from tests.views.making import noise, scene
 from tests.views.test_draw import TIMM_NAMES
 
