@@ -58,7 +58,7 @@ class LeftOuts:
         name: str,
         identity: Mapping[str, Any],
         counts: Sequence[int],
-        look: Callable[[int, int], Offsets],
+        look: Callable[..., Offsets],
     ) -> Offsets:
         """Return what reading every image finds: from the record, or found now by all ranks.
 
@@ -67,7 +67,7 @@ class LeftOuts:
             identity: identifies the data that the record describes; a record with another identity
                 is ignored.
             counts: number of samples in each shard.
-            look: reads part i of n of the images, and returns what it finds there.
+            look: reads ``part`` of ``parts`` of the images, and returns what it finds there.
 
         Raises:
             ManifestError: a record that was altered.
@@ -79,7 +79,7 @@ class LeftOuts:
         found = self.ranks.gather(known)[0]
         if found is None:
             found = {}
-            for part in self.ranks.gather(look(self.ranks.rank, self.ranks.world)):
+            for part in self.ranks.gather(look(part=self.ranks.rank, parts=self.ranks.world)):
                 for shard, offsets in part.items():
                     found[shard] = sorted([*found.get(shard, ()), *offsets])
             found = {shard: found[shard] for shard in sorted(found)}

@@ -82,11 +82,7 @@ _DIGEST: TypeAdapter[str] = TypeAdapter(Digest)
 
 
 def save_student(path: Path, state: dict[str, torch.Tensor], header: StudentHeader) -> None:
-    """Write a timm state dict and its header.
-
-    Raises:
-        OutputError: no space, or no permission.
-    """
+    """Write a timm state dict and its header."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     # One entry: the library writes several in random order, and equal runs leave equal files.
     about = {"format": FORMAT, "sha256": state_digest(tensors), **asdict(header)}
@@ -97,9 +93,6 @@ def save_student(path: Path, state: dict[str, torch.Tensor], header: StudentHead
 def student_file(path: Path) -> Path:
     """Return the file of ``path``: itself; of a run's folder the best student, else the last; of
     an exported folder its model.
-
-    Raises:
-        WeightsError: a folder without any.
     """
     if not path.is_dir():
         return path
@@ -115,21 +108,13 @@ def student_file(path: Path) -> Path:
 
 
 def read_header(path: Path) -> StudentHeader:
-    """Read the header of a student's file.
-
-    Raises:
-        WeightsError: not a safetensors file, or one without a (known) header.
-    """
+    """Read the header of a student's file; refuse other files, and unknown headers."""
     return _read_header(path)[0]
 
 
 def has_header(path: Path) -> bool:
-    """Say that a file's header claims a student, rightly or not.
-
-    Raises:
-        WeightsError: not a safetensors file.
-    """
-    return HEADER in _metadata(path)
+    """Say that a file is a safetensors file whose header claims a student, rightly or not."""
+    return path.is_file() and is_safetensors(path) and HEADER in _metadata(path)
 
 
 def read_student(path: Path) -> tuple[StudentHeader, dict[str, torch.Tensor]]:
@@ -159,8 +144,7 @@ def load_student(path: Path, device: torch.device) -> tuple[Student, StudentHead
         StudentError: a model that cannot be made.
     """
     header, state = read_student(path)
-    arguments = {name: getattr(header, name) for name in ("num_classes", "size", "kwargs")}
-    student = bounded_student(header.model, state, path, **arguments)
+    student = bounded_student(header, state, path)
     student.preprocessing = student.preprocessing.changed(header.crop_pct, header.interpolation)
     student.require(method=header.method, grid=header.grid)
     there = {"cls": True, "dist": student.has_distillation_token, "dense": header.grid is not None}
@@ -177,15 +161,9 @@ def load_student(path: Path, device: torch.device) -> tuple[Student, StudentHead
 
 
 def bounded_student(
-    name: str,
-    state: Mapping[str, torch.Tensor],
-    where: Path,
-    *,
-    num_classes: int,
-    size: int,
-    kwargs: Mapping[str, Any],
+    header: StudentHeader, state: Mapping[str, torch.Tensor], where: Path
 ) -> Student:
-    """Make a fresh model as a stranger's file names it; refuse one far larger than its ``state``.
+    """Make a fresh model as a stranger's header names it; refuse one far larger than its ``state``.
 
     The model is built on the meta device first, where tensors have shapes and no memory, and its
     parameters and buffers are counted as layers register them. The factors leave room for what
@@ -198,7 +176,9 @@ def bounded_student(
     stored = sum(tensor.numel() for tensor in state.values())
 
     def create() -> Student:
-        return create_student(name, num_classes=num_classes, size=size, kwargs=kwargs)
+        return create_student(
+            header.model, num_classes=header.num_classes, size=header.size, kwargs=header.kwargs
+        )
 
     try:
         with _registered_at_most(6 * stored + 2**24, 8 * len(state) + 256), torch.device("meta"):
@@ -209,7 +189,7 @@ def bounded_student(
         raise WeightsError(
             "the checkpoint names a model that is larger than its tensors",
             where=where,
-            found=f"{name} with {dict(kwargs)} at {size} px",
+            found=f"{header.model} with {header.kwargs} at {header.size} px",
             expected=f"a model of {len(state)} tensors and {stored} values",
         ) from error
     return create()
@@ -248,37 +228,47 @@ def _read_header(path: Path) -> tuple[StudentHeader, str | None]:
         if version not in (1, FORMAT):
             raise ValueError(f"format {version!r}")
         digest = _DIGEST.validate_python(document.pop("sha256")) if version == FORMAT else None
-        header = _HEADER.validate_json(json.dumps(document))
-        names, count = header.class_names, header.num_classes
-        if names is not None and len(names) != count:
-            raise ValueError(f"{len(names)} class_names of {count} classes")
-        check_arguments(header.kwargs)
+        header = parse_header(document)
     except (KeyError, ValueError, TypeError, AttributeError, ManifestError) as error:
-        found = f"{type(error).__name__}: {error}"
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            name = ".".join(map(str, first["loc"])) or "sha256"
-            found = f"{name}: {first['msg']}, not {first['input']!r}"
         raise WeightsError(
             "the checkpoint does not state which student it holds",
             where=path,
-            found=found,
+            found=header_problem(error),
             expected=f"an entry {HEADER!r} of format {FORMAT} in its header, as train writes it",
         ) from error
     return header, digest
 
 
-def check_arguments(value: Any) -> None:
-    """Refuse numbers and collections with which a constructor could be kept busy for ever.
+def parse_header(document: dict[str, Any]) -> StudentHeader:
+    """Return the header that a JSON object describes, with arguments that are small enough.
 
     Raises:
-        ValueError: names the number.
+        ValueError: some entry is not of its kind; :func:`header_problem` says which.
     """
+    header = _HEADER.validate_json(json.dumps(document))
+    names, count = header.class_names, header.num_classes
+    if names is not None and len(names) != count:
+        raise ValueError(f"{len(names)} class names of {count} classes")
+    _check_arguments(header.kwargs)
+    return header
+
+
+def header_problem(error: Exception) -> str:
+    """Return in one line what is wrong with a header."""
+    if not isinstance(error, ValidationError):
+        return f"{type(error).__name__}: {error}"
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"])) or "sha256"
+    return f"{name}: {first['msg']}, not {first['input']!r}"
+
+
+def _check_arguments(value: Any) -> None:
+    """Refuse numbers and collections with which a constructor could be kept busy for ever."""
     if isinstance(value, dict | list):
         if len(value) > 1000:
             raise ValueError(f"kwargs with {len(value)} entries in one table or list")
         for item in value.values() if isinstance(value, dict) else value:
-            check_arguments(item)
+            _check_arguments(item)
     elif isinstance(value, int | float) and not abs(value) <= MAX_ARGUMENT:
         raise ValueError(f"kwargs with the number {value}")
 

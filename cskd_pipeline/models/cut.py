@@ -38,14 +38,11 @@ class Cut(NamedTuple):
 
 
 def cut_network(network: nn.Module, name: str, size: int) -> Cut:
-    """Give ``network``, in eval mode, the two methods of a teacher.
+    """Give ``network``, in eval mode, the two methods of a teacher, or refuse it with the reason.
 
     Args:
         name: of the teacher, for messages.
         size: side of the input in pixels.
-
-    Raises:
-        TeacherError: with the reason why this network has no spatial logits.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, size, size, generator=generator)

@@ -125,11 +125,8 @@ class Student(nn.Module):
                 parameter.requires_grad_(False).zero_()
 
     def require(self, *, method: str, grid: Grid | None) -> None:
-        """Refuse a method or a teacher grid (rows, columns) that this student cannot serve.
-
-        Raises:
-            StudentError: a model that is no plain ViT, or one with fewer tokens than the teacher
-                has locations along a side.
+        """Refuse a method or a teacher grid (rows, columns) that this student cannot serve: as no
+        plain ViT, or with fewer tokens than the teacher has locations along a side.
         """
         if method != "none" or grid is not None:
             _require_tokens(self.model, grid, self.name)

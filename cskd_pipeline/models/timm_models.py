@@ -63,9 +63,6 @@ def build_teacher(
     Returns:
         The network, what to call it, and where its weights come from: ``hub``, ``file``, ``random``
         or ``factory``.
-
-    Raises:
-        TeacherError: no such model, bad arguments, weights out of reach.
     """
     name, kwargs, num_classes = source.name, source.kwargs, source.num_classes
     is_hub = source.weights == "hub"
@@ -104,10 +101,8 @@ def create_timm(
     Args:
         num_classes: None leaves the model's own.
         kwargs: for the model's constructor; an ``img_size`` there must be ``size``.
-        error: what to raise.
-
-    Raises:
-        error: an unknown name, arguments the model does not take, weights that cannot be fetched.
+        error: raised for an unknown name, arguments that the model does not take, and weights that
+            cannot be fetched.
     """
     if not name.startswith(HUB_PREFIXES) and not timm.is_model(name):
         raise _unknown(error, timm, name, name.split(".")[0], timm.list_models())

@@ -13,11 +13,7 @@ FORMAT = 2
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a training state: nested dicts and lists of tensors and plain values.
-
-    Raises:
-        OutputError: no space, or no permission.
-    """
+    """Write a training state: nested dicts and lists of tensors and plain values."""
 
     def write(partial: Path) -> None:
         with open(partial, "wb") as file:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import AverageMeter, accuracy
+from timm.utils import accuracy
+from torch import Tensor
 
 from cskd_pipeline.data.assemble import normalise
 from cskd_pipeline.data.evalset import EvalBatch, eval_loader
@@ -43,13 +44,10 @@ def measure(
     ``mean`` averages the logits of ``heads`` (CSKD §4: class, distillation, and the mean over
     patches of the dense logits). A head that was not trained is not measured. Ranks
     that each have a part of the samples all get the figures of the whole.
-
-    Raises:
-        DataError: no samples.
     """
     student.eval()
     device = next(student.parameters()).device
-    meters: dict[str, tuple[AverageMeter, AverageMeter]] = {}
+    count, sums = 0, dict[str, Tensor]()  # of percentages times images: top-1 and top-5
     for batch in batches:
         pixels = batch.pixels.to(device, non_blocking=True)
         labels = batch.label.to(device, non_blocking=True)
@@ -59,21 +57,19 @@ def measure(
         every = predicted.logits()
         logits = {name: every[name].float() for name in heads}
         logits["mean"] = inference_logits(predicted, heads).float()
+        count += len(labels)
         for name, value in logits.items():
-            top1, top5 = accuracy(value, labels, topk=(1, 5))
-            one, five = meters.setdefault(name, (AverageMeter(), AverageMeter()))
-            one.update(top1, len(labels))
-            five.update(top5, len(labels))
-    sums = {
-        name: (float(one.sum), float(five.sum), one.count) for name, (one, five) in meters.items()
-    }
-    parts = [part for part in ranks.gather(sums) if part]
+            both = torch.stack(accuracy(value, labels, topk=(1, 5)))
+            sums[name] = sums.get(name, 0) + both * len(labels)
+    own = (count, {name: both.tolist() for name, both in sums.items()})
+    parts = [part for part in ranks.gather(own) if part[0]]
     if not parts:
         raise DataError("no samples to evaluate on")
+    total = sum(count for count, _ in parts)
     found: Metrics = {}
-    for name in parts[0]:
-        first, fifth, count = map(sum, zip(*(part[name] for part in parts), strict=True))
-        found[name] = {"top1": first / count, "top5": fifth / count}
+    for name in parts[0][1]:
+        top1, top5 = (sum(of[name][k] for _, of in parts) / total for k in (0, 1))
+        found[name] = {"top1": top1, "top5": top5}
     return found
 
 
@@ -82,7 +78,6 @@ class EvalOptions:
     """Choose how a checkpoint is evaluated.
 
     Args:
-        split: of an ``_info.json`` that has several.
         crop_pct: see :class:`Preprocessing`; None: as the run that made the checkpoint evaluated.
         accept_classes: class k of the shards is the student's, whatever the names say.
     """
@@ -96,19 +91,12 @@ class EvalOptions:
 
 
 def evaluate(checkpoint: Path, shards: str, options: EvalOptions = EvalOptions()) -> dict[str, Any]:
-    """Measure a checkpoint (or a run folder's best) on shards: ``cskd-pipeline evaluate``.
-
-    Raises:
-        CskdError: student or shards cannot be used, or do not have the same classes.
-    """
+    """Measure a checkpoint (or a run folder's best) on shards: ``cskd-pipeline evaluate``."""
     path = student_file(Path(checkpoint))
     device = pick_device(options.device)
     student, header = load_student(path, device)
-    dataset = load_dataset(
-        shards,
-        split=options.split or None,
-        prefer=("validation", "val", "test"),
-    )
+    prefer = ("validation", "val", "test")
+    dataset = load_dataset(shards, split=options.split or None, prefer=prefer)
     guard = ClassGuard(COMMAND_SWITCH, accept=options.accept_classes)
     dataset = dataset.fitting(header.classes(path), "the shards", guard)
     guard.report_new()

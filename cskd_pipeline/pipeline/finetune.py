@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from timm.layers import DropPath, resample_abs_pos_embed
 from torch import Tensor, nn
 
 from cskd_pipeline.errors import ManifestError, OutputError, WeightsError
 from cskd_pipeline.models.checkpoint import (
-    MAX_ARGUMENT,
+    StudentHeader,
     bounded_student,
-    check_arguments,
     has_header,
+    header_problem,
+    parse_header,
     read_student,
     student_file,
 )
 from cskd_pipeline.models.student import Grid, Student
-from cskd_pipeline.models.weights import is_safetensors, load_into, load_state, state_digest
+from cskd_pipeline.models.weights import load_into, load_state, state_digest
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.runtime.classes import Classes, ClassGuard, difference
 
@@ -43,19 +44,15 @@ _ADAPTED = (
 
 @dataclass(frozen=True)
 class Source:
-    """Hold weights and their model: its timm name, ``size``, the side of its input, its classes.
+    """Hold weights, and the header that says of which model; of tensors alone, which name none,
+    it is None: they are taken for the student's.
 
-    ``mean`` and ``std`` are in [0, 1] units, where the source names its own. A state dict alone
-    names no model (an empty name): it is taken for the student's.
+    ``mean`` and ``std`` are in [0, 1] units, where the source names its own.
     """
 
     path: Path
     state: dict[str, Tensor]
-    model: str = ""
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    size: int = 0
-    num_classes: int = 0
-    class_names: tuple[str, ...] | None = None
+    header: StudentHeader | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -64,40 +61,17 @@ class Source:
         """Return the SHA-256 of the tensors, the same in whatever file they lie."""
         return state_digest(self.state)
 
-    @property
-    def classes(self) -> Classes:
-        """Return the classes of the weights, for a comparison."""
-        of = "the weights to start from"
-        return Classes(of, self.path, self.num_classes, self.class_names)
 
-
-@dataclass(frozen=True)
-class Started:
+class Started(NamedTuple):
     """The outcome for a source's tensors; ``new`` are the layers whose weights are fresh."""
 
-    source: Path
     sha256: str
-    loaded: int
     new: tuple[str, ...]
-    classes: tuple[Classes, Classes]  # before, now
-    resized: tuple[Grid, Grid] | None  # of the position embedding
-    named: bool  # whether the source names its model
+    resized: tuple[Grid, Grid] | None  # of the position embedding, from and to
+    text: str
 
     def __str__(self) -> str:
-        lines = [f"starting from {self.source}: {self.loaded} tensors, SHA-256 {self.sha256[:12]}"]
-        if self.new:
-            before, now = self.classes
-            found = difference(now, before) if before.count == now.count else None
-            others = "" if found is None else f", {found.kind}"
-            counts = f"{before.count} classes before, {now.count} now{others}"
-            lines.append(f"new {' and '.join(self.new)} ({counts})")
-        if self.resized is not None:
-            grids = (f"{rows}x{columns}" for rows, columns in self.resized)
-            lines.append(f"pos_embed resized from {' to '.join(grids)}")
-        if not self.named:
-            unnamed = "the file names no model: its arguments, mean and std are taken to be the "
-            lines.append(unnamed + "student's")
-        return "; ".join(lines)
+        return self.text
 
 
 def read_source(path: Path) -> Source:
@@ -113,21 +87,13 @@ def read_source(path: Path) -> Source:
             where=path,
             expected="a student's .safetensors file, a run's folder, or a folder that export wrote",
         )
-    if _is_foreign(path):
+    if (path / TIMM_CONFIG).is_file() and not has_header(path / TIMM_WEIGHTS[0]):
         return _read_timm_folder(path)
     file = student_file(path)
-    if not is_safetensors(file) or not has_header(file):
+    if not has_header(file):
         return Source(path, load_state(file))
     header, state = read_student(file)
-    return Source(
-        path,
-        state,
-        header.model,
-        header.kwargs,
-        header.size,
-        header.num_classes,
-        header.class_names,
-    )
+    return Source(path, state, header)
 
 
 def start_from(source: Source, student: Student, classes: Classes, guard: ClassGuard) -> Started:
@@ -140,27 +106,35 @@ def start_from(source: Source, student: Student, classes: Classes, guard: ClassG
         WeightsError: another architecture, or tensors that fit neither as they are nor resized.
         ClassesError: the same classes in a different order or spelling, where that is not accepted.
     """
-    named = bool(source.model)
-    if named:
-        _require_same_model(source, student)
+    model, state, header = student.model, dict(source.state), source.header
+    if header is not None:
+        _require_same_model(source, header, student)
+        count, names = header.num_classes, header.class_names
     else:
-        source = replace(source, num_classes=_class_count(source.state, student.model))
-    model, state = student.model, dict(source.state)
-    new = () if _same_classes(classes, source.classes, guard) else _classifiers(model)
+        count, names = _class_count(state, model), None
+    before = Classes("the weights to start from", source.path, count, names)
+    new = () if _same_classes(classes, before, guard) else _classifiers(model)
     own = model.state_dict()
-    for name in [name for name in own if name.rpartition(".")[0] in new]:
-        state[name] = own[name].detach().cpu()
+    fresh = [name for name in own if name.rpartition(".")[0] in new]
+    state |= {name: own[name].detach().cpu() for name in fresh}
     resized = _resize_positions(state, model)
     load_into(model, state, source.path)
-    return Started(
-        source=source.path,
-        sha256=source.sha256,
-        loaded=sum(name in source.state and name.rpartition(".")[0] not in new for name in own),
-        new=new,
-        classes=(source.classes, classes),
-        resized=resized,
-        named=named,
-    )
+
+    loaded, sha256 = sum(name in source.state for name in own.keys() - fresh), source.sha256
+    lines = [f"starting from {source.path}: {loaded} tensors, SHA-256 {sha256[:12]}"]
+    if new:
+        found = difference(classes, before) if before.count == classes.count else None
+        others = "" if found is None else f", {found.kind}"
+        counts = f"{before.count} classes before, {classes.count} now{others}"
+        lines.append(f"new {' and '.join(new)} ({counts})")
+    if resized is not None:
+        grids = (f"{rows}x{columns}" for rows, columns in resized)
+        lines.append(f"pos_embed resized from {' to '.join(grids)}")
+    if header is None:
+        lines.append(
+            "the file names no model: its arguments, mean and std are taken to be the student's"
+        )
+    return Started(sha256, new, resized, "; ".join(lines))
 
 
 def check_resumed(init_from: str, record: Mapping[str, str] | None, where: Path) -> bool:
@@ -194,59 +168,46 @@ def check_resumed(init_from: str, record: Mapping[str, str] | None, where: Path)
     return True
 
 
-def _is_foreign(path: Path) -> bool:
-    """A folder in timm's form whose weights are not a student of ours."""
-    if not (path / TIMM_CONFIG).is_file():
-        return False
-    weights = path / TIMM_WEIGHTS[0]
-    return not (weights.is_file() and has_header(weights))
-
-
 def _read_timm_folder(path: Path) -> Source:
     """Read what timm writes for the hub: ``config.json`` describes ``model.safetensors``."""
     config = path / TIMM_CONFIG
     try:
         document = schemas.read(config)
         pretrained = document.get("pretrained_cfg", document)
-        model, kwargs = document["architecture"], document.get("model_args") or {}
-        classes = document.get("num_classes", pretrained.get("num_classes"))
-        names = document.get("label_names", pretrained.get("label_names"))
+        kwargs = document.get("model_args") or {}
         size = kwargs.get("img_size") or pretrained["input_size"][1:]
         height, width = (size, size) if isinstance(size, int) else size
-        mean, std = (tuple(map(float, pretrained[name])) for name in ("mean", "std"))
-        if [type(x) for x in (model, classes, height, kwargs)] != [str, int, int, dict]:
-            raise ValueError(f"architecture {model!r}, num_classes {classes!r}")
-        listed = isinstance(names, list) and all(type(name) is str for name in names)
-        if listed and len(names) != classes:
-            raise ValueError(f"{len(names)} label_names for {classes} classes")
-        if height != width or not 0 < height <= MAX_ARGUMENT:
+        if height != width:
             raise ValueError(f"an input of {height}x{width} pixels")
-        check_arguments(kwargs)
         if "img_size" in kwargs:
             kwargs["img_size"] = height
+        names = document.get("label_names", pretrained.get("label_names"))
+        listed = isinstance(names, list) and all(type(name) is str for name in names)
+        header = parse_header(
+            {
+                "model": document["architecture"],
+                "num_classes": document.get("num_classes", pretrained.get("num_classes")),
+                "size": height,
+                "heads": ["cls"],
+                "method": "none",
+                "kwargs": kwargs,
+                "class_names": names if listed else None,
+            }
+        )
+        mean, std = (tuple(map(float, pretrained[name])) for name in ("mean", "std"))
     except (KeyError, TypeError, ValueError, AttributeError, ManifestError) as error:
         raise WeightsError(
             "the folder does not state which model it holds",
             where=config,
-            found=f"{type(error).__name__}: {error}",
+            found=header_problem(error),
             expected="architecture, num_classes, mean, std and a square input, as timm writes them",
         ) from error
     weights = next((path / name for name in TIMM_WEIGHTS if (path / name).is_file()), path)
-    return Source(
-        path,
-        load_state(weights),
-        model,
-        kwargs,
-        height,
-        classes,
-        tuple(names) if listed else None,
-        mean,
-        std,
-    )
+    return Source(path, load_state(weights), header, mean, std)
 
 
-def _require_same_model(source: Source, student: Student) -> None:
-    found, expected = source.model, student.name
+def _require_same_model(source: Source, header: StudentHeader, student: Student) -> None:
+    found, expected = header.model, student.name
     if _architecture(found) != _architecture(expected):
         raise WeightsError(
             "the weights to start from are of another architecture",
@@ -255,14 +216,7 @@ def _require_same_model(source: Source, student: Student) -> None:
             expected=expected,
             action=f"pass --student {found.partition('.')[0]}, or start from a {expected}",
         )
-    theirs = bounded_student(
-        found,
-        source.state,
-        source.path,
-        num_classes=source.num_classes,
-        size=source.size,
-        kwargs=source.kwargs,
-    )
+    theirs = bounded_student(header, source.state, source.path)
     before, now = _settings(theirs.model), _settings(student.model)
     before |= {"mean": source.mean or theirs.mean, "std": source.std or theirs.std}
     now |= {"mean": student.mean, "std": student.std}
@@ -275,7 +229,7 @@ def _require_same_model(source: Source, student: Student) -> None:
         raise WeightsError(
             "the weights to start from are of a model that computes something else",
             where=source.path,
-            found=f"{found} with {dict(source.kwargs)}",
+            found=f"{found} with {header.kwargs}",
             expected=f"{expected} with {student.kwargs}",
             problems=sorted(problems, key=lambda line: (line.partition(":")[0].count("."), line)),
             action="give the recipe the name and arguments of the weights' model",

@@ -41,10 +41,8 @@ def make_loss(distill: DistillSection) -> DistillationLoss:
 
 
 def make_student(recipe: TrainRecipe, views: TrainingViews) -> Student:
-    """Return a recipe's student with fresh weights, drawn from its seed.
-
-    Raises:
-        StudentError: no such model, or one that does not serve the method or the teacher's grid.
+    """Return a recipe's student with fresh weights, drawn from its seed; refuse one that does not
+    serve the method or the teacher's grid.
     """
     torch.manual_seed(recipe.run.seed)
     student = create_student(
@@ -75,9 +73,6 @@ def make_loader(
 
     Args:
         student: whose mean and std the images are normalised with; None: the policy's own.
-
-    Raises:
-        CskdError: see :class:`CachedLoader`.
     """
     network = student or views.policy
     return CachedLoader(
@@ -105,10 +100,6 @@ def make_optimizer(
 
     Args:
         batch_size: of an update, by which the learning rate is scaled.
-
-    Raises:
-        RecipeError: an unknown name, one that needs more than gradients, or values it does not
-            take.
     """
     name = optim.name.lower().removeprefix(LOOKAHEAD)
     known = [str(one) for one in list_optimizers()]

@@ -99,11 +99,7 @@ def epoch_line(row: Row, epochs: int) -> str:
 
 
 def require_wandb(project: str) -> None:
-    """Refuse early what could only fail late.
-
-    Raises:
-        MissingPackageError: a project is named, and the package is not installed.
-    """
+    """Refuse early a project without the package, which could only fail late."""
     if project and find_spec("wandb") is None:
         raise MissingPackageError(
             "curves on Weights & Biases need an optional package",
@@ -153,9 +149,6 @@ def open_wandb(recipe: TrainRecipe) -> WandbCurves | None:
     The package is imported only where a run names a project. What cannot be sent is kept beside
     the run, in ``wandb/``, from where ``wandb sync`` sends it; ``WANDB_MODE`` and the package's
     other variables work as they always do.
-
-    Raises:
-        ManifestError: the run's folder names it by something that is no identity.
     """
     if not recipe.run.wandb:
         return None

@@ -74,10 +74,8 @@ class TrainingData:
 
 
 def open_training_data(recipe: TrainRecipe, ranks: Ranks = ALONE) -> TrainingData:
-    """Open shards and cache, and check that they fit the recipe and each other.
-
-    Raises:
-        CskdError: whatever does not fit: classes, policy, views, encoding, samples.
+    """Open shards and cache; refuse those that do not fit the recipe or each other: by classes,
+    policy, views, encoding or samples.
     """
     guard = ClassGuard(TRAIN_SWITCH, accept=recipe.data.classes == "accept")
     folder = Path(recipe.run.out) if recipe.run.out else None
@@ -206,7 +204,7 @@ def _leave_out(found: Join, recipe: TrainRecipe, left_out: LeftOuts) -> Join:
         look = partial(_find_corrupt, found, worker_count(recipe.run.workers))
         found = found.without(left_out.find("corrupt", identity, counts, look), "corrupt")
     if recipe.data.drift == "skip":
-        look = partial(_find_differing, found)
+        look = partial(find_differing, found)
         found = found.without(left_out.find("differing", identity, counts, look), "other image")
     left_out.add(found.left_out())
     if len(left_out):
@@ -231,10 +229,6 @@ def _find_corrupt(found: Join, workers: int, part: int, parts: int) -> Offsets:
     return by_shard(
         find_corrupt(found.images, samples, intact=intact, workers=workers, part=part, parts=parts)
     )
-
-
-def _find_differing(found: Join, part: int, parts: int) -> Offsets:
-    return find_differing(found, part=part, parts=parts)
 
 
 def _check_sample(found: Join, count: int, drift: str, encoding: str) -> None:

@@ -127,14 +127,11 @@ def cache_manifest(
     policy: ViewPolicy,
     view_range: tuple[int, int] | None = None,
 ) -> CacheManifest:
-    """Return the manifest that the finished cache will have.
+    """Return the manifest of the finished cache; refuse views that are no whole number of blocks.
 
     Args:
         view_range: the views to be made now; the block that is chosen divides its ends, so that
             equal ranges next to each other agree on it.
-
-    Raises:
-        UsageError: views that are no whole number of blocks.
     """
     made = CacheManifest(
         dataset=dataset,

@@ -209,14 +209,7 @@ def test_tensors_are_counted_and_so_are_their_values() -> None:
 
 def test_counting_changes_nothing_of_a_model(file: Path) -> None:
     torch.manual_seed(0)
-    counted = bounded_student(
-        CARD.model,
-        load_file(file),
-        file,
-        num_classes=CARD.num_classes,
-        size=CARD.size,
-        kwargs=CARD.kwargs,
-    )
+    counted = bounded_student(CARD, load_file(file), file)
     found, plain = counted.model.state_dict(), student_of().model.state_dict()
     assert plain.keys() == found.keys()
     assert all(torch.equal(plain[name], found[name]) for name in plain)

@@ -286,11 +286,6 @@ def test_arguments_that_a_model_does_not_take_are_named() -> None:
     assert "no_such_argument" in str(caught.value.found)
 
 
-def test_an_unknown_precision_is_refused() -> None:
-    with pytest.raises(TeacherError, match="unknown precision"):
-        small(precision="int8")
-
-
 def test_an_unreachable_hub_points_to_a_local_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
