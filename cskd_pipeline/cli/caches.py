@@ -16,8 +16,7 @@ from cskd_pipeline.runtime.console import Terminal
 
 if TYPE_CHECKING:
     from cskd_pipeline.cache.convert import Conversion
-    from cskd_pipeline.tools.verify.verify_cache import UserImages
-    from cskd_pipeline.tools.verify.verify_responses import TeacherChoice
+    from cskd_pipeline.tools.verify_cache import TeacherChoice, UserImages
 
 
 @cache_app.command(epilog="Example: cskd-pipeline cache info cache --json")
@@ -52,7 +51,7 @@ class ComparedImages:
         options.require_companion("--shards SHARDS", self.shards, flags)
         if self.shards is None:
             return None
-        from cskd_pipeline.tools.verify.verify_cache import SAMPLES, UserImages
+        from cskd_pipeline.tools.verify_cache import SAMPLES, UserImages
 
         samples = self.samples or SAMPLES
         return UserImages(self.shards, self.split, samples, self.accept_classes, teacher)
@@ -76,7 +75,7 @@ class ComparedTeacher:
         options.require_companion("--teacher NAME", self.teacher, flags)
         if self.teacher is None:
             return None
-        from cskd_pipeline.tools.verify.verify_responses import TeacherChoice
+        from cskd_pipeline.tools.verify_cache import TeacherChoice
 
         for name in ("mean", "std"):
             rest[name] = options.parse_channels(rest[name], f"--{name}")
@@ -102,7 +101,7 @@ def verify(
     Replayed views are bit-exact, differ by rounding, or are of another image.
     """
     chosen = images.choose(teacher.choose())
-    from cskd_pipeline.tools.verify import verify_cache as verifying
+    from cskd_pipeline.tools import verify_cache as verifying
 
     report = verifying.verify_cache(cache, depth=depth, partial=partial, images=chosen)
     outcome = print_report(terminal, report, verifying.printed(report))

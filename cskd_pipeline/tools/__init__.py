@@ -1,7 +1,7 @@
 """Tools that stand on the two stages; only the command line uses them.
 
-``bench`` measures, ``estimate`` forecasts what a dump or a run will cost, ``verify`` checks a cache
-against images and teacher; ``report`` writes pages and plots, ``export`` students for others,
+``bench`` measures, ``estimate`` forecasts what a dump or a run will cost, ``verify_cache`` checks a
+cache against images and teacher; ``report`` writes pages and plots, ``export`` students for others,
 ``publish`` what lies beside a published cache, both with READMEs of ``markdown``; ``make_shards``
 packs images; ``demo``, on ``demo_images``, and ``study`` run the whole by this program's own
 ``commands``. All return reports, which ``tables`` turns into text.

@@ -24,8 +24,8 @@ from cskd_pipeline.errors import CacheError, JoinError, ViewDriftError
 from cskd_pipeline.models.timm_models import TeacherSource
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.console import Terminal
-from cskd_pipeline.tools.verify import verify_responses
-from cskd_pipeline.tools.verify.verify_responses import agreement
+from cskd_pipeline.tools import verify_cache
+from cskd_pipeline.tools.verify_cache import agreement
 from cskd_pipeline.views import apply
 from cskd_pipeline.views.mixing import matching
 from tests.cache.making import data_files, record_anew
@@ -272,7 +272,7 @@ def test_answers_must_agree_on_the_whole_and_in_each_view(
     values: list[float],
     wrong: list[str],
 ) -> None:
-    monkeypatch.setattr(verify_responses, "agreement", lambda *_: np.array(values))
+    monkeypatch.setattr(verify_cache, "agreement", lambda *_: np.array(values))
     samples = ("--samples", 2, "--batch-size", 2)
     code, report = verify(small.cache, "--shards", small.shards, *TEACHER, *samples)
     assert code == (1 if wrong else 0)
@@ -465,10 +465,8 @@ def test_a_factory_is_not_called_with_the_arguments_of_a_foreign_manifest(
 ) -> None:
     recorded = replace(open_cache(small.cache).manifest.teacher, kwargs={"path": "/etc/passwd"})
     sources: list[TeacherSource] = []
-    monkeypatch.setattr(
-        verify_responses, "load_teacher", lambda source, **_: sources.append(source)
-    )
+    monkeypatch.setattr(verify_cache, "load_teacher", lambda source, **_: sources.append(source))
     for name in ("tests.own:network", "resnet10t"):
-        verify_responses._load(verify_responses.TeacherChoice(name, device="cpu"), recorded)
+        verify_cache._load_teacher(verify_cache.TeacherChoice(name, device="cpu"), recorded)
     assert [dict(source.kwargs) for source in sources] == [{}, {"path": "/etc/passwd"}]
     assert "without the arguments" in caplog.text
