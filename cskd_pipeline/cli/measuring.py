@@ -58,17 +58,15 @@ def encodings(
     if not is_cache:
         options.require({"--shards SHARDS (or a cache's folder)": recipe.data.shards})
     from cskd_pipeline.runtime.device import pick_device
-    from cskd_pipeline.tools.bench.bench_encodings import bench_encodings, printed, title
+    from cskd_pipeline.tools.bench import bench_encodings as bench
     from cskd_pipeline.tools.bench.responses import from_cache, from_teacher
 
     responses = from_cache(source, views) if is_cache else from_teacher(recipe, views)
     device = pick_device(recipe.dump.device)
-    report = bench_encodings(responses, device=device, names=encoding or ())
-    outcome = print_report(terminal, report, printed(report))
+    report = bench.bench_encodings(responses, device=device, names=encoding or ())
+    outcome = print_report(terminal, report, bench.printed(report))
     if plot is not None:
-        from cskd_pipeline.tools.bench.encodings_plot import encodings_plot
-
-        encodings_plot(report, title(report)).write(plot)
+        bench.encodings_plot(report).write(plot)
         terminal.line(f"plot: {plot}")
     return outcome
 

@@ -272,6 +272,15 @@ def format_value(value: Any) -> str:
     return str(value)
 
 
+def format_size(count: float) -> str:
+    """Bytes for a person: ``345 MB``, ``12.3 GB``; powers of 1,000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 def _is_numeric(values: Iterable[object]) -> bool:
     return all(value is None or isinstance(value, int | float) for value in values)
 

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,9 +256,9 @@ def _write(
     order = shuffled(len(tree.images), seed)
     parts = np.array_split(order, -(-len(order) // shard_size))
     digits = max(4, len(str(len(parts) - 1)))
-    names = [f"{split}-{number:0{digits}d}.tar" for number in range(len(parts))]
+    named = {f"{split}-{number:0{digits}d}.tar": part for number, part in enumerate(parts)}
     sizes = []
-    for name, part in zip(names, parts, strict=True):
+    for name, part in named.items():
         path = folder / name
         with open(path, "wb") as file:
             # A fixed time makes the same tree give the same bytes; the default is now.
@@ -269,15 +269,20 @@ def _write(
             file.flush()
             os.fsync(file.fileno())
         sizes.append(path.stat().st_size)
-    info = {
-        "name": split,
-        "num_samples": len(order),
-        "filenames": names,
-        "shard_lengths": [len(part) for part in parts],
-    }
-    atomic.write_json(folder / INFO, {"splits": {split: info}})
+    write_info(folder, split, {name: len(part) for name, part in named.items()})
     atomic.write_json(folder / CLASSES, list(tree.classes))
     return sizes
+
+
+def write_info(folder: Path, split: str, lengths: Mapping[str, int]) -> None:
+    """Write ``folder/_info.json``, which lists a split's shards and the samples of each."""
+    info = {
+        "name": split,
+        "num_samples": sum(lengths.values()),
+        "filenames": list(lengths),
+        "shard_lengths": list(lengths.values()),
+    }
+    atomic.write_json(folder / INFO, {"splits": {split: info}})
 
 
 def _move_up(folder: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cskd_pipeline.errors import CskdError, DataError, OutputError
-from cskd_pipeline.runtime.console import PLAIN_INTERVAL, Terminal, kept, plain
+from cskd_pipeline.runtime.console import PLAIN_INTERVAL, Terminal, format_size, kept, plain
 from cskd_pipeline.runtime.progress import PACKAGE, Listener, Meter, duration, listen, silence
 
 HOSTILE = "[red]x[/red] \x1b[2J\x07\u202e :smile: https://a.b [link=x]y"
@@ -184,6 +184,14 @@ def test_meters_say_what_is_known() -> None:
     assert str(meter) == "5000 images, 2500 images/s"
     assert meter.rate == 2500
     assert [duration(s) for s in (0, 6.2, 750, 100_000)] == ["0:00", "0:07", "12:30", "27:46:40"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (73.4e9, "73.4 GB"), (37e12, "37 TB")],
+)
+def test_bytes_for_a_person(count: float, text: str) -> None:
+    assert format_size(count) == text
 
 
 def test_tables_align_numbers_to_the_right() -> None:

@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,25 +26,16 @@ from cskd_pipeline.errors import CskdError, OutputError
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.runtime.atomic import require_empty, write_json, write_text
 from cskd_pipeline.runtime.device import cores, device_name, pick_device
-from cskd_pipeline.tools.bench.bench_dump import bench_dump
-from cskd_pipeline.tools.bench.bench_loader import GOALS, bench_loader, loader_rate
-from cskd_pipeline.tools.bench.bench_step import LIVE_GOALS, PRECISION, bench_step
-from cskd_pipeline.tools.bench.figures import (
-    COLUMNS,
-    Figure,
-    of_dump,
-    of_loader,
-    of_step,
-    of_teacher,
-    rows,
-)
-from cskd_pipeline.tools.bench.gpu_checks import check_teacher
+from cskd_pipeline.tools.bench import bench_dump, bench_loader, bench_step, gpu_checks
+from cskd_pipeline.tools.bench.bench_step import LIVE_GOALS, PRECISION
+from cskd_pipeline.tools.bench.timing import Figure
 from cskd_pipeline.tools.commands import side_by_side
 from cskd_pipeline.tools.tables import Printed, Table, markdown_table
 
 log = logging.getLogger(__name__)
 
 RESULTS, TABLE, STUDY = "results.json", "table.md", "study"
+COLUMNS = ("measured", "found", "goal", "reached")
 GRACE = 5.0
 """Seconds in which the study may save; an update can take longer, and a training ends with one."""
 Report = dict[str, Any]
@@ -95,8 +86,7 @@ class AllConfig:
     device: str | None = None
 
 
-@dataclass(frozen=True)
-class Measurement:
+class Measurement(NamedTuple):
     """Name a function that measures, and one that makes figures of its report."""
 
     run: Callable[[], Report]
@@ -164,33 +154,43 @@ def _measurements(config: AllConfig, scale: Scale) -> dict[str, Measurement]:
     def steps(amp: str) -> dict[str, Measurement]:
         flags = {"batch.batch_size": scale.batch_size, "run.device": config.device}
         recipe = load_recipe(TrainRecipe, None, [size, f"run.amp={amp}"], flags)
-        run = partial(bench_step, recipe, teacher=scale.teacher, rounds=scale.rounds)
+        run = partial(bench_step.bench_step, recipe, teacher=scale.teacher, rounds=scale.rounds)
         return {
-            f"step {student} {amp}": Measurement(partial(run, students=[student]), of_step)
+            f"step {student} {amp}": Measurement(
+                partial(run, students=[student]), bench_step.figures
+            )
             for student in scale.students
         }
 
     found: dict[str, Measurement] = {}
     for precision in dict.fromkeys(["float32", *(PRECISION[amp] for amp in scale.amps)]):
-        run = partial(check_teacher, dump_recipe(precision), scale.images)
-        found[f"teacher {precision}"] = Measurement(run, of_teacher)
+        run = partial(gpu_checks.check_teacher, dump_recipe(precision), scale.images)
+        found[f"teacher {precision}"] = Measurement(run, gpu_checks.figures)
     first, *others = scale.amps
     found |= steps(first)
-    dump = partial(bench_dump, dump_recipe("float32"), images=scale.images, rounds=scale.rounds)
-    found["dump"] = Measurement(partial(dump, with_variants=False), of_dump)
+    dump = partial(
+        bench_dump.bench_dump,
+        dump_recipe("float32"),
+        images=scale.images,
+        rounds=scale.rounds,
+        with_variants=False,
+    )
+    found["dump"] = Measurement(dump, bench_dump.figures)
     for amp in others:
         found |= steps(amp)
-    found["loader"] = Measurement(partial(_loader, config.shards, scale), of_loader)
+    found["loader"] = Measurement(partial(_loader, config.shards, scale), bench_loader.figures)
     return found
 
 
 def _loader(shards: str, scale: Scale) -> Report:
-    dataset = load_dataset(shards)
-    size, batch_size = scale.size, min(scale.batch_size, 64)
-    report = bench_loader(dataset, size=size, batch_size=batch_size, rounds=scale.rounds)
+    dataset, views = (
+        load_dataset(shards),
+        {"size": scale.size, "batch_size": min(scale.batch_size, 64)},
+    )
+    report = bench_loader.bench_loader(dataset, rounds=scale.rounds, **views)
+    on_all = partial(bench_loader.loader_rate, dataset, workers=cores(), **views)
     images = scale.images * cores() * 4
-    on_all = partial(loader_rate, size=size, batch_size=batch_size, workers=cores(), images=images)
-    everywhere = {f"repeats_{repeats}": on_all(dataset, repeats=repeats) for repeats in GOALS}
+    everywhere = {f"repeats_{n}": on_all(images=images, repeats=n) for n in bench_loader.GOALS}
     return report | {"cores": cores(), "all_cores": everywhere}
 
 
@@ -253,7 +253,7 @@ def _write_table(
     results = {name: known["results"][name] for name in todo if name in known["results"]}
     figures = [figure for name, found in results.items() for figure in todo[name].figures(found)]
     figures += [Figure(name, f"failed: {error}") for name, error in known["errors"].items()]
-    cells = rows(figures)
+    cells = [figure.cells for figure in figures]
     text = f"**{title}**\n\n{markdown_table(COLUMNS, cells)}"
     study = config.out / STUDY / TABLE
     if study.exists():

@@ -7,10 +7,9 @@ of one. Rates begin when queues are full. :func:`variants` runs the teacher in o
 counts the labels that change.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -26,7 +25,7 @@ from cskd_pipeline.models.teacher import Logits, Teacher
 from cskd_pipeline.pipeline.dump import open_stage_one, open_teacher
 from cskd_pipeline.runtime.device import device_name
 from cskd_pipeline.tools.bench import timing
-from cskd_pipeline.tools.bench.sampled_dump import Advance, SampledDump
+from cskd_pipeline.tools.bench.sampled_dump import SampledDump
 from cskd_pipeline.tools.tables import Printed, Table
 
 BLOCK = 10
@@ -57,28 +56,29 @@ def bench_dump(
     Raises:
         CskdError: as the dump itself would.
     """
-    dataset, teacher = open_stage_one(recipe)
-    few = SampledDump.of(recipe, dataset, teacher, min(images, dataset.samples))
-    resident = resident_views(few)
+    few = SampledDump.of(recipe, *open_stage_one(recipe), images)
+    teacher, resident, views = few.teacher, resident_views(few), few.dataset.samples * BLOCK
     size, workers = recipe.dump.batch_size, few.loading.workers
-    works: dict[str, Callable[[Advance], None]] = {
-        "dump": partial(few.write, BLOCK),
-        "teacher": partial(_run_teacher, teacher, resident, few.dataset.samples * BLOCK),
-        "loader": partial(_load, few, BLOCK, Loading(size, workers)),
-        f"block_{BLOCK}": partial(_load, few, BLOCK, Loading(size)),
-        "block_1": partial(_load, few, 1, Loading(size)),
+
+    def load(block: int, loading: Loading) -> Iterator[int]:
+        return map(len, few.batches(BLOCK, block=block, loading=loading))
+
+    works: dict[str, Callable[[], Iterator[int]]] = {
+        "dump": lambda: few.dump(BLOCK),
+        "teacher": lambda: _run_teacher(teacher, resident, views),
+        "loader": lambda: load(BLOCK, Loading(size, workers)),
+        f"block_{BLOCK}": lambda: load(BLOCK, Loading(size)),
+        "block_1": lambda: load(1, Loading(size)),
     }
 
-    def rate(name: str, _: int) -> float:
-        steady = timing.SteadyRate(few.dataset.samples * BLOCK)
-        with timing.one_thread() if name.startswith("block") else nullcontext():
-            works[name](steady.advance)
-        return steady.rate
+    def rate(side: str, _: int) -> float:
+        with timing.one_thread() if side.startswith("block") else nullcontext():
+            return timing.SteadyRate.of(works[side](), views).rate
 
-    rates = timing.take_turns({name: partial(rate, name) for name in works}, rounds, "dumping")
-    per_second = {name: timing.spread(found) for name, found in rates.items()}
-    loader, bare = (per_second[name]["median"] for name in ("loader", "teacher"))
-    report = {
+    rates = timing.take_turns(works, rate, rounds, "dumping")
+    per_second = {side: timing.spread(found) for side, found in rates.items()}
+    loader, bare = (per_second[side]["median"] for side in ("loader", "teacher"))
+    return {
         "teacher": teacher.name,
         "device": device_name(teacher.device),
         "precision": teacher.precision,
@@ -96,25 +96,15 @@ def bench_dump(
         },
         "goal": {"dump_to_teacher": DUMP_GOAL, "blocks": BLOCK_GOAL},
         "limit": "loader" if loader < bare else "teacher",
-        "variants": {},
+        "variants": variants(few, resident, rounds, compile=compile) if with_variants else {},
     }
-    if with_variants:
-        report["variants"] = variants(few, resident, rounds, compile=compile)
-    return report
 
 
-def _run_teacher(
-    teacher: Teacher, resident: Sequence[Tensor], views: int, advance: Advance
-) -> None:
+def _run_teacher(teacher: Teacher, resident: Sequence[Tensor], views: int) -> Iterator[int]:
     for number in range(-(-views // len(resident[0]))):
         logits = teacher.unchecked(resident[number % len(resident)])
         timing.wait_for(teacher.device)
-        advance(len(logits.global_))
-
-
-def _load(few: SampledDump, block: int, loading: Loading, advance: Advance) -> None:
-    for batch in few.batches(BLOCK, block=block, loading=loading):
-        advance(len(batch))
+        yield len(logits.global_)
 
 
 def variants(
@@ -127,32 +117,24 @@ def variants(
         labels, over all locations and five values of r, and of global labels that are not
         float32's.
     """
-    settings: dict[str, dict[str, Any]] = {
-        "float32": {},
-        "channels_last": {"channels_last": True},
-        "bfloat16": {"precision": "bfloat16"},
-        "bfloat16 channels_last": {"precision": "bfloat16", "channels_last": True},
-    }
+    settings = ["float32", "channels_last", "bfloat16", "bfloat16 channels_last"]
     if resident[0].device.type == "cuda":
-        settings["float16"] = {"precision": "float16"}
-        settings["float16 channels_last"] = {"precision": "float16", "channels_last": True}
+        settings += ["float16", "float16 channels_last"]
     if compile:
-        settings["compile"] = {"compile": True}
-        settings["bfloat16 compile"] = {"precision": "bfloat16", "compile": True}
-    teachers = {name: _with(few, changes) for name, changes in settings.items()}
+        settings += ["compile", "bfloat16 compile"]
+    teachers = {setting: _with(few, setting) for setting in settings}
     logits: dict[str, list[Logits]] = {}
 
-    def respond(name: str, _: int) -> None:
-        logits[name] = [teachers[name].unchecked(views) for views in resident]
-        timing.wait_for(teachers[name].device)
+    def respond(setting: str, _: int) -> None:
+        logits[setting] = [teachers[setting].unchecked(views) for views in resident]
+        timing.wait_for(teachers[setting].device)
 
-    works = {name: partial(respond, name) for name in teachers}
-    seconds = timing.time_turns(works, rounds, "running the teacher")
+    seconds = timing.time_turns(settings, respond, rounds, "running the teacher")
     views = sum(map(len, resident))
     report = {}
-    for name, times in seconds.items():
-        spatial, global_ = _changed(logits["float32"], logits[name])
-        report[name] = {
+    for setting, times in seconds.items():
+        spatial, global_ = _changed(logits["float32"], logits[setting])
+        report[setting] = {
             "views_per_second": timing.rates(times, views),
             "ratio": timing.ratio(times, seconds["float32"]),
             "hard_labels_changed": spatial,
@@ -161,11 +143,11 @@ def variants(
     return report
 
 
-def _with(few: SampledDump, changes: Mapping[str, Any]) -> Teacher:
-    """Load the same teacher in plain float32, but for ``changes``."""
-    recipe = few.recipe
-    precision = changes.get("precision", "float32")
-    loop = {name: changes.get(name, False) for name in ("channels_last", "compile")}
+def _with(few: SampledDump, setting: str) -> Teacher:
+    """Load the same teacher in plain float32, but for the words of ``setting``."""
+    recipe, words = few.recipe, setting.split()
+    precision: Any = next((word for word in words if "float" in word), "float32")
+    loop: dict[str, Any] = {name: name in words for name in ("channels_last", "compile")}
     changed = replace(
         recipe,
         teacher=replace(recipe.teacher, precision=precision),
@@ -213,23 +195,22 @@ def resident_views(few: SampledDump) -> list[Tensor]:
 
 def printed(report: Mapping[str, Any]) -> Printed:
     """Yield the rates, which side is the limit, and what variants change."""
-    rates = report["views_per_second"]
-    names = {
-        "dump": "dump",
-        "teacher": "bare teacher",
-        "loader": f"loader, {report['workers']} processes",
-        f"block_{BLOCK}": f"loader, one core, {BLOCK} views a block",
-        "block_1": "loader, one core, 1 view a block",
+    rates, ratios, goals = (report[key] for key in ("views_per_second", "ratio", "goal"))
+    sides = {  # and the ratio that a side is compared by
+        "dump": ("dump", "dump_to_teacher"),
+        "teacher": ("bare teacher", None),
+        "loader": (f"loader, {report['workers']} processes", None),
+        f"block_{BLOCK}": (f"loader, one core, {BLOCK} views a block", "blocks"),
+        "block_1": ("loader, one core, 1 view a block", None),
     }
-    compared = {"dump": "dump_to_teacher", f"block_{BLOCK}": "blocks"}
-    ratios, goals = (
-        {n: report[key].get(compared.get(n)) for n in names} for key in ("ratio", "goal")
-    )
     yield Table(
         f"{report['teacher']} on {report['device']}, {report['precision']}, {report['size']} px, "
         f"{report['images']} images in {BLOCK} views, {report['rounds']} rounds",
         timing.comparison_columns("views/s"),
-        [timing.comparison_row(label, rates[n], ratios[n], goals[n]) for n, label in names.items()],
+        [
+            timing.comparison_row(label, rates[side], ratios.get(ratio), goals.get(ratio))
+            for side, (label, ratio) in sides.items()
+        ],
     )
     loader, bare = rates["loader"]["median"], rates["teacher"]["median"]
     yield (
@@ -252,3 +233,18 @@ def printed(report: Mapping[str, Any]) -> Printed:
                 for name, row in report["variants"].items()
             ],
         )
+
+
+def figures(report: Mapping[str, Any]) -> Iterator[timing.Figure]:
+    """Yield the dump against the bare teacher, and which side is its limit."""
+    about = f"{report['teacher']}, {report['precision']}, {report['workers']} loader processes"
+    for what, ratio in (
+        (f"{about}: dump / bare teacher", "dump_to_teacher"),
+        (f"loader, one core: {BLOCK} views a block / 1 view", "blocks"),
+    ):
+        goal = report["goal"][ratio]
+        yield timing.Figure.of_ratio(what, report["ratio"][ratio], at_least=goal)
+    names = {"dump": "dump", "teacher": "bare teacher", "loader": "loader"}
+    rates = {label: report["views_per_second"][name]["median"] for name, label in names.items()}
+    each = ", ".join(f"{label} {rate:,.0f}" for label, rate in rates.items())
+    yield timing.Figure(f"{about}: views a second", f"{each}; the limit is the {report['limit']}")

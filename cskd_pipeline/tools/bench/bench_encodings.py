@@ -21,7 +21,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +30,23 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from cskd_pipeline.cache.info import describe
-from cskd_pipeline.cache.manifest import ShardInfo
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.cache.units import UnitBuffer, UnitData
-from cskd_pipeline.cache.writer import CacheWriter
-from cskd_pipeline.distill.encodings import Encoding, ResponseShape, Rows, Sampled, temperature_near
+from cskd_pipeline.distill.encodings import Encoding, Rows, Sampled, temperature_near
 from cskd_pipeline.distill.losses import DistillationLoss
 from cskd_pipeline.distill.targets import LogitTargets, SampledTargets, Targets
 from cskd_pipeline.models.student import Heads
 from cskd_pipeline.runtime.progress import progress
-from cskd_pipeline.tools.bench.responses import SEED, Responses
-from cskd_pipeline.tools.bench.timing import one_thread, wait_for
+from cskd_pipeline.tools.bench.responses import BATCH, SEED, Responses, encode, store
+from cskd_pipeline.tools.bench.timing import one_thread
+from cskd_pipeline.tools.report import plots
+from cskd_pipeline.tools.report.plot_files import Plot
 from cskd_pipeline.tools.tables import Printed, Table
 from cskd_pipeline.views.bits import BitStream
 
 RATIOS = [i / 20 for i in range(21)]
 FEW_RATIOS = RATIOS[::5]
 TEMPERATURES = (1.0, 4.0)
-_BATCH = 32
+_FLOOR = 1e-5  # nats: less is drawn as exact
 _REDRAWN = 32
 _REPEATS = 5
 
@@ -104,7 +102,7 @@ def printed(report: Mapping[str, Any]) -> Printed:
             )
         )
     yield Table(
-        f"{report['source']}: {title(report)}",
+        f"{report['source']}: {_title(report)}",
         (
             *("encoding", "bytes/view", "encode ms", "decode ms", "hard agreement"),
             *(f"{what} tau={tau:g}" for tau in TEMPERATURES for what in ("KL", "p99")),
@@ -113,19 +111,49 @@ def printed(report: Mapping[str, Any]) -> Printed:
         rows,
     )
     yield "KL in nats, over 21 values of r; a dash: the encoding does not serve it"
-    soft = {name: m["soft_bias_and_variance"] for name, m in report["encodings"].items()}
+    columns = [(r, what) for r in ("1", "0.5", "0") for what in ("one", "mean")]
     yield Table(
         f"the soft gradient's cosine, of one batch and of the mean of {_REDRAWN} sets of draws",
-        ("encoding", *(f"{what} r={r}" for r in ("1", "0.5", "0") for what in ("one", "mean"))),
+        ("encoding", *(f"{what} r={r}" for r, what in columns)),
         [
-            (name, *(_share(at[r][what]) for r in ("1", "0.5", "0") for what in ("one", "mean")))
-            for name, at in soft.items()
+            (name, *(_share(m["soft_bias_and_variance"][r][what]) for r, what in columns))
+            for name, m in report["encodings"].items()
         ],
     )
     yield "what the mean lacks of 1 is bias; what one batch lacks besides is variance"
 
 
-def title(report: Mapping[str, Any]) -> str:
+def encodings_plot(report: Mapping[str, Any]) -> Plot:
+    """Draw bytes a view across, mean KL up, both logarithmic.
+
+    Encodings that lose nothing of what they serve stand at the bottom. Of those that serve hard
+    labels only, the share of labels that differ is drawn; draws have neither that nor a KL.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}  # by what the loss is
+    labels: dict[str, tuple[str, float, float]] = {}
+    for name, measured in report["encodings"].items():
+        losses: dict[str, float] = {}
+        if measured["kl"] is not None:
+            losses = {f"KL at temperature {t}": loss["mean"] for t, loss in measured["kl"].items()}
+        elif measured["hard_agreement"] is not None:
+            losses = {"hard labels": 1 - measured["hard_agreement"]}
+        for kind, loss in losses.items():
+            points.setdefault(kind, []).append((measured["bytes_per_view"], loss))
+            labels.setdefault(name, (name, measured["bytes_per_view"], loss))
+    figure = plots.scatter(
+        [
+            plots.Series(kind, [x for x, _ in found], [y for _, y in found], style)
+            for style, (kind, found) in enumerate(points.items())
+        ],
+        x_label="bytes a view",
+        y_label="mean KL, nats",
+        floor=_FLOOR,
+        labels=list(labels.values()),
+    )
+    return Plot("encodings", _title(report), figure)
+
+
+def _title(report: Mapping[str, Any]) -> str:
     """Return what was measured on, in one line."""
     height, width = report["grid"]
     return f"{report['views']} views, {report['classes']} classes, {height}x{width} locations"
@@ -138,84 +166,6 @@ def _share(value: float | None) -> str | None:
     return "1" if value > 1 - 1e-9 else f"{min(value, 0.9999):.4f}"
 
 
-def encode(encoding: Encoding, responses: Responses, device: torch.device) -> tuple[Rows, float]:
-    """Return all rows by array, and the seconds a view on the device."""
-    specs = encoding.arrays(ResponseShape(*responses.spatial.shape[1:]))
-    buffer = UnitBuffer(1, len(responses), {spec.name: spec.fill for spec in specs})
-    per_view = []
-    for start in range(0, len(responses), _BATCH):
-        d, g = (
-            x[start : start + _BATCH].to(device) for x in (responses.spatial, responses.global_)
-        )
-        seeds = responses.seeds[start : start + _BATCH]
-        if start == 0:
-            encoding.encode(d, g, seeds)  # the first call chooses kernels
-        wait_for(device)
-        began = time.perf_counter()
-        made = encoding.encode(d, g, seeds)
-        wait_for(device)
-        per_view.append((time.perf_counter() - began) / len(g))
-        values = {name: rows.cpu().numpy() for name, rows in made.items()}
-        buffer.put(0, np.arange(start, start + len(g)), values)
-    return {name: rows[0] for name, rows in buffer.arrays.items()}, statistics.median(per_view)
-
-
-def store(
-    path: Path,
-    responses: Responses,
-    rows: Mapping[str, Rows],
-    *,
-    shard_length: int | None = None,
-    view_block: int = 1,
-) -> int:
-    """Write a cache of these responses, laid out as one of such tar shards and blocks would be.
-
-    Args:
-        rows: by encoding, as :func:`encode` gives them.
-        shard_length: samples of a tar shard; None: all responses make one.
-
-    Returns:
-        How many responses, from the first on, fill whole shards and are in it.
-    """
-    length = min(shard_length or len(responses), len(responses))
-    block = max(n for n in range(1, view_block + 1) if n * length <= len(responses))
-    shards = len(responses) // (block * length)
-    keys = [[f"{shard:06}/{i:06}" for i in range(length)] for shard in range(shards)]
-    infos = tuple(
-        ShardInfo.of(f"sampled-{shard}.tar", names, length, f"{shard:064x}")
-        for shard, names in enumerate(keys)
-    )
-    manifest = replace(
-        responses.manifest,
-        dataset=replace(responses.manifest.dataset, shards=infos),
-        views=block,
-        view_block=block,
-        encodings=tuple(rows),
-    )
-    writer = CacheWriter.create(path, manifest)
-    for unit in writer.todo():
-        first = unit.shard * block * length
-        part = slice(first, first + block * length)
-        seeds = responses.seeds[part].reshape(block, length)
-        writer.write_unit(
-            unit,
-            UnitData(
-                keys=keys[unit.shard],
-                labels=np.zeros(length, np.int32),
-                image_crc32=np.zeros(length, np.uint32),
-                seeds=seeds,
-                view_digests=seeds.astype(np.uint32),
-                arrays={
-                    array: values[part].reshape(block, length, *values.shape[1:])
-                    for encoded in rows.values()
-                    for array, values in encoded.items()
-                },
-                top1=np.zeros((block, 2), np.uint32),
-            ),
-        )
-    return shards * block * length
-
-
 def _decode_seconds(path: Path, name: str, count: int) -> float:
     """Time files (in the page cache) to targets, a view, every time by a new reader."""
     index = np.zeros((count, 3), np.int64)
@@ -225,8 +175,8 @@ def _decode_seconds(path: Path, name: str, count: int) -> float:
         reader = open_cache(path)
         encoding = reader.encodings[name]
         began = time.perf_counter()
-        for start in range(0, count, _BATCH):
-            rows = reader.gather(name, index[start : start + _BATCH])
+        for start in range(0, count, BATCH):
+            rows = reader.gather(name, index[start : start + BATCH])
             _use(encoding, encoding.targets(_tensors(rows)))
         seconds.append((time.perf_counter() - began) / count)
     return statistics.median(seconds)
@@ -252,8 +202,8 @@ def _distortion(encoding: Encoding, rows: Rows, responses: Responses) -> dict[st
     cosines: dict[str, list[float]] = {kind: [] for kind in encoding.serves}
     soft = "soft" in encoding.serves
     drawn = isinstance(encoding, Sampled)  # has neither a class on top nor probabilities
-    for start in range(0, len(responses), _BATCH):
-        part = slice(start, start + _BATCH)
+    for start in range(0, len(responses), BATCH):
+        part = slice(start, start + BATCH)
         exact = LogitTargets(responses.spatial[part], responses.global_[part])
         found = encoding.targets(_tensors({name: v[part] for name, v in rows.items()}))
         for r in () if drawn else RATIOS:
@@ -280,7 +230,7 @@ def _distortion(encoding: Encoding, rows: Rows, responses: Responses) -> dict[st
 
 def _bias_and_variance(encoding: Encoding, responses: Responses) -> dict[str, dict[str, float]]:
     """Return the cosines of one batch's and of the mean gradient, by r."""
-    part = slice(0, _BATCH)
+    part = slice(0, BATCH)
     logits, tau = (responses.spatial[part], responses.global_[part]), temperature_near(encoding)
     kind, shape = "soft" if "soft" in encoding.serves else "hard", logits[0].shape
     stream = BitStream(SEED + 1)

@@ -11,7 +11,6 @@ import tempfile
 import time
 import tracemalloc
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from cskd_pipeline.cache.manifest import CacheManifest, DatasetManifest, ShardIn
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.config.sections import CacheSection, TrainRecipe
 from cskd_pipeline.data.plan import EpochPlan, SampleSet
-from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.pipeline.from_recipe import make_loader
 from cskd_pipeline.pipeline.training_data import open_training_data
@@ -59,13 +57,13 @@ def bench_join(recipe: TrainRecipe, *, rounds: int, updates: int = 1) -> dict[st
     loader = make_loader(recipe, views)
     count = updates * loader.accumulation
 
-    def make(source: TrainingViews, number: int) -> None:
-        for batch in range(number * count, (number + 1) * count):
-            source[loader.rows(batch % len(loader))]
-
     sources = {"with_join": views, "without": views.without_cache()}
-    works = {name: partial(make, source) for name, source in sources.items()}
-    seconds = time_turns(works, rounds, "making batches")
+
+    def make(side: str, number: int) -> None:
+        for batch in range(number * count, (number + 1) * count):
+            sources[side][loader.rows(batch % len(loader))]
+
+    seconds = time_turns(sources, make, rounds, "making batches")
     images = updates * recipe.batch.batch_size
     return {
         "encoding": views.encoding,

@@ -8,7 +8,6 @@ core. timm's side is what its training script sets up: ``create_dataset("wds/...
 
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.remote_tar import RemoteTar
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.errors import DataError, UsageError
-from cskd_pipeline.runtime.atomic import write_json
 from cskd_pipeline.tools.bench import timing
+from cskd_pipeline.tools.make_shards import write_info
 from cskd_pipeline.tools.tables import Printed, Table
 from cskd_pipeline.views.policy import ViewPolicy
 
@@ -57,14 +56,13 @@ def bench_loader(
     steps = {f"repeats_{n}": _ours(dataset, policy, n, batch_size) for n in GOALS}
     made = dict.fromkeys([*steps, "timm"], 0)
 
-    def work(name: str, step: Step, number: int) -> None:
+    def work(name: str, number: int) -> None:
         for batch in range(number * batches, (number + 1) * batches):
-            made[name] += step(batch)
+            made[name] += steps[name](batch)
 
     with tempfile.TemporaryDirectory() as folder, timing.one_thread():
         steps["timm"] = _timms(dataset, Path(folder), policy, batch_size)
-        works = {name: partial(work, name, step) for name, step in steps.items()}
-        seconds = timing.time_turns(works, rounds, "making batches")
+        seconds = timing.time_turns(steps, work, rounds, "making batches")
     images = batches * batch_size
     assert set(made.values()) == {(rounds + 1) * images}, made
     return {
@@ -94,10 +92,7 @@ def loader_rate(
     views = TrainingViews.of_dataset(_with_classes(dataset), ViewPolicy(size=size), 0)
     loader = CachedLoader(views, batch_size, repeats=repeats, workers=workers)
     batches = max(2, -(-images // batch_size))
-    steady = timing.SteadyRate(batches * batch_size)
-    for batch in loader.batches(batches):
-        steady.advance(len(batch))
-    return steady.rate
+    return timing.SteadyRate.of(map(len, loader.batches(batches)), batches * batch_size).rate
 
 
 def _with_classes(dataset: Dataset) -> Dataset:
@@ -168,22 +163,18 @@ def _endless(loader: Any) -> Iterator[Any]:
 
 def _describe(dataset: Dataset, folder: Path) -> None:
     """Fill a folder for timm's webdataset reader: links to the tars, and ``_info.json``."""
-    names = [f"bench-train-{number:06d}.tar" for number in range(len(dataset.shards))]
-    for name, shard in zip(names, dataset.shards, strict=True):
+    lengths = {}
+    for number, shard in enumerate(dataset.shards):
         if isinstance(shard.path, RemoteTar):
             raise UsageError(
                 "timm's loader is compared on shards on this machine",
                 where=shard.path,
                 action="copy some of them, and name the copies",
             )
+        name = f"bench-train-{number:06d}.tar"
         (folder / name).symlink_to(shard.path.resolve())
-    split = {
-        "name": "train",
-        "num_samples": dataset.samples,
-        "filenames": names,
-        "shard_lengths": [len(shard) for shard in dataset.shards],
-    }
-    write_json(folder / "_info.json", {"splits": {"train": split}})
+        lengths[name] = len(shard)
+    write_info(folder, "train", lengths)
 
 
 def printed(report: dict[str, Any]) -> Printed:
@@ -200,3 +191,17 @@ def printed(report: dict[str, Any]) -> Printed:
         timing.comparison_columns("median", "ratio to timm"),
         rows,
     )
+
+
+def figures(report: dict[str, Any]) -> Iterator[timing.Figure]:
+    """Yield the loader against timm's on one core, and its rate on ``all_cores``."""
+    for name, found in report["ratio"].items():
+        views = name.removeprefix("repeats_")
+        rate = report["images_per_second_per_core"][name]["median"]
+        what = f"loader / timm's, one core, {views} views a decoded image, {report['size']} px"
+        figure = timing.Figure.of_ratio(what, found, at_least=report["goal"][name])
+        yield figure._replace(found=f"{figure.found}; {rate:,.0f} images/s")
+    for name, rate in report["all_cores"].items():
+        views = name.removeprefix("repeats_")
+        what = f"loader, {report['cores']} cores, {views} views a decoded image: images a second"
+        yield timing.Figure(what, f"{rate:,.0f}")

@@ -8,9 +8,8 @@ of the shapes and with as many lines an envelope as real ones; weights are rando
 speed depends on them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -125,7 +124,7 @@ def bench_step(
 def _measure(trainers: Mapping[str, Trainer], batch: Batch, rounds: int) -> dict[str, Any]:
     peaks: dict[str, int] = {}
 
-    def step(name: str, number: int) -> None:
+    def step(name: str, _: int) -> None:
         trainer = trainers[name]
         if trainer.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.device)
@@ -135,8 +134,7 @@ def _measure(trainers: Mapping[str, Trainer], batch: Batch, rounds: int) -> dict
             peaks[name] = torch.cuda.max_memory_allocated(trainer.device)
 
     plain = trainers["none"]
-    works = {name: partial(step, name) for name in trainers}
-    seconds = timing.time_turns(works, rounds, f"training {plain.student.name}")
+    seconds = timing.time_turns(trainers, step, rounds, f"training {plain.student.name}")
     images = plain.loader.batch_size
     slower = {name: timing.ratio(seconds["none"], seconds[name]) for name in ("deit", "cskd")}
     if LIVE in seconds:
@@ -232,3 +230,17 @@ def printed(report: Mapping[str, Any]) -> Printed:
             (*timing.comparison_columns("images/s"), "peak GiB"),
             rows,
         )
+
+
+def figures(report: Mapping[str, Any]) -> Iterator[timing.Figure]:
+    """Yield a student's step from a cache against a plain one, and against a live teacher's."""
+    for student, found in report["students"].items():
+        about = f"{student}, {report['amp']}, batches of {report['batch_size']}"
+        rates, ratios, goals = found["images_per_second"], found["ratio"], report["goal"]
+        what = f"{about}: step from a cache / plain step"
+        yield timing.Figure.of_ratio(what, ratios["cskd"], at_most=goals["cskd"])
+        if LIVE in ratios:
+            what = f"{about}: step with {report['teacher']} run live / step from a cache"
+            yield timing.Figure.of_ratio(what, ratios[LIVE], at_least=goals[LIVE].get(student))
+        each = ", ".join(f"{name} {rate['median']:,.0f}" for name, rate in rates.items())
+        yield timing.Figure(f"{about}: images a second", each)

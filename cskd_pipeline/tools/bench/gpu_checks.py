@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cskd_pipeline.distill.targets import LogitTargets
 from cskd_pipeline.pipeline.dump import open_stage_one
 from cskd_pipeline.tools.bench.bench_dump import RATIOS, resident_views
 from cskd_pipeline.tools.bench.sampled_dump import SampledDump
+from cskd_pipeline.tools.bench.timing import Figure
 
 VIEWS = 2
 """Of every image, in the cache that is compared with its teacher."""
@@ -32,11 +34,10 @@ def check_teacher(recipe: DumpRecipe, images: int) -> dict[str, Any]:
         CskdError: as a dump of the recipe would.
     """
     recipe = replace(recipe, cache=replace(recipe.cache, encodings=("envelope",)))
-    dataset, teacher = open_stage_one(recipe)
-    few = SampledDump.of(recipe, dataset, teacher, min(images, dataset.samples))
+    few = SampledDump.of(recipe, *open_stage_one(recipe), images)
     return {
-        "teacher": teacher.name,
-        "precision": teacher.precision,
+        "teacher": few.teacher.name,
+        "precision": few.teacher.precision,
         "companions": check_companions(few),
         "cache": check_cache(few),
     }
@@ -76,7 +77,8 @@ def check_cache(few: SampledDump) -> dict[str, int]:
     recipe, teacher, compared, differ = few.recipe, few.teacher, 0, 0
     with tempfile.TemporaryDirectory(prefix="cskd-check-") as folder:
         path = Path(folder) / "cache"
-        few.write_to(path, VIEWS, lambda count: None)
+        for _ in few.dump_to(path, VIEWS):
+            pass
         views = open_views(recipe.data.shards, path)
         size = min(recipe.dump.batch_size, few.dataset.samples) // 2 * 2
         loader = CachedLoader(views, size, repeats=1, device=teacher.device)
@@ -92,3 +94,16 @@ def check_cache(few: SampledDump) -> dict[str, int]:
                 compared += found.numel()
                 differ += int((found != expected).sum())
     return {"compared": compared, "differ": differ}
+
+
+def figures(report: Mapping[str, Any]) -> Iterator[Figure]:
+    """Yield how many values differ that must not."""
+    texts = {
+        "companions": "logits that change with the other views of a batch",
+        "cache": "hard labels of a cache that are not the live teacher's",
+    }
+    for name, text in texts.items():
+        found = report[name]
+        counts = f"{found['differ']:,} of {found['compared']:,}"
+        what = f"{text}: {report['teacher']}, {report['precision']}"
+        yield Figure(what, counts, "0", found["differ"] == 0)

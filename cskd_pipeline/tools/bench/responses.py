@@ -1,8 +1,10 @@
-"""A teacher's responses to some hundred views, from a cache or computed here."""
+"""A teacher's responses to some hundred views, from a cache or computed here, and stored again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,19 +13,22 @@ import torch
 from torch import Tensor
 
 from cskd_pipeline.cache.layout import encodings_of
-from cskd_pipeline.cache.manifest import CacheManifest
+from cskd_pipeline.cache.manifest import CacheManifest, ShardInfo
 from cskd_pipeline.cache.reader import open_cache
+from cskd_pipeline.cache.units import UnitBuffer, UnitData
+from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.config.sections import DumpRecipe
-from cskd_pipeline.data.full_batches import logits_of
-from cskd_pipeline.distill.encodings import ENCODINGS, Encoding
+from cskd_pipeline.distill.encodings import ENCODINGS, Encoding, ResponseShape, Rows
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.models.teacher import Logits
 from cskd_pipeline.pipeline.dump import open_stage_one
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.bench.sampled_dump import SampledDump
+from cskd_pipeline.tools.bench.timing import wait_for
 from cskd_pipeline.views.bits import BitStream, derive_seed
 
 SEED = derive_seed("bench")
+BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -81,13 +86,8 @@ def from_cache(path: Path | str, views: int) -> Responses:
         which, shard = done[stream.below(len(done))].tolist()
         view = which * block + stream.below(block)
         index.append((view, shard, stream.below(reader.counts[shard])))
-    rows = reader.gather("dense", np.array(index))
-    return Responses(
-        torch.from_numpy(rows["dense/spatial"]),
-        torch.from_numpy(rows["dense/global"]),
-        reader.manifest,
-        str(path),
-    )
+    spatial, global_ = map(torch.from_numpy, reader.gather("dense", np.array(index)).values())
+    return Responses(spatial, global_, reader.manifest, str(path))
 
 
 def from_teacher(recipe: DumpRecipe, views: int) -> Responses:
@@ -98,16 +98,92 @@ def from_teacher(recipe: DumpRecipe, views: int) -> Responses:
     Raises:
         CskdError: data or teacher cannot be used.
     """
-    dataset, teacher = open_stage_one(recipe)
     # A teacher always runs on whole batches: parts are no smaller than one.
     parts = max(1, min(4, views // recipe.dump.batch_size))
-    few = SampledDump.of(recipe, dataset, teacher, views, parts)
+    few = SampledDump.of(recipe, *open_stage_one(recipe), views, parts)
     each = -(-views // few.dataset.samples)
     logits = []
     with progress(each * few.dataset.samples, "views", "running the teacher") as meter:
         for batch in few.batches(each):
-            found = logits_of(teacher, batch.to(teacher.device), recipe.views)
-            logits.append(Logits(found.spatial.cpu(), found.global_.cpu()))
-            meter.advance(len(found.global_))
-    all_ = Responses.joined(logits, few.manifest, teacher.name)
-    return replace(all_, spatial=all_.spatial[:views], global_=all_.global_[:views])
+            logits.append(few.logits(batch))
+            meter.advance(len(batch))
+    found = Responses.joined(logits, few.manifest, few.teacher.name)
+    return replace(found, spatial=found.spatial[:views], global_=found.global_[:views])
+
+
+def encode(encoding: Encoding, responses: Responses, device: torch.device) -> tuple[Rows, float]:
+    """Return all rows by array, and the seconds a view on the device."""
+    specs = encoding.arrays(ResponseShape(*responses.spatial.shape[1:]))
+    buffer = UnitBuffer(1, len(responses), {spec.name: spec.fill for spec in specs})
+    per_view = []
+    for start in range(0, len(responses), BATCH):
+        part = slice(start, start + BATCH)
+        d, g = (logits[part].to(device) for logits in (responses.spatial, responses.global_))
+        seeds = responses.seeds[part]
+        if start == 0:
+            encoding.encode(d, g, seeds)  # the first call chooses kernels
+        wait_for(device)
+        began = time.perf_counter()
+        made = encoding.encode(d, g, seeds)
+        wait_for(device)
+        per_view.append((time.perf_counter() - began) / len(g))
+        values = {name: rows.cpu().numpy() for name, rows in made.items()}
+        buffer.put(0, np.arange(start, start + len(g)), values)
+    return {name: rows[0] for name, rows in buffer.arrays.items()}, statistics.median(per_view)
+
+
+def store(
+    path: Path,
+    responses: Responses,
+    rows: Mapping[str, Rows],
+    *,
+    shard_length: int | None = None,
+    view_block: int = 1,
+) -> int:
+    """Write a cache of these responses, laid out as one of such tar shards and blocks would be.
+
+    Args:
+        rows: by encoding, as :func:`encode` gives them.
+        shard_length: samples of a tar shard; None: all responses make one.
+
+    Returns:
+        How many responses, from the first on, fill whole shards and are in it.
+    """
+    length = min(shard_length or len(responses), len(responses))
+    block = max(n for n in range(1, view_block + 1) if n * length <= len(responses))
+    shards = len(responses) // (block * length)
+    keys = [[f"{shard:06}/{i:06}" for i in range(length)] for shard in range(shards)]
+    infos = tuple(
+        ShardInfo.of(f"sampled-{shard}.tar", names, length, f"{shard:064x}")
+        for shard, names in enumerate(keys)
+    )
+    manifest = replace(
+        responses.manifest,
+        dataset=replace(responses.manifest.dataset, shards=infos),
+        views=block,
+        view_block=block,
+        encodings=tuple(rows),
+    )
+    used = shards * block * length
+
+    def by_shard(values: np.ndarray) -> np.ndarray:
+        return values[:used].reshape(shards, block, length, *values.shape[1:])
+
+    seeds = by_shard(responses.seeds)
+    arrays = {name: by_shard(v) for encoded in rows.values() for name, v in encoded.items()}
+    writer = CacheWriter.create(path, manifest)
+    for unit in writer.todo():
+        number = unit.shard
+        writer.write_unit(
+            unit,
+            UnitData(
+                keys=keys[number],
+                labels=np.zeros(length, np.int32),
+                image_crc32=np.zeros(length, np.uint32),
+                seeds=seeds[number],
+                view_digests=seeds[number].astype(np.uint32),
+                arrays={name: values[number] for name, values in arrays.items()},
+                top1=np.zeros((block, 2), np.uint32),
+            ),
+        )
+    return used

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,17 +12,15 @@ from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.config.sections import DumpRecipe
 from cskd_pipeline.data.assemble import normalise
 from cskd_pipeline.data.batches import Batch
+from cskd_pipeline.data.full_batches import logits_of
 from cskd_pipeline.data.index import Dataset, sample
 from cskd_pipeline.data.left_out import LeftOuts
 from cskd_pipeline.data.unit_views import Loading, unit_batches
-from cskd_pipeline.models.teacher import Teacher
+from cskd_pipeline.models.teacher import Logits, Teacher
 from cskd_pipeline.pipeline.dump import loading_for, teacher_info, without_corrupt_images
 from cskd_pipeline.pipeline.write_cache import cache_manifest, write_cache
 from cskd_pipeline.runtime.distributed import ALONE
 from cskd_pipeline.runtime.progress import silence
-
-Advance = Callable[[int], object]
-"""Takes note of how many views were done just now."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,22 @@ class SampledDump:
         policy, seed = self.recipe.views, self.recipe.cache.root_seed
         return unit_batches(self.dataset, units, policy, seed, loading or self.loading)
 
-    def write(self, views: int, advance: Advance) -> None:
-        """Dump ``views`` views of every image as the stage would, but into a temporary folder."""
-        with silence(), tempfile.TemporaryDirectory(prefix="cskd-trial-") as folder:
-            self.write_to(Path(folder) / "cache", views, advance)
+    def logits(self, batch: Batch) -> Logits:
+        """Return the teacher's checked logits for a batch of :meth:`batches`, on the CPU."""
+        found = logits_of(self.teacher, batch.to(self.teacher.device), self.recipe.views)
+        return Logits(*(values.cpu() for values in found))
 
-    def write_to(self, path: Path, views: int, advance: Advance) -> None:
-        """Dump ``views`` views of every image, a unit for each shard, into a cache at ``path``."""
+    def dump(self, views: int) -> Iterator[int]:
+        """Dump as :meth:`dump_to`, but silently and into a temporary folder."""
+        with silence(), tempfile.TemporaryDirectory(prefix="cskd-trial-") as folder:
+            yield from self.dump_to(Path(folder) / "cache", views)
+
+    def dump_to(self, path: Path, views: int) -> Iterator[int]:
+        """Dump ``views`` views of every image as the stage would, a unit for each shard.
+
+        Yields:
+            How many views were done just now.
+        """
         recipe, teacher = self.recipe, self.teacher
         info = teacher_info(teacher, recipe.teacher.kwargs)
         cache = replace(recipe.cache, path=str(path), views=views, view_block=views)
@@ -88,4 +95,4 @@ class SampledDump:
             for batch in out.views():
                 images = normalise(batch.images, teacher.mean, teacher.std)
                 out.put(batch, *teacher.unchecked(images))
-                advance(len(batch))
+                yield len(batch)

@@ -1,10 +1,12 @@
 """Rates of work: sides of a comparison in turn, so that a busy machine is busy for all of them."""
 
+from __future__ import annotations
+
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -19,42 +21,41 @@ _UNKNOWN: Spread = {"median": None, "low": None, "high": None}
 
 
 def take_turns(
-    sides: Mapping[str, Callable[[int], float]], rounds: int, doing: str
+    sides: Iterable[str], measure: Callable[[str, int], float], rounds: int, doing: str
 ) -> dict[str, list[float]]:
     """Measure every side in round 0, then in round 1, and so on, in alternating order.
 
     Args:
-        sides: name -> a round's work, given the number of the round, and returning what was
-            measured of it; the same number is the same work for all sides.
+        measure: does a side's work of a round, given the side and the number of the round, which
+            is the same work for all sides, and returns what was measured of it.
         doing: what the progress says.
 
     Returns:
-        What each side returned in each round. A first round, which fills memories and files'
+        What was measured of each side in each round. A first round, which fills memories and files'
         caches, is done and not counted.
     """
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    with progress(len(sides) * (rounds + 1), "rounds", doing) as meter:
+    found: dict[str, list[float]] = {side: [] for side in sides}
+    with progress(len(found) * (rounds + 1), "rounds", doing) as meter:
         for number in range(-1, rounds):
-            names = list(sides)
-            for name in names if number % 2 else names[::-1]:
-                measured = sides[name](max(number, 0))
+            for side in list(found) if number % 2 else reversed(found):
+                measured = measure(side, max(number, 0))
                 if number >= 0:
-                    found[name].append(measured)
+                    found[side].append(measured)
                 meter.advance()
     return found
 
 
 def time_turns(
-    works: Mapping[str, Callable[[int], object]], rounds: int, doing: str
+    sides: Iterable[str], work: Callable[[str, int], object], rounds: int, doing: str
 ) -> dict[str, list[float]]:
-    """Return the seconds of each work in each round, see :func:`take_turns`."""
+    """Return the seconds that ``work`` took for each side in each round, see :func:`take_turns`."""
 
-    def seconds(work: Callable[[int], object], number: int) -> float:
+    def seconds(side: str, number: int) -> float:
         began = clock()
-        work(number)
+        work(side, number)
         return clock() - began
 
-    return take_turns({name: partial(seconds, works[name]) for name in works}, rounds, doing)
+    return take_turns(sides, seconds, rounds, doing)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -84,6 +85,40 @@ def comparison_row(
     return (name, *rate.values(), *(ratio or _UNKNOWN).values(), goal)
 
 
+class Figure(NamedTuple):
+    """Hold a measured figure; ``goal`` is empty where there is none, then ``reached`` is None."""
+
+    what: str
+    found: str
+    goal: str = ""
+    reached: bool | None = None
+
+    @classmethod
+    def of_ratio(
+        cls,
+        what: str,
+        ratio: Spread,
+        *,
+        at_most: float | None = None,
+        at_least: float | None = None,
+    ) -> Figure:
+        """Return a ratio with its spread, and whether it reaches its goal."""
+        median, low, high = ratio.values()
+        assert median is not None
+        found = f"{median:.3g} ({low:.3g} to {high:.3g})"
+        if at_most is not None:
+            return cls(what, found, f"≤ {at_most:g}", median <= at_most)
+        if at_least is not None:
+            return cls(what, found, f"≥ {at_least:g}", median >= at_least)
+        return cls(what, found)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Return the figure as a line of a table: what was measured, found, its goal, reached."""
+        marks = {True: "yes", False: "no", None: ""}
+        return (self.what, self.found, self.goal, marks[self.reached])
+
+
 class SteadyRate:
     """Measure the rate of a pipeline once its start is over.
 
@@ -94,6 +129,14 @@ class SteadyRate:
     def __init__(self, total: int) -> None:
         self._total, self._started = total, clock()
         self._marks: list[tuple[int, float]] = []
+
+    @classmethod
+    def of(cls, counts: Iterable[int], total: int) -> SteadyRate:
+        """Measure a pipeline that yields how much it has done just now."""
+        rate = cls(total)
+        for count in counts:
+            rate.advance(count)
+        return rate
 
     def advance(self, count: int) -> None:
         """Count ``count`` more as done now."""

@@ -21,20 +21,18 @@ import torch
 from cskd_pipeline.cache.info import describe as describe_cache
 from cskd_pipeline.cache.manifest import DatasetManifest, ShardInfo
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.cache.summary import size
 from cskd_pipeline.cache.view_blocks import count_files
 from cskd_pipeline.config.sections import CacheSection, DumpRecipe
 from cskd_pipeline.data.batches import Batch
-from cskd_pipeline.data.full_batches import logits_of
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.distill.encodings import ENCODINGS
-from cskd_pipeline.models.teacher import Logits, Teacher
+from cskd_pipeline.models.teacher import Teacher
 from cskd_pipeline.pipeline.dump import open_stage_one, teacher_info
 from cskd_pipeline.pipeline.write_cache import cache_manifest
+from cskd_pipeline.runtime.console import format_size
 from cskd_pipeline.runtime.device import worker_count
 from cskd_pipeline.runtime.progress import duration, progress
-from cskd_pipeline.tools.bench.bench_encodings import encode, store
-from cskd_pipeline.tools.bench.responses import Responses
+from cskd_pipeline.tools.bench.responses import Responses, encode, store
 from cskd_pipeline.tools.bench.sampled_dump import SampledDump
 from cskd_pipeline.tools.bench.timing import SteadyRate
 from cskd_pipeline.tools.tables import Printed, Table
@@ -168,7 +166,7 @@ def printed(report: Mapping[str, Any]) -> Printed:
                 row["views"],
                 " + ".join(row["encodings"]),
                 round(row["bytes_per_view"]),
-                size(row["bytes"]),
+                format_size(row["bytes"]),
                 f"{row['files']:,}",
                 duration(row["seconds"]),
                 *(duration(seconds) for seconds in row["device_seconds"].values()),
@@ -189,7 +187,7 @@ def try_dump(recipe: DumpRecipe, dataset: Dataset, teacher: Teacher, images: int
     """Dump about ``images`` sampled images into a temporary folder, and time it and its parts."""
     workers = worker_count(recipe.dump.workers)
     # Every process needs a few pieces of work before the rate is steady.
-    images = min(dataset.samples, max(images, 3 * workers * recipe.views.window))
+    images = max(images, 3 * workers * recipe.views.window)
     few = SampledDump.of(recipe, dataset, teacher, images)
     block = few.manifest.view_block
     total = few.dataset.samples * block
@@ -204,12 +202,9 @@ def try_dump(recipe: DumpRecipe, dataset: Dataset, teacher: Teacher, images: int
         seconds, responses = _time_teacher(few, kept)
         costs, sizes = _time_encodings(responses, teacher.device, max(dataset.counts))
         whole = SteadyRate(total)
-
-        def advance(count: int) -> None:
+        for count in few.dump(block):
             whole.advance(count)
             meter.advance(count)
-
-        few.write(block, advance)
     return DumpTrial(
         samples=few.dataset.samples,
         views=total,
@@ -225,16 +220,14 @@ def try_dump(recipe: DumpRecipe, dataset: Dataset, teacher: Teacher, images: int
 
 def _time_teacher(few: SampledDump, batches: Sequence[Batch]) -> tuple[float, Responses]:
     """Return the teacher's seconds a view, with batches that are there already, and its logits."""
-    teacher, policy = few.teacher, few.recipe.views
-    logits_of(teacher, batches[0].to(teacher.device), policy)  # compiles, chooses kernels
+    few.logits(batches[0])  # compiles, chooses kernels
     seconds, logits = [], []
     for batch in batches:
         began = time.perf_counter()
-        found = logits_of(teacher, batch.to(teacher.device), policy)
-        logits.append(Logits(found.spatial.cpu(), found.global_.cpu()))
+        logits.append(few.logits(batch))
         # The model sees a whole batch, however short this one is; a dump's are full.
-        seconds.append((time.perf_counter() - began) / teacher.batch_size)
-    responses = Responses.joined(logits, few.manifest, teacher.name)
+        seconds.append((time.perf_counter() - began) / few.teacher.batch_size)
+    responses = Responses.joined(logits, few.manifest, few.teacher.name)
     return statistics.median(seconds), responses
 
 

@@ -22,8 +22,7 @@ from cskd_pipeline.distill.losses import DistillationLoss
 from cskd_pipeline.distill.targets import LogitTargets, SampledTargets
 from cskd_pipeline.errors import CacheError, ManifestError, UsageError
 from cskd_pipeline.models.student import Heads
-from cskd_pipeline.tools.bench.bench_encodings import encode, store
-from cskd_pipeline.tools.bench.responses import Responses
+from cskd_pipeline.tools.bench.responses import Responses, encode, store
 from cskd_pipeline.views.bits import derive_seed
 from tests.cache.making import COUNTS, dataset, make, manifest, teacher
 from tests.pipeline import world

@@ -19,8 +19,9 @@ from cskd_pipeline.errors import OutputError
 from cskd_pipeline.models.teacher import Logits, Teacher
 from cskd_pipeline.tools import commands
 from cskd_pipeline.tools.bench import bench_all as bench
-from cskd_pipeline.tools.bench.figures import COLUMNS, Figure, of_step, rows
+from cskd_pipeline.tools.bench import bench_step
 from cskd_pipeline.tools.bench.gpu_checks import check_teacher
+from cskd_pipeline.tools.bench.timing import Figure
 from cskd_pipeline.tools.tables import markdown_table
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -50,20 +51,20 @@ def test_all_is_measured_and_ends_with_a_table_of_this_machine(
     small: World, scale: bench.Scale, tmp_path: Path, capsys: Capture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    out, real = tmp_path / "out", bench.bench_dump
+    out, real = tmp_path / "out", bench.bench_dump.bench_dump
 
     def rings(*given: object, **options: object) -> object:
         signal.setitimer(signal.ITIMER_REAL, 0.001)
         time.sleep(5)
         raise AssertionError("the deadline did not end it")
 
-    monkeypatch.setattr(bench, "bench_dump", rings)
+    monkeypatch.setattr(bench.bench_dump, "bench_dump", rings)
     assert world.cli(*words(small, out, "--seconds", 500, "--json", "--quiet")) == 0
     cut = world.last_json(capsys.readouterr().out)
     assert tuple(cut["results"]) == NAMES[:2]
     assert cut["missing"] == list(NAMES[2:])
     before = results(out)
-    monkeypatch.setattr(bench, "bench_dump", real)
+    monkeypatch.setattr(bench.bench_dump, "bench_dump", real)
     assert world.cli(*words(small, out, "--quiet")) == 0
     shown = capsys.readouterr().out
     after = results(out)
@@ -207,9 +208,9 @@ def test_a_figure_says_whether_it_reaches_its_goal() -> None:
             "images_per_second": {"none": {"median": 1234.5}},
         }},
     }  # fmt: skip
-    cached, live, images = of_step(report)
+    cached, live, images = bench_step.figures(report)
     assert (cached.goal, cached.reached) == ("≤ 1.03", True)
     assert (live.goal, live.reached) == ("≥ 4.5", False)
     assert images.found == "none 1,234"
-    text = markdown_table(COLUMNS, rows([cached, live, images]))
+    text = markdown_table(bench.COLUMNS, [one.cells for one in (cached, live, images)])
     assert text.splitlines()[-3].endswith("| 1.02 (1 to 1.05) | ≤ 1.03 | yes |")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -44,16 +44,13 @@ def test_rates_are_of_each_side_and_the_slower_of_loader_and_teacher_is_the_limi
 ) -> None:
     clock = Time()
 
-    def write(*arguments: Any) -> None:
-        pretend(80, 0.2, arguments[-1])
-
-    def pretend(views: int, seconds: float, advance: Callable[[int], None]) -> None:
-        for _ in range(views):
-            clock.work(seconds)
-            advance(1)
+    def dumped(few: SampledDump, views: int) -> Iterator[int]:
+        for _ in range(80):
+            clock.work(0.2)
+            yield 1
 
     real = sampled_dump.unit_batches
-    monkeypatch.setattr(SampledDump, "write", write)
+    monkeypatch.setattr(SampledDump, "dump", dumped)
 
     def slow(dataset: Any, units: Any, *arguments: Any) -> Any:
         for batch in real(dataset, units, *arguments):
@@ -107,8 +104,8 @@ def test_variants_are_teachers_with_other_settings_beside_float32(
     report = bench.variants(few, resident, 3, compile=False)
     assert list(report) == ["float32", "channels_last", "bfloat16", "bfloat16 channels_last"]
     assert report["float32"]["hard_labels_changed"] == 0.0
-    halves = bench._with(few, {"precision": "bfloat16", "channels_last": True})
-    plain = bench._with(few, {})
+    halves = bench._with(few, "bfloat16 channels_last")
+    plain = bench._with(few, "float32")
     assert (halves.precision, halves.channels_last) == ("bfloat16", True)
     assert (plain.precision, plain.channels_last) == ("float32", False)
     assert all(row["ratio"]["median"] == 1.0 for row in report.values())

@@ -18,8 +18,7 @@ from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.distill.targets import LogitTargets
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.tools.bench import bench_encodings as bench
-from cskd_pipeline.tools.bench.encodings_plot import encodings_plot
-from cskd_pipeline.tools.bench.responses import Responses, from_cache, from_teacher
+from cskd_pipeline.tools.bench.responses import Responses, encode, from_cache, from_teacher, store
 from tests.cache.making import CLASSES, COUNTS, HEIGHT, VIEWS, WIDTH, fill, make, manifest, tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -150,8 +149,8 @@ def test_bias_and_variance_are_apart(report: dict[str, Any]) -> None:
 def test_bytes_are_those_of_files(
     responses: Responses, report: dict[str, Any], tmp_path: Path
 ) -> None:
-    rows = {name: bench.encode(ENCODINGS[name], responses, CPU)[0] for name in ENCODINGS}
-    assert bench.store(tmp_path / "c", responses, rows) == len(responses)
+    rows = {name: encode(ENCODINGS[name], responses, CPU)[0] for name in ENCODINGS}
+    assert store(tmp_path / "c", responses, rows) == len(responses)
     files = tree(tmp_path / "c")
     for name in ENCODINGS:
         size = sum(
@@ -171,9 +170,9 @@ def test_bytes_are_those_of_files(
 def test_responses_are_stored_as_shards_of_such_a_length(
     responses: Responses, tmp_path: Path, length: int | None, block: int, used: int
 ) -> None:
-    rows = {"envelope": bench.encode(ENCODINGS["envelope"], responses, CPU)[0]}
+    rows = {"envelope": encode(ENCODINGS["envelope"], responses, CPU)[0]}
     path = tmp_path / "c"
-    assert bench.store(path, responses, rows, shard_length=length, view_block=block) == used
+    assert store(path, responses, rows, shard_length=length, view_block=block) == used
     reader = open_cache(path)
     assert reader.views * sum(reader.counts) == used
     assert set(reader.counts) == {min(length or 40, 40)}
@@ -228,7 +227,7 @@ def test_responses_of_a_teacher_are_those_of_its_dump(small: World, tmp_path: Pa
 
 
 def test_the_plot_shows_bytes_across_and_loss_up(report: dict[str, Any], tmp_path: Path) -> None:
-    plot = encodings_plot(report, "t")
+    plot = bench.encodings_plot(report)
     plot.figure.draw_without_rendering()
     [axes] = plot.figure.axes
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "symlog")
@@ -262,13 +261,13 @@ def test_the_plot_of_one_encoding_or_of_draws_alone_is_drawn(
     report: dict[str, Any], tmp_path: Path, names: list[str]
 ) -> None:
     some = {**report, "encodings": {name: report["encodings"][name] for name in names}}
-    encodings_plot(some, "t").write(tmp_path / "t.png")
+    bench.encodings_plot(some).write(tmp_path / "t.png")
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_names_in_the_plot_stay_text(report: dict[str, Any]) -> None:
     entry = report["encodings"]["dense"]
-    drawn = encodings_plot({**report, "encodings": {"<script>&$x^2$": entry}}, "t").svg()
+    drawn = bench.encodings_plot({**report, "encodings": {"<script>&$x^2$": entry}}).svg()
     assert "<script>" not in drawn
     assert "<script>&$x^2$" in list(ET.fromstring(drawn).itertext())
 

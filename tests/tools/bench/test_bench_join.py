@@ -41,15 +41,12 @@ def test_sides_take_turns_and_the_first_round_is_not_counted(
 ) -> None:
     clock, order = Time(), list[str]()
 
-    def side(name: str, seconds: float) -> Any:
-        def work(number: int) -> None:
-            order.append(f"{name}{number}")
-            clock.work(seconds + number)
-
-        return work
+    def work(side: str, number: int) -> None:
+        order.append(f"{side}{number}")
+        clock.work({"a": 1, "b": 3}[side] + number)
 
     monkeypatch.setattr(timing, "clock", clock)
-    found = timing.time_turns({"a": side("a", 1), "b": side("b", 3)}, 3, "working")
+    found = timing.time_turns("ab", work, 3, "working")
     assert found == {"a": [1, 2, 3], "b": [3, 4, 5]}
     assert order == ["a0", "b0", "b0", "a0", "a1", "b1", "b2", "a2"]
 

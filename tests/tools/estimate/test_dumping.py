@@ -147,21 +147,15 @@ def test_a_batch_that_is_short_costs_the_teacher_a_whole_one(
     """The network sees full batches in a dump, and short ones filled up in a trial."""
     clock = Time()
 
-    def logits_of(teacher: Any, batch: Any, policy: Any) -> Logits:
+    def logits(batch: Any) -> Logits:
         clock.work(8.0)  # however many views there are
         return Logits(torch.zeros(batch.count, 2, 1, 1), torch.zeros(batch.count, 2))
 
-    def batch(count: int) -> Any:
-        made = SimpleNamespace(count=count)
-        made.to = lambda device: made
-        return made
-
-    monkeypatch.setattr(estimate_dump, "logits_of", logits_of)
     monkeypatch.setattr(estimate_dump.time, "perf_counter", clock)
-    teacher: Any = SimpleNamespace(batch_size=16, device="cpu", name="teacher")
-    recipe = SimpleNamespace(views=None)
-    few: Any = SimpleNamespace(recipe=recipe, teacher=teacher, manifest=None)
-    seconds, responses = estimate_dump._time_teacher(few, [batch(3), batch(16), batch(5)])
+    teacher = SimpleNamespace(batch_size=16, name="teacher")
+    few: Any = SimpleNamespace(logits=logits, teacher=teacher, manifest=None)
+    batches: Any = [SimpleNamespace(count=count) for count in (3, 16, 5)]
+    seconds, responses = estimate_dump._time_teacher(few, batches)
     assert seconds == 8.0 / 16
     assert len(responses) == 24
 
