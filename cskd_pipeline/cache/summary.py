@@ -5,6 +5,7 @@ from typing import Any
 
 from cskd_pipeline.cache.view_blocks import FileCounts
 from cskd_pipeline.distill.encodings import Sampled
+from cskd_pipeline.runtime.console import format_size
 from cskd_pipeline.views.policy import ViewPolicy
 
 SHOWN = 5  # examples of what there may be thousands of
@@ -34,9 +35,9 @@ def summarise(info: Info) -> dict[str, Any]:
         "encodings": {name: _encoding(name, info) for name in info["encodings"]},
         "serves": _serves(info),
         "files": _files(info),
-        "bytes": "not listed there" if info["bytes"] is None else size(info["bytes"]),
+        "bytes": "not listed there" if info["bytes"] is None else format_size(info["bytes"]),
         "largest": ", ".join(
-            f"{name} {size(count)}"
+            f"{name} {format_size(count)}"
             for name, count in sorted(
                 (info["bytes_by_array"] or {}).items(), key=lambda item: -item[1]
             )
@@ -50,15 +51,6 @@ def summarise(info: Info) -> dict[str, Any]:
         "notes": info["notes"] or None,
         "cite": {"cache": info["cite"]["cache"], "method": info["cite"]["method"]},
     }
-
-
-def size(count: float) -> str:
-    """Return ``345 MB``, ``12.3 GB``; powers of 1,000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _top1(info: Info) -> str:

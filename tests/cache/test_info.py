@@ -10,7 +10,7 @@ import pytest
 
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.cache.summary import size, summarise
+from cskd_pipeline.cache.summary import summarise
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS, Sampled
 from cskd_pipeline.errors import CacheError
@@ -146,14 +146,6 @@ def test_thousands_of_unfinished_shards_are_summed_up(tmp_path: Path) -> None:
     assert text.endswith("train-0004.tar has 0 of 4 views, and 1019 more")
     assert summarise(found)["encodings"]["dense"].startswith("no view yet; ")
     assert writer.manifest.views == 4
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (73.4e9, "73.4 GB"), (37e12, "37 TB")],
-)
-def test_bytes_for_a_person(count: float, text: str) -> None:
-    assert size(count) == text
 
 
 def test_a_folder_without_a_cache_is_not_described(tmp_path: Path) -> None:

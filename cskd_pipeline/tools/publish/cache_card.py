@@ -11,16 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cskd_pipeline.cache.summary import kept, size, summarise
+from cskd_pipeline.cache.summary import kept, summarise
 from cskd_pipeline.errors import printable
+from cskd_pipeline.runtime.console import format_size
 from cskd_pipeline.tools import markdown
-from cskd_pipeline.tools.publish import preview, sums
+from cskd_pipeline.tools.publish import preview
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 MARK = "<!-- written by cskd-pipeline cache publish -->"
 NAME = "README.md"
+SUMS = "SHA256SUMS"
+"""The file that has the digests of all others."""
 # Of the hub's identifiers, those that data comes with; others are "other", with their own name.
 _LICENSES = (
     *("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
@@ -63,13 +66,13 @@ def card(info: Info, location: str, table: pa.Table) -> str:
         kinds="" if "hard" in info["losses"]["cskd"] else soft,
         info=info,
         about=summarise(info),
-        size=size,
+        size=format_size,
         kept=kept,
         bibtex=markdown.fenced(info["cite"]["bibtex"]),
         columns=(columns := preview.columns_of(table)),
         thumbnails=any(column.type == "image" for column in columns),
         views=table.num_rows,
-        files={"preview": preview.NAME, "sums": sums.NAME},
+        files={"preview": preview.NAME, "sums": SUMS},
     )
 
 

@@ -15,8 +15,8 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from cskd_pipeline.errors import printable
-from cskd_pipeline.tools.publish import preview, sums
-from cskd_pipeline.tools.publish.cache_card import hub_fields
+from cskd_pipeline.tools.publish import preview
+from cskd_pipeline.tools.publish.cache_card import SUMS, hub_fields
 from cskd_pipeline.tools.publish.preview import Column
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _array(name: str) -> dict[str, Any]:
         "@type": "cr:FileSet",
         "@id": f"array/{name}",
         "name": name,
-        "description": f"The files of a zarr array; {sums.NAME} has their SHA-256.",
+        "description": f"The files of a zarr array; {SUMS} has their SHA-256.",
         "encodingFormat": "application/octet-stream",
         "includes": f"{name}/**",
     }

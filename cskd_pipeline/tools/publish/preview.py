@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.join import Join
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 NAME = "preview.parquet"
 PIXELS = 112  # of a thumbnail's longer side
 _SLABS = 64  # (view, tar shard) pairs that views are drawn from
-_AT_ONCE = 32  # views whose logits are held
 
 
 @dataclass(frozen=True)
@@ -162,24 +163,22 @@ def _global(cache: Cache, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     draws alone, the most frequent class.
     """
     hard, soft = cache.serving({"hard"}), cache.serving({"soft"}, None)
-    labels, probabilities = np.zeros(len(rows), np.int64), np.full(len(rows), np.nan)
-    for start in range(0, len(rows), _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
-        if hard:
-            labels[part] = read_targets(cache, hard[0], rows[part]).hard_global().numpy()
-        if soft:
-            targets = read_targets(cache, soft[0], rows[part])
-            tau = temperature_near(cache.encodings[soft[0]])
+    labels, probabilities = None, torch.full((len(rows),), torch.nan)
+    if hard:
+        labels = torch.cat([t.hard_global() for t in read_targets(cache, hard[0], rows)])
+    if soft:
+        tau, tops, logs = temperature_near(cache.encodings[soft[0]]), list[Tensor](), list[Tensor]()
+        for targets in read_targets(cache, soft[0], rows):
             if isinstance(targets, SampledTargets):
-                top = targets.drawn_global(tau).mode(1).values.numpy()
+                tops.append(targets.drawn_global(tau).mode(1).values)
             else:
-                found = targets.global_log_probabilities(tau).exp().numpy()
-                top = labels[part] if hard else found.argmax(1)
-                if tau == 1:
-                    probabilities[part] = found[np.arange(len(top)), top]
-            if not hard:
-                labels[part] = top
-    return labels, probabilities
+                logs.append(targets.global_log_probabilities(tau))
+                tops.append(logs[-1].argmax(1))
+        labels = torch.cat(tops) if labels is None else labels
+        if logs and tau == 1:
+            probabilities = torch.cat(logs).gather(1, labels[:, None])[:, 0].exp()
+    assert labels is not None
+    return labels.numpy(), probabilities.numpy()
 
 
 def _thumbnails(found: Join, rows: np.ndarray) -> tuple[np.ndarray, list[bytes]]:

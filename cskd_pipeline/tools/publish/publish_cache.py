@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import Cache, open_cache
@@ -19,7 +21,8 @@ from cskd_pipeline.data.join import join_to_look
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.runtime import atomic
 from cskd_pipeline.runtime.classes import ClassGuard
-from cskd_pipeline.tools.publish import cache_card, croissant, preview, sums
+from cskd_pipeline.runtime.progress import progress
+from cskd_pipeline.tools.publish import cache_card, croissant, preview
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -75,7 +78,7 @@ def publish(path: Path, options: PublishOptions) -> dict[str, Any]:
     info = _described(cache, options.license)
     table = _preview(cache, options)
     location = options.location or path.resolve().name
-    own = {sums.NAME: sums.sums(cache).encode(), preview.NAME: preview.parquet(table)}
+    own = {cache_card.SUMS: sums(cache).encode(), preview.NAME: preview.parquet(table)}
     listed = {layout.GROUP: (path / layout.GROUP).read_bytes(), **own}
     written = {
         cache_card.NAME: cache_card.card(info, location, table).encode(),
@@ -126,7 +129,7 @@ def _preview(cache: Cache, options: PublishOptions) -> pa.Table:
 
 
 def _require_own(path: Path) -> None:
-    names = (cache_card.NAME, croissant.NAME, preview.NAME, sums.NAME)
+    names = (cache_card.NAME, croissant.NAME, preview.NAME, cache_card.SUMS)
     there = [name for name in names if (path / name).exists()]
     if there and not cache_card.is_card(path / cache_card.NAME):
         raise OutputError(
@@ -148,3 +151,28 @@ def _described(cache: Cache, license_: str | None) -> dict[str, Any]:
             action="leave --license out: the manifest states it",
         )
     return info if license_ is None else {**info, "license": license_}
+
+
+def sums(cache: Cache) -> str:
+    """Return the SHA-256 of every file, as ``sha256sum --check`` reads it.
+
+    Units' files are not read: their records, which are, hold what was written.
+
+    Raises:
+        CacheError: a record is missing or damaged.
+    """
+
+    def of_unit(unit: list[int]) -> dict[str, bytes]:
+        keys = [key for _, key in store.recorded_files(*unit)]
+        own = store.record_key(*unit)
+        files = dict(zip(keys, store.record(*unit).files, strict=True))
+        return files | {own: store.folder.sha256(own)}
+
+    store, units = cache.store, np.argwhere(cache.done()).tolist()
+    documents = (layout.GROUP, *layout.array_documents(cache.manifest))
+    found = {key: store.folder.sha256(key) for key in documents}
+    with progress(len(units), "units", "reading their records") as meter:
+        for files in store.each(of_unit, units):
+            found |= files
+            meter.advance()
+    return "".join(f"{found[key].hex()}  {key}\n" for key in sorted(found))

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import Cache, open_cache
-from cskd_pipeline.cache.summary import size, summarise
+from cskd_pipeline.cache.summary import summarise
 from cskd_pipeline.data.join import join_to_look
 from cskd_pipeline.distill.ckf import SCHEDULES, ckf_ratio
 from cskd_pipeline.runtime.classes import COMMAND_SWITCH, ClassGuard
+from cskd_pipeline.runtime.console import format_size
+from cskd_pipeline.tools.report import plots
 from cskd_pipeline.tools.report.gallery import choose_views, class_names, make_views
-from cskd_pipeline.tools.report.labels import Labels, read_labels
-from cskd_pipeline.tools.report.page import PageOptions, render, write_page
-from cskd_pipeline.tools.report.statistics import (
+from cskd_pipeline.tools.report.labels import (
+    RATIO_AXIS,
+    RATIOS,
+    Labels,
     Statistics,
-    draw_truth,
     measure,
+    read_labels,
     sample_rows,
 )
-
-log = logging.getLogger(__name__)
+from cskd_pipeline.tools.report.page import PageOptions, render, write_page
+from cskd_pipeline.tools.report.plot_files import Plot
 
 IMAGES = 12
 SAMPLES = 2048
@@ -50,7 +54,8 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
     sampled = sample_rows(found, options.samples or SAMPLES)
     counted = measure(found, sampled)
     info = describe(reader)
-    plot = draw_truth(counted)
+    caption = f"Over all locations of {len(sampled)} views, labels from {labels.encoding}."
+    plot = _agreement_plot(counted, caption)
     document = render(
         "cache.html",
         f"{info['teacher']['name']} on {info['dataset']['name']}",
@@ -68,12 +73,33 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
         "accepted_classes": guard.accepted,
         "views_shown": len(views),
         "views_exact": sum(view.same and view.exact for view in views),
-        "views_counted": counted.views,
-        "labels_from": counted.encoding,
-        "labels_exact": counted.exact,
+        "views_counted": len(sampled),
+        "labels_from": labels.encoding,
+        "labels_exact": labels.exact,
         "agreement": {"r=1": counted.agreement[-1], "r=0": counted.agreement[0]},
         "labels_a_place": counted.mean_lines,
     }
+
+
+def _agreement_plot(counted: Statistics, caption: str) -> Plot:
+    """Draw agreement with the ground truth over r."""
+    agreement = {
+        "the larger image's class": counted.agreement,
+        "either image's class": counted.either,
+    }
+    if np.array_equal(counted.agreement, counted.either):
+        agreement = {"the image's class": counted.agreement}
+    figure = plots.lines(
+        [
+            plots.Series(name, RATIOS.tolist(), (100 * shares).tolist(), style)
+            for style, (name, shares) in enumerate(agreement.items())
+        ],
+        x_label=RATIO_AXIS,
+        y_label="locations, %",
+        x_limits=(1, 0),
+        y_limits=(0, 105 * max(one.max() for one in agreement.values()) or 1),
+    )
+    return Plot("agreement", "Agreement with the ground truth", figure, caption)
 
 
 def _script_data(reader: Cache, labels: Labels, counted: Statistics, epochs: int) -> dict[str, Any]:
@@ -109,7 +135,7 @@ def _provenance(info: Mapping[str, Any]) -> dict[str, Any]:
                 " and ".join(one["serves"]),
                 one["exact"],
                 one["bytes_per_view"],
-                None if one["bytes"] is None else size(one["bytes"]),
+                None if one["bytes"] is None else format_size(one["bytes"]),
             )
             for name, one in info["encodings"].items()
         ],

@@ -21,7 +21,7 @@ class Curve:
     Args:
         name: of the plot's file, without ending.
         methods: of the runs that have it; the others log a constant.
-        shared: curves of one such name have a common y axis.
+        shared: has a common y axis with all others that are.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Curve:
     y_label: str
     caption: str
     methods: tuple[str, ...] = _ALL
-    shared: str = ""
+    shared: bool = False
 
 
 LOSSES = (
@@ -51,7 +51,7 @@ LOSSES = (
     ),
 )
 TOP1 = tuple(
-    Curve(name, title, column, "top-1, %", caption, shared="top1")
+    Curve(name, title, column, "top-1, %", caption, shared=True)
     for name, title, column, caption in (
         ("top1", "Top-1", "top1", "Of the mean of the heads, which is the student's prediction."),
         ("top1_ema", "Top-1, EMA", "ema_top1", "The same with the running average of the weights."),
@@ -96,8 +96,8 @@ def draw_top1(contenders: Sequence[Contender]) -> Iterator[Plot]:
 def draw(contenders: Sequence[Contender], curves: Sequence[Curve]) -> Iterator[Plot]:
     """Yield the plots of those curves of which any contender has two points."""
     drawn = {curve: found for curve in curves if (found := series(contenders, curve))}
+    together = [one for curve, found in drawn.items() if curve.shared for one in found]
     for curve, found in drawn.items():
-        together = [one for other, s in drawn.items() if other.shared == curve.shared for one in s]
         figure = plots.lines(
             found,
             x_label="epoch",

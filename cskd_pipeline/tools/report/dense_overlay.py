@@ -27,11 +27,10 @@ from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.report import plots
 from cskd_pipeline.tools.report.gallery import GalleryView, choose_views, class_names, make_views
-from cskd_pipeline.tools.report.labels import Labels, read_labels
+from cskd_pipeline.tools.report.labels import RATIO_AXIS, RATIOS, Labels, read_labels, spread
 from cskd_pipeline.tools.report.page import PageOptions
 from cskd_pipeline.tools.report.plot_files import Plot
 from cskd_pipeline.tools.report.records import RunRecord
-from cskd_pipeline.tools.report.statistics import RATIO_AXIS, RATIOS, spread
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The teacher's label at every location, for all ratios r at once.
+"""The teacher's label at every location, for all ratios r at once, and figures counted over them.
 
 The label of a location changes at a few values of r. Exact encodings know them all. Approximate
 ones give a label at some ratios, and a change between two of these is put in the middle.
@@ -6,17 +6,26 @@ ones give a label at some ratios, and a change between two of these is put in th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from cskd_pipeline.cache.reader import Cache
+from cskd_pipeline.data.join import Join
+from cskd_pipeline.data.replay import cache_of
 from cskd_pipeline.distill import ckf
-from cskd_pipeline.distill.encodings import temperature_near
+from cskd_pipeline.distill.encodings import Encoding, temperature_near
 from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets, SampledTargets, Targets
+from cskd_pipeline.runtime.progress import progress
+from cskd_pipeline.tools.report.gallery import ground_truth
 
-RATIOS = np.linspace(0.0, 1.0, 21)
+RATIOS = np.linspace(0.0, 1.0, 101)
+RATIO_AXIS = "r, from local (1) to global (0)"
+APPROXIMATED = np.linspace(0.0, 1.0, 21)
+"""At which approximate encodings are read."""
+SLABS = 64  # (view, shard) pairs that are read; of a remote cache as many files
 _AT_ONCE = 32  # views whose logits are held
 
 
@@ -68,24 +77,33 @@ def read_labels(cache: Cache, rows: np.ndarray) -> Labels:
         CacheError: a unit is not done, or damaged.
     """
     name = (cache.serving({"hard"}) or cache.serving({"soft"}, None))[0]
-    parts = [
-        _planes(cache, name, part) for part in np.split(rows, range(_AT_ONCE, len(rows), _AT_ONCE))
+    encoding = cache.encodings[name]
+    parts: list[np.ndarray] = []
+    with progress(len(rows), "views", "reading labels") as meter:
+        for targets in read_targets(cache, name, rows):
+            parts.append(_planes(encoding, targets))
+            meter.advance(len(parts[-1]))
+    most = max(part.shape[1] for part in parts)
+    planes = [
+        np.pad(
+            part,
+            ((0, 0), (0, most - part.shape[1]), (0, 0), (0, 0)),
+            constant_values=ckf.UNUSED,
+        )
+        for part in parts
     ]
-    count, height, width = len(rows), *parts[0].shape[2:]
-    planes = np.full((count, max(p.shape[1] for p in parts), height, width), ckf.UNUSED, np.uint16)
-    for start, part in zip(range(0, count, _AT_ONCE), parts, strict=True):
-        planes[start : start + len(part), : part.shape[1]] = part
-    return Labels(name, cache.encodings[name].exact, planes)
+    return Labels(name, encoding.exact, np.concatenate(planes))
 
 
-def read_targets(cache: Cache, name: str, rows: np.ndarray) -> Targets:
-    """Read the targets that the encoding ``name`` has of the views ``rows``."""
-    arrays = {n: torch.from_numpy(values) for n, values in cache.gather(name, rows).items()}
-    return cache.encodings[name].targets(arrays)
+def read_targets(cache: Cache, name: str, rows: np.ndarray) -> Iterator[Targets]:
+    """Yield the targets that the encoding ``name`` has of the views ``rows``, a few at a time."""
+    for part in np.split(rows, range(_AT_ONCE, len(rows), _AT_ONCE)):
+        arrays = cache.gather(name, part)
+        tensors = {array: torch.from_numpy(values) for array, values in arrays.items()}
+        yield cache.encodings[name].targets(tensors)
 
 
-def _planes(cache: Cache, name: str, rows: np.ndarray) -> np.ndarray:
-    encoding, targets = cache.encodings[name], read_targets(cache, name, rows)
+def _planes(encoding: Encoding, targets: Targets) -> np.ndarray:
     if isinstance(targets, EnvelopeTargets):
         return targets.planes.numpy()
     if isinstance(targets, LogitTargets) and encoding.exact:
@@ -93,23 +111,81 @@ def _planes(cache: Cache, name: str, rows: np.ndarray) -> np.ndarray:
     if isinstance(targets, SampledTargets):  # the first draw of each location
         return targets.planes.unflatten(2, (targets.draws, -1))[:, :, 0].numpy()
     if "hard" in encoding.serves:
-        found = [targets.hard_spatial(float(r)) for r in RATIOS]
+        found = [targets.hard_spatial(float(r)) for r in APPROXIMATED]
     else:
         tau = temperature_near(encoding)
-        found = [targets.spatial_log_probabilities(float(r), tau).argmax(1) for r in RATIOS]
+        found = [targets.spatial_log_probabilities(float(r), tau).argmax(1) for r in APPROXIMATED]
     return planes_of(torch.stack(found, dim=1).numpy())
 
 
 def planes_of(labels: np.ndarray) -> np.ndarray:
-    """Return planes that give the labels at ``RATIOS``: (n, R, h, w) -> (n, P, h, w) uint16."""
+    """Return (n, P, h, w) uint16 planes that give labels (n, R, h, w) at ``APPROXIMATED``."""
     count, _, height, width = labels.shape
     changes = labels[:, 1:] != labels[:, :-1]
     most = int(changes.sum(axis=1).max(initial=0))
     planes = np.full((count, 2 * most + 1, height, width), ckf.UNUSED, np.uint16)
     planes[:, 0] = labels[:, 0]
-    middle = ((RATIOS[1:] + RATIOS[:-1]) / 2 * ckf.QUANTUM - 0.5).round()
+    middle = ((APPROXIMATED[1:] + APPROXIMATED[:-1]) / 2 * ckf.QUANTUM - 0.5).round()
     for i, step, row, column in np.argwhere(changes).tolist():
         at = 2 * int(changes[i, : step + 1, row, column].sum()) - 1
         planes[i, at, row, column] = middle[step]
         planes[i, at + 1, row, column] = labels[i, step + 1, row, column]
     return planes
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Figures over all locations of the sampled views.
+
+    Args:
+        agreement, either: (101,) share of locations whose label at ``RATIOS`` is the class of the
+            larger image, or of one of the two.
+        mean_lines: labels that a location has between r = 0 and r = 1, on average.
+    """
+
+    agreement: np.ndarray
+    either: np.ndarray
+    mean_lines: float
+
+
+def sample_rows(found: Join, count: int) -> np.ndarray:
+    """Choose about ``count`` views of finished units from at most ``SLABS`` (view, shard) pairs.
+
+    Returns:
+        (n, 3) int64 view, shard, offset; of samples that are there.
+    """
+    cache = cache_of(found)
+    done, block, samples = cache.done(), cache.manifest.view_block, found.usable()
+    pairs = [
+        (int(b) * block + v, int(shard))
+        for shard in np.unique(samples[:, 0])
+        for b in np.flatnonzero(done[:, shard])
+        for v in range(block)
+    ]
+    if not pairs or not count:
+        return np.empty((0, 3), np.int64)
+    chosen = spread(len(pairs), min(SLABS, count))
+    each, rows = -(-count // len(chosen)), []
+    for view, shard in (pairs[i] for i in chosen):
+        offsets = samples[samples[:, 0] == shard, 1]
+        rows += [(view, shard, int(offsets[i])) for i in spread(len(offsets), each)]
+    return np.array(rows[:count], np.int64)
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Return ``count`` of the numbers below ``total``, or all, evenly spread."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).astype(int)).tolist()
+
+
+def measure(found: Join, rows: np.ndarray) -> Statistics:
+    """Count the labels of the views ``rows``, (n, 3) view, shard, offset, n > 0."""
+    cache = cache_of(found)
+    labels = read_labels(cache, rows)
+    truth = ground_truth(cache, rows)
+    at = [labels.at(r) for r in RATIOS]
+    own, partner, larger = (x[:, None, None] for x in (truth.own, truth.partner, truth.larger))
+    return Statistics(
+        agreement=np.array([(x == larger).mean() for x in at]),
+        either=np.array([((x == own) | (x == partner)).mean() for x in at]),
+        mean_lines=float(labels.lines().mean()),
+    )

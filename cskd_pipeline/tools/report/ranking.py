@@ -69,7 +69,7 @@ class Contender:
 
         None of fewer than two points, or where the seconds were not logged.
         """
-        logged = [dict(zip(*run.column(column), strict=True)) for run in self.runs]
+        logged = [run.column(column) for run in self.runs]
         epochs = [epoch for epoch in logged[0] if all(epoch in values for values in logged)]
         spent = self._elapsed() if timed else []
         if len(epochs) < 2 or spent is None:

@@ -59,25 +59,23 @@ class RunRecord:
         """Return the name of the CKF schedule, of method ``cskd``."""
         return self.recipe.distill.schedule if self.method == "cskd" else None
 
-    def column(self, name: str) -> tuple[list[int], list[float]]:
-        """Return the epochs at which a column has a number, and the numbers."""
-        points = [(int(row["epoch"] or 0), row.get(name)) for row in self.rows]
-        there = [(epoch, value) for epoch, value in points if value is not None]
-        return [epoch for epoch, _ in there], [value for _, value in there]
+    def column(self, name: str) -> dict[int, float]:
+        """Return a column's numbers by epoch, of the epochs that have one."""
+        found = ((int(row["epoch"] or 0), row.get(name)) for row in self.rows)
+        return {epoch: value for epoch, value in found if value is not None}
 
     def last(self, name: str) -> float | None:
         """Return the last number of a column, or None."""
-        values = self.column(name)[1]
-        return values[-1] if values else None
+        return next(reversed(self.column(name).values()), None)
 
     def mean(self, name: str) -> float | None:
         """Return the mean of a column over epochs, or None."""
-        values = self.column(name)[1]
+        values = self.column(name).values()
         return sum(values) / len(values) if values else None
 
     def elapsed(self) -> list[float] | None:
         """Return the seconds of training up to the end of every epoch; None where not logged."""
-        seconds = self.column("seconds")[1]
+        seconds = self.column("seconds").values()
         return list(accumulate(seconds)) if 0 < self.epochs == len(seconds) else None
 
     def best(self) -> dict[str, Any] | None:

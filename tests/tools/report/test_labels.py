@@ -17,7 +17,6 @@ from cskd_pipeline.data.join import Join, join
 from cskd_pipeline.data.replay import cache_of, renderer_of
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.distill.targets import SampledTargets
-from cskd_pipeline.tools.report import statistics
 from cskd_pipeline.tools.report.gallery import (
     choose_views,
     class_names,
@@ -25,7 +24,14 @@ from cskd_pipeline.tools.report.gallery import (
     make_views,
     words_of,
 )
-from cskd_pipeline.tools.report.labels import RATIOS, planes_of, read_labels
+from cskd_pipeline.tools.report.labels import (
+    APPROXIMATED,
+    Labels,
+    measure,
+    planes_of,
+    read_labels,
+    sample_rows,
+)
 from tests import own
 from tests.cache.making import make
 from tests.pipeline import world
@@ -84,7 +90,7 @@ def test_labels_of_a_registered_encoding_alone(
     labels = read_labels(open_cache(tmp_path / "own"), ROWS)
     assert (labels.encoding, labels.exact) == (encoding.name, exact)
     dense = open_cache(tmp_path / "c")
-    for r in RATIOS:
+    for r in APPROXIMATED:
         assert np.array_equal(labels.at(float(r)), fused(dense, ROWS, float(r)))
 
 
@@ -104,12 +110,10 @@ def test_labels_of_sampled_are_its_first_draw(tmp_path: Path) -> None:
 
 def test_planes_from_labels_at_some_ratios_give_these_labels_there() -> None:
     rng = np.random.default_rng(0)
-    chosen = rng.integers(0, 3, (4, len(RATIOS), 2, 3))
+    chosen = rng.integers(0, 3, (4, len(APPROXIMATED), 2, 3))
     planes = planes_of(chosen)
-    from cskd_pipeline.tools.report.labels import Labels
-
     labels = Labels("topk", False, planes)
-    for i, r in enumerate(RATIOS):
+    for i, r in enumerate(APPROXIMATED):
         assert np.array_equal(labels.at(float(r)), chosen[:, i])
 
 
@@ -119,10 +123,10 @@ def found(small: World) -> Join:
 
 
 def test_figures_are_counted_over_every_location(found: Join) -> None:
-    rows = statistics.sample_rows(found, 10_000)
+    rows = sample_rows(found, 10_000)
     cache = cache_of(found)
     assert len(rows) == cache.views * found.samples.total  # fewer pairs than are read at most
-    measured = statistics.measure(found, rows)
+    measured = measure(found, rows)
     pairing = renderer_of(found, strict=False).pair(rows)
     own = np.array([cache.labels(s)[o] for _, s, o in rows.tolist()])
     partner = np.array([cache.labels(s)[o] for _, s, o in pairing.partner.tolist()])
@@ -138,7 +142,7 @@ def test_figures_are_counted_over_every_location(found: Join) -> None:
 
 
 def test_samples_are_few_slabs_of_many_views_each(found: Join) -> None:
-    rows = statistics.sample_rows(found, 50)
+    rows = sample_rows(found, 50)
     assert 40 <= len(rows) <= 50
     assert len(np.unique(rows, axis=0)) == len(rows)
     assert set(rows[:, 1]) == {0, 1, 2}
