@@ -16,7 +16,7 @@ from cskd_pipeline.runtime.console import Terminal
 
 if TYPE_CHECKING:
     from cskd_pipeline.cache.convert import Conversion
-    from cskd_pipeline.tools.verify_cache import TeacherChoice, UserImages
+    from cskd_pipeline.tools.verify_cache import UserImages
 
 
 @cache_app.command(epilog="Example: cskd-pipeline cache info cache --json")
@@ -31,8 +31,8 @@ def info(terminal: Terminal, cache: options.CacheArgument) -> options.Outcome:
 
 
 @dataclass(frozen=True)
-class ComparedImages:
-    """Name the shards that a cache is compared with."""
+class Compared:
+    """Name the shards that a cache is compared with, and the teacher whose logits are, too."""
 
     shards: options.ShardsOption = None
     split: options.Split = None
@@ -43,24 +43,6 @@ class ComparedImages:
         ),
     ] = None
     accept_classes: options.AcceptClasses = False
-
-    def choose(self, teacher: TeacherChoice | None) -> UserImages | None:
-        """Return them; None without --shards, which the other flags need."""
-        flags = {"--samples": self.samples, "--split": self.split, "--teacher": teacher}
-        flags["--accept-classes"] = self.accept_classes or None
-        options.require_companion("--shards SHARDS", self.shards, flags)
-        if self.shards is None:
-            return None
-        from cskd_pipeline.tools.verify_cache import SAMPLES, UserImages
-
-        samples = self.samples or SAMPLES
-        return UserImages(self.shards, self.split, samples, self.accept_classes, teacher)
-
-
-@dataclass(frozen=True)
-class ComparedTeacher:
-    """Name the teacher whose logits are compared with a cache's."""
-
     teacher: Annotated[str | None, options.flag("--teacher")] = None
     weights: options.Weights = None
     mean: Annotated[str | None, options.flag("--mean")] = None
@@ -68,26 +50,37 @@ class ComparedTeacher:
     batch_size: options.BatchSize = None
     device: options.Device = None
 
-    def choose(self) -> TeacherChoice | None:
-        """Return it; None without --teacher, which the other flags need."""
-        rest = {name: value for name, value in vars(self).items() if name != "teacher"}
-        flags = {f"--{name.replace('_', '-')}": value for name, value in rest.items()}
+    def choose(self) -> UserImages | None:
+        """Return both; None without --shards. Flags that would do nothing are refused."""
+        flags: dict[str, object] = {"--weights": self.weights, "--mean": self.mean}
+        flags |= {"--std": self.std, "--batch-size": self.batch_size, "--device": self.device}
         options.require_companion("--teacher NAME", self.teacher, flags)
-        if self.teacher is None:
+        flags = {"--samples": self.samples, "--split": self.split, "--teacher": self.teacher}
+        flags |= {"--accept-classes": self.accept_classes or None}
+        options.require_companion("--shards SHARDS", self.shards, flags)
+        if self.shards is None:
             return None
-        from cskd_pipeline.tools.verify_cache import TeacherChoice
+        from cskd_pipeline.tools.verify_cache import SAMPLES, TeacherChoice, UserImages
 
-        for name in ("mean", "std"):
-            rest[name] = options.parse_channels(rest[name], f"--{name}")
-        return TeacherChoice(self.teacher, **options.without_none(**rest))
+        teacher = None
+        if self.teacher is not None:
+            given = options.without_none(
+                weights=self.weights,
+                mean=options.parse_channels(self.mean, "--mean"),
+                std=options.parse_channels(self.std, "--std"),
+                batch_size=self.batch_size,
+                device=self.device,
+            )
+            teacher = TeacherChoice(self.teacher, **given)
+        samples = self.samples or SAMPLES
+        return UserImages(self.shards, self.split, samples, self.accept_classes, teacher)
 
 
 @cache_app.command(epilog="Example: cskd-pipeline cache verify cache --shards 'train-*.tar'")
 def verify(
     terminal: Terminal,
     cache: options.CacheArgument,
-    images: ComparedImages,
-    teacher: ComparedTeacher,
+    compared: Compared,
     depth: Annotated[
         Literal["structure", "bytes"],
         typer.Option(help="Only that every file is there, or also that everything decodes."),
@@ -100,7 +93,7 @@ def verify(
 
     Replayed views are bit-exact, differ by rounding, or are of another image.
     """
-    chosen = images.choose(teacher.choose())
+    chosen = compared.choose()
     from cskd_pipeline.tools import verify_cache as verifying
 
     report = verifying.verify_cache(cache, depth=depth, partial=partial, images=chosen)

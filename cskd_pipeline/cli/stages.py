@@ -31,52 +31,23 @@ class NamedData:
 
 
 @dataclass(frozen=True)
-class ImageCheck:
-    """Say whether every image is decoded first, and by how many processes."""
-
-    check_images: Annotated[
-        bool,
-        typer.Option(
-            "--check-images",
-            help="Decode every image first; list all that cannot be, and write nothing then.",
-        ),
-    ] = False
-    workers: Annotated[
-        int | None,
-        options.flag(
-            "--workers", help="Processes for --check-images; -1: one for each core but one."
-        ),
-    ] = None
-
-
-@dataclass(frozen=True)
-class DumpRange:
-    """Say which part of a cache to dump."""
-
-    shard_range: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FROM:TO",
-            help="Only the shards FROM up to, not including, TO, counted from 0: for caches of "
-            "parts, which cache merge joins. Machines that share a cache's folder need none.",
-        ),
-    ] = None
-    view_range: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FROM:TO", help="Only these of all the --views, in the same way: whole blocks."
-        ),
-    ] = None
-
-
-@dataclass(frozen=True)
-class LoadingFlags:
-    """Say how images are loaded, and where the network runs."""
+class Evaluation:
+    """Hold the flags of ``evaluate``."""
 
     split: options.Split = None
     batch_size: options.BatchSize = None
     workers: Annotated[int | None, options.flag("--workers")] = None
     device: options.Device = None
+    crop_pct: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            max=1.0,
+            help="The central crop's side in units of the resized image's shorter side; the "
+            "training run's unless given.",
+        ),
+    ] = None
+    accept_classes: options.AcceptClasses = False
 
 
 @app.command(
@@ -104,22 +75,30 @@ def index(
     shards: Annotated[str, typer.Argument(metavar="SHARDS", help=options.SHARDS_HELP)],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The manifest to write.")],
     named: NamedData,
-    images: ImageCheck,
     terminal: Terminal,
+    check_images: Annotated[
+        bool,
+        typer.Option(
+            "--check-images",
+            help="Decode every image first; list all that cannot be, and write nothing then.",
+        ),
+    ] = False,
+    workers: Annotated[
+        int | None,
+        options.flag(
+            "--workers", help="Processes for --check-images; -1: one for each core but one."
+        ),
+    ] = None,
 ) -> options.Outcome:
     """Read shards once and write their manifest: counts, order of keys, SHA-256, class names.
 
     Of shards at a URL only headers are read; SHA-256 where the store states it.
     """
-    options.require_companion(
-        "--check-images", images.check_images or None, {"--workers": images.workers}
-    )
+    options.require_companion("--check-images", check_images or None, {"--workers": workers})
     from cskd_pipeline.data.describe import index_shards
     from cskd_pipeline.runtime.device import worker_count
 
-    decoders = None
-    if images.check_images:
-        decoders = worker_count(-1 if images.workers is None else images.workers)
+    decoders = worker_count(-1 if workers is None else workers) if check_images else None
     try:
         dataset = index_shards(shards, **vars(named), decoders=decoders)
     except ImageError as error:
@@ -147,7 +126,20 @@ def index(
 )
 def dump_teacher(
     load: RecipeLoader[DumpRecipe],
-    part: DumpRange,
+    shard_range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FROM:TO",
+            help="Only the shards FROM up to, not including, TO, counted from 0: for caches of "
+            "parts, which cache merge joins. Machines that share a cache's folder need none.",
+        ),
+    ] = None,
+    view_range: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FROM:TO", help="Only these of all the --views, in the same way: whole blocks."
+        ),
+    ] = None,
     accept_versions: options.AcceptVersions = False,
     accept_classes: options.AcceptClasses = False,
 ) -> options.Outcome:
@@ -169,16 +161,16 @@ def dump_teacher(
     """
     recipe = load()
     load.require(recipe, "--shards --teacher --cache")
-    shard_range = options.parse_range(part.shard_range, "--shard-range")
-    view_range = options.parse_range(part.view_range, "--view-range")
+    shards = options.parse_range(shard_range, "--shard-range")
+    views = options.parse_range(view_range, "--view-range")
     options.require_encodings(recipe.cache.encodings)
     from cskd_pipeline.pipeline import dump
     from cskd_pipeline.runtime.distributed import launched
 
     summary = dump.dump_teacher(
         recipe,
-        shard_range=shard_range,
-        view_range=view_range,
+        shard_range=shards,
+        view_range=views,
         accept_versions=accept_versions,
         accept_classes=accept_classes,
     )
@@ -218,22 +210,12 @@ def evaluate(
         ),
     ],
     shards: options.RequiredShards,
-    loading: LoadingFlags,
-    crop_pct: Annotated[
-        float | None,
-        typer.Option(
-            min=0.1,
-            max=1.0,
-            help="The central crop's side in units of the resized image's shorter side; the "
-            "training run's unless given.",
-        ),
-    ] = None,
-    accept_classes: options.AcceptClasses = False,
+    flags: Evaluation,
 ) -> options.Outcome:
     """Measure a student on shards: top-1 and top-5 of each head and of their mean."""
     from cskd_pipeline.pipeline import evaluate as measuring
 
-    given = options.without_none(**vars(loading), crop_pct=crop_pct, accept_classes=accept_classes)
+    given = options.without_none(**vars(flags))
     return measuring.evaluate(checkpoint, shards, measuring.EvalOptions(**given))
 
 

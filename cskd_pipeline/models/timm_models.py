@@ -73,7 +73,7 @@ def build_teacher(
         classes = _linear_rows(state or {}) or num_classes
         network = _create_torchvision(name, classes, kwargs, pretrained=is_hub)
     else:
-        classes = _classifier_rows(state or {}, name) or num_classes
+        classes = class_count(state or {}, name) or num_classes
         network = create_timm(
             name,
             num_classes=None if is_hub else classes,
@@ -260,13 +260,16 @@ def _linear_rows(state: Mapping[str, Tensor]) -> int | None:
     return len(matrices[-1]) if matrices else None
 
 
-def _classifier_rows(state: Mapping[str, Tensor], name: str) -> int | None:
-    """The class count of a state dict of timm's model ``name``."""
-    classifier = getattr(_config(name), "classifier", None)
-    for layer in (classifier,) if isinstance(classifier, str) else classifier or ():
-        if f"{layer}.weight" in state:
-            return len(state[f"{layer}.weight"])
-    return None
+def classifiers(name: str) -> tuple[str, ...]:
+    """Return the layers that timm calls the model's classifier: two with a distillation head."""
+    layers = getattr(_config(name), "classifier", None) or ()
+    return (layers,) if isinstance(layers, str) else tuple(layers)
+
+
+def class_count(state: Mapping[str, Tensor], name: str) -> int | None:
+    """Return the rows of the classifier in a state dict of timm's model ``name``, if it has one."""
+    weights = (f"{layer}.weight" for layer in classifiers(name))
+    return next((len(state[weight]) for weight in weights if weight in state), None)
 
 
 def _config(name: str) -> PretrainedCfg | None:

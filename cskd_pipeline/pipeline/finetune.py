@@ -27,6 +27,7 @@ from cskd_pipeline.models.checkpoint import (
     student_file,
 )
 from cskd_pipeline.models.student import Grid, Student
+from cskd_pipeline.models.timm_models import class_count, classifiers
 from cskd_pipeline.models.weights import load_into, load_state, state_digest
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.runtime.classes import Classes, ClassGuard, difference
@@ -111,9 +112,9 @@ def start_from(source: Source, student: Student, classes: Classes, guard: ClassG
         _require_same_model(source, header, student)
         count, names = header.num_classes, header.class_names
     else:
-        count, names = _class_count(state, model), None
+        count, names = class_count(state, student.name) or 0, None
     before = Classes("the weights to start from", source.path, count, names)
-    new = () if _same_classes(classes, before, guard) else _classifiers(model)
+    new = () if _same_classes(classes, before, guard) else classifiers(student.name)
     own = model.state_dict()
     fresh = [name for name in own if name.rpartition(".")[0] in new]
     state |= {name: own[name].detach().cpu() for name in fresh}
@@ -266,18 +267,6 @@ def _same_classes(mine: Classes, theirs: Classes, guard: ClassGuard) -> bool:
         return False
     guard.compare(mine, theirs)
     return True
-
-
-def _class_count(state: Mapping[str, Tensor], model: nn.Module) -> int:
-    """The rows of a state dict's classifier; 0 where it has none."""
-    rows = [len(state[name]) for n in _classifiers(model) if (name := f"{n}.weight") in state]
-    return rows[0] if rows else 0
-
-
-def _classifiers(model: Any) -> tuple[str, ...]:
-    """The layers that timm calls the model's classifier: two where there is a distillation head."""
-    layers = model.pretrained_cfg.get("classifier") or ()
-    return (layers,) if isinstance(layers, str) else tuple(layers)
 
 
 def _resize_positions(state: dict[str, Tensor], model: nn.Module) -> tuple[Grid, Grid] | None:
