@@ -22,12 +22,13 @@ are multiples of 2**-24 below 2**17, exact in float64, so that :mod:`cskd_pipeli
 on in integers.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from cskd_pipeline.distill.ckf import UNUSED, envelope_of_lines, logit_lines
+from cskd_pipeline.distill.ckf import envelope_of_lines, logit_lines
 from cskd_pipeline.views.bits import derive_seed
 
 NOISE_UNITS = 65536
@@ -74,20 +75,18 @@ def noisy_envelopes(
     classes, height, width = spatial.shape[1:]
     size = classes * height * width
 
-    def noisy(draw: int) -> Tensor:
-        pieces, start = [], 0
-        for d, g in logit_lines(spatial, global_, torch.float64, _CHUNK):
-            own = seeds[start : start + len(d)]
-            noise = gumbel_noise(own, draw * size, size, temperature, d.device).view(d.shape)
-            pieces.append((d.add_(noise), noise.add_(g)))
-            start += len(d)
-        return envelope_of_lines(pieces, height, width)
+    def noisy_lines() -> Iterator[tuple[Tensor, Tensor]]:
+        for draw in range(draws):
+            start = 0
+            for d, g in logit_lines(spatial, global_, torch.float64, _CHUNK):
+                own = seeds[start : start + len(d)]
+                noise = gumbel_noise(own, draw * size, size, temperature, d.device).view(d.shape)
+                yield d.add_(noise), noise.add_(g)
+                start += len(d)
 
-    found = [noisy(draw).view(torch.int16) for draw in range(draws)]
-    count = max(planes.shape[1] for planes in found)
-    fill = np.uint16(UNUSED).view(np.int16).item()
-    padded = [pad(p, (0, 0, 0, 0, 0, count - p.shape[1]), value=fill) for p in found]
-    return torch.cat(padded, dim=2).view(torch.uint16)
+    planes = envelope_of_lines(noisy_lines(), height, width).view(torch.int16)
+    each = planes.unflatten(0, (draws, -1)).permute(1, 2, 0, 3, 4)  # (B, P, draws, h, w)
+    return each.flatten(2, 3).view(torch.uint16)
 
 
 def _signed(word: int) -> int:

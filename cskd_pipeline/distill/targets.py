@@ -14,27 +14,30 @@ from cskd_pipeline.errors import CacheError
 
 
 class Targets(Protocol):
-    """Give the teacher's response to a batch in the forms that the losses need."""
+    """Give the teacher's response to a batch in the forms that the losses need.
+
+    A class that inherits from this one refuses, with a ``CacheError``, what it does not define.
+    """
 
     def hard_global(self) -> Tensor:
         """Return argmax g, the lowest index among equals: (B,) int64."""
-        ...
+        raise _unserved(self, "hard targets")
 
     def hard_spatial(self, r: float) -> Tensor:
         """Return the class on top of the fused response at r: (B, h, w) int64."""
-        ...
+        raise _unserved(self, "hard targets")
 
     def global_log_probabilities(self, temperature: float) -> Tensor:
         """Return log softmax of g / temperature: (B, K) float32."""
-        ...
+        raise _unserved(self, "soft targets' probabilities")
 
     def spatial_log_probabilities(self, r: float, temperature: float) -> Tensor:
         """Return log softmax of (r * d + (1 - r) * g) / temperature: (B, K, h, w) float32."""
-        ...
+        raise _unserved(self, "soft targets' probabilities")
 
 
 @dataclass(frozen=True)
-class LogitTargets:
+class LogitTargets(Targets):
     """Hold logits, a live teacher's or a dense encoding's: they serve every loss.
 
     Args:
@@ -63,7 +66,7 @@ class LogitTargets:
 
 
 @dataclass(frozen=True)
-class EnvelopeTargets:
+class EnvelopeTargets(Targets):
     """Hold the envelope encoding: the same hard labels at every r, and nothing for soft losses.
 
     Args:
@@ -82,27 +85,9 @@ class EnvelopeTargets:
         """Return the class on top of the fused response at r: (B, h, w) int64."""
         return ckf.envelope_labels(self.planes, r)
 
-    def global_log_probabilities(self, temperature: float) -> Tensor:
-        """Refuse: the envelope has no logits."""
-        raise self._no_logits()
-
-    def spatial_log_probabilities(self, r: float, temperature: float) -> Tensor:
-        """Refuse: the envelope has no logits."""
-        raise self._no_logits()
-
-    @staticmethod
-    def _no_logits() -> CacheError:
-        return CacheError(
-            "soft distillation needs the teacher's logits",
-            found="the envelope encoding, which holds hard labels only",
-            expected="the encoding dense, dense-q8, topk or sampled",
-            action="set distill.global_kind and distill.spatial_kind to hard, or use a cache "
-            "dumped with one of these encodings",
-        )
-
 
 @dataclass(frozen=True)
-class SampledTargets:
+class SampledTargets(Targets):
     """Hold draws of the soft targets at every r, of one temperature: for soft losses alone.
 
     Args:
@@ -133,22 +118,6 @@ class SampledTargets:
         self._require(temperature)
         return ckf.envelope_labels(self.planes, r).unflatten(1, (self.draws, -1))
 
-    def hard_global(self) -> Tensor:
-        """Refuse: a draw is not the class on top."""
-        raise self._only_draws("hard targets")
-
-    def hard_spatial(self, r: float) -> Tensor:
-        """Refuse: a draw is not the class on top."""
-        raise self._only_draws("hard targets")
-
-    def global_log_probabilities(self, temperature: float) -> Tensor:
-        """Refuse: draws have no probabilities."""
-        raise self._only_draws("probabilities")
-
-    def spatial_log_probabilities(self, r: float, temperature: float) -> Tensor:
-        """Refuse: draws have no probabilities."""
-        raise self._only_draws("probabilities")
-
     def _require(self, temperature: float) -> None:
         if temperature != self.temperature:
             raise CacheError(
@@ -160,12 +129,16 @@ class SampledTargets:
                 f"--sampled-temperature {temperature}",
             )
 
-    @staticmethod
-    def _only_draws(needed: str) -> CacheError:
-        return CacheError(
-            f"the sampled encoding cannot serve {needed}",
-            found="classes drawn from the soft targets",
-            expected="the encoding dense, or envelope for hard targets",
-            action="set distill.global_kind and distill.spatial_kind to soft, or use a cache "
-            "dumped with one of these encodings",
-        )
+
+def _unserved(targets: Targets, needed: str) -> CacheError:
+    serving = {
+        "hard targets": "dense or envelope",
+        "soft targets' probabilities": "dense, dense-q8 or topk; sampled has draws from them",
+    }
+    return CacheError(
+        f"the encoding of these targets cannot serve {needed}",
+        found=type(targets).__name__,
+        expected=f"those of the encoding {serving[needed]}",
+        action="set distill.global_kind and distill.spatial_kind to what it serves, or use a cache "
+        "dumped with another encoding",
+    )

@@ -55,6 +55,6 @@ def test_an_envelope_asked_for_logits_says_what_to_do() -> None:
         lambda: envelope.global_log_probabilities(1.0),
         lambda: envelope.spatial_log_probabilities(0.5, 1.0),
     ):
-        with pytest.raises(CacheError, match="soft distillation needs") as caught:
+        with pytest.raises(CacheError, match="cannot serve soft targets") as caught:
             ask()
         assert "dense-q8" in str(caught.value)

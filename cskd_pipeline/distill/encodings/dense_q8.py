@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cskd_pipeline.distill.encodings.base import ArraySpec, ResponseShape, Rows
+from cskd_pipeline.distill.encodings.base import ArraySpec, Encoding, ResponseShape, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,11 +28,10 @@ STEP = "dense-q8/step"
 UNUSED = 255
 """No code reaches it."""
 _LEVEL = 3
-_CHUNK_BYTES = 16 * 1024
 _FINEST = 1 / 8  # of a logit; rounded to it the divergence is 5e-4 nats, and the codes compress
 
 
-class DenseQ8:
+class DenseQ8(Encoding):
     """(B, K, h, w) and (B, K) uint8 codes, 0 to 254, and their (B, 2) float32 steps.
 
     Codes count steps, of 1/8 or more, up from the lowest of a view's centred logits. Differences
@@ -40,31 +39,19 @@ class DenseQ8:
     """
 
     name = "dense-q8"
-    serves: tuple[str, ...] = ("soft",)
+    serves = ("soft",)
     exact = False
     temperatures = (0.0, math.inf)
 
     def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
         """Return codes of spatial and global logits, and their steps, in chunks of a few rows."""
-
-        def spec(name: str, dtype: str, axes: tuple[str, ...], tail: tuple[int, ...]) -> ArraySpec:
-            size = int(np.prod(tail)) * np.dtype(dtype).itemsize
-            return ArraySpec(
-                name=name,
-                dtype=dtype,
-                axes=axes,
-                tail=tail,
-                fill=0 if dtype == "float32" else UNUSED,
-                level=_LEVEL,
-                rows=max(1, _CHUNK_BYTES // size),
-                file_per_view=name == SPATIAL,
-            )
-
-        return (
-            spec(SPATIAL, "uint8", ("class", "row", "column"), tuple(shape)),
-            spec(GLOBAL, "uint8", ("class",), (shape.classes,)),
-            spec(STEP, "float32", ("spatial_and_global",), (2,)),
+        axes, grid = ("class", "row", "column"), tuple(shape)
+        arrays = (
+            ArraySpec(SPATIAL, "uint8", axes, grid, UNUSED, _LEVEL, file_per_view=True),
+            ArraySpec(GLOBAL, "uint8", axes[:1], grid[:1], UNUSED, _LEVEL),
+            ArraySpec(STEP, "float32", ("spatial_and_global",), (2,), 0, _LEVEL),
         )
+        return tuple(array.read_by_row() for array in arrays)
 
     def encode(self, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> dict[str, Tensor]:
         """Round logits to the finest step, 1/8 or more, in which 255 codes span a view's values."""
@@ -83,10 +70,6 @@ class DenseQ8:
             arrays[SPATIAL].float() * step[:, 0, None, None, None],
             arrays[GLOBAL].float() * step[:, 1, None],
         )
-
-    def pack(self, rows: Rows) -> Rows:
-        """Return the rows: they are stored as they are."""
-        return rows
 
     def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
         """Return the rows, if their steps are positive numbers."""

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cskd_pipeline.distill.encodings.base import ArraySpec, ResponseShape, Rows
-from cskd_pipeline.errors import CacheError
+from cskd_pipeline.distill.encodings.base import UNUSED, ArraySpec, Encoding, ResponseShape, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 LINES = "envelope/lines"
 GLOBAL_LABEL = "envelope/global_label"
 
-UNUSED = 65535
 _LINES_PER_CHUNK = 8  # no location needed more of 61,299 (K = 1000, augmented and mixed images)
 _CHUNKS_PER_VIEW = 256  # at most, so that a shard's index stays small for very many classes
 
@@ -38,11 +36,11 @@ _CHUNKS_PER_VIEW = 256  # at most, so that a shard's index stays small for very 
 _LEVEL = 8
 
 
-class Envelope:
+class Envelope(Encoding):
     """(B, L, 2, h, w) lines and the (B,) class of the largest global logit, uint16."""
 
     name = "envelope"
-    serves: tuple[str, ...] = ("hard",)
+    serves = ("hard",)
     exact = True
     temperatures = (0.0, math.inf)
 
@@ -50,9 +48,7 @@ class Envelope:
         """Return lines, in chunks of a few lines, and the global labels."""
         return (
             lines_spec(LINES, shape),
-            ArraySpec(
-                name=GLOBAL_LABEL, dtype="uint16", axes=(), tail=(), fill=UNUSED, level=_LEVEL
-            ),
+            ArraySpec(GLOBAL_LABEL, "uint16", (), (), UNUSED, _LEVEL),
         )
 
     def encode(self, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> dict[str, Tensor]:
@@ -78,7 +74,7 @@ class Envelope:
 
     def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
         """Put the crossings back where the next line's classes are; refuse other classes."""
-        require_classes(rows[GLOBAL_LABEL], shape)
+        shape.require_classes(rows[GLOBAL_LABEL])
         return {**rows, LINES: unpacked_lines(rows[LINES], shape)}
 
 
@@ -88,13 +84,7 @@ def lines_spec(name: str, shape: ResponseShape) -> ArraySpec:
     Raises:
         CacheError: so many classes that uint16 cannot number them.
     """
-    if shape.classes > UNUSED:
-        raise CacheError(
-            f"the {name.partition('/')[0]} encoding cannot hold so many classes",
-            found=f"{shape.classes} classes",
-            expected=f"at most {UNUSED}",
-            action="use the encoding dense or dense-q8",
-        )
+    shape.require_numbered(name.partition("/")[0])
     lines = max(_LINES_PER_CHUNK, -(-shape.classes // _CHUNKS_PER_VIEW))
     grid = (shape.height, shape.width)
     return ArraySpec(
@@ -151,19 +141,9 @@ def unpacked_lines(rows: np.ndarray, shape: ResponseShape) -> np.ndarray:
     classes = lines[..., 0, :, :]
     used = classes[..., 1:, :, :] != UNUSED
     for found in (classes[..., :1, :, :], classes[..., 1:, :, :][used]):
-        require_classes(found, shape)
+        shape.require_classes(found)
     packed = rows[..., :-1, 1, :, :]
     crossings = np.full(used.shape, UNUSED, np.uint16)
     crossings[used] = packed[packed != UNUSED]
     lines[..., :-1, 1, :, :] = crossings
     return lines
-
-
-def require_classes(found: np.ndarray, shape: ResponseShape) -> None:
-    """Refuse class numbers that the teacher does not have.
-
-    Raises:
-        ValueError: names the largest.
-    """
-    if found.size and found.max() >= shape.classes:
-        raise ValueError(f"class {found.max()} of {shape.classes}")

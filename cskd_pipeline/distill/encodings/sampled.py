@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cskd_pipeline.distill.encodings.base import ArraySpec, ResponseShape, Rows
+from cskd_pipeline.distill.encodings.base import ArraySpec, Encoding, ResponseShape, Rows
 from cskd_pipeline.distill.encodings.envelope import (
     lines_of,
     lines_spec,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 LINES = "sampled/lines"
 
 
-class Sampled:
+class Sampled(Encoding):
     """(B, L, 2, draws * h, w) uint16 lines, as those of ``envelope``.
 
     Args:
@@ -51,7 +51,7 @@ class Sampled:
     """
 
     name = "sampled"
-    serves: tuple[str, ...] = ("soft",)
+    serves = ("soft",)
     exact = False
 
     def __init__(self, draws: int = 1, temperature: float = 1.0) -> None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cskd_pipeline.distill.encodings.base import ArraySpec, ResponseShape, Rows
+from cskd_pipeline.distill.encodings.base import ArraySpec, Encoding, ResponseShape, Rows
 from cskd_pipeline.errors import CacheError
 
 if TYPE_CHECKING:
@@ -44,13 +44,12 @@ TAIL_GLOBAL = "topk/tail_global"
 UNUSED = 255
 """No code reaches it."""
 _LEVEL = 8
-_MOST_CLASSES = 65535
 _FINE = 8.0  # codes per unit of logit, of kept classes
 _COARSE = 2.0  # and of the global logits of all classes
 _LOWEST = -1000.0  # below the largest; impossible is impossible, and float16 masses stay finite
 
 
-class TopK:
+class TopK(Encoding):
     """k = min(K, 24) classes of K, for all locations and every r, and what the rest weighs.
 
     A row has these arrays; logits are codes, counted down from the largest of their location:
@@ -67,7 +66,7 @@ class TopK:
     """
 
     name = "topk"
-    serves: tuple[str, ...] = ("soft",)
+    serves = ("soft",)
     exact = False
     temperatures = (1.0, math.inf)
 
@@ -76,13 +75,7 @@ class TopK:
 
     def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
         """Return the six arrays, of whose chunks each is one view of a tar shard."""
-        if shape.classes > _MOST_CLASSES:
-            raise CacheError(
-                "the topk encoding cannot hold so many classes",
-                found=f"{shape.classes} classes",
-                expected=f"at most {_MOST_CLASSES}",
-                action="use the encoding dense or dense-q8",
-            )
+        shape.require_numbered(self.name)
 
         def spec(
             name: str, dtype: str, axes: tuple[str, ...], tail: tuple[int, ...], fill: float
@@ -139,15 +132,9 @@ class TopK:
         """Return :class:`TopKTargets`."""
         return TopKTargets(arrays)
 
-    def pack(self, rows: Rows) -> Rows:
-        """Return the rows: they are stored as they are."""
-        return rows
-
     def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
         """Return the rows, if their classes exist and their masses are numbers."""
-        classes = rows[CLASSES]
-        if classes.size and classes.max() >= shape.classes:
-            raise ValueError(f"class {classes.max()} of {shape.classes}")
+        shape.require_classes(rows[CLASSES])
         for name in (TAIL, TAIL_GLOBAL):
             if name in rows and not np.isfinite(rows[name]).all():
                 raise ValueError(f"{name} holds NaN or infinite values")

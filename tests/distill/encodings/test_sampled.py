@@ -211,7 +211,7 @@ def test_what_draws_cannot_serve_is_refused() -> None:
         lambda: found.global_log_probabilities(2.0),
         lambda: found.spatial_log_probabilities(0.5, 2.0),
     ):
-        with pytest.raises(CacheError, match="the sampled encoding cannot serve"):
+        with pytest.raises(CacheError, match="these targets cannot serve"):
             call()
     with pytest.raises(CacheError, match="cannot serve this temperature") as caught:
         found.drawn_spatial(0.5, 1.0)
