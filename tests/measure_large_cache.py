@@ -36,8 +36,7 @@ from cskd_pipeline.cache.digests import Record
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.manifest import CacheManifest, TeacherInfo, library_versions, utc_now
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.cache.units import UnitData
-from cskd_pipeline.cache.view_blocks import count_files
+from cskd_pipeline.cache.units import UnitData, count_files
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.data.cached_loader import CachedLoader
 from cskd_pipeline.data.describe import describe as describe_data

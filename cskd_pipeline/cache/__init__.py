@@ -3,21 +3,21 @@
 1. ``manifest`` -- the JSON that decides everything, checked by its schema and
    ``manifest_problems``; ``layout`` -- which arrays and files follow from it, and how a unit (block
    of views, tar shard) maps to files of its own; ``arrays`` -- one array's geometry and
-   ``zarr.json``; ``view_blocks`` -- how many views a unit has, and how many files that makes.
+   ``zarr.json``.
 2. ``chunks`` -- bytes: a file of chunks encoded, one chunk decoded, every checksum compared.
    ``digests`` -- SHA-256 from a unit's files up to the whole cache.
 3. ``store`` -- a folder as a cache: manifest, finished units, chunks; errors name array, unit and
    file. ``remote`` -- the same at a URL; ``remote_files`` -- files at a URL, of caches and of
    shards, by ``transfers`` and through copies on this machine (``mirror``).
 4. ``writer`` -- commits units: files written beside their final names, synced, renamed
-   (``durable``), their record last; ``units`` has what a unit holds, and gathers it; ``claims``
-   say which process makes which.
+   (``durable``), their record last; ``units`` has what a unit holds, gathers it,
+   and says how many views it had best have; ``claims`` say which process makes which.
 5. ``reader`` -- sees finished units only, and compares every file with its record once; ``slabs``
-   decodes rows and keeps what fits (``lru``), ``key_index`` finds samples by key, ``choosing``
-   picks the encoding that serves a loss.
-6. ``convert`` -- a cache of another, smaller or in fewer files; ``merge`` -- one of several, which
-   ``parts`` compares; ``upgrade`` -- version 1 to 2, in place; ``omitted`` -- the list of samples
-   that a dump left out, which goes along.
+   decodes rows and keeps what fits, ``key_index`` finds samples by key, ``choosing`` picks the
+   encoding that serves a loss.
+6. ``convert`` -- a cache of another, smaller or in fewer files; ``merge`` -- one of several;
+   ``upgrade`` -- version 1 to 2, in place; ``omitted`` -- the list of samples that a dump left
+   out, which goes along.
 7. ``info`` -- a cache described as a dictionary, ``summary`` in half a screen; ``check`` -- a cache
    verified from nothing but itself.
 

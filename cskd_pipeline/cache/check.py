@@ -53,13 +53,11 @@ def check_structure(store: CacheStore, units: Sequence[Unit]) -> list[Problem]:
         units: finished ones.
     """
     problems = []
-    with progress(len(units), "units", "looking at files") as meter:
-        for shard in sorted({shard for _, shard in units}):
-            for name in layout.PER_SHARD:
-                problems += _length_problems(store, name, store.arrays[name].key(shard))
-        for found in store.each(partial(_missing_files, store), units):
-            problems += found
-            meter.advance()
+    for shard in sorted({shard for _, shard in units}):
+        for name in layout.PER_SHARD:
+            problems += _length_problems(store, name, store.arrays[name].key(shard))
+    for found in store.each(partial(_missing_files, store), units, "looking at files"):
+        problems += found
     return problems
 
 

@@ -12,18 +12,21 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import google_crc32c
 import numpy as np
 from numcodecs.zstd import Zstd
 
 from cskd_pipeline.cache.arrays import StoredArray
-from cskd_pipeline.cache.lru import BytesLRU
 
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 _EMPTY = 2**64 - 1  # a shard index's mark of a chunk that was not written
 _ZSTD = Zstd()
 
@@ -148,6 +151,35 @@ def _pread(descriptor: int, start: int, length: int) -> bytes:
     return data
 
 
+class BytesLRU(Generic[K, V]):
+    """Keeps what was used last, up to ``limit`` bytes in all; always at least the newest."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._items: OrderedDict[K, tuple[V, int]] = OrderedDict()
+
+    def get(self, key: K) -> V | None:
+        """Return what is kept of ``key``, used now; None where nothing is."""
+        if key not in self._items:
+            return None
+        self._items.move_to_end(key)
+        return self._items[key][0]
+
+    def drop(self, key: K) -> None:
+        """Let go of ``key``."""
+        _, size = self._items.pop(key, (None, 0))
+        self.used -= size
+
+    def put(self, key: K, value: V, size: int) -> None:
+        """Keep ``value``, of ``size`` bytes, and let go of what was not used for longest."""
+        self.drop(key)
+        self._items[key] = (value, size)
+        self.used += size
+        while self.used > self.limit and len(self._items) > 1:
+            self.drop(next(iter(self._items)))
+
+
 class ChunkReader:
     """Chunks of stored arrays, decoded; shard indices are kept, up to ``index_bytes``."""
 
@@ -167,8 +199,7 @@ class ChunkReader:
         """
         key = array.key(*at)
         if array.chunk_shape is None:
-            data = self._folder.read(key, limit=array.most_encoded(array.file_shape))
-            return _decode(array, data, array.file_shape)
+            return decode_file(array, self._folder.read(key, array.most_file_bytes))
         full = at + (0,) * (len(array.shape) - len(at))
         inside = tuple(
             i % n // c for i, n, c in zip(full, array.file_shape, array.chunk_shape, strict=True)
@@ -221,6 +252,15 @@ def encode_file(array: StoredArray, values: np.ndarray) -> bytes:
             size += len(pieces[-1])
     table = index.tobytes()
     return b"".join([*pieces, table, google_crc32c.value(table).to_bytes(4, "little")])
+
+
+def decode_file(array: StoredArray, data: bytes) -> np.ndarray:
+    """Return the values of a file that is one chunk, at its full shape.
+
+    Raises:
+        DamageError: these are not bytes that :func:`encode_file` gave.
+    """
+    return _decode(array, data, array.file_shape)
 
 
 def _is_fill(values: np.ndarray, fill: float) -> bool:

@@ -20,8 +20,7 @@ from cskd_pipeline.cache.layout import encodings_of, specs
 from cskd_pipeline.cache.manifest import CacheManifest, utc_now
 from cskd_pipeline.cache.omitted import carry_corrupt, carry_lists
 from cskd_pipeline.cache.reader import Cache, open_cache
-from cskd_pipeline.cache.units import Unit, UnitBuffer, UnitData, encoded
-from cskd_pipeline.cache.view_blocks import choose_view_block
+from cskd_pipeline.cache.units import Unit, UnitBuffer, UnitData, choose_view_block, encoded
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import Encoding, Rows, Sampled
 from cskd_pipeline.errors import CacheError, UsageError
@@ -98,20 +97,19 @@ def convert(
         carry_corrupt(writer.path, reader.store)
     units = writer.todo()
     ready = [unit for unit in units if _in_source(reader, unit, first)]
-    written = 0
-    with progress(sum(map(writer.size_of, ready)), "views", "converting") as meter:
+    views = sum(map(writer.size_of, ready))
+    with progress(views, "views", "converting") as meter:
         for unit in ready:
             if stopped():
                 raise KeyboardInterrupt
             shard = unit.shard + first
             writer.write_unit(unit, unit_data(reader, writer.manifest, unit, shard, device))
-            written += writer.size_of(unit)
             meter.advance(writer.size_of(unit))
     info = describe(Cache(writer.store, writer.done()))
     return {
         "cache": str(target),
         "units_written": len(ready),
-        "views_written": written,
+        "views_written": views,
         "units_missing": len(units) - len(ready),
         **{name: info[name] for name in SIZES},
     }

@@ -1,7 +1,6 @@
 """Writing so that a kill or a power cut leaves a file whole or absent, and two writers apart."""
 
 import fcntl
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,15 +14,12 @@ from cskd_pipeline.runtime import atomic
 class DurableFolder:
     """Files below ``root``, by key. After :meth:`flush`, what was written survives a power cut.
 
-    ``digests`` has the SHA-256 of every file written, by key.
-
     Args:
         held: no other process writes these files: what killed writers left of them is removed.
     """
 
     def __init__(self, root: Path, held: bool) -> None:
         self.root, self._held = root, held
-        self.digests: dict[str, bytes] = {}
         self._touched: set[Path] = set()
 
     def write(self, key: str, data: bytes) -> None:
@@ -37,7 +33,6 @@ class DurableFolder:
             atomic.sweep(path.parent, path.name)
         atomic.write_bytes(path, data)
         self._touched.update(path.relative_to(self.root).parents)
-        self.digests[key] = hashlib.sha256(data).digest()
 
     def flush(self) -> None:
         """Sync every folder in which a file or folder may be new since the last time."""

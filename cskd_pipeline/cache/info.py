@@ -8,7 +8,7 @@ from typing import Any
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import Cache
-from cskd_pipeline.cache.view_blocks import count_files
+from cskd_pipeline.cache.units import count_files
 
 METHOD = (
     "Cumulative Spatial Knowledge Distillation for Vision Transformers. ICCV 2023. "

@@ -17,7 +17,6 @@ from cskd_pipeline.cache.slabs import SlabReader
 from cskd_pipeline.cache.store import FINISH, CacheStore
 from cskd_pipeline.distill.encodings import ArraySpec, ResponseShape, Rows
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.runtime.progress import progress
 
 if TYPE_CHECKING:
     import torch
@@ -227,11 +226,9 @@ class Cache:
             return self._units * chosen[..., None]
         found = np.zeros((*chosen.shape, SIZE), np.uint8)
         units = np.argwhere(chosen).tolist()
-        with progress(len(units), "units", "reading their digests") as meter:
-            records = self.store.each(lambda unit: self.store.record(*unit), units)
-            for unit, record in zip(units, records, strict=True):
-                found[tuple(unit)] = np.frombuffer(record.unit, np.uint8)
-                meter.advance()
+        records = self.store.each(lambda u: self.store.record(*u), units, "reading their digests")
+        for unit, record in zip(units, records, strict=True):
+            found[tuple(unit)] = np.frombuffer(record.unit, np.uint8)
         return found
 
     def require_digest(self, stated: str) -> None:
@@ -319,12 +316,10 @@ class Cache:
             pairs = self.store.chunk("top1", block * self.manifest.view_block, shard)
             return pairs[:, 0].sum(axis=0, dtype=np.int64)
 
-        units, total = np.argwhere(self._done).tolist(), np.zeros(2, np.int64)
-        with progress(len(units), "units", "reading the teacher's top-1") as meter:
-            for pair in self.store.each(of, units):
-                total += pair
-                meter.advance()
-        return int(total[0]), int(total[1])
+        units = np.argwhere(self._done).tolist()
+        pairs = self.store.each(of, units, "reading the teacher's top-1")
+        correct, counted = sum(pairs, np.zeros(2, np.int64)).tolist()
+        return correct, counted
 
     def top1_of(self, view: int, shard: int) -> np.ndarray:
         """Return (correct, counted) of one view of one tar shard: (2,) uint32."""

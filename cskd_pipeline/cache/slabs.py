@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cskd_pipeline.cache import layout
-from cskd_pipeline.cache.lru import BytesLRU
+from cskd_pipeline.cache.chunks import BytesLRU
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.distill.encodings import Rows
 

@@ -1,6 +1,7 @@
 """A cache's folder: its manifest, its finished units, its chunks; errors that say where."""
 
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from cskd_pipeline.cache import layout
-from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder
+from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder, encode_file
 from cskd_pipeline.cache.digests import Record
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.remote import open_folder
@@ -19,6 +20,7 @@ from cskd_pipeline.cache.remote_files import is_remote
 from cskd_pipeline.distill.encodings import ENCODINGS, Encoding, register_encoding, registered
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime import schemas
+from cskd_pipeline.runtime.progress import progress
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -146,11 +148,8 @@ class CacheStore:
             CacheError: it is damaged, or of another unit or cache.
         """
         key = self.record_key(block, shard)
-        try:
+        with self._named(key, f"the record of {self.unit_name(block, shard)}"):
             return self._once_more(lambda: self._read_record(block, shard), key)
-        except DamageError as error:
-            what = f"the record of {self.unit_name(block, shard)}"
-            raise self._damaged(key, what, error) from error
 
     def _read_record(self, block: int, shard: int) -> Record:
         array = self.arrays[layout.RECORD]
@@ -220,24 +219,34 @@ class CacheStore:
             CacheError: one is missing, or not what the record says.
         """
         for row, (name, key) in enumerate(self.recorded_files(block, shard)):
-            try:
+            with self._named(key, f"array {name}, {self.unit_name(block, shard)}"):
                 self._compare(block, shard, row, key)
-            except DamageError as error:
-                what = f"array {name}, {self.unit_name(block, shard)}"
-                raise self._damaged(key, what, error) from error
+
+    def unit_bytes(self, block: int, shard: int) -> Iterator[tuple[bytes, bytes]]:
+        """Yield contents and SHA-256 of every file in a finished unit's record, in its order.
+
+        Raises:
+            CacheError: one is missing, or not what the record says.
+        """
+        expected = self.record(block, shard).files
+        for (name, key), digest in zip(self.recorded_files(block, shard), expected, strict=True):
+            with self._named(key, f"array {name}, {self.unit_name(block, shard)}"):
+                data = self.folder.read(key, self._most_bytes(key))
+                _require_digest(hashlib.sha256(data).digest(), digest)
+            yield data, digest
+
+    def encode_record(self, block: int, shard: int, digests: Sequence[bytes]) -> bytes:
+        """Return the record of a unit with files of these digests, as its file holds it."""
+        keys = [key for _, key in self.recorded_files(block, shard)]
+        row = Record.of(self.lineage, keys, digests).row()
+        return encode_file(self.arrays[layout.RECORD], row[None])
 
     def _compare(self, block: int, shard: int, row: int, key: str) -> None:
         """Compare a file with its unit's record, unless it was."""
-        unit = block * len(self.manifest.dataset.shards) + shard
-        if self._trusted[unit * self._rows + row]:
-            return
-        expected, found = self.record(block, shard).files[row], self.folder.sha256(key)
-        if found != expected:
-            raise DamageError(
-                f"sha256 {found.hex()}, where its unit's record says {expected.hex()}: altered, or "
-                "a file of another unit or cache"
-            )
-        self._trusted[unit * self._rows + row] = 1
+        at = (block * len(self.manifest.dataset.shards) + shard) * self._rows + row
+        if not self._trusted[at]:
+            _require_digest(self.folder.sha256(key), self.record(block, shard).files[row])
+            self._trusted[at] = 1
 
     def _once_more(self, read: Callable[[], T], *keys: str) -> T:
         """Return what ``read`` does; once more if it fails on copies of files that lie elsewhere.
@@ -262,18 +271,18 @@ class CacheStore:
         """
         if not self.folder.there([name])[0]:
             return None
-        try:
+        with self._named(name, "a file beside the arrays"):
             return self.folder.read(name, schemas.MAX_BYTES)
-        except DamageError as error:
-            raise self._damaged(name, "a file beside the arrays", error) from error
 
-    def each(self, look: Callable[[T], V], items: Iterable[T]) -> Iterator[V]:
+    def each(
+        self, look: Callable[[T], V], items: Sequence[T], doing: str, of: str = "units"
+    ) -> Iterator[V]:
         """Yield ``look(item)`` for each item, in order; several at a time where files are far."""
-        if self.folder.at_once == 1:
-            yield from map(look, items)
-            return
-        with ThreadPoolExecutor(self.folder.at_once) as pool:
-            yield from pool.map(look, items)
+        far = self.folder.at_once
+        with progress(len(items), of, doing) as meter, ThreadPoolExecutor(far) as pool:
+            for found in map(look, items) if far == 1 else pool.map(look, items):
+                yield found
+                meter.advance()
 
     def unit_files(self, block: int, shard: int) -> Iterator[tuple[str, str]]:
         """Yield array and key of every per-view file of a unit, without its record."""
@@ -300,21 +309,33 @@ class CacheStore:
         """Name array, unit and file in errors about bytes."""
         try:
             yield
-        except (DamageError, ValueError) as error:
-            if view is None:
-                part, key = f"shard {shard}", self.arrays[name].key(shard)
-            else:
-                part = self.unit_name(view // self.manifest.view_block, shard)
-                key = self.arrays[name].key(view, shard)
-            raise self._damaged(key, f"array {name}, {part}", error) from error
+        except (DamageError, ValueError):
+            at: tuple[int, ...] = (shard,)
+            part = f"shard {shard}"
+            if view is not None:
+                at, part = (view, shard), self.unit_name(view // self.manifest.view_block, shard)
+            with self._named(self.arrays[name].key(*at), f"array {name}, {part}"):
+                raise
 
-    def _damaged(self, key: str, what: str, error: Exception) -> CacheError:
-        return CacheError(
-            "the cache is damaged",
-            where=self.folder.where(key),
-            found=f"{what}: {error}",
-            expected="the bytes that were written",
-            action=RESTORE,
+    @contextmanager
+    def _named(self, key: str, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (DamageError, ValueError) as error:
+            raise CacheError(
+                "the cache is damaged",
+                where=self.folder.where(key),
+                found=f"{what}: {error}",
+                expected="the bytes that were written",
+                action=RESTORE,
+            ) from error
+
+
+def _require_digest(found: bytes, expected: bytes) -> None:
+    if found != expected:
+        raise DamageError(
+            f"sha256 {found.hex()}, where its unit's record says {expected.hex()}: altered, or "
+            "a file of another unit or cache"
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cskd_pipeline.cache.view_blocks import FileCounts
+from cskd_pipeline.cache.units import FileCounts
 from cskd_pipeline.distill.encodings import Sampled
 from cskd_pipeline.runtime.console import format_size
 from cskd_pipeline.views.policy import ViewPolicy

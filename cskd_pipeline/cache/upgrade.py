@@ -15,8 +15,7 @@ import numpy as np
 
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.check import check_bytes
-from cskd_pipeline.cache.chunks import DamageError, encode_file
-from cskd_pipeline.cache.digests import Record
+from cskd_pipeline.cache.chunks import DamageError
 from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import Cache, open_cache
@@ -93,7 +92,6 @@ def _write_records(
     for key, document in layout.array_documents(manifest).items():
         folder.write(key, document)
     store = CacheStore(root, manifest)
-    array = store.arrays[layout.RECORD]
     done = np.zeros((manifest.blocks, len(manifest.dataset.shards)), bool)
     for block, shard in np.ndindex(*done.shape):
         done[block, shard] = (root / f"{_MARKS}/c/{block}/{shard}").is_file()
@@ -103,8 +101,8 @@ def _write_records(
             if stopped():
                 raise KeyboardInterrupt
             keys = [key for _, key in store.recorded_files(block, shard)]
-            record = Record.of(store.lineage, keys, _digests(store, keys))
-            folder.write(store.record_key(block, shard), encode_file(array, record.row()[None]))
+            record = store.encode_record(block, shard, _digests(store, keys))
+            folder.write(store.record_key(block, shard), record)
             meter.advance()
     folder.flush()
     problems = check_bytes(Cache(store, done), units)

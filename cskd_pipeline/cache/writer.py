@@ -7,15 +7,15 @@ again, whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from cskd_pipeline.cache import layout
-from cskd_pipeline.cache.chunks import encode_file
-from cskd_pipeline.cache.digests import Record
+from cskd_pipeline.cache.chunks import decode_file, encode_file
 from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.remote import require_local
@@ -188,16 +188,11 @@ class CacheWriter:
             if not done[block, shard]
         ]
 
-    def write_unit(
-        self, unit: Unit, data: UnitData, copy: Callable[[str], bytes] | None = None
-    ) -> bool:
+    def write_unit(self, unit: Unit, data: UnitData) -> bool:
         """Store a unit and mark it done; False if another writer finished it meanwhile.
 
         Other processes are kept out of this unit meanwhile. When this returns, it survives a power
         cut.
-
-        Args:
-            copy: gives the bytes of a file that holds these values, by its key, where there is one.
 
         Raises:
             CacheError: keys are not the manifest's, arrays not its encodings', or labels or image
@@ -205,50 +200,70 @@ class CacheWriter:
             OutputError: no space left; the unit stays undone.
         """
         data.check(self.manifest, unit)
-        values = self._packed(data)
-        record = inside(self.path, self.store.record_key(unit.block, unit.shard))
+        return self._commit(unit, self._encoded(data))
+
+    def copy_unit(self, unit: Unit, source: CacheStore, shard: int) -> bool:
+        """Store a unit as :meth:`write_unit` does, with the files of another cache as they are.
+
+        Args:
+            source: has it done, and arrays of the same chunks and files.
+            shard: its tar shard there.
+
+        Raises:
+            CacheError: also if a file there is missing, or not what the unit's record says.
+        """
+        return self._commit(unit, source.unit_bytes(unit.block, shard))
+
+    def _encoded(self, data: UnitData) -> Iterator[tuple[bytes, bytes]]:
+        """Yield contents and SHA-256 of each file in a unit's record."""
+        matrix = layout.key_matrix(data.keys, self.store.arrays["key"])
+        per_shard = {"key": matrix, "label": data.labels, "image_crc32": data.image_crc32}
+        per_view = self._packed(data)
+        for name, array in self.store.arrays.items():
+            step = array.file_shape[0]
+            if name in per_shard:
+                parts = [per_shard[name][None]]
+            elif name in per_view:
+                views = per_view[name][:, None]  # axis of tar shards
+                parts = [views[start : start + step] for start in range(0, len(views), step)]
+            else:  # the record itself
+                continue
+            for part in parts:
+                content = encode_file(array, part)
+                yield content, hashlib.sha256(content).digest()
+
+    def _commit(self, unit: Unit, files: Iterable[tuple[bytes, bytes]]) -> bool:
+        """Write contents and SHA-256 of the files in a unit's record, in its order; then it."""
+        key = self.store.record_key(unit.block, unit.shard)
         own_folder = self._file("seed", unit.views[0], unit.shard).parent
         with atomic.explained_os_errors(self.path), exclusive(own_folder) as held:
-            if record.exists():
+            if inside(self.path, key).exists():
                 return False
-            folder = DurableFolder(self.path, held)
-
-            def write(name: str, at: tuple[int, ...], part: np.ndarray) -> None:
-                array = self.store.arrays[name]
-                key = array.key(*at)
-                folder.write(key, encode_file(array, part) if copy is None else copy(key))
-
-            self._write_shard(unit.shard, data, write)
-            for name, of_views in values.items():
-                step = self.store.arrays[name].file_shape[0]
-                for start in range(0, len(of_views), step):
-                    part = np.expand_dims(of_views[start : start + step], 1)  # axis of tar shards
-                    write(name, (unit.views[start], unit.shard), part)
+            folder, digests = DurableFolder(self.path, held), []
+            recorded = self.store.recorded_files(unit.block, unit.shard)
+            for (name, own), (content, digest) in zip(recorded, files, strict=True):
+                if name in layout.PER_SHARD:
+                    digest = self._write_shared(folder, name, unit.shard, content)
+                else:
+                    folder.write(own, content)
+                digests.append(digest)
             folder.flush()
-            self._write_record(folder, unit)
+            folder.write(key, self.store.encode_record(unit.block, unit.shard, digests))
             folder.flush()
         return True
 
-    def _write_shard(
-        self, shard: int, data: UnitData, write: Callable[[str, tuple[int], np.ndarray], None]
-    ) -> None:
-        """Keys, labels and image CRCs: the first unit of a tar shard writes, later ones compare."""
-        matrix = layout.key_matrix(data.keys, self.store.arrays["key"])
-        values = {"key": matrix, "label": data.labels, "image_crc32": data.image_crc32}
-        with exclusive(self._file("key", shard).parent):
-            for name in layout.PER_SHARD:
-                if self._file(name, shard).exists():
-                    self._compare(name, shard, values[name], data.keys)
-                else:
-                    write(name, (shard,), values[name][None])
+    def _write_shared(self, folder: DurableFolder, name: str, shard: int, content: bytes) -> bytes:
+        """Keys, labels and image CRCs: the first unit of a tar shard writes, later ones compare.
 
-    def _write_record(self, folder: DurableFolder, unit: Unit) -> None:
-        keys = [key for _, key in self.store.recorded_files(unit.block, unit.shard)]
-        # What an earlier unit of the tar shard wrote was compared by value: its bytes count.
-        digests = [folder.digests.get(key) or self.store.folder.sha256(key) for key in keys]
-        row = Record.of(self.store.lineage, keys, digests).row()
-        key = self.store.record_key(unit.block, unit.shard)
-        folder.write(key, encode_file(self.store.arrays[layout.RECORD], row[None]))
+        Their values decide, not their bytes, which another zstd may have written.
+        """
+        key = self.store.arrays[name].key(shard)
+        with exclusive(self._file(name, shard).parent):
+            if self._file(name, shard).exists():
+                self._compare(name, shard, content)
+            else:
+                folder.write(key, content)
+            return self.store.folder.sha256(key)
 
     def _packed(self, data: UnitData) -> Rows:
         values, shape = data.per_view(), layout.response_shape(self.manifest)
@@ -259,19 +274,21 @@ class CacheWriter:
             values |= packed
         return values
 
-    def _compare(self, name: str, shard: int, values: np.ndarray, keys: Sequence[str]) -> None:
-        recorded = self.store.shard_chunk(name, shard, self._finished_block(shard))
+    def _compare(self, name: str, shard: int, content: bytes) -> None:
+        block = self._finished_block(shard)
+        recorded = self.store.shard_chunk(name, shard, block)
+        values = decode_file(self.store.arrays[name], content)[0, : len(recorded)]
         differing = np.flatnonzero((recorded != values).reshape(len(values), -1).any(axis=1))
         if differing.size:
-            first = int(differing[0])
-            found, expected = values[first], recorded[first]
-            if name == "key":
-                found, expected = layout.keys_of(np.stack([found, expected]))
+            first = differing[:1]
+            shown = layout.keys_of if name == "key" else list
+            found, expected = shown(values[first]), shown(recorded[first])
+            sample = layout.keys_of(self.store.shard_chunk("key", shard, block)[first])
             raise CacheError(
                 f"{name} is not what an earlier unit of the same tar shard recorded",
                 where=f"shard {shard} ({self.manifest.dataset.shards[shard].name})",
-                found=f"{found} for sample {keys[first]}; {differing.size} samples differ",
-                expected=f"{expected}, in {self._file(name, shard)}",
+                found=f"{found[0]} for sample {sample[0]}; {differing.size} samples differ",
+                expected=f"{expected[0]}, in {self._file(name, shard)}",
                 action="use the shards that the cache was begun with",
             )
 

@@ -247,12 +247,13 @@ def _compare_labels(
         return compared, found[0]
     places = [tar_rows[shard] for shard in shards]
     read_headers([dataset.shards[place] for place in places if isinstance(place, int)])
-    with progress(len(shards), "shards", "comparing labels with the cache's") as meter:
-        for shard, labels in zip(shards, cache.store.each(cache.labels, shards), strict=True):
-            absent = _absent(tar_rows[shard])
-            compared += len(labels) - (0 if absent is None else int(absent.sum()))
-            found.append(images.relabelled(shard, labels))
-            meter.advance()
+    labels_of = cache.store.each(
+        cache.labels, shards, "comparing labels with the cache's", "shards"
+    )
+    for shard, labels in zip(shards, labels_of, strict=True):
+        absent = _absent(tar_rows[shard])
+        compared += len(labels) - (0 if absent is None else int(absent.sum()))
+        found.append(images.relabelled(shard, labels))
     return compared, np.concatenate(found)
 
 

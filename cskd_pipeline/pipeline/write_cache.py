@@ -18,8 +18,7 @@ from cskd_pipeline.cache.manifest import (
     library_versions,
     utc_now,
 )
-from cskd_pipeline.cache.units import Unit
-from cskd_pipeline.cache.view_blocks import choose_view_block
+from cskd_pipeline.cache.units import Unit, choose_view_block
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.config.sections import CacheSection
 from cskd_pipeline.data.describe import describe

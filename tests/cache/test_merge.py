@@ -18,6 +18,7 @@ from cskd_pipeline.cache import chunks
 from cskd_pipeline.cache.manifest import CacheManifest, DatasetManifest, ShardInfo
 from cskd_pipeline.cache.merge import merge
 from cskd_pipeline.cache.reader import open_cache
+from cskd_pipeline.cache.slabs import SlabReader
 from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
@@ -85,6 +86,15 @@ def test_any_parts_merge_into_what_one_writer_makes_of_their_units(
     assert found["units_compared"] == sum(map(len, shares)) - len(every)
     assert found["units_missing"] == len(UNITS) - len(every)
     assert found["views_copied"] == BLOCK * sum(COUNTS[unit.shard] for unit in every)
+
+
+def test_files_are_copied_as_they_are_and_nothing_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes]
+) -> None:
+    a = part(tmp_path / "a", UNITS)
+    monkeypatch.setattr(SlabReader, "rows", None)
+    merged(tmp_path / "out", a)
+    assert without_manifest(tmp_path / "out") == whole
 
 
 def test_a_part_with_fewer_views_joins_one_with_more(

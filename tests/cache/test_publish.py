@@ -98,7 +98,7 @@ def test_more_files_than_the_hub_recommends_are_warned_of(
 ) -> None:
     publish(copied, replace(OPTIONS, samples=1))
     assert not caplog.messages
-    monkeypatch.setattr("cskd_pipeline.cache.view_blocks.HUB_FILES", 20)
+    monkeypatch.setattr("cskd_pipeline.cache.units.HUB_FILES", 20)
     publish(copied, replace(OPTIONS, samples=1))
     assert "more than the 20 a repository that the Hub recommends" in caplog.text
     assert "cache convert makes fewer, with --view-block 0" in caplog.text

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from cskd_pipeline.cache import layout
-from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder
+from cskd_pipeline.cache.chunks import BytesLRU, ChunkReader, DamageError, Folder
 from cskd_pipeline.cache.key_index import KeyIndex
-from cskd_pipeline.cache.lru import BytesLRU
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.cache.writer import CacheWriter

@@ -19,7 +19,7 @@ from cskd_pipeline.cache.manifest import CacheManifest, ShardInfo
 from cskd_pipeline.cache.merge import merge
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.summary import summarise
-from cskd_pipeline.cache.view_blocks import FileCounts, choose_view_block, count_files
+from cskd_pipeline.cache.units import FileCounts, choose_view_block, count_files
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import CacheError, UsageError
 from tests.cache.making import BLOCK, COUNTS, VIEWS, dataset, fill, make, manifest, teacher, tree

@@ -21,7 +21,7 @@ import torch
 from cskd_pipeline.cache.info import describe as describe_cache
 from cskd_pipeline.cache.manifest import DatasetManifest, ShardInfo
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.cache.view_blocks import count_files
+from cskd_pipeline.cache.units import count_files
 from cskd_pipeline.config.sections import CacheSection, DumpRecipe
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.data.index import Dataset

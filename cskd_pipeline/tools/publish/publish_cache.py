@@ -16,12 +16,11 @@ from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.store import FINISH
-from cskd_pipeline.cache.view_blocks import count_files
+from cskd_pipeline.cache.units import count_files
 from cskd_pipeline.data.join import join_to_look
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.runtime import atomic
 from cskd_pipeline.runtime.classes import ClassGuard
-from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.publish import cache_card, croissant, preview
 
 if TYPE_CHECKING:
@@ -171,8 +170,6 @@ def sums(cache: Cache) -> str:
     store, units = cache.store, np.argwhere(cache.done()).tolist()
     documents = (layout.GROUP, *layout.array_documents(cache.manifest))
     found = {key: store.folder.sha256(key) for key in documents}
-    with progress(len(units), "units", "reading their records") as meter:
-        for files in store.each(of_unit, units):
-            found |= files
-            meter.advance()
+    for files in store.each(of_unit, units, "reading their records"):
+        found |= files
     return "".join(f"{found[key].hex()}  {key}\n" for key in sorted(found))
