@@ -242,8 +242,7 @@ class CachedLoader:
             pin_memory=torch.device(self.device).type == "cuda",
         )
         ahead = ReadAhead(images.tars, self._order.uses(images, start), len(self), start)
-        after = count(start + 1)
-        stream = ahead.over(loader, lambda _: next(after))
+        stream = ahead.over(loader)
         _open_streams.add(stream)
         return stream
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -71,22 +70,6 @@ class EvalImages(TorchDataset[EvalBatch]):
         return EvalBatch(torch.from_numpy(pixels), torch.from_numpy(labels))
 
 
-@dataclass(frozen=True)
-class EvalLoader:
-    """Iterate over the batches of ``loader``: ``step`` images of ``dataset`` at a time."""
-
-    dataset: Dataset
-    loader: Loader[EvalBatch]
-    step: int
-
-    def __iter__(self) -> Iterator[EvalBatch]:
-        tars = [shard.path for shard in self.dataset.shards]
-        numbers = np.repeat(np.arange(len(tars)), self.dataset.counts)
-        uses = uses_of(tars, numbers, np.arange(len(numbers)) // self.step)
-        shown = itertools.count()
-        yield from ReadAhead(tars, uses, len(numbers)).over(self.loader, lambda _: next(shown))
-
-
 def eval_loader(
     dataset: Dataset,
     preprocessing: Preprocessing,
@@ -95,15 +78,18 @@ def eval_loader(
     workers: int = 0,
     pin_memory: bool = False,
     ranks: Ranks = ALONE,
-) -> EvalLoader:
-    """Return a loader of every sample once, in order; a rank has every ``world``-th batch.
+) -> Iterator[EvalBatch]:
+    """Yield every sample once, in order; a rank has every ``world``-th batch.
 
     The last batch may be short.
     """
     images = EvalImages(dataset, preprocessing, batch_size)
     mine = range(ranks.rank, len(images), ranks.world)
     loader = Loader(images, mine, workers=workers, pin_memory=pin_memory)
-    return EvalLoader(dataset, loader, batch_size * ranks.world)
+    tars = [shard.path for shard in dataset.shards]
+    numbers = np.repeat(np.arange(len(tars)), dataset.counts)
+    uses = uses_of(tars, numbers, np.arange(len(numbers)) // (batch_size * ranks.world))
+    yield from ReadAhead(tars, uses).over(loader)
 
 
 def images_of_rank(dataset: Dataset, *, batch_size: int, ranks: Ranks = ALONE) -> int:

@@ -125,7 +125,7 @@ class ImageSource:
             ShardError: a tar cannot be read.
         """
         tars, order = self.tars, np.sort(self.locate(samples)[0])
-        ahead = ReadAhead(tars, uses_of(tars, order, np.arange(len(order))), len(order))
+        ahead = ReadAhead(tars, uses_of(tars, order, np.arange(len(order))))
         ahead.start()
         try:
             for position, (i, _, crc) in enumerate(self._read(samples)):

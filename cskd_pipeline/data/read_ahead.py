@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TypeVar
@@ -24,7 +25,7 @@ THREAD = "read ahead"
 
 @dataclass(frozen=True)
 class Use:
-    """State that a tar is used from position ``first`` to ``last``, of batches or of units."""
+    """State that a tar is used from item ``first`` to ``last`` of what is read."""
 
     tar: RemoteTar
     first: int
@@ -61,11 +62,15 @@ class ReadAhead:
         tars: all that there are; where none lies elsewhere, nothing is done.
         uses: in the order of ``first``; may have no end. None: they come by :meth:`add`.
         horizon: positions ahead that are looked at.
-        position: where the reader begins.
+        position: of the reader's first item.
     """
 
     def __init__(
-        self, tars: Sequence[Tar], uses: Iterable[Use] | None, horizon: int, position: int = 0
+        self,
+        tars: Sequence[Tar],
+        uses: Iterable[Use] | None,
+        horizon: int = sys.maxsize,
+        position: int = 0,
     ) -> None:
         room = room_of(tars)
         self._closed = room is None
@@ -76,15 +81,15 @@ class ReadAhead:
         self._position = position
         self._change = threading.Condition()
 
-    def over(self, loader: Loader[Item], position: Callable[[Item], int]) -> Iterator[Item]:
-        """Yield the loader's items; ``position`` says where the reader is, once it has one.
+    def over(self, loader: Loader[Item]) -> Iterator[Item]:
+        """Yield the loader's items, of which each moves the reader on by one position.
 
         Tars are fetched as soon as the loader's processes, which may be forked, are there: these
         read the first ones meanwhile.
         """
         try:
-            for item in loader.items(self.start):
-                self.advance(position(item))
+            for position, item in enumerate(loader.items(self.start), self._position + 1):
+                self.advance(position)
                 yield item
         finally:
             self.close()
@@ -100,10 +105,10 @@ class ReadAhead:
             self._position = max(position, self._position)
             self._change.notify_all()
 
-    def add(self, uses: Iterable[Use]) -> None:
-        """Add uses that have become known."""
+    def add(self, use: Use) -> None:
+        """Add a use that has become known."""
         with self._change:
-            self._uses = chain(self._uses, uses)
+            self._uses = chain(self._uses, [use])
             self._change.notify_all()
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ number of processes.
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from cskd_pipeline.data.batches import Batch, compose
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.plan import SampleSet
-from cskd_pipeline.data.read_ahead import ReadAhead, uses_of
-from cskd_pipeline.data.remote_tar import room_of
+from cskd_pipeline.data.read_ahead import ReadAhead, Use
+from cskd_pipeline.data.remote_tar import RemoteTar, room_of
 from cskd_pipeline.data.render import Renderer
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.views.policy import ViewPolicy
@@ -103,45 +102,30 @@ def unit_batches(
     Raises:
         CskdError: an image or a tar that cannot be read.
     """
-    samples, size = SampleSet.of(dataset), loading.batch_size
-    renderer = Renderer(samples, ImageSource(dataset.shards), policy, root_seed)
-    tars, taken = renderer.images.tars, list[UnitViews]()
-    reader = ReadAhead(tars, None, sys.maxsize)
+    images = ImageSource(dataset.shards)
+    renderer = Renderer(SampleSet.of(dataset), images, policy, root_seed)
+    tars = images.tars
+    early = 0 if room_of(tars) is None else EARLY
+    ahead = ReadAhead(tars, None)
 
     def items() -> Iterator[np.ndarray]:
-        for unit in _early(noted(), 0 if room_of(tars) is None else EARLY):
-            yield from items_of(unit, samples.counts[unit[0]], policy, size)
-
-    def noted() -> Iterator[UnitViews]:
-        for unit in units:
-            reader.add(uses_of(tars, np.array([unit[0]]), np.array([len(taken)])))
-            taken.append(unit)
-            yield unit
+        taken, number = deque[list[np.ndarray]](), 0
+        for shard, views in units:
+            cut = items_of((shard, views), dataset.counts[shard], policy, loading.batch_size)
+            if isinstance(tar := tars[shard], RemoteTar):
+                ahead.add(Use(tar, number, number + len(cut) - 1))
+            number += len(cut)
+            taken.append(cut)
+            if len(taken) > early:
+                yield from taken.popleft()
+        for cut in taken:
+            yield from cut
 
     loader: Loader[list[Batch]] = Loader(
-        _Items(renderer, size),
+        _Items(renderer, loading.batch_size),
         items(),
         workers=loading.workers,
         pin_memory=torch.device(loading.device).type == "cuda",
     )
-    number = 0
-
-    def position(batches: list[Batch]) -> int:
-        nonlocal number
-        view, shard, _ = batches[0].index[0].tolist()
-        while shard != taken[number][0] or view not in taken[number][1]:
-            number += 1
-        return number
-
-    for batches in reader.over(loader, position):
+    for batches in ahead.over(loader):
         yield from batches
-
-
-def _early(units: Iterable[UnitViews], count: int) -> Iterator[UnitViews]:
-    """Yield the units, each of which is taken while ``count`` that were taken before wait."""
-    waiting = deque[UnitViews]()
-    for unit in units:
-        waiting.append(unit)
-        if len(waiting) > count:
-            yield waiting.popleft()
-    yield from waiting

@@ -91,7 +91,7 @@ def test_fetching_begins_with_the_loaders_processes_and_where_the_reader_does(
     tars = [tar(number) for number in range(4)]
     uses = [Use(t, n, n) for n, t in enumerate(tars)]
     ahead = ReadAhead(tars, uses, horizon=9, position=2)
-    assert list(ahead.over(Loader(Items(), [2, 3]), int)) == [2, 3]
+    assert list(ahead.over(Loader(Items(), [2, 3]))) == [2, 3]
     assert seen == [[2, 3], [2, 3]]
 
 
