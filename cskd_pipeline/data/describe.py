@@ -96,7 +96,7 @@ def _made(dataset: Dataset) -> DatasetManifest:
 def _sha256(shard: TarShard, meter: Meter) -> str | None:
     if isinstance(shard.path, RemoteTar):
         meter.advance(shard.size)
-        return shard.path.stated.sha256
+        return shard.path.sha256
     digest = hashlib.sha256()
     with open_shard(shard.path) as file:
         while piece := file.read(2**20):

@@ -154,7 +154,7 @@ def load_dataset(
     without one every header is read now.
 
     Args:
-        spec, split, prefer: see :func:`cskd_pipeline.data.listing.expand_shards`.
+        spec, split, prefer: see :func:`cskd_pipeline.data.listing.list_shards`.
         num_classes: None or 0: the manifest's, or as many as there are class names.
         empty: images of 0 bytes, where the headers are read: ``error``, or ``pass``: for callers
             that look for all images that cannot be decoded
@@ -165,18 +165,18 @@ def load_dataset(
             contradict each other; images of 0 bytes, all at once.
         ManifestError: a manifest that does not fit its schema.
     """
-    listing = list_shards(spec, split=split, prefer=prefer)
+    tars, listing = list_shards(spec, split=split, prefer=prefer)
     manifest = listing.manifest
     if manifest is not None:
         names: tuple[str, ...] | None = manifest.class_names
         classes = _agreed(num_classes, manifest.num_classes, "the manifest")
     else:
-        names = _names_beside(listing.paths)
+        names = _names_beside(tars)
         classes = _agreed(num_classes, len(names) if names else None, "the class names")
-    infos = manifest.shards if manifest else (None,) * len(listing.paths)
+    infos = manifest.shards if manifest else (None,) * len(tars)
     shards = tuple(
         TarShard(path, info=info, num_classes=classes)
-        for path, info in zip(listing.paths, infos, strict=True)
+        for path, info in zip(tars, infos, strict=True)
     )
     if manifest is not None:
         _check_sizes(shards)
@@ -185,7 +185,7 @@ def load_dataset(
         _check_counts(shards, listing.counts)
         if empty == "error":
             _refuse_empty_images(shards)
-    name = manifest.name if manifest else name_of(listing.paths)
+    name = manifest.name if manifest else name_of(tars)
     return Dataset(name, shards, classes, names, manifest)
 
 

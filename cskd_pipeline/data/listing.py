@@ -39,35 +39,22 @@ EXPECTED = (
 Spec = str | Path | Sequence[str | Path]
 
 
-class _Url(str):
-    """The URL of a tar that was not looked for yet."""
-
-
 @dataclass(frozen=True)
 class Listing:
-    """The tars in order, and what the user's list states.
+    """Name tars in order, by path or URL, and what else the list of them states.
 
     ``counts``: samples of each tar, by an ``_info.json``.
     """
 
-    paths: tuple[Tar, ...]
+    names: tuple[Path | str, ...]
     manifest: DatasetManifest | None = None
     counts: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
-class _Named:
-    """Hold what a listed name stands for, as :class:`Listing`; no tar was looked for yet."""
-
-    paths: tuple[Path | _Url, ...]
-    manifest: DatasetManifest | None = None
-    counts: tuple[int, ...] | None = None
-
-
-def expand_shards(
+def list_shards(
     spec: Spec, *, split: str | None = None, prefer: Sequence[str] = ("train",)
-) -> list[Tar]:
-    """List the tars of ``spec``: as listed, braces in their order, globs in natural order.
+) -> tuple[tuple[Tar, ...], Listing]:
+    """Return the tars of ``spec``: as listed, braces in their order, globs in natural order.
 
     Args:
         split: which one of an ``_info.json``.
@@ -79,23 +66,20 @@ def expand_shards(
         RemoteError: a server that refuses, or cannot be reached.
         ManifestError: a manifest that does not fit its schema.
     """
-    return list(list_shards(spec, split=split, prefer=prefer).paths)
-
-
-def list_shards(
-    spec: Spec, *, split: str | None = None, prefer: Sequence[str] = ("train",)
-) -> Listing:
-    """List the tars of ``spec`` as :func:`expand_shards`, with the manifest, if it is one."""
     parts = [str(part) for part in ([spec] if isinstance(spec, str | Path) else spec)]
     parts = [piece for part in parts for piece in _pieces(part)]
     if not parts:
         raise DataError("no shards are named", expected=EXPECTED)
     found = [_resolve(part, split, prefer) for part in parts]
-    tars = _stated([path for one in found for path in one.paths], parts)
-    _refuse_repeated(tars, parts)
-    if len(found) > 1:
-        return Listing(tars)
-    return Listing(tars, found[0].manifest, found[0].counts)
+    names = tuple(name for listing in found for name in listing.names)
+    tars = _looked_for(names, parts)
+    counts = Counter(str(tar.resolve() if isinstance(tar, Path) else tar) for tar in tars)
+    twice = [f"twice: {tar}" for tar, count in counts.items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{len(twice)} shards are named twice", where=", ".join(parts), problems=twice
+        )
+    return tars, found[0] if len(found) == 1 else Listing(names)
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -127,7 +111,7 @@ def _existing_folders(text: str) -> str:
     return text[:end]
 
 
-def _resolve(text: str, split: str | None, prefer: Sequence[str]) -> _Named:
+def _resolve(text: str, split: str | None, prefer: Sequence[str]) -> Listing:
     if text.startswith("pipe:"):
         raise DataError(
             "a pipe: would run a program, and is never opened",
@@ -144,14 +128,14 @@ def _resolve(text: str, split: str | None, prefer: Sequence[str]) -> _Named:
         return _from_document(_read_list(path), path, split, prefer)
     _refuse_split(split, text)
     if path.is_dir():
-        found = sorted(map(Path, glob.glob(f"{glob.escape(text)}/*.tar")), key=_natural)
+        found = sorted(glob.glob(f"{glob.escape(text)}/*.tar"), key=_natural)
         if not found:
             raise DataError("the folder holds no tars", where=path, expected=EXPECTED)
-        return _Named(tuple(found))
-    return _Named(tuple(Path(name) for pattern in _expanded(text) for name in _glob(pattern)))
+        return Listing(tuple(map(Path, found)))
+    return Listing(tuple(Path(name) for pattern in _expanded(text) for name in _glob(pattern)))
 
 
-def _resolve_url(text: str, split: str | None, prefer: Sequence[str]) -> _Named:
+def _resolve_url(text: str, split: str | None, prefer: Sequence[str]) -> Listing:
     require_url(text, "shards")
     folder, _, name = text.rpartition("/")
     if name.endswith(".json"):
@@ -167,15 +151,15 @@ def _resolve_url(text: str, split: str | None, prefer: Sequence[str]) -> _Named:
             return _from_document(schemas.parse(found, url), url, split, prefer)
         text = f"{text}/*.tar"
     _refuse_split(split, text)
-    return _Named(tuple(url for pattern in _expanded(text) for url in _glob_url(pattern)))
+    return Listing(tuple(url for pattern in _expanded(text) for url in _glob_url(pattern)))
 
 
-def _glob_url(pattern: str) -> list[_Url]:
+def _glob_url(pattern: str) -> list[str]:
     folder, _, name = pattern.rpartition("/")
     if glob.has_magic(folder):
         raise DataError("only the last part of a URL may be a pattern", where=pattern)
     if not glob.has_magic(name):
-        return [_Url(pattern)]
+        return [pattern]
     tars = tars_in(folder)
     if not tars.lists:
         raise DataError(
@@ -186,7 +170,7 @@ def _glob_url(pattern: str) -> list[_Url]:
     names = fnmatch.filter(tars.names(""), name)
     if not names:
         raise DataError("no file matches the pattern", where=pattern, expected=EXPECTED)
-    return [_Url(f"{folder}/{found}") for found in sorted(names, key=lambda n: _natural(Path(n)))]
+    return [f"{folder}/{name}" for name in sorted(names, key=_natural)]
 
 
 def _refuse_split(split: str | None, text: str) -> None:
@@ -217,12 +201,12 @@ def _glob(pattern: str) -> list[str]:
     names = glob.glob(glob.escape(folders) + pattern[len(folders) :])
     if not names:
         raise DataError("no file matches the pattern", where=pattern, expected=EXPECTED)
-    return sorted(names, key=lambda name: _natural(Path(name)))
+    return sorted(names, key=_natural)
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
+def _natural(name: str) -> list[tuple[int, str]]:
     """A sort key that puts ``train-2`` before ``train-10``."""
-    pieces = re.findall(r"\d+|\D+", str(path))
+    pieces = re.findall(r"\d+|\D+", name)
     return [(int(p), p) if p.isascii() and p.isdigit() else (-1, p) for p in pieces]
 
 
@@ -237,27 +221,26 @@ def _read_list(path: Path) -> Any:
 
 def _from_document(
     document: Any, path: Path | str, split: str | None, prefer: Sequence[str]
-) -> _Named:
+) -> Listing:
     """The tars that a document names, beside it or at the URL that it states."""
     folder: Path | str = path.rpartition("/")[0] if isinstance(path, str) else path.parent
 
-    def beside(name: str) -> Path | _Url:
-        return folder / name if isinstance(folder, Path) else _Url(f"{folder}/{name}")
+    def beside(name: str) -> Path | str:
+        return folder / name if isinstance(folder, Path) else f"{folder}/{name}"
 
     if isinstance(document, dict) and "splits" in document:
         entry = _split_entry(document["splits"], path, split, prefer)
         paths = tuple(map(beside, entry["filenames"]))
         counts = entry.get("shard_lengths")
-        if not (isinstance(counts, list) and len(counts) == len(paths)):
-            return _Named(paths)
-        return _Named(paths, counts=tuple(counts))
+        stated = isinstance(counts, list) and len(counts) == len(paths)
+        return Listing(paths, counts=tuple(counts) if stated else None)
     if split:
         raise DataError("a manifest has no splits", where=path, found=split)
     manifest = DatasetManifest.from_json(document, path)
     if manifest.location is not None:
         folder = manifest.location
         log.info(f"{path}: its shards lie at {folder}")
-    return _Named(tuple(beside(shard.name) for shard in manifest.shards), manifest)
+    return Listing(tuple(beside(shard.name) for shard in manifest.shards), manifest)
 
 
 def _split_entry(
@@ -295,51 +278,45 @@ def _stays_inside(name: object) -> bool:
     return not ({"", ".", ".."} & set(name.split("/")))
 
 
-def _stated(paths: Sequence[Path | _Url], parts: Sequence[str]) -> tuple[Tar, ...]:
-    """Look for every tar; of those elsewhere, request what their servers state."""
-    urls = [path for path in paths if isinstance(path, _Url)]
-    found: dict[_Url, RemoteTar | None] = {}
-    if urls:
-        folders = dict.fromkeys(url.rpartition("/")[0] for url in urls)
-        there = {folder: tars_in(folder) for folder in folders}
-        known = {folder: tars.listed() for folder, tars in there.items()}
-
-        def state(url: _Url) -> RemoteTar | None:
-            folder, _, name = url.rpartition("/")
-            try:
-                return RemoteTar(url, known[folder].get(name) or there[folder].state(name))
-            except DamageError:  # there is none
-                return None
-
-        with (
-            progress(len(urls), "shards", "looking for shards") as meter,
-            ThreadPoolExecutor(CONNECTIONS) as pool,
-        ):
-            for url, tar in zip(urls, pool.map(state, urls), strict=True):
-                found[url] = tar
-                meter.advance()
-    tars = [found[p] if isinstance(p, _Url) else p if p.is_file() else None for p in paths]
-    missing = [path for path, tar in zip(paths, tars, strict=True) if tar is None]
+def _looked_for(names: Sequence[Path | str], parts: Sequence[str]) -> tuple[Tar, ...]:
+    """Look for every tar; of those at a URL, request what their servers state."""
+    remote = _stated([name for name in names if isinstance(name, str)])
+    tars = [
+        remote.get(name) if isinstance(name, str) else name if name.is_file() else None
+        for name in names
+    ]
+    missing = [f"missing: {name}" for name, tar in zip(names, tars, strict=True) if tar is None]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(paths)} shards are not there",
+            f"{len(missing)} of {len(names)} shards are not there",
             where=", ".join(parts),
             expected=EXPECTED,
-            problems=[f"missing: {path}" for path in missing],
+            problems=missing,
         )
     return tuple(tar for tar in tars if tar is not None)
 
 
-def _refuse_repeated(paths: Sequence[Tar], parts: Sequence[str]) -> None:
-    twice = list(_repeated(paths))
-    if twice:
-        raise DataError(
-            f"{len(twice)} shards are named twice",
-            where=", ".join(parts),
-            problems=[f"twice: {path}" for path in twice],
-        )
+def _stated(urls: Sequence[str]) -> dict[str, RemoteTar]:
+    """What the servers state of the tars that are there."""
+    if not urls:
+        return {}
+    folders = dict.fromkeys(url.rpartition("/")[0] for url in urls)
+    listed = {folder: tars_in(folder).listed() for folder in folders}
 
+    def state(url: str) -> RemoteTar | None:
+        folder, _, name = url.rpartition("/")
+        try:
+            return listed[folder].get(name) or tars_in(folder).state(name)
+        except DamageError:  # there is none
+            return None
 
-def _repeated(paths: Sequence[Tar]) -> Iterator[str]:
-    counts = Counter(str(path.resolve() if isinstance(path, Path) else path) for path in paths)
-    yield from (path for path, count in counts.items() if count > 1)
+    found = {}
+    with (
+        progress(len(urls), "shards", "looking for shards") as meter,
+        ThreadPoolExecutor(CONNECTIONS) as pool,
+    ):
+        for url, tar in zip(urls, pool.map(state, urls), strict=True):
+            if tar is not None:
+                found[url] = tar
+            meter.advance()
+    return found

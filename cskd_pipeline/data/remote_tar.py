@@ -13,6 +13,7 @@ machine.
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import re
@@ -35,7 +36,7 @@ from cskd_pipeline.cache.transfers import ByteRange, Pace
 from cskd_pipeline.data.range_file import RangeFile
 from cskd_pipeline.errors import RemoteError, ShardError, UsageError
 from cskd_pipeline.runtime import schemas
-from cskd_pipeline.runtime.atomic import atomic_write
+from cskd_pipeline.runtime.atomic import write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -44,24 +45,21 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Stated:
-    """State a tar's ``size`` in bytes, ``version`` (ETag, date or empty), ``sha256`` if known.
+class RemoteTar:
+    """Name a tar at ``url``, as messages do, and what is stated of it; loader processes get it.
 
-    ``ranges``: the server sends parts of it.
+    Args:
+        size: in bytes.
+        version: ETag, date or empty.
+        ranges: the server sends parts of it.
+        sha256: by its store or a manifest; None: not known.
     """
 
+    url: str
     size: int
     version: str
     ranges: bool
     sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class RemoteTar:
-    """Name a tar at ``url``, as messages do, and what is stated of it; loader processes get it."""
-
-    url: str
-    stated: Stated
 
     def __str__(self) -> str:
         return self.url
@@ -72,19 +70,14 @@ class RemoteTar:
         return self.url.rpartition("/")[0]
 
     @property
-    def size(self) -> int:
-        """Return its length in bytes."""
-        return self.stated.size
-
-    @property
-    def _key(self) -> str:
+    def key(self) -> str:
+        """Return its name in its folder."""
         return self.url.rpartition("/")[2]
 
     @property
-    def _name(self) -> str:
+    def copy(self) -> str:
         """Return the name of its copy."""
-        stated = self.stated
-        known = stated.sha256 or f"{stated.size} {stated.version}"
+        known = self.sha256 or f"{self.size} {self.version}"
         return hashlib.sha256(f"{self.url} {known}".encode()).hexdigest()[:32] + ".tar"
 
     def with_sha256(self, sha256: str | None) -> RemoteTar:
@@ -95,9 +88,9 @@ class RemoteTar:
         """
         if sha256 is None:
             return self
-        if self.stated.sha256 not in (None, sha256):
-            raise _not_described(self.url, self.stated.sha256, sha256)
-        return replace(self, stated=replace(self.stated, sha256=sha256))
+        if self.sha256 not in (None, sha256):
+            raise _not_described(self, self.sha256, sha256)
+        return replace(self, sha256=sha256)
 
     def fetch(self) -> None:
         """Have a copy on this machine.
@@ -111,15 +104,15 @@ class RemoteTar:
 
     def open(self) -> BufferedReader:
         """Open the copy, fetched if need be; raise as :meth:`fetch`."""
-        return tars_in(self.parent).open(self._key, self._name, self.stated)
+        return tars_in(self.parent).open(self)
 
     def open_headers(self) -> BufferedReader | RangeFile:
         """Open the copy, or the tar where it lies, of which only what is read is requested."""
         tars = tars_in(self.parent)
-        if tars.has(self._name):
+        if tars.mirror.find(self.copy) is not None:
             return self.open()
-        if self.stated.ranges:
-            return RangeFile(self.size, lambda part: tars.read(self._key, part, self.stated))
+        if self.ranges:
+            return RangeFile(self.size, lambda part: tars.read(self, part))
         log.info(f"{self.url}: the server sends no parts of files: fetching the whole tar")
         return self.open()
 
@@ -128,8 +121,20 @@ class RemoteTar:
 
         Headers are read before the SHA-256 is compared: what the server states is in the name too.
         """
-        version = hashlib.sha256(self.stated.version.encode()).hexdigest()[:32]
-        return tars_in(self.parent).noted(f"{self._name}.{version}.npz", make)
+        version = hashlib.sha256(self.version.encode()).hexdigest()[:32]
+        path = tars_in(self.parent).root / f"{self.copy}.{version}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except FileNotFoundError:
+            pass
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            log.warning(f"{path}: damaged, and written anew: {error}")
+        made = make()
+        arrays = io.BytesIO()
+        np.savez(arrays, **made)  # type: ignore[arg-type]  # no array is its allow_pickle
+        write_bytes(path, arrays.getvalue())
+        return made
 
 
 Tar = Path | RemoteTar
@@ -139,26 +144,27 @@ Tar = Path | RemoteTar
 class RemoteTars(RemoteFiles):
     """Read the tars in one folder at a URL."""
 
-    def __init__(self, url: str, mirror: Mirror | None = None) -> None:
-        super().__init__(url, mirror, of="shards")
+    def __init__(self, url: str) -> None:
+        self.mirror = Mirror.of(f"shards {url}")
+        super().__init__(url, self.mirror, of="shards")
         self._addresses: dict[str, str] = {}  # where redirects of a tar led to, by its key
 
-    def state(self, key: str) -> Stated:
+    def state(self, key: str) -> RemoteTar:
         """Request what the server states of a tar.
 
         Raises:
             DamageError: there is none.
         """
 
-        def request(pace: Pace) -> Stated:
+        def request(pace: Pace) -> RemoteTar:
             with self._response(key, 0, pace, 1) as response:
                 if response.total is None:
                     raise OSError("the server does not state the file's length")
-                return Stated(response.total, response.version, response.part)
+                return RemoteTar(self.where(key), response.total, response.version, response.part)
 
         return self._insisting(key, request)
 
-    def listed(self) -> dict[str, Stated]:
+    def listed(self) -> dict[str, RemoteTar]:
         """Return what one listing states of all large files; nothing but of the hub's.
 
         The hub keeps their SHA-256, and limits how many requests it serves in a while.
@@ -166,14 +172,15 @@ class RemoteTars(RemoteFiles):
         if self.scheme != "hf":
             return {}
 
-        def request() -> dict[str, Stated]:
+        def request() -> dict[str, RemoteTar]:
             found = {}
             for info in self._fs().ls(self.url, detail=True):
                 large: Any = info.get("lfs") or {}
                 sha256 = large.get("sha256") if isinstance(large, dict) else large.sha256
                 if isinstance(sha256, str) and _SHA256.fullmatch(sha256):
                     name = str(info["name"]).rsplit("/", 1)[-1]
-                    found[name] = Stated(int(info["size"]), "", True, sha256)
+                    size = int(info["size"])
+                    found[name] = RemoteTar(self.where(name), size, "", True, sha256)
             return found
 
         try:
@@ -181,36 +188,30 @@ class RemoteTars(RemoteFiles):
         except DamageError:  # no such folder: its tars are found missing one by one
             return {}
 
-    def has(self, name: str) -> bool:
-        """Say that the copy ``name`` is there."""
-        assert self._mirror is not None
-        return self._mirror.find(name) is not None
-
-    def open(self, key: str, name: str, stated: Stated) -> BufferedReader:
-        """Open the copy ``name`` of a tar; fetch it first if it is not there."""
-        assert self._mirror is not None
-        _require_room(stated.size, self._mirror, self.where(key), "one tar")
+    def open(self, tar: RemoteTar) -> BufferedReader:
+        """Open the copy of a tar; fetch it first if it is not there."""
+        _require_room(tar.size, self.mirror, tar, "one tar")
         for _ in range(TRIES):
-            with self._explained(key):
-                self._keep(name, lambda file: self._fetch_whole(key, file, stated))
+            with _explained(tar):
+                self._keep(tar.copy, lambda file: self._fetch_whole(tar, file))
             try:
-                file = (self.root / name).open("rb")
+                file = (self.root / tar.copy).open("rb")
             except FileNotFoundError:
                 continue
-            if os.fstat(file.fileno()).st_size == stated.size:
+            if os.fstat(file.fileno()).st_size == tar.size:
                 return file
             file.close()
-            self._mirror.remove(name)
+            self.mirror.remove(tar.copy)
         raise RemoteError(
             "copies of the shards are removed before they are read",
-            where=self._mirror.folder,
+            where=self.mirror.folder,
             action=f"give {GIGABYTES} more gigabytes",
         )
 
-    def read(self, key: str, part: ByteRange, stated: Stated) -> bytes:
+    def read(self, tar: RemoteTar, part: ByteRange) -> bytes:
         """Request a part of a tar, of the version that was stated."""
         assert part.stop is not None
-        length = part.stop - part.start
+        key, length = tar.key, part.stop - part.start
 
         def request(pace: Pace) -> bytes:
             address, data = self._addresses.pop(key, None), bytearray()
@@ -218,11 +219,11 @@ class RemoteTars(RemoteFiles):
                 with (
                     self._response(key, part.start, pace, part.stop)
                     if address is None
-                    else transfers.from_web(address, part, self.where(key), pace, {})
+                    else transfers.from_web(address, part, tar.url, pace, {})
                 ) as response:
                     if not response.part:
                         raise OSError("the whole file where a part of it was requested")
-                    self._require_same(key, stated, response.total, response.version)
+                    _require_same(tar, response.total, response.version)
                     for piece in response.pieces(pace):
                         data += piece
                         if len(data) > length:
@@ -238,27 +239,8 @@ class RemoteTars(RemoteFiles):
                 self._addresses[key] = address
             return bytes(data)
 
-        with self._explained(key):
+        with _explained(tar):
             return self._insisting(key, request)
-
-    def noted(self, name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Return the arrays noted under ``name``, made and noted if they are not there."""
-        path = self.root / name
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except FileNotFoundError:
-            pass
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            log.warning(f"{path}: damaged, and written anew: {error}")
-        made = make()
-
-        def write(partial: Path) -> None:
-            with open(partial, "wb") as file:
-                np.savez(file, **made)  # type: ignore[arg-type]  # no array is its allow_pickle
-
-        atomic_write(path, write)
-        return made
 
     def document_if_there(self, key: str) -> bytes | None:
         """Read a small file; None where there is none, or one that may not be read."""
@@ -278,56 +260,58 @@ class RemoteTars(RemoteFiles):
             log.info(f"{self.where(key)}: taken for absent: {error.found}")
             return None
 
-    def _fetch_whole(self, key: str, file: BufferedRandom, stated: Stated) -> None:
+    def _fetch_whole(self, tar: RemoteTar, file: BufferedRandom) -> None:
         """Fetch a tar, and compare it with what is stated; a wrong one is fetched once more."""
         for again in (True, False):
             file.seek(0)
             file.truncate()
-            version = self._fetch(key, file, stated.size)
-            if stated.sha256 is not None:  # decides; some servers state a version each of one file
-                version = stated.version
-            self._require_same(key, stated, file.tell(), version)
+            version = self._fetch(tar.key, file, tar.size)
+            if tar.sha256 is not None:  # decides; some servers state a version each of one file
+                version = tar.version
+            _require_same(tar, file.tell(), version)
             file.flush()
             os.fsync(file.fileno())  # or a power cut may leave zeros under a name that is believed
-            if stated.sha256 is None:
+            if tar.sha256 is None:
                 return
             file.seek(0)
             found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found == stated.sha256:
+            if found == tar.sha256:
                 return
             if not again:
-                raise _not_described(self.where(key), found, stated.sha256)
+                raise _not_described(tar, found, tar.sha256)
 
-    def _require_same(self, key: str, stated: Stated, size: int | None, version: str) -> None:
-        listed = stated.sha256 is not None and not stated.version  # its listing has no ETag
-        if size == stated.size and (listed or version == stated.version):
-            return
+
+def _require_same(tar: RemoteTar, size: int | None, version: str) -> None:
+    listed = tar.sha256 is not None and not tar.version  # its listing has no ETag
+    if size == tar.size and (listed or version == tar.version):
+        return
+    raise ShardError(
+        "the tar was exchanged while it was in use",
+        where=tar,
+        found=f"{size} bytes, version {version or 'not stated'}",
+        expected=f"{tar.size} bytes, version {tar.version or 'not stated'}",
+        action="run the same command again once the shards stay as they are",
+    )
+
+
+@contextmanager
+def _explained(tar: RemoteTar) -> Iterator[None]:
+    try:
+        yield
+    except DamageError as error:
         raise ShardError(
-            "the tar was exchanged while it was in use",
-            where=self.where(key),
-            found=f"{size} bytes, version {version or 'not stated'}",
-            expected=f"{stated.size} bytes, version {stated.version or 'not stated'}",
-            action="run the same command again once the shards stay as they are",
-        )
-
-    @contextmanager
-    def _explained(self, key: str) -> Iterator[None]:
-        try:
-            yield
-        except DamageError as error:
-            raise ShardError(
-                "the shard cannot be fetched",
-                where=self.where(key),
-                found=str(error),
-                expected="the tar that was there at the start",
-                action="publish the shards again, or describe what is there: cskd-pipeline index",
-            ) from error
+            "the shard cannot be fetched",
+            where=tar,
+            found=str(error),
+            expected="the tar that was there at the start",
+            action="publish the shards again, or describe what is there: cskd-pipeline index",
+        ) from error
 
 
-def _not_described(url: str, found: str | None, expected: str | None) -> ShardError:
+def _not_described(tar: RemoteTar, found: str | None, expected: str | None) -> ShardError:
     return ShardError(
         "the tar is not the one that was described: its bytes differ",
-        where=url,
+        where=tar,
         found=f"SHA-256 {found}",
         expected=expected,
         action="publish the shards again as they were, or describe them anew: cskd-pipeline index",
@@ -347,13 +331,13 @@ def tars_in(folder: str) -> RemoteTars:
 @lru_cache(maxsize=64)
 def _with_copies(folder: str, *environment: str | None) -> RemoteTars:
     """``environment``: where copies lie, and how many."""
-    return RemoteTars(folder, Mirror.of(f"shards {folder}"))
+    return RemoteTars(folder)
 
 
 def room_of(tars: Iterable[Tar]) -> int | None:
     """Return how many bytes of copies stay; None where all tars are on this machine."""
     remote = next((tar for tar in tars if isinstance(tar, RemoteTar)), None)
-    return None if remote is None else Mirror.of(f"shards {remote.parent}").lasting
+    return None if remote is None else tars_in(remote.parent).mirror.lasting
 
 
 def require_room(tars: Iterable[Tar], at_once: int, what: str) -> None:
@@ -365,7 +349,7 @@ def require_room(tars: Iterable[Tar], at_once: int, what: str) -> None:
     remote = [tar for tar in tars if isinstance(tar, RemoteTar)]
     if remote:
         largest = sorted((tar.size for tar in remote), reverse=True)[:at_once]
-        mirror = Mirror.of(f"shards {remote[0].parent}")
+        mirror = tars_in(remote[0].parent).mirror
         _require_room(sum(largest), mirror, mirror.folder, f"{what} ({len(largest)} tars)")
 
 

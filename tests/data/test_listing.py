@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cskd_pipeline.data.listing import expand_shards
+from cskd_pipeline.data.listing import list_shards
 from cskd_pipeline.errors import DataError, ManifestError
 
 
@@ -19,7 +19,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def names(spec: object, **options: object) -> list[str]:
-    return [path.name for path in expand_shards(spec, **options)]  # type: ignore[arg-type]
+    return [path.name for path in list_shards(spec, **options)[0]]  # type: ignore[arg-type]
 
 
 def write_info(folder: Path, splits: object) -> Path:
@@ -91,7 +91,7 @@ def test_braces_without_their_other_half_are_refused(tmp_path: Path, spec: str) 
     for number in range(3):
         (tmp_path / f"t-{number}.tar").touch()
     with pytest.raises(DataError) as caught:
-        expand_shards(f"{tmp_path}/{spec}")
+        list_shards(f"{tmp_path}/{spec}")
     assert spec in str(caught.value)
 
 
@@ -117,7 +117,7 @@ def test_an_info_gives_the_split_asked_for(folder: Path) -> None:
         assert names(spec, split="validation") == ["a-0.tar"]
         assert names(spec, prefer=("validation", "test")) == ["a-0.tar"]
     with pytest.raises(DataError, match="no such split") as caught:
-        expand_shards(folder, split="test")
+        list_shards(folder, split="test")
     assert caught.value.expected == "one of train, validation"
 
 
@@ -126,7 +126,7 @@ def test_the_only_split_needs_no_name_and_of_several_one_must_be_chosen(folder: 
     assert names(folder) == ["b-1.tar"]
     write_info(folder, {"odd": {"filenames": ["b-1.tar"]}, "even": {"filenames": ["b-2.tar"]}})
     with pytest.raises(DataError, match="several splits"):
-        expand_shards(folder)
+        list_shards(folder)
 
 
 @pytest.mark.parametrize(
@@ -135,14 +135,14 @@ def test_the_only_split_needs_no_name_and_of_several_one_must_be_chosen(folder: 
 def test_file_names_that_leave_the_folder_are_refused(folder: Path, name: object) -> None:
     write_info(folder, {"train": {"filenames": ["b-1.tar", name]}})
     with pytest.raises(DataError, match="file names cannot be used"):
-        expand_shards(folder)
+        list_shards(folder)
 
 
 @pytest.mark.parametrize("splits", [[], {}, {"train": []}, {"train": {"filenames": []}}])
 def test_an_info_without_usable_splits_is_refused(folder: Path, splits: object) -> None:
     write_info(folder, splits)
     with pytest.raises(DataError):
-        expand_shards(folder)
+        list_shards(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "something"}'])
@@ -150,18 +150,18 @@ def test_a_json_that_lists_no_shards_is_refused(tmp_path: Path, content: str) ->
     path = tmp_path / "list.json"
     path.write_text(content)
     with pytest.raises(ManifestError):
-        expand_shards(path)
+        list_shards(path)
 
 
 @pytest.mark.parametrize("spec", ["pipe:cat x.tar", "x.tar,pipe:curl https://host/x.tar"])
 def test_a_pipe_is_refused_and_never_opened(spec: str) -> None:
     with pytest.raises(DataError, match="would run a program, and is never opened"):
-        expand_shards(spec)
+        list_shards(spec)
 
 
 def test_all_missing_files_are_named_at_once(folder: Path) -> None:
     with pytest.raises(DataError, match="2 of 4 shards are not there") as caught:
-        expand_shards(f"{folder}/b-{{1..4}}.tar")
+        list_shards(f"{folder}/b-{{1..4}}.tar")
     assert [line.rpartition("/")[2] for line in caught.value.problems] == ["b-3.tar", "b-4.tar"]
 
 
@@ -169,22 +169,22 @@ def test_all_missing_files_are_named_at_once(folder: Path) -> None:
 def test_nothing_there_is_an_error(folder: Path, pattern: str) -> None:
     (folder / "empty").mkdir()
     with pytest.raises(DataError):
-        expand_shards(pattern.format(folder))
+        list_shards(pattern.format(folder))
 
 
 def test_a_shard_named_twice_is_refused(folder: Path) -> None:
     with pytest.raises(DataError, match="1 shards are named twice"):
-        expand_shards(f"{folder}/b-*.tar,{folder}/b-1.tar")
+        list_shards(f"{folder}/b-*.tar,{folder}/b-1.tar")
 
 
 def test_a_split_of_a_manifest_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(DataError, match="a manifest has no splits"):
-        expand_shards(tmp_path / "manifest.json", split="train")
+        list_shards(tmp_path / "manifest.json", split="train")
     with pytest.raises(DataError, match="cannot be read"):
-        expand_shards(tmp_path / "absent.json")
+        list_shards(tmp_path / "absent.json")
 
 
 def test_a_split_of_something_without_splits_is_refused(folder: Path) -> None:
     with pytest.raises(DataError, match=r"only an _info\.json has splits"):
-        expand_shards(folder, split="train")
+        list_shards(folder, split="train")

@@ -13,13 +13,13 @@ from torch.utils.data import Dataset
 
 from cskd_pipeline.data import read_ahead
 from cskd_pipeline.data.read_ahead import ReadAhead, Use, uses_of
-from cskd_pipeline.data.remote_tar import RemoteTar, Stated
+from cskd_pipeline.data.remote_tar import RemoteTar
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.errors import RemoteError
 
 
 def tar(number: int, size: int = 100) -> RemoteTar:
-    return RemoteTar(f"https://host/{number}.tar", Stated(size, "", True))
+    return RemoteTar(f"https://host/{number}.tar", size, "", True)
 
 
 class Fetched:

@@ -27,11 +27,11 @@ from cskd_pipeline.data.describe import describe, index_shards
 from cskd_pipeline.data.evalset import eval_loader
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset, load_dataset
-from cskd_pipeline.data.listing import expand_shards
+from cskd_pipeline.data.listing import list_shards
 from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.range_file import RangeFile
 from cskd_pipeline.data.read_ahead import THREAD
-from cskd_pipeline.data.remote_tar import RemoteTar, RemoteTars, require_room
+from cskd_pipeline.data.remote_tar import RemoteTars, require_room
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.data.unit_views import EARLY, Loading, unit_batches
 from cskd_pipeline.errors import DataError, RemoteError, ShardError, UsageError
@@ -119,7 +119,7 @@ def test_shards_in_an_object_store_read_as_their_folder(
 
 
 def test_a_comma_list_may_mix_urls_and_files(served: Served, folder: Path) -> None:
-    found = expand_shards(f"{served.url}/set/train-0001.tar,{folder}/train-0000.tar")
+    found, _ = list_shards(f"{served.url}/set/train-0001.tar,{folder}/train-0000.tar")
     assert [str(path) for path in found] == [
         f"{served.url}/set/train-0001.tar",
         f"{folder}/train-0000.tar",
@@ -400,11 +400,11 @@ def test_a_killed_fetch_leaves_nothing_that_is_believed(
     served: Served, folder: Path, copies: Path
 ) -> None:
     served.always["0000.tar"] = "trickle"
-    stated = RemoteTars(f"{served.url}/set").state("train-0001.tar")
+    other = RemoteTars(f"{served.url}/set").state("train-0001.tar")
     data = (folder / "train-0000.tar").read_bytes()
-    stated = replace(stated, size=len(data), version=f'"{hashlib.md5(data).hexdigest()}"')
-    tar = RemoteTar(f"{served.url}/set/train-0000.tar", stated)
-    code = "from cskd_pipeline.data.remote_tar import RemoteTar, Stated\n" + f"{tar!r}.fetch()"
+    url, version = other.url.replace("0001", "0000"), f'"{hashlib.md5(data).hexdigest()}"'
+    tar = replace(other, url=url, size=len(data), version=version)
+    code = "from cskd_pipeline.data.remote_tar import RemoteTar\n" + f"{tar!r}.fetch()"
     process = subprocess.Popen([sys.executable, "-c", code])
     while not list(copies.rglob("*.partial")):
         assert process.poll() is None
@@ -432,7 +432,7 @@ def test_what_is_no_url_of_shards_is_refused(
     spec: str, error: type[Exception], message: str, copies: Path
 ) -> None:
     with pytest.raises(error, match=message):
-        expand_shards(spec)
+        list_shards(spec)
 
 
 @pytest.mark.parametrize("spec", ["set", "set/*.tar", "set/train-{0000..0003}.tar"])
@@ -476,8 +476,8 @@ def test_headers_behind_redirects_are_requested_where_these_lead(
         target = {"Location": f"{served.url}/set/train-0000.tar", "Content-Length": "0"}
         front.replies["0000.tar"] = (302, target, b"")
         tars = RemoteTars(f"{front.url}/set")
-        stated = tars.state("train-0000.tar")
-        read = RangeFile(size, lambda part: tars.read("train-0000.tar", part, stated)).read_at
+        tar = tars.state("train-0000.tar")
+        read = RangeFile(size, lambda part: tars.read(tar, part)).read_at
         data = (folder / "train-0000.tar").read_bytes()
         assert read(512, 0) == data[:512]
         assert read(512, 20_000) == data[20_000:20_512]
