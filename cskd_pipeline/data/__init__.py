@@ -11,10 +11,9 @@
 3. ``join`` -- finds a cache's samples in the user's tars, by key. ``images`` -- reads them, and
    compares labels and checksums on the way. ``replay`` -- a cache's views rendered again, and
    compared with what it recorded.
-4. ``render`` -- rows of (view, shard, offset) to pixels: each image decoded once, each view
-   rendered once, digests compared. ``batches`` -- the pixels, how they are mixed, labels and the
-   teacher's targets, for training. ``unit_views`` -- the same for the dump. ``evalset`` -- for
-   evaluation.
+4. ``batches`` -- rows of (view, shard, offset) to pixels, each image decoded once, each view
+   rendered once, digests compared; then how they are mixed, labels, and the teacher's targets.
+   ``unit_views`` -- those of whole units, for the dump. ``evalset`` -- images for evaluation.
 5. ``workers`` -- the processes in which 4 happens; their errors arrive as raised, their batches
    through shared memory (``handover``). ``assemble`` --
    uint8 to mixed floats, where the network is. ``full_batches`` -- for a teacher, which always

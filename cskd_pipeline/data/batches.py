@@ -1,16 +1,29 @@
-"""Batches as they are loaded: uint8 views, the numbers that mix them, labels, encoded targets."""
+"""From rows of (view, shard, offset) to batches: every image decoded once, every view rendered
+once, drift refused. A batch holds uint8 views, the numbers that mix them, labels, encoded targets.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cskd_pipeline.data.render import Pairing, RenderedViews, Renderer
-from cskd_pipeline.views.apply import erase_noise
+from cskd_pipeline.cache.manifest import library_versions
+from cskd_pipeline.cache.reader import Cache
+from cskd_pipeline.data.images import SHOWN, ImageSource
+from cskd_pipeline.data.plan import SampleSet
+from cskd_pipeline.errors import ViewDriftError
+from cskd_pipeline.views import apply
+from cskd_pipeline.views.bits import view_seed
+from cskd_pipeline.views.decode import decode
+from cskd_pipeline.views.draw import ViewParams, draw
+from cskd_pipeline.views.mixing import Mix, draw_mix, matching
+from cskd_pipeline.views.policy import ViewPolicy
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,155 @@ _ON_DEVICE = (
 )
 
 
+@dataclass(frozen=True)
+class Pairing:
+    """Rows and their partners; n rows.
+
+    ``own``, ``partner``: (n, 3) view, shard, offset; equal where nothing is mixed in. ``mixes`` has
+    a :class:`Mix` for each row.
+    """
+
+    own: np.ndarray
+    partner: np.ndarray
+    mixes: list[Mix]
+
+
+@dataclass(frozen=True)
+class RenderedViews:
+    """Views by number: U of them, sorted by shard, offset and view.
+
+    ``rows``: (U, 3) view, shard, offset. ``pixels``: (U, S, S, 3) uint8. ``params``: what was
+    drawn.
+    ``seed``: (U,) uint64. ``image_crc32``, ``digest``: (U,) uint32. ``drifted``: how many are not
+    as the cache recorded them.
+    """
+
+    rows: np.ndarray
+    pixels: np.ndarray
+    params: list[ViewParams]
+    seed: np.ndarray
+    image_crc32: np.ndarray
+    digest: np.ndarray
+    drifted: int
+
+    def find(self, rows: np.ndarray) -> np.ndarray:
+        """Return the numbers of the views ``rows``, (n, 3): (n,) int64."""
+        numbers = np.searchsorted(_packed(self.rows), _packed(rows))
+        assert np.array_equal(self.rows[numbers], rows)
+        return numbers
+
+
+_partners = lru_cache(maxsize=256)(matching)
+
+
+@dataclass(eq=False)
+class Renderer:
+    """Renders any view of any sample of a layout. Picklable; holds no open file.
+
+    Args:
+        samples: the layout that shard and offset refer to.
+        images: reads from it. Where it knows a cache, seeds come from that, and every view's digest
+            is compared; one that differs is refused, or counted where ``images`` is not strict.
+    """
+
+    samples: SampleSet
+    images: ImageSource
+    policy: ViewPolicy
+    root_seed: int
+
+    @classmethod
+    def of_cache(cls, images: ImageSource) -> Renderer:
+        """Return what renders the views of the cache that ``images`` knows."""
+        assert images.cache is not None
+        manifest = images.cache.manifest
+        return cls(SampleSet.of(images.cache), images, manifest.policy, manifest.root_seed)
+
+    def pair(self, rows: np.ndarray) -> Pairing:
+        """Return partners of ``rows``, (n, 3) view, shard, offset, and how each pair is mixed."""
+        partner = rows.copy()
+        for view, shard, here in _slabs(rows):
+            count, shard_id = self.samples.counts[shard], self.samples.shard_ids[shard]
+            offsets = _partners(self.root_seed, shard_id, count, view, self.policy)
+            partner[here, 2] = offsets[rows[here, 2]]
+        drawn: dict[tuple[int, int], Mix] = {}
+        mixes = []
+        for one, other in zip(self._seeds(rows), self._seeds(partner), strict=True):
+            pair = (one, other) if one < other else (other, one)
+            if pair not in drawn:
+                drawn[pair] = draw_mix(*pair, self.policy)
+            mixes.append(drawn[pair])
+        alone = np.array([mix.lam == 1.0 for mix in mixes])
+        partner[alone] = rows[alone]
+        return Pairing(rows, partner, mixes)
+
+    def render(self, rows: np.ndarray) -> RenderedViews:
+        """Render the views ``rows``, (n, 3) view, shard, offset; repeated ones once.
+
+        Raises:
+            ImageError, ShardError, JoinError: an image cannot be had.
+            ViewDriftError: a view is not the one in the cache.
+        """
+        _, first = np.unique(_packed(rows), return_index=True)
+        rows = np.ascontiguousarray(rows[first])
+        seeds = self._seeds(rows)
+        size = self.policy.size
+        pixels = np.empty((len(rows), size, size, 3), np.uint8)
+        crcs, digests = np.zeros(len(rows), np.uint32), np.zeros(len(rows), np.uint32)
+        params: list[ViewParams] = [None] * len(rows)  # type: ignore[list-item]  # filled below
+        starts = np.flatnonzero(np.diff(rows[:, 1:], axis=0, prepend=-1).any(axis=1))
+        ends = np.append(starts[1:], len(rows))
+        for i, data, crc in self.images.read(rows[starts, 1:]):
+            image = decode(data, self.images.where(*rows[starts[i], 1:].tolist()))
+            height, width, _ = image.shape
+            for number in range(starts[i], ends[i]):
+                params[number] = draw(seeds[number], self.policy, width, height)
+                pixels[number] = apply.render(image, params[number], self.policy)
+                digests[number] = apply.digest(pixels[number])
+                crcs[number] = crc
+        seed = np.array(seeds, np.uint64)
+        drifted = self._compare(rows, digests)
+        return RenderedViews(rows, pixels, params, seed, crcs, digests, drifted)
+
+    def labels(self, pairing: Pairing) -> np.ndarray:
+        """Return the class numbers of samples and partners, (2, n) int64.
+
+        Raises:
+            JoinError: the cache has other labels.
+        """
+        samples = np.concatenate([pairing.own, pairing.partner])[:, 1:]
+        return np.stack(np.split(self.images.labels(samples), 2))
+
+    def _seeds(self, rows: np.ndarray) -> list[int]:
+        cache = self.images.cache
+        if cache is None:
+            keys = self.images.keys(rows[:, 1:])
+            views = rows[:, 0].tolist()
+            return [view_seed(self.root_seed, k, v) for k, v in zip(keys, views, strict=True)]
+        seeds = np.empty(len(rows), np.uint64)
+        for view, shard, here in _slabs(rows):
+            seeds[here] = cache.seeds(view, shard)[rows[here, 2]]
+        return seeds.tolist()
+
+    def _compare(self, rows: np.ndarray, digests: np.ndarray) -> int:
+        """Count the views that differ from the cache's."""
+        cache = self.images.cache
+        if cache is None:
+            return 0
+        recorded = np.empty_like(digests)
+        for view, shard, here in _slabs(rows):
+            recorded[here] = cache.view_digests(view, shard)[rows[here, 2]]
+        wrong = np.flatnonzero(recorded != digests)
+        if len(wrong) and self.images.strict:
+            few = wrong[:SHOWN]
+            at = zip(rows[few].tolist(), digests[few].tolist(), recorded[few].tolist(), strict=True)
+            examples = [
+                (self.images.where(shard, offset), view, digest, expected)
+                for (view, shard, offset), digest, expected in at
+            ]
+            raise drift_error(cache, examples, len(wrong))
+        return len(wrong)
+
+
 def render_batch(renderer: Renderer, rows: np.ndarray) -> Batch:
     """Render the samples ``rows``, (B, 3) view, shard, offset: see :class:`Batch`; no targets yet.
 
@@ -98,7 +260,7 @@ def compose(labels: np.ndarray, pairing: Pairing, views: RenderedViews) -> Batch
     pixels = views.pixels if everything else views.pixels[needed]
     params = [views.params[i] for i in needed]
     boxes = [(i, *box) for i, param in enumerate(params) for box in param.erase]
-    noise = [erase_noise(param) for param in params if param.erase]
+    noise = [apply.erase_noise(param) for param in params if param.erase]
     cutmix = [mix.box if mix.cutmix else (0, 0, 0, 0) for mix in pairing.mixes]
     arrays: dict[str, np.ndarray] = {
         "pixels": pixels,
@@ -117,3 +279,40 @@ def compose(labels: np.ndarray, pairing: Pairing, views: RenderedViews) -> Batch
     }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return Batch(drifted=views.drifted, targets={}, **tensors)
+
+
+def drift_error(
+    cache: Cache, examples: Iterable[tuple[object, int, int, int]], count: int
+) -> ViewDriftError:
+    """Return the error of ``count`` views whose pixels are not the recorded ones.
+
+    Args:
+        examples: where, view, its digest and the recorded one.
+    """
+    differences = cache.manifest.version_differences(library_versions())
+    return ViewDriftError(
+        f"{count} views are not those the teacher saw, though the images are the same",
+        where=cache.path,
+        found="other versions: " + "; ".join(differences) if differences else "same versions",
+        expected="pixels equal to the last bit",
+        action="install the versions the cache was made with, or accept it: --set data.drift=warn",
+        problems=[
+            f"{where}, view {view}: digest {digest:08x}, recorded {expected:08x}"
+            for where, view, digest, expected in examples
+        ],
+    )
+
+
+def _slabs(rows: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield view, shard, and the indices in ``rows`` of each pair of them."""
+    order = np.lexsort((rows[:, 0], rows[:, 1]))
+    changes = np.diff(rows[order, :2], axis=0).any(axis=1)
+    for here in np.split(order, np.flatnonzero(changes) + 1):
+        view, shard = rows[here[0], :2].tolist()
+        yield view, shard, here
+
+
+def _packed(rows: np.ndarray) -> np.ndarray:
+    """(n,) uint64 that order as shard, offset, view do: views of one image are neighbours."""
+    view, shard, offset = rows.astype(np.uint64).T
+    return shard << np.uint64(44) | offset << np.uint64(20) | view

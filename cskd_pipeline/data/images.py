@@ -42,7 +42,8 @@ class ImageSource:
         tar_rows: per layout shard, where its samples are: the number of a tar with the same keys in
             the same order, or tar and row of each. None: the tars are the layout.
         cache: what must agree with the tars: labels, and every image's CRC-32.
-        strict: an image with another CRC is an error; otherwise :meth:`read` passes it on.
+        strict: an image or view unlike the cache's is an error; otherwise images are read, and
+            views are counted.
         same_labels: labels unlike the cache's are an error.
     """
 
@@ -55,7 +56,7 @@ class ImageSource:
     _crcs: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def lenient(self) -> ImageSource:
-        """Return the same source, which refuses no image for its CRC."""
+        """Return the same source, which refuses no image or view of those unlike the cache's."""
         return replace(self, strict=False)
 
     def alone(self) -> ImageSource:

@@ -9,6 +9,7 @@ import numpy as np
 
 from cskd_pipeline.cache.omitted import LeftOut
 from cskd_pipeline.cache.reader import Cache
+from cskd_pipeline.data.batches import Renderer
 from cskd_pipeline.data.images import NOWHERE, SHOWN, ImageSource, TarRows
 from cskd_pipeline.data.index import Dataset, load_dataset, read_headers
 from cskd_pipeline.data.left_out import Offsets
@@ -43,6 +44,17 @@ class Join:
     compared: int
     relabelled: np.ndarray
     reasons: Mapping[str, Offsets] = field(default_factory=dict)
+
+    @property
+    def cache(self) -> Cache:
+        """Return the cache that was joined."""
+        assert self.images.cache is not None
+        return self.images.cache
+
+    @property
+    def renderer(self) -> Renderer:
+        """Return what renders the cache's views from the user's images."""
+        return Renderer.of_cache(self.images)
 
     def there(self) -> np.ndarray:
         """Return (n, 2) int64 shard and offset of the samples that the user has."""
@@ -83,8 +95,6 @@ class Join:
 
     def left_out(self) -> Iterator[LeftOut]:
         """Yield every sample of the cache that is not allowed, in the cache's order."""
-        cache = self.images.cache
-        assert cache is not None
         why = {
             (shard, offset): reason
             for reason, offsets in self.reasons.items()
@@ -94,7 +104,7 @@ class Join:
         for shard, mask in enumerate(self.allowed or ()):
             offsets = np.flatnonzero(~mask)
             if len(offsets):
-                keys = cache.keys(shard)
+                keys = self.cache.keys(shard)
                 for offset in offsets.tolist():
                     reason = why.get((shard, offset), "missing")
                     yield LeftOut(reason, shard, offset, keys[offset])
@@ -198,8 +208,6 @@ def find_differing(found: Join, *, part: int = 0, parts: int = 1) -> Offsets:
     Raises:
         ShardError: a tar cannot be read.
     """
-    cache = found.images.cache
-    assert cache is not None
     samples = found.usable()
     samples = samples[found.images.locate(samples)[0] % parts == part]
     differing: Offsets = {}
@@ -208,7 +216,7 @@ def find_differing(found: Join, *, part: int = 0, parts: int = 1) -> Offsets:
     with progress(len(samples), "images", "comparing images with the cache's") as meter:
         for i, crc in found.images.crc32(samples):
             shard, offset = samples[i].tolist()
-            if crc != cache.image_crc32(shard)[offset]:
+            if crc != found.cache.image_crc32(shard)[offset]:
                 differing.setdefault(shard, []).append(offset)
             meter.advance()
     return {shard: sorted(differing[shard]) for shard in sorted(differing)}

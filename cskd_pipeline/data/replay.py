@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cskd_pipeline.cache.reader import Cache
+from cskd_pipeline.data.batches import Pairing, Renderer, drift_error
 from cskd_pipeline.data.images import NOWHERE, ImageSource, other_image
 from cskd_pipeline.data.join import Join
-from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.remote_tar import room_of
-from cskd_pipeline.data.render import Pairing, Renderer, drift_error
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.views import apply
@@ -96,7 +95,7 @@ def spread_views(found: Join, count: int, few: int | None = None) -> np.ndarray:
     Returns:
         (n, 3) int64 view, shard, offset.
     """
-    cache = cache_of(found)
+    cache = found.cache
     done, samples = cache.done(), found.usable()
     samples = samples[np.isin(samples[:, 0], np.flatnonzero(done.any(axis=0)))]
     if few is not None and room_of(found.images.tars) is not None:
@@ -123,13 +122,13 @@ def replay(found: Join, rows: np.ndarray) -> Replay:
         ShardError, ImageError: an image cannot be had.
         JoinError: labels differ.
     """
-    cache = cache_of(found)
+    cache = found.cache
     exact = np.zeros(len(rows), bool)
     with progress(len(rows), "views", "replaying") as meter:
         same_image = same_images(found, rows)
         found.images.labels(rows[:, 1:])  # late: of tars elsewhere there are copies now
         meter.advance(len(rows) - int(same_image.sum()))
-        renderer = renderer_of(found, strict=False)
+        renderer = replace(found.renderer, images=found.images.lenient())
         numbers = np.flatnonzero(same_image)
         for start in range(0, len(numbers), _AT_ONCE):
             part = numbers[start : start + _AT_ONCE]
@@ -148,7 +147,7 @@ def same_images(found: Join, rows: np.ndarray) -> np.ndarray:
     Args:
         rows: (n, 3) view, shard, offset.
     """
-    cache = cache_of(found)
+    cache = found.cache
     same = np.zeros(len(rows), bool)
     here = np.flatnonzero(found.images.locate(rows[:, 1:])[0] != NOWHERE)
     for i, crc in found.images.crc32(rows[here, 1:]):
@@ -162,27 +161,7 @@ def pair_views(cache: Cache, rows: np.ndarray) -> Pairing:
 
     Needs no images.
     """
-    policy, root_seed = cache.manifest.policy, cache.manifest.root_seed
-    return Renderer(SampleSet.of(cache), ImageSource(()), policy, root_seed, cache=cache).pair(rows)
-
-
-def renderer_of(found: Join, *, strict: bool) -> Renderer:
-    """Return what renders the cache's views from the user's images.
-
-    Args:
-        strict: refuse views, and images, that are not the cache's, in the words of a run that meets
-            one; otherwise nothing is refused.
-    """
-    cache = cache_of(found)
-    policy, root_seed = cache.manifest.policy, cache.manifest.root_seed
-    images, drift = (found.images, "error") if strict else (found.images.lenient(), "warn")
-    return Renderer(found.samples, images, policy, root_seed, cache=cache, drift=drift)
-
-
-def cache_of(found: Join) -> Cache:
-    """Return the cache that was joined."""
-    assert found.images.cache is not None
-    return found.images.cache
+    return Renderer.of_cache(ImageSource((), cache=cache)).pair(rows)
 
 
 def _same_seeds(cache: Cache, rows: np.ndarray) -> np.ndarray:

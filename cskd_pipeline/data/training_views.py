@@ -12,12 +12,11 @@ import torch
 from torch.utils.data import Dataset as TorchDataset
 
 from cskd_pipeline.cache.reader import Cache, open_cache
-from cskd_pipeline.data.batches import Batch, render_batch
+from cskd_pipeline.data.batches import Batch, Renderer, render_batch
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset, load_dataset, require_num_classes
 from cskd_pipeline.data.join import Join, classes_of, join, require_word
 from cskd_pipeline.data.plan import SampleSet
-from cskd_pipeline.data.render import Renderer
 from cskd_pipeline.distill.encodings import Sampled
 from cskd_pipeline.distill.losses import DistillationLoss
 from cskd_pipeline.distill.targets import Targets
@@ -43,7 +42,6 @@ class TrainingViews(TorchDataset[Batch]):
         allowed: per shard (count,) bool, samples that can be read; None: all.
         encoding: the one that targets are read from; None: no targets.
         grid: the teacher's (rows, columns).
-        drift: ``warn``: views and images unlike the cache's are counted, not refused.
     """
 
     samples: SampleSet
@@ -55,13 +53,11 @@ class TrainingViews(TorchDataset[Batch]):
     allowed: Sequence[np.ndarray] | None = None
     encoding: str | None = None
     grid: tuple[int, int] | None = None
-    drift: str = "error"
 
     @classmethod
-    def of_join(cls, found: Join, encoding: str, *, drift: str = "error") -> TrainingViews:
+    def of_join(cls, found: Join, encoding: str) -> TrainingViews:
         """Return a cache's views of the samples that were found, with targets in ``encoding``."""
-        cache = found.images.cache
-        assert cache is not None
+        cache = found.cache
         if not cache.encodings[encoding].exact:
             kind = "draws from" if encoding == Sampled.name else "an approximation of"
             log.info(f"targets from {encoding}: {kind} the teacher's response")
@@ -76,7 +72,6 @@ class TrainingViews(TorchDataset[Batch]):
             allowed=found.allowed,
             encoding=encoding,
             grid=manifest.grid,
-            drift=drift,
         )
 
     @classmethod
@@ -102,8 +97,7 @@ class TrainingViews(TorchDataset[Batch]):
     @property
     def renderer(self) -> Renderer:
         """Return what renders the views, and compares them with the cache's."""
-        of = (self.samples, self.images, self.policy, self.root_seed)
-        return Renderer(*of, cache=self.cache, drift=self.drift)
+        return Renderer(self.samples, self.images, self.policy, self.root_seed)
 
     def __getitem__(self, rows: np.ndarray) -> Batch:
         batch = render_batch(self.renderer, rows)
@@ -160,4 +154,4 @@ def open_views(
     guard.report_new()
     if found.missing:
         log.warning(f"{found.missing} of the cache's samples are not in the shards, and not shown")
-    return TrainingViews.of_join(found, chosen, drift=drift)
+    return TrainingViews.of_join(found, chosen)

@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset as TorchDataset
 
-from cskd_pipeline.data.batches import Batch, compose
+from cskd_pipeline.data.batches import Batch, Renderer, compose
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.read_ahead import ReadAhead, Use
 from cskd_pipeline.data.remote_tar import RemoteTar, room_of
-from cskd_pipeline.data.render import Renderer
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.views.policy import ViewPolicy
 

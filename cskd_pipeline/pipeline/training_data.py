@@ -19,7 +19,7 @@ from cskd_pipeline.data.index import Dataset, load_dataset, require_num_classes
 from cskd_pipeline.data.join import Join, classes_of, find_differing, join
 from cskd_pipeline.data.left_out import LeftOuts, Offsets, tars_sha256
 from cskd_pipeline.data.remote_tar import FETCHING
-from cskd_pipeline.data.replay import cache_of, renderer_of, replay, spread_views
+from cskd_pipeline.data.replay import replay, spread_views
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.errors import CacheError, UsageError
 from cskd_pipeline.pipeline.from_recipe import make_loss
@@ -178,7 +178,7 @@ def _join(
     found = _leave_out(found, recipe, left_out)
     if left_out.ranks.first:
         _check_sample(found, data.check, data.drift, encoding)
-    return TrainingViews.of_join(found, encoding, drift=data.drift)
+    return TrainingViews.of_join(found, encoding)
 
 
 def _require_views(cache: Cache, epochs: int, repeats: int) -> None:
@@ -199,7 +199,7 @@ def _leave_out(found: Join, recipe: TrainRecipe, left_out: LeftOuts) -> Join:
     share; a run that is resumed has the outcome in its folder.
     """
     counts, shards = found.samples.counts, tars_sha256(found.images.shards)
-    identity = {"cache": cache_of(found).lineage, "shards": shards}
+    identity = {"cache": found.cache.lineage, "shards": shards}
     if recipe.data.corrupt == "skip":
         look = partial(_find_corrupt, found, worker_count(recipe.run.workers))
         found = found.without(left_out.find("corrupt", identity, counts, look), "corrupt")
@@ -221,7 +221,7 @@ def _leave_out(found: Join, recipe: TrainRecipe, left_out: LeftOuts) -> Join:
 
 def _find_corrupt(found: Join, workers: int, part: int, parts: int) -> Offsets:
     """Images that are not the cache's and cannot be decoded: the cache's could be."""
-    cache, samples = cache_of(found), found.there()
+    cache, samples = found.cache, found.there()
     intact = np.empty(len(samples), np.uint32)
     for shard in np.unique(samples[:, 0]).tolist():
         here = samples[:, 0] == shard
@@ -240,12 +240,12 @@ def _check_sample(found: Join, count: int, drift: str, encoding: str) -> None:
     rows = spread_views(found, count, few=FETCHING)
     if not len(rows):
         return
-    cache_of(found).gather(encoding, rows)  # raises where it is damaged
+    found.cache.gather(encoding, rows)  # raises where it is damaged
     replayed = replay(found, rows)
     exact, same = int(replayed.exact.sum()), int(replayed.same_image.sum())
     wrong = rows[~replayed.exact]
     if len(wrong) and drift != "warn":
-        renderer_of(found, strict=True).render(wrong)  # refuses them
+        found.renderer.render(wrong)  # refuses them
     line = f"checked {len(rows)} views of the cache: {exact} come out bit for bit"
     if exact == len(rows):
         log.info(line)

@@ -24,8 +24,6 @@ from cskd_pipeline.data.full_batches import logits_of
 from cskd_pipeline.data.join import Join, join_to_look
 from cskd_pipeline.data.replay import (
     Replay,
-    cache_of,
-    renderer_of,
     replay,
     same_images,
     spread_views,
@@ -220,7 +218,7 @@ def _replay_checks(found: Join, replayed: Replay, differences: Sequence[str]) ->
 
 def _teacher_checks(found: Join, replayed: Replay, choice: TeacherChoice) -> Iterator[Check]:
     """Compare the teacher with the cache's and, where they are one, its logits with the stored."""
-    recorded = cache_of(found).manifest.teacher
+    recorded = found.cache.manifest.teacher
     teacher = _load_teacher(choice, recorded)
     problems = [
         Problem("teacher", teacher.name, f"{name} is {here}, in the cache's manifest {its}")
@@ -259,7 +257,7 @@ def _load_teacher(choice: TeacherChoice, recorded: TeacherInfo) -> Teacher:
 
 def _responses_check(found: Join, replayed: Replay, teacher: Teacher) -> Check:
     """Run it on the views that were replayed to the bit, and whose partners' images are equal."""
-    cache, renderer = cache_of(found), renderer_of(found, strict=False)
+    cache, renderer = found.cache, found.renderer
     rows = replayed.rows[replayed.exact & replayed.same_seed]
     rows = rows[same_images(found, renderer.pair(rows).partner)] if len(rows) else rows
     parts: dict[str, list[np.ndarray]] = {name: [] for name in cache.encodings}

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from cskd_pipeline.data.assemble import assemble, normalise
-from cskd_pipeline.data.batches import Batch, render_batch
+from cskd_pipeline.data.batches import Batch, Renderer, render_batch
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.plan import SampleSet
-from cskd_pipeline.data.render import Renderer
 from cskd_pipeline.views.apply import mix_pixels, to_float
 from cskd_pipeline.views.policy import ViewPolicy
 from tests.data.making import ROOT_SEED

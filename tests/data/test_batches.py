@@ -15,14 +15,13 @@ import pytest
 import torch
 
 from cskd_pipeline.cache.reader import Cache
-from cskd_pipeline.data import render as render_module
-from cskd_pipeline.data.batches import Batch, render_batch
+from cskd_pipeline.data import batches as batches_module
+from cskd_pipeline.data.batches import Batch, Renderer, render_batch
 from cskd_pipeline.data.cached_loader import CachedLoader
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.join import join
 from cskd_pipeline.data.plan import SampleSet
-from cskd_pipeline.data.render import Renderer
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.errors import UsageError, ViewDriftError
@@ -51,7 +50,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Cache:
 
 
 def cached(dataset: Dataset, cache: Cache, drift: str = "error", **changes: Any) -> CachedLoader:
-    return loader_of(TrainingViews.of_join(join(dataset, cache), "dense", drift=drift), **changes)
+    return loader_of(TrainingViews.of_join(join(dataset, cache, drift=drift), "dense"), **changes)
 
 
 def batch_at(loader: CachedLoader, epoch: int, step: int = 0, micro: int = 0) -> Batch:
@@ -120,8 +119,8 @@ def test_each_image_is_decoded_once_and_each_view_rendered_once(
         rendered[seed] += 1
         return draw(seed, *rest)
 
-    monkeypatch.setattr(render_module, "decode", counting_decode)
-    monkeypatch.setattr(render_module, "draw", counting_draw)
+    monkeypatch.setattr(batches_module, "decode", counting_decode)
+    monkeypatch.setattr(batches_module, "draw", counting_draw)
     batch = batch_at(uncached(dataset), 0, 0, 0)
     assert set(decoded.values()) == set(rendered.values()) == {1}
     assert len(rendered) == len(batch.pixels)
@@ -194,7 +193,7 @@ def test_seeds_come_from_the_cache_not_from_their_formula(
     tmp_path: Path, dataset: Dataset, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = batch_at(cached(dataset, cache), 0, 0, 0)
-    monkeypatch.setattr(render_module, "view_seed", None)
+    monkeypatch.setattr(batches_module, "view_seed", None)
     assert same(batch_at(cached(dataset, cache), 0, 0, 0), batch)
 
 
@@ -226,7 +225,7 @@ def test_the_error_names_the_versions_that_differ(
     dataset: Dataset, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = {**cache.manifest.versions, "pillow": "1.0"}
-    monkeypatch.setattr(render_module, "library_versions", lambda: versions)
+    monkeypatch.setattr(batches_module, "library_versions", lambda: versions)
     with pytest.raises(ViewDriftError) as caught:
         _ = batch_at(cached(dataset, Drifted(cache.store, cache.done())), 0, 0, 0)
     assert f"pillow: {cache.manifest.versions['pillow']} and 1.0" in caught.value.found
@@ -268,7 +267,7 @@ def test_a_pair_that_is_not_mixed_renders_no_partner(dataset: Dataset) -> None:
 def test_views_are_told_apart_at_any_size_of_data_set() -> None:
     edges = (0, 1, 2**19, 2**20 - 1)
     rows = [(v, s, o) for s in edges for o in (*edges, 2**24 - 1) for v in edges]
-    packed = render_module._packed(np.array(rows, np.int32))
+    packed = batches_module._packed(np.array(rows, np.int32))
     assert (packed[1:] > packed[:-1]).all()
 
 

@@ -17,7 +17,7 @@ from cskd_pipeline.data.cached_loader import CachedLoader
 from cskd_pipeline.data.describe import index_shards
 from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.join import Join, find_differing, join
-from cskd_pipeline.data.replay import renderer_of, replay, spread_views
+from cskd_pipeline.data.replay import replay, spread_views
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.errors import JoinError, ViewDriftError
 from cskd_pipeline.runtime.classes import COMMAND_SWITCH, ClassGuard
@@ -52,8 +52,8 @@ class Source:
         return self.views[self._loader.rows(epoch * self.plan.steps + step)]
 
 
-def source(joined: Join, batch_size: int = 10, drift: str = "error") -> Source:
-    views = TrainingViews.of_join(joined, "dense", drift=drift)
+def source(joined: Join, batch_size: int = 10) -> Source:
+    views = TrainingViews.of_join(joined, "dense")
     return Source(CachedLoader(views, batch_size, repeats=2))
 
 
@@ -242,7 +242,7 @@ def test_recompressed_images_are_noticed_in_a_sample(tmp_path: Path, cache: Cach
     other = recut(tmp_path, [recompressed(s) for s in EVERY])
     joined = join(other, cache)
     with pytest.raises(JoinError, match="not the one the cache was made from") as caught:
-        renderer_of(joined, strict=True).render(spread_views(joined, 3))
+        joined.renderer.render(spread_views(joined, 3))
     assert "CRC-32" in str(caught.value.found)
     assert "other-00.tar: " in str(caught.value.where)
 
@@ -260,7 +260,7 @@ def test_images_that_differ_are_counted_where_the_user_accepts_them(
     tmp_path: Path, cache: Cache
 ) -> None:
     other = recut(tmp_path, [recompressed(s) for s in EVERY])
-    batch = source(join(other, cache, drift="warn"), drift="warn")[(0, 0, 0)]
+    batch = source(join(other, cache, drift="warn"))[(0, 0, 0)]
     assert batch.drifted == len(batch.pixels)
 
 
@@ -336,7 +336,7 @@ def test_an_image_that_was_altered_after_the_search_is_still_refused(
     tmp_path: Path, cache: Cache
 ) -> None:
     other = recut(tmp_path, [recompressed(s) if i == 6 else s for i, s in enumerate(EVERY)])
-    overlooked = source(join(other, cache, drift="skip"), drift="skip")
+    overlooked = source(join(other, cache, drift="skip"))
     with pytest.raises(JoinError, match="not the one the cache was made from"):
         _ = [overlooked[(epoch, step, 0)] for epoch in (0, 1) for step in range(4)]
 
@@ -347,7 +347,7 @@ def test_views_that_drift_though_images_are_the_same_are_not_skipped_but_refused
     digest = apply.digest
     monkeypatch.setattr(apply, "digest", lambda pixels: digest(pixels) ^ 1)
     with pytest.raises(ViewDriftError):
-        _ = source(join(dataset, cache, drift="skip"), drift="skip")[(0, 0, 0)]
+        _ = source(join(dataset, cache, drift="skip"))[(0, 0, 0)]
 
 
 def test_a_join_says_what_it_found(dataset: Dataset, cache: Cache) -> None:

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from cskd_pipeline.data import render as render_module
+from cskd_pipeline.data import batches as batches_module
 from cskd_pipeline.data import unit_views as unit_views_module
-from cskd_pipeline.data.batches import Batch, render_batch
+from cskd_pipeline.data.batches import Batch, Renderer, render_batch
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.plan import SampleSet
-from cskd_pipeline.data.render import Renderer
 from cskd_pipeline.data.unit_views import Loading, items_of, unit_batches
 from cskd_pipeline.errors import ImageError
 from cskd_pipeline.views.policy import ViewPolicy
@@ -82,13 +81,13 @@ def test_an_image_is_decoded_once_for_the_whole_block(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: Counter[str] = Counter()
-    decode = render_module.decode
+    decode = batches_module.decode
 
     def counting(data: bytes, where: str) -> Any:
         decoded[where] += 1
         return decode(data, where)
 
-    monkeypatch.setattr(render_module, "decode", counting)
+    monkeypatch.setattr(batches_module, "decode", counting)
     batches(dataset, [(0, range(4)), (2, range(4))], batch_size=7)
     assert len(decoded) == COUNTS[0] + COUNTS[2]
     assert set(decoded.values()) == {1}

@@ -11,11 +11,10 @@ import torch
 
 import cskd_pipeline as cskd
 from cskd_pipeline.data.assemble import assemble
-from cskd_pipeline.data.batches import render_batch
+from cskd_pipeline.data.batches import Renderer, render_batch
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.plan import SampleSet
-from cskd_pipeline.data.render import Renderer
 from cskd_pipeline.tools.demo_images import write_digit_folders
 from cskd_pipeline.tools.make_shards import make_shards
 from tests.examples.conftest import EXAMPLES

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.data.assemble import assemble, normalise
-from cskd_pipeline.data.batches import Batch, compose
+from cskd_pipeline.data.batches import Batch, Pairing, RenderedViews, compose
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.plan import SampleSet
-from cskd_pipeline.data.render import Pairing, RenderedViews
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.distill.targets import LogitTargets, Targets

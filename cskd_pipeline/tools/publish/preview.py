@@ -14,7 +14,6 @@ from torch import Tensor
 
 from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.join import Join
-from cskd_pipeline.data.replay import cache_of
 from cskd_pipeline.distill.encodings import temperature_near
 from cskd_pipeline.distill.targets import SampledTargets
 from cskd_pipeline.errors import JoinError, MissingPackageError
@@ -188,7 +187,7 @@ def _thumbnails(found: Join, rows: np.ndarray) -> tuple[np.ndarray, list[bytes]]
     if not any(view.same for view in views):
         raise JoinError(
             "there is no thumbnail to make: no drawn view has its images here",
-            where=cache_of(found).path,
+            where=found.cache.path,
             found=f"{found.missing} of {found.samples.total} samples missing",
             action="give the shards that the cache was made from, or leave --thumbnails out",
         )

@@ -20,7 +20,6 @@ from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.data.assemble import assemble, normalise
 from cskd_pipeline.data.batches import render_batch
 from cskd_pipeline.data.join import Join, classes_of, join_to_look
-from cskd_pipeline.data.replay import renderer_of
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.models.checkpoint import StudentHeader, load_student, read_header, student_file
 from cskd_pipeline.runtime.classes import ClassGuard
@@ -191,7 +190,7 @@ def _dense_labels(file: Path, found: Join, rows: np.ndarray) -> tuple[StudentHea
     """Return a student's header and the classes of its largest dense logits, (m, h, w) int64."""
     student, header = load_student(file, torch.device("cpu"))
     student.eval()
-    renderer, labels = renderer_of(found, strict=False), []
+    renderer, labels = found.renderer, []
     with progress(len(rows), "views", f"predicting with {file.parent.name}") as meter:
         for part in np.split(rows, range(_AT_ONCE, len(rows), _AT_ONCE)):
             seen = assemble(render_batch(renderer, part), renderer.policy)

@@ -18,13 +18,7 @@ from cskd_pipeline.data.batches import render_batch
 from cskd_pipeline.data.images import NOWHERE
 from cskd_pipeline.data.join import Join
 from cskd_pipeline.data.remote_tar import FETCHING
-from cskd_pipeline.data.replay import (
-    cache_of,
-    pair_views,
-    renderer_of,
-    same_images,
-    spread_views,
-)
+from cskd_pipeline.data.replay import pair_views, same_images, spread_views
 from cskd_pipeline.errors import JoinError, printable
 from cskd_pipeline.runtime.progress import progress
 
@@ -162,11 +156,11 @@ def choose_views(found: Join, count: int) -> np.ndarray:
     if not len(rows):
         raise JoinError(
             "there is nothing to show: no finished part of the cache has its images here",
-            where=cache_of(found).path,
+            where=found.cache.path,
             found=f"{found.missing} of {found.samples.total} samples missing",
             action="give the shards that the cache was made from, or finish the dump",
         )
-    share = ground_truth(cache_of(found), rows).share
+    share = ground_truth(found.cache, rows).share
     return rows[np.argsort(-np.maximum(share, 1 - share), kind="stable")]
 
 
@@ -176,7 +170,7 @@ def with_images(found: Join, rows: np.ndarray) -> np.ndarray:
         return rows
     own, partner = (
         found.images.locate(part[:, 1:])[0] != NOWHERE
-        for part in (rows, pair_views(cache_of(found), rows).partner)
+        for part in (rows, pair_views(found.cache, rows).partner)
     )
     return rows[own & partner]
 
@@ -197,7 +191,7 @@ def make_views(found: Join, rows: np.ndarray) -> list[GalleryView]:
     Raises:
         ShardError, ImageError: an image cannot be read.
     """
-    cache, renderer = cache_of(found), renderer_of(found, strict=False)
+    cache, renderer = found.cache, found.renderer
     partner = pair_views(cache, rows).partner
     same = same_images(found, rows) & same_images(found, partner)
     truth, names = ground_truth(cache, rows), class_names(cache)

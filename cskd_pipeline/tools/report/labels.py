@@ -14,7 +14,6 @@ import torch
 
 from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.join import Join
-from cskd_pipeline.data.replay import cache_of
 from cskd_pipeline.distill import ckf
 from cskd_pipeline.distill.encodings import Encoding, temperature_near
 from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets, SampledTargets, Targets
@@ -154,7 +153,7 @@ def sample_rows(found: Join, count: int) -> np.ndarray:
     Returns:
         (n, 3) int64 view, shard, offset; of samples that are there.
     """
-    cache = cache_of(found)
+    cache = found.cache
     done, block, samples = cache.done(), cache.manifest.view_block, found.usable()
     pairs = [
         (int(b) * block + v, int(shard))
@@ -179,7 +178,7 @@ def spread(total: int, count: int) -> list[int]:
 
 def measure(found: Join, rows: np.ndarray) -> Statistics:
     """Count the labels of the views ``rows``, (n, 3) view, shard, offset, n > 0."""
-    cache = cache_of(found)
+    cache = found.cache
     labels = read_labels(cache, rows)
     truth = ground_truth(cache, rows)
     at = [labels.at(r) for r in RATIOS]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cskd_pipeline.cli.reports import print_report
-from cskd_pipeline.data import render
+from cskd_pipeline.data import batches
 from cskd_pipeline.pipeline.train import train
 from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.runtime.console import Terminal
@@ -53,7 +53,7 @@ def test_a_slow_disk_is_the_limit(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    sleep_before(monkeypatch, render, "decode", 0.03)
+    sleep_before(monkeypatch, batches, "decode", 0.03)
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run", epochs=2)
     report = estimate_train.plan_train(recipe, updates=4)
     assert report["limit"] == "loader"

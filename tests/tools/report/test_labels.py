@@ -14,7 +14,6 @@ from cskd_pipeline.cache.convert import Conversion, convert
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.join import Join, join
-from cskd_pipeline.data.replay import cache_of, renderer_of
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.distill.targets import SampledTargets
 from cskd_pipeline.tools.report.gallery import (
@@ -124,10 +123,10 @@ def found(small: World) -> Join:
 
 def test_figures_are_counted_over_every_location(found: Join) -> None:
     rows = sample_rows(found, 10_000)
-    cache = cache_of(found)
+    cache = found.cache
     assert len(rows) == cache.views * found.samples.total  # fewer pairs than are read at most
     measured = measure(found, rows)
-    pairing = renderer_of(found, strict=False).pair(rows)
+    pairing = found.renderer.pair(rows)
     own = np.array([cache.labels(s)[o] for _, s, o in rows.tolist()])
     partner = np.array([cache.labels(s)[o] for _, s, o in pairing.partner.tolist()])
     lam = np.array([mix.lam for mix in pairing.mixes])
@@ -149,7 +148,7 @@ def test_samples_are_few_slabs_of_many_views_each(found: Join) -> None:
 
 
 def test_views_of_one_image_come_first(found: Join) -> None:
-    own = ground_truth(cache_of(found), choose_views(found, 12)).share
+    own = ground_truth(found.cache, choose_views(found, 12)).share
     shares = np.maximum(own, 1 - own)
     assert shares.tolist() == sorted(shares.tolist(), reverse=True)
     assert shares[0] > shares[-1]
@@ -184,10 +183,10 @@ def test_views_are_what_the_network_saw(found: Join) -> None:
     rows = choose_views(found, 6)
     views = make_views(found, rows)
     assert all(view.same and view.exact for view in views)
-    numbers = [(view.number, *cache_of(found).find([view.key])[0]) for view in views]
+    numbers = [(view.number, *found.cache.find([view.key])[0]) for view in views]
     assert numbers == [tuple(row) for row in rows.tolist()]
-    batch = render_batch(renderer_of(found, strict=True), rows)
-    seen = assemble(batch, cache_of(found).manifest.policy).permute(0, 2, 3, 1)
+    batch = render_batch(found.renderer, rows)
+    seen = assemble(batch, found.cache.manifest.policy).permute(0, 2, 3, 1)
     expected = torch.round(seen.clamp(0, 1) * 255).byte().numpy()
     assert np.array_equal(np.stack([view.pixels for view in views]), expected)
     kind, _, data = views[0].image.partition(",")
