@@ -34,23 +34,17 @@ class CorruptImage(NamedTuple):
     reason: str
 
 
-class _Pieces(TorchDataset[tuple[int, list[CorruptImage]]]):
-    """Piece number -> its count of images, and those of them that are corrupt."""
+class _Decoding(TorchDataset[tuple[int, list[CorruptImage]]]):
+    """Samples, (n, 2) shard and offset -> their number, and those of them that are corrupt."""
 
-    def __init__(self, images: ImageSource, samples: np.ndarray, intact: np.ndarray | None) -> None:
-        self.images, self.samples, self.intact = images, samples, intact
+    def __init__(self, images: ImageSource) -> None:
+        self.images = images.lenient()
 
-    def __len__(self) -> int:
-        return -(-len(self.samples) // PIECE)
-
-    def __getitem__(self, number: int) -> tuple[int, list[CorruptImage]]:
-        here = slice(number * PIECE, (number + 1) * PIECE)
-        samples = self.samples[here]
-        intact = None if self.intact is None else self.intact[here]
-        found = []
+    def __getitem__(self, samples: np.ndarray) -> tuple[int, list[CorruptImage]]:
+        cache, found = self.images.cache, []
         for i, data, crc in self.images.read(samples):
-            if intact is None or crc != intact[i]:
-                shard, offset = samples[i].tolist()
+            shard, offset = samples[i].tolist()
+            if cache is None or crc != cache.image_crc32(shard)[offset]:
                 try:
                     decode(data, self.images.where(shard, offset))
                 except ImageError as error:
@@ -59,31 +53,26 @@ class _Pieces(TorchDataset[tuple[int, list[CorruptImage]]]):
 
 
 def find_corrupt(
-    images: ImageSource,
-    samples: np.ndarray,
-    *,
-    intact: np.ndarray | None = None,
-    workers: int = 0,
-    part: int = 0,
-    parts: int = 1,
+    images: ImageSource, samples: np.ndarray, *, workers: int = 0, part: int = 0, parts: int = 1
 ) -> list[CorruptImage]:
     """Decode every image once; return those that cannot be, in the order of ``samples``.
 
+    Images that are a cache's, by their CRC-32, are not decoded: its dump has done so.
+
     Args:
+        images: reads them, and knows the cache, if there is one.
         samples: (n, 2) shard and offset.
-        intact: (n,) CRC-32 of images known to be decodable: where they agree nothing is decoded.
         workers: loader processes; they change nothing but the time.
         part, parts: every ``parts``-th piece, from number ``part`` on.
 
     Raises:
         ShardError: a tar cannot be read.
     """
-    pieces = _Pieces(images.alone(), samples, intact)
-    mine = range(part, len(pieces), parts)
+    starts = range(0, len(samples), PIECE)[part::parts]
+    pieces = [samples[start : start + PIECE] for start in starts]
     found: list[CorruptImage] = []
-    total = sum(min(PIECE, len(samples) - number * PIECE) for number in mine)
-    with progress(total, "images", "decoding every image once") as meter:
-        for count, corrupt in Loader(pieces, mine, workers=workers):
+    with progress(sum(map(len, pieces)), "images", "decoding every image once") as meter:
+        for count, corrupt in Loader(_Decoding(images), pieces, workers=workers):
             found += corrupt
             meter.advance(count)
     return found

@@ -199,7 +199,7 @@ def classes_of(cache: Cache) -> Classes:
     return cache.manifest.dataset.classes("the cache", cache.path)
 
 
-def find_differing(found: Join, *, part: int = 0, parts: int = 1) -> Offsets:
+def find_differing(found: Join, part: int = 0, parts: int = 1) -> Offsets:
     """Read every image that is not left out: shard -> offsets of those that are not the cache's.
 
     Args:

@@ -220,15 +220,8 @@ def _leave_out(found: Join, recipe: TrainRecipe, left_out: LeftOuts) -> Join:
 
 
 def _find_corrupt(found: Join, workers: int, part: int, parts: int) -> Offsets:
-    """Images that are not the cache's and cannot be decoded: the cache's could be."""
-    cache, samples = found.cache, found.there()
-    intact = np.empty(len(samples), np.uint32)
-    for shard in np.unique(samples[:, 0]).tolist():
-        here = samples[:, 0] == shard
-        intact[here] = cache.image_crc32(shard)[samples[here, 1]]
-    return by_shard(
-        find_corrupt(found.images, samples, intact=intact, workers=workers, part=part, parts=parts)
-    )
+    images, samples = found.images, found.there()
+    return by_shard(find_corrupt(images, samples, workers=workers, part=part, parts=parts))
 
 
 def _check_sample(found: Join, count: int, drift: str, encoding: str) -> None:
