@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.runtime.atomic import write_bytes, write_text
+from cskd_pipeline.runtime.atomic import write_bytes, write_csv
 
 LIST, CORRUPT = "left_out.csv", "corrupt.json"
 
@@ -29,9 +28,7 @@ class LeftOut(NamedTuple):
 
 def write_list(path: Path, samples: Iterable[LeftOut]) -> None:
     """Write the list, whole or not at all."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([LeftOut._fields, *samples])
-    write_text(path, text.getvalue())
+    write_csv(path, LeftOut._fields, (sample._asdict() for sample in samples))
 
 
 def carry_lists(target: Path, sources: Iterable[tuple[CacheStore, Mapping[int, int]]]) -> None:

@@ -12,7 +12,8 @@ from cskd_pipeline.cli.options import Device, Outcome, RequiredShards, flag, req
 from cskd_pipeline.cli.reports import print_report
 from cskd_pipeline.cli.root import app, bench_app, parse_and_run
 from cskd_pipeline.config.sections import TrainRecipe
-from cskd_pipeline.runtime.console import Terminal, kept
+from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.runtime.progress import kept
 
 if TYPE_CHECKING:
     from cskd_pipeline.tools.commands import Command

@@ -16,7 +16,8 @@ from cskd_pipeline.cli.options import Outcome
 from cskd_pipeline.cli.parameters import expanded
 from cskd_pipeline.errors import CskdError, Interrupted, OutputError, Preempted, UsageError
 from cskd_pipeline.runtime.atomic import FULL
-from cskd_pipeline.runtime.console import Terminal, kept
+from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.runtime.progress import kept
 from cskd_pipeline.runtime.signals import Requeue, requeue_requests
 
 PROGRAM = "cskd-pipeline"

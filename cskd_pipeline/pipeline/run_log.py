@@ -4,8 +4,6 @@ recipe names a project, Weights & Biases, by its own package. They never change 
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import os
 import re
@@ -22,7 +20,7 @@ from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.config.writing import result_digest
 from cskd_pipeline.errors import ManifestError, MissingPackageError
 from cskd_pipeline.runtime import schemas
-from cskd_pipeline.runtime.atomic import write_json, write_text
+from cskd_pipeline.runtime.atomic import write_csv, write_json
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +67,7 @@ class RunLog:
         if self._tensorboard is None:
             return
         columns = list(dict.fromkeys(name for row in rows for name in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.folder / "summary.csv", text.getvalue())
+        write_csv(self.folder / "summary.csv", columns, rows)
         self.scalars(update, {f"epoch/{k}": v for k, v in rows[-1].items() if k != "epoch"})
         self._tensorboard.flush()
 

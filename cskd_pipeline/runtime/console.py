@@ -220,21 +220,6 @@ class _News(logging.Handler):
             self._terminal.line(text)
 
 
-@contextmanager
-def kept() -> Iterator[None]:
-    """Bring back what listened before when the block ends."""
-    logger = logging.getLogger(PACKAGE)
-    before, handlers = listen(None), logger.handlers
-    level, propagate = logger.level, logger.propagate
-    listen(before)
-    try:
-        yield
-    finally:
-        listen(before)
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
-
-
 def plain(value: Any) -> Any:
     """``value`` as JSON has it: paths as text, numpy scalars as numbers, NaN, infinity as null."""
     if isinstance(value, Mapping):

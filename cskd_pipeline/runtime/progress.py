@@ -124,11 +124,10 @@ class Listener(Protocol):
 _listener: Listener | None = None
 
 
-def listen(listener: Listener | None) -> Listener | None:
-    """Let ``listener`` show the progress of this process from now on; return the one before."""
+def listen(listener: Listener | None) -> None:
+    """Let ``listener`` show the progress of this process from now on."""
     global _listener
-    before, _listener = _listener, listener
-    return before
+    _listener = listener
 
 
 @contextmanager
@@ -148,13 +147,23 @@ def progress(total: int | None, unit: str, description: str, *, done: int = 0) -
 
 
 @contextmanager
-def silence() -> Iterator[None]:
-    """Show no progress, news or warnings of this process while the block runs."""
+def kept() -> Iterator[None]:
+    """Bring back who heard of progress, news and warnings before, when the block ends."""
     logger = logging.getLogger(PACKAGE)
-    before, level = listen(None), logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    listener, handlers = _listener, logger.handlers
+    level, propagate = logger.level, logger.propagate
     try:
         yield
     finally:
-        listen(before)
+        listen(listener)
+        logger.handlers, logger.propagate = handlers, propagate
         logger.setLevel(level)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Show no progress, news or warnings of this process while the block runs."""
+    with kept():
+        listen(None)
+        logging.getLogger(PACKAGE).setLevel(logging.CRITICAL + 1)
+        yield

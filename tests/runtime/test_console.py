@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from cskd_pipeline.errors import CskdError, DataError, OutputError
-from cskd_pipeline.runtime.console import PLAIN_INTERVAL, Terminal, format_size, kept, plain
-from cskd_pipeline.runtime.progress import PACKAGE, Listener, Meter, duration, listen, silence
+from cskd_pipeline.runtime import progress
+from cskd_pipeline.runtime.console import PLAIN_INTERVAL, Terminal, format_size, plain
+from cskd_pipeline.runtime.progress import PACKAGE, Meter, duration, kept, listen, silence
 
 HOSTILE = "[red]x[/red] \x1b[2J\x07\u202e :smile: https://a.b [link=x]y"
 SPELLED = r"[red]x[/red] \x1b[2J\x07\u202e :smile: https://a.b [link=x]y"
@@ -270,13 +271,6 @@ def test_errors_are_told_on_stderr_and_as_an_object() -> None:
     }
 
 
-def heard_by() -> Listener | None:
-    """Return who listens to progress, and leave it."""
-    listener = listen(None)
-    listen(listener)
-    return listener
-
-
 @pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt])
 @pytest.mark.parametrize("within", [silence, kept])
 def test_whoever_listened_does_again_after_a_silence_and_after_a_command(
@@ -292,11 +286,11 @@ def test_whoever_listened_does_again_after_a_silence_and_after_a_command(
             if within is kept:
                 Terminal.listening()
                 assert not logger.propagate
-            assert heard_by() is not own
+            assert progress._listener is not own
             assert logger.level != logging.ERROR
             if error is not None:
                 raise error
-        assert heard_by() is own
+        assert progress._listener is own
         assert logger.handlers is handlers
         assert handlers == [handler]
         assert (logger.level, logger.propagate) == (logging.ERROR, True)
