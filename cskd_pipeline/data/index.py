@@ -103,15 +103,10 @@ class Dataset:
                 action="name the other shards only",
             )
         shards, manifest = list(self.shards), self.manifest
-        infos = list(manifest.shards) if manifest else []
         for number, rows in offsets.items():
             shards[number] = shards[number].without(rows)
-            if manifest:
-                info = infos[number]
-                keys = shards[number].keys
-                infos[number] = ShardInfo.of(info.name, keys, info.bytes, info.sha256)
         if manifest:
-            manifest = replace(manifest, shards=tuple(infos))
+            manifest = replace(manifest, shards=tuple(shard.info for shard in shards if shard.info))
         return replace(self, shards=tuple(shards), manifest=manifest)
 
 
@@ -126,17 +121,16 @@ def sample(dataset: Dataset, samples: int, parts: int = 4) -> Dataset:
     count = len(dataset.shards)
     chosen = sorted({(2 * i + 1) * count // (2 * parts) for i in range(parts)})
     each = -(-samples // len(chosen))
-    shards = []
-    for number in chosen:
+    shards, infos = [], []
+    for i, number in enumerate(chosen):
         shard = dataset.shards[number]
         start = max(0, (len(shard) - each) // 2)
-        shards.append(shard.part(range(start, min(start + each, len(shard)))))
+        part = shard.part(range(start, min(start + each, len(shard))))
+        info = ShardInfo.of(f"part-{i}.tar", part.keys, int(part.index.size.sum()), None)
+        shards.append(replace(part, info=info))
+        infos.append(info)
     classes = require_num_classes(dataset)
-    infos = tuple(
-        ShardInfo.of(f"part-{i}.tar", shard.keys, int(shard.index.size.sum()), None)
-        for i, shard in enumerate(shards)
-    )
-    manifest = DatasetManifest(dataset.name, classes, infos, dataset.class_names)
+    manifest = DatasetManifest(dataset.name, classes, tuple(infos), dataset.class_names)
     return replace(dataset, shards=tuple(shards), manifest=manifest)
 
 

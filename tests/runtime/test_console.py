@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -271,6 +272,11 @@ def test_errors_are_told_on_stderr_and_as_an_object() -> None:
     }
 
 
+def heard_by() -> Any:
+    """Return who listens to progress."""
+    return progress._listener
+
+
 @pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt])
 @pytest.mark.parametrize("within", [silence, kept])
 def test_whoever_listened_does_again_after_a_silence_and_after_a_command(
@@ -286,11 +292,11 @@ def test_whoever_listened_does_again_after_a_silence_and_after_a_command(
             if within is kept:
                 Terminal.listening()
                 assert not logger.propagate
-            assert progress._listener is not own
+            assert heard_by() is not own
             assert logger.level != logging.ERROR
             if error is not None:
                 raise error
-        assert progress._listener is own
+        assert heard_by() is own
         assert logger.handlers is handlers
         assert handlers == [handler]
         assert (logger.level, logger.propagate) == (logging.ERROR, True)
