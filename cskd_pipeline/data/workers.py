@@ -27,6 +27,7 @@ PATIENCE = 600.0
 """Seconds without a batch from any loader process, after which all are given up: far more than
 any batch takes.
 """
+_AHEAD = 2  # batches that each process may be ahead
 _PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent dies
 
 
@@ -71,7 +72,6 @@ class Loader(Generic[Item]):
         order: its indices, each taken from here when a process can start on it.
         workers: processes; 0: none.
         pin_memory: for a CUDA device to read from while it computes.
-        prefetch: batches that each process may be ahead.
         start_method: ``fork`` or ``spawn``; None: the platform's.
 
     Raises:
@@ -86,12 +86,11 @@ class Loader(Generic[Item]):
         *,
         workers: int = 0,
         pin_memory: bool = False,
-        prefetch: int = 2,
         start_method: str | None = None,
     ) -> None:
         self._start_method = start_method or multiprocessing.get_start_method()
         self._workers = workers
-        self._ahead = prefetch * workers + 1
+        self._ahead = _AHEAD * workers + 1
         self._guarded = _Guarded(dataset)
         self._loader: DataLoader[Any] = DataLoader(
             self._guarded,
@@ -100,7 +99,7 @@ class Loader(Generic[Item]):
             collate_fn=_unchanged,
             num_workers=workers,
             pin_memory=pin_memory,
-            prefetch_factor=prefetch if workers else None,
+            prefetch_factor=_AHEAD if workers else None,
             worker_init_fn=_start_worker,
             multiprocessing_context=start_method if workers else None,
             timeout=PATIENCE if workers else 0,
