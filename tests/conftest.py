@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cskd_pipeline.data.index import Dataset, load_dataset
-from cskd_pipeline.runtime.console import kept
+from cskd_pipeline.runtime.progress import kept
 from tests.pictures import write_image_folder, write_shards
 
 COUNTS = (21, 8, 13, 1)

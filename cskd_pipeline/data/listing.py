@@ -232,8 +232,9 @@ def _from_document(
         entry = _split_entry(document["splits"], path, split, prefer)
         paths = tuple(map(beside, entry["filenames"]))
         counts = entry.get("shard_lengths")
-        stated = isinstance(counts, list) and len(counts) == len(paths)
-        return Listing(paths, counts=tuple(counts) if stated else None)
+        if isinstance(counts, list) and len(counts) == len(paths):
+            return Listing(paths, counts=tuple(counts))
+        return Listing(paths)
     if split:
         raise DataError("a manifest has no splits", where=path, found=split)
     manifest = DatasetManifest.from_json(document, path)

@@ -28,8 +28,8 @@ from cskd_pipeline import __version__
 from cskd_pipeline.cli import app, main
 from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
 from cskd_pipeline.errors import CacheError, DataError
-from cskd_pipeline.runtime.console import Terminal, kept
-from cskd_pipeline.runtime.progress import PACKAGE, listen
+from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.runtime.progress import PACKAGE, kept, listen
 from cskd_pipeline.runtime.signals import REQUEUE
 from tests.runtime.test_console import heard_by
 

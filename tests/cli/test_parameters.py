@@ -13,7 +13,8 @@ from cskd_pipeline.cli.options import FLAGS, Split, flag
 from cskd_pipeline.cli.parameters import RecipeLoader, expanded
 from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe, key_info, key_types
 from cskd_pipeline.errors import UsageError
-from cskd_pipeline.runtime.console import Terminal, kept
+from cskd_pipeline.runtime.console import Terminal
+from cskd_pipeline.runtime.progress import kept
 
 
 @dataclass(frozen=True)
