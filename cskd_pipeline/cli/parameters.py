@@ -87,29 +87,14 @@ class RecipeLoader(Generic[R]):
 
 def expanded(function: Callable[..., Any], flags: str = "") -> Callable[..., Any]:
     """Return ``function`` with the parameters that typer is to see; see the module."""
-    hints = get_type_hints(function, include_extras=True)
-    shown: list[inspect.Parameter] = []
-    makers: dict[str, _Make] = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        hint = hints[name]
-        if hint is Terminal:
-            makers[name] = itemgetter("terminal")
-        elif get_origin(hint) is RecipeLoader:
-            parameters, makers[name] = _recipe(get_args(hint)[0], flags.split())
-            shown += parameters
-        elif is_dataclass(hint):
-            parameters, makers[name] = _fields(hint)
-            shown += parameters
-        else:
-            shown.append(_parameter(name, hint, parameter.default))
-            makers[name] = itemgetter(name)
+    shown, call = _arguments(function, flags.split())
     shown += [_parameter("quiet", Quiet, False), _parameter("json", Json, False)]
 
     @functools.wraps(function)
     def command(**given: Any) -> Any:
         """Call ``function`` with what it takes."""
         given["terminal"] = Terminal.listening(quiet=given.pop("quiet"), json=given.pop("json"))
-        return function(**{name: make(given) for name, make in makers.items()})
+        return call(given)
 
     # typer reads both; type checkers do not know the first, for which inspect looks.
     command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
@@ -117,26 +102,32 @@ def expanded(function: Callable[..., Any], flags: str = "") -> Callable[..., Any
     return command
 
 
+def _arguments(function: Any, flags: Sequence[str]) -> _Made:
+    """Return the parameters that stand for those of ``function``, or of a dataclass, and what calls
+    it with their values.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    shown: list[inspect.Parameter] = []
+    makers: dict[str, _Make] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint: Any = hints[name]
+        parameters: list[inspect.Parameter] = []
+        if hint is Terminal:
+            makers[name] = itemgetter("terminal")
+        elif get_origin(hint) is RecipeLoader:
+            parameters, makers[name] = _recipe(get_args(hint)[0], flags)
+        elif is_dataclass(hint):
+            parameters, makers[name] = _arguments(hint, ())
+        else:
+            parameters = [_parameter(name, hint, parameter.default)]
+            makers[name] = itemgetter(name)
+        shown += parameters
+    return shown, lambda given: function(**{name: make(given) for name, make in makers.items()})
+
+
 def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, kind, default=default, annotation=hint)
-
-
-def _fields(group: Any) -> _Made:
-    """Return the parameters that a dataclass stands for, and what makes it of them."""
-    hints = get_type_hints(group, include_extras=True)
-    defaults = inspect.signature(group).parameters
-    parameters = [_parameter(name, hints[name], one.default) for name, one in defaults.items()]
-    return parameters, lambda given: group(**{name: given[name] for name in defaults})
-
-
-def _recipe_option(kind: type) -> Any:
-    return typer.Option(
-        "--recipe",
-        metavar="FILE|NAME",
-        help="A TOML recipe, or the name of one in stages/.",
-        autocompletion=lambda incomplete: one_of(*recipe_names(kind))(incomplete),
-    )
 
 
 def _recipe(kind: type, flags: Sequence[str]) -> _Made:
@@ -150,10 +141,14 @@ def _recipe(kind: type, flags: Sequence[str]) -> _Made:
         parameters.append(
             _parameter(arguments[key], Annotated[hint | None, flag(name, kind)], None)
         )
-    parameters += [
-        _parameter("recipe", Annotated[str | None, _recipe_option(kind)], None),
-        _parameter("set_", Sets, None),
-    ]
+    option = typer.Option(
+        "--recipe",
+        metavar="FILE|NAME",
+        help="A TOML recipe, or the name of one in stages/.",
+        autocompletion=lambda incomplete: one_of(*recipe_names(kind))(incomplete),
+    )
+    parameters.append(_parameter("recipe", Annotated[str | None, option], None))
+    parameters.append(_parameter("set_", Sets, None))
 
     def make(given: dict[str, Any]) -> RecipeLoader[Any]:
         """Return the loader of a command line."""

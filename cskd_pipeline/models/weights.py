@@ -52,14 +52,15 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
             "writes the tensors alone",
         ) from error
     state = _unwrap(checkpoint)
-    if not isinstance(state, dict) or not state or not _only_tensors(state):
+    entries = state.items() if isinstance(state, dict) else ()
+    if not entries or any(type(k) is not str or not isinstance(v, Tensor) for k, v in entries):
         raise WeightsError(
             "the weights file holds no state dict",
             where=path,
             found=_describe(state),
             expected=f"tensors by name, bare or under {', '.join(_NESTINGS)}",
         )
-    for name, tensor in state.items():
+    for name, tensor in entries:
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise WeightsError(
                 "a tensor claims more values than the file holds",
@@ -67,7 +68,7 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
                 found=f"{name} of shape {tuple(tensor.shape)}",
                 expected="tensors that were saved whole",
             )
-    return {_bare(name): tensor for name, tensor in state.items()}
+    return {_bare(name): tensor for name, tensor in entries}
 
 
 def is_safetensors(path: Path) -> bool:
@@ -168,10 +169,6 @@ def _unwrap(checkpoint: object) -> object:
             break
         checkpoint = inner[0]
     return checkpoint
-
-
-def _only_tensors(state: dict[object, object]) -> bool:
-    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
 
 
 def _bare(name: str) -> str:

@@ -114,7 +114,12 @@ def start_from(source: Source, student: Student, classes: Classes, guard: ClassG
     else:
         count, names = class_count(state, student.name) or 0, None
     before = Classes("the weights to start from", source.path, count, names)
-    new = () if _same_classes(classes, before, guard) else classifiers(student.name)
+    counts_agree = classes.count == before.count
+    found = difference(classes, before) if counts_agree else None
+    new = classifiers(student.name)
+    if counts_agree and (found is None or found.same_classes):
+        guard.compare(classes, before)
+        new = ()
     own = model.state_dict()
     fresh = [name for name in own if name.rpartition(".")[0] in new]
     state |= {name: own[name].detach().cpu() for name in fresh}
@@ -124,7 +129,6 @@ def start_from(source: Source, student: Student, classes: Classes, guard: ClassG
     loaded, sha256 = sum(name in source.state for name in own.keys() - fresh), source.sha256
     lines = [f"starting from {source.path}: {loaded} tensors, SHA-256 {sha256[:12]}"]
     if new:
-        found = difference(classes, before) if before.count == classes.count else None
         others = "" if found is None else f", {found.kind}"
         counts = f"{before.count} classes before, {classes.count} now{others}"
         lines.append(f"new {' and '.join(new)} ({counts})")
@@ -256,17 +260,6 @@ def _settings(model: nn.Module) -> dict[str, object]:
 def _architecture(name: str) -> str:
     """A timm name without its tag and its resolution, which decide no tensor but position's."""
     return re.sub(r"_\d{2,4}$", "", name.partition(".")[0])
-
-
-def _same_classes(mine: Classes, theirs: Classes, guard: ClassGuard) -> bool:
-    """Say that class k is class k of the weights, as far as both sides name them."""
-    if mine.count != theirs.count:
-        return False
-    found = difference(mine, theirs)
-    if found is not None and not found.same_classes:
-        return False
-    guard.compare(mine, theirs)
-    return True
 
 
 def _resize_positions(state: dict[str, Tensor], model: nn.Module) -> tuple[Grid, Grid] | None:
