@@ -81,8 +81,8 @@ def dump_teacher(
         guard = ClassGuard(COMMAND_SWITCH, accept=accept_classes)
         dataset, teacher = open_stage_one(recipe, ranks, guard)
         loading = loading_for(recipe, teacher)
-        # The data set decides the manifest, so its corrupt images are found first; their list is
-        # written once the folder is known to be this cache's.
+        # Corrupt images change the manifest, so they are found first; their list, in left_out, is
+        # written once write_cache has checked that the folder is this cache's.
         left_out = LeftOuts(Path(cache.path), ranks)
         dataset = without_corrupt_images(dataset, data.corrupt, left_out, loading.workers)
         writer = write_cache(
@@ -91,7 +91,14 @@ def dump_teacher(
             teacher_info(teacher, recipe.teacher.kwargs),
             recipe.views,
             loading=loading,
-            options=WriteOptions(shard_range, view_range, accept_versions, guard, ranks, patience),
+            options=WriteOptions(
+                shard_range,
+                view_range,
+                accept_versions=accept_versions,
+                guard=guard,
+                ranks=ranks,
+                patience=patience,
+            ),
         )
         if ranks.first:
             left_out.write()
@@ -100,15 +107,16 @@ def dump_teacher(
         started = time.perf_counter()
         with stop_requests() as stop:
             with writer:
-                for views in writer.views():  # of undone units: images (n, 3, S, S) on the device
-                    images = normalise(views.images, teacher.mean, teacher.std)
-                    # (n, K, h, w) and (n, K) float16; put() checks them, one batch later on CUDA
+                for batch in writer.views():  # of undone units: images (n, 3, S, S) on the device
+                    images = normalise(batch.images, teacher.mean, teacher.std)
+                    # (n, K, h, w) and (n, K) float16; put() checks that they are finite, encodes
+                    # and stores them, on CUDA one batch later, so that the device never waits
                     spatial, global_ = teacher.unchecked(images)
-                    units_completed = writer.put(views, spatial, global_)
+                    units_completed = writer.put(batch, spatial, global_)
                     # Ctrl-C waits for the end of a unit; a scheduler gives too little time for it.
                     if stop.requeue or (stop.requested and units_completed):
                         break
-            # Not in the writer's block: one that an error leaves does not write all complete units.
+            # After the block: an error that leaves it would drop units still to be written.
             if stop.requested and not writer.finished:
                 raise KeyboardInterrupt  # stop_requests makes it Requeue on a scheduler's signal
         return {**_summary(writer, ranks, started), "left_out": len(left_out)}
@@ -131,8 +139,8 @@ def open_stage_one(
     """Open the recipe's shards, and its teacher on the recipe's device, with the same classes.
 
     Args:
-        guard: compares the class names of a teacher that ``train`` made with the shards'; None:
-            they must be equal.
+        guard: decides what happens where the shards' class names are not those of a teacher that
+            ``train`` made; None: they are refused.
 
     Raises:
         CskdError: one of them cannot be used, or they do not belong together.
@@ -170,13 +178,13 @@ def open_teacher(recipe: DumpRecipe, num_classes: int | None, device: torch.devi
     Raises:
         CskdError: the teacher cannot be used, or has another number of classes.
     """
-    loop = recipe.dump
+    options = recipe.dump
     teacher = load_teacher(
-        TeacherSource(num_classes=num_classes, **vars(recipe.teacher)),  # its keys: [teacher]'s
+        TeacherSource(num_classes=num_classes, **vars(recipe.teacher)),  # [teacher]'s keys
         size=recipe.views.size,
-        batch_size=loop.batch_size,
-        channels_last=loop.channels_last,
-        compile=loop.compile,
+        batch_size=options.batch_size,
+        channels_last=options.channels_last,
+        compile=options.compile,
         device=device,
     )
     rows, columns = teacher.grid

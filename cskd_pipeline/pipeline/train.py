@@ -34,7 +34,7 @@ from cskd_pipeline.models.train_state import find_nonfinite, load_state, save_st
 from cskd_pipeline.pipeline.evaluate import counted, measure
 from cskd_pipeline.pipeline.finetune import check_resumed
 from cskd_pipeline.pipeline.run_log import Row, RunLog, epoch_line, open_wandb, require_wandb
-from cskd_pipeline.pipeline.train_job import TrainJob, change_lines, write_changes
+from cskd_pipeline.pipeline.train_job import CHANGES, TrainJob, change_lines, write_changes
 from cskd_pipeline.pipeline.trainer import PARTS, Trainer
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.atomic import NO_LOCKS, require_free, sole_writer, sweep, write_text
@@ -49,8 +49,8 @@ RECIPE, STATE, KEPT_STATE = "recipe.toml", "state.pt", "state-{:05}.pt"
 JOB = ".torchrun-job"
 STUDENTS = ("last.safetensors", "last_ema.safetensors", "best.safetensors")
 OCCUPIED_BY = (
-    *(RECIPE, STATE, *STUDENTS, "summary.csv", "changes.jsonl", "tensorboard"),
-    *("left_out.csv", "left_out-validation.csv", "wandb", "wandb.json"),
+    *(RECIPE, STATE, *STUDENTS, CHANGES, "summary.csv", "tensorboard", "wandb", "wandb.json"),
+    *("left_out.csv", "left_out-validation.csv"),
     "zarr.json",  # a cache
 )
 """A run may start in any folder that contains none of these (other files, such as a job's log, are
@@ -84,7 +84,7 @@ def train(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
             write_text(out / RECIPE, to_toml(recipe))
             for left_out in job.data.left_out:
                 left_out.write()
-        _keep_changes(job)
+        _record_changes(job)
         wandb_curves = open_wandb(recipe) if ranks.first else None
         curves = RunLog(out, job.trainer.update, writes=ranks.first, wandb_curves=wandb_curves)
         return _train(job, curves)
@@ -124,8 +124,8 @@ def _epoch(job: TrainJob, batches: Iterator[Batch], curves: RunLog, stop: Stop) 
     """Make the updates that are left in the current epoch; leave its row in ``job.pending``."""
     trainer, options = job.trainer, job.recipe.run
     epoch, steps, drifted = trainer.epoch, trainer.steps_per_epoch, 0
-    done = trainer.update % steps
-    with progress(steps, "updates", f"epoch {epoch + 1}", done=done) as meter:
+    done_before = trainer.update % steps  # by a run that this one resumes
+    with progress(steps, "updates", f"epoch {epoch + 1}", done=done_before) as meter:
 
         def loaded() -> Iterator[Batch]:
             nonlocal drifted
@@ -135,26 +135,33 @@ def _epoch(job: TrainJob, batches: Iterator[Batch], curves: RunLog, stop: Stop) 
 
         micro_batches = loaded()
         while trainer.epoch == epoch:
-            ratio = trainer.ratio
-            parts = trainer.step(micro_batches)
+            ratio = trainer.ratio  # of the next update
+            losses = trainer.step(micro_batches)  # (4,), PARTS of this rank's samples
             meter.advance()
+            # What follows waits for the other ranks: all of them call it at the same updates.
             if trainer.update % options.log_every == 0:
-                curves.scalars(trainer.update, _point(trainer, parts, ratio))
-            within, every = trainer.update % steps, options.checkpoint_every
-            # Ranks wait for each other here: call it after every update, whatever else holds.
+                curves.scalars(trainer.update, _point(trainer, losses, ratio))
+            step_in_epoch, every = trainer.update % steps, options.checkpoint_every
             stopping = _time_to_stop(trainer, stop)
-            if within and (stopping or (every and within % every == 0)):
+            if step_in_epoch and (stopping or (every and step_in_epoch % every == 0)):
                 _save(job)
                 if stopping:
+                    _warn_of_drift(trainer, epoch, drifted)
                     raise KeyboardInterrupt
-        means = _read_means(trainer, trainer.sums / steps)  # waits for the device: times are whole
+        # Waits for the device, so that the times below are of whole updates.
+        means = _read_means(trainer, trainer.sums / steps)
         rate, data_wait = meter.rate * job.recipe.batch.batch_size, meter.data_wait
-        seconds = meter.seconds * steps / (steps - done)  # of the whole epoch, resumed or not
-    if drifted:
-        log.warning(f"epoch {epoch + 1}: {drifted} views are not those the teacher saw")
+        seconds = meter.seconds * steps / (steps - done_before)  # as if none had been done before
+    _warn_of_drift(trainer, epoch, drifted)
     trainer.sums.zero_()
     job.pending = {"epoch": epoch + 1, **means, "ckf_ratio": ratio, "lr": trainer.lr}
     job.pending |= {"seconds": seconds, "images_per_second": rate, "data_wait": data_wait}
+
+
+def _warn_of_drift(trainer: Trainer, epoch: int, drifted: int) -> None:
+    """Report the views, of all ranks, that ``data.drift = warn`` let pass."""
+    if total := sum(trainer.ranks.gather(drifted)):
+        log.warning(f"epoch {epoch + 1}: {total} views are not those the teacher saw")
 
 
 def _close_epoch(job: TrainJob, curves: RunLog, stop: Stop) -> None:
@@ -214,7 +221,7 @@ def _evaluate(job: TrainJob, stop: Stop) -> Row:
         prefix = "" if name == "last" else "ema_"
         row |= {f"{prefix}top1": metrics["mean"]["top1"], f"{prefix}top5": metrics["mean"]["top5"]}
         row |= {f"{prefix}top1_{head}": m["top1"] for head, m in metrics.items() if head != "mean"}
-        top1 = metrics["mean"]["top1"]
+        top1 = metrics["mean"]["top1"]  # of the mean of the heads' logits
         if top1 > job.best.get("top1", -1.0):
             if trainer.ranks.first:
                 path = Path(job.recipe.run.out) / "best.safetensors"
@@ -262,14 +269,14 @@ def _save(job: TrainJob, name: str = STATE) -> None:
 
 
 def _time_to_stop(trainer: Trainer, stop: Stop) -> bool:
-    """Say that it is time to stop; ranks ask each other at times, so all stop at one update."""
+    """Return whether to stop now; ranks ask each other at times, so all stop at one update."""
     if trainer.ranks.many and trainer.update % ASK_EVERY:
         return False
     return _exchange_signals(trainer, stop)
 
 
 def _exchange_signals(trainer: Trainer, stop: Stop) -> bool:
-    """Say that some rank got a signal; all ranks call this, and then know which."""
+    """Return whether some rank got a signal; all ranks call this, and then know which."""
     if not trainer.ranks.any(stop.requested):
         return False
     for signals in trainer.ranks.gather(sorted(stop.signals)):
@@ -277,16 +284,15 @@ def _exchange_signals(trainer: Trainer, stop: Stop) -> bool:
     return True
 
 
-def _point(trainer: Trainer, parts: Tensor, ratio: float) -> dict[str, float]:
-    """The scalars of one update. Reading them is where the host waits for the device."""
-    values = _read_means(trainer, parts)
-    losses = {f"train/{name}": value for name, value in values.items()}
-    return {**losses, "train/lr": trainer.lr, "train/ckf_ratio": ratio}
+def _point(trainer: Trainer, losses: Tensor, ratio: float) -> dict[str, float]:
+    """Return the scalars of one update; the host waits for the device and for other ranks."""
+    means = {f"train/{name}": value for name, value in _read_means(trainer, losses).items()}
+    return {**means, "train/lr": trainer.lr, "train/ckf_ratio": ratio}
 
 
-def _read_means(trainer: Trainer, parts: Tensor) -> dict[str, float]:
+def _read_means(trainer: Trainer, losses: Tensor) -> dict[str, float]:
     """Average loss parts over all ranks, which all call this; refuse a loss that is not finite."""
-    values = dict(zip(PARTS, trainer.ranks.mean(parts).tolist(), strict=True))
+    values = dict(zip(PARTS, trainer.ranks.mean(losses).tolist(), strict=True))
     if not math.isfinite(values["loss"]):
         found = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
         raise _diverged(trainer, "the loss is not finite", found)
@@ -350,7 +356,7 @@ def _claim(out: Path, resume: bool) -> bool:
 
 
 def _fork(job: TrainJob, state_file: Path) -> None:
-    """Begin with another run's state; how the recipes differ is the first of this run's changes."""
+    """Begin with another run's state; how the recipes differ becomes this run's first change."""
     if not state_file.is_file():
         raise WeightsError(
             "there is no such state to fork",
@@ -368,7 +374,7 @@ def _resume(job: TrainJob, state_file: Path) -> None:
     job.restore(load_state(state_file), state_file)
     _compare_init(job, state_file)
     update, total = trainer.update, trainer.total_updates
-    log.info(f"resuming at epoch {trainer.epoch}, update {update} of {total}")
+    log.info(f"resuming after {update} of {total} updates, {trainer.epoch} epochs")
     ended = update == total and job.pending is None
     if ended and job.data.validation is not None and "top1" not in job.rows[-1]:
         # The last epoch was closed without an evaluation: the recipe had more epochs then, or no
@@ -382,9 +388,9 @@ def _compare_init(job: TrainJob, state_file: Path) -> None:
         log.info(f"{init_from} is gone; the run continues without it")
 
 
-def _keep_changes(job: TrainJob) -> None:
+def _record_changes(job: TrainJob) -> None:
     """Save a run whose recipe has just been changed, and write all its changes to its folder."""
-    if job.changed:
+    if job.just_changed:
         for line in change_lines(job.changes[-1:]):
             log.warning(f"the recipe is changed from {line}")
         _save(job)

@@ -22,7 +22,7 @@ from cskd_pipeline.pipeline.training_data import TrainingData
 from cskd_pipeline.runtime.atomic import write_text
 from cskd_pipeline.runtime.classes import Classes
 
-LOG = "changes.jsonl"
+CHANGES = "changes.jsonl"
 _DATA = {
     "shards": "data.shards: different samples, or in different shards",
     "left_out": "data: different samples are left out",
@@ -47,7 +47,7 @@ class TrainJob:
             in between repeats no update.
         best: top-1, epoch and weights of the best student.
         changes: how the recipe was changed, each time the run was resumed with a different one.
-        changed: the last of ``changes`` is new.
+        just_changed: the last of ``changes`` is new.
         init: the weights that the run started from: ``from`` and ``sha256``.
         forked: the state that a fork began with, in the same way.
     """
@@ -59,7 +59,7 @@ class TrainJob:
     pending: dict[str, float | int | None] | None = None
     best: dict[str, Any] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
-    changed: bool = False
+    just_changed: bool = False
     init: dict[str, str] | None = None
     forked: dict[str, str] | None = None
 
@@ -154,7 +154,7 @@ class TrainJob:
             ) from error
         if forking:
             changed["run.fork_from"] = ["", f"{where.parent.name}/{where.name}"]
-        self.changed = bool(changed)
+        self.just_changed = bool(changed)
         if changed:
             update = self.trainer.update
             self.changes.append({"time": utc_now(), "update": update, "changed": changed})
@@ -350,7 +350,7 @@ def change_lines(changes: Iterable[Change]) -> list[str]:
 
 def write_changes(folder: Path, changes: list[Change]) -> None:
     """Write every change of the run's recipe to its folder, one JSON object a line."""
-    write_text(folder / LOG, "".join(json.dumps(change) + "\n" for change in changes))
+    write_text(folder / CHANGES, "".join(json.dumps(change) + "\n" for change in changes))
 
 
 def _shown(value: Any) -> str:

@@ -24,6 +24,7 @@ from cskd_pipeline.runtime.distributed import ALONE, Ranks
 from cskd_pipeline.views.bits import derive_seed
 
 PARTS = ("loss", "base", "global", "spatial")
+"""Of the loss, in the order of :meth:`Trainer.step`'s sums, which a run's state holds."""
 
 
 class Trainer:

@@ -37,8 +37,8 @@ class UnitWriter:
     """Yield every view of a cache's undone units, and write the logits that come back::
 
         with writer:
-            for views in writer.views():
-                writer.put(views, *network(views.images))
+            for batch in writer.views():
+                writer.put(batch, *network(batch.images))
 
     Batches are full but for the last, on the device of ``loading``; they are yielded once. Units
     are claimed one by one, so several processes may do this in one cache. Once no more are free, a

@@ -69,9 +69,9 @@ def write_cache(
     """Create the cache of ``teacher``'s logits, resume it, or extend it to more views::
 
         with write_cache(CacheSection("cache", views=4), "train-*.tar", teacher, policy) as writer:
-            for views in writer.views():               # images (n, 3, S, S) float32, in [0, 1]
-                spatial, global_ = network(views.images)
-                writer.put(views, spatial, global_)    # (n, K, h, w) and (n, K)
+            for batch in writer.views():               # images (n, 3, S, S) float32, in [0, 1]
+                spatial, global_ = network(batch.images)
+                writer.put(batch, spatial, global_)    # (n, K, h, w) and (n, K)
 
     Units (block of views, tar shard) are committed one by one, and survive whatever ends the block.
     The same call resumes with the missing ones: the finished cache has the same bytes however often

@@ -39,8 +39,8 @@ def main(shards: str, path: str) -> None:
     settings = cskd.CacheSection(path, encodings=("dense", "envelope"), views=2)
     policy = cskd.ViewPolicy(size=48)
     with torch.inference_mode(), cskd.write_cache(settings, shards, teacher, policy) as writer:
-        for views in writer.views():
-            writer.put(views, *cnn(views.images))
+        for batch in writer.views():
+            writer.put(batch, *cnn(batch.images))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.errors import ImageError, UsageError
 from cskd_pipeline.runtime.distributed import Ranks, joined, launched
+from cskd_pipeline.views import apply
 from tests.cache.making import tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -185,6 +186,18 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     assert state["update"] == 6
     run_in(2, [*words, "--resume"])
     same_curve(summary(tmp_path / "run"), alone)
+
+
+def test_views_that_drifted_are_counted_over_all_ranks(
+    small: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    digest = apply.digest
+    monkeypatch.setattr(apply, "digest", lambda pixels: digest(pixels) ^ 1)
+    run_in(2, arguments(small, tmp_path / "run", "data.drift=warn"))
+    assert "epoch 1: 96 views are not those the teacher saw" in capfd.readouterr().err
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(

@@ -70,8 +70,8 @@ def dump_zeros(shards: str, cache: Path, seen: Callable[[], object] = lambda: No
     teacher = TeacherInfo("zeros", "random", "0" * 64, 5, 32, (0.0,) * 3, (1.0,) * 3, (2, 2))
     section, policy = CacheSection(str(cache), views=1), ViewPolicy(size=32)
     with write_cache(section, shards, teacher, policy, loading=Loading(batch_size=4)) as writer:
-        for views in writer.views():
-            writer.put(views, torch.zeros(len(views), 5, 2, 2), torch.zeros(len(views), 5))
+        for batch in writer.views():
+            writer.put(batch, torch.zeros(len(batch), 5, 2, 2), torch.zeros(len(batch), 5))
             seen()
     return writer
 
