@@ -4,5 +4,6 @@
 cache against images and teacher; ``report`` writes pages and plots, ``export`` students for others,
 ``publish`` what lies beside a published cache, both with READMEs of ``markdown``; ``make_shards``
 packs images; ``demo``, on ``demo_images``, and ``study`` run the whole by this program's own
-``commands``. All return reports, which ``tables`` turns into text.
+``commands``. All return reports, which ``tables`` turns into text, or raise a CskdError, which says
+what to do.
 """

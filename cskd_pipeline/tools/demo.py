@@ -4,8 +4,6 @@ Images, shards, a CNN trained as the teacher, its cache, and one ViT trained thr
 Every number in the table was measured by the run that prints it.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from pathlib import Path
@@ -31,10 +29,6 @@ def run_demo(out: Path, command: Command, seed: int = 0) -> dict[str, Any]:
 
     Returns:
         The report, which is also in ``out/demo.json``.
-
-    Raises:
-        OutputError: ``out`` holds something else.
-        MissingPackageError: scikit-learn, which has the images, is not installed.
     """
     from cskd_pipeline.tools.demo_images import write_digit_folders
 

@@ -6,8 +6,6 @@ every view, so that locations show different classes and spatial logits say more
 Some training images have a random label, as in sets collected from the web.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +22,7 @@ VALIDATION_DIGITS = 497  # scans that no training image is made of
 
 
 def _scans() -> tuple[np.ndarray, np.ndarray]:
-    """Return the scans, (N, 8, 8) float in [0, 1], and their (N,) labels.
-
-    Raises:
-        MissingPackageError: scikit-learn is not installed.
-    """
+    """Return the scans, (N, 8, 8) float in [0, 1], and their (N,) labels."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:

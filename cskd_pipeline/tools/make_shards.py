@@ -72,11 +72,6 @@ def make_shards(
     Returns:
         ``out``, ``shards``, ``samples``, ``classes``, ``bytes``, ``skipped`` (a count) and
         ``skipped_examples``.
-
-    Raises:
-        DataError: no class folders, a class without images, images that are empty or cannot be
-            read, two images of one key.
-        OutputError: ``out`` holds something already, or no space is left.
     """
     out = Path(out)
     partial = out / ".partial"  # inside, as ``out`` may be a disk of its own
@@ -103,11 +98,7 @@ def make_shards(
 
 
 def scan_image_folder(root: Path) -> ImageFolder:
-    """Find the images of a tree with one folder per class.
-
-    Raises:
-        DataError: see :func:`make_shards`.
-    """
+    """Find the images of a tree with one folder per class."""
     if not root.is_dir():
         raise DataError("no such folder", where=root, expected="a folder with one folder per class")
     entries = sorted(os.scandir(root), key=lambda entry: entry.name)

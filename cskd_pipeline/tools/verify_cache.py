@@ -106,9 +106,6 @@ def verify_cache(
 
     Returns:
         Per depth what was counted, all ``problems``, and ``ok``.
-
-    Raises:
-        CskdError: there is no cache, no data set, or no teacher, to look at.
     """
     reader = open_cache(cache)
     checks = list(_own_checks(reader, depth, partial))
@@ -352,11 +349,7 @@ TO_DO = {
 
 
 def require_ok(report: Mapping[str, Any]) -> None:
-    """Refuse a cache with problems.
-
-    Raises:
-        CacheError: lists them, says what to do, and holds the report.
-    """
+    """Refuse a cache with problems."""
     if report["ok"]:
         return
     failed = {

@@ -21,8 +21,8 @@ from cskd_pipeline.cli import main
 from cskd_pipeline.distill.targets import SampledTargets
 from cskd_pipeline.errors import CacheError, MissingPackageError, OutputError, UsageError, printable
 from cskd_pipeline.runtime import atomic
-from cskd_pipeline.tools.publish.preview import draw_rows
 from cskd_pipeline.tools.publish.publish_cache import PublishOptions, publish
+from cskd_pipeline.tools.report.labels import draw_rows
 from cskd_pipeline.views.mixing import draw_mix, matching
 from tests.cache.making import COUNTS, VIEWS, dataset, fill, make, manifest, teacher, tree
 from tests.cache.test_card import EVIL

@@ -5,8 +5,6 @@ first that is missing; what failed is tried once more. The study is last, a proc
 its own folder and ledger.
 """
 
-from __future__ import annotations
-
 import logging
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -98,10 +96,6 @@ def bench_all(config: AllConfig) -> dict[str, Any]:
 
     Returns:
         ``results`` by name, ``errors`` by name, ``missing`` names, ``title`` and ``figures``.
-
-    Raises:
-        OutputError: ``out`` holds something else, or results of another machine or other shards.
-        KeyboardInterrupt, Requeue: stopped; the same call goes on.
     """
     device = pick_device(config.device or "auto")
     scale = SCALES["cuda" if device.type == "cuda" else "cpu"]
@@ -271,11 +265,7 @@ def printed(report: Mapping[str, Any]) -> Printed:
 
 
 def require_ok(report: Mapping[str, Any]) -> None:
-    """Refuse a report with failures.
-
-    Raises:
-        CskdError: names them, and holds the report.
-    """
+    """Refuse a report with failures."""
     if report["errors"]:
         raise CskdError(
             "measurements failed",

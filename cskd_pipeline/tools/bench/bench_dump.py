@@ -52,9 +52,6 @@ def bench_dump(
         ``views_per_second`` of ``dump``, ``teacher``, ``loader`` (the recipe's processes), and on
         one core ``block_10`` and ``block_1``; ``ratio`` of dump to teacher and of block_10 to
         block_1, medians with spread; ``limit``: loader or teacher; ``variants``.
-
-    Raises:
-        CskdError: as the dump itself would.
     """
     few = SampledDump.of(recipe, *open_stage_one(recipe), images)
     teacher, resident, views = few.teacher, resident_views(few), few.dataset.samples * BLOCK
@@ -169,11 +166,7 @@ def _changed(expected: Sequence[Logits], found: Sequence[Logits]) -> tuple[float
 
 
 def resident_views(few: SampledDump) -> list[Tensor]:
-    """Return some full batches of real views, normalised, on the teacher's device.
-
-    Raises:
-        DataError: too few images for one.
-    """
+    """Return some full batches of real views, normalised, on the teacher's device."""
     teacher, size = few.teacher, few.recipe.dump.batch_size
     batches = few.batches(BLOCK, loading=Loading(size))
     pieces = (TeacherViews.of(batch, few.recipe.views, teacher.device) for batch in batches)

@@ -46,9 +46,6 @@ def bench_join(recipe: TrainRecipe, *, rounds: int, updates: int = 1) -> dict[st
     Returns:
         Images per second of both sides, and the ratio ``with_join`` / ``without``: medians with
         spread.
-
-    Raises:
-        CskdError: as a run of the recipe would.
     """
     if recipe.distill.method == "none":
         raise UsageError("method none joins no cache", action="use --method cskd or deit")

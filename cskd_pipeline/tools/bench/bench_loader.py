@@ -48,9 +48,6 @@ def bench_loader(
 
     Returns:
         Images per second and core, and ratios to timm's: medians with spread.
-
-    Raises:
-        DataError: fewer samples than one batch; ShardError, ImageError: data that cannot be read.
     """
     policy, dataset = ViewPolicy(size=size), _with_classes(dataset)
     steps = {f"repeats_{n}": _ours(dataset, policy, n, batch_size) for n in GOALS}
@@ -85,9 +82,6 @@ def loader_rate(
 
     Args:
         images: about how many are made; the first quarter, while processes start, is not counted.
-
-    Raises:
-        DataError: fewer samples than one batch; ShardError, ImageError: data that cannot be read.
     """
     views = TrainingViews.of_dataset(_with_classes(dataset), ViewPolicy(size=size), 0)
     loader = CachedLoader(views, batch_size, repeats=repeats, workers=workers)

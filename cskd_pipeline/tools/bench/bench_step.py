@@ -70,9 +70,6 @@ def bench_step(
         By student: images per second of every side, and ``ratio``: seconds of ``deit`` and
         ``cskd`` in units of ``none``, of ``live`` in units of ``cskd``, medians with spread; on
         CUDA ``peak_memory``, bytes, of each side.
-
-    Raises:
-        StudentError, TeacherError: a model that does not exist or does not fit.
     """
     use_threads(recipe.run.threads)
     device = pick_device(recipe.run.device)

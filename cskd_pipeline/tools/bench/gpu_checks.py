@@ -1,7 +1,5 @@
 """What must hold on every device, counted on this one with the user's own images."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -29,9 +27,6 @@ def check_teacher(recipe: DumpRecipe, images: int) -> dict[str, Any]:
 
     Returns:
         ``companions`` and ``cache``: how many values were ``compared``, and how many ``differ``.
-
-    Raises:
-        CskdError: as a dump of the recipe would.
     """
     recipe = replace(recipe, cache=replace(recipe.cache, encodings=("envelope",)))
     few = SampledDump.of(recipe, *open_stage_one(recipe), images)

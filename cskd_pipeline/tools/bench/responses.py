@@ -63,11 +63,7 @@ class Responses:
 
 
 def from_cache(path: Path | str, views: int) -> Responses:
-    """Draw ``views`` views at random from all that a cache with the encoding ``dense`` has.
-
-    Raises:
-        CacheError: there is no such cache, it lacks ``dense``, or has no finished unit.
-    """
+    """Draw ``views`` views at random from all that a cache with the encoding ``dense`` has."""
     reader = open_cache(path)
     if "dense" not in reader.encodings:
         raise CacheError(
@@ -94,9 +90,6 @@ def from_teacher(recipe: DumpRecipe, views: int) -> Responses:
     """Run the recipe's teacher on ``views`` views of samples from all over its shards.
 
     They are of as many samples as there are, in one view each or, of a small data set, in several.
-
-    Raises:
-        CskdError: data or teacher cannot be used.
     """
     # A teacher always runs on whole batches: parts are no smaller than one.
     parts = max(1, min(4, views // recipe.dump.batch_size))
@@ -112,10 +105,10 @@ def from_teacher(recipe: DumpRecipe, views: int) -> Responses:
 
 
 def encode(encoding: Encoding, responses: Responses, device: torch.device) -> tuple[Rows, float]:
-    """Return all rows by array, and the seconds a view on the device."""
+    """Return all rows by array, and the milliseconds a view on the device."""
     specs = encoding.arrays(ResponseShape(*responses.spatial.shape[1:]))
     buffer = UnitBuffer(1, len(responses), {spec.name: spec.fill for spec in specs})
-    per_view = []
+    per_view = []  # in ms
     for start in range(0, len(responses), BATCH):
         part = slice(start, start + BATCH)
         d, g = (logits[part].to(device) for logits in (responses.spatial, responses.global_))
@@ -126,7 +119,7 @@ def encode(encoding: Encoding, responses: Responses, device: torch.device) -> tu
         began = time.perf_counter()
         made = encoding.encode(d, g, seeds)
         wait_for(device)
-        per_view.append((time.perf_counter() - began) / len(g))
+        per_view.append(1e3 * (time.perf_counter() - began) / len(g))
         values = {name: rows.cpu().numpy() for name, rows in made.items()}
         buffer.put(0, np.arange(start, start + len(g)), values)
     return {name: rows[0] for name, rows in buffer.arrays.items()}, statistics.median(per_view)

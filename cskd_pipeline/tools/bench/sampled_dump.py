@@ -36,11 +36,7 @@ class SampledDump:
     def of(
         cls, recipe: DumpRecipe, dataset: Dataset, teacher: Teacher, images: int, parts: int = 4
     ) -> SampledDump:
-        """Sample about ``images`` images in ``parts`` runs of neighbours.
-
-        Raises:
-            CskdError: as the dump itself would.
-        """
+        """Sample about ``images`` images in ``parts`` runs of neighbours."""
         loading = loading_for(recipe, teacher)
         few = sample(dataset, images, parts)
         nowhere = LeftOuts(None, ALONE)

@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +46,22 @@ _KEPT_VIEWS = 512  # whose logits are stored in every encoding
 
 @dataclass(frozen=True)
 class DumpTrial:
-    """Hold what was measured: rates in views per second, encodings in seconds a view."""
+    """Hold what was measured, in the report's words."""
 
     samples: int
     views: int
     workers: int
-    loader: float
-    teacher: float
-    encode: Mapping[str, float]
-    together: float
-    startup: float
-    bytes_per_view: Mapping[str, float]
+    loader_views_per_second: float
+    teacher_views_per_second: float
+    dump_views_per_second: float
+    startup_seconds: float
+    encode_ms_per_view: dict[str, float]
+    bytes_per_view: dict[str, float]
 
     def device_rate(self, encodings: Sequence[str]) -> float:
         """Return the views per second of teacher and these encodings, with batches at hand."""
-        return 1.0 / (1.0 / self.teacher + sum(self.encode[name] for name in encodings))
+        encode = sum(self.encode_ms_per_view[name] for name in encodings) / 1e3
+        return 1.0 / (1.0 / self.teacher_views_per_second + encode)
 
 
 def plan_dump(
@@ -82,14 +83,11 @@ def plan_dump(
         encoding, and ``forecast``: bytes, files and entries of the largest folder, and seconds here
         and on more devices, for every number of views with each encoding alone and with the
         recipe's together.
-
-    Raises:
-        CskdError: as the dump itself would.
     """
     dataset, teacher = open_stage_one(recipe)
     trial = try_dump(recipe, dataset, teacher, images)
-    own = trial.device_rate(recipe.cache.encodings)
-    limit = "loader" if trial.loader < own else "device"
+    own, loader = trial.device_rate(recipe.cache.encodings), trial.loader_views_per_second
+    limit = "loader" if loader < own else "device"
     stored: list[tuple[str, ...]] = [(name,) for name in ENCODINGS]
     if recipe.cache.encodings not in stored:
         stored.append(recipe.cache.encodings)
@@ -101,7 +99,7 @@ def plan_dump(
         for names in stored:
             device = trial.device_rate(names)
             # What other encodings change, they change in the device's share of the time.
-            here = trial.together * (device / own if limit == "device" else 1.0)
+            here = trial.dump_views_per_second * (device / own if limit == "device" else 1.0)
             # On a CPU loader and teacher share the cores: another device is another such machine.
             each = here if teacher.device.type == "cpu" else device
             size = sum(trial.bytes_per_view[n] for n in names)
@@ -112,27 +110,20 @@ def plan_dump(
                     "bytes_per_view": size,
                     "bytes": round(total * (size + trial.bytes_per_view[COMMON])),
                     **_count_files(recipe, replace(cache, encodings=names), dataset, teacher),
-                    "seconds": trial.startup + total / here,
+                    "seconds": trial.startup_seconds + total / here,
                     "device_seconds": {str(n): total / (n * each) for n in devices},
                 }
             )
+    measured = asdict(trial)
+    sizes = measured.pop("bytes_per_view")
     return {
         "dataset": {"name": dataset.name, "samples": dataset.samples},
         "teacher": teacher.name,
         "device": str(teacher.device),
         "limit": limit,
-        "workers_to_feed_a_device": math.ceil(own / (trial.loader / max(1, trial.workers))),
-        "measured": {
-            "samples": trial.samples,
-            "views": trial.views,
-            "workers": trial.workers,
-            "loader_views_per_second": trial.loader,
-            "teacher_views_per_second": trial.teacher,
-            "dump_views_per_second": trial.together,
-            "startup_seconds": trial.startup,
-            "encode_ms_per_view": {name: 1e3 * s for name, s in trial.encode.items()},
-        },
-        "bytes_per_view": dict(trial.bytes_per_view),
+        "workers_to_feed_a_device": math.ceil(own / (loader / max(1, trial.workers))),
+        "measured": measured,
+        "bytes_per_view": sizes,
         "forecast": rows,
     }
 
@@ -209,11 +200,11 @@ def try_dump(recipe: DumpRecipe, dataset: Dataset, teacher: Teacher, images: int
         samples=few.dataset.samples,
         views=total,
         workers=workers,
-        loader=loading.rate,
-        teacher=1 / seconds,
-        encode=costs,
-        together=whole.rate,
-        startup=whole.startup,
+        loader_views_per_second=loading.rate,
+        teacher_views_per_second=1 / seconds,
+        dump_views_per_second=whole.rate,
+        startup_seconds=whole.startup,
+        encode_ms_per_view=costs,
         bytes_per_view=sizes,
     )
 
@@ -234,7 +225,7 @@ def _time_teacher(few: SampledDump, batches: Sequence[Batch]) -> tuple[float, Re
 def _time_encodings(
     responses: Responses, device: torch.device, shard_length: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return every encoding's seconds a view, and its bytes a view in shards of such a length."""
+    """Return every encoding's ms a view, and its bytes a view in shards of such a length."""
     rows, costs = {}, {}
     for name, encoding in responses.encodings().items():
         rows[name], costs[name] = encode(encoding, responses, device)

@@ -34,9 +34,6 @@ def plan_train(recipe: TrainRecipe, *, updates: int = UPDATES) -> dict[str, Any]
         Images per second of loader, device, and both together; ``limit`` (``loader`` or
         ``device``); how many loader processes would feed the device; seconds of an epoch and of the
         run.
-
-    Raises:
-        CskdError: as the run itself would.
     """
     use_threads(recipe.run.threads)
     if recipe.data.drift == "skip":  # to find such images is to read all; the rates are the same

@@ -26,11 +26,6 @@ def export_student(
     Args:
         formats: ``timm``, ``onnx`` or both.
         each_head: whether the ONNX model also gives every head's logits.
-
-    Raises:
-        WeightsError, StudentError: no student, or a damaged one.
-        MissingPackageError: ONNX without its packages.
-        OutputError: ``out`` holds something.
     """
     require_empty(out, action="choose another --out")
     if "onnx" in formats:

@@ -23,11 +23,7 @@ MAX_BYTES = 2**31 - 2**20
 
 
 def require_packages() -> None:
-    """Refuse early what could only fail late.
-
-    Raises:
-        MissingPackageError: torch's exporter lacks what it needs.
-    """
+    """Refuse early what could only fail late."""
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise MissingPackageError(
@@ -67,10 +63,6 @@ def write_onnx(student: Student, card: StudentHeader, path: Path, *, each_head: 
     Args:
         student: in evaluation mode, on the CPU.
         each_head: whether the heads' own logits follow their mean, as ``cls``, ``dist``, ``dense``.
-
-    Raises:
-        MissingPackageError: see :func:`require_packages`.
-        StudentError: one too large for a single file.
     """
     require_packages()
     import onnx

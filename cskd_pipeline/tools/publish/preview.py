@@ -19,14 +19,12 @@ from cskd_pipeline.distill.targets import SampledTargets
 from cskd_pipeline.errors import JoinError, MissingPackageError
 from cskd_pipeline.tools.report.gallery import class_names, ground_truth, make_views, with_images
 from cskd_pipeline.tools.report.labels import read_labels, read_targets
-from cskd_pipeline.views.bits import BitStream, derive_seed
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 NAME = "preview.parquet"
 PIXELS = 112  # of a thumbnail's longer side
-_SLABS = 64  # (view, tar shard) pairs that views are drawn from
 
 
 @dataclass(frozen=True)
@@ -68,34 +66,11 @@ def require_pyarrow() -> None:
         )
 
 
-def draw_rows(cache: Cache, count: int, seed: int) -> np.ndarray:
-    """Draw ``count`` views of finished units, or all that there are, by a seed.
-
-    Returns:
-        (n, 3) int64 view, shard, offset, in this order; from few (view, tar shard) pairs.
-    """
-    block, units = cache.manifest.view_block, np.argwhere(cache.done()).tolist()
-    pairs = [(b * block + v, shard) for b, shard in units for v in range(block)]
-    bits = BitStream(derive_seed("preview", seed))
-    rows: list[tuple[int, int, int]] = []
-    for number, i in enumerate(np.argsort(bits.raw(len(pairs)), kind="stable").tolist()):
-        if number >= _SLABS and len(rows) >= count:
-            break
-        view, shard = pairs[i]
-        rows += [(view, shard, offset) for offset in range(cache.counts[shard])]
-    chosen = np.argsort(bits.raw(len(rows)), kind="stable")[:count]
-    return np.array(sorted(rows[i] for i in chosen), np.int64)
-
-
 def make_table(cache: Cache, rows: np.ndarray, found: Join | None = None) -> pa.Table:
     """Return the preview of the views ``rows``, (n, 3) view, shard, offset, n > 0.
 
     Args:
         found: adds thumbnails of the views whose images are there, and leaves the others out.
-
-    Raises:
-        CacheError: a file of the cache is damaged.
-        JoinError: no image is there.
     """
     import pyarrow as pa
 

@@ -22,6 +22,7 @@ from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.runtime import atomic
 from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.tools.publish import cache_card, croissant, preview
+from cskd_pipeline.tools.report.labels import draw_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,12 +62,6 @@ def publish(path: Path, options: PublishOptions) -> dict[str, Any]:
     Returns:
         The files, the views in the preview, the cache's digest, and, where ``location`` is on the
         Hub, the command that uploads it.
-
-    Raises:
-        CacheError, ManifestError: there is no cache, nothing in it is finished, or it is damaged.
-        MissingPackageError: there is no pyarrow.
-        OutputError: one of the files is there, and was not written by this command.
-        UsageError: another license than the manifest's, or a location that cannot be one.
     """
     preview.require_pyarrow()
     repository = _repository(options.location)
@@ -102,11 +97,7 @@ def publish(path: Path, options: PublishOptions) -> dict[str, Any]:
 
 
 def _repository(location: str | None) -> str | None:
-    """Return OWNER/NAME of a location on the Hub, None of any other.
-
-    Raises:
-        UsageError: it is there, and no data set's root, where a card is shown and a preview found.
-    """
+    """Return OWNER/NAME of a location on the Hub, None of any other."""
     if location is None or not location.startswith("hf:"):
         return None
     match = _REPOSITORY.fullmatch(location)
@@ -120,7 +111,7 @@ def _repository(location: str | None) -> str | None:
 
 
 def _preview(cache: Cache, options: PublishOptions) -> pa.Table:
-    rows, found = preview.draw_rows(cache, options.samples, options.seed), None
+    rows, found = draw_rows(cache, options.samples, options.seed), None
     if options.thumbnails:
         assert options.shards is not None
         found = join_to_look(cache, options.shards, ClassGuard(), split=options.split)
@@ -156,9 +147,6 @@ def sums(cache: Cache) -> str:
     """Return the SHA-256 of every file, as ``sha256sum --check`` reads it.
 
     Units' files are not read: their records, which are, hold what was written.
-
-    Raises:
-        CacheError: a record is missing or damaged.
     """
 
     def of_unit(unit: list[int]) -> dict[str, bytes]:

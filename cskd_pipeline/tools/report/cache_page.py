@@ -1,7 +1,5 @@
 """The page of a cache: its provenance, the teacher's labels over real views, their statistics."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,9 @@ from cskd_pipeline.tools.report.labels import (
     RATIOS,
     Labels,
     Statistics,
+    draw_rows,
     measure,
     read_labels,
-    sample_rows,
 )
 from cskd_pipeline.tools.report.page import PageOptions, render, write_page
 from cskd_pipeline.tools.report.plot_files import Plot
@@ -39,9 +37,6 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
 
     Returns:
         The files, the page's size in bytes, and its main figures.
-
-    Raises:
-        CskdError: the cache, or the shards, cannot be used, or do not belong together.
     """
     reader = open_cache(path)
     guard = ClassGuard(COMMAND_SWITCH, accept=options.accept_classes)
@@ -51,8 +46,8 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
     rows = choose_views(found, options.images or IMAGES)
     views = make_views(found, rows)
     labels = read_labels(reader, rows)
-    sampled = sample_rows(found, options.samples or SAMPLES)
-    counted = measure(found, sampled)
+    sampled = draw_rows(reader, options.samples or SAMPLES)
+    counted = measure(reader, sampled)
     info = describe(reader)
     caption = f"Over all locations of {len(sampled)} views, labels from {labels.encoding}."
     plot = _agreement_plot(counted, caption)

@@ -1,7 +1,5 @@
 """The curves of training runs: their columns in the log, their names, and one plot for each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 

@@ -3,9 +3,6 @@
 Students are loaded as their run left them, and see the views in evaluation mode.
 """
 
-from __future__ import annotations
-
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,12 +23,10 @@ from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.report import plots
 from cskd_pipeline.tools.report.gallery import GalleryView, choose_views, class_names, make_views
-from cskd_pipeline.tools.report.labels import RATIO_AXIS, RATIOS, Labels, read_labels, spread
+from cskd_pipeline.tools.report.labels import RATIO_AXIS, RATIOS, Labels, read_labels
 from cskd_pipeline.tools.report.page import PageOptions
 from cskd_pipeline.tools.report.plot_files import Plot
 from cskd_pipeline.tools.report.records import RunRecord
-
-log = logging.getLogger(__name__)
 
 IMAGES = 8
 SAMPLES = 256
@@ -96,10 +91,6 @@ def compare(
 
     Returns:
         None instead of a comparison where no student has a dense head that fits.
-
-    Raises:
-        CskdError: cache or shards cannot be used, or do not belong together; a student's file is
-            missing or damaged.
     """
     without = {
         run.name: f"method {run.method} trains no dense head"
@@ -110,25 +101,23 @@ def compare(
     if not dense:
         return None, without
     reader = open_cache(options.cache or _cache_of(dense[0]))
-    files, misfits = _fitting(dense, reader, guard)
-    without |= misfits
-    if not files:
+    without |= {run.name: why for run in dense if (why := _misfit(run, reader, guard))}
+    fitting = [(style, run) for style, run in enumerate(runs) if run.name not in without]
+    if not fitting:
         return None, without
     found = join_to_look(reader, options.shards or "", guard, split=options.split)
     guard.report_new()
     images, samples = options.images or IMAGES, options.samples or SAMPLES
     rows = choose_views(found, max(images, samples))
-    shown = spread(len(rows), images)
+    shown = np.unique(np.linspace(0, len(rows) - 1, min(images, len(rows))).astype(int))
     teacher = read_labels(reader, rows)
     at = np.stack([teacher.at(r) for r in RATIOS])  # (101, m, h, w)
     students = []
-    for style, run in enumerate(runs):
-        if run.name in files:
-            header, labels = _dense_labels(files[run.name], found, rows)
-            agreement = (at == labels).mean(axis=(1, 2, 3))
-            students.append(
-                StudentLabels(run, style, files[run.name], header, labels[shown], agreement)
-            )
+    for style, run in fitting:
+        file = student_file(run.folder)
+        header, labels = _dense_labels(file, found, rows)
+        agreement = (at == labels).mean(axis=(1, 2, 3))
+        students.append(StudentLabels(run, style, file, header, labels[shown], agreement))
     compared = Comparison(
         cache=reader,
         counted=at.shape[1:],
@@ -153,26 +142,10 @@ def _cache_of(run: RunRecord) -> str:
     return named
 
 
-def _fitting(
-    runs: Sequence[RunRecord], reader: Cache, guard: ClassGuard
-) -> tuple[dict[str, Path], dict[str, str]]:
-    """Return the files of students that can see the cache's views, and why others cannot."""
-    files, misfits = {}, {}
-    for run in runs:
-        file = student_file(run.folder)
-        header = read_header(file)
-        if reason := _misfit(header, reader):
-            misfits[run.name] = reason
-        else:
-            student = replace(header.classes(file), of=f"the student of {run.name}")
-            guard.compare(student, classes_of(reader))
-            files[run.name] = file
-    return files, misfits
-
-
-def _misfit(header: StudentHeader, reader: Cache) -> str:
-    """Return why a student cannot see this cache's views; empty if it can."""
-    manifest = reader.manifest
+def _misfit(run: RunRecord, reader: Cache, guard: ClassGuard) -> str:
+    """Return why a run's student cannot see this cache's views; empty if it can."""
+    file, manifest = student_file(run.folder), reader.manifest
+    header = read_header(file)
     if header.grid is None:
         return "its student has no dense head"
     for name, mine, theirs in (
@@ -182,6 +155,8 @@ def _misfit(header: StudentHeader, reader: Cache) -> str:
     ):
         if mine != theirs:
             return f"its student's {name} is {mine}, the cache's is {theirs}"
+    classes = replace(header.classes(file), of=f"the student of {run.name}")
+    guard.compare(classes, classes_of(reader))
     return ""
 
 

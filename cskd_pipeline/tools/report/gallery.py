@@ -1,7 +1,5 @@
 """Views as the network saw them: replayed from the user's images and mixed, ready for a page."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re
@@ -148,9 +146,6 @@ def choose_views(found: Join, count: int) -> np.ndarray:
     """Return about ``count`` views whose images are there: (n, 3) view, shard, offset; n > 0.
 
     Those in which one image fills the most come first.
-
-    Raises:
-        JoinError: there is none.
     """
     rows = with_images(found, spread_views(found, count, few=FETCHING))
     if not len(rows):
@@ -186,11 +181,7 @@ def ground_truth(cache: Cache, rows: np.ndarray) -> GroundTruth:
 
 
 def make_views(found: Join, rows: np.ndarray) -> list[GalleryView]:
-    """Replay the views ``rows``, (n, 3) view, shard, offset.
-
-    Raises:
-        ShardError, ImageError: an image cannot be read.
-    """
+    """Replay the views ``rows``, (n, 3) view, shard, offset."""
     cache, renderer = found.cache, found.renderer
     partner = pair_views(cache, rows).partner
     same = same_images(found, rows) & same_images(found, partner)

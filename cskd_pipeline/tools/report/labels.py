@@ -4,8 +4,6 @@ The label of a location changes at a few values of r. Exact encodings know them 
 ones give a label at some ratios, and a change between two of these is put in the middle.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,18 +11,18 @@ import numpy as np
 import torch
 
 from cskd_pipeline.cache.reader import Cache
-from cskd_pipeline.data.join import Join
 from cskd_pipeline.distill import ckf
 from cskd_pipeline.distill.encodings import Encoding, temperature_near
 from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets, SampledTargets, Targets
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.report.gallery import ground_truth
+from cskd_pipeline.views.bits import BitStream, derive_seed
 
 RATIOS = np.linspace(0.0, 1.0, 101)
 RATIO_AXIS = "r, from local (1) to global (0)"
 APPROXIMATED = np.linspace(0.0, 1.0, 21)
 """At which approximate encodings are read."""
-SLABS = 64  # (view, shard) pairs that are read; of a remote cache as many files
+SLABS = 64  # (view, shard) pairs that views are drawn from; of a remote cache as many files
 _AT_ONCE = 32  # views whose logits are held
 
 
@@ -70,11 +68,7 @@ class Labels:
 
 
 def read_labels(cache: Cache, rows: np.ndarray) -> Labels:
-    """Read the labels of the views ``rows``, (n, 3) view, shard, offset, n > 0.
-
-    Raises:
-        CacheError: a unit is not done, or damaged.
-    """
+    """Read the labels of the views ``rows``, (n, 3) view, shard, offset, n > 0."""
     name = (cache.serving({"hard"}) or cache.serving({"soft"}, None))[0]
     encoding = cache.encodings[name]
     parts: list[np.ndarray] = []
@@ -147,38 +141,27 @@ class Statistics:
     mean_lines: float
 
 
-def sample_rows(found: Join, count: int) -> np.ndarray:
-    """Choose about ``count`` views of finished units from at most ``SLABS`` (view, shard) pairs.
+def draw_rows(cache: Cache, count: int, seed: int = 0) -> np.ndarray:
+    """Draw ``count`` views of finished units, or all that there are, by a seed.
 
     Returns:
-        (n, 3) int64 view, shard, offset; of samples that are there.
+        (n, 3) int64 view, shard, offset, in this order; from few (view, tar shard) pairs.
     """
-    cache = found.cache
-    done, block, samples = cache.done(), cache.manifest.view_block, found.usable()
-    pairs = [
-        (int(b) * block + v, int(shard))
-        for shard in np.unique(samples[:, 0])
-        for b in np.flatnonzero(done[:, shard])
-        for v in range(block)
-    ]
-    if not pairs or not count:
-        return np.empty((0, 3), np.int64)
-    chosen = spread(len(pairs), min(SLABS, count))
-    each, rows = -(-count // len(chosen)), []
-    for view, shard in (pairs[i] for i in chosen):
-        offsets = samples[samples[:, 0] == shard, 1]
-        rows += [(view, shard, int(offsets[i])) for i in spread(len(offsets), each)]
-    return np.array(rows[:count], np.int64)
+    block, units = cache.manifest.view_block, np.argwhere(cache.done()).tolist()
+    pairs = [(b * block + v, shard) for b, shard in units for v in range(block)]
+    bits = BitStream(derive_seed("preview", seed))
+    rows: list[tuple[int, int, int]] = []
+    for number, i in enumerate(np.argsort(bits.raw(len(pairs)), kind="stable").tolist()):
+        if number >= SLABS and len(rows) >= count:
+            break
+        view, shard = pairs[i]
+        rows += [(view, shard, offset) for offset in range(cache.counts[shard])]
+    chosen = np.argsort(bits.raw(len(rows)), kind="stable")[:count]
+    return np.array(sorted(rows[i] for i in chosen), np.int64)
 
 
-def spread(total: int, count: int) -> list[int]:
-    """Return ``count`` of the numbers below ``total``, or all, evenly spread."""
-    return np.unique(np.linspace(0, total - 1, min(count, total)).astype(int)).tolist()
-
-
-def measure(found: Join, rows: np.ndarray) -> Statistics:
+def measure(cache: Cache, rows: np.ndarray) -> Statistics:
     """Count the labels of the views ``rows``, (n, 3) view, shard, offset, n > 0."""
-    cache = found.cache
     labels = read_labels(cache, rows)
     truth = ground_truth(cache, rows)
     at = [labels.at(r) for r in RATIOS]

@@ -6,8 +6,6 @@ scripts, plots and base64. The page's own policy (CSP) allows its one script, by
 in ``data:`` URLs; whatever might slip through could neither run nor load anything.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence

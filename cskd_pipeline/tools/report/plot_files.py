@@ -4,8 +4,6 @@ In a page a figure's ink becomes ``currentColor`` and its background nothing, so
 follow the page's light or dark scheme; files are on white, with the title above.
 """
 
-from __future__ import annotations
-
 import io
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
@@ -60,11 +58,7 @@ class Plot:
         return ET.tostring(root, encoding="unicode")
 
     def write(self, path: Path) -> None:
-        """Write the plot to a file, in the format of its ending, whole or not at all.
-
-        Raises:
-            OutputError: another ending than ``FORMATS``; no space, or no permission.
-        """
+        """Write the plot to a file, in the format of its ending, whole or not at all."""
         ending = path.suffix.lower().removeprefix(".")
         if ending not in FORMATS:
             raise OutputError(

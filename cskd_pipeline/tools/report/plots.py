@@ -9,8 +9,6 @@ ink of its page. The series' colours are seen on a light and a dark background, 
 dash and a marker of its own for those who see no difference in colour.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import warnings

@@ -1,7 +1,5 @@
 """Which runs won, by how much, and at what cost: runs that differ in their seed count as one."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 The folder may be a stranger's, and the run may still go on: what is not finished is not there yet.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -104,12 +102,7 @@ def is_run(folder: Path) -> bool:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Read runs, in the order given, each under a name of its own.
-
-    Raises:
-        UsageError: the same run twice, or more than ``MAX_RUNS``.
-        RunError, RecipeError: no run, or a damaged one.
-    """
+    """Read runs, in the order given, each under a name of its own."""
     if len(folders) > MAX_RUNS:
         raise UsageError(
             "too many runs for one page", found=f"{len(folders)} runs", expected=f"{MAX_RUNS}"
@@ -175,9 +168,6 @@ def read_log(path: Path) -> tuple[Row, ...]:
     """Read ``summary.csv``: one row per finished epoch; none where the file is not there yet.
 
     A last line without its newline is still being written, and left out.
-
-    Raises:
-        RunError: not a log, or a damaged one; names the line.
     """
     if not path.exists():
         return ()

@@ -1,7 +1,5 @@
 """The page of training runs: which won, their curves, and their students' dense labels."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,6 @@ def show_runs(folders: Sequence[Path], out: Path, options: PageOptions) -> dict[
 
     Returns:
         The files, the page's size in bytes, and each run's figures, by its name.
-
-    Raises:
-        CskdError: a run, the cache or the shards cannot be used, or do not belong together.
     """
     runs = read_runs(folders)
     differences = recipe_differences(runs)

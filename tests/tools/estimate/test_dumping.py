@@ -170,16 +170,16 @@ SIZES = {
     "topk": 100.0,
     estimate_dump.COMMON: 7.0,
 }
-COSTS = {"dense": 0.0, "envelope": 0.01, "dense-q8": 0.0, "topk": 0.0, "sampled": 0.0}
+COSTS = {"dense": 0.0, "envelope": 10.0, "dense-q8": 0.0, "topk": 0.0, "sampled": 0.0}
 TRIAL = estimate_dump.DumpTrial(
     samples=10,
     views=20,
     workers=2,
-    loader=50.0,
-    teacher=100.0,
-    encode=COSTS,
-    together=40.0,
-    startup=3.0,
+    loader_views_per_second=50.0,
+    teacher_views_per_second=100.0,
+    dump_views_per_second=40.0,
+    startup_seconds=3.0,
+    encode_ms_per_view=COSTS,
     bytes_per_view=SIZES,
 )
 
@@ -241,7 +241,7 @@ def test_where_the_device_is_the_limit_an_encoding_costs_its_share_of_the_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A view of envelope takes the device twice as long as one of dense."""
-    report = forecast(monkeypatch, "cuda", replace(TRIAL, loader=400.0))
+    report = forecast(monkeypatch, "cuda", replace(TRIAL, loader_views_per_second=400.0))
     assert report["limit"] == "device"
     assert row(report, 2, "dense")["seconds"] == pytest.approx(3.0 + 2000 / 40)
     assert row(report, 2, "envelope")["seconds"] == pytest.approx(3.0 + 2000 / 20)
@@ -266,5 +266,7 @@ def test_as_many_loader_processes_feed_a_device_as_their_rate_says(
     monkeypatch: pytest.MonkeyPatch, workers: int, loader: float, needed: int
 ) -> None:
     """The device takes 100 views a second; of 2 processes with 50 together, it needs 4."""
-    report = forecast(monkeypatch, "cuda", replace(TRIAL, workers=workers, loader=loader))
+    report = forecast(
+        monkeypatch, "cuda", replace(TRIAL, workers=workers, loader_views_per_second=loader)
+    )
     assert report["workers_to_feed_a_device"] == needed

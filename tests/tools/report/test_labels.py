@@ -16,6 +16,7 @@ from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.join import Join, join
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.distill.targets import SampledTargets
+from cskd_pipeline.tools.report import labels as labels_module
 from cskd_pipeline.tools.report.gallery import (
     choose_views,
     class_names,
@@ -26,10 +27,10 @@ from cskd_pipeline.tools.report.gallery import (
 from cskd_pipeline.tools.report.labels import (
     APPROXIMATED,
     Labels,
+    draw_rows,
     measure,
     planes_of,
     read_labels,
-    sample_rows,
 )
 from tests import own
 from tests.cache.making import make
@@ -122,10 +123,10 @@ def found(small: World) -> Join:
 
 
 def test_figures_are_counted_over_every_location(found: Join) -> None:
-    rows = sample_rows(found, 10_000)
     cache = found.cache
+    rows = draw_rows(cache, 10_000)
     assert len(rows) == cache.views * found.samples.total  # fewer pairs than are read at most
-    measured = measure(found, rows)
+    measured = measure(cache, rows)
     pairing = found.renderer.pair(rows)
     own = np.array([cache.labels(s)[o] for _, s, o in rows.tolist()])
     partner = np.array([cache.labels(s)[o] for _, s, o in pairing.partner.tolist()])
@@ -140,11 +141,13 @@ def test_figures_are_counted_over_every_location(found: Join) -> None:
     assert measured.mean_lines == pytest.approx(read_labels(cache, rows).lines().mean())
 
 
-def test_samples_are_few_slabs_of_many_views_each(found: Join) -> None:
-    rows = sample_rows(found, 50)
-    assert 40 <= len(rows) <= 50
-    assert len(np.unique(rows, axis=0)) == len(rows)
-    assert set(rows[:, 1]) == {0, 1, 2}
+def test_samples_are_few_slabs_of_many_views_each(
+    found: Join, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labels_module, "SLABS", 5)
+    rows = draw_rows(found.cache, 50)
+    assert len(np.unique(rows, axis=0)) == 50
+    assert len(np.unique(rows[:, :2], axis=0)) == 5
 
 
 def test_views_of_one_image_come_first(found: Join) -> None:
