@@ -30,7 +30,7 @@ FOREIGN_ARGUMENTS = (
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """A teacher's network, its weights, and how its images are normalised.
+    """A teacher as a recipe's ``[teacher]`` describes it, for data of ``num_classes``.
 
     Args:
         name: a timm name, ``torchvision:NAME``, or ``package.module:factory``: a callable (of
@@ -38,11 +38,8 @@ class TeacherSource:
             network which :func:`~cskd_pipeline.models.cut.cut_network` can cut.
         weights: ``hub`` (timm's or torchvision's pretrained; a factory's as it made them),
             ``random``, or a file.
-        num_classes: of the data; None takes the file's or the model's own.
-        kwargs: for the model's constructor.
-        mean, std: of each channel in [0, 1] units; empty: as the network's ``pretrained_cfg`` says.
-        precision: of the backbone under autocast; the head is float32 always.
-        seed: of random weights; torch's global generator is left as it was.
+        num_classes: None takes the file's or the model's own.
+        mean, std: empty: as the network's ``pretrained_cfg`` says.
     """
 
     name: str

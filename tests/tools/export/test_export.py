@@ -359,7 +359,12 @@ def test_training_from_an_exported_folder_starts_with_its_weights(tmp_path: Path
     path = save(tmp_path / "s.safetensors", "cskd")
     export_student(path, tmp_path / "out")
     source = read_source(tmp_path / "out")
-    assert (source.model, source.size, source.num_classes) == (DISTILLED, 48, 5)
+    assert source.header is not None
+    assert (source.header.model, source.header.size, source.header.num_classes) == (
+        DISTILLED,
+        48,
+        5,
+    )
     saved = load_file(path)
     assert source.state.keys() == saved.keys()
     assert all(torch.equal(source.state[name], saved[name]) for name in saved)
