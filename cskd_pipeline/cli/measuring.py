@@ -212,7 +212,7 @@ def plan_dump(
     recipe = load({"cache.views": max(views)} if views else {})
     load.require(recipe, "--shards --teacher")
     options.require_encodings(recipe.cache.encodings)
-    from cskd_pipeline.tools.estimate import estimate_dump
+    from cskd_pipeline.tools import estimate_dump
 
     report = estimate_dump.plan_dump(
         recipe, views=views or (), devices=devices or (), images=images
@@ -236,7 +236,7 @@ def plan_train(
     """Forecast the time of a training run, and whether the loader or the device is its limit."""
     recipe = load()
     load.require(recipe, "--shards")
-    from cskd_pipeline.tools.estimate import estimate_train
+    from cskd_pipeline.tools import estimate_train
 
     report = estimate_train.plan_train(recipe, updates=updates)
     return print_report(terminal, report, estimate_train.printed(report))

@@ -102,8 +102,8 @@ def bench_all(config: AllConfig) -> dict[str, Any]:
     known = _open(config.out, {"machine": _machine(device), "shards": config.shards})
     todo = _measurements(config, scale)
     known["errors"] = {}
-    with _deadline(config.seconds) as over:
-        try:
+    try:
+        with _deadline(config.seconds):
             for name, measurement in todo.items():
                 if name not in known["results"]:
                     _measure(name, measurement, known)
@@ -111,10 +111,8 @@ def bench_all(config: AllConfig) -> dict[str, Any]:
                     _write_table(config, known, todo)
             if config.cifar10 is not None:
                 _run_study(config, known)
-        except KeyboardInterrupt:
-            if not over():
-                raise
-            log.info(f"the {config.seconds:g} seconds are over; the same command goes on")
+    except _TimeOver:
+        log.info(f"the {config.seconds:g} seconds are over; the same command goes on")
     write_json(config.out / RESULTS, known)
     missing = [name for name in todo if name not in known["results"]]
     return known | {"missing": missing} | _write_table(config, known, todo)
@@ -177,10 +175,8 @@ def _measurements(config: AllConfig, scale: Scale) -> dict[str, Measurement]:
 
 
 def _loader(shards: str, scale: Scale) -> Report:
-    dataset, views = (
-        load_dataset(shards),
-        {"size": scale.size, "batch_size": min(scale.batch_size, 64)},
-    )
+    dataset = load_dataset(shards)
+    views = {"size": scale.size, "batch_size": min(scale.batch_size, 64)}
     report = bench_loader.bench_loader(dataset, rounds=scale.rounds, **views)
     on_all = partial(bench_loader.loader_rate, dataset, workers=cores(), **views)
     images = scale.images * cores() * 4
@@ -276,20 +272,21 @@ def require_ok(report: Mapping[str, Any]) -> None:
         )
 
 
+class _TimeOver(KeyboardInterrupt):
+    """Interrupts as Ctrl-C does."""
+
+
 @contextmanager
-def _deadline(seconds: float | None) -> Iterator[Callable[[], bool]]:
-    """Interrupt the block as Ctrl-C would, after ``seconds``; yield what tells whether it did."""
-    rung = False
+def _deadline(seconds: float | None) -> Iterator[None]:
+    """Interrupt the block after ``seconds``."""
 
     def ring(number: int, frame: object) -> None:
-        nonlocal rung
-        rung = True
-        raise KeyboardInterrupt
+        raise _TimeOver
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds or 0)
     try:
-        yield lambda: rung
+        yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -100,7 +100,8 @@ def bench_step(
         changed = replace(recipe, student=replace(recipe.student, name=name))
         trainers = _trainers(changed, policy, grid, live, device)
         measured[name] = _measure(trainers, batch, rounds)
-    report: dict[str, Any] = {
+    known = device.type == "cuda" and (teacher or "").startswith("regnety_160")
+    return {
         "device": device_name(device),
         "size": policy.size,
         "batch_size": recipe.batch.batch_size,
@@ -110,11 +111,11 @@ def bench_step(
         "teacher": teacher,
         "lines_per_location": _lines(batch),
         "students": measured,
-        "goal": {"cskd": GOAL, "live": {}},
+        "goal": {
+            "cskd": GOAL,
+            "live": {n: goal for n, goal in LIVE_GOALS.items() if known and n in measured},
+        },
     }
-    if device.type == "cuda" and (teacher or "").startswith("regnety_160"):
-        report["goal"]["live"] = {n: g for n, g in LIVE_GOALS.items() if n in measured}
-    return report
 
 
 def _measure(trainers: Mapping[str, Trainer], batch: Batch, rounds: int) -> dict[str, Any]:

@@ -77,7 +77,8 @@ def make_table(cache: Cache, rows: np.ndarray, found: Join | None = None) -> pa.
     thumbnails: list[bytes] = []
     if found is not None:
         rows, thumbnails = _thumbnails(found, rows)
-    names = _names(cache)
+    data = cache.manifest.dataset
+    names = class_names(cache) if data.class_names else [None] * data.num_classes
     truth = ground_truth(cache, rows)
     labels, probabilities = _global(cache, rows)
     agreement = (read_labels(cache, rows).at(1.0) == truth.own[:, None, None]).mean(axis=(1, 2))
@@ -98,7 +99,10 @@ def make_table(cache: Cache, rows: np.ndarray, found: Join | None = None) -> pa.
     columns = [column for column in COLUMNS if column.name in values]
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     types = {c.name: image if c.type == "image" else pa.type_for_alias(c.type) for c in columns}
-    features = {c.name: _feature(c) for c in columns}
+    features = {
+        c.name: {"_type": "Image"} if c.type == "image" else {"dtype": c.type, "_type": "Value"}
+        for c in columns
+    }
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema(list(types.items()), metadata=metadata)
     arrays = [pa.array(values[name], type_, from_pandas=True) for name, type_ in types.items()]
@@ -117,17 +121,6 @@ def parquet(table: pa.Table) -> bytes:
     file = io.BytesIO()
     pq.write_table(table, file)
     return file.getvalue()
-
-
-def _names(cache: Cache) -> list[str] | list[None]:
-    known = cache.manifest.dataset.class_names
-    return class_names(cache) if known else [None] * cache.manifest.dataset.num_classes
-
-
-def _feature(column: Column) -> dict[str, str]:
-    if column.type == "image":
-        return {"_type": "Image"}
-    return {"dtype": column.type, "_type": "Value"}
 
 
 def _global(cache: Cache, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -61,6 +61,15 @@ class StudentLabels:
         ratio = self.run.last("ckf_ratio")
         return 1.0 if ratio is None else min(1.0, max(0.0, ratio))
 
+    def figures(self) -> dict[str, Any]:
+        """Return which student this is, and how it agrees."""
+        return {
+            "student": str(self.file),
+            "weights": self.header.weights,
+            "epoch": self.header.epoch,
+            "agreement": {"r=1": self.at(1), "r=0": self.at(0), "last": self.at(self.last_ratio)},
+        }
+
 
 @dataclass(frozen=True)
 class Comparison:

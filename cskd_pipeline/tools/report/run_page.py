@@ -1,6 +1,6 @@
 """The page of training runs: which won, their curves, and their students' dense labels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ def show_runs(folders: Sequence[Path], out: Path, options: PageOptions) -> dict[
     if options.shards is not None:
         compared, without = compare(runs, guard, options)
     students = () if compared is None else compared.students
+    dense: dict[str, dict[str, Any]] = {one.run.name: {"dense": one.figures()} for one in students}
+    dense |= {name: {"dense": reason} for name, reason in without.items()}
     agreement_plot = None if compared is None else draw_agreement(compared)
     document = render(
         "runs.html",
@@ -67,17 +69,15 @@ def show_runs(folders: Sequence[Path], out: Path, options: PageOptions) -> dict[
         plots.append(agreement_plot)
     return {
         **write_page(out, document, plots, options.export),
-        "runs": {run.name: _figures(run, students, without) for run in runs},
+        "runs": {run.name: _figures(run) | dense.get(run.name, {}) for run in runs},
         "accepted_classes": guard.accepted,
         "differences": differences,
     }
 
 
-def _figures(
-    run: RunRecord, students: Sequence[StudentLabels], without: Mapping[str, str]
-) -> dict[str, Any]:
+def _figures(run: RunRecord) -> dict[str, Any]:
     """Return a run's numbers; top-1 in percent and data wait as a share, as in the log."""
-    found: dict[str, Any] = {
+    return {
         "folder": str(run.folder),
         "method": run.method,
         "student": run.recipe.student.name,
@@ -89,18 +89,6 @@ def _figures(
         **{column: run.mean(column) for column in ("images_per_second", "data_wait")},
         "seconds": None if (spent := run.elapsed()) is None else spent[-1],
     }
-    for one in students:
-        if one.run is run:
-            agreement = {"r=1": one.at(1), "r=0": one.at(0), "last": one.at(one.last_ratio)}
-            found["dense"] = {
-                "student": str(one.file),
-                "weights": one.header.weights,
-                "epoch": one.header.epoch,
-                "agreement": agreement,
-            }
-    if run.name in without:
-        found["dense"] = without[run.name]
-    return found
 
 
 def _ranking(ranked: Sequence[Contender]) -> list[tuple[object, ...]]:

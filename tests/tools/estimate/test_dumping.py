@@ -20,7 +20,7 @@ from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.models.teacher import Logits
 from cskd_pipeline.pipeline.dump import dump_teacher
 from cskd_pipeline.runtime.console import Terminal
-from cskd_pipeline.tools.estimate import estimate_dump
+from cskd_pipeline.tools import estimate_dump
 from tests.cache.making import CLASSES
 from tests.cache.making import teacher as made_teacher
 from tests.pipeline import world

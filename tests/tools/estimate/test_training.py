@@ -14,7 +14,7 @@ from cskd_pipeline.data import batches
 from cskd_pipeline.pipeline.train import train
 from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.runtime.console import Terminal
-from cskd_pipeline.tools.estimate import estimate_train
+from cskd_pipeline.tools import estimate_train
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 

@@ -100,6 +100,7 @@ def _try_updates(trainer: Trainer, updates: int) -> tuple[SteadyRate, list[float
 def printed(report: Mapping[str, Any]) -> Printed:
     """Yield the forecast as a table, and what limits it."""
     rates = report["images_per_second"]
+    images = [n * report["updates_per_epoch"] * report["batch_size"] for n in (1, report["epochs"])]
     labels = {
         "loader": f"loader alone, {report['workers']} processes",
         "device": "device alone",
@@ -109,7 +110,7 @@ def printed(report: Mapping[str, Any]) -> Printed:
         f"{report['student']}, {report['method']}, on {report['device']}",
         ("what", "images/s", "an epoch", f"{report['epochs']} epochs"),
         [
-            (label, f"{rates[name]:.4g}", *_durations(report, rates[name]))
+            (label, f"{rates[name]:.4g}", *(duration(n / rates[name]) for n in images))
             for name, label in labels.items()
         ],
     )
@@ -121,8 +122,3 @@ def printed(report: Mapping[str, Any]) -> Printed:
     else:
         advice = f"{workers} loader processes feed it"
     yield f"the limit here is the {report['limit']}; {advice}"
-
-
-def _durations(report: Mapping[str, Any], rate: float) -> list[str]:
-    epoch = report["updates_per_epoch"] * report["batch_size"] / rate
-    return [duration(epoch), duration(epoch * report["epochs"])]
