@@ -23,7 +23,7 @@ above it.
 7. **cache** -- what is stored: a zarr v3 group with leading axes (view, shard, offset).
    ``manifest`` decides all of it; ``writer`` commits units (block of views, tar shard), their
    digests last; ``reader`` refuses what is not finished, or not what was written; ``convert``,
-   ``merge`` and ``upgrade`` make caches of caches; ``remote`` reads one where it is published.
+   ``merge`` and ``upgrade`` make caches of caches; ``folders`` read one where it is published.
 8. **data** -- what is read: ``shards`` (tars), ``plan`` (which sample comes when, in which view: a
    pure function, the same for any number of ranks and workers), ``join`` (a cache's sample to the
    user's own tar, by key), ``batches`` (decode once, render, pair), ``assemble`` (uint8 to mixed

@@ -28,9 +28,8 @@ import numpy as np
 import torch
 
 from cskd_pipeline.cache import layout
-from cskd_pipeline.cache.arrays import StoredArray
 from cskd_pipeline.cache.check import check_bytes, check_structure
-from cskd_pipeline.cache.chunks import encode_file
+from cskd_pipeline.cache.chunks import StoredArray, encode_file
 from cskd_pipeline.cache.convert import Conversion, convert
 from cskd_pipeline.cache.digests import Record
 from cskd_pipeline.cache.info import describe

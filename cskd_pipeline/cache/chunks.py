@@ -1,29 +1,28 @@
-"""Chunks of arrays and the files they lie in: encoded, decoded, checked.
+"""One zarr v3 array of the cache: its ``zarr.json``, its files, and the chunks in them.
 
-This is the part of zarr v3 that :class:`StoredArray` uses, and no more. zarr reads what this writes
-and the reverse (the tests compare), but for a dense view of 1,000 classes it takes 1 to 2 ms to
-write where this takes 0.3, and 3 to 14 ms to read at random where this takes 0.4. Where a file is
-missing it gives fill values, unless ``array.read_missing_chunks`` of zarr 3.2 and later is off.
+This is the part of zarr v3 that a cache needs, and no more. zarr reads what this writes and the
+reverse (the tests compare), but for a dense view of 1,000 classes it takes 1 to 2 ms to write where
+this takes 0.3, and 3 to 14 ms to read at random where this takes 0.4. Where a file is missing it
+gives fill values, unless ``array.read_missing_chunks`` of zarr 3.2 and later is off.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
 import math
-import os
-import stat
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
-from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import google_crc32c
 import numpy as np
 from numcodecs.zstd import Zstd
 
-from cskd_pipeline.cache.arrays import StoredArray
+if TYPE_CHECKING:
+    from cskd_pipeline.cache.folders import Folder
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -35,120 +34,121 @@ class DamageError(Exception):
     """A file is missing, cut short, or its bytes are not what was written."""
 
 
-class Folder:
-    """The files below ``root``, by key (a path with forward slashes).
+@dataclass(frozen=True)
+class StoredArray:
+    """An array as it lies in the cache; every chunk is zstd with a checksum.
 
-    Raises:
-        DamageError: a file that is missing, no plain file, shorter or larger than expected.
+    Args:
+        axes: a name for each axis; per-view arrays begin with ``view, shard, offset``.
+        file_shape: the part of the array that one file holds, so that no two writers share a file.
+        fill: stands where nothing was written.
+        chunk_shape: chunks inside a file (the ``sharding_indexed`` codec, its index at the end with
+            crc32c); None: the file is one chunk.
+        order: the axes in the order in which a chunk's values are laid out; None: as they are.
+        level: of zstd.
     """
 
-    lists: bool
-    """Say that :meth:`names` lists what there is; else :meth:`there` finds it."""
-    at_once: int
-    """The number of files that are best read at a time."""
+    name: str
+    dtype: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    file_shape: tuple[int, ...]
+    fill: int | float
+    chunk_shape: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None = None
+    level: int = 3
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.lists, self.at_once = root, True, 1
+    def key(self, *at: int) -> str:
+        """Return the file of the element ``at`` (missing trailing indices are 0)."""
+        full = at + (0,) * (len(self.shape) - len(at))
+        places = [str(i // n) for i, n in zip(full, self.file_shape, strict=True)]
+        return f"{self.name}/c/{'/'.join(places)}"
 
-    def settled(self, identity: str, most: Callable[[str], int]) -> Folder:
-        """Return the same folder, now that it is known which cache's files these are.
+    @cached_property
+    def little(self) -> np.dtype:
+        """Return the data type as it is stored: little-endian."""
+        return np.dtype(self.dtype).newbyteorder("<")
 
-        Args:
-            most: the most bytes that a file may have, by its key.
-        """
-        return self
+    @property
+    def files(self) -> tuple[int, ...]:
+        """Count the files of the whole array along each axis."""
+        return tuple(-(-n // f) for n, f in zip(self.shape, self.file_shape, strict=True))
 
-    def where(self, key: str) -> Path | str:
-        """Return where a file is, for messages."""
-        return self.root / key
+    @property
+    def chunks_per_file(self) -> tuple[int, ...]:
+        """Count the chunks of a file along each axis."""
+        assert self.chunk_shape is not None
+        return tuple(n // c for n, c in zip(self.file_shape, self.chunk_shape, strict=True))
 
-    def forget(self, key: str) -> bool:
-        """Let go of what may be a bad copy of a file; whether to read it anew makes sense."""
-        return False
+    @property
+    def most_bytes(self) -> int:
+        """Return the bytes that reading one chunk takes: it, decoded, or its file's shard index."""
+        chunk = math.prod(self.chunk_shape or self.file_shape) * self.little.itemsize
+        index = 0 if self.chunk_shape is None else 16 * math.prod(self.chunks_per_file)
+        return max(chunk, index)
 
-    def read(self, key: str, limit: int) -> bytes:
-        """Read the whole file, of at most ``limit`` bytes."""
-        descriptor, size = self._open(key)
-        try:
-            if size > limit:
-                raise DamageError(f"{size} bytes, more than the {limit} it may have")
-            return _pread(descriptor, 0, size)
-        finally:
-            os.close(descriptor)
+    @property
+    def least_bytes(self) -> int:
+        """Return the least bytes of a file: a shard index, or a zstd frame of one empty block."""
+        return 13 if self.chunk_shape is None else 16 * math.prod(self.chunks_per_file) + 4
 
-    def read_part(self, key: str, start: int, length: int) -> bytes:
-        """Read ``length`` bytes from ``start``; a negative start counts from the end."""
-        descriptor, size = self._open(key)
-        try:
-            return _pread(descriptor, start if start >= 0 else size + start, length)
-        finally:
-            os.close(descriptor)
+    def most_encoded(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes of a chunk of ``shape`` in which nothing compresses."""
+        size = math.prod(shape) * self.little.itemsize
+        return size + size // 128 + 1024
 
-    def sha256(self, key: str) -> bytes:
-        """Return the SHA-256 of the whole file."""
-        descriptor, _ = self._open(key)
-        with open(descriptor, "rb", buffering=0) as file:
-            try:
-                return hashlib.file_digest(file, "sha256").digest()
-            except OSError as error:
-                raise DamageError(f"the file cannot be read: {error.strerror}") from error
+    @property
+    def most_file_bytes(self) -> int:
+        """Return the most bytes of a file: no chunk compresses, and a shard index."""
+        if self.chunk_shape is None:
+            return self.most_encoded(self.file_shape)
+        chunks = math.prod(self.chunks_per_file)
+        return chunks * (self.most_encoded(self.chunk_shape) + 16) + 4
 
-    def length(self, key: str) -> int:
-        """Return the length of the file in bytes."""
-        descriptor, size = self._open(key)
-        os.close(descriptor)
-        return size
+    def document(self) -> dict[str, Any]:
+        """Return its ``zarr.json``: core zarr v3 metadata."""
+        bytes_codec: dict[str, Any] = {"name": "bytes"}
+        if np.dtype(self.dtype).itemsize > 1:
+            bytes_codec["configuration"] = {"endian": "little"}
+        zstd = {"name": "zstd", "configuration": {"level": self.level, "checksum": True}}
+        codecs: list[dict[str, Any]] = [bytes_codec, zstd]
+        if self.order is not None:
+            transpose = {"name": "transpose", "configuration": {"order": list(self.order)}}
+            codecs.insert(0, transpose)
+        if self.chunk_shape is not None:
+            little = {"name": "bytes", "configuration": {"endian": "little"}}
+            sharding = {
+                "chunk_shape": list(self.chunk_shape),
+                "codecs": codecs,
+                "index_codecs": [little, {"name": "crc32c"}],
+                "index_location": "end",
+            }
+            codecs = [{"name": "sharding_indexed", "configuration": sharding}]
+        grid = {"name": "regular", "configuration": {"chunk_shape": list(self.file_shape)}}
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape),
+            "data_type": self.dtype,
+            "chunk_grid": grid,
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": "NaN" if math.isnan(self.fill) else self.fill,
+            "codecs": codecs,
+            "attributes": {},
+            "dimension_names": list(self.axes),
+            "storage_transformers": [],
+        }
 
-    def names(self, key: str) -> list[str]:
-        """List what the folder ``key`` holds; nothing where there is none."""
-        try:
-            return os.listdir(self.root / key)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-
-    def there(self, keys: Sequence[str]) -> list[bool]:
-        """Say which of these files there are."""
-        return [(self.root / key).is_file() for key in keys]
-
-    def sizes(self) -> dict[str, int] | None:
-        """Return the length of every file, by key; None where files are not listed."""
-        found: dict[str, int] = {}
-        seen: set[tuple[int, int]] = set()  # a link may lead back
-        for folder, folders, names in os.walk(self.root, followlinks=True):
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                folders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            below = os.path.relpath(folder, self.root)
-            for name in names:
-                with suppress(FileNotFoundError):  # renamed by its writer; a link to nothing
-                    size = os.stat(f"{folder}/{name}").st_size
-                    found[name if below == "." else f"{below}/{name}"] = size
-        return found
-
-    def _open(self, key: str) -> tuple[int, int]:
-        try:
-            descriptor = os.open(f"{self.root}/{key}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except (FileNotFoundError, NotADirectoryError):
-            raise DamageError("the file is missing") from None
-        except OSError as error:
-            raise DamageError(f"the file cannot be opened: {error.strerror}") from error
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(descriptor)
-            raise DamageError("not a plain file")
-        return descriptor, status.st_size
-
-
-def _pread(descriptor: int, start: int, length: int) -> bytes:
-    try:
-        data = os.pread(descriptor, length, start) if start >= 0 else b""
-    except OSError as error:
-        raise DamageError(f"the file cannot be read: {error.strerror}") from error
-    if len(data) != length:
-        raise DamageError(f"cut short: {len(data)} bytes where {length} should be")
-    return data
+    def problems(self, document: Any) -> list[str]:
+        """Return where a ``zarr.json`` differs from :meth:`document`, a line for each field."""
+        if not isinstance(document, dict):
+            return ["found no JSON object"]
+        expected = self.document()
+        return [
+            f"{name}: found {_shown(document.get(name))}, expected {_shown(expected.get(name))}"
+            for name in dict.fromkeys((*expected, *document))
+            if document.get(name) != expected.get(name)
+        ]
 
 
 class BytesLRU(Generic[K, V]):
@@ -304,3 +304,7 @@ def _content_size(frame: bytes) -> int | None:
     start = 5 + (1 - single_segment) + dictionary
     size = int.from_bytes(frame[start : start + length], "little")
     return None if length == 0 else size + 256 if length == 2 else size
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))[:200]

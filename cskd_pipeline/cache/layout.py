@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cskd_pipeline.cache.arrays import StoredArray
+from cskd_pipeline.cache.chunks import StoredArray
 from cskd_pipeline.cache.digests import SIZE
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.distill.encodings import ENCODINGS, ArraySpec, Encoding, ResponseShape, Sampled
@@ -55,7 +55,7 @@ def encodings_of(manifest: CacheManifest) -> dict[str, Encoding]:
 
 def response_shape(manifest: CacheManifest) -> ResponseShape:
     """Return the shape of one view's spatial logits."""
-    return ResponseShape(manifest.teacher.num_classes, *manifest.grid)
+    return ResponseShape(manifest.teacher.num_classes, *manifest.teacher.grid)
 
 
 def specs(manifest: CacheManifest) -> dict[str, ArraySpec]:

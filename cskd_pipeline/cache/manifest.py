@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -18,14 +19,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cskd_pipeline.cache.manifest_problems import cache_problems, dataset_problems
 from cskd_pipeline.distill.encodings import Sampled
-from cskd_pipeline.errors import ManifestError
+from cskd_pipeline.errors import CskdError, ManifestError
 from cskd_pipeline.runtime import atomic, schemas
 from cskd_pipeline.runtime.classes import Classes
 from cskd_pipeline.views.policy import ViewPolicy
 
 DATASET_FORMAT, CACHE_FORMAT = 1, 2  # versions of the two documents
+MAX_UNITS = 10_000_000  # blocks of views times tar shards; ImageNet's paper recipe has 30,720
 
 # Versions that decide pixels or logits: a cache made half by one and half by another lists both.
 DECIDING_VERSIONS = ("pillow", "libjpeg_turbo", "simplejpeg", "torch", "timm")
@@ -42,10 +43,8 @@ def library_versions() -> dict[str, str]:
 
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in ("pillow", "simplejpeg", "numpy", "torch", "timm", "zarr", "numcodecs"):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     turbo = features.version_feature("libjpeg_turbo")
     if turbo is not None:
         found["libjpeg_turbo"] = str(turbo)
@@ -130,8 +129,7 @@ class DatasetManifest:
         Raises:
             ManifestError: lists everything that does not fit.
         """
-        _check(document, "dataset", where, dataset_problems)
-        return cls._build(document)
+        return cls._build(_check(document, "dataset", where, _dataset_problems))
 
     @classmethod
     def _build(cls, document: Any) -> DatasetManifest:
@@ -172,9 +170,8 @@ class TeacherInfo:
         mean, std: that it normalises with, in [0, 1] units.
         precision: of its backbone.
         kwargs: for the model's constructor.
-        top1: an accuracy known from elsewhere, 0 to 1, or None; what the dump measured on its own
-            views lies in the cache's array ``top1``, so that a resumed dump need not rewrite the
-            manifest.
+        top1: an accuracy known from elsewhere, 0 to 1, or None; what a dump measures on its own
+            views lies in the cache's array ``top1``.
     """
 
     name: str
@@ -212,11 +209,6 @@ class CacheManifest:
     """The draws of the encoding ``sampled``, if ``encodings`` names it."""
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Return the (rows, columns) of the teacher's spatial response."""
-        return self.teacher.grid
-
-    @property
     def blocks(self) -> int:
         """Count the view blocks, ``views / view_block``."""
         return self.views // self.view_block
@@ -246,11 +238,7 @@ class CacheManifest:
         }
 
     def as_parent(self, digest: str | None) -> dict[str, Any]:
-        """Return what a cache converted from this one records of it.
-
-        Args:
-            digest: of this cache's contents; None if it is not finished.
-        """
+        """Return what a cache converted from this one records; ``digest``: None if not finished."""
         return {
             "digest": digest,
             "manifest_sha256": self.digest(),
@@ -267,21 +255,20 @@ class CacheManifest:
         Raises:
             ManifestError: lists everything that does not fit.
         """
-        _check(document, "cache", where, cache_problems)
-        assert isinstance(document, dict)
-        teacher = dict(document["teacher"])
+        found = _check(document, "cache", where, _cache_problems)
+        teacher = dict(found["teacher"])
         for name in ("mean", "std", "grid"):
             teacher[name] = tuple(teacher[name])
         same = ("root_seed", "views", "view_block", "versions", "created", "license", "notes")
         return cls(
-            dataset=DatasetManifest._build(document["dataset"]),
+            dataset=DatasetManifest._build(found["dataset"]),
             teacher=TeacherInfo(**teacher),
-            policy=ViewPolicy.from_json(document["policy"]),
-            encodings=tuple(document["encodings"]),
-            other_versions=tuple(document["other_versions"]),
-            parent=document.get("parent"),
-            sampled=Sampled(**document.get("sampled", {})),
-            **{name: document[name] for name in same},
+            policy=ViewPolicy.from_json(found["policy"]),
+            encodings=tuple(found["encodings"]),
+            other_versions=tuple(found["other_versions"]),
+            parent=found.get("parent"),
+            sampled=Sampled(**found.get("sampled", {})),
+            **{name: found[name] for name in same},
         )
 
     def digest(self) -> str:
@@ -296,17 +283,13 @@ class CacheManifest:
         """
         return schemas.sha256(self._deciding("view_block"))
 
-    def differences(self, other: CacheManifest) -> list[str]:
-        """List what forbids writing ``other``'s units into this cache, one line each.
+    def conflicts(self, other: CacheManifest) -> list[tuple[str, Any, Any]]:
+        """Return what forbids writing ``other``'s units into this cache: path, value here, there.
 
         Not compared are views and their blocks (a cache grows), versions (see
         :meth:`version_differences`), provenance, free text, names of data (its contents decide),
         and the SHA-256 of tars where one of the two does not state it.
         """
-        return [f"{at}: {mine} and {theirs}" for at, mine, theirs in self.conflicts(other)]
-
-    def conflicts(self, other: CacheManifest) -> list[tuple[str, Any, Any]]:
-        """Return :meth:`differences` in parts: the path of a value, its value here, and there."""
         mine, theirs = self._deciding(), other._deciding()
         for document in (mine, theirs):
             del document["dataset"]["class_names"]
@@ -338,12 +321,13 @@ class CacheManifest:
 
 
 def _check(
-    document: object, schema: str, where: object, beyond: Callable[[Any], Iterator[str]]
-) -> None:
+    document: Any, schema: str, where: object, beyond: Callable[[Any], Iterator[str]]
+) -> Any:
     problems = schemas.schema_problems(document, schema)
     problems = problems or list(islice(beyond(document), schemas.MAX_PROBLEMS))
     if problems:
         raise ManifestError(where, problems)
+    return document
 
 
 def _differences(mine: Any, theirs: Any, at: str) -> Iterator[tuple[str, Any, Any]]:
@@ -360,3 +344,54 @@ def _differences(mine: Any, theirs: Any, at: str) -> Iterator[tuple[str, Any, An
         if at == "dataset.shards":
             mine, theirs = f"{len(mine)} shards", f"{len(theirs)} shards"
         yield at, mine, theirs
+
+
+def _dataset_problems(document: Any, at: str = "$") -> Iterator[str]:
+    """Yield the problems of a data set's document."""
+    names, classes = document["class_names"], document["num_classes"]
+    if names is not None and len(names) != classes:
+        yield f"{at}.class_names: found {len(names)} names, expected num_classes = {classes}"
+    seen: dict[tuple[str, str], int] = {}
+    for number, shard in enumerate(document["shards"]):
+        here = f"{at}.shards[{number}]"
+        name = shard["name"]
+        parts = name.split("/")
+        if "\\" in name or ":" in name or "|" in name or {"", ".", ".."} & set(parts):
+            yield f"{here}.name: found {name!r}, expected a file name or a path inside the folder"
+        elif not name.isprintable():
+            yield f"{here}.name: found {name!r}, expected printable characters"
+        for identity in ("name", "keys_sha256"):
+            first = seen.setdefault((identity, shard[identity]), number)
+            if first != number:
+                yield f"{here}.{identity}: found that of shards[{first}], expected each once"
+
+
+def _cache_problems(document: Any) -> Iterator[str]:
+    """Yield the problems of a cache's document, its data set's among them."""
+    yield from _dataset_problems(document["dataset"], "$.dataset")
+    data = document["dataset"]
+    if "location" in data:
+        yield "$.dataset: found a location, expected none in a cache"
+    views, block, teacher = document["views"], document["view_block"], document["teacher"]
+    if views % block:
+        yield f"$.views: found {views}, expected a multiple of view_block = {block}"
+    units = -(-views // block) * len(data["shards"])
+    if units > MAX_UNITS:
+        yield f"$.views: found {units:,} units, expected at most {MAX_UNITS:,}"
+    if teacher["num_classes"] != data["num_classes"]:
+        yield (
+            f"$.teacher.num_classes: found {teacher['num_classes']}, "
+            f"expected the data set's num_classes = {data['num_classes']}"
+        )
+    drawn = Sampled.name in document["encodings"]
+    if drawn != ("sampled" in document):
+        found, expected = ("nothing", "draws and temperature") if drawn else ("draws", "none")
+        yield f"$.sampled: found {found}, expected {expected}, by $.encodings"
+    try:
+        policy = ViewPolicy.from_json(document["policy"])
+    except (CskdError, TypeError, ValueError) as error:
+        reason = getattr(error, "found", None) or error
+        yield f"$.policy: found {reason}, expected a view policy that is built in or registered"
+    else:
+        if policy.size != teacher["size"]:
+            yield f"$.teacher.size: found {teacher['size']}, expected policy.size = {policy.size}"

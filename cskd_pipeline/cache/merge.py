@@ -24,12 +24,12 @@ import numpy as np
 
 from cskd_pipeline.cache.convert import require_apart, unit_data
 from cskd_pipeline.cache.digests import split_pin
+from cskd_pipeline.cache.folders import require_local
 from cskd_pipeline.cache.info import SIZES, describe
 from cskd_pipeline.cache.key_index import KeyIndex
 from cskd_pipeline.cache.manifest import CacheManifest, ShardInfo, utc_now
 from cskd_pipeline.cache.omitted import carry_lists
 from cskd_pipeline.cache.reader import Cache, open_cache
-from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.cache.writer import CacheWriter

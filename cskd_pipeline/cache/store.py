@@ -12,10 +12,10 @@ from typing import TypeVar
 import numpy as np
 
 from cskd_pipeline.cache import layout
-from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder, encode_file
+from cskd_pipeline.cache.chunks import ChunkReader, DamageError, encode_file
 from cskd_pipeline.cache.digests import Record
+from cskd_pipeline.cache.folders import Folder, open_folder
 from cskd_pipeline.cache.manifest import CacheManifest
-from cskd_pipeline.cache.remote import open_folder
 from cskd_pipeline.cache.remote_files import is_remote
 from cskd_pipeline.distill.encodings import ENCODINGS, Encoding, register_encoding, registered
 from cskd_pipeline.errors import CacheError
@@ -39,7 +39,7 @@ class CacheStore:
     process does so first: forked processes share what is known.
 
     Args:
-        path: a folder, or a URL to read from; see :mod:`cskd_pipeline.cache.remote`.
+        path: a folder, or a URL to read from; see :mod:`cskd_pipeline.cache.folders`.
         manifest: when it is known already; it is read otherwise.
 
     Attributes:
@@ -128,7 +128,8 @@ class CacheStore:
         done = np.zeros((self.manifest.blocks, len(self.manifest.dataset.shards)), bool)
         if not self.folder.lists:
             keys = [self.record_key(*unit) for unit in np.ndindex(*done.shape)]
-            return np.array(self.folder.there(keys), bool).reshape(done.shape)
+            found = self.each(self.folder.has, keys, "looking for finished units")
+            return np.fromiter(found, bool).reshape(done.shape)
         root = f"{layout.RECORD}/c"
         blocks = {int(n) for n in self.folder.names(root) if n.isdecimal()}
         for block in sorted(n for n in blocks if n < len(done)):
@@ -269,7 +270,7 @@ class CacheStore:
         Raises:
             CacheError: it is larger, or no plain file.
         """
-        if not self.folder.there([name])[0]:
+        if not self.folder.has(name):
             return None
         with self._named(name, "a file beside the arrays"):
             return self.folder.read(name, schemas.MAX_BYTES)

@@ -17,9 +17,9 @@ from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.check import check_bytes
 from cskd_pipeline.cache.chunks import DamageError
 from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
+from cskd_pipeline.cache.folders import require_local
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import Cache, open_cache
-from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime import atomic, schemas

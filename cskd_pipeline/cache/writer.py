@@ -17,8 +17,8 @@ import numpy as np
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import decode_file, encode_file
 from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
+from cskd_pipeline.cache.folders import require_local
 from cskd_pipeline.cache.manifest import CacheManifest
-from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.cache.units import Unit, UnitData, require_rows
 from cskd_pipeline.distill.encodings import Rows
@@ -298,7 +298,8 @@ class CacheWriter:
         return next((n for n, key in enumerate(keys) if inside(self.path, key).exists()), None)
 
     def _require_same(self, manifest: CacheManifest, guard: ClassGuard) -> None:
-        differences = self.manifest.differences(manifest)
+        conflicts = self.manifest.conflicts(manifest)
+        differences = [f"{at}: {mine} and {theirs}" for at, mine, theirs in conflicts]
         classes = guard.conflict(
             self.manifest.dataset.classes("the cache", self.path),
             manifest.dataset.classes("this one", self.path),

@@ -71,7 +71,7 @@ class TrainingViews(TorchDataset[Batch]):
             views=cache.views,
             allowed=found.allowed,
             encoding=encoding,
-            grid=manifest.grid,
+            grid=manifest.teacher.grid,
         )
 
     @classmethod

@@ -204,7 +204,7 @@ def test_the_parent_survives_the_manifest_and_is_checked() -> None:
     parent = manifest().as_parent(None)
     made = manifest(parent=parent)
     assert CacheManifest.from_json(made.to_json()) == made
-    assert made.differences(manifest()) == []
+    assert made.conflicts(manifest()) == []
     assert "parent" not in manifest().to_json()
     document = made.to_json()
     document["parent"]["manifest_sha256"] = "x"

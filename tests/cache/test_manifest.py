@@ -164,13 +164,13 @@ def test_differences_name_what_forbids_going_on() -> None:
         encodings=("dense",),
         root_seed=8,
     )  # fmt: skip
-    found = manifest().differences(other)
-    assert f"teacher.weights_sha256: {'ab' * 32} and {'cd' * 32}" in found
-    assert "policy.flip: 0.5 and 0.25" in found
-    assert "root_seed: 7 and 8" in found
-    assert "encodings: ['dense', 'envelope'] and ['dense']" in found
-    assert f"dataset.shards[2].sha256: {'2'.zfill(64)} and {'0' * 64}" in found
-    assert not any("shards[0]" in line for line in found)
+    found = {at: (mine, theirs) for at, mine, theirs in manifest().conflicts(other)}
+    assert found["teacher.weights_sha256"] == ("ab" * 32, "cd" * 32)
+    assert found["policy.flip"] == (0.5, 0.25)
+    assert found["root_seed"] == (7, 8)
+    assert found["encodings"] == (["dense", "envelope"], ["dense"])
+    assert found["dataset.shards[2].sha256"] == ("2".zfill(64), "0" * 64)
+    assert not any("shards[0]" in at for at in found)
 
 
 def test_what_may_differ_is_no_difference() -> None:
@@ -178,10 +178,10 @@ def test_what_may_differ_is_no_difference() -> None:
         views=8, view_block=4, notes="n", license="l", created="2030-01-01T00:00:00Z",
         versions={"torch": "9"}, teacher=teacher(source="elsewhere", top1=0.8),
     )  # fmt: skip
-    assert manifest().differences(other) == []
+    assert manifest().conflicts(other) == []
     shards = tuple(replace(shard, name=f"moved/{shard.name}") for shard in dataset().shards)
     renamed = DatasetManifest("elsewhere", dataset().num_classes, shards)
-    assert manifest().differences(manifest(dataset=renamed)) == []
+    assert manifest().conflicts(manifest(dataset=renamed)) == []
 
 
 def test_versions_that_decide_pixels_or_answers_are_compared() -> None:

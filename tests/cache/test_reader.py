@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from cskd_pipeline.cache import layout
-from cskd_pipeline.cache.chunks import BytesLRU, ChunkReader, DamageError, Folder
+from cskd_pipeline.cache.chunks import BytesLRU, ChunkReader, DamageError
+from cskd_pipeline.cache.folders import Folder
 from cskd_pipeline.cache.key_index import KeyIndex
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.units import Unit

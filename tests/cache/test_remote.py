@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from cskd_pipeline.cache import remote_files, transfers
+from cskd_pipeline.cache.folders import RemoteFolder, open_folder
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.mirror import Mirror
 from cskd_pipeline.cache.reader import Cache, open_cache
-from cskd_pipeline.cache.remote import RemoteFolder, open_folder
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.cli import main
 from cskd_pipeline.errors import CacheError, MissingPackageError, RemoteError, UsageError

@@ -25,11 +25,10 @@ import numpy as np
 import pytest
 
 from cskd_pipeline.cache import durable, mirror, remote_files, transfers
-from cskd_pipeline.cache.arrays import StoredArray
-from cskd_pipeline.cache.chunks import DamageError, encode_file
+from cskd_pipeline.cache.chunks import DamageError, StoredArray, encode_file
+from cskd_pipeline.cache.folders import RemoteFolder
 from cskd_pipeline.cache.mirror import Mirror
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.cache.remote import RemoteFolder
 from cskd_pipeline.cli import main
 from cskd_pipeline.errors import CacheError, OutputError, RemoteError, UsageError
 from tests.serving import BUCKET, Served, keep_copies, serving, serving_bucket

@@ -15,8 +15,14 @@ from zarr.codecs import TransposeCodec, ZstdCodec
 from zarr.storage import LocalStore, MemoryStore
 
 from cskd_pipeline.cache import layout
-from cskd_pipeline.cache.arrays import StoredArray
-from cskd_pipeline.cache.chunks import ChunkReader, DamageError, Folder, _content_size, encode_file
+from cskd_pipeline.cache.chunks import (
+    ChunkReader,
+    DamageError,
+    StoredArray,
+    _content_size,
+    encode_file,
+)
+from cskd_pipeline.cache.folders import Folder
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.distill.encodings import ENCODINGS

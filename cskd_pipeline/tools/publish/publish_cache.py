@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cskd_pipeline.cache import layout
+from cskd_pipeline.cache.folders import require_local
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import Cache, open_cache
-from cskd_pipeline.cache.remote import require_local
 from cskd_pipeline.cache.store import FINISH
 from cskd_pipeline.cache.units import count_files
 from cskd_pipeline.data.join import join_to_look

@@ -100,7 +100,7 @@ def _agreement_plot(counted: Statistics, caption: str) -> Plot:
 def _script_data(reader: Cache, labels: Labels, counted: Statistics, epochs: int) -> dict[str, Any]:
     names = class_names(reader)
     return {
-        "grid": reader.manifest.grid,
+        "grid": reader.manifest.teacher.grid,
         "views": labels.by_location(),
         "names": {int(k): names[k] for k in labels.classes()},
         "schedules": _schedules(epochs),

@@ -158,7 +158,7 @@ def _misfit(run: RunRecord, reader: Cache, guard: ClassGuard) -> str:
     if header.grid is None:
         return "its student has no dense head"
     for name, mine, theirs in (
-        ("grid", header.grid, manifest.grid),
+        ("grid", header.grid, manifest.teacher.grid),
         ("image size", header.size, manifest.policy.size),
         ("number of classes", header.num_classes, manifest.dataset.num_classes),
     ):
@@ -213,7 +213,7 @@ def script_data(compared: Comparison) -> Mapping[str, Any]:
     labels = [one.labels.reshape(len(one.labels), -1) for one in compared.students]
     classes = np.unique(np.concatenate([compared.teacher.classes(), *map(np.ravel, labels)]))
     return {
-        "grid": compared.cache.manifest.grid,
+        "grid": compared.cache.manifest.teacher.grid,
         "views": compared.teacher.by_location(),
         "names": {int(k): names[k] for k in classes},
         "students": [

@@ -226,7 +226,7 @@ def test_the_manifest_states_draws_and_temperature(tmp_path: Path) -> None:
     assert "sampled" not in manifest(encodings=("dense",)).to_json()
     other = manifest(encodings=("sampled",), sampled=Sampled(3, 2))
     assert made.lineage() != other.lineage()
-    assert made.differences(other) == ["sampled.temperature: 4.0 and 2.0"]
+    assert made.conflicts(other) == [("sampled.temperature", 4.0, 2.0)]
     for bad, expected in (
         ({"sampled": {"draws": 9, "temperature": 1.0}}, "$.sampled.draws"),
         ({"sampled": {"draws": 1, "temperature": 0}}, "$.sampled.temperature"),
