@@ -1,43 +1,13 @@
 """Views on the device: uint8 to floats, erased, mixed, normalised; the host waits for nothing."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from cskd_pipeline.data.batches import Batch
-from cskd_pipeline.distill.losses import mixed_targets
 from cskd_pipeline.views.policy import ViewPolicy
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Make what a training step needs of a loaded batch.
-
-    Args:
-        mean, std: the network's, in [0, 1] units.
-        smoothing: of the labels: mass spread evenly over all classes.
-        memory_format: of the images.
-    """
-
-    policy: ViewPolicy
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    smoothing: float = 0.0
-    memory_format: torch.memory_format = torch.contiguous_format
-
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the images (B, 3, S, S) float32, normalised, and the labels (B, K) float32, mixed
-        and smoothed, on the device of ``batch``; the host does not wait.
-        """
-        labels = mixed_targets(
-            batch.label, batch.partner_label, batch.lam, self.num_classes, self.smoothing
-        )
-        images = normalise(assemble(batch, self.policy), self.mean, self.std)
-        return images.contiguous(memory_format=self.memory_format), labels
 
 
 def assemble(batch: Batch, policy: ViewPolicy) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cskd_pipeline.data.assemble import Inputs
+from cskd_pipeline.data.assemble import assemble, normalise
 from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.plan import EpochPlan
@@ -21,6 +21,7 @@ from cskd_pipeline.data.read_ahead import ReadAhead, Use, uses_of
 from cskd_pipeline.data.remote_tar import require_room
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.data.workers import Loader
+from cskd_pipeline.distill.losses import mixed_targets
 from cskd_pipeline.distill.targets import Targets
 from cskd_pipeline.errors import UsageError
 
@@ -139,14 +140,6 @@ class CachedLoader:
             allowed=views.allowed,
         )
         self.device = torch.device(self.device)
-        self.inputs = Inputs(
-            views.policy,
-            views.num_classes,
-            tuple(self.mean or views.policy.mean),
-            tuple(self.std or views.policy.std),
-            self.smoothing,
-            self.memory_format,
-        )
         self._order = _Order(self.plan, self.rank, self.world, self.accumulation)
         self._next = 0  # batches before the next one, since the first epoch
         self._stream: Iterator[Batch] | None = None
@@ -174,6 +167,18 @@ class CachedLoader:
             self._next += 1
             targets = self.views.targets(batch)
             yield CachedBatch(*self.inputs(batch), batch.label, targets)
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the images (B, 3, S, S) float32, normalised, and the labels (B, K) float32, mixed
+        and smoothed, of a batch from :meth:`batches`, on its device; the host does not wait.
+        """
+        views, policy = self.views, self.views.policy
+        labels = mixed_targets(
+            batch.label, batch.partner_label, batch.lam, views.num_classes, self.smoothing
+        )
+        mean, std = self.mean or policy.mean, self.std or policy.std
+        images = normalise(assemble(batch, policy), mean, std)
+        return images.contiguous(memory_format=self.memory_format), labels
 
     @property
     def epoch(self) -> int:

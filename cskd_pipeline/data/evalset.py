@@ -12,7 +12,9 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset
+from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.read_ahead import ReadAhead, uses_of
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.models.student import Preprocessing
@@ -33,12 +35,10 @@ class EvalBatch:
 
 
 class EvalImages(TorchDataset[EvalBatch]):
-    """Batch number -> batch of consecutive samples."""
+    """Samples, (B, 2) shard and offset -> their batch."""
 
-    def __init__(self, dataset: Dataset, preprocessing: Preprocessing, batch_size: int) -> None:
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.size = preprocessing.size
+    def __init__(self, dataset: Dataset, preprocessing: Preprocessing) -> None:
+        self.images, self.size = ImageSource(dataset.shards), preprocessing.size
         # timm's own transform up to uint8: it leaves floats to the device.
         self.transform: Callable[[Image.Image], Tensor] = create_transform(
             preprocessing.size,
@@ -48,26 +48,12 @@ class EvalImages(TorchDataset[EvalBatch]):
             crop_pct=preprocessing.crop_pct,
         )
 
-    def __len__(self) -> int:
-        return -(-self.dataset.samples // self.batch_size)
-
-    def __getitem__(self, number: int) -> EvalBatch:
-        start = number * self.batch_size
-        stop = min(start + self.batch_size, self.dataset.samples)
-        pixels = np.empty((stop - start, self.size, self.size, 3), np.uint8)
-        labels = np.empty(stop - start, np.int64)
-        done = first = 0  # samples read; number of the tar's first sample
-        for shard, count in zip(self.dataset.shards, self.dataset.counts, strict=True):
-            rows = range(max(start - first, 0), min(stop - first, count))
-            first += count
-            for row, data in zip(rows, shard.read_images(rows) if rows else (), strict=True):
-                image = Image.fromarray(decode(data, shard.where(row)))
-                planes = self.transform(image)  # (3, S, S)
-                pixels[done] = np.asarray(planes).transpose(1, 2, 0)
-                labels[done] = shard.label(row)
-                done += 1
-        assert done == len(labels)
-        return EvalBatch(torch.from_numpy(pixels), torch.from_numpy(labels))
+    def __getitem__(self, samples: np.ndarray) -> EvalBatch:
+        pixels = np.empty((len(samples), self.size, self.size, 3), np.uint8)
+        for i, data, _ in self.images.read(samples):
+            image = Image.fromarray(decode(data, self.images.where(*samples[i].tolist())))
+            pixels[i] = np.asarray(self.transform(image)).transpose(1, 2, 0)  # from (3, S, S)
+        return EvalBatch(torch.from_numpy(pixels), torch.from_numpy(self.images.labels(samples)))
 
 
 def eval_loader(
@@ -83,13 +69,12 @@ def eval_loader(
 
     The last batch may be short.
     """
-    images = EvalImages(dataset, preprocessing, batch_size)
-    mine = range(ranks.rank, len(images), ranks.world)
+    images, samples = EvalImages(dataset, preprocessing), SampleSet.of(dataset).every()
+    starts = range(0, len(samples), batch_size)[ranks.rank :: ranks.world]
+    mine = (samples[start : start + batch_size] for start in starts)
     loader = Loader(images, mine, workers=workers, pin_memory=pin_memory)
-    tars = [shard.path for shard in dataset.shards]
-    numbers = np.repeat(np.arange(len(tars)), dataset.counts)
-    uses = uses_of(tars, numbers, np.arange(len(numbers)) // (batch_size * ranks.world))
-    yield from ReadAhead(tars, uses).over(loader)
+    tars, position = images.images.tars, np.arange(len(samples)) // (batch_size * ranks.world)
+    yield from ReadAhead(tars, uses_of(tars, samples[:, 0], position)).over(loader)
 
 
 def images_of_rank(dataset: Dataset, *, batch_size: int, ranks: Ranks = ALONE) -> int:
