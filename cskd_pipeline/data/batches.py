@@ -196,11 +196,7 @@ class Renderer:
         return RenderedViews(rows, pixels, params, seed, crcs, digests, drifted)
 
     def labels(self, pairing: Pairing) -> np.ndarray:
-        """Return the class numbers of samples and partners, (2, n) int64.
-
-        Raises:
-            JoinError: the cache has other labels.
-        """
+        """Return the class numbers of samples and partners, (2, n) int64."""
         samples = np.concatenate([pairing.own, pairing.partner])[:, 1:]
         return np.stack(np.split(self.images.labels(samples), 2))
 
@@ -236,11 +232,7 @@ class Renderer:
 
 
 def render_batch(renderer: Renderer, rows: np.ndarray) -> Batch:
-    """Render the samples ``rows``, (B, 3) view, shard, offset: see :class:`Batch`; no targets yet.
-
-    Raises:
-        CskdError: whatever :meth:`Renderer.render` raises.
-    """
+    """Render the samples ``rows``, (B, 3) view, shard, offset: see :class:`Batch`; no targets yet."""
     pairing = renderer.pair(rows)
     views = renderer.render(np.concatenate([pairing.own, pairing.partner]))
     return compose(renderer.labels(pairing), pairing, views)

@@ -64,9 +64,6 @@ def find_corrupt(
         samples: (n, 2) shard and offset.
         workers: loader processes; they change nothing but the time.
         part, parts: every ``parts``-th piece, from number ``part`` on.
-
-    Raises:
-        ShardError: a tar cannot be read.
     """
     starts = range(0, len(samples), PIECE)[part::parts]
     pieces = [samples[start : start + PIECE] for start in starts]
@@ -120,11 +117,7 @@ def without_corrupt(
 
 
 def require_images(dataset: Dataset, *, workers: int = 0) -> None:
-    """Refuse a data set with images that cannot be decoded, and list all of them.
-
-    Raises:
-        ImageError: how many; its report has them all.
-    """
+    """Refuse a data set with images that cannot be decoded, and list all of them."""
     images = ImageSource(dataset.shards)
     found = find_corrupt(images, SampleSet.of(dataset).every(), workers=workers)
     if not found:

@@ -41,8 +41,7 @@ def index_shards(
         decoders: decode every image first, by so many loader processes; None: do not.
 
     Raises:
-        DataError: as :func:`load_dataset`; a key that is there twice; nothing states the number of
-            classes.
+        DataError: as :func:`load_dataset`; a key that is there twice; no number of classes.
         ImageError: images that cannot be decoded, all of them in its report.
     """
     dataset = load_dataset(
@@ -66,10 +65,6 @@ def describe(dataset: Dataset) -> DatasetManifest:
     """Return the manifest of ``dataset``: its own, or one made by reading every byte of its tars.
 
     Of a tar at a URL nothing is read: its SHA-256 is the one that its store states, or None.
-
-    Raises:
-        DataError: nothing states the number of classes.
-        ManifestError: a tar's name that no reader of manifests accepts.
     """
     manifest = dataset.manifest or _made(dataset)
     unknown = sum(info.sha256 is None for info in manifest.shards)
@@ -109,9 +104,6 @@ def _relative_names(paths: Sequence[Tar]) -> tuple[str | None, list[str]]:
     """The URL of the innermost folder that holds them all, if it has one, and paths below it.
 
     Links keep their own names.
-
-    Raises:
-        DataError: tars of several servers.
     """
     absolute = [Path(os.path.abspath(p) if isinstance(p, Path) else str(p)) for p in paths]
     first = paths[0]

@@ -121,9 +121,6 @@ class ImageSource:
         """Yield index into ``samples`` and the image's CRC-32, in the order of :meth:`read`.
 
         Nothing is compared. Tars elsewhere are fetched ahead.
-
-        Raises:
-            ShardError: a tar cannot be read.
         """
         tars, order = self.tars, np.sort(self.locate(samples)[0])
         ahead = ReadAhead(tars, uses_of(tars, order, np.arange(len(order))))

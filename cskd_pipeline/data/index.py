@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -59,20 +59,12 @@ class Dataset:
         return Classes(of, str(self.shards[0].path.parent), self.num_classes, self.class_names)
 
     def fitting(self, other: Classes, of: str, guard: ClassGuard) -> Dataset:
-        """Return the same with ``other``'s number of classes, if names and order are ``other``'s.
-
-        Raises:
-            DataError: they are not, and that is not accepted; a label lies outside.
-        """
+        """Return the same with ``other``'s number of classes, if ``guard`` lets the names pass."""
         guard.compare(self.classes(of), other)
         return self if other.count is None else self.with_classes(other.count)
 
     def with_classes(self, num_classes: int) -> Dataset:
-        """Return the same with a known number of classes; check the labels against it.
-
-        Raises:
-            DataError: another number is known already, or a label lies outside.
-        """
+        """Return the same with a known number of classes; check the labels against it."""
         if self.num_classes == num_classes:
             return self
         classes = _agreed(num_classes, self.num_classes, self.name)
@@ -80,19 +72,14 @@ class Dataset:
         return replace(self, shards=shards, num_classes=classes)
 
     def held_to(self, manifest: DatasetManifest) -> Dataset:
-        """Return the same, whose tars must be the ones that ``manifest`` describes in this order.
-
-        Raises:
-            ShardError: they are not, by their keys or by the SHA-256 that their store states.
-        """
+        """Return the same, whose tars must be those that ``manifest`` describes in this order."""
         pairs = zip(self.shards, manifest.shards, strict=True)
         return replace(self, shards=tuple(replace(shard, info=info) for shard, info in pairs))
 
     def without(self, offsets: Mapping[int, Sequence[int]]) -> Dataset:
         """Return the same as if the tars did not hold these samples, shard -> offsets.
 
-        Raises:
-            DataError: a tar would have none left.
+        A tar that would have none left is refused.
         """
         empty = [s for s, left_out in offsets.items() if len(left_out) == self.counts[s]]
         if empty:
@@ -114,9 +101,6 @@ def sample(dataset: Dataset, samples: int, parts: int = 4) -> Dataset:
     """Take about ``samples`` samples of ``dataset``, in ``parts`` runs of neighbours.
 
     For trials and forecasts. Each part is a shard of its own; its manifest has no hashes.
-
-    Raises:
-        DataError: nothing states the number of classes.
     """
     count = len(dataset.shards)
     chosen = sorted({(2 * i + 1) * count // (2 * parts) for i in range(parts)})
@@ -162,33 +146,23 @@ def load_dataset(
     tars, listing = list_shards(spec, split=split, prefer=prefer)
     manifest = listing.manifest
     if manifest is not None:
-        names: tuple[str, ...] | None = manifest.class_names
         classes = _agreed(num_classes, manifest.num_classes, "the manifest")
-    else:
-        names = _names_beside(tars)
-        classes = _agreed(num_classes, len(names) if names else None, "the class names")
-    infos = manifest.shards if manifest else (None,) * len(tars)
-    shards = tuple(
-        TarShard(path, info=info, num_classes=classes)
-        for path, info in zip(tars, infos, strict=True)
-    )
-    if manifest is not None:
+        pairs = zip(tars, manifest.shards, strict=True)
+        shards = tuple(TarShard(tar, info, classes) for tar, info in pairs)
         _check_sizes(shards)
-    else:
-        read_headers(shards)
-        _check_counts(shards, listing.counts)
-        if empty == "error":
-            _refuse_empty_images(shards)
-    name = manifest.name if manifest else name_of(tars)
-    return Dataset(name, shards, classes, names, manifest)
+        return Dataset(manifest.name, shards, classes, manifest.class_names, manifest)
+    names = _names_beside(tars)
+    classes = _agreed(num_classes, len(names) if names else None, "the class names")
+    shards = tuple(TarShard(tar, num_classes=classes) for tar in tars)
+    read_headers(shards)
+    _check_counts(shards, listing.counts)
+    if empty == "error":
+        _refuse_empty_images(shards)
+    return Dataset(name_of(tars), shards, classes, names)
 
 
 def read_headers(shards: Sequence[TarShard]) -> None:
-    """Read the headers of all tars that were not read yet; of those elsewhere, several at a time.
-
-    Raises:
-        ShardError, RemoteError: see :attr:`TarShard.index`.
-    """
+    """Read the headers that were not read yet; of tars elsewhere, several at a time."""
     missing = [shard for shard in shards if not shard.is_indexed]
     if not missing:
         return
@@ -204,11 +178,7 @@ def read_headers(shards: Sequence[TarShard]) -> None:
 
 
 def require_num_classes(dataset: Dataset, action: str = "pass --num-classes N") -> int:
-    """Return the number of classes.
-
-    Raises:
-        DataError: nothing states it.
-    """
+    """Return the number of classes; refuse a data set where nothing states it."""
     if dataset.num_classes is None:
         raise DataError(
             "nothing states the number of classes",
@@ -261,10 +231,8 @@ def _document(folder: Path | str, name: str) -> Any:
 
 def name_of(paths: Sequence[Tar]) -> str:
     """Return what the tars' names have in common, without numbers: ``imagenet1k-train``."""
-    stems = [Path(str(path)).stem for path in paths]
-    first, last = min(stems), max(stems)
-    alike = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    common = "".join(character for character, _ in alike).rstrip("0123456789").rstrip("-_. ")
+    common = os.path.commonprefix([Path(str(path)).stem for path in paths])  # noqa: RUF071
+    common = common.rstrip("0123456789").rstrip("-_. ")
     return common or Path(str(paths[0])).resolve().parent.name or "shards"
 
 
@@ -326,9 +294,6 @@ def refuse_repeated_keys(dataset: Dataset) -> None:
     """Refuse a data set in which a key is there twice: the cache joins by keys.
 
     Reads the headers of all tars.
-
-    Raises:
-        DataError: which keys, and in which tars.
     """
     read_headers(dataset.shards)
     counts = [len(shard.index) for shard in dataset.shards]

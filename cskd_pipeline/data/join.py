@@ -184,10 +184,6 @@ def require_word(name: str, value: str, words: Sequence[str]) -> None:
 def join_to_look(cache: Cache, shards: str, guard: ClassGuard, *, split: str | None = None) -> Join:
     """The cache's samples among the user's ``shards``, for those who compare or show them: samples
     that are missing and images that differ are no error.
-
-    Raises:
-        CskdError: there are no such shards, none of the cache's samples in them, or other classes
-            that ``guard`` does not accept.
     """
     dataset = load_dataset(shards, split=split)
     dataset = dataset.fitting(classes_of(cache), "the shards", guard)
@@ -204,9 +200,6 @@ def find_differing(found: Join, part: int = 0, parts: int = 1) -> Offsets:
 
     Args:
         part, parts: of the user's tars, read every ``parts``-th, from number ``part`` on.
-
-    Raises:
-        ShardError: a tar cannot be read.
     """
     samples = found.usable()
     samples = samples[found.images.locate(samples)[0] % parts == part]

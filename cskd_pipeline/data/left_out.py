@@ -68,9 +68,6 @@ class LeftOuts:
                 is ignored.
             counts: number of samples in each shard.
             look: reads ``part`` of ``parts`` of the images, and returns what it finds there.
-
-        Raises:
-            ManifestError: a record that was altered.
         """
         path = self.path(f"{name}.json")
         known = None

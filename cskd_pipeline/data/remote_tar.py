@@ -341,11 +341,7 @@ def room_of(tars: Iterable[Tar]) -> int | None:
 
 
 def require_room(tars: Iterable[Tar], at_once: int, what: str) -> None:
-    """Refuse room for copies that is less than the ``at_once`` largest of ``tars`` take.
-
-    Raises:
-        UsageError: it is.
-    """
+    """Refuse room for copies that is less than the ``at_once`` largest of ``tars`` take."""
     remote = [tar for tar in tars if isinstance(tar, RemoteTar)]
     if remote:
         largest = sorted((tar.size for tar in remote), reverse=True)[:at_once]

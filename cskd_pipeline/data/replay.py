@@ -117,10 +117,6 @@ def replay(found: Join, rows: np.ndarray) -> Replay:
     """Replay the views ``rows``, (n, 3) view, shard, offset, of samples that are joined.
 
     Views of images that are not the cache's are left out: they are others in any case.
-
-    Raises:
-        ShardError, ImageError: an image cannot be had.
-        JoinError: labels differ.
     """
     cache = found.cache
     exact = np.zeros(len(rows), bool)

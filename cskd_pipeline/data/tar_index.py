@@ -75,12 +75,7 @@ def is_left_behind(name: str) -> bool:
 
 
 def read_index(path: Tar) -> ShardIndex:
-    """Read the headers and labels of a tar; image bytes are skipped.
-
-    Raises:
-        ShardError: see :attr:`TarShard.index`.
-        RemoteError: a tar elsewhere cannot be had.
-    """
+    """Read the headers and labels of a tar; image bytes are skipped."""
     if isinstance(path, RemoteTar):
         return ShardIndex(**path.noted(lambda: vars(_read_index(path))))
     return _read_index(path)
@@ -112,12 +107,7 @@ def _read_index(path: Tar) -> ShardIndex:
 
 
 def open_shard(path: Tar) -> IO[bytes]:
-    """Open a tar; one elsewhere is fetched first, if there is no copy on this machine.
-
-    Raises:
-        ShardError: it cannot be opened.
-        RemoteError: it cannot be had.
-    """
+    """Open a tar; one elsewhere is fetched first, if there is no copy on this machine."""
     if isinstance(path, RemoteTar):
         return path.open()
     try:

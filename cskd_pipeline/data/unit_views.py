@@ -97,9 +97,6 @@ def unit_batches(
     Units are taken from ``units`` when a process can start on them (a little earlier where their
     tars are fetched meanwhile), and come in that order, each complete before the next.
     ``Batch.index`` says where each row belongs. They lie on the host.
-
-    Raises:
-        CskdError: an image or a tar that cannot be read.
     """
     images = ImageSource(dataset.shards)
     renderer = Renderer(SampleSet.of(dataset), images, policy, root_seed)

@@ -132,20 +132,12 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
 
 
 def require_empty(folder: Path, *, action: str) -> None:
-    """Refuse a folder that holds anything but our own lock.
-
-    Raises:
-        OutputError: ``folder`` exists and is not an empty folder.
-    """
+    """Refuse a folder that holds anything but our own lock."""
     _refuse(folder, _names(folder) - {LOCK}, "an empty or new folder", action)
 
 
 def require_free(folder: Path, names: Collection[str], *, action: str) -> None:
-    """Refuse a folder that holds one of ``names``; others, as the log of a job, are let be.
-
-    Raises:
-        OutputError: it does, or is a file.
-    """
+    """Refuse a folder that holds one of ``names``; others, as the log of a job, are let be."""
     _refuse(folder, _names(folder) & {*names}, "a folder without these", action)
 
 

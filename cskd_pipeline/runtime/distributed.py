@@ -112,31 +112,19 @@ class Ranks:
             yield number
 
     def heed(self) -> None:
-        """Raise the error of another rank that has failed.
-
-        Raises:
-            RankError: that rank's error.
-        """
+        """Raise the error of another rank that has failed."""
         if self.watch is not None:
             self.watch.heed()
 
     def heeding(self, items: Iterable[T]) -> Iterator[T]:
-        """Pass ``items`` on until another rank has failed.
-
-        Raises:
-            RankError: that rank's error.
-        """
+        """Pass ``items`` on until another rank has failed."""
         for item in items:
             self.heed()
             yield item
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Explain a collective that fails inside: which rank it was, and why, where that is known.
-
-        Raises:
-            RankError: the collective failed.
-        """
+        """Explain a collective that fails inside: which rank it was, and why, where that is known."""
         try:
             yield
         except (dist.DistError, RuntimeError) as error:
