@@ -93,7 +93,7 @@ def expanded(function: Callable[..., Any], flags: str = "") -> Callable[..., Any
     @functools.wraps(function)
     def command(**given: Any) -> Any:
         """Call ``function`` with what it takes."""
-        given["terminal"] = Terminal.listening(quiet=given.pop("quiet"), json=given.pop("json"))
+        given["terminal"] = Terminal(quiet=given.pop("quiet"), json=given.pop("json")).attach()
         return call(given)
 
     # typer reads both; type checkers do not know the first, for which inspect looks.

@@ -232,7 +232,7 @@ class Renderer:
 
 
 def render_batch(renderer: Renderer, rows: np.ndarray) -> Batch:
-    """Render the samples ``rows``, (B, 3) view, shard, offset: see :class:`Batch`; no targets yet."""
+    """Render the samples ``rows``, (B, 3) view, shard, offset; there are no targets yet."""
     pairing = renderer.pair(rows)
     views = renderer.render(np.concatenate([pairing.own, pairing.partner]))
     return compose(renderer.labels(pairing), pairing, views)

@@ -57,23 +57,17 @@ class Terminal:
         self._clock = clock
         self._bars: Progress | None = None
 
-    @classmethod
-    def listening(cls, *, quiet: bool = False, json: bool = False) -> Terminal:
-        """Return a terminal that shows this process's progress, news and warnings from now on.
+    def attach(self) -> Terminal:
+        """Show this process's progress, news and warnings from now on; return itself.
 
-        It replaces the one before; :func:`kept` brings that one back.
+        It replaces the one before, which :func:`~cskd_pipeline.runtime.progress.kept` brings back.
         """
-        terminal = cls(quiet=quiet, json=json)
-        terminal.attach()
-        return terminal
-
-    def attach(self) -> None:
-        """Show what :mod:`~cskd_pipeline.runtime.progress` and ``logging`` report from now on."""
         listen(self)
         logger = logging.getLogger(PACKAGE)
         logger.handlers = [_News(self)]
         logger.setLevel(logging.INFO)
         logger.propagate = False
+        return self
 
     def line(self, text: object) -> None:
         """One line of news."""
@@ -90,14 +84,14 @@ class Terminal:
             return
         columns = [printable(name) for name in columns]
         values = [list(row) for row in rows]
-        right = [_is_numeric(column) for column in zip(*values, strict=True)]
+        right = [bool(v) and _is_numeric(v) for _, *v in zip(columns, *values, strict=True)]
         cells = [[printable(format_value(value), _LONGEST) for value in row] for row in values]
         _print(self._out, printable(title), "bold")
         if self._out.is_terminal:
             from rich.table import Table
 
             table = Table(box=None, pad_edge=False, header_style="bold")
-            for name, numeric in zip(columns, right or [False] * len(columns), strict=True):
+            for name, numeric in zip(columns, right, strict=True):
                 table.add_column(Text(name), justify="right" if numeric else "left")
             for row in cells:
                 table.add_row(*map(Text, row))
@@ -107,9 +101,7 @@ class Terminal:
         for row in [columns, *cells]:
             padded = [
                 cell.rjust(width) if numeric else cell.ljust(width)
-                for cell, width, numeric in zip(
-                    row, widths, right or [False] * len(row), strict=True
-                )
+                for cell, width, numeric in zip(row, widths, right, strict=True)
             ]
             _print(self._out, "  ".join(padded).rstrip())
 

@@ -124,7 +124,7 @@ class Ranks:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Explain a collective that fails inside: which rank it was, and why, where that is known."""
+        """Make a RankError of a collective that fails inside: which rank it was, and why."""
         try:
             yield
         except (dist.DistError, RuntimeError) as error:

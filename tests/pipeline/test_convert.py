@@ -73,7 +73,7 @@ def test_auto_takes_the_closest_approximation_and_says_so(
     from cskd_pipeline.runtime.console import Terminal
 
     recipe = world.train_recipe(soft.shards, soft.cache, tmp_path, "cskd", world.SOFT)
-    Terminal.listening()
+    Terminal().attach()
     data = open_training_data(recipe)
     assert data.views.cache is not None
     assert data.views.encoding == "dense-q8"

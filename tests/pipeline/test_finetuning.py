@@ -137,7 +137,7 @@ def test_new_heads_are_those_of_a_fresh_run(transfer: Transfer, tmp_path: Path) 
 def test_the_run_says_what_it_did(
     transfer: Transfer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Terminal.listening()
+    Terminal().attach()
     train(transfer.recipe(tmp_path / "out", epochs=1))
     digest = state_digest(load_file(transfer.run / "best.safetensors"))
     told = capsys.readouterr().err.replace("\n", " ")
@@ -224,7 +224,7 @@ def test_a_pth_names_no_model_which_is_said(
 ) -> None:
     state = load_file(transfer.run / "best.safetensors")
     torch.save(state, tmp_path / "w.pth")
-    Terminal.listening()
+    Terminal().attach()
     train(transfer.recipe(tmp_path / "out", tmp_path / "w.pth", epochs=1))
     told = capsys.readouterr().err.replace("\n", " ")
     assert "new head and head_dist (10 classes before, 7 now)" in told

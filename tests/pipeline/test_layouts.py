@@ -201,7 +201,7 @@ def test_a_record_of_other_shards_is_not_believed(
     path = tmp_path / "run/differing.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "shards": "0" * 64, "differing": {}}))
-    Terminal.listening()
+    Terminal().attach()
     train(stopped("run"), resume=True)
     assert "reading the images again" in capsys.readouterr().err
     assert json.loads(path.read_text()) == record

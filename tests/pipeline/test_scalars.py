@@ -255,7 +255,7 @@ def test_ctrl_c_reaches_the_whole_group_and_the_curves_are_whole(
 
 
 def warned(small: World, out: Path, capsys: pytest.CaptureFixture[str], **named: Any) -> str:
-    Terminal.listening()
+    Terminal().attach()
     summary = train(recipe_of(small, out, epochs=1), **named)
     assert summary["last"]["epoch"] == 1
     return capsys.readouterr().err.replace("\n", " ")

@@ -34,7 +34,7 @@ Capture = pytest.CaptureFixture[str]
 
 def run_to_end(recipe: Any, resume: bool = False) -> dict[str, Any]:
     """What the command does; its news are on stderr."""
-    Terminal.listening()
+    Terminal().attach()
     return train(recipe, resume=resume)
 
 

@@ -401,11 +401,11 @@ def test_training_begins_with_a_look_at_a_sample(
     small: World, tmp_path: Path, capsys: Capture
 ) -> None:
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run")
-    Terminal.listening()
+    Terminal().attach()
     open_training_data(recipe)
     assert "checked 64 views of the cache: 64 come out bit for bit" in capsys.readouterr().err
     none = world.train_recipe(small.shards, small.cache, tmp_path / "run", sets=["data.check=0"])
-    Terminal.listening()
+    Terminal().attach()
     open_training_data(none)
     assert "checked" not in capsys.readouterr().err
 
@@ -415,13 +415,13 @@ def test_views_that_differ_stop_training_before_it_begins_or_are_told(
 ) -> None:
     shifted(monkeypatch)
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run")
-    Terminal.listening()
+    Terminal().attach()
     with pytest.raises(ViewDriftError, match="not those the teacher saw"):
         open_training_data(recipe)
     warned = world.train_recipe(
         small.shards, small.cache, tmp_path / "run", sets=["data.drift=warn"]
     )
-    Terminal.listening()
+    Terminal().attach()
     open_training_data(warned)
     told = capsys.readouterr().err
     assert "warning: checked 64 views" in told

@@ -290,7 +290,7 @@ def test_whoever_listened_does_again_after_a_silence_and_after_a_command(
         logger.setLevel(logging.ERROR)
         with suppress(KeyError, KeyboardInterrupt), within():
             if within is kept:
-                Terminal.listening()
+                Terminal().attach()
                 assert not logger.propagate
             assert heard_by() is not own
             assert logger.level != logging.ERROR
