@@ -89,10 +89,13 @@ class ImageSource:
         Raises:
             JoinError: the cache has other labels.
         """
-        if self.cache is not None:
-            for shard in np.unique(samples[:, 0]).tolist():
+        labels = np.empty(len(samples), np.int64)
+        for shard in np.unique(samples[:, 0]).tolist():
+            if self.cache is not None:
                 self._checked(shard)
-        return self._labels(samples)
+            here = samples[:, 0] == shard
+            labels[here] = self._shard_labels(shard)[samples[here, 1]]
+        return labels
 
     def keys(self, samples: np.ndarray) -> list[str]:
         """Return the samples' keys."""
@@ -112,10 +115,17 @@ class ImageSource:
             ShardError: a tar cannot be read.
             JoinError: an image is not the one the cache was made from.
         """
-        for i, data, crc in self._read(samples):
-            if self.cache is not None and self.strict:
-                self._compare(crc, *samples[i].tolist())
-            yield i, data, crc
+        tars, rows = self.locate(samples)
+        assert (tars != NOWHERE).all(), "no tar has the sample"
+        order = np.lexsort((rows, tars))
+        parts = np.split(order, np.flatnonzero(np.diff(tars[order])) + 1)
+        for part in parts if len(order) else ():  # of nothing, split makes one part
+            images = self.shards[int(tars[part[0]])].read_images(rows[part].tolist())
+            for i, data in zip(part.tolist(), images, strict=True):
+                crc = zlib.crc32(data)
+                if self.cache is not None and self.strict:
+                    self._compare(crc, *samples[i].tolist())
+                yield i, data, crc
 
     def crc32(self, samples: np.ndarray) -> Iterator[tuple[int, int]]:
         """Yield index into ``samples`` and the image's CRC-32, in the order of :meth:`read`.
@@ -126,28 +136,11 @@ class ImageSource:
         ahead = ReadAhead(tars, uses_of(tars, order, np.arange(len(order))))
         ahead.start()
         try:
-            for position, (i, _, crc) in enumerate(self._read(samples)):
+            for position, (i, _, crc) in enumerate(self.lenient().read(samples)):
                 ahead.advance(position)
                 yield i, crc
         finally:
             ahead.close()
-
-    def _read(self, samples: np.ndarray) -> Iterator[tuple[int, bytes, int]]:
-        tars, rows = self.locate(samples)
-        assert (tars != NOWHERE).all(), "no tar has the sample"
-        order = np.lexsort((rows, tars))
-        parts = np.split(order, np.flatnonzero(np.diff(tars[order])) + 1)
-        for part in parts if len(order) else ():  # of nothing, split makes one part
-            images = self.shards[int(tars[part[0]])].read_images(rows[part].tolist())
-            for i, data in zip(part.tolist(), images, strict=True):
-                yield i, data, zlib.crc32(data)
-
-    def _labels(self, samples: np.ndarray) -> np.ndarray:
-        labels = np.empty(len(samples), np.int64)
-        for shard in np.unique(samples[:, 0]).tolist():
-            here = samples[:, 0] == shard
-            labels[here] = self._shard_labels(shard)[samples[here, 1]]
-        return labels
 
     def _shard_labels(self, shard: int) -> np.ndarray:
         """(count,) of a layout shard, as the tars have them; ``NOWHERE`` for what no tar has."""
@@ -176,7 +169,7 @@ class ImageSource:
             among: the number of samples compared.
             switch: what accepts it, if anything does.
         """
-        found, recorded = self._labels(relabelled), relabelled[:, 2]
+        found, recorded = self.alone().labels(relabelled), relabelled[:, 2]
         pairs = np.unique(np.stack([recorded, found], axis=1), axis=0).tolist()
         changed = renumbering([(a, b) for a, b in pairs])
         order = ", ".join(f"{a} is {b} here" for a, b in [*changed.items()][:SHOWN])
