@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -71,6 +71,7 @@ class StudentHeader:
     cache_sha256: Digest | None = None
     init_sha256: Digest | None = None
     recipe_changes: tuple[str, ...] = ()
+    sha256: Digest | None = None  # of the tensors: save_student states it, format 1 did not
 
     def classes(self, where: object) -> Classes:
         """Return the classes, for a comparison; ``where`` is the student's file."""
@@ -78,14 +79,14 @@ class StudentHeader:
 
 
 _HEADER: TypeAdapter[StudentHeader] = TypeAdapter(StudentHeader)
-_DIGEST: TypeAdapter[str] = TypeAdapter(Digest)
 
 
 def save_student(path: Path, state: dict[str, torch.Tensor], header: StudentHeader) -> None:
     """Write a timm state dict and its header."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     # One entry: the library writes several in random order, and equal runs leave equal files.
-    about = {"format": FORMAT, "sha256": state_digest(tensors), **asdict(header)}
+    digest = state_digest(tensors)
+    about = {"format": FORMAT, "sha256": digest} | asdict(replace(header, sha256=digest))
     # save_file would deny other users the file.
     write_bytes(path, save(tensors, metadata={HEADER: json.dumps(about)}))
 
@@ -109,7 +110,22 @@ def student_file(path: Path) -> Path:
 
 def read_header(path: Path) -> StudentHeader:
     """Read the header of a student's file; refuse other files, and unknown headers."""
-    return _read_header(path)[0]
+    try:
+        document = schemas.parse(_metadata(path)[HEADER].encode(), path)
+        version = document.pop("format")
+        if version not in (1, FORMAT):
+            raise ValueError(f"format {version!r}")
+        header = parse_header(document)
+        if version == FORMAT and header.sha256 is None:
+            raise ValueError("no SHA-256 of the tensors")
+    except (KeyError, ValueError, TypeError, AttributeError, ManifestError) as error:
+        raise WeightsError(
+            "the checkpoint does not state which student it holds",
+            where=path,
+            found=header_problem(error),
+            expected=f"an entry {HEADER!r} of format {FORMAT} in its header, as train writes it",
+        ) from error
+    return header
 
 
 def has_header(path: Path) -> bool:
@@ -123,14 +139,13 @@ def read_student(path: Path) -> tuple[StudentHeader, dict[str, torch.Tensor]]:
     Raises:
         WeightsError: no header, or tensors of another digest than it states.
     """
-    header, digest = _read_header(path)
-    state = load_state(path)
-    if digest is not None and state_digest(state) != digest:
+    header, state = read_header(path), load_state(path)
+    if header.sha256 not in (None, found := state_digest(state)):
         raise WeightsError(
             "the checkpoint is damaged: its tensors are not those that were saved",
             where=path,
-            found=f"SHA-256 {state_digest(state)}",
-            expected=digest,
+            found=f"SHA-256 {found}",
+            expected=header.sha256,
             action="copy it again from where it came from",
         )
     return header, state
@@ -219,26 +234,6 @@ def _registered_at_most(values: int, tensors: int) -> Iterator[None]:
         yield
 
 
-def _read_header(path: Path) -> tuple[StudentHeader, str | None]:
-    """The student's header, and the SHA-256 that the tensors must have; None: of format 1."""
-    metadata = _metadata(path)
-    try:
-        document = schemas.parse(metadata[HEADER].encode(), path)
-        version = document.pop("format")
-        if version not in (1, FORMAT):
-            raise ValueError(f"format {version!r}")
-        digest = _DIGEST.validate_python(document.pop("sha256")) if version == FORMAT else None
-        header = parse_header(document)
-    except (KeyError, ValueError, TypeError, AttributeError, ManifestError) as error:
-        raise WeightsError(
-            "the checkpoint does not state which student it holds",
-            where=path,
-            found=header_problem(error),
-            expected=f"an entry {HEADER!r} of format {FORMAT} in its header, as train writes it",
-        ) from error
-    return header, digest
-
-
 def parse_header(document: dict[str, Any]) -> StudentHeader:
     """Return the header that a JSON object describes, with arguments that are small enough.
 
@@ -258,8 +253,7 @@ def header_problem(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return f"{type(error).__name__}: {error}"
     first = error.errors()[0]
-    name = ".".join(map(str, first["loc"])) or "sha256"
-    return f"{name}: {first['msg']}, not {first['input']!r}"
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {first['input']!r}"
 
 
 def _check_arguments(value: Any) -> None:

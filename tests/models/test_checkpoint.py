@@ -76,7 +76,7 @@ def rewrite(file: Path, **changes: Any) -> None:
 
 def test_a_student_comes_back_as_it_was_saved(file: Path) -> None:
     student, header = load_student(file, CPU)
-    assert header == CARD
+    assert replace(header, sha256=None) == CARD
     shown = student.preprocessing
     assert (shown.crop_pct, shown.interpolation) == (0.875, "bilinear")
     for name, tensor in student_of().model.state_dict().items():
