@@ -8,7 +8,6 @@ gives fill values, unless ``array.read_missing_chunks`` of zarr 3.2 and later is
 
 from __future__ import annotations
 
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -138,17 +137,6 @@ class StoredArray:
             "dimension_names": list(self.axes),
             "storage_transformers": [],
         }
-
-    def problems(self, document: Any) -> list[str]:
-        """Return where a ``zarr.json`` differs from :meth:`document`, a line for each field."""
-        if not isinstance(document, dict):
-            return ["found no JSON object"]
-        expected = self.document()
-        return [
-            f"{name}: found {_shown(document.get(name))}, expected {_shown(expected.get(name))}"
-            for name in dict.fromkeys((*expected, *document))
-            if document.get(name) != expected.get(name)
-        ]
 
 
 class BytesLRU(Generic[K, V]):
@@ -304,7 +292,3 @@ def _content_size(frame: bytes) -> int | None:
     start = 5 + (1 - single_segment) + dictionary
     size = int.from_bytes(frame[start : start + length], "little")
     return None if length == 0 else size + 256 if length == 2 else size
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))[:200]

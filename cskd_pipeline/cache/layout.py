@@ -138,7 +138,7 @@ def stored_arrays(manifest: CacheManifest) -> dict[str, StoredArray]:
         ),
     ]  # fmt: skip
     arrays += [_stored(spec, manifest, longest) for spec in specs(manifest).values()]
-    files = sum(files_in_unit(array, block) for array in arrays)
+    files = sum(1 if array.name in PER_SHARD else block // array.file_shape[0] for array in arrays)
     record = (2 + files) * SIZE
     arrays.append(
         StoredArray(
@@ -178,11 +178,6 @@ def _stored(spec: ArraySpec, manifest: CacheManifest, longest: int) -> StoredArr
     )
 
 
-def files_in_unit(array: StoredArray, view_block: int) -> int:
-    """Return how many files of an array belong to one unit, its tar shard's own ones included."""
-    return 1 if array.name in PER_SHARD else view_block // array.file_shape[0]
-
-
 def round_up(length: int, step: int) -> int:
     """Return the first multiple of ``step`` from ``length`` on."""
     return -(-length // step) * step
@@ -220,16 +215,6 @@ def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
-def group_problems(document: Any) -> list[str]:
-    """List how a ``zarr.json`` differs from a zarr v3 group's."""
-    found = document if isinstance(document, dict) else {}
-    return [
-        f"{name}: found {found.get(name)}, expected {value}"
-        for name, value in (("zarr_format", 3), ("node_type", "group"))
-        if found.get(name) != value
-    ]
-
-
 def to_bytes(document: Mapping[str, Any]) -> bytes:
     """Write a document as JSON."""
     return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
@@ -243,15 +228,14 @@ def parse_manifest(data: bytes, where: object) -> CacheManifest:
         ManifestError: it does not fit the schema; says everything that does not.
     """
     document = schemas.parse(data, where)
-    problems = group_problems(document)
     attributes = document.get("attributes") if isinstance(document, dict) else None
     content = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
     _refuse_version_1(content, where)
-    if not isinstance(content, dict) or "manifest" not in content or problems:
+    if not isinstance(content, dict) or "manifest" not in content:
         raise CacheError(
             "not a teacher cache",
             where=where,
-            found="; ".join(problems) or "no manifest in the group's attributes",
+            found="no manifest in the group's attributes",
             expected="a folder made by cskd-pipeline dump-teacher",
         )
     manifest = CacheManifest.from_json(content["manifest"], where)
@@ -268,18 +252,32 @@ def parse_manifest(data: bytes, where: object) -> CacheManifest:
         raise CacheError(
             "the manifest is not what was written",
             where=where,
-            found=difference(data, written),
+            found="; ".join(differences(data, written, where)),
             action="copy the file again from where the cache came from",
         )
     return manifest
 
 
-def difference(found: bytes, expected: bytes) -> str:
-    """Return where two documents part, for a message."""
+def differences(found: bytes, expected: bytes, where: object) -> list[str]:
+    """Return how a ``zarr.json`` differs from what was written, by field or by byte."""
+    document, wanted = schemas.parse(found, where), json.loads(expected)
+    if not isinstance(document, dict):
+        return ["found no JSON object"]
+    lines = [
+        f"{name}: found {_shown(document.get(name))}, expected {_shown(wanted.get(name))}"
+        for name in dict.fromkeys((*wanted, *document))
+        if document.get(name) != wanted.get(name)
+    ]
+    if lines:
+        return lines
     pairs = zip(found, expected, strict=False)
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(expected)))
     here, there = (bytes(text[at : at + 20]) for text in (found, expected))
-    return f"other bytes from {at} on: {here!r} instead of {there!r}"
+    return [f"other bytes from {at} on: {here!r} instead of {there!r}"]
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))[:200]
 
 
 def _refuse_version_1(content: Any, where: object) -> None:

@@ -80,7 +80,8 @@ class CacheStore:
         """
         problems = []
         differing: dict[str, bytes] = {}
-        for key, expected in layout.array_documents(self.manifest).items():
+        documents = layout.array_documents(self.manifest)
+        for key, expected in documents.items():
             try:
                 data = self.folder.read(key, schemas.MAX_BYTES)
             except DamageError as error:
@@ -91,7 +92,8 @@ class CacheStore:
         longer = self._extended_documents() if differing else {}
         for key, data in differing.items():
             if data != longer.get(key):
-                problems += self._document_problems(key, data)
+                lines = layout.differences(data, documents[key], key)
+                problems += [f"{key}: {line}" for line in lines]
         if problems:
             raise CacheError(
                 "the cache's arrays are not what its manifest says",
@@ -110,15 +112,6 @@ class CacheStore:
         if views <= self.manifest.views or views % self.manifest.view_block:
             return {}
         return layout.array_documents(replace(self.manifest, views=views))
-
-    def _document_problems(self, key: str, data: bytes) -> list[str]:
-        document = schemas.parse(data, key)
-        array = self.arrays.get(key.removesuffix("/zarr.json"))
-        lines = layout.group_problems(document) if array is None else array.problems(document)
-        if not lines:
-            expected = layout.array_documents(self.manifest)[key]
-            lines = [layout.difference(data, expected)]
-        return [f"{key}: {line}" for line in lines]
 
     def done(self) -> np.ndarray:
         """Return the finished units, (blocks, shards) bool, by records' names: 30,000 in 30 ms.

@@ -91,7 +91,7 @@ class SampledTargets(Targets):
     """Hold draws of the soft targets at every r, of one temperature: for soft losses alone.
 
     Args:
-        planes: (B, P, draws * h, w) uint16, of ``distill.gumbel.noisy_envelopes``.
+        planes: (B, P, draws * h, w) uint16, of ``encodings.sampled.noisy_envelopes``.
         draws: of each location.
         temperature: tau of the targets that they were drawn from.
     """

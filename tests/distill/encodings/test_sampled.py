@@ -16,8 +16,7 @@ from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.distill import ckf
 from cskd_pipeline.distill.encodings import ResponseShape, Sampled, TopK, temperature_near
-from cskd_pipeline.distill.encodings.sampled import LINES
-from cskd_pipeline.distill.gumbel import gumbel_noise, noisy_envelopes
+from cskd_pipeline.distill.encodings.sampled import LINES, gumbel_noise, noisy_envelopes
 from cskd_pipeline.distill.losses import DistillationLoss
 from cskd_pipeline.distill.targets import LogitTargets, SampledTargets
 from cskd_pipeline.errors import CacheError, ManifestError, UsageError
