@@ -213,9 +213,9 @@ def test_a_run_and_its_students_are_evaluated_as_the_recipe_says(
     seen: list[tuple[float, str]] = []
     original = evalset.EvalImages.__init__
 
-    def noted(self: Any, dataset: Any, shown: Any, batch_size: int) -> None:
+    def noted(self: Any, dataset: Any, shown: Any) -> None:
         seen.append((shown.crop_pct, shown.interpolation))
-        original(self, dataset, shown, batch_size)
+        original(self, dataset, shown)
 
     monkeypatch.setattr(evalset.EvalImages, "__init__", noted)
     sets = [
