@@ -63,15 +63,12 @@ LEAST_CROP_PCT = 0.1
 class Preprocessing:
     """Say how evaluation images are prepared: resized, then the central ``size`` pixels.
 
-    ``crop_pct`` is ``size`` in units of the resized image's shorter side; ``mean`` and ``std`` are
-    in [0, 1] units.
+    ``crop_pct`` is ``size`` in units of the resized image's shorter side.
     """
 
     size: int
     crop_pct: float
     interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
     @property
     def resized(self) -> int:
@@ -90,7 +87,8 @@ class Student(nn.Module):
     """Wrap a timm model as ``self.model``, whose state dict is what gets saved: timm loads it.
 
     Plain ViTs (with or without distillation token, token or average pooling) serve every method;
-    any other timm classifier serves method ``none``.
+    any other timm classifier serves method ``none``. Images are normalised with ``mean`` and
+    ``std``, in [0, 1] units.
     """
 
     def __init__(
@@ -102,9 +100,7 @@ class Student(nn.Module):
         self.kwargs = dict(kwargs or {})
         data = resolve_data_config({}, model=model)
         self.mean, self.std = tuple(data["mean"]), tuple(data["std"])
-        self.preprocessing = Preprocessing(
-            size, data["crop_pct"], data["interpolation"], self.mean, self.std
-        )
+        self.preprocessing = Preprocessing(size, data["crop_pct"], data["interpolation"])
         self.token_grid = _token_grid(model)
         self.has_distillation_token = _has_distillation_token(model)
 

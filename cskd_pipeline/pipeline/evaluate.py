@@ -82,7 +82,7 @@ class EvalOptions:
         accept_classes: class k of the shards is the student's, whatever the names say.
     """
 
-    split: str = ""
+    split: str | None = None
     crop_pct: float | None = None
     batch_size: int = 256
     workers: int = -1
@@ -96,7 +96,7 @@ def evaluate(checkpoint: Path, shards: str, options: EvalOptions = EvalOptions()
     device = pick_device(options.device)
     student, header = load_student(path, device)
     prefer = ("validation", "val", "test")
-    dataset = load_dataset(shards, split=options.split or None, prefer=prefer)
+    dataset = load_dataset(shards, split=options.split, prefer=prefer)
     guard = ClassGuard(COMMAND_SWITCH, accept=options.accept_classes)
     dataset = dataset.fitting(header.classes(path), "the shards", guard)
     guard.report_new()

@@ -336,7 +336,7 @@ def training(dataset: Dataset) -> Iterator[object]:
 
 
 def evaluation(dataset: Dataset) -> Iterator[object]:
-    preprocessing = Preprocessing(32, 1.0, "bilinear", (0.0,), (1.0,))
+    preprocessing = Preprocessing(32, 1.0, "bilinear")
     return iter(eval_loader(dataset, preprocessing, batch_size=4))
 
 

@@ -65,8 +65,8 @@ def _write_timm(student: Student, card: StudentHeader, folder: Path) -> None:
         "crop_pct": shown.crop_pct,
         "crop_mode": "center",
         "interpolation": shown.interpolation,
-        "mean": shown.mean,
-        "std": shown.std,
+        "mean": student.mean,
+        "std": student.std,
     }
     fixed = {"img_size": card.size} if own.get("fixed_input_size") else {}
     save_for_hf(

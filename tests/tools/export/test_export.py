@@ -109,7 +109,10 @@ def test_timm_prepares_images_as_evaluate_does(exported: Exported) -> None:
         *(0.8, "bilinear", "center"),
     )
     assert (shown.crop_pct, shown.interpolation) == (0.8, "bilinear")
-    assert (tuple(data["mean"]), tuple(data["std"])) == (shown.mean, shown.std)
+    assert (tuple(data["mean"]), tuple(data["std"])) == (
+        exported.student.mean,
+        exported.student.std,
+    )
 
 
 def test_the_cards_lines_give_the_logits_that_were_trained(exported: Exported) -> None:
