@@ -196,7 +196,7 @@ def test_a_student_says_how_it_wants_evaluation_images() -> None:
         assert asked.changed(*same) == asked
     other = asked.changed(0.875, "bilinear")
     assert (other.crop_pct, other.interpolation) == (0.875, "bilinear")
-    assert (other.size, other.mean, other.std) == (asked.size, asked.mean, asked.std)
+    assert other.size == asked.size
     assert (asked.resized, other.resized) == (35, 36)
 
 
