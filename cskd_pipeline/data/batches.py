@@ -103,10 +103,9 @@ class Pairing:
 class RenderedViews:
     """Views by number: U of them, sorted by shard, offset and view.
 
-    ``rows``: (U, 3) view, shard, offset. ``pixels``: (U, S, S, 3) uint8. ``params``: what was
-    drawn.
-    ``seed``: (U,) uint64. ``image_crc32``, ``digest``: (U,) uint32. ``drifted``: how many are not
-    as the cache recorded them.
+    ``rows``: (U, 3) view, shard, offset. ``pixels``: (U, S, S, 3) uint8. ``params``: what was drawn.
+    ``seed``: (U,) uint64. ``image_crc32``, ``digest``: (U,) uint32. ``drifted``: how many are not as
+    the cache recorded them.
     """
 
     rows: np.ndarray
@@ -168,12 +167,7 @@ class Renderer:
         return Pairing(rows, partner, mixes)
 
     def render(self, rows: np.ndarray) -> RenderedViews:
-        """Render the views ``rows``, (n, 3) view, shard, offset; repeated ones once.
-
-        Raises:
-            ImageError, ShardError, JoinError: an image cannot be had.
-            ViewDriftError: a view is not the one in the cache.
-        """
+        """Render the views ``rows``, (n, 3) view, shard, offset; repeated ones once."""
         _, first = np.unique(_packed(rows), return_index=True)
         rows = np.ascontiguousarray(rows[first])
         seeds = self._seeds(rows)
@@ -194,11 +188,6 @@ class Renderer:
         seed = np.array(seeds, np.uint64)
         drifted = self._compare(rows, digests)
         return RenderedViews(rows, pixels, params, seed, crcs, digests, drifted)
-
-    def labels(self, pairing: Pairing) -> np.ndarray:
-        """Return the class numbers of samples and partners, (2, n) int64."""
-        samples = np.concatenate([pairing.own, pairing.partner])[:, 1:]
-        return np.stack(np.split(self.images.labels(samples), 2))
 
     def _seeds(self, rows: np.ndarray) -> list[int]:
         cache = self.images.cache
@@ -231,18 +220,23 @@ class Renderer:
         return len(wrong)
 
 
-def render_batch(renderer: Renderer, rows: np.ndarray) -> Batch:
-    """Render the samples ``rows``, (B, 3) view, shard, offset; there are no targets yet."""
+def render_batch(renderer: Renderer, rows: np.ndarray, views: RenderedViews | None = None) -> Batch:
+    """Render the samples ``rows``, (B, 3) view, shard, offset; there are no targets yet.
+
+    Args:
+        views: theirs and their partners', among others, where they were rendered before.
+    """
     pairing = renderer.pair(rows)
-    views = renderer.render(np.concatenate([pairing.own, pairing.partner]))
-    return compose(renderer.labels(pairing), pairing, views)
+    both = np.concatenate([pairing.own, pairing.partner])
+    views = views or renderer.render(both)
+    labels = renderer.images.labels(both[:, 1:])
+    return compose(labels.reshape(2, -1), pairing, views)
 
 
 def compose(labels: np.ndarray, pairing: Pairing, views: RenderedViews) -> Batch:
-    """Make a batch of rendered views; of more than it needs, only what it needs is copied.
+    """Make a batch of rendered views, and of the samples' and their partners' labels, (2, B) int64.
 
-    Args:
-        labels: (2, B) int64, of the samples and of their partners.
+    Of more views than it needs, only what it needs is copied.
     """
     needed, number = np.unique(
         np.concatenate([views.find(pairing.own), views.find(pairing.partner)]), return_inverse=True
@@ -278,8 +272,7 @@ def drift_error(
 ) -> ViewDriftError:
     """Return the error of ``count`` views whose pixels are not the recorded ones.
 
-    Args:
-        examples: where, view, its digest and the recorded one.
+    Of ``examples``: where, view, its digest and the recorded one.
     """
     differences = cache.manifest.version_differences(library_versions())
     return ViewDriftError(

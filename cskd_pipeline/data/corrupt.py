@@ -91,9 +91,6 @@ def without_corrupt(
     Args:
         left_out: has them in its record, or gets them.
         doing: what continues without them, for the warning.
-
-    Raises:
-        DataError: a tar would have no image left.
     """
     samples = SampleSet.of(dataset).every()
 

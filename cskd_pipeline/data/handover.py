@@ -39,8 +39,7 @@ _RECEIVING: dict[int, list[socket.socket]] = {}
 class Handover:
     """A parent's sockets to the loader processes that it is about to start.
 
-    Args:
-        ahead: how many batches there may be at a time, the parent's own among them.
+    There may be ``ahead`` batches at a time, the parent's own among them.
     """
 
     def __init__(self, workers: int, ahead: int) -> None:

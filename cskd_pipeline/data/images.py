@@ -84,11 +84,7 @@ class ImageSource:
         return tars, rows
 
     def labels(self, samples: np.ndarray) -> np.ndarray:
-        """Return the class numbers that the tars have, (n,) int64.
-
-        Raises:
-            JoinError: the cache has other labels.
-        """
+        """Return the class numbers that the tars have, (n,) int64; refuse any but the cache's."""
         labels = np.empty(len(samples), np.int64)
         for shard in np.unique(samples[:, 0]).tolist():
             if self.cache is not None:
@@ -150,8 +146,7 @@ class ImageSource:
     def relabelled(self, shard: int, recorded: np.ndarray) -> np.ndarray:
         """Find the samples of a layout shard whose label in the tars is not the cache's.
 
-        Args:
-            recorded: (count,) the cache's labels. What no tar has is left out.
+        ``recorded``: (count,) the cache's labels. What no tar has is left out.
 
         Returns:
             (n, 3) int64 shard, offset, and the cache's label.
@@ -162,12 +157,9 @@ class ImageSource:
         return np.stack(rows, axis=1).astype(np.int64)
 
     def label_error(self, relabelled: np.ndarray, among: int, switch: str | None) -> JoinError:
-        """Make the error about the samples that :meth:`relabelled` found.
+        """Make the error about the samples that :meth:`relabelled` found ``among`` so many.
 
-        Args:
-            relabelled: (n, 3), n > 0.
-            among: the number of samples compared.
-            switch: what accepts it, if anything does.
+        ``switch``: what accepts it, if anything does.
         """
         found, recorded = self.alone().labels(relabelled), relabelled[:, 2]
         pairs = np.unique(np.stack([recorded, found], axis=1), axis=0).tolist()

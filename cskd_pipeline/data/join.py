@@ -67,11 +67,7 @@ class Join:
         return every if self.allowed is None else every[np.concatenate(self.allowed)]
 
     def without(self, offsets: Offsets, reason: str) -> Join:
-        """Return the join without these samples, which the user has.
-
-        Raises:
-            JoinError: nothing would be left.
-        """
+        """Return the join without these samples, which the user has; refuse to leave none."""
         if not offsets:
             return self
         allowed = [np.ones(count, bool) for count in self.samples.counts]

@@ -81,11 +81,7 @@ class RemoteTar:
         return hashlib.sha256(f"{self.url} {known}".encode()).hexdigest()[:32] + ".tar"
 
     def with_sha256(self, sha256: str | None) -> RemoteTar:
-        """Return the tar that must have this SHA-256, by a manifest; None: unknown to it.
-
-        Raises:
-            ShardError: its store states another.
-        """
+        """Return the tar that must have this SHA-256, by a manifest; None: unknown to it."""
         if sha256 is None:
             return self
         if self.sha256 not in (None, sha256):
@@ -150,11 +146,7 @@ class RemoteTars(RemoteFiles):
         self._addresses: dict[str, str] = {}  # where redirects of a tar led to, by its key
 
     def state(self, key: str) -> RemoteTar:
-        """Request what the server states of a tar.
-
-        Raises:
-            DamageError: there is none.
-        """
+        """Request what the server states of a tar; raise DamageError where there is none."""
 
         def request(pace: Pace) -> RemoteTar:
             with self._response(key, 0, pace, 1) as response:
@@ -319,12 +311,7 @@ def _not_described(tar: RemoteTar, found: str | None, expected: str | None) -> S
 
 
 def tars_in(folder: str) -> RemoteTars:
-    """Return the tars in a folder at a URL, by this process's connections.
-
-    Raises:
-        UsageError: a URL that cannot be read; a size of the folder of copies that is none.
-        OutputError: a folder of copies that others may write to.
-    """
+    """Return the tars in a folder at a URL, by this process's connections."""
     return _with_copies(folder, os.environ.get(FOLDER), os.environ.get(GIGABYTES))
 
 

@@ -138,11 +138,7 @@ def replay(found: Join, rows: np.ndarray) -> Replay:
 
 
 def same_images(found: Join, rows: np.ndarray) -> np.ndarray:
-    """Return (n,) bool, the user's image is the cache's; False for what no tar has.
-
-    Args:
-        rows: (n, 3) view, shard, offset.
-    """
+    """Return (n,) bool: the user's image of the views (n, 3) is the cache's; False for none."""
     cache = found.cache
     same = np.zeros(len(rows), bool)
     here = np.flatnonzero(found.images.locate(rows[:, 1:])[0] != NOWHERE)
@@ -153,10 +149,7 @@ def same_images(found: Join, rows: np.ndarray) -> np.ndarray:
 
 
 def pair_views(cache: Cache, rows: np.ndarray) -> Pairing:
-    """Return partners of a cache's views, (n, 3) view, shard, offset, and how each pair is mixed.
-
-    Needs no images.
-    """
+    """Return partners of a cache's views, (n, 3), and how each pair is mixed; needs no images."""
     return Renderer.of_cache(ImageSource((), cache=cache)).pair(rows)
 
 

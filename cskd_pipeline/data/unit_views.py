@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset as TorchDataset
 
-from cskd_pipeline.data.batches import Batch, Renderer, compose
+from cskd_pipeline.data.batches import Batch, Renderer, render_batch
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.plan import SampleSet
@@ -80,9 +80,8 @@ class _Items(TorchDataset[list[Batch]]):
 
     def __getitem__(self, item: np.ndarray) -> list[Batch]:
         views = self.renderer.render(item)
-        starts = range(0, len(item), self.batch_size)
-        pairings = [self.renderer.pair(item[i : i + self.batch_size]) for i in starts]
-        return [compose(self.renderer.labels(one), one, views) for one in pairings]
+        parts = np.split(item, range(self.batch_size, len(item), self.batch_size))
+        return [render_batch(self.renderer, part, views) for part in parts]
 
 
 def unit_batches(

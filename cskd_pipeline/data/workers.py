@@ -157,11 +157,7 @@ class Loader(Generic[Item]):
 
 
 def _explained(error: RuntimeError) -> DataError:
-    """Turn torch's error about its processes into one for a user.
-
-    Raises:
-        RuntimeError: ``error``, where it came from the data set.
-    """
+    """Turn torch's error about its processes into one for a user; raise any other on."""
     found = str(error).splitlines()[0] if str(error) else ""
     if found.startswith("DataLoader worker (pid"):
         return DataError(

@@ -24,12 +24,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextmanager
 def explained_os_errors(where: Path | str) -> Iterator[None]:
-    """Turn "no space left" and "permission denied" into an :class:`OutputError`.
-
-    Raises:
-        OutputError: for ENOSPC, EDQUOT, EFBIG, EACCES, EPERM and EROFS; other OS errors pass
-            unchanged.
-    """
+    """Turn "no space left" and "permission denied" into an :class:`OutputError`; pass others on."""
     try:
         yield
     except OSError as error:

@@ -18,11 +18,7 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of ``auto`` (CUDA where there is one) or of any torch device string.
-
-    Raises:
-        UsageError: a device this machine does not have.
-    """
+    """Return the device of ``auto`` (CUDA where there is one) or of a device string of torch's."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
