@@ -103,9 +103,9 @@ class Pairing:
 class RenderedViews:
     """Views by number: U of them, sorted by shard, offset and view.
 
-    ``rows``: (U, 3) view, shard, offset. ``pixels``: (U, S, S, 3) uint8. ``params``: what was drawn.
-    ``seed``: (U,) uint64. ``image_crc32``, ``digest``: (U,) uint32. ``drifted``: how many are not as
-    the cache recorded them.
+    ``rows``: (U, 3) view, shard, offset. ``pixels``: (U, S, S, 3) uint8. ``params``: as drawn.
+    ``seed``: (U,) uint64. ``image_crc32``, ``digest``: (U,) uint32. ``drifted``: how many are not
+    as the cache recorded them.
     """
 
     rows: np.ndarray

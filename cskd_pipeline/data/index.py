@@ -225,8 +225,7 @@ def _document(folder: Path | str, name: str) -> Any:
     if isinstance(folder, Path):
         path = folder / name
         return schemas.read(path) if path.is_file() else None
-    data = tars_in(folder).document_if_there(name)
-    return None if data is None else schemas.parse(data, f"{folder}/{name}")
+    return tars_in(folder).document_if_there(name)
 
 
 def name_of(paths: Sequence[Tar]) -> str:

@@ -147,8 +147,7 @@ def _resolve_url(text: str, split: str | None, prefer: Sequence[str]) -> Listing
     if not re.search(r"\.tar\b|[*\[{]", name):
         found = tars_in(text).document_if_there(INFO)
         if found is not None:
-            url = f"{text}/{INFO}"
-            return _from_document(schemas.parse(found, url), url, split, prefer)
+            return _from_document(found, f"{text}/{INFO}", split, prefer)
         text = f"{text}/*.tar"
     _refuse_split(split, text)
     return Listing(tuple(url for pattern in _expanded(text) for url in _glob_url(pattern)))

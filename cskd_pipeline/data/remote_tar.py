@@ -234,10 +234,10 @@ class RemoteTars(RemoteFiles):
         with _explained(tar):
             return self._insisting(key, request)
 
-    def document_if_there(self, key: str) -> bytes | None:
-        """Read a small file; None where there is none, or one that may not be read."""
+    def document_if_there(self, key: str) -> Any:
+        """Read a JSON document; None where there is none, or one that may not be read."""
         try:
-            return self.document(key, schemas.MAX_BYTES)
+            return schemas.parse(self.document(key, schemas.MAX_BYTES), self.where(key))
         except DamageError as error:
             if str(error) == "the file is missing":
                 return None
