@@ -37,11 +37,8 @@ VIEWS, FEW_VIEWS, VIEW_BLOCK = 300, 30, 10
 RANKS, BATCH_SIZE, REPEATS = 64, 1024, 3
 
 
-def bench_join(recipe: TrainRecipe, *, rounds: int, updates: int = 1) -> dict[str, Any]:
-    """Make the recipe's batches with its cache and without any.
-
-    Args:
-        updates: of the recipe's batch size, made in a round.
+def bench_join(recipe: TrainRecipe, *, rounds: int) -> dict[str, Any]:
+    """Make the recipe's batches with its cache and without any, those of an update in a round.
 
     Returns:
         Images per second of both sides, and the ratio ``with_join`` / ``without``: medians with
@@ -52,7 +49,7 @@ def bench_join(recipe: TrainRecipe, *, rounds: int, updates: int = 1) -> dict[st
     recipe = replace(recipe, data=replace(recipe.data, check=0))
     views = open_training_data(recipe).views
     loader = make_loader(recipe, views)
-    count = updates * loader.accumulation
+    count = loader.accumulation
 
     sources = {"with_join": views, "without": views.without_cache()}
 
@@ -61,7 +58,7 @@ def bench_join(recipe: TrainRecipe, *, rounds: int, updates: int = 1) -> dict[st
             sources[side][loader.rows(batch % len(loader))]
 
     seconds = time_turns(sources, make, rounds, "making batches")
-    images = updates * recipe.batch.batch_size
+    images = recipe.batch.batch_size
     return {
         "encoding": views.encoding,
         "rounds": rounds,

@@ -28,23 +28,18 @@ from cskd_pipeline.views.policy import ViewPolicy
 GOALS = {1: 1.5, 3: 2.0}
 """Ratios to timm's, by the number of views that share a decoded image in an epoch."""
 
+BATCHES = 2
+"""That every side makes in a round."""
+
 Step = Callable[[int], int]
 """Makes the batch of a number and returns how many images it has."""
 
 
-def bench_loader(
-    dataset: Dataset,
-    *,
-    size: int,
-    batch_size: int,
-    rounds: int,
-    batches: int = 2,
-) -> dict[str, Any]:
+def bench_loader(dataset: Dataset, *, size: int, batch_size: int, rounds: int) -> dict[str, Any]:
     """Make batches of ``dataset`` with each number of repeats in ``GOALS``, and with timm.
 
     Args:
         size: of the views, in pixels.
-        batches: made by every side in a round.
 
     Returns:
         Images per second and core, and ratios to timm's: medians with spread.
@@ -54,13 +49,13 @@ def bench_loader(
     made = dict.fromkeys([*steps, "timm"], 0)
 
     def work(name: str, number: int) -> None:
-        for batch in range(number * batches, (number + 1) * batches):
+        for batch in range(number * BATCHES, (number + 1) * BATCHES):
             made[name] += steps[name](batch)
 
     with tempfile.TemporaryDirectory() as folder, timing.one_thread():
         steps["timm"] = _timms(dataset, Path(folder), policy, batch_size)
         seconds = timing.time_turns(steps, work, rounds, "making batches")
-    images = batches * batch_size
+    images = BATCHES * batch_size
     assert set(made.values()) == {(rounds + 1) * images}, made
     return {
         "policy": policy.version,
