@@ -8,6 +8,7 @@ and :class:`JoinError` are :class:`DataError` as well. Exit codes: 2 of :class:`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 
 MAX_PROBLEMS = 20  # shown at once; the exception holds them all
 
@@ -151,6 +152,15 @@ class OutputError(CskdError):
 
 class MissingPackageError(CskdError):
     """An optional package that this command needs."""
+
+
+def require_packages(*names: str, extra: str, problem: str) -> None:
+    """Raise a MissingPackageError unless these are installed, as the package's ``extra`` does."""
+    missing = [f"no {name}" for name in names if find_spec(name) is None]
+    if missing:
+        raise MissingPackageError(
+            problem, found=" and ".join(missing), action=f"pip install 'cskd-pipeline[{extra}]'"
+        )
 
 
 class Interrupted(CskdError):

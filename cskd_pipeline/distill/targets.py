@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -128,6 +129,22 @@ class SampledTargets(Targets):
                 "from one with dense: cache convert --encoding sampled "
                 f"--sampled-temperature {temperature}",
             )
+
+
+def in_best_form(
+    targets: Targets, serves: Collection[str], temperature: float, ratios: Sequence[float]
+) -> list[Tensor]:
+    """Return the response at each of ``ratios``, then the global one, as its encoding has it.
+
+    Hard labels where it ``serves`` them, else draws, else log probabilities at ``temperature``.
+    """
+    if "hard" in serves:
+        return [*map(targets.hard_spatial, ratios), targets.hard_global()]
+    if isinstance(targets, SampledTargets):
+        spatial = [targets.drawn_spatial(r, temperature) for r in ratios]
+        return [*spatial, targets.drawn_global(temperature)]
+    spatial = [targets.spatial_log_probabilities(r, temperature) for r in ratios]
+    return [*spatial, targets.global_log_probabilities(temperature)]
 
 
 def _unserved(targets: Targets, needed: str) -> CacheError:

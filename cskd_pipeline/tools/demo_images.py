@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cskd_pipeline.errors import MissingPackageError
+from cskd_pipeline.errors import require_packages
 
 CANVAS = 48  # pixels
 ROWS = 3  # of as many cells
@@ -23,13 +23,10 @@ VALIDATION_DIGITS = 497  # scans that no training image is made of
 
 def _scans() -> tuple[np.ndarray, np.ndarray]:
     """Return the scans, (N, 8, 8) float in [0, 1], and their (N,) labels."""
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise MissingPackageError(
-            "the demo takes its images from scikit-learn, which is not installed",
-            action="pip install 'cskd-pipeline[demo]'",
-        ) from error
+    problem = "the demo takes its images from scikit-learn, which is not installed"
+    require_packages("sklearn", extra="demo", problem=problem)
+    from sklearn.datasets import load_digits
+
     digits, labels = load_digits(return_X_y=True)
     return digits.reshape(-1, 8, 8) / 16.0, labels.astype(np.int64)
 

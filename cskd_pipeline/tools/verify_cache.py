@@ -29,7 +29,7 @@ from cskd_pipeline.data.replay import (
     spread_views,
 )
 from cskd_pipeline.distill.encodings import Encoding, temperature_near
-from cskd_pipeline.distill.targets import SampledTargets
+from cskd_pipeline.distill.targets import in_best_form
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.models.teacher import Teacher, load_teacher
 from cskd_pipeline.models.timm_models import TeacherSource
@@ -304,22 +304,15 @@ def agreement(
     Args:
         live, stored: rows of the same views, see :meth:`Encoding.encode`.
     """
-    measures = []
-    for a, b in zip(*(_responses(encoding, rows) for rows in (live, stored)), strict=True):
+    tau, measures = temperature_near(encoding), []
+    forms = (
+        in_best_form(encoding.targets(rows), encoding.serves, tau, RATIOS)
+        for rows in (live, stored)
+    )
+    for a, b in zip(*forms, strict=True):
         same = torch.minimum(a, b).exp().sum(1) if a.is_floating_point() else a == b
         measures.append(same.double().reshape(len(same), -1).mean(1))
     return torch.stack(measures).mean(0).numpy()
-
-
-def _responses(encoding: Encoding, rows: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return labels or draws, else log probabilities: local at each of ``RATIOS``, then global."""
-    targets, tau = encoding.targets(rows), temperature_near(encoding)
-    if "hard" in encoding.serves:
-        return [*map(targets.hard_spatial, RATIOS), targets.hard_global()]
-    if isinstance(targets, SampledTargets):
-        return [*(targets.drawn_spatial(r, tau) for r in RATIOS), targets.drawn_global(tau)]
-    spatial = (targets.spatial_log_probabilities(r, tau) for r in RATIOS)
-    return [*spatial, targets.global_log_probabilities(tau)]
 
 
 def printed(report: Mapping[str, Any]) -> Printed:

@@ -33,7 +33,7 @@ from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.distill.encodings import Encoding, Rows, Sampled, temperature_near
 from cskd_pipeline.distill.losses import DistillationLoss
-from cskd_pipeline.distill.targets import LogitTargets, SampledTargets, Targets
+from cskd_pipeline.distill.targets import LogitTargets, Targets, in_best_form
 from cskd_pipeline.models.student import Heads
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.bench.responses import BATCH, SEED, Responses, encode, store
@@ -173,25 +173,13 @@ def _decode_seconds(path: Path, name: str, count: int) -> float:
     for _ in range(_REPEATS):
         reader = open_cache(path)
         encoding = reader.encodings[name]
+        tau = temperature_near(encoding)
         began = time.perf_counter()
         for start in range(0, count, BATCH):
             rows = reader.gather(name, index[start : start + BATCH])
-            _use(encoding, encoding.targets(_tensors(rows)))
+            in_best_form(encoding.targets(_tensors(rows)), encoding.serves, tau, [0.5])
         seconds.append((time.perf_counter() - began) / count)
     return statistics.median(seconds)
-
-
-def _use(encoding: Encoding, targets: Targets) -> None:
-    """Compute the targets that one update needs."""
-    if isinstance(targets, SampledTargets):
-        targets.drawn_global(targets.temperature)
-        targets.drawn_spatial(0.5, targets.temperature)
-    elif "hard" in encoding.serves:
-        targets.hard_global()
-        targets.hard_spatial(0.5)
-    else:
-        targets.global_log_probabilities(1.0)
-        targets.spatial_log_probabilities(0.5, 1.0)
 
 
 def _distortion(encoding: Encoding, rows: Rows, responses: Responses) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from timm.models import save_for_hf
 
+from cskd_pipeline.errors import require_packages
 from cskd_pipeline.models.checkpoint import StudentHeader, load_student, save_student, student_file
 from cskd_pipeline.models.student import Student
 from cskd_pipeline.runtime.atomic import atomic_folder, require_empty, write_text
@@ -29,7 +30,8 @@ def export_student(
     """
     require_empty(out, action="choose another --out")
     if "onnx" in formats:
-        onnx_graph.require_packages()
+        problem = "ONNX is written by optional packages"
+        require_packages("onnx", "onnxscript", extra="onnx", problem=problem)
     source = student_file(checkpoint)
     student, card = load_student(source, torch.device("cpu"))
     student.eval()

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cskd_pipeline import __version__
-from cskd_pipeline.errors import MissingPackageError, StudentError
+from cskd_pipeline.errors import StudentError
 from cskd_pipeline.models.checkpoint import StudentHeader
 from cskd_pipeline.models.student import Student, inference_logits
 from cskd_pipeline.runtime.atomic import write_bytes
@@ -20,17 +19,6 @@ INPUT = "images"
 OUTPUT = "logits"
 MAX_BYTES = 2**31 - 2**20
 """Of a protocol buffer, with room for what is not weights."""
-
-
-def require_packages() -> None:
-    """Refuse early what could only fail late."""
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise MissingPackageError(
-            "ONNX is written by optional packages",
-            found=f"no {' and no '.join(missing)}",
-            action="pip install 'cskd-pipeline[onnx]'",
-        )
 
 
 class HeadsMean(nn.Module):
@@ -64,7 +52,6 @@ def write_onnx(student: Student, card: StudentHeader, path: Path, *, each_head: 
         student: in evaluation mode, on the CPU.
         each_head: whether the heads' own logits follow their mean, as ``cls``, ``dist``, ``dense``.
     """
-    require_packages()
     import onnx
 
     size = sum(value.numel() * value.element_size() for value in student.state_dict().values())

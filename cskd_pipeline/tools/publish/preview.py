@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.join import Join
 from cskd_pipeline.distill.encodings import temperature_near
 from cskd_pipeline.distill.targets import SampledTargets
-from cskd_pipeline.errors import JoinError, MissingPackageError
+from cskd_pipeline.errors import JoinError
 from cskd_pipeline.tools.report.gallery import class_names, ground_truth, make_views, with_images
 from cskd_pipeline.tools.report.labels import read_labels, read_targets
 
@@ -54,16 +53,6 @@ COLUMNS = (
     Column("agreement", "float32", "share of the locations whose label at r = 1 is the label"),
     Column("thumbnail", "image", f"the view, at most {PIXELS} pixels wide"),
 )
-
-
-def require_pyarrow() -> None:
-    """Raise a MissingPackageError without pyarrow."""
-    if find_spec("pyarrow") is None:
-        raise MissingPackageError(
-            "the preview is written by an optional package",
-            found="no pyarrow",
-            action="pip install 'cskd-pipeline[hub]'",
-        )
 
 
 def make_table(cache: Cache, rows: np.ndarray, found: Join | None = None) -> pa.Table:

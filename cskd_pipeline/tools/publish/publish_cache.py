@@ -18,7 +18,7 @@ from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.store import FINISH
 from cskd_pipeline.cache.units import count_files
 from cskd_pipeline.data.join import join_to_look
-from cskd_pipeline.errors import CacheError, OutputError, UsageError
+from cskd_pipeline.errors import CacheError, OutputError, UsageError, require_packages
 from cskd_pipeline.runtime import atomic
 from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.tools.publish import cache_card, croissant, preview
@@ -63,7 +63,8 @@ def publish(path: Path, options: PublishOptions) -> dict[str, Any]:
         The files, the views in the preview, the cache's digest, and, where ``location`` is on the
         Hub, the command that uploads it.
     """
-    preview.require_pyarrow()
+    problem = "the preview is written by an optional package"
+    require_packages("pyarrow", extra="hub", problem=problem)
     repository = _repository(options.location)
     cache = open_cache(require_local(path, "only a folder's cache is published", "copy it here"))
     if not cache.done().any():

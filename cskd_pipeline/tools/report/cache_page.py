@@ -14,14 +14,17 @@ from cskd_pipeline.distill.ckf import SCHEDULES, ckf_ratio
 from cskd_pipeline.runtime.classes import COMMAND_SWITCH, ClassGuard
 from cskd_pipeline.runtime.console import format_size
 from cskd_pipeline.tools.report import plots
-from cskd_pipeline.tools.report.gallery import choose_views, class_names, make_views
+from cskd_pipeline.tools.report.gallery import (
+    choose_views,
+    class_names,
+    ground_truth,
+    make_views,
+)
 from cskd_pipeline.tools.report.labels import (
     RATIO_AXIS,
     RATIOS,
     Labels,
-    Statistics,
     draw_rows,
-    measure,
     read_labels,
 )
 from cskd_pipeline.tools.report.page import PageOptions, render, write_page
@@ -47,20 +50,24 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
     views = make_views(found, rows)
     labels = read_labels(reader, rows)
     sampled = draw_rows(reader, options.samples or SAMPLES)
-    counted = measure(reader, sampled)
+    truth, counted = ground_truth(reader, sampled), read_labels(reader, sampled)
+    own, partner, larger = (x[:, None, None] for x in (truth.own, truth.partner, truth.larger))
+    agreement, either = counted.agreement(larger), counted.agreement(own, partner)
+    mean_lines = float(counted.lines().mean())
     info = describe(reader)
     caption = f"Over all locations of {len(sampled)} views, labels from {labels.encoding}."
-    plot = _agreement_plot(counted, caption)
+    plot = _agreement_plot(agreement, either, caption)
     document = render(
         "cache.html",
         f"{info['teacher']['name']} on {info['dataset']['name']}",
-        data=_script_data(reader, labels, counted, options.epochs or EPOCHS),
+        data=_script_data(reader, labels, agreement, options.epochs or EPOCHS),
         scripts=("locations.js", "cache.js"),
         **_provenance(info),
         labels=labels,
         schedules=list(_schedules(1)),
         views=views,
-        counted=counted,
+        agreement=agreement,
+        mean_lines=mean_lines,
         plot=plot,
     )
     return {
@@ -71,19 +78,16 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
         "views_counted": len(sampled),
         "labels_from": labels.encoding,
         "labels_exact": labels.exact,
-        "agreement": {"r=1": counted.agreement[-1], "r=0": counted.agreement[0]},
-        "labels_a_place": counted.mean_lines,
+        "agreement": {"r=1": agreement[-1], "r=0": agreement[0]},
+        "labels_a_place": mean_lines,
     }
 
 
-def _agreement_plot(counted: Statistics, caption: str) -> Plot:
+def _agreement_plot(larger: np.ndarray, either: np.ndarray, caption: str) -> Plot:
     """Draw agreement with the ground truth over r."""
-    agreement = {
-        "the larger image's class": counted.agreement,
-        "either image's class": counted.either,
-    }
-    if np.array_equal(counted.agreement, counted.either):
-        agreement = {"the image's class": counted.agreement}
+    agreement = {"the larger image's class": larger, "either image's class": either}
+    if np.array_equal(larger, either):
+        agreement = {"the image's class": larger}
     figure = plots.lines(
         [
             plots.Series(name, RATIOS.tolist(), (100 * shares).tolist(), style)
@@ -97,7 +101,9 @@ def _agreement_plot(counted: Statistics, caption: str) -> Plot:
     return Plot("agreement", "Agreement with the ground truth", figure, caption)
 
 
-def _script_data(reader: Cache, labels: Labels, counted: Statistics, epochs: int) -> dict[str, Any]:
+def _script_data(
+    reader: Cache, labels: Labels, agreement: np.ndarray, epochs: int
+) -> dict[str, Any]:
     names = class_names(reader)
     return {
         "grid": reader.manifest.teacher.grid,
@@ -105,7 +111,7 @@ def _script_data(reader: Cache, labels: Labels, counted: Statistics, epochs: int
         "names": {int(k): names[k] for k in labels.classes()},
         "schedules": _schedules(epochs),
         "epochs": epochs,
-        "agreement": counted.agreement.round(4).tolist(),
+        "agreement": agreement.round(4).tolist(),
     }
 
 

@@ -120,16 +120,15 @@ def compare(
     rows = choose_views(found, max(images, samples))
     shown = np.unique(np.linspace(0, len(rows) - 1, min(images, len(rows))).astype(int))
     teacher = read_labels(reader, rows)
-    at = np.stack([teacher.at(r) for r in RATIOS])  # (101, m, h, w)
     students = []
     for style, run in fitting:
         file = student_file(run.folder)
         header, labels = _dense_labels(file, found, rows)
-        agreement = (at == labels).mean(axis=(1, 2, 3))
+        agreement = teacher.agreement(labels)
         students.append(StudentLabels(run, style, file, header, labels[shown], agreement))
     compared = Comparison(
         cache=reader,
-        counted=at.shape[1:],
+        counted=(len(rows), *teacher.planes.shape[2:]),
         views=make_views(found, rows[shown]),
         teacher=replace(teacher, planes=teacher.planes[shown]),
         students=tuple(students),

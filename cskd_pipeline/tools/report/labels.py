@@ -1,4 +1,4 @@
-"""The teacher's label at every location, for all ratios r at once, and figures counted over them.
+"""The teacher's label at every location, for all ratios r at once.
 
 The label of a location changes at a few values of r. Exact encodings know them all. Approximate
 ones give a label at some ratios, and a change between two of these is put in the middle.
@@ -15,7 +15,6 @@ from cskd_pipeline.distill import ckf
 from cskd_pipeline.distill.encodings import Encoding, temperature_near
 from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets, SampledTargets, Targets
 from cskd_pipeline.runtime.progress import progress
-from cskd_pipeline.tools.report.gallery import ground_truth
 from cskd_pipeline.views.bits import BitStream, derive_seed
 
 RATIOS = np.linspace(0.0, 1.0, 101)
@@ -43,6 +42,15 @@ class Labels:
     def at(self, r: float) -> np.ndarray:
         """Return the labels at one ratio: (n, h, w) int64."""
         return ckf.envelope_labels(torch.from_numpy(self.planes), r).numpy()
+
+    def agreement(self, *classes: np.ndarray) -> np.ndarray:
+        """Return the share of locations whose label at ``RATIOS`` is one of ``classes``: (101,).
+
+        Args:
+            classes: each (n, h, w), or (n, 1, 1) of whole views.
+        """
+        labels = (self.at(r) for r in RATIOS)
+        return np.array([np.any([at == each for each in classes], 0).mean() for at in labels])
 
     def lines(self) -> np.ndarray:
         """Count the labels that a location has between r = 0 and r = 1: (n, h, w) int64."""
@@ -126,21 +134,6 @@ def planes_of(labels: np.ndarray) -> np.ndarray:
     return planes
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Figures over all locations of the sampled views.
-
-    Args:
-        agreement, either: (101,) share of locations whose label at ``RATIOS`` is the class of the
-            larger image, or of one of the two.
-        mean_lines: labels that a location has between r = 0 and r = 1, on average.
-    """
-
-    agreement: np.ndarray
-    either: np.ndarray
-    mean_lines: float
-
-
 def draw_rows(cache: Cache, count: int, seed: int = 0) -> np.ndarray:
     """Draw ``count`` views of finished units, or all that there are, by a seed.
 
@@ -158,16 +151,3 @@ def draw_rows(cache: Cache, count: int, seed: int = 0) -> np.ndarray:
         rows += [(view, shard, offset) for offset in range(cache.counts[shard])]
     chosen = np.argsort(bits.raw(len(rows)), kind="stable")[:count]
     return np.array(sorted(rows[i] for i in chosen), np.int64)
-
-
-def measure(cache: Cache, rows: np.ndarray) -> Statistics:
-    """Count the labels of the views ``rows``, (n, 3) view, shard, offset, n > 0."""
-    labels = read_labels(cache, rows)
-    truth = ground_truth(cache, rows)
-    at = [labels.at(r) for r in RATIOS]
-    own, partner, larger = (x[:, None, None] for x in (truth.own, truth.partner, truth.larger))
-    return Statistics(
-        agreement=np.array([(x == larger).mean() for x in at]),
-        either=np.array([((x == own) | (x == partner)).mean() for x in at]),
-        mean_lines=float(labels.lines().mean()),
-    )

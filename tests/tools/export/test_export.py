@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from cskd_pipeline.errors import MissingPackageError, OutputError, WeightsError
 from cskd_pipeline.models.checkpoint import StudentHeader, load_student, read_header, save_student
 from cskd_pipeline.models.student import Student, create_student, inference_logits
 from cskd_pipeline.tools.export import export_student as exporting
-from cskd_pipeline.tools.export import onnx_graph
 from cskd_pipeline.tools.export.export_student import export_student
 from cskd_pipeline.tools.export.model_card import model_card, own_logits
 from tests.pipeline import world
@@ -252,9 +252,7 @@ def test_heads_are_given_only_when_asked(tmp_path: Path) -> None:
 def test_without_its_packages_onnx_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        onnx_graph, "find_spec", lambda name: None if name == "onnxscript" else name
-    )
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     save(tmp_path / "s.safetensors", "cskd")
     with pytest.raises(MissingPackageError, match="onnxscript") as caught:
         export_student(tmp_path / "s.safetensors", tmp_path / "out", formats=("timm", "onnx"))
