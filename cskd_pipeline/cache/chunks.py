@@ -243,11 +243,7 @@ def encode_file(array: StoredArray, values: np.ndarray) -> bytes:
 
 
 def decode_file(array: StoredArray, data: bytes) -> np.ndarray:
-    """Return the values of a file that is one chunk, at its full shape.
-
-    Raises:
-        DamageError: these are not bytes that :func:`encode_file` gave.
-    """
+    """Return the values of a file that is one chunk, at its full shape."""
     return _decode(array, data, array.file_shape)
 
 

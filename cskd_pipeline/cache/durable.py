@@ -42,12 +42,9 @@ class DurableFolder:
 
 
 def inside(root: Path, key: str) -> Path:
-    """Return the file ``key`` below ``root``, for writing.
+    """Return the file ``key`` below ``root``, for writing; refuse one whose folder is not.
 
     A cache from elsewhere may have links for folders; what is written would land behind them.
-
-    Raises:
-        OutputError: its folder is not below ``root``.
     """
     path = root / key
     folder = path.parent.resolve()

@@ -178,10 +178,6 @@ class RemoteFolder(RemoteFiles, Folder):
         url: see :func:`open_folder`.
         mirror: holds the copies; None until :meth:`settled` knows of which cache.
         most: the most bytes that a file may have, by its key.
-
-    Raises:
-        RemoteError: the server refuses, or cannot be reached, or sends what it should not.
-        DamageError: a file that is missing, or larger than it may be.
     """
 
     def __init__(

@@ -280,11 +280,7 @@ class RemoteFiles:
 
 
 def require_url(url: str, of: str) -> None:
-    """Refuse a URL that ``of`` (``cache`` or ``shards``) cannot be read from.
-
-    Raises:
-        UsageError: one of another kind, or with more in it than host and path.
-    """
+    """Refuse a URL that ``of`` (``cache`` or ``shards``) cannot be read from."""
     parts = urlsplit(url)
     problem = None
     if parts.scheme not in PACKAGES or "::" in url:

@@ -217,11 +217,7 @@ class CacheStore:
                 self._compare(block, shard, row, key)
 
     def unit_bytes(self, block: int, shard: int) -> Iterator[tuple[bytes, bytes]]:
-        """Yield contents and SHA-256 of every file in a finished unit's record, in its order.
-
-        Raises:
-            CacheError: one is missing, or not what the record says.
-        """
+        """Yield contents and SHA-256 of every file in a unit's record, compared with it."""
         expected = self.record(block, shard).files
         for (name, key), digest in zip(self.recorded_files(block, shard), expected, strict=True):
             with self._named(key, f"array {name}, {self.unit_name(block, shard)}"):

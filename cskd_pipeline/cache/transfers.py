@@ -197,11 +197,7 @@ def from_s3(
 
 
 def within(pace: Pace, call: Callable[[], T]) -> T:
-    """Return what a store's library returns, in a thread that is left behind if it takes too long.
-
-    Raises:
-        TimeoutError: it took too long.
-    """
+    """Return what a store's library returns, in a thread that is left behind after a while."""
     result: Future[T] = Future()
 
     def work() -> None:
@@ -308,11 +304,7 @@ def _require_plain(encoding: str, where: str) -> None:
 
 
 def _total(headers: Any, start: int, part: bool) -> int | None:
-    """Return the whole file's length, from a response that should begin at ``start``.
-
-    Raises:
-        OSError: it does not begin there.
-    """
+    """Return the whole file's length, from a response that has to begin at ``start``."""
     if part:
         stated = headers.get("Content-Range", "")
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", stated)

@@ -73,11 +73,7 @@ class UnitData:
         return {**own, **self.arrays}
 
     def check(self, manifest: CacheManifest, unit: Unit) -> None:
-        """Refuse data that are not of ``unit``, in ``manifest``'s data set.
-
-        Raises:
-            CacheError: keys are not the manifest's, or arrays not those of its encodings.
-        """
+        """Refuse keys and arrays that are not those of ``unit``, in ``manifest``'s data set."""
         shard = manifest.dataset.shards[unit.shard]
         views, count = len(unit.views), shard.count
         if len(self.keys) != count or keys_sha256(self.keys) != shard.keys_sha256:
@@ -96,14 +92,7 @@ class UnitData:
 
 
 def encoded(encoding: Encoding, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> Rows:
-    """Return the rows that an encoding makes of logits (B, K, h, w) and (B, K), on the host.
-
-    Args:
-        encoding, spatial, global_, seeds: see :meth:`Encoding.encode`.
-
-    Raises:
-        CacheError: they are not what its arrays hold.
-    """
+    """Return what :meth:`Encoding.encode` makes, on the host; refuse what it could not store."""
     made = encoding.encode(spatial, global_, seeds)
     rows = {name: values.cpu().numpy() for name, values in made.items()}
     require_rows(encoding.arrays(ResponseShape(*spatial.shape[1:])), rows, (len(spatial),))
@@ -113,11 +102,7 @@ def encoded(encoding: Encoding, spatial: Tensor, global_: Tensor, seeds: np.ndar
 def require_rows(
     specs: Iterable[ArraySpec], rows: Mapping[str, np.ndarray], leading: tuple[int, ...]
 ) -> None:
-    """Refuse rows, axes ``leading`` first, unless they are exactly the arrays ``specs``.
-
-    Raises:
-        CacheError: other names, dtypes or shapes; says all.
-    """
+    """Refuse rows, axes ``leading`` first, unless they are exactly the arrays ``specs``."""
     known = {spec.name: spec for spec in specs}
     problems = [f"{name}: no array of the encoding's" for name in rows if name not in known]
     problems += [f"{name}: missing" for name in known if name not in rows]

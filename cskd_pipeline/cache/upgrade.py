@@ -53,11 +53,7 @@ def upgrade(path: Path | str, *, stopped: Callable[[], bool] = lambda: False) ->
 
 
 def _old_manifest(root: Path) -> CacheManifest | None:
-    """Return the manifest as version 2 has it; None if the cache is of version 2 already.
-
-    Raises:
-        CacheError: there is no cache, or its manifest was altered.
-    """
+    """Return the manifest as version 2 has it; None if the cache is of version 2 already."""
     path = root / layout.GROUP
     document = schemas.read(path) if path.exists() else None
     try:

@@ -31,11 +31,7 @@ class ResponseShape(NamedTuple):
     width: int
 
     def require_numbered(self, encoding: str) -> None:
-        """Refuse more classes than ``encoding`` can number: uint16, and a fill value beside them.
-
-        Raises:
-            CacheError: more than 65,535.
-        """
+        """Refuse more classes than ``encoding`` can number: uint16, one of which is fill."""
         if self.classes > UNUSED:
             raise CacheError(
                 f"the {encoding} encoding cannot hold so many classes",
@@ -45,11 +41,7 @@ class ResponseShape(NamedTuple):
             )
 
     def require_classes(self, found: np.ndarray) -> None:
-        """Refuse class numbers that the teacher does not have.
-
-        Raises:
-            ValueError: names the largest.
-        """
+        """Refuse class numbers, by a ``ValueError``, that the teacher does not have."""
         if found.size and found.max() >= self.classes:
             raise ValueError(f"class {found.max()} of {self.classes}")
 

@@ -79,11 +79,7 @@ class Envelope(Encoding):
 
 
 def lines_spec(name: str, shape: ResponseShape) -> ArraySpec:
-    """Return the array of an envelope's lines, in chunks of a few.
-
-    Raises:
-        CacheError: so many classes that uint16 cannot number them.
-    """
+    """Return the array of an envelope's lines, in chunks of a few."""
     shape.require_numbered(name.partition("/")[0])
     lines = max(_LINES_PER_CHUNK, -(-shape.classes // _CHUNKS_PER_VIEW))
     grid = (shape.height, shape.width)
@@ -132,11 +128,7 @@ def packed_lines(rows: np.ndarray) -> np.ndarray:
 
 
 def unpacked_lines(rows: np.ndarray, shape: ResponseShape) -> np.ndarray:
-    """Return the lines that :func:`packed_lines` was given.
-
-    Raises:
-        ValueError: classes that the teacher does not have.
-    """
+    """Return the lines that :func:`packed_lines` was given; refuse classes that do not exist."""
     lines = rows.copy()
     classes = lines[..., 0, :, :]
     used = classes[..., 1:, :, :] != UNUSED

@@ -159,9 +159,6 @@ def noisy_envelopes(
 
     Returns:
         planes (B, P, draws * h, w) uint16, see :func:`cskd_pipeline.distill.ckf.upper_envelope`.
-
-    Raises:
-        TeacherError: a logit is NaN or infinite.
     """
     import torch
 
