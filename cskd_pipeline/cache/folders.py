@@ -26,8 +26,8 @@ from pathlib import Path
 from cskd_pipeline.cache import transfers
 from cskd_pipeline.cache.chunks import DamageError
 from cskd_pipeline.cache.mirror import Mirror
-from cskd_pipeline.cache.remote_files import CONNECTIONS, TRIES, RemoteFiles, is_remote
-from cskd_pipeline.errors import RemoteError, UsageError
+from cskd_pipeline.cache.remote_files import CONNECTIONS, RemoteFiles, is_remote
+from cskd_pipeline.errors import UsageError
 
 MAX_FILE_BYTES = 2**32  # far above honest ones, so that no manifest fills the disk
 
@@ -238,15 +238,13 @@ class RemoteFolder(RemoteFiles, Folder):
     def _open(self, key: str) -> tuple[int, int]:
         assert self._mirror is not None
         most = min(self._most(key), MAX_FILE_BYTES)
-        for _ in range(TRIES):
-            self._keep(key, lambda file: self._fetch(key, file, most))
+
+        def opening(path: Path) -> tuple[int, int] | None:
             try:
-                return super()._open(key)
+                return Folder._open(self, key)
             except DamageError:
-                if self._mirror.length(key) is not None:
+                if path.exists():
                     raise
-        raise RemoteError(
-            "copies of the cache's files are removed before they are read",
-            where=self._mirror.folder,
-            action="give CSKD_CACHE_GB more gigabytes",
-        )
+                return None
+
+        return self._mirror.opened(key, lambda file: self._fetch(key, file, most), opening)

@@ -8,13 +8,19 @@ import shlex
 import stat
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from io import BufferedRandom
 from pathlib import Path
+from typing import TypeVar
 
 from cskd_pipeline.cache.durable import exclusive
-from cskd_pipeline.errors import OutputError, UsageError
+from cskd_pipeline.errors import OutputError, RemoteError, UsageError
 from cskd_pipeline.runtime.atomic import explained_os_errors
+
+T = TypeVar("T")
+Fetch = Callable[[BufferedRandom], object]
+"""Fills an empty file."""
 
 FOLDER, GIGABYTES = "CSKD_CACHE_DIR", "CSKD_CACHE_GB"
 _DEFAULT_GIGABYTES = "50"
@@ -25,6 +31,7 @@ _STRIPES = 256  # files whose names share one wait for each other
 HELD_UP = 300.0  # seconds to wait for another process whose copy of a file does not grow
 _FRESH = 600.0  # seconds in which a use need not be noted again
 _ABANDONED = 86_400.0  # seconds after which a half-written file has no writer any more
+_TRIES = 6  # in a row, to open a copy before others remove it
 
 
 class Mirror:
@@ -90,23 +97,46 @@ class Mirror:
         except FileNotFoundError:
             return None
 
-    @contextmanager
-    def adding(self, key: str) -> Iterator[tuple[Path, bool]]:
-        """Yield where the copy belongs and if it is still missing; one process at a time.
+    def opened(self, key: str, fetch: Fetch, opening: Callable[[Path], T | None]) -> T:
+        """Return what ``opening`` makes of the copy; fetch it again where that is None.
 
-        But for one whose copy does not grow (it may be stopped): the others make copies of their
-        own after a while, of which the last stays.
+        Raises:
+            RemoteError: copies are removed before they are opened.
         """
+        for _ in range(_TRIES):
+            self.keep(key, fetch)
+            found = opening(self.root / key)
+            if found is not None:
+                return found
+        raise RemoteError(
+            "copies of files are removed before they are read",
+            where=self.folder,
+            action=f"give {GIGABYTES} more gigabytes",
+        )
+
+    def keep(self, key: str, fetch: Fetch) -> None:
+        """Have the copy, by ``fetch`` if there is none; under its name it is whole.
+
+        One process at a time fetches it; but for one whose copy does not grow (it may be stopped):
+        the others make copies of their own after a while, of which the last stays.
+        """
+        if self.find(key) is not None:
+            return
         path = self.root / key
         stripe = int(hashlib.sha256(str(path).encode()).hexdigest(), 16) % _STRIPES
         lock = self.folder / _LOCKS / f"{stripe:02x}"
         with exclusive(lock, HELD_UP, lambda: _grows(path)):
-            missing = self.find(key) is None
-            if missing:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            yield path, missing
-        if missing:
-            self._make_room(path)
+            if self.find(key) is not None:
+                return
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # nobody can guess
+            try:
+                with explained_os_errors(partial), open(partial, "x+b") as file:
+                    fetch(file)
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+        self._make_room(path)
 
     def remove(self, key: str) -> None:
         """Remove the copy, if there is one."""
@@ -145,11 +175,6 @@ class Mirror:
                     status = os.stat(path)
                     if not name.endswith(".partial") or now - status.st_mtime > _ABANDONED:
                         yield status.st_mtime, status.st_size, path
-
-
-def partial_of(path: Path) -> Path:
-    """Return a name, which nobody can guess, for a copy that is being written."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
 
 
 def _grows(path: Path) -> bool:

@@ -17,14 +17,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from io import BufferedRandom
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 from cskd_pipeline.cache import transfers
 from cskd_pipeline.cache.chunks import DamageError
-from cskd_pipeline.cache.mirror import Mirror, partial_of
+from cskd_pipeline.cache.mirror import Mirror
 from cskd_pipeline.cache.transfers import ByteRange, Pace
 from cskd_pipeline.errors import CskdError, MissingPackageError, RemoteError, UsageError
 from cskd_pipeline.runtime.atomic import explained_os_errors
@@ -98,22 +97,6 @@ class RemoteFiles:
         file = io.BytesIO()
         self._fetch(key, file, limit)
         return file.getvalue()
-
-    def _keep(self, name: str, fetch: Callable[[BufferedRandom], object]) -> None:
-        """Have the copy ``name``, by ``fetch`` if there is none; under its name it is whole."""
-        assert self._mirror is not None
-        if self._mirror.find(name) is not None:
-            return
-        with self._mirror.adding(name) as (path, missing):
-            if not missing:
-                return
-            partial = partial_of(path)
-            try:
-                with explained_os_errors(partial), open(partial, "x+b") as file:
-                    fetch(file)
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
 
     def _fetch(self, key: str, file: IO[bytes], limit: int) -> str:
         """Fetch a file of at most ``limit`` bytes, and return its version."""

@@ -31,7 +31,7 @@ import numpy as np
 from cskd_pipeline.cache import transfers
 from cskd_pipeline.cache.chunks import DamageError
 from cskd_pipeline.cache.mirror import FOLDER, GIGABYTES, Mirror
-from cskd_pipeline.cache.remote_files import TRIES, RemoteFiles
+from cskd_pipeline.cache.remote_files import RemoteFiles
 from cskd_pipeline.cache.transfers import ByteRange, Pace
 from cskd_pipeline.data.range_file import RangeFile
 from cskd_pipeline.errors import RemoteError, ShardError, UsageError
@@ -183,22 +183,20 @@ class RemoteTars(RemoteFiles):
     def open(self, tar: RemoteTar) -> BufferedReader:
         """Open the copy of a tar; fetch it first if it is not there."""
         _require_room(tar.size, self.mirror, tar, "one tar")
-        for _ in range(TRIES):
-            with _explained(tar):
-                self._keep(tar.copy, lambda file: self._fetch_whole(tar, file))
+
+        def opening(path: Path) -> BufferedReader | None:
             try:
-                file = (self.root / tar.copy).open("rb")
+                file = path.open("rb")
             except FileNotFoundError:
-                continue
+                return None
             if os.fstat(file.fileno()).st_size == tar.size:
                 return file
             file.close()
             self.mirror.remove(tar.copy)
-        raise RemoteError(
-            "copies of the shards are removed before they are read",
-            where=self.mirror.folder,
-            action=f"give {GIGABYTES} more gigabytes",
-        )
+            return None
+
+        with _explained(tar):
+            return self.mirror.opened(tar.copy, lambda file: self._fetch_whole(tar, file), opening)
 
     def read(self, tar: RemoteTar, part: ByteRange) -> bytes:
         """Request a part of a tar, of the version that was stated."""

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from io import BufferedRandom
 from pathlib import Path
 
 import numpy as np
@@ -349,17 +350,25 @@ def test_copies_stay_below_their_bound_and_the_reader_does_not_notice(
     assert bound // 4 < most <= bound
 
 
+def add(to: Mirror, key: str, size: int, used: float | None = None) -> None:
+    """Have a copy of ``size`` bytes, which was used at that time; None: now."""
+
+    def fetch(file: BufferedRandom) -> None:
+        file.write(bytes(size))
+        file.flush()
+        os.utime(file.fileno(), None if used is None else (used, used))
+
+    assert to.find(key) is None
+    to.keep(key, fetch)
+
+
 def test_what_was_not_used_for_longest_is_removed_first(tmp_path: Path) -> None:
     mirror = Mirror(tmp_path, "a cache", limit=1000)
     for number in range(9):
-        with mirror.adding(f"x/{number}") as (path, missing):
-            assert missing
-            path.write_bytes(bytes(100))
-            os.utime(path, (number, number))
+        add(mirror, f"x/{number}", 100, number)
     assert mirror.find("x/0") is not None  # used: now it is the newest
     for number in (9, 10):
-        with mirror.adding(f"x/{number}") as (path, _):
-            path.write_bytes(bytes(100))
+        add(mirror, f"x/{number}", 100)
     left = {int(p.name) for p in (mirror.root / "x").iterdir()}
     assert {0, 9, 10} <= left
     assert left - {0} == set(range(min(left - {0}), 11))
@@ -367,14 +376,12 @@ def test_what_was_not_used_for_longest_is_removed_first(tmp_path: Path) -> None:
 
 def test_half_written_copies_are_left_to_their_writers(tmp_path: Path) -> None:
     mirror = Mirror(tmp_path, "a cache", limit=100)
-    with mirror.adding("x/0") as (path, _):
-        path.write_bytes(bytes(60))
-    fresh, old = (path.with_name(f".{n}.partial") for n in ("fresh", "old"))
+    add(mirror, "x/0", 60)
+    fresh, old = ((mirror.root / "x/0").with_name(f".{n}.partial") for n in ("fresh", "old"))
     for partial in (fresh, old):
         partial.write_bytes(bytes(60))
     os.utime(old, (0, 0))
-    with mirror.adding("x/1") as (path, _):
-        path.write_bytes(bytes(60))
+    add(mirror, "x/1", 60)
     assert fresh.exists()
     assert not old.exists()
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from io import BufferedRandom
 from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -622,24 +623,19 @@ def test_who_is_held_up_by_a_stopped_process_fetches_a_copy_of_its_own(
     ready, start = os.pipe()
     child = os.fork()
     if child == 0:
-        with one.adding("x"):
-            os.write(start, b"x")
-            signal.pause()
+        one.keep("x", lambda _: (os.write(start, b"x"), signal.pause()))
         os._exit(0)
     try:
         os.read(ready, 1)
         os.kill(child, signal.SIGSTOP)
-        old = mirror.partial_of(one.root / "x")  # what the stopped one had
-        old.write_bytes(b"0")
+        [old] = one.root.glob(".x.*.partial")  # what the stopped one has
         os.utime(old, (0, 0))
         assert not mirror._grows(one.root / "x")
-        with one.adding("x") as (path, missing):
-            assert missing
-            path.write_bytes(b"1")
+        one.keep("x", lambda file: file.write(b"1"))
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    assert one.find("x") is not None
+    assert (one.root / "x").read_bytes() == b"1"
 
 
 def test_who_waits_for_a_copy_that_grows_waits_on(
@@ -649,22 +645,18 @@ def test_who_waits_for_a_copy_that_grows_waits_on(
     one = Mirror(tmp_path, "a cache", limit=1000)
     ready = threading.Event()
 
-    def grow() -> None:
-        with one.adding("x") as (path, _):
-            partial = mirror.partial_of(path)
-            for _ in range(30):
-                with open(partial, "ab") as file:
-                    file.write(b"x")
-                ready.set()
-                time.sleep(0.03)
-            partial.rename(path)
+    def grow(file: BufferedRandom) -> None:
+        for _ in range(30):
+            file.write(b"x")
+            file.flush()
+            ready.set()
+            time.sleep(0.03)
 
-    other = threading.Thread(target=grow)
+    other = threading.Thread(target=one.keep, args=("x", grow))
     other.start()
     ready.wait()
-    with one.adding("x") as (path, missing):
-        assert not missing
-        assert path.stat().st_size == 30
+    one.keep("x", lambda file: file.write(b"another"))
+    assert (one.root / "x").stat().st_size == 30
     other.join()
 
 
@@ -690,10 +682,13 @@ CLOCK = count()
 
 
 def add(to: Mirror, key: str, size: int) -> None:
-    with to.adding(key) as (path, missing):
-        assert missing
-        path.write_bytes(bytes(size))
-        os.utime(path, (now := next(CLOCK), now))
+    def fetch(file: BufferedRandom) -> None:
+        file.write(bytes(size))
+        file.flush()
+        os.utime(file.fileno(), (now := next(CLOCK), now))
+
+    assert to.find(key) is None
+    to.keep(key, fetch)
 
 
 def kept(one: Mirror) -> set[int]:
