@@ -6,6 +6,7 @@ loader processes.
 """
 
 import logging
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 from cskd_pipeline.cache.omitted import LeftOut
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset
-from cskd_pipeline.data.left_out import LeftOuts, Offsets, tars_sha256
+from cskd_pipeline.data.left_out import LeftOuts, tars_sha256
 from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.errors import ImageError
@@ -75,14 +76,6 @@ def find_corrupt(
     return found
 
 
-def by_shard(found: list[CorruptImage]) -> Offsets:
-    """Group images by shard."""
-    offsets: Offsets = {}
-    for image in found:
-        offsets.setdefault(image.shard, []).append(image.offset)
-    return offsets
-
-
 def without_corrupt(
     dataset: Dataset, left_out: LeftOuts, *, workers: int = 0, doing: str = "training"
 ) -> Dataset:
@@ -92,12 +85,8 @@ def without_corrupt(
         left_out: has them in its record, or gets them.
         doing: what continues without them, for the warning.
     """
-    samples = SampleSet.of(dataset).every()
-
-    def look(part: int, parts: int) -> Offsets:
-        images = ImageSource(dataset.shards)
-        return by_shard(find_corrupt(images, samples, workers=workers, part=part, parts=parts))
-
+    images, samples = ImageSource(dataset.shards), SampleSet.of(dataset).every()
+    look = partial(find_corrupt, images, samples, workers=workers)
     identity = {"shards": tars_sha256(dataset.shards)}
     found = left_out.find("corrupt", identity, dataset.counts, look)
     left_out.add(
@@ -119,16 +108,16 @@ def require_images(dataset: Dataset, *, workers: int = 0) -> None:
     found = find_corrupt(images, SampleSet.of(dataset).every(), workers=workers)
     if not found:
         return
-    rows = [
-        (str(dataset.shards[shard].path), dataset.shards[shard].key(offset), reason)
+    shards = dataset.shards
+    report = [
+        {"shard": str(shards[shard].path), "key": shards[shard].key(offset), "found": reason}
         for shard, offset, reason in found
     ]
-    names = ("shard", "key", "found")
     raise ImageError(
         f"{len(found)} of {dataset.samples} images cannot be decoded",
         where=dataset.name,
         expected="whole JPEG, PNG or WebP files",
         action="make the shards again with whole files, or dump and train without these: "
         "--set data.corrupt=skip",
-        report={"corrupt": [dict(zip(names, row, strict=True)) for row in rows]},
+        report={"corrupt": report},
     )

@@ -191,24 +191,24 @@ def classes_of(cache: Cache) -> Classes:
     return cache.manifest.dataset.classes("the cache", cache.path)
 
 
-def find_differing(found: Join, part: int = 0, parts: int = 1) -> Offsets:
-    """Read every image that is not left out: shard -> offsets of those that are not the cache's.
+def find_differing(found: Join, part: int = 0, parts: int = 1) -> list[tuple[int, int]]:
+    """Read every image that is not left out; return shard and offset of those unlike the cache's.
 
     Args:
         part, parts: of the user's tars, read every ``parts``-th, from number ``part`` on.
     """
     samples = found.usable()
     samples = samples[found.images.locate(samples)[0] % parts == part]
-    differing: Offsets = {}
+    differing: list[tuple[int, int]] = []
     if not len(samples):
         return differing
     with progress(len(samples), "images", "comparing images with the cache's") as meter:
         for i, crc in found.images.crc32(samples):
             shard, offset = samples[i].tolist()
             if crc != found.cache.image_crc32(shard)[offset]:
-                differing.setdefault(shard, []).append(offset)
+                differing.append((shard, offset))
             meter.advance()
-    return {shard: sorted(differing[shard]) for shard in sorted(differing)}
+    return sorted(differing)
 
 
 def _tar_rows(dataset: Dataset, cache: Cache) -> list[TarRows | int]:

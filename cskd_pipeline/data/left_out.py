@@ -6,6 +6,7 @@ image is kept in records beside it, so that a resumed command need not read them
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class LeftOuts:
         name: str,
         identity: Mapping[str, Any],
         counts: Sequence[int],
-        look: Callable[..., Offsets],
+        look: Callable[..., Iterable[tuple[Any, ...]]],
     ) -> Offsets:
         """Return what reading every image finds: from the record, or found now by all ranks.
 
@@ -67,7 +68,8 @@ class LeftOuts:
             identity: identifies the data that the record describes; a record with another identity
                 is ignored.
             counts: number of samples in each shard.
-            look: reads ``part`` of ``parts`` of the images, and returns what it finds there.
+            look: reads ``part`` of ``parts`` of the images, and returns shard, offset (and what
+                else there may be) of what it finds there.
         """
         path = self.path(f"{name}.json")
         known = None
@@ -75,11 +77,8 @@ class LeftOuts:
             known = _read(path, name, identity, counts)
         found = self.ranks.gather(known)[0]
         if found is None:
-            found = {}
-            for part in self.ranks.gather(look(part=self.ranks.rank, parts=self.ranks.world)):
-                for shard, offsets in part.items():
-                    found[shard] = sorted([*found.get(shard, ()), *offsets])
-            found = {shard: found[shard] for shard in sorted(found)}
+            parts = self.ranks.gather(look(part=self.ranks.rank, parts=self.ranks.world))
+            found = by_shard(chain.from_iterable(parts))
         if path is not None:
             self._records[path] = {**identity, name: found}
         return found
@@ -91,6 +90,14 @@ class LeftOuts:
             write_list(path, self._samples)
         for path, document in self._records.items():
             write_json(path, document)
+
+
+def by_shard(samples: Iterable[tuple[Any, ...]]) -> Offsets:
+    """Group shard, offset, and what may follow them, by shard; in order."""
+    found: Offsets = {}
+    for shard, offset, *_ in sorted(samples):
+        found.setdefault(shard, []).append(offset)
+    return found
 
 
 def tars_sha256(shards: Sequence[TarShard]) -> str:

@@ -111,7 +111,12 @@ class TarShard:
             index = self.index  # of a tar elsewhere, from the copy that is now there
             for i in rows:
                 size = int(index.size[i])
-                data = self._read(file.fileno(), size, int(index.offset[i]))
+                try:
+                    data = os.pread(file.fileno(), size, int(index.offset[i]))
+                except OSError as error:  # a failing disk, a network file system that went away
+                    raise ShardError(
+                        "the shard cannot be read", where=self.path, found=error.strerror
+                    ) from error
                 if len(data) != size:
                     raise ShardError(
                         "the file has become shorter while it was in use",
@@ -120,14 +125,6 @@ class TarShard:
                         expected=size,
                     )
                 yield data
-
-    def _read(self, descriptor: int, size: int, offset: int) -> bytes:
-        try:
-            return os.pread(descriptor, size, offset)
-        except OSError as error:  # a failing disk, a network file system that went away
-            raise ShardError(
-                "the shard cannot be read", where=self.path, found=error.strerror
-            ) from error
 
     def _check(self, index: ShardIndex) -> None:
         if self.info and self.info.keys_sha256 != keys_sha256(k.decode() for k in index.keys):

@@ -14,10 +14,10 @@ import numpy as np
 from cskd_pipeline import Cache, open_cache
 from cskd_pipeline.cache.digests import root_digest
 from cskd_pipeline.config.sections import TrainRecipe
-from cskd_pipeline.data.corrupt import by_shard, find_corrupt, without_corrupt
+from cskd_pipeline.data.corrupt import find_corrupt, without_corrupt
 from cskd_pipeline.data.index import Dataset, load_dataset, require_num_classes
 from cskd_pipeline.data.join import Join, classes_of, find_differing, join
-from cskd_pipeline.data.left_out import LeftOuts, Offsets, tars_sha256
+from cskd_pipeline.data.left_out import LeftOuts, tars_sha256
 from cskd_pipeline.data.remote_tar import FETCHING
 from cskd_pipeline.data.replay import replay, spread_views
 from cskd_pipeline.data.training_views import TrainingViews
@@ -201,11 +201,12 @@ def _leave_out(found: Join, recipe: TrainRecipe, left_out: LeftOuts) -> Join:
     counts, shards = found.samples.counts, tars_sha256(found.images.shards)
     identity = {"cache": found.cache.lineage, "shards": shards}
     if recipe.data.corrupt == "skip":
-        look = partial(_find_corrupt, found, worker_count(recipe.run.workers))
-        found = found.without(left_out.find("corrupt", identity, counts, look), "corrupt")
+        workers = worker_count(recipe.run.workers)
+        corrupt = partial(find_corrupt, found.images, found.there(), workers=workers)
+        found = found.without(left_out.find("corrupt", identity, counts, corrupt), "corrupt")
     if recipe.data.drift == "skip":
-        look = partial(find_differing, found)
-        found = found.without(left_out.find("differing", identity, counts, look), "other image")
+        other = partial(find_differing, found)
+        found = found.without(left_out.find("differing", identity, counts, other), "other image")
     left_out.add(found.left_out())
     if len(left_out):
         count = found.count("corrupt")
@@ -217,11 +218,6 @@ def _leave_out(found: Join, recipe: TrainRecipe, left_out: LeftOuts) -> Join:
     if found.unused:
         log.info(f"{found.unused} samples of the shards are not in the cache, and not used")
     return found
-
-
-def _find_corrupt(found: Join, workers: int, part: int, parts: int) -> Offsets:
-    images, samples = found.images, found.there()
-    return by_shard(find_corrupt(images, samples, workers=workers, part=part, parts=parts))
 
 
 def _check_sample(found: Join, count: int, drift: str, encoding: str) -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from cskd_pipeline.cli import main
 from cskd_pipeline.data import corrupt
-from cskd_pipeline.data.corrupt import by_shard, find_corrupt, without_corrupt
+from cskd_pipeline.data.corrupt import find_corrupt, without_corrupt
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset, load_dataset
-from cskd_pipeline.data.left_out import LeftOuts
+from cskd_pipeline.data.left_out import LeftOuts, by_shard
 from cskd_pipeline.errors import ManifestError
 from cskd_pipeline.runtime.distributed import ALONE
 from tests.pictures import CLASSES, Sample, samples, write_shard
@@ -96,7 +96,7 @@ def test_a_data_set_without_them_is_known_again_from_its_record(
     assert lines[:2] == ["reason,shard,offset,key", f"corrupt,0,0,{dataset.shards[0].key(0)}"]
     assert len(lines) == 1 + 5
 
-    monkeypatch.setattr(corrupt, "find_corrupt", None)
+    monkeypatch.setattr(corrupt, "find_corrupt", lambda: None)  # takes nothing
     again = LeftOuts(tmp_path, ALONE)
     assert without_corrupt(dataset, again).shard_ids == fewer.shard_ids
     again.write()

@@ -17,6 +17,7 @@ from cskd_pipeline.data.cached_loader import CachedLoader
 from cskd_pipeline.data.describe import index_shards
 from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.join import Join, find_differing, join
+from cskd_pipeline.data.left_out import by_shard
 from cskd_pipeline.data.replay import replay, spread_views
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.errors import JoinError, ViewDriftError
@@ -293,12 +294,11 @@ def test_images_that_differ_are_found_by_reading_all_and_left_out(
     joined = join(recut(tmp_path, *parts), cache, missing="skip", drift="skip")
     starts = np.cumsum((0, *COUNTS)).tolist()
     found = find_differing(joined)
-    assert {starts[s] + i for s, offsets in found.items() for i in offsets} == other_images
+    assert {starts[s] + i for s, i in found} == other_images
     shares = [find_differing(joined, part=part, parts=2) for part in range(2)]
-    together = [(s, i) for share in shares for s, offsets in share.items() for i in offsets]
-    assert sorted(together) == [(s, i) for s, offsets in found.items() for i in offsets]
+    assert sorted(pair for share in shares for pair in share) == found
 
-    skipping = joined.without(found, "other image")
+    skipping = joined.without(by_shard(found), "other image")
     assert (skipping.missing, skipping.count("other image")) == (2, 4)
     left_out = [(x.reason, starts[x.shard] + x.offset, x.key) for x in skipping.left_out()]
     assert left_out == [
@@ -317,7 +317,7 @@ def test_images_that_differ_are_found_by_reading_all_and_left_out(
 
 def test_where_no_image_differs_nothing_is_left_out(dataset: Dataset, cache: Cache) -> None:
     joined = join(dataset, cache, drift="skip")
-    assert find_differing(joined) == {}
+    assert find_differing(joined) == []
     assert joined.without({}, "other image") == joined
     assert list(joined.without({}, "other image").left_out()) == []
 
@@ -327,9 +327,9 @@ def test_where_every_image_differs_nothing_could_be_trained_on(
 ) -> None:
     other = join(recut(tmp_path, [recompressed(s) for s in EVERY]), cache, drift="skip")
     found = find_differing(other)
-    assert sum(map(len, found.values())) == len(EVERY)
+    assert len(found) == len(EVERY)
     with pytest.raises(JoinError, match="none of the images is the one"):
-        other.without(found, "other image")
+        other.without(by_shard(found), "other image")
 
 
 def test_an_image_that_was_altered_after_the_search_is_still_refused(
