@@ -257,6 +257,6 @@ def export(
     formats = tuple(dict.fromkeys(format_ or (ExportFormat.TIMM,)))
     if heads and ExportFormat.ONNX not in formats:
         raise UsageError("--heads does nothing alone", action="give --format onnx too")
-    from cskd_pipeline.tools.export import export_student as exporting
+    from cskd_pipeline.tools import export_student as exporting
 
     return exporting.export_student(checkpoint, out, formats=formats, each_head=heads)

@@ -283,7 +283,7 @@ LINES = {
     "dump-teacher": ("pipeline.dump.dump_teacher", "dump-teacher --shards S --teacher t --cache C"),
     "train": ("pipeline.train.train", "train --shards S --cache C --out O"),
     "evaluate": ("pipeline.evaluate.evaluate", "evaluate e --shards S"),
-    "export": ("tools.export.export_student.export_student", "export e --out o"),
+    "export": ("tools.export_student.export_student", "export e --out o"),
     "cache info": ("cache.info.describe", "cache info c"),
     "cache merge": ("cache.merge.merge", "cache merge a b --out c"),
     "cache upgrade": ("cache.upgrade.upgrade", "cache upgrade c"),

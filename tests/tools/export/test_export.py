@@ -23,9 +23,9 @@ from cskd_pipeline.data.assemble import normalise
 from cskd_pipeline.errors import MissingPackageError, OutputError, WeightsError
 from cskd_pipeline.models.checkpoint import StudentHeader, load_student, read_header, save_student
 from cskd_pipeline.models.student import Student, create_student, inference_logits
-from cskd_pipeline.tools.export import export_student as exporting
-from cskd_pipeline.tools.export.export_student import export_student
-from cskd_pipeline.tools.export.model_card import model_card, own_logits
+from cskd_pipeline.tools import export_student as exporting
+from cskd_pipeline.tools.export_student import export_student
+from cskd_pipeline.tools.model_card import model_card, own_logits
 from tests.pipeline import world
 from tests.processes import server
 
@@ -373,7 +373,7 @@ def test_training_from_an_exported_folder_starts_with_its_weights(tmp_path: Path
 
 def test_nothing_of_onnx_is_imported_before_it_is_asked_for(tmp_path: Path) -> None:
     code = (
-        "import sys\nimport cskd_pipeline.tools.export.export_student\n"
+        "import sys\nimport cskd_pipeline.tools.export_student\n"
         "assert not {'onnx', 'onnxscript', 'onnxruntime'} & set(sys.modules)\n"
     )
     ended = server().run(log=tmp_path / "log", code=code)
