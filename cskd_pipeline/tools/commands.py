@@ -94,11 +94,6 @@ def _start(words: Sequence[str], log: Path, own_group: bool) -> subprocess.Popen
 
 
 def _summary(code: int, log: Path) -> Summary:
-    """Return what an ended command found.
-
-    Raises:
-        CskdError: it failed.
-    """
     found: Any = None
     with suppress(ValueError):
         found = json.loads(Path(f"{log}.json").read_text(encoding="utf-8"))

@@ -195,7 +195,6 @@ def _refuse_odd_trees(root: Path, folders: Sequence[str]) -> None:
 
 
 def _check_files(images: Sequence[FolderImage]) -> None:
-    """Refuse, all at once, what cannot be read, is empty, or is too large."""
     problems = []
     for image in images:
         try:

@@ -278,8 +278,6 @@ class _TimeOver(KeyboardInterrupt):
 
 @contextmanager
 def _deadline(seconds: float | None) -> Iterator[None]:
-    """Interrupt the block after ``seconds``."""
-
     def ring(number: int, frame: object) -> None:
         raise _TimeOver
 

@@ -153,7 +153,6 @@ def encodings_plot(report: Mapping[str, Any]) -> Plot:
 
 
 def _title(report: Mapping[str, Any]) -> str:
-    """Return what was measured on, in one line."""
     height, width = report["grid"]
     return f"{report['views']} views, {report['classes']} classes, {height}x{width} locations"
 

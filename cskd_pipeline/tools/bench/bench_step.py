@@ -206,7 +206,6 @@ def _envelopes(count: int, grid: tuple[int, int]) -> dict[str, Tensor]:
 
 
 def _lines(batch: Batch) -> float:
-    """Return how many lines the envelopes have, on average."""
     classes = batch.targets["envelope/lines"][:, :, 0]
     return float((classes.to(torch.int32) != 65535).sum(1).float().mean())
 

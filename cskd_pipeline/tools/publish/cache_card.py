@@ -4,21 +4,17 @@ Everything in it follows from the manifest and the files. Names, notes and licen
 whoever made the cache: in Markdown they stay text.
 """
 
-from __future__ import annotations
-
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cskd_pipeline.cache.summary import kept, summarise
 from cskd_pipeline.errors import printable
 from cskd_pipeline.runtime.console import format_size
 from cskd_pipeline.tools import markdown
 from cskd_pipeline.tools.publish import preview
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from cskd_pipeline.tools.publish.preview import Column
 
 MARK = "<!-- written by cskd-pipeline cache publish -->"
 NAME = "README.md"
@@ -46,13 +42,13 @@ def is_card(path: Path) -> bool:
         return MARK in file.read(10_000)
 
 
-def card(info: Info, location: str, table: pa.Table) -> str:
+def card(info: Info, location: str, columns: Sequence[Column], views: int) -> str:
     """Return the card's text.
 
     Args:
         info: what :func:`cskd_pipeline.cache.info.describe` found.
         location: where the cache will be read from.
-        table: the preview.
+        columns, views: of the preview, and how many it has.
     """
     fields = hub_fields(info)
     soft = " --set distill.global_kind=soft --set distill.spatial_kind=soft"
@@ -69,9 +65,9 @@ def card(info: Info, location: str, table: pa.Table) -> str:
         size=format_size,
         kept=kept,
         bibtex=markdown.fenced(info["cite"]["bibtex"]),
-        columns=(columns := preview.columns_of(table)),
+        columns=columns,
         thumbnails=any(column.type == "image" for column in columns),
-        views=table.num_rows,
+        views=views,
         files={"preview": preview.NAME, "sums": SUMS},
     )
 

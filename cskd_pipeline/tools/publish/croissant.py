@@ -5,22 +5,17 @@ of all the others: a cache of ImageNet has tens of thousands, and mlcroissant 1.
 each that is listed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cskd_pipeline.errors import printable
 from cskd_pipeline.tools.publish import preview
 from cskd_pipeline.tools.publish.cache_card import SUMS, hub_fields
 from cskd_pipeline.tools.publish.preview import Column
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 NAME = "croissant.json"
 _TYPES = {
@@ -52,9 +47,8 @@ _CONTEXT: dict[str, Any] = {
 def croissant(
     info: Mapping[str, Any],
     repository: str | None,
-    *,
     files: Mapping[str, bytes],
-    table: pa.Table,
+    columns: Sequence[Column],
 ) -> str:
     """Return the document's text; what others wrote in the manifest stays text, in HTML too.
 
@@ -62,7 +56,7 @@ def croissant(
         info: what :func:`cskd_pipeline.cache.info.describe` found.
         repository: OWNER/NAME on the Hub, where it is known.
         files: those to list, by name.
-        table: the preview.
+        columns: of the preview.
     """
     document = {
         "@context": _CONTEXT,
@@ -79,7 +73,7 @@ def croissant(
                 "@id": "preview",
                 "name": "preview",
                 "description": "Views drawn at random, with the teacher's labels.",
-                "field": [_field(column) for column in preview.columns_of(table)],
+                "field": [_field(column) for column in columns],
             }
         ],
     }

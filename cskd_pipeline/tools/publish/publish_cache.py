@@ -72,13 +72,14 @@ def publish(path: Path, options: PublishOptions) -> dict[str, Any]:
     _require_own(path)
     info = _described(cache, options.license)
     table = _preview(cache, options)
+    columns = preview.columns_of(table)
     location = options.location or path.resolve().name
     own = {cache_card.SUMS: sums(cache).encode(), preview.NAME: preview.parquet(table)}
     listed = {layout.GROUP: (path / layout.GROUP).read_bytes(), **own}
     written = {
-        cache_card.NAME: cache_card.card(info, location, table).encode(),
+        cache_card.NAME: cache_card.card(info, location, columns, table.num_rows).encode(),
         **own,
-        croissant.NAME: croissant.croissant(info, repository, files=listed, table=table).encode(),
+        croissant.NAME: croissant.croissant(info, repository, listed, columns).encode(),
     }
     for name, data in written.items():
         atomic.write_bytes(path / name, data)

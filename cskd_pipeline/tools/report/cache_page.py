@@ -84,7 +84,6 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
 
 
 def _agreement_plot(larger: np.ndarray, either: np.ndarray, caption: str) -> Plot:
-    """Draw agreement with the ground truth over r."""
     agreement = {"the larger image's class": larger, "either image's class": either}
     if np.array_equal(larger, either):
         agreement = {"the image's class": larger}
@@ -125,7 +124,6 @@ def _schedules(epochs: int) -> dict[str, list[float]]:
 
 
 def _provenance(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the template shows of a cache's description."""
     apart = ("encodings", "largest", "cite")
     facts = {name: value for name, value in summarise(info).items() if name not in apart}
     return {

@@ -228,7 +228,6 @@ def css_look(style: int) -> tuple[str, str]:
 
 
 def _dots(style: int) -> dict[str, Any]:
-    """Return the look of a point."""
     return _look(style, markers=True) | {"linestyle": "", "markersize": 6}
 
 

@@ -133,7 +133,6 @@ def verdict(ranked: Sequence[Contender]) -> list[str]:
 
 
 def _noise(first: Contender, second: Contender) -> str:
-    """Say how far the difference of two is to be trusted."""
     if len(first.top1.keys() & second.top1.keys()) < 2:
         return "With one seed of each, the noise of seeds is not known."
     judged = judge(first.top1, second.top1)

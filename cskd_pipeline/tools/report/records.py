@@ -204,7 +204,6 @@ def _row(columns: list[str], fields: list[str], after: float | None) -> Row:
 
 
 def _number(column: str, text: str) -> float:
-    """Return a number that can be drawn."""
     with suppress(ValueError):
         if abs(value := float(text)) <= LARGEST:
             return value

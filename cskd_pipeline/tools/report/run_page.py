@@ -114,7 +114,6 @@ def _ranking(ranked: Sequence[Contender]) -> list[tuple[object, ...]]:
 
 
 def _overview(run: RunRecord) -> tuple[object, ...]:
-    """Return a run's line in the table of runs."""
     best = run.best()
     return (
         run.name,
@@ -139,7 +138,6 @@ def _speed(one: RunRecord | Contender) -> tuple[object, object]:
 
 
 def _agreement(one: StudentLabels) -> tuple[object, ...]:
-    """Return a student's line in the table of agreement."""
     return (
         one.run.name,
         which(one.header.epoch, one.header.weights),
