@@ -138,7 +138,14 @@ def load_teacher(
             load_into(network, state, source.weights)
     with _noted(faults):
         cut = cut_network(network, name, size)
-        _require_classes(name, cut.num_classes, source.num_classes)
+        if source.num_classes not in (None, cut.num_classes):
+            raise TeacherError(
+                "the teacher's classes are not the data's",
+                where=name,
+                found=f"{cut.num_classes} classes",
+                expected=f"{source.num_classes} classes",
+                action="use weights trained on these classes",
+            )
     with _noted(faults):
         mean, std = _normalisation(network, source)
     _raise_all(faults, name)
@@ -160,17 +167,6 @@ def load_teacher(
         channels_last=channels_last,
         device=torch.device(device),
     )
-
-
-def _require_classes(name: str, found: int, expected: int | None) -> None:
-    if expected not in (None, found):
-        raise TeacherError(
-            "the teacher's classes are not the data's",
-            where=name,
-            found=f"{found} classes",
-            expected=f"{expected} classes",
-            action="use weights trained on these classes",
-        )
 
 
 def _normalisation(
