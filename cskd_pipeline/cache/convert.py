@@ -85,7 +85,7 @@ def convert(
     reader = open_cache(source)
     require_apart([source], target, "converted")
     first, _ = _shard_range(reader, wanted.shards)
-    made = _converted(reader, wanted)
+    made = _converted_manifest(reader, wanted)
     writer = CacheWriter.create(target, made, accept_versions=True)
     _require_block(writer, wanted.view_block)
     if made.views > writer.manifest.views:
@@ -95,8 +95,8 @@ def convert(
     carry_lists(writer.path, [(writer.store, own), (reader.store, theirs)])
     if len(numbers) == len(reader.counts):  # of a part of the tars another record is true
         carry_corrupt(writer.path, reader.store)
-    units = writer.todo()
-    ready = [unit for unit in units if _in_source(reader, unit, first)]
+    units, done, block = writer.todo(), reader.done(), reader.manifest.view_block
+    ready = [u for u in units if all(done[view // block, first + u.shard] for view in u.views)]
     views = sum(map(writer.size_of, ready))
     with progress(views, "views", "converting") as meter:
         for unit in ready:
@@ -115,16 +115,18 @@ def convert(
     }
 
 
-def _converted(reader: Cache, wanted: Conversion) -> CacheManifest:
-    """The new cache's manifest."""
-    old = reader.manifest
+def _converted_manifest(reader: Cache, wanted: Conversion) -> CacheManifest:
+    old, draws, tau = reader.manifest, wanted.sampled_draws, wanted.sampled_temperature
     shards = old.dataset.shards[slice(*_shard_range(reader, wanted.shards))]
     made = replace(
         old,
         dataset=replace(old.dataset, shards=shards),
         views=_view_count(reader, wanted.views),
         encodings=tuple(wanted.encodings) or old.encodings,
-        sampled=_draws(old.sampled, wanted),
+        sampled=Sampled(
+            old.sampled.draws if draws is None else draws,
+            old.sampled.temperature if tau is None else tau,
+        ),
         created=utc_now(),
         parent=old.as_parent(reader.digest()),
     )
@@ -140,11 +142,6 @@ def _converted(reader: Cache, wanted: Conversion) -> CacheManifest:
     if not block or made.views % block:
         block = choose_view_block(made, made.views)
     return replace(made, view_block=block)
-
-
-def _draws(old: Sampled, wanted: Conversion) -> Sampled:
-    draws, tau = wanted.sampled_draws, wanted.sampled_temperature
-    return Sampled(old.draws if draws is None else draws, old.temperature if tau is None else tau)
 
 
 def require_apart(sources: Iterable[Path | str], target: Path | str, what: str) -> None:
@@ -258,8 +255,3 @@ def _shard_range(reader: Cache, shards: tuple[int, int] | None) -> tuple[int, in
             expected=f"a range within 0:{count}",
         )
     return first, last
-
-
-def _in_source(reader: Cache, unit: Unit, first: int) -> bool:
-    done, block = reader.done(), reader.manifest.view_block
-    return all(done[view // block, unit.shard + first] for view in unit.views)

@@ -17,6 +17,8 @@ def summarise(info: Info) -> dict[str, Any]:
     """Return one line for each question about a cache, by its name."""
     teacher, data = info["teacher"], info["dataset"]
     height, width = teacher["grid"]
+    kinds = " and ".join(info["losses"]["cskd"])
+    counts = FileCounts(info["files"], info["largest_folder"])
     return {
         "cache": info["path"],
         "data": (
@@ -28,13 +30,16 @@ def summarise(info: Info) -> dict[str, Any]:
             f"locations; mean {_value(teacher['mean'])}, std {_value(teacher['std'])}; "
             f"weights from {teacher['source']}, sha256 {teacher['weights_sha256'][:12]}…"
         ),
-        "teacher_top1": _top1(info),
+        "teacher_top1": "not known before a unit is done"
+        if info["teacher_top1"] is None
+        else f"{info['teacher_top1']:.2f} % of the views, with the label of what fills more of "
+        "them",
         "policy": _policy(info["policy"]),
         "views": f"{info['views']} of each sample; {info['epochs']} epochs see none of them twice",
         "complete": _completeness(info),
         "encodings": {name: _encoding(name, info) for name in info["encodings"]},
-        "serves": _serves(info),
-        "files": _files(info),
+        "serves": f"methods deit and cskd with {kinds} targets, under every CKF schedule",
+        "files": counts.advice or str(counts),
         "bytes": "not listed there" if info["bytes"] is None else format_size(info["bytes"]),
         "largest": ", ".join(
             f"{name} {format_size(count)}"
@@ -51,12 +56,6 @@ def summarise(info: Info) -> dict[str, Any]:
         "notes": info["notes"] or None,
         "cite": {"cache": info["cite"]["cache"], "method": info["cite"]["method"]},
     }
-
-
-def _top1(info: Info) -> str:
-    if info["teacher_top1"] is None:
-        return "not known before a unit is done"
-    return f"{info['teacher_top1']:.2f} % of the views, with the label of what fills more of them"
 
 
 def _policy(policy: Info) -> str:
@@ -81,11 +80,6 @@ def _completeness(info: Info) -> str:
     )
 
 
-def _files(info: Info) -> str:
-    counts = FileCounts(info["files"], info["largest_folder"])
-    return counts.advice or str(counts)
-
-
 def kept(name: str, info: Info) -> str:
     """Return how well an encoding of the cache serves: exactly, by draws, or approximately."""
     if name == Sampled.name:
@@ -103,11 +97,6 @@ def _encoding(name: str, info: Info) -> str:
     unknown = "bytes not known" if encoding["bytes"] is None else "no view yet"
     costs = unknown if each is None else f"{each:.4g} bytes a view"
     return f"{costs}; {kinds} targets, {kept(name, info)}{where}"
-
-
-def _serves(info: Info) -> str:
-    kinds = " and ".join(info["losses"]["cskd"])
-    return f"methods deit and cskd with {kinds} targets, under every CKF schedule"
 
 
 def _making(info: Info) -> str:
