@@ -184,11 +184,10 @@ def unite(readers: Sequence[Cache], guard: ClassGuard) -> tuple[CacheManifest, l
         _require_unique_keys(parts)
     manifests = [reader.manifest for reader in readers]
     parents = [manifest.parent for manifest in manifests]
+    names = named.manifest.dataset.class_names
     whole = replace(
         first,
-        dataset=replace(
-            first.dataset, shards=shards, class_names=named.manifest.dataset.class_names
-        ),
+        dataset=replace(first.dataset, shards=shards, class_names=names),
         views=max(manifest.views for manifest in manifests),
         license="; ".join(dict.fromkeys(m.license for m in manifests if m.license)),
         notes="\n".join(dict.fromkeys(m.notes for m in manifests if m.notes)),
@@ -211,12 +210,9 @@ def _united_shards(readers: Sequence[Cache]) -> tuple[tuple[ShardInfo, ...], lis
         for shard in reader.manifest.dataset.shards:
             found = known.get(f"keys {shard.keys_sha256}") or known.get(f"name {shard.name}")
             if found is None:
-                known[f"keys {shard.keys_sha256}"] = known[f"name {shard.name}"] = (
-                    shard,
-                    reader.path,
-                )
+                found = shard, reader.path
+                known[f"keys {shard.keys_sha256}"] = known[f"name {shard.name}"] = found
                 shards.append(shard)
-                continue
             other, path = found
             conflicts += [
                 _conflict(
