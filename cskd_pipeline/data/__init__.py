@@ -1,7 +1,7 @@
 """Reading: from tars on a disk to batches on a device.
 
 1. ``listing`` -- the tars that a user names; ``remote_tar`` -- one at a URL, its headers by
-   ranges (``range_file``), its images from a copy, which ``read_ahead`` fetches before use.
+   ranges, its images from a copy, which ``read_ahead`` fetches before use.
    ``tar_index`` -- a pass over one tar's headers gives keys, labels and each image's offset;
    ``shards`` then reads images by it. ``index`` -- a data set of them; ``describe`` -- its
    manifest. ``corrupt`` -- images that cannot be decoded; ``left_out`` -- the list of those, and

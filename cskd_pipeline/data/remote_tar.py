@@ -33,7 +33,6 @@ from cskd_pipeline.cache.chunks import DamageError
 from cskd_pipeline.cache.mirror import FOLDER, GIGABYTES, Mirror
 from cskd_pipeline.cache.remote_files import RemoteFiles
 from cskd_pipeline.cache.transfers import ByteRange, Pace
-from cskd_pipeline.data.range_file import RangeFile
 from cskd_pipeline.errors import RemoteError, ShardError, UsageError
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.runtime.atomic import write_bytes
@@ -42,6 +41,8 @@ log = logging.getLogger(__name__)
 
 FETCHING = 8  # whole tars at a time
 _SHA256 = re.compile("[0-9a-f]{64}")
+_SMALL, _LARGE = 2**12, 2**20  # bytes of the shortest and the longest range
+_BLOCKS = 4  # ranges that are kept: a label is read after the header that follows it
 
 
 @dataclass(frozen=True)
@@ -344,3 +345,53 @@ def _require_room(size: int, mirror: Mirror, where: object, what: str) -> None:
             action=f"set {GIGABYTES} to more, or copy the shards to this machine"
             + ("" if what == "one tar" else "; or set batch.shuffle_shards to less"),
         )
+
+
+class RangeFile(io.RawIOBase):
+    """Read a file elsewhere in ranges, which grow while what is read lies close together.
+
+    Args:
+        size: its length in bytes.
+        fetch: returns the bytes of a part.
+    """
+
+    def __init__(self, size: int, fetch: Callable[[ByteRange], bytes]) -> None:
+        self.size, self._fetch = size, fetch
+        self._position, self._length = 0, _SMALL
+        self._blocks: list[tuple[int, bytes]] = []
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position in bytes."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a position, from the beginning only."""
+        assert whence == os.SEEK_SET
+        self._position = offset
+        return offset
+
+    def read(self, size: int = -1) -> bytes:
+        """Read up to ``size`` bytes from the position on."""
+        data = self.read_at(self.size if size < 0 else size, self._position)
+        self._position += len(data)
+        return data
+
+    def read_at(self, size: int, offset: int) -> bytes:
+        """Read up to ``size`` bytes from ``offset`` on."""
+        size = max(0, min(size, self.size - offset))
+        for start, block in self._blocks:
+            if start <= offset and offset + size <= start + len(block):
+                return block[offset - start : offset - start + size]
+        if not size:
+            return b""
+        end = max((start + len(block) for start, block in self._blocks[-1:]), default=0)
+        close = abs(offset - end) <= self._length
+        self._length = min(2 * self._length, _LARGE) if close else _SMALL
+        stop = min(offset + max(size, self._length), self.size)
+        block = self._fetch(ByteRange(offset, stop))
+        self._blocks = [*self._blocks[1 - _BLOCKS :], (offset, block)]
+        return block[:size]

@@ -20,8 +20,7 @@ from typing import IO, Any, cast
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
-from cskd_pipeline.data.range_file import RangeFile
-from cskd_pipeline.data.remote_tar import RemoteTar, Tar
+from cskd_pipeline.data.remote_tar import RangeFile, RemoteTar, Tar
 from cskd_pipeline.errors import ShardError
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")

@@ -29,9 +29,8 @@ from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.listing import list_shards
 from cskd_pipeline.data.plan import SampleSet
-from cskd_pipeline.data.range_file import RangeFile
 from cskd_pipeline.data.read_ahead import THREAD
-from cskd_pipeline.data.remote_tar import RemoteTars, require_room
+from cskd_pipeline.data.remote_tar import RangeFile, RemoteTars, require_room
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.data.unit_views import EARLY, Loading, unit_batches
 from cskd_pipeline.errors import DataError, RemoteError, ShardError, UsageError
