@@ -90,7 +90,7 @@ class ImageSource:
             if self.cache is not None:
                 self._checked(shard)
             here = samples[:, 0] == shard
-            labels[here] = self._shard_labels(shard)[samples[here, 1]]
+            labels[here] = self.shard_labels(shard)[samples[here, 1]]
         return labels
 
     def keys(self, samples: np.ndarray) -> list[str]:
@@ -138,8 +138,8 @@ class ImageSource:
         finally:
             ahead.close()
 
-    def _shard_labels(self, shard: int) -> np.ndarray:
-        """(count,) of a layout shard, as the tars have them; ``NOWHERE`` for what no tar has."""
+    def shard_labels(self, shard: int) -> np.ndarray:
+        """Return the labels of a layout shard, (count,); ``NOWHERE`` for what no tar has."""
         tar_rows = self._tar_rows_of(shard)
         return self.shards[tar_rows].index.label if isinstance(tar_rows, int) else tar_rows.label
 
@@ -151,7 +151,7 @@ class ImageSource:
         Returns:
             (n, 3) int64 shard, offset, and the cache's label.
         """
-        found = self._shard_labels(shard)
+        found = self.shard_labels(shard)
         wrong = np.flatnonzero((found != recorded) & (found != NOWHERE))
         rows = np.broadcast_arrays(shard, wrong, recorded[wrong])
         return np.stack(rows, axis=1).astype(np.int64)

@@ -135,8 +135,8 @@ def join(
     require_word("missing", missing, ("error", "skip"))
     require_word("drift", drift, ("error", "warn", "skip"))
     tar_rows = _tar_rows(dataset, cache)
-    absent = [_absent(rows) for rows in tar_rows]
-    count = int(sum(mask.sum() for mask in absent if mask is not None))
+    absent = {s: r.tar == NOWHERE for s, r in enumerate(tar_rows) if isinstance(r, TarRows)}
+    count = int(sum(mask.sum() for mask in absent.values()))
     total = sum(cache.counts)
     if count and (missing == "error" or count == total):
         raise _missing_error(dataset, cache, absent, count)
@@ -148,7 +148,7 @@ def join(
         strict=drift != "warn",
         same_labels=not guard.accept,
     )
-    compared, relabelled = _compare_labels(images, dataset, cache, tar_rows)
+    compared, relabelled = _compare_labels(images, cache, tar_rows)
     if len(relabelled):
         if not guard.accept:
             raise images.label_error(relabelled, compared, guard.switch)
@@ -156,8 +156,8 @@ def join(
     allowed = None
     if count:
         allowed = tuple(
-            np.ones(n, bool) if mask is None else ~mask
-            for n, mask in zip(cache.counts, absent, strict=True)
+            ~absent[shard] if shard in absent else np.ones(n, bool)
+            for shard, n in enumerate(cache.counts)
         )
     return Join(
         samples=SampleSet.of(cache),
@@ -223,7 +223,7 @@ def _tar_rows(dataset: Dataset, cache: Cache) -> list[TarRows | int]:
 
 
 def _compare_labels(
-    images: ImageSource, dataset: Dataset, cache: Cache, tar_rows: Sequence[TarRows | int]
+    images: ImageSource, cache: Cache, tar_rows: Sequence[TarRows | int]
 ) -> tuple[int, np.ndarray]:
     """Return the count of labels compared, and :attr:`Join.relabelled`.
 
@@ -231,7 +231,7 @@ def _compare_labels(
     labels were read from; nothing of such a tar is read before its first use, which compares them.
     """
     recorded = cache.manifest.dataset.shards
-    infos = [dataset.shards[place].info if isinstance(place, int) else None for place in tar_rows]
+    infos = [images.shards[place].info if isinstance(place, int) else None for place in tar_rows]
     shards = [
         shard
         for shard in np.flatnonzero(cache.done().any(axis=0)).tolist()
@@ -243,13 +243,12 @@ def _compare_labels(
     if not shards:
         return compared, found[0]
     places = [tar_rows[shard] for shard in shards]
-    read_headers([dataset.shards[place] for place in places if isinstance(place, int)])
+    read_headers([images.shards[place] for place in places if isinstance(place, int)])
     labels_of = cache.store.each(
         cache.labels, shards, "comparing labels with the cache's", "shards"
     )
     for shard, labels in zip(shards, labels_of, strict=True):
-        absent = _absent(tar_rows[shard])
-        compared += len(labels) - (0 if absent is None else int(absent.sum()))
+        compared += int((images.shard_labels(shard) != NOWHERE).sum())
         found.append(images.relabelled(shard, labels))
     return compared, np.concatenate(found)
 
@@ -291,16 +290,12 @@ def _twice(dataset: Dataset, key: str, first: int, second: int) -> JoinError:
     )
 
 
-def _absent(rows: TarRows | int) -> np.ndarray | None:
-    return None if isinstance(rows, int) else rows.tar == NOWHERE
-
-
 def _missing_error(
-    dataset: Dataset, cache: Cache, absent: Sequence[np.ndarray | None], count: int
+    dataset: Dataset, cache: Cache, absent: Mapping[int, np.ndarray], count: int
 ) -> JoinError:
     examples: list[str] = []
-    for shard, mask in enumerate(absent):
-        if mask is not None and mask.any() and len(examples) < SHOWN:
+    for shard, mask in absent.items():
+        if mask.any() and len(examples) < SHOWN:
             keys = cache.keys(shard)
             examples += [f"missing: {keys[i]}" for i in np.flatnonzero(mask)[:SHOWN].tolist()]
     total = sum(cache.counts)
