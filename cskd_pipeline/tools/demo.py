@@ -44,21 +44,25 @@ def run_demo(out: Path, command: Command, seed: int = 0) -> dict[str, Any]:
         call("make-shards", images / folder.name, folder, "--shard-size", "400")
     data = ("--shards", train, "--val-shards", validation, "--set", f"run.seed={seed}")
 
-    teacher_run = out / "teacher"
-    teacher = call("train", "--recipe", "demo_teacher", *data, "--out", teacher_run)
-    weights = teacher_run / "best.safetensors"
-    cache = out / "cache"
+    def trained(name: str, run: Path, *source: str | Path) -> dict[str, Any]:
+        summary = call("train", "--recipe", f"demo_{name}", *data, *source, "--out", run)
+        measured = call("evaluate", run / "best.safetensors", "--shards", validation)
+        return {
+            "name": name,
+            "model": measured["model"],
+            "top1": measured["top1"],
+            "seconds": summary["seconds"],
+            "out": summary["out"],
+        }
+
+    rows, cache = [trained("teacher", out / "teacher")], out / "cache"
     dump = call(
-        *("dump-teacher", "--recipe", "demo", "--shards", train),
-        *("--weights", weights, "--cache", cache, "--set", f"cache.root_seed={seed}"),
+        *("dump-teacher", "--recipe", "demo", "--shards", train, "--cache", cache),
+        *("--weights", out / "teacher/best.safetensors", "--set", f"cache.root_seed={seed}"),
     )
-    rows = [_row("teacher", call("evaluate", weights, "--shards", validation), teacher)]
     runs = {method: out / f"student_{method}" for method in METHODS}
     for method, run in runs.items():
-        source = () if method == "none" else ("--cache", cache)
-        summary = call("train", "--recipe", f"demo_{method}", *data, *source, "--out", run)
-        measured = call("evaluate", run / "best.safetensors", "--shards", validation)
-        rows.append(_row(method, measured, summary))
+        rows.append(trained(method, run, *(() if method == "none" else ("--cache", cache))))
     page = call("show", *runs.values(), "--shards", train, "--cache", cache, "--out", out / "page")
     report = {
         "out": str(out),
@@ -71,16 +75,6 @@ def run_demo(out: Path, command: Command, seed: int = 0) -> dict[str, Any]:
     }
     write_json(out / "demo.json", report)
     return report
-
-
-def _row(name: str, measured: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "name": name,
-        "model": measured["model"],
-        "top1": measured["top1"],
-        "seconds": summary["seconds"],
-        "out": summary["out"],
-    }
 
 
 def printed(report: dict[str, Any]) -> Printed:

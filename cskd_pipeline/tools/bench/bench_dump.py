@@ -7,7 +7,7 @@ of one. Rates begin when queues are full. :func:`variants` runs the teacher in o
 counts the labels that change.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -155,14 +155,22 @@ def _with(few: SampledDump, setting: str) -> Teacher:
 
 def _changed(expected: Sequence[Logits], found: Sequence[Logits]) -> tuple[float, float]:
     """Return the shares of hard labels, and of global labels, that differ."""
-    spatial, locations, global_, views = 0, 0, 0, 0
-    for one, other in zip(expected, found, strict=True):
-        for r in RATIOS:
-            differs = hard_labels(*one, r) != hard_labels(*other, r)
-            spatial, locations = spatial + int(differs.sum()), locations + differs.numel()
-        labels = [hard_global_labels(logits.global_) for logits in (one, other)]
-        global_, views = global_ + int((labels[0] != labels[1]).sum()), views + len(labels[0])
-    return spatial / locations, global_ / views
+    both = list(zip(expected, found, strict=True))
+    spatial = count_differences(
+        (hard_labels(*one, r), hard_labels(*other, r)) for one, other in both for r in RATIOS
+    )
+    global_ = count_differences(
+        (hard_global_labels(one.global_), hard_global_labels(other.global_)) for one, other in both
+    )
+    return spatial["differ"] / spatial["compared"], global_["differ"] / global_["compared"]
+
+
+def count_differences(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, int]:
+    """Return how many values of equal tensors were ``compared``, and how many ``differ``."""
+    compared = differ = 0
+    for one, other in pairs:
+        compared, differ = compared + one.numel(), differ + int((one != other).sum())
+    return {"compared": compared, "differ": differ}
 
 
 def resident_views(few: SampledDump) -> list[Tensor]:

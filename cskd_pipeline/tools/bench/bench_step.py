@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from cskd_pipeline.config.sections import TrainRecipe
-from cskd_pipeline.data.assemble import assemble, normalise
 from cskd_pipeline.data.batches import Batch, Pairing, RenderedViews, compose
+from cskd_pipeline.data.full_batches import logits_of
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.training_views import TrainingViews
@@ -158,8 +158,7 @@ def _trainers(
 
     def live(batch: Batch) -> Targets:
         assert teacher is not None
-        pixels = assemble(batch, policy)
-        return LogitTargets(*teacher.respond(normalise(pixels, teacher.mean, teacher.std)))
+        return LogitTargets(*logits_of(teacher, batch, policy))
 
     trainers = {}
     for method in METHODS:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from cskd_pipeline.config.sections import DumpRecipe
-from cskd_pipeline.data.assemble import assemble, normalise
 from cskd_pipeline.data.cached_loader import CachedLoader
+from cskd_pipeline.data.full_batches import logits_of
 from cskd_pipeline.data.training_views import open_views
 from cskd_pipeline.distill.targets import LogitTargets
 from cskd_pipeline.pipeline.dump import open_stage_one
-from cskd_pipeline.tools.bench.bench_dump import RATIOS, resident_views
+from cskd_pipeline.tools.bench.bench_dump import RATIOS, count_differences, resident_views
 from cskd_pipeline.tools.bench.sampled_dump import SampledDump
 from cskd_pipeline.tools.bench.timing import Figure
 
@@ -55,12 +55,11 @@ def check_companions(few: SampledDump) -> dict[str, int]:
         (slice(half, None), respond(lower)),
         (slice(1), respond(views[:1])),
     ]
-    compared = differ = 0
-    for rows, responses in found:
-        for one, other in zip(expected, responses, strict=True):
-            bits = one[rows].view(torch.int16) != other[rows].view(torch.int16)
-            compared, differ = compared + bits.numel(), differ + int(bits.sum())
-    return {"compared": compared, "differ": differ}
+    return count_differences(
+        (one[rows].view(torch.int16), other[rows].view(torch.int16))
+        for rows, responses in found
+        for one, other in zip(expected, responses, strict=True)
+    )
 
 
 def check_cache(few: SampledDump) -> dict[str, int]:
@@ -69,26 +68,22 @@ def check_cache(few: SampledDump) -> dict[str, int]:
     The cache is dumped and read as the two stages do; the live teacher sees the training batches,
     assembled on the device. There must be none.
     """
-    recipe, teacher, compared, differ = few.recipe, few.teacher, 0, 0
     with tempfile.TemporaryDirectory(prefix="cskd-check-") as folder:
         path = Path(folder) / "cache"
         for _ in few.dump_to(path, VIEWS):
             pass
-        views = open_views(recipe.data.shards, path)
-        size = min(recipe.dump.batch_size, few.dataset.samples) // 2 * 2
-        loader = CachedLoader(views, size, repeats=1, device=teacher.device)
+        views = open_views(few.recipe.data.shards, path)
+        size = min(few.recipe.dump.batch_size, few.dataset.samples) // 2 * 2
+        loader = CachedLoader(views, size, repeats=1, device=few.teacher.device)
+        pairs = []
         for batch in loader.batches(VIEWS * len(loader)):
-            batch = batch.to(teacher.device)
-            pixels = assemble(batch, views.policy)
-            live = LogitTargets(*teacher.respond(normalise(pixels, teacher.mean, teacher.std)))
-            cached = views.targets(batch)
+            batch = batch.to(few.teacher.device)
+            cached, logits = views.targets(batch), logits_of(few.teacher, batch, views.policy)
             assert cached is not None
-            pairs = [(cached.hard_global(), live.hard_global())]
+            live = LogitTargets(*logits)
+            pairs.append((cached.hard_global(), live.hard_global()))
             pairs += [(cached.hard_spatial(r), live.hard_spatial(r)) for r in RATIOS]
-            for found, expected in pairs:
-                compared += found.numel()
-                differ += int((found != expected).sum())
-    return {"compared": compared, "differ": differ}
+    return count_differences(pairs)
 
 
 def figures(report: Mapping[str, Any]) -> Iterator[Figure]:
