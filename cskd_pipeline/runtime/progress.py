@@ -78,6 +78,7 @@ class Meter:
 
     @property
     def seconds(self) -> float:
+        """Return the seconds since the meter started."""
         return self._clock() - self._started
 
     @property
