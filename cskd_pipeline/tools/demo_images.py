@@ -1,11 +1,13 @@
 """Small real images that need no download: pages of handwritten digits.
 
 scikit-learn ships 1,797 scans of handwritten digits (8x8, the UCI "optical recognition" test set).
-Seven or eight of one class, in three rows, make an image. Recipes join two images by CutMix in
-every view, so that locations show different classes and spatial logits say more than global ones.
-Some training images have a random label, as in sets collected from the web.
+Several of one class, in three rows, make an image; among them may be one of some other classes.
+Recipes join two images by CutMix in every view, so that locations show different classes and
+spatial logits say more than global ones. Some training images have a random label, as in sets
+collected from the web.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,20 @@ from cskd_pipeline.errors import require_packages
 CANVAS = 48  # pixels
 ROWS = 3  # of as many cells
 SIDE = (13, 16)  # of a digit in pixels, from and up to
-DIGITS = (7, 9)  # in an image, from and up to
 RANDOM_LABELS = 0.3  # of the training images; a tenth of them are right by chance
 VALIDATION_DIGITS = 497  # scans that no training image is made of
+
+
+@dataclass(frozen=True)
+class Page:
+    """Say what an image shows: digits of its class, from and up to, and at most so many others."""
+
+    own: tuple[int, int] = (7, 9)
+    others: int = 0
+
+
+DEMO, CLUTTERED = Page(), Page(own=(4, 6), others=4)
+"""Without others the class is in every corner; among others it has to be found."""
 
 
 def _scans() -> tuple[np.ndarray, np.ndarray]:
@@ -31,7 +44,9 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
     return digits.reshape(-1, 8, 8) / 16.0, labels.astype(np.int64)
 
 
-def write_digit_folders(out: Path, *, train: int, validation: int, seed: int) -> None:
+def write_digit_folders(
+    out: Path, *, train: int, validation: int, seed: int, page: Page = DEMO
+) -> None:
     """Write ``out/train/<label>/*.png`` and ``out/validation/<label>/*.png``, 48x48 RGB.
 
     Training and validation images are made of different scans, and labels of validation images
@@ -45,28 +60,45 @@ def write_digit_folders(out: Path, *, train: int, validation: int, seed: int) ->
         pool = pools[split]
         for number, chosen in enumerate(np.resize(pool, count).tolist()):
             label = classes[chosen]
-            image = _image(scans, chosen, pool[classes[pool] == label], rng)
+            canvas = _background(rng)
+            digits = _digits(chosen, pool, classes, page, rng)
+            _lay_out(canvas, scans[digits], rng)
             if split == "train" and rng.random() < RANDOM_LABELS:
                 label = rng.integers(10)
             folder = out / split / str(label)
             folder.mkdir(parents=True, exist_ok=True)
+            image = np.clip(canvas, 0, 255).astype(np.uint8)
             Image.fromarray(image).save(folder / f"{number:05d}.png")
 
 
-def _image(
-    scans: np.ndarray, chosen: int, alike: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """Return an image of the ``chosen`` scan and some that are ``alike``, uint8 (48, 48, 3)."""
+def _digits(
+    chosen: int, pool: np.ndarray, classes: np.ndarray, page: Page, rng: np.random.Generator
+) -> list[int]:
+    """Return ``chosen``, others of its class, and one each of some other classes."""
+    of_class = {int(label): pool[classes[pool] == label] for label in np.unique(classes[pool])}
+    own = of_class.pop(int(classes[chosen]))
+    digits = [chosen, *rng.choice(own, int(rng.integers(*page.own)) - 1)]
+    if page.others:
+        count = int(rng.integers(page.others + 1))
+        labels = rng.choice(list(of_class), count, replace=False).tolist()
+        digits += [rng.choice(of_class[label]) for label in labels]
+    return digits
+
+
+def _background(rng: np.random.Generator) -> np.ndarray:
+    """Return a coloured, shaded, noisy canvas, float (48, 48, 3)."""
     ramp = np.linspace(-1.0, 1.0, CANVAS)
     shade = rng.uniform(-30, 30) * ramp[:, None] + rng.uniform(-30, 30) * ramp[None, :]
-    canvas = rng.uniform(20, 90, 3) + shade[..., None] + rng.normal(0, 10, (CANVAS, CANVAS, 1))
-    digits = [chosen, *rng.choice(alike, int(rng.integers(*DIGITS)) - 1)]
+    return rng.uniform(20, 90, 3) + shade[..., None] + rng.normal(0, 10, (CANVAS, CANVAS, 1))
+
+
+def _lay_out(canvas: np.ndarray, digits: np.ndarray, rng: np.random.Generator) -> None:
+    """Paint the scans ``digits``, (n, 8, 8), each into a cell of the canvas."""
     cell = CANVAS // ROWS
     for spot, digit in zip(rng.permutation(ROWS**2), digits, strict=False):  # the others are empty
         side = int(rng.integers(*SIDE))
         top, left = cell * np.array(divmod(spot, ROWS)) + rng.integers(0, cell - side + 1, 2)
-        _paint(canvas[top : top + side, left : left + side], scans[digit], rng)
-    return np.clip(canvas, 0, 255).astype(np.uint8)
+        _paint(canvas[top : top + side, left : left + side], digit, rng)
 
 
 def _paint(part: np.ndarray, ink: np.ndarray, rng: np.random.Generator) -> None:

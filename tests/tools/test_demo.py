@@ -49,6 +49,22 @@ def test_labels_of_some_training_images_are_random_and_of_validation_images_righ
     assert abs(wrong - 0.27) < 0.08  # 3.5 standard deviations of 400
 
 
+def test_a_cluttered_page_has_digits_of_its_class_and_one_each_of_some_others() -> None:
+    _, classes = demo_images._scans()
+    pool, rng = np.arange(600), np.random.default_rng(0)
+    counts = set()
+    for chosen in range(300):
+        digits = demo_images._digits(chosen, pool, classes, demo_images.CLUTTERED, rng)
+        own, *others = np.bincount(classes[digits], minlength=10)[
+            [classes[chosen], *(k for k in range(10) if k != classes[chosen])]
+        ]
+        assert digits[0] == chosen
+        assert set(digits) <= set(pool)
+        assert max(others) <= 1
+        counts.add((own, sum(others)))
+    assert counts == {(own, others) for own in (4, 5) for others in range(5)}
+
+
 def test_every_stage_runs_with_the_seed_and_a_page_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

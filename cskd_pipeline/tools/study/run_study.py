@@ -21,7 +21,7 @@ from cskd_pipeline.runtime.atomic import NO_LOCKS, sole_writer, write_json
 from cskd_pipeline.runtime.device import cores, device_name, pick_device
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.commands import Command, Summary, announced, side_by_side
-from cskd_pipeline.tools.demo_images import write_digit_folders
+from cskd_pipeline.tools.demo_images import CLUTTERED, write_digit_folders
 from cskd_pipeline.tools.report.records import read_log
 from cskd_pipeline.tools.study.analysis import attention_distances, local_accuracy
 from cskd_pipeline.tools.study.arms import (
@@ -126,7 +126,7 @@ def _open(
         for split, found in zip(("training", "validation"), stages.datasets, strict=True):
             digests[f"{split} images"] = data_digest(found.shard_ids)
         return stages, Ledger(study.out, digests)
-    ledger = Ledger(study.out, digests | {"images": f"digits {DIGITS}"})
+    ledger = Ledger(study.out, digests | {"images": f"digits {DIGITS} {CLUTTERED}"})
     folders = {split: study.out / "shards" / split for split in DIGITS}
     _kept(ledger, IMAGES, lambda: _make_digits(study.out / "images", folders, call))
     return Stages(study, recipes, *map(str, folders.values())), ledger
@@ -137,7 +137,7 @@ def _make_digits(
 ) -> dict[str, Any]:
     log.info(f"making {sum(DIGITS.values())} images of handwritten digits")
     started = time.perf_counter()
-    write_digit_folders(images, seed=0, **DIGITS)
+    write_digit_folders(images, seed=0, page=CLUTTERED, **DIGITS)
     for split, folder in folders.items():
         shutil.rmtree(folder, ignore_errors=True)  # of a study that was killed here
         call("make-shards", images / split, folder, "--shard-size", "400")
