@@ -63,7 +63,7 @@ class Folder:
     """
 
     lists: bool
-    """Say that :meth:`names` lists what there is; else :meth:`has` finds it."""
+    """Return whether :meth:`names` lists what there is; else :meth:`has` finds it."""
     at_once: int
     """The number of files that are best read at a time."""
 
@@ -127,7 +127,7 @@ class Folder:
             return []
 
     def has(self, key: str) -> bool:
-        """Say that there is this file."""
+        """Return whether there is this file."""
         return (self.root / key).is_file()
 
     def sizes(self) -> dict[str, int] | None:

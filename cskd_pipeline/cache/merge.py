@@ -132,12 +132,12 @@ class Part:
         return {name: {**a.document(), "shape": None} for name, a in self.store.arrays.items()}
 
     def has(self, unit: Unit) -> bool:
-        """Say that this unit of the whole is finished here."""
+        """Return whether this unit of the whole is finished here."""
         own = self.shards.get(unit.shard)
         return own is not None and unit.block < len(self.done) and bool(self.done[unit.block, own])
 
     def has_any(self, shard: int) -> bool:
-        """Say that some unit of this tar shard of the whole is finished here."""
+        """Return whether some unit of this tar shard of the whole is finished here."""
         own = self.shards.get(shard)
         return own is not None and bool(self.done[:, own].any())
 

@@ -178,7 +178,7 @@ class Mirror:
 
 
 def _grows(path: Path) -> bool:
-    """Say that some process has added to a copy of ``path`` lately."""
+    """Return whether some process has added to a copy of ``path`` lately."""
     for partial in path.parent.glob(f".{path.name}.*.partial"):
         with suppress(FileNotFoundError):
             if time.time() - partial.stat().st_mtime < HELD_UP:

@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 def is_remote(location: object) -> bool:
-    """Say that ``location`` is a URL."""
+    """Return whether ``location`` is a URL."""
     return "://" in str(location)
 
 
@@ -197,7 +197,7 @@ class RemoteFiles:
             time.sleep(WAIT * 2 ** (failures - 1) * apart)
 
     def is_refusal(self, error: RemoteError) -> bool:
-        """Say that an error is of a file that may not be read, or, at some stores, is not there."""
+        """Return whether a file may not be read or, at some stores, is not there."""
         cause = error.__cause__
         return isinstance(cause, Exception) and (
             isinstance(cause, PermissionError) or _status(cause) in (401, 403)

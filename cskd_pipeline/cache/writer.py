@@ -147,7 +147,7 @@ class CacheWriter:
         return self.store.done()
 
     def is_done(self, unit: Unit) -> bool:
-        """Say that this unit is finished, at this moment."""
+        """Return whether this unit is finished, at this moment."""
         return (self.path / self.store.record_key(unit.block, unit.shard)).exists()
 
     def todo(

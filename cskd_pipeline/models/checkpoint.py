@@ -129,7 +129,7 @@ def read_header(path: Path) -> StudentHeader:
 
 
 def has_header(path: Path) -> bool:
-    """Say that a file is a safetensors file whose header claims a student, rightly or not."""
+    """Return whether a file is a safetensors file whose header claims a student, rightly or not."""
     return path.is_file() and is_safetensors(path) and HEADER in _metadata(path)
 
 

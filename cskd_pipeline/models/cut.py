@@ -197,7 +197,7 @@ def _features(network: Any, name: str, x: Tensor) -> Tensor:
 
 
 def _channels_last(network: Any, features: Tensor) -> bool:
-    """Say that a feature map is (B, h, w, C), by the width that timm's networks state."""
+    """Return whether a feature map is (B, h, w, C), by the width that timm's networks state."""
     width, stated = (getattr(network, name, None) for name in ("num_features", "output_fmt"))
     return width == features.shape[3] and (width != features.shape[1] or stated == "NHWC")
 

@@ -246,7 +246,7 @@ def _call_factory(name: str, num_classes: int | None, kwargs: Mapping[str, Any])
 
 
 def _takes(factory: Callable[..., Any], argument: str) -> bool:
-    """Say that a callable takes ``argument`` by name."""
+    """Return whether a callable takes ``argument`` by name."""
     parameters = inspect.signature(factory).parameters.values()
     return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
 

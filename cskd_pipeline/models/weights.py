@@ -72,7 +72,7 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Say that a file begins as that format does: the length of a header, then JSON."""
+    """Return whether a file begins as that format does: the length of a header, then JSON."""
     with open(path, "rb") as file:
         return file.read(9)[8:] == b"{"
 

@@ -93,7 +93,7 @@ class UnitWriter:
 
     @property
     def finished(self) -> bool:
-        """Say that all ``units`` are done, whoever made them."""
+        """Return whether all ``units`` are done, whoever made them."""
         return not self._undone.left()
 
     def views(self) -> Iterator[TeacherViews]:

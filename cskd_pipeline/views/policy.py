@@ -105,7 +105,7 @@ class ViewPolicy:
 
     @property
     def mixes(self) -> bool:
-        """Say that a view may contain a partner's pixels."""
+        """Return whether a view may contain a partner's pixels."""
         return self.mix > 0.0
 
     def to_json(self) -> dict[str, object]:
