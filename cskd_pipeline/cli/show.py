@@ -88,7 +88,7 @@ def show(target: Targets, shown: Shown, out: Out = Path("show")) -> Outcome:
 
 
 def _are_runs(targets: list[str]) -> bool:
-    """Say that the targets are runs' folders; refuse a single one that is no cache either."""
+    """Return whether the targets are folders of runs; refuse one that is no cache either."""
     from cskd_pipeline.cache.digests import split_pin
     from cskd_pipeline.cache.remote_files import is_remote
     from cskd_pipeline.tools.report.records import is_run

@@ -55,7 +55,7 @@ class TarShard:
 
     @property
     def is_indexed(self) -> bool:
-        """Say that the headers were read."""
+        """Return whether the headers were read."""
         return self._index is not None
 
     @property

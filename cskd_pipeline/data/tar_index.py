@@ -69,7 +69,7 @@ class ShardIndex:
 
 
 def is_left_behind(name: str) -> bool:
-    """Say that a file or folder name is a system's, not part of a data set."""
+    """Return whether a file or folder name is a system's, not part of a data set."""
     return name.startswith(".") or name in LEFT_BEHIND
 
 

@@ -118,7 +118,7 @@ def memory_limit(root: Path = Path("/")) -> int:
 
 
 def all_finite(*logits: Tensor) -> bool:
-    """Say that float16 tensors are free of NaN and infinities; wait for the device.
+    """Return whether float16 tensors are free of NaN and infinities; wait for the device.
 
     Finite ones have a finite float32 sum, however many they are: one pass and no mask.
     """

@@ -45,12 +45,12 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Say that this is the rank that writes files and logs."""
+        """Return whether this is the rank that writes files and logs."""
         return self.rank == 0
 
     @property
     def many(self) -> bool:
-        """Say that there are other ranks."""
+        """Return whether there are other ranks."""
         return self.world > 1
 
     def device(self, chosen: torch.device) -> torch.device:
@@ -79,7 +79,7 @@ class Ranks:
         return found
 
     def any(self, flag: bool) -> bool:
-        """Say that the flag is set on some rank."""
+        """Return whether the flag is set on some rank."""
         if not self.many:
             return flag
         flags = torch.tensor([int(flag)])

@@ -25,7 +25,7 @@ def identify(pid: int) -> dict[str, object]:
 
 
 def has_ended(process: str) -> bool:
-    """Say that a process was one of this machine, and is no more.
+    """Return whether a process was one of this machine, and is no more.
 
     Args:
         process: :func:`identify`'s object as JSON, from whoever wrote it: False for anything else.

@@ -40,12 +40,12 @@ class Stop:
 
     @property
     def requested(self) -> bool:
-        """Say that some signal has come."""
+        """Return whether a signal has come."""
         return bool(self.signals)
 
     @property
     def requeue(self) -> bool:
-        """Say that a scheduler's has, which gives little time; a person's Ctrl-C outweighs it."""
+        """Return whether a scheduler's has, which leaves little time; Ctrl-C outweighs it."""
         return self.requested and signal.SIGINT not in self.signals
 
     def heed(self) -> None:

@@ -182,7 +182,7 @@ class Watch:
             self._seen.wait(seconds)
 
     def _deaf(self, seconds: float) -> bool:
-        """Say that the store has been silent for so long; keep that as a reason."""
+        """Return whether the store has been silent for so long, which is then the reason."""
         if time.monotonic() - self._looked <= seconds:
             return False
         self._lost = "the job's store does not respond"

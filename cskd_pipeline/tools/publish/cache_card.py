@@ -35,7 +35,7 @@ Info = Mapping[str, Any]
 
 
 def is_card(path: Path) -> bool:
-    """Say that the file is there, and was written by this command."""
+    """Return whether the file is there, and was written by this command."""
     if not path.exists():
         return False
     with open(path, encoding="utf-8", errors="replace") as file:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from cskd_pipeline.runtime.atomic import write_text
+from cskd_pipeline.runtime.atomic import write_csv, write_text
 from cskd_pipeline.tools.report import plots
 from cskd_pipeline.tools.report.plot_files import FORMATS, Plot
 from cskd_pipeline.tools.study.arms import ARMS, CLAIMS, ORDERING, Arm, Claim, ForkPoint, StudyRun
@@ -180,14 +178,14 @@ def write_files(report: Mapping[str, Any], out: Path) -> None:
     lines = [*_about(report), _ordering(report), *claims, NOTE]
     write_text(out / "table.md", f"{tables}\n" + "".join(f"- {line}\n" for line in lines))
     names = [f"{ema}top1{head}" for ema in ("", "ema_") for head in ("", *map("_{}".format, HEADS))]
-    _write_csv(out / "table.csv", ["arm", "seed", *names, "attention"], _run_rows(report))
+    write_csv(out / "table.csv", ["arm", "seed", *names, "attention"], _run_rows(report))
     epochs = (
         {"arm": arm["name"], "seed": seed} | row
         for arm in report["arms"]
         for seed, run in arm["runs"].items()
         for row in run["rows"]
     )
-    _write_csv(out / "curves.csv", ["arm", "seed", "epoch", "ckf_ratio", *names], epochs)
+    write_csv(out / "curves.csv", ["arm", "seed", "epoch", "ckf_ratio", *names], epochs)
     arms = report["arms"]
     figure = plots.means(
         [arm["label"] for arm in arms],
@@ -213,11 +211,3 @@ def _run_rows(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             layers = " ".join(f"{layer:.3f}" for layer in run["attention"])
             row = {"arm": arm["name"], "seed": seed, "top1": run["top1"], "attention": layers}
             yield row | heads | averaged
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
