@@ -74,7 +74,7 @@ Made from the docstrings by `python -m tests.test_public_names`. Everything here
 `from cskd_pipeline import ...`, typed, and loaded when it is first used: `import cskd_pipeline`
 alone imports neither torch nor anything else. [The examples](examples) use it, each run by a test.
 News and warnings go where your `logging` sends them (logger `cskd_pipeline`); progress is shown to
-whoever calls `cskd_pipeline.runtime.progress.listen`.
+whoever calls `cskd_pipeline.runtime.progress.listen`; `kept` there undoes that.
 
 ## A training loop
 

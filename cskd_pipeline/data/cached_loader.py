@@ -176,7 +176,8 @@ class CachedLoader:
         labels = mixed_targets(
             batch.label, batch.partner_label, batch.lam, views.num_classes, self.smoothing
         )
-        mean, std = self.mean or policy.mean, self.std or policy.std
+        mean = policy.mean if self.mean is None else self.mean
+        std = policy.std if self.std is None else self.std
         images = normalise(assemble(batch, policy), mean, std)
         return images.contiguous(memory_format=self.memory_format), labels
 

@@ -76,7 +76,7 @@ class RemoteTar:
         return self.url.rpartition("/")[2]
 
     @property
-    def copy(self) -> str:
+    def copy_name(self) -> str:
         """Return the name of its copy."""
         known = self.sha256 or f"{self.size} {self.version}"
         return hashlib.sha256(f"{self.url} {known}".encode()).hexdigest()[:32] + ".tar"
@@ -106,7 +106,7 @@ class RemoteTar:
     def open_headers(self) -> BufferedReader | RangeFile:
         """Open the copy, or the tar where it lies, of which only what is read is requested."""
         tars = tars_in(self.parent)
-        if tars.mirror.find(self.copy) is not None:
+        if tars.mirror.find(self.copy_name) is not None:
             return self.open()
         if self.ranges:
             return RangeFile(self.size, lambda part: tars.read(self, part))
@@ -119,7 +119,7 @@ class RemoteTar:
         Headers are read before the SHA-256 is compared: what the server states is in the name too.
         """
         version = hashlib.sha256(self.version.encode()).hexdigest()[:32]
-        path = tars_in(self.parent).root / f"{self.copy}.{version}.npz"
+        path = tars_in(self.parent).root / f"{self.copy_name}.{version}.npz"
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
@@ -193,11 +193,13 @@ class RemoteTars(RemoteFiles):
             if os.fstat(file.fileno()).st_size == tar.size:
                 return file
             file.close()
-            self.mirror.remove(tar.copy)
+            self.mirror.remove(tar.copy_name)
             return None
 
         with _explained(tar):
-            return self.mirror.opened(tar.copy, lambda file: self._fetch_whole(tar, file), opening)
+            return self.mirror.opened(
+                tar.copy_name, lambda file: self._fetch_whole(tar, file), opening
+            )
 
     def read(self, tar: RemoteTar, part: ByteRange) -> bytes:
         """Request a part of a tar, of the version that was stated."""

@@ -46,7 +46,7 @@ class StudentHeader:
     ``accepted_classes`` has a line for each difference between classes with which the run was made
     all the same, ``recipe_changes`` one for what was changed where it was resumed. The digests are
     SHA-256 in hex: of the recipe's deciding fields, of the contents of the cache (None where it was
-    not finished), and of the weights that the run started from.
+    not finished), of the weights that the run started from, and of the file's own tensors.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -140,7 +140,10 @@ def read_student(path: Path) -> tuple[StudentHeader, dict[str, torch.Tensor]]:
         WeightsError: no header, or tensors of another digest than it states.
     """
     header, state = read_header(path), load_state(path)
-    if header.sha256 not in (None, found := state_digest(state)):
+    if header.sha256 is None:  # of format 1
+        return header, state
+    found = state_digest(state)
+    if found != header.sha256:
         raise WeightsError(
             "the checkpoint is damaged: its tensors are not those that were saved",
             where=path,

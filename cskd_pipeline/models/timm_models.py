@@ -39,7 +39,10 @@ class TeacherSource:
         weights: ``hub`` (timm's or torchvision's pretrained; a factory's as it made them),
             ``random``, or a file.
         num_classes: None takes the file's or the model's own.
-        mean, std: empty: as the network's ``pretrained_cfg`` says.
+        kwargs: for the model's constructor.
+        mean, std: of each channel in [0, 1] units; empty: as the network's ``pretrained_cfg`` says.
+        precision: of the backbone under autocast: float32, bfloat16 or float16.
+        seed: of random weights.
     """
 
     name: str

@@ -32,7 +32,6 @@ from cskd_pipeline.errors import UsageError
 from cskd_pipeline.models.checkpoint import has_header, read_header
 from cskd_pipeline.models.teacher import Teacher, load_teacher
 from cskd_pipeline.models.timm_models import TeacherSource
-from cskd_pipeline.models.weights import is_safetensors
 from cskd_pipeline.pipeline.unit_writer import UnitWriter
 from cskd_pipeline.pipeline.write_cache import WriteOptions, write_cache
 from cskd_pipeline.runtime.classes import COMMAND_SWITCH, Classes, ClassGuard
@@ -156,7 +155,7 @@ def open_stage_one(
         empty="pass" if data.corrupt == "skip" else "error",
     )
     weights = Path(recipe.teacher.weights)
-    if weights.is_file() and is_safetensors(weights) and has_header(weights):
+    if has_header(weights):
         header = read_header(weights)  # of a network that train made
         classes = Classes("the teacher", weights, header.num_classes, header.class_names)
         dataset = dataset.fitting(classes, "the shards", guard)

@@ -202,7 +202,7 @@ def _read_timm_folder(path: Path) -> Source:
         mean, std = (tuple(map(float, pretrained[name])) for name in ("mean", "std"))
     except (KeyError, TypeError, ValueError, AttributeError, ManifestError) as error:
         raise WeightsError(
-            "the folder does not state which model it holds",
+            "the folder does not state a classifier that can be used",
             where=config,
             found=header_problem(error),
             expected="architecture, num_classes, mean, std and a square input, as timm writes them",

@@ -84,7 +84,7 @@ class Terminal:
             return
         columns = [printable(name) for name in columns]
         values = [list(row) for row in rows]
-        right = [bool(v) and _is_numeric(v) for _, *v in zip(columns, *values, strict=True)]
+        right = [bool(values) and _is_numeric([v[n] for v in values]) for n in range(len(columns))]
         cells = [[printable(format_value(value), _LONGEST) for value in row] for row in values]
         _print(self._out, printable(title), "bold")
         if self._out.is_terminal:

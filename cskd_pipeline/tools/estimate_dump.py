@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,9 +194,10 @@ def try_dump(recipe: DumpRecipe, dataset: Dataset, teacher: Teacher, images: int
         seconds, responses = _time_teacher(few, kept)
         costs, sizes = _time_encodings(responses, teacher.device, max(dataset.counts))
         whole = SteadyRate(total)
-        for count in few.dump(block):
-            whole.advance(count)
-            meter.advance(count)
+        with closing(few.dump(block)) as counts:
+            for count in counts:
+                whole.advance(count)
+                meter.advance(count)
     return DumpTrial(
         samples=few.dataset.samples,
         views=total,

@@ -86,9 +86,11 @@ class ViewPolicy:
             )
         for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
-            if value < least:
+            if not math.isfinite(value):
+                yield f"{name} = {value} is not finite"
+            elif value < least:
                 yield f"{name} = {value} is below {least}"
-            elif not value <= most:
+            elif value > most:
                 yield f"{name} = {value} is above {most}"
         for name in ("crop_area", "erase_area", "crop_ratio", "erase_ratio"):
             low, high = getattr(self, name)

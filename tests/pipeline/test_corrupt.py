@@ -116,7 +116,7 @@ def test_a_dump_that_goes_on_does_not_decode_every_image_again(
     whole, fewer = broken
     recipe = world.dump_recipe(whole.shards, tmp_path / "cache", SKIP, views=2)
     dump_teacher(recipe, shard_range=(0, 1))
-    monkeypatch.setattr(corrupt, "find_corrupt", lambda: None)  # takes nothing
+    monkeypatch.setattr(corrupt, "find_corrupt", lambda *_, **__: pytest.fail("reads images"))
     forgotten = replace(recipe, data=replace(recipe.data, corrupt="error"))
     for shards in (whole.shards, fewer.shards):
         other = replace(forgotten, data=replace(forgotten.data, shards=str(shards)))

@@ -448,7 +448,7 @@ def test_what_is_no_student_is_refused(transfer: Transfer, tmp_path: Path) -> No
     told = {
         tmp_path / "nothing": "no such weights",
         empty: "holds no student",
-        odd: "does not state which model",
+        odd: "does not state a classifier",
         oblong: "an input of 32x64 pixels",
         text: "does not load as plain tensors",
     }

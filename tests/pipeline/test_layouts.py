@@ -181,13 +181,17 @@ def stopped(
     return recipe
 
 
+def unread(*_: object, **__: object) -> None:
+    pytest.fail("reads images")
+
+
 def test_a_resumed_run_knows_what_it_leaves_out_without_reading_every_image(
     stopped: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(stopped("whole"))
     before = (tmp_path / "run/left_out.csv").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(training_data, "find_differing", lambda *_: pytest.fail("reads images"))
+        patch.setattr(training_data, "find_differing", unread)
         train(stopped("run"), resume=True)
     assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "run"))
     for name in ("left_out.csv", "differing.json"):
@@ -250,5 +254,5 @@ def test_a_forecast_reads_no_more_images_than_it_times(
 ) -> None:
     other = recut(small, tmp_path / "theirs", theirs(samples))
     recipe = world.train_recipe(other.shards, small.cache, tmp_path / "run", sets=SKIP)
-    monkeypatch.setattr(training_data, "find_differing", lambda *_: pytest.fail("reads images"))
+    monkeypatch.setattr(training_data, "find_differing", unread)
     assert plan_train(recipe, updates=2)["samples"] == 96

@@ -7,8 +7,8 @@ of one. Rates begin when queues are full. :func:`variants` runs the teacher in o
 counts the labels that change.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -57,10 +57,10 @@ def bench_dump(
     teacher, resident, views = few.teacher, resident_views(few), few.dataset.samples * BLOCK
     size, workers = recipe.dump.batch_size, few.loading.workers
 
-    def load(block: int, loading: Loading) -> Iterator[int]:
-        return map(len, few.batches(BLOCK, block=block, loading=loading))
+    def load(block: int, loading: Loading) -> Generator[int]:
+        yield from map(len, few.batches(BLOCK, block=block, loading=loading))
 
-    works: dict[str, Callable[[], Iterator[int]]] = {
+    works: dict[str, Callable[[], Generator[int]]] = {
         "dump": lambda: few.dump(BLOCK),
         "teacher": lambda: _run_teacher(teacher, resident, views),
         "loader": lambda: load(BLOCK, Loading(size, workers)),
@@ -69,8 +69,9 @@ def bench_dump(
     }
 
     def rate(side: str, _: int) -> float:
-        with timing.one_thread() if side.startswith("block") else nullcontext():
-            return timing.SteadyRate.of(works[side](), views).rate
+        threads = timing.one_thread() if side.startswith("block") else nullcontext()
+        with threads, closing(works[side]()) as counts:  # whatever ends it
+            return timing.SteadyRate.of(counts, views).rate
 
     rates = timing.take_turns(works, rate, rounds, "dumping")
     per_second = {side: timing.spread(found) for side, found in rates.items()}
@@ -97,7 +98,7 @@ def bench_dump(
     }
 
 
-def _run_teacher(teacher: Teacher, resident: Sequence[Tensor], views: int) -> Iterator[int]:
+def _run_teacher(teacher: Teacher, resident: Sequence[Tensor], views: int) -> Generator[int]:
     for number in range(-(-views // len(resident[0]))):
         logits = teacher.unchecked(resident[number % len(resident)])
         timing.wait_for(teacher.device)

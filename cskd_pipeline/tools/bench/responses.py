@@ -82,7 +82,8 @@ def from_cache(path: Path | str, views: int) -> Responses:
         which, shard = done[stream.below(len(done))].tolist()
         view = which * block + stream.below(block)
         index.append((view, shard, stream.below(reader.counts[shard])))
-    spatial, global_ = map(torch.from_numpy, reader.gather("dense", np.array(index)).values())
+    arrays = reader.gather("dense", np.array(index))
+    spatial, global_ = (torch.from_numpy(arrays[f"dense/{name}"]) for name in ("spatial", "global"))
     return Responses(spatial, global_, reader.manifest, str(path))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -73,7 +73,7 @@ class SampledDump:
         found = logits_of(self.teacher, batch.to(self.teacher.device), self.recipe.views)
         return Logits(*(values.cpu() for values in found))
 
-    def dump(self, views: int) -> Iterator[int]:
+    def dump(self, views: int) -> Generator[int]:
         """Dump as :meth:`dump_to`, but silently and into a temporary folder."""
         with silence(), tempfile.TemporaryDirectory(prefix="cskd-trial-") as folder:
             yield from self.dump_to(Path(folder) / "cache", views)

@@ -123,16 +123,21 @@ def _global(cache: Cache, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if hard:
         labels = torch.cat([t.hard_global() for t in read_targets(cache, hard[0], rows)])
     if soft:
-        tau, tops, logs = temperature_near(cache.encodings[soft[0]]), list[Tensor](), list[Tensor]()
+        tau = temperature_near(cache.encodings[soft[0]])
+        tops, start = list[Tensor](), 0
         for targets in read_targets(cache, soft[0], rows):
             if isinstance(targets, SampledTargets):
-                tops.append(targets.drawn_global(tau).mode(1).values)
+                top = targets.drawn_global(tau).mode(1).values
             else:
-                logs.append(targets.global_log_probabilities(tau))
-                tops.append(logs[-1].argmax(1))
+                logs = targets.global_log_probabilities(tau)
+                top = logs.argmax(1)
+                if tau == 1:
+                    part = slice(start, start + len(top))
+                    shown = top if labels is None else labels[part]
+                    probabilities[part] = logs.gather(1, shown[:, None])[:, 0].exp()
+            tops.append(top)
+            start += len(top)
         labels = torch.cat(tops) if labels is None else labels
-        if logs and tau == 1:
-            probabilities = torch.cat(logs).gather(1, labels[:, None])[:, 0].exp()
     assert labels is not None
     return labels.numpy(), probabilities.numpy()
 

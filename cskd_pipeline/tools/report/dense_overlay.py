@@ -151,7 +151,11 @@ def _cache_of(run: RunRecord) -> str:
 
 
 def _misfit(run: RunRecord, reader: Cache, guard: ClassGuard) -> str:
-    """Return why a run's student cannot see this cache's views; empty if it can."""
+    """Return why a run's student cannot see this cache's views; empty if it can.
+
+    Raises:
+        ClassesError: its classes have other names than the cache's.
+    """
     file, manifest = student_file(run.folder), reader.manifest
     header = read_header(file)
     if header.grid is None:
