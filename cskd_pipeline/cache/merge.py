@@ -308,7 +308,7 @@ def _merge_unit(
     if source is not result:
         own = source.shards[unit.shard]
         if source.geometry == result.geometry:
-            stored = writer.copy_unit(unit, source.store, own)
+            stored = writer.copy_unit(unit, source.reader, own)
         else:
             stored = writer.write_unit(unit, unit_data(source.reader, writer.manifest, unit, own))
         counts.update(units_copied=stored, views_copied=stored * writer.size_of(unit))

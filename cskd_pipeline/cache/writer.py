@@ -19,6 +19,7 @@ from cskd_pipeline.cache.chunks import decode_file, encode_file
 from cskd_pipeline.cache.durable import DurableFolder, exclusive, inside
 from cskd_pipeline.cache.folders import require_local
 from cskd_pipeline.cache.manifest import CacheManifest
+from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.cache.units import Unit, UnitData, require_rows
 from cskd_pipeline.distill.encodings import Rows
@@ -202,17 +203,24 @@ class CacheWriter:
         data.check(self.manifest, unit)
         return self._commit(unit, self._encoded(data))
 
-    def copy_unit(self, unit: Unit, source: CacheStore, shard: int) -> bool:
+    def copy_unit(self, unit: Unit, source: Cache, shard: int) -> bool:
         """Store a unit as :meth:`write_unit` does, with the files of another cache as they are.
+
+        All files are compared, and those of the tar shard decoded, before the first is written:
+        later units, of other caches, must agree with the tar shard's.
 
         Args:
             source: has it done, and arrays of the same chunks and files.
-            shard: its tar shard there.
+            shard: its tar shard there, which has the same keys in its manifest.
 
         Raises:
-            CacheError: also if a file there is missing, or not what the unit's record says.
+            CacheError: also if a file there is missing, or not what the unit's record says, or the
+                keys there are not the manifest's.
         """
-        return self._commit(unit, source.unit_bytes(unit.block, shard))
+        source.store.compare_files(unit.block, shard)
+        for read in (source.keys, source.labels, source.image_crc32):
+            read(shard)
+        return self._commit(unit, source.store.unit_bytes(unit.block, shard))
 
     def _encoded(self, data: UnitData) -> Iterator[tuple[bytes, bytes]]:
         """Yield contents and SHA-256 of each file in a unit's record."""
@@ -280,15 +288,15 @@ class CacheWriter:
         values = decode_file(self.store.arrays[name], content)[0, : len(recorded)]
         differing = np.flatnonzero((recorded != values).reshape(len(values), -1).any(axis=1))
         if differing.size:
-            first = differing[:1]
-            shown = layout.keys_of if name == "key" else list
-            found, expected = shown(values[first]), shown(recorded[first])
-            sample = layout.keys_of(self.store.shard_chunk("key", shard, block)[first])
+            first = differing[0]
+            pair = np.stack([values[first], recorded[first]])
+            found, expected = layout.keys_of(pair) if name == "key" else pair
+            sample = layout.keys_of(self.store.shard_chunk("key", shard, block))[first]
             raise CacheError(
                 f"{name} is not what an earlier unit of the same tar shard recorded",
                 where=f"shard {shard} ({self.manifest.dataset.shards[shard].name})",
-                found=f"{found[0]} for sample {sample[0]}; {differing.size} samples differ",
-                expected=f"{expected[0]}, in {self._file(name, shard)}",
+                found=f"{found} for sample {sample}; {differing.size} samples differ",
+                expected=f"{expected}, in {self._file(name, shard)}",
                 action="use the shards that the cache was begun with",
             )
 

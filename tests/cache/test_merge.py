@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from numcodecs.zstd import Zstd
 
-from cskd_pipeline.cache import chunks
+from cskd_pipeline.cache import chunks, layout
+from cskd_pipeline.cache.chunks import encode_file
 from cskd_pipeline.cache.manifest import CacheManifest, DatasetManifest, ShardInfo
 from cskd_pipeline.cache.merge import merge
 from cskd_pipeline.cache.reader import open_cache
@@ -34,6 +35,7 @@ from tests.cache.making import (
     keys,
     make,
     manifest,
+    record_anew,
     teacher,
     tree,
     unit_data,
@@ -446,7 +448,29 @@ def test_a_damaged_part_is_not_copied(tmp_path: Path, name: str, how: str) -> No
     with pytest.raises(CacheError, match="damaged") as caught:
         merged(tmp_path / "out", a)
     assert caught.value.where == path
-    assert not open_cache(tmp_path / "out").done()[0, 0]
+    assert data_files(tmp_path / "out") == []  # so that other parts may say what a label is
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["first", "compared"])
+@pytest.mark.parametrize("name", ["key", "label", "image_crc32"])
+def test_what_a_record_vouches_for_is_read_before_it_is_copied(
+    tmp_path: Path, name: str, begun: bool
+) -> None:
+    """Keys of another data set, or labels that are no zstd, in files as their record says."""
+    a, out = part(tmp_path / "a", UNITS[:1]), tmp_path / "out"
+    if begun:  # a unit that was cut off left its tar shard's files
+        merged(out, a)
+        os.unlink(out / "digest/c/0/0")
+    before = data_files(out) if begun else []
+    path = next(p for p in (a / name / "c").rglob("*") if p.is_file())
+    array = layout.stored_arrays(manifest())["key"]
+    strange = layout.key_matrix(keys(0, 5)[::-1], array)
+    path.write_bytes(encode_file(array, strange[None]) if name == "key" else b"no zstd")
+    record_anew(a)
+    with pytest.raises(CacheError, match="the cache is damaged") as caught:
+        merged(out, a)
+    assert caught.value.where == path
+    assert data_files(out) == before
 
 
 @pytest.mark.parametrize("name", NAMES)
