@@ -259,25 +259,33 @@ def parse_manifest(data: bytes, where: object) -> CacheManifest:
 
 
 def differences(found: bytes, expected: bytes, where: object) -> list[str]:
-    """Return how a ``zarr.json`` differs from what was written, by field or by byte."""
+    """Return how a ``zarr.json`` differs from what was written, by field or else by byte."""
     document, wanted = schemas.parse(found, where), json.loads(expected)
     if not isinstance(document, dict):
         return ["found no JSON object"]
-    lines = [
-        f"{name}: found {_shown(document.get(name))}, expected {_shown(wanted.get(name))}"
-        for name in dict.fromkeys((*wanted, *document))
-        if document.get(name) != wanted.get(name)
-    ]
+    lines = []
+    for name in dict.fromkeys((*wanted, *document)):
+        shown, as_written = _shown_apart(document.get(name), wanted.get(name))
+        if shown != as_written:
+            lines.append(f"{name}: found {shown}, expected {as_written}")
     if lines:
         return lines
-    pairs = zip(found, expected, strict=False)
-    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(expected)))
+    at = _first_difference(found, expected)
     here, there = (bytes(text[at : at + 20]) for text in (found, expected))
     return [f"other bytes from {at} on: {here!r} instead of {there!r}"]
 
 
-def _shown(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))[:200]
+def _shown_apart(found: Any, expected: Any) -> list[str]:
+    """Return 200 characters of each as JSON, from shortly before the first that differs."""
+    texts = [json.dumps(value, separators=(",", ":")) for value in (found, expected)]
+    start = max(0, _first_difference(*texts) - 100)
+    return [f"{'…' if start else ''}{text[start : start + 200]}" for text in texts]
+
+
+def _first_difference(one: str | bytes, other: str | bytes) -> int:
+    """Return the first place at which they differ; the shorter one's length where there is none."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _refuse_version_1(content: Any, where: object) -> None:

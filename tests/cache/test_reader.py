@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import pickle
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.chunks import BytesLRU, ChunkReader, DamageError
@@ -294,6 +296,27 @@ def test_array_documents_that_differ_are_refused_by_field(tmp_path: Path) -> Non
             assert [line.split(":")[:2] for line in caught.value.problems] == [
                 ["envelope/lines/zarr.json", f" {name}"]
             ]
+
+
+def test_a_long_field_is_shown_where_it_differs(tmp_path: Path) -> None:
+    """As zarr writes a group to which someone adds a note, behind a manifest of any length."""
+    make(tmp_path / "c")
+    zarr.open_group(tmp_path / "c").attrs["note"] = 1
+    with pytest.raises(CacheError, match="the manifest is not what was written") as caught:
+        open_cache(tmp_path / "c")
+    found, _, expected = str(caught.value.found).partition(", expected ")
+    assert found.startswith("attributes: found …")
+    assert found.endswith('"},"note":1}')
+    assert found.removeprefix("attributes: found ").startswith(expected[:-1])
+    assert len(found) < 300
+
+
+def test_what_no_field_shows_is_named_by_byte(tmp_path: Path) -> None:
+    make(tmp_path / "c")
+    document = json.loads((tmp_path / "c/zarr.json").read_text())
+    (tmp_path / "c/zarr.json").write_bytes(layout.to_bytes({**document, "more": None}))
+    with pytest.raises(CacheError, match=r"other bytes from \d+ on: b'"):
+        open_cache(tmp_path / "c")
 
 
 def test_an_unknown_encoding_is_refused(tmp_path: Path) -> None:
