@@ -131,7 +131,7 @@ class SampledTargets(Targets):
             )
 
 
-def in_best_form(
+def labels_draws_or_logs(
     targets: Targets, serves: Collection[str], temperature: float, ratios: Sequence[float]
 ) -> list[Tensor]:
     """Return the response at each of ``ratios``, then the global one, as its encoding has it.
@@ -148,14 +148,19 @@ def in_best_form(
 
 
 def _unserved(targets: Targets, needed: str) -> CacheError:
-    serving = {
-        "hard targets": "dense or envelope",
-        "soft targets' probabilities": "dense, dense-q8 or topk; sampled has draws from them",
-    }
+    if needed == "hard targets":
+        able, kind = "dense or envelope", "soft"
+    else:
+        able, kind = "dense, dense-q8 or topk; sampled has draws from them", "hard"
+    encoding = f"of {type(targets).__name__}"
+    if isinstance(targets, EnvelopeTargets):
+        encoding = "envelope"
+    elif isinstance(targets, SampledTargets):
+        encoding, kind = "sampled", "soft"  # whose losses need draws alone
     return CacheError(
-        f"the encoding of these targets cannot serve {needed}",
-        found=type(targets).__name__,
-        expected=f"those of the encoding {serving[needed]}",
-        action="set distill.global_kind and distill.spatial_kind to what it serves, or use a cache "
-        "dumped with another encoding",
+        f"the encoding {encoding} cannot serve {needed}",
+        found=f"targets for {kind} losses alone",
+        expected=f"the encoding {able}",
+        action=f"set distill.global_kind and distill.spatial_kind to {kind}, or use a cache dumped "
+        "with such an encoding",
     )

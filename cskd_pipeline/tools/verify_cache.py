@@ -29,7 +29,7 @@ from cskd_pipeline.data.replay import (
     spread_views,
 )
 from cskd_pipeline.distill.encodings import Encoding, temperature_near
-from cskd_pipeline.distill.targets import in_best_form
+from cskd_pipeline.distill.targets import labels_draws_or_logs
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.models.teacher import Teacher, load_teacher
 from cskd_pipeline.models.timm_models import TeacherSource
@@ -306,7 +306,7 @@ def agreement(
     """
     tau, measures = temperature_near(encoding), []
     forms = (
-        in_best_form(encoding.targets(rows), encoding.serves, tau, RATIOS)
+        labels_draws_or_logs(encoding.targets(rows), encoding.serves, tau, RATIOS)
         for rows in (live, stored)
     )
     for a, b in zip(*forms, strict=True):

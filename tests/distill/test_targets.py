@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cskd_pipeline.distill import ckf
-from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets
+from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets, Targets
 from cskd_pipeline.errors import CacheError
 
 
@@ -55,6 +55,16 @@ def test_an_envelope_asked_for_logits_says_what_to_do() -> None:
         lambda: envelope.global_log_probabilities(1.0),
         lambda: envelope.spatial_log_probabilities(0.5, 1.0),
     ):
-        with pytest.raises(CacheError, match="cannot serve soft targets") as caught:
+        with pytest.raises(CacheError, match="encoding envelope cannot serve soft") as caught:
             ask()
-        assert "dense-q8" in str(caught.value)
+        assert "dense-q8" in str(caught.value.expected)
+        assert "distill.global_kind and distill.spatial_kind to hard" in str(caught.value.action)
+
+
+def test_targets_of_ones_own_are_named_by_their_class() -> None:
+    class Own(Targets):
+        pass
+
+    with pytest.raises(CacheError, match="encoding of Own cannot serve hard targets") as caught:
+        Own().hard_global()
+    assert "distill.spatial_kind to soft" in str(caught.value.action)

@@ -33,7 +33,7 @@ from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.distill.encodings import Encoding, Rows, Sampled, temperature_near
 from cskd_pipeline.distill.losses import DistillationLoss
-from cskd_pipeline.distill.targets import LogitTargets, Targets, in_best_form
+from cskd_pipeline.distill.targets import LogitTargets, Targets, labels_draws_or_logs
 from cskd_pipeline.models.student import Heads
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.bench.responses import BATCH, SEED, Responses, encode, store
@@ -176,7 +176,7 @@ def _decode_seconds(path: Path, name: str, count: int) -> float:
         began = time.perf_counter()
         for start in range(0, count, BATCH):
             rows = reader.gather(name, index[start : start + BATCH])
-            in_best_form(encoding.targets(_tensors(rows)), encoding.serves, tau, [0.5])
+            labels_draws_or_logs(encoding.targets(_tensors(rows)), encoding.serves, tau, [0.5])
         seconds.append((time.perf_counter() - began) / count)
     return statistics.median(seconds)
 

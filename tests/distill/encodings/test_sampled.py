@@ -210,8 +210,9 @@ def test_what_draws_cannot_serve_is_refused() -> None:
         lambda: found.global_log_probabilities(2.0),
         lambda: found.spatial_log_probabilities(0.5, 2.0),
     ):
-        with pytest.raises(CacheError, match="these targets cannot serve"):
+        with pytest.raises(CacheError, match="encoding sampled cannot serve") as caught:
             call()
+        assert "distill.global_kind and distill.spatial_kind to soft" in str(caught.value.action)
     with pytest.raises(CacheError, match="cannot serve this temperature") as caught:
         found.drawn_spatial(0.5, 1.0)
     assert f"distill.temperature to {1 / 3}," in str(caught.value)
