@@ -297,15 +297,12 @@ class CacheStore:
     @contextmanager
     def explained(self, name: str, view: int | None, shard: int) -> Iterator[None]:
         """Name array, unit and file in errors about bytes."""
-        try:
+        at: tuple[int, ...] = (shard,)
+        part = f"shard {shard}"
+        if view is not None:
+            at, part = (view, shard), self.unit_name(view // self.manifest.view_block, shard)
+        with self._named(self.arrays[name].key(*at), f"array {name}, {part}"):
             yield
-        except (DamageError, ValueError):
-            at: tuple[int, ...] = (shard,)
-            part = f"shard {shard}"
-            if view is not None:
-                at, part = (view, shard), self.unit_name(view // self.manifest.view_block, shard)
-            with self._named(self.arrays[name].key(*at), f"array {name}, {part}"):
-                raise
 
     @contextmanager
     def _named(self, key: str, what: str) -> Iterator[None]:

@@ -92,7 +92,16 @@ class UnitData:
 
 
 def encoded(encoding: Encoding, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> Rows:
-    """Return what :meth:`Encoding.encode` makes, on the host; refuse what it could not store."""
+    """Return what :meth:`Encoding.encode` makes, on the host: array name -> (B, ...).
+
+    Args:
+        spatial: (B, K, h, w) float16.
+        global_: (B, K) float16.
+        seeds: (B,) uint64, of the views.
+
+    Raises:
+        CacheError: these are not the arrays of the encoding.
+    """
     made = encoding.encode(spatial, global_, seeds)
     rows = {name: values.cpu().numpy() for name, values in made.items()}
     require_rows(encoding.arrays(ResponseShape(*spatial.shape[1:])), rows, (len(spatial),))
