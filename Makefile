@@ -18,7 +18,7 @@ demo: $(STAMP)
 	rm -rf demo-out
 	$(BIN)/cskd-pipeline demo --out demo-out
 
-# A teacher, its cache, and students trained every way on the demo's digits; see docs/study.md.
+# A teacher, its cache, and students trained every way on pages of digits; see docs/study.md.
 # STUDY_ARGS reaches the command: --seeds 5, --shards and --val-shards of CIFAR-10. Run it again to
 # go on.
 STUDY_OUT ?= study-out

@@ -82,7 +82,7 @@ def study(
     flags: StudyFlags,
     shards: Annotated[
         str | None,
-        flag("--shards", help="CIFAR-10's, for an hour of a GPU; without, the demo's digits."),
+        flag("--shards", help="CIFAR-10's, for an hour of a GPU; without, pages of digits."),
     ] = None,
     val_shards: Annotated[
         str | None, flag("--val-shards", TrainRecipe, help="Shards to evaluate on.")

@@ -50,7 +50,7 @@ class StudyConfig:
     """Say what is studied, where, and how.
 
     Args:
-        shards, val_shards: CIFAR-10's; None: the demo's digits, which the study makes.
+        shards, val_shards: CIFAR-10's; None: pages of digits, which the study makes.
         recipes: a folder of recipes instead of the data set's.
         seeds: the students' seeds are 1 to this; the teacher's is its recipe's.
         jobs: students at a time, each a process of its own where they are more than one; None:
