@@ -63,7 +63,7 @@ class Folder:
     """
 
     lists: bool
-    """Return whether :meth:`names` lists what there is; else :meth:`has` finds it."""
+    """:meth:`names` lists what there is; where it cannot, :meth:`has` finds it."""
     at_once: int
     """The number of files that are best read at a time."""
 

@@ -283,7 +283,7 @@ def _shown_apart(found: Any, expected: Any) -> list[str]:
 
 
 def _first_difference(one: str | bytes, other: str | bytes) -> int:
-    """Return the first place at which they differ; the shorter one's length where there is none."""
+    """Return the first index at which they differ; the shorter one's length where there is none."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 

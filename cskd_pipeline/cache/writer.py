@@ -251,7 +251,7 @@ class CacheWriter:
             recorded = self.store.recorded_files(unit.block, unit.shard)
             for (name, own), (content, digest) in zip(recorded, files, strict=True):
                 if name in layout.PER_SHARD:
-                    digest = self._write_shared(folder, name, unit.shard, content)
+                    digest = self._write_shared(folder, name, unit.shard, content, digest)
                 else:
                     folder.write(own, content)
                 digests.append(digest)
@@ -260,18 +260,21 @@ class CacheWriter:
             folder.flush()
         return True
 
-    def _write_shared(self, folder: DurableFolder, name: str, shard: int, content: bytes) -> bytes:
+    def _write_shared(
+        self, folder: DurableFolder, name: str, shard: int, content: bytes, digest: bytes
+    ) -> bytes:
         """Keys, labels and image CRCs: the first unit of a tar shard writes, later ones compare.
 
-        Their values decide, not their bytes, which another zstd may have written.
+        Their values decide, not their bytes, which another zstd may have written: returns the
+        SHA-256 of the file that is there in the end.
         """
         key = self.store.arrays[name].key(shard)
         with exclusive(self._file(name, shard).parent):
             if self._file(name, shard).exists():
                 self._compare(name, shard, content)
-            else:
-                folder.write(key, content)
-            return self.store.folder.sha256(key)
+                return self.store.folder.sha256(key)
+            folder.write(key, content)
+            return digest
 
     def _packed(self, data: UnitData) -> Rows:
         values, shape = data.per_view(), layout.response_shape(self.manifest)

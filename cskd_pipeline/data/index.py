@@ -230,6 +230,7 @@ def _document(folder: Path | str, name: str) -> Any:
 
 def name_of(paths: Sequence[Tar]) -> str:
     """Return what the tars' names have in common, without numbers: ``imagenet1k-train``."""
+    # Of names, letter by letter, which the rule takes for paths.
     common = os.path.commonprefix([Path(str(path)).stem for path in paths])  # noqa: RUF071
     common = common.rstrip("0123456789").rstrip("-_. ")
     return common or Path(str(paths[0])).resolve().parent.name or "shards"

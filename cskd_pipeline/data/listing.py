@@ -297,7 +297,7 @@ def _looked_for(names: Sequence[Path | str], parts: Sequence[str]) -> tuple[Tar,
 
 
 def _stated(urls: Sequence[str]) -> dict[str, RemoteTar]:
-    """What the servers state of the tars that are there."""
+    """Return what the servers state of the tars that are there, by URL."""
     if not urls:
         return {}
     folders = dict.fromkeys(url.rpartition("/")[0] for url in urls)

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,13 @@ def test_views_that_drifted_are_refused_or_counted_as_asked(
     )
     run_to_end(accepted)
     assert "epoch 1: 96 views are not those the teacher saw" in capsys.readouterr().err
+
+    stopped = replace(accepted, run=replace(accepted.run, out=str(tmp_path / "stopped")))
+    monkeypatch.setattr(stage_two, "_time_to_stop", lambda trainer, _: trainer.update == 2)
+    with pytest.raises(KeyboardInterrupt):
+        run_to_end(stopped)
+    seen = 2 * accepted.batch.batch_size
+    assert f"epoch 1: {seen} views are not those the teacher saw" in capsys.readouterr().err
 
 
 def test_a_warm_up_that_outlasts_the_run_is_pointed_out(

@@ -1,4 +1,4 @@
-"""What must hold on every device, counted on this one with the user's own images."""
+"""Promises that must hold on every device, counted on this one with the user's own images."""
 
 import tempfile
 from collections.abc import Iterator, Mapping

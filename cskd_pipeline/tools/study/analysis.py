@@ -1,4 +1,4 @@
-"""What the study measures of trained networks beside their top-1."""
+"""Measures of trained networks beside their top-1: local accuracy, and how far attention looks."""
 
 from __future__ import annotations
 
