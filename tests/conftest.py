@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cskd_pipeline.data.index import Dataset, load_dataset
-from cskd_pipeline.runtime.progress import kept
+from cskd_pipeline.runtime.progress import restore_reporting
 from tests.pictures import write_image_folder, write_shards
 
 COUNTS = (21, 8, 13, 1)
@@ -31,7 +31,7 @@ def _hangups_are_heard() -> None:
 @pytest.fixture(autouse=True)
 def _nobody_listens() -> Iterator[None]:
     """Whoever a test lets listen to progress and news is gone after it."""
-    with kept():
+    with restore_reporting():
         yield
 
 

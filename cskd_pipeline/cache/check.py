@@ -73,7 +73,7 @@ def _missing_files(store: CacheStore, unit: Unit) -> list[Problem]:
 
 
 def _length_problems(store: CacheStore, name: str, key: str) -> list[Problem]:
-    least = store.arrays[name].least_bytes
+    least = store.arrays[name].min_file_bytes
     try:
         length = store.folder.length(key)
     except DamageError as error:
@@ -144,7 +144,7 @@ def _unit_problems(reader: Cache, block: int, shard: int) -> list[Problem]:
             if found:  # in the first damaged array; there may be more
                 specs = reader.specs(name)
                 found += _damage(
-                    reader, (partial(reader.slabs.stored, s.name, view, shard) for s in specs)
+                    reader, (partial(reader.slabs.packed, s.name, view, shard) for s in specs)
                 )
             problems += found
     return problems

@@ -64,7 +64,7 @@ class StoredArray:
         return f"{self.name}/c/{'/'.join(places)}"
 
     @cached_property
-    def little(self) -> np.dtype:
+    def stored_dtype(self) -> np.dtype:
         """Return the data type as it is stored: little-endian."""
         return np.dtype(self.dtype).newbyteorder("<")
 
@@ -80,29 +80,29 @@ class StoredArray:
         return tuple(n // c for n, c in zip(self.file_shape, self.chunk_shape, strict=True))
 
     @property
-    def most_bytes(self) -> int:
+    def max_read_bytes(self) -> int:
         """Return the bytes that reading one chunk takes: it, decoded, or its file's shard index."""
-        chunk = math.prod(self.chunk_shape or self.file_shape) * self.little.itemsize
+        chunk = math.prod(self.chunk_shape or self.file_shape) * self.stored_dtype.itemsize
         index = 0 if self.chunk_shape is None else 16 * math.prod(self.chunks_per_file)
         return max(chunk, index)
 
     @property
-    def least_bytes(self) -> int:
+    def min_file_bytes(self) -> int:
         """Return the least bytes of a file: a shard index, or a zstd frame of one empty block."""
         return 13 if self.chunk_shape is None else 16 * math.prod(self.chunks_per_file) + 4
 
-    def most_encoded(self, shape: tuple[int, ...]) -> int:
+    def max_encoded_bytes(self, shape: tuple[int, ...]) -> int:
         """Return the bytes of a chunk of ``shape`` in which nothing compresses."""
-        size = math.prod(shape) * self.little.itemsize
+        size = math.prod(shape) * self.stored_dtype.itemsize
         return size + size // 128 + 1024
 
     @property
-    def most_file_bytes(self) -> int:
+    def max_file_bytes(self) -> int:
         """Return the most bytes of a file: no chunk compresses, and a shard index."""
         if self.chunk_shape is None:
-            return self.most_encoded(self.file_shape)
+            return self.max_encoded_bytes(self.file_shape)
         chunks = math.prod(self.chunks_per_file)
-        return chunks * (self.most_encoded(self.chunk_shape) + 16) + 4
+        return chunks * (self.max_encoded_bytes(self.chunk_shape) + 16) + 4
 
     def document(self) -> dict[str, Any]:
         """Return its ``zarr.json``: core zarr v3 metadata."""
@@ -187,7 +187,7 @@ class ChunkReader:
         """
         key = array.key(*at)
         if array.chunk_shape is None:
-            return decode_file(array, self._folder.read(key, array.most_file_bytes))
+            return decode_file(array, self._folder.read(key, array.max_file_bytes))
         full = at + (0,) * (len(array.shape) - len(at))
         inside = tuple(
             i % n // c for i, n, c in zip(full, array.file_shape, array.chunk_shape, strict=True)
@@ -195,7 +195,7 @@ class ChunkReader:
         start, length = map(int, self._index(array, key)[inside])
         if start == _EMPTY:
             return None
-        if length > array.most_encoded(array.chunk_shape):
+        if length > array.max_encoded_bytes(array.chunk_shape):
             raise DamageError(f"a chunk of {length} bytes, more than it may have")
         if start >= 2**63:  # where no file reaches, and no system call
             raise DamageError(f"a chunk at byte {start}")
@@ -259,17 +259,17 @@ def _encode(array: StoredArray, values: np.ndarray, shape: tuple[int, ...]) -> b
         values = whole
     if array.order is not None:
         values = values.transpose(array.order)
-    little = np.ascontiguousarray(values, array.little)
+    little = np.ascontiguousarray(values, array.stored_dtype)
     return bytes(Zstd(level=array.level, checksum=True).encode(little))
 
 
 def _decode(array: StoredArray, data: bytes, shape: tuple[int, ...]) -> np.ndarray:
     order = array.order
-    size = math.prod(shape) * array.little.itemsize
+    size = math.prod(shape) * array.stored_dtype.itemsize
     # The size is checked first: a frame may claim any, and a shorter one would leave a rest unset.
     if _content_size(data) != size:
         raise DamageError(f"not a zstd frame of {size} bytes")
-    out = np.empty(shape if order is None else [shape[axis] for axis in order], array.little)
+    out = np.empty(shape if order is None else [shape[axis] for axis in order], array.stored_dtype)
     try:
         _ZSTD.decode(data, out=out)
     except (RuntimeError, ValueError) as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cskd_pipeline.cache.durable import exclusive, inside
 from cskd_pipeline.cache.units import Unit
-from cskd_pipeline.runtime.atomic import explained_os_errors, write_text
+from cskd_pipeline.runtime.atomic import translate_os_errors, write_text
 from cskd_pipeline.runtime.processes import has_ended, identify
 
 FOLDER = ".claims"
@@ -48,7 +48,7 @@ class Claims:
             OutputError: no space, or no permission.
         """
         path = self._path(unit)
-        with explained_os_errors(path):
+        with translate_os_errors(path):
             if not self._create(path) and not self._take_over(path):
                 return False
         self._held.add(path)

@@ -75,7 +75,7 @@ def exclusive(
     Raises:
         OutputError: without ``seconds``, another has held it for minutes: it may be stopped.
     """
-    with atomic.explained_os_errors(folder):
+    with atomic.translate_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     held = False

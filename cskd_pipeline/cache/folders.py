@@ -70,7 +70,7 @@ class Folder:
     def __init__(self, root: Path) -> None:
         self.root, self.lists, self.at_once = root, True, 1
 
-    def settled(self, identity: str, most: Callable[[str], int]) -> Folder:
+    def for_cache(self, identity: str, most: Callable[[str], int]) -> Folder:
         """Return the same folder, now that it is known which cache's files these are.
 
         Args:
@@ -176,7 +176,7 @@ class RemoteFolder(RemoteFiles, Folder):
 
     Args:
         url: see :func:`open_folder`.
-        mirror: holds the copies; None until :meth:`settled` knows of which cache.
+        mirror: holds the copies; None until :meth:`for_cache` knows of which cache.
         most: the most bytes that a file may have, by its key.
     """
 
@@ -192,7 +192,7 @@ class RemoteFolder(RemoteFiles, Folder):
         self._forgotten: set[str] = set()
         self.at_once = CONNECTIONS
 
-    def settled(self, identity: str, most: Callable[[str], int]) -> Folder:
+    def for_cache(self, identity: str, most: Callable[[str], int]) -> Folder:
         """Return the folder with copies of the cache ``identity``."""
         return RemoteFolder(self.url, Mirror.of(f"{self.url} {identity}"), most)
 

@@ -147,10 +147,10 @@ def stored_arrays(manifest: CacheManifest) -> dict[str, StoredArray]:
         )
     )  # fmt: skip
     for array in arrays:
-        if array.most_bytes > MAX_CHUNK_BYTES:
+        if array.max_read_bytes > MAX_CHUNK_BYTES:
             raise CacheError(
                 "the manifest implies chunks too large to be read",
-                found=f"{array.most_bytes} bytes of the array {array.name}",
+                found=f"{array.max_read_bytes} bytes of the array {array.name}",
                 expected=f"at most {MAX_CHUNK_BYTES}",
                 action="cut the data set into smaller tar shards, or use a smaller view block",
             )

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from cskd_pipeline.cache.durable import exclusive
 from cskd_pipeline.errors import OutputError, RemoteError, UsageError
-from cskd_pipeline.runtime.atomic import explained_os_errors
+from cskd_pipeline.runtime.atomic import translate_os_errors
 
 T = TypeVar("T")
 Fetch = Callable[[BufferedRandom], object]
@@ -131,7 +131,7 @@ class Mirror:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # nobody can guess
             try:
-                with explained_os_errors(partial), open(partial, "x+b") as file:
+                with translate_os_errors(partial), open(partial, "x+b") as file:
                     fetch(file)
                 os.replace(partial, path)
             finally:
@@ -192,7 +192,7 @@ def _make_private(folder: Path) -> None:
     Others may read what is there; copies that they exchange would be taken for the cache's. That
     is refused for a group too: its members share no copies, each needs a folder.
     """
-    with explained_os_errors(folder):
+    with translate_os_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     user, problem, action = os.geteuid(), None, ""
     for status in (os.lstat(folder), os.stat(folder)):  # a link's owner may lead elsewhere

@@ -53,13 +53,13 @@ def carry_lists(target: Path, sources: Iterable[tuple[CacheStore, Mapping[int, i
 
 def carry_corrupt(target: Path, source: CacheStore) -> None:
     """Copy the source's ``corrupt.json``, so that a dump continues without reading every image."""
-    record = source.beside(CORRUPT)
+    record = source.read_extra(CORRUPT)
     if record is not None:
         write_bytes(target / CORRUPT, record)
 
 
 def _listed(store: CacheStore) -> list[LeftOut]:
-    text = store.beside(LIST)
+    text = store.read_extra(LIST)
     if text is None:
         return []
     try:

@@ -279,7 +279,7 @@ class Cache:
     def keys(self, shard: int) -> list[str]:
         """Return the sample keys of a tar shard, in the tar's order."""
         matrix = self._per_shard("key", shard)
-        with self.store.explained("key", None, shard):
+        with self.store.error_context("key", None, shard):
             keys = layout.keys_of(matrix)
             if keys_sha256(keys) != self.shard_ids[shard]:
                 raise ValueError("these are not the keys that the manifest identifies")

@@ -26,7 +26,7 @@ from cskd_pipeline.cache.chunks import DamageError
 from cskd_pipeline.cache.mirror import Mirror
 from cskd_pipeline.cache.transfers import ByteRange, Pace
 from cskd_pipeline.errors import CskdError, MissingPackageError, RemoteError, UsageError
-from cskd_pipeline.runtime.atomic import explained_os_errors
+from cskd_pipeline.runtime.atomic import translate_os_errors
 
 PACKAGES = {
     **{"https": "aiohttp", "http": "aiohttp", "s3": "s3fs", "gs": "gcsfs"},
@@ -128,7 +128,7 @@ class RemoteFiles:
             for piece in response.pieces(pace):
                 if file.tell() + len(piece) > limit:
                     raise DamageError(f"more than the {limit} bytes it may have")
-                with explained_os_errors(self.root):
+                with translate_os_errors(self.root):
                     file.write(piece)
                 pace.reached(file.tell())
         if response.total is not None and file.tell() != response.total:

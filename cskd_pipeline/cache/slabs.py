@@ -50,7 +50,7 @@ class SlabReader:
         packed = {spec.name: self._random(spec.name, view, shard, offsets) for spec in specs}
         return self._unpacked(encoding, packed, view, shard)
 
-    def stored(self, name: str, view: int, shard: int) -> np.ndarray:
+    def packed(self, name: str, view: int, shard: int) -> np.ndarray:
         """Return one array as it lies there, packed: (count, ...)."""
         if self.specs[name].rows is None:
             return self._whole(name, view, shard)
@@ -101,7 +101,7 @@ class SlabReader:
         return found
 
     def _unpacked(self, encoding: str, packed: Rows, view: int, shard: int) -> Rows:
-        with self.store.explained(next(iter(packed)), view, shard):
+        with self.store.error_context(next(iter(packed)), view, shard):
             return self.encodings[encoding].unpack(packed, self.shape)
 
     def _random(self, name: str, view: int, shard: int, offsets: np.ndarray) -> np.ndarray:
@@ -130,7 +130,7 @@ class SlabReader:
                 break
             pieces.append(piece[0, 0, :count])
             if len(pieces) * pieces[0].nbytes > MAX_SLAB_BYTES:
-                with self.store.explained(name, view, shard):
+                with self.store.error_context(name, view, shard):
                     raise ValueError(f"rows of more than {MAX_SLAB_BYTES} bytes")
         whole = np.concatenate(pieces, axis=1)[:, : array.shape[3]]
         used = (whole != array.fill).any(axis=(0, *range(2, whole.ndim)))

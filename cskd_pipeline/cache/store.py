@@ -56,7 +56,7 @@ class CacheStore:
         self.manifest = manifest or _read_manifest(folder)
         self.arrays = layout.stored_arrays(self.manifest)
         self.lineage = self.manifest.lineage()
-        self.folder = folder.settled(self.lineage, self._most_bytes)
+        self.folder = folder.for_cache(self.lineage, self._max_bytes)
         self._chunks = ChunkReader(self.folder)
         rows = [name for name, _ in self.recorded_files(0, 0)]
         self._rows, self._first_row = len(rows), {name: rows.index(name) for name in rows}
@@ -67,10 +67,10 @@ class CacheStore:
         own = registered(self.manifest.encodings)
         return _open_again, (own, self.path, self.manifest)
 
-    def _most_bytes(self, key: str) -> int:
+    def _max_bytes(self, key: str) -> int:
         """The most bytes that the file ``key`` may have."""
         array = self.arrays.get(key.partition("/c/")[0])
-        return schemas.MAX_BYTES if array is None else array.most_file_bytes
+        return schemas.MAX_BYTES if array is None else array.max_file_bytes
 
     def check_metadata(self) -> None:
         """Compare every ``zarr.json`` with the one that the manifest implies, byte for byte.
@@ -170,7 +170,7 @@ class CacheStore:
         """
         chunk = self.chunk_if_written(name, view, shard, *at)
         if chunk is None:
-            with self.explained(name, view, shard):
+            with self.error_context(name, view, shard):
                 raise DamageError("a chunk that should be in it is not")
         return chunk
 
@@ -183,7 +183,7 @@ class CacheStore:
             self._compare(block, shard, self._first_row[name] + row, array.key(view, shard))
             return self._chunks.read(array, view, shard, *at)
 
-        with self.explained(name, view, shard):
+        with self.error_context(name, view, shard):
             return self._once_more(read, array.key(view, shard), self.record_key(block, shard))
 
     def shard_chunk(self, name: str, shard: int, block: int | None) -> np.ndarray:
@@ -203,7 +203,7 @@ class CacheStore:
             return chunk[0, : self.manifest.dataset.counts[shard]]
 
         keys = [array.key(shard), *([] if block is None else [self.record_key(block, shard)])]
-        with self.explained(name, None, shard):
+        with self.error_context(name, None, shard):
             return self._once_more(read, *keys)
 
     def compare_files(self, block: int, shard: int) -> None:
@@ -221,7 +221,7 @@ class CacheStore:
         expected = self.record(block, shard).files
         for (name, key), digest in zip(self.recorded_files(block, shard), expected, strict=True):
             with self._named(key, f"array {name}, {self.unit_name(block, shard)}"):
-                data = self.folder.read(key, self._most_bytes(key))
+                data = self.folder.read(key, self._max_bytes(key))
                 _require_digest(hashlib.sha256(data).digest(), digest)
             yield data, digest
 
@@ -253,7 +253,7 @@ class CacheStore:
                 self._chunks.forget(key)
             return read()
 
-    def beside(self, name: str) -> bytes | None:
+    def read_extra(self, name: str) -> bytes | None:
         """Return a file that lies beside the arrays, at most 64 MiB; None where there is none.
 
         Raises:
@@ -295,7 +295,7 @@ class CacheStore:
         return f"views {block * size}-{(block + 1) * size - 1} of shard {shard} ({name})"
 
     @contextmanager
-    def explained(self, name: str, view: int | None, shard: int) -> Iterator[None]:
+    def error_context(self, name: str, view: int | None, shard: int) -> Iterator[None]:
         """Name array, unit and file in errors about bytes."""
         at: tuple[int, ...] = (shard,)
         part = f"shard {shard}"

@@ -39,7 +39,7 @@ def upgrade(path: Path | str, *, stopped: Callable[[], bool] = lambda: False) ->
         KeyboardInterrupt: stopped between units.
     """
     root = require_local(path, "a cache is upgraded where it lies", "copy it to this machine")
-    with atomic.explained_os_errors(root), exclusive(root) as held:
+    with atomic.translate_os_errors(root), exclusive(root) as held:
         old = _old_manifest(root)
         written = 0 if old is None else _write_records(DurableFolder(root, held), old, stopped)
         shutil.rmtree(inside(root, f"{_MARKS}/zarr.json").parent, ignore_errors=True)

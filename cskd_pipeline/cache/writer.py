@@ -244,7 +244,7 @@ class CacheWriter:
         """Write contents and SHA-256 of the files in a unit's record, in its order; then it."""
         key = self.store.record_key(unit.block, unit.shard)
         own_folder = self._file("seed", unit.views[0], unit.shard).parent
-        with atomic.explained_os_errors(self.path), exclusive(own_folder) as held:
+        with atomic.translate_os_errors(self.path), exclusive(own_folder) as held:
             if inside(self.path, key).exists():
                 return False
             folder, digests = DurableFolder(self.path, held), []

@@ -13,7 +13,7 @@ from cskd_pipeline.cli.reports import print_report
 from cskd_pipeline.cli.root import app, bench_app, parse_and_run
 from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.runtime.console import Terminal
-from cskd_pipeline.runtime.progress import kept
+from cskd_pipeline.runtime.progress import restore_reporting
 
 if TYPE_CHECKING:
     from cskd_pipeline.tools.commands import Command
@@ -25,7 +25,7 @@ def _run_inside(terminal: Terminal) -> Command:
 
     def command(arguments: list[str]) -> dict[str, Any]:
         """Run a command and return its summary."""
-        with kept():
+        with restore_reporting():
             outcome = parse_and_run([*arguments, *(name for name in inherited if inherited[name])])
         if not isinstance(outcome, dict):  # typer's way with KeyboardInterrupt is an exit code
             raise KeyboardInterrupt

@@ -17,7 +17,7 @@ from cskd_pipeline.cli.parameters import expanded
 from cskd_pipeline.errors import CskdError, Interrupted, OutputError, Preempted, UsageError
 from cskd_pipeline.runtime.atomic import FULL
 from cskd_pipeline.runtime.console import Terminal
-from cskd_pipeline.runtime.progress import kept
+from cskd_pipeline.runtime.progress import restore_reporting
 from cskd_pipeline.runtime.signals import Requeue, requeue_requests
 
 PROGRAM = "cskd-pipeline"
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     terminal = Terminal(json="--json" in arguments)
     try:
-        with kept(), _explained_os_errors():
+        with restore_reporting(), _translate_os_errors():
             outcome = _run(arguments or ["--help"], terminal)
             if isinstance(outcome, int):
                 return outcome
@@ -168,7 +168,7 @@ def _next_step(arguments: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def _explained_os_errors() -> Iterator[None]:
+def _translate_os_errors() -> Iterator[None]:
     """Explain a full disk, and a file that is missing or not ours; other OS errors are bugs."""
     try:
         yield

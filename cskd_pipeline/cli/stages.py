@@ -165,7 +165,7 @@ def dump_teacher(
     views = options.parse_range(view_range, "--view-range")
     options.require_encodings(recipe.cache.encodings)
     from cskd_pipeline.pipeline import dump
-    from cskd_pipeline.runtime.distributed import launched
+    from cskd_pipeline.runtime.distributed import ranks_from_env
 
     summary = dump.dump_teacher(
         recipe,
@@ -174,7 +174,7 @@ def dump_teacher(
         accept_versions=accept_versions,
         accept_classes=accept_classes,
     )
-    return summary if launched().first else None
+    return summary if ranks_from_env().first else None
 
 
 @app.command(
@@ -194,10 +194,10 @@ def train(
     cache = " --cache" if recipe.distill.method != "none" else ""
     load.require(recipe, "--shards --out" + cache)
     from cskd_pipeline.pipeline import train as stage_two
-    from cskd_pipeline.runtime.distributed import launched
+    from cskd_pipeline.runtime.distributed import ranks_from_env
 
     summary = stage_two.train(recipe, resume=resume)
-    return summary if launched().first else None
+    return summary if ranks_from_env().first else None
 
 
 @app.command(epilog="Example: cskd-pipeline evaluate runs/tiny --shards 'shards/validation-*.tar'")

@@ -152,7 +152,7 @@ def join(
     if len(relabelled):
         if not guard.accept:
             raise images.label_error(relabelled, compared, guard.switch)
-        guard.note(f"{len(relabelled)} of {compared} samples have other labels than in the cache")
+        guard.record(f"{len(relabelled)} of {compared} samples have other labels than in the cache")
     allowed = None
     if count:
         allowed = tuple(

@@ -13,7 +13,7 @@ from cskd_pipeline.errors import CskdError, TeacherError, WeightsError
 from cskd_pipeline.models.cut import cut_network, head_per_location
 from cskd_pipeline.models.timm_models import TeacherSource, build_teacher
 from cskd_pipeline.models.weights import load_into, load_state, state_digest
-from cskd_pipeline.runtime.device import all_finite, compiled, memory_format, place
+from cskd_pipeline.runtime.device import all_finite, compile_for, memory_format, place
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -153,7 +153,7 @@ def load_teacher(
     model = place(cut.network, device, channels_last)
     return Teacher(
         model=model,
-        backbone=compiled(model.forward_features, device) if compile else model.forward_features,
+        backbone=compile_for(model.forward_features, device) if compile else model.forward_features,
         name=full_name,
         source=origin,
         weights_sha256=weights_sha256,

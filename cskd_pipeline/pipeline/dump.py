@@ -36,7 +36,7 @@ from cskd_pipeline.pipeline.unit_writer import UnitWriter
 from cskd_pipeline.pipeline.write_cache import WriteOptions, write_cache
 from cskd_pipeline.runtime.classes import COMMAND_SWITCH, Classes, ClassGuard
 from cskd_pipeline.runtime.device import pick_device, use_threads, worker_count
-from cskd_pipeline.runtime.distributed import ALONE, Ranks, joined
+from cskd_pipeline.runtime.distributed import ALONE, Ranks, join_job
 from cskd_pipeline.runtime.signals import stop_requests
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def dump_teacher(
     data, cache = recipe.data, recipe.cache
     _require_within(view_range, cache.views)
     patience = recipe.dump.rank_timeout
-    with joined(patience) as ranks:
+    with join_job(patience) as ranks:
         guard = ClassGuard(COMMAND_SWITCH, accept=accept_classes)
         dataset, teacher = open_stage_one(recipe, ranks, guard)
         loading = loading_for(recipe, teacher)

@@ -39,7 +39,7 @@ from cskd_pipeline.pipeline.trainer import PARTS, Trainer
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.atomic import NO_LOCKS, require_free, sole_writer, sweep, write_text
 from cskd_pipeline.runtime.device import pick_device, use_threads
-from cskd_pipeline.runtime.distributed import Ranks, joined, torchrun_job
+from cskd_pipeline.runtime.distributed import Ranks, join_job, torchrun_job_id
 from cskd_pipeline.runtime.progress import Meter, limiting_side, progress
 from cskd_pipeline.runtime.signals import Stop, stop_requests
 
@@ -75,12 +75,12 @@ def train(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
     if not recipe.run.out:
         raise UsageError("train needs an output folder", action="pass --out DIR")
     out = Path(recipe.run.out)
-    with joined(recipe.run.rank_timeout) as ranks, _locked_by_first_rank(out, ranks):
+    with join_job(recipe.run.rank_timeout) as ranks, _locked_by_first_rank(out, ranks):
         job = _open(recipe, ranks, resume)
         job.data.guard.report_new()
         if ranks.first:
-            if torchrun_job():
-                write_text(out / JOB, torchrun_job())
+            if torchrun_job_id():
+                write_text(out / JOB, torchrun_job_id())
             write_text(out / RECIPE, to_toml(recipe))
             for left_out in job.data.left_out:
                 left_out.write()
@@ -345,8 +345,8 @@ def _claim(out: Path, resume: bool) -> bool:
         Whether to resume: also where torchrun starts again what its job began here.
     """
     known, begun_by = (out / RECIPE).exists(), out / JOB
-    if torchrun_job() and begun_by.is_file():
-        resume = resume or begun_by.read_text(errors="replace") == torchrun_job()
+    if torchrun_job_id() and begun_by.is_file():
+        resume = resume or begun_by.read_text(errors="replace") == torchrun_job_id()
     if resume:
         sweep(out)
     if not (resume and known):

@@ -173,7 +173,7 @@ class TrainJob:
         before = Classes("the training state", where, data.classes.count, state["class_names"])
         data.guard.compare(data.classes, before)
         for line in accepted:
-            data.guard.note(line)
+            data.guard.record(line)
         self.trainer.restore(state)
         self.rows, self.best, self.init = rows, best, init
         self.pending, self.changes = pending, list(changes)

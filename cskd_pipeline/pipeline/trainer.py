@@ -19,7 +19,7 @@ from cskd_pipeline.distill.ckf import ckf_ratio
 from cskd_pipeline.distill.losses import LossParts
 from cskd_pipeline.distill.targets import Targets
 from cskd_pipeline.pipeline.from_recipe import make_loader, make_loss, make_optimizer, make_student
-from cskd_pipeline.runtime.device import AMP, compiled, place
+from cskd_pipeline.runtime.device import AMP, compile_for, place
 from cskd_pipeline.runtime.distributed import ALONE, Ranks
 from cskd_pipeline.views.bits import derive_seed
 
@@ -76,10 +76,10 @@ class Trainer:
         if ranks.many:  # averages gradients, so that equal parts of a batch act as the whole
             own = [device.index] if device.type == "cuda" else None
             ranks.wait()  # some may have had more to read
-            with ranks.explained():
+            with ranks.translate_errors():
                 self.parallel = DistributedDataParallel(self.student, device_ids=own)
         network = self.parallel or self.student
-        self.forward: Any = compiled(network, device) if run.compile else network
+        self.forward: Any = compile_for(network, device) if run.compile else network
         self.update = 0
         self.forked_at = 0  # the epoch, where this run goes on from another's state
         self.sums = torch.zeros(len(PARTS), device=device)  # over this epoch's updates so far
@@ -115,7 +115,7 @@ class Trainer:
         accumulation = self.loader.accumulation
         self.loader.start_at(self.epoch, self.update % self.steps_per_epoch * accumulation)
         left = (self.total_updates - self.update) * accumulation
-        return self.ranks.heeding(self.loader.batches(left))
+        return self.ranks.checking(self.loader.batches(left))
 
     def parts(self, batch: Batch) -> LossParts:
         """Return the loss of one micro-batch that lies on the device."""
@@ -179,7 +179,7 @@ class Trainer:
                 yield
             except RuntimeError as error:
                 if "gloo" in str(error) or "NCCL" in str(error):
-                    with self.ranks.explained():
+                    with self.ranks.translate_errors():
                         raise
                 raise
 

@@ -111,7 +111,7 @@ class UnitWriter:
             for units in self._undone.rounds():
                 pieces = self._pieces(self._begun(units))
                 batches = full_batches(pieces, self.loading.batch_size)
-                for views in self._undone.ranks.heeding(batches):
+                for views in self._undone.ranks.checking(batches):
                     self._given.append(views)
                     yield views
                 self._settle()
@@ -335,7 +335,7 @@ class UndoneUnits:
                 yield iter([taken])
                 seconds = _SHORTEST
                 continue
-            self.ranks.heed()
+            self.ranks.check()
             pause(seconds)
             seconds = min(1.5 * seconds, _LONGEST)
         if self.cache.done().all():

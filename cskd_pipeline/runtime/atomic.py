@@ -23,7 +23,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
-def explained_os_errors(where: Path | str) -> Iterator[None]:
+def translate_os_errors(where: Path | str) -> Iterator[None]:
     """Turn "no space left" and "permission denied" into an :class:`OutputError`; pass others on."""
     try:
         yield
@@ -48,7 +48,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     A reader, or a run after a crash, sees the old file or the new one, never a part.
     """
     path = Path(path)
-    with explained_os_errors(path):
+    with translate_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         try:
@@ -68,7 +68,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     ``path`` is new, or an empty folder. A reader, or a run after a crash, sees all of it or none.
     """
     path = Path(path).resolve()
-    with explained_os_errors(path):
+    with translate_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         partial.mkdir()
@@ -166,7 +166,7 @@ def sole_writer(folder: Path) -> Iterator[bool]:
     """
     _refuse(folder, (), "a folder", "choose another --out")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    with explained_os_errors(folder):
+    with translate_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, held = _lock(folder / LOCK)
     try:

@@ -117,7 +117,7 @@ class ClassGuard:
         self._keep(here, there, found)
         return None
 
-    def note(self, line: str) -> None:
+    def record(self, line: str) -> None:
         """Keep one line about something that was accepted."""
         if line not in self.accepted:
             self.accepted.append(line)
@@ -132,7 +132,7 @@ class ClassGuard:
     def _keep(self, here: Classes, there: Classes, found: Difference | None) -> None:
         if found is not None:
             example = found.examples[0]
-            self.note(f"classes of {here.of} and {there.of}: {found.kind} ({example})")
+            self.record(f"classes of {here.of} and {there.of}: {found.kind} ({example})")
         elif (here.names is None) != (there.names is None):
             unnamed, named = (here, there) if here.names is None else (there, here)
             line = f"no class names in {unnamed.of}: class k is taken for class k of {named.of}"

@@ -60,7 +60,7 @@ class Terminal:
     def attach(self) -> Terminal:
         """Show this process's progress, news and warnings from now on; return itself.
 
-        It replaces the one before, which :func:`~cskd_pipeline.runtime.progress.kept` brings back.
+        The previous listener is replaced; ``restore_reporting`` brings it back.
         """
         listen(self)
         logger = logging.getLogger(PACKAGE)

@@ -64,7 +64,7 @@ def place(network: N, device: torch.device | str, channels_last: bool) -> N:
     return network
 
 
-def compiled(function: Callable[..., T], device: torch.device | str) -> Callable[..., T]:
+def compile_for(function: Callable[..., T], device: torch.device | str) -> Callable[..., T]:
     """Return ``torch.compile`` of ``function``, after showing that this machine can compile.
 
     Raises:

@@ -64,7 +64,7 @@ class Ranks:
         if not self.many:
             return values
         total = values.clone()
-        with self.explained():
+        with self.translate_errors():
             dist.all_reduce(total)
         return total / self.world
 
@@ -74,7 +74,7 @@ class Ranks:
             return [value]
         self._meet()
         found: list[Any] = [None] * self.world
-        with self.explained():
+        with self.translate_errors():
             dist.all_gather_object(found, value)
         return found
 
@@ -83,7 +83,7 @@ class Ranks:
         if not self.many:
             return flag
         flags = torch.tensor([int(flag)])
-        with self.explained():
+        with self.translate_errors():
             dist.all_reduce(flags)
         return bool(flags.item())
 
@@ -111,19 +111,19 @@ class Ranks:
                     number = counted - 1
             yield number
 
-    def heed(self) -> None:
+    def check(self) -> None:
         """Raise the error of another rank that has failed."""
         if self.watch is not None:
-            self.watch.heed()
+            self.watch.check()
 
-    def heeding(self, items: Iterable[T]) -> Iterator[T]:
+    def checking(self, items: Iterable[T]) -> Iterator[T]:
         """Pass ``items`` on until another rank has failed."""
         for item in items:
-            self.heed()
+            self.check()
             yield item
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
+    def translate_errors(self) -> Iterator[None]:
         """Make a RankError of a collective that fails inside: which rank it was, and why."""
         try:
             yield
@@ -143,7 +143,7 @@ ALONE = Ranks()
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def launched(environment: Mapping[str, str] = os.environ) -> Ranks:
+def ranks_from_env(environment: Mapping[str, str] = os.environ) -> Ranks:
     """Return the rank that torchrun's environment gives this process; start nothing.
 
     Raises:
@@ -170,7 +170,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Ranks:
     )
 
 
-def torchrun_job(environment: Mapping[str, str] = os.environ) -> str:
+def torchrun_job_id(environment: Mapping[str, str] = os.environ) -> str:
     """Return what names torchrun's job, the same each time it starts its ranks again; or "".
 
     That is its ``--rdzv-id``; without one, the agent of this node.
@@ -180,7 +180,7 @@ def torchrun_job(environment: Mapping[str, str] = os.environ) -> str:
 
 
 @contextmanager
-def joined(patience: float) -> Iterator[Ranks]:
+def join_job(patience: float) -> Iterator[Ranks]:
     """Connect this process with the others of its job while the block runs; only the first logs.
 
     Tensors on GPUs are reduced by NCCL, others by gloo.
@@ -191,7 +191,7 @@ def joined(patience: float) -> Iterator[Ranks]:
     Raises:
         RankError: another rank cannot be reached, or has failed; its error, in that case.
     """
-    alone = launched()
+    alone = ranks_from_env()
     if not alone.many:
         yield alone
         return
@@ -205,7 +205,7 @@ def joined(patience: float) -> Iterator[Ranks]:
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(ranks.local % torch.cuda.device_count())
-        with ranks.explained():
+        with ranks.translate_errors():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo",
                 store=of_this_attempt(store),

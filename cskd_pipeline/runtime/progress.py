@@ -148,7 +148,7 @@ def progress(total: int | None, unit: str, description: str, *, done: int = 0) -
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def restore_reporting() -> Iterator[None]:
     """Bring back who heard of progress, news and warnings before, when the block ends."""
     logger = logging.getLogger(PACKAGE)
     listener, handlers = _listener, logger.handlers
@@ -164,7 +164,7 @@ def kept() -> Iterator[None]:
 @contextmanager
 def silence() -> Iterator[None]:
     """Show no progress, news or warnings of this process while the block runs."""
-    with kept():
+    with restore_reporting():
         listen(None)
         logging.getLogger(PACKAGE).setLevel(logging.CRITICAL + 1)
         yield

@@ -48,7 +48,7 @@ class Stop:
         """Return whether a scheduler's has, which leaves little time; Ctrl-C outweighs it."""
         return self.requested and signal.SIGINT not in self.signals
 
-    def heed(self) -> None:
+    def check(self) -> None:
         """Leave by ``KeyboardInterrupt`` if a signal has come."""
         if self.requested:
             raise KeyboardInterrupt
@@ -99,7 +99,7 @@ def pause(seconds: float) -> None:
     stop = _innermost or Stop()
     try:
         stop.idle = True
-        stop.heed()
+        stop.check()
         time.sleep(seconds)
     finally:
         stop.idle = False

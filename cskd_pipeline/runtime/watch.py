@@ -83,7 +83,7 @@ class Watch:
                 raise self.lost(f"nothing was heard for {self.patience:g} s", silent)
             pause = min(1.5 * pause, _SLOWEST)
 
-    def heed(self) -> None:
+    def check(self) -> None:
         """Raise the error that ended another rank; signals are not passed on by this."""
         if self.error is not None and not self.interrupted:
             raise self.error

@@ -78,7 +78,7 @@ def make_shards(
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     atomic.require_empty(out, action="choose an empty or new folder for the shards")
     tree = scan_image_folder(Path(image_folder))
-    with atomic.explained_os_errors(out):
+    with atomic.translate_os_errors(out):
         partial.mkdir(parents=True)
         try:
             with progress(len(tree.images), "images", "packing") as meter:

@@ -214,7 +214,7 @@ def test_a_broken_transfer_goes_on_where_it_broke(
     data = np.random.default_rng(0).bytes(8_000_000)
     (folder / "large").write_bytes(data)
     served.faults = [("large", "truncate"), ("large", "reset"), ("large", "truncate")]
-    remote_folder = RemoteFolder(f"{served.url}/cache").settled("a cache", lambda _: len(data))
+    remote_folder = RemoteFolder(f"{served.url}/cache").for_cache("a cache", lambda _: len(data))
     assert remote_folder.read("large", len(data)) == data
     ranges = served.gets("large")
     starts = [int(r.removeprefix("bytes=").removesuffix("-")) for r in ranges[1:] if r]

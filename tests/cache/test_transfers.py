@@ -156,7 +156,7 @@ def test_no_copy_is_larger_than_the_manifest_implies(
     (served.root / "cache").symlink_to(finished)
     url = f"{served.url}/cache"
     key = reader.store.arrays["label"].key(1)
-    bound = open_cache(url).store.arrays["label"].most_file_bytes
+    bound = open_cache(url).store.arrays["label"].max_file_bytes
     assert bound < 2000
     served.replies[key] = (200, {}, bytes(2**20))
     with pytest.raises(CacheError, match="damaged") as error:
@@ -169,7 +169,7 @@ def test_every_file_of_a_cache_fits_its_bound(finished: Path) -> None:
     store = open_cache(finished).store
     sizes = store.folder.sizes()
     assert sizes is not None
-    bounds = {key: store._most_bytes(key) for key in sizes}
+    bounds = {key: store._max_bytes(key) for key in sizes}
     assert all(sizes[key] <= bounds[key] for key in sizes)
 
 
@@ -179,9 +179,9 @@ def test_the_bound_of_a_file_is_what_it_takes_when_nothing_compresses() -> None:
         chunk_shape=(1, 1, 16, 500),
     )  # fmt: skip
     noise = np.random.default_rng(0).integers(1, 2**16, one.file_shape, np.uint16)
-    assert 0 <= one.most_file_bytes - len(encode_file(one, noise)) <= 4 * 1200
+    assert 0 <= one.max_file_bytes - len(encode_file(one, noise)) <= 4 * 1200
     whole = dataclasses.replace(one, chunk_shape=None)
-    assert 0 <= whole.most_file_bytes - len(encode_file(whole, noise)) <= 2000
+    assert 0 <= whole.max_file_bytes - len(encode_file(whole, noise)) <= 2000
 
 
 # --- ranges ---------------------------------------------------------------------------------------
@@ -558,7 +558,7 @@ def mode(path: Path) -> int:
 def test_the_folder_of_copies_is_its_users_alone(served: Served, copies: Path) -> None:
     before = os.umask(0)
     try:
-        folder = RemoteFolder(served.url).settled("a cache", lambda _: 1000)
+        folder = RemoteFolder(served.url).for_cache("a cache", lambda _: 1000)
         folder.read("file", 1000)
     finally:
         os.umask(before)
@@ -605,7 +605,7 @@ def test_a_folder_of_copies_of_another_user_is_refused(
 def test_copies_are_not_written_through_what_lies_there_already(
     served: Served, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RemoteFolder(served.url).settled("a cache", lambda _: 1000)
+    folder = RemoteFolder(served.url).for_cache("a cache", lambda _: 1000)
     monkeypatch.setattr(mirror.uuid, "uuid4", lambda: SimpleNamespace(hex="known"))
     folder.root.mkdir()
     (tmp_path / "target").write_text("mine")

@@ -29,7 +29,7 @@ from cskd_pipeline.cli import app, main
 from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
 from cskd_pipeline.errors import CacheError, DataError
 from cskd_pipeline.runtime.console import Terminal
-from cskd_pipeline.runtime.progress import PACKAGE, kept, listen
+from cskd_pipeline.runtime.progress import PACKAGE, listen, restore_reporting
 from cskd_pipeline.runtime.signals import REQUEUE
 from tests.runtime.test_console import heard_by
 
@@ -566,7 +566,7 @@ def test_progress_and_logging_are_as_a_librarys_user_set_them_after_a_command(
         return outcome
 
     replace("cache.info.describe", describe)
-    with kept():
+    with restore_reporting():
         listen(Terminal())
         logger.handlers = [logging.NullHandler()]
         logger.setLevel(logging.ERROR)

@@ -14,7 +14,7 @@ from cskd_pipeline.cli.parameters import RecipeLoader, expanded
 from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe, key_info, key_types
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.runtime.console import Terminal
-from cskd_pipeline.runtime.progress import kept
+from cskd_pipeline.runtime.progress import restore_reporting
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def command(function: Any, flags: str = "") -> Any:
 
 
 def called(function: Any, flags: str, line: str) -> Any:
-    with kept():
+    with restore_reporting():
         return command(function, flags).main(line.split(), standalone_mode=False)
 
 

@@ -20,7 +20,7 @@ import torch
 
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.errors import ImageError, UsageError
-from cskd_pipeline.runtime.distributed import Ranks, joined, launched
+from cskd_pipeline.runtime.distributed import Ranks, join_job, ranks_from_env
 from cskd_pipeline.views import apply
 from tests.cache.making import tree
 from tests.pipeline import world
@@ -57,7 +57,7 @@ def _enter(rank: int, ranks: int, port: int) -> None:
 
 def _counter(rank: int, ranks: int, port: int, folder: Path) -> None:
     _enter(rank, ranks, port)
-    with joined(60) as job:
+    with join_job(60) as job:
         numbers = list(itertools.takewhile(lambda n: n < 100, job.numbers("units")))
     (folder / str(rank)).write_text(" ".join(map(str, numbers)))
 
@@ -404,10 +404,10 @@ WHOLE = {
 
 
 def test_the_environment_of_a_rank_is_read() -> None:
-    assert launched(WHOLE) == Ranks(1, 2, 0)
+    assert ranks_from_env(WHOLE) == Ranks(1, 2, 0)
     for alone in ({}, {"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}):
-        assert launched(alone) == Ranks()
-    assert launched({"MASTER_ADDR": "left over", "MASTER_PORT": "x"}) == Ranks()
+        assert ranks_from_env(alone) == Ranks()
+    assert ranks_from_env({"MASTER_ADDR": "left over", "MASTER_PORT": "x"}) == Ranks()
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,7 @@ def test_half_an_environment_is_refused_and_nobody_trains_alone(
 ) -> None:
     values = {name: value for name, value in {**WHOLE, **change}.items() if value is not None}
     with pytest.raises(UsageError, match="the environment names a rank") as caught:
-        launched(values)
+        ranks_from_env(values)
     assert named in str(caught.value.found)
 
 

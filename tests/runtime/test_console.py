@@ -16,7 +16,14 @@ import pytest
 from cskd_pipeline.errors import CskdError, DataError, OutputError
 from cskd_pipeline.runtime import progress
 from cskd_pipeline.runtime.console import PLAIN_INTERVAL, Terminal, format_size, plain
-from cskd_pipeline.runtime.progress import PACKAGE, Meter, duration, kept, listen, silence
+from cskd_pipeline.runtime.progress import (
+    PACKAGE,
+    Meter,
+    duration,
+    listen,
+    restore_reporting,
+    silence,
+)
 
 HOSTILE = "[red]x[/red] \x1b[2J\x07\u202e :smile: https://a.b [link=x]y"
 SPELLED = r"[red]x[/red] \x1b[2J\x07\u202e :smile: https://a.b [link=x]y"
@@ -278,18 +285,18 @@ def heard_by() -> Any:
 
 
 @pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt])
-@pytest.mark.parametrize("within", [silence, kept])
+@pytest.mark.parametrize("within", [silence, restore_reporting])
 def test_whoever_listened_does_again_after_a_silence_and_after_a_command(
     within: Callable[[], AbstractContextManager[None]], error: type[BaseException] | None
 ) -> None:
     own, handler, logger = Speech().terminal, logging.NullHandler(), logging.getLogger(PACKAGE)
     handlers: list[logging.Handler] = [handler]
-    with kept():
+    with restore_reporting():
         listen(own)
         logger.handlers, logger.propagate = handlers, True
         logger.setLevel(logging.ERROR)
         with suppress(KeyError, KeyboardInterrupt), within():
-            if within is kept:
+            if within is restore_reporting:
                 Terminal().attach()
                 assert not logger.propagate
             assert heard_by() is not own
