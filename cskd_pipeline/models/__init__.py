@@ -1,13 +1,13 @@
-"""The two networks, and the files that hold their weights.
+"""The two networks and the files of their weights.
 
-1. ``timm_models`` -- timm models by name; every way of not getting one is a clear error.
-2. ``teacher`` -- any CNN whose head can be applied at each location: ``cut`` finds the last feature
-   map and proves on random pixels that it is the right one.
+1. ``timm_models`` -- timm and torchvision models by name.
+2. ``teacher`` -- a CNN whose head applies at each location, loaded by name or from a factory;
+   ``cut`` splits a network at its last feature map and proves the split on random pixels.
 3. ``student`` -- a timm ViT with class, distillation and dense logits.
-4. ``weights`` -- a checkpoint's tensors, read without running anything that is in it.
-5. ``checkpoint`` -- a student's file: ``.safetensors`` with timm's own parameter names, which
-   ``timm.create_model(name, checkpoint_path=file)`` takes; its header states, as JSON, model,
-   heads, origin, and the SHA-256 of its tensors.
-6. ``train_state`` -- one ``state.pt``, written whole or not at all and read with
-   ``weights_only=True``: tensors and plain values.
+4. ``weights`` -- the tensors of a checkpoint, read without running code from it.
+5. ``checkpoint`` -- a student's ``.safetensors`` file with timm's parameter names, which
+   ``timm.create_model(name, checkpoint_path=file)`` accepts. Its JSON header states model, heads,
+   origin and the SHA-256 of its tensors.
+6. ``train_state`` -- one ``state.pt``, written atomically and read with ``weights_only=True``:
+   tensors and plain values.
 """

@@ -30,8 +30,7 @@ from cskd_pipeline.data.left_out import LeftOuts
 from cskd_pipeline.data.unit_views import Loading
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.models.checkpoint import has_header, read_header
-from cskd_pipeline.models.teacher import Teacher, load_teacher
-from cskd_pipeline.models.timm_models import TeacherSource
+from cskd_pipeline.models.teacher import Teacher, TeacherSource, load_teacher
 from cskd_pipeline.pipeline.unit_writer import UnitWriter
 from cskd_pipeline.pipeline.write_cache import WriteOptions, write_cache
 from cskd_pipeline.runtime.classes import COMMAND_SWITCH, Classes, ClassGuard

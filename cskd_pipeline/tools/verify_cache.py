@@ -31,8 +31,7 @@ from cskd_pipeline.data.replay import (
 from cskd_pipeline.distill.encodings import Encoding, temperature_near
 from cskd_pipeline.distill.targets import labels_draws_or_logs
 from cskd_pipeline.errors import CacheError
-from cskd_pipeline.models.teacher import Teacher, load_teacher
-from cskd_pipeline.models.timm_models import TeacherSource
+from cskd_pipeline.models.teacher import Teacher, TeacherSource, load_teacher
 from cskd_pipeline.runtime.classes import COMMAND_SWITCH, ClassGuard
 from cskd_pipeline.runtime.console import format_value
 from cskd_pipeline.runtime.device import pick_device

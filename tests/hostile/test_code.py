@@ -128,7 +128,7 @@ CARDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "number": (lambda c: "9" * 10**6, "does not state"),
     "twice": (lambda c: json.dumps(c)[:-1] + ', "model": "resnet18"}', "does not state"),
     "list": (lambda c: [], "does not state"),
-    "arguments": (lambda c: {**c, "kwargs": {"depth": "2; rm -rf"}}, "cannot be made"),
+    "arguments": (lambda c: {**c, "kwargs": {"depth": "2; rm -rf"}}, "cannot be created"),
 }
 
 

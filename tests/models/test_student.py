@@ -324,5 +324,5 @@ def test_names_and_arguments_that_timm_does_not_know_are_refused() -> None:
     with pytest.raises(StudentError, match="no model of this name") as caught:
         create_student("deit_tiny_distiled_patch16_224", num_classes=5, size=32)
     assert "deit_tiny_distilled_patch16_224" in str(caught.value.found)
-    with pytest.raises(StudentError, match="cannot be made"):
+    with pytest.raises(StudentError, match="cannot be created"):
         student(patches=3)

@@ -18,8 +18,7 @@ from cskd_pipeline.distill.targets import LogitTargets
 from cskd_pipeline.errors import MissingPackageError, TeacherError, WeightsError
 from cskd_pipeline.models.cut import head_per_location
 from cskd_pipeline.models.student import Heads
-from cskd_pipeline.models.teacher import Teacher, load_teacher
-from cskd_pipeline.models.timm_models import TeacherSource
+from cskd_pipeline.models.teacher import Teacher, TeacherSource, load_teacher
 from cskd_pipeline.models.weights import state_digest
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -259,7 +258,7 @@ def test_a_weights_file_brings_its_class_count(tmp_path: Path, suffix: str) -> N
     teacher = load_teacher(TeacherSource("resnet10t", path), size=64)
     assert (teacher.num_classes, teacher.source) == (11, "file")
     assert teacher.weights_sha256 == state_digest(state)
-    with pytest.raises(TeacherError, match="classes are not the data's") as caught:
+    with pytest.raises(TeacherError, match="class count is not the data's") as caught:
         load_teacher(TeacherSource("resnet10t", path, 10), size=64)
     assert (caught.value.found, caught.value.expected) == ("11 classes", "10 classes")
 
@@ -281,7 +280,7 @@ def test_an_unknown_name_suggests_near_ones() -> None:
 
 
 def test_arguments_that_a_model_does_not_take_are_named() -> None:
-    with pytest.raises(TeacherError, match="cannot be made") as caught:
+    with pytest.raises(TeacherError, match="cannot be created") as caught:
         small("resnet10t", kwargs={"no_such_argument": 1})
     assert "no_such_argument" in str(caught.value.found)
 
@@ -291,7 +290,7 @@ def test_an_unreachable_hub_points_to_a_local_file(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(TeacherError, match="cannot be fetched") as caught:
+    with pytest.raises(TeacherError, match="cannot be downloaded") as caught:
         load_teacher(TeacherSource("resnet10t.c3_in1k"), size=64)
     assert "model.safetensors" in str(caught.value.action)
     assert caught.value.where == "resnet10t.c3_in1k"
@@ -308,7 +307,7 @@ def test_pretrained_weights_are_named_with_their_tag(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(timm, "create_model", offline)
     teacher = load_teacher(TeacherSource("resnet10t", num_classes=1000), size=64)
     assert (teacher.name, teacher.source) == ("resnet10t.c3_in1k", "hub")
-    with pytest.raises(TeacherError, match="classes are not the data's"):
+    with pytest.raises(TeacherError, match="class count is not the data's"):
         load_teacher(TeacherSource("resnet10t", num_classes=10), size=64)
 
 

@@ -12,8 +12,7 @@ import torch
 from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.data.index import load_dataset
-from cskd_pipeline.models.teacher import Teacher, load_teacher
-from cskd_pipeline.models.timm_models import TeacherSource
+from cskd_pipeline.models.teacher import Teacher, TeacherSource, load_teacher
 from cskd_pipeline.views.apply import mix_pixels, render, to_float
 from cskd_pipeline.views.bits import view_seed
 from cskd_pipeline.views.decode import decode

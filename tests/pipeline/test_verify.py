@@ -21,7 +21,7 @@ from cskd_pipeline.data.join import join
 from cskd_pipeline.data.replay import replay, spread_views
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.errors import CacheError, JoinError, ViewDriftError
-from cskd_pipeline.models.timm_models import TeacherSource
+from cskd_pipeline.models.teacher import TeacherSource
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools import verify_cache

@@ -24,8 +24,7 @@ from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.training_views import TrainingViews
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.distill.targets import LogitTargets, Targets
-from cskd_pipeline.models.teacher import Teacher, load_teacher
-from cskd_pipeline.models.timm_models import TeacherSource
+from cskd_pipeline.models.teacher import Teacher, TeacherSource, load_teacher
 from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.runtime.device import device_name, pick_device, use_threads
 from cskd_pipeline.tools.bench import timing

@@ -22,8 +22,7 @@ from cskd_pipeline.data.batches import Batch
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets
 from cskd_pipeline.errors import StudentError
-from cskd_pipeline.models.teacher import load_teacher
-from cskd_pipeline.models.timm_models import TeacherSource
+from cskd_pipeline.models.teacher import TeacherSource, load_teacher
 from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.tools.bench import bench_step as bench
 from cskd_pipeline.views.policy import ViewPolicy
