@@ -16,7 +16,7 @@ from cskd_pipeline.data.join import Join
 from cskd_pipeline.distill.encodings import temperature_near
 from cskd_pipeline.distill.targets import SampledTargets
 from cskd_pipeline.errors import JoinError
-from cskd_pipeline.tools.report.gallery import class_names, ground_truth, make_views, with_images
+from cskd_pipeline.tools.report.gallery import class_names, ground_truth, replay_views, with_images
 from cskd_pipeline.tools.report.labels import read_labels, read_targets
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def _global(cache: Cache, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _thumbnails(found: Join, rows: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
     """Return the views whose images are the cache's, and each as an image file."""
     rows = with_images(found, rows)
-    views = make_views(found, rows) if len(rows) else []
+    views = replay_views(found, rows) if len(rows) else []
     if not any(view.same for view in views):
         raise JoinError(
             "there is no thumbnail to make: no drawn view has its images here",
@@ -154,4 +154,4 @@ def _thumbnails(found: Join, rows: np.ndarray) -> tuple[np.ndarray, list[bytes]]
             action="give the shards that the cache was made from, or leave --thumbnails out",
         )
     same = [view.same for view in views]
-    return rows[same], [view.encoded(PIXELS)[1] for view in views if view.same]
+    return rows[same], [view.encode(PIXELS)[1] for view in views if view.same]

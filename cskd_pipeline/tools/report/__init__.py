@@ -1,7 +1,7 @@
-"""Pages that show what a teacher teaches, and what its students learn.
+"""HTML pages of a cache or of training runs, each one self-contained file.
 
-Each is one HTML file, which needs no network, from a template in ``templates/``. ``cache_page`` and
-``run_page`` make them: of a cache with ``gallery`` and ``labels``, of runs with ``records`` (a
-run's folder, read), ``ranking``, ``curves`` and ``dense_overlay``. ``page`` renders and writes
-both; ``plots`` draws, ``plot_files`` makes figures SVG or PNG.
+``cache_page`` builds the page of a cache from ``gallery`` and ``labels``; ``run_page`` that of runs
+from ``records`` (reads a run's folder), ``ranking``, ``curves`` and ``dense_overlay``. ``page``
+renders templates in ``templates/``; ``plots`` draws figures, ``plot_files`` writes them as SVG or
+PNG.
 """

@@ -1,4 +1,4 @@
-"""The page of a cache: its provenance, the teacher's labels over real views, their statistics."""
+"""The page of a cache: the teacher's labels over real views, statistics and provenance."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,19 +14,8 @@ from cskd_pipeline.distill.ckf import SCHEDULES, ckf_ratio
 from cskd_pipeline.runtime.classes import COMMAND_SWITCH, ClassGuard
 from cskd_pipeline.runtime.console import format_size
 from cskd_pipeline.tools.report import plots
-from cskd_pipeline.tools.report.gallery import (
-    choose_views,
-    class_names,
-    ground_truth,
-    make_views,
-)
-from cskd_pipeline.tools.report.labels import (
-    RATIO_AXIS,
-    RATIOS,
-    Labels,
-    draw_rows,
-    read_labels,
-)
+from cskd_pipeline.tools.report.gallery import choose_views, class_names, ground_truth, replay_views
+from cskd_pipeline.tools.report.labels import RATIO_AXIS, RATIOS, Labels, draw_rows, read_labels
 from cskd_pipeline.tools.report.page import PageOptions, render, write_page
 from cskd_pipeline.tools.report.plot_files import Plot
 
@@ -39,15 +28,15 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
     """Write ``out/index.html`` for ``cskd-pipeline show CACHE``.
 
     Returns:
-        The files, the page's size in bytes, and its main figures.
+        The files written, the page's size in bytes, and its main figures.
     """
     reader = open_cache(path)
     guard = ClassGuard(COMMAND_SWITCH, accept=options.accept_classes)
     shards = options.shards or ""
-    found = join_to_look(reader, shards, guard, split=options.split)
+    joined = join_to_look(reader, shards, guard, split=options.split)
     guard.report_new()
-    rows = choose_views(found, options.images or IMAGES)
-    views = make_views(found, rows)
+    rows = choose_views(joined, options.images or IMAGES)
+    views = replay_views(joined, rows)
     labels = read_labels(reader, rows)
     sampled = draw_rows(reader, options.samples or SAMPLES)
     truth, counted = ground_truth(reader, sampled), read_labels(reader, sampled)
@@ -55,7 +44,7 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
     agreement, either = counted.agreement(larger), counted.agreement(own, partner)
     mean_lines = float(counted.lines().mean())
     info = describe(reader)
-    caption = f"Over all locations of {len(sampled)} views, labels from {labels.encoding}."
+    caption = f"All locations of {len(sampled)} views; labels from {labels.encoding}."
     plot = _agreement_plot(agreement, either, caption)
     document = render(
         "cache.html",
@@ -95,7 +84,7 @@ def _agreement_plot(larger: np.ndarray, either: np.ndarray, caption: str) -> Plo
         x_label=RATIO_AXIS,
         y_label="locations, %",
         x_limits=(1, 0),
-        y_limits=(0, 105 * max(one.max() for one in agreement.values()) or 1),
+        y_limits=(0, 105 * max(shares.max() for shares in agreement.values()) or 1),
     )
     return Plot("agreement", "Agreement with the ground truth", figure, caption)
 
@@ -115,7 +104,7 @@ def _script_data(
 
 
 def _schedules(epochs: int) -> dict[str, list[float]]:
-    """Return r of every epoch, of the schedules along which it falls."""
+    """Return r at every epoch for each schedule along which it falls."""
     falling = [name for name in SCHEDULES if ckf_ratio(name, 0.0) != ckf_ratio(name, 1.0)]
     return {
         name: [round(ckf_ratio(name, epoch / epochs), 5) for epoch in range(epochs)]
@@ -124,19 +113,19 @@ def _schedules(epochs: int) -> dict[str, list[float]]:
 
 
 def _provenance(info: Mapping[str, Any]) -> dict[str, Any]:
-    apart = ("encodings", "largest", "cite")
-    facts = {name: value for name, value in summarise(info).items() if name not in apart}
+    separate = ("encodings", "largest", "cite")
+    about = {name: value for name, value in summarise(info).items() if name not in separate}
     return {
-        "about": {name.replace("_", " "): v for name, v in facts.items() if v is not None},
+        "about": {name.replace("_", " "): v for name, v in about.items() if v is not None},
         "encodings": [
             (
                 name,
-                " and ".join(one["serves"]),
-                one["exact"],
-                one["bytes_per_view"],
-                None if one["bytes"] is None else format_size(one["bytes"]),
+                " and ".join(facts["serves"]),
+                facts["exact"],
+                facts["bytes_per_view"],
+                None if facts["bytes"] is None else format_size(facts["bytes"]),
             )
-            for name, one in info["encodings"].items()
+            for name, facts in info["encodings"].items()
         ],
         "cite": info["cite"],
         "units": info["units"],

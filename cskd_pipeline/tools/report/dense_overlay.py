@@ -1,6 +1,6 @@
-"""Students' labels at every location of a view, beside the teacher's.
+"""Students' labels at every location of a view, next to the teacher's.
 
-Students are loaded as their run left them, and see the views in evaluation mode.
+Students are loaded from their run's folder and predict in evaluation mode.
 """
 
 import math
@@ -22,7 +22,7 @@ from cskd_pipeline.models.checkpoint import StudentHeader, load_student, read_he
 from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.runtime.progress import progress
 from cskd_pipeline.tools.report import plots
-from cskd_pipeline.tools.report.gallery import GalleryView, choose_views, class_names, make_views
+from cskd_pipeline.tools.report.gallery import GalleryView, choose_views, class_names, replay_views
 from cskd_pipeline.tools.report.labels import RATIO_AXIS, RATIOS, Labels, read_labels
 from cskd_pipeline.tools.report.page import PageOptions
 from cskd_pipeline.tools.report.plot_files import Plot
@@ -30,7 +30,7 @@ from cskd_pipeline.tools.report.records import RunRecord
 
 IMAGES = 8
 SAMPLES = 256
-_AT_ONCE = 32  # views that a student sees together
+_BATCH = 32  # views in a forward pass
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class StudentLabels:
     """The labels of one run's student.
 
     Args:
-        style: the run's number among the runs, which decides how its curves look.
-        labels: (n, h, w) int64, the class of the largest dense logit, of the views shown.
-        agreement: (101,) share of the locations of all counted views at which that is the teacher's
-            label, at ``RATIOS``.
+        style: number of the run, which is the style of its curves.
+        labels: (n, h, w) int64, class of the largest dense logit, for the views shown.
+        agreement: (101,) share of locations, over all counted views, at which that class is the
+            teacher's label at ``RATIOS``.
     """
 
     run: RunRecord
@@ -62,7 +62,7 @@ class StudentLabels:
         return 1.0 if ratio is None else min(1.0, max(0.0, ratio))
 
     def figures(self) -> dict[str, Any]:
-        """Return which student this is, and how it agrees."""
+        """Return the student's file, weights, epoch and agreement."""
         return {
             "student": str(self.file),
             "weights": self.header.weights,
@@ -73,10 +73,10 @@ class StudentLabels:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Views with the teacher's labels and at least one student's.
+    """Views with labels of the teacher and of at least one student.
 
     Args:
-        counted: (views, rows, columns) over which agreement was counted.
+        counted: (views, rows, columns) over which agreement is counted.
     """
 
     cache: Cache
@@ -89,17 +89,17 @@ class Comparison:
 def compare(
     runs: Sequence[RunRecord], guard: ClassGuard, options: PageOptions
 ) -> tuple[Comparison | None, dict[str, str]]:
-    """Return students' labels beside the teacher's, and the reason for each run without them.
+    """Compare students' labels with the teacher's; return also why a run is left out, by name.
 
-    Agreement is counted over ``options.samples`` views, as many images spread over the cache; those
-    that are shown are among them.
+    Agreement is counted over ``options.samples`` views of different images, spread over the cache;
+    the views shown are among them.
 
     Args:
         guard: compares the classes of shards, cache and students.
-        options: with ``shards``.
+        options: options that name ``shards``.
 
     Returns:
-        None instead of a comparison where no student has a dense head that fits.
+        The comparison, None if no student has a dense head that fits the cache, and the reasons.
     """
     without = {
         run.name: f"method {run.method} trains no dense head"
@@ -114,22 +114,22 @@ def compare(
     fitting = [(style, run) for style, run in enumerate(runs) if run.name not in without]
     if not fitting:
         return None, without
-    found = join_to_look(reader, options.shards or "", guard, split=options.split)
+    joined = join_to_look(reader, options.shards or "", guard, split=options.split)
     guard.report_new()
     images, samples = options.images or IMAGES, options.samples or SAMPLES
-    rows = choose_views(found, max(images, samples))
+    rows = choose_views(joined, max(images, samples))
     shown = np.unique(np.linspace(0, len(rows) - 1, min(images, len(rows))).astype(int))
     teacher = read_labels(reader, rows)
     students = []
     for style, run in fitting:
         file = student_file(run.folder)
-        header, labels = _dense_labels(file, found, rows)
+        header, labels = _dense_labels(file, joined, rows)
         agreement = teacher.agreement(labels)
         students.append(StudentLabels(run, style, file, header, labels[shown], agreement))
     compared = Comparison(
         cache=reader,
         counted=(len(rows), *teacher.planes.shape[2:]),
-        views=make_views(found, rows[shown]),
+        views=replay_views(joined, rows[shown]),
         teacher=replace(teacher, planes=teacher.planes[shown]),
         students=tuple(students),
     )
@@ -137,51 +137,50 @@ def compare(
 
 
 def _cache_of(run: RunRecord) -> str:
-    """Return the folder that a recipe names; a URL, which may be a stranger's, is not fetched."""
+    """Return the cache folder that the recipe names; a URL could be anyone's and is not opened."""
     named = run.recipe.data.cache
     if not named or not Path(split_pin(named)[0]).is_dir():
         raise UsageError(
-            "the run's cache is not here",
+            "the run's cache is not a local folder",
             where=f"data.cache of {run.folder}",
-            found=named or "nothing",
-            expected="a folder",
+            found=named or "no cache",
             action="give --cache CACHE",
         )
     return named
 
 
 def _misfit(run: RunRecord, reader: Cache, guard: ClassGuard) -> str:
-    """Return why a run's student cannot see this cache's views; empty if it can.
+    """Return why a run's student does not fit this cache; empty if it does.
 
     Raises:
-        ClassesError: its classes have other names than the cache's.
+        ClassesError: the class names of student and cache differ.
     """
     file, manifest = student_file(run.folder), reader.manifest
     header = read_header(file)
     if header.grid is None:
         return "its student has no dense head"
-    for name, mine, theirs in (
+    for name, student, cache in (
         ("grid", header.grid, manifest.teacher.grid),
         ("image size", header.size, manifest.policy.size),
         ("number of classes", header.num_classes, manifest.dataset.num_classes),
     ):
-        if mine != theirs:
-            return f"its student's {name} is {mine}, the cache's is {theirs}"
+        if student != cache:
+            return f"its student's {name} is {student}, the cache's is {cache}"
     classes = replace(header.classes(file), of=f"the student of {run.name}")
     guard.compare(classes, classes_of(reader))
     return ""
 
 
 @torch.inference_mode()
-def _dense_labels(file: Path, found: Join, rows: np.ndarray) -> tuple[StudentHeader, np.ndarray]:
-    """Return a student's header and the classes of its largest dense logits, (m, h, w) int64."""
+def _dense_labels(file: Path, joined: Join, rows: np.ndarray) -> tuple[StudentHeader, np.ndarray]:
+    """Return a student's header and the class of its largest dense logit, (m, h, w) int64."""
     student, header = load_student(file, torch.device("cpu"))
     student.eval()
-    renderer, labels = found.renderer, []
+    renderer, labels = joined.renderer, []
     with progress(len(rows), "views", f"predicting with {file.parent.name}") as meter:
-        for part in np.split(rows, range(_AT_ONCE, len(rows), _AT_ONCE)):
-            seen = assemble(render_batch(renderer, part), renderer.policy)
-            heads = student(normalise(seen, student.mean, student.std), header.grid)
+        for part in np.split(rows, range(_BATCH, len(rows), _BATCH)):
+            images = assemble(render_batch(renderer, part), renderer.policy)
+            heads = student(normalise(images, student.mean, student.std), header.grid)
             labels.append(heads.dense.argmax(dim=1).numpy())
             meter.advance(len(part))
     return header, np.concatenate(labels)
@@ -194,11 +193,11 @@ def draw_agreement(compared: Comparison) -> Plot:
         for one in compared.students
     ]
     caption = (
-        f"Of {math.prod(compared.counted)} locations in {compared.counted[0]} views, the share at "
-        f"which a student's class is the teacher's label, read from {compared.teacher.encoding}."
+        f"Share of {math.prod(compared.counted)} locations in {compared.counted[0]} views at which "
+        f"a student's class is the teacher's label, read from {compared.teacher.encoding}."
     )
     values = "; ".join(
-        f"{plots.shown(one.run.name)}: {one.at(0):.1%} at r = 0, {one.at(1):.1%} at r = 1"
+        f"{plots.short_name(one.run.name)}: {one.at(0):.1%} at r = 0, {one.at(1):.1%} at r = 1"
         for one in compared.students
     )
     return Plot(
@@ -220,7 +219,7 @@ def script_data(compared: Comparison) -> Mapping[str, Any]:
         "views": compared.teacher.by_location(),
         "names": {int(k): names[k] for k in classes},
         "students": [
-            {"name": one.run.name, "views": said.tolist()}
-            for one, said in zip(compared.students, labels, strict=True)
+            {"name": one.run.name, "views": predicted.tolist()}
+            for one, predicted in zip(compared.students, labels, strict=True)
         ],
     }

@@ -1,4 +1,4 @@
-"""Views as the network saw them: replayed from the user's images and mixed, ready for a page."""
+"""Views as the network saw them: replayed from the user's images, mixed, ready for a page."""
 
 import base64
 import io
@@ -20,20 +20,20 @@ from cskd_pipeline.data.replay import pair_views, same_images, spread_views
 from cskd_pipeline.errors import JoinError, printable
 from cskd_pipeline.runtime.progress import progress
 
-_SMALL = 64  # pixels up to which a view is stored as it is, and shown without smoothing
+_SMALL = 64  # pixels; up to here a view is a lossless PNG, shown without smoothing
 _SYNSET = re.compile("n[0-9]{8}")
-_NAME = 80  # letters of a class name
-_ALONE = 0.995  # from this share on, what is mixed in is too little to be named
+_NAME = 80  # characters of a class name
+_SINGLE = 0.995  # share of one image from which the other is not named
 
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The classes of n mixed views, by the cache's labels.
+    """The classes of n mixed views, from the cache's labels.
 
     Args:
-        own, partner: (n,) int64, the class of each view's own image, and of the one mixed in; equal
-            where none is.
-        share: (n,) float, of the own image.
+        own, partner: (n,) int64, classes of each view's own image and of the one mixed in; equal if
+            none is mixed in.
+        share: (n,) float, share of the own image.
     """
 
     own: np.ndarray
@@ -42,7 +42,7 @@ class GroundTruth:
 
     @property
     def larger(self) -> np.ndarray:
-        """Return the class of the image that fills more of each view: (n,) int64."""
+        """Return the class of the image with the larger share of each view: (n,) int64."""
         return np.where(self.share >= 0.5, self.own, self.partner)
 
 
@@ -51,11 +51,11 @@ class GalleryView:
     """One replayed view.
 
     Args:
-        number, key: of the view, and of its sample.
-        pixels: (S, S, 3) uint8, mixed, as the network saw it.
-        contents: each class in it and its name, with its share where two are mixed.
-        same: both of its images are those that the teacher saw.
-        exact: the sample's own view has the digest that the cache recorded.
+        number, key: the view's number and its sample's key.
+        pixels: (S, S, 3) uint8, mixed, as the network saw them.
+        contents: class and name of each image in it, with its share if two are mixed.
+        same: whether both images are those that the teacher saw.
+        exact: whether the sample's own view has the digest recorded in the cache.
     """
 
     number: int
@@ -72,10 +72,10 @@ class GalleryView:
 
     @property
     def warning(self) -> str:
-        """Return how the view differs from what the teacher saw; empty if it does not."""
+        """Return how the view differs from the teacher's; empty if it does not."""
         if not self.same:
-            return "Made from another image than the teacher saw."
-        return "" if self.exact else "Differs by rounding from what the teacher saw."
+            return "Not from the image that the teacher saw."
+        return "" if self.exact else "Differs by rounding from the view that the teacher saw."
 
     @property
     def small(self) -> bool:
@@ -85,37 +85,37 @@ class GalleryView:
     @property
     def image(self) -> str:
         """Return the view as a ``data:`` URL."""
-        kind, data = self.encoded(len(self.pixels))
+        kind, data = self.encode(len(self.pixels))
         return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
-    def encoded(self, most: int) -> tuple[str, bytes]:
-        """Return kind and bytes of an image file, PNG of a small view and JPEG of others.
+    def encode(self, max_side: int) -> tuple[str, bytes]:
+        """Return format and bytes of an image file: PNG for a small view, else JPEG.
 
         Args:
-            most: pixels of a side; a larger view is made smaller.
+            max_side: side in pixels to which a larger view is scaled down.
         """
         kind, buffer = "png" if self.small else "jpeg", io.BytesIO()
         image = Image.fromarray(self.pixels)
-        image.thumbnail((most, most))
+        image.thumbnail((max_side, max_side))
         image.save(buffer, format=kind.upper(), quality=88)
         return kind, buffer.getvalue()
 
 
 def class_names(cache: Cache) -> list[str]:
-    """Return a name for every class, on one line and not too long; of ImageNet's classes words."""
+    """Return a short one-line name for every class, in words for ImageNet's."""
     data = cache.manifest.dataset
     names = data.class_names or _synsets_of_keys(cache) or [""] * data.num_classes
     return [printable(name, _NAME) or f"class {k}" for k, name in enumerate(words_of(names))]
 
 
 def words_of(names: Sequence[str]) -> list[str]:
-    """Return names with ``n01443537`` as ``goldfish``, and ``crane (n02012849)`` of two cranes.
+    """Replace ImageNet-1k's synsets with timm's words; other names stay as they are.
 
-    Words are those of timm's list of ImageNet-1k; other names stay as they are.
+    ``n01443537`` becomes ``goldfish``; of two cranes one becomes ``crane (n02012849)``.
     """
     if not any(map(_SYNSET.fullmatch, names)):
         return list(names)
-    from timm.data import ImageNetInfo  # takes a second, which other data need not pay
+    from timm.data import ImageNetInfo  # takes a second: only for ImageNet
 
     info = ImageNetInfo()
     known = set(info.label_names()).intersection(names)
@@ -131,7 +131,7 @@ def words_of(names: Sequence[str]) -> list[str]:
 
 
 def _synsets_of_keys(cache: Cache) -> list[str]:
-    """Return ImageNet-1k's synsets if the keys of a finished shard begin with their labels'."""
+    """Return ImageNet-1k's synsets if a finished shard's keys begin with those of their labels."""
     finished = np.flatnonzero(cache.done().any(axis=0))
     if cache.manifest.dataset.num_classes != 1000 or not len(finished):
         return []
@@ -142,36 +142,36 @@ def _synsets_of_keys(cache: Cache) -> list[str]:
     return synsets if all(key.startswith(synsets[label]) for key, label in pairs) else []
 
 
-def choose_views(found: Join, count: int) -> np.ndarray:
-    """Return about ``count`` views whose images are there: (n, 3) view, shard, offset; n > 0.
+def choose_views(joined: Join, count: int) -> np.ndarray:
+    """Return about ``count`` views whose images are available: (n, 3) view, shard, offset; n > 0.
 
-    Those in which one image fills the most come first.
+    Views dominated by one image come first.
     """
-    rows = with_images(found, spread_views(found, count, few=FETCHING))
+    rows = with_images(joined, spread_views(joined, count, few=FETCHING))
     if not len(rows):
         raise JoinError(
-            "there is nothing to show: no finished part of the cache has its images here",
-            where=found.cache.path,
-            found=f"{found.missing} of {found.samples.total} samples missing",
-            action="give the shards that the cache was made from, or finish the dump",
+            "the shards have no image of any finished view of the cache",
+            where=joined.cache.path,
+            found=f"{joined.missing} of {joined.samples.total} samples missing",
+            action="give the shards that the cache was dumped from, or finish the dump",
         )
-    share = ground_truth(found.cache, rows).share
+    share = ground_truth(joined.cache, rows).share
     return rows[np.argsort(-np.maximum(share, 1 - share), kind="stable")]
 
 
-def with_images(found: Join, rows: np.ndarray) -> np.ndarray:
-    """Return those of the views ``rows`` whose images, the one mixed in too, are there."""
+def with_images(joined: Join, rows: np.ndarray) -> np.ndarray:
+    """Keep the views whose own image and mixing partner are both available."""
     if not len(rows):
         return rows
     own, partner = (
-        found.images.locate(part[:, 1:])[0] != NOWHERE
-        for part in (rows, pair_views(found.cache, rows).partner)
+        joined.images.locate(part[:, 1:])[0] != NOWHERE
+        for part in (rows, pair_views(joined.cache, rows).partner)
     )
     return rows[own & partner]
 
 
 def ground_truth(cache: Cache, rows: np.ndarray) -> GroundTruth:
-    """Return the classes in the views ``rows``, (n, 3) view, shard, offset."""
+    """Return the classes in views, (n, 3) view, shard, offset."""
     pairing = pair_views(cache, rows)
     own, partner = (
         np.array([cache.labels(shard)[offset] for _, shard, offset in part.tolist()], np.int64)
@@ -180,11 +180,11 @@ def ground_truth(cache: Cache, rows: np.ndarray) -> GroundTruth:
     return GroundTruth(own, partner, np.array([mix.lam for mix in pairing.mixes]))
 
 
-def make_views(found: Join, rows: np.ndarray) -> list[GalleryView]:
-    """Replay the views ``rows``, (n, 3) view, shard, offset."""
-    cache, renderer = found.cache, found.renderer
+def replay_views(joined: Join, rows: np.ndarray) -> list[GalleryView]:
+    """Replay views, (n, 3) view, shard, offset, for a page."""
+    cache, renderer = joined.cache, joined.renderer
     partner = pair_views(cache, rows).partner
-    same = same_images(found, rows) & same_images(found, partner)
+    same = same_images(joined, rows) & same_images(joined, partner)
     truth, names = ground_truth(cache, rows), class_names(cache)
     views = []
     with progress(len(rows), "views", "replaying views") as meter:
@@ -209,6 +209,6 @@ def make_views(found: Join, rows: np.ndarray) -> list[GalleryView]:
 def _contents(truth: GroundTruth, i: int, names: list[str]) -> list[tuple[int, str]]:
     own, partner, share = int(truth.own[i]), int(truth.partner[i]), float(truth.share[i])
     larger, *smaller = sorted([(own, share), (partner, 1 - share)], key=lambda part: -part[1])
-    if own == partner or larger[1] >= _ALONE:
+    if own == partner or larger[1] >= _SINGLE:
         return [(larger[0], names[larger[0]])]
     return [(k, f"{names[k]} {part:.0%}") for k, part in (larger, *smaller)]

@@ -1,7 +1,7 @@
 """The teacher's label at every location, for all ratios r at once.
 
-The label of a location changes at a few values of r. Exact encodings know them all. Approximate
-ones give a label at some ratios, and a change between two of these is put in the middle.
+The label of a location changes at a few values of r. Exact encodings give all of them. Approximate
+ones are read at a few ratios, and a change between two of these is placed halfway.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ from cskd_pipeline.views.bits import BitStream, derive_seed
 RATIOS = np.linspace(0.0, 1.0, 101)
 RATIO_AXIS = "r, from local (1) to global (0)"
 APPROXIMATED = np.linspace(0.0, 1.0, 21)
-"""At which approximate encodings are read."""
-SLABS = 64  # (view, shard) pairs that views are drawn from; of a remote cache as many files
-_AT_ONCE = 32  # views whose logits are held
+"""Ratios at which approximate encodings are read."""
+SLABS = 64  # slabs that views are drawn from; as many files of a remote cache
+_BATCH = 32  # views whose logits are in memory
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Labels:
     """The labels of n views.
 
     Args:
-        encoding: where they come from.
-        exact: whether these are the labels of the teacher's own logits.
+        encoding: name of the encoding they come from.
+        exact: whether they are exactly the labels of the teacher's logits.
         planes: (n, P, h, w) uint16, see :func:`cskd_pipeline.distill.ckf.upper_envelope`.
     """
 
@@ -44,27 +44,27 @@ class Labels:
         return ckf.envelope_labels(torch.from_numpy(self.planes), r).numpy()
 
     def agreement(self, *classes: np.ndarray) -> np.ndarray:
-        """Return the share of locations whose label at ``RATIOS`` is one of ``classes``: (101,).
+        """Return the share of locations whose label is one of ``classes``, at ``RATIOS``: (101,).
 
         Args:
-            classes: each (n, h, w), or (n, 1, 1) of whole views.
+            classes: class arrays, each (n, h, w), or (n, 1, 1) for whole views.
         """
         labels = (self.at(r) for r in RATIOS)
         return np.array([np.any([at == each for each in classes], 0).mean() for at in labels])
 
     def lines(self) -> np.ndarray:
-        """Count the labels that a location has between r = 0 and r = 1: (n, h, w) int64."""
+        """Count the labels of each location between r = 0 and r = 1: (n, h, w) int64."""
         return (self.planes[:, 0::2] != ckf.UNUSED).sum(axis=1)
 
     def classes(self) -> np.ndarray:
-        """Return the classes among the labels, each once."""
+        """Return the distinct classes among the labels."""
         lines = self.planes[:, 0::2]
         return np.unique(lines[lines != ckf.UNUSED])
 
     def by_location(self) -> list[list[list[int]]]:
-        """Return, of every view and then location, row by row, the planes in use.
+        """Return for each view, and each location row by row, ``[c0, q1, c1, q2, c2, ...]``.
 
-        These are ``[c0, q1, c1, q2, c2, ...]``: class c1 takes over at r = (q1 + 0.5) / QUANTUM.
+        Class c1 takes over from c0 at r = (q1 + 0.5) / QUANTUM.
         """
         count, planes = self.planes.shape[:2]
         used = 2 * self.lines().reshape(count, -1) - 1
@@ -76,7 +76,7 @@ class Labels:
 
 
 def read_labels(cache: Cache, rows: np.ndarray) -> Labels:
-    """Read the labels of the views ``rows``, (n, 3) view, shard, offset, n > 0."""
+    """Read the labels of views, (n, 3) view, shard, offset, n > 0."""
     name = (cache.serving({"hard"}) or cache.serving({"soft"}, None))[0]
     encoding = cache.encodings[name]
     parts: list[np.ndarray] = []
@@ -84,11 +84,11 @@ def read_labels(cache: Cache, rows: np.ndarray) -> Labels:
         for targets in read_targets(cache, name, rows):
             parts.append(_planes(encoding, targets))
             meter.advance(len(parts[-1]))
-    most = max(part.shape[1] for part in parts)
+    deepest = max(part.shape[1] for part in parts)
     planes = [
         np.pad(
             part,
-            ((0, 0), (0, most - part.shape[1]), (0, 0), (0, 0)),
+            ((0, 0), (0, deepest - part.shape[1]), (0, 0), (0, 0)),
             constant_values=ckf.UNUSED,
         )
         for part in parts
@@ -97,8 +97,8 @@ def read_labels(cache: Cache, rows: np.ndarray) -> Labels:
 
 
 def read_targets(cache: Cache, name: str, rows: np.ndarray) -> Iterator[Targets]:
-    """Yield the targets that the encoding ``name`` has of the views ``rows``, a few at a time."""
-    for part in np.split(rows, range(_AT_ONCE, len(rows), _AT_ONCE)):
+    """Yield the targets of views from the encoding ``name``, in batches."""
+    for part in np.split(rows, range(_BATCH, len(rows), _BATCH)):
         arrays = cache.gather(name, part)
         tensors = {array: torch.from_numpy(values) for array, values in arrays.items()}
         yield cache.encodings[name].targets(tensors)
@@ -120,11 +120,11 @@ def _planes(encoding: Encoding, targets: Targets) -> np.ndarray:
 
 
 def planes_of(labels: np.ndarray) -> np.ndarray:
-    """Return (n, P, h, w) uint16 planes that give labels (n, R, h, w) at ``APPROXIMATED``."""
+    """Return planes, (n, P, h, w) uint16, that give labels (n, R, h, w) at ``APPROXIMATED``."""
     count, _, height, width = labels.shape
     changes = labels[:, 1:] != labels[:, :-1]
-    most = int(changes.sum(axis=1).max(initial=0))
-    planes = np.full((count, 2 * most + 1, height, width), ckf.UNUSED, np.uint16)
+    deepest = int(changes.sum(axis=1).max(initial=0))
+    planes = np.full((count, 2 * deepest + 1, height, width), ckf.UNUSED, np.uint16)
     planes[:, 0] = labels[:, 0]
     middle = ((APPROXIMATED[1:] + APPROXIMATED[:-1]) / 2 * ckf.QUANTUM - 0.5).round()
     for i, step, row, column in np.argwhere(changes).tolist():
@@ -135,10 +135,10 @@ def planes_of(labels: np.ndarray) -> np.ndarray:
 
 
 def draw_rows(cache: Cache, count: int, seed: int = 0) -> np.ndarray:
-    """Draw ``count`` views of finished units, or all that there are, by a seed.
+    """Draw up to ``count`` views of finished units from a seed, from few slabs.
 
     Returns:
-        (n, 3) int64 view, shard, offset, in this order; from few (view, tar shard) pairs.
+        (n, 3) int64 view, shard, offset, sorted.
     """
     block, units = cache.manifest.view_block, np.argwhere(cache.done()).tolist()
     pairs = [(b * block + v, shard) for b, shard in units for v in range(block)]

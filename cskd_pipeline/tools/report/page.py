@@ -1,9 +1,9 @@
-"""One self-contained HTML page: styles, script, images and data inside, and nothing from outside.
+"""One self-contained HTML page: styles, script, images and data are inline.
 
-Pages are Jinja2 templates in ``templates/``. Whatever a template prints is foreign text, which is
-spelled out, cut to length and escaped, unless the template marks it ``|safe``: our own styles,
-scripts, plots and base64. The page's own policy (CSP) allows its one script, by digest, and images
-in ``data:`` URLs; whatever might slip through could neither run nor load anything.
+Pages are Jinja2 templates in ``templates/``. Every value a template prints counts as foreign text:
+made printable, cut to length and escaped, unless marked ``|safe`` (our own styles, scripts, plots
+and base64). The page's content security policy allows only its own script, by digest, and
+``data:`` images, so that markup that slipped through could neither run nor load anything.
 """
 
 import base64
@@ -21,26 +21,25 @@ from cskd_pipeline.errors import printable
 from cskd_pipeline.runtime.atomic import write_text
 from cskd_pipeline.runtime.console import format_value, plain
 from cskd_pipeline.tools.report.plot_files import Plot
-from cskd_pipeline.tools.report.plots import css_look
+from cskd_pipeline.tools.report.plots import css_style
 
 PAGE = "index.html"
 _PACKAGE = "cskd_pipeline.tools.report"
-_LONGEST = 500  # characters of a foreign text
+_LONGEST = 500  # characters of foreign text
 
 
 @dataclass(frozen=True)
 class PageOptions:
-    """Choose what a page shows.
+    """Options for a page.
 
     Args:
-        shards, split: the images that the cache was made from. A page of runs without them has no
-            predictions.
-        cache: of runs, what they were trained from; None: the folder that the first recipe names.
-        images: views in the gallery; None: 12 of a cache, 8 of runs.
-        samples: views whose labels are counted; None: 2048 of a cache, 256 of runs.
-        epochs: of a cache, the length of the run that the schedules' slider follows; None: 300.
-        export: one of ``plot_files.FORMATS``, in which each plot becomes a file too.
-        accept_classes: class k is the same in shards, cache and students, whatever the names say.
+        shards, split: the images of the cache. Without them a page of runs has no predictions.
+        cache: the cache that runs were trained from; None: the folder named by the first recipe.
+        images: views in the gallery; None: 12 for a cache, 8 for runs.
+        samples: views whose labels are counted; None: 2048 for a cache, 256 for runs.
+        epochs: number of epochs on a cache page's slider; None: 300.
+        export: one of ``plot_files.FORMATS``, in which each plot is also written to a file.
+        accept_classes: match classes of shards, cache and students by number, whatever their names.
     """
 
     shards: str | None = None
@@ -61,13 +60,13 @@ def render(
     scripts: Sequence[str] = (),
     **context: Any,
 ) -> str:
-    """Return the page that a template and its context give.
+    """Render a page.
 
     Args:
         template: a file in ``templates/`` that extends ``base.html``.
         title: foreign text.
         data: numbers and text that the scripts read, as JSON.
-        scripts: files in ``templates/`` that the page runs, in this order.
+        scripts: files in ``templates/`` that the page runs, in order.
         context: values for the template.
     """
     script = "".join(map(_read, scripts))
@@ -88,10 +87,10 @@ def render(
 def write_page(
     out: Path, document: str, plots: Iterable[Plot], export: str | None
 ) -> dict[str, Any]:
-    """Write ``out/index.html``, and each plot as a file if ``export`` names a format.
+    """Write ``out/index.html``, and each plot to a file if ``export`` names a format.
 
     Returns:
-        The paths, and the page's size in bytes.
+        The paths and the page's size in bytes.
     """
     write_text(out / PAGE, document)
     exported = {} if export is None else {out / f"{plot.name}.{export}": plot for plot in plots}
@@ -115,13 +114,13 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals["look"] = css_look
+    environment.globals["style_of"] = css_style
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return environment
 
 
 def _finalize(value: object) -> object:
-    """Return a value as text for a person, unless it is markup of ours already."""
+    """Return a value as printable text, unless it is already our own markup."""
     return value if hasattr(value, "__html__") else printable(format_value(value), _LONGEST)
 
 

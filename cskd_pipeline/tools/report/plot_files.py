@@ -1,7 +1,7 @@
-"""Figures as SVG inside a page, or as SVG or PNG files.
+"""Figures as inline SVG in a page, or as SVG or PNG files.
 
-In a page a figure's ink becomes ``currentColor`` and its background nothing, so that text and axes
-follow the page's light or dark scheme; files are on white, with the title above.
+In a page the ink is ``currentColor`` and the background transparent, so that text and axes follow
+the page's light or dark scheme. Files have a white background and a title.
 """
 
 import io
@@ -25,8 +25,8 @@ class Plot:
     """A figure and its texts.
 
     Args:
-        name: of its file, without ending.
-        description: for those who cannot see it; the caption unless given.
+        name: file name, without ending.
+        description: text for screen readers; defaults to the caption.
     """
 
     name: str
@@ -37,12 +37,13 @@ class Plot:
 
     @property
     def names(self) -> list[str]:
-        """Return the legend's names, in the order of their styles; none of a single curve."""
+        """Return the names in the legend, in order of style; empty for a single curve."""
         return [text.get_text() for legend in self.figure.legends for text in legend.get_texts()]
 
     def svg(self) -> str:
-        """Return an ``<svg>`` as wide as its column in a page, in whose ink it is, and which has
-        one key for all plots instead of legends.
+        """Return an ``<svg>`` that fills its column, in the page's ink.
+
+        It has no legend: a page shows one key for all plots.
         """
         legends = [*self.figure.legends]
         self.figure.legends.clear()
@@ -58,11 +59,11 @@ class Plot:
         return ET.tostring(root, encoding="unicode")
 
     def write(self, path: Path) -> None:
-        """Write the plot to a file, in the format of its ending, whole or not at all."""
+        """Write the plot to a file atomically, in the format of its ending."""
         ending = path.suffix.lower().removeprefix(".")
         if ending not in FORMATS:
             raise OutputError(
-                "a plot cannot be written in this format",
+                "unsupported plot format",
                 where=path,
                 found=path.suffix or "no ending",
                 expected=" or ".join(f".{name}" for name in FORMATS),
@@ -75,29 +76,29 @@ class Plot:
                     root = self._tree(background="white")
                     ET.ElementTree(root).write(buffer, encoding="utf-8", xml_declaration=True)
                 else:
-                    nobody = {"Software": None}
+                    metadata = {"Software": None}
                     self.figure.savefig(
-                        buffer, format="png", dpi=200, facecolor="white", metadata=nobody
+                        buffer, format="png", dpi=200, facecolor="white", metadata=metadata
                     )
             finally:
                 axes.set_title("", loc="left")
         write_bytes(path, buffer.getvalue())
 
     def _tree(self, *, background: str) -> ET.Element:
-        """Return the figure as SVG, without date and style sheet, with texts for screen readers.
+        """Return the figure as SVG with texts for screen readers, without date and style sheet.
 
-        Ids that nothing points at are left out. The others are digests of what they name and of
-        the title, so those of several figures can stand in one page.
+        Ids without a reference are removed. The others are hashes salted with the title, so that
+        several figures can share a page.
         """
         buffer = io.BytesIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         with settings(), matplotlib.rc_context({"svg.hashsalt": printable(self.title)}):
-            self.figure.savefig(buffer, format="svg", facecolor=background, metadata=nothing)
+            self.figure.savefig(buffer, format="svg", facecolor=background, metadata=metadata)
         root = ET.fromstring(buffer.getvalue())
         for parent in list(root.iter()):
             for style in parent.findall(f"{{{_SVG}}}style"):
                 parent.remove(style)
-        root.set("style", "stroke-linejoin: round; stroke-linecap: butt")  # as the style sheet
+        root.set("style", "stroke-linejoin: round; stroke-linecap: butt")  # as in the style sheet
         text = ET.tostring(root, encoding="unicode")
         for element in root.iter():
             element.tag = element.tag.rpartition("}")[2]

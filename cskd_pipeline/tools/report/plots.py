@@ -1,12 +1,11 @@
-"""Plots: plain data to a matplotlib figure.
+"""Matplotlib figures from plain data.
 
-Figures are made with matplotlib's classes alone: no pyplot, no backend, no settings that last. The
-user's matplotlibrc does not reach them, and equal data give equal bytes. Names come from other
-people: they are shown letter by letter, never as mathtext or markup.
+Figures use matplotlib's classes only: no pyplot, no backend, no global settings, no matplotlibrc.
+Equal data give equal bytes. Names are foreign text, shown literally, never as mathtext or markup.
 
-Every figure is drawn in one dark ink, which :mod:`cskd_pipeline.tools.report.plot_files` makes the
-ink of its page. The series' colours are seen on a light and a dark background, and each also has a
-dash and a marker of its own for those who see no difference in colour.
+Axes and text are drawn in one dark ink, which :mod:`cskd_pipeline.tools.report.plot_files` replaces
+by the page's. Series colours are readable on light and dark backgrounds; dashes and markers
+distinguish the series without colour.
 """
 
 import math
@@ -27,15 +26,15 @@ from cskd_pipeline.errors import printable
 
 INK = "#1a1c20"
 PALETTE = ("#2f7fc1", "#d1580f", "#12936b", "#b8609a", "#9a7d0a", "#7b7f86")
-"""At least 3:1 against white and against near black."""
+"""Contrast of at least 3:1 against white and near black."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 SIZE = (4.8, 3.0)
-"""Inches. Text of 9 points stays legible where the figure is as wide as a phone."""
+"""Inches; 9-point text stays legible at the width of a phone."""
 
-_NAME = 48  # letters of a name that are shown
-_LEGEND_ROWS = 3  # that a figure of the usual size has room for
-_ROW = 0.17  # inches
+_NAME = 48  # characters of a name
+_LEGEND_ROWS = 3  # that fit a figure of SIZE
+_ROW = 0.17  # inches of a legend's row
 _SETTINGS: Any = {
     "axes.edgecolor": INK,
     "axes.facecolor": "none",
@@ -46,7 +45,7 @@ _SETTINGS: Any = {
     "axes.titlesize": 10,
     "axes.unicode_minus": True,
     "font.family": ["sans-serif"],
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the layout is the same everywhere
+    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: same layout everywhere
     "font.size": 9,
     "grid.alpha": 0.16,
     "grid.color": INK,
@@ -63,12 +62,12 @@ _SETTINGS: Any = {
 
 @dataclass(frozen=True)
 class Series:
-    """Points in the order in which they are joined; a ``y`` that is not finite leaves a gap.
+    """Points joined in order; a non-finite ``y`` leaves a gap.
 
     Args:
-        name: stands in the legend; empty for none.
-        style: colour, dash and marker; give the same thing the same number in every plot.
-        low, high: the edges of a band around it; none unless given.
+        name: name in the legend.
+        style: number of the colour, dash and marker, the same in every plot.
+        low, high: edges of a band around the curve; empty for none.
     """
 
     name: str
@@ -87,17 +86,15 @@ def lines(
     x_limits: tuple[float, float] | None = None,
     y_limits: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draw curves over a common x, with a legend where there are several.
-
-    A curve of few points has markers, of one point only that.
+    """Draw curves, with markers on short ones and a legend for more than one.
 
     Args:
-        x_limits, y_limits: the range of an axis; None: what is drawn.
+        x_limits, y_limits: range of an axis; None: that of the data.
     """
     with settings():
         figure, axes = _axes(SIZE, x_label, y_label)
         for one in series:
-            axes.plot(one.x, one.y, **_look(one.style, markers=len(one.x) <= 12))
+            axes.plot(one.x, one.y, **_line(one.style, markers=len(one.x) <= 12))
             if one.low:
                 colour = PALETTE[one.style % len(PALETTE)]
                 axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.2, linewidth=0)
@@ -108,7 +105,7 @@ def lines(
         if all(float(value).is_integer() for one in series for value in one.x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         if len(series) > 1:
-            _legend(figure, {one.name: _look(one.style) for one in series})
+            _legend(figure, {one.name: _line(one.style) for one in series})
     return figure
 
 
@@ -123,8 +120,8 @@ def scatter(
     """Draw points on two logarithmic axes.
 
     Args:
-        floor: what lies below it stands at the bottom, at ``exact``.
-        labels: (name, x, y) written beside a point.
+        floor: y below which a point is drawn at the bottom, labelled ``exact``.
+        labels: (name, x, y), text next to a point.
     """
     with settings():
         figure, axes = _axes((6.4, 4.2), x_label, y_label)
@@ -132,16 +129,16 @@ def scatter(
         axes.set_yscale("symlog", linthresh=floor)
         for one in series:
             axes.plot(one.x, [y if y >= floor else 0.0 for y in one.y], **_dots(one.style))
-        axes.update_datalim([(1, 0), (1, floor)], updatex=False)  # "exact" is always there
+        axes.update_datalim([(1, 0), (1, floor)], updatex=False)  # always show "exact"
         axes.autoscale_view()
         low, high = axes.get_xlim()
-        if high < 100 * low:  # powers of ten alone would be one number, or none
+        if high < 100 * low:  # powers of ten alone would leave one tick or none
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(lambda x, _: number(x))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(lambda y, _: number(y) if y else "exact")
         for name, x, y in labels:
-            _label(axes, shown(name), (x, y if y >= floor else 0.0))
+            _label(axes, short_name(name), (x, y if y >= floor else 0.0))
         _legend(figure, {one.name: _dots(one.style) for one in series})
     return figure
 
@@ -154,15 +151,15 @@ def means(
     *,
     x_label: str,
 ) -> Figure:
-    """Draw one row a name: single values as dots, their mean and deviation as a bar.
+    """Draw one row per name: single values as dots, mean and deviation as an error bar.
 
     Args:
-        deviations: half the length of each bar; None for none.
+        deviations: half length of each bar; None: no bar.
     """
     with settings():
         figure, axes = _axes((SIZE[0], 0.9 + 0.32 * len(names)), x_label, "")
         axes.grid(visible=False, axis="y")
-        axes.set_yticks(range(len(names)), [shown(name) for name in names])
+        axes.set_yticks(range(len(names)), [short_name(name) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)  # the first on top
         for row, (single, centre, deviation) in enumerate(
             zip(values, centres, deviations, strict=True)
@@ -176,7 +173,7 @@ def means(
 
 @contextmanager
 def settings() -> Iterator[None]:
-    """Set matplotlib's defaults and ours while a figure is made or written."""
+    """Apply matplotlib's defaults and ours while a figure is drawn or written."""
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         matplotlib.rcdefaults()
@@ -189,12 +186,12 @@ def _axes(size: tuple[float, float], x_label: str, y_label: str) -> tuple[Figure
     axes = figure.subplots()
     axes.grid(visible=True)
     axes.set_axisbelow(True)
-    axes.set(xlabel=shown(x_label), ylabel=shown(y_label))
+    axes.set(xlabel=short_name(x_label), ylabel=short_name(y_label))
     return figure, axes
 
 
 def _label(axes: Axes, name: str, point: tuple[float, float]) -> None:
-    """Write beside a point, on the side that has more room."""
+    """Write next to a point, on the side with more room."""
     pixels = axes.transData.transform(point)
     right = axes.transAxes.inverted().transform(pixels)[0] > 0.6
     axes.annotate(
@@ -208,8 +205,8 @@ def _label(axes: Axes, name: str, point: tuple[float, float]) -> None:
     )
 
 
-def _look(style: int, *, markers: bool = False) -> dict[str, Any]:
-    """Return the look of a curve: the same for a number, and no two of the first 24 alike."""
+def _line(style: int, *, markers: bool = False) -> dict[str, Any]:
+    """Return matplotlib's properties of a curve; the first 24 styles are all different."""
     turn = style // len(PALETTE)
     return {
         "color": PALETTE[style % len(PALETTE)],
@@ -220,22 +217,22 @@ def _look(style: int, *, markers: bool = False) -> dict[str, Any]:
     }
 
 
-def css_look(style: int) -> tuple[str, str]:
-    """Return a curve's colour and its dashes, as SVG's ``stroke-dasharray`` has them."""
-    look = _look(style)
-    dashes = look["linestyle"]
-    return look["color"], "none" if dashes == "-" else " ".join(str(1.6 * n) for n in dashes[1])
+def css_style(style: int) -> tuple[str, str]:
+    """Return a curve's colour and its dashes, as an SVG ``stroke-dasharray``."""
+    line = _line(style)
+    dashes = line["linestyle"]
+    return line["color"], "none" if dashes == "-" else " ".join(str(1.6 * n) for n in dashes[1])
 
 
 def _dots(style: int) -> dict[str, Any]:
-    return _look(style, markers=True) | {"linestyle": "", "markersize": 6}
+    return _line(style, markers=True) | {"linestyle": "", "markersize": 6}
 
 
 def _legend(figure: Figure, named: dict[str, dict[str, Any]]) -> None:
-    """Put one entry a name above the axes; many make the figure taller, not the axes smaller."""
+    """Add a legend above the axes; a long one makes the figure taller, not the axes smaller."""
     if not named:
         return
-    handles = [Line2D([], [], **look) for look in named.values()]
+    handles = [Line2D([], [], **line) for line in named.values()]
     columns = 1 if max(map(len, named)) > 24 else 2 if max(map(len, named)) > 11 else 3
     rows = -(-len(named) // columns)
     if rows > _LEGEND_ROWS:
@@ -243,18 +240,18 @@ def _legend(figure: Figure, named: dict[str, dict[str, Any]]) -> None:
         figure.set_size_inches(width, height + _ROW * (rows - _LEGEND_ROWS))
     legend = figure.legend(
         handles,
-        [str(i) for i in range(len(handles))],  # names that begin with _ would be left out
+        [str(i) for i in range(len(handles))],  # matplotlib drops names that begin with _
         loc="outside upper left",
         ncols=min(columns, len(named)),
         handlelength=2.6,
         fontsize=8,
     )
     for text, name in zip(legend.get_texts(), named, strict=True):
-        text.set_text(shown(name))
+        text.set_text(short_name(name))
 
 
 def number(value: float) -> str:
-    """Return at most four digits: 0.0125, 31.8, 12k, 3.4M; 1e-5 instead of many zeros."""
+    """Format a number with at most four digits: 0.0125, 31.8, 12k, 3.4M, 1e-5."""
     if not math.isfinite(value):
         return "-"
     size = abs(value)
@@ -266,10 +263,8 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def shown(name: str) -> str:
-    """Return a name as it stands in a plot: on one line, letter by letter, of a long one its start
-    and its end, in which names of several things differ.
-    """
+def short_name(name: str) -> str:
+    """Return a name on one line, cut in the middle: names often differ at their ends."""
     line = printable(name, 10 * _NAME)
     half = _NAME // 2
     return line if len(line) <= _NAME else f"{line[: half - 1]}…{line[-half:]}"

@@ -1,4 +1,4 @@
-"""Which runs won, by how much, and at what cost: runs that differ in their seed count as one."""
+"""Ranking of runs by top-1, with margin and cost; runs that differ only in their seed are one."""
 
 import re
 from collections import Counter
@@ -20,9 +20,9 @@ class Contender:
     """Runs of one recipe.
 
     Args:
-        name: a run's, or what the names of several begin with.
-        runs: at least one, of different seeds.
-        style: of its curves.
+        name: the run's name, or the common start of several.
+        runs: at least one, with different seeds.
+        style: style of its curves.
     """
 
     name: str
@@ -36,9 +36,9 @@ class Contender:
 
     @property
     def top1(self) -> dict[int, float]:
-        """Return the best top-1 by seed, in percent, of the runs that were evaluated."""
-        found = {run.recipe.run.seed: run.best() for run in self.runs}
-        return {seed: best["top1"] for seed, best in found.items() if best is not None}
+        """Return the best top-1 in percent, by seed, of the evaluated runs."""
+        bests = {run.recipe.run.seed: run.best() for run in self.runs}
+        return {seed: best["top1"] for seed, best in bests.items() if best is not None}
 
     @property
     def best(self) -> MeanOfRuns | None:
@@ -47,25 +47,25 @@ class Contender:
 
     @property
     def column(self) -> str:
-        """Return the log's column that has the best top-1 of most runs."""
+        """Return the log's column that holds the best top-1 for most runs."""
         weights = [best["weights"] for run in self.runs if (best := run.best()) is not None]
         return "ema_top1" if 2 * weights.count("ema") > len(weights) else "top1"
 
     @property
     def seconds(self) -> float | None:
-        """Return the mean time of training, without evaluation; None where it was not logged."""
+        """Return the mean training time, without evaluation; None if not logged."""
         spent = self._elapsed()
         return None if spent is None else fmean(each[-1] for each in spent)
 
     def mean(self, column: str) -> float | None:
         """Return the mean of a column over epochs and runs, or None."""
-        found = [mean for run in self.runs if (mean := run.mean(column)) is not None]
-        return fmean(found) if found else None
+        means = [mean for run in self.runs if (mean := run.mean(column)) is not None]
+        return fmean(means) if means else None
 
     def curve(self, column: str, *, timed: bool = False) -> Series | None:
-        """Return the mean of a column over epochs, or seconds, and the seeds' range as its band.
+        """Return the mean of a column over epochs or seconds, with the seeds' range as its band.
 
-        None of fewer than two points, or where the seconds were not logged.
+        None if it has fewer than two points or the seconds were not logged.
         """
         logged = [run.column(column) for run in self.runs]
         epochs = [epoch for epoch in logged[0] if all(epoch in values for values in logged)]
@@ -78,23 +78,25 @@ class Contender:
         return Series(self.name, x, [fmean(each) for each in y], self.style, *band)
 
     def _elapsed(self) -> list[list[float]] | None:
-        """Return the seconds up to every epoch, of each run; None where one has not logged them."""
-        found = [spent for run in self.runs if (spent := run.elapsed()) is not None]
-        return found if len(found) == len(self.runs) else None
+        """Return each run's seconds up to every epoch; None unless all runs logged them."""
+        logged = [spent for run in self.runs if (spent := run.elapsed()) is not None]
+        return logged if len(logged) == len(self.runs) else None
 
 
 def rank(runs: Sequence[RunRecord]) -> list[Contender]:
-    """Return the recipes that ran, the one with the highest top-1 first."""
+    """Group runs by recipe, the recipe with the highest top-1 first."""
     groups: dict[tuple[str, int], list[RunRecord]] = {}
     seen = Counter[tuple[str, int]]()
     for run in runs:
         recipe = {k: v for k, v in flatten(asdict(run.recipe)) if k not in SEEDS_DIFFER_IN}
         recipe["run.fork_from"] = bool(run.recipe.run.fork_from)  # each seed forks its own state
         name, seed = repr(recipe), run.recipe.run.seed
-        groups.setdefault((name, seen[name, seed]), []).append(run)  # a seed again is on its own
+        groups.setdefault((name, seen[name, seed]), []).append(
+            run
+        )  # a repeated seed is a group of its own
         seen[name, seed] += 1
-    names = [_common([run.name for run in group]) for group in groups.values()]
-    found = [
+    names = [_common_name([run.name for run in group]) for group in groups.values()]
+    contenders = [
         Contender(
             name if name and names.count(name) == 1 else f"{group[0].name} and others",
             tuple(group),
@@ -102,57 +104,57 @@ def rank(runs: Sequence[RunRecord]) -> list[Contender]:
         )
         for style, (name, group) in enumerate(zip(names, groups.values(), strict=True))
     ]
-    return sorted(found, key=lambda one: -(one.best.mean if one.best else -1.0))
+    return sorted(contenders, key=lambda one: -(one.best.mean if one.best else -1.0))
 
 
-def _common(names: Sequence[str]) -> str:
-    """Return a run's name; of several ``cskd`` of ``cskd-0`` and ``cskd-1``; empty if they differ.
-
-    Names of seeds differ in a number at their end.
-    """
+def _common_name(names: Sequence[str]) -> str:
+    """Return the names without the seed at their end; empty if they still differ."""
     if len(names) == 1:
         return names[0]
-    found = {_SEED.sub("", name) for name in names}
-    return found.pop() if len(found) == 1 else ""
+    common = {_SEED.sub("", name) for name in names}
+    return common.pop() if len(common) == 1 else ""
 
 
 def verdict(ranked: Sequence[Contender]) -> list[str]:
-    """Return who won, by how much and at what cost, in sentences that go on after the name of the
-    first; none where no run has been evaluated.
+    """Return sentences on the winner, its margin and cost; empty if no run has been evaluated.
+
+    The first sentence continues after the winner's name.
     """
     means = [(one, one.best) for one in ranked if one.best is not None]
     if not means:
         return []
     first, best = means[0]
-    said = [f"reaches {best} % top-1{_in(first)}."]
+    sentences = [f"reaches {best} % top-1{_training_time(first)}."]
     if len(means) > 1:
         second, other = means[1]
         behind = f"{best.mean - other.mean:.2f} points behind"
-        said += [f"{second.name} is second{_in(second)}, {behind}.", _noise(first, second)]
-    return said
+        sentences += [
+            f"{second.name} is second, {behind}{_training_time(second)}.",
+            _noise(first, second),
+        ]
+    return sentences
 
 
 def _noise(first: Contender, second: Contender) -> str:
     if len(first.top1.keys() & second.top1.keys()) < 2:
-        return "With one seed of each, the noise of seeds is not known."
+        return "With one seed each, the noise between seeds is unknown."
     judged = judge(first.top1, second.top1)
-    clear, found = "outside" if judged.clear else "within", judged.difference
-    return (
-        f"Seed by seed the difference is {found.mean:+.2f} ± {found.error:.2f}: {clear} the noise."
-    )
+    clear, paired = "outside" if judged.clear else "within", judged.difference
+    difference = f"{paired.mean:+.2f} ± {paired.error:.2f}"
+    return f"Paired by seed, the difference is {difference}: {clear} the noise."
 
 
-def _in(one: Contender) -> str:
-    return "" if one.seconds is None else f" in {took(one.seconds)} of training"
+def _training_time(one: Contender) -> str:
+    return "" if one.seconds is None else f" in {duration(one.seconds)} of training"
 
 
-def took(seconds: float) -> str:
-    """Return ``52.1 minutes``."""
+def duration(seconds: float) -> str:
+    """Format a time, such as ``52.1 minutes``."""
     unit, size = unit_of(seconds)
     return f"{number(round(seconds / size, 1))} {unit}"
 
 
 def unit_of(seconds: float) -> tuple[str, int]:
-    """Return the unit in which a time is read best, and its seconds."""
+    """Return the unit for a time, and its length in seconds."""
     units = {"hours": 3600, "minutes": 60}
     return next(((u, s) for u, s in units.items() if seconds >= 2 * s), ("seconds", 1))

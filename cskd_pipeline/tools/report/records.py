@@ -1,6 +1,6 @@
-"""A training run's folder as ``train`` leaves it: its recipe and its log, read within bounds.
+"""A training run's folder: its recipe and its log, read within bounds.
 
-The folder may be a stranger's, and the run may still go on: what is not finished is not there yet.
+The folder is untrusted, and the run may still be in progress.
 """
 
 import re
@@ -19,22 +19,22 @@ from cskd_pipeline.runtime.console import flatten
 RECIPE = "recipe.toml"
 LOG = "summary.csv"
 MAX_RUNS = 24
-"""As many as there are looks of a curve."""
+"""The number of distinct curve styles."""
 MAX_BYTES = 16 * 2**20
 MAX_LINES = 50_000
 LARGEST = 1e30
-"""Of a logged number; float32 plots go no further."""
+"""The largest number in a log; float32 plots go no further."""
 
 Row = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run.
+    """A training run.
 
     Args:
-        name: the folder's, with as many of its parents as make it differ from other runs'.
-        rows: one per finished epoch, column to number; None where nothing was measured.
+        name: the folder's name, with as many parents as tell it from the other runs.
+        rows: one per finished epoch, column to number; None if not measured.
     """
 
     folder: Path
@@ -54,13 +54,13 @@ class RunRecord:
 
     @property
     def schedule(self) -> str | None:
-        """Return the name of the CKF schedule, of method ``cskd``."""
+        """Return the name of the CKF schedule; None unless the method is ``cskd``."""
         return self.recipe.distill.schedule if self.method == "cskd" else None
 
     def column(self, name: str) -> dict[int, float]:
-        """Return a column's numbers by epoch, of the epochs that have one."""
-        found = ((int(row["epoch"] or 0), row.get(name)) for row in self.rows)
-        return {epoch: value for epoch, value in found if value is not None}
+        """Return a column's numbers by epoch, without the epochs that lack one."""
+        cells = ((int(row["epoch"] or 0), row.get(name)) for row in self.rows)
+        return {epoch: value for epoch, value in cells if value is not None}
 
     def last(self, name: str) -> float | None:
         """Return the last number of a column, or None."""
@@ -72,66 +72,68 @@ class RunRecord:
         return sum(values) / len(values) if values else None
 
     def elapsed(self) -> list[float] | None:
-        """Return the seconds of training up to the end of every epoch; None where not logged."""
+        """Return the seconds of training up to the end of every epoch; None if not logged."""
         seconds = self.column("seconds").values()
         return list(accumulate(seconds)) if 0 < self.epochs == len(seconds) else None
 
     def best(self) -> dict[str, Any] | None:
         """Return the highest top-1 (percent), its epoch, and its weights: ``last`` or ``ema``.
 
-        None without validation. The first of equals, as ``train`` keeps it.
+        The first of equals, as in ``train``; None without validation.
         """
-        found: dict[str, Any] | None = None
+        best: dict[str, Any] | None = None
         for row in self.rows:
             for weights, column in (("last", "top1"), ("ema", "ema_top1")):
                 value = row.get(column)
-                if value is not None and (found is None or value > found["top1"]):
-                    found = {"top1": value, "epoch": int(row["epoch"] or 0), "weights": weights}
-        return found
+                if value is not None and (best is None or value > best["top1"]):
+                    best = {"top1": value, "epoch": int(row["epoch"] or 0), "weights": weights}
+        return best
 
 
-def which(epoch: int, weights: str) -> str:
-    """Name one of a run's students: ``epoch 7``, or ``epoch 7, EMA`` of the averaged weights."""
+def epoch_name(epoch: int, weights: str) -> str:
+    """Name one of a run's students: ``epoch 7``, or ``epoch 7, EMA`` for averaged weights."""
     averaged = {"last": "", "ema": ", EMA"}
     return f"epoch {epoch}{averaged.get(weights, f', {weights}')}"
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder looks like a training run's: it has a recipe."""
+    """Return whether a folder has a training run's recipe."""
     return (folder / RECIPE).is_file()
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Read runs, in the order given, each under a name of its own."""
+    """Read runs, in the order given, under distinct names."""
     if len(folders) > MAX_RUNS:
         raise UsageError(
-            "too many runs for one page", found=f"{len(folders)} runs", expected=f"{MAX_RUNS}"
+            "too many runs for one page",
+            found=f"{len(folders)} runs",
+            expected=f"at most {MAX_RUNS}",
         )
     seen: set[Path] = set()
     for folder in folders:
         if folder.resolve() in seen:
-            raise UsageError("a run is there twice", found=folder)
+            raise UsageError("duplicate run", found=folder)
         seen.add(folder.resolve())
     names = distinct_names(folders)
     return [_read(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """Return the folders' names, each with as many parents as make all of them different."""
+    """Return the folders' names, each with as many parents as it takes to be unique."""
     parts = [folder.resolve().parts for folder in folders]
     names = []
     for own in parts:
         others = [other for other in parts if other != own]
-        taken = range(1, len(own) + 1)
-        depth = next((n for n in taken if all(o[-n:] != own[-n:] for o in others)), len(own))
+        depths = range(1, len(own) + 1)
+        depth = next((n for n in depths if all(o[-n:] != own[-n:] for o in others)), len(own))
         names.append(Path(*own[-depth:]).as_posix())
     return names
 
 
 def recipe_differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """Return the keys in which recipes differ: dotted name -> each run's value.
+    """Return the keys in which recipes differ: dotted name -> each run's value, ``-`` if absent.
 
-    ``run.out``, which is the folder, is left out; a key that a recipe does not have is ``-``.
+    ``run.out``, the folder, is left out.
     """
     recipes = [dict(flatten(asdict(run.recipe))) for run in runs]
     for recipe in recipes:
@@ -142,7 +144,7 @@ def recipe_differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
 
 
 def _value(value: Any) -> str:
-    """Return a recipe's value as a line, with all its digits."""
+    """Return a recipe's value on one line, with all digits."""
     if value is None or value == "":
         return "-"
     if isinstance(value, bool):
@@ -155,24 +157,24 @@ def _value(value: Any) -> str:
 def _read(folder: Path, name: str) -> RunRecord:
     if not is_run(folder):
         raise RunError(
-            "no training run is here",
+            "not a training run",
             where=folder,
-            found=f"no {RECIPE}" if folder.is_dir() else "no folder",
-            expected=f"a folder that train made, with {RECIPE} and {LOG}",
+            found=f"no {RECIPE}" if folder.is_dir() else "no such folder",
+            expected=f"a folder written by train, with {RECIPE} and {LOG}",
         )
     recipe = load_recipe(TrainRecipe, folder / RECIPE)
     return RunRecord(folder, name, recipe, read_log(folder / LOG))
 
 
 def read_log(path: Path) -> tuple[Row, ...]:
-    """Read ``summary.csv``: one row per finished epoch; none where the file is not there yet.
+    """Read ``summary.csv``: one row per finished epoch; empty if the file does not exist yet.
 
-    A last line without its newline is still being written, and left out.
+    A last line without a newline is still being written, and is left out.
     """
     if not path.exists():
         return ()
     if not path.is_file():
-        raise RunError("the run's log is no file", where=path)
+        raise RunError("the run's log is not a regular file", where=path)
     with open(path, "rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES or data.count(b"\n") > MAX_LINES:
@@ -186,7 +188,7 @@ def read_log(path: Path) -> tuple[Row, ...]:
                 continue
             columns = fields
             if columns[0] != "epoch" or len(set(columns)) < len(columns):
-                raise ValueError("columns without epoch as the first, or with one twice")
+                raise ValueError("the first column is not epoch, or a column is repeated")
         except ValueError as error:
             raise _damaged(path, f"line {number}: {error}") from error
     return tuple(rows)
@@ -196,7 +198,7 @@ def _row(columns: list[str], fields: list[str], after: float | None) -> Row:
     if len(fields) != len(columns):
         raise ValueError(f"{len(fields)} fields, expected {len(columns)}")
     if not re.fullmatch("[0-9]{1,7}", fields[0]) or int(fields[0]) <= (after or 0):
-        raise ValueError(f"epoch {fields[0]}, expected a larger one than {after or 0:.0f}")
+        raise ValueError(f"epoch {fields[0]}, expected more than {after or 0:.0f}")
     row: dict[str, float | None] = {"epoch": int(fields[0])}
     for column, text in zip(columns[1:], fields[1:], strict=True):
         row[column] = _number(column, text) if text else None
@@ -215,6 +217,6 @@ def _damaged(path: Path, found: str) -> RunError:
         "the run's log is damaged",
         where=path,
         found=found,
-        expected="comma-separated columns, then one line of numbers an epoch",
-        action="copy it again; a run that is resumed writes it anew with its next epoch",
+        expected="comma-separated columns, then one line of numbers per epoch",
+        action="copy it again, or resume the run: it rewrites the log after its next epoch",
     )

@@ -1,4 +1,4 @@
-"""The page of training runs: which won, their curves, and their students' dense labels."""
+"""The page of training runs: their ranking, their curves, and their students' dense labels."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,18 +13,18 @@ from cskd_pipeline.tools.report.dense_overlay import (
     script_data,
 )
 from cskd_pipeline.tools.report.page import PageOptions, render, write_page
-from cskd_pipeline.tools.report.ranking import SEEDS_DIFFER_IN, Contender, rank, took, verdict
-from cskd_pipeline.tools.report.records import RunRecord, read_runs, recipe_differences, which
+from cskd_pipeline.tools.report.ranking import SEEDS_DIFFER_IN, Contender, duration, rank, verdict
+from cskd_pipeline.tools.report.records import RunRecord, epoch_name, read_runs, recipe_differences
 
 
 def show_runs(folders: Sequence[Path], out: Path, options: PageOptions) -> dict[str, Any]:
     """Write ``out/index.html`` for ``cskd-pipeline show RUN...``.
 
-    Exported plots are ``top1_epochs``, ``top1_time``, ``dense_agreement``, and one by the name of
-    each curve (:data:`cskd_pipeline.tools.report.curves.GROUPS`).
+    Exported plots are ``top1_epochs``, ``top1_time``, ``dense_agreement``, and one for each curve
+    of :data:`cskd_pipeline.tools.report.curves.GROUPS`, by its name.
 
     Returns:
-        The files, the page's size in bytes, and each run's figures, by its name.
+        The files written, the page's size in bytes, and each run's figures, by name.
     """
     runs = read_runs(folders)
     differences = recipe_differences(runs)
@@ -76,7 +76,7 @@ def show_runs(folders: Sequence[Path], out: Path, options: PageOptions) -> dict[
 
 
 def _figures(run: RunRecord) -> dict[str, Any]:
-    """Return a run's numbers; top-1 in percent and data wait as a share, as in the log."""
+    """Return a run's numbers; top-1 in percent and data wait as a fraction, as in the log."""
     return {
         "folder": str(run.folder),
         "method": run.method,
@@ -92,21 +92,21 @@ def _figures(run: RunRecord) -> dict[str, Any]:
 
 
 def _ranking(ranked: Sequence[Contender]) -> list[tuple[object, ...]]:
-    """Return a line for each recipe: its top-1, how far that is behind the first, and its cost."""
+    """Return a row for each recipe: top-1, gap to the first, and cost."""
     first, lines = ranked[0].best, list[tuple[object, ...]]()
     for one in ranked:
         best, epochs = one.best, min(run.epochs for run in one.runs)
-        behind = None
+        gap = None
         if best is not None and first is not None and one is not ranked[0]:
-            behind = f"{best.mean - first.mean:.2f}"
+            gap = f"{best.mean - first.mean:.2f}"
         lines.append(
             (
                 {"name": one.name, "style": one.style},
                 None if best is None else str(best),
-                behind,
+                gap,
                 len(one.runs),
-                _of(epochs, one.runs[0].recipe.schedule.epochs),
-                None if one.seconds is None else took(one.seconds),
+                _progress(epochs, one.runs[0].recipe.schedule.epochs),
+                None if one.seconds is None else duration(one.seconds),
                 *_speed(one),
             )
         )
@@ -119,20 +119,20 @@ def _overview(run: RunRecord) -> tuple[object, ...]:
         run.name,
         run.method,
         run.schedule,
-        _of(run.epochs, run.recipe.schedule.epochs),
+        _progress(run.epochs, run.recipe.schedule.epochs),
         None if best is None else round(best["top1"], 2),
-        None if best is None else which(best["epoch"], best["weights"]),
+        None if best is None else epoch_name(best["epoch"], best["weights"]),
         *(None if (v := run.last(name)) is None else round(v, 2) for name in ("top1", "ema_top1")),
         *_speed(run),
     )
 
 
-def _of(epochs: int, planned: int) -> str:
+def _progress(epochs: int, planned: int) -> str:
     return str(planned) if epochs >= planned else f"{epochs} of {planned}"
 
 
 def _speed(one: RunRecord | Contender) -> tuple[object, object]:
-    """Return images a second, and the time that was waited for data in percent."""
+    """Return images per second, and the share of time spent waiting for data, in percent."""
     speed, wait = one.mean("images_per_second"), one.mean("data_wait")
     return None if speed is None else round(speed), None if wait is None else round(100 * wait, 1)
 
@@ -140,7 +140,7 @@ def _speed(one: RunRecord | Contender) -> tuple[object, object]:
 def _agreement(one: StudentLabels) -> tuple[object, ...]:
     return (
         one.run.name,
-        which(one.header.epoch, one.header.weights),
+        epoch_name(one.header.epoch, one.header.weights),
         *(round(100 * one.at(r), 1) for r in (1.0, one.last_ratio)),
         round(one.last_ratio, 3),
         round(100 * one.at(0.0), 1),

@@ -1,4 +1,4 @@
-"""A real browser without a screen or a network, for pages on disk."""
+"""A headless browser without a network, for pages on disk."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ DRIVER = shutil.which("chromedriver")
 
 
 def start() -> webdriver.Chrome:
-    """Chromium; where there is none the test is skipped, unless CSKD_BROWSER=required."""
+    """Start Chromium; skip the test without it, unless CSKD_BROWSER=required."""
     if BROWSER is None or DRIVER is None:
         if REQUIRED:
-            raise AssertionError("CSKD_BROWSER=required, and no chromium with its chromedriver")
-        pytest.skip("no chromium with its chromedriver")
+            raise AssertionError("CSKD_BROWSER=required, but no chromium or chromedriver")
+        pytest.skip("no chromium or chromedriver")
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
@@ -34,7 +34,7 @@ def start() -> webdriver.Chrome:
     return chrome
 
 
-def look(
+def open_page(
     chrome: webdriver.Chrome,
     page: Path,
     *,
@@ -42,23 +42,23 @@ def look(
     height: int = 900,
     dark: bool = False,
 ) -> None:
-    """Open a page in a window of that many CSS pixels."""
+    """Open a page in a window of ``width`` by ``height`` CSS pixels."""
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
     chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     chrome.get(page.as_uri())
 
 
-def complaints(chrome: webdriver.Chrome) -> list[str]:
+def console_messages(chrome: webdriver.Chrome) -> list[str]:
     """Return the console's messages since the last call."""
     return [entry["message"] for entry in chrome.get_log("browser")]
 
 
-def all_of(where: Any, selector: str) -> list[Any]:
-    found: list[Any] = where.find_elements(By.CSS_SELECTOR, selector)
+def all_of(parent: Any, selector: str) -> list[Any]:
+    found: list[Any] = parent.find_elements(By.CSS_SELECTOR, selector)
     return found
 
 
-def one(where: Any, selector: str) -> Any:
-    return where.find_element(By.CSS_SELECTOR, selector)
+def one(parent: Any, selector: str) -> Any:
+    return parent.find_element(By.CSS_SELECTOR, selector)

@@ -1,4 +1,4 @@
-"""One browser for all pages."""
+"""A browser shared by all page tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs' folders made by hand: a recipe and a log, without any training."""
+"""Fake run folders: a recipe and a log, without training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEADS = ("cls", "dist", "dense")
 
 
 def rows(epochs: int, *, method: str = "cskd", shift: float = 0.0) -> list[dict[str, Any]]:
-    """Return what ``train`` logs: numbers that differ in every column, epoch and ``shift``."""
+    """Return log rows as ``train`` writes them, distinct in every column, epoch and ``shift``."""
     found = []
     for epoch in range(1, epochs + 1):
         row: dict[str, Any] = {
@@ -53,7 +53,7 @@ def make_run(
     shift: float = 0.0,
     sets: tuple[str, ...] = (),
 ) -> Path:
-    """Write a run of ``epochs``, of which ``logged`` are finished; all of them unless given."""
+    """Write a run of ``epochs``, of which ``logged`` (None: all) are finished."""
     folder.mkdir(parents=True)
     flags: dict[str, Any] = {
         "distill.method": method,

@@ -1,4 +1,4 @@
-"""Labels at every location and ratio, and what is counted of them, against plain numpy."""
+"""Labels at every location and ratio, and their statistics, against plain numpy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cskd_pipeline.tools.report.gallery import (
     choose_views,
     class_names,
     ground_truth,
-    make_views,
+    replay_views,
     words_of,
 )
 from cskd_pipeline.tools.report.labels import (
@@ -40,7 +40,7 @@ ROWS = np.array([(0, 0, 1), (0, 0, 4), (1, 0, 0), (3, 1, 2), (2, 2, 3)])
 
 
 def fused(cache: Cache, rows: np.ndarray, r: float) -> np.ndarray:
-    """argmax over classes of r * d + (1 - r) * g, in float64: (n, h, w)."""
+    """Return the argmax over classes of r * d + (1 - r) * g, in float64: (n, h, w)."""
     logits = cache.gather("dense", rows)
     d = logits["dense/spatial"].astype(np.float64)
     g = logits["dense/global"].astype(np.float64)[:, :, None, None]
@@ -61,7 +61,7 @@ def test_labels_of_dense_logits_are_the_argmax_of_the_fused_response(tmp_path: P
 
 
 @pytest.mark.parametrize("encoding", ["envelope", "dense-q8", "topk"])
-def test_labels_of_other_encodings_are_those_of_the_logits_or_nearly(
+def test_labels_of_other_encodings_match_the_logits(
     small: World, tmp_path: Path, encoding: str
 ) -> None:
     world.cli("cache", "convert", small.cache, tmp_path / "c", "--encoding", encoding, "-q")
@@ -95,8 +95,8 @@ def test_labels_of_a_registered_encoding_alone(
 
 def test_labels_of_sampled_are_its_first_draw(tmp_path: Path) -> None:
     make(tmp_path / "dense", encodings=("dense",))
-    wanted = Conversion(["sampled"], sampled_draws=2, sampled_temperature=3.0)
-    convert(tmp_path / "dense", tmp_path / "c", wanted)
+    conversion = Conversion(["sampled"], sampled_draws=2, sampled_temperature=3.0)
+    convert(tmp_path / "dense", tmp_path / "c", conversion)
     cache = open_cache(tmp_path / "c")
     labels = read_labels(cache, ROWS)
     assert (labels.encoding, labels.exact) == ("sampled", False)
@@ -107,7 +107,7 @@ def test_labels_of_sampled_are_its_first_draw(tmp_path: Path) -> None:
         assert np.array_equal(labels.at(r), targets.drawn_spatial(r, 3.0)[:, 0].numpy())
 
 
-def test_planes_from_labels_at_some_ratios_give_these_labels_there() -> None:
+def test_planes_from_labels_at_some_ratios_reproduce_them() -> None:
     rng = np.random.default_rng(0)
     chosen = rng.integers(0, 3, (4, len(APPROXIMATED), 2, 3))
     planes = planes_of(chosen)
@@ -121,10 +121,10 @@ def found(small: World) -> Join:
     return join(load_dataset(str(small.shards)), open_cache(small.cache))
 
 
-def test_figures_are_counted_over_every_location(found: Join) -> None:
+def test_statistics_count_every_location(found: Join) -> None:
     cache = found.cache
     rows = draw_rows(cache, 10_000)
-    assert len(rows) == cache.views * found.samples.total  # fewer pairs than are read at most
+    assert len(rows) == cache.views * found.samples.total  # below the limit of slabs
     counted = read_labels(cache, rows)
     pairing = found.renderer.pair(rows)
     own = np.array([cache.labels(s)[o] for _, s, o in rows.tolist()])
@@ -141,16 +141,14 @@ def test_figures_are_counted_over_every_location(found: Join) -> None:
         assert both[index] == pytest.approx(either.mean(), abs=1e-3)
 
 
-def test_samples_are_few_slabs_of_many_views_each(
-    found: Join, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_views_are_sampled_from_few_slabs(found: Join, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labels_module, "SLABS", 5)
     rows = draw_rows(found.cache, 50)
     assert len(np.unique(rows, axis=0)) == 50
     assert len(np.unique(rows[:, :2], axis=0)) == 5
 
 
-def test_views_of_one_image_come_first(found: Join) -> None:
+def test_views_dominated_by_one_image_come_first(found: Join) -> None:
     own = ground_truth(found.cache, choose_views(found, 12)).share
     shares = np.maximum(own, 1 - own)
     assert shares.tolist() == sorted(shares.tolist(), reverse=True)
@@ -165,7 +163,7 @@ def test_imagenets_classes_have_words(tmp_path: Path) -> None:
     assert class_names(open_cache(tmp_path / "c"))[:2] == ["class 0", "class 1"]
 
 
-def test_imagenets_keys_name_classes_that_the_shards_do_not() -> None:
+def test_imagenet_keys_name_classes_when_shards_have_no_names() -> None:
     cache: Any = SimpleNamespace(
         manifest=SimpleNamespace(dataset=SimpleNamespace(class_names=None, num_classes=1000)),
         done=lambda: np.array([[False, True]]),
@@ -184,7 +182,7 @@ def test_views_are_what_the_network_saw(found: Join) -> None:
     from cskd_pipeline.data.batches import render_batch
 
     rows = choose_views(found, 6)
-    views = make_views(found, rows)
+    views = replay_views(found, rows)
     assert all(view.same and view.exact for view in views)
     numbers = [(view.number, *found.cache.find([view.key])[0]) for view in views]
     assert numbers == [tuple(row) for row in rows.tolist()]

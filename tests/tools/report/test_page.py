@@ -1,4 +1,4 @@
-"""The page of a cache in a real browser, and what it must never do."""
+"""The page of a cache in a real browser, with hostile names too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.tools.report import page
 from tests.pipeline import world
 from tests.pipeline.conftest import World
-from tests.tools.report.browser import all_of, complaints, look, one
+from tests.tools.report.browser import all_of, console_messages, one, open_page
 
 Capture = pytest.CaptureFixture[str]
 
@@ -61,16 +61,16 @@ def plain(small: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def labels(chrome: webdriver.Chrome) -> list[int]:
-    """Of every location, view by view."""
+    """Return the labels of all locations, view by view."""
     found: list[int] = chrome.execute_script(
         "return [...document.querySelectorAll('.locations span')].map(s => Number(s.dataset.label))"
     )
     return found
 
 
-def test_it_opens_from_disk_without_a_complaint(chrome: webdriver.Chrome, plain: Path) -> None:
-    look(chrome, plain)
-    assert complaints(chrome) == []
+def test_it_opens_from_disk_without_messages(chrome: webdriver.Chrome, plain: Path) -> None:
+    open_page(chrome, plain)
+    assert console_messages(chrome) == []
     assert len(all_of(chrome, "figure[data-view]")) == 5
     widths = chrome.execute_script(
         "return [...document.querySelectorAll('#gallery img')].map(i => i.naturalWidth)"
@@ -83,7 +83,7 @@ def test_it_opens_from_disk_without_a_complaint(chrome: webdriver.Chrome, plain:
 def test_the_slider_turns_local_labels_into_the_global_one(
     chrome: webdriver.Chrome, plain: Path, small: World
 ) -> None:
-    look(chrome, plain)
+    open_page(chrome, plain)
     cache = open_cache(small.cache)
     from cskd_pipeline.tools.report.gallery import choose_views
     from cskd_pipeline.tools.report.labels import read_labels
@@ -105,8 +105,8 @@ def test_the_slider_turns_local_labels_into_the_global_one(
 def test_every_class_is_outlined_by_its_region_and_the_largest_are_named(
     chrome: webdriver.Chrome, plain: Path
 ) -> None:
-    """The view's own classes always, others from a sixteenth of the locations on, all in words."""
-    look(chrome, plain)
+    """The view's own classes always, others from a sixteenth of the locations, all in words."""
+    open_page(chrome, plain)
     kinds, names = set(), sorted(world.CLASSES)
     for step in (0, 50, 100):
         chrome.execute_script("arguments[0].value = arguments[1]", one(chrome, "#at"), step)
@@ -114,21 +114,21 @@ def test_every_class_is_outlined_by_its_region_and_the_largest_are_named(
         for view in drawn(chrome):
             found = [int(label) for label in view["labels"]]
             own = [int(k) for k in view["of"].split()]
-            wanted = {k for k in found if k in own or found.count(k) * 16 >= len(found)}
-            regions = [[k == label for label in found] for k in wanted]
+            expected = {k for k in found if k in own or found.count(k) * 16 >= len(found)}
+            regions = [[k == label for label in found] for k in expected]
             assert sorted(view["inside"]) == sorted(regions)
-            named = {names[k] for k in wanted}
+            named = {names[k] for k in expected}
             assert set(view["names"]) <= named
             assert view["names"]
-            shares = {f"{names[k]} {found.count(k)}" for k in wanted}
-            rest = sum(k not in wanted for k in found)
+            shares = {f"{names[k]} {found.count(k)}" for k in expected}
+            rest = sum(k not in expected for k in found)
             assert set(view["legend"]) == shares | ({f"other {rest}"} if rest else set())
             kinds |= set(view["kinds"])
     assert {"own", "partner", "other"} <= kinds
 
 
 def drawn(chrome: webdriver.Chrome) -> list[dict[str, Any]]:
-    """Of every view: its labels, which locations each outline has inside, and what is written."""
+    """Return for each view its labels, the locations inside each outline, and its texts."""
     found: list[dict[str, Any]] = chrome.execute_script("""
         return [...document.querySelectorAll("#gallery [data-view]")].map((figure) => {
             const svg = figure.querySelector(".outlines svg");
@@ -151,7 +151,7 @@ def drawn(chrome: webdriver.Chrome) -> list[dict[str, Any]]:
 
 
 def test_the_button_plays_to_the_end_and_stops(chrome: webdriver.Chrome, plain: Path) -> None:
-    look(chrome, plain)
+    open_page(chrome, plain)
     slider, button = one(chrome, "#at"), one(chrome, "#play")
     chrome.execute_script("arguments[0].value = 97", slider)
     button.click()
@@ -162,7 +162,7 @@ def test_the_button_plays_to_the_end_and_stops(chrome: webdriver.Chrome, plain: 
 
 
 def test_a_schedule_leads_through_its_epochs(chrome: webdriver.Chrome, plain: Path) -> None:
-    look(chrome, plain)
+    open_page(chrome, plain)
     assert [option.text for option in all_of(chrome, "#drive option")] == [
         "r", "epochs, linear", "epochs, x2", "epochs, cos",
     ]  # fmt: skip
@@ -177,27 +177,27 @@ def test_a_schedule_leads_through_its_epochs(chrome: webdriver.Chrome, plain: Pa
     ]  # fmt: skip
 
 
-def test_locations_are_walked_with_arrow_keys_and_read_out(
+def test_arrow_keys_move_between_locations_and_read_them_out(
     chrome: webdriver.Chrome, plain: Path
 ) -> None:
-    look(chrome, plain)
+    open_page(chrome, plain)
     figure = one(chrome, '[data-view="1"]')
     first = one(figure, ".locations span")
     first.click()
     chrome.switch_to.active_element.send_keys(Keys.ARROW_DOWN)
     chrome.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
-    text = one(figure, ".here").text
+    text = one(figure, ".readout").text
     assert text.startswith("Row 2, column 2: ")
     assert chrome.switch_to.active_element.get_attribute("aria-label") in text
     assert text.count("(r ") >= 1
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_a_phone_scrolls_one_way_and_both_schemes_can_be_read(
+def test_a_phone_scrolls_vertically_and_both_schemes_are_readable(
     chrome: webdriver.Chrome, plain: Path, hostile: Path, dark: bool
 ) -> None:
     for path in (plain, hostile):
-        look(chrome, path, width=360, height=740, dark=dark)
+        open_page(chrome, path, width=360, height=740, dark=dark)
         wide, page_width = chrome.execute_script(
             "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
         )
@@ -222,11 +222,11 @@ def contrast(one_: str, other: str) -> float:
 
 
 def test_hostile_names_stay_text(chrome: webdriver.Chrome, hostile: Path) -> None:
-    look(chrome, hostile)
+    open_page(chrome, hostile)
     slider = one(chrome, "#at")
     for _ in range(5):
         slider.send_keys(Keys.PAGE_UP)
-    assert complaints(chrome) == []
+    assert console_messages(chrome) == []
     assert chrome.execute_script("return window.hurt") is None
     assert len(all_of(chrome, "script")) == 2
     assert not all_of(chrome, "main b, main img:not(.stage img), main [onload], main [onerror]")
@@ -238,22 +238,22 @@ def test_hostile_names_stay_text(chrome: webdriver.Chrome, hostile: Path) -> Non
     assert len(title) <= 100
 
 
-def test_the_policy_of_the_page_would_stop_what_slipped_through(
+def test_the_content_security_policy_stops_injected_markup(
     chrome: webdriver.Chrome, tmp_path: Path
 ) -> None:
-    """Markup that is let in on purpose neither runs nor fetches anything."""
+    """Markup injected on purpose neither runs nor loads anything."""
     evil = "<p id=in>in</p><img src=x onerror=\"window.hurt=1\"><img src='http://127.0.0.1:9/x'>"
     evil += "<script>window.hurt=2</script>"
     document = page.render("base.html", "t", data={}).replace("<main>", f"<main>{evil}")
     path = tmp_path / "evil.html"
     path.write_text(document)
-    look(chrome, path)
+    open_page(chrome, path)
     assert one(chrome, "#in").text == "in"
     assert chrome.execute_script("return window.hurt") is None
-    assert sum("Content Security Policy" in said for said in complaints(chrome)) >= 2
+    assert sum("Content Security Policy" in text for text in console_messages(chrome)) >= 2
 
 
-def test_only_our_own_markup_is_printed_without_escaping() -> None:
+def test_only_our_own_markup_is_unescaped() -> None:
     templates = files("cskd_pipeline.tools.report").joinpath("templates").iterdir()
     text = "".join(one.read_text() for one in templates if one.name.endswith(".html"))
     assert set(re.findall(r"(\S+)\s*\|\s*safe", text)) == {
@@ -281,11 +281,11 @@ def test_the_report_and_the_page_agree(small: World, tmp_path: Path, capsys: Cap
     assert report["bytes"] == (out / "index.html").stat().st_size
     assert (report["views_shown"], report["views_exact"]) == (4, 4)
     assert report["views_counted"] <= 60
-    # Of exact encodings the smallest is read; with ten classes that is the logits.
+    # The smallest exact encoding is read; with ten classes that is dense.
     assert (report["labels_from"], report["labels_exact"]) == ("dense", True)
     text = (out / "index.html").read_text()
     assert 1 < report["labels_a_place"] < 10
-    assert f"<dd>{report['labels_a_place']:.2f}</dd><dt>labels a location has" in text
+    assert f"<dd>{report['labels_a_place']:.2f}</dd><dt>labels per location" in text
     inside = re.search(r'id="data">(.*?)</script>', text)
     assert inside is not None
     assert json.loads(inside[1])["agreement"][100] == pytest.approx(
@@ -294,7 +294,7 @@ def test_the_report_and_the_page_agree(small: World, tmp_path: Path, capsys: Cap
     assert "6 of 6 units are finished" in text
 
 
-def test_an_unfinished_cache_says_what_is_missing(small: World, tmp_path: Path) -> None:
+def test_the_page_of_an_unfinished_cache_lists_missing_shards(small: World, tmp_path: Path) -> None:
     words = ["dump-teacher", "--shards", small.shards, "--teacher", world.TEACHER, "-q"]
     words += ["--weights", "random", "--cache", tmp_path / "c", "--workers", 0, "--device", "cpu"]
     words += world.as_flags(world.dump_sets())
@@ -304,13 +304,13 @@ def test_an_unfinished_cache_says_what_is_missing(small: World, tmp_path: Path) 
     assert re.search(r">train-0+\.tar</td><td [^<]*>32</td><td [^<]*>0</td>", text)
 
 
-def test_changed_images_are_pointed_out(small: World, tmp_path: Path) -> None:
-    """Views of images that were compressed again are shown, and not as the teacher's."""
+def test_changed_images_have_a_warning(small: World, tmp_path: Path) -> None:
+    """Views of recompressed images are shown with a warning."""
     world.draw_pictures(tmp_path / "pictures", per_class=24, seed=9)
     words = ["make-shards", tmp_path / "pictures", tmp_path / "shards", "--shard-size", 35, "-q"]
     assert world.cli(*words) == 0
     text = shown(small.cache, tmp_path / "shards", tmp_path / "page", "--images", 4).read_text()
-    assert text.count("Made from another image than the teacher saw.") == 4
+    assert text.count("Not from the image that the teacher saw.") == 4
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_changed_images_are_pointed_out(small: World, tmp_path: Path) -> None:
         (("--shards", "shards", "--images", "0"), 2, "--images"),
     ],
 )
-def test_what_cannot_be_shown_is_refused_and_leaves_nothing(
+def test_invalid_arguments_are_refused_and_leave_no_file(
     small: World, tmp_path: Path, capsys: Capture, words: tuple[str, ...], code: int, says: str
 ) -> None:
     root = small.shards.parent

@@ -1,4 +1,4 @@
-"""Runs' folders are read as they were written, and what is none is refused with one message."""
+"""Run folders are read exactly, and anything else is refused with one message."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_run_in_its_first_epoch_has_no_rows(tmp_path: Path) -> None:
     ("old", "new", "named"),
     [
         (b"epoch,loss", b"loss,epoch", "line 1"),
-        (b"epoch,loss", b"epoch,base", "line 1"),  # twice
+        (b"epoch,loss", b"epoch,base", "line 1"),  # base is repeated
         (b"\n2,", b"\n2,7,", "line 3: 18 fields"),
         (b"\n2,", b"\n\n2,", "line 3"),
         (b"\n2,", b"\n1,", "line 3: epoch 1"),
@@ -102,17 +102,18 @@ def test_a_damaged_log_is_refused_with_its_line(
 
 
 @pytest.mark.parametrize("data", [b"\n" * 60_000, b"," * 2**16, b"0" * (MAX_BYTES + 1)])
-def test_a_log_of_no_honest_size_is_refused(tmp_path: Path, data: bytes) -> None:
+def test_an_oversized_log_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "summary.csv").write_bytes(data + b"\n")
     with pytest.raises(RunError, match="damaged"):
         read_log(tmp_path / "summary.csv")
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path / "pipe", logged=0)
     os.mkfifo(tmp_path / "pipe/summary.csv")
     (tmp_path / "empty").mkdir()
-    for name, found in (("empty", "no recipe.toml"), ("nowhere", "no folder"), ("pipe", "no file")):
+    problems = {"empty": "no recipe.toml", "nowhere": "no such folder", "pipe": "not a regular"}
+    for name, found in problems.items():
         with pytest.raises(RunError, match=found):
             read_runs([tmp_path / name])
     make_run(tmp_path / "other")
@@ -121,12 +122,12 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         read_runs([tmp_path / "other"])
 
 
-def test_runs_are_named_apart(tmp_path: Path) -> None:
+def test_runs_have_distinct_names(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("a/x/run", "b/x/run", "b/y/run", "single")]
     assert distinct_names(paths) == ["a/x/run", "b/x/run", "y/run", "single"]
     assert distinct_names([Path("/run"), Path("/a/run")]) == ["/run", "a/run"]
     run = make_run(tmp_path / "run")
-    with pytest.raises(UsageError, match="twice"):
+    with pytest.raises(UsageError, match="duplicate run"):
         read_runs([run, tmp_path / "." / "run"])
     with pytest.raises(UsageError, match=str(MAX_RUNS)):
         read_runs([tmp_path / str(n) for n in range(MAX_RUNS + 1)])
@@ -151,7 +152,7 @@ def test_only_the_keys_in_which_recipes_differ(tmp_path: Path) -> None:
 
 
 def contenders(*folders: Path) -> list[Contender]:
-    """In the order given, as the page draws them."""
+    """Return the runs grouped by recipe, in the order given, as the page draws them."""
     return sorted(rank(read_runs(folders)), key=lambda one: one.style)
 
 
@@ -163,9 +164,9 @@ def test_curves_are_the_logs_numbers_in_the_runs_style(tmp_path: Path) -> None:
     for group in curves.GROUPS.values():
         for curve in group:
             found = {one.style: one for one in curves.series(drawn, curve)}
-            wanted = {1, 2} if "none" not in curve.methods else {0, 1, 2}
-            wanted -= {0} if curve.column == "top1_dense" else set()
-            assert set(found) == wanted, curve
+            expected = {1, 2} if "none" not in curve.methods else {0, 1, 2}
+            expected -= {0} if curve.column == "top1_dense" else set()
+            assert set(found) == expected, curve
             for style, one in found.items():
                 assert one.name == drawn[style].name == ("plain", "one", "two")[style]
                 assert list(one.x) == [row["epoch"] for row in logged[style]]
@@ -177,7 +178,7 @@ def test_curves_are_the_logs_numbers_in_the_runs_style(tmp_path: Path) -> None:
 
 
 def test_seeds_are_one_curve_with_a_band(tmp_path: Path) -> None:
-    """Over epochs that all have finished; over time only where all have logged it."""
+    """Over the epochs that all have finished; over time only if all logged it."""
     seeds = [
         make_run(tmp_path / f"cskd-{n}", shift=n, logged=4 - n, sets=(f"run.seed={n}",))
         for n in (0, 1)
@@ -200,7 +201,7 @@ def test_seeds_are_one_curve_with_a_band(tmp_path: Path) -> None:
     assert (without.seconds, without.curve("top1", timed=True)) == (None, None)
 
 
-def test_forks_of_several_seeds_are_one_curve_and_no_seeds_of_whole_runs(tmp_path: Path) -> None:
+def test_forks_of_several_seeds_are_one_curve_apart_from_whole_runs(tmp_path: Path) -> None:
     whole = make_run(tmp_path / "cskd-1", sets=("run.seed=1",))
     forks = [
         make_run(tmp_path / f"fork-{n}", sets=(f"run.seed={n}", f"run.fork_from=cskd-{n}/state.pt"))
@@ -210,7 +211,7 @@ def test_forks_of_several_seeds_are_one_curve_and_no_seeds_of_whole_runs(tmp_pat
     assert found == [("cskd-1", 1), ("fork", 2)]
 
 
-def test_the_first_is_named_with_its_lead_and_what_the_seeds_say(tmp_path: Path) -> None:
+def test_the_verdict_states_lead_cost_and_noise(tmp_path: Path) -> None:
     for method, shift in (("deit", 0.0), ("cskd", 1.5)):
         for n, scatter in enumerate((0.0, 0.5)):
             extra = scatter if method == "cskd" else 0.0
@@ -221,13 +222,13 @@ def test_the_first_is_named_with_its_lead_and_what_the_seeds_say(tmp_path: Path)
     assert [one.name for one in ranked] == ["cskd", "deit"]
     assert verdict(ranked) == [
         "reaches 37.00 ± 0.35 % top-1 in 57 seconds of training.",
-        "deit is second in 50 seconds of training, 1.75 points behind.",
-        "Seed by seed the difference is +1.75 ± 0.25: outside the noise.",
+        "deit is second, 1.75 points behind in 50 seconds of training.",
+        "Paired by seed, the difference is +1.75 ± 0.25: outside the noise.",
     ]
     alone = rank([runs[0], runs[2]])
     assert verdict(alone)[1:] == [
-        "deit-0 is second in 50 seconds of training, 1.50 points behind.",
-        "With one seed of each, the noise of seeds is not known.",
+        "deit-0 is second, 1.50 points behind in 50 seconds of training.",
+        "With one seed each, the noise between seeds is unknown.",
     ]
     assert verdict(rank(read_runs([make_run(tmp_path / "new", logged=0)]))) == []
 
@@ -257,7 +258,7 @@ def test_drawn_curves_share_colours_names_and_the_axis_of_top1(tmp_path: Path) -
     assert high > 36.25
 
 
-def test_one_run_needs_no_legend_and_what_nobody_logged_no_plot(tmp_path: Path) -> None:
+def test_one_run_has_no_legend_and_an_unlogged_column_no_plot(tmp_path: Path) -> None:
     runs = contenders(make_run(tmp_path / "one", method="none"))
     drawn = [plot for group in curves.GROUPS.values() for plot in curves.draw(runs, group)]
     names = [plot.name for plot in drawn]
@@ -267,8 +268,8 @@ def test_one_run_needs_no_legend_and_what_nobody_logged_no_plot(tmp_path: Path) 
     assert list(curves.draw(contenders(make_run(tmp_path / "new", logged=0)), curves.LOSSES)) == []
 
 
-def test_many_long_names_leave_the_curves_their_room(tmp_path: Path) -> None:
-    """And are shown with their ends, in which such names differ."""
+def test_many_long_names_do_not_shrink_the_axes(tmp_path: Path) -> None:
+    """Long names keep their ends, where they differ."""
     name = "a-name-that-says-everything-about-what-was-tried-in-run-{}"
     figures = []
     for count in (2, 20):

@@ -1,4 +1,4 @@
-"""The page of training runs in a real browser, its numbers, and what it must never do."""
+"""The page of training runs in a real browser: its numbers, and hostile names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from cskd_pipeline.views.draw import draw
 from cskd_pipeline.views.mixing import draw_mix, matching
 from tests.pipeline import world
 from tests.pipeline.conftest import World
-from tests.tools.report.browser import all_of, complaints, look, one
+from tests.tools.report.browser import all_of, console_messages, one, open_page
 from tests.tools.report.making_runs import log_text, make_run, rows
 
 Capture = pytest.CaptureFixture[str]
@@ -46,7 +46,7 @@ EPOCHS = 3
 
 @dataclass(frozen=True)
 class Shown:
-    """``cskd``: a real run; ``plain``: one made by hand; ``page``: of both, with predictions."""
+    """A real run ``cskd``, a fake one ``plain``, and the page of both with predictions."""
 
     cskd: Path
     plain: Path
@@ -72,7 +72,7 @@ def shown(small: World, tmp_path_factory: pytest.TempPathFactory) -> Shown:
 
 
 def show(out: Path, *words: object) -> dict[str, Any]:
-    """Return the object that the command prints with --json."""
+    """Run the command and return its --json object."""
     with contextlib.redirect_stdout(io.StringIO()) as stdout:
         assert world.cli("show", *words, "--out", out, "--json", "-q") == 0
     found: dict[str, Any] = json.loads(stdout.getvalue())
@@ -82,12 +82,12 @@ def show(out: Path, *words: object) -> dict[str, Any]:
 # The browser
 
 
-def test_it_opens_from_disk_without_a_complaint(chrome: webdriver.Chrome, shown: Shown) -> None:
-    look(chrome, shown.page)
-    assert complaints(chrome) == []
+def test_it_opens_from_disk_without_messages(chrome: webdriver.Chrome, shown: Shown) -> None:
+    open_page(chrome, shown.page)
+    assert console_messages(chrome) == []
     titles = {title.text for title in all_of(chrome, ".plot h3")}
     every = [curve.title for group in curves.GROUPS.values() for curve in group]
-    first = {"Top-1 over epochs", "Top-1 over the time of training"}
+    first = {"Top-1 over epochs", "Top-1 over training time"}
     assert titles == {*every, *first, "Locations at which student and teacher agree"}
     assert len(all_of(chrome, ".plot svg[role=img]")) == len(titles)
     assert len(all_of(chrome, "figure[data-view]")) == 5
@@ -97,8 +97,8 @@ def test_it_opens_from_disk_without_a_complaint(chrome: webdriver.Chrome, shown:
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_a_phone_scrolls_one_way(chrome: webdriver.Chrome, shown: Shown, dark: bool) -> None:
-    look(chrome, shown.page, width=360, height=740, dark=dark)
+def test_a_phone_scrolls_vertically(chrome: webdriver.Chrome, shown: Shown, dark: bool) -> None:
+    open_page(chrome, shown.page, width=360, height=740, dark=dark)
     wide, page_width = chrome.execute_script(
         "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     )
@@ -108,7 +108,7 @@ def test_a_phone_scrolls_one_way(chrome: webdriver.Chrome, shown: Shown, dark: b
 
 
 def test_names_and_recipes_stay_text(chrome: webdriver.Chrome, shown: Shown) -> None:
-    look(chrome, shown.page)
+    open_page(chrome, shown.page)
     one(chrome, "#at").send_keys(Keys.PAGE_UP)
     assert chrome.execute_script("return window.hurt") is None
     assert not all_of(chrome, "main img:not(.stage img), main [onerror], main b")
@@ -120,7 +120,7 @@ def test_names_and_recipes_stay_text(chrome: webdriver.Chrome, shown: Shown) -> 
 
 
 def painted(chrome: webdriver.Chrome) -> list[list[dict[str, Any]]]:
-    """Of every view, then the teacher and each student: label and mark of every cell."""
+    """Return the cells' labels and marks, for each view and then teacher and students."""
     found: list[list[dict[str, Any]]] = chrome.execute_script("""
         return [...document.querySelectorAll("[data-view]")].map((figure) =>
             [...figure.querySelectorAll("[data-panel]")].map((panel) => {
@@ -135,7 +135,7 @@ def painted(chrome: webdriver.Chrome) -> list[list[dict[str, Any]]]:
     return found
 
 
-def test_the_slider_moves_the_teacher_and_what_agrees(
+def test_the_slider_updates_the_teacher_and_the_agreement(
     chrome: webdriver.Chrome, shown: Shown, small: World
 ) -> None:
     compared, _ = compare(
@@ -145,7 +145,7 @@ def test_the_slider_moves_the_teacher_and_what_agrees(
     )
     assert compared is not None
     [student] = compared.students
-    look(chrome, shown.page)
+    open_page(chrome, shown.page)
     slider = one(chrome, "#at")
     ratio = 1 - int(slider.get_attribute("value")) / 100
     assert ratio == pytest.approx(1 / EPOCHS, abs=0.01)  # the run's last
@@ -153,13 +153,13 @@ def test_the_slider_moves_the_teacher_and_what_agrees(
         slider.send_keys(keys)
         expected = compared.teacher.at(r)
         total = 0
-        for view, (teacher, said) in enumerate(painted(chrome)):
+        for view, (teacher, panel) in enumerate(painted(chrome)):
             assert teacher["labels"] == expected[view].ravel().tolist()
-            assert said["labels"] == student.labels[view].ravel().tolist()
+            assert panel["labels"] == student.labels[view].ravel().tolist()
             same = (expected[view] == student.labels[view]).ravel()
-            assert said["same"] == same.tolist()
+            assert panel["same"] == same.tolist()
             assert not any(teacher["same"])
-            assert said["share"] == f"agrees at {same.sum()} of 16"
+            assert panel["share"] == f"agrees at {same.sum()} of 16"
             total += int(same.sum())
         assert (
             f"{BOLD} agrees at {total / 0.8 + 1e-9:.1f} % of 80 locations"
@@ -168,21 +168,21 @@ def test_the_slider_moves_the_teacher_and_what_agrees(
 
 
 def test_a_location_is_read_out_for_all(chrome: webdriver.Chrome, shown: Shown) -> None:
-    look(chrome, shown.page)
+    open_page(chrome, shown.page)
     figure = one(chrome, '[data-view="1"]')
     one(figure, '[data-panel="1"] .locations span').click()
     chrome.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
-    said = chrome.switch_to.active_element.get_attribute("aria-label")
-    text = one(figure, ".here").text
+    label = chrome.switch_to.active_element.get_attribute("aria-label")
+    text = one(figure, ".readout").text
     assert text.startswith("Row 1, column 2: teacher: ")
-    assert text.endswith(f"; {BOLD}: {said}")
+    assert text.endswith(f"; {BOLD}: {label}")
 
 
 # Numbers
 
 
 def test_a_students_labels_are_those_of_its_patch_tokens(shown: Shown, small: World) -> None:
-    """From the images' bytes to the labels by code that shares nothing with the page's."""
+    """Computed from the images' bytes without the page's code."""
     compared, without = compare(
         read_runs([shown.cskd]),
         ClassGuard(),
@@ -209,7 +209,7 @@ def test_a_students_labels_are_those_of_its_patch_tokens(shown: Shown, small: Wo
 
 
 def pixels(shards: Path, reader: Cache, view: int, shard: int, offset: int) -> np.ndarray:
-    """(S, S, 3) float32 as the network saw it."""
+    """Return a view as the network saw it, (S, S, 3) float32."""
     policy, tar = reader.manifest.policy, load_dataset(str(shards)).shards[shard]
     root, count = reader.manifest.root_seed, len(tar)
     partner = int(matching(root, tar.keys_sha256, count, view, policy)[offset])
@@ -249,11 +249,11 @@ def test_the_page_has_the_logs_numbers(
     assert plain["dense"] == "method none trains no dense head"
     assert shown.report["differences"]["distill.method"] == ["cskd", "none"]
     assert shown.report["bytes"] == shown.page.stat().st_size
-    look(chrome, shown.page)
+    open_page(chrome, shown.page)
     one(chrome, "#figures summary").click()
     cells = [cell.text for cell in all_of(chrome, "#figures tr:nth-child(2) td")][1:]
     assert cells == ["none", "-", "4", "35.25", "epoch 4, EMA", "34.5", "35.25", "503", "3.4"]
-    assert "is not here: method none trains no dense head." in one(chrome, "#dense").text
+    assert "is left out: method none trains no dense head." in one(chrome, "#dense").text
     first, second = (row.text for row in all_of(chrome, "#top1 tbody tr"))
     assert first.split()[-8:] == ["35.25", "-", "1", "4", "50", "seconds", "503", "3.4"]
     behind = real["best"]["top1"] - 35.25
@@ -263,7 +263,7 @@ def test_the_page_has_the_logs_numbers(
     assert any("34.5 at epoch 4" in text for text in described)
 
 
-def test_every_plot_becomes_a_file(tmp_path: Path) -> None:
+def test_every_plot_is_exported(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", method="none", shift=1.0)]
     common = {"top1_epochs", "top1_time", "loss", "loss_base"}
     common |= {"top1", "top1_ema", "top1_cls", "top1_dist"}
@@ -284,17 +284,17 @@ def test_every_plot_becomes_a_file(tmp_path: Path) -> None:
             assert f">{curve.y_label}<" in (tmp_path / f"svg/{curve.name}.svg").read_text()
 
 
-def test_a_run_in_its_first_epoch_is_shown_as_one(chrome: webdriver.Chrome, tmp_path: Path) -> None:
+def test_a_run_in_its_first_epoch_is_shown(chrome: webdriver.Chrome, tmp_path: Path) -> None:
     run = make_run(tmp_path / "new", logged=0)
     report = show(tmp_path / "out", run)
     assert report["runs"]["new"]["best"] is None
-    look(chrome, tmp_path / "out/index.html")
-    assert complaints(chrome) == []
+    open_page(chrome, tmp_path / "out/index.html")
+    assert console_messages(chrome) == []
     assert "new has not finished an epoch yet" in one(chrome, "#runs").text
     assert "0 of 4" in one(chrome, "#top1 table").text
 
 
-def test_recipes_without_end_are_cut_short(chrome: webdriver.Chrome, tmp_path: Path) -> None:
+def test_long_recipe_differences_are_cut(chrome: webdriver.Chrome, tmp_path: Path) -> None:
     keys = ", ".join(f"k{n} = {n}" for n in range(5000))
     runs = [
         make_run(tmp_path / "a", sets=(f"student.kwargs={{{keys}}}",)),
@@ -302,26 +302,26 @@ def test_recipes_without_end_are_cut_short(chrome: webdriver.Chrome, tmp_path: P
     ]
     report = show(tmp_path / "out", *runs)
     assert len(report["differences"]) == 5000
-    look(chrome, tmp_path / "out/index.html")
+    open_page(chrome, tmp_path / "out/index.html")
     assert len(all_of(chrome, "#runs details:first-of-type tbody tr")) == 200
     one(chrome, "#runs summary").click()
-    assert "And 4800 keys more, which --json lists." in one(chrome, "#runs").text
+    assert "4800 more keys are listed by --json." in one(chrome, "#runs").text
 
 
-# Students that are not there
+# Missing or unfitting students
 
 
 def test_without_a_dense_head_no_cache_is_needed(chrome: webdriver.Chrome, tmp_path: Path) -> None:
     run = make_run(tmp_path / "deit", method="deit", logged=0)
     show(tmp_path / "out", run, "--shards", "nowhere")
-    look(chrome, tmp_path / "out/index.html")
-    assert complaints(chrome) == []
-    assert "deit is not here: method deit trains no dense head." in one(chrome, "#dense").text
+    open_page(chrome, tmp_path / "out/index.html")
+    assert console_messages(chrome) == []
+    assert "deit is left out: method deit trains no dense head." in one(chrome, "#dense").text
     assert not all_of(chrome, "#dense table, #dense .controls")
 
 
 @pytest.mark.parametrize("field", ["grid", "size", "num_classes"])
-def test_a_student_of_another_cache_is_named_and_not_loaded(
+def test_a_student_of_another_cache_is_left_out_with_the_reason(
     shown: Shown, small: World, tmp_path: Path, field: str
 ) -> None:
     run = shutil.copytree(shown.cskd, tmp_path / "run")
@@ -342,7 +342,7 @@ def test_a_damaged_student_is_refused(
     shown: Shown, small: World, tmp_path: Path, capsys: Capture
 ) -> None:
     run = shutil.copytree(shown.cskd, tmp_path / "run")
-    save_file(load_file(run / "best.safetensors"), run / "best.safetensors")  # without its card
+    save_file(load_file(run / "best.safetensors"), run / "best.safetensors")  # without its header
     words = ("show", run, "--shards", small.shards, "--out", tmp_path / "out")
     assert world.cli(*words) == 1
     assert "does not state which student it holds" in capsys.readouterr().err
@@ -350,7 +350,7 @@ def test_a_damaged_student_is_refused(
 
 
 @pytest.mark.parametrize("named", ["", "https://example.org/cache", "gone"])
-def test_only_a_folder_is_taken_from_a_recipe(small: World, tmp_path: Path, named: str) -> None:
+def test_a_recipe_may_name_only_a_local_cache(small: World, tmp_path: Path, named: str) -> None:
     run = make_run(tmp_path / "run")
     recipe = run / "recipe.toml"
     recipe.write_text(recipe.read_text().replace('cache = "cache"', f'cache = "{named}"'))
@@ -362,15 +362,15 @@ def test_only_a_folder_is_taken_from_a_recipe(small: World, tmp_path: Path, name
 # Refusals
 
 
-def test_what_cannot_be_shown_is_refused_and_leaves_nothing(
+def test_invalid_arguments_are_refused_and_leave_no_file(
     small: World, tmp_path: Path, capsys: Capture
 ) -> None:
     run = make_run(tmp_path / "run")
     broken = make_run(tmp_path / "broken")
     (broken / "summary.csv").write_text(log_text(rows(3)).replace("\n2,", "\n2,\x1b[2J"))
     cases: list[tuple[tuple[object, ...], int, str]] = [
-        ((run, small.cache), 1, "no training run is here"),
-        ((run, run), 2, "a run is there twice"),
+        ((run, small.cache), 1, "not a training run"),
+        ((run, run), 2, "duplicate run"),
         ((run, broken), 1, r"line 3: loss \x1b[2J"),
         ((tmp_path / "nothing",), 2, "neither a cache nor a training run is here"),
         ((tmp_path,), 2, "neither a cache nor a training run is here"),
@@ -388,7 +388,7 @@ def test_what_cannot_be_shown_is_refused_and_leaves_nothing(
         assert not (tmp_path / "out").exists()
 
 
-def test_a_page_that_was_there_is_replaced_whole(tmp_path: Path) -> None:
+def test_an_existing_page_is_replaced(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", epochs=2, logged=1, method="none")
     show(tmp_path / "out", run)
     first = (tmp_path / "out/index.html").read_bytes()

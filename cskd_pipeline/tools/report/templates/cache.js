@@ -1,7 +1,7 @@
 (() => {
   const drive = byId("drive"), slider = byId("at"), status = byId("status");
 
-  let last = 1;  // the r chosen last; a schedule's epochs only come near it
+  let last = 1;  // the r chosen last; the epochs of a schedule only approximate it
 
   function ratio() {
     const value = Number(slider.value);
@@ -10,12 +10,12 @@
 
   const views = [...document.querySelectorAll("[data-view]")].map((figure) => {
     const locations = shown.views[Number(figure.dataset.view)];
-    const here = figure.querySelector(".here");
-    const tell = (i) => { here.textContent = where(i) + spans(locations[i]); };
+    const readout = figure.querySelector(".readout");
+    const read = (i) => { readout.textContent = positionOf(i) + spans(locations[i]); };
     return {
       locations,
-      of: classesOf(figure),
-      stage: layCells(figure.querySelector(".locations"), tell),
+      contents: classesOf(figure),
+      stage: layCells(figure.querySelector(".locations"), read),
       legend: figure.querySelector(".legend"),
       shares: figure.querySelector(".shares"),
       image: figure.querySelector("img"),
@@ -23,14 +23,14 @@
   });
 
   for (const row of document.querySelectorAll("[data-moments]")) {
-    const { locations, of, image } = views[Number(row.dataset.moments)];
+    const { locations, contents, image } = views[Number(row.dataset.moments)];
     for (const figure of row.querySelectorAll("[data-r]")) {
-      const classes = ranked(locations.map((location) => labelAt(location, Number(figure.dataset.r))), of);
+      const classes = ranked(locations.map((location) => labelAt(location, Number(figure.dataset.r))), contents);
       const copy = figure.querySelector("img");
       copy.src = image.src;
       copy.alt = image.alt;
       drawOutlines(figure.querySelector(".outlines"), classes);
-      figure.querySelector(".said").textContent = counted(classes).map(({ text }) => text).join(", ");
+      figure.querySelector(".summary").textContent = counted(classes).map(({ text }) => text).join(", ");
     }
   }
 
@@ -40,9 +40,9 @@
     const agreement = shown.agreement[Math.round(100 * r)];
     slider.setAttribute("aria-valuetext", `${epoch}r = ${r.toFixed(2)}`);
     status.textContent =
-      `${epoch}r = ${r.toFixed(2)}: ${percent(agreement)} of all locations have the class of the larger image.`;
-    for (const { locations, of, stage, legend, shares } of views) {
-      paint(stage, locations.map((location) => labelAt(location, r)), of, legend, shares);
+      `${epoch}r = ${r.toFixed(2)}: ${percent(agreement)} of locations agree with the larger image's class.`;
+    for (const { locations, contents, stage, legend, shares } of views) {
+      paint(stage, locations.map((location) => labelAt(location, r)), contents, legend, shares);
     }
   }
 

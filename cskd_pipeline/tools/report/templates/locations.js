@@ -1,22 +1,22 @@
 "use strict";
-// Shared by the pages of caches and of runs, which run it before their own script.
-// shown.views[i]: for each location, row by row, [c0, q1, c1, q2, c2, ...]: class c1 takes over at r = (q1 + 0.5) / N.
+// Shared by the pages of caches and of runs, and run before their own scripts.
+// shown.views[i]: for each location, row by row, [c0, q1, c1, q2, c2, ...]; class c1 takes over at r = (q1 + 0.5) / N.
 const shown = JSON.parse(document.getElementById("data").textContent);
 const N = 65535;
 const [rows, columns] = shown.grid;
 const byId = (id) => document.getElementById(id);
 const name = (label) => shown.names[label] ?? `class ${label}`;
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
-const where = (i) => `Row ${Math.floor(i / columns) + 1}, column ${(i % columns) + 1}: `;
+const positionOf = (i) => `Row ${Math.floor(i / columns) + 1}, column ${(i % columns) + 1}: `;
 const classesOf = (figure) => figure.dataset.classes.split(" ").map(Number);
-const NAMED = 4;  // classes that are outlined and named on a view, its own among them
-const SMALLEST = 1 / 16;  // of a view's locations, for another class to be outlined
+const NAMED = 4;  // classes outlined and named on a view, its own included
+const SMALLEST = 1 / 16;  // share of a view's locations from which another class is outlined
 
 function element(tag, className, text = "") {
-  const made = document.createElement(tag);
-  made.className = className;
-  made.textContent = text;
-  return made;
+  const node = document.createElement(tag);
+  node.className = className;
+  node.textContent = text;
+  return node;
 }
 
 function labelAt(location, r) {
@@ -27,7 +27,7 @@ function labelAt(location, r) {
 }
 
 function spans(location) {
-  // In the order of training: from the local label, r = 1, to the global one, r = 0.
+  // In training order: from the local label at r = 1 to the global one at r = 0.
   const found = [];
   for (let i = 0; i < location.length; i += 2) {
     const from = i ? (location[i - 1] + 0.5) / N : 0;
@@ -37,8 +37,8 @@ function spans(location) {
   return found.join(", then ");
 }
 
-function layCells(grid, tell) {
-  // One cell a location; arrow keys move, and `tell` is called with the location that is pointed at.
+function layCells(grid, read) {
+  // One cell per location; arrow keys move, and `read` is called with the location pointed at or focused.
   grid.style.gridTemplate = `repeat(${rows}, 1fr) / repeat(${columns}, 1fr)`;
   const cells = Array.from({ length: rows * columns }, () => document.createElement("span"));
   for (let row = 0; row < rows; row++) {
@@ -50,11 +50,11 @@ function layCells(grid, tell) {
   cells.forEach((cell, i) => {
     cell.setAttribute("role", "gridcell");
     cell.tabIndex = i ? -1 : 0;
-    cell.addEventListener("pointerenter", () => tell(i));
+    cell.addEventListener("pointerenter", () => read(i));
     cell.addEventListener("click", () => cell.focus());
     cell.addEventListener("focus", () => {
       cells.forEach((other, j) => { other.tabIndex = j === i ? 0 : -1; });
-      tell(i);
+      read(i);
     });
     cell.addEventListener("keydown", (event) => {
       const row = Math.floor(i / columns), column = i % columns;
@@ -73,7 +73,7 @@ function layCells(grid, tell) {
 }
 
 function ranked(labels, [own, partner]) {
-  // The classes among the labels: the view's own, its partner's, then by size; each with its kind and locations.
+  // The classes among the labels, each with its kind and locations: the view's own, its partner's, then by size.
   const found = new Map();
   labels.forEach((label, i) => found.set(label, [...(found.get(label) ?? []), i]));
   const kindOf = (label) => (label === own ? "own" : label === partner ? "partner" : "other");
@@ -87,10 +87,10 @@ function ranked(labels, [own, partner]) {
 }
 
 function outline(at) {
-  // The border of a set of locations, a little inside, with round corners: an SVG path, 100 units a location.
+  // The border of a set of locations, slightly inset, with round corners: an SVG path, 100 units per location.
   const inside = new Set(at), inset = 5, round = 14;
   const has = (x, y) => x >= 0 && x < columns && inside.has(y * columns + x);
-  const edges = new Set();  // from a corner in a direction that has the inside to its right
+  const edges = new Set();  // a corner and a direction, with the inside on its right
   for (const i of at) {
     const x = i % columns, y = Math.floor(i / columns);
     if (!has(x, y - 1)) edges.add([x, y, 1, 0].join());
@@ -120,7 +120,7 @@ function outline(at) {
 }
 
 function anchors(at) {
-  // Where a name may stand: the locations of the largest connected part, from its middle outwards.
+  // Positions for a name: the locations of the largest connected part, from its centre outwards.
   const left = new Set(at);
   let part = [];
   for (const start of at) {
@@ -142,7 +142,7 @@ function anchors(at) {
 }
 
 function putNames(outlines) {
-  // Names stand where none is covered by one before it, and within the view; a name without room is left to the legend.
+  // Place each name inside the view, clear of the names before it; one without room is only in the legend.
   const { width, height } = outlines.getBoundingClientRect(), taken = [];
   for (const tag of outlines.querySelectorAll(".name")) {
     const w = tag.offsetWidth / 2 + 2, h = tag.offsetHeight / 2 + 2;
@@ -157,7 +157,7 @@ function putNames(outlines) {
     tag.style.top = `${free[1]}px`;
   }
 }
-const room = new ResizeObserver((entries) => entries.forEach(({ target }) => putNames(target)));
+const resized = new ResizeObserver((entries) => entries.forEach(({ target }) => putNames(target)));
 
 function drawOutlines(outlines, classes) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -179,23 +179,23 @@ function drawOutlines(outlines, classes) {
     return tag;
   });
   outlines.replaceChildren(svg, ...tags);
-  room.unobserve(outlines);
-  room.observe(outlines);  // which places the names, once they have a size
+  resized.unobserve(outlines);
+  resized.observe(outlines);  // places the names once they have a size
 }
 
 function counted(classes) {
-  // ["tench 20", ..., "other 14"] with their kinds and counts of locations.
+  // Lines of the legend, "tench 20", ..., "other 14", with their kinds and counts of locations.
   const lines = classes.filter(({ kind }) => kind !== "rest")
     .map(({ label, at, kind }) => ({ kind, text: `${name(label)} ${at.length}`, count: at.length }));
   const count = classes.reduce((sum, { kind, at }) => sum + (kind === "rest" ? at.length : 0), 0);
   return count ? [...lines, { kind: "rest", text: `other ${count}`, count }] : lines;
 }
 
-function paint({ cells, outlines }, labels, of, legend, shares) {
-  // Outlines and names on the view, and below it how many locations each class has.
+function paint({ cells, outlines }, labels, contents, legend, shares) {
+  // Draw outlines and names on the view, and the number of locations of each class below it.
   if (outlines.dataset.drawn === labels.join()) return;
   outlines.dataset.drawn = labels.join();
-  const classes = ranked(labels, of);
+  const classes = ranked(labels, contents);
   drawOutlines(outlines, classes);
   labels.forEach((label, i) => {
     if (cells[i].dataset.label === String(label)) return;
@@ -221,8 +221,8 @@ byId("labels").addEventListener("change", (event) => {
 });
 
 {
-  // From local to global in eight seconds; with less motion in ten steps, one a second.
-  const slider = byId("at"), button = byId("play"), still = matchMedia("(prefers-reduced-motion: reduce)");
+  // From local to global in eight seconds; with reduced motion in ten steps of one second.
+  const slider = byId("at"), button = byId("play"), reduced = matchMedia("(prefers-reduced-motion: reduce)");
   let timer = 0;
   const stop = () => {
     clearInterval(timer);
@@ -240,7 +240,7 @@ byId("labels").addEventListener("change", (event) => {
     if (Number(slider.value) >= Number(slider.max)) slider.value = 0;
     button.firstElementChild.textContent = "❚❚";
     button.setAttribute("aria-label", "pause");
-    timer = still.matches ? setInterval(step, 1000, 0.1) : setInterval(step, 80, 0.01);
+    timer = reduced.matches ? setInterval(step, 1000, 0.1) : setInterval(step, 80, 0.01);
   });
   slider.addEventListener("pointerdown", stop);
   slider.addEventListener("keydown", stop);
