@@ -91,7 +91,7 @@ class Folder:
         descriptor, size = self._open(key)
         try:
             if size > limit:
-                raise DamageError(f"{size} bytes, more than the {limit} it may have")
+                raise DamageError(f"{size} bytes, more than the {limit} allowed")
             return _pread(descriptor, 0, size)
         finally:
             os.close(descriptor)
@@ -205,7 +205,7 @@ class RemoteFolder(RemoteFiles, Folder):
     def length(self, key: str) -> int:
         """Return the length of the copy, or, without one, of the server's file."""
         kept = None if self._mirror is None else self._mirror.length(key)
-        return self._insisting(key, lambda pace: self._length(key, pace)) if kept is None else kept
+        return self._retry(key, lambda pace: self._length(key, pace)) if kept is None else kept
 
     def sizes(self) -> dict[str, int] | None:
         """Return the length of every file of an object store; None of a web server."""
@@ -217,7 +217,7 @@ class RemoteFolder(RemoteFiles, Folder):
             root = len(self._fs()._strip_protocol(self.url)) + 1
             return {name[root:]: int(info["size"]) for name, info in found.items()}
 
-        return self._insisting("", lambda pace: transfers.within(pace, request))
+        return self._retry("", lambda pace: transfers.within(pace, request))
 
     def forget(self, key: str) -> bool:
         """Remove the copy; True once for each file: a damaged one is not requested for ever."""
@@ -247,4 +247,4 @@ class RemoteFolder(RemoteFiles, Folder):
                     raise
                 return None
 
-        return self._mirror.opened(key, lambda file: self._fetch(key, file, most), opening)
+        return self._mirror.open(key, lambda file: self._fetch(key, file, most), opening)

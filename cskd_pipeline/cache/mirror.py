@@ -1,4 +1,4 @@
-"""Copies of files that lie elsewhere, on this machine, within a bound."""
+"""Local copies of remote files, bounded in total size."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ from cskd_pipeline.runtime.atomic import translate_os_errors
 
 T = TypeVar("T")
 Fetch = Callable[[BufferedRandom], object]
-"""Fills an empty file."""
+"""Writes a file's content into an empty file."""
 
 FOLDER, GIGABYTES = "CSKD_CACHE_DIR", "CSKD_CACHE_GB"
 _DEFAULT_GIGABYTES = "50"
 _LOCKS = "locks"
-NOTES = ".npz"
-"""The end of names of small files about copies, which outlast these."""
-_STRIPES = 256  # files whose names share one wait for each other
-HELD_UP = 300.0  # seconds to wait for another process whose copy of a file does not grow
-_FRESH = 600.0  # seconds in which a use need not be noted again
-_ABANDONED = 86_400.0  # seconds after which a half-written file has no writer any more
-_TRIES = 6  # in a row, to open a copy before others remove it
+INDEX_SUFFIX = ".npz"
+"""Suffix of tar indices, which are stored next to the copies and never evicted."""
+_STRIPES = 256  # locks; files whose names hash alike share one
+STALLED = 300.0  # seconds without growth after which a copy no longer blocks other processes
+_FRESH = 600.0  # seconds before a use is recorded again
+_ABANDONED = 86_400.0  # seconds after which a partial file has no writer any more
+_TRIES = 6  # consecutive attempts to open a copy before other processes evict it
 
 
 class Mirror:
-    """Copies of one cache's files. Any number of processes may share a folder.
+    """Local copies of one cache's files. Any number of processes may share a folder.
 
     Args:
-        folder: holds the copies of all caches, which share the bound.
-        name: distinguishes this cache from others.
-        limit: bytes, of all copies. A process looks at it after each 64th part that it added, and
-            then makes room for eight such parts: up to eight that fetch at once stay below it, and
+        folder: folder with the copies of all caches, which share the limit.
+        name: identity of this cache.
+        limit: total bytes of all copies. A process checks it after each 64th that it adds, and then
+            evicts eight such parts: up to eight processes fetching at once stay below the limit,
             n of them exceed it by about (n - 8)/64 at most.
     """
 
     def __init__(self, folder: Path, name: str, limit: int) -> None:
         self.folder, self.limit = folder, limit
         self.root = folder / hashlib.sha256(name.encode()).hexdigest()[:32]
-        self._added: int | None = None  # bytes since the last look; None: not looked yet
+        self._added: int | None = None  # bytes since the last check; None: not checked yet
 
     @classmethod
     def of(cls, name: str) -> Mirror:
-        """Return the copies of the cache ``name`` in the folder that the environment names.
+        """Return the copies of the cache ``name`` in the folder that the environment sets.
 
         Raises:
-            UsageError: a size that is none.
-            OutputError: a folder that others may write to.
+            UsageError: ``CSKD_CACHE_GB`` is not a positive number.
+            OutputError: other users may write to the folder.
         """
         default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cskd-pipeline"
         folder = Path(os.environ.get(FOLDER) or default).expanduser()
@@ -76,12 +76,12 @@ class Mirror:
         return cls(folder, name, limit)
 
     @property
-    def lasting(self) -> int:
-        """Return how many bytes of copies there are still after room was made."""
+    def capacity(self) -> int:
+        """Return how many bytes of copies remain after an eviction."""
         return self.limit - self.limit // 8
 
     def find(self, key: str) -> Path | None:
-        """Return the copy, noted as used now; None if there is none."""
+        """Return the copy and record its use; None if absent."""
         path = self.root / key
         try:
             if time.time() - path.stat().st_mtime > _FRESH:
@@ -91,60 +91,60 @@ class Mirror:
         return path
 
     def length(self, key: str) -> int | None:
-        """Return the length of the copy in bytes; None if there is none."""
+        """Return the length of the copy in bytes; None if absent."""
         try:
             return (self.root / key).stat().st_size
         except FileNotFoundError:
             return None
 
-    def opened(self, key: str, fetch: Fetch, opening: Callable[[Path], T | None]) -> T:
-        """Return what ``opening`` makes of the copy; fetch it again where that is None.
+    def open(self, key: str, fetch: Fetch, open_copy: Callable[[Path], T | None]) -> T:
+        """Return what ``open_copy`` returns for the copy; fetch the copy again while that is None.
 
         Raises:
-            RemoteError: copies are removed before they are opened.
+            RemoteError: copies are evicted before they are opened.
         """
         for _ in range(_TRIES):
             self.keep(key, fetch)
-            found = opening(self.root / key)
-            if found is not None:
-                return found
+            opened = open_copy(self.root / key)
+            if opened is not None:
+                return opened
         raise RemoteError(
-            "copies of files are removed before they are read",
+            "local copies of files are evicted before they are read",
             where=self.folder,
-            action=f"give {GIGABYTES} more gigabytes",
+            action=f"increase {GIGABYTES}",
         )
 
     def keep(self, key: str, fetch: Fetch) -> None:
-        """Have the copy, by ``fetch`` if there is none; under its name it is whole.
+        """Ensure that the copy exists; ``fetch`` writes it if absent, and it appears atomically.
 
-        One process at a time fetches it; but for one whose copy does not grow (it may be stopped):
-        the others make copies of their own after a while, of which the last stays.
+        One process fetches it while others wait. Once its partial copy stops growing (the process
+        may be stopped), the others fetch copies of their own, of which the last stays.
         """
         if self.find(key) is not None:
             return
         path = self.root / key
         stripe = int(hashlib.sha256(str(path).encode()).hexdigest(), 16) % _STRIPES
         lock = self.folder / _LOCKS / f"{stripe:02x}"
-        with exclusive(lock, HELD_UP, lambda: _grows(path)):
+        with exclusive(lock, STALLED, lambda: _is_growing(path)):
             if self.find(key) is not None:
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # nobody can guess
+            partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # unpredictable
             try:
                 with translate_os_errors(partial), open(partial, "x+b") as file:
                     fetch(file)
                 os.replace(partial, path)
             finally:
                 partial.unlink(missing_ok=True)
-        self._make_room(path)
+        self._evict(path)
 
     def remove(self, key: str) -> None:
         """Remove the copy, if there is one."""
         (self.root / key).unlink(missing_ok=True)
 
-    def _make_room(self, added: Path) -> None:
-        """Remove what was not used for longest, if there is too much."""
-        with suppress(FileNotFoundError):  # another process made room
+    def _evict(self, added: Path) -> None:
+        """Evict the least recently used copies if the total exceeds the limit."""
+        with suppress(FileNotFoundError):  # another process evicted it
             size = added.stat().st_size
             if self._added is not None and self._added + size < self.limit // 64:
                 self._added += size
@@ -153,7 +153,7 @@ class Mirror:
         copies = sorted(self._copies())
         excess = sum(size for _, size, _ in copies) - self.limit
         if excess > 0:
-            excess += self.limit - self.lasting  # not again at once
+            excess += self.limit - self.capacity  # so that the next eviction is not due at once
             for _, size, path in copies:
                 if excess <= 0 or path == str(added):
                     break
@@ -162,14 +162,14 @@ class Mirror:
                 excess -= size
 
     def _copies(self) -> Iterator[tuple[float, int, str]]:
-        """Last use, bytes and path of every copy; what is being written is left out."""
+        """Yield last use, bytes and path of every copy, except those being written."""
         now = time.time()
         for folder, folders, names in os.walk(self.folder):
             if folder == str(self.folder) and _LOCKS in folders:
                 folders.remove(_LOCKS)
             for name in names:
                 path = f"{folder}/{name}"
-                if name.endswith(NOTES):
+                if name.endswith(INDEX_SUFFIX):
                     continue
                 with suppress(FileNotFoundError):
                     status = os.stat(path)
@@ -177,25 +177,25 @@ class Mirror:
                         yield status.st_mtime, status.st_size, path
 
 
-def _grows(path: Path) -> bool:
-    """Return whether some process has added to a copy of ``path`` lately."""
+def _is_growing(path: Path) -> bool:
+    """Return whether a process has recently written to a partial copy of ``path``."""
     for partial in path.parent.glob(f".{path.name}.*.partial"):
         with suppress(FileNotFoundError):
-            if time.time() - partial.stat().st_mtime < HELD_UP:
+            if time.time() - partial.stat().st_mtime < STALLED:
                 return True
     return False
 
 
 def _make_private(folder: Path) -> None:
-    """Make ``folder`` for this user alone, or refuse one in which others may put files.
+    """Create ``folder`` for this user alone; refuse one to which others may write.
 
-    Others may read what is there; copies that they exchange would be taken for the cache's. That
-    is refused for a group too: its members share no copies, each needs a folder.
+    Others may read it, but files that they put there would be taken for the cache's. Group write
+    access is refused too: members of a group cannot share copies, each needs a folder.
     """
     with translate_os_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     user, problem, action = os.geteuid(), None, ""
-    for status in (os.lstat(folder), os.stat(folder)):  # a link's owner may lead elsewhere
+    for status in (os.lstat(folder), os.stat(folder)):  # a link's owner may redirect it
         if status.st_uid != user:
             problem = f"owned by user {status.st_uid}, not by {user}"
         elif stat.S_ISDIR(status.st_mode) and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -203,9 +203,9 @@ def _make_private(folder: Path) -> None:
             action = f"chmod go-w {shlex.quote(str(folder))}, or "
     if problem is not None:
         raise OutputError(
-            "copies of a cache's files are kept only where nobody else can exchange them",
+            "other users could replace the local copies of remote files",
             where=folder,
             found=problem,
-            expected="a folder of your own, to which neither your group nor others may write",
+            expected="a folder of your own, without write access for group or others",
             action=f"{action}set {FOLDER} to another folder",
         )

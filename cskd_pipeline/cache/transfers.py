@@ -1,15 +1,14 @@
-"""Bytes from elsewhere: bounded in size and time, never inflated, from nowhere unexpected.
+"""Transfers from untrusted servers: bounded in size and time, and never decompressed.
 
-Every server is taken for a stranger's. Compressed transfers are not wanted, and are refused where
-they come all the same: nothing is ever inflated. Redirects are followed from one web server to
-another, never to another protocol nor from https to http, and a login (``~/.netrc``, a token) goes
-to the cache's own server alone. Every wait ends: what brings next to nothing for
-``CSKD_REMOTE_TIMEOUT`` seconds (default 300) is given up.
+Compressed responses are neither requested nor accepted. Redirects are followed from one web server
+to another, but never to another protocol or from https to http, and credentials (``~/.netrc``, a
+token) go to the first server alone. Every wait ends: a server that sends almost nothing for
+``CSKD_REMOTE_TIMEOUT`` seconds (default 300) is too slow.
 
-``gs://`` and ``hf://`` name web servers, whose responses come the same way. An ``s3://`` store is
-read by its library, which signs requests and follows redirects itself (between web servers, the
+``gs://`` and ``hf://`` URLs resolve to web servers and are read in the same way. An ``s3://`` store
+is read by its library, which signs requests and follows redirects itself (between web servers, the
 signature for the first alone); its files are read under the same bounds. Listings, sizes, errors
-and logins of stores are left to their libraries, and are bounded in time only.
+and logins of stores are left to their libraries, and bounded in time only.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ T = TypeVar("T")
 
 SECONDS = "CSKD_REMOTE_TIMEOUT"
 _DEFAULT_SECONDS = "300"
-TIMEOUT = 60.0  # seconds of silence after which a try has failed
-SLOWEST = 1000  # bytes a second, on average over CSKD_REMOTE_TIMEOUT
-REDIRECTS = 5
-PIECE = 2**20
-_ELSEWHERE = frozenset((301, 302, 303, 307, 308))
-_PLAIN = ("", "identity")
+TIMEOUT = 60.0  # seconds of silence after which an attempt fails
+SLOWEST = 1000  # bytes a second, averaged over CSKD_REMOTE_TIMEOUT
+MAX_REDIRECTS = 5
+PIECE = 2**20  # bytes
+_REDIRECTS = frozenset((301, 302, 303, 307, 308))
+_UNCOMPRESSED = ("", "identity")
 
 
 class StatusError(OSError):
-    """An HTTP status that is an error."""
+    """An HTTP error status."""
 
     def __init__(self, status: int, reason: str | None) -> None:
         super().__init__(f"HTTP status {status} {reason or ''}".rstrip())
@@ -54,31 +53,31 @@ class StatusError(OSError):
 
 
 class SlowError(Exception):
-    """A server that brings next to nothing."""
+    """A server that sends almost nothing."""
 
 
 class Pace:
-    """The pace at which a file arrives, over all tries for it.
+    """The progress of one file over all attempts, and the time left for it.
 
     Raises:
-        UsageError: an environment variable that is no time.
+        UsageError: ``CSKD_REMOTE_TIMEOUT`` is not a positive number.
     """
 
     def __init__(self) -> None:
         self.position = 0
-        self.version = ""  # of the file of which there are bytes already
+        self.version = ""  # of the bytes that have arrived
         self._seconds = _seconds()
         self._since, self._before = time.monotonic(), 0
 
     def reached(self, position: int) -> None:
-        """Note that the file's first ``position`` bytes are here; what comes again is no news."""
+        """Record that the first ``position`` bytes have arrived; bytes sent again do not count."""
         self.position = max(self.position, position)
 
     def left(self) -> float:
-        """Return how many seconds a server may take that brings nothing more.
+        """Return the seconds within which the server has to send more.
 
         Raises:
-            SlowError: it took them all, and brought less than ``SLOWEST``.
+            SlowError: they are over, and fewer than ``SLOWEST`` bytes a second arrived.
         """
         left = self._since + self._seconds - time.monotonic()
         if left > 0:
@@ -108,14 +107,14 @@ def _seconds() -> float:
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Name bytes ``start`` to ``stop - 1`` of a file; to its end for None."""
+    """Bytes ``start`` to ``stop - 1`` of a file; None: to its end."""
 
     start: int = 0
     stop: int | None = None
 
     @property
     def header(self) -> dict[str, str]:
-        """Return the header that requests it; none for the whole file."""
+        """Return the header that requests the range; none for the complete file."""
         if not self.start and self.stop is None:
             return {}
         return {"Range": f"bytes={self.start}-{'' if self.stop is None else self.stop - 1}"}
@@ -125,10 +124,9 @@ class ByteRange:
 class HttpResponse:
     """The bytes of a file from ``start`` on.
 
-    ``total`` is the file's length, if it is known; ``version`` the ETag, or the date of the last
-    change, or empty; ``part`` says that the server has heeded a range. ``address`` is where on
-    another server redirects led to, which may hold a secret and is good for a while; None without
-    any.
+    ``total`` is the file's length, None if unknown; ``version`` the ETag, else the date of the last
+    change, else empty; ``part`` whether the server sent just the requested range. ``address`` is
+    the URL on another server that redirects led to, if any; it may contain a secret, and expires.
     """
 
     start: int
@@ -146,58 +144,58 @@ class HttpResponse:
 
 @contextmanager
 def from_web(
-    url: str, wanted: ByteRange, where: str, pace: Pace, login: dict[str, str] | None = None
+    url: str, requested: ByteRange, where: str, pace: Pace, login: dict[str, str] | None = None
 ) -> Iterator[HttpResponse]:
-    """Request a part of a file of a web server.
+    """Request a range of a file from a web server.
 
     Args:
-        where: names the file in errors; ``url`` may hold a secret.
-        login: headers for this server alone; None: what ``~/.netrc`` has for it.
+        where: the file's name in errors; ``url`` may contain a secret.
+        login: headers for this server alone; None: its login in ``~/.netrc``.
 
     Raises:
-        FileNotFoundError: there is none.
-        StatusError, OSError: no response, or none that can be used.
-        RemoteError: a compressed response, or a redirect that is not followed.
+        FileNotFoundError: no such file.
+        StatusError, OSError: no response, or an unusable one.
+        RemoteError: a compressed response, or a redirect that is not allowed.
     """
     import yarl
     from fsspec import asyn
 
-    response = _run(_get, url, wanted, where, login, pace=pace)
+    response = _run(_get, url, requested, where, login, pace=pace)
     try:
         part = response.status == 206
-        begin = wanted.start if part else 0  # a server that knows no ranges sends all of it again
-        total = _total(response.headers, begin, part)
+        start = requested.start if part else 0  # without ranges, a server sends the complete file
+        total = _total(response.headers, start, part)
         version = response.headers.get("ETag") or response.headers.get("Last-Modified", "")
         moved = response.url.origin() != yarl.URL(url).origin()
         address = str(response.url) if moved else None
-        yield HttpResponse(begin, total, version, part, address, response.content.read)
+        yield HttpResponse(start, total, version, part, address, response.content.read)
     finally:
         asyn.get_loop().call_soon_threadsafe(response.close)
 
 
 @contextmanager
 def from_s3(
-    fs: Any, path: str, wanted: ByteRange, where: str, pace: Pace
+    fs: Any, path: str, requested: ByteRange, where: str, pace: Pace
 ) -> Iterator[HttpResponse]:
-    """Request a part of a file of an object store that s3fs speaks to."""
+    """Request a range of a file from an object store, through s3fs."""
     bucket, key, _ = fs.split_path(path)
-    request = {"Bucket": bucket, "Key": key, **wanted.header}
+    request = {"Bucket": bucket, "Key": key, **requested.header}
     found = within(pace, lambda: fs.call_s3("get_object", **request))
     body = found["Body"]
     try:
-        # What some clients leave behind of how they uploaded; the bytes are the file's.
-        _require_plain(found.get("ContentEncoding", "").replace("aws-chunked", ""), where)
+        # Some clients leave the encoding of their upload; the stored bytes are the file's.
+        _require_uncompressed(found.get("ContentEncoding", "").replace("aws-chunked", ""), where)
         headers = {"Content-Range": found.get("ContentRange", "")}
         headers["Content-Length"] = str(found["ContentLength"])
-        part = bool(wanted.header)
-        total, version = _total(headers, wanted.start, part), found.get("ETag", "")
-        yield HttpResponse(wanted.start, total, version, part, None, body.read)
+        part = bool(requested.header)
+        total, version = _total(headers, requested.start, part), found.get("ETag", "")
+        yield HttpResponse(requested.start, total, version, part, None, body.read)
     finally:
         fs.loop.call_soon_threadsafe(body.close)
 
 
 def within(pace: Pace, call: Callable[[], T]) -> T:
-    """Return what a store's library returns, in a thread that is left behind after a while."""
+    """Return the result of a store's library, from a thread that is abandoned if too slow."""
     result: Future[T] = Future()
 
     def work() -> None:
@@ -217,106 +215,106 @@ def within(pace: Pace, call: Callable[[], T]) -> T:
 
 
 def _run(call: Callable[..., Coroutine[Any, Any, T]], *arguments: object, pace: Pace) -> T:
-    """Return what a coroutine returns, on fsspec's event loop; its wait is bounded."""
+    """Return the result of a coroutine on fsspec's event loop, within bounded time."""
     from fsspec import asyn
 
     seconds = min(TIMEOUT, pace.left())
     try:
-        found: T = asyn.sync(asyn.get_loop(), call, *arguments, timeout=seconds)
+        result: T = asyn.sync(asyn.get_loop(), call, *arguments, timeout=seconds)
     except TimeoutError as error:
         raise TimeoutError(f"no response within {seconds:.3g} seconds") from error
-    return found
+    return result
 
 
-async def _get(url: str, wanted: ByteRange, where: str, login: dict[str, str] | None) -> Any:
-    """Return a response's head: the file, or an error. Redirects are followed here."""
+async def _get(url: str, requested: ByteRange, where: str, login: dict[str, str] | None) -> Any:
+    """Return the response with the file's headers, after redirects; raise if there is no file."""
     import yarl
 
-    here = yarl.URL(url)
-    own = here.origin()
+    target = yarl.URL(url)
+    first = target.origin()
     if login is None:
-        login = _netrc(here.host or "")
-    for _ in range(REDIRECTS + 1):
-        headers = {"Accept-Encoding": "identity"} | wanted.header
-        if here.origin() == own:
+        login = _netrc(target.host or "")
+    for _ in range(MAX_REDIRECTS + 1):
+        headers = {"Accept-Encoding": "identity"} | requested.header
+        if target.origin() == first:
             headers |= login
         response = await _session().get(
-            here, headers=headers, allow_redirects=False, proxy=_proxy(here), read_bufsize=PIECE
+            target, headers=headers, allow_redirects=False, proxy=_proxy(target), read_bufsize=PIECE
         )
         try:
-            if response.status not in _ELSEWHERE:
-                return _checked(response, where)
-            here = _followed(here, response.headers.get("Location", ""), where)
+            if response.status not in _REDIRECTS:
+                _check(response, where)
+                return response
+            target = _redirected(target, response.headers.get("Location", ""), where)
         except BaseException:
             response.close()
             raise
         response.release()
-    raise _refused(where, f"more than {REDIRECTS} redirects, one after the other")
+    raise _refused(where, f"more than {MAX_REDIRECTS} redirects in a row")
 
 
-def _checked(response: Any, where: str) -> Any:
+def _check(response: Any, where: str) -> None:
     if response.status == 404:
         raise FileNotFoundError
     if response.status not in (200, 206):
         raise StatusError(response.status, response.reason)
-    _require_plain(response.headers.get("Content-Encoding", ""), where)
-    return response
+    _require_uncompressed(response.headers.get("Content-Encoding", ""), where)
 
 
-def _followed(here: Any, location: str, where: str) -> Any:
-    """Return the target of a redirect, if it may be followed."""
+def _redirected(source: Any, location: str, where: str) -> Any:
+    """Return the target of a redirect; refuse one that is not allowed."""
     import yarl
 
     try:
-        found = here.join(yarl.URL(location))
+        target = source.join(yarl.URL(location))
     except ValueError:
-        raise _refused(where, "to what is no URL") from None
-    shown = f"{found.scheme}://{found.host or ''}"  # the rest may hold a secret
-    if not location or not found.host:
-        raise _refused(where, "to nowhere")
-    if found.scheme not in ("https", here.scheme):
-        raise _refused(where, f"from {here.scheme}:// to {shown}")
-    if found.user is not None or found.password is not None:
-        raise _refused(where, f"with a name or password, to {shown}")
-    return found
+        raise _refused(where, "a redirect to an invalid URL") from None
+    shown = f"{target.scheme}://{target.host or ''}"  # the rest may contain a secret
+    if not location or not target.host:
+        raise _refused(where, "a redirect without a host")
+    if target.scheme not in ("https", source.scheme):
+        raise _refused(where, f"a redirect from {source.scheme}:// to {shown}")
+    if target.user is not None or target.password is not None:
+        raise _refused(where, f"a redirect with a name or password, to {shown}")
+    return target
 
 
 def _refused(where: str, found: str) -> RemoteError:
     return RemoteError(
-        "the server redirects to where it should not",
+        "the server sends a redirect that is not allowed",
         where=where,
-        found=f"a redirect {found}",
+        found=found,
         expected="the file, or a redirect to another web server, not from https to http",
-        action="give the URL under which the files lie themselves, or tell who publishes it",
+        action="give the files' final URL, or inform their publisher",
     )
 
 
-def _require_plain(encoding: str, where: str) -> None:
-    if encoding.strip().strip(",").lower() not in _PLAIN:
+def _require_uncompressed(encoding: str, where: str) -> None:
+    if encoding.strip().strip(",").lower() not in _UNCOMPRESSED:
         raise RemoteError(
-            "the server sends the file compressed, though that was not wanted",
+            "the server sends the file compressed, which was not requested",
             where=where,
             found=f"Content-Encoding: {encoding}",
-            expected="the file as it is, of which a small response cannot unfold to a large one",
-            action="switch compression off for these files at the server (their metadata, in an "
+            expected="the file as stored: a small compressed response could inflate to a huge one",
+            action="disable compression of these files on the server (in their metadata, in an "
             "object store), or copy the files to this machine by other means",
         )
 
 
 def _total(headers: Any, start: int, part: bool) -> int | None:
-    """Return the whole file's length, from a response that has to begin at ``start``."""
+    """Return the complete file's length; refuse a response that does not begin at ``start``."""
     if part:
         stated = headers.get("Content-Range", "")
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", stated)
         if found is None or int(found[1]) != start:
-            raise OSError(f"another range than the one from byte {start} on: {stated or 'none'}")
+            raise OSError(f"requested bytes from {start} on, received {stated or 'no range'}")
         return None if found[2] == "*" else int(found[2])
     length = headers.get("Content-Length", "")
     return int(length) if length.isdecimal() else None
 
 
 def _netrc(host: str) -> dict[str, str]:
-    """The header that logs in to ``host``, as ``~/.netrc`` says."""
+    """Return the header that logs in to ``host``, from ``~/.netrc``."""
     path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     try:
         found = netrc.netrc(path).authenticators(host)
@@ -324,10 +322,10 @@ def _netrc(host: str) -> dict[str, str]:
         return {}
     except (netrc.NetrcParseError, OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            "a file of logins cannot be read",
+            "the netrc file cannot be read",
             where=path,
             found=str(error),
-            action="correct it, or set NETRC=/dev/null to do without",
+            action="correct it, or set NETRC=/dev/null to ignore it",
         ) from None
     if found is None:
         return {}
@@ -336,7 +334,7 @@ def _netrc(host: str) -> dict[str, str]:
 
 
 def _proxy(url: Any) -> str | None:
-    """The proxy for ``url``, as the environment says."""
+    """Return the proxy for ``url`` set in the environment, if any."""
     if urllib.request.proxy_bypass(url.host):
         return None
     return urllib.request.getproxies().get(url.scheme)
@@ -344,24 +342,24 @@ def _proxy(url: Any) -> str | None:
 
 # --- forks ----------------------------------------------------------------------------------------
 #
-# A process that was forked has its parent's connections and event loop, but not the thread that
-# serves them. Finalised there, they would close under the parent, and the finaliser would wait for
-# the thread that is not there, a second for each. So they are kept, and never used.
+# A forked process inherits its parent's connections and event loop, but not the thread of the loop.
+# Finalising them there would close the parent's connections, and wait a second each for the missing
+# thread. So the child keeps them alive, unused.
 
 _SESSIONS: dict[int, Any] = {}  # by process
-_MADE: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # equal ones too
-_OF_THE_PARENT: list[Any] = []
+_FILE_SYSTEMS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # by id
+_INHERITED: list[Any] = []
 
 
-def keep_over_forks(fs: T) -> T:
-    """Never finalise ``fs``, one of fsspec's file systems, in processes that are forked later."""
-    _MADE[id(fs)] = fs
+def keep_across_forks(fs: T) -> T:
+    """Return ``fs``, an fsspec file system that processes forked later must not finalise."""
+    _FILE_SYSTEMS[id(fs)] = fs
     return fs
 
 
 def _after_fork() -> None:
-    _OF_THE_PARENT.extend(_MADE.values())
-    _MADE.clear()
+    _INHERITED.extend(_FILE_SYSTEMS.values())
+    _FILE_SYSTEMS.clear()
     if "fsspec.asyn" in sys.modules:
         from fsspec import asyn
 
@@ -372,7 +370,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def _session() -> Any:
-    """This process's connections to web servers; only ever called on the event loop."""
+    """Return this process's connections to web servers; call it on the event loop only."""
     import aiohttp
 
     pid = os.getpid()

@@ -225,7 +225,7 @@ def _document(folder: Path | str, name: str) -> Any:
     if isinstance(folder, Path):
         path = folder / name
         return schemas.read(path) if path.is_file() else None
-    return tars_in(folder).document_if_there(name)
+    return tars_in(folder).find_document(name)
 
 
 def name_of(paths: Sequence[Tar]) -> str:

@@ -1,7 +1,7 @@
-"""The tars that a user names: a folder, braces, globs, comma lists, ``_info.json``, a manifest.
+"""The tars that a user specifies: a folder, braces, globs, comma lists, ``_info.json``, a manifest.
 
-All of these may be URLs (``https://``, ``s3://``, ``gs://``, ``hf://``); folders and globs where
-the store lists. A manifest on this machine may state that its tars lie at a URL.
+Each may be a URL (``https://``, ``s3://``, ``gs://``, ``hf://``); folders and globs only in stores
+that list their files. A manifest on this machine may refer to tars at a URL.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ Spec = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True)
 class Listing:
-    """Name tars in order, by path or URL, and what else the list of them states.
+    """Paths or URLs of tars, in order, and their manifest if that is what lists them.
 
-    ``counts``: samples of each tar, by an ``_info.json``.
+    ``counts``: samples of each tar, from an ``_info.json``.
     """
 
     names: tuple[Path | str, ...]
@@ -54,36 +54,36 @@ class Listing:
 def list_shards(
     spec: Spec, *, split: str | None = None, prefer: Sequence[str] = ("train",)
 ) -> tuple[tuple[Tar, ...], Listing]:
-    """Return the tars of ``spec``: as listed, braces in their order, globs in natural order.
+    """Return the tars of ``spec``: lists and braces as written, globs in natural order.
 
     Args:
-        split: which one of an ``_info.json``.
-        prefer: the splits to look for when none is given and there are several.
+        split: split of an ``_info.json``.
+        prefer: splits to choose from, in order, if several exist and none is given.
 
     Raises:
-        DataError: nothing there, something missing, listed twice, or neither file nor URL.
-        UsageError: a URL of a kind that is not read.
-        RemoteError: a server that refuses, or cannot be reached.
-        ManifestError: a manifest that does not fit its schema.
+        DataError: no shards, missing or duplicate ones, or an invalid list or pattern.
+        UsageError: an unsupported URL.
+        RemoteError: a server that denies access, cannot be reached, or is too slow.
+        ManifestError: a manifest that does not match its schema.
     """
     parts = [str(part) for part in ([spec] if isinstance(spec, str | Path) else spec)]
     parts = [piece for part in parts for piece in _pieces(part)]
     if not parts:
-        raise DataError("no shards are named", expected=EXPECTED)
-    found = [_resolve(part, split, prefer) for part in parts]
-    names = tuple(name for listing in found for name in listing.names)
-    tars = _looked_for(names, parts)
+        raise DataError("no shards are given", expected=EXPECTED)
+    listings = [_resolve(part, split, prefer) for part in parts]
+    names = tuple(name for listing in listings for name in listing.names)
+    tars = _find(names, parts)
     counts = Counter(str(tar.resolve() if isinstance(tar, Path) else tar) for tar in tars)
-    twice = [f"twice: {tar}" for tar, count in counts.items() if count > 1]
-    if twice:
+    duplicates = [f"duplicate: {tar}" for tar, count in counts.items() if count > 1]
+    if duplicates:
         raise DataError(
-            f"{len(twice)} shards are named twice", where=", ".join(parts), problems=twice
+            "shards are listed more than once", where=", ".join(parts), problems=duplicates
         )
-    return tars, found[0] if len(found) == 1 else Listing(names)
+    return tars, listings[0] if len(listings) == 1 else Listing(names)
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """``text`` split at commas; commas and braces in names that exist are part of them."""
+    """Yield the parts of ``text`` between commas; existing names may contain commas and braces."""
     while text := os.path.expanduser(text.strip(" ,")):
         end = _end_of_first(text)
         yield text[:end].rstrip()
@@ -91,7 +91,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _end_of_first(text: str) -> int:
-    """Find the end of the first of the listed paths: at a comma outside braces, or at the end."""
+    """Return the end of the first path: a comma outside braces, or the end of ``text``."""
     start = len(_existing_folders(text))
     commas = [i for i in range(start, len(text)) if text[i] == ","]
     for end in (len(text), *commas):
@@ -104,17 +104,17 @@ def _end_of_first(text: str) -> int:
 
 
 def _existing_folders(text: str) -> str:
-    """The longest beginning of ``text``, up to a slash, that is a folder as it is written."""
-    end, following = 0, text.find("/") + 1
-    while following and os.path.isdir(text[:following]):
-        end, following = following, text.find("/", following) + 1
+    """Return the longest prefix of ``text``, up to a slash, that is literally a folder."""
+    end, slash = 0, text.find("/") + 1
+    while slash and os.path.isdir(text[:slash]):
+        end, slash = slash, text.find("/", slash) + 1
     return text[:end]
 
 
 def _resolve(text: str, split: str | None, prefer: Sequence[str]) -> Listing:
     if text.startswith("pipe:"):
         raise DataError(
-            "a pipe: would run a program, and is never opened",
+            "a pipe: would run a program, and is not supported",
             where=text,
             expected=EXPECTED,
             action="give the URL itself: https://, s3://, gs:// and hf:// are read without a pipe",
@@ -130,7 +130,7 @@ def _resolve(text: str, split: str | None, prefer: Sequence[str]) -> Listing:
     if path.is_dir():
         found = sorted(glob.glob(f"{glob.escape(text)}/*.tar"), key=_natural)
         if not found:
-            raise DataError("the folder holds no tars", where=path, expected=EXPECTED)
+            raise DataError("the folder contains no tars", where=path, expected=EXPECTED)
         return Listing(tuple(map(Path, found)))
     return Listing(tuple(Path(name) for pattern in _expanded(text) for name in _glob(pattern)))
 
@@ -145,7 +145,7 @@ def _resolve_url(text: str, split: str | None, prefer: Sequence[str]) -> Listing
             raise DataError("the list of shards cannot be read", where=text, found=error) from error
         return _from_document(schemas.parse(data, text), text, split, prefer)
     if not re.search(r"\.tar\b|[*\[{]", name):
-        found = tars_in(text).document_if_there(INFO)
+        found = tars_in(text).find_document(INFO)
         if found is not None:
             return _from_document(found, f"{text}/{INFO}", split, prefer)
         text = f"{text}/*.tar"
@@ -164,7 +164,7 @@ def _glob_url(pattern: str) -> list[str]:
         raise DataError(
             "a web server does not list its files",
             where=pattern,
-            expected="an _info.json there, or names: 'train-{0000..0009}.tar'",
+            expected="an _info.json in the folder, or names such as 'train-{0000..0009}.tar'",
         )
     names = fnmatch.filter(tars.names(""), name)
     if not names:
@@ -178,18 +178,18 @@ def _refuse_split(split: str | None, text: str) -> None:
 
 
 def _expanded(text: str) -> list[str]:
-    """Expand the braces of a path; those in folders that exist are part of their names."""
+    """Expand the braces of a path, except those in the names of existing folders."""
     if os.path.exists(text):
         return [text]
     folders = _existing_folders(text)
     try:
         return [folders + rest for rest in expand_urls(text[len(folders) :])]
-    except ValueError as error:  # braces without their other half
+    except ValueError as error:  # unbalanced braces
         raise DataError(
             "the pattern's braces cannot be expanded",
             where=text,
             found=str(error),
-            expected="as in 'train-{0000..0009}.tar' or '{a,b}.tar'",
+            expected="balanced braces, as in 'train-{0000..0009}.tar' or '{a,b}.tar'",
         ) from error
 
 
@@ -204,7 +204,7 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """A sort key that puts ``train-2`` before ``train-10``."""
+    """Return a sort key that puts ``train-2`` before ``train-10``."""
     pieces = re.findall(r"\d+|\D+", name)
     return [(int(p), p) if p.isascii() and p.isdigit() else (-1, p) for p in pieces]
 
@@ -221,15 +221,15 @@ def _read_list(path: Path) -> Any:
 def _from_document(
     document: Any, path: Path | str, split: str | None, prefer: Sequence[str]
 ) -> Listing:
-    """The tars that a document names, beside it or at the URL that it states."""
+    """Return the tars that a document lists, next to it or at the URL that it states."""
     folder: Path | str = path.rpartition("/")[0] if isinstance(path, str) else path.parent
 
-    def beside(name: str) -> Path | str:
+    def locate(name: str) -> Path | str:
         return folder / name if isinstance(folder, Path) else f"{folder}/{name}"
 
     if isinstance(document, dict) and "splits" in document:
         entry = _split_entry(document["splits"], path, split, prefer)
-        paths = tuple(map(beside, entry["filenames"]))
+        paths = tuple(map(locate, entry["filenames"]))
         counts = entry.get("shard_lengths")
         if isinstance(counts, list) and len(counts) == len(paths):
             return Listing(paths, counts=tuple(counts))
@@ -239,22 +239,22 @@ def _from_document(
     manifest = DatasetManifest.from_json(document, path)
     if manifest.location is not None:
         folder = manifest.location
-        log.info(f"{path}: its shards lie at {folder}")
-    return Listing(tuple(beside(shard.name) for shard in manifest.shards), manifest)
+        log.info(f"{path}: its shards are at {folder}")
+    return Listing(tuple(locate(shard.name) for shard in manifest.shards), manifest)
 
 
 def _split_entry(
     splits: Any, path: Path | str, split: str | None, prefer: Sequence[str]
 ) -> dict[str, Any]:
-    """One split of an ``_info.json``; its file names are checked to stay inside the folder."""
+    """Return a split of an ``_info.json``; refuse file names that leave the folder."""
     if not isinstance(splits, dict) or not splits:
-        raise DataError("an _info.json without splits", where=path, expected='{"splits": {...}}')
+        raise DataError("the _info.json has no splits", where=path, expected='{"splits": {...}}')
     chosen = split or next((n for n in prefer if n in splits), None)
     if chosen is None and len(splits) == 1:
         chosen = next(iter(splits))
     if chosen not in splits:
         raise DataError(
-            "several splits, and none is chosen" if not split else "no such split",
+            "the _info.json has several splits" if not split else "no such split",
             where=path,
             found=split or None,
             expected="one of " + ", ".join(map(str, splits)),
@@ -264,7 +264,7 @@ def _split_entry(
     names = entry.get("filenames") if isinstance(entry, dict) else None
     if not (isinstance(names, list) and names and all(map(_stays_inside, names))):
         raise DataError(
-            "an _info.json whose file names cannot be used",
+            "the _info.json has unusable file names",
             where=f"{path}: splits.{chosen}.filenames",
             expected="a list of file names inside the folder",
         )
@@ -278,9 +278,9 @@ def _stays_inside(name: object) -> bool:
     return not ({"", ".", ".."} & set(name.split("/")))
 
 
-def _looked_for(names: Sequence[Path | str], parts: Sequence[str]) -> tuple[Tar, ...]:
-    """Look for every tar; of those at a URL, request what their servers state."""
-    remote = _stated([name for name in names if isinstance(name, str)])
+def _find(names: Sequence[Path | str], parts: Sequence[str]) -> tuple[Tar, ...]:
+    """Return the tars; ask the servers about remote ones, and refuse missing ones."""
+    remote = _find_remote([name for name in names if isinstance(name, str)])
     tars = [
         remote.get(name) if isinstance(name, str) else name if name.is_file() else None
         for name in names
@@ -288,7 +288,7 @@ def _looked_for(names: Sequence[Path | str], parts: Sequence[str]) -> tuple[Tar,
     missing = [f"missing: {name}" for name, tar in zip(names, tars, strict=True) if tar is None]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(names)} shards are not there",
+            f"{len(missing)} of {len(names)} shards are missing",
             where=", ".join(parts),
             expected=EXPECTED,
             problems=missing,
@@ -296,18 +296,18 @@ def _looked_for(names: Sequence[Path | str], parts: Sequence[str]) -> tuple[Tar,
     return tuple(tar for tar in tars if tar is not None)
 
 
-def _stated(urls: Sequence[str]) -> dict[str, RemoteTar]:
-    """Return what the servers state of the tars that are there, by URL."""
+def _find_remote(urls: Sequence[str]) -> dict[str, RemoteTar]:
+    """Return the tars that exist, by URL, with what their servers report."""
     if not urls:
         return {}
     folders = dict.fromkeys(url.rpartition("/")[0] for url in urls)
-    listed = {folder: tars_in(folder).listed() for folder in folders}
+    listed = {folder: tars_in(folder).list_tars() for folder in folders}
 
-    def state(url: str) -> RemoteTar | None:
+    def find(url: str) -> RemoteTar | None:
         folder, _, name = url.rpartition("/")
         try:
-            return listed[folder].get(name) or tars_in(folder).state(name)
-        except DamageError:  # there is none
+            return listed[folder].get(name) or tars_in(folder).find(name)
+        except DamageError:  # missing
             return None
 
     found = {}
@@ -315,7 +315,7 @@ def _stated(urls: Sequence[str]) -> dict[str, RemoteTar]:
         progress(len(urls), "shards", "looking for shards") as meter,
         ThreadPoolExecutor(CONNECTIONS) as pool,
     ):
-        for url, tar in zip(urls, pool.map(state, urls), strict=True):
+        for url, tar in zip(urls, pool.map(find, urls), strict=True):
             if tar is not None:
                 found[url] = tar
             meter.advance()

@@ -1,4 +1,4 @@
-"""Tars at a URL fetched before they are used, so that what reads them does not wait."""
+"""Fetching remote tars before they are used, so that their readers do not wait."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ THREAD = "read ahead"
 
 @dataclass(frozen=True)
 class Use:
-    """State that a tar is used from item ``first`` to ``last`` of what is read."""
+    """The use of a tar, from item ``first`` to item ``last`` of those read."""
 
     tar: RemoteTar
     first: int
@@ -33,36 +33,35 @@ class Use:
 
 
 def uses_of(tars: Sequence[Tar], numbers: np.ndarray, position: np.ndarray) -> list[Use]:
-    """Return the uses of tars that lie elsewhere, in the order of their first.
+    """Return the uses of the remote tars, in the order of their first.
 
     Args:
-        numbers: (n,) of the tars that are used, one after the other.
-        position: (n,) int64 of each use, ascending.
+        numbers: (n,) indices into ``tars``, in the order of reading.
+        position: (n,) int64 positions of these reads, ascending.
     """
-    found, first = np.unique(numbers, return_index=True)
+    used, first = np.unique(numbers, return_index=True)
     _, back = np.unique(numbers[::-1], return_index=True)
     last = len(numbers) - 1 - back
     uses = []
     for i in np.argsort(first, kind="stable").tolist():
-        tar = tars[int(found[i])]
+        tar = tars[int(used[i])]
         if isinstance(tar, RemoteTar):
             uses.append(Use(tar, int(position[first[i]]), int(position[last[i]])))
     return uses
 
 
 class ReadAhead:
-    """Fetch tars in the order of their use, by threads.
+    """Threads that fetch tars in the order of their use.
 
-    What is in use and what was fetched ahead fit into half of the room for copies together: the
-    other half is for a cache's files and for evaluation, so that nothing that is fetched drives
-    out what is still needed. A tar that cannot be fetched is left to its reader, who meets the
-    error where it belongs.
+    Tars in use and tars fetched ahead take up half of the room for copies. The other half is for a
+    cache's files and for evaluation, so that no fetch evicts a copy that is still needed. A fetch
+    that fails is left to the reader of the tar, where the error is raised.
 
     Args:
-        tars: all that there are; where none lies elsewhere, nothing is done.
-        uses: in the order of ``first``; may have no end. None: they come by :meth:`add`.
-        horizon: positions ahead that are looked at.
-        position: of the reader's first item.
+        tars: all tars; without a remote one, nothing is done.
+        uses: uses in the order of ``first``, possibly endless; None: :meth:`add` adds them.
+        horizon: number of positions to look ahead.
+        position: position of the reader's first item.
     """
 
     def __init__(
@@ -77,15 +76,14 @@ class ReadAhead:
         self._uses, self._growing = iter(uses or ()), uses is None
         self._room, self._horizon = (room or 0) // 2, horizon
         self._waiting: Use | None = None
-        self._held: dict[RemoteTar, int] = {}  # and the position of its last use
+        self._held: dict[RemoteTar, int] = {}  # with the position of the last use
         self._position = position
         self._change = threading.Condition()
 
     def over(self, loader: Loader[Item]) -> Iterator[Item]:
-        """Yield the loader's items, of which each moves the reader on by one position.
+        """Yield the loader's items, each of which advances the reader by one position.
 
-        Tars are fetched as soon as the loader's processes, which may be forked, are there: these
-        read the first ones meanwhile.
+        Fetching starts once the loader's processes, which may be forked, have started.
         """
         try:
             for position, item in enumerate(loader.items(self.start), self._position + 1):
@@ -95,24 +93,24 @@ class ReadAhead:
             self.close()
 
     def start(self) -> None:
-        """Start to fetch."""
+        """Start fetching."""
         for _ in range(0 if self._closed else FETCHING):
             threading.Thread(target=self._work, daemon=True, name=THREAD).start()
 
     def advance(self, position: int) -> None:
-        """Note where the reader is."""
+        """Record the reader's position."""
         with self._change:
             self._position = max(position, self._position)
             self._change.notify_all()
 
     def add(self, use: Use) -> None:
-        """Add a use that has become known."""
+        """Add a use."""
         with self._change:
             self._uses = chain(self._uses, [use])
             self._change.notify_all()
 
     def close(self) -> None:
-        """Fetch nothing more; transfers that have begun are finished."""
+        """Stop fetching; transfers under way are finished."""
         with self._change:
             self._closed = True
             self._change.notify_all()
@@ -149,5 +147,4 @@ class ReadAhead:
             return False
         held = {tar: last for tar, last in self._held.items() if last >= self._position}
         self._held = held
-        known = 0 if use.tar in held else use.tar.size
-        return sum(tar.size for tar in held) + known <= self._room
+        return sum(tar.size for tar in {*held, use.tar}) <= self._room

@@ -1,12 +1,11 @@
-"""A tar at a URL: its headers by requests for ranges, its images from a copy on this machine.
+"""A tar at a URL: headers are read by range requests, images from a local copy.
 
-A copy is a whole tar, kept as a cache's files are (:class:`~cskd_pipeline.cache.mirror.Mirror`),
-under a name that follows from the URL and from what the server states of the file: length and ETag
-(or date), or the SHA-256 where a manifest or the store has it. So a tar that is exchanged is never
-taken for the one whose headers were read. Copies are compared with all of that before they get
-their name.
+A copy is a complete tar, kept in a :class:`~cskd_pipeline.cache.mirror.Mirror` under a name derived
+from the URL and what the server reports about the file: length and ETag (or date), or the SHA-256
+if a manifest or the store states it. So a replaced tar is never mistaken for the one whose headers
+were read. A copy is compared with all of that before it gets its name.
 
-Indices of tars are noted beside the copies and outlast them: headers are requested once on a
+Indices of tars are stored next to the copies and outlive them: headers are requested once on a
 machine.
 """
 
@@ -30,7 +29,7 @@ import numpy as np
 
 from cskd_pipeline.cache import transfers
 from cskd_pipeline.cache.chunks import DamageError
-from cskd_pipeline.cache.mirror import FOLDER, GIGABYTES, Mirror
+from cskd_pipeline.cache.mirror import FOLDER, GIGABYTES, INDEX_SUFFIX, Mirror
 from cskd_pipeline.cache.remote_files import RemoteFiles
 from cskd_pipeline.cache.transfers import ByteRange, Pace
 from cskd_pipeline.errors import RemoteError, ShardError, UsageError
@@ -39,21 +38,21 @@ from cskd_pipeline.runtime.atomic import write_bytes
 
 log = logging.getLogger(__name__)
 
-FETCHING = 8  # whole tars at a time
+FETCHING = 8  # tars fetched at a time
 _SHA256 = re.compile("[0-9a-f]{64}")
 _SMALL, _LARGE = 2**12, 2**20  # bytes of the shortest and the longest range
-_BLOCKS = 4  # ranges that are kept: a label is read after the header that follows it
+_BLOCKS = 4  # recent ranges kept: a label is read after the header that follows it
 
 
 @dataclass(frozen=True)
 class RemoteTar:
-    """Name a tar at ``url``, as messages do, and what is stated of it; loader processes get it.
+    """A tar at ``url``, and what is known about it; sent to loader processes.
 
     Args:
-        size: in bytes.
+        size: length in bytes.
         version: ETag, date or empty.
-        ranges: the server sends parts of it.
-        sha256: by its store or a manifest; None: not known.
+        ranges: whether the server supports range requests.
+        sha256: SHA-256 from its store or a manifest; None if unknown.
     """
 
     url: str
@@ -67,100 +66,100 @@ class RemoteTar:
 
     @property
     def parent(self) -> str:
-        """Return the URL of its folder."""
+        """Return the URL of the tar's folder."""
         return self.url.rpartition("/")[0]
 
     @property
     def key(self) -> str:
-        """Return its name in its folder."""
+        """Return the tar's name in its folder."""
         return self.url.rpartition("/")[2]
 
     @property
     def copy_name(self) -> str:
-        """Return the name of its copy."""
+        """Return the name of the local copy."""
         known = self.sha256 or f"{self.size} {self.version}"
         return hashlib.sha256(f"{self.url} {known}".encode()).hexdigest()[:32] + ".tar"
 
     def with_sha256(self, sha256: str | None) -> RemoteTar:
-        """Return the tar that must have this SHA-256, by a manifest; None: unknown to it."""
+        """Return the tar with the SHA-256 of a manifest, if any; refuse a contradiction."""
         if sha256 is None:
             return self
         if self.sha256 not in (None, sha256):
-            raise _not_described(self, self.sha256, sha256)
+            raise _wrong_sha256(self, self.sha256, sha256)
         return replace(self, sha256=sha256)
 
     def fetch(self) -> None:
-        """Have a copy on this machine.
+        """Fetch a local copy unless there is one.
 
         Raises:
-            ShardError: the tar is gone, or not what was stated.
-            RemoteError: the server refuses, or cannot be reached.
-            UsageError: there is no room for one tar.
+            ShardError: the tar is gone or has changed.
+            RemoteError: the server denies access, cannot be reached, or is too slow.
+            UsageError: the limit on copies is smaller than the tar.
         """
         self.open().close()
 
     def open(self) -> BufferedReader:
-        """Open the copy, fetched if need be; raise as :meth:`fetch`."""
+        """Open the local copy, fetching it if absent; raise as :meth:`fetch`."""
         return tars_in(self.parent).open(self)
 
     def open_headers(self) -> BufferedReader | RangeFile:
-        """Open the copy, or the tar where it lies, of which only what is read is requested."""
+        """Open the local copy if there is one, else the remote tar, read by ranges on demand."""
         tars = tars_in(self.parent)
         if tars.mirror.find(self.copy_name) is not None:
             return self.open()
         if self.ranges:
             return RangeFile(self.size, lambda part: tars.read(self, part))
-        log.info(f"{self.url}: the server sends no parts of files: fetching the whole tar")
+        log.info(f"{self.url}: fetching the complete tar: the server does not support ranges")
         return self.open()
 
-    def noted(self, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Return what was made of its headers before, on this machine, or make and note it.
+    def cached_index(self, read: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Return the tar's index as stored on this machine; without one, ``read`` and store it.
 
-        Headers are read before the SHA-256 is compared: what the server states is in the name too.
+        Headers are read before the SHA-256 is checked, so the server's version is in the name too.
         """
         version = hashlib.sha256(self.version.encode()).hexdigest()[:32]
-        path = tars_in(self.parent).root / f"{self.copy_name}.{version}.npz"
+        path = tars_in(self.parent).root / f"{self.copy_name}.{version}{INDEX_SUFFIX}"
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
         except FileNotFoundError:
             pass
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            log.warning(f"{path}: damaged, and written anew: {error}")
-        made = make()
-        arrays = io.BytesIO()
-        np.savez(arrays, **made)  # type: ignore[arg-type]  # no array is its allow_pickle
-        write_bytes(path, arrays.getvalue())
-        return made
+            log.warning(f"{path}: the index is damaged, writing it again: {error}")
+        index = read()
+        data = io.BytesIO()
+        np.savez(data, **index)  # type: ignore[arg-type]  # no array is its allow_pickle
+        write_bytes(path, data.getvalue())
+        return index
 
 
 Tar = Path | RemoteTar
-"""Where a tar is."""
+"""A tar's location."""
 
 
 class RemoteTars(RemoteFiles):
-    """Read the tars in one folder at a URL."""
+    """The tars in one folder at a URL."""
 
     def __init__(self, url: str) -> None:
         self.mirror = Mirror.of(f"shards {url}")
         super().__init__(url, self.mirror, of="shards")
-        self._addresses: dict[str, str] = {}  # where redirects of a tar led to, by its key
+        self._addresses: dict[str, str] = {}  # final URL of a redirected tar, by key
 
-    def state(self, key: str) -> RemoteTar:
-        """Request what the server states of a tar; raise DamageError where there is none."""
+    def find(self, key: str) -> RemoteTar:
+        """Request what the server reports about a tar; raise DamageError if absent."""
 
         def request(pace: Pace) -> RemoteTar:
             with self._response(key, 0, pace, 1) as response:
                 if response.total is None:
-                    raise OSError("the server does not state the file's length")
+                    raise OSError("the server does not report the file's length")
                 return RemoteTar(self.where(key), response.total, response.version, response.part)
 
-        return self._insisting(key, request)
+        return self._retry(key, request)
 
-    def listed(self) -> dict[str, RemoteTar]:
-        """Return what one listing states of all large files; nothing but of the hub's.
+    def list_tars(self) -> dict[str, RemoteTar]:
+        """Return the large files of a folder on the hub, from one listing; none of other stores.
 
-        The hub keeps their SHA-256, and limits how many requests it serves in a while.
+        The hub lists their SHA-256, and limits the rate of requests.
         """
         if self.scheme != "hf":
             return {}
@@ -177,15 +176,15 @@ class RemoteTars(RemoteFiles):
             return found
 
         try:
-            return self._insisting("", lambda pace: transfers.within(pace, request))
-        except DamageError:  # no such folder: its tars are found missing one by one
+            return self._retry("", lambda pace: transfers.within(pace, request))
+        except DamageError:  # no such folder: its tars are reported missing one by one
             return {}
 
     def open(self, tar: RemoteTar) -> BufferedReader:
-        """Open the copy of a tar; fetch it first if it is not there."""
+        """Open the local copy of a tar, fetching it if absent."""
         _require_room(tar.size, self.mirror, tar, "one tar")
 
-        def opening(path: Path) -> BufferedReader | None:
+        def open_copy(path: Path) -> BufferedReader | None:
             try:
                 file = path.open("rb")
             except FileNotFoundError:
@@ -196,13 +195,13 @@ class RemoteTars(RemoteFiles):
             self.mirror.remove(tar.copy_name)
             return None
 
-        with _explained(tar):
-            return self.mirror.opened(
-                tar.copy_name, lambda file: self._fetch_whole(tar, file), opening
+        with _shard_errors(tar):
+            return self.mirror.open(
+                tar.copy_name, lambda file: self._fetch_verified(tar, file), open_copy
             )
 
     def read(self, tar: RemoteTar, part: ByteRange) -> bytes:
-        """Request a part of a tar, of the version that was stated."""
+        """Request a range of a tar; refuse another version of it."""
         assert part.stop is not None
         key, length = tar.key, part.stop - part.start
 
@@ -215,63 +214,63 @@ class RemoteTars(RemoteFiles):
                     else transfers.from_web(address, part, tar.url, pace, {})
                 ) as response:
                     if not response.part:
-                        raise OSError("the whole file where a part of it was requested")
+                        raise OSError("the server sent the complete file instead of a range")
                     _require_same(tar, response.total, response.version)
                     for piece in response.pieces(pace):
                         data += piece
                         if len(data) > length:
-                            raise OSError(f"more than the {length} bytes that were requested")
+                            raise OSError(f"more than the {length} bytes requested")
             except transfers.StatusError as error:
                 if address is None:
                     raise
-                raise OSError(f"{error}, where redirects led to before") from error
+                raise OSError(f"{error}, at the URL of an earlier redirect") from error
             if len(data) != length:
-                raise OSError(f"{len(data)} bytes arrived where {length} should")
+                raise OSError(f"{len(data)} of {length} bytes arrived")
             address = response.address or address
-            if address is not None:  # saves the redirects of the next part
+            if address is not None:  # spares the next range the redirects
                 self._addresses[key] = address
             return bytes(data)
 
-        with _explained(tar):
-            return self._insisting(key, request)
+        with _shard_errors(tar):
+            return self._retry(key, request)
 
-    def document_if_there(self, key: str) -> Any:
-        """Read a JSON document; None where there is none, or one that may not be read."""
+    def find_document(self, key: str) -> Any:
+        """Read a JSON document; return None if it is absent or access is denied."""
         try:
             return schemas.parse(self.document(key, schemas.MAX_BYTES), self.where(key))
         except DamageError as error:
             if str(error) == "the file is missing":
                 return None
             raise ShardError(
-                "a document beside the shards cannot be read",
+                "a document next to the shards cannot be read",
                 where=self.where(key),
                 found=str(error),
             ) from error
         except RemoteError as error:
             if not self.is_refusal(error):
                 raise
-            log.info(f"{self.where(key)}: taken for absent: {error.found}")
+            log.info(f"{self.where(key)}: treated as absent: {error.found}")
             return None
 
-    def _fetch_whole(self, tar: RemoteTar, file: BufferedRandom) -> None:
-        """Fetch a tar, and compare it with what is stated; a wrong one is fetched once more."""
-        for again in (True, False):
+    def _fetch_verified(self, tar: RemoteTar, file: BufferedRandom) -> None:
+        """Fetch a tar and compare it with ``tar``; fetch one of the wrong SHA-256 once more."""
+        for retry in (True, False):
             file.seek(0)
             file.truncate()
             version = self._fetch(tar.key, file, tar.size)
-            if tar.sha256 is not None:  # decides; some servers state a version each of one file
+            if tar.sha256 is not None:  # decides: some servers report several versions of one file
                 version = tar.version
             _require_same(tar, file.tell(), version)
             file.flush()
-            os.fsync(file.fileno())  # or a power cut may leave zeros under a name that is believed
+            os.fsync(file.fileno())  # or a power cut may leave zeros under a trusted name
             if tar.sha256 is None:
                 return
             file.seek(0)
             found = hashlib.file_digest(file, "sha256").hexdigest()
             if found == tar.sha256:
                 return
-            if not again:
-                raise _not_described(tar, found, tar.sha256)
+            if not retry:
+                raise _wrong_sha256(tar, found, tar.sha256)
 
 
 def _require_same(tar: RemoteTar, size: int | None, version: str) -> None:
@@ -279,16 +278,17 @@ def _require_same(tar: RemoteTar, size: int | None, version: str) -> None:
     if size == tar.size and (listed or version == tar.version):
         return
     raise ShardError(
-        "the tar was exchanged while it was in use",
+        "the tar changed while in use",
         where=tar,
-        found=f"{size} bytes, version {version or 'not stated'}",
-        expected=f"{tar.size} bytes, version {tar.version or 'not stated'}",
-        action="run the same command again once the shards stay as they are",
+        found=f"{size} bytes, version {version or 'unknown'}",
+        expected=f"{tar.size} bytes, version {tar.version or 'unknown'}",
+        action="run the same command again once the shards no longer change",
     )
 
 
 @contextmanager
-def _explained(tar: RemoteTar) -> Iterator[None]:
+def _shard_errors(tar: RemoteTar) -> Iterator[None]:
+    """Raise a DamageError as a ShardError."""
     try:
         yield
     except DamageError as error:
@@ -296,40 +296,39 @@ def _explained(tar: RemoteTar) -> Iterator[None]:
             "the shard cannot be fetched",
             where=tar,
             found=str(error),
-            expected="the tar that was there at the start",
-            action="publish the shards again, or describe what is there: cskd-pipeline index",
+            expected="the tar as it was at the start",
+            action="publish the shards again, or write a new manifest: cskd-pipeline index",
         ) from error
 
 
-def _not_described(tar: RemoteTar, found: str | None, expected: str | None) -> ShardError:
+def _wrong_sha256(tar: RemoteTar, found: str | None, expected: str | None) -> ShardError:
     return ShardError(
-        "the tar is not the one that was described: its bytes differ",
+        "the tar has the wrong SHA-256",
         where=tar,
-        found=f"SHA-256 {found}",
+        found=found,
         expected=expected,
-        action="publish the shards again as they were, or describe them anew: cskd-pipeline index",
+        action="publish the original shards, or write a new manifest: cskd-pipeline index",
     )
 
 
 def tars_in(folder: str) -> RemoteTars:
-    """Return the tars in a folder at a URL, by this process's connections."""
-    return _with_copies(folder, os.environ.get(FOLDER), os.environ.get(GIGABYTES))
+    """Return the tars in a folder at a URL; the same object for the same mirror."""
+    return _tars_in(folder, os.environ.get(FOLDER), os.environ.get(GIGABYTES))
 
 
 @lru_cache(maxsize=64)
-def _with_copies(folder: str, *environment: str | None) -> RemoteTars:
-    """``environment``: where copies lie, and how many."""
+def _tars_in(folder: str, *environment: str | None) -> RemoteTars:
     return RemoteTars(folder)
 
 
 def room_of(tars: Iterable[Tar]) -> int | None:
-    """Return how many bytes of copies stay; None where all tars are on this machine."""
+    """Return the bytes of copies that remain after an eviction; None if all tars are local."""
     remote = next((tar for tar in tars if isinstance(tar, RemoteTar)), None)
-    return None if remote is None else tars_in(remote.parent).mirror.lasting
+    return None if remote is None else tars_in(remote.parent).mirror.capacity
 
 
 def require_room(tars: Iterable[Tar], at_once: int, what: str) -> None:
-    """Refuse room for copies that is less than the ``at_once`` largest of ``tars`` take."""
+    """Refuse a limit on copies below the size of the ``at_once`` largest of ``tars``."""
     remote = [tar for tar in tars if isinstance(tar, RemoteTar)]
     if remote:
         largest = sorted((tar.size for tar in remote), reverse=True)[:at_once]
@@ -338,23 +337,24 @@ def require_room(tars: Iterable[Tar], at_once: int, what: str) -> None:
 
 
 def _require_room(size: int, mirror: Mirror, where: object, what: str) -> None:
-    if size > mirror.lasting:
+    if size > mirror.capacity:
         raise UsageError(
-            f"the room for copies of shards is smaller than what {what} takes",
+            f"the limit on copies of shards is too small for {what}",
             where=where,
-            found=f"{GIGABYTES}={mirror.limit / 1e9:g}, of which {mirror.lasting / 1e9:g} GB stay",
+            found=f"{GIGABYTES}={mirror.limit / 1e9:g}, of which an eviction leaves "
+            f"{mirror.capacity / 1e9:g} GB",
             expected=f"at least {size / 7 * 8 / 1e9:.3g}",
-            action=f"set {GIGABYTES} to more, or copy the shards to this machine"
-            + ("" if what == "one tar" else "; or set batch.shuffle_shards to less"),
+            action=f"increase {GIGABYTES}, or copy the shards to this machine"
+            + ("" if what == "one tar" else ", or reduce batch.shuffle_shards"),
         )
 
 
 class RangeFile(io.RawIOBase):
-    """Read a file elsewhere in ranges, which grow while what is read lies close together.
+    """A remote file read in ranges, which grow while reads are close together.
 
     Args:
-        size: its length in bytes.
-        fetch: returns the bytes of a part.
+        size: length of the file in bytes.
+        fetch: function that returns the bytes of a range.
     """
 
     def __init__(self, size: int, fetch: Callable[[ByteRange], bytes]) -> None:

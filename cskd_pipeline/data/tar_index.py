@@ -76,7 +76,7 @@ def is_left_behind(name: str) -> bool:
 def read_index(path: Tar) -> ShardIndex:
     """Read the headers and labels of a tar; image bytes are skipped."""
     if isinstance(path, RemoteTar):
-        return ShardIndex(**path.noted(lambda: vars(_read_index(path))))
+        return ShardIndex(**path.cached_index(lambda: vars(_read_index(path))))
     return _read_index(path)
 
 

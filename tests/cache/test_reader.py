@@ -263,7 +263,7 @@ def test_attributes_too_large_are_neither_written_nor_read(
 ) -> None:
     make(tmp_path / "c")
     monkeypatch.setattr(schemas, "MAX_BYTES", 2000)
-    with pytest.raises(CacheError, match="more than the 2000 it may have"):
+    with pytest.raises(CacheError, match="more than the 2000 allowed"):
         open_cache(tmp_path / "c")
     with pytest.raises(CacheError, match="manifest is too large"):
         CacheWriter.create(tmp_path / "d", manifest())

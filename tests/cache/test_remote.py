@@ -255,7 +255,7 @@ def test_a_fault_that_stays_is_told_and_leaves_nothing(
 @pytest.mark.parametrize("status", [401, 403, 410])
 def test_a_refusal_is_told_at_once(status: int, served: Served) -> None:
     served.always["zarr.json"] = status
-    with pytest.raises(RemoteError, match="may not be read") as error:
+    with pytest.raises(RemoteError, match="is denied") as error:
         open_cache(f"{served.url}/cache")
     assert str(status) in str(error.value.found)
     assert len(served.gets()) == 1
@@ -574,7 +574,7 @@ def test_a_store_that_wants_a_login_is_told_at_once(
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with pytest.raises(RemoteError, match="may not be read") as error:
+    with pytest.raises(RemoteError, match="is denied") as error:
         open_cache(f"s3://{BUCKET}/cache")
     assert "FSSPEC_S3_ANON=true" in str(error.value.action)
     assert store.asked == []

@@ -134,7 +134,7 @@ def test_the_only_split_needs_no_name_and_of_several_one_must_be_chosen(folder: 
 )
 def test_file_names_that_leave_the_folder_are_refused(folder: Path, name: object) -> None:
     write_info(folder, {"train": {"filenames": ["b-1.tar", name]}})
-    with pytest.raises(DataError, match="file names cannot be used"):
+    with pytest.raises(DataError, match="unusable file names"):
         list_shards(folder)
 
 
@@ -155,12 +155,12 @@ def test_a_json_that_lists_no_shards_is_refused(tmp_path: Path, content: str) ->
 
 @pytest.mark.parametrize("spec", ["pipe:cat x.tar", "x.tar,pipe:curl https://host/x.tar"])
 def test_a_pipe_is_refused_and_never_opened(spec: str) -> None:
-    with pytest.raises(DataError, match="would run a program, and is never opened"):
+    with pytest.raises(DataError, match="would run a program, and is not supported"):
         list_shards(spec)
 
 
 def test_all_missing_files_are_named_at_once(folder: Path) -> None:
-    with pytest.raises(DataError, match="2 of 4 shards are not there") as caught:
+    with pytest.raises(DataError, match="2 of 4 shards are missing") as caught:
         list_shards(f"{folder}/b-{{1..4}}.tar")
     assert [line.rpartition("/")[2] for line in caught.value.problems] == ["b-3.tar", "b-4.tar"]
 
@@ -173,7 +173,7 @@ def test_nothing_there_is_an_error(folder: Path, pattern: str) -> None:
 
 
 def test_a_shard_named_twice_is_refused(folder: Path) -> None:
-    with pytest.raises(DataError, match="1 shards are named twice"):
+    with pytest.raises(DataError, match="shards are listed more than once"):
         list_shards(f"{folder}/b-*.tar,{folder}/b-1.tar")
 
 
