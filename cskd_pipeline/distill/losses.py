@@ -1,13 +1,14 @@
 """The loss of each method, hard and soft, as in CSKD (arXiv 2307.08500) and its authors' code.
 
 ``total = (1 - alpha) * base + alpha * global + spatial_weight * spatial``: ``base`` compares the
-class head with the labels, ``global`` the distillation head with the teacher's global response,
-``spatial`` the dense head with the fused response at every location. ``deit`` has no spatial term,
-``none`` is ``base`` alone.
+class head with the labels, ``global`` the distillation head with the teacher's global response, and
+``spatial`` the dense head with the fused response at every location. ``deit`` omits the spatial
+term; ``none`` is ``base`` alone.
 
-With draws of the soft targets in their place (:class:`SampledTargets`), a soft term is the cross
-entropy with the drawn classes, mean over draws: it has the same expected gradient as the KL
-divergence, and a value that is larger, in expectation, by tau^2 times the targets' entropy.
+A soft term is ``tau^2 * KL(teacher || student)`` of softmax distributions at temperature tau. With
+draws from the soft targets (:class:`SampledTargets`) it is ``tau^2`` times the cross entropy with
+the drawn classes, averaged over draws: the expected gradient is the same, the expected value larger
+by ``tau^2`` times the targets' entropy. :class:`DistillationLoss` gives the normalisation.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ KINDS = ("hard", "soft")
 SCALINGS = ("reference", "mean")
 
 Weight = float | Callable[[float], float]
-"""Of a term of the loss: a number, or a function of the training's progress t in [0, 1]."""
+"""Weight of a loss term: a number, or a function of the training progress t in [0, 1]."""
 
 soft_cross_entropy = SoftTargetCrossEntropy()
 
@@ -38,12 +39,12 @@ soft_cross_entropy = SoftTargetCrossEntropy()
 def mixed_targets(
     label: Tensor, partner_label: Tensor, lam: Tensor, num_classes: int, smoothing: float
 ) -> Tensor:
-    """Return the smoothed labels of mixed views, (B, K) float32, as timm's mixup makes them.
+    """Return the smoothed labels of mixed views, (B, K) float32, as timm's ``mixup_target`` does.
 
     Args:
         label, partner_label: (B,) int64.
-        lam: (B,) float32, the share of the sample's own pixels.
-        smoothing: mass spread evenly over all classes.
+        lam: (B,) float32, weight of a sample's own label (its share of the pixels).
+        smoothing: probability mass spread evenly over all classes.
     """
     low = smoothing / num_classes
     target = torch.full((len(label), num_classes), low, device=label.device)
@@ -54,7 +55,7 @@ def mixed_targets(
 
 
 def inference_heads(method: str, student: Student) -> tuple[str, ...]:
-    """Return the heads that the method trains; their mean is the student's prediction."""
+    """Return the heads that the method trains; their mean logits are the student's prediction."""
     if method == "none":
         return ("cls",)
     heads = ("cls", "dist") if student.has_distillation_token else ("cls",)
@@ -62,11 +63,11 @@ def inference_heads(method: str, student: Student) -> tuple[str, ...]:
 
 
 class LossParts(NamedTuple):
-    """Hold scalar tensors, in this order: the loss of a batch, and its unweighted parts.
+    """The loss of a batch and its unweighted terms, as scalar tensors.
 
     Attributes:
-        total: the weighted sum, with its gradient: call ``total.backward()``.
-        base, global_, spatial: without gradient; 0 where the method has no such term.
+        total: weighted sum, with gradient: call ``total.backward()``.
+        base, global_, spatial: detached terms; 0 if the method has no such term.
     """
 
     total: Tensor
@@ -75,16 +76,16 @@ class LossParts(NamedTuple):
     spatial: Tensor
 
     def detached(self) -> Tensor:
-        """Return (4,) total, base, global, spatial, still on their device."""
+        """Return total, base, global and spatial without gradient, (4,), on their device."""
         return torch.stack([part.detach() for part in self])
 
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """Compare a student's logits with labels and the teacher's response, in one of three methods.
+    """The loss between a student's logits, the labels and the teacher's response.
 
-    It needs nothing of the rest of the package: heads from :func:`dense_logits` (or any
-    :class:`Heads` of one's own), labels of one's own, and targets of a cache or a live teacher::
+    It works without the rest of the package: with heads from :func:`dense_logits` or your own
+    :class:`Heads`, your own labels, and targets from a cache or a live teacher::
 
         loss = DistillationLoss("cskd", spatial_weight=lambda t: 2 - t)
         targets = LogitTargets(spatial, global_)  # (B, K, h, w), (B, K)
@@ -93,18 +94,18 @@ class DistillationLoss:
 
     Args:
         method: ``none``, ``deit`` or ``cskd``.
-        global_kind: of the global term, ``hard`` (cross entropy with the teacher's class) or
-            ``soft`` (KL divergence).
-        spatial_kind: of the spatial term, likewise.
-        alpha: weight of the global term, in [0, 1]; a number, or a function of progress.
-        spatial_weight: lambda, weight of the spatial term, 0 or more; likewise.
+        global_kind: ``hard`` (cross entropy with the teacher's class) or ``soft`` (KL divergence).
+        spatial_kind: ``hard`` or ``soft``, for the spatial term.
+        alpha: weight of the global term, in [0, 1]: a number, or a function of progress.
+        spatial_weight: lambda, weight of the spatial term, 0 or more: a number, or a function of
+            progress.
         temperature: tau of the soft terms.
-        scaling: of the soft terms, which are sums over everything: ``reference`` multiplies the
-            global one by tau^2 / (B * K) and the spatial one by tau^2 / B, as the authors do;
-            ``mean`` by tau^2 / B and tau^2 / (B * h * w), the mean over distributions.
+        scaling: factor of the soft terms' KL divergence, summed over batch and locations.
+            ``reference``, the authors' code: tau^2 / (B * K) for the global term, tau^2 / B for the
+            spatial term. ``mean``, per distribution: tau^2 / B and tau^2 / (B * h * w).
 
     Raises:
-        RecipeError: an unknown word, or a weight out of range.
+        RecipeError: an unknown method, kind or scaling; a weight or temperature out of range.
     """
 
     method: str = "cskd"
@@ -136,7 +137,7 @@ class DistillationLoss:
 
     @property
     def kinds(self) -> dict[str, str]:
-        """Return the kind of each term that the method has, by its name."""
+        """Return the kind of each teacher term of the method, by its key."""
         terms: dict[str, tuple[str, ...]] = {
             "none": (),
             "deit": ("global_kind",),
@@ -155,17 +156,17 @@ class DistillationLoss:
         """Return the loss of a batch as :class:`LossParts`; no host sync.
 
         Args:
-            heads: the student's; ``dense`` is needed by ``cskd`` only. A student without
+            heads: the student's logits; ``dense`` is required by ``cskd`` only. A student without
                 distillation token is distilled through its class head.
-            label_targets: (B, K) float32, probabilities: a batch's ``labels``.
+            label_targets: (B, K) float32 probabilities: a batch's ``labels``.
             targets: the teacher's response; None for ``none``.
-            r: the CKF ratio.
-            progress: t in [0, 1]; needed where a weight is a function of it.
+            r: CKF ratio.
+            progress: t in [0, 1]; required if a weight is a function of it.
 
         Raises:
-            CacheError: a soft term, and an encoding that holds hard labels alone.
+            CacheError: the targets' encoding does not support a term's kind or temperature.
             RecipeError: a weight or r is out of range.
-            UsageError: no targets, or no dense head, where the method needs them.
+            UsageError: the method needs targets or a dense head that is missing.
         """
         heads = heads.float()
         unused = heads.cls.new_zeros(())
@@ -174,8 +175,8 @@ class DistillationLoss:
             return LossParts(base, base.detach(), unused, unused)
         if targets is None:
             raise UsageError(
-                f"the method {self.method} compares with the teacher's response, which is None",
-                action="pass the batch's targets, of views that a cache was opened for; or use "
+                f"the method {self.method} needs the teacher's response, but targets is None",
+                action="pass the batch's targets, from views opened with a cache; or use "
                 'DistillationLoss("none")',
             )
         distilled = heads.cls if heads.dist is None else heads.dist
@@ -186,7 +187,7 @@ class DistillationLoss:
             return LossParts(total, base.detach(), global_.detach(), unused)
         if heads.dense is None:
             raise UsageError(
-                "the method cskd compares the dense head, which these heads lack",
+                "the method cskd needs dense logits, but the heads have none",
                 action="pass the teacher's grid: dense_logits(model, images, views.grid)",
             )
         spatial = self._spatial(heads.dense, targets, r)
@@ -194,14 +195,14 @@ class DistillationLoss:
         return LossParts(total, base.detach(), global_.detach(), spatial.detach())
 
     def _weight(self, name: str, progress: float | None) -> float:
-        """The weight of a term at ``progress``, checked."""
+        """Return a term's weight at ``progress``; refuse one that is out of range."""
         weight: Weight = getattr(self, name)
         if callable(weight):
             if progress is None:
                 raise RecipeError(
-                    f"{name} is a function of the training's progress, which is not given",
+                    f"{name} is a function of the training progress, but progress is None",
                     where=f"distill.{name}",
-                    action="pass progress=t, in [0, 1], when you compute the loss",
+                    action="pass progress=t, in [0, 1], to the loss",
                 )
             weight = weight(progress)
         if name == "alpha":
@@ -229,30 +230,27 @@ class DistillationLoss:
         return self._divergence(logits, teacher) / locations
 
     def _divergence(self, logits: Tensor, teacher: Tensor) -> Tensor:
-        """tau^2 * KL(teacher || student) at temperature tau along dimension 1, summed.
+        """Return tau^2 * KL(teacher || student) along dimension 1, summed.
 
         Args:
-            teacher: log-probabilities at that temperature.
+            logits: the student's, (B, K, ...).
+            teacher: log-probabilities at temperature tau, (B, K, ...).
         """
         tau = self.temperature
-        divergence = kl_div(
-            log_softmax(logits / tau, dim=1),
-            teacher,
-            reduction="sum",
-            log_target=True,
-        )
+        student = log_softmax(logits / tau, dim=1)
+        divergence = kl_div(student, teacher, reduction="sum", log_target=True)
         return divergence * tau**2
 
     def _drawn(self, logits: Tensor, drawn: Tensor) -> Tensor:
-        """tau^2 * cross entropy of the student at tau with draws, mean over them, else summed.
+        """Return tau^2 * cross entropy with drawn classes, averaged over draws, else summed.
 
         Args:
-            logits: (B, K, ...).
-            drawn: (B, draws, ...) int64.
+            logits: the student's, (B, K, ...).
+            drawn: (B, draws, ...) int64 classes.
         """
         tau = self.temperature
-        found = log_softmax(logits / tau, dim=1).gather(1, drawn)
-        return -found.mean(dim=1).sum() * tau**2
+        log_likelihood = log_softmax(logits / tau, dim=1).gather(1, drawn)
+        return -log_likelihood.mean(dim=1).sum() * tau**2
 
 
 def _require(fits: bool, name: str, found: float, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""The teacher's response to a batch, whichever way it was stored."""
+"""The teacher's response to a batch, however it is stored."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from cskd_pipeline.errors import CacheError
 
 
 class Targets(Protocol):
-    """Give the teacher's response to a batch in the forms that the losses need.
+    """The teacher's response to a batch, in the forms that the losses need.
 
-    A class that inherits from this one refuses, with a ``CacheError``, what it does not define.
+    A subclass raises ``CacheError`` for each method that it does not define.
     """
 
     def hard_global(self) -> Tensor:
-        """Return argmax g, the lowest index among equals: (B,) int64."""
+        """Return argmax g, (B,) int64; ties go to the lowest index."""
         raise _unserved(self, "hard targets")
 
     def hard_spatial(self, r: float) -> Tensor:
-        """Return the class on top of the fused response at r: (B, h, w) int64."""
+        """Return argmax of the fused response at r, (B, h, w) int64; ties as in ``ckf``."""
         raise _unserved(self, "hard targets")
 
     def global_log_probabilities(self, temperature: float) -> Tensor:
-        """Return log softmax of g / temperature: (B, K) float32."""
-        raise _unserved(self, "soft targets' probabilities")
+        """Return log softmax of g / temperature, (B, K) float32."""
+        raise _unserved(self, "soft-target probabilities")
 
     def spatial_log_probabilities(self, r: float, temperature: float) -> Tensor:
-        """Return log softmax of (r * d + (1 - r) * g) / temperature: (B, K, h, w) float32."""
-        raise _unserved(self, "soft targets' probabilities")
+        """Return log softmax of (r * d + (1 - r) * g) / temperature, (B, K, h, w) float32."""
+        raise _unserved(self, "soft-target probabilities")
 
 
 @dataclass(frozen=True)
 class LogitTargets(Targets):
-    """Hold logits, a live teacher's or a dense encoding's: they serve every loss.
+    """Logits of a live teacher or of a dense encoding; they support every loss.
 
     Args:
-        spatial: (B, K, h, w), float16 as the teacher gave them, or float32 restored from codes.
-        global_: (B, K) likewise.
+        spatial: d (B, K, h, w), float16 from the teacher, or float32 decoded from 8-bit codes.
+        global_: g (B, K), of the same dtype.
     """
 
     spatial: Tensor
@@ -68,11 +68,11 @@ class LogitTargets(Targets):
 
 @dataclass(frozen=True)
 class EnvelopeTargets(Targets):
-    """Hold the envelope encoding: the same hard labels at every r, and nothing for soft losses.
+    """Hard labels at every r, from the envelope encoding; soft losses are not supported.
 
     Args:
         planes: (B, P, h, w) uint16, see :func:`cskd_pipeline.distill.ckf.upper_envelope`.
-        global_label: (B,), any integer type.
+        global_label: argmax g, (B,), any integer type.
     """
 
     planes: Tensor
@@ -89,12 +89,12 @@ class EnvelopeTargets(Targets):
 
 @dataclass(frozen=True)
 class SampledTargets(Targets):
-    """Hold draws of the soft targets at every r, of one temperature: for soft losses alone.
+    """Classes drawn from the soft targets at every r, at one temperature; for soft losses only.
 
     Args:
-        planes: (B, P, draws * h, w) uint16, of ``encodings.sampled.noisy_envelopes``.
-        draws: of each location.
-        temperature: tau of the targets that they were drawn from.
+        planes: (B, P, draws * h, w) uint16, from ``encodings.sampled.noisy_envelopes``.
+        draws: number of draws per location.
+        temperature: tau of the sampled distributions.
     """
 
     planes: Tensor
@@ -102,19 +102,19 @@ class SampledTargets(Targets):
     temperature: float
 
     def drawn_global(self, temperature: float) -> Tensor:
-        """Return classes drawn from softmax(g / tau), those at r = 0: (B, draws * h * w) int64.
+        """Return classes drawn from softmax(g / tau), (B, draws * h * w) int64: those at r = 0.
 
         Raises:
-            CacheError: another temperature than the draws'.
+            CacheError: ``temperature`` is not the draws' tau.
         """
         self._require(temperature)
         return self.planes[:, 0].flatten(1).to(torch.int64)
 
     def drawn_spatial(self, r: float, temperature: float) -> Tensor:
-        """Return classes drawn from softmax(fused(r) / tau): (B, draws, h, w) int64.
+        """Return classes drawn from softmax of the fused response / tau, (B, draws, h, w) int64.
 
         Raises:
-            CacheError: another temperature than the draws'.
+            CacheError: ``temperature`` is not the draws' tau.
         """
         self._require(temperature)
         return ckf.envelope_labels(self.planes, r).unflatten(1, (self.draws, -1))
@@ -122,11 +122,11 @@ class SampledTargets(Targets):
     def _require(self, temperature: float) -> None:
         if temperature != self.temperature:
             raise CacheError(
-                "the sampled encoding cannot serve this temperature",
+                "the sampled encoding does not support this temperature",
                 found=f"distill.temperature = {temperature}",
-                expected=f"{self.temperature}, which its draws were made at",
-                action=f"set distill.temperature to {self.temperature}, or make another cache "
-                "from one with dense: cache convert --encoding sampled "
+                expected=f"{self.temperature}, the temperature of its draws",
+                action=f"set distill.temperature to {self.temperature}, or convert a cache with "
+                "the encoding dense: cache convert --encoding sampled "
                 f"--sampled-temperature {temperature}",
             )
 
@@ -134,9 +134,9 @@ class SampledTargets(Targets):
 def labels_draws_or_logs(
     targets: Targets, serves: Collection[str], temperature: float, ratios: Sequence[float]
 ) -> list[Tensor]:
-    """Return the response at each of ``ratios``, then the global one, as its encoding has it.
+    """Return the spatial response at each of ``ratios``, then the global response.
 
-    Hard labels where it ``serves`` them, else draws, else log probabilities at ``temperature``.
+    The form: hard labels if ``serves`` has them, else draws, else log-probabilities.
     """
     if "hard" in serves:
         return [*map(targets.hard_spatial, ratios), targets.hard_global()]
@@ -149,18 +149,18 @@ def labels_draws_or_logs(
 
 def _unserved(targets: Targets, needed: str) -> CacheError:
     if needed == "hard targets":
-        able, kind = "dense or envelope", "soft"
+        encodings, kind = "dense or envelope", "soft"
     else:
-        able, kind = "dense, dense-q8 or topk; sampled has draws from them", "hard"
+        encodings, kind = "dense, dense-q8 or topk; sampled has draws instead", "hard"
     encoding = f"of {type(targets).__name__}"
     if isinstance(targets, EnvelopeTargets):
         encoding = "envelope"
     elif isinstance(targets, SampledTargets):
-        encoding, kind = "sampled", "soft"  # whose losses need draws alone
+        encoding, kind = "sampled", "soft"  # soft losses use its draws, not probabilities
     return CacheError(
-        f"the encoding {encoding} cannot serve {needed}",
-        found=f"targets for {kind} losses alone",
-        expected=f"the encoding {able}",
-        action=f"set distill.global_kind and distill.spatial_kind to {kind}, or use a cache dumped "
-        "with such an encoding",
+        f"the encoding {encoding} does not support {needed}",
+        found=f"targets for {kind} losses only",
+        expected=f"the encoding {encodings}",
+        action=f"set distill.global_kind and distill.spatial_kind to {kind}, or use a cache with "
+        "one of these encodings",
     )

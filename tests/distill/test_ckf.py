@@ -67,7 +67,7 @@ def tensors(d: np.ndarray, g: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check(d: np.ndarray, g: np.ndarray, ratios: list[float]) -> list[int]:
-    """Every claim about one location; gives the planes."""
+    """Check all claims about one location; return its planes as a list."""
     spatial, global_ = tensors(d, g)
     planes = ckf.upper_envelope(spatial, global_)
     listed = planes.flatten().tolist()
@@ -82,7 +82,7 @@ def check(d: np.ndarray, g: np.ndarray, ratios: list[float]) -> list[int]:
         assert label == ckf.hard_labels(spatial, global_, r).item()
         assert label == exact_label(d, g, nearest(r))
         at_r = exact_label(d, g, Fraction(r))
-        if label != at_r:  # then a crossing of just these two lies between r and its multiple
+        if label != at_r:  # then these two lines cross between r and the multiple
             assert 0.0 < r < 1.0
             assert abs(crossing(d, g, label, at_r) - Fraction(r)) <= Fraction(1, 2 * N)
     return listed
@@ -197,7 +197,7 @@ def convex_chain(largest: int) -> tuple[np.ndarray, np.ndarray]:
     return d.astype(np.float16), g.astype(np.float16)
 
 
-def test_every_class_is_listed_where_every_line_is_on_the_envelope() -> None:
+def test_every_class_is_listed_if_every_line_is_on_the_envelope() -> None:
     d, g = convex_chain(30)
     shuffle = np.random.default_rng(0).permutation(len(d))
     planes = ckf.upper_envelope(*tensors(d[shuffle], g[shuffle])).flatten().tolist()
@@ -243,14 +243,16 @@ def test_ties_go_to_the_larger_global_then_spatial_logit_then_lower_index(
     assert ckf.envelope_labels(planes, 1.0).item() == at_one
 
 
-def random_answer(seed: int, shape: tuple[int, int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def random_response(
+    seed: int, shape: tuple[int, int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     spatial = torch.randn(shape, generator=generator).half()
     return spatial, spatial.float().mean((2, 3)).half()
 
 
 def test_batches_of_maps_equal_their_locations_one_by_one() -> None:
-    spatial, global_ = random_answer(0, (3, 20, 2, 5))
+    spatial, global_ = random_response(0, (3, 20, 2, 5))
     planes = ckf.upper_envelope(spatial, global_)
     assert planes.dtype == torch.uint16
     assert planes.shape[0:1] + planes.shape[2:] == (3, 2, 5)
@@ -265,20 +267,20 @@ def test_batches_of_maps_equal_their_locations_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("chunk", [50 * 9 * 2, 1])  # two samples; less than one
-def test_pieces_of_a_large_batch_give_the_planes_of_the_whole(
+def test_a_batch_in_pieces_has_the_planes_of_the_full_batch(
     monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    spatial, global_ = random_answer(1, (5, 50, 3, 3))
+    spatial, global_ = random_response(1, (5, 50, 3, 3))
     spatial[:2] = global_[:2, :, None, None]  # one line each
-    whole, labels = ckf.upper_envelope(spatial, global_), ckf.hard_labels(spatial, global_, 0.6)
-    assert whole.shape[1] > 1
+    full, labels = ckf.upper_envelope(spatial, global_), ckf.hard_labels(spatial, global_, 0.6)
+    assert full.shape[1] > 1
     monkeypatch.setattr(ckf, "_CHUNK", chunk)
-    assert torch.equal(ckf.upper_envelope(spatial, global_).int(), whole.int())
+    assert torch.equal(ckf.upper_envelope(spatial, global_).int(), full.int())
     assert torch.equal(ckf.hard_labels(spatial, global_, 0.6), labels)
 
 
 def test_unused_planes_may_follow_or_be_cut_off() -> None:
-    spatial, global_ = random_answer(2, (4, 30, 3, 3))
+    spatial, global_ = random_response(2, (4, 30, 3, 3))
     planes = ckf.upper_envelope(spatial, global_)
     padded = torch.full((4, 59, 3, 3), ckf.UNUSED, dtype=torch.int32)
     padded[:, : planes.shape[1]] = planes.int()
@@ -299,7 +301,7 @@ def test_the_label_of_65535_classes_fits() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["spatial", "global"])
 def test_nan_and_infinite_logits_are_refused(bad: float, where: str) -> None:
-    spatial, global_ = random_answer(3, (2, 6, 2, 2))
+    spatial, global_ = random_response(3, (2, 6, 2, 2))
     (spatial if where == "spatial" else global_).view(-1)[7] = bad
     with pytest.raises(TeacherError, match="NaN or infinite"):
         ckf.upper_envelope(spatial, global_)
@@ -311,7 +313,7 @@ def test_large_opposite_infinities_do_not_pass_as_finite() -> None:
 
 
 def test_labels_never_wait_for_the_device() -> None:
-    # a meta tensor has no values: anything that asked for one would raise
+    # a meta tensor has no values, so reading one would raise
     spatial = torch.empty(2, 9, 3, 3, dtype=torch.float16, device="meta")
     global_ = torch.empty(2, 9, dtype=torch.float16, device="meta")
     planes = torch.empty(2, 15, 3, 3, dtype=torch.uint16, device="meta")
@@ -319,8 +321,8 @@ def test_labels_never_wait_for_the_device() -> None:
     assert ckf.envelope_labels(planes, 0.5).shape == (2, 3, 3)
 
 
-def test_the_planes_of_a_fixed_answer_never_change() -> None:
-    # logits from a congruential sequence, so that neither a generator nor a mean enters
+def test_the_planes_of_a_fixed_response_never_change() -> None:
+    # logits from a congruential sequence, independent of torch's generators and reductions
     values = torch.arange(2 * 100 * 10) * 7919 % 2003 - 1001
     spatial, global_ = (values / 128).half().split([1800, 200])
     planes = ckf.upper_envelope(spatial.view(2, 100, 3, 3), global_.view(2, 100)).numpy()
@@ -339,7 +341,7 @@ def test_the_papers_schedules_fall_from_one_to_zero_as_published() -> None:
 def test_a_schedule_may_be_a_users_own_function_of_progress() -> None:
     assert ckf.ckf_ratio(lambda t: 1 - t**3, 0.5) == 0.875
     for ratio in (-0.01, 1.01, math.nan):
-        with pytest.raises(RecipeError, match="schedule returns is out of range") as caught:
+        with pytest.raises(RecipeError, match="CKF schedule is out of range") as caught:
             ckf.ckf_ratio(lambda t, ratio=ratio: ratio, 0.25)
         assert caught.value.where == "schedule(0.25)"
     with pytest.raises(RecipeError, match="progress is out of range"):
@@ -348,7 +350,7 @@ def test_a_schedule_may_be_a_users_own_function_of_progress() -> None:
 
 @pytest.mark.parametrize("r", [-0.01, 1.01, math.nan])
 def test_a_ratio_outside_the_unit_interval_is_refused_wherever_it_is_used(r: float) -> None:
-    spatial, global_ = random_answer(4, (2, 5, 3, 2))
+    spatial, global_ = random_response(4, (2, 5, 3, 2))
     planes = ckf.upper_envelope(spatial, global_)
     for use in (
         lambda: ckf.fuse(spatial, global_, r),
@@ -361,11 +363,11 @@ def test_a_ratio_outside_the_unit_interval_is_refused_wherever_it_is_used(r: flo
 
 
 def test_the_ends_of_the_fusion_are_schedules_too() -> None:
-    """The ablation's ``spatial`` is r = 1 and its ``global`` r = 0, however far a run is."""
+    """The ablations: ``spatial`` is r = 1 and ``global`` is r = 0 at any progress."""
     for progress in (0.0, 0.3, 1.0):
         assert ckf.ckf_ratio("spatial", progress) == 1.0
         assert ckf.ckf_ratio("global", progress) == 0.0
-    spatial, global_ = random_answer(5, (2, 7, 3, 3))
+    spatial, global_ = random_response(5, (2, 7, 3, 3))
     alone = ckf.hard_labels(spatial, global_, ckf.ckf_ratio("spatial", 0.5))
     assert torch.equal(alone, spatial.float().argmax(dim=1))
     alike = ckf.hard_labels(spatial, global_, ckf.ckf_ratio("global", 0.5))
@@ -376,14 +378,14 @@ def test_recipes_know_every_schedule() -> None:
     assert get_args(key_types(TrainRecipe)["distill.schedule"]) == tuple(ckf.SCHEDULES)
 
 
-def test_an_unknown_schedule_is_named_beside_the_known_ones() -> None:
+def test_an_unknown_schedule_is_named_with_the_known_ones() -> None:
     with pytest.raises(RecipeError, match="cubic") as caught:
         ckf.ckf_ratio("cubic", 0.5)
     assert "linear, x2, cos, spatial, global" in str(caught.value)
 
 
 def test_fused_logits_are_the_weighted_mean_in_float32() -> None:
-    spatial, global_ = random_answer(4, (2, 5, 3, 2))
+    spatial, global_ = random_response(4, (2, 5, 3, 2))
     d, g = spatial.numpy().astype(np.float64), global_.numpy().astype(np.float64)[:, :, None, None]
     fused = ckf.fuse(spatial, global_, 0.3)
     assert fused.dtype == torch.float32
@@ -395,9 +397,9 @@ def test_the_global_label_is_the_first_of_the_largest() -> None:
     assert ckf.hard_global_labels(global_).tolist() == [1, 0]
 
 
-def test_the_march_goes_over_few_of_many_lines() -> None:
+def test_few_of_many_lines_are_candidates() -> None:
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(4, 1, 1000, generator=generator)  # what all places of an image say
+    image = torch.randn(4, 1, 1000, generator=generator)  # shared by all locations
     d = (1.2 * image + torch.randn(4, 49, 1000, generator=generator)).half().float()
     g = d.mean(dim=1, keepdim=True).half().float().expand_as(d)
     assert ckf._candidates(d, g).shape[:2] == (3, 4 * 49)

@@ -21,7 +21,7 @@ SOFT = {"global_kind": "soft", "spatial_kind": "soft"}
 
 
 class Case:
-    """Random heads, labels and answers, as torch leaves and as numpy float64."""
+    """Random heads, labels and responses, as torch leaves and as numpy float64."""
 
     def __init__(self, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
@@ -105,7 +105,7 @@ def test_weights_may_be_functions_of_progress() -> None:
     for t in (0.0, 0.4, 1.0):
         found = loss(case.heads, labels, case.targets, RATIO, t)
         assert torch.equal(found.total, case.loss(alpha=t / 2, spatial_weight=3 - t).total)
-    with pytest.raises(RecipeError, match="alpha is a function of the training's progress"):
+    with pytest.raises(RecipeError, match="alpha is a function of the training progress"):
         loss(case.heads, labels, case.targets, RATIO)
     wrong = DistillationLoss(spatial_weight=lambda t: t - 1)
     with pytest.raises(RecipeError, match="spatial_weight is out of range"):
@@ -131,14 +131,14 @@ def test_none_is_the_cross_entropy_of_the_class_head_and_needs_no_teacher() -> N
 
 
 @pytest.mark.parametrize("method", ["deit", "cskd"])
-def test_a_loop_that_forgets_targets_or_the_grid_learns_what_to_pass(method: str) -> None:
+def test_missing_targets_or_dense_logits_are_refused_with_the_fix(method: str) -> None:
     case, labels = Case(), torch.ones(B, K) / K
     loss = DistillationLoss(method)
     with pytest.raises(UsageError, match="pass the batch's targets"):
         loss(case.heads, labels, None, RATIO)
     heads = case.heads._replace(dense=None)
     if method == "cskd":
-        with pytest.raises(UsageError, match="the dense head"):
+        with pytest.raises(UsageError, match="needs dense logits"):
             loss(heads, labels, case.targets, RATIO)
     else:
         loss(heads, labels, case.targets, RATIO)
@@ -188,14 +188,14 @@ def test_envelope_and_logits_give_the_same_hard_loss_bit_for_bit() -> None:
     live = case.loss().detached()
     case.targets = EnvelopeTargets(planes, case.targets.hard_global())
     assert torch.equal(case.loss().detached(), live)
-    with pytest.raises(CacheError, match="cannot serve"):
+    with pytest.raises(CacheError, match="does not support"):
         case.loss(**SOFT)
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 @pytest.mark.parametrize("method", ["none", "deit", "cskd"])
 def test_no_loss_waits_for_the_device(method: str, kind: str) -> None:
-    # a meta tensor has no values: anything that asked for one would raise
+    # a meta tensor has no values, so reading one would raise
     with torch.device("meta"):
         heads = Heads(torch.empty(B, K), torch.empty(B, K), torch.empty(B, K, H, W))
         label = torch.zeros(B, dtype=torch.int64)
@@ -217,7 +217,7 @@ def test_mixed_labels_are_smoothed_and_shared_by_lambda() -> None:
     ]
     np.testing.assert_allclose(target, expected, rtol=1e-6)
     assert target.dtype == torch.float32
-    timms = mixup_target(label, 4, 0.25, 0.2)  # of a batch with its own reverse
+    timms = mixup_target(label, 4, 0.25, 0.2)  # mixes a batch with its own reverse
     ours = mixed_targets(label, label.flip(0), torch.full((3,), 0.25), 4, 0.2)
     torch.testing.assert_close(ours, timms)
 

@@ -1,4 +1,4 @@
-"""One interface to the teacher's answers: whichever way they were stored, the same labels."""
+"""One interface to the teacher's response: the same labels however it is stored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cskd_pipeline.distill.targets import EnvelopeTargets, LogitTargets, Targets
 from cskd_pipeline.errors import CacheError
 
 
-def answer(classes: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
+def response(classes: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     # coarse values, so that many locations tie
     spatial = torch.randn(6, classes, 7, 7, generator=generator).mul(8).round().div(8)
@@ -18,7 +18,7 @@ def answer(classes: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_the_envelope_gives_the_labels_of_the_logits_at_every_ratio() -> None:
-    spatial, global_ = answer()
+    spatial, global_ = response()
     logits = LogitTargets(spatial, global_)
     planes = ckf.upper_envelope(spatial, global_)
     labels = ckf.hard_global_labels(global_)
@@ -33,7 +33,7 @@ def test_the_envelope_gives_the_labels_of_the_logits_at_every_ratio() -> None:
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_log_probabilities_are_those_of_the_fused_logits(temperature: float) -> None:
-    spatial, global_ = answer()
+    spatial, global_ = response()
     logits = LogitTargets(spatial, global_)
     d, g = spatial.double(), global_.double()
 
@@ -48,23 +48,23 @@ def test_log_probabilities_are_those_of_the_fused_logits(temperature: float) -> 
         torch.testing.assert_close(found, expected(r * d + (1 - r) * g[:, :, None, None]))
 
 
-def test_an_envelope_asked_for_logits_says_what_to_do() -> None:
-    spatial, global_ = answer(5)
+def test_soft_targets_of_an_envelope_are_refused_with_the_fix() -> None:
+    spatial, global_ = response(5)
     envelope = EnvelopeTargets(ckf.upper_envelope(spatial, global_), global_.argmax(1))
-    for ask in (
+    for call in (
         lambda: envelope.global_log_probabilities(1.0),
         lambda: envelope.spatial_log_probabilities(0.5, 1.0),
     ):
-        with pytest.raises(CacheError, match="encoding envelope cannot serve soft") as caught:
-            ask()
+        with pytest.raises(CacheError, match="encoding envelope does not support soft") as caught:
+            call()
         assert "dense-q8" in str(caught.value.expected)
         assert "distill.global_kind and distill.spatial_kind to hard" in str(caught.value.action)
 
 
-def test_targets_of_ones_own_are_named_by_their_class() -> None:
+def test_a_users_targets_are_named_by_their_class() -> None:
     class Own(Targets):
         pass
 
-    with pytest.raises(CacheError, match="encoding of Own cannot serve hard targets") as caught:
+    with pytest.raises(CacheError, match="encoding of Own does not support hard targets") as caught:
         Own().hard_global()
     assert "distill.spatial_kind to soft" in str(caught.value.action)

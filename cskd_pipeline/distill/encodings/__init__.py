@@ -1,9 +1,9 @@
-"""The ways of storing a teacher's response, by name: one file each, one interface (``base``).
+"""Encodings of a teacher's response by name: one module each, one interface (``base``).
 
-``dense`` keeps the logits and serves every loss. ``envelope`` keeps exactly what hard CKF labels
-need, at any ratio, in 1/400 of the space. For soft losses ``dense-q8`` comes close to it in 2/5 of
-the space, ``topk`` approximates it in 1/45, and ``sampled`` holds unbiased draws of the soft
-targets in 1/300 each. :func:`register_encoding` adds a user's own.
+``dense`` stores the logits and supports every loss. ``envelope`` stores the exact hard CKF labels
+at every ratio in 1/400 of the space of ``dense``. For soft losses, ``dense-q8`` is a close
+approximation in 2/5 of the space, ``topk`` a coarser one in 1/45, and ``sampled`` stores unbiased
+draws from the soft targets in 1/300 each. :func:`register_encoding` adds a user's encoding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BUILT_IN: tuple[Encoding, ...] = (Dense(), DenseQ8(), TopK(), Envelope(), Sampl
 ENCODINGS: dict[str, Encoding] = {encoding.name: encoding for encoding in _BUILT_IN}
 
 RESERVED = ("auto", "digest", "key", "label", "seed", "top1")
-"""Arrays of every cache, which no encoding may be called as, and the word for a choice of one."""
+"""Names that no encoding may have: arrays of every cache, and ``auto``, which selects one."""
 
 __all__ = [
     "ENCODINGS",
@@ -36,26 +36,25 @@ __all__ = [
 ]
 
 
-def temperature_near(encoding: Encoding, wanted: float = 1.0) -> float:
-    """Return the temperature nearest to ``wanted`` that the encoding's soft losses may have."""
+def temperature_near(encoding: Encoding, requested: float = 1.0) -> float:
+    """Return the temperature nearest to ``requested`` that the encoding supports in soft losses."""
     lowest, highest = encoding.temperatures
-    return min(max(wanted, lowest), highest)
+    return min(max(requested, lowest), highest)
 
 
 def register_encoding(encoding: Encoding) -> None:
-    """Let this process write and read caches with ``encoding``, under ``encoding.name``.
+    """Register ``encoding`` under ``encoding.name``, to write and read caches with it.
 
-    A cache records the name only: whoever opens it registers the same encoding first. Loader
-    processes get it from the process that starts them, so it must be picklable: an instance of a
-    class at the top of a module.
+    A cache records the name only: register the same encoding before opening it. Loader processes
+    receive it by pickling, so its class must be defined at the top level of a module.
 
     Args:
         encoding: see :class:`cskd_pipeline.distill.encodings.base.Encoding`; its arrays are named
             ``NAME/...``.
 
     Raises:
-        UsageError: the name is a built-in encoding's or reserved, or not lower-case letters, digits
-            and hyphens.
+        UsageError: the name is built in, reserved, or not of lower-case letters, digits and
+            hyphens.
     """
     name = encoding.name
     taken = name in RESERVED or ENCODINGS.get(name) in _BUILT_IN
@@ -63,12 +62,12 @@ def register_encoding(encoding: Encoding) -> None:
         raise UsageError(
             "an encoding cannot be registered under this name",
             found=name,
-            expected="lower-case letters, digits and hyphens, 40 at most, and none of "
+            expected="at most 40 lower-case letters, digits and hyphens, and none of "
             + ", ".join((*(known.name for known in _BUILT_IN), *RESERVED)),
         )
     ENCODINGS[name] = encoding
 
 
 def registered(names: Iterable[str]) -> list[Encoding]:
-    """Return the encodings of these names that are not built in: another process needs them."""
+    """Return the user's encodings among ``names``, which a new process must register too."""
     return [ENCODINGS[name] for name in names if ENCODINGS[name] not in _BUILT_IN]

@@ -1,4 +1,4 @@
-"""The interface of encodings: arrays, and the way from logits to them and back."""
+"""The interface of encodings: their arrays, and the conversion of logits to rows and targets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Rows = dict[str, np.ndarray]
 """Array name -> values, one row per sample."""
 
 UNUSED = 65535
-"""Fills arrays of class numbers, uint16."""
+"""Fill value of uint16 arrays of class indices."""
 _CHUNK_BYTES = 16 * 1024
 
 
@@ -31,37 +31,37 @@ class ResponseShape(NamedTuple):
     width: int
 
     def require_numbered(self, encoding: str) -> None:
-        """Refuse more classes than ``encoding`` can number: uint16, one of which is fill."""
+        """Refuse more classes than fit in uint16, whose largest value is fill."""
         if self.classes > UNUSED:
             raise CacheError(
-                f"the {encoding} encoding cannot hold so many classes",
+                f"the {encoding} encoding does not support so many classes",
                 found=f"{self.classes} classes",
                 expected=f"at most {UNUSED}",
                 action="use the encoding dense or dense-q8",
             )
 
-    def require_classes(self, found: np.ndarray) -> None:
-        """Refuse class numbers, by a ``ValueError``, that the teacher does not have."""
-        if found.size and found.max() >= self.classes:
-            raise ValueError(f"class {found.max()} of {self.classes}")
+    def require_classes(self, indices: np.ndarray) -> None:
+        """Raise ``ValueError`` for a class index that the teacher does not have."""
+        if indices.size and indices.max() >= self.classes:
+            raise ValueError(f"class {indices.max()} of {self.classes}")
 
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array of an encoding, on the axes (view, shard, offset) followed by its own.
+    """One array of an encoding, with the axes (view, shard, offset) followed by its own.
 
     Args:
-        name: its path in the cache.
+        name: path in the cache.
         axes, tail: names and lengths of its own axes.
-        fill: stands where nothing was written; no written row consists of it.
-        level: of zstd.
-        rows: samples in one chunk, for encodings read row by row; None: all samples of a tar
-            shard, for encodings that readers decode, and keep, shard by shard. All arrays of an
-            encoding are read in one of the two ways.
-        tail_chunk: the part of ``tail`` in one chunk; None: all of it.
-        order: all axes, view, shard and offset first, as a chunk lays them out; None: as they are.
-        ragged: the first own axis may end early, in rows given and rows returned; beyond it all is
-            fill, and chunks that hold only fill are not written.
+        fill: value of rows not written; no written row consists of it alone.
+        level: zstd level.
+        rows: samples per chunk, for encodings read row by row; None: all samples of a tar shard,
+            for encodings that readers decode and keep shard by shard. All arrays of an encoding
+            are alike in this.
+        tail_chunk: chunk lengths along ``tail``; None: all of it.
+        order: axes in a chunk's memory order, view, shard and offset first; None: as they are.
+        ragged: whether the first own axis may be shorter, in rows given and rows returned; beyond
+            its end all values are fill, and chunks of only fill are not written.
         file_per_view: one file per (view, tar shard), for arrays so large that a file per unit
             would need too much memory.
     """
@@ -80,30 +80,30 @@ class ArraySpec:
 
     @property
     def row_bytes(self) -> int:
-        """Return the bytes of a sample in memory; if ragged, of its first chunk along that axis."""
+        """Return a sample's size in memory; if ragged, of the first chunk along the ragged axis."""
         tail = self.tail_chunk if self.ragged and self.tail_chunk else self.tail
         return int(np.prod(tail)) * np.dtype(self.dtype).itemsize
 
     def read_by_row(self) -> ArraySpec:
-        """Return the array in chunks of a few rows, so small that one costs little more.
+        """Return the array with chunks of a few rows, so that reading a single row is cheap.
 
-        Logits of 1,000 classes on 7x7 take 91.4 kB of 98.0 in zstd, whatever the level (1 to 9),
-        the order of axes and the rows in a chunk (1 to 16), and a random row takes 0.3 ms to read;
-        in chunks of 8 rows 1.2 ms.
+        Logits of 1,000 classes on 7x7 compress from 98.0 to 91.4 kB, whatever the zstd level (1 to
+        9), axis order and rows per chunk (1 to 16). Reading a random row takes 0.3 ms, or 1.2 ms
+        from chunks of 8 rows.
         """
         return replace(self, rows=max(1, _CHUNK_BYTES // self.row_bytes))
 
 
 class Encoding(Protocol):
-    """A way of storing the teacher's response; :func:`register_encoding` adds a user's own.
+    """A storage encoding of the teacher's response; :func:`register_encoding` adds a user's own.
 
-    One that inherits from this class and stores rows as they are needs no ``pack`` or ``unpack``.
+    A subclass that stores rows unchanged needs no ``pack`` or ``unpack``.
 
     Attributes:
-        name: lower-case letters, digits and hyphens; its arrays are called ``NAME/...``.
-        serves: kinds of loss: ``hard``, ``soft``.
-        exact: these losses are, bit for bit, those of the teacher's logits.
-        temperatures: the lowest and the highest of soft losses that it serves.
+        name: lower-case letters, digits and hyphens; its arrays are named ``NAME/...``.
+        serves: supported kinds of loss: ``hard``, ``soft``.
+        exact: whether these losses equal, bit for bit, those from the teacher's logits.
+        temperatures: lowest and highest supported temperature of soft losses.
     """
 
     name: str
@@ -112,33 +112,33 @@ class Encoding(Protocol):
     temperatures: tuple[float, float]
 
     def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
-        """Return what is stored.
+        """Return the stored arrays.
 
         Raises:
-            CacheError: the encoding cannot hold responses of this shape.
+            CacheError: the encoding does not support responses of this shape.
         """
         ...
 
     def encode(self, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> dict[str, Tensor]:
-        """Make rows from logits, on their device: array name -> (B, ...).
+        """Encode logits on their device: array name -> rows (B, ...).
 
         Args:
             spatial: (B, K, h, w) float16.
             global_: (B, K) float16.
-            seeds: (B,) uint64, of the views: for an encoding that draws.
+            seeds: (B,) uint64, the views' seeds, for an encoding that draws random numbers.
         """
         ...
 
     def targets(self, arrays: Mapping[str, Tensor]) -> Targets:
-        """Make targets for the losses from rows as :meth:`encode` gave them, on any device."""
+        """Return targets for the losses from rows of :meth:`encode`, on any device."""
         ...
 
     def pack(self, rows: Rows) -> Rows:
-        """Return rows as they are stored: same names and shapes, rearranged for compression."""
+        """Rearrange rows for compression before they are stored; names and shapes stay."""
         return rows
 
     def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
-        """Return the rows that :meth:`pack` was given, compared with what can be.
+        """Validate stored rows and undo :meth:`pack`.
 
         Raises:
             ValueError: values that no response of this shape has.

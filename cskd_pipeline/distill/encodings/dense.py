@@ -1,4 +1,4 @@
-"""``dense``: the logits themselves, float16. Serves every loss; the reference for the others."""
+"""``dense``: the float16 logits, for every loss; the reference for all other encodings."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 SPATIAL = "dense/spatial"
 GLOBAL = "dense/global"
 
-_LEVEL = 1  # the fastest: others save nothing
+_LEVEL = 1  # the fastest; higher levels save nothing
 
 
 class Dense(Encoding):
-    """(B, K, h, w) and (B, K) as the teacher gave them.
+    """The teacher's logits, (B, K, h, w) and (B, K) float16.
 
-    Fill is NaN, which no response holds: a row that was not written cannot be taken for one.
+    Fill is NaN, which no response contains, so an unwritten row is never mistaken for one.
     """
 
     name = "dense"

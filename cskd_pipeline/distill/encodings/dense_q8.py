@@ -1,9 +1,8 @@
 """``dense-q8``: all logits in eight bits each, for soft losses, at 2/5 of the size of ``dense``.
 
-Softmax does not see what is added to all classes of a location, and CKF adds to them alike: for any
-constants, ``r * (d + a) + (1 - r) * (g + b)`` is the fused response plus one number. So each
-location is centred on its mean over classes before its logits are rounded, and neither means nor
-the lowest value need to be kept.
+Softmax ignores a constant added to all classes of a location, and so does CKF: for constants a and
+b, ``r * (d + a) + (1 - r) * (g + b)`` is the fused response plus a constant. So each location is
+centred on its mean over classes before rounding, and neither mean nor lowest value is stored.
 """
 
 from __future__ import annotations
@@ -26,16 +25,17 @@ GLOBAL = "dense-q8/global"
 STEP = "dense-q8/step"
 
 UNUSED = 255
-"""No code reaches it."""
+"""Fill value; codes end at 254."""
 _LEVEL = 3
-_FINEST = 1 / 8  # of a logit; rounded to it the divergence is 5e-4 nats, and the codes compress
+_FINEST = 1 / 8  # smallest step: a KL divergence of 5e-4 nats, and codes that compress well
 
 
 class DenseQ8(Encoding):
-    """(B, K, h, w) and (B, K) uint8 codes, 0 to 254, and their (B, 2) float32 steps.
+    """Codes (B, K, h, w) and (B, K) uint8 from 0 to 254, and their steps (B, 2) float32.
 
-    Codes count steps, of 1/8 or more, up from the lowest of a view's centred logits. Differences
-    along classes, rows or columns would save 8 % more; they are not worth their decoding.
+    ``logit = code * step`` up to a constant per location, with the code counted from the view's
+    lowest centred logit. Storing differences along classes, rows or columns would save another 8 %,
+    too little for the cost of decoding.
     """
 
     name = "dense-q8"
@@ -44,7 +44,7 @@ class DenseQ8(Encoding):
     temperatures = (0.0, math.inf)
 
     def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
-        """Return codes of spatial and global logits, and their steps, in chunks of a few rows."""
+        """Return the codes of spatial and global logits and the steps, in chunks of a few rows."""
         axes, grid = ("class", "row", "column"), tuple(shape)
         arrays = (
             ArraySpec(SPATIAL, "uint8", axes, grid, UNUSED, _LEVEL, file_per_view=True),
@@ -54,7 +54,7 @@ class DenseQ8(Encoding):
         return tuple(array.read_by_row() for array in arrays)
 
     def encode(self, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> dict[str, Tensor]:
-        """Round logits to the finest step, 1/8 or more, in which 255 codes span a view's values."""
+        """Round centred logits to steps of (highest - lowest) / 254 per view, at least 1/8."""
         import torch
 
         codes, step = _round(spatial)
@@ -62,7 +62,7 @@ class DenseQ8(Encoding):
         return {SPATIAL: codes, GLOBAL: global_codes, STEP: torch.stack([step, global_step], dim=1)}
 
     def targets(self, arrays: Mapping[str, Tensor]) -> Targets:
-        """Return float32 logits, rounded, and up to a number per location."""
+        """Return the rounded logits as float32, up to a constant per location."""
         from cskd_pipeline.distill.targets import LogitTargets
 
         step = arrays[STEP]
@@ -72,15 +72,15 @@ class DenseQ8(Encoding):
         )
 
     def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
-        """Return the rows, if their steps are positive numbers."""
+        """Return the rows; refuse steps that are not positive and finite."""
         step = rows[STEP]
         if not (np.isfinite(step) & (step > 0)).all():
-            raise ValueError("a step that is not a positive number")
+            raise ValueError("a step is not positive and finite")
         return rows
 
 
 def _round(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes like ``logits`` (B, ...), and their (B,) steps."""
+    """Return uint8 codes of ``logits`` (B, K, ...), of the same shape, and their steps (B,)."""
     values = logits.float()
     values = (values - values.mean(dim=1, keepdim=True)).flatten(1)
     low, high = values.aminmax(dim=1, keepdim=True)

@@ -1,12 +1,12 @@
-"""``envelope``: what every hard CKF label needs, at every ratio r, in about 200 bytes a view.
+"""``envelope``: the exact hard CKF labels at every ratio r, in about 200 bytes per view.
 
-At one location class k is a line in r from its global to its spatial logit; the hard label is the
-line on top. Only lines of the upper envelope are ever on top: they are stored, with the crossings
-between them (:func:`cskd_pipeline.distill.ckf.upper_envelope`), and nothing is lost.
+At one location, class k is a straight line in r from its global to its spatial logit, and the hard
+label is the class of the highest line. The lines of the upper envelope and the crossings between
+them (:func:`cskd_pipeline.distill.ckf.upper_envelope`) thus store every label without loss.
 
-In memory a row of ``envelope/lines`` is (L, 2, h, w): the class of each line, and the crossing at
-which the next one takes over, unused entries 65535. Stored, the crossings of one line stand next to
-each other in front (:meth:`Envelope.pack`): the next line's classes say where they belong.
+In memory a row of ``envelope/lines`` is (L, 2, h, w) for L lines: each line's class and its
+crossing with the next line; unused entries are 65535. On disk the used crossings of each plane are
+contiguous at its start (:meth:`Envelope.pack`); the next line's classes give their locations.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 LINES = "envelope/lines"
 GLOBAL_LABEL = "envelope/global_label"
 
-_LINES_PER_CHUNK = 8  # no location needed more of 61,299 (K = 1000, augmented and mixed images)
-_CHUNKS_PER_VIEW = 256  # at most, so that a shard's index stays small for very many classes
+_LINES_PER_CHUNK = 8  # enough for all of 61,299 locations (K = 1000, augmented and mixed images)
+_CHUNKS_PER_VIEW = 256  # upper limit, so that a shard's index stays small for very many classes
 
-# Bytes per view at 2.3 lines a location, K = 1000, 7x7: lines as they are 269 at level 3, 258 at
-# level 8; classes apart from crossings 253; crossings in front 235; level 19 224, at 25 times the
-# time. Splitting high and low bytes costs 22; line 0 as a difference to global_label saves 2.
+# Bytes per view at 2.3 lines per location, K = 1000, 7x7: unpacked lines 269 at level 3 and 258 at
+# level 8; classes separate from crossings 253; packed crossings 235; level 19 224, in 25 times the
+# time. Splitting high and low bytes adds 22; line 0 relative to global_label saves 2.
 _LEVEL = 8
 
 
@@ -52,7 +52,7 @@ class Envelope(Encoding):
         )
 
     def encode(self, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> dict[str, Tensor]:
-        """March along the upper envelope of every location."""
+        """Return the upper envelope of every location and the global labels."""
         import torch
 
         from cskd_pipeline.distill.ckf import hard_global_labels, upper_envelope
@@ -61,7 +61,7 @@ class Envelope(Encoding):
         return {LINES: lines_of(upper_envelope(spatial, global_)), GLOBAL_LABEL: label}
 
     def targets(self, arrays: Mapping[str, Tensor]) -> Targets:
-        """Return hard targets at every r."""
+        """Return targets with the hard labels at every r."""
         import torch
 
         from cskd_pipeline.distill.targets import EnvelopeTargets
@@ -69,17 +69,17 @@ class Envelope(Encoding):
         return EnvelopeTargets(planes_of(arrays[LINES]), arrays[GLOBAL_LABEL].to(torch.int64))
 
     def pack(self, rows: Rows) -> Rows:
-        """Move the crossings of each line to the front of its plane."""
+        """Move each plane's used crossings to its start."""
         return {**rows, LINES: packed_lines(rows[LINES])}
 
     def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
-        """Put the crossings back where the next line's classes are; refuse other classes."""
+        """Move the crossings back to their locations; refuse classes that do not exist."""
         shape.require_classes(rows[GLOBAL_LABEL])
         return {**rows, LINES: unpacked_lines(rows[LINES], shape)}
 
 
 def lines_spec(name: str, shape: ResponseShape) -> ArraySpec:
-    """Return the array of an envelope's lines, in chunks of a few."""
+    """Return the specification of an array of envelope lines, in chunks of a few lines."""
     shape.require_numbered(name.partition("/")[0])
     lines = max(_LINES_PER_CHUNK, -(-shape.classes // _CHUNKS_PER_VIEW))
     grid = (shape.height, shape.width)
@@ -91,15 +91,15 @@ def lines_spec(name: str, shape: ResponseShape) -> ArraySpec:
         fill=UNUSED,
         level=_LEVEL,
         tail_chunk=(min(lines, shape.classes), 2, *grid),
-        order=(0, 1, 4, 3, 2, 5, 6),  # all classes, then all crossings, line by line
+        order=(0, 1, 4, 3, 2, 5, 6),  # in a chunk: all classes, then all crossings, line by line
         ragged=True,
     )
 
 
 def lines_of(planes: Tensor) -> Tensor:
-    """Return the rows (B, L, 2, h, w) of the planes (B, P, h, w) of an upper envelope.
+    """Convert planes (B, P, h, w) of an upper envelope to rows (B, L, 2, h, w), P = 2 * L - 1.
 
-    The planes, ``c0, q1, c1, q2, c2``, are one short of pairs.
+    The last line of ``c0, q1, c1, q2, c2`` has no crossing: a plane of fill completes the pairs.
     """
     import torch
 
@@ -110,12 +110,12 @@ def lines_of(planes: Tensor) -> Tensor:
 
 
 def planes_of(lines: Tensor) -> Tensor:
-    """Return the planes that :func:`lines_of` was given."""
+    """Convert rows (B, L, 2, h, w) back to planes (B, 2 * L - 1, h, w)."""
     return lines.flatten(1, 2)[:, :-1]
 
 
 def packed_lines(rows: np.ndarray) -> np.ndarray:
-    """Return lines (..., L, 2, h, w) with the crossings of each at the front of its plane."""
+    """Move the used crossings of each plane of (..., L, 2, h, w) lines to its start."""
     lines = rows.copy()
     used = lines[..., 1:, 0, :, :] != UNUSED
     crossings = lines[..., :-1, 1, :, :]
@@ -128,12 +128,12 @@ def packed_lines(rows: np.ndarray) -> np.ndarray:
 
 
 def unpacked_lines(rows: np.ndarray, shape: ResponseShape) -> np.ndarray:
-    """Return the lines that :func:`packed_lines` was given; refuse classes that do not exist."""
+    """Undo :func:`packed_lines`; raise ``ValueError`` for classes that do not exist."""
     lines = rows.copy()
     classes = lines[..., 0, :, :]
     used = classes[..., 1:, :, :] != UNUSED
-    for found in (classes[..., :1, :, :], classes[..., 1:, :, :][used]):
-        shape.require_classes(found)
+    shape.require_classes(classes[..., :1, :, :])
+    shape.require_classes(classes[..., 1:, :, :][used])
     packed = rows[..., :-1, 1, :, :]
     crossings = np.full(used.shape, UNUSED, np.uint16)
     crossings[used] = packed[packed != UNUSED]

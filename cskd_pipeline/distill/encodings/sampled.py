@@ -1,22 +1,22 @@
-"""``sampled``: unbiased draws of the soft target, at every ratio r, in about 300 bytes a draw.
+"""``sampled``: unbiased draws from the soft target at every ratio r, in about 300 bytes per draw.
 
 ``argmax_k(x_k + tau * G_k)`` with independent standard Gumbel noise G is an exact draw from
 softmax(x / tau) (Gumbel, 1954; Maddison et al., arXiv 1411.0030). With ``x = r * d + (1 - r) * g``
-and one noise for all r, class k is a line in r from ``g_k + tau * G_k`` to ``d_k + tau * G_k``: the
-upper envelope of a location's lines is a draw from softmax(fused(r) / tau) at every r. At r = 0 all
-locations hold draws from the global target, softmax(g / tau). Number of draws and tau are fixed
-when the cache is dumped, and stand in its manifest. Noise is independent between draws, locations
-and views, and comes from the views' seeds: with the logits at hand anyone can make the draws again.
+and the same G for all r, class k is a line in r from ``g_k + tau * G_k`` to ``d_k + tau * G_k``:
+the upper envelope of a location's lines is a draw from softmax(x / tau) at every r. At r = 0 all
+locations are draws from the global target, softmax(g / tau). The manifest records tau and the
+number of draws, which the dump fixes. Noise is independent across draws, locations and views, and
+derived from the views' seeds, so the draws are reproducible from the logits.
 
-The loss is the cross entropy with the drawn labels, mean over draws. Its expectation is the cross
-entropy with the soft target: its gradient is that of the KL divergence, its value is larger by the
-target's entropy.
+The loss is the cross entropy with the drawn labels, averaged over draws. Its expectation is the
+cross entropy with the soft target: the gradient is that of the KL divergence, and the value larger
+by the target's entropy.
 
-Stored as ``envelope`` is, the draws' grids one below the other.
+Lines are stored as in ``envelope``, with the grids of the draws stacked along the rows.
 
-The noise of draw n, location l (row by row) and class k of h * w locations and K classes is made of
-word i = (n * h * w + l) * K + k of SplitMix64 (Steele et al., OOPSLA 2014), whose state begins as
-``derive_seed("sampled", view seed)``; all integers modulo 2**64::
+The noise of draw n, location l (row-major) and class k, for h * w locations and K classes, comes
+from word i = (n * h * w + l) * K + k of SplitMix64 (Steele et al., OOPSLA 2014) with the initial
+state ``derive_seed("sampled", view seed)``; all integers modulo 2**64::
 
     z = state + (i + 1) * 0x9E3779B97F4A7C15
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9
@@ -25,10 +25,10 @@ word i = (n * h * w + l) * K + k of SplitMix64 (Steele et al., OOPSLA 2014), who
     u = (2 * (z >> 12) + 1) / 2**53
     noise = round(tau * -log(-log(u)) * 2**16) / 2**16
 
-Integers are the same on every device; a platform's logarithms, which may differ by some 1e-15, are
-rounded to 1.5e-5, and then differ for about one value in 1e9. Sums of the noise and float16 logits
-are multiples of 2**-24 below 2**17, exact in float64, so that :mod:`cskd_pipeline.distill.ckf` goes
-on in integers.
+The integers are the same on every device. Logarithms may differ by some 1e-15 between platforms,
+and after rounding to 2**-16 in about one value in 1e9. Sums of noise and float16 logits are
+multiples of 2**-24 below 2**17 in magnitude, exact in float64, so
+:mod:`cskd_pipeline.distill.ckf` computes their envelope in exact integers.
 """
 
 from __future__ import annotations
@@ -58,21 +58,20 @@ if TYPE_CHECKING:
 LINES = "sampled/lines"
 
 NOISE_UNITS = 65536
-"""Noise is a multiple of 1/65536."""
+"""Noise values are multiples of 1/65536."""
 _STEP, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_CHUNK = 1 << 19  # lines handled at once: in float64, with their noise, some 50 MB
+_CHUNK = 1 << 19  # lines per chunk: in float64, with their noise, some 50 MB
 
 
 class Sampled(Encoding):
-    """(B, L, 2, draws * h, w) uint16 lines, as those of ``envelope``.
+    """Lines (B, L, 2, draws * h, w) uint16, in the layout of ``envelope``.
 
     Args:
-        draws: of each location of a view, 1 to 8.
-        temperature: tau of the soft targets that are drawn from, 0.01 to 1000, the only one that is
-            served.
+        draws: number of draws per location, 1 to 8.
+        temperature: tau of the soft targets, 0.01 to 1000; the only supported temperature.
 
     Raises:
-        UsageError: draws or a temperature out of range.
+        UsageError: draws or temperature out of range.
     """
 
     name = "sampled"
@@ -82,7 +81,7 @@ class Sampled(Encoding):
     def __init__(self, draws: int = 1, temperature: float = 1.0) -> None:
         if not (1 <= draws <= 8 and 0.01 <= temperature <= 1000.0):
             raise UsageError(
-                "the sampled encoding cannot draw like this",
+                "draws or temperature of the sampled encoding are out of range",
                 found=f"{draws} draws at temperature {temperature}",
                 expected="1 to 8 draws at a temperature of 0.01 to 1000",
             )
@@ -96,43 +95,43 @@ class Sampled(Encoding):
         return hash((self.draws, self.temperature))
 
     def to_json(self) -> dict[str, float]:
-        """Return what a manifest states: ``draws`` and ``temperature``."""
+        """Return the manifest's entry: ``draws`` and ``temperature``."""
         return {"draws": self.draws, "temperature": self.temperature}
 
     def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
-        """Return the lines, in chunks of a few."""
-        return (lines_spec(LINES, self._below_each_other(shape)),)
+        """Return the array of lines, in chunks of a few lines."""
+        return (lines_spec(LINES, self._stacked(shape)),)
 
     def encode(self, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> dict[str, Tensor]:
-        """March along the upper envelope of every location's noisy lines."""
+        """Return the upper envelope of every location's noisy lines."""
         planes = noisy_envelopes(spatial, global_, seeds, self.draws, self.temperature)
         return {LINES: lines_of(planes)}
 
     def targets(self, arrays: Mapping[str, Tensor]) -> Targets:
-        """Return draws of the soft targets at every r."""
+        """Return targets with draws from the soft targets at every r."""
         from cskd_pipeline.distill.targets import SampledTargets
 
         return SampledTargets(planes_of(arrays[LINES]), self.draws, self.temperature)
 
     def pack(self, rows: Rows) -> Rows:
-        """Move the crossings of each line to the front of its plane."""
+        """Move each plane's used crossings to its start."""
         return {LINES: packed_lines(rows[LINES])}
 
     def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
-        """Put the crossings back where the next line's classes are; refuse other classes."""
-        return {LINES: unpacked_lines(rows[LINES], self._below_each_other(shape))}
+        """Move the crossings back to their locations; refuse classes that do not exist."""
+        return {LINES: unpacked_lines(rows[LINES], self._stacked(shape))}
 
-    def _below_each_other(self, shape: ResponseShape) -> ResponseShape:
+    def _stacked(self, shape: ResponseShape) -> ResponseShape:
         return shape._replace(height=self.draws * shape.height)
 
 
 def gumbel_noise(
     seeds: np.ndarray, first: int, count: int, temperature: float, device: torch.device | str
 ) -> Tensor:
-    """Return tau * G of words ``first`` to ``first + count`` of each view, (B, count) float64.
+    """Return tau * G for each view's words ``first`` to ``first + count - 1``, (B, count) float64.
 
     Args:
-        seeds: (B,) uint64, the views'.
+        seeds: (B,) uint64, the views' seeds.
     """
     import torch
 
@@ -150,12 +149,12 @@ def gumbel_noise(
 def noisy_envelopes(
     spatial: Tensor, global_: Tensor, seeds: np.ndarray, draws: int, temperature: float
 ) -> Tensor:
-    """Return the envelopes of ``draws`` noisy copies of a response, one grid below the other.
+    """Return the envelopes of ``draws`` noisy copies of a response, stacked along the rows.
 
     Args:
         spatial: (B, K, h, w) float16.
         global_: (B, K) float16.
-        seeds: (B,) uint64, the views'.
+        seeds: (B,) uint64, the views' seeds.
 
     Returns:
         planes (B, P, draws * h, w) uint16, see :func:`cskd_pipeline.distill.ckf.upper_envelope`.
@@ -171,21 +170,21 @@ def noisy_envelopes(
         for draw in range(draws):
             start = 0
             for d, g in logit_lines(spatial, global_, torch.float64, _CHUNK):
-                own = seeds[start : start + len(d)]
-                noise = gumbel_noise(own, draw * size, size, temperature, d.device).view(d.shape)
+                part = seeds[start : start + len(d)]
+                noise = gumbel_noise(part, draw * size, size, temperature, d.device).view(d.shape)
                 yield d.add_(noise), noise.add_(g)
                 start += len(d)
 
     planes = envelope_of_lines(noisy_lines(), height, width).view(torch.int16)
-    each = planes.unflatten(0, (draws, -1)).permute(1, 2, 0, 3, 4)  # (B, P, draws, h, w)
-    return each.flatten(2, 3).view(torch.uint16)
+    planes = planes.unflatten(0, (draws, -1)).permute(1, 2, 0, 3, 4)  # (B, P, draws, h, w)
+    return planes.flatten(2, 3).view(torch.uint16)
 
 
 def _signed(word: int) -> int:
-    """The int64 with these 64 bits."""
+    """Return the int64 with the same 64 bits."""
     return word - (1 << 64) if word >> 63 else word
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
-    """``z >> bits`` as of unsigned words."""
+    """Return ``z >> bits`` as on unsigned words."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,20 +1,20 @@
-"""``topk``: the classes that matter and the tail's mass, for soft losses in about 2 kB a view.
+"""``topk``: the most probable classes and the mass of the tail, for soft losses, in 2 kB per view.
 
-Legend: B samples, K classes, h x w the teacher's grid; ``spatial`` d (B, K, h, w), ``global_`` g
-(B, K), float16; r the CKF ratio, tau the temperature.
+Symbols: B samples, K classes, h x w locations; ``spatial`` d (B, K, h, w), ``global_`` g (B, K),
+float16; CKF ratio r; temperature tau >= 1.
 
-What is usual, to keep the k largest probabilities and divide by their sum, is biased: it treats the
-rest as impossible, where with 1,000 classes and augmented images the rest holds a quarter of the
-mass. Here one set of k classes serves all locations and every r, and the tail keeps its mass:
+The usual top-k, the k largest probabilities divided by their sum, is biased: it gives no mass to
+the other classes (the tail), which have a quarter of it for 1,000 classes and augmented images.
+Here one set of k classes covers all locations and every r, and the tail keeps its mass::
 
-    fused / tau = a * d + b * g        with a = r / tau and b = (1 - r) / tau, a + b <= 1
-    L(a, b) = log of the sum over the tail of exp(a * d + b * g)
+    (r * d + (1 - r) * g) / tau = a * d + b * g    for a = r / tau, b = (1 - r) / tau, a + b <= 1
+    L(a, b) = log(sum over tail classes k of exp(a * d_k + b * g_k))
 
-L is smooth and convex. It is stored at the corners of the triangle 0 <= a, b, a + b <= 1 and at the
-middles of its sides; between them the quadratic through these six values stands for it. At
-tau = 1 it is exact for r = 0, 1/2 and 1, and for tau = 2 for r = 0 and 1. Inside the tail,
-classes share the mass by their global logits, in steps of 1/2, of which a location follows a part
-of its own (``slope``, the regression of its logits on the global ones).
+L is smooth and convex. Its values at the corners and edge midpoints of the triangle a, b >= 0,
+a + b <= 1 are stored (L(0, 0) is known), and the quadratic through these six interpolates it. For
+tau = 1 it is thus exact at r = 0, 1/2 and 1, for tau = 2 at r = 0 and 1, up to float16. Within the
+tail, class k gets a share proportional to ``exp((a * slope + b) * g_k)``, with g_k rounded to 1/2
+and ``slope`` the regression coefficient of a location's tail logits on the global ones.
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ TAIL = "topk/tail"
 TAIL_GLOBAL = "topk/tail_global"
 
 UNUSED = 255
-"""No code reaches it."""
+"""Fill value; codes end at 254."""
 _LEVEL = 8
-_FINE = 8.0  # codes per unit of logit, of kept classes
-_COARSE = 2.0  # and of the global logits of all classes
-_LOWEST = -1000.0  # below the largest; impossible is impossible, and float16 masses stay finite
+_FINE = 8.0  # codes per unit of logit, for kept classes
+_COARSE = 2.0  # codes per unit of logit, for the global logits of all classes
+_LOWEST = -1000.0  # limit of logits relative to the largest; keeps float16 masses finite
 
 
 class TopK(Encoding):
-    """k = min(K, 24) classes of K, for all locations and every r, and what the rest weighs.
+    """k = min(K, 24) kept classes for all locations and every r, and the mass of the tail.
 
-    A row has these arrays; logits are codes, counted down from the largest of their location:
+    A row has these arrays; a code is the distance below the location's largest logit, in steps:
 
-    - ``topk/classes`` (k,) uint16, the kept ones, the most probable first
-    - ``topk/spatial`` (k, h, w) uint8, d of the kept classes in steps of 1/8
-    - ``topk/global`` (k,) uint8, g of the kept classes in steps of 1/8
-    - ``topk/coarse`` (K,) uint8, g of all classes in steps of 1/2
+    - ``topk/classes`` (k,) uint16: kept classes, the most probable first
+    - ``topk/spatial`` (k, h, w) uint8: d of the kept classes in steps of 1/8
+    - ``topk/global`` (k,) uint8: g of the kept classes in steps of 1/8
+    - ``topk/coarse`` (K,) uint8: g of all classes in steps of 1/2
     - ``topk/tail`` (4, h, w) float16: slope, L(1, 0), L(1/2, 0), L(1/2, 1/2)
     - ``topk/tail_global`` (2,) float16: L(0, 1), L(0, 1/2)
 
-    A teacher of at most 24 classes has no tail, and not the last three; its logits are rounded to
-    1/8 and nothing else is lost.
+    A teacher of at most 24 classes has no tail, so the last three arrays are absent and rounding to
+    1/8 is the only loss.
     """
 
     name = "topk"
@@ -74,7 +74,7 @@ class TopK(Encoding):
         self.kept = kept
 
     def arrays(self, shape: ResponseShape) -> tuple[ArraySpec, ...]:
-        """Return the six arrays, of whose chunks each is one view of a tar shard."""
+        """Return the six arrays (three without a tail), one chunk per view of a tar shard."""
         shape.require_numbered(self.name)
 
         def spec(
@@ -99,7 +99,7 @@ class TopK(Encoding):
         )
 
     def encode(self, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> dict[str, Tensor]:
-        """Keep the classes with most probability over all locations and the global response."""
+        """Keep the global label and the classes of largest mean spatial plus global probability."""
         import torch
 
         d, g = spatial.float(), global_.float()
@@ -133,17 +133,17 @@ class TopK(Encoding):
         return TopKTargets(arrays)
 
     def unpack(self, rows: Rows, shape: ResponseShape) -> Rows:
-        """Return the rows, if their classes exist and their masses are numbers."""
+        """Return the rows; refuse classes that do not exist and masses that are not finite."""
         shape.require_classes(rows[CLASSES])
         for name in (TAIL, TAIL_GLOBAL):
             if name in rows and not np.isfinite(rows[name]).all():
-                raise ValueError(f"{name} holds NaN or infinite values")
+                raise ValueError(f"{name} contains NaN or infinite values")
         return rows
 
 
 @dataclass(frozen=True)
 class TopKTargets:
-    """Log-probabilities over all K classes from rows of :class:`TopK`, at temperatures from 1 on.
+    """Log-probabilities over all K classes, from rows of :class:`TopK`, for temperatures from 1 up.
 
     Args:
         rows: array name -> (B, ...).
@@ -152,15 +152,15 @@ class TopKTargets:
     rows: Mapping[str, Tensor]
 
     def hard_global(self) -> Tensor:
-        """Return the largest of :meth:`global_log_probabilities`: approximate, (B,) int64."""
+        """Return argmax of :meth:`global_log_probabilities`, approximate, (B,) int64."""
         return self.global_log_probabilities(1.0).argmax(dim=1)
 
     def hard_spatial(self, r: float) -> Tensor:
-        """Return the largest of :meth:`spatial_log_probabilities`: approximate, (B, h, w) int64."""
+        """Return argmax of :meth:`spatial_log_probabilities`, approximate, (B, h, w) int64."""
         return self.spatial_log_probabilities(r, 1.0).argmax(dim=1)
 
     def global_log_probabilities(self, temperature: float) -> Tensor:
-        """Return log softmax of g / temperature, approximate: (B, K) float32."""
+        """Return log softmax of g / temperature, approximate, (B, K) float32."""
         _require_tail(temperature)
         b = 1.0 / temperature
         logits = -self.rows[GLOBAL].float() * (b / _FINE)
@@ -171,7 +171,7 @@ class TopKTargets:
         return self._over_all_classes(logits, -self.rows[COARSE].float() * (b / _COARSE), mass)
 
     def spatial_log_probabilities(self, r: float, temperature: float) -> Tensor:
-        """Return log softmax of fused(r) / temperature, approximate: (B, K, h, w) float32."""
+        """Return log softmax of fused logits / temperature, approximate, (B, K, h, w) float32."""
         _require_tail(temperature)
         a, b = r / temperature, (1.0 - r) / temperature
         g = self.rows[GLOBAL].float()[:, :, None, None]
@@ -181,8 +181,8 @@ class TopKTargets:
         slope, *spatial = self.rows[TAIL].float().unbind(dim=1)
         global_ = self.rows[TAIL_GLOBAL].float()[:, :, None, None].unbind(dim=1)
         mass = _quadratic(a, b, self._tail_size, *global_, *spatial)
-        shape = (a * slope + b)[:, None] * -self.rows[COARSE].float()[:, :, None, None]
-        return self._over_all_classes(logits, shape / _COARSE, mass)
+        tail = (a * slope + b)[:, None] * -self.rows[COARSE].float()[:, :, None, None]
+        return self._over_all_classes(logits, tail / _COARSE, mass)
 
     @property
     def _tail_size(self) -> int:
@@ -191,12 +191,12 @@ class TopKTargets:
     def _over_all_classes(
         self, logits: Tensor, tail: Tensor | None, mass: Tensor | None = None
     ) -> Tensor:
-        """Log-probabilities (B, K, ...) from those of the kept classes and of the tail.
+        """Return log-probabilities (B, K, ...) from logits of the kept classes and of the tail.
 
         Args:
             logits: (B, k, ...).
-            tail: (B, K, ...), up to a number per location; kept classes' values are not used.
-            mass: (B, ...), log of the tail's sum in the units of ``logits``.
+            tail: (B, K, ...), up to a constant per location; values of kept classes are ignored.
+            mass: L (B, ...), log of the tail's sum of exp, with the same zero as ``logits``.
         """
         index = _at_locations(self.rows[CLASSES].long(), logits)
         if tail is None or mass is None:
@@ -207,12 +207,12 @@ class TopKTargets:
 
 
 def _quadratic(a: float, b: float, size: int, *at: Tensor) -> Tensor:
-    """L(a, b) by the quadratic through its six values; L(0, 0) is log ``size``.
+    """Return L(a, b) from the quadratic through its six values; L(0, 0) is log ``size``.
 
-    These are the shape functions of the six-node triangle (finite elements' P2).
+    The weights are the shape functions of the six-node triangle (the P2 finite element).
 
     Args:
-        at: L(0, 1), L(0, 1/2); L(1, 0), L(1/2, 0), L(1/2, 1/2) too unless a is 0.
+        at: L(0, 1) and L(0, 1/2), then L(1, 0), L(1/2, 0) and L(1/2, 1/2), optional if a is 0.
     """
     c = 1.0 - a - b
     weights = (b * (2 * b - 1), 4 * b * c, a * (2 * a - 1), 4 * a * c, 4 * a * b)
@@ -231,7 +231,7 @@ def _codes(logits: Tensor, per_unit: float) -> Tensor:
 
 
 def _slope(d: Tensor, g: Tensor) -> Tensor:
-    """Of the regression of d (B, n, h, w) on g (B, n) over n: (B, h, w); 0 where g is constant."""
+    """Return the regression slope (B, h, w) of d (B, n, h, w) on g (B, n); 0 for constant g."""
     import torch
 
     g = g - g.mean(dim=1, keepdim=True)
@@ -240,7 +240,7 @@ def _slope(d: Tensor, g: Tensor) -> Tensor:
 
 
 def _at_locations(classes: Tensor, like: Tensor) -> Tensor:
-    """(B, n) as an index along dimension 1 of ``like``."""
+    """Expand class indices (B, n) to index dimension 1 of ``like`` (B, K, ...): (B, n, ...)."""
     index = classes.reshape(*classes.shape, *[1] * (like.ndim - 2))
     return index.expand(*classes.shape, *like.shape[2:])
 
@@ -248,8 +248,8 @@ def _at_locations(classes: Tensor, like: Tensor) -> Tensor:
 def _require_tail(temperature: float) -> None:
     if temperature < 1.0:
         raise CacheError(
-            "the topk encoding cannot serve this temperature",
+            "the topk encoding does not support this temperature",
             found=f"distill.temperature = {temperature}",
-            expected="1 or more: the tail's mass is known there",
+            expected="1 or more, for which it stores the tail's mass",
             action="use a cache with the encoding dense or dense-q8",
         )

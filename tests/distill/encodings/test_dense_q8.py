@@ -1,4 +1,4 @@
-"""Eight bits a logit: what is lost is half a step, and nothing that softmax sees besides."""
+"""Eight bits per logit: the error is half a step, up to a constant that softmax ignores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encodings keep what they promise: logits, every hard label, or soft targets within bounds."""
+"""Encodings store logits or hard labels exactly, or soft targets within bounds."""
 
 from __future__ import annotations
 
@@ -48,41 +48,41 @@ def logits(
 
 
 @pytest.mark.parametrize("classes", [1, 2, 20, 40])
-def test_answers_survive_the_way_through_the_cache(tmp_path: Path, classes: int) -> None:
+def test_a_response_survives_the_round_trip_through_a_cache(tmp_path: Path, classes: int) -> None:
     made = manifest(
         dataset=replace(dataset(), num_classes=classes, class_names=None),
         teacher=teacher(num_classes=classes),
         encodings=tuple(ENCODINGS),
     )
     writer = CacheWriter.create(tmp_path / "c", made)
-    answers = {}
+    responses = {}
     for unit in writer.todo(shards=[0]):
         data = unit_data(unit, manifest(encodings=()))
         arrays: dict[str, list[np.ndarray]] = {}
         for view in unit.views:
-            answers[view] = logits(view, 5, classes)
+            responses[view] = logits(view, 5, classes)
             for encoding in ENCODINGS.values():
-                for name, rows in encoding.encode(*answers[view], SEEDS[:5]).items():
+                for name, rows in encoding.encode(*responses[view], SEEDS[:5]).items():
                     arrays.setdefault(name, []).append(rows.numpy())
         data.arrays = {name: stacked(parts) for name, parts in arrays.items()}
         writer.write_unit(unit, data)
     reader = open_cache(tmp_path / "c")
     index = np.array([(view, 0, offset) for view in (2, 0) for offset in (4, 0, 2)])
     expected = LogitTargets(
-        torch.stack([answers[v][0][o] for v, _, o in index.tolist()]),
-        torch.stack([answers[v][1][o] for v, _, o in index.tolist()]),
+        torch.stack([responses[v][0][o] for v, _, o in index.tolist()]),
+        torch.stack([responses[v][1][o] for v, _, o in index.tolist()]),
     )
     for name, encoding in ENCODINGS.items():
         rows = {key: torch.from_numpy(v) for key, v in reader.gather(name, index).items()}
         targets = encoding.targets(rows)
         if isinstance(targets, SampledTargets):
-            made = encoding.targets(
+            live = encoding.targets(
                 encoding.encode(expected.spatial, expected.global_, SEEDS[[4, 0, 2] * 2])
             )
-            assert isinstance(made, SampledTargets)
-            assert torch.equal(targets.drawn_global(1.0), made.drawn_global(1.0))
+            assert isinstance(live, SampledTargets)
+            assert torch.equal(targets.drawn_global(1.0), live.drawn_global(1.0))
             for r in RATIOS:
-                assert torch.equal(targets.drawn_spatial(r, 1.0), made.drawn_spatial(r, 1.0))
+                assert torch.equal(targets.drawn_spatial(r, 1.0), live.drawn_spatial(r, 1.0))
             continue
         if "hard" in encoding.serves:
             assert torch.equal(targets.hard_global(), expected.hard_global())
@@ -100,12 +100,12 @@ def test_answers_survive_the_way_through_the_cache(tmp_path: Path, classes: int)
                 assert divergence(mine, theirs, encoding) <= WORST[name], (name, r, tau)
 
 
-# Nats, over these answers: 40 classes of normal logits, neighbours unlike each other.
+# In nats, for these responses: 40 classes of normal logits, independent between locations.
 WORST = {"dense": 0.0, "dense-q8": 2e-3, "topk": 0.25}
 
 
 def divergence(found: torch.Tensor, exact: torch.Tensor, encoding: Encoding) -> float:
-    """The largest KL of any location, in nats; infinite where an exact encoding is not."""
+    """Return the largest KL of any location, in nats; inf if an exact encoding is not exact."""
     if encoding.exact and not torch.equal(found, exact):
         return float("inf")
     return float((exact.exp() * (exact - found)).sum(1).max())
@@ -133,12 +133,12 @@ def test_unpacking_undoes_packing(seed: int, count: int, most: int) -> None:
         assert np.array_equal(rows[name], values), "packing changed its input"
     classes, crossings = np.moveaxis(packed["envelope/lines"], 2, 0)
     assert np.array_equal(classes, rows["envelope/lines"][:, :, 0])
-    in_front = crossings.reshape(*crossings.shape[:2], -1) != 65535
-    assert (np.diff(in_front.astype(int), axis=2) <= 0).all()
+    used = crossings.reshape(*crossings.shape[:2], -1) != 65535
+    assert (np.diff(used.astype(int), axis=2) <= 0).all()
 
 
-def test_the_last_crossing_there_is_survives_packing() -> None:
-    """65534 is a place, 65535 is none."""
+def test_the_largest_crossing_survives_packing() -> None:
+    """65534 is a crossing, 65535 is fill."""
     planes = np.full((1, 2, 2, HEIGHT, WIDTH), 65535, np.uint16)
     planes[0, :, 0] = np.array([3, 5])[:, None, None]
     planes[0, 0, 1] = 65534
@@ -148,9 +148,9 @@ def test_the_last_crossing_there_is_survives_packing() -> None:
     assert np.array_equal(back["envelope/lines"], planes)
 
 
-def test_an_envelope_holds_nothing_where_it_has_no_line_and_the_largest_global_logit() -> None:
+def test_an_envelope_has_fill_after_its_last_line_and_the_global_label() -> None:
     spatial, _ = logits(0, 4, 20)
-    _, global_ = logits(1, 4, 20)  # not the mean of what the locations say
+    _, global_ = logits(1, 4, 20)  # not the mean over the locations
     rows = {
         name: v.numpy() for name, v in ENCODINGS["envelope"].encode(spatial, global_, SEEDS).items()
     }
@@ -163,14 +163,14 @@ def test_an_envelope_holds_nothing_where_it_has_no_line_and_the_largest_global_l
 
 
 @pytest.mark.parametrize("name", ["dense", "dense-q8"])
-def test_a_chunk_holds_at_least_one_sample_and_many_small_ones(name: str) -> None:
+def test_a_chunk_contains_at_least_one_sample_or_many_small_ones(name: str) -> None:
     large = ENCODINGS[name].arrays(ResponseShape(20_000, 7, 7))
     small = ENCODINGS[name].arrays(ResponseShape(20, 2, 2))
     assert {spec.rows for spec in large[:2]} == {1}
     assert all(spec.rows is not None and spec.rows > 16 for spec in small)
 
 
-def test_packing_is_as_the_format_says() -> None:
+def test_packing_follows_the_format() -> None:
     lines = np.full((1, 3, 2, 1, 4), 65535, np.uint16)
     lines[0, 0, 0, 0] = [7, 8, 9, 7]
     lines[0, 1, 0, 0] = [1, 65535, 2, 65535]
@@ -195,14 +195,14 @@ def test_too_many_classes_for_sixteen_bits_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("classes", [1, 24, 25, 1000])
 @pytest.mark.parametrize("flat", [False, True])
-def test_rows_are_as_the_arrays_say(classes: int, flat: bool) -> None:
-    """Of teachers that know nothing, too: all their logits are 0."""
-    answer = logits(0, 3, classes)
+def test_rows_match_their_array_specs(classes: int, flat: bool) -> None:
+    """Flat responses, with all logits 0, included."""
+    response = logits(0, 3, classes)
     if flat:
-        answer = (torch.zeros_like(answer[0]), torch.zeros_like(answer[1]))
+        response = (torch.zeros_like(response[0]), torch.zeros_like(response[1]))
     for encoding in ENCODINGS.values():
         specs = encoding.arrays(ResponseShape(classes, HEIGHT, WIDTH))
-        rows = encoding.encode(*answer, SEEDS[:3])
+        rows = encoding.encode(*response, SEEDS[:3])
         assert {spec.name for spec in specs} == rows.keys()
         for spec in specs:
             found = rows[spec.name].numpy()
@@ -210,7 +210,7 @@ def test_rows_are_as_the_arrays_say(classes: int, flat: bool) -> None:
             assert len(found) == 3
             assert found.shape[1 + spec.ragged :] == spec.tail[spec.ragged :], spec.name
             for row in found:
-                assert not (row == spec.fill).all(), "a row that could be taken for one not written"
+                assert not (row == spec.fill).all(), "a written row equals fill"
 
 
 def test_a_teacher_of_few_classes_has_no_tail_to_store() -> None:
@@ -225,13 +225,13 @@ def test_a_teacher_of_few_classes_has_no_tail_to_store() -> None:
     ("name", "array", "value", "message"),
     [
         ("topk", "topk/classes", 40, "class 40 of 40"),
-        ("topk", "topk/tail", np.nan, "topk/tail holds NaN"),
-        ("topk", "topk/tail_global", np.inf, "topk/tail_global holds NaN or infinite"),
-        ("dense-q8", "dense-q8/step", 0.0, "not a positive number"),
-        ("dense-q8", "dense-q8/step", np.nan, "not a positive number"),
+        ("topk", "topk/tail", np.nan, "topk/tail contains NaN"),
+        ("topk", "topk/tail_global", np.inf, "topk/tail_global contains NaN or infinite"),
+        ("dense-q8", "dense-q8/step", 0.0, "not positive and finite"),
+        ("dense-q8", "dense-q8/step", np.nan, "not positive and finite"),
     ],
 )
-def test_values_that_no_answer_has_are_refused(
+def test_values_that_no_response_has_are_refused(
     name: str, array: str, value: float, message: str
 ) -> None:
     encoding, shape = ENCODINGS[name], ResponseShape(40, HEIGHT, WIDTH)
@@ -266,7 +266,7 @@ def test_the_index_of_an_envelope_file_stays_small(classes: int) -> None:
     assert spec.tail_chunk[0] == min(classes, max(8, -(-classes // 256)))
 
 
-def test_encodings_are_found_by_their_names_and_begin_their_arrays_with_them() -> None:
+def test_encodings_are_registered_by_name_and_prefix_their_arrays_with_it() -> None:
     shape = ResponseShape(10, 2, 2)
     for name, encoding in ENCODINGS.items():
         assert encoding.name == name

@@ -1,4 +1,4 @@
-"""Draws of the soft target: as frequent as it says, the same from their seeds, and no dearer."""
+"""Draws from the soft target: correct frequencies, reproducible from seeds, small on disk."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MASK = 2**64 - 1
 
 
 def logits(samples: int = 1, classes: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, K, 2, 3) and (B, K) float16: the same response over and over."""
+    """Return (B, K, 2, 3) and (B, K) float16: one response repeated."""
     generator = torch.Generator().manual_seed(1)
     spatial = 1.5 * torch.randn(1, classes, 2, 3, generator=generator)
     global_ = 1.5 * torch.randn(1, classes, generator=generator)
@@ -48,27 +48,28 @@ def drawn(
     return found, LogitTargets(spatial[:1], global_[:1])
 
 
-def word(seed: int, i: int) -> int:
-    """Word i of SplitMix64, by the module's words alone, in Python's integers."""
-    z = (derive_seed("sampled", seed) + (i + 1) * 0x9E3779B97F4A7C15) & MASK
+def splitmix64(state: int, i: int) -> int:
+    """Return word i of SplitMix64 as specified in the module docstring, in Python integers."""
+    z = (state + (i + 1) * 0x9E3779B97F4A7C15) & MASK
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK
     z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK
     return z ^ z >> 31
 
 
-def test_the_noise_is_what_the_page_says() -> None:
+def test_the_noise_follows_the_specification() -> None:
     seeds = np.array([0, 1, 2**63 + 5, 2**64 - 1], np.uint64)
     found = gumbel_noise(seeds, 7, 500, 2.0, "cpu")
     for b, seed in enumerate(seeds.tolist()):
+        state = derive_seed("sampled", seed)
         for i in range(500):
-            u = (2 * (word(seed, 7 + i) >> 12) + 1) / 2**53
+            u = (2 * (splitmix64(state, 7 + i) >> 12) + 1) / 2**53
             expected = round(2.0 * -math.log(-math.log(u)) * 2**16) / 2**16
             assert found[b, i] == expected
 
 
 def test_the_noise_is_pinned() -> None:
     """SplitMix64's published first words for state 0, and this project's own noise."""
-    assert [hex(_raw(0, i)) for i in range(2)] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4"]
+    assert [hex(splitmix64(0, i)) for i in range(2)] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4"]
     units = gumbel_noise(np.array([42], np.uint64), 0, 6, 1.0, "cpu")[0] * 65536
     assert units.tolist() == PINNED
 
@@ -76,16 +77,9 @@ def test_the_noise_is_pinned() -> None:
 PINNED = [-27456, 126495, 211996, 63289, 29303, 82062]
 
 
-def _raw(state: int, i: int) -> int:
-    z = (state + (i + 1) * 0x9E3779B97F4A7C15) & MASK
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK
-    z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK
-    return z ^ z >> 31
-
-
 @pytest.mark.parametrize("tau", [1.0, 2.5])
-def test_draws_are_as_frequent_as_the_soft_target_says(tau: float) -> None:
-    """Pearson's chi squared over all locations at each r, and of the global target; fixed seeds."""
+def test_draws_have_the_soft_targets_frequencies(tau: float) -> None:
+    """Pearson's chi-squared test of each location at each r and of the global target."""
     samples, draws = 4000, 2
     found, exact = drawn(samples, draws, tau)
     for r in RATIOS:
@@ -101,7 +95,7 @@ def test_draws_are_as_frequent_as_the_soft_target_says(tau: float) -> None:
 
 
 def assert_fits(counts: torch.Tensor, expected: torch.Tensor) -> None:
-    """Chi squared below its 99.9 % quantile, by Wilson and Hilferty's approximation."""
+    """Require chi squared below its 99.9 % quantile (Wilson-Hilferty approximation)."""
     assert expected.min() > 20
     freedom = (len(counts) - 1) * counts[0].numel()
     found = float(((counts - expected) ** 2 / expected).sum())
@@ -110,7 +104,7 @@ def assert_fits(counts: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_locations_and_draws_are_independent() -> None:
-    """Of equal logits two draws agree as often as chance has it."""
+    """For equal logits two draws agree as often as by chance."""
     spatial, global_ = torch.zeros(500, 4, 2, 3).half(), torch.zeros(500, 4).half()
     found = Sampled(3).targets(Sampled(3).encode(spatial, global_, np.arange(500, dtype=np.uint64)))
     assert isinstance(found, SampledTargets)
@@ -121,7 +115,7 @@ def test_locations_and_draws_are_independent() -> None:
             assert abs(same - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 500), (a, b)
 
 
-def test_more_draws_begin_with_the_same() -> None:
+def test_the_first_draws_do_not_depend_on_their_number() -> None:
     spatial, global_ = logits(3)
     seeds = np.arange(3, dtype=np.uint64)
     one, three = (noisy_envelopes(spatial, global_, seeds, n, 1.0) for n in (1, 3))
@@ -129,8 +123,8 @@ def test_more_draws_begin_with_the_same() -> None:
         assert torch.equal(ckf.envelope_labels(three, r)[:, :2], ckf.envelope_labels(one, r))
 
 
-def test_a_draw_is_the_class_on_top_of_the_noisy_lines() -> None:
-    """At every r of ten, in Python's integers, ties and all."""
+def test_a_draw_is_the_class_of_the_highest_noisy_line() -> None:
+    """At 16 ratios, against a direct computation in Python."""
     spatial, global_ = logits(2, classes=5)
     seeds = np.array([3, 2**64 - 2], np.uint64)
     planes = noisy_envelopes(spatial, global_, seeds, 2, 1.5)
@@ -152,8 +146,8 @@ def test_a_draw_is_the_class_on_top_of_the_noisy_lines() -> None:
 
 @pytest.mark.parametrize("scaling", ["reference", "mean"])
 @pytest.mark.parametrize("r", [1.0, 0.4, 0.0])
-def test_the_expected_gradient_is_the_soft_losss(scaling: str, r: float) -> None:
-    """Within Monte Carlo error, of both terms; the value is larger by the targets' entropy."""
+def test_the_expected_gradient_equals_that_of_the_soft_loss(scaling: str, r: float) -> None:
+    """Both terms, within Monte Carlo error; the value is larger by the targets' entropy."""
     tau, samples = 2.0, 2000
     found, exact = drawn(samples, 4, tau)
     loss = DistillationLoss("cskd", "soft", "soft", temperature=tau, scaling=scaling)
@@ -162,7 +156,7 @@ def test_the_expected_gradient_is_the_soft_losss(scaling: str, r: float) -> None
     dist = torch.randn(1, 6, generator=generator)
 
     def gradients(targets: LogitTargets | SampledTargets, count: int) -> tuple[torch.Tensor, ...]:
-        """Of each copy's own loss, times B: (count, ...)."""
+        """Return the gradient of each copy's own loss, (count, ...), and both terms' values."""
         heads = Heads(
             torch.zeros(count, 6),
             dist.repeat(count, 1).requires_grad_(),
@@ -202,7 +196,7 @@ def test_the_loss_is_the_mean_cross_entropy_with_the_draws() -> None:
     assert float(parts.global_) == pytest.approx(math.log(6), rel=1e-6)
 
 
-def test_what_draws_cannot_serve_is_refused() -> None:
+def test_unsupported_targets_are_refused() -> None:
     found, _ = drawn(1, 1, 1 / 3)
     for call in (
         found.hard_global,
@@ -210,10 +204,10 @@ def test_what_draws_cannot_serve_is_refused() -> None:
         lambda: found.global_log_probabilities(2.0),
         lambda: found.spatial_log_probabilities(0.5, 2.0),
     ):
-        with pytest.raises(CacheError, match="encoding sampled cannot serve") as caught:
+        with pytest.raises(CacheError, match="encoding sampled does not support") as caught:
             call()
         assert "distill.global_kind and distill.spatial_kind to soft" in str(caught.value.action)
-    with pytest.raises(CacheError, match="cannot serve this temperature") as caught:
+    with pytest.raises(CacheError, match="does not support this temperature") as caught:
         found.drawn_spatial(0.5, 1.0)
     assert f"distill.temperature to {1 / 3}," in str(caught.value)
 
@@ -240,13 +234,13 @@ def test_the_manifest_states_draws_and_temperature(tmp_path: Path) -> None:
         CacheManifest.from_json(document)
 
 
-def test_a_cache_converted_from_dense_holds_the_draws_of_its_seeds(tmp_path: Path) -> None:
+def test_a_cache_converted_from_dense_has_the_draws_of_its_seeds(tmp_path: Path) -> None:
     from cskd_pipeline.cache.convert import Conversion, convert
 
     make(tmp_path / "dense", encodings=("dense",))
     sampled = Sampled(2, 3.0)
-    wanted = Conversion(["sampled"], sampled_draws=2, sampled_temperature=3.0)
-    convert(tmp_path / "dense", tmp_path / "c", wanted)
+    conversion = Conversion(["sampled"], sampled_draws=2, sampled_temperature=3.0)
+    convert(tmp_path / "dense", tmp_path / "c", conversion)
     old, new = open_cache(tmp_path / "dense"), open_cache(tmp_path / "c")
     assert new.encodings == {"sampled": sampled}
     assert new.serving(["soft"], 3.0) == ["sampled"]
@@ -291,7 +285,7 @@ def test_the_noise_has_its_mean_and_spread() -> None:
 
 
 def test_too_many_classes_are_refused() -> None:
-    with pytest.raises(CacheError, match="the sampled encoding cannot hold"):
+    with pytest.raises(CacheError, match="the sampled encoding does not support so many"):
         Sampled().arrays(ResponseShape(70_000, 7, 7))
 
 
@@ -301,13 +295,13 @@ def test_draws_out_of_range_are_refused(draws: int, temperature: float) -> None:
         Sampled(draws, temperature)
 
 
-def test_the_temperature_nearest_to_one_is_of_those_that_are_served() -> None:
+def test_the_nearest_temperature_is_a_supported_one() -> None:
     assert [temperature_near(Sampled(1, tau)) for tau in (0.5, 1.0, 4.0)] == [0.5, 1.0, 4.0]
-    assert [temperature_near(TopK(), wanted) for wanted in (0.5, 1.0, 4.0)] == [1.0, 1.0, 4.0]
+    assert [temperature_near(TopK(), tau) for tau in (0.5, 1.0, 4.0)] == [1.0, 1.0, 4.0]
 
 
 def test_a_draw_takes_at_most_300_bytes(tmp_path: Path) -> None:
-    """Of 1,000 classes at 7 x 7 locations, in a file without its index of 2 kB, which all share.
+    """With 1,000 classes and 7 x 7 locations, not counting the file's shared index of 2 kB.
 
     Shared and regional logits have exponential tails: a location has 2.05 lines, 0.21 of them agree
     with the global label, and a draw takes 291 bytes. EfficientNet-Lite0 on 32 views of ImageNet's

@@ -24,7 +24,7 @@ SEEDS = np.zeros(0, np.uint64)  # not used
 
 
 def logits(classes: int, seed: int = 0, samples: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    """Like a CNN's: neighbouring locations agree, a few classes stand out, many are possible."""
+    """Return CNN-like logits: similar neighbours, a few dominant classes, many plausible ones."""
     generator = torch.Generator().manual_seed(seed)
     shared = torch.randn(samples, classes, 1, 1, generator=generator) * 2
     own = torch.randn(samples, classes, 3, 3, generator=generator)
@@ -52,14 +52,14 @@ def test_kept_classes_and_the_tail_have_their_mass(r: float, tau: float) -> None
     index = kept[CLASSES].long()[:, :, None, None].expand(-1, -1, 3, 3).numpy()
     mine = np.take_along_axis(found, index, 1)
     theirs = np.take_along_axis(exact, index, 1)
-    # Codes are within 1/16 of each logit that is mixed, of which 1/8 at the location's largest.
+    # Codes are within 1/16 of each fused logit; relative to the largest, within 1/8.
     np.testing.assert_allclose(mine, theirs, rtol=0.14, atol=1e-6)
-    assert 0.02 < 1 - theirs.sum(1).mean() < 0.95  # there is a tail to speak of
+    assert 0.02 < 1 - theirs.sum(1).mean() < 0.95  # the tail is not negligible
     np.testing.assert_allclose(mine.sum(1), theirs.sum(1), rtol=0.06)
 
 
-def test_dividing_by_the_kept_sum_would_be_off_by_far() -> None:
-    """Why the mass is stored: what other stores do at the same k."""
+def test_renormalised_top_k_would_be_far_off() -> None:
+    """The reason for storing the mass: plain top-k at the same k."""
     spatial, global_ = logits(1000)
     kept = TopK().encode(spatial, global_, SEEDS)
     exact = probabilities(spatial, global_, 1.0, 1.0)
@@ -77,7 +77,7 @@ def test_the_global_distribution_is_kept_for_every_class() -> None:
     for tau in (1.0, 2.0, 4.0):
         exact = LogitTargets(spatial, global_).global_log_probabilities(tau)
         found = targets.global_log_probabilities(tau)
-        # Steps of 1/2: within 1/4 of a logit, and of the largest one's own rounding.
+        # Steps of 1/2: within 1/4 of a logit, plus the rounding of the largest one.
         assert float((found - exact).abs().max()) < 0.45 / tau
         assert float((exact.exp() * (exact - found)).sum(1).max()) < 0.01
 
@@ -146,7 +146,7 @@ def test_extreme_logits_stay_finite() -> None:
         assert targets.hard_spatial(0.5).item() == 7
 
 
-def test_labels_are_those_of_the_logits_where_the_lead_is_clear() -> None:
+def test_labels_are_those_of_the_logits_if_the_margin_is_clear() -> None:
     spatial, global_ = logits(200)
     targets = TopKTargets(TopK().encode(spatial, global_, SEEDS))
     exact = LogitTargets(spatial, global_)
@@ -161,10 +161,10 @@ def test_labels_are_those_of_the_logits_where_the_lead_is_clear() -> None:
 
 def test_temperatures_below_one_are_refused() -> None:
     targets = TopKTargets(TopK().encode(*logits(40), SEEDS))
-    for ask in (
+    for call in (
         lambda: targets.global_log_probabilities(0.5),
         lambda: targets.spatial_log_probabilities(0.5, 0.99),
     ):
-        with pytest.raises(CacheError, match="cannot serve this temperature") as caught:
-            ask()
+        with pytest.raises(CacheError, match="does not support this temperature") as caught:
+            call()
         assert "dense-q8" in str(caught.value)
