@@ -1,4 +1,4 @@
-"""This program's own commands, as demo and study run them: one after the other or side by side."""
+"""Run ``cskd-pipeline`` commands from demo and study, one by one or in parallel processes."""
 
 import json
 import logging
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 
 Summary = dict[str, Any]
 Command = Callable[[list[str]], Summary]
-"""Runs ``cskd-pipeline`` with these words and returns its summary."""
+"""Runs ``cskd-pipeline`` with the given arguments and returns its summary."""
 
-_LOOK = 0.1  # seconds between looks at processes that run
+_POLL = 0.1  # seconds between checks of the running processes
 
 
-def announced(command: Command) -> Callable[..., Summary]:
-    """Return ``command`` of texts and paths, which logs each call as a user would type it."""
-    return lambda *arguments: command(_logged(arguments))
+def with_logging(command: Command) -> Callable[..., Summary]:
+    """Return ``command`` as a function of strings and paths that logs each call as typed."""
+    return lambda *arguments: command(_log_call(arguments))
 
 
 def side_by_side(
@@ -37,20 +37,20 @@ def side_by_side(
     *,
     grace: float | None = None,
 ) -> Generator[tuple[str, Summary], None, None]:
-    """Run commands as processes of their own, ``processes`` at a time, started in their order.
+    """Run commands as separate processes, started in order, ``processes`` at a time.
 
-    The news of each is in ``logs/NAME.log``. If one fails, or the caller stops, those that run are
-    stopped as by Ctrl-C, which lets them save their state, and waited for.
+    Each logs to ``logs/NAME.log``. If one fails or the caller stops, the others are terminated as
+    by Ctrl-C, which lets them save their state.
 
     Args:
-        grace: seconds of that wait, after which they are killed with all that they started; None:
-            as long as it takes.
+        grace: seconds to wait for terminated processes before killing their process groups; None:
+            no limit.
 
     Yields:
-        Name and summary of each, as they end.
+        Name and summary of each command as it ends.
 
     Raises:
-        CskdError: a command failed; its own problem, where, found, expected and action.
+        CskdError: a command failed; the error is the command's own.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting = deque(calls.items())
@@ -59,12 +59,12 @@ def side_by_side(
         while waiting or running:
             while waiting and len(running) < processes:
                 name, arguments = waiting.popleft()
-                running[name] = _start(_logged(arguments), logs / name, grace is not None)
+                running[name] = _start(_log_call(arguments), logs / name, grace is not None)
             ended = [name for name, process in running.items() if process.poll() is not None]
             for name in ended:
                 yield name, _summary(running.pop(name).returncode, logs / name)
             if not ended:
-                time.sleep(_LOOK)
+                time.sleep(_POLL)
     finally:
         for process in running.values():
             process.terminate()
@@ -76,7 +76,7 @@ def side_by_side(
                 process.wait()
 
 
-def _logged(arguments: Sequence[str | Path]) -> list[str]:
+def _log_call(arguments: Sequence[str | Path]) -> list[str]:
     words = [str(argument) for argument in arguments]
     log.info(f"$ cskd-pipeline {shlex.join(words)}")
     return words
@@ -94,18 +94,18 @@ def _start(words: Sequence[str], log: Path, own_group: bool) -> subprocess.Popen
 
 
 def _summary(code: int, log: Path) -> Summary:
-    found: Any = None
+    output: Any = None
     with suppress(ValueError):
-        found = json.loads(Path(f"{log}.json").read_text(encoding="utf-8"))
-    if code == 0 and isinstance(found, dict):
-        return found
-    error = found.get("error") if isinstance(found, dict) else None
+        output = json.loads(Path(f"{log}.json").read_text(encoding="utf-8"))
+    if code == 0 and isinstance(output, dict):
+        return output
+    error = output.get("error") if isinstance(output, dict) else None
     if not isinstance(error, dict):
         raise CskdError(
-            "a command ended before its time",
+            "a command ended without a result",
             where=f"{log}.log",
             found=f"signal {-code}" if code < 0 else f"exit code {code}",
-            action="see the end of that file; run the same command again: what is finished is kept",
+            action="see the end of the log, then run the same command again to continue",
         )
     fields = ("where", "found", "expected", "action", "problems")
     raise CskdError(

@@ -1,7 +1,7 @@
-"""The whole pipeline through its own commands, on small images, in minutes.
+"""``demo``: the whole pipeline through its own commands, on small images, in minutes.
 
-Images, shards, a CNN trained as the teacher, its cache, and one ViT trained three ways from it.
-Every number in the table was measured by the run that prints it.
+Images, shards, a CNN trained as the teacher, its cache, and one ViT trained from it in three ways.
+Every number in the table is measured by the run that prints it.
 """
 
 import logging
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cskd_pipeline.runtime.atomic import require_empty, write_json
-from cskd_pipeline.tools.commands import Command, announced
+from cskd_pipeline.tools.commands import Command, with_logging
 from cskd_pipeline.tools.tables import Printed, Table
 
 log = logging.getLogger(__name__)
@@ -21,30 +21,30 @@ METHODS = ("none", "deit", "cskd")
 
 
 def run_demo(out: Path, command: Command, seed: int = 0) -> dict[str, Any]:
-    """Run every stage below ``out``.
+    """Run every stage in subfolders of ``out``.
 
     Args:
         command: runs ``cskd-pipeline`` with the given arguments and returns its summary.
-        seed: of everything: images, views, weights and the order of training.
+        seed: random seed for images, views, weights and order.
 
     Returns:
-        The report, which is also in ``out/demo.json``.
+        The report, also written to ``out/demo.json``.
     """
     from cskd_pipeline.tools.demo_images import write_digit_folders
 
     started = time.perf_counter()
     require_empty(out, action="choose another folder: cskd-pipeline demo --out DIR")
     images, shards = out / "images", out / "shards"
-    log.info(f"making {TRAIN_IMAGES + VALIDATION_IMAGES} images of handwritten digits")
+    log.info(f"writing {TRAIN_IMAGES + VALIDATION_IMAGES} images of handwritten digits")
     write_digit_folders(images, train=TRAIN_IMAGES, validation=VALIDATION_IMAGES, seed=seed)
 
-    call = announced(command)
+    call = with_logging(command)
     train, validation = shards / "train", shards / "validation"
     for folder in (train, validation):
         call("make-shards", images / folder.name, folder, "--shard-size", "400")
     data = ("--shards", train, "--val-shards", validation, "--set", f"run.seed={seed}")
 
-    def trained(name: str, run: Path, *source: str | Path) -> dict[str, Any]:
+    def train_and_evaluate(name: str, run: Path, *source: str | Path) -> dict[str, Any]:
         summary = call("train", "--recipe", f"demo_{name}", *data, *source, "--out", run)
         measured = call("evaluate", run / "best.safetensors", "--shards", validation)
         return {
@@ -55,14 +55,15 @@ def run_demo(out: Path, command: Command, seed: int = 0) -> dict[str, Any]:
             "out": summary["out"],
         }
 
-    rows, cache = [trained("teacher", out / "teacher")], out / "cache"
+    rows, cache = [train_and_evaluate("teacher", out / "teacher")], out / "cache"
     dump = call(
         *("dump-teacher", "--recipe", "demo", "--shards", train, "--cache", cache),
         *("--weights", out / "teacher/best.safetensors", "--set", f"cache.root_seed={seed}"),
     )
     runs = {method: out / f"student_{method}" for method in METHODS}
     for method, run in runs.items():
-        rows.append(trained(method, run, *(() if method == "none" else ("--cache", cache))))
+        source = () if method == "none" else ("--cache", cache)
+        rows.append(train_and_evaluate(method, run, *source))
     page = call("show", *runs.values(), "--shards", train, "--cache", cache, "--out", out / "page")
     report = {
         "out": str(out),
@@ -78,10 +79,10 @@ def run_demo(out: Path, command: Command, seed: int = 0) -> dict[str, Any]:
 
 
 def printed(report: dict[str, Any]) -> Printed:
-    """Yield a table of the models, and where everything is."""
+    """Yield a table of the models, and the paths of the results."""
     yield Table(
         "Measured in this run",
-        ("model", "trained with", "top-1 %", "seconds", "where"),
+        ("model", "trained with", "top-1 %", "seconds", "folder"),
         [
             (
                 row["model"],
@@ -94,7 +95,7 @@ def printed(report: dict[str, Any]) -> Printed:
         ],
     )
     for encoding, size in report["cache_bytes_per_view"].items():
-        yield f"cache, {encoding}: {size:.0f} bytes a view"
+        yield f"cache, {encoding}: {size:.0f} bytes per view"
     yield f"cache: {report['cache']}"
-    yield f"curves, and labels at every location: open {report['page']}"
-    yield f"in all {report['seconds']:.0f} s; everything is in {report['out']}"
+    yield f"curves and labels at every location: {report['page']}"
+    yield f"took {report['seconds']:.0f} s; results in {report['out']}"

@@ -1,9 +1,9 @@
-"""Small real images that need no download: pages of handwritten digits.
+"""Small real images without a download: pages of handwritten digits.
 
 scikit-learn ships 1,797 scans of handwritten digits (8x8, the UCI "optical recognition" test set).
-Several of one class, in three rows, make an image; among them may be one of some other classes.
-Recipes join two images by CutMix in every view, so that locations show different classes and
-spatial logits say more than global ones. Some training images have a random label, as in sets
+An image shows several digits of its class in a 3 x 3 grid, optionally with a few of other classes.
+The recipes apply CutMix to every view, so locations show different classes and spatial logits carry
+more information than global ones. Some training images have random labels, as in data sets
 collected from the web.
 """
 
@@ -16,27 +16,27 @@ from PIL import Image
 from cskd_pipeline.errors import require_packages
 
 CANVAS = 48  # pixels
-ROWS = 3  # of as many cells
-SIDE = (13, 16)  # of a digit in pixels, from and up to
-RANDOM_LABELS = 0.3  # of the training images; a tenth of them are right by chance
-VALIDATION_DIGITS = 497  # scans that no training image is made of
+ROWS = 3  # rows and columns of cells
+SIDE = (13, 16)  # digit size in pixels, end exclusive
+RANDOM_LABELS = 0.3  # share of training images; a tenth of these labels are right by chance
+VALIDATION_DIGITS = 497  # scans reserved for validation images
 
 
 @dataclass(frozen=True)
 class Page:
-    """Say what an image shows: digits of its class, from and up to, and at most so many others."""
+    """Content of an image: number of digits of its class (range, end exclusive), most others."""
 
     own: tuple[int, int] = (7, 9)
     others: int = 0
 
 
 DEMO, CLUTTERED = Page(), Page(own=(4, 6), others=4)
-"""Without others the class is in every corner; among others it has to be found."""
+"""DEMO shows only the class's digits; in CLUTTERED they are mixed with other classes."""
 
 
 def _scans() -> tuple[np.ndarray, np.ndarray]:
     """Return the scans, (N, 8, 8) float in [0, 1], and their (N,) labels."""
-    problem = "the demo takes its images from scikit-learn, which is not installed"
+    problem = "scikit-learn, the source of the demo images, is not installed"
     require_packages("sklearn", extra="demo", problem=problem)
     from sklearn.datasets import load_digits
 
@@ -49,8 +49,8 @@ def write_digit_folders(
 ) -> None:
     """Write ``out/train/<label>/*.png`` and ``out/validation/<label>/*.png``, 48x48 RGB.
 
-    Training and validation images are made of different scans, and labels of validation images
-    are right. The same arguments give the same images.
+    Training and validation images use different scans, and validation labels are all correct. The
+    same arguments give the same images.
     """
     scans, classes = _scans()
     rng = np.random.default_rng(seed)
@@ -62,7 +62,7 @@ def write_digit_folders(
             label = classes[chosen]
             canvas = _background(rng)
             digits = _digits(chosen, pool, classes, page, rng)
-            _lay_out(canvas, scans[digits], rng)
+            _paint_digits(canvas, scans[digits], rng)
             if split == "train" and rng.random() < RANDOM_LABELS:
                 label = rng.integers(10)
             folder = out / split / str(label)
@@ -74,7 +74,7 @@ def write_digit_folders(
 def _digits(
     chosen: int, pool: np.ndarray, classes: np.ndarray, page: Page, rng: np.random.Generator
 ) -> list[int]:
-    """Return ``chosen``, others of its class, and one each of some other classes."""
+    """Return ``chosen``, more digits of its class, and one digit each of some other classes."""
     of_class = {int(label): pool[classes[pool] == label] for label in np.unique(classes[pool])}
     own = of_class.pop(int(classes[chosen]))
     digits = [chosen, *rng.choice(own, int(rng.integers(*page.own)) - 1)]
@@ -92,17 +92,17 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return rng.uniform(20, 90, 3) + shade[..., None] + rng.normal(0, 10, (CANVAS, CANVAS, 1))
 
 
-def _lay_out(canvas: np.ndarray, digits: np.ndarray, rng: np.random.Generator) -> None:
-    """Paint the scans ``digits``, (n, 8, 8), each into a cell of the canvas."""
+def _paint_digits(canvas: np.ndarray, digits: np.ndarray, rng: np.random.Generator) -> None:
+    """Paint each of the scans ``digits``, (n, 8, 8), into a random cell of the canvas."""
     cell = CANVAS // ROWS
-    for spot, digit in zip(rng.permutation(ROWS**2), digits, strict=False):  # the others are empty
+    for index, digit in zip(rng.permutation(ROWS**2), digits, strict=False):
         side = int(rng.integers(*SIDE))
-        top, left = cell * np.array(divmod(spot, ROWS)) + rng.integers(0, cell - side + 1, 2)
+        top, left = cell * np.array(divmod(index, ROWS)) + rng.integers(0, cell - side + 1, 2)
         _paint(canvas[top : top + side, left : left + side], digit, rng)
 
 
 def _paint(part: np.ndarray, ink: np.ndarray, rng: np.random.Generator) -> None:
-    """Lay ``ink`` (opacity in [0, 1]) on a square ``part`` of the canvas in a colour of its own."""
+    """Paint ``ink`` (opacity in [0, 1]) on a square ``part`` of the canvas in a random colour."""
     scaled = Image.fromarray((ink * 255).astype(np.uint8)).resize(
         part.shape[:2], Image.Resampling.BICUBIC
     )

@@ -1,9 +1,9 @@
-"""``plan dump``: bytes and time of a dump, from a small one made for real.
+"""``plan dump``: forecast bytes and time of a dump from a small real one.
 
-Three things are timed on the same sampled images: the loader alone, the teacher and each encoding
-alone on batches that are there already, and the whole dump, workers, teacher and writer together.
-The last is what a dump on this machine will do; the first two tell what limits it, and what more
-devices or loader processes would change.
+Three things are timed on the same sampled images: the loader alone; the teacher and each encoding
+alone, on preloaded batches; and the complete dump, with loader, teacher and writer. The last
+predicts the dump on this machine; the first two show its bottleneck and the effect of more devices
+or loader processes.
 """
 
 import logging
@@ -42,12 +42,12 @@ log = logging.getLogger(__name__)
 
 IMAGES = 256
 COMMON = "seeds_and_digests"
-_KEPT_VIEWS = 512  # whose logits are stored in every encoding
+_KEPT_VIEWS = 512  # minimum number of views to encode and store, if available
 
 
 @dataclass(frozen=True)
 class DumpTrial:
-    """Hold what was measured, in the report's words."""
+    """Measurements of a trial dump, under the report's names."""
 
     samples: int
     views: int
@@ -60,7 +60,7 @@ class DumpTrial:
     bytes_per_view: dict[str, float]
 
     def device_rate(self, encodings: Sequence[str]) -> float:
-        """Return the views per second of teacher and these encodings, with batches at hand."""
+        """Return views per second of teacher and these encodings on preloaded batches."""
         encode = sum(self.encode_ms_per_view[name] for name in encodings) / 1e3
         return 1.0 / (1.0 / self.teacher_views_per_second + encode)
 
@@ -75,20 +75,20 @@ def plan_dump(
     """Forecast the dump of ``recipe``, with every encoding.
 
     Args:
-        views: numbers of views to forecast; none: the recipe's.
-        devices: numbers of devices like this machine's.
-        images: about how many to try it on; more where there are many loader processes.
+        views: numbers of views to forecast; empty: the recipe's.
+        devices: numbers of devices to forecast, each like this machine's.
+        images: approximate number of images in the trial; raised for many loader processes.
 
     Returns:
         ``measured`` (the trial), ``limit`` (``loader`` or ``device``), ``bytes_per_view`` by
-        encoding, and ``forecast``: bytes, files and entries of the largest folder, and seconds here
-        and on more devices, for every number of views with each encoding alone and with the
-        recipe's together.
+        encoding, and ``forecast``: bytes, files, entries of the largest folder, and seconds on this
+        machine and on more devices, for every number of views with each encoding alone and with
+        the recipe's encodings together.
     """
     dataset, teacher = open_stage_one(recipe)
     trial = try_dump(recipe, dataset, teacher, images)
-    own, loader = trial.device_rate(recipe.cache.encodings), trial.loader_views_per_second
-    limit = "loader" if loader < own else "device"
+    baseline, loader = trial.device_rate(recipe.cache.encodings), trial.loader_views_per_second
+    limit = "loader" if loader < baseline else "device"
     stored: list[tuple[str, ...]] = [(name,) for name in ENCODINGS]
     if recipe.cache.encodings not in stored:
         stored.append(recipe.cache.encodings)
@@ -99,10 +99,10 @@ def plan_dump(
         cache = replace(recipe.cache, views=count, view_block=block)
         for names in stored:
             device = trial.device_rate(names)
-            # What other encodings change, they change in the device's share of the time.
-            here = trial.dump_views_per_second * (device / own if limit == "device" else 1.0)
-            # On a CPU loader and teacher share the cores: another device is another such machine.
-            each = here if teacher.device.type == "cpu" else device
+            # Other encodings change only the device's time.
+            rate = trial.dump_views_per_second * (device / baseline if limit == "device" else 1.0)
+            # On a CPU, loader and teacher share the cores: a device is a complete machine.
+            each = rate if teacher.device.type == "cpu" else device
             size = sum(trial.bytes_per_view[n] for n in names)
             rows.append(
                 {
@@ -111,7 +111,7 @@ def plan_dump(
                     "bytes_per_view": size,
                     "bytes": round(total * (size + trial.bytes_per_view[COMMON])),
                     **_count_files(recipe, replace(cache, encodings=names), dataset, teacher),
-                    "seconds": trial.startup_seconds + total / here,
+                    "seconds": trial.startup_seconds + total / rate,
                     "device_seconds": {str(n): total / (n * each) for n in devices},
                 }
             )
@@ -122,7 +122,7 @@ def plan_dump(
         "teacher": teacher.name,
         "device": str(teacher.device),
         "limit": limit,
-        "workers_to_feed_a_device": math.ceil(own / (loader / max(1, trial.workers))),
+        "workers_to_feed_a_device": math.ceil(baseline / (loader / max(1, trial.workers))),
         "measured": measured,
         "bytes_per_view": sizes,
         "forecast": rows,
@@ -132,26 +132,26 @@ def plan_dump(
 def _count_files(
     recipe: DumpRecipe, cache: CacheSection, dataset: Dataset, teacher: Teacher
 ) -> dict[str, int]:
-    """Count the files of ``cache``; warn if the recipe's are more than the Hub recommends."""
+    """Count the files of ``cache``; warn if the recipe's exceed what the Hub recommends."""
     shards = tuple(ShardInfo(f"{n}", count, 0, "", "", 1) for n, count in enumerate(dataset.counts))
     sizes = DatasetManifest(dataset.name, teacher.num_classes, shards)
     counts = count_files(cache_manifest(cache, sizes, teacher_info(teacher, {}), recipe.views))
     names = " + ".join(cache.encodings)
     if counts.excess is not None and cache.encodings == recipe.cache.encodings:
-        advice = "" if cache.view_block == 0 else "; cache.view_block=0 makes as few as it can"
+        advice = "" if cache.view_block == 0 else "; set cache.view_block=0 for the fewest files"
         log.warning(f"{cache.views} views in {names}: {counts}, {counts.excess}{advice}")
     return counts._asdict()
 
 
 def printed(report: Mapping[str, Any]) -> Printed:
-    """Yield the forecast as a table, what was measured, and what limits it."""
+    """Yield the forecast as a table, the measured rates, and the bottleneck."""
     devices = list(report["forecast"][0]["device_seconds"])
     yield Table(
         f"{report['dataset']['name']}, {report['dataset']['samples']} samples, "
         f"{report['teacher']} on {report['device']}",
         (
-            *("views", "encodings", "bytes/view", "size", "files", "here"),
-            *(f"on {n} devices" for n in devices),
+            *("views", "encodings", "bytes/view", "size", "files", "this machine"),
+            *(f"{n} devices" for n in devices),
         ),
         [
             (
@@ -168,66 +168,66 @@ def printed(report: Mapping[str, Any]) -> Printed:
     )
     m = report["measured"]
     yield (
-        f"measured on {m['views']} views: loader {m['loader_views_per_second']:.4g}/s in "
-        f"{m['workers']} processes, teacher {m['teacher_views_per_second']:.4g}/s, "
-        f"together {m['dump_views_per_second']:.4g}/s"
+        f"measured on {m['views']} views: loader {m['loader_views_per_second']:.4g} views/s with "
+        f"{m['workers']} processes, teacher {m['teacher_views_per_second']:.4g} views/s, "
+        f"complete dump {m['dump_views_per_second']:.4g} views/s"
     )
-    yield f"the limit here is the {report['limit']}; {_advice(report)}"
+    yield f"the {report['limit']} is the bottleneck; {_advice(report)}"
 
 
 def try_dump(recipe: DumpRecipe, dataset: Dataset, teacher: Teacher, images: int) -> DumpTrial:
-    """Dump about ``images`` sampled images into a temporary folder, and time it and its parts."""
+    """Dump about ``images`` sampled images to a temporary folder; time the dump and its parts."""
     workers = worker_count(recipe.dump.workers)
-    # Every process needs a few pieces of work before the rate is steady.
+    # Each process needs several windows before its rate is steady.
     images = max(images, 3 * workers * recipe.views.window)
-    few = SampledDump.of(recipe, dataset, teacher, images)
-    block = few.manifest.view_block
-    total = few.dataset.samples * block
-    with progress(2 * total, "views", "trying it out") as meter:
+    sampled = SampledDump.of(recipe, dataset, teacher, images)
+    block = sampled.manifest.view_block
+    total = sampled.dataset.samples * block
+    with progress(2 * total, "views", "measuring") as meter:
         loading = SteadyRate(total)
         kept: list[Batch] = []
-        for batch in few.batches(block):
+        for batch in sampled.batches(block):
             loading.advance(len(batch))
             meter.advance(len(batch))
             if sum(map(len, kept)) < _KEPT_VIEWS:
                 kept.append(batch)
-        seconds, responses = _time_teacher(few, kept)
+        seconds, responses = _time_teacher(sampled, kept)
         costs, sizes = _time_encodings(responses, teacher.device, max(dataset.counts))
-        whole = SteadyRate(total)
-        with closing(few.dump(block)) as counts:
+        complete = SteadyRate(total)
+        with closing(sampled.dump(block)) as counts:
             for count in counts:
-                whole.advance(count)
+                complete.advance(count)
                 meter.advance(count)
     return DumpTrial(
-        samples=few.dataset.samples,
+        samples=sampled.dataset.samples,
         views=total,
         workers=workers,
         loader_views_per_second=loading.rate,
         teacher_views_per_second=1 / seconds,
-        dump_views_per_second=whole.rate,
-        startup_seconds=whole.startup,
+        dump_views_per_second=complete.rate,
+        startup_seconds=complete.startup,
         encode_ms_per_view=costs,
         bytes_per_view=sizes,
     )
 
 
-def _time_teacher(few: SampledDump, batches: Sequence[Batch]) -> tuple[float, Responses]:
-    """Return the teacher's seconds a view, with batches that are there already, and its logits."""
-    few.logits(batches[0])  # compiles, chooses kernels
+def _time_teacher(sampled: SampledDump, batches: Sequence[Batch]) -> tuple[float, Responses]:
+    """Return the teacher's seconds per view on preloaded batches, and its logits."""
+    sampled.logits(batches[0])  # compiles and selects kernels
     seconds, logits = [], []
     for batch in batches:
-        began = time.perf_counter()
-        logits.append(few.logits(batch))
-        # The model sees a whole batch, however short this one is; a dump's are full.
-        seconds.append((time.perf_counter() - began) / few.teacher.batch_size)
-    responses = Responses.joined(logits, few.manifest, few.teacher.name)
+        started = time.perf_counter()
+        logits.append(sampled.logits(batch))
+        # A short batch is padded to a full one, so it takes as long; a dump's batches are full.
+        seconds.append((time.perf_counter() - started) / sampled.teacher.batch_size)
+    responses = Responses.join(logits, sampled.manifest, sampled.teacher.name)
     return statistics.median(seconds), responses
 
 
 def _time_encodings(
     responses: Responses, device: torch.device, shard_length: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return every encoding's ms a view, and its bytes a view in shards of such a length."""
+    """Return milliseconds and bytes per view of every encoding, in shards of ``shard_length``."""
     rows, costs = {}, {}
     for name, encoding in responses.encodings().items():
         rows[name], costs[name] = encode(encoding, responses, device)
@@ -239,9 +239,9 @@ def _time_encodings(
 
 
 def _advice(report: Mapping[str, Any]) -> str:
-    workers, here = report["workers_to_feed_a_device"], report["measured"]["workers"]
+    needed, workers = report["workers_to_feed_a_device"], report["measured"]["workers"]
     if report["device"] == "cpu":
-        return "loader and teacher share the cores here"
+        return "loader and teacher share the CPU cores"
     if report["limit"] == "loader":
-        return f"{workers} loader processes on as many cores would feed the device, not {here}"
-    return f"{workers} of the {here} loader processes would feed it"
+        return f"{needed} loader processes on as many cores would feed the device, not {workers}"
+    return f"{needed} of the {workers} loader processes would feed it"

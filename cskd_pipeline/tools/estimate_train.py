@@ -1,8 +1,7 @@
-"""``plan train``: the time of a training run, and whether loader or device is its limit.
+"""``plan train``: forecast the time of a training run and its bottleneck, loader or device.
 
-The recipe's own data, student and loss do a few updates for real: first the loader alone, then the
-device alone on a batch that is there already, then both together as in training. Nothing is
-written.
+A few real updates are run with the recipe's data, student and loss: the loader alone, the device
+alone on a preloaded batch, then both together as in training. Nothing is written.
 """
 
 import math
@@ -25,18 +24,17 @@ UPDATES = 20
 
 
 def plan_train(recipe: TrainRecipe, *, updates: int = UPDATES) -> dict[str, Any]:
-    """Forecast the run of ``recipe``; evaluation and checkpoints are not counted.
+    """Forecast the run of ``recipe``, without evaluation and checkpoints.
 
     Args:
-        updates: how many to try it on, each way.
+        updates: number of updates to time, for each of the three measurements.
 
     Returns:
         Images per second of loader, device, and both together; ``limit`` (``loader`` or
-        ``device``); how many loader processes would feed the device; seconds of an epoch and of the
-        run.
+        ``device``); number of loader processes to feed the device; seconds per epoch and in total.
     """
     use_threads(recipe.run.threads)
-    if recipe.data.drift == "skip":  # to find such images is to read all; the rates are the same
+    if recipe.data.drift == "skip":  # skipping reads every image first; rates do not change
         recipe = replace(recipe, data=replace(recipe.data, drift="warn"))
     views = open_training_data(recipe).views
     trainer = Trainer(recipe, views, pick_device(recipe.run.device))
@@ -72,7 +70,7 @@ def _try_updates(trainer: Trainer, updates: int) -> tuple[SteadyRate, list[float
     """Time the loader alone, each update of the device alone, and both together."""
     loader = trainer.loader
     batches = updates * loader.accumulation
-    with progress(3 * updates, "updates", "trying it out") as meter:
+    with progress(3 * updates, "updates", "measuring") as meter:
         loading = SteadyRate(updates)
         kept: list[Batch] = []
         for number, batch in enumerate(loader.batches(batches), start=1):
@@ -82,9 +80,9 @@ def _try_updates(trainer: Trainer, updates: int) -> tuple[SteadyRate, list[float
                 meter.advance()
         seconds = []
         for _ in range(updates):
-            began = time.perf_counter()
+            started = time.perf_counter()
             trainer.step(iter(kept)).tolist()  # waits for the device
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - started)
             meter.advance()
         trainer.update = 0
         together = SteadyRate(updates)
@@ -98,17 +96,17 @@ def _try_updates(trainer: Trainer, updates: int) -> tuple[SteadyRate, list[float
 
 
 def printed(report: Mapping[str, Any]) -> Printed:
-    """Yield the forecast as a table, and what limits it."""
+    """Yield the forecast as a table, and the bottleneck."""
     rates = report["images_per_second"]
     images = [n * report["updates_per_epoch"] * report["batch_size"] for n in (1, report["epochs"])]
     labels = {
         "loader": f"loader alone, {report['workers']} processes",
         "device": "device alone",
-        "together": "together: this run",
+        "together": "both: this run",
     }
     yield Table(
         f"{report['student']}, {report['method']}, on {report['device']}",
-        ("what", "images/s", "an epoch", f"{report['epochs']} epochs"),
+        ("", "images/s", "1 epoch", f"{report['epochs']} epochs"),
         [
             (label, f"{rates[name]:.4g}", *(duration(n / rates[name]) for n in images))
             for name, label in labels.items()
@@ -116,9 +114,9 @@ def printed(report: Mapping[str, Any]) -> Printed:
     )
     workers = report["workers_to_feed_the_device"]
     if report["device"] == "cpu":
-        advice = "loader and student share the cores here"
+        advice = "loader and student share the CPU cores"
     elif report["limit"] == "loader":
         advice = f"{workers} loader processes on as many cores would feed the device"
     else:
-        advice = f"{workers} loader processes feed it"
-    yield f"the limit here is the {report['limit']}; {advice}"
+        advice = f"{workers} loader processes would feed it"
+    yield f"the {report['limit']} is the bottleneck; {advice}"

@@ -1,4 +1,4 @@
-"""Commands side by side: real processes, their summaries, failures and interruptions."""
+"""Commands in parallel: real processes, their summaries, failures and interruptions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cskd_pipeline.tools.commands import side_by_side
 from tests.processes import alive, until
 
 
-def test_a_command_in_a_process_of_its_own_says_why_it_failed(tmp_path: Path) -> None:
+def test_a_command_in_a_separate_process_reports_its_error(tmp_path: Path) -> None:
     calls = {"look": ["cache", "info", tmp_path / "nothing"]}
     with pytest.raises(CskdError) as caught:
         list(side_by_side(calls, 2, tmp_path / "logs"))
@@ -28,7 +28,7 @@ def test_a_command_in_a_process_of_its_own_says_why_it_failed(tmp_path: Path) ->
 
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call's one word is Python to run instead of this program."""
+    """Run a call's only argument as Python code instead of this program."""
 
     def start(words: Sequence[str], log: Path, own_group: bool) -> subprocess.Popen[bytes]:
         with open(f"{log}.json", "wb") as out, open(f"{log}.log", "wb") as err:
@@ -42,20 +42,20 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "_start", start)
 
 
-def says(document: object, code: int = 0, after: float = 0.0) -> list[str]:
+def emit(document: object, code: int = 0, after: float = 0.0) -> list[str]:
     text = json.dumps(document)
     return [f"import time, sys; time.sleep({after}); print({text!r}); sys.exit({code})"]
 
 
-TOLD = {"problem": "p", "where": "w", "found": "f", "expected": None, "action": "a", "problems": []}
+FAIL = {"problem": "p", "where": "w", "found": "f", "expected": None, "action": "a", "problems": []}
 SLEEP = ["import time; time.sleep(60)"]
 
 
-def patient(ready: Path, told: Path) -> list[str]:
-    """Runs until SIGTERM, and then writes ``told``."""
+def until_stopped(ready: Path, stopped: Path) -> list[str]:
+    """Return a script that creates ``ready``, runs until SIGTERM, and creates ``stopped``."""
     return [
         "import signal, sys, time, pathlib\n"
-        f"def stop(*_): pathlib.Path({str(told)!r}).touch(); sys.exit(130)\n"
+        f"def stop(*_): pathlib.Path({str(stopped)!r}).touch(); sys.exit(130)\n"
         "signal.signal(signal.SIGTERM, stop)\n"
         f"pathlib.Path({str(ready)!r}).touch()\n"
         "time.sleep(60)"
@@ -63,14 +63,14 @@ def patient(ready: Path, told: Path) -> list[str]:
 
 
 @pytest.mark.usefixtures("scripts")
-def test_summaries_come_by_name_as_they_end(tmp_path: Path) -> None:
-    calls = {"slow": says({"n": 1}, after=1.0), "quick": says({"n": 2}), "last": says({"n": 3})}
+def test_summaries_are_yielded_as_commands_end(tmp_path: Path) -> None:
+    calls = {"slow": emit({"n": 1}, after=1.0), "quick": emit({"n": 2}), "last": emit({"n": 3})}
     found = list(side_by_side(calls, 2, tmp_path))
     assert found == [("quick", {"n": 2}), ("last", {"n": 3}), ("slow", {"n": 1})]
 
 
 @pytest.mark.usefixtures("scripts")
-def test_never_more_than_asked_run_at_once(tmp_path: Path) -> None:
+def test_no_more_processes_than_requested_run_at_once(tmp_path: Path) -> None:
     code = (
         "import os, pathlib, time, json\n"
         f"mine = pathlib.Path({str(tmp_path)!r}, f'alive-{{os.getpid()}}'); mine.touch()\n"
@@ -85,44 +85,44 @@ def test_never_more_than_asked_run_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("scripts")
 @pytest.mark.parametrize(
-    ("failing", "told"),
+    ("failing", "text"),
     [
-        (says({"error": TOLD}, 1), "bad: p\n  where:    w\n  found:    f\n  to do:    a"),
+        (emit({"error": FAIL}, 1), "bad: p\n  where:    w\n  found:    f\n  to do:    a"),
         (["import os; os.kill(os.getpid(), 9)"], "found:    signal 9"),
-        (says([1]), "found:    exit code 0"),
+        (emit([1]), "found:    exit code 0"),
         (["print('no JSON')"], "found:    exit code 0"),
-        (says({"error": "text"}, 3), "found:    exit code 3"),
+        (emit({"error": "text"}, 3), "found:    exit code 3"),
     ],
 )  # fmt: skip
-def test_one_that_fails_stops_the_others_kindly(
-    failing: list[str], told: str, tmp_path: Path
+def test_a_failure_terminates_the_other_commands(
+    failing: list[str], text: str, tmp_path: Path
 ) -> None:
-    ready, asked = tmp_path / "ready", tmp_path / "asked"
+    ready, stopped = tmp_path / "ready", tmp_path / "stopped"
     wait = f"import time, pathlib\nwhile not pathlib.Path({str(ready)!r}).exists(): time.sleep(.01)"
     failing = [f"{wait}\n{failing[0]}"]
     started = time.monotonic()
-    calls = {"other": patient(ready, asked), "bad": failing, "never": SLEEP}
+    calls = {"other": until_stopped(ready, stopped), "bad": failing, "never": SLEEP}
     with pytest.raises(CskdError) as caught:
         list(side_by_side(calls, 2, tmp_path / "logs"))
-    assert told in str(caught.value)
-    assert asked.exists()
+    assert text in str(caught.value)
+    assert stopped.exists()
     assert time.monotonic() - started < 50
     assert not (tmp_path / "logs/never.log").exists()
 
 
 @pytest.mark.usefixtures("scripts")
-def test_a_caller_that_stops_leaves_no_process(tmp_path: Path) -> None:
-    ready, asked = tmp_path / "ready", tmp_path / "asked"
+def test_closing_the_generator_stops_its_processes(tmp_path: Path) -> None:
+    ready, stopped = tmp_path / "ready", tmp_path / "stopped"
     quick = [f"import time, pathlib\nwhile not pathlib.Path({str(ready)!r}).exists(): "
              "time.sleep(.01)\nprint('{}')"]  # fmt: skip
-    running = side_by_side({"a": patient(ready, asked), "b": quick}, 2, tmp_path / "l")
+    running = side_by_side({"a": until_stopped(ready, stopped), "b": quick}, 2, tmp_path / "l")
     assert next(running) == ("b", {})
-    running.close()  # as an exception at the caller's would
-    assert asked.exists()
+    running.close()  # as an exception in the caller would
+    assert stopped.exists()
 
 
 @pytest.mark.usefixtures("scripts")
-def test_one_that_does_not_stop_is_killed_with_what_it_started(tmp_path: Path) -> None:
+def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Path) -> None:
     inner = tmp_path / "inner"
     stubborn = [
         "import os, pathlib, signal, time\n"

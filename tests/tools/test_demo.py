@@ -1,4 +1,4 @@
-"""The demo: its images, and the commands it runs."""
+"""The demo: its images and its commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def images(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_seed_decides_the_images(tmp_path: Path) -> None:
+def test_the_seed_determines_the_images(tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         demo_images.write_digit_folders(tmp_path / name, train=12, validation=4, seed=seed)
     a, b, c = (images(tmp_path / name) for name in "abc")
@@ -29,7 +29,7 @@ def test_a_seed_decides_the_images(tmp_path: Path) -> None:
     assert {len(pixels) for pixels in a.values()} == {48 * 48 * 3}
 
 
-def test_labels_of_some_training_images_are_random_and_of_validation_images_right(
+def test_some_training_labels_are_random_and_validation_labels_are_right(
     tmp_path: Path,
 ) -> None:
     demo_images.write_digit_folders(tmp_path, train=400, validation=100, seed=1)
@@ -65,7 +65,7 @@ def test_a_cluttered_page_has_digits_of_its_class_and_one_each_of_some_others() 
     assert counts == {(own, others) for own in (4, 5) for others in range(5)}
 
 
-def test_every_stage_runs_with_the_seed_and_a_page_ends_it(
+def test_every_stage_runs_with_the_seed_and_a_page_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeds, calls = list[int](), list[list[str]]()

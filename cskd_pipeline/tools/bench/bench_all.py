@@ -1,8 +1,7 @@
-"""``bench all``: everything that a machine must show, in order of worth, within a time.
+"""``bench all``: every measurement of a machine, most important first, within a time limit.
 
-Each result is in ``results.json`` as soon as it is there, and a run that goes on begins with the
-first that is missing; what failed is tried once more. The study is last, a process of its own with
-its own folder and ledger.
+Each result is written to ``results.json`` at once; a resumed run starts with the first missing one
+and retries failures. The study comes last, as a separate process with its own folder and ledger.
 """
 
 import logging
@@ -33,21 +32,21 @@ from cskd_pipeline.tools.tables import Printed, Table, markdown_table
 log = logging.getLogger(__name__)
 
 RESULTS, TABLE, STUDY = "results.json", "table.md", "study"
-COLUMNS = ("measured", "found", "goal", "reached")
+COLUMNS = ("measurement", "result", "goal", "met")
 GRACE = 5.0
-"""Seconds in which the study may save; an update can take longer, and a training ends with one."""
+"""Seconds the study has to save its state; a training saves only after its current update."""
 Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Say how large the measurements are.
+    """Size of the measurements.
 
     Args:
-        teacher: a CNN's timm name; its weights are random, which no figure here depends on.
-        amps: the students' precisions, as ``run.amp`` takes them; the teacher's follow.
-        size: of the views, in pixels.
-        images: sampled of the shards in a round of the dump, and for the checks.
+        teacher: a CNN's timm name; its weights are random, which affects no figure.
+        amps: the students' precisions, as in ``run.amp``; the teacher's follow from them.
+        size: side of the views, in pixels.
+        images: number of images sampled for the checks and for each round of the dump.
     """
 
     teacher: str
@@ -63,18 +62,18 @@ SCALES = {
     "cuda": Scale("regnety_160", tuple(LIVE_GOALS), ("bf16", "fp16"), 224, 128, 128, 5),
     "cpu": Scale("resnet18", tuple(LIVE_GOALS)[:1], ("off",), 64, 8, 16, 3),
 }
-"""By the kind of device: on a CPU small, to see that all of it runs."""
+"""Device type -> scale; small on a CPU, where it only shows that everything runs."""
 
 
 @dataclass(frozen=True)
 class AllConfig:
-    """Say what is measured, where, and for how long.
+    """Options for :func:`bench_all`.
 
     Args:
-        shards: ImageNet's, or some of them.
-        out: a new folder, or one of a run to continue.
-        cifar10: a folder with CIFAR-10's training and validation shards; None: without the study.
-        seconds: after which the measurements are cut off; None: never.
+        shards: shards of ImageNet, all or some.
+        out: a new folder, or that of a run to resume.
+        cifar10: a folder with CIFAR-10's training and validation shards; None: no study.
+        seconds: time limit; None: no limit.
     """
 
     shards: str
@@ -85,14 +84,14 @@ class AllConfig:
 
 
 class Measurement(NamedTuple):
-    """Name a function that measures, and one that makes figures of its report."""
+    """A function that measures, and one that turns its report into figures."""
 
     run: Callable[[], Report]
     figures: Callable[[Report], Iterator[Figure]]
 
 
 def bench_all(config: AllConfig) -> dict[str, Any]:
-    """Measure what is not measured yet, for ``seconds``, and report on all that is there.
+    """Run the missing measurements within ``config.seconds``, and report on all results so far.
 
     Returns:
         ``results`` by name, ``errors`` by name, ``missing`` names, ``title`` and ``figures``.
@@ -111,8 +110,8 @@ def bench_all(config: AllConfig) -> dict[str, Any]:
                     _write_table(config, known, todo)
             if config.cifar10 is not None:
                 _run_study(config, known)
-    except _TimeOver:
-        log.info(f"the {config.seconds:g} seconds are over; the same command goes on")
+    except _TimeLimit:
+        log.info(f"stopped after {config.seconds:g} s; run the same command to continue")
     write_json(config.out / RESULTS, known)
     missing = [name for name in todo if name not in known["results"]]
     return known | {"missing": missing} | _write_table(config, known, todo)
@@ -122,15 +121,15 @@ def _measure(name: str, measurement: Measurement, known: dict[str, Any]) -> None
     log.info(f"{name} ...")
     try:
         known["results"][name] = report = measurement.run()
-    except (CskdError, RuntimeError) as error:  # CUDA's own, out of memory among them
-        _failed(name, error, known)
+    except (CskdError, RuntimeError) as error:  # RuntimeError: CUDA, such as out of memory
+        _record_failure(name, error, known)
         return
     for figure in measurement.figures(report):
-        log.info(f"{figure.what}: {figure.found}")
+        log.info(f"{figure.name}: {figure.result}")
 
 
 def _measurements(config: AllConfig, scale: Scale) -> dict[str, Measurement]:
-    """Return what is measured by name, in order of worth."""
+    """Return the measurements by name, most important first."""
     size = f"views.size={scale.size}"
 
     def dump_recipe(precision: str) -> DumpRecipe:
@@ -178,10 +177,10 @@ def _loader(shards: str, scale: Scale) -> Report:
     dataset = load_dataset(shards)
     views = {"size": scale.size, "batch_size": min(scale.batch_size, 64)}
     report = bench_loader.bench_loader(dataset, rounds=scale.rounds, **views)
-    on_all = partial(bench_loader.loader_rate, dataset, workers=cores(), **views)
+    rate = partial(bench_loader.loader_rate, dataset, workers=cores(), **views)
     images = scale.images * cores() * 4
-    everywhere = {f"repeats_{n}": on_all(images=images, repeats=n) for n in bench_loader.GOALS}
-    return report | {"cores": cores(), "all_cores": everywhere}
+    all_cores = {f"repeats_{n}": rate(images=images, repeats=n) for n in bench_loader.GOALS}
+    return report | {"cores": cores(), "all_cores": all_cores}
 
 
 def _run_study(config: AllConfig, known: dict[str, Any]) -> None:
@@ -190,15 +189,15 @@ def _run_study(config: AllConfig, known: dict[str, Any]) -> None:
         *("study", "--out", config.out / STUDY, "--shards", f"{folder}/*train-*.tar"),
         *("--val-shards", f"{folder}/*validation-*.tar", *device),
     ]
-    log.info(f"its news: {config.out}/logs/{STUDY}.log")
+    log.info(f"study: log in {config.out}/logs/{STUDY}.log")
     try:
-        with closing(side_by_side({STUDY: words}, 1, config.out / "logs", grace=GRACE)) as ended:
-            next(ended)
+        with closing(side_by_side({STUDY: words}, 1, config.out / "logs", grace=GRACE)) as runs:
+            next(runs)
     except CskdError as error:
-        _failed(STUDY, error, known)
+        _record_failure(STUDY, error, known)
 
 
-def _failed(name: str, error: Exception, known: dict[str, Any]) -> None:
+def _record_failure(name: str, error: Exception, known: dict[str, Any]) -> None:
     known["errors"][name] = " ".join(f"{type(error).__name__}: {error}".split())
     log.warning(f"{name} failed: {known['errors'][name]}")
 
@@ -207,27 +206,27 @@ def _machine(device: torch.device) -> dict[str, Any]:
     return {"device": device_name(device), "cores": cores(), "versions": library_versions()}
 
 
-def _open(out: Path, of: dict[str, Any]) -> dict[str, Any]:
-    """Return what is known already; nothing in a new folder."""
+def _open(out: Path, origin: dict[str, Any]) -> dict[str, Any]:
+    """Return the results so far, none in a new folder; refuse those of another ``origin``."""
     path = out / RESULTS
     if not path.exists():
         require_empty(out, action="choose another folder: cskd-pipeline bench all --out DIR")
         out.mkdir(parents=True, exist_ok=True)
-        return of | {"results": {}, "errors": {}}
+        return origin | {"results": {}, "errors": {}}
     known = schemas.read(path)
     if not isinstance(known, dict) or not isinstance(known.get("results"), dict):
         raise OutputError(
-            "the file of results is damaged",
+            "the results file is damaged",
             where=path,
-            action="remove it, and run the same command again",
+            action="delete it and run the same command again",
         )
-    found = {name: known.get(name) for name in of}
-    if found != of:
+    found = {name: known.get(name) for name in origin}
+    if found != origin:
         raise OutputError(
-            "the results in this folder are another machine's, or of other shards",
+            "the results in this folder are from another machine or other shards",
             where=path,
             found=found,
-            expected=of,
+            expected=origin,
             action="choose another folder: cskd-pipeline bench all --out DIR",
         )
     return known
@@ -236,12 +235,12 @@ def _open(out: Path, of: dict[str, Any]) -> dict[str, Any]:
 def _write_table(
     config: AllConfig, known: Mapping[str, Any], todo: Mapping[str, Measurement]
 ) -> dict[str, Any]:
-    """Write ``table.md``: the figures, and what the study has found so far; return the figures."""
+    """Write the figures and the study's tables so far to ``table.md``, and return the figures."""
     machine = known["machine"]
     versions = ", ".join(f"{n} {machine['versions'].get(n)}" for n in ("python", "torch", "timm"))
     title = f"{machine['device']}, {machine['cores']} CPU cores, {versions}"
     results = {name: known["results"][name] for name in todo if name in known["results"]}
-    figures = [figure for name, found in results.items() for figure in todo[name].figures(found)]
+    figures = [figure for name, report in results.items() for figure in todo[name].figures(report)]
     figures += [Figure(name, f"failed: {error}") for name, error in known["errors"].items()]
     cells = [figure.cells for figure in figures]
     text = f"**{title}**\n\n{markdown_table(COLUMNS, cells)}"
@@ -253,35 +252,35 @@ def _write_table(
 
 
 def printed(report: Mapping[str, Any]) -> Printed:
-    """Yield the figures, where they are as Markdown, and what is not measured yet."""
+    """Yield the figures, the measurements still missing, and the path of the Markdown table."""
     yield Table(report["title"], COLUMNS, report["figures"])
     if report["missing"]:
-        yield f"not measured yet: {', '.join(report['missing'])}"
-    yield f"as Markdown: {report['markdown']}"
+        yield f"not yet measured: {', '.join(report['missing'])}"
+    yield f"Markdown table: {report['markdown']}"
 
 
 def require_ok(report: Mapping[str, Any]) -> None:
-    """Refuse a report with failures."""
+    """Raise if a measurement failed."""
     if report["errors"]:
         raise CskdError(
-            "measurements failed",
+            "some measurements failed",
             where=report["markdown"],
-            action="the same command tries them again",
+            action="run the same command again to retry them",
             problems=[f"{name}: {error}" for name, error in report["errors"].items()],
             report=report,
         )
 
 
-class _TimeOver(KeyboardInterrupt):
-    """Interrupts as Ctrl-C does."""
+class _TimeLimit(KeyboardInterrupt):
+    """Interrupts like Ctrl-C."""
 
 
 @contextmanager
 def _deadline(seconds: float | None) -> Iterator[None]:
-    def ring(number: int, frame: object) -> None:
-        raise _TimeOver
+    def interrupt(number: int, frame: object) -> None:
+        raise _TimeLimit
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, seconds or 0)
     try:
         yield

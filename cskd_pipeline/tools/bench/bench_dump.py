@@ -1,9 +1,9 @@
-"""``bench dump``: what of the teacher's speed is left in a dump, and which side is its limit.
+"""``bench dump``: how much of the teacher's speed a dump keeps, and whether it is loader-bound.
 
-In turn: the dump as it is (loader processes, device, encoding, writing, a unit at a time, into a
-temporary cache); the bare teacher on views that lie normalised on the device; the loader processes
-alone; and in this process, on one core, the loader's work for units of ten views and for ten units
-of one. Rates begin when queues are full. :func:`variants` runs the teacher in other ways, and
+Taking turns: the real dump (loader processes, device, encoding, writing, one unit at a time, into
+a temporary cache); the bare teacher on normalised views already on the device; the loader processes
+alone; and, in this process on one core, the loader's work for units of ten views and for ten units
+of one. Rates start once queues are full. :func:`variants` runs the teacher with other settings and
 counts the labels that change.
 """
 
@@ -30,8 +30,8 @@ from cskd_pipeline.tools.tables import Printed, Table
 
 BLOCK = 10
 DUMP_GOAL, BLOCK_GOAL = 0.95, 1.4
-RATIOS = (1.0, 0.75, 0.5, 0.25, 0.0)  # r at which variants' labels are compared
-_RESIDENT = 4  # batches that the bare teacher is run on in turn
+RATIOS = (1.0, 0.75, 0.5, 0.25, 0.0)  # values of r at which labels are compared
+_RESIDENT = 4  # batches the bare teacher cycles through
 
 
 def bench_dump(
@@ -42,26 +42,27 @@ def bench_dump(
     with_variants: bool,
     compile: bool = False,
 ) -> dict[str, Any]:
-    """Dump ``images`` sampled images in ten views, and run the dump's parts, ``rounds`` times.
+    """Dump ten views of ``images`` sampled images, and run the dump's parts alone, each round.
 
     Args:
         with_variants: also run the teacher with other settings.
-        compile: torch.compile among them.
+        compile: include torch.compile in the variants.
 
     Returns:
         ``views_per_second`` of ``dump``, ``teacher``, ``loader`` (the recipe's processes), and on
         one core ``block_10`` and ``block_1``; ``ratio`` of dump to teacher and of block_10 to
         block_1, medians with spread; ``limit``: loader or teacher; ``variants``.
     """
-    few = SampledDump.of(recipe, *open_stage_one(recipe), images)
-    teacher, resident, views = few.teacher, resident_views(few), few.dataset.samples * BLOCK
-    size, workers = recipe.dump.batch_size, few.loading.workers
+    sampled = SampledDump.of(recipe, *open_stage_one(recipe), images)
+    teacher, resident = sampled.teacher, resident_views(sampled)
+    views, workers = sampled.dataset.samples * BLOCK, sampled.loading.workers
+    size = recipe.dump.batch_size
 
     def load(block: int, loading: Loading) -> Generator[int]:
-        yield from map(len, few.batches(BLOCK, block=block, loading=loading))
+        yield from map(len, sampled.batches(BLOCK, block=block, loading=loading))
 
-    works: dict[str, Callable[[], Generator[int]]] = {
-        "dump": lambda: few.dump(BLOCK),
+    sides: dict[str, Callable[[], Generator[int]]] = {
+        "dump": lambda: sampled.dump(BLOCK),
         "teacher": lambda: _run_teacher(teacher, resident, views),
         "loader": lambda: load(BLOCK, Loading(size, workers)),
         f"block_{BLOCK}": lambda: load(BLOCK, Loading(size)),
@@ -70,11 +71,11 @@ def bench_dump(
 
     def rate(side: str, _: int) -> float:
         threads = timing.one_thread() if side.startswith("block") else nullcontext()
-        with threads, closing(works[side]()) as counts:  # whatever ends it
+        with threads, closing(sides[side]()) as counts:
             return timing.SteadyRate.of(counts, views).rate
 
-    rates = timing.take_turns(works, rate, rounds, "dumping")
-    per_second = {side: timing.spread(found) for side, found in rates.items()}
+    rates = timing.take_turns(sides, rate, rounds, "dumping")
+    per_second = {side: timing.spread(values) for side, values in rates.items()}
     loader, bare = (per_second[side]["median"] for side in ("loader", "teacher"))
     return {
         "teacher": teacher.name,
@@ -83,7 +84,7 @@ def bench_dump(
         "size": recipe.views.size,
         "batch_size": size,
         "workers": workers,
-        "images": few.dataset.samples,
+        "images": sampled.dataset.samples,
         "views_per_image": BLOCK,
         "encodings": list(recipe.cache.encodings),
         "rounds": rounds,
@@ -94,7 +95,7 @@ def bench_dump(
         },
         "goal": {"dump_to_teacher": DUMP_GOAL, "blocks": BLOCK_GOAL},
         "limit": "loader" if loader < bare else "teacher",
-        "variants": variants(few, resident, rounds, compile=compile) if with_variants else {},
+        "variants": variants(sampled, resident, rounds, compile=compile) if with_variants else {},
     }
 
 
@@ -106,21 +107,20 @@ def _run_teacher(teacher: Teacher, resident: Sequence[Tensor], views: int) -> Ge
 
 
 def variants(
-    few: SampledDump, resident: Sequence[Tensor], rounds: int, *, compile: bool
+    sampled: SampledDump, resident: Sequence[Tensor], rounds: int, *, compile: bool
 ) -> dict[str, Any]:
-    """Run the bare teacher with other settings, in turn.
+    """Run the bare teacher with other settings, taking turns.
 
     Returns:
-        By setting: ``views_per_second``, ``ratio`` to plain float32, and the shares of hard
-        labels, over all locations and five values of r, and of global labels that are not
-        float32's.
+        By setting: ``views_per_second``, ``ratio`` to plain float32, and the shares of hard labels
+        (over all locations and five values of r) and of global labels that differ from float32's.
     """
     settings = ["float32", "channels_last", "bfloat16", "bfloat16 channels_last"]
     if resident[0].device.type == "cuda":
         settings += ["float16", "float16 channels_last"]
     if compile:
         settings += ["compile", "bfloat16 compile"]
-    teachers = {setting: _with(few, setting) for setting in settings}
+    teachers = {setting: _with(sampled, setting) for setting in settings}
     logits: dict[str, list[Logits]] = {}
 
     def respond(setting: str, _: int) -> None:
@@ -141,21 +141,21 @@ def variants(
     return report
 
 
-def _with(few: SampledDump, setting: str) -> Teacher:
-    """Load the same teacher in plain float32, but for the words of ``setting``."""
-    recipe, words = few.recipe, setting.split()
+def _with(sampled: SampledDump, setting: str) -> Teacher:
+    """Load the same teacher in plain float32 except for the words in ``setting``."""
+    recipe, words = sampled.recipe, setting.split()
     precision: Any = next((word for word in words if "float" in word), "float32")
-    loop: dict[str, Any] = {name: name in words for name in ("channels_last", "compile")}
+    flags: dict[str, Any] = {name: name in words for name in ("channels_last", "compile")}
     changed = replace(
         recipe,
         teacher=replace(recipe.teacher, precision=precision),
-        dump=replace(recipe.dump, **loop),
+        dump=replace(recipe.dump, **flags),
     )
-    return open_teacher(changed, few.dataset.num_classes, few.teacher.device)
+    return open_teacher(changed, sampled.dataset.num_classes, sampled.teacher.device)
 
 
 def _changed(expected: Sequence[Logits], found: Sequence[Logits]) -> tuple[float, float]:
-    """Return the shares of hard labels, and of global labels, that differ."""
+    """Return the shares of hard labels and of global labels that differ."""
     both = list(zip(expected, found, strict=True))
     spatial = count_differences(
         (hard_labels(*one, r), hard_labels(*other, r)) for one, other in both for r in RATIOS
@@ -167,18 +167,18 @@ def _changed(expected: Sequence[Logits], found: Sequence[Logits]) -> tuple[float
 
 
 def count_differences(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, int]:
-    """Return how many values of equal tensors were ``compared``, and how many ``differ``."""
+    """Return how many values were ``compared`` over pairs of tensors, and how many ``differ``."""
     compared = differ = 0
     for one, other in pairs:
         compared, differ = compared + one.numel(), differ + int((one != other).sum())
     return {"compared": compared, "differ": differ}
 
 
-def resident_views(few: SampledDump) -> list[Tensor]:
-    """Return some full batches of real views, normalised, on the teacher's device."""
-    teacher, size = few.teacher, few.recipe.dump.batch_size
-    batches = few.batches(BLOCK, loading=Loading(size))
-    pieces = (TeacherViews.of(batch, few.recipe.views, teacher.device) for batch in batches)
+def resident_views(sampled: SampledDump) -> list[Tensor]:
+    """Return up to four full batches of real views, normalised, on the teacher's device."""
+    teacher, size = sampled.teacher, sampled.recipe.dump.batch_size
+    batches = sampled.batches(BLOCK, loading=Loading(size))
+    pieces = (TeacherViews.of(batch, sampled.recipe.views, teacher.device) for batch in batches)
     full = [
         normalise(views.images, teacher.mean, teacher.std)
         for views in islice(full_batches(pieces, size), _RESIDENT)
@@ -187,8 +187,8 @@ def resident_views(few: SampledDump) -> list[Tensor]:
     if not full:
         raise DataError(
             "too few images for a full batch",
-            where=few.dataset.name,
-            found=f"{few.dataset.samples} images in {BLOCK} views",
+            where=sampled.dataset.name,
+            found=f"{sampled.dataset.samples} images in {BLOCK} views",
             expected=f"batches of {size}",
             action="lower --batch-size, or raise --images",
         )
@@ -196,18 +196,18 @@ def resident_views(few: SampledDump) -> list[Tensor]:
 
 
 def printed(report: Mapping[str, Any]) -> Printed:
-    """Yield the rates, which side is the limit, and what variants change."""
+    """Yield the rates, the limiting side, and the labels that variants change."""
     rates, ratios, goals = (report[key] for key in ("views_per_second", "ratio", "goal"))
-    sides = {  # and the ratio that a side is compared by
+    sides = {  # label, and the ratio shown in the side's row
         "dump": ("dump", "dump_to_teacher"),
         "teacher": ("bare teacher", None),
         "loader": (f"loader, {report['workers']} processes", None),
-        f"block_{BLOCK}": (f"loader, one core, {BLOCK} views a block", "blocks"),
-        "block_1": ("loader, one core, 1 view a block", None),
+        f"block_{BLOCK}": (f"loader, one core, blocks of {BLOCK} views", "blocks"),
+        "block_1": ("loader, one core, blocks of 1 view", None),
     }
     yield Table(
         f"{report['teacher']} on {report['device']}, {report['precision']}, {report['size']} px, "
-        f"{report['images']} images in {BLOCK} views, {report['rounds']} rounds",
+        f"{report['images']} images x {BLOCK} views, {report['rounds']} rounds",
         timing.comparison_columns("views/s"),
         [
             timing.comparison_row(label, rates[side], ratios.get(ratio), goals.get(ratio))
@@ -216,14 +216,14 @@ def printed(report: Mapping[str, Any]) -> Printed:
     )
     loader, bare = rates["loader"]["median"], rates["teacher"]["median"]
     yield (
-        f"the limit is the {report['limit']}: the loader makes {loader:.4g} views/s in "
-        f"{report['workers']} processes, the bare teacher takes {bare:.4g}"
+        f"the {report['limit']} is the bottleneck: the loader delivers {loader:.4g} views/s with "
+        f"{report['workers']} processes, the bare teacher processes {bare:.4g} views/s"
         + ("; on a CPU they share the cores" if report["device"] == "cpu" else "")
     )
     if report["variants"]:
         yield Table(
-            "the bare teacher in other ways, and the labels that are not float32's",
-            ("", "views/s", "ratio", "hard labels %", "global labels %"),
+            "bare teacher with other settings, and labels that differ from float32's",
+            ("", "views/s", "ratio", "hard labels, %", "global labels, %"),
             [
                 (
                     name,
@@ -238,15 +238,15 @@ def printed(report: Mapping[str, Any]) -> Printed:
 
 
 def figures(report: Mapping[str, Any]) -> Iterator[timing.Figure]:
-    """Yield the dump against the bare teacher, and which side is its limit."""
+    """Yield the dump against the bare teacher, and the bottleneck."""
     about = f"{report['teacher']}, {report['precision']}, {report['workers']} loader processes"
-    for what, ratio in (
-        (f"{about}: dump / bare teacher", "dump_to_teacher"),
-        (f"loader, one core: {BLOCK} views a block / 1 view", "blocks"),
+    for name, ratio in (
+        (f"{about}: views/s of the dump / of the bare teacher", "dump_to_teacher"),
+        (f"loader, one core: views/s in blocks of {BLOCK} views / of 1 view", "blocks"),
     ):
         goal = report["goal"][ratio]
-        yield timing.Figure.of_ratio(what, report["ratio"][ratio], at_least=goal)
+        yield timing.Figure.of_ratio(name, report["ratio"][ratio], at_least=goal)
     names = {"dump": "dump", "teacher": "bare teacher", "loader": "loader"}
     rates = {label: report["views_per_second"][name]["median"] for name, label in names.items()}
     each = ", ".join(f"{label} {rate:,.0f}" for label, rate in rates.items())
-    yield timing.Figure(f"{about}: views a second", f"{each}; the limit is the {report['limit']}")
+    yield timing.Figure(f"{about}: views/s", f"{each}; the {report['limit']} is the bottleneck")

@@ -1,20 +1,20 @@
-"""``bench encodings``: what every encoding costs in bytes and time, and what it loses.
+"""``bench encodings``: size, speed and distortion of every encoding.
 
-Legend: d spatial and g global logits; r the CKF ratio; tau the temperature of soft targets.
+Notation: d spatial and g global logits; r the CKF ratio; tau the temperature of soft targets.
 
-- ``bytes_per_view``: of the files of a real cache with these views, file indices included.
+- ``bytes_per_view``: file sizes of a real cache with these views, file indices included.
 - ``encode_ms``: from logits to rows, on the device. ``decode_ms``: from files to a loss's targets
-  at one r, on the CPU, in batches. Per view, medians, on one core where it is the CPU.
-- ``hard_agreement``: share of locations with the label of the logits, over 21 values of r.
+  at one r, on the CPU, in batches. Medians per view; CPU work runs on one core.
+- ``hard_agreement``: share of locations whose label equals the logits', over 21 values of r.
 - ``kl``: divergence in nats from softmax((r d + (1 - r) g) / tau) to its approximation, over
   all locations and 21 values of r: mean and 99th percentile, for each tau.
-- ``gradient_cosine``: between the gradients of the spatial loss from this encoding and from the
-  logits, for a student that knows nothing yet (equal logits), over 5 values of r.
-- ``soft_bias_and_variance``: with the soft loss's exact gradient at r = 1, 1/2 and 0, summed over a
-  batch of 32 views and their locations as the bias of the student's head has it: the cosine of
-  ``one`` batch's gradient, which bias and variance turn, and of the ``mean`` of the gradients of 32
-  independent sets of draws, which bias turns and variance hardly. Without draws both are equal;
-  an encoding of hard labels has its hard gradient compared.
+- ``gradient_cosine``: cosine between the gradients of the spatial loss from this encoding and from
+  the logits, for an untrained student (equal logits), over 5 values of r.
+- ``soft_bias_and_variance``: cosine with the soft loss's exact gradient at r = 1, 1/2 and 0, summed
+  over a batch of 32 views and their locations, like the gradient of the head's bias: for ``one``
+  batch, lowered by bias and variance, and for the ``mean`` over 32 independent sets of draws,
+  lowered by bias and hardly by variance. Both are equal without draws; for an encoding of hard
+  labels the hard gradient is compared.
 """
 
 import statistics
@@ -46,8 +46,8 @@ from cskd_pipeline.views.bits import BitStream
 RATIOS = [i / 20 for i in range(21)]
 FEW_RATIOS = RATIOS[::5]
 TEMPERATURES = (1.0, 4.0)
-_FLOOR = 1e-5  # nats: less is drawn as exact
-_REDRAWN = 32
+_FLOOR = 1e-5  # nats; smaller values are plotted as exact
+_DRAW_SETS = 32
 _REPEATS = 5
 
 
@@ -58,8 +58,8 @@ def bench_encodings(
     """Measure ``names``, or every encoding, on ``responses``.
 
     Returns:
-        ``source``, ``views``, ``classes``, ``grid``, and per encoding what the module says; what an
-        encoding does not serve is None.
+        ``source``, ``views``, ``classes``, ``grid`` and, per encoding, the measures listed above;
+        None for what an encoding does not support.
     """
     rows: dict[str, Rows] = {}
     encodings = responses.encodings(names)
@@ -87,7 +87,7 @@ def bench_encodings(
 
 
 def printed(report: Mapping[str, Any]) -> Printed:
-    """Yield the report as a table, and what its figures mean."""
+    """Yield the report as tables, and the meaning of their figures."""
     rows = []
     for name, m in report["encodings"].items():
         losses = [(m["kl"] or {}).get(f"{tau:g}", {}) for tau in TEMPERATURES]
@@ -105,30 +105,30 @@ def printed(report: Mapping[str, Any]) -> Printed:
         (
             *("encoding", "bytes/view", "encode ms", "decode ms", "hard agreement"),
             *(f"{what} tau={tau:g}" for tau in TEMPERATURES for what in ("KL", "p99")),
-            *("cosine hard", "soft"),
+            *("cosine hard", "cosine soft"),
         ),
         rows,
     )
-    yield "KL in nats, over 21 values of r; a dash: the encoding does not serve it"
-    columns = [(r, what) for r in ("1", "0.5", "0") for what in ("one", "mean")]
+    yield "KL in nats over 21 values of r: mean and 99th percentile; -: not supported"
+    columns = [(r, kind) for r in ("1", "0.5", "0") for kind in ("one", "mean")]
     yield Table(
-        f"the soft gradient's cosine, of one batch and of the mean of {_REDRAWN} sets of draws",
-        ("encoding", *(f"{what} r={r}" for r, what in columns)),
+        f"cosine with the exact soft gradient: one batch, and mean of {_DRAW_SETS} sets of draws",
+        ("encoding", *(f"{kind} r={r}" for r, kind in columns)),
         [
-            (name, *(_share(m["soft_bias_and_variance"][r][what]) for r, what in columns))
+            (name, *(_share(m["soft_bias_and_variance"][r][kind]) for r, kind in columns))
             for name, m in report["encodings"].items()
         ],
     )
-    yield "what the mean lacks of 1 is bias; what one batch lacks besides is variance"
+    yield "shortfall from 1: bias for the mean, bias and variance for one batch"
 
 
 def encodings_plot(report: Mapping[str, Any]) -> Plot:
-    """Draw bytes a view across, mean KL up, both logarithmic.
+    """Plot mean KL against bytes per view, both logarithmic.
 
-    Encodings that lose nothing of what they serve stand at the bottom. Of those that serve hard
-    labels only, the share of labels that differ is drawn; draws have neither that nor a KL.
+    Lossless encodings are at the bottom. For encodings of hard labels only, the y-axis is the share
+    of labels that differ; draws have neither and are left out.
     """
-    points: dict[str, list[tuple[float, float]]] = {}  # by what the loss is
+    points: dict[str, list[tuple[float, float]]] = {}  # by kind of loss
     labels: dict[str, tuple[str, float, float]] = {}
     for name, measured in report["encodings"].items():
         losses: dict[str, float] = {}
@@ -144,7 +144,7 @@ def encodings_plot(report: Mapping[str, Any]) -> Plot:
             plots.Series(kind, [x for x, _ in found], [y for _, y in found], style)
             for style, (kind, found) in enumerate(points.items())
         ],
-        x_label="bytes a view",
+        x_label="bytes per view",
         y_label="mean KL, nats",
         floor=_FLOOR,
         labels=list(labels.values()),
@@ -158,14 +158,14 @@ def _title(report: Mapping[str, Any]) -> str:
 
 
 def _share(value: float | None) -> str | None:
-    """Return four digits, and 1 only for 1."""
+    """Format with four decimals, and 1 only if exact."""
     if value is None:
         return None
     return "1" if value > 1 - 1e-9 else f"{min(value, 0.9999):.4f}"
 
 
 def _decode_seconds(path: Path, name: str, count: int) -> float:
-    """Time files (in the page cache) to targets, a view, every time by a new reader."""
+    """Return the median seconds per view, with a new reader each time, from files to targets."""
     index = np.zeros((count, 3), np.int64)
     index[:, 2] = np.arange(count)[::-1]
     seconds = []
@@ -173,11 +173,11 @@ def _decode_seconds(path: Path, name: str, count: int) -> float:
         reader = open_cache(path)
         encoding = reader.encodings[name]
         tau = temperature_near(encoding)
-        began = time.perf_counter()
+        started = time.perf_counter()
         for start in range(0, count, BATCH):
             rows = reader.gather(name, index[start : start + BATCH])
             labels_draws_or_logs(encoding.targets(_tensors(rows)), encoding.serves, tau, [0.5])
-        seconds.append((time.perf_counter() - began) / count)
+        seconds.append((time.perf_counter() - started) / count)
     return statistics.median(seconds)
 
 
@@ -187,7 +187,7 @@ def _distortion(encoding: Encoding, rows: Rows, responses: Responses) -> dict[st
     divergences: dict[float, list[Tensor]] = {tau: [] for tau in TEMPERATURES}
     cosines: dict[str, list[float]] = {kind: [] for kind in encoding.serves}
     soft = "soft" in encoding.serves
-    drawn = isinstance(encoding, Sampled)  # has neither a class on top nor probabilities
+    drawn = isinstance(encoding, Sampled)  # has neither a top class nor probabilities
     for start in range(0, len(responses), BATCH):
         part = slice(start, start + BATCH)
         exact = LogitTargets(responses.spatial[part], responses.global_[part])
@@ -215,14 +215,14 @@ def _distortion(encoding: Encoding, rows: Rows, responses: Responses) -> dict[st
 
 
 def _bias_and_variance(encoding: Encoding, responses: Responses) -> dict[str, dict[str, float]]:
-    """Return the cosines of one batch's and of the mean gradient, by r."""
+    """Return the cosines of a single batch's gradient and of the mean gradient, by r."""
     part = slice(0, BATCH)
     logits, tau = (responses.spatial[part], responses.global_[part]), temperature_near(encoding)
     kind, shape = "soft" if "soft" in encoding.serves else "hard", logits[0].shape
     stream = BitStream(SEED + 1)
     sets = [
         encoding.targets(encoding.encode(*logits, stream.raw(len(logits[0]))))
-        for _ in range(_REDRAWN if isinstance(encoding, Sampled) else 1)
+        for _ in range(_DRAW_SETS if isinstance(encoding, Sampled) else 1)
     ]
 
     def gradient(kind: str, targets: Targets, r: float) -> Tensor:
@@ -253,7 +253,7 @@ def _summary(divergences: Tensor) -> dict[str, float]:
 
 
 def _gradient(kind: str, targets: Targets, shape: Sequence[int], r: float, tau: float) -> Tensor:
-    """Return the gradient of the spatial loss in a fresh student's logits (B, K, h, w), flat."""
+    """Return the spatial loss's gradient for an untrained student's logits (B, K, h, w), flat."""
     loss = DistillationLoss("cskd", kind, kind, temperature=tau)
     labels = torch.full(shape[:2], 1.0 / shape[1])
     dense = torch.zeros(shape, requires_grad=True)

@@ -1,9 +1,8 @@
-"""``bench join``: what reading a cache's responses costs the loader, and whether it scales.
+"""``bench join``: the cost of reading a cache's responses in the loader, and how it scales.
 
-The same batches are made with the join (seeds, digests and responses from the cache, images
-compared with it) and without any cache, in turn, in this process: on one core. :func:`simulate`
-opens caches of ImageNet's shape, which have their documents and a file for each unit's record, and
-nothing else.
+The same batches are loaded with the join (seeds, digests and responses from the cache, images
+compared with it) and without a cache, taking turns in this process, on one core. :func:`simulate`
+opens caches of ImageNet's shape that consist of their documents and one file per unit's record.
 """
 
 import gc
@@ -38,14 +37,14 @@ RANKS, BATCH_SIZE, REPEATS = 64, 1024, 3
 
 
 def bench_join(recipe: TrainRecipe, *, rounds: int) -> dict[str, Any]:
-    """Make the recipe's batches with its cache and without any, those of an update in a round.
+    """Load the recipe's batches with its cache and without, one update's batches per round.
 
     Returns:
         Images per second of both sides, and the ratio ``with_join`` / ``without``: medians with
         spread.
     """
     if recipe.distill.method == "none":
-        raise UsageError("method none joins no cache", action="use --method cskd or deit")
+        raise UsageError("method none reads no cache", action="use --method cskd or deit")
     recipe = replace(recipe, data=replace(recipe.data, check=0))
     views = open_training_data(recipe).views
     loader = make_loader(recipe, views)
@@ -53,11 +52,11 @@ def bench_join(recipe: TrainRecipe, *, rounds: int) -> dict[str, Any]:
 
     sources = {"with_join": views, "without": views.without_cache()}
 
-    def make(side: str, number: int) -> None:
+    def load(side: str, number: int) -> None:
         for batch in range(number * count, (number + 1) * count):
             sources[side][loader.rows(batch % len(loader))]
 
-    seconds = time_turns(sources, make, rounds, "making batches")
+    seconds = time_turns(sources, load, rounds, "loading batches")
     images = recipe.batch.batch_size
     return {
         "encoding": views.encoding,
@@ -73,25 +72,25 @@ def simulate(*, shards: int = SHARDS) -> dict[str, Any]:
     """Open caches of ImageNet's shape with few and with many views, and plan an epoch.
 
     Returns:
-        Per number of views the seconds to open and the bytes that a reader holds; the seconds to
-        plan an epoch and find the first batch of all ranks.
+        Per number of views, the seconds to open the cache and the reader's bytes of memory; the
+        seconds to plan an epoch and find the first batch of every rank.
     """
     opened: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for views in (FEW_VIEWS, VIEWS):
             path = Path(folder) / f"{views}"
-            with progress(None, "files", f"writing a hollow cache of {views} views"):
-                _write_hollow(path, shards, views)
+            with progress(None, "files", f"writing an empty cache of {views} views"):
+                _write_skeleton(path, shards, views)
             reader, opened[f"{views}_views"] = _open(path)
         samples = SampleSet.of(reader)
         policy, root_seed = reader.manifest.policy, reader.manifest.root_seed
-        began = time.perf_counter()
+        started = time.perf_counter()
         plan = EpochPlan(
             samples, policy, root_seed, views=VIEWS, repeats=REPEATS, batch_size=BATCH_SIZE, seed=0
         )
         for rank in range(RANKS):
             plan.batch(0, 0, part=rank, parts=RANKS)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - started
     return {
         "shards": shards,
         "samples": samples.total,
@@ -104,29 +103,29 @@ def simulate(*, shards: int = SHARDS) -> dict[str, Any]:
 def _open(path: Path) -> tuple[Cache, dict[str, float]]:
     tracemalloc.start()
     try:
-        open_cache(path)  # what is imported and compiled once is not the cache's
+        open_cache(path)  # one-time imports and compilation do not count
         gc.collect()
         before, _ = tracemalloc.get_traced_memory()
         reader = open_cache(path)
         gc.collect()
-        held = tracemalloc.get_traced_memory()[0] - before
+        size = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    began = time.perf_counter()
+    started = time.perf_counter()
     open_cache(path)
-    seconds = time.perf_counter() - began
-    return reader, {"seconds": seconds, "reader_bytes": held}
+    seconds = time.perf_counter() - started
+    return reader, {"seconds": seconds, "reader_bytes": size}
 
 
-def _write_hollow(path: Path, shards: int, views: int) -> None:
+def _write_skeleton(path: Path, shards: int, views: int) -> None:
     manifest = _manifest(shards, views)
     documents = {layout.GROUP: layout.manifest_document(manifest)}
     documents |= layout.array_documents(manifest)
     array = layout.stored_arrays(manifest)[layout.RECORD]
     size = array.file_shape[1]
-    mark = encode_file(array, np.ones((1, size), np.uint8))
+    record = encode_file(array, np.ones((1, size), np.uint8))
     units = np.ndindex(manifest.blocks, shards)
-    documents |= {array.key(block, shard * size): mark for block, shard in units}
+    documents |= {array.key(block, shard * size): record for block, shard in units}
     for key, content in documents.items():
         file = path / key
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -154,22 +153,22 @@ def _manifest(shards: int, views: int) -> CacheManifest:
 
 
 def printed(report: dict[str, Any]) -> Printed:
-    """Yield tables of what there is in the report."""
+    """Yield a table for each part of the report."""
     if "ratio" in report:
         found = report["images_per_second"] | {"ratio": report["ratio"]}
         yield Table(
-            f"the loader on one core, images/s ({report['encoding']}, {report['rounds']} rounds of "
-            f"{report['images_per_round']} images; the ratio's goal is {report['goal']})",
+            f"loader on one core, images/s ({report['encoding']}, {report['rounds']} rounds of "
+            f"{report['images_per_round']} images; goal for the ratio: {report['goal']})",
             ("", "median", "lowest", "highest"),
             [(name.replace("_", " "), *values.values()) for name, values in found.items()],
         )
     if "simulation" in report:
         found = report["simulation"]
         yield Table(
-            f"a cache of {found['shards']} shards, {found['samples']} samples",
+            f"a cache of {found['shards']:,} shards, {found['samples']:,} samples",
             ("views", "seconds to open", "bytes in memory"),
-            [(name.replace("_", " "), *one.values()) for name, one in found["opening"].items()],
+            [(name.replace("_", " "), *row.values()) for name, row in found["opening"].items()],
         )
         yield Table(
-            "an epoch's plan", ("ranks", "seconds"), [(found["ranks"], found["plan_seconds"])]
+            "planning an epoch", ("ranks", "seconds"), [(found["ranks"], found["plan_seconds"])]
         )

@@ -1,8 +1,8 @@
-"""``bench loader``: what a loader process of ours makes a second, against one of timm's.
+"""``bench loader``: images per second of one of our loader processes, against one of timm's.
 
-Both read the same tars, draw DeiT's augmentation and give uint8 batches that only the device's part
-is missing from (normalising and erasing; ours mixes there too), in turn, in this process: on one
-core. timm's side is what its training script sets up: ``create_dataset("wds/...")``,
+Both read the same tars, draw DeiT's augmentation and return uint8 batches, up to the work left to
+the device (normalising and erasing; ours also mixes there). They take turns in this process, on one
+core. timm's side is set up as in its training script: ``create_dataset("wds/...")``,
 ``create_loader`` and ``FastCollateMixup``.
 """
 
@@ -26,37 +26,37 @@ from cskd_pipeline.tools.tables import Printed, Table
 from cskd_pipeline.views.policy import ViewPolicy
 
 GOALS = {1: 1.5, 3: 2.0}
-"""Ratios to timm's, by the number of views that share a decoded image in an epoch."""
+"""Speed relative to timm's, by the number of views per decoded image in an epoch."""
 
 BATCHES = 2
-"""That every side makes in a round."""
+"""Batches per side and round."""
 
 Step = Callable[[int], int]
-"""Makes the batch of a number and returns how many images it has."""
+"""Loads the batch with the given number and returns its number of images."""
 
 
 def bench_loader(dataset: Dataset, *, size: int, batch_size: int, rounds: int) -> dict[str, Any]:
-    """Make batches of ``dataset`` with each number of repeats in ``GOALS``, and with timm.
+    """Load batches of ``dataset`` with each number of repeats in ``GOALS``, and with timm.
 
     Args:
-        size: of the views, in pixels.
+        size: side of the views, in pixels.
 
     Returns:
         Images per second and core, and ratios to timm's: medians with spread.
     """
     policy, dataset = ViewPolicy(size=size), _with_classes(dataset)
     steps = {f"repeats_{n}": _ours(dataset, policy, n, batch_size) for n in GOALS}
-    made = dict.fromkeys([*steps, "timm"], 0)
+    loaded = dict.fromkeys([*steps, "timm"], 0)
 
     def work(name: str, number: int) -> None:
         for batch in range(number * BATCHES, (number + 1) * BATCHES):
-            made[name] += steps[name](batch)
+            loaded[name] += steps[name](batch)
 
     with tempfile.TemporaryDirectory() as folder, timing.one_thread():
         steps["timm"] = _timms(dataset, Path(folder), policy, batch_size)
-        seconds = timing.time_turns(steps, work, rounds, "making batches")
+        seconds = timing.time_turns(steps, work, rounds, "loading batches")
     images = BATCHES * batch_size
-    assert set(made.values()) == {(rounds + 1) * images}, made
+    assert set(loaded.values()) == {(rounds + 1) * images}, loaded
     return {
         "policy": policy.version,
         "size": size,
@@ -76,7 +76,7 @@ def loader_rate(
     """Return the images per second of a training loader with ``workers`` processes.
 
     Args:
-        images: about how many are made; the first quarter, while processes start, is not counted.
+        images: approximate number to load; the first quarter, while processes start, is discarded.
     """
     views = TrainingViews.of_dataset(_with_classes(dataset), ViewPolicy(size=size), 0)
     loader = CachedLoader(views, batch_size, repeats=repeats, workers=workers)
@@ -85,7 +85,7 @@ def loader_rate(
 
 
 def _with_classes(dataset: Dataset) -> Dataset:
-    """Count the classes of shards that do not state them: labels are mixed, or one-hot."""
+    """Count the classes if the shards do not state them: mixed labels need their number."""
     if dataset.num_classes is not None:
         return dataset
     return dataset.with_classes(1 + max(int(shard.index.label.max()) for shard in dataset.shards))
@@ -98,7 +98,7 @@ def _ours(dataset: Dataset, policy: ViewPolicy, repeats: int, batch_size: int) -
 
 
 def _timms(dataset: Dataset, folder: Path, policy: ViewPolicy, batch_size: int) -> Step:
-    """Return timm's loader, as a recipe of DeiT's would set it up; one epoch after the other."""
+    """Return timm's loader, set up as for training DeiT, repeating epochs endlessly."""
     _describe(dataset, folder)
     found = create_dataset(
         "wds/bench",
@@ -133,20 +133,20 @@ def _timms(dataset: Dataset, folder: Path, policy: ViewPolicy, batch_size: int) 
             num_classes=dataset.num_classes,
         ),
     )
-    stream = _endless(loader.loader)  # what its processes make, before the device's part
+    stream = _endless(loader.loader)  # its batches before the work on the device
     return lambda _: len(next(stream)[0])
 
 
 def _endless(loader: Any) -> Iterator[Any]:
     while True:
-        made = 0
+        empty = True
         for batch in loader:
-            made += 1
+            empty = False
             yield batch
-        if not made:
+        if empty:
             raise DataError(
-                "timm's loader reads nothing from these shards",
-                expected="images as jpg, jpeg, png or webp, and labels as cls or in json",
+                "timm's loader finds no samples in these shards",
+                expected="images as jpg, jpeg, png or webp; labels as cls or json",
             )
 
 
@@ -156,9 +156,9 @@ def _describe(dataset: Dataset, folder: Path) -> None:
     for number, shard in enumerate(dataset.shards):
         if isinstance(shard.path, RemoteTar):
             raise UsageError(
-                "timm's loader is compared on shards on this machine",
+                "the comparison with timm's loader needs local shards",
                 where=shard.path,
-                action="copy some of them, and name the copies",
+                action="copy some of the shards to this machine and pass the copies to --shards",
             )
         name = f"bench-train-{number:06d}.tar"
         (folder / name).symlink_to(shard.path.resolve())
@@ -175,7 +175,7 @@ def printed(report: dict[str, Any]) -> Printed:
             timing.comparison_row(name.replace("_", " "), found, times, report["goal"].get(name))
         )
     yield Table(
-        f"images a second on one core ({report['policy']}, {report['size']} px, {report['rounds']} "
+        f"images/s on one core ({report['policy']}, {report['size']} px, {report['rounds']} "
         f"rounds of {report['images_per_round']} images)",
         timing.comparison_columns("median", "ratio to timm"),
         rows,
@@ -187,10 +187,10 @@ def figures(report: dict[str, Any]) -> Iterator[timing.Figure]:
     for name, found in report["ratio"].items():
         views = name.removeprefix("repeats_")
         rate = report["images_per_second_per_core"][name]["median"]
-        what = f"loader / timm's, one core, {views} views a decoded image, {report['size']} px"
-        figure = timing.Figure.of_ratio(what, found, at_least=report["goal"][name])
-        yield figure._replace(found=f"{figure.found}; {rate:,.0f} images/s")
+        label = f"loader / timm's, one core, {views} views per decoded image, {report['size']} px"
+        figure = timing.Figure.of_ratio(label, found, at_least=report["goal"][name])
+        yield figure._replace(result=f"{figure.result}; {rate:,.0f} images/s")
     for name, rate in report["all_cores"].items():
         views = name.removeprefix("repeats_")
-        what = f"loader, {report['cores']} cores, {views} views a decoded image: images a second"
-        yield timing.Figure(what, f"{rate:,.0f}")
+        label = f"loader, {report['cores']} cores, {views} views per decoded image: images/s"
+        yield timing.Figure(label, f"{rate:,.0f}")

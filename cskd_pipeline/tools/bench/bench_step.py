@@ -1,11 +1,10 @@
-"""``bench step``: what a training step from a cache costs beside a plain one, and a live teacher's.
+"""``bench step``: the cost of a training step from a cache, against a plain one and a live teacher.
 
-All sides are the real step of training (:meth:`cskd_pipeline.pipeline.trainer.Trainer.step`), on
-batches that lie on the device already, in turn: ``none`` learns from labels alone; ``cskd`` and
-``deit`` have their targets from the envelope encoding; ``live`` is ``cskd`` with the teacher run
-in every step, as the authors' code does. Pixels, labels and the cached logits are drawn at random,
-of the shapes and with as many lines an envelope as real ones; weights are random too. No
-speed depends on them.
+All sides run the real training step (:meth:`cskd_pipeline.pipeline.trainer.Trainer.step`) on
+batches already on the device, taking turns: ``none`` learns from labels alone; ``cskd`` and
+``deit`` take their targets from the envelope encoding; ``live`` is ``cskd`` with the teacher run in
+every step, as in the authors' code. Pixels, labels, cached logits and weights are random, with real
+shapes and as many lines per envelope as real ones; no speed depends on their values.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,18 +36,18 @@ from cskd_pipeline.views.policy import ViewPolicy
 METHODS = ("none", "deit", "cskd")
 LIVE = "live"
 GOAL = 1.03
-"""At most: the step from a cache in units of the plain one."""
+"""Upper bound on step time, cskd from a cache / none."""
 LIVE_GOALS = {
     "deit_tiny_distilled_patch16_224": 4.5,
     "deit_small_distilled_patch16_224": 2.0,
     "deit_base_distilled_patch16_224": 1.25,
 }
-"""At least, on a GPU with RegNetY-160: the step with a live teacher, in units of cskd's."""
+"""Lower bound on step time, live RegNetY-160 teacher / cskd from a cache, on a GPU."""
 PRECISION = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""The teacher's, by the student's autocast."""
+"""The student's autocast -> the teacher's precision."""
 CLASSES = 1000
-STRIDE = 32  # of most CNNs: 7 x 7 locations at 224 px
-_STEPS = 10_000  # of an epoch; the learning rate stays where a run's beginning has it
+STRIDE = 32  # most CNNs have 7 x 7 locations at 224 px
+_STEPS = 10_000  # per epoch, so that the learning rate stays at its initial value
 _IMAGE = (500, 375)
 
 
@@ -59,16 +58,16 @@ def bench_step(
     teacher: str | None,
     rounds: int,
 ) -> dict[str, Any]:
-    """Train each of ``students`` for some steps in every way.
+    """Train each of ``students`` for some steps on every side.
 
     Args:
-        recipe: batch, size (``views``), optimiser, autocast and device.
-        teacher: a CNN's timm name, for the side with a live teacher; None: without.
+        recipe: batch size, view size (``views``), optimizer, autocast and device.
+        teacher: timm name of the live teacher, a CNN; None: no such side.
 
     Returns:
-        By student: images per second of every side, and ``ratio``: seconds of ``deit`` and
-        ``cskd`` in units of ``none``, of ``live`` in units of ``cskd``, medians with spread; on
-        CUDA ``peak_memory``, bytes, of each side.
+        By student: images per second of every side; ``ratio``: step time of ``deit`` and ``cskd``
+        relative to ``none``, of ``live`` relative to ``cskd``, medians with spread; on CUDA
+        ``peak_memory`` of each side in bytes.
     """
     use_threads(recipe.run.threads)
     device = pick_device(recipe.run.device)
@@ -81,7 +80,7 @@ def bench_step(
                 teacher,
                 "random",
                 CLASSES,
-                mean=policy.mean,  # the images are made up: any will do
+                mean=policy.mean,  # arbitrary: the images are noise
                 std=policy.std,
                 precision=PRECISION[recipe.run.amp],
             ),
@@ -99,7 +98,7 @@ def bench_step(
         changed = replace(recipe, student=replace(recipe.student, name=name))
         trainers = _trainers(changed, policy, grid, live, device)
         measured[name] = _measure(trainers, batch, rounds)
-    known = device.type == "cuda" and (teacher or "").startswith("regnety_160")
+    has_goals = device.type == "cuda" and (teacher or "").startswith("regnety_160")
     return {
         "device": device_name(device),
         "size": policy.size,
@@ -112,7 +111,7 @@ def bench_step(
         "students": measured,
         "goal": {
             "cskd": GOAL,
-            "live": {n: goal for n, goal in LIVE_GOALS.items() if known and n in measured},
+            "live": {n: goal for n, goal in LIVE_GOALS.items() if has_goals and n in measured},
         },
     }
 
@@ -132,12 +131,12 @@ def _measure(trainers: Mapping[str, Trainer], batch: Batch, rounds: int) -> dict
     plain = trainers["none"]
     seconds = timing.time_turns(trainers, step, rounds, f"training {plain.student.name}")
     images = plain.loader.batch_size
-    slower = {name: timing.ratio(seconds["none"], seconds[name]) for name in ("deit", "cskd")}
+    ratios = {name: timing.ratio(seconds["none"], seconds[name]) for name in ("deit", "cskd")}
     if LIVE in seconds:
-        slower[LIVE] = timing.ratio(seconds["cskd"], seconds[LIVE])
+        ratios[LIVE] = timing.ratio(seconds["cskd"], seconds[LIVE])
     return {
         "images_per_second": {name: timing.rates(times, images) for name, times in seconds.items()},
-        "ratio": slower,
+        "ratio": ratios,
         "peak_memory": peaks or None,
     }
 
@@ -149,7 +148,7 @@ def _trainers(
     teacher: Teacher | None,
     device: torch.device,
 ) -> dict[str, Trainer]:
-    """Make a trainer for each side; they differ in the method and in the source of targets."""
+    """Return a trainer for each side; they differ in the method and the source of targets."""
     views = synthetic_views(policy, grid, recipe.batch.batch_size * _STEPS)
 
     def cached(batch: Batch) -> Targets:
@@ -171,16 +170,16 @@ def _trainers(
 
 
 def synthetic_views(policy: ViewPolicy, grid: tuple[int, int], samples: int) -> TrainingViews:
-    """Return views of no images: batches are given to the trainers that use them."""
+    """Return views without images, for trainers whose batches are synthetic."""
     return TrainingViews(
         SampleSet((samples,), ("",)), ImageSource(()), policy, 0, CLASSES, grid=grid
     )
 
 
 def synthetic_batch(policy: ViewPolicy, count: int, grid: tuple[int, int]) -> Batch:
-    """Return ``count`` views of noise, erased and mixed as ``policy`` draws it, and their targets.
+    """Return ``count`` views of noise, erased and mixed as ``policy`` draws it, with targets.
 
-    Logits are normal: a global part that all locations share and half as much of each one's own.
+    Logits are normal: a part shared by all locations, plus half as much per location.
     """
     numbers = np.random.default_rng(0)
     mixes = [draw_mix(derive_seed("bench", i), i, policy) for i in range(count)]
@@ -218,23 +217,22 @@ def printed(report: Mapping[str, Any]) -> Printed:
             row = timing.comparison_row(name, rate, found["ratio"].get(name), goals.get(name))
             rows.append((*row, peak))
         yield Table(
-            f"{student}: steps of {report['batch_size']} images at {report['size']} px, "
-            f"{report['device']}, amp {report['amp']}; seconds in units of none's (live: of "
-            "cskd's)",
-            (*timing.comparison_columns("images/s"), "peak GiB"),
+            f"{student}: batches of {report['batch_size']} at {report['size']} px, "
+            f"{report['device']}, amp {report['amp']}; step time relative to none (live: to cskd)",
+            (*timing.comparison_columns("images/s", "step time"), "peak GiB"),
             rows,
         )
 
 
 def figures(report: Mapping[str, Any]) -> Iterator[timing.Figure]:
-    """Yield a student's step from a cache against a plain one, and against a live teacher's."""
+    """Yield each student's step from a cache against a plain one and against a live teacher's."""
     for student, found in report["students"].items():
         about = f"{student}, {report['amp']}, batches of {report['batch_size']}"
         rates, ratios, goals = found["images_per_second"], found["ratio"], report["goal"]
-        what = f"{about}: step from a cache / plain step"
-        yield timing.Figure.of_ratio(what, ratios["cskd"], at_most=goals["cskd"])
+        name = f"{about}: step time, cskd from a cache / none"
+        yield timing.Figure.of_ratio(name, ratios["cskd"], at_most=goals["cskd"])
         if LIVE in ratios:
-            what = f"{about}: step with {report['teacher']} run live / step from a cache"
-            yield timing.Figure.of_ratio(what, ratios[LIVE], at_least=goals[LIVE].get(student))
-        each = ", ".join(f"{name} {rate['median']:,.0f}" for name, rate in rates.items())
-        yield timing.Figure(f"{about}: images a second", each)
+            name = f"{about}: step time, live {report['teacher']} / cskd from a cache"
+            yield timing.Figure.of_ratio(name, ratios[LIVE], at_least=goals[LIVE].get(student))
+        each = ", ".join(f"{side} {rate['median']:,.0f}" for side, rate in rates.items())
+        yield timing.Figure(f"{about}: images/s", each)

@@ -1,4 +1,4 @@
-"""Promises that must hold on every device, counted on this one with the user's own images."""
+"""Exactness that must hold on every device, checked on this one with the user's own images."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,35 +19,35 @@ from cskd_pipeline.tools.bench.sampled_dump import SampledDump
 from cskd_pipeline.tools.bench.timing import Figure
 
 VIEWS = 2
-"""Of every image, in the cache that is compared with its teacher."""
+"""Views per image in the cache that is compared with its teacher."""
 
 
 def check_teacher(recipe: DumpRecipe, images: int) -> dict[str, Any]:
-    """Run both checks with a recipe's teacher, on ``images`` sampled images of its shards.
+    """Run both checks with a recipe's teacher on ``images`` images sampled from its shards.
 
     Returns:
-        ``companions`` and ``cache``: how many values were ``compared``, and how many ``differ``.
+        ``companions`` and ``cache``: how many values were ``compared`` and how many ``differ``.
     """
     recipe = replace(recipe, cache=replace(recipe.cache, encodings=("envelope",)))
-    few = SampledDump.of(recipe, *open_stage_one(recipe), images)
+    sampled = SampledDump.of(recipe, *open_stage_one(recipe), images)
     return {
-        "teacher": few.teacher.name,
-        "precision": few.teacher.precision,
-        "companions": check_companions(few),
-        "cache": check_cache(few),
+        "teacher": sampled.teacher.name,
+        "precision": sampled.teacher.precision,
+        "companions": check_companions(sampled),
+        "cache": check_cache(sampled),
     }
 
 
-def check_companions(few: SampledDump) -> dict[str, int]:
-    """Count logits of views that change with the other views of their batch; there must be none.
+def check_companions(sampled: SampledDump) -> dict[str, int]:
+    """Count logits that change with the other views of their batch; there must be none.
 
-    The same views come in order, in reverse, each half among views of zeros, and one alone.
+    The same views are run in order, in reverse, with either half replaced by zeros, and one alone.
     """
-    views = resident_views(few)[0]
-    half, nothing = len(views) // 2, torch.zeros_like(views)
+    views = resident_views(sampled)[0]
+    half, zeros = len(views) // 2, torch.zeros_like(views)
     upper, lower = views.clone(), views.clone()
-    upper[half:], lower[:half] = nothing[half:], nothing[:half]
-    respond = few.teacher.respond
+    upper[half:], lower[:half] = zeros[half:], zeros[:half]
+    respond = sampled.teacher.respond
     expected = respond(views)
     found = [
         (slice(None), [logits.flip(0) for logits in respond(views.flip(0))]),
@@ -62,23 +62,23 @@ def check_companions(few: SampledDump) -> dict[str, int]:
     )
 
 
-def check_cache(few: SampledDump) -> dict[str, int]:
-    """Count hard labels, local at five r and global, that a cache has unlike its teacher run live.
+def check_cache(sampled: SampledDump) -> dict[str, int]:
+    """Count cached hard labels that differ from the live teacher's; there must be none.
 
-    The cache is dumped and read as the two stages do; the live teacher sees the training batches,
-    assembled on the device. There must be none.
+    Global labels and local ones at five r are compared. The cache is dumped and read as in the two
+    stages; the live teacher runs on the training batches, assembled on the device.
     """
     with tempfile.TemporaryDirectory(prefix="cskd-check-") as folder:
         path = Path(folder) / "cache"
-        for _ in few.dump_to(path, VIEWS):
+        for _ in sampled.dump_to(path, VIEWS):
             pass
-        views = open_views(few.recipe.data.shards, path)
-        size = min(few.recipe.dump.batch_size, few.dataset.samples) // 2 * 2
-        loader = CachedLoader(views, size, repeats=1, device=few.teacher.device)
+        views = open_views(sampled.recipe.data.shards, path)
+        size = min(sampled.recipe.dump.batch_size, sampled.dataset.samples) // 2 * 2
+        loader = CachedLoader(views, size, repeats=1, device=sampled.teacher.device)
         pairs = []
         for batch in loader.batches(VIEWS * len(loader)):
-            batch = batch.to(few.teacher.device)
-            cached, logits = views.targets(batch), logits_of(few.teacher, batch, views.policy)
+            batch = batch.to(sampled.teacher.device)
+            cached, logits = views.targets(batch), logits_of(sampled.teacher, batch, views.policy)
             assert cached is not None
             live = LogitTargets(*logits)
             pairs.append((cached.hard_global(), live.hard_global()))
@@ -87,13 +87,13 @@ def check_cache(few: SampledDump) -> dict[str, int]:
 
 
 def figures(report: Mapping[str, Any]) -> Iterator[Figure]:
-    """Yield how many values differ that must not."""
+    """Yield the number of differing values of each check; the goal is 0."""
     texts = {
         "companions": "logits that change with the other views of a batch",
-        "cache": "hard labels of a cache that are not the live teacher's",
+        "cache": "cached hard labels that differ from the live teacher's",
     }
-    for name, text in texts.items():
-        found = report[name]
+    for check, text in texts.items():
+        found = report[check]
         counts = f"{found['differ']:,} of {found['compared']:,}"
-        what = f"{text}: {report['teacher']}, {report['precision']}"
-        yield Figure(what, counts, "0", found["differ"] == 0)
+        name = f"{text}: {report['teacher']}, {report['precision']}"
+        yield Figure(name, counts, "0", found["differ"] == 0)

@@ -1,4 +1,4 @@
-"""A teacher's responses to some hundred views, from a cache or computed here, and stored again."""
+"""A teacher's responses to a few hundred views, read from a cache or computed, and stored again."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Responses:
-    """Hold ``spatial`` (n, K, h, w) and ``global_`` (n, K) float16 on the CPU, of n views.
+    """Responses to n views: ``spatial`` (n, K, h, w) and ``global_`` (n, K), float16, on the CPU.
 
-    ``manifest`` is that of the cache which they are from, or which the teacher would make.
+    ``manifest`` describes the cache they come from, or the one the teacher would write.
     """
 
     spatial: Tensor
@@ -44,8 +44,8 @@ class Responses:
     source: str
 
     @classmethod
-    def joined(cls, parts: Sequence[Logits], manifest: CacheManifest, source: str) -> Responses:
-        """Join the logits of several batches."""
+    def join(cls, parts: Sequence[Logits], manifest: CacheManifest, source: str) -> Responses:
+        """Return the logits of several batches as one."""
         spatial, global_ = (torch.cat(arrays) for arrays in zip(*parts, strict=True))
         return cls(spatial, global_, manifest, source)
 
@@ -53,21 +53,21 @@ class Responses:
         return len(self.global_)
 
     def encodings(self, names: Sequence[str] = ()) -> dict[str, Encoding]:
-        """Return these encodings, or every one, ``sampled`` with the manifest's draws."""
+        """Return the named encodings, or all of them; ``sampled`` has the manifest's draws."""
         return encodings_of(replace(self.manifest, encodings=tuple(names or ENCODINGS)))
 
     @property
     def seeds(self) -> np.ndarray:
-        """Return stand-ins for the views' seeds, (n,) uint64: as incompressible as real ones."""
+        """Return substitutes for the views' seeds, (n,) uint64, as incompressible as real ones."""
         return BitStream(SEED).raw(len(self))
 
 
 def from_cache(path: Path | str, views: int) -> Responses:
-    """Draw ``views`` views at random from all that a cache with the encoding ``dense`` has."""
+    """Draw ``views`` random views from the finished units of a cache with ``dense``."""
     reader = open_cache(path)
     if "dense" not in reader.encodings:
         raise CacheError(
-            "the cache does not hold the logits that encodings are compared with",
+            "the cache has no logits to compare encodings with",
             where=path,
             found=f"encodings {', '.join(reader.encodings)}",
             expected="dense",
@@ -75,12 +75,12 @@ def from_cache(path: Path | str, views: int) -> Responses:
         )
     done = np.argwhere(reader.done())
     if not len(done):
-        raise CacheError("the cache has no finished unit yet", where=path, expected="at least one")
+        raise CacheError("the cache has no finished unit", where=path, expected="at least one")
     stream, block = BitStream(SEED), reader.manifest.view_block
     index = []
     for _ in range(views):
-        which, shard = done[stream.below(len(done))].tolist()
-        view = which * block + stream.below(block)
+        block_index, shard = done[stream.below(len(done))].tolist()
+        view = block_index * block + stream.below(block)
         index.append((view, shard, stream.below(reader.counts[shard])))
     arrays = reader.gather("dense", np.array(index))
     spatial, global_ = (torch.from_numpy(arrays[f"dense/{name}"]) for name in ("spatial", "global"))
@@ -88,25 +88,25 @@ def from_cache(path: Path | str, views: int) -> Responses:
 
 
 def from_teacher(recipe: DumpRecipe, views: int) -> Responses:
-    """Run the recipe's teacher on ``views`` views of samples from all over its shards.
+    """Run the recipe's teacher on ``views`` views of samples spread over its shards.
 
-    They are of as many samples as there are, in one view each or, of a small data set, in several.
+    Every sample contributes one view, or several if there are fewer samples than views.
     """
-    # A teacher always runs on whole batches: parts are no smaller than one.
+    # The teacher always runs on full batches, so no part is smaller than one.
     parts = max(1, min(4, views // recipe.dump.batch_size))
-    few = SampledDump.of(recipe, *open_stage_one(recipe), views, parts)
-    each = -(-views // few.dataset.samples)
+    sampled = SampledDump.of(recipe, *open_stage_one(recipe), views, parts)
+    each = -(-views // sampled.dataset.samples)
     logits = []
-    with progress(each * few.dataset.samples, "views", "running the teacher") as meter:
-        for batch in few.batches(each):
-            logits.append(few.logits(batch))
+    with progress(each * sampled.dataset.samples, "views", "running the teacher") as meter:
+        for batch in sampled.batches(each):
+            logits.append(sampled.logits(batch))
             meter.advance(len(batch))
-    found = Responses.joined(logits, few.manifest, few.teacher.name)
+    found = Responses.join(logits, sampled.manifest, sampled.teacher.name)
     return replace(found, spatial=found.spatial[:views], global_=found.global_[:views])
 
 
 def encode(encoding: Encoding, responses: Responses, device: torch.device) -> tuple[Rows, float]:
-    """Return all rows by array, and the milliseconds a view on the device."""
+    """Return the encoded rows by array, and the median milliseconds per view on the device."""
     specs = encoding.arrays(ResponseShape(*responses.spatial.shape[1:]))
     buffer = UnitBuffer(1, len(responses), {spec.name: spec.fill for spec in specs})
     per_view = []  # in ms
@@ -115,13 +115,13 @@ def encode(encoding: Encoding, responses: Responses, device: torch.device) -> tu
         d, g = (logits[part].to(device) for logits in (responses.spatial, responses.global_))
         seeds = responses.seeds[part]
         if start == 0:
-            encoding.encode(d, g, seeds)  # the first call chooses kernels
+            encoding.encode(d, g, seeds)  # the first call selects kernels
         wait_for(device)
-        began = time.perf_counter()
-        made = encoding.encode(d, g, seeds)
+        started = time.perf_counter()
+        encoded = encoding.encode(d, g, seeds)
         wait_for(device)
-        per_view.append(1e3 * (time.perf_counter() - began) / len(g))
-        values = {name: rows.cpu().numpy() for name, rows in made.items()}
+        per_view.append(1e3 * (time.perf_counter() - started) / len(g))
+        values = {name: rows.cpu().numpy() for name, rows in encoded.items()}
         buffer.put(0, np.arange(start, start + len(g)), values)
     return {name: rows[0] for name, rows in buffer.arrays.items()}, statistics.median(per_view)
 
@@ -134,14 +134,14 @@ def store(
     shard_length: int | None = None,
     view_block: int = 1,
 ) -> int:
-    """Write a cache of these responses, laid out as one of such tar shards and blocks would be.
+    """Write a cache of these responses, laid out in tar shards and blocks of the given sizes.
 
     Args:
-        rows: by encoding, as :func:`encode` gives them.
-        shard_length: samples of a tar shard; None: all responses make one.
+        rows: encoding name -> rows, as returned by :func:`encode`.
+        shard_length: samples per tar shard; None: all responses form one shard.
 
     Returns:
-        How many responses, from the first on, fill whole shards and are in it.
+        The number of responses stored: the first ones, as many as fill complete shards.
     """
     length = min(shard_length or len(responses), len(responses))
     block = max(n for n in range(1, view_block + 1) if n * length <= len(responses))

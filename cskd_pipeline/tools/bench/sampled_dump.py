@@ -1,4 +1,4 @@
-"""A dump of a few sampled images, whole or part by part: the loader, the teacher, a cache."""
+"""A dump of a few sampled images, as one or part by part: loader, teacher, cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cskd_pipeline.runtime.progress import silence
 
 @dataclass(frozen=True)
 class SampledDump:
-    """Hold some images of a recipe's data set, and the teacher that is run on their views."""
+    """Sampled images of a recipe's data set, and the teacher to run on their views."""
 
     recipe: DumpRecipe
     dataset: Dataset
@@ -36,19 +36,19 @@ class SampledDump:
     def of(
         cls, recipe: DumpRecipe, dataset: Dataset, teacher: Teacher, images: int, parts: int = 4
     ) -> SampledDump:
-        """Sample about ``images`` images in ``parts`` runs of neighbours."""
+        """Sample about ``images`` images in ``parts`` contiguous runs."""
         loading = loading_for(recipe, teacher)
-        few = sample(dataset, images, parts)
-        nowhere = LeftOuts(None, ALONE)
-        few = without_corrupt_images(few, recipe.data.corrupt, nowhere, loading.workers)
-        return cls(recipe, few, teacher, loading)
+        left_outs = LeftOuts(None, ALONE)
+        sampled = sample(dataset, images, parts)
+        sampled = without_corrupt_images(sampled, recipe.data.corrupt, left_outs, loading.workers)
+        return cls(recipe, sampled, teacher, loading)
 
     @cached_property
     def manifest(self) -> CacheManifest:
         """Return the manifest of a cache of these images."""
         recipe = self.recipe
         info = teacher_info(self.teacher, recipe.teacher.kwargs)
-        assert self.dataset.manifest is not None  # the sample's own
+        assert self.dataset.manifest is not None  # a sample has its own
         return cache_manifest(recipe.cache, self.dataset.manifest, info, recipe.views)
 
     def batches(
@@ -57,8 +57,8 @@ class SampledDump:
         """Yield the first ``views`` views of every image, from the loader alone.
 
         Args:
-            block: views of a unit; None: all are one.
-            loading: None: the dump's.
+            block: views per unit; None: all views in one unit.
+            loading: loader settings; None: the dump's.
         """
         units = [
             (shard, range(first, min(first + (block or views), views)))
@@ -70,19 +70,19 @@ class SampledDump:
 
     def logits(self, batch: Batch) -> Logits:
         """Return the teacher's checked logits for a batch of :meth:`batches`, on the CPU."""
-        found = logits_of(self.teacher, batch.to(self.teacher.device), self.recipe.views)
-        return Logits(*(values.cpu() for values in found))
+        logits = logits_of(self.teacher, batch.to(self.teacher.device), self.recipe.views)
+        return Logits(*(values.cpu() for values in logits))
 
     def dump(self, views: int) -> Generator[int]:
-        """Dump as :meth:`dump_to`, but silently and into a temporary folder."""
+        """Dump like :meth:`dump_to`, but silently and into a temporary folder."""
         with silence(), tempfile.TemporaryDirectory(prefix="cskd-trial-") as folder:
             yield from self.dump_to(Path(folder) / "cache", views)
 
     def dump_to(self, path: Path, views: int) -> Iterator[int]:
-        """Dump ``views`` views of every image as the stage would, a unit for each shard.
+        """Dump ``views`` views of every image as stage one does, in one unit per shard.
 
         Yields:
-            How many views were done just now.
+            The number of views just dumped.
         """
         recipe, teacher = self.recipe, self.teacher
         info = teacher_info(teacher, recipe.teacher.kwargs)

@@ -1,4 +1,4 @@
-"""Rates of work: sides of a comparison in turn, so that a busy machine is busy for all of them."""
+"""Timing and rates: sides of a comparison take turns, so that other load slows them all alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Spread = Mapping[str, float | None]
 """``median``, ``low`` and ``high``, in this order."""
 
 clock = time.perf_counter
-WARM_UP = 0.25  # share of the work that is not counted: processes start, queues fill, caches warm
+WARM_UP = 0.25  # share of the work left uncounted: processes start, queues fill, caches warm
 _UNKNOWN: Spread = {"median": None, "low": None, "high": None}
 
 
@@ -25,56 +25,57 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Measure every side in round 0, then in round 1, and so on, in alternating order.
 
+    A warm-up round, which fills memory and page cache, is run first and discarded.
+
     Args:
-        measure: does a side's work of a round, given the side and the number of the round, which
-            is the same work for all sides, and returns what was measured of it.
-        doing: what the progress says.
+        measure: runs a side's share of a round, given side and round number, and returns the
+            measured value; a round is the same work for all sides.
+        doing: label of the progress bar.
 
     Returns:
-        What was measured of each side in each round. A first round, which fills memories and files'
-        caches, is done and not counted.
+        The measured values of each side, by round.
     """
-    found: dict[str, list[float]] = {side: [] for side in sides}
-    with progress(len(found) * (rounds + 1), "rounds", doing) as meter:
+    values: dict[str, list[float]] = {side: [] for side in sides}
+    with progress(len(values) * (rounds + 1), "rounds", doing) as meter:
         for number in range(-1, rounds):
-            for side in list(found) if number % 2 else reversed(found):
-                measured = measure(side, max(number, 0))
+            for side in list(values) if number % 2 else reversed(values):
+                value = measure(side, max(number, 0))
                 if number >= 0:
-                    found[side].append(measured)
+                    values[side].append(value)
                 meter.advance()
-    return found
+    return values
 
 
 def time_turns(
     sides: Iterable[str], work: Callable[[str, int], object], rounds: int, doing: str
 ) -> dict[str, list[float]]:
-    """Return the seconds that ``work`` took for each side in each round, see :func:`take_turns`."""
+    """Return the seconds ``work`` took for each side in each round, see :func:`take_turns`."""
 
     def seconds(side: str, number: int) -> float:
-        began = clock()
+        started = clock()
         work(side, number)
-        return clock() - began
+        return clock() - started
 
     return take_turns(sides, seconds, rounds, doing)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return the median, the lowest and the highest."""
+    """Return the median, the lowest and the highest value."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def rates(seconds: Sequence[float], count: int) -> dict[str, float]:
-    """Return the rates per second of rounds of ``count`` things each."""
+    """Return the spread of rates per second, for rounds of ``count`` items each."""
     return spread([count / value for value in seconds])
 
 
 def ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """Return how many times as fast ``one`` is, round by round; seconds given."""
+    """Return how many times as fast as ``other`` ``one`` is, round by round, from their seconds."""
     return spread([theirs / ours for ours, theirs in zip(one, other, strict=True)])
 
 
 def comparison_columns(unit: str, ratio: str = "ratio") -> tuple[str, ...]:
-    """Return the columns of a table of :func:`comparison_row`."""
+    """Return the column names for rows of :func:`comparison_row`."""
     return ("", unit, "lowest", "highest", ratio, "lowest", "highest", "goal")
 
 
@@ -86,44 +87,44 @@ def comparison_row(
 
 
 class Figure(NamedTuple):
-    """Hold a measured figure; ``goal`` is empty where there is none, then ``reached`` is None."""
+    """A measured figure; without a goal, ``goal`` is empty and ``met`` is None."""
 
-    what: str
-    found: str
+    name: str
+    result: str
     goal: str = ""
-    reached: bool | None = None
+    met: bool | None = None
 
     @classmethod
     def of_ratio(
         cls,
-        what: str,
+        name: str,
         ratio: Spread,
         *,
         at_most: float | None = None,
         at_least: float | None = None,
     ) -> Figure:
-        """Return a ratio with its spread, and whether it reaches its goal."""
+        """Return a ratio with its spread, its goal and whether the median meets it."""
         median, low, high = ratio.values()
         assert median is not None
-        found = f"{median:.3g} ({low:.3g} to {high:.3g})"
+        result = f"{median:.3g} ({low:.3g} to {high:.3g})"
         if at_most is not None:
-            return cls(what, found, f"≤ {at_most:g}", median <= at_most)
+            return cls(name, result, f"≤ {at_most:g}", median <= at_most)
         if at_least is not None:
-            return cls(what, found, f"≥ {at_least:g}", median >= at_least)
-        return cls(what, found)
+            return cls(name, result, f"≥ {at_least:g}", median >= at_least)
+        return cls(name, result)
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """Return the figure as a line of a table: what was measured, found, its goal, reached."""
+        """Return the figure as a table row: name, result, goal, met."""
         marks = {True: "yes", False: "no", None: ""}
-        return (self.what, self.found, self.goal, marks[self.reached])
+        return (self.name, self.result, self.goal, marks[self.met])
 
 
 class SteadyRate:
-    """Measure the rate of a pipeline once its start is over.
+    """The rate of a pipeline after its warm-up.
 
     Args:
-        total: how much there will be in all.
+        total: number of items in all.
     """
 
     def __init__(self, total: int) -> None:
@@ -132,39 +133,39 @@ class SteadyRate:
 
     @classmethod
     def of(cls, counts: Iterable[int], total: int) -> SteadyRate:
-        """Measure a pipeline that yields how much it has done just now."""
+        """Measure a pipeline that yields the number of items just finished."""
         rate = cls(total)
         for count in counts:
             rate.advance(count)
         return rate
 
     def advance(self, count: int) -> None:
-        """Count ``count`` more as done now."""
+        """Record that ``count`` more items are finished."""
         done = self._marks[-1][0] if self._marks else 0
         self._marks.append((done + count, clock()))
 
     @property
     def rate(self) -> float:
-        """Return the rate per second, from the first mark past the warm-up to the last mark.
+        """Return items per second, from the first mark past the warm-up to the last mark.
 
-        With too few marks for that, over everything, the start included.
+        With too few marks the start is included.
         """
         assert self._marks, "nothing was done"
         done, last = self._marks[-1]
         warm = [mark for mark in self._marks[:-1] if mark[0] >= WARM_UP * self._total]
-        first, began = warm[0] if warm else (0, self._started)
-        return (done - first) / max(last - began, 1e-9)
+        first, started = warm[0] if warm else (0, self._started)
+        return (done - first) / max(last - started, 1e-9)
 
     @property
     def startup(self) -> float:
-        """Return the seconds that the whole took beyond what it takes at :attr:`rate`."""
+        """Return the seconds spent beyond the time that :attr:`rate` accounts for."""
         done, last = self._marks[-1]
         return max(0.0, last - self._started - done / self.rate)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let PyTorch use one core: more gain small tensors nothing, and wait on a busy machine."""
+    """Limit PyTorch to one core: on a busy machine, small tensors lose time on more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -174,6 +175,6 @@ def one_thread() -> Iterator[None]:
 
 
 def wait_for(device: torch.device) -> None:
-    """Return once the device has done all it was given."""
+    """Return once the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

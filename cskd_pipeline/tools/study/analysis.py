@@ -1,4 +1,4 @@
-"""Measures of trained networks beside their top-1: local accuracy, and how far attention looks."""
+"""Measures of trained networks in addition to top-1: local accuracy and attention distance."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ BATCH = 256
 
 @torch.inference_mode()
 def local_accuracy(teacher: Path, validation: Dataset, device: torch.device) -> float:
-    """Return how often the largest spatial logit is the image's class, in percent of locations.
+    """Return the percentage of locations whose largest spatial logit is the image's class.
 
     Args:
-        teacher: a CNN's ``.safetensors`` file, as ``train`` wrote it.
+        teacher: ``.safetensors`` file of a CNN, written by ``train``.
     """
     network, _ = load_student(teacher, device)
-    right = locations = 0
+    correct = locations = 0
     for images, labels in _images(network, validation, device):
         model: Any = network.model
-        found = head_per_location(model, model.forward_features(images)).argmax(1)  # (B, h, w)
-        right += int((found == labels[:, None, None]).sum())
-        locations += found.numel()
-    return 100 * right / locations
+        predicted = head_per_location(model, model.forward_features(images)).argmax(1)  # (B, h, w)
+        correct += int((predicted == labels[:, None, None]).sum())
+        locations += predicted.numel()
+    return 100 * correct / locations
 
 
 @torch.inference_mode()
 def attention_distances(student: Path, validation: Dataset, device: torch.device) -> list[float]:
-    """Return how far each layer's patches look, in pixels: the mean over heads and patches.
+    """Return each layer's mean attention distance in pixels, over heads and patches.
 
-    The distance of a patch to the others, weighted with its attention to them (arXiv 2010.11929,
-    section 4.5); attention to other tokens than patches is left out. Of the first 256 images.
+    A patch's distance to the others is weighted by its attention to them (arXiv 2010.11929, section
+    4.5), excluding tokens that are not patches. Measured on the first 256 images.
     """
     network, _ = load_student(student, device)
     model: Any = network.model.eval()
     layers: list[Tensor] = []
     for block in model.blocks:
-        block.attn.fused_attn = False  # which has no map of attention to look at
+        block.attn.fused_attn = False  # fused attention exposes no attention map
         block.attn.attn_drop.register_forward_hook(
             partial(_keep_distance, layers, _patch_distances(model, device), model)
         )
@@ -60,18 +60,18 @@ def attention_distances(student: Path, validation: Dataset, device: torch.device
 def _keep_distance(
     layers: list[Tensor], distances: Tensor, model: Any, layer: object, given: object, out: Tensor
 ) -> None:
-    """Append the mean distance of a layer's attention ``out``, (B, heads, N, N)."""
+    """Append the mean distance of a layer's attention map ``out``, (B, heads, N, N)."""
     patches = out[:, :, model.num_prefix_tokens :, model.num_prefix_tokens :].float()
     layers.append(((patches * distances).sum(-1) / patches.sum(-1)).mean())
 
 
 def _patch_distances(model: Any, device: torch.device) -> Tensor:
-    """Return the distance in pixels of every patch's centre to every other's, (N, N)."""
+    """Return the distances in pixels between all patch centres, (N, N)."""
     (rows, columns), (height, width) = model.patch_embed.grid_size, model.patch_embed.patch_size
-    places = torch.cartesian_prod(
+    corners = torch.cartesian_prod(
         height * torch.arange(rows, device=device), width * torch.arange(columns, device=device)
     ).float()
-    return torch.cdist(places, places)
+    return torch.cdist(corners, corners)
 
 
 def _images(

@@ -1,4 +1,4 @@
-"""The arms that the study compares, and the claims of the paper (arXiv 2307.08500)."""
+"""The arms compared in the study, and the claims of the paper (arXiv 2307.08500)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Arm:
-    """Name one way to train the student.
+    """One way to train the student.
 
     Args:
-        sets: its changes of its method's recipe, as ``--set`` takes them.
-        fork: it continues the state of :data:`TRUNK` at the fork, instead of fresh weights.
+        sets: changes to the method's recipe, in the form of ``--set``.
+        fork: start from the state of :data:`TRUNK` at the fork instead of fresh weights.
     """
 
     name: str
@@ -23,7 +23,7 @@ class Arm:
 
 
 TRUNK = Arm("cskd_spatial", "cskd", "cskd, r = 1 throughout", ("distill.schedule=spatial",))
-"""Whose state is forked; it is also the fork in which r stays 1."""
+"""The arm whose state is forked; it also serves as the fork with r = 1."""
 ARMS = (
     Arm("none", "none", "none: labels alone"),
     Arm("deit", "deit", "deit: the global response"),
@@ -36,7 +36,7 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Claim:
-    """Claim that the arm ``better`` reaches a higher top-1 than the arm ``worse``."""
+    """The claim that arm ``better`` reaches a higher top-1 than arm ``worse``."""
 
     text: str
     better: str
@@ -47,40 +47,40 @@ ORDERING = (
     Claim("cskd > deit", "cskd_linear", "deit"),
     Claim("deit > none", "deit", "none"),
 )
-"""The paper's main table: cskd > deit > none, cskd with its linear schedule."""
-FUSION = Claim("CKF > r = 1, whole runs", "cskd_linear", "cskd_spatial")
+"""The paper's main table: cskd > deit > none, cskd with the linear schedule."""
+FUSION = Claim("CKF > r = 1, full runs", "cskd_linear", "cskd_spatial")
 """The paper's ablation of CKF."""
 LATE = (
     Claim("CKF > r = 1, from the fork", "fork_linear", "cskd_spatial"),
     Claim("no spatial term > r = 1, from the fork", "fork_off", "cskd_spatial"),
     Claim("CKF > no spatial term, from the fork", "fork_linear", "fork_off"),
 )
-"""Its explanation: once they are learned, local labels hold the student back."""
+"""The paper's explanation of CKF: once learned, local labels hold the student back."""
 CLAIMS = (*ORDERING, FUSION, *LATE)
 
 
 @dataclass(frozen=True)
 class StudyRun:
-    """Name one student: an arm with a seed, which decides first weights and the order of images."""
+    """One student: an arm and a seed, which sets the initial weights and the order of images."""
 
     arm: Arm
     seed: int
 
     @property
     def name(self) -> str:
-        """Return the name of its folder, ``cskd_linear-1``."""
+        """Return the name of the run's folder, such as ``cskd_linear-1``."""
         return f"{self.arm.name}-{self.seed}"
 
 
 def runs_of(seed: int, *, forks: bool) -> list[StudyRun]:
-    """Return the whole runs of a seed, or the forks, which need the trunk's end."""
+    """Return a seed's full runs or its forks, which need the finished trunk."""
     return [StudyRun(arm, seed) for arm in ARMS if arm.fork == forks]
 
 
 @dataclass(frozen=True)
 class ForkPoint:
-    """Say where a trunk is forked: the epoch, its dense head's top-1 then, and whether that is
-    as high as the teacher's local accuracy.
+    """The epoch at which a trunk is forked, its dense head's top-1 at that epoch, and whether this
+    reaches the teacher's local accuracy.
     """
 
     epoch: int
@@ -89,7 +89,7 @@ class ForkPoint:
 
 
 def kept_every(epochs: int) -> int:
-    """Return after how many epochs each of a trunk's states is kept: about ten of a run."""
+    """Return the interval in epochs between a trunk's kept states: about ten per run."""
     return max(1, epochs // 10)
 
 
@@ -97,13 +97,13 @@ def fork_point(dense: Sequence[float | None], local: float) -> ForkPoint:
     """Return the first kept epoch at which the trunk has learned what local labels can teach.
 
     Args:
-        dense: the dense head's top-1 after each of two epochs or more, in percent; None: not
+        dense: the dense head's top-1 after each of at least two epochs, in percent; None: not
             measured.
         local: the teacher's local accuracy, in percent. If it is not reached in the first half of
             the run, the fork is at the end of that half.
     """
     every = kept_every(len(dense))
     kept = range(every, len(dense) // 2 + 1, every)
-    first = [epoch for epoch in kept if (dense[epoch - 1] or 0.0) >= local]
-    epoch = first[0] if first else kept[-1]
-    return ForkPoint(epoch, dense[epoch - 1], bool(first))
+    reached = [epoch for epoch in kept if (dense[epoch - 1] or 0.0) >= local]
+    epoch = reached[0] if reached else kept[-1]
+    return ForkPoint(epoch, dense[epoch - 1], bool(reached))

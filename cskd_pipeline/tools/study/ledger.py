@@ -1,7 +1,7 @@
-"""The study's recipes, and what its folder says is finished.
+"""The study's recipes, and the record of its finished parts.
 
-``plan.json`` says what the study is; ``results/NAME.json`` is written when a part has ended. What
-has no file there is not finished.
+``plan.json`` identifies the study's recipes and data; ``results/NAME.json`` is written when the
+part NAME has finished.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class Recipes:
-    """Hold the study's five recipes; ``sources``: role -> what ``--recipe`` takes."""
+    """The study's five recipes; ``sources``: role -> value of ``--recipe``."""
 
     sources: Mapping[str, str]
     teacher: TrainRecipe
@@ -40,12 +40,12 @@ class Recipes:
 
 
 def load_recipes(family: str | Path) -> Recipes:
-    """Return the recipes of a family in ``stages/study``, ``digits`` say, or those in a folder.
+    """Return the recipes of a family in ``stages/study``, such as ``digits``, or those in a folder.
 
     Raises:
-        RecipeError: one cannot be used; or the students' differ in more than the method, so that
-            comparing them would say nothing about it; or they have one epoch, before whose end
-            none can be forked.
+        RecipeError: a recipe is invalid; or the students' recipes differ in more than the method,
+            which would make the comparison meaningless; or they have only one epoch, which leaves
+            no epoch to fork at.
     """
 
     def source(role: str) -> str:
@@ -53,19 +53,19 @@ def load_recipes(family: str | Path) -> Recipes:
 
     students = {method: load_recipe(TrainRecipe, source(method)) for method in METHODS}
     for method, recipe in students.items():
-        alike = replace(recipe, distill=replace(recipe.distill, method="cskd"))
-        if recipe.distill.method != method or alike != students["cskd"]:
+        as_cskd = replace(recipe, distill=replace(recipe.distill, method="cskd"))
+        if recipe.distill.method != method or as_cskd != students["cskd"]:
             raise RecipeError(
                 "the students' recipes differ in more than the method",
                 where=source(method),
-                expected=f"{source('cskd')} with distill.method = {method!r}, and else its values",
+                expected=f"the values of {source('cskd')}, except distill.method = {method!r}",
             )
     if students["cskd"].schedule.epochs < 2:
         raise RecipeError(
             "a run of one epoch cannot be forked",
             where=source("cskd"),
             found="schedule.epochs = 1",
-            expected="2 or more, in all students' recipes",
+            expected="2 or more in all students' recipes",
         )
     return Recipes(
         sources={role: source(role) for role in ("teacher", "dump", *METHODS)},
@@ -76,47 +76,47 @@ def load_recipes(family: str | Path) -> Recipes:
 
 
 class Ledger:
-    """Know what is finished of the study in ``folder``.
+    """The finished parts of the study in ``folder``.
 
     Args:
-        digests: what decides the study's results, by name: recipes and data.
+        digests: name -> digest of each input of the study: recipes and data.
 
     Raises:
-        OutputError: the folder holds something else, or a study of other recipes or data.
+        OutputError: the folder contains other files, or a study with other recipes or data.
     """
 
     def __init__(self, folder: Path, digests: Mapping[str, str]) -> None:
         self.folder, self._results = folder, folder / "results"
-        known = folder / PLAN
-        if not known.exists():
+        plan = folder / PLAN
+        if not plan.exists():
             require_empty(folder, action="choose another folder: cskd-pipeline study --out DIR")
-            write_json(known, {"digests": dict(digests)})
-        begun = _read(known).get("digests")
-        begun = begun if isinstance(begun, dict) else {}
-        changed = [name for name, digest in digests.items() if begun.get(name) != digest]
+            write_json(plan, {"digests": dict(digests)})
+        recorded = _read(plan).get("digests")
+        recorded = recorded if isinstance(recorded, dict) else {}
+        changed = [name for name, digest in digests.items() if recorded.get(name) != digest]
         if changed:
             raise OutputError(
-                "the study in this folder was begun with others",
+                "the study in this folder was started with other recipes or images",
                 where=folder,
-                found=", ".join(f"another {name}" for name in changed),
-                expected=f"what it was begun with; {folder}/teacher and runs/* hold its recipes",
-                action="undo the change, or begin anew with another --out",
+                found=f"changed: {', '.join(changed)}",
+                expected=f"the original ones; recipes are in {folder}/teacher and runs/*",
+                action="undo the change, or start a new study with another --out",
             )
         if self._results.is_dir():
             sweep(self._results)
 
     def find(self, name: str, *numbers: str) -> dict[str, Any] | None:
-        """Return what the part ``name`` found, or None while it is not finished.
+        """Return the results of the part ``name``, or None if it is not finished.
 
         Raises:
-            OutputError: a file that is not one of ours: no object, or without these ``numbers``.
+            OutputError: the file is damaged: not an object, or without the ``numbers``.
         """
         path = self._results / f"{name}.json"
         return _read(path, *numbers) if path.exists() else None
 
-    def add(self, name: str, found: Mapping[str, Any]) -> None:
-        """Write down that the part ``name`` is finished."""
-        write_json(self._results / f"{name}.json", found)
+    def add(self, name: str, results: Mapping[str, Any]) -> None:
+        """Record the part ``name`` as finished, with its results."""
+        write_json(self._results / f"{name}.json", results)
 
 
 def _read(path: Path, *numbers: str) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _read(path: Path, *numbers: str) -> dict[str, Any]:
         raise _damaged(path, f"a {type(document).__name__} instead of an object")
     for name in numbers:
         if type(document.get(name)) not in (int, float):
-            raise _damaged(path, f"no number called {name}")
+            raise _damaged(path, f"no number named {name}")
     return document
 
 
@@ -137,10 +137,5 @@ def _damaged(path: Path, found: str) -> OutputError:
         "a file of the study is damaged",
         where=path,
         found=found,
-        action="remove it and run the same command again: that part is then done once more",
+        action="delete it and run the same command again to redo that part",
     )
-
-
-def data_digest(shard_ids: tuple[str, ...]) -> str:
-    """Return the digest of a data set's samples: their keys, tar by tar."""
-    return schemas.sha256(list(shard_ids))

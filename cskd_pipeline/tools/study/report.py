@@ -1,4 +1,4 @@
-"""The results of the study: tables, verdicts on the paper's claims, and a plot."""
+"""The study's report: tables, verdicts on the paper's claims, and a plot."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from cskd_pipeline.tools.study.verdicts import MeanOfRuns, Verdict, judge, order
 from cskd_pipeline.tools.tables import Printed, Table, markdown_table
 
 Results = Mapping[str, Mapping[str, Any]]
-"""A run's name -> ``top1``, ``per_head``, ``ema``, ``attention``, ``rows``, ``seconds``."""
-Measured = Mapping[str, Mapping[int, float]]
-"""One of :data:`MEASURES` -> seed -> top-1 in percent; without those that an arm does not have."""
+"""Name of a run -> ``top1``, ``per_head``, ``ema``, ``attention``, ``rows``, ``seconds``."""
+Top1 = Mapping[str, Mapping[int, float]]
+"""One of :data:`MEASURES`, if the arm has it -> seed -> top-1 in percent."""
 
 HEADS = ("cls", "dist", "dense")
 MEASURES = ("mean", *HEADS, "EMA")
 COLUMNS = ("trained with", "seeds", "top-1 %", "each seed", *HEADS, "EMA", "attention, px")
-CLAIM_COLUMNS = ("claim", "verdict", *(f"{measure}, paired" for measure in MEASURES))
+CLAIM_COLUMNS = ("claim", "verdict", *(f"Δ {measure}" for measure in MEASURES))
 NOTE = (
-    "Top-1 of the last weights by the mean of the heads that the method trains, then each head's "
-    "alone, then the weights' moving average. Deviations are sample standard deviations over "
-    "seeds; a paired difference has its standard error, and is within noise below two of them. "
-    "Attention: how far a patch looks, first and last layer. One teacher and one cache serve all "
-    "seeds."
+    "Top-1 is that of the last weights: the mean of the trained heads, each head alone, and the "
+    "weights' moving average (EMA). Means have their sample standard deviation over seeds. Δ: mean "
+    "difference paired by seed, with its standard error; within noise below two standard errors. "
+    "Attention: mean attention distance in the first and last layer. All seeds share one teacher "
+    "and one cache."
 )
 
 
 def make_report(results: Results, forks: Mapping[int, ForkPoint]) -> dict[str, Any]:
-    """Return arms, forks and verdicts as plain data; of every seed of ``forks`` all arms are there.
+    """Return arms, forks and verdicts as plain data.
 
     Args:
-        results: by the runs' names.
-        forks: seed -> where its trunk was forked.
+        results: results of every arm with each seed of ``forks``.
+        forks: seed -> fork point of its trunk.
     """
     runs = {arm: {seed: results[StudyRun(arm, seed).name] for seed in forks} for arm in ARMS}
-    measured = {arm.name: _measured(own) for arm, own in runs.items()}
-    judged = {claim: _judge(measured[claim.better], measured[claim.worse]) for claim in CLAIMS}
+    top1 = {arm.name: _top1(by_seed) for arm, by_seed in runs.items()}
+    judged = {claim: _judge(top1[claim.better], top1[claim.worse]) for claim in CLAIMS}
     return {
-        "arms": [_arm(arm, own, measured[arm.name]) for arm, own in runs.items()],
+        "arms": [_arm(arm, by_seed, top1[arm.name]) for arm, by_seed in runs.items()],
         "forks": {str(seed): asdict(fork) for seed, fork in forks.items()},
         "claims": [_claim(claim, verdicts) for claim, verdicts in judged.items()],
         "ordering": {
@@ -54,22 +54,22 @@ def make_report(results: Results, forks: Mapping[int, ForkPoint]) -> dict[str, A
     }
 
 
-def _measured(runs: Mapping[int, Mapping[str, Any]]) -> Measured:
-    found: dict[str, dict[int, float]] = {measure: {} for measure in MEASURES}
+def _top1(runs: Mapping[int, Mapping[str, Any]]) -> Top1:
+    by_measure: dict[str, dict[int, float]] = {measure: {} for measure in MEASURES}
     for seed, run in runs.items():
         top1 = {"mean": run["top1"], **run["per_head"]}
         if "mean" in run["ema"]:
             top1["EMA"] = run["ema"]["mean"]
         for measure, value in top1.items():
-            found[measure][seed] = value
-    return {measure: values for measure, values in found.items() if values}
+            by_measure[measure][seed] = value
+    return {measure: values for measure, values in by_measure.items() if values}
 
 
-def _judge(better: Measured, worse: Measured) -> dict[str, Verdict]:
+def _judge(better: Top1, worse: Top1) -> dict[str, Verdict]:
     return {name: judge(better[name], worse[name]) for name in better if name in worse}
 
 
-def _arm(arm: Arm, runs: Mapping[int, Mapping[str, Any]], top1: Measured) -> dict[str, Any]:
+def _arm(arm: Arm, runs: Mapping[int, Mapping[str, Any]], top1: Top1) -> dict[str, Any]:
     means = {measure: MeanOfRuns.of(list(values.values())) for measure, values in top1.items()}
     layers = zip(*(run["attention"] for run in runs.values()), strict=True)
     return {
@@ -89,7 +89,7 @@ def _arm(arm: Arm, runs: Mapping[int, Mapping[str, Any]], top1: Measured) -> dic
 
 def _claim(claim: Claim, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
     verdict = verdicts["mean"]
-    by_head = {measure: found.difference for measure, found in verdicts.items()}
+    by_head = {measure: each.difference for measure, each in verdicts.items()}
     return {
         "claim": claim.text,
         "better": claim.better,
@@ -102,14 +102,14 @@ def _claim(claim: Claim, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
         "verdict": verdict.word,
         "numbers": verdict.numbers,
         "by_head": {
-            measure: {"difference": found.mean, "error": found.error}
-            for measure, found in by_head.items()
+            measure: {"difference": difference.mean, "error": difference.error}
+            for measure, difference in by_head.items()
         },
     }
 
 
 def _tables(report: Mapping[str, Any]) -> Iterator[Table]:
-    """Yield the arms, then the claims: their verdicts, and the paired difference by every head."""
+    """Yield the arms, then the claims with their verdicts and each head's paired difference."""
     arms = [
         [
             arm["label"],
@@ -123,8 +123,8 @@ def _tables(report: Mapping[str, Any]) -> Iterator[Table]:
     ]
     yield Table("Students' top-1, last weights", COLUMNS, arms)
     claims = [
-        [one["claim"], one["verdict"], *(_difference(one["by_head"].get(m)) for m in MEASURES)]
-        for one in report["claims"]
+        [claim["claim"], claim["verdict"], *(_delta(claim["by_head"].get(m)) for m in MEASURES)]
+        for claim in report["claims"]
     ]
     yield Table("The paper's claims", CLAIM_COLUMNS, claims)
 
@@ -133,26 +133,27 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _difference(found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def _delta(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
         return "-"
-    error = "" if found["error"] is None else f" ± {found['error']:.2f}"
-    return f"{found['difference']:+.2f}{error}"
+    error = "" if measured["error"] is None else f" ± {measured['error']:.2f}"
+    return f"{measured['difference']:+.2f}{error}"
 
 
 def _about(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yield how good the teacher is, what it was trained on, and where the forks begin."""
+    """Yield the teacher's accuracy and training, and each seed's fork point."""
     teacher, images = report["teacher"], report["images"]
     yield (
-        f"teacher {teacher['student']}: top-1 {teacher['top1']:.2f} % on {images['validation']:,} "
-        f"images, trained on {images['training']:,} for {teacher['epochs']} epochs; it is right at "
-        f"{teacher['local']:.2f} % of the locations"
+        f"teacher {teacher['student']}: trained on {images['training']:,} images for "
+        f"{teacher['epochs']} epochs; top-1 {teacher['top1']:.2f} % on {images['validation']:,} "
+        f"validation images, local accuracy {teacher['local']:.2f} % (locations that predict the "
+        "image's class)"
     )
     for seed, fork in report["forks"].items():
-        reached = "as high as that" if fork["reached"] else "still lower, at half of the run"
+        reached = "reaching" if fork["reached"] else "still below"
         yield (
-            f"seed {seed}: forked after epoch {fork['epoch']}, the dense head's top-1 "
-            f"{_percent(fork['dense'])} %, {reached}"
+            f"seed {seed}: forked after epoch {fork['epoch']} with the dense head's top-1 at "
+            f"{_percent(fork['dense'])} %, {reached} the teacher's local accuracy"
         )
 
 
@@ -161,20 +162,20 @@ def _ordering(report: Mapping[str, Any]) -> str:
 
 
 def printed(report: Mapping[str, Any]) -> Printed:
-    """Yield the students, the claims, and what else there is to know."""
+    """Yield the students, the claims, teacher and forks, and a note on the figures."""
     yield from _tables(report)
     yield _ordering(report)
     yield from _about(report)
     yield NOTE
-    yield f"{report['seconds']:.0f} s; everything is in {report['out']}"
+    yield f"took {report['seconds']:.0f} s; results in {report['out']}"
 
 
 def write_files(report: Mapping[str, Any], out: Path) -> None:
-    """Write ``table.md``, ``table.csv`` (a row a run), ``curves.csv`` (a row an epoch), and
+    """Write ``table.md``, ``table.csv`` (one row per run), ``curves.csv`` (one row per epoch), and
     ``study.svg`` and ``study.png``.
     """
     tables = "\n".join(markdown_table(table.columns, table.rows) for table in _tables(report))
-    claims = [f"{one['claim']}: {one['verdict']} ({one['numbers']})" for one in report["claims"]]
+    claims = ["{claim}: {verdict} ({numbers})".format(**claim) for claim in report["claims"]]
     lines = [*_about(report), _ordering(report), *claims, NOTE]
     write_text(out / "table.md", f"{tables}\n" + "".join(f"- {line}\n" for line in lines))
     names = [f"{ema}top1{head}" for ema in ("", "ema_") for head in ("", *map("_{}".format, HEADS))]
@@ -194,7 +195,7 @@ def write_files(report: Mapping[str, Any], out: Path) -> None:
         [arm["deviation"] for arm in arms],
         x_label="top-1, %",
     )
-    title = "Students' top-1: mean, deviation, seeds"
+    title = "Students' top-1: mean, standard deviation, seeds"
     description = "; ".join(f"{arm['label']} {arm['text']}" for arm in arms)
     for ending in FORMATS:
         Plot("study", title, figure, description).write(out / f"study.{ending}")

@@ -1,7 +1,7 @@
-"""Means, deviations, and whether a claim held. Plain numbers in, plain words out.
+"""Means, deviations, and verdicts on claims: numbers in, words out.
 
-Runs of one seed share first weights and the order of images, so two methods are compared seed by
-seed: what the seeds have in common cancels out.
+Runs of one seed share initial weights and the order of images, so two methods are compared seed by
+seed, which cancels the variation they share.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from statistics import fmean
 
 NOISE = 2.0
-"""Standard errors of the mean paired difference: less than them is within the noise.
+"""Differences below this many standard errors of the mean paired difference are within noise.
 
-With few seeds that is a low bar: Student's t asks for 4.3 of three seeds at 95 %.
+With few seeds that is a low bar: Student's t requires 4.3 for three seeds at 95 %.
 """
 
 
 @dataclass(frozen=True)
 class MeanOfRuns:
-    """Hold a mean and the sample standard deviation (n - 1), which a single value has not."""
+    """A mean and its sample standard deviation (n - 1), which is None for a single value."""
 
     n: int
     mean: float
@@ -41,19 +41,19 @@ class MeanOfRuns:
         return None if self.deviation is None else self.deviation / math.sqrt(self.n)
 
     def __str__(self) -> str:
-        """Return ``55.82 ± 0.31``."""
+        """Return mean and deviation: ``55.82 ± 0.31``."""
         return f"{self.mean:.2f}" + ("" if self.deviation is None else f" ± {self.deviation:.2f}")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Say whether one method was better than another.
+    """The verdict on the claim that one method is better than another.
 
     Attributes:
-        better, worse: of the seeds that both have.
-        differences: paired, better minus worse, in the order of the seeds.
-        held: the mean difference is above zero; None where that is not known.
-        clear: it lies outside the noise, see :data:`NOISE`; None where the noise is not known.
+        better, worse: means over the seeds that both methods have.
+        differences: paired differences, better minus worse, in the order of the seeds.
+        held: the mean difference is positive; None if not all values are finite.
+        clear: it is outside the noise, see :data:`NOISE`; None if the noise is unknown.
     """
 
     better: MeanOfRuns
@@ -71,31 +71,30 @@ class Verdict:
     def word(self) -> str:
         """Return ``held``, ``did not hold, within noise``, and so on."""
         if self.held is None:
-            return "cannot be judged: not all values are numbers"
-        word = "held" if self.held else "did not hold"
-        if not self.held and self.difference.mean == 0:
-            word += ": equal"
+            return "undecided: not all values are finite"
+        equal = self.difference.mean == 0
+        word = "held" if self.held else "did not hold: no difference" if equal else "did not hold"
         if self.clear is None:
-            return f"{word}, in the one seed there is"
-        return word if self.clear else f"{word}, within noise"
+            return f"{word}, one seed only"
+        return word if self.clear or equal else f"{word}, within noise"
 
     @property
     def numbers(self) -> str:
-        """Return ``55.82 ± 0.31 > 53.80 ± 0.40; paired +2.02 ± 0.17: +1.90 +1.80 +2.36``.
+        """Return ``55.82 ± 0.31 > 53.80 ± 0.40; Δ +2.02 ± 0.17: +1.90 +1.80 +2.36``.
 
-        What follows a mean is the sample standard deviation, what follows the mean paired
-        difference its standard error.
+        Means have their sample standard deviation; Δ, the mean paired difference, has its standard
+        error and is followed by the difference of each seed.
         """
         difference = self.difference
         sign = ">" if difference.mean > 0 else "<" if difference.mean < 0 else "="
         sign = "?" if self.held is None else sign
         error = "" if difference.error is None else f" ± {difference.error:.2f}"
         each = " ".join(f"{value:+.2f}" for value in self.differences)
-        return f"{self.better} {sign} {self.worse}; paired {difference.mean:+.2f}{error}: {each}"
+        return f"{self.better} {sign} {self.worse}; Δ {difference.mean:+.2f}{error}: {each}"
 
 
 def judge(better: Mapping[int, float], worse: Mapping[int, float]) -> Verdict:
-    """Compare two methods by seed -> top-1; at least one seed is in both."""
+    """Compare two methods, each a mapping of seed to top-1, with at least one seed in common."""
     seeds = [seed for seed in better if seed in worse]
     differences = tuple(better[seed] - worse[seed] for seed in seeds)
     upper, lower = (MeanOfRuns.of([side[seed] for seed in seeds]) for side in (better, worse))
@@ -110,11 +109,11 @@ def judge(better: Mapping[int, float], worse: Mapping[int, float]) -> Verdict:
 
 
 def ordering(verdicts: Sequence[Verdict]) -> str:
-    """Return the word for a chain of claims together."""
+    """Return the joint verdict on a chain of claims."""
     if any(verdict.held is None for verdict in verdicts):
-        return "cannot be judged"
+        return "undecided"
     if not all(verdict.held for verdict in verdicts):
         return "did not hold"
     if any(verdict.clear is None for verdict in verdicts):
-        return "held, in the one seed there is"
+        return "held, one seed only"
     return "held" if all(verdict.clear for verdict in verdicts) else "held, within noise"

@@ -1,4 +1,4 @@
-"""``bench all`` writes each result as it comes, is cut off cleanly, and goes on from there."""
+"""``bench all`` writes each result at once, stops cleanly at its time limit, and resumes."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ def results(out: Path) -> dict[str, Any]:
     return found
 
 
-def test_all_is_measured_and_ends_with_a_table_of_this_machine(
+def test_a_run_stopped_by_its_time_limit_resumes_and_writes_a_table(
     small: World, scale: bench.Scale, tmp_path: Path, capsys: Capture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     out, real = tmp_path / "out", bench.bench_dump.bench_dump
 
-    def rings(*given: object, **options: object) -> object:
+    def interrupted(*args: object, **kwargs: object) -> object:
         signal.setitimer(signal.ITIMER_REAL, 0.001)
         time.sleep(5)
-        raise AssertionError("the deadline did not end it")
+        raise AssertionError("the time limit did not stop it")
 
-    monkeypatch.setattr(bench.bench_dump, "bench_dump", rings)
+    monkeypatch.setattr(bench.bench_dump, "bench_dump", interrupted)
     assert world.cli(*words(small, out, "--seconds", 500, "--json", "--quiet")) == 0
     cut = world.last_json(capsys.readouterr().out)
     assert tuple(cut["results"]) == NAMES[:2]
@@ -69,30 +69,30 @@ def test_all_is_measured_and_ends_with_a_table_of_this_machine(
     shown = capsys.readouterr().out
     after = results(out)
     assert tuple(after) == NAMES
-    assert {name: after[name] for name in before} == before  # nothing is measured twice
+    assert {name: after[name] for name in before} == before  # nothing is measured again
     table = (out / bench.TABLE).read_text()
     assert table.splitlines()[0].strip("*") in shown
     assert table.startswith(f"**cpu, {bench.cores()} CPU cores, python ")
     lines = table.splitlines()
     assert [line for line in lines if line.endswith("| 0 | yes |")] == lines[4:6]
-    assert f"| {TINY}, off, batches of 4: step from a cache / plain step |" in table
+    assert f"| {TINY}, off, batches of 4: step time, cskd from a cache / none |" in table
     assert "| ≤ 1.03 |" in table
-    assert "loader / timm's, one core, 3 views a decoded image, 32 px" in table
+    assert "loader / timm's, one core, 3 views per decoded image, 32 px" in table
 
 
-def test_what_fails_is_said_and_tried_again_and_a_person_can_stop_it(
+def test_failures_are_reported_and_retried_and_ctrl_c_stops_the_study(
     small: World, scale: bench.Scale, tmp_path: Path, capsys: Capture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    asked: list[str] = []
+    calls: list[str] = []
 
     def measurements(config: bench.AllConfig, scale: bench.Scale) -> dict[str, bench.Measurement]:
         def fails() -> dict[str, Any]:
-            asked.append("fails")
+            calls.append("fails")
             raise OutputError("no room | 2 GiB", where="here")
 
         def works() -> dict[str, Any]:
-            asked.append("works")
+            calls.append("works")
             return {"found": 1}
 
         def figures(report: dict[str, Any]) -> Iterator[Figure]:
@@ -102,17 +102,17 @@ def test_what_fails_is_said_and_tried_again_and_a_person_can_stop_it(
 
     monkeypatch.setattr(bench, "_measurements", measurements)
     assert world.cli(*words(small, tmp_path / "out")) == 1
-    told = capsys.readouterr()
-    assert "works" in told.out  # the figures come all the same
-    assert "measurements failed" in told.err
-    assert "- a: OutputError: no room | 2 GiB where: here" in told.err
+    shown = capsys.readouterr()
+    assert "works" in shown.out  # other figures are printed anyway
+    assert "some measurements failed" in shown.err
+    assert "- a: OutputError: no room | 2 GiB where: here" in shown.err
     table = (tmp_path / "out" / bench.TABLE).read_text()
     assert "| a | failed: OutputError: no room \\| 2 GiB where: here |" in table
     assert "| works | 1 |" in table
 
-    def stopped(calls: Any, *args: Any, grace: float) -> Iterator[Any]:
-        assert "C/*train-*.tar" in calls["study"]
-        assert world.cli(*calls["study"]) == 1  # no such shards, but right words
+    def stopped(commands: Any, *args: Any, grace: float) -> Iterator[Any]:
+        assert "C/*train-*.tar" in commands["study"]
+        assert world.cli(*commands["study"]) == 1  # valid arguments, missing shards
         raise KeyboardInterrupt
         yield
 
@@ -122,28 +122,28 @@ def test_what_fails_is_said_and_tried_again_and_a_person_can_stop_it(
         "what is finished is kept, continue with: cskd-pipeline bench all"
         in capsys.readouterr().err
     )
-    assert asked == ["fails", "works", "fails"]
+    assert calls == ["fails", "works", "fails"]
 
 
-def test_another_machines_results_are_refused(
+def test_results_of_another_machine_or_other_shards_are_refused(
     small: World, scale: bench.Scale, tmp_path: Path, capsys: Capture
 ) -> None:
     known = {"machine": {"device": "NVIDIA H200"}, "results": {}, "errors": {}}
     (tmp_path / bench.RESULTS).write_text(json.dumps(known))
     assert world.cli(*words(small, tmp_path)) == 1
-    assert "the results in this folder are another machine's" in capsys.readouterr().err
+    assert "the results in this folder are from another machine" in capsys.readouterr().err
     machine = bench._machine(torch.device("cpu"))
-    of_others = {"machine": machine, "shards": "other.tar", "results": {}}
-    for text, found in ((json.dumps(of_others), "other shards"), ("{}", "damaged")):
+    other = {"machine": machine, "shards": "other.tar", "results": {}}
+    for text, found in ((json.dumps(other), "other shards"), ("{}", "damaged")):
         (tmp_path / bench.RESULTS).write_text(text)
         assert world.cli(*words(small, tmp_path)) == 1
         assert found in capsys.readouterr().err
 
 
-# --- the checks find what they are for ------------------------------------------------------------
+# --- the checks detect the faults -----------------------------------------------------------------
 
 
-def test_a_sound_teacher_differs_nowhere(small: World) -> None:
+def test_a_correct_teacher_passes_both_checks(small: World) -> None:
     found = check_teacher(world.dump_recipe(small.shards, Path()), 16)
     assert (found["companions"]["differ"], found["cache"]["differ"]) == (0, 0)
     assert found["companions"]["compared"] == (16 + 8 + 8 + 1) * 4 * (4 * 4 + 1)
@@ -164,20 +164,20 @@ def test_logits_that_depend_on_companions_are_counted(
     assert found["companions"]["differ"] > 0
 
 
-def test_labels_of_a_cache_that_are_not_its_teachers_are_counted(
+def test_cached_labels_that_differ_from_the_teachers_are_counted(
     small: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Teacher.respond
 
-    def others(teacher: Teacher, x: Tensor) -> Logits:
+    def shifted(teacher: Teacher, x: Tensor) -> Logits:
         return Logits(*(values.roll(1, dims=0) for values in real(teacher, x)))
 
-    monkeypatch.setattr(Teacher, "respond", others)
+    monkeypatch.setattr(Teacher, "respond", shifted)
     found = check_teacher(world.dump_recipe(small.shards, Path()), 16)
     assert found["cache"]["differ"] > 0
 
 
-def test_a_study_that_does_not_stop_ends_with_the_time_all_the_same(
+def test_a_study_that_ignores_sigterm_is_killed_at_the_time_limit(
     small: World, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
@@ -189,16 +189,16 @@ def test_a_study_that_does_not_stop_ends_with_the_time_all_the_same(
     monkeypatch.setattr(bench, "_measurements", lambda *_: {})
     monkeypatch.setattr(bench, "GRACE", 0.1)
     before, started = signal.signal(signal.SIGINT, signal.SIG_IGN), time.monotonic()
-    try:  # a shell's background jobs ignore SIGINT
+    try:  # as in a background job of a shell
         flags = ("--cifar10", tmp_path, "--seconds", 1)
         assert world.cli(*words(small, tmp_path / "out", *flags)) == 0
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - started < 30
-    assert "the 1 seconds are over" in capsys.readouterr().err
+    assert "stopped after 1 s" in capsys.readouterr().err
 
 
-def test_a_figure_says_whether_it_reaches_its_goal() -> None:
+def test_a_figure_shows_whether_it_meets_its_goal() -> None:
     spread = {"median": 1.02, "low": 1.0, "high": 1.05}
     report = {
         "amp": "bf16", "batch_size": 128, "teacher": "regnety_160",
@@ -209,8 +209,8 @@ def test_a_figure_says_whether_it_reaches_its_goal() -> None:
         }},
     }  # fmt: skip
     cached, live, images = bench_step.figures(report)
-    assert (cached.goal, cached.reached) == ("≤ 1.03", True)
-    assert (live.goal, live.reached) == ("≥ 4.5", False)
-    assert images.found == "none 1,234"
-    text = markdown_table(bench.COLUMNS, [one.cells for one in (cached, live, images)])
+    assert (cached.goal, cached.met) == ("≤ 1.03", True)
+    assert (live.goal, live.met) == ("≥ 4.5", False)
+    assert images.result == "none 1,234"
+    text = markdown_table(bench.COLUMNS, [figure.cells for figure in (cached, live, images)])
     assert text.splitlines()[-3].endswith("| 1.02 (1 to 1.05) | ≤ 1.03 | yes |")

@@ -1,4 +1,4 @@
-"""``bench dump`` lets a dump and its parts take turns, and counts labels that settings change."""
+"""``bench dump`` runs a dump and its parts in turn, and counts the labels that variants change."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def recipe_of(small: World, *sets: str) -> DumpRecipe:
     return load_recipe(DumpRecipe, None, [*world.VIEWS, "data.num_classes=4", *sets], flags)
 
 
-def test_rates_are_of_each_side_and_the_slower_of_loader_and_teacher_is_the_limit(
+def test_each_side_has_its_rate_and_the_slower_of_loader_and_teacher_is_the_limit(
     small: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Time()
 
-    def dumped(few: SampledDump, views: int) -> Iterator[int]:
+    def dumped(sampled: SampledDump, views: int) -> Iterator[int]:
         for _ in range(80):
             clock.work(0.2)
             yield 1
@@ -78,21 +78,23 @@ def test_changed_labels_are_counted_over_all_locations_and_ratios() -> None:
     assert bench._changed([logits], [logits]) == (0.0, 0.0)
     turned = logits.spatial.clone()
     turned[0, :, 0, 0] = 0
-    turned[0, logits.spatial[0, :, 0, 0].argmin(), 0, 0] = 60000  # on top at every r but 0
+    turned[0, logits.spatial[0, :, 0, 0].argmin(), 0, 0] = (
+        60000  # the top class at every r except 0
+    )
     other = Logits(turned, logits.global_)
     assert bench._changed([logits], [other]) == (4 / (5 * 16), 0.0)
     global_ = logits.global_.roll(1, dims=1)
     assert bench._changed([logits], [Logits(logits.spatial, global_)])[1] == 1.0
 
 
-def test_variants_are_teachers_with_other_settings_beside_float32(
+def test_variants_are_teachers_with_other_settings_than_float32(
     small: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(small)
     dataset, teacher = bench.open_stage_one(recipe)
-    few = SampledDump.of(recipe, dataset, teacher, dataset.samples)
+    sampled = SampledDump.of(recipe, dataset, teacher, dataset.samples)
     monkeypatch.setattr(dump, "load_dataset", None)  # the shards are not opened again
-    resident = bench.resident_views(few)
+    resident = bench.resident_views(sampled)
     assert {len(views) for views in resident} == {16}
     clock = Time()
 
@@ -101,11 +103,11 @@ def test_variants_are_teachers_with_other_settings_beside_float32(
         return clock()
 
     monkeypatch.setattr(bench.timing, "clock", ticking)
-    report = bench.variants(few, resident, 3, compile=False)
+    report = bench.variants(sampled, resident, 3, compile=False)
     assert list(report) == ["float32", "channels_last", "bfloat16", "bfloat16 channels_last"]
     assert report["float32"]["hard_labels_changed"] == 0.0
-    halves = bench._with(few, "bfloat16 channels_last")
-    plain = bench._with(few, "float32")
+    halves = bench._with(sampled, "bfloat16 channels_last")
+    plain = bench._with(sampled, "float32")
     assert (halves.precision, halves.channels_last) == ("bfloat16", True)
     assert (plain.precision, plain.channels_last) == ("float32", False)
     assert all(row["ratio"]["median"] == 1.0 for row in report.values())
@@ -126,13 +128,13 @@ def test_the_command_prints_rates_the_limit_and_variants(small: World, capsys: C
     words += ("--weights", "random", "--images", 8, "--rounds", 3, "--batch-size", 16)
     words += ("--workers", 1, "--device", "cpu", "--size", 32, "--set", "data.num_classes=4")
     assert world.cli("bench", "dump", *words, "--variants") == 0
-    told = capsys.readouterr()
-    assert [line.split()[0] for line in told.out.splitlines()[2:7]] == [
+    shown = capsys.readouterr()
+    assert [line.split()[0] for line in shown.out.splitlines()[2:7]] == [
         *("dump", "bare", "loader,", "loader,", "loader,")
     ]
-    assert "the limit is the " in told.err
+    assert " is the bottleneck: the loader delivers " in shown.err
     assert world.cli("bench", "dump", *words, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["workers"], report["variants"]) == (1, {})
-    assert 8 <= report["images"] <= 10  # some of every tar
+    assert 8 <= report["images"] <= 10  # images from every tar
     assert world.cli("bench", "dump", *words, "--compile") == 2

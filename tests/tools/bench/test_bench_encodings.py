@@ -1,4 +1,4 @@
-"""``bench encodings`` reports what numpy finds on the same logits, and what files weigh."""
+"""``bench encodings`` agrees with numpy on the same logits, and with the sizes of files."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def distribution(d: np.ndarray, g: np.ndarray, r: float, tau: float) -> np.ndarr
 
 
 def restored_q8(responses: Responses) -> tuple[np.ndarray, np.ndarray]:
-    """Logits after rounding, by the definition in the format's page."""
+    """Return logits after rounding, as defined on the format's page."""
 
     def rounded(x: np.ndarray) -> np.ndarray:
         centred = x - x.mean(1, keepdims=True)
@@ -64,7 +64,7 @@ def restored_q8(responses: Responses) -> tuple[np.ndarray, np.ndarray]:
     return rounded(d).astype(np.float64), rounded(g).astype(np.float64)
 
 
-def test_divergences_are_numpys(responses: Responses, report: dict[str, Any]) -> None:
+def test_divergences_match_numpy(responses: Responses, report: dict[str, Any]) -> None:
     d, g = responses.spatial.double().numpy(), responses.global_.double().numpy()
     near = restored_q8(responses)
     for tau in (1.0, 4.0):
@@ -80,7 +80,7 @@ def test_divergences_are_numpys(responses: Responses, report: dict[str, Any]) ->
 
 
 def test_the_divergence_is_from_the_logits_to_the_approximation() -> None:
-    """Not the other way round, which is another number where the two are far apart."""
+    """The reverse divergence is another number if the two are far apart."""
     generator = torch.Generator().manual_seed(0)
     d, near = (torch.randn(1, 5, 1, 1, generator=generator).half() * 3 for _ in range(2))
     exact, found = LogitTargets(d, d[..., 0, 0]), LogitTargets(near, near[..., 0, 0])
@@ -92,7 +92,7 @@ def test_the_divergence_is_from_the_logits_to_the_approximation() -> None:
     assert float(bench._divergence(exact, found, 0.5, 2.0)) == pytest.approx(expected, rel=1e-4)
 
 
-def test_agreement_is_numpys(responses: Responses, report: dict[str, Any]) -> None:
+def test_agreement_matches_numpy(responses: Responses, report: dict[str, Any]) -> None:
     d, g = responses.spatial.double().numpy(), responses.global_.double().numpy()
     near = restored_q8(responses)
     same = [
@@ -100,11 +100,11 @@ def test_agreement_is_numpys(responses: Responses, report: dict[str, Any]) -> No
         for r in RATIOS
     ]
     found = report["encodings"]["dense-q8"]["hard_agreement"]
-    assert found == pytest.approx(np.mean(same), abs=0.003)  # ties may fall otherwise
+    assert found == pytest.approx(np.mean(same), abs=0.003)  # ties may be resolved differently
     assert found < 1
 
 
-def test_the_gradients_cosine_is_that_of_their_closed_form(
+def test_the_cosine_of_gradients_matches_their_closed_form(
     responses: Responses, report: dict[str, Any]
 ) -> None:
     """The gradient of the soft loss of equal logits is proportional to 1/K - p."""
@@ -133,20 +133,20 @@ def test_exact_encodings_lose_nothing(report: dict[str, Any]) -> None:
     assert envelope["gradient_cosine"]["soft"] is None
 
 
-def test_bias_and_variance_are_apart(report: dict[str, Any]) -> None:
-    """Draws vary, and their mean is right; hard labels do not vary, and are wrong."""
+def test_bias_and_variance_are_separated(report: dict[str, Any]) -> None:
+    """Draws vary around the right mean; hard labels do not vary, and are biased."""
     of = {name: m["soft_bias_and_variance"] for name, m in report["encodings"].items()}
     for r in ("1", "0.5", "0"):
         assert of["dense"][r] == pytest.approx({"one": 1.0, "mean": 1.0}, abs=1e-9)
         assert of["sampled"][r]["one"] < of["sampled"][r]["mean"]
         lost = {what: 1 / of["sampled"][r][what] ** 2 - 1 for what in ("one", "mean")}
-        assert lost["mean"] < lost["one"] / 8  # by 32, if there is no bias
+        assert lost["mean"] < lost["one"] / 8  # by 32 without bias
         assert of["envelope"][r]["one"] == of["envelope"][r]["mean"] < of["sampled"][r]["mean"]
     assert report["encodings"]["sampled"]["kl"] is None
     assert report["encodings"]["sampled"]["hard_agreement"] is None
 
 
-def test_bytes_are_those_of_files(
+def test_bytes_per_view_are_the_sizes_of_files(
     responses: Responses, report: dict[str, Any], tmp_path: Path
 ) -> None:
     rows = {name: encode(ENCODINGS[name], responses, CPU)[0] for name in ENCODINGS}
@@ -167,7 +167,7 @@ def test_bytes_are_those_of_files(
 @pytest.mark.parametrize(
     ("length", "block", "used"), [(None, 1, 40), (10, 3, 30), (13, 1, 39), (50, 4, 40)]
 )
-def test_responses_are_stored_as_shards_of_such_a_length(
+def test_responses_are_stored_in_shards_of_the_given_length(
     responses: Responses, tmp_path: Path, length: int | None, block: int, used: int
 ) -> None:
     rows = {"envelope": encode(ENCODINGS["envelope"], responses, CPU)[0]}
@@ -180,7 +180,7 @@ def test_responses_are_stored_as_shards_of_such_a_length(
     assert np.array_equal(first, rows["envelope"]["envelope/global_label"][: len(first)])
 
 
-def test_responses_from_a_cache_are_its_rows_of_finished_units(tmp_path: Path) -> None:
+def test_responses_from_a_cache_are_rows_of_its_finished_units(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest())
     fill(writer, writer.todo(shards=[2], views=range(2, 4)))
     reader = open_cache(tmp_path / "c")
@@ -191,12 +191,14 @@ def test_responses_from_a_cache_are_its_rows_of_finished_units(tmp_path: Path) -
     again = from_cache(tmp_path / "c", 30)
     assert torch.equal(drawn.spatial, again.spatial)
     seen = {known[i].tobytes() for i in range(len(known))}
-    assert {row.tobytes() for row in drawn.spatial.numpy()} == seen  # all of them, no others
+    assert {
+        row.tobytes() for row in drawn.spatial.numpy()
+    } == seen  # every finished row and no other
 
 
 def test_a_cache_without_logits_or_units_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "a", encodings=("envelope",))
-    with pytest.raises(CacheError, match="does not hold the logits") as caught:
+    with pytest.raises(CacheError, match="has no logits to compare") as caught:
         from_cache(tmp_path / "a", 3)
     assert "--encoding dense" in str(caught.value)
     CacheWriter.create(tmp_path / "b", manifest(views=VIEWS))
@@ -204,8 +206,8 @@ def test_a_cache_without_logits_or_units_is_refused(tmp_path: Path) -> None:
         from_cache(tmp_path / "b", 3)
 
 
-def test_responses_of_a_teacher_are_those_of_its_dump(small: World, tmp_path: Path) -> None:
-    """Without mixing a view is a function of its own seed alone, wherever its shard ends."""
+def test_responses_from_a_teacher_equal_its_dump(small: World, tmp_path: Path) -> None:
+    """Without mixing, a view depends only on its own seed, not on the length of its shard."""
     from cskd_pipeline.pipeline.dump import dump_teacher
 
     recipe = world.dump_recipe(small.shards, tmp_path / "c", ["views.mix=0.0"], views=2)
@@ -226,7 +228,7 @@ def test_responses_of_a_teacher_are_those_of_its_dump(small: World, tmp_path: Pa
 # --- plot and command -----------------------------------------------------------------------------
 
 
-def test_the_plot_shows_bytes_across_and_loss_up(report: dict[str, Any], tmp_path: Path) -> None:
+def test_the_plot_shows_loss_against_bytes(report: dict[str, Any], tmp_path: Path) -> None:
     plot = bench.encodings_plot(report)
     plot.figure.draw_without_rendering()
     [axes] = plot.figure.axes
@@ -251,13 +253,13 @@ def test_the_plot_shows_bytes_across_and_loss_up(report: dict[str, Any], tmp_pat
     assert one["dense"][1] == four["dense"][1] == labels["envelope"][1] < lossy
     plot.write(tmp_path / "t.svg")
     text = list(ET.parse(tmp_path / "t.svg").getroot().itertext())
-    shown = [name for name in ENCODINGS if name != "sampled"]  # which has neither labels nor a KL
+    shown = [name for name in ENCODINGS if name != "sampled"]  # it has neither labels nor a KL
     for name in (*shown, "exact", "hard labels", "KL at temperature 1", "KL at temperature 4"):
         assert text.count(name) == 1, name
 
 
 @pytest.mark.parametrize("names", [["sampled"], ["topk"], ["dense"]])
-def test_the_plot_of_one_encoding_or_of_draws_alone_is_drawn(
+def test_a_single_encoding_is_plotted(
     report: dict[str, Any], tmp_path: Path, names: list[str]
 ) -> None:
     some = {**report, "encodings": {name: report["encodings"][name] for name in names}}
@@ -265,7 +267,7 @@ def test_the_plot_of_one_encoding_or_of_draws_alone_is_drawn(
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_names_in_the_plot_stay_text(report: dict[str, Any]) -> None:
+def test_names_in_the_plot_are_escaped(report: dict[str, Any]) -> None:
     entry = report["encodings"]["dense"]
     drawn = bench.encodings_plot({**report, "encodings": {"<script>&$x^2$": entry}}).svg()
     assert "<script>" not in drawn
@@ -275,23 +277,23 @@ def test_names_in_the_plot_stay_text(report: dict[str, Any]) -> None:
 def test_the_command_prints_one_object_or_a_table(
     small: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plot, picture = tmp_path / "p.svg", tmp_path / "p.png"
+    svg, png = tmp_path / "p.svg", tmp_path / "p.png"
     words = ("bench", "encodings", small.cache, "--views", 20, "--device", "cpu")
-    assert world.cli(*words, "--plot", plot, "--json") == 0
+    assert world.cli(*words, "--plot", svg, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["encodings"]) == list(ENCODINGS)
     assert (found["views"], found["classes"], found["grid"]) == (20, 4, [4, 4])
-    assert ET.parse(plot).getroot().tag == "{http://www.w3.org/2000/svg}svg"
-    assert world.cli(*words, "--encoding", "topk", "--plot", picture, "--quiet") == 0
-    with Image.open(picture) as image:
+    assert ET.parse(svg).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    assert world.cli(*words, "--encoding", "topk", "--plot", png, "--quiet") == 0
+    with Image.open(png) as image:
         assert (image.format, image.getpixel((0, 0))[:3]) == ("PNG", (255, 255, 255))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line][1:] == [
-        "encoding", "topk", "the", "encoding", "topk",
+        "encoding", "topk", "cosine", "encoding", "topk",
     ]  # fmt: skip
 
 
-def test_a_folder_with_its_digest_is_a_cache(
+def test_a_folder_with_a_pinned_digest_is_a_cache(
     small: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--views", 4, "--device", "cpu", "--encoding", "topk", "--json")
@@ -310,7 +312,7 @@ def test_a_folder_with_its_digest_is_a_cache(
         (("no_such_net", "--shards", "SHARDS"), 1, "no_such_net"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(
+def test_invalid_arguments_are_refused(
     small: World,
     capsys: pytest.CaptureFixture[str],
     words: tuple[str, ...],

@@ -1,4 +1,4 @@
-"""``bench join`` compares equal work in turn, and its simulation opens what it says."""
+"""``bench join`` compares equal work in turn, and its simulation opens complete caches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 class Time:
-    """A clock that goes on by what work costs."""
+    """A clock that advances by the cost of the work."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -36,7 +36,7 @@ class Time:
         self.now += seconds
 
 
-def test_sides_take_turns_and_the_first_round_is_not_counted(
+def test_sides_take_turns_and_the_warm_up_round_is_discarded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock, order = Time(), list[str]()
@@ -51,7 +51,7 @@ def test_sides_take_turns_and_the_first_round_is_not_counted(
     assert order == ["a0", "b0", "b0", "a0", "a1", "b1", "b2", "a2"]
 
 
-def test_the_ratio_is_of_rounds_not_of_medians() -> None:
+def test_ratios_are_taken_round_by_round() -> None:
     assert ratio([1, 1, 10], [2, 3, 10]) == {"median": 2, "low": 1, "high": 3}
     assert spread([3, 1, 2]) == {"median": 2, "low": 1, "high": 3}
 
@@ -60,41 +60,40 @@ def recipe(small: World, *sets: str) -> Any:
     return world.train_recipe(small.shards, small.cache, Path(), sets=list(sets))
 
 
-def test_both_sides_make_the_same_batches_and_one_has_targets(
+def test_both_sides_load_the_same_batches_and_one_has_targets(
     small: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, made = Time(), dict[bool, list[Any]]({True: [], False: []})
+    clock, loaded = Time(), dict[bool, list[Any]]({True: [], False: []})
     real = TrainingViews.__getitem__
 
     def recorded(self: TrainingViews, rows: np.ndarray) -> Any:
         batch = real(self, rows)
-        made[bool(batch.targets)].append((rows.tolist(), batch))
+        loaded[bool(batch.targets)].append((rows.tolist(), batch))
         clock.work(1.25 if batch.targets else 1.0)
         return batch
 
     monkeypatch.setattr(TrainingViews, "__getitem__", recorded)
     monkeypatch.setattr(timing, "clock", clock)
-    asked = recipe(small, "batch.accumulation=2")
-    report = bench.bench_join(asked, rounds=3)
+    report = bench.bench_join(recipe(small, "batch.accumulation=2"), rounds=3)
     assert report["images_per_round"] == 16
     assert report["ratio"] == {"median": 0.8, "low": 0.8, "high": 0.8}
     assert report["images_per_second"]["without"]["median"] == 8.0
-    assert len(made[True]) == len(made[False]) == 4 * 2
-    pairs = zip(sorted(made[True], key=str), sorted(made[False], key=str), strict=True)
-    for (one, with_join), (other, alone) in pairs:
-        assert one == other
+    assert len(loaded[True]) == len(loaded[False]) == 4 * 2
+    pairs = zip(sorted(loaded[True], key=str), sorted(loaded[False], key=str), strict=True)
+    for (rows, with_join), (same_rows, alone) in pairs:
+        assert rows == same_rows
         assert torch.equal(with_join.pixels, alone.pixels)
         assert torch.equal(with_join.seed, alone.seed)
         assert torch.equal(with_join.label, alone.label)
 
 
-def test_without_a_cache_there_is_nothing_to_join(small: World) -> None:
+def test_method_none_is_refused(small: World) -> None:
     alone = world.train_recipe(small.shards, None, Path(), "none")
-    with pytest.raises(UsageError, match="joins no cache"):
+    with pytest.raises(UsageError, match="reads no cache"):
         bench.bench_join(alone, rounds=3)
 
 
-def test_the_simulation_opens_whole_caches_whose_readers_do_not_grow(
+def test_the_simulation_opens_complete_caches_and_readers_do_not_grow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
@@ -112,7 +111,7 @@ def test_the_simulation_opens_whole_caches_whose_readers_do_not_grow(
     assert 0 < many["reader_bytes"] < 2 * few["reader_bytes"] + 10_000
 
 
-def test_the_command_needs_both_sides_data_or_simulates(small: World, capsys: Capture) -> None:
+def test_the_command_needs_shards_and_cache_or_simulates(small: World, capsys: Capture) -> None:
     assert world.cli("bench", "join", "--shards", small.shards) == 2
     assert "--cache DIR" in capsys.readouterr().err
     assert world.cli("bench", "join") == 2

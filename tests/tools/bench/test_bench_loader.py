@@ -1,4 +1,4 @@
-"""``bench loader`` lets both loaders do the same work in turn, timm's as timm sets it up."""
+"""``bench loader`` runs both loaders on the same work in turn, timm's as timm sets it up."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["small"]
 Capture = pytest.CaptureFixture[str]
 
 
-def test_ratios_are_times_as_fast_as_timm(small: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, asked = Time(), Counter[tuple[str, int]]()
+def test_ratios_are_speeds_relative_to_timm(small: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = Time(), Counter[tuple[str, int]]()
 
     def side(name: str, seconds: float) -> Any:
         def step(number: int) -> int:
-            asked[name, number] += 1
+            calls[name, number] += 1
             clock.work(seconds)
             return 16
 
@@ -44,9 +44,9 @@ def test_ratios_are_times_as_fast_as_timm(small: World, monkeypatch: pytest.Monk
     assert report["ratio"]["repeats_1"] == {"median": 2, "low": 2, "high": 2}
     assert report["ratio"]["repeats_3"]["median"] == 8
     assert report["images_per_second_per_core"]["timm"]["median"] == 8
-    batches = {number for name, number in asked if name == "timm"}
+    batches = {number for name, number in calls if name == "timm"}
     assert batches == set(range(8))
-    assert all(asked[name, number] == (2 if number < 2 else 1) for name, number in asked)
+    assert all(calls[name, number] == (2 if number < 2 else 1) for name, number in calls)
 
 
 def test_sides_that_do_unequal_work_are_not_compared(
@@ -82,8 +82,8 @@ def test_timms_side_reads_the_same_tars_with_the_same_policy(
     assert found == sorted(Path(shard.path).resolve() for shard in dataset.shards)
 
 
-def test_shards_that_timm_reads_nothing_from_are_refused() -> None:
-    with pytest.raises(DataError, match="reads nothing"):
+def test_shards_in_which_timm_finds_no_samples_are_refused() -> None:
+    with pytest.raises(DataError, match="finds no samples"):
         next(bench._endless([]))
 
 
@@ -98,6 +98,6 @@ def test_the_command_prints_ratios_and_goals(small: World, capsys: Capture) -> N
     assert report["images_per_round"] == 32
 
 
-def test_shards_that_state_no_classes_are_measured(small: World) -> None:
+def test_shards_without_a_number_of_classes_are_measured(small: World) -> None:
     dataset = replace(load_dataset(small.shards), num_classes=None, class_names=None)
     assert bench.loader_rate(dataset, size=32, batch_size=16, workers=0, images=32) > 0

@@ -1,4 +1,4 @@
-"""``bench step`` times the real steps in turn, and a step from a cache reads nothing back."""
+"""``bench step`` times real training steps in turn; a step from a cache never syncs."""
 
 from __future__ import annotations
 
@@ -44,12 +44,11 @@ def small_recipe(*sets: str) -> TrainRecipe:
 
 
 def small_trainers(device: str = "cpu", *sets: str) -> dict[str, Trainer]:
-    asked = small_recipe(*sets)
-    return bench._trainers(asked, POLICY, (2, 2), None, torch.device(device))
+    return bench._trainers(small_recipe(*sets), POLICY, (2, 2), None, torch.device(device))
 
 
-def test_a_ratio_is_seconds_in_units_of_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, asked = Time(), Counter[str]()
+def test_ratios_are_step_times_relative_to_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, steps = Time(), Counter[str]()
     seconds = {"none": 1.0, "deit": 1.25, "cskd": 1.5, "live": 6.0}
     real = bench._trainers
 
@@ -59,7 +58,7 @@ def test_a_ratio_is_seconds_in_units_of_the_plain_step(monkeypatch: pytest.Monke
             self.loader, self.student = trainer.loader, trainer.student
 
         def step(self, batches: Iterator[Batch]) -> Tensor:
-            asked[self.name] += len(list(batches))
+            steps[self.name] += len(list(batches))
             clock.work(seconds[self.name])
             return torch.zeros(4)
 
@@ -79,8 +78,8 @@ def test_a_ratio_is_seconds_in_units_of_the_plain_step(monkeypatch: pytest.Monke
     assert found["ratio"]["deit"]["median"] == 1.25
     assert found["ratio"]["live"]["median"] == 4.0
     assert found["images_per_second"]["none"]["median"] == 8.0
-    assert asked == dict.fromkeys(seconds, 4 * 2)  # a round more than counted, two micro-batches
-    assert report["goal"] == {"cskd": 1.03, "live": {}}  # the others are a GPU's, of RegNetY-160
+    assert steps == dict.fromkeys(seconds, 4 * 2)  # three rounds and warm-up, two micro-batches
+    assert report["goal"] == {"cskd": 1.03, "live": {}}  # goals of live need a GPU and RegNetY-160
 
 
 def _sized(recipe: TrainRecipe) -> TrainRecipe:
@@ -136,7 +135,7 @@ HOST = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_d
 
 
 class Refusing(TorchDispatchMode):
-    """Refuses what makes the host wait for a value."""
+    """Refuses operations that make the host wait for a value."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -145,7 +144,7 @@ class Refusing(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("method", ["none", "deit", "cskd"])
-def test_views_targets_loss_and_gradients_read_nothing_back(method: str) -> None:
+def test_views_targets_loss_and_gradients_never_wait_for_the_device(method: str) -> None:
     trainer = small_trainers()[method]
     batch = bench.synthetic_batch(POLICY, 8, (2, 2))
     trainer.parts(batch)  # constants are copied to the device once
@@ -156,7 +155,7 @@ def test_views_targets_loss_and_gradients_read_nothing_back(method: str) -> None
 
 
 def test_the_dense_head_sees_pooled_tokens() -> None:
-    """16 patch tokens a view, 4 locations: 4 rows a view go through the head for them."""
+    """With 16 patch tokens and 4 locations per view, the head sees 4 rows per view for them."""
     trainer = small_trainers()["cskd"]
     rows = []
     model: Any = trainer.student.model
@@ -165,10 +164,10 @@ def test_the_dense_head_sees_pooled_tokens() -> None:
     assert sorted(shape[:-1].numel() for shape in rows) == [8, 8 * 4]
 
 
-def test_the_fused_optimizer_steps_as_the_plain_one_and_reads_nothing_back(
+def test_the_fused_optimizer_matches_the_plain_one_and_never_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As on a GPU, where float16's scaler would ask whether gradients overflowed."""
+    """As on a GPU, where the float16 scaler would otherwise check gradients for overflow."""
     batch = bench.synthetic_batch(POLICY, 8, (2, 2))
     sets = ("run.amp=fp16", "optim.clip_grad=1.0", "run.ema=0.9")
     sets = (*sets, "optim.lr=1.0", "schedule.warmup_epochs=0")
@@ -179,11 +178,11 @@ def test_the_fused_optimizer_steps_as_the_plain_one_and_reads_nothing_back(
         for _ in range(2):
             trainer.step(iter([batch]))
     start = small_trainers("cpu", *sets)["cskd"]
-    for one, other, first in zip(
-        *(r.student.parameters() for r in (fused, plain, start)), strict=True
+    for one, other, initial in zip(
+        *(trainer.student.parameters() for trainer in (fused, plain, start)), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
-        assert not torch.equal(one, first)
+        assert not torch.equal(one, initial)
     with Refusing():
         fused.step(iter([batch]))
     with pytest.raises(AssertionError, match="reads a value back"), Refusing():
@@ -196,7 +195,7 @@ def test_the_fused_optimizer_steps_as_the_plain_one_and_reads_nothing_back(
 def test_on_a_gpu_the_host_never_waits_in_a_step(method: str, amp: str) -> None:
     trainer = small_trainers("cuda", f"run.amp={amp}")[method]
     batch = bench.synthetic_batch(POLICY, 8, (2, 2)).to("cuda")
-    trainer.step(iter([batch]))  # what is made once is made
+    trainer.step(iter([batch]))  # one-time initialisation
     torch.cuda.set_sync_debug_mode("error")
     try:
         trainer.step(iter([batch]))
@@ -235,7 +234,7 @@ def test_the_command_prints_every_side(capsys: Capture) -> None:
         ("--recipe R --student a --size 48", ["a"], 48),
     ],
 )
-def test_students_and_size_are_the_command_lines_else_the_recipes(
+def test_the_command_line_overrides_the_recipes_student_and_size(
     words: str, students: list[str], size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tmp_path / "r.toml"
@@ -266,7 +265,7 @@ def test_a_flag_and_a_set_that_disagree_are_refused(words: str, capsys: Capture)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_weights_and_images_of_a_step_are_in_the_asked_memory_format(channels_last: bool) -> None:
+def test_weights_and_images_of_a_step_have_the_requested_memory_format(channels_last: bool) -> None:
     formats = {True: torch.channels_last, False: torch.contiguous_format}
     trainer = small_trainers("cpu", f"run.channels_last={str(channels_last).lower()}")["none"]
     patches = trainer.student.model.patch_embed.proj

@@ -1,4 +1,4 @@
-"""A teacher whose time is known: it sleeps."""
+"""A teacher that takes a known time: it sleeps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-SECONDS = 0.25  # a batch
+SECONDS = 0.25  # per batch
 
 
 class Slow(nn.Module):

@@ -1,4 +1,4 @@
-"""A forecast of a dump has the dump's bytes, and leaves out nothing that it waits for."""
+"""A forecast of a dump matches the dump's bytes, and includes all of its time."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def both(
     small: World,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The forecast, the dump's summary, and the description of what it made."""
+    """Return the forecast, the dump's summary, and the description of its cache."""
     path = tmp_path_factory.mktemp("plan") / "cache"
     recipe = recipe_of(small.shards, path, list(ENCODINGS))
     recipe = replace(recipe, cache=replace(recipe.cache, sampled_draws=2))
@@ -76,20 +76,20 @@ def row(report: dict[str, Any], views: int, *encodings: str) -> dict[str, Any]:
     return dict(found)
 
 
-def test_bytes_are_those_of_the_dump(both: tuple[dict[str, Any], ...]) -> None:
-    report, _, made = both
+def test_bytes_match_the_dump(both: tuple[dict[str, Any], ...]) -> None:
+    report, _, info = both
     for name in ENCODINGS:
         assert report["bytes_per_view"][name] == pytest.approx(
-            made["encodings"][name]["bytes_per_view"], rel=0.15
+            info["encodings"][name]["bytes_per_view"], rel=0.15
         )
     found = row(report, VIEWS, *ENCODINGS)["bytes"]
-    assert found == pytest.approx(made["bytes"] - made["bytes_by_array"]["metadata"], rel=0.15)
+    assert found == pytest.approx(info["bytes"] - info["bytes_by_array"]["metadata"], rel=0.15)
     assert row(report, 60, *ENCODINGS)["bytes"] == pytest.approx(10 * found, rel=1e-3)
     for name in ("files", "largest_folder"):
-        assert row(report, VIEWS, *ENCODINGS)[name] == made[name]
+        assert row(report, VIEWS, *ENCODINGS)[name] == info[name]
 
 
-def test_a_slow_teacher_is_the_limit_and_its_time_counts_in_every_batch(
+def test_a_slow_teacher_is_the_limit_and_every_batch_takes_its_time(
     both: tuple[dict[str, Any], ...],
 ) -> None:
     report, summary, _ = both
@@ -114,16 +114,16 @@ def test_every_encoding_and_number_of_views_is_forecast(both: tuple[dict[str, An
     assert report["dataset"]["samples"] == 96
 
 
-def test_the_table_is_read_in_ten_seconds(
+def test_the_table_has_a_row_per_encoding_and_number_of_views(
     both: tuple[dict[str, Any], ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     print_report(Terminal(), both[0], estimate_dump.printed(both[0]))
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2 + 2 * (len(ENCODINGS) + 1)
-    assert "the limit here is the device" in err
+    assert "the device is the bottleneck" in err
 
 
-def test_the_command_forecasts_and_leaves_nothing(
+def test_the_command_forecasts_and_leaves_no_files(
     small: World,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -141,10 +141,10 @@ def test_the_command_forecasts_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_batch_that_is_short_costs_the_teacher_a_whole_one(
+def test_a_short_batch_takes_the_teacher_as_long_as_a_full_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The network sees full batches in a dump, and short ones filled up in a trial."""
+    """A dump has full batches; a trial's short ones are padded."""
     clock = Time()
 
     def logits(batch: Any) -> Logits:
@@ -160,7 +160,7 @@ def test_a_batch_that_is_short_costs_the_teacher_a_whole_one(
     assert len(responses) == 24
 
 
-# --- the arithmetic, on rates that are made up ----------------------------------------------------
+# --- the arithmetic, on invented rates ------------------------------------------------------------
 
 SIZES = {
     "dense": 1000.0,
@@ -192,9 +192,9 @@ def forecast(
     counts: tuple[int, ...] = (600, 400),
     views: int = 2,
 ) -> dict[str, Any]:
-    """By default of 1000 samples in two views, encoded as ``dense``."""
-    dataset = SimpleNamespace(name="made up", samples=sum(counts), counts=counts)
-    teacher = SimpleNamespace(name="made up", num_classes=CLASSES, device=torch.device(device))
+    """Forecast a dump, by default of 1000 samples in two views, encoded as ``dense``."""
+    dataset = SimpleNamespace(name="invented", samples=sum(counts), counts=counts)
+    teacher = SimpleNamespace(name="invented", num_classes=CLASSES, device=torch.device(device))
     monkeypatch.setattr(estimate_dump, "teacher_info", lambda *_: made_teacher())
     monkeypatch.setattr(estimate_dump, "open_stage_one", lambda *_: (dataset, teacher))
     monkeypatch.setattr(estimate_dump, "try_dump", lambda *_: trial)
@@ -202,24 +202,24 @@ def forecast(
     return estimate_dump.plan_dump(recipe, views=(views,), devices=(1, 4))
 
 
-def test_more_files_than_the_hub_recommends_are_warned_of(
+def test_more_files_than_the_hub_recommends_give_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     report = forecast(monkeypatch, "cpu", counts=(10, 20))
     assert not caplog.messages
-    # Two tar shards, one block of two views: 3 files of each shard, 4 of each unit and those of
-    # dense, global logits and two views, and 11 documents.
+    # Two tar shards, one block of two views: per shard 3 files, 4 for its unit and 3 of dense
+    # (global logits and two views), and 11 documents.
     assert row(report, 2, "dense")["files"] == 2 * (3 + 4 + 3) + 11
     assert row(report, 2, "dense")["largest_folder"] == 9
     report = forecast(monkeypatch, "cpu", counts=(10,) * 1024, views=300)
     assert row(report, 300, "envelope")["files"] > 900_000
-    (found,) = caplog.messages  # not of encodings that the recipe does not have
+    (found,) = caplog.messages  # only for the recipe's encodings
     assert found.startswith("300 views in dense: ")
     assert "more than the 100,000 a repository that the Hub recommends" in found
     assert "cache.view_block=0" in found
 
 
-def test_bytes_are_the_logits_and_what_all_encodings_share(
+def test_bytes_include_seeds_and_digests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     report = forecast(monkeypatch, "cpu")
@@ -227,17 +227,17 @@ def test_bytes_are_the_logits_and_what_all_encodings_share(
         assert row(report, 2, name)["bytes"] == 2000 * (SIZES[name] + 7)
 
 
-def test_time_is_the_start_and_then_the_rate_of_all_together(
+def test_time_is_startup_plus_views_at_the_rate_of_the_dump(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The loader is the limit: an encoding that costs the device more changes nothing."""
+    """The loader is the limit: the device's cost of an encoding changes nothing."""
     report = forecast(monkeypatch, "cuda")
     assert report["limit"] == "loader"
     for name in ENCODINGS:
         assert row(report, 2, name)["seconds"] == pytest.approx(3.0 + 2000 / 40)
 
 
-def test_where_the_device_is_the_limit_an_encoding_costs_its_share_of_the_time(
+def test_if_the_device_is_the_limit_the_cost_of_an_encoding_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A view of envelope takes the device twice as long as one of dense."""
@@ -250,7 +250,7 @@ def test_where_the_device_is_the_limit_an_encoding_costs_its_share_of_the_time(
 @pytest.mark.parametrize(
     ("device", "dense", "envelope"), [("cuda", 100.0, 50.0), ("cpu", 40.0, 40.0)]
 )
-def test_another_gpu_is_fed_by_its_own_loader_and_another_cpu_shares_its_cores(
+def test_another_gpu_has_its_own_loader_and_another_cpu_shares_its_cores(
     monkeypatch: pytest.MonkeyPatch, device: str, dense: float, envelope: float
 ) -> None:
     report = forecast(monkeypatch, device)
@@ -262,10 +262,10 @@ def test_another_gpu_is_fed_by_its_own_loader_and_another_cpu_shares_its_cores(
 @pytest.mark.parametrize(
     ("workers", "loader", "needed"), [(2, 50.0, 4), (2, 400.0, 1), (0, 30.0, 4), (4, 100.0, 4)]
 )
-def test_as_many_loader_processes_feed_a_device_as_their_rate_says(
+def test_the_number_of_loader_processes_follows_from_their_rate(
     monkeypatch: pytest.MonkeyPatch, workers: int, loader: float, needed: int
 ) -> None:
-    """The device takes 100 views a second; of 2 processes with 50 together, it needs 4."""
+    """The device processes 100 views/s; with 2 processes delivering 50 together, it needs 4."""
     report = forecast(
         monkeypatch, "cuda", replace(TRIAL, workers=workers, loader_views_per_second=loader)
     )

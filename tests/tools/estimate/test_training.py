@@ -1,4 +1,4 @@
-"""A forecast of a run names its limit, and leaves out nothing that the run waits for."""
+"""A forecast of a run finds its bottleneck, and includes all of its time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sleep_before(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, seconds
     monkeypatch.setattr(owner, name, slower)
 
 
-def test_a_slow_student_is_the_limit_and_its_time_counts_in_every_update(
+def test_a_slow_student_is_the_limit_and_every_update_takes_its_time(
     small: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -63,7 +63,7 @@ def test_a_slow_disk_is_the_limit(
     print_report(Terminal(), report, estimate_train.printed(report))
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 5
-    assert "the limit here is the loader" in err
+    assert "the loader is the bottleneck" in err
 
 
 def test_a_run_without_a_cache_is_forecast_too(
@@ -81,14 +81,14 @@ def test_a_run_without_a_cache_is_forecast_too(
     assert report["samples"] == 96
 
 
-class Known:
-    """In place of the clocks: the loader makes 2 updates a second, the run 1 after 5 seconds."""
+class KnownRate:
+    """Replaces ``SteadyRate``: the loader delivers 2 updates/s, the run 1 after 5 seconds."""
 
-    made = 0
+    created = 0
 
     def __init__(self, total: int) -> None:
-        self.rate, self.startup = ((2.0, 1.0), (1.0, 5.0))[Known.made]
-        Known.made += 1
+        self.rate, self.startup = ((2.0, 1.0), (1.0, 5.0))[KnownRate.created]
+        KnownRate.created += 1
 
     def advance(self, count: int) -> None:
         pass
@@ -97,8 +97,8 @@ class Known:
 def test_time_and_processes_follow_from_the_rates(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Known, "made", 0)
-    monkeypatch.setattr(estimate_train, "SteadyRate", Known)
+    monkeypatch.setattr(KnownRate, "created", 0)
+    monkeypatch.setattr(estimate_train, "SteadyRate", KnownRate)
     recipe = world.train_recipe(small.shards, small.cache, tmp_path, epochs=3)
     recipe = replace(recipe, run=replace(recipe.run, workers=2))
     report = estimate_train.plan_train(recipe, updates=1)

@@ -1,4 +1,4 @@
-"""The small world of the whole-pipeline tests."""
+"""The small data set of the pipeline tests."""
 
 from tests.pipeline.conftest import small
 

@@ -1,4 +1,4 @@
-"""Small studies: they end with table and files, go on where they stopped, refuse what changed."""
+"""Small studies: they write tables and files, resume where they stopped, and refuse changes."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from cskd_pipeline.tools.study.ledger import Ledger, load_recipes
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 
-WHOLE = ("none", "deit", "cskd_linear", "cskd_spatial")
+FULL = ("none", "deit", "cskd_linear", "cskd_spatial")
 FORKS = ("fork_linear", "fork_off")
-NAMES = (*WHOLE, *FORKS)
+NAMES = (*FULL, *FORKS)
 EPOCHS = 2
 
 
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five recipes of two epochs each."""
+    """Write five recipes of two epochs each."""
     folder = tmp_path_factory.mktemp("recipes")
     nowhere = Path()
     settings = ["run.threads=1", "schedule.warmup_epochs=0", *world.VIEWS]
@@ -65,7 +65,7 @@ REAL_TRAIN = stage_two.train
 
 
 class Watched:
-    """Trains as ever, and as if stopped by a signal right after training number ``stop``."""
+    """Records trainings, and is interrupted right after number ``stop``."""
 
     def __init__(self, stop: int = 0) -> None:
         self.stop, self.recipes = stop, list[TrainRecipe]()
@@ -84,9 +84,9 @@ class Watched:
 
 @dataclass(frozen=True)
 class Ended:
-    """A study of two seeds, stopped in its fourth student and gone on with.
+    """A study of two seeds, stopped in its fourth student and resumed.
 
-    ``before``: the files when it had been stopped, and when each was written.
+    ``before``: its files with their modification times when it had been stopped.
     """
 
     out: Path
@@ -130,12 +130,12 @@ def test_all_students_are_in_the_report_with_means_and_deviations(ended: Ended) 
     assert ended.report["recipes"]["cskd"].endswith("cskd.toml")
 
 
-def test_the_claims_compare_what_they_say(ended: Ended) -> None:
+def test_every_claim_compares_its_two_arms(ended: Ended) -> None:
     top1 = {arm["name"]: arm["top1"] for arm in ended.report["arms"]}
     pairs = {
         "cskd > deit": ("cskd_linear", "deit"),
         "deit > none": ("deit", "none"),
-        "CKF > r = 1, whole runs": ("cskd_linear", "cskd_spatial"),
+        "CKF > r = 1, full runs": ("cskd_linear", "cskd_spatial"),
         "CKF > r = 1, from the fork": ("fork_linear", "cskd_spatial"),
         "no spatial term > r = 1, from the fork": ("fork_off", "cskd_spatial"),
         "CKF > no spatial term, from the fork": ("fork_linear", "fork_off"),
@@ -149,8 +149,8 @@ def test_the_claims_compare_what_they_say(ended: Ended) -> None:
         assert claims[text]["held"] == (np.mean(paired) > 0)
 
 
-def test_runs_differ_in_method_schedule_and_seed_alone(ended: Ended) -> None:
-    """Runs of one seed share first weights and order; what was run is in each run's folder."""
+def test_runs_differ_only_in_method_schedule_and_seed(ended: Ended) -> None:
+    """Runs of one seed share initial weights and order; each folder has the run's recipe."""
     found = {}
     for folder in sorted((ended.out / "runs").iterdir()):
         recipe = load_recipe(TrainRecipe, folder / "recipe.toml")
@@ -168,8 +168,8 @@ def test_runs_differ_in_method_schedule_and_seed_alone(ended: Ended) -> None:
     assert len(set(map(str, found.values()))) == 1
 
 
-def test_forks_share_their_trunks_epochs_and_then_go_their_ways(ended: Ended) -> None:
-    """At half of the run, since the dense head has not reached the teacher's local accuracy."""
+def test_forks_share_their_trunks_epochs_and_then_diverge(ended: Ended) -> None:
+    """They fork halfway: the only epoch before the last."""
     for seed in ("1", "2"):
         fork = ended.report["forks"][seed]
         assert fork["epoch"] == 1
@@ -184,10 +184,10 @@ def test_forks_share_their_trunks_epochs_and_then_go_their_ways(ended: Ended) ->
         assert not list((ended.out / f"runs/cskd_spatial-{seed}").glob("state-*"))
 
 
-def test_attention_distances_are_those_of_the_patches(ended: Ended) -> None:
+def test_attention_distances_are_between_patches(ended: Ended) -> None:
     for arm in ended.report["arms"]:
         [distance] = arm["attention"]
-        # 4 x 4 patches of 8 pixels: 16.1 px on average where all are looked at alike.
+        # 4 x 4 patches of 8 pixels: 16.1 px on average for uniform attention.
         assert 10 < distance < 20
 
 
@@ -213,11 +213,11 @@ def test_table_plot_and_verdicts_are_files(ended: Ended) -> None:
     assert (ended.out / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_interrupted_study_goes_on_without_doing_anything_twice(ended: Ended) -> None:
-    assert ended.first.folders == ["teacher", *(f"{name}-1" for name in WHOLE)]
+def test_an_interrupted_study_resumes_without_repeating_work(ended: Ended) -> None:
+    assert ended.first.folders == ["teacher", *(f"{name}-1" for name in FULL)]
     left = [f"{name}-{seed}" for seed in (1, 2) for name in NAMES][3:]
     assert ended.second.folders == left
-    # The run that was stopped after its last update goes on from its state, and does no other.
+    # The run that was stopped after its last update resumes from its state, without any update.
     stopped = ended.out / "runs/cskd_spatial-1"
     after = files(ended.out)
     changed = {path for path, time in ended.before.items() if after.get(path) != time}
@@ -227,7 +227,7 @@ def test_an_interrupted_study_goes_on_without_doing_anything_twice(ended: Ended)
     assert ended.out / "results/none-1.json" in ended.before
 
 
-def test_a_finished_study_only_reports_and_more_seeds_only_add(
+def test_a_finished_study_only_reports_and_more_seeds_are_added(
     ended: Ended, small: World, recipes: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -240,9 +240,9 @@ def test_a_finished_study_only_reports_and_more_seeds_only_add(
     assert world.cli(*study(small, recipes, ended.out, "--seeds", 1, "--json", "--quiet")) == 0
     one = world.last_json(capsys.readouterr().out)
     assert {arm["n"] for arm in one["arms"]} == {1}
-    assert "in the one seed there is" in one["claims"][0]["verdict"]
+    assert "one seed only" in one["claims"][0]["verdict"]
     assert watched.folders == []
-    copy = tmp_path / "copy"  # stopped again as soon as it trains
+    copy = tmp_path / "copy"  # stopped again in its first training
     shutil.copytree(ended.out, copy)
     watched.stop = 1
     assert world.cli(*study(small, recipes, copy, "--seeds", 3, "--quiet")) == 130
@@ -261,13 +261,13 @@ def test_a_changed_recipe_and_other_images_are_refused(
     dump = (changed / "dump.toml").read_text()
     (changed / "dump.toml").write_text(dump.replace("flip = 0.5", "flip = 0.25"))
     assert world.cli(*study(small, changed, ended.out, "--quiet")) == 1
-    told = capsys.readouterr().err
-    assert "the study in this folder was begun with others" in told
-    assert "another dump recipe" in told
+    shown = capsys.readouterr().err
+    assert "the study in this folder was started with other recipes or images" in shown
+    assert "changed: dump recipe" in shown
     make_shards(small.shards.parent / "more", tmp_path / "other", shard_size=5, seed=5)
     other = World(tmp_path / "other", small.validation, small.cache)
     assert world.cli(*study(other, recipes, ended.out, "--quiet")) == 1
-    assert "another training images" in capsys.readouterr().err
+    assert "changed: training images" in capsys.readouterr().err
     assert files(ended.out) == before
 
 
@@ -298,7 +298,7 @@ def test_recipes_of_one_epoch_are_refused_before_anything_is_trained(
     assert not (tmp_path / "out" / "results").exists()
 
 
-def test_a_folder_of_something_else_is_refused(
+def test_a_folder_with_other_files_is_refused(
     small: World, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "letters.txt").write_text("mine")
@@ -308,7 +308,7 @@ def test_a_folder_of_something_else_is_refused(
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"top1": "high"}', '{"top1": 1, "top1": 2}'])
-def test_a_damaged_result_is_told(text: str, tmp_path: Path) -> None:
+def test_a_damaged_result_is_refused(text: str, tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "study", {})
     assert ledger.find("none-1", "top1") is None
     ledger.add("none-1", {"top1": 5.0})
@@ -321,19 +321,19 @@ def test_a_damaged_result_is_told(text: str, tmp_path: Path) -> None:
 # --- processes ------------------------------------------------------------------------------------
 
 
-def test_several_students_at_a_time_are_processes_side_by_side(
+def test_several_students_at_a_time_are_separate_processes(
     ended: Ended, small: World, recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(ended.out, copy)
     for path in copy.glob("results/*-2.json"):
         path.unlink()
-    asked: list[tuple[list[str], int, Path]] = []
+    waves: list[tuple[list[str], int, Path]] = []
 
-    def beside(
+    def parallel(
         calls: Mapping[str, Sequence[object]], processes: int, logs: Path
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        asked.append((list(calls), processes, logs))
+        waves.append((list(calls), processes, logs))
         for name, words in reversed(calls.items()):
             assert words[0] == "train"
             last = {"top1": 50.0, "top1_cls": 40.0}
@@ -341,20 +341,20 @@ def test_several_students_at_a_time_are_processes_side_by_side(
             folder = {"out": str(words[list(words).index("--out") + 1])}
             yield name, {"last": last, **dict.fromkeys(kept, 1), **folder}
 
-    monkeypatch.setattr(studying, "side_by_side", beside)
+    monkeypatch.setattr(studying, "side_by_side", parallel)
     arguments = study(small, recipes, copy, "--seeds", 2, "--quiet")
     arguments[arguments.index("--jobs") + 1] = 2
     assert world.cli(*arguments) == 0
-    waves = [[f"{name}-2" for name in names] for names in (WHOLE, FORKS)]
-    assert asked == [(wave, 2, copy / "logs") for wave in waves]
+    names = [[f"{arm}-2" for arm in arms] for arms in (FULL, FORKS)]
+    assert waves == [(wave, 2, copy / "logs") for wave in names]
     report = json.loads((copy / "study.json").read_text())
     assert {arm["top1"]["2"] for arm in report["arms"]} == {50.0}
 
 
-# --- digits, and where a trunk is forked ----------------------------------------------------------
+# --- digits, and the fork point -------------------------------------------------------------------
 
 
-def test_without_shards_the_study_makes_the_digits_once(
+def test_without_shards_the_study_writes_the_digits_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(recipe: TrainRecipe, *, resume: bool) -> None:
@@ -366,13 +366,13 @@ def test_without_shards_the_study_makes_the_digits_once(
     monkeypatch.setattr(stage_two, "train", stopped)
     out = tmp_path / "out"
     assert world.cli("study", "--out", out, "--device", "cpu", "--quiet") == 130
-    made = files(out / "shards")
-    assert made
+    written = files(out / "shards")
+    assert written
     assert world.cli("study", "--out", out, "--device", "cpu", "--quiet") == 130
-    assert files(out / "shards") == made
-    (out / "results" / "images.json").unlink()  # as if it was killed before this was written
+    assert files(out / "shards") == written
+    (out / "results" / "images.json").unlink()  # as if killed before it was written
     assert world.cli("study", "--out", out, "--device", "cpu", "--quiet") == 130
-    assert [path.name for path in files(out / "shards")] == [path.name for path in made]
+    assert [path.name for path in files(out / "shards")] == [path.name for path in written]
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_without_shards_the_study_makes_the_digits_once(
         ([50.0, 90.0], 80.0, 1, False),
     ],
 )
-def test_a_trunk_is_forked_when_it_has_learned_what_local_labels_teach(
+def test_a_trunk_is_forked_when_it_reaches_the_local_accuracy(
     dense: list[float | None], local: float, epoch: int, reached: bool
 ) -> None:
     fork = fork_point(dense, local)
