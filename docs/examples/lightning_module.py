@@ -1,7 +1,7 @@
 """A Lightning module fed by the cached loader, on any number of devices.
 
-Lightning keeps the loader's state in its checkpoints: a run resumed in the middle of an epoch
-continues with exactly the batches that were left.
+Lightning saves the loader's state in its checkpoints: a run resumed in the middle of an epoch
+continues with exactly the remaining batches.
 
     python lightning_module.py 'shards/train-*.tar' CACHE
 """
@@ -16,7 +16,7 @@ from cskd_pipeline import CachedLoader, DistillationLoss, ckf_ratio, dense_logit
 
 
 class Distillation(lightning.LightningModule):
-    """Train a ViT with CSKD; ``student`` are arguments of its constructor."""
+    """A ViT trained with CSKD; ``student`` are its constructor's arguments."""
 
     def __init__(self, shards, cache, batch_size=256, lr=1e-3, **student):
         super().__init__()
@@ -39,7 +39,7 @@ class Distillation(lightning.LightningModule):
         )
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx):
-        return batch  # the loader has put it there: as uint8, a quarter of the bytes
+        return batch  # already moved by the loader: as uint8, a quarter of the bytes
 
     def training_step(self, batch, batch_idx):
         t = self.current_epoch / self.trainer.max_epochs
@@ -53,9 +53,9 @@ class Distillation(lightning.LightningModule):
 
 
 def train(shards, cache, epochs=30, **options):
-    """Train a :class:`Distillation` on whatever devices there are."""
+    """Train a :class:`Distillation` on all available devices."""
     module = Distillation(shards, cache, **options)
-    # The loader has each rank's own part already.
+    # The loader already splits batches between ranks.
     trainer = lightning.Trainer(max_epochs=epochs, use_distributed_sampler=False)
     trainer.fit(module)
     return module, trainer

@@ -1,6 +1,6 @@
 """Write a cache of your own network's logits: python own_teacher.py SHARDS CACHE
 
-Stopped, it resumes when it is run again; with more ``views`` it extends the cache.
+Run it again to resume it; with more ``views`` it extends the cache.
 """
 
 import sys
@@ -15,7 +15,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 class TinyCNN(nn.Module):
-    """A 4 x 4 grid of features at 48 px, and a head that reads them there and on average."""
+    """A CNN with a 4 x 4 grid of features at 48 px, and a linear head for grid and mean."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class TinyCNN(nn.Module):
 
 
 def main(shards: str, path: str) -> None:
-    """Load your network where this makes one; write its logits for two views of every image."""
+    """Write the logits of two views of every image; load your own network instead of this one."""
     torch.manual_seed(0)
     cnn = TinyCNN(10).eval()
     weights = state_digest(cnn.state_dict())

@@ -1,14 +1,13 @@
 """timm's own training loop, fed by the cached loader.
 
-The loop below is that of timm's ``train.py``: its model, optimizer, scheduler, scaler and average
-of the weights, ``output = model(input)`` and ``loss = loss_fn(output, target)``. Three things
-differ:
+The loop is that of timm's ``train.py``: its model, optimizer, scheduler, scaler and EMA,
+``output = model(input)`` and ``loss = loss_fn(output, target)``. Three things differ:
 
-1. ``Batches`` stands where ``create_loader`` was: it yields (input, target), and the target is the
-   whole batch, with labels and the teacher's response.
-2. ``Distilled`` wraps the model, so that its output in training is all of its logits.
-3. ``Loss`` stands where ``SoftTargetCrossEntropy`` was. Mixup, cutmix, smoothing, random erasing
-   and RandAugment are in the views already: leave timm's off.
+1. ``Batches`` replaces ``create_loader``: it yields (input, target), and the target is the whole
+   batch, with labels and the teacher's response.
+2. ``Distilled`` wraps the model to return all of its logits in training.
+3. ``Loss`` replaces ``SoftTargetCrossEntropy``. The views already include mixup, cutmix, smoothing,
+   random erasing and RandAugment: leave timm's off.
 
     python timm_train.py 'shards/train-*.tar' CACHE
 """
@@ -26,7 +25,7 @@ from cskd_pipeline import CachedLoader, DistillationLoss, ckf_ratio, dense_logit
 
 
 class Batches:
-    """What timm's loops expect of a loader."""
+    """A loader as timm's loops expect it."""
 
     def __init__(self, loader):
         self.loader = loader
@@ -39,7 +38,7 @@ class Batches:
 
 
 class Distilled(nn.Module):
-    """A timm ViT whose output in training is its class, distillation and dense logits."""
+    """A timm ViT that returns class, distillation and dense logits in training."""
 
     def __init__(self, model, grid):
         super().__init__()
@@ -50,7 +49,7 @@ class Distilled(nn.Module):
 
 
 class Loss(nn.Module):
-    """The loss of CSKD as a ``loss_fn(output, target)``; ``progress`` is set once an epoch."""
+    """The CSKD loss as ``loss_fn(output, target)``; set ``progress`` once per epoch."""
 
     def __init__(self, loss, schedule="linear"):
         super().__init__()
@@ -62,7 +61,7 @@ class Loss(nn.Module):
 
 
 def train_one_epoch(epoch, model, loader, optimizer, loss_fn, lr_scheduler, loss_scaler, model_ema):
-    """timm's, without logging, accumulation and channels_last."""
+    """Train as timm does, without logging, accumulation and channels_last."""
     model.train()
     losses, updates = AverageMeter(), epoch * len(loader)
     for input, target in loader:
@@ -79,7 +78,7 @@ def train_one_epoch(epoch, model, loader, optimizer, loss_fn, lr_scheduler, loss
 
 
 def train(shards, cache, epochs=30, batch_size=256, lr=1e-3, device="cpu", **student):
-    """Train a ViT; ``student`` are arguments of its constructor."""
+    """Train a ViT; ``student`` are its constructor's arguments."""
     loss = DistillationLoss("cskd")
     views = open_views(shards, cache, loss)
     loader = Batches(CachedLoader(views, batch_size, repeats=2, workers=2, device=device))

@@ -1,9 +1,9 @@
-"""A webdataset pipeline of one's own: replay a cached view, attach the teacher's targets by key.
+"""A custom webdataset pipeline: replay a cached view and attach the teacher's targets by key.
 
 python webdataset_map.py 'shards/train-*.tar' CACHE
 
-For caches whose views are not mixed (dumped with ``--set views.mix=0``); of others a view needs
-the images of a pair, which ``cskd_pipeline.CachedLoader`` brings together.
+It needs a cache of unmixed views (dumped with ``--set views.mix=0``). A mixed view needs a pair of
+images, which ``cskd_pipeline.CachedLoader`` brings together.
 """
 
 import glob
@@ -38,6 +38,6 @@ if __name__ == "__main__":
     cache = open_cache(sys.argv[2])
     print(cache)
     for images, labels, targets in batches(sys.argv[1], cache, view=0):
-        wanted = targets.hard_spatial(r=0.7)
-        agree = (wanted == labels[:, None, None]).float().mean()
-        print(f"{tuple(images.shape)}: {agree:.0%} of the locations show the image's class")
+        teacher = targets.hard_spatial(r=0.7)
+        agree = (teacher == labels[:, None, None]).float().mean()
+        print(f"{tuple(images.shape)}: {agree:.0%} of the locations have the image's class")

@@ -64,7 +64,7 @@ def test_the_pages_reader_finds_keys_and_refuses_what_is_not_done(
     for shard in range(len(COUNTS)):
         assert stranger.keys(cache, shard) == reader.keys(shard)
     CacheWriter.create(tmp_path / "c", manifest())
-    with pytest.raises(ValueError, match="not made yet"):
+    with pytest.raises(ValueError, match="not finished"):
         stranger.hard_labels(tmp_path / "c", 0, 0, 1.0)
 
 

@@ -108,4 +108,4 @@ def test_the_example_runs_as_a_script(root: Path, tmp_path: Path) -> None:
     ended = server().run(*words, log=tmp_path / "log", code=EXAMPLES / "webdataset_map.py")
     assert ended.code == 0, ended.output
     assert "2 views of 96 samples" in ended.output
-    assert ended.output.count("of the locations show the image's class") == 2
+    assert ended.output.count("of the locations have the image's class") == 2
