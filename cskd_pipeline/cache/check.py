@@ -1,9 +1,8 @@
-"""Check that a cache is whole, from nothing but itself, to two depths.
+"""Check a cache's integrity without other data, at two depths.
 
-*structure*: every finished unit has a record of its own, and the files that the manifest implies,
-long enough to be what they should be. *bytes*: every file is the one in its unit's record, decodes,
-and holds values that a response can have. That it belongs to someone's images is another question,
-which :mod:`cskd_pipeline.data.replay` decides.
+*structure*: every finished unit has its own record and the files that the manifest implies, none
+too short. *bytes*: every file matches its unit's record, decodes, and contains valid values.
+Whether the cache belongs to given images is decided by :mod:`cskd_pipeline.data.replay`.
 """
 
 import os
@@ -23,18 +22,17 @@ from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime.progress import progress
 
-THREADS = 8  # at most, that decode: it frees the interpreter
-Unit = tuple[int, int]
+THREADS = 8  # at most: decoding releases the GIL
+UnitIndex = tuple[int, int]
 """Block of views, tar shard."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """A problem found by a check.
 
     Args:
-        depth: what was looked at: ``structure``, ``bytes``, ``join``, ``images``, ``views`` or
-            ``targets``.
+        depth: name of the check, such as ``structure``, ``bytes``, ``join`` or ``views``.
         where: a file of the cache, or a sample in a tar.
     """
 
@@ -46,22 +44,18 @@ class Problem:
         return f"{self.depth}: {self.where}: {self.found}"
 
 
-def check_structure(store: CacheStore, units: Sequence[Unit]) -> list[Problem]:
-    """Check the records of ``units``, and the lengths of all files that they should have.
-
-    Args:
-        units: finished ones.
-    """
+def check_structure(store: CacheStore, units: Sequence[UnitIndex]) -> list[Problem]:
+    """Check the records of finished units, and the lengths of the files they should have."""
     problems = []
     for shard in sorted({shard for _, shard in units}):
         for name in layout.PER_SHARD:
             problems += _length_problems(store, name, store.arrays[name].key(shard))
-    for found in store.each(partial(_missing_files, store), units, "looking at files"):
+    for found in store.each(partial(_structure_problems, store), units, "checking files"):
         problems += found
     return problems
 
 
-def _missing_files(store: CacheStore, unit: Unit) -> list[Problem]:
+def _structure_problems(store: CacheStore, unit: UnitIndex) -> list[Problem]:
     found = (_length_problems(store, name, key) for name, key in store.unit_files(*unit))
     problems = [problem for problems in found for problem in problems]
     try:
@@ -83,29 +77,24 @@ def _length_problems(store: CacheStore, name: str, key: str) -> list[Problem]:
     return []
 
 
-def check_bytes(reader: Cache, units: Sequence[Unit]) -> list[Problem]:
-    """Decode everything that ``units`` hold, several at a time.
-
-    Args:
-        reader: of the cache; every thread reads through one of its own.
-        units: finished ones.
-    """
+def check_bytes(reader: Cache, units: Sequence[UnitIndex]) -> list[Problem]:
+    """Compare and decode every file of finished units, in several threads."""
     own = threading.local()
 
-    def look(read: Callable[[Cache], list[Problem]]) -> list[Problem]:
+    def check(problems: Callable[[Cache], list[Problem]]) -> list[Problem]:
         if not hasattr(own, "reader"):
             own.reader = reader.reopened()
-        return read(own.reader)
+        return problems(own.reader)
 
     shards = sorted({shard for _, shard in units})
     work = [partial(_shard_problems, shard=shard) for shard in shards]
     work += [partial(_unit_problems, block=block, shard=shard) for block, shard in units]
     sizes = [0] * len(shards) + [reader.manifest.view_block * reader.counts[s] for _, s in units]
-    found: dict[Problem, None] = {}  # one damaged file spoils several reads
+    found: dict[Problem, None] = {}  # a damaged file fails several reads
     with progress(sum(sizes), "views", "decoding") as meter:
         pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1))
         try:
-            for problems, size in zip(pool.map(look, work), sizes, strict=True):
+            for problems, size in zip(pool.map(check, work), sizes, strict=True):
                 found.update(dict.fromkeys(problems))
                 meter.advance(size)
         finally:
@@ -114,7 +103,7 @@ def check_bytes(reader: Cache, units: Sequence[Unit]) -> list[Problem]:
 
 
 def _shard_problems(reader: Cache, shard: int) -> list[Problem]:
-    """Of what a tar shard's samples have in all views."""
+    """Return the problems of a tar shard's keys, labels and image CRCs."""
     reads = (reader.keys, reader.image_crc32)
     problems = _damage(reader, (partial(read, shard) for read in reads))
     try:
@@ -124,14 +113,13 @@ def _shard_problems(reader: Cache, shard: int) -> list[Problem]:
     classes = reader.manifest.dataset.num_classes
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
-        found = f"{len(wrong)} labels, {labels[wrong[0]]} the first, that {classes} classes lack"
+        found = f"{len(wrong)} labels out of range for {classes} classes, first {labels[wrong[0]]}"
         problems.append(Problem("bytes", reader.store.arrays["label"].key(shard), found))
     return problems
 
 
 def _unit_problems(reader: Cache, block: int, shard: int) -> list[Problem]:
     size, every = reader.manifest.view_block, np.arange(reader.counts[shard])
-
     store = reader.store
     problems = _damage(
         reader, [partial(store.shard_chunk, name, shard, block) for name in layout.PER_SHARD]
@@ -141,7 +129,7 @@ def _unit_problems(reader: Cache, block: int, shard: int) -> list[Problem]:
         problems += _damage(reader, (partial(read, view, shard) for read in reads))
         for name in reader.encodings:
             found = _damage(reader, [partial(reader.rows, name, view, shard, every)])
-            if found:  # in the first damaged array; there may be more
+            if found:  # reading stopped at the first damaged array
                 specs = reader.specs(name)
                 found += _damage(
                     reader, (partial(reader.slabs.packed, s.name, view, shard) for s in specs)

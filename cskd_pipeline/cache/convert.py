@@ -1,8 +1,8 @@
-"""``cache convert``: another cache from a finished one, smaller or only a part, without a teacher.
+"""``cache convert``: derive a smaller or partial cache from another one, without a teacher.
 
-Encodings that the source has are copied; others are made from its ``dense`` logits, and are what a
-dump would have written. Seeds, digests, labels and image CRCs come along, so the new cache joins
-the same images in the same views.
+Encodings that the source has are copied; others are computed from its ``dense`` logits and equal
+those of a dump. Seeds, digests, labels and image CRCs are copied too, so the new cache joins the
+same images in the same views.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from cskd_pipeline.runtime.progress import progress
 if TYPE_CHECKING:
     import torch
 
-_ROWS = 64  # encoded at once
+_ROWS = 64  # samples encoded at once
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Say what the new cache has of the source.
+    """The contents of the new cache.
 
     Args:
-        encodings: none: the source's.
-        views: only the first so many; None: all.
-        shards: only the tar shards from, up to and not including; None: all.
-        view_block: views per unit, which decide how many files there are; 0: as
-            :func:`choose_view_block` says; None: the source's, or chosen if ``views`` are no whole
-            number of them.
-        sampled_draws, sampled_temperature: of the encoding ``sampled``, if it is among them; None:
-            the source's, or one draw at temperature 1.
+        encodings: names of the encodings; empty: the source's.
+        views: number of leading views; None: all.
+        shards: range of tar shards, the end excluded; None: all.
+        view_block: views per unit, which determines the number of files; 0: chosen by
+            :func:`choose_view_block`; None: the source's, or chosen if that does not divide
+            ``views``.
+        sampled_draws, sampled_temperature: settings of the encoding ``sampled``, if it is included;
+            None: the source's, or one draw at temperature 1.
     """
 
     encodings: Sequence[str] = ()
@@ -61,39 +61,39 @@ _COPY = Conversion()
 def convert(
     source: Path | str,
     target: Path | str,
-    wanted: Conversion = _COPY,
+    conversion: Conversion = _COPY,
     *,
     device: str | torch.device = "cpu",
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Make, or continue, the cache ``target`` from the finished units of ``source``.
+    """Create or continue the cache ``target`` from the finished units of ``source``.
 
     Args:
-        device: where new encodings are made.
-        stopped: called between units; true ends the work there.
+        device: device that computes new encodings.
+        stopped: called between units; conversion stops when it returns true.
 
     Returns:
-        What was written, and the new cache's sizes. ``units_missing`` counts units that the source
-        does not have yet: run the same command again when it does.
+        Counts of units and views written, and the new cache's sizes. ``units_missing`` counts units
+        that the source has not finished: run the same command again when it has.
 
     Raises:
-        CacheError: the source cannot serve an encoding, is damaged, or the target is another
-            cache; UsageError: views or shards that the source does not have, or blocks that do not
-            divide the views or that the target does not have.
+        CacheError: the source lacks the logits for an encoding or is damaged, or the target is
+            another cache; UsageError: views or shards that the source does not have, or a view
+            block that does not divide the views or is not the target's.
         KeyboardInterrupt: stopped between units.
     """
     reader = open_cache(source)
     require_apart([source], target, "converted")
-    first, _ = _shard_range(reader, wanted.shards)
-    made = _converted_manifest(reader, wanted)
-    writer = CacheWriter.create(target, made, accept_versions=True)
-    _require_block(writer, wanted.view_block)
-    if made.views > writer.manifest.views:
-        writer.extend(made.views)
-    numbers = range(len(made.dataset.shards))
+    first, _ = _shard_range(reader, conversion.shards)
+    manifest = _converted_manifest(reader, conversion)
+    writer = CacheWriter.create(target, manifest, accept_versions=True)
+    _require_block(writer, conversion.view_block)
+    if manifest.views > writer.manifest.views:
+        writer.extend(manifest.views)
+    numbers = range(len(manifest.dataset.shards))
     own, theirs = {n: n for n in numbers}, {first + n: n for n in numbers}
     carry_lists(writer.path, [(writer.store, own), (reader.store, theirs)])
-    if len(numbers) == len(reader.counts):  # of a part of the tars another record is true
+    if len(numbers) == len(reader.counts):  # the record holds for the full list of tars only
         carry_corrupt(writer.path, reader.store)
     units, done, block = writer.todo(), reader.done(), reader.manifest.view_block
     ready = [u for u in units if all(done[view // block, first + u.shard] for view in u.views)]
@@ -115,14 +115,14 @@ def convert(
     }
 
 
-def _converted_manifest(reader: Cache, wanted: Conversion) -> CacheManifest:
-    old, draws, tau = reader.manifest, wanted.sampled_draws, wanted.sampled_temperature
-    shards = old.dataset.shards[slice(*_shard_range(reader, wanted.shards))]
-    made = replace(
+def _converted_manifest(reader: Cache, conversion: Conversion) -> CacheManifest:
+    old, draws, tau = reader.manifest, conversion.sampled_draws, conversion.sampled_temperature
+    shards = old.dataset.shards[slice(*_shard_range(reader, conversion.shards))]
+    manifest = replace(
         old,
         dataset=replace(old.dataset, shards=shards),
-        views=_view_count(reader, wanted.views),
-        encodings=tuple(wanted.encodings) or old.encodings,
+        views=_view_count(reader, conversion.views),
+        encodings=tuple(conversion.encodings) or old.encodings,
         sampled=Sampled(
             old.sampled.draws if draws is None else draws,
             old.sampled.temperature if tau is None else tau,
@@ -130,18 +130,18 @@ def _converted_manifest(reader: Cache, wanted: Conversion) -> CacheManifest:
         created=utc_now(),
         parent=old.as_parent(reader.digest()),
     )
-    _require_sources(reader, made)
-    block = old.view_block if wanted.view_block is None else wanted.view_block
-    if wanted.view_block and made.views % block:
+    _require_sources(reader, manifest)
+    block = old.view_block if conversion.view_block is None else conversion.view_block
+    if conversion.view_block and manifest.views % block:
         raise UsageError(
-            "views come in whole blocks",
+            "the view block does not divide the number of views",
             where=reader.path,
-            found=f"{made.views} views in blocks of {block}",
-            expected="a divisor of the number of views",
+            found=f"{manifest.views} views in blocks of {block}",
+            expected=f"a divisor of {manifest.views}",
         )
-    if not block or made.views % block:
-        block = choose_view_block(made, made.views)
-    return replace(made, view_block=block)
+    if not block or manifest.views % block:
+        block = choose_view_block(manifest, manifest.views)
+    return replace(manifest, view_block=block)
 
 
 def require_apart(sources: Iterable[Path | str], target: Path | str, what: str) -> None:
@@ -157,32 +157,32 @@ def require_apart(sources: Iterable[Path | str], target: Path | str, what: str) 
 def _require_block(writer: CacheWriter, block: int | None) -> None:
     if block and block != writer.manifest.view_block:
         raise UsageError(
-            "the blocks of views of a cache are fixed when it is made",
+            "the view block of a cache is fixed when it is created",
             where=writer.path,
             found=f"blocks of {writer.manifest.view_block} views",
             expected=f"blocks of {block} views",
-            action="choose another folder for the new cache, or leave the block out",
+            action="choose another folder for the new cache, or leave out --view-block",
         )
 
 
 def unit_data(
     reader: Cache,
-    made: CacheManifest,
+    manifest: CacheManifest,
     unit: Unit,
     shard: int,
     device: str | torch.device = "cpu",
 ) -> UnitData:
-    """Read a unit of a cache ``made`` from this one, in which ``shard`` is its tar shard."""
+    """Return a unit of the cache of ``manifest`` from another, where its tar shard is ``shard``."""
     every = np.arange(reader.counts[shard])
-    fill = {name: spec.fill for name, spec in specs(made).items()}
+    fill = {name: spec.fill for name, spec in specs(manifest).items()}
     buffer = UnitBuffer(len(unit.views), len(every), fill)
-    fresh = _fresh(reader, made)
+    new = _new_encodings(reader, manifest)
     for row, view in enumerate(unit.views):
-        for name in made.encodings:
-            if name not in fresh:
+        for name in manifest.encodings:
+            if name not in new:
                 buffer.put(row, every, reader.rows(name, view, shard, every))
-        for offsets in np.split(every, range(_ROWS, len(every), _ROWS)) if fresh else ():
-            buffer.put(row, offsets, _made(reader, fresh, (view, shard), offsets, device))
+        for offsets in np.split(every, range(_ROWS, len(every), _ROWS)) if new else ():
+            buffer.put(row, offsets, _encode(reader, new, (view, shard), offsets, device))
 
     def stacked(of_view: Callable[[int, int], np.ndarray]) -> np.ndarray:
         return np.stack([of_view(view, shard) for view in unit.views])
@@ -198,47 +198,47 @@ def unit_data(
     )
 
 
-def _made(
+def _encode(
     reader: Cache,
-    fresh: Mapping[str, Encoding],
+    encodings: Mapping[str, Encoding],
     at: tuple[int, int],
     offsets: np.ndarray,
     device: str | torch.device,
 ) -> Rows:
-    """Make new rows of some samples in a (view, tar shard) from the logits."""
+    """Encode the dense logits of some samples of a (view, tar shard)."""
     import torch
 
     dense = reader.rows("dense", *at, offsets)
     spatial, global_ = (torch.from_numpy(values).to(device) for values in dense.values())
     seeds = reader.seeds(*at)[offsets]
-    made = [encoded(encoding, spatial, global_, seeds) for encoding in fresh.values()]
-    return {name: values for rows in made for name, values in rows.items()}
+    rows = [encoded(encoding, spatial, global_, seeds) for encoding in encodings.values()]
+    return {name: values for each in rows for name, values in each.items()}
 
 
-def _fresh(reader: Cache, made: CacheManifest) -> dict[str, Encoding]:
-    """The encodings that the source does not have, or has with other draws."""
-    found = encodings_of(made).items()
+def _new_encodings(reader: Cache, manifest: CacheManifest) -> dict[str, Encoding]:
+    """Return the encodings that the source does not have, or has with other settings."""
+    found = encodings_of(manifest).items()
     return {name: encoding for name, encoding in found if reader.encodings.get(name) != encoding}
 
 
-def _require_sources(reader: Cache, made: CacheManifest) -> None:
-    fresh = _fresh(reader, made)
-    if fresh and "dense" not in reader.encodings:
+def _require_sources(reader: Cache, manifest: CacheManifest) -> None:
+    new = _new_encodings(reader, manifest)
+    if new and "dense" not in reader.encodings:
         raise CacheError(
-            f"the cache cannot be converted to {', '.join(fresh)}",
+            f"the cache cannot be converted to {', '.join(new)}",
             where=reader.path,
             found=f"encodings {', '.join(reader.encodings)}",
-            expected="dense, from which every other is made",
-            action="convert the cache that this one was made from, or dump it with the teacher",
+            expected="dense, from which all others are computed",
+            action="convert a cache of the same views that has dense, or dump with the teacher",
         )
 
 
 def _view_count(reader: Cache, views: int | None) -> int:
     if views is not None and not 0 < views <= reader.views:
         raise UsageError(
-            "the cache does not have so many views",
+            "the cache does not have the requested number of views",
             where=reader.path,
-            found=f"{views}",
+            found=f"{views} views",
             expected=f"1 to {reader.views}",
         )
     return views or reader.views

@@ -1,4 +1,4 @@
-"""Writing so that a kill or a power cut leaves a file whole or absent, and two writers apart."""
+"""Writes to a cache that survive kills and power cuts, and locks between its writers."""
 
 import fcntl
 import os
@@ -12,10 +12,11 @@ from cskd_pipeline.runtime import atomic
 
 
 class DurableFolder:
-    """Files below ``root``, by key. After :meth:`flush`, what was written survives a power cut.
+    """The files below ``root``, by key; once flushed, they survive a power cut.
 
     Args:
-        held: no other process writes these files: what killed writers left of them is removed.
+        held: whether no other process can be writing these files, so that the partial files of
+            killed writers may be removed.
     """
 
     def __init__(self, root: Path, held: bool) -> None:
@@ -23,7 +24,7 @@ class DurableFolder:
         self._touched: set[Path] = set()
 
     def write(self, key: str, data: bytes) -> None:
-        """Replace the file, whole or not at all.
+        """Replace a file atomically.
 
         Raises:
             OutputError: no space left, no permission, or a link that leads out of the folder.
@@ -35,16 +36,16 @@ class DurableFolder:
         self._touched.update(path.relative_to(self.root).parents)
 
     def flush(self) -> None:
-        """Sync every folder in which a file or folder may be new since the last time."""
+        """Sync every folder that may have new entries since the last flush."""
         for folder in self._touched:
             atomic.sync_folder(self.root / folder)
         self._touched.clear()
 
 
 def inside(root: Path, key: str) -> Path:
-    """Return the file ``key`` below ``root``, for writing; refuse one whose folder is not.
+    """Return the path of ``key`` below ``root`` for writing; refuse a folder outside ``root``.
 
-    A cache from elsewhere may have links for folders; what is written would land behind them.
+    A downloaded cache may contain links to folders, which would redirect the writes.
     """
     path = root / key
     folder = path.parent.resolve()
@@ -54,26 +55,27 @@ def inside(root: Path, key: str) -> Path:
             where=path.parent,
             found=folder,
             expected=f"a folder below {root}",
-            action="put the folder itself there; links of files are fine",
+            action="replace the link with the folder itself; links to files are fine",
         )
     return path
 
 
-HELD = 300.0  # seconds after which a holder is taken for one that was stopped
+HELD = 300.0  # seconds after which a lock's holder is assumed to be stopped
 
 
 @contextmanager
 def exclusive(
     folder: Path, seconds: float | None = None, busy: Callable[[], bool] = lambda: False
 ) -> Iterator[bool]:
-    """Hold ``folder``, made if need be, against other processes; a killed holder lets go.
+    """Lock ``folder``, created if necessary, against other processes; a kill releases the lock.
 
-    False on file systems without locks on folders (some network ones), which let everyone in:
-    there, two writers of one unit at once are not kept apart. Also False when another has
-    held it for ``seconds`` and is not ``busy``.
+    Yields:
+        False if the file system has no locks on folders (some network ones), where two writers of
+        one unit do not exclude each other, or if another process has held the lock for ``seconds``
+        and is not ``busy``.
 
     Raises:
-        OutputError: without ``seconds``, another has held it for minutes: it may be stopped.
+        OutputError: without ``seconds``, another process has held the lock for minutes.
     """
     with atomic.translate_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,16 +86,16 @@ def exclusive(
             held = _locked(descriptor, HELD if seconds is None else seconds, busy)
             if not held and seconds is None:
                 raise OutputError(
-                    "another process holds a part of the cache and does not let go of it",
+                    "another process has locked a part of the cache and does not release it",
                     where=folder,
-                    found=f"held for {HELD:g} seconds",
-                    expected="a unit's files are written in seconds",
-                    action="see whether a process that writes this cache was stopped: continue or "
+                    found=f"locked for {HELD:g} seconds",
+                    expected="a few seconds, while a unit's files are written",
+                    action="check whether a process that writes this cache is stopped: continue or "
                     "kill it, then run the same command again; finished units are kept",
                 )
         yield held
     finally:
-        if held:  # closing alone would leave it to processes that were forked meanwhile
+        if held:  # closing alone would leave the lock to forked processes
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 

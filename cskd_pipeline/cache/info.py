@@ -1,4 +1,4 @@
-"""A cache described, for ``cache info``, pages and READMEs, as one JSON-ready dictionary."""
+"""The description of a cache for ``cache info``, pages and READMEs, as a JSON-ready dictionary."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ METHOD = (
     "arXiv:2307.08500."
 )
 
-_OF_MANIFEST = (
+_MANIFEST_FIELDS = (
     *("format_version", "parent", "sampled", "teacher", "policy", "root_seed", "views"),
     *("view_block", "versions", "other_versions", "license", "notes", "created"),
 )
 SIZES = ("views", "samples", "complete", "bytes", "bytes_per_view")
-"""Of a description: what a command that writes a cache reports of it."""
+"""The fields of a description that a command reports after writing a cache."""
 
 
 def describe(cache: Cache) -> dict[str, Any]:
     """Return data, teacher, policy, completeness and sizes of a cache.
 
-    Sizes are file lengths in bytes, counted over all files, those of unfinished units too, and None
-    where they are not listed; ``bytes_per_view`` is per view of one sample, over finished units.
-    ``teacher_top1`` is the share of views whose label the teacher had on top, in percent.
-    ``digest`` is the SHA-256 that names a finished cache's contents, else None.
-    ``files``, and ``largest_folder``, the entries of that, are those of the finished cache.
-    ``epochs``: how long a training run sees no view twice, which is as many epochs as there are
-    views, whatever its repeats.
+    - Sizes are file lengths in bytes, unfinished units included, or None if files cannot be listed.
+    - ``bytes_per_view``: per view of one sample, over finished units.
+    - ``teacher_top1``: percentage of views whose label is the teacher's top-1.
+    - ``digest``: SHA-256 of a finished cache's contents, else None.
+    - ``files``, ``largest_folder``: number of files, and of entries in the largest folder, once
+      the cache is finished.
+    - ``epochs``: number of epochs without a repeated view, equal to the views whatever the repeats.
 
     Raises:
-        CacheError: a file that is looked at is damaged.
+        CacheError: a file that is read is damaged.
     """
     manifest, done = cache.manifest, cache.done()
     sizes = _bytes_by_array(cache)
@@ -66,7 +66,7 @@ def describe(cache: Cache) -> dict[str, Any]:
         "path": str(cache.path),
         "digest": digest,
         "manifest_sha256": manifest.digest(),
-        **{name: document.get(name) for name in _OF_MANIFEST},
+        **{name: document.get(name) for name in _MANIFEST_FIELDS},
         "dataset": {
             "name": manifest.dataset.name,
             "num_classes": manifest.dataset.num_classes,
@@ -99,16 +99,16 @@ def cite(manifest: CacheManifest, digest: str | None) -> dict[str, str]:
     """Return how to cite the cache (text and BibTeX) and the method.
 
     Args:
-        digest: of its contents; the manifest's names a cache that is not finished.
+        digest: SHA-256 of the contents; None if unfinished, cited by the manifest's SHA-256.
     """
     data, teacher = manifest.dataset, manifest.teacher
     title = (
         f"Teacher cache of {teacher.name} on {data.name}: {manifest.views} views, policy "
         f"{manifest.policy.version}"
     )
-    of = "manifest sha256 " if digest is None else "sha256:"
+    prefix = "manifest sha256 " if digest is None else "sha256:"
     digest = digest or manifest.digest()
-    identity = f"{of}{digest}"
+    identity = f"{prefix}{digest}"
     year = manifest.created[:4]
     return {
         "cache": f"{title}. {year}. {identity}.",
@@ -124,18 +124,18 @@ def cite(manifest: CacheManifest, digest: str | None) -> dict[str, str]:
 
 
 def _braced(text: str) -> str:
-    """``text`` inside BibTeX braces: what would end them, or start a command, is left out."""
+    """Return ``text`` for BibTeX braces, without characters that end them or start a command."""
     return "".join(c for c in text if c not in "{}\\" and c.isprintable())
 
 
 def _bytes_by_array(cache: Cache) -> dict[str, int] | None:
-    """File lengths by array; all ``zarr.json`` together count as ``metadata``."""
+    """Return file lengths by array, and those of all ``zarr.json`` together as ``metadata``."""
     found = cache.store.folder.sizes()
     if found is None:
         return None
     sizes = dict.fromkeys([*sorted(layout.stored_arrays(cache.manifest)), "metadata"], 0)
     for key, length in found.items():
         name = "metadata" if key.rpartition("/")[2] == layout.GROUP else key.partition("/c/")[0]
-        if name in sizes:  # others lie beside the cache
+        if name in sizes:  # other files are not the cache's
             sizes[name] += length
     return sizes

@@ -1,13 +1,13 @@
-"""``cache merge``: one cache of the finished units of several, disjoint or overlapping.
+"""``cache merge``: combine the finished units of several caches, disjoint or overlapping.
 
-A unit that several have must be equal in all of them: its files' bytes, or, where another zstd
-wrote them, every value. Files are compared with their unit's record and copied as they are; a unit
-is decoded only where the longest tar shard is another, and files have another shape. What an
-earlier merge left is compared, not copied again.
+A unit that several caches have must be equal in all of them: in its files' bytes or, if another
+zstd version wrote them, in every value. Files are compared with their unit's record and copied
+verbatim; a unit is decoded and stored again only if its files have another shape, because the
+longest tar shard differs. Units of an earlier merge are compared, not copied again.
 
-The parts are of one data set, teacher, policy, root seed, set of encodings and view block. Their
-lists of tar shards may differ (slices made by ``cache convert --shards``): the whole has every
-shard, in the order of the parts.
+The caches share data set, teacher, policy, root seed, encodings and view block. Their lists of tar
+shards may differ (slices made by ``cache convert --shards``): the merged cache has every shard, in
+the order of its parts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from cskd_pipeline.runtime.classes import ClassGuard
 from cskd_pipeline.runtime.progress import progress
 
 _IDENTITY = ("count", "bytes", "sha256", "keys_sha256", "key_bytes")
-_LONGEST = 64  # characters of a value in a message: a SHA-256
+_LONGEST = 64  # maximum characters of a value in a message: a SHA-256
 
 
 def merge(
@@ -49,40 +49,40 @@ def merge(
     guard: ClassGuard | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Make, or continue, the cache ``target`` from the finished units of ``sources``.
+    """Create or continue the cache ``target`` from the finished units of ``sources``.
 
     Args:
-        accept_versions: merge though library versions that decide pixels or logits differ; the
+        accept_versions: merge even if library versions that affect pixels or logits differ; the
             manifest then lists all.
-        guard: compares the class names; without, they must be the same. It keeps what was accepted,
-            which the new cache does not say: it has the names of the first part that has some.
-        stopped: called between units; true ends the work there.
+        guard: comparison of class names; by default they must be equal. It keeps the accepted
+            differences: the new cache has only the names of the first source that has any.
+        stopped: called between units; merging stops when it returns true.
 
     Returns:
-        What was copied and compared, and the new cache's sizes. ``units_missing`` counts units
-        that no source has finished.
+        Counts of units copied and compared, and the new cache's sizes. ``units_missing`` counts
+        units that no source has finished.
 
     Raises:
-        CacheError: the sources do not belong together, a unit is not the same in two of them, or
-            one is damaged; the target is another cache.
+        CacheError: the sources do not belong together, differ in a unit, or are damaged; or the
+            target is another cache.
         KeyboardInterrupt: stopped between units.
     """
     for source in sources:
         location, _ = split_pin(source)
-        require_local(location, "merge copies files of folders", "copy this cache here first")
+        require_local(location, "merge reads local folders only", "copy this cache here first")
     require_apart(sources, target, "merged")
     guard = guard or ClassGuard()
-    whole, parts = unite([open_cache(source, memory=0) for source in sources], guard)
-    _require_accepted(whole, parts, accept_versions)
-    writer = CacheWriter.create(target, whole, accept_versions=accept_versions, guard=guard)
-    if whole.views > writer.manifest.views:
-        writer.extend(whole.views)
-    numbers = range(len(whole.dataset.shards))
+    merged, parts = unite([open_cache(source, memory=0) for source in sources], guard)
+    _require_accepted(merged, parts, accept_versions)
+    writer = CacheWriter.create(target, merged, accept_versions=accept_versions, guard=guard)
+    if merged.views > writer.manifest.views:
+        writer.extend(merged.views)
+    numbers = range(len(merged.dataset.shards))
     result = Part(Cache(writer.store, writer.done()), {number: number for number in numbers})
     inverse = [{own: n for n, own in part.shards.items()} for part in (result, *parts)]
     stores = [part.store for part in (result, *parts)]
     carry_lists(writer.path, zip(stores, inverse, strict=True))
-    every = [Unit.of(writer.manifest, b, s) for s in numbers for b in range(whole.blocks)]
+    every = [Unit.of(writer.manifest, b, s) for s in numbers for b in range(merged.blocks)]
     work = [unit for unit in every if any(part.has(unit) for part in parts)]
     counts = Counter(units_copied=0, views_copied=0, units_compared=0)
     with progress(sum(map(writer.size_of, work)), "views", "merging") as meter:
@@ -106,14 +106,14 @@ def merge(
 
 @dataclass(frozen=True)
 class Part:
-    """One cache, its files by array, and the numbers that the whole's tar shards have here."""
+    """A source of the merge, or its result; ``shards`` maps merged tar shards to its own."""
 
     reader: Cache
     shards: dict[int, int]
 
     @cached_property
     def done(self) -> np.ndarray:
-        """Return the units that are finished here: (blocks, shards) bool."""
+        """Return the part's finished units: (blocks, shards) bool."""
         return self.reader.done()
 
     @property
@@ -128,35 +128,34 @@ class Part:
 
     @cached_property
     def geometry(self) -> dict[str, dict[str, Any]]:
-        """Return what must agree for two caches' files to be alike, by array."""
+        """Return the arrays' metadata that must be equal for files to be copied verbatim."""
         return {name: {**a.document(), "shape": None} for name, a in self.store.arrays.items()}
 
     def has(self, unit: Unit) -> bool:
-        """Return whether this unit of the whole is finished here."""
+        """Return whether the part has finished this unit of the merged cache."""
         own = self.shards.get(unit.shard)
         return own is not None and unit.block < len(self.done) and bool(self.done[unit.block, own])
 
     def has_any(self, shard: int) -> bool:
-        """Return whether some unit of this tar shard of the whole is finished here."""
+        """Return whether the part has finished any unit of this merged tar shard."""
         own = self.shards.get(shard)
         return own is not None and bool(self.done[:, own].any())
 
     def file(self, name: str, view: int | None, shard: int) -> Path:
-        """Return the file in which an array has a view of a tar shard of the whole."""
+        """Return the file of an array for a view (None: all views) and a merged tar shard."""
         own = self.shards[shard]
         return self.path / self.store.arrays[name].key(*((own,) if view is None else (view, own)))
 
 
 def unite(readers: Sequence[Cache], guard: ClassGuard) -> tuple[CacheManifest, list[Part]]:
-    """Return the manifest of the whole, and its parts.
+    """Return the manifest of the merged cache, and its parts.
 
-    The classes have the names of the first part that names them; ``guard`` compares the others'.
-
-    Versions are the first part's; those of the others that differ in what decides pixels or logits
-    are listed in ``other_versions``.
+    Class names are those of the first part that has any; ``guard`` compares the others. Versions
+    are the first part's; ``other_versions`` lists those of other parts that affect pixels or
+    logits and differ.
 
     Raises:
-        CacheError: the parts do not belong together; says every value that differs, and where.
+        CacheError: the parts do not belong together; lists every differing value and its caches.
     """
     first = readers[0].manifest
     shards, conflicts = _united_shards(readers)
@@ -185,7 +184,7 @@ def unite(readers: Sequence[Cache], guard: ClassGuard) -> tuple[CacheManifest, l
     manifests = [reader.manifest for reader in readers]
     parents = [manifest.parent for manifest in manifests]
     names = named.manifest.dataset.class_names
-    whole = replace(
+    merged = replace(
         first,
         dataset=replace(first.dataset, shards=shards, class_names=names),
         views=max(manifest.views for manifest in manifests),
@@ -196,14 +195,14 @@ def unite(readers: Sequence[Cache], guard: ClassGuard) -> tuple[CacheManifest, l
     )
     for manifest in manifests:
         for versions in (manifest.versions, *manifest.other_versions):
-            if whole.version_differences(versions):
-                whole = replace(whole, other_versions=(*whole.other_versions, dict(versions)))
-    return whole, parts
+            if merged.version_differences(versions):
+                merged = replace(merged, other_versions=(*merged.other_versions, dict(versions)))
+    return merged, parts
 
 
 def _united_shards(readers: Sequence[Cache]) -> tuple[tuple[ShardInfo, ...], list[str]]:
-    """Every tar shard of the parts once, and what contradicts itself among them."""
-    known: dict[str, tuple[ShardInfo, Path | str]] = {}  # by contents and by name
+    """Return every tar shard of the parts once, and the contradictions between them."""
+    known: dict[str, tuple[ShardInfo, Path | str]] = {}  # by keys and by name
     shards: list[ShardInfo] = []
     conflicts: list[str] = []
     for reader in readers:
@@ -224,22 +223,20 @@ def _united_shards(readers: Sequence[Cache]) -> tuple[tuple[ShardInfo, ...], lis
                 if getattr(other, field) != getattr(shard, field)
                 and not (field == "sha256" and None in (other.sha256, shard.sha256))
             ]
-    stated = {
+    digests = {
         shard.keys_sha256: shard.sha256
         for reader in readers
         for shard in reader.manifest.dataset.shards
         if shard.sha256 is not None
     }
-    return tuple(replace(s, sha256=stated.get(s.keys_sha256)) for s in shards), conflicts
+    return tuple(replace(s, sha256=digests.get(s.keys_sha256)) for s in shards), conflicts
 
 
 def _conflicts(one: Cache, other: Cache) -> list[str]:
-    """List contradictions beside the tar shards; those of one list differ by contents alone,
-    those of different lists belong together only if the data set has the same name.
-    """
+    """List the contradictions other than tar shards; without a common one, names must be equal."""
     mine, theirs = one.manifest, other.manifest
-    alike = replace(theirs, dataset=replace(theirs.dataset, shards=mine.dataset.shards))
-    found = [*mine.conflicts(alike), ("view_block", mine.view_block, theirs.view_block)]
+    aligned = replace(theirs, dataset=replace(theirs.dataset, shards=mine.dataset.shards))
+    found = [*mine.conflicts(aligned), ("view_block", mine.view_block, theirs.view_block)]
     if not set(other.shard_ids) & set(one.shard_ids):
         found.append(("dataset.name", mine.dataset.name, theirs.dataset.name))
     return [_conflict(at, (a, one.path), (b, other.path)) for at, a, b in found if a != b]
@@ -255,26 +252,27 @@ def _shown(value: Any) -> str:
 
 
 def _require_unique_keys(parts: Sequence[Part]) -> None:
-    """A data set that was cut in two ways has tar shards unlike each other with the same images."""
-    begun = {n: part for part in parts[::-1] for n in part.shards if part.has_any(n)}
-    index = KeyIndex(list(begun), lambda n: begun[n].reader.keys(begun[n].shards[n]), None)
-    count, key, twice = index.repeated()
+    """Refuse samples in more than one tar shard: the data set was split in different ways."""
+    started = {n: part for part in parts[::-1] for n in part.shards if part.has_any(n)}
+    index = KeyIndex(list(started), lambda n: started[n].reader.keys(started[n].shards[n]), None)
+    count, key, repeated = index.repeated()
     if count:
-        places = [
-            f"{begun[n].reader.manifest.dataset.shards[begun[n].shards[n]].name} of {begun[n].path}"
-            for n in sorted(twice)
+        shards = [
+            f"{part.reader.manifest.dataset.shards[part.shards[n]].name} of {part.path}"
+            for n, part in sorted(started.items())
+            if n in repeated
         ]
         raise CacheError(
-            "the caches cannot be merged: they hold the same samples in different tar shards",
-            where=" and ".join(places),
+            "the caches cannot be merged: they have the same samples in different tar shards",
+            where=" and ".join(shards),
             found=f"{count} keys more than once, for example {key}",
-            expected="caches of one cut of the data set into tar shards",
-            action="leave out the caches that were made from another cut",
+            expected="one split of the data set into tar shards",
+            action="leave out the caches that were made from another split",
         )
 
 
-def _require_accepted(whole: CacheManifest, parts: Sequence[Part], accept: bool) -> None:
-    if not whole.other_versions or accept:
+def _require_accepted(merged: CacheManifest, parts: Sequence[Part], accept: bool) -> None:
+    if not merged.other_versions or accept:
         return
     first = parts[0].reader.manifest
     lines = [
@@ -286,9 +284,9 @@ def _require_accepted(whole: CacheManifest, parts: Sequence[Part], accept: bool)
     if lines:
         raise CacheError(
             "the caches were made with different library versions "
-            f"(in {parts[0].path}, and in the others)",
-            action="dump the others again with the first one's versions, or accept that units "
-            "differ in them: --accept-versions",
+            f"(in {parts[0].path} and in the others)",
+            action="dump the others again with the first one's versions, or mix versions with "
+            "--accept-versions",
             problems=lines,
         )
 
@@ -296,9 +294,9 @@ def _require_accepted(whole: CacheManifest, parts: Sequence[Part], accept: bool)
 def _merge_unit(
     writer: CacheWriter, result: Part, parts: Sequence[Part], unit: Unit
 ) -> Counter[str]:
-    """Compare the unit wherever it is done, then store it if ``result`` had it not; what was done.
+    """Compare the unit between all parts, then copy it if ``result`` lacks it; return the counts.
 
-    Comparing comes first: a unit about which two parts disagree is not stored.
+    Comparison comes first: a unit that differs between parts is not stored.
     """
     holders = [part for part in (result, *parts) if part.has(unit)]
     for other in holders[1:]:
@@ -316,12 +314,12 @@ def _merge_unit(
 
 
 def _compare_shard(caches: Sequence[Part], shard: int) -> None:
-    """Labels and image CRCs of a tar shard are the same wherever it was begun."""
-    begun = [cache for cache in caches if cache.has_any(shard)]
-    for other in begun[1:]:
+    """Refuse labels and image CRCs of a tar shard that differ between caches."""
+    started = [cache for cache in caches if cache.has_any(shard)]
+    for other in started[1:]:
         for name, read in (("label", Cache.labels), ("image_crc32", Cache.image_crc32)):
-            values = (read(cache.reader, cache.shards[shard]) for cache in (begun[0], other))
-            _require_equal(begun[0], other, name, (None, shard), *values)
+            values = (read(cache.reader, cache.shards[shard]) for cache in (started[0], other))
+            _require_equal(started[0], other, name, (None, shard), *values)
 
 
 def _compare_unit(one: Part, other: Part, unit: Unit) -> None:
@@ -347,21 +345,21 @@ def _require_equal(
     mine: np.ndarray,
     theirs: np.ndarray,
 ) -> None:
-    """Refuse values of an array ``at`` a view (None: of all) and tar shard that differ in a bit."""
+    """Refuse values of an array ``at`` (view, tar shard) that differ; view None: of all views."""
     view, shard = at
     if mine.shape == theirs.shape and mine.tobytes() == theirs.tobytes():
         return
     manifest = one.reader.manifest
     own = one.shards[shard]
-    of = f"shard {own} ({manifest.dataset.shards[own].name})"
+    part = f"shard {own} ({manifest.dataset.shards[own].name})"
     if view is not None:
-        of = one.store.unit_name(view // manifest.view_block, own)
+        part = one.store.unit_name(view // manifest.view_block, own)
     raise CacheError(
         "two caches differ where they should be equal",
         where=f"{one.file(name, view, shard)} and {other.file(name, view, shard)}",
-        found=f"array {name}, {of}: {_difference(one, name, shard, mine, theirs)}",
+        found=f"array {name}, {part}: {_difference(one, name, shard, mine, theirs)}",
         expected="equal values",
-        action="find out which one is right, and leave the other out",
+        action="find out which cache is right, and leave out the other",
     )
 
 

@@ -1,6 +1,6 @@
-"""``left_out.csv``: the samples that a command left out, listed in a run's or a cache's folder.
+"""``left_out.csv``, the list of samples that a command left out, in a run's or a cache's folder.
 
-``corrupt.json`` beside it has what reading every image found, by the tars that were read.
+``corrupt.json`` next to it records the corrupt images found, and the tars in which all were read.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ class LeftOut(NamedTuple):
 
 
 def write_list(path: Path, samples: Iterable[LeftOut]) -> None:
-    """Write the list, whole or not at all."""
+    """Write the list atomically."""
     write_csv(path, LeftOut._fields, (sample._asdict() for sample in samples))
 
 
 def carry_lists(target: Path, sources: Iterable[tuple[CacheStore, Mapping[int, int]]]) -> None:
-    """Write the samples that the sources list into the list of the cache ``target``.
+    """Merge the sources' lists of samples into the list of the cache ``target``.
 
     Args:
-        sources: each with the numbers that its tar shards have in ``target``; samples of others are
-            not listed there.
+        sources: each with the map from its tar shards' numbers to those in ``target``; samples of
+            other tar shards are dropped.
 
     Raises:
-        CacheError: a list that is none.
+        CacheError: a malformed list.
     """
     found = {
         sample._replace(shard=numbers[sample.shard])
         for store, numbers in sources
-        for sample in _listed(store)
+        for sample in _read_list(store)
         if sample.shard in numbers
     }
     if found:
@@ -52,26 +52,26 @@ def carry_lists(target: Path, sources: Iterable[tuple[CacheStore, Mapping[int, i
 
 
 def carry_corrupt(target: Path, source: CacheStore) -> None:
-    """Copy the source's ``corrupt.json``, so that a dump continues without reading every image."""
+    """Copy the source's ``corrupt.json``, so that a dump continues without rereading the images."""
     record = source.read_extra(CORRUPT)
     if record is not None:
         write_bytes(target / CORRUPT, record)
 
 
-def _listed(store: CacheStore) -> list[LeftOut]:
+def _read_list(store: CacheStore) -> list[LeftOut]:
     text = store.read_extra(LIST)
     if text is None:
         return []
     try:
         header, *rows = csv.reader(text.decode().splitlines(), strict=True)
         if tuple(header) != LeftOut._fields:
-            raise ValueError(f"the columns {', '.join(header)[:100]}")
+            raise ValueError(f"columns {', '.join(header)[:100]}")
         return [LeftOut(reason, int(at), int(offset), key) for reason, at, offset, key in rows]
     except (ValueError, csv.Error) as error:
         raise CacheError(
-            "the list of samples that the cache's dump left out cannot be read",
+            "the cache's list of samples left out cannot be read",
             where=f"{store.path}/{LIST}",
             found=str(error),
-            expected=f"a table with the columns {', '.join(LeftOut._fields)}",
+            expected=f"a CSV table with the columns {', '.join(LeftOut._fields)}",
             action="copy the file again from where the cache came from, or remove it",
         ) from error

@@ -1,4 +1,4 @@
-"""A cache in half a screen: what :func:`cskd_pipeline.cache.info.describe` found, for a person."""
+"""A half-screen summary of the description by :func:`cskd_pipeline.cache.info.describe`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,13 +8,13 @@ from cskd_pipeline.distill.encodings import Sampled
 from cskd_pipeline.runtime.console import format_size
 from cskd_pipeline.views.policy import ViewPolicy
 
-SHOWN = 5  # examples of what there may be thousands of
+SHOWN = 5  # unfinished tar shards in the summary
 
 Info = Mapping[str, Any]
 
 
 def summarise(info: Info) -> dict[str, Any]:
-    """Return one line for each question about a cache, by its name."""
+    """Return one line of text per property of a cache, by name."""
     teacher, data = info["teacher"], info["dataset"]
     height, width = teacher["grid"]
     kinds = " and ".join(info["losses"]["cskd"])
@@ -30,17 +30,19 @@ def summarise(info: Info) -> dict[str, Any]:
             f"locations; mean {_value(teacher['mean'])}, std {_value(teacher['std'])}; "
             f"weights from {teacher['source']}, sha256 {teacher['weights_sha256'][:12]}…"
         ),
-        "teacher_top1": "not known before a unit is done"
+        "teacher_top1": "unknown until a unit is finished"
         if info["teacher_top1"] is None
-        else f"{info['teacher_top1']:.2f} % of the views, with the label of what fills more of "
-        "them",
+        else f"{info['teacher_top1']:.2f} % of the views (label of the image that fills more)",
         "policy": _policy(info["policy"]),
-        "views": f"{info['views']} of each sample; {info['epochs']} epochs see none of them twice",
+        "views": f"{info['views']} of each sample, enough for {info['epochs']} epochs without "
+        "repeating one",
         "complete": _completeness(info),
         "encodings": {name: _encoding(name, info) for name in info["encodings"]},
         "serves": f"methods deit and cskd with {kinds} targets, under every CKF schedule",
         "files": counts.advice or str(counts),
-        "bytes": "not listed there" if info["bytes"] is None else format_size(info["bytes"]),
+        "bytes": "unknown (the server lists no files)"
+        if info["bytes"] is None
+        else format_size(info["bytes"]),
         "largest": ", ".join(
             f"{name} {format_size(count)}"
             for name, count in sorted(
@@ -48,8 +50,8 @@ def summarise(info: Info) -> dict[str, Any]:
             )
             if count
         ),
-        "made": _making(info),
-        "digest": "none before it is finished"
+        "made": _provenance(info),
+        "digest": "none until the cache is finished"
         if info["digest"] is None
         else f"sha256:{info['digest']}",
         "license": info["license"] or "none stated",
@@ -59,9 +61,9 @@ def summarise(info: Info) -> dict[str, Any]:
 
 
 def _policy(policy: Info) -> str:
-    usual = ViewPolicy(size=policy["size"]).to_json()
-    own = [f"{k} {_value(v)}" for k, v in policy.items() if usual.get(k) != v and k != "size"]
-    differing = f"; unlike its defaults: {', '.join(own)}" if own else ", its defaults"
+    defaults = ViewPolicy(size=policy["size"]).to_json()
+    own = [f"{k} {_value(v)}" for k, v in policy.items() if defaults.get(k) != v and k != "size"]
+    differing = f"; non-default: {', '.join(own)}" if own else ", defaults"
     return f"{policy['version']}, {policy['size']} px{differing}"
 
 
@@ -80,10 +82,10 @@ def _completeness(info: Info) -> str:
     )
 
 
-def kept(name: str, info: Info) -> str:
-    """Return how well an encoding of the cache serves: exactly, by draws, or approximately."""
+def fidelity(name: str, info: Info) -> str:
+    """Return how an encoding reproduces targets: exactly, approximately, or by draws."""
     if name == Sampled.name:
-        return f"by unbiased draws, {info['sampled']['draws']} of each location"
+        return f"by unbiased draws, {info['sampled']['draws']} per location"
     return "exactly" if info["encodings"][name]["exact"] else "approximately"
 
 
@@ -91,15 +93,15 @@ def _encoding(name: str, info: Info) -> str:
     encoding = info["encodings"][name]
     kinds = " and ".join(encoding["serves"])
     lowest, highest = encoding["min_temperature"], encoding["max_temperature"]
-    where = f" at temperatures of {lowest} and more" if lowest else ""
-    where = f" at temperature {lowest}" if lowest == highest else where
+    limits = f" at temperatures from {lowest}" if lowest else ""
+    limits = f" at temperature {lowest}" if lowest == highest else limits
     each = encoding["bytes_per_view"]
-    unknown = "bytes not known" if encoding["bytes"] is None else "no view yet"
-    costs = unknown if each is None else f"{each:.4g} bytes a view"
-    return f"{costs}; {kinds} targets, {kept(name, info)}{where}"
+    unknown = "size unknown" if encoding["bytes"] is None else "no view yet"
+    size = unknown if each is None else f"{each:.4g} bytes a view"
+    return f"{size}; {kinds} targets, {fidelity(name, info)}{limits}"
 
 
-def _making(info: Info) -> str:
+def _provenance(info: Info) -> str:
     versions = info["versions"]
     names = ("torch", "timm", "pillow", "libjpeg_turbo")
     libraries = ", ".join(f"{n} {versions[n]}" for n in names if n in versions)
@@ -110,7 +112,7 @@ def _making(info: Info) -> str:
         if parent
         else ""
     )
-    others = f"; {len(info['other_versions'])} other sets too" if info["other_versions"] else ""
+    others = f"; and {len(info['other_versions'])} other sets" if info["other_versions"] else ""
     return f"{info['created']}{source}, with {libraries}{others}"
 
 

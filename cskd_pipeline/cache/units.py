@@ -1,7 +1,7 @@
-"""A unit of work: these views of this tar shard, and all that is stored of them.
+"""A unit of work, a block of views of one tar shard, and the arrays stored for it.
 
-A unit has a few files, however many views it holds: larger blocks of views make fewer files. Where
-responses are read view by view, a chunk is one view of one tar shard whatever the block is.
+A unit has a few files however many views it contains: larger view blocks give fewer files. The
+encodings that are read view by view have a chunk for each view whatever the block size.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from cskd_pipeline.errors import CacheError
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHARED_DECODE = 10  # views that share one decode of an image: more save little
-MAX_VIEW_BLOCK = 100  # of those chosen here: what a stopped dump loses is one unit
+SHARED_DECODE = 10  # views that share one image decode: more save little
+MAX_VIEW_BLOCK = 100  # largest automatic choice: a stopped dump loses a unit
 MAX_UNIT_BYTES = 2**30
 FEW_FILES = 40_000
-HUB_FILES, HUB_FOLDER = 100_000, 10_000  # what the Hugging Face Hub recommends at most
+HUB_FILES, HUB_FOLDER = 100_000, 10_000  # limits recommended by the Hugging Face Hub
 
 
 class Unit(NamedTuple):
-    """Name what is made, and committed, at once: these views of this tar shard."""
+    """A unit of work, committed as a whole: a block of views of one tar shard."""
 
     block: int
     shard: int
@@ -38,25 +38,25 @@ class Unit(NamedTuple):
 
     @classmethod
     def of(cls, manifest: CacheManifest, block: int, shard: int) -> Unit:
-        """Return the unit with the views that the block has in this cache."""
+        """Return the unit of a block and a tar shard of the cache."""
         size = manifest.view_block
         return cls(block, shard, range(block * size, (block + 1) * size))
 
 
 @dataclass
 class UnitData:
-    """Hold everything of one unit of V views and n samples, in the tar's order.
+    """The data of one unit of V views and n samples, in the tar's order.
 
     Args:
         keys: n sample keys.
         labels: (n,) int32.
-        image_crc32: (n,) uint32, of the images' bytes.
+        image_crc32: (n,) uint32, CRC-32 of the image bytes.
         seeds: (V, n) uint64.
         view_digests: (V, n) uint32.
-        arrays: name -> (V, n, ...), rows as the encodings' ``encode`` gave them; the first own axis
-            of a ragged array may end early.
-        top1: (V, 2) uint32, of each view: samples whose label the teacher's global response has on
-            top, and samples that were counted.
+        arrays: name -> (V, n, ...), rows as returned by the encodings' ``encode``; the first own
+            axis of a ragged array may be shorter than declared.
+        top1: (V, 2) uint32, for each view the samples whose label is the teacher's global top-1,
+            and the samples counted.
     """
 
     keys: Sequence[str]
@@ -68,12 +68,12 @@ class UnitData:
     top1: np.ndarray
 
     def per_view(self) -> Rows:
-        """Return what differs between views, by the name of its array: name -> (V, ...)."""
+        """Return the arrays with a view axis: name -> (V, ...)."""
         own = {"seed": self.seeds, "view_digest": self.view_digests, "top1": self.top1}
         return {**own, **self.arrays}
 
     def check(self, manifest: CacheManifest, unit: Unit) -> None:
-        """Refuse keys and arrays that are not those of ``unit``, in ``manifest``'s data set."""
+        """Refuse keys and arrays that do not fit ``unit`` and the manifest's data set."""
         shard = manifest.dataset.shards[unit.shard]
         views, count = len(unit.views), shard.count
         if len(self.keys) != count or keys_sha256(self.keys) != shard.keys_sha256:
@@ -82,7 +82,7 @@ class UnitData:
                 where=f"shard {unit.shard} ({shard.name})",
                 found=f"{len(self.keys)} samples, keys_sha256 {keys_sha256(self.keys)}",
                 expected=f"{count} samples, keys_sha256 {shard.keys_sha256}",
-                action="use the shards that the cache was begun with",
+                action="use the shards that the cache was started with",
             )
         assert unit.views == range(views * unit.block, views * (unit.block + 1)), unit
         assert self.labels.shape == self.image_crc32.shape == (count,)
@@ -92,18 +92,18 @@ class UnitData:
 
 
 def encoded(encoding: Encoding, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> Rows:
-    """Return what :meth:`Encoding.encode` makes, on the host: array name -> (B, ...).
+    """Encode a batch of responses and return the arrays on the host: name -> (B, ...).
 
     Args:
         spatial: (B, K, h, w) float16.
         global_: (B, K) float16.
-        seeds: (B,) uint64, of the views.
+        seeds: (B,) uint64, the views' seeds.
 
     Raises:
-        CacheError: these are not the arrays of the encoding.
+        CacheError: the encoding returned other arrays than it declares.
     """
-    made = encoding.encode(spatial, global_, seeds)
-    rows = {name: values.cpu().numpy() for name, values in made.items()}
+    tensors = encoding.encode(spatial, global_, seeds)
+    rows = {name: values.cpu().numpy() for name, values in tensors.items()}
     require_rows(encoding.arrays(ResponseShape(*spatial.shape[1:])), rows, (len(spatial),))
     return rows
 
@@ -111,9 +111,9 @@ def encoded(encoding: Encoding, spatial: Tensor, global_: Tensor, seeds: np.ndar
 def require_rows(
     specs: Iterable[ArraySpec], rows: Mapping[str, np.ndarray], leading: tuple[int, ...]
 ) -> None:
-    """Refuse rows, axes ``leading`` first, unless they are exactly the arrays ``specs``."""
+    """Refuse rows, with leading axes ``leading``, that are not exactly the arrays ``specs``."""
     known = {spec.name: spec for spec in specs}
-    problems = [f"{name}: no array of the encoding's" for name in rows if name not in known]
+    problems = [f"{name}: not an array of the encoding" for name in rows if name not in known]
     problems += [f"{name}: missing" for name in known if name not in rows]
     for name in known.keys() & rows.keys():
         spec, values = known[name], rows[name]
@@ -124,21 +124,21 @@ def require_rows(
         if values.dtype != np.dtype(spec.dtype) or values.shape[:depth] != leading or not fits:
             problems.append(
                 f"{name}: found {values.dtype} {values.shape}, expected {spec.dtype} "
-                f"{(*leading, *spec.tail)}{', the first own axis or less' if spec.ragged else ''}"
+                f"{(*leading, *spec.tail)}{', or a shorter first own axis' if spec.ragged else ''}"
             )
     if problems:
         raise CacheError(
-            "these are not the arrays of the encoding",
+            "the arrays are not those that the encoding declares",
             problems=sorted(problems),
-            action="correct the encode or pack of the encoding that was registered",
+            action="correct encode or pack of the registered encoding",
         )
 
 
 class UnitBuffer:
-    """Gather arrays (views, count, ...) of one unit, whose samples come in any order.
+    """A buffer for the arrays (views, count, ...) of one unit, filled in any order of samples.
 
     Args:
-        fill: what stands where a ragged array's rows end early, by array name.
+        fill: padding value of ragged arrays, by array name.
     """
 
     def __init__(self, views: int, count: int, fill: Mapping[str, int | float]) -> None:
@@ -149,13 +149,14 @@ class UnitBuffer:
     def put(
         self, rows: np.ndarray | int, offsets: np.ndarray, values: Mapping[str, np.ndarray]
     ) -> None:
-        """Put ``values[name][i]`` at view row ``rows[i]`` and sample ``offsets[i]``."""
+        """Store ``values[name][i]`` at view row ``rows[i]`` and sample ``offsets[i]``."""
         for name, value in values.items():
-            array = self._room(name, value)
+            array = self._array_for(name, value)
             inner: list[Any] = [slice(0, n) for n in value.shape[1:]]
             array[(rows, offsets, *inner)] = value
 
-    def _room(self, name: str, value: np.ndarray) -> np.ndarray:
+    def _array_for(self, name: str, value: np.ndarray) -> np.ndarray:
+        """Return the array ``name``, enlarged if ``value`` does not fit."""
         tail = value.shape[1:]
         old = self.arrays.get(name)
         if old is not None and all(a <= b for a, b in zip(tail, old.shape[2:], strict=True)):
@@ -170,7 +171,7 @@ class UnitBuffer:
 
 
 class FileCounts(NamedTuple):
-    """Count the files of a whole cache, and the entries of its largest folder."""
+    """The number of files of a finished cache, and of entries in its largest folder."""
 
     files: int
     largest_folder: int
@@ -180,30 +181,30 @@ class FileCounts(NamedTuple):
 
     @property
     def excess(self) -> str | None:
-        """Return which limits of the Hub are exceeded, for a message; None where none is."""
+        """Return which limits of the Hub are exceeded, for a message; None if none is."""
         counts = (
             (self.files, HUB_FILES, "repository"),
             (self.largest_folder, HUB_FOLDER, "folder"),
         )
-        found = [f"{limit:,} a {of}" for count, limit, of in counts if count > limit]
+        found = [f"{limit:,} per {unit}" for count, limit, unit in counts if count > limit]
         return f"more than the {' and '.join(found)} that the Hub recommends" if found else None
 
     @property
     def advice(self) -> str | None:
-        """Return what to do about a finished cache with an excess; None where there is none."""
+        """Return how to have fewer files if the limits are exceeded; None if they are not."""
         if self.excess is None:
             return None
         return (
-            f"{self}, {self.excess}: cache convert makes fewer, with --view-block 0 or, of dense "
+            f"{self}, {self.excess}: reduce them with cache convert --view-block 0 or, for dense "
             "and dense-q8, which have a file for each view and shard, with another --encoding"
         )
 
 
 def count_files(manifest: CacheManifest) -> FileCounts:
-    """Count the files that the cache has when it is finished, its ``zarr.json`` documents too.
+    """Return the number of files of the finished cache, including its ``zarr.json`` documents.
 
     Raises:
-        CacheError: an encoding that is unknown or unusable, or chunks larger than readers accept.
+        CacheError: an unknown or unusable encoding, or chunks larger than readers accept.
     """
     arrays = layout.stored_arrays(manifest)
     grids = [array.files for array in arrays.values()]
@@ -215,14 +216,14 @@ def count_files(manifest: CacheManifest) -> FileCounts:
 
 
 def choose_view_block(manifest: CacheManifest, views: int) -> int:
-    """Return how many views a unit had best have: a divisor of ``views``.
+    """Return the recommended number of views per unit, a divisor of ``views``.
 
-    That is the largest one up to 10. Where the cache would have 40,000 files or more, it is the
-    smallest one up to 100 with which it has fewer, or the largest if there is none. A unit takes at
-    most 1 GiB of memory.
+    This is the largest divisor up to 10 or, if the cache would then have 40,000 files or more, the
+    smallest one up to 100 that keeps it below, else the largest. A unit takes at most 1 GiB of
+    memory.
 
     Args:
-        manifest: of the cache, with any view block.
+        manifest: the cache's manifest, with any view block.
     """
     row_bytes = sum(spec.row_bytes for spec in layout.specs(manifest).values())
     fitting = max(1, MAX_UNIT_BYTES // (max(manifest.dataset.counts) * row_bytes))

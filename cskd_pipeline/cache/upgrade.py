@@ -1,9 +1,9 @@
-"""``cache upgrade``: a cache of format version 1 becomes one of version 2, where it lies.
+"""``cache upgrade``: convert a cache of format version 1 to version 2 in place.
 
-Version 1 marked a finished unit by a file in ``done``, and had no digests. Every finished unit is
-decoded, which looks at every checksum, and gets its record; the manifest of version 2 follows, and
-``done`` goes last. A killed upgrade is run again and goes on. What the files were before nobody can
-tell any more: a record says what they are now.
+Version 1 marked a finished unit by a file in ``done`` and had no digests. Every finished unit is
+decoded, which verifies all checksums, and gets its record; then the manifest of version 2 is
+written, and ``done`` is removed last. A killed upgrade continues when run again. The records
+describe the files as they are at the upgrade; earlier changes cannot be detected.
 """
 
 import shutil
@@ -29,16 +29,16 @@ _MARKS = "done"
 
 
 def upgrade(path: Path | str, *, stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-    """Make a cache of format version 2 of the folder ``path``.
+    """Upgrade the cache in the folder ``path`` to format version 2.
 
     Returns:
-        The cache, how many units got a record, and the root digest if it is finished.
+        The cache, the number of units that got a record, and the root digest if it is finished.
 
     Raises:
-        CacheError: no cache, or a unit of it is damaged: lists every file that is.
+        CacheError: not a cache, or a damaged one; lists every damaged file.
         KeyboardInterrupt: stopped between units.
     """
-    root = require_local(path, "a cache is upgraded where it lies", "copy it to this machine")
+    root = require_local(path, "a cache is upgraded in place", "copy it to this machine first")
     with atomic.translate_os_errors(root), exclusive(root) as held:
         old = _old_manifest(root)
         written = 0 if old is None else _write_records(DurableFolder(root, held), old, stopped)
@@ -53,7 +53,7 @@ def upgrade(path: Path | str, *, stopped: Callable[[], bool] = lambda: False) ->
 
 
 def _old_manifest(root: Path) -> CacheManifest | None:
-    """Return the manifest as version 2 has it; None if the cache is of version 2 already."""
+    """Return the manifest converted to version 2; None if the cache already has version 2."""
     path = root / layout.GROUP
     document = schemas.read(path) if path.exists() else None
     try:
@@ -83,7 +83,7 @@ def _old_manifest(root: Path) -> CacheManifest | None:
 def _write_records(
     folder: DurableFolder, manifest: CacheManifest, stopped: Callable[[], bool]
 ) -> int:
-    """Write what version 2 has more, the manifest last; return how many units there are."""
+    """Write the documents and records of version 2, the manifest last; return the unit count."""
     root = folder.root
     for key, document in layout.array_documents(manifest).items():
         folder.write(key, document)
@@ -92,7 +92,7 @@ def _write_records(
     for block, shard in np.ndindex(*done.shape):
         done[block, shard] = (root / f"{_MARKS}/c/{block}/{shard}").is_file()
     units: list[tuple[int, int]] = [(block, shard) for block, shard in np.argwhere(done).tolist()]
-    with progress(len(units), "units", "writing their digests") as meter:
+    with progress(len(units), "units", "writing digests") as meter:
         for block, shard in units:
             if stopped():
                 raise KeyboardInterrupt
@@ -104,11 +104,11 @@ def _write_records(
     problems = check_bytes(Cache(store, done), units)
     if problems:
         raise CacheError(
-            "the cache is damaged, and stays of format version 1",
+            "the cache is damaged and was not upgraded",
             where=root,
             expected="files that decode",
             action="copy these files again, or delete their unit's file in done/ and dump the unit "
-            "again afterwards; then run this command again",
+            "again after the upgrade; then run this command again",
             problems=[str(problem) for problem in problems],
         )
     folder.write(layout.GROUP, layout.manifest_document(manifest))
@@ -117,11 +117,11 @@ def _write_records(
 
 
 def _digests(store: CacheStore, keys: list[str]) -> list[bytes]:
-    """Raises: CacheError, the first file that is missing."""
-    found = []
+    """Return the SHA-256 of each file; raise CacheError at the first missing one."""
+    digests = []
     for key in keys:
         try:
-            found.append(store.folder.sha256(key))
+            digests.append(store.folder.sha256(key))
         except DamageError as error:
             raise CacheError(
                 "a finished unit lacks a file",
@@ -130,4 +130,4 @@ def _digests(store: CacheStore, keys: list[str]) -> list[bytes]:
                 action="copy it again, or delete its unit's file in done/ and dump the unit again "
                 "after the upgrade",
             ) from error
-    return found
+    return digests

@@ -1,8 +1,7 @@
-"""Writing a cache, unit by unit: arrays first, the unit's record of their digests last.
+"""Write a cache unit by unit: the arrays first, then the record of their digests.
 
-A unit is (block of views, tar shard). No two units share a file, so any number of processes may
-write different units of one cache at once. A unit that was cut off is not done: it is written
-again, whole.
+A unit is (block of views, tar shard). Any number of processes may write different units of one
+cache at the same time. An interrupted unit is not done and is written again in full.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from cskd_pipeline.runtime.classes import ClassGuard
 
 
 class CacheWriter:
-    """Write the cache in a folder; make one with :meth:`create` or :meth:`open`.
+    """A writer for the cache in a folder; construct it with :meth:`create` or :meth:`open`.
 
-    ``store`` is the open folder; a :class:`Cache` over it reads what is done.
+    ``store`` is the open folder; a :class:`Cache` over it reads the finished units.
     """
 
     def __init__(self, store: CacheStore) -> None:
@@ -40,11 +39,11 @@ class CacheWriter:
 
     @property
     def manifest(self) -> CacheManifest:
-        """Return what the cache holds, as this process last read or wrote it."""
+        """Return the manifest as this process last read or wrote it."""
         return self.store.manifest
 
     def _reload(self, manifest: CacheManifest | None = None) -> None:
-        """Read the folder again, whose manifest this process or another one has changed."""
+        """Reopen the folder after its manifest has changed."""
         self.store = CacheStore(self.path, manifest)
 
     @classmethod
@@ -56,25 +55,25 @@ class CacheWriter:
         accept_versions: bool = False,
         guard: ClassGuard | None = None,
     ) -> CacheWriter:
-        """Make a cache, or continue the one that is there if it is the same.
+        """Create a cache, or continue the existing one if it is the same.
 
-        It may have another number of views than ``manifest``: see :meth:`extend`.
+        An existing cache may have another number of views than ``manifest``: see :meth:`extend`.
 
         Args:
-            accept_versions: continue though library versions that decide pixels or logits differ
-                from those recorded; the manifest then lists both.
-            guard: compares the class names; without, they must be the same.
+            accept_versions: continue even if library versions that affect pixels or logits differ
+                from the recorded ones; the manifest then lists both.
+            guard: comparison of class names; by default they must be equal.
 
         Raises:
-            OutputError: the folder holds something else.
-            CacheError: it holds a cache of another data set, teacher, policy, seed or set of
-                encodings, or of other library versions; says everything that differs.
+            OutputError: the folder contains something else.
+            CacheError: it contains a cache of another data set, teacher, policy, seed or set of
+                encodings, or with other library versions; lists every difference.
             ManifestError: ``manifest`` does not fit its schema.
         """
         path = _local(path)
         if path.exists() and not path.is_dir():
             raise OutputError("the output is a file", where=path, expected="a folder")
-        CacheManifest.from_json(manifest.to_json())  # what could not be read is not written
+        CacheManifest.from_json(manifest.to_json())  # refuse what readers would refuse
         layout.stored_arrays(manifest)
         if not (path / layout.GROUP).exists():
             with exclusive(path):
@@ -89,10 +88,10 @@ class CacheWriter:
 
     @classmethod
     def open(cls, path: Path | str) -> CacheWriter:
-        """Continue an existing cache; one whose creation was cut off is completed.
+        """Open an existing cache for writing, completing an interrupted creation or extension.
 
         Raises:
-            CacheError: there is none, or its metadata was altered; ManifestError.
+            CacheError: not a cache, or its metadata was altered; ManifestError.
         """
         root = _local(path)
         store = CacheStore(root)
@@ -101,7 +100,7 @@ class CacheWriter:
                 atomic.sweep(root, layout.GROUP)
             cut_off = (root / layout.EXTENDING).exists()
             if cut_off:
-                store = CacheStore(root)  # as it was left: nobody extends it now
+                store = CacheStore(root)  # read again under the lock
             for key, document in layout.array_documents(store.manifest).items():
                 path = inside(root, key)
                 if held:
@@ -113,20 +112,20 @@ class CacheWriter:
         return cls(store)
 
     def extend(self, views: int) -> None:
-        """Let the cache hold ``views`` views of each sample in all; fewer than now changes nothing.
+        """Extend the cache to ``views`` views per sample; a smaller number changes nothing.
 
-        One extension at a time: after two at once to different lengths, extend again.
+        Run one extension at a time where the file system has no locks.
 
         Raises:
-            CacheError: not a multiple of the view block, which was fixed when the cache was made.
+            CacheError: not a multiple of the view block, which is fixed at creation.
         """
         block = self.manifest.view_block
         if views % block:
             raise CacheError(
-                "views come in whole blocks",
+                "the number of views is not a multiple of the view block",
                 where=self.path,
                 found=f"{views} views",
-                expected=f"a multiple of {block}, the block this cache was made with",
+                expected=f"a multiple of {block}, this cache's view block",
                 action=f"choose {-(-views // block) * block}",
             )
         with exclusive(self.path):
@@ -140,37 +139,37 @@ class CacheWriter:
                 (self.path / layout.EXTENDING).unlink(missing_ok=True)
 
     def size_of(self, unit: Unit) -> int:
-        """Count the views in the unit."""
+        """Return the number of sample views in the unit."""
         return len(unit.views) * self.manifest.dataset.counts[unit.shard]
 
     def done(self) -> np.ndarray:
-        """Return which units are finished, at this moment: (blocks, shards) bool."""
+        """Return the units finished by now: (blocks, shards) bool."""
         return self.store.done()
 
     def is_done(self, unit: Unit) -> bool:
-        """Return whether this unit is finished, at this moment."""
+        """Return whether the unit is finished by now."""
         return (self.path / self.store.record_key(unit.block, unit.shard)).exists()
 
     def todo(
         self, shards: Iterable[int] | None = None, views: Iterable[int] | None = None
     ) -> list[Unit]:
-        """Return the units that are not done, block by block.
+        """Return the unfinished units, block by block.
 
         Args:
-            shards, views: only these; views must make up whole blocks.
+            shards, views: tar shards and views to consider; the views must form whole blocks.
 
         Raises:
-            UsageError: shards or views that the cache does not have, or parts of blocks.
+            UsageError: shards or views that the cache does not have, or incomplete blocks.
         """
         size, manifest = self.manifest.view_block, self.manifest
-        wanted = set(range(manifest.views) if views is None else views)
-        blocks = sorted({view // size for view in wanted})
-        whole = {view for block in blocks for view in range(block * size, (block + 1) * size)}
-        if wanted != whole or not whole <= set(range(manifest.views)):
+        requested = set(range(manifest.views) if views is None else views)
+        blocks = sorted({view // size for view in requested})
+        full = {view for block in blocks for view in range(block * size, (block + 1) * size)}
+        if requested != full or not full <= set(range(manifest.views)):
             raise UsageError(
-                "views are made in whole blocks",
+                "the views do not form whole blocks",
                 where=self.path,
-                found=f"views {_ranges(wanted)}",
+                found=f"views {_ranges(requested)}",
                 expected=f"blocks of {size} (0-{size - 1} and so on) up to {manifest.views - 1}",
             )
         chosen = sorted(set(range(len(manifest.dataset.shards)) if shards is None else shards))
@@ -190,32 +189,31 @@ class CacheWriter:
         ]
 
     def write_unit(self, unit: Unit, data: UnitData) -> bool:
-        """Store a unit and mark it done; False if another writer finished it meanwhile.
+        """Store a unit and mark it done; return False if another writer finished it first.
 
-        Other processes are kept out of this unit meanwhile. When this returns, it survives a power
-        cut.
+        The unit is locked against other processes. Once stored, it survives a power cut.
 
         Raises:
             CacheError: keys are not the manifest's, arrays not its encodings', or labels or image
-                CRCs are not those that an earlier unit of the same tar shard recorded; names both.
-            OutputError: no space left; the unit stays undone.
+                CRCs differ from those of an earlier unit of the same tar shard; states both.
+            OutputError: no space left; the unit stays unfinished.
         """
         data.check(self.manifest, unit)
         return self._commit(unit, self._encoded(data))
 
     def copy_unit(self, unit: Unit, source: Cache, shard: int) -> bool:
-        """Store a unit as :meth:`write_unit` does, with the files of another cache as they are.
+        """Store a unit like :meth:`write_unit`, copying the files of another cache verbatim.
 
-        All files are compared, and those of the tar shard decoded, before the first is written:
-        later units, of other caches, must agree with the tar shard's.
+        Every file is compared with its digest, and those of the tar shard are decoded, before the
+        first is written: units copied later, from other caches, must agree with the latter.
 
         Args:
-            source: has it done, and arrays of the same chunks and files.
-            shard: its tar shard there, which has the same keys in its manifest.
+            source: cache that has the unit finished, with arrays of the same chunk and file shapes.
+            shard: the unit's tar shard in ``source``, with the same keys.
 
         Raises:
-            CacheError: also if a file there is missing, or not what the unit's record says, or the
-                keys there are not the manifest's.
+            CacheError: also if a file of ``source`` is missing or differs from the unit's record,
+                or its keys are not the manifest's.
         """
         source.store.compare_files(unit.block, shard)
         for read in (source.keys, source.labels, source.image_crc32):
@@ -223,7 +221,7 @@ class CacheWriter:
         return self._commit(unit, source.store.unit_bytes(unit.block, shard))
 
     def _encoded(self, data: UnitData) -> Iterator[tuple[bytes, bytes]]:
-        """Yield contents and SHA-256 of each file in a unit's record."""
+        """Yield content and SHA-256 of each file in a unit's record."""
         matrix = layout.key_matrix(data.keys, self.store.arrays["key"])
         per_shard = {"key": matrix, "label": data.labels, "image_crc32": data.image_crc32}
         per_view = self._packed(data)
@@ -241,7 +239,7 @@ class CacheWriter:
                 yield content, hashlib.sha256(content).digest()
 
     def _commit(self, unit: Unit, files: Iterable[tuple[bytes, bytes]]) -> bool:
-        """Write contents and SHA-256 of the files in a unit's record, in its order; then it."""
+        """Write the files (content, SHA-256) of a unit's record, in its order, then the record."""
         key = self.store.record_key(unit.block, unit.shard)
         own_folder = self._file("seed", unit.views[0], unit.shard).parent
         with atomic.translate_os_errors(self.path), exclusive(own_folder) as held:
@@ -263,10 +261,10 @@ class CacheWriter:
     def _write_shared(
         self, folder: DurableFolder, name: str, shard: int, content: bytes, digest: bytes
     ) -> bytes:
-        """Keys, labels and image CRCs: the first unit of a tar shard writes, later ones compare.
+        """Write keys, labels or image CRCs with a tar shard's first unit; compare later ones.
 
-        Their values decide, not their bytes, which another zstd may have written: returns the
-        SHA-256 of the file that is there in the end.
+        Values are compared, since another zstd version may have written other bytes. Returns the
+        SHA-256 of the stored file.
         """
         key = self.store.arrays[name].key(shard)
         with exclusive(self._file(name, shard).parent):
@@ -296,15 +294,15 @@ class CacheWriter:
             found, expected = layout.keys_of(pair) if name == "key" else pair
             sample = layout.keys_of(self.store.shard_chunk("key", shard, block))[first]
             raise CacheError(
-                f"{name} is not what an earlier unit of the same tar shard recorded",
+                f"{name} differs from an earlier unit of the same tar shard",
                 where=f"shard {shard} ({self.manifest.dataset.shards[shard].name})",
                 found=f"{found} for sample {sample}; {differing.size} samples differ",
                 expected=f"{expected}, in {self._file(name, shard)}",
-                action="use the shards that the cache was begun with",
+                action="use the shards that the cache was started with",
             )
 
     def _finished_block(self, shard: int) -> int | None:
-        """Return a block of views that is finished of this tar shard."""
+        """Return the first finished block of this tar shard, or None."""
         keys = (self.store.record_key(block, shard) for block in range(self.manifest.blocks))
         return next((n for n, key in enumerate(keys) if inside(self.path, key).exists()), None)
 
@@ -313,13 +311,13 @@ class CacheWriter:
         differences = [f"{at}: {mine} and {theirs}" for at, mine, theirs in conflicts]
         classes = guard.conflict(
             self.manifest.dataset.classes("the cache", self.path),
-            manifest.dataset.classes("this one", self.path),
+            manifest.dataset.classes("the new data", self.path),
         )
         if classes is not None:
             differences.append(classes)
         if differences:
             raise CacheError(
-                "the folder holds another cache (what it records, what this one would)",
+                "the folder contains another cache (recorded and requested values)",
                 where=self.path,
                 action="choose another folder, or the same data, teacher, views and encodings",
                 problems=differences,
@@ -329,10 +327,9 @@ class CacheWriter:
         differences = self.manifest.version_differences(versions)
         if differences and not accept:
             raise CacheError(
-                "the cache was begun with other library versions (recorded, present)",
+                "the cache was started with other library versions (recorded and installed)",
                 where=self.path,
-                action="install the recorded versions, or accept that its units differ in them: "
-                "--accept-versions",
+                action="install the recorded versions, or mix versions with --accept-versions",
                 problems=differences,
             )
         if differences:
@@ -369,5 +366,5 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 def _local(path: Path | str) -> Path:
     return require_local(
-        path, "a cache is written to a folder", "write it here, and copy the folder there"
+        path, "a cache is written to a local folder", "write it to a folder, then upload the folder"
     )

@@ -1,4 +1,4 @@
-"""An ImageFolder tree into webdataset shards: image bytes untouched, order shuffled, sizes even."""
+"""Pack an ImageFolder tree into webdataset shards: shuffled, of even size, bytes unchanged."""
 
 import json
 import os
@@ -26,7 +26,7 @@ SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 
 @dataclass(frozen=True)
 class FolderImage:
-    """Name one image of the tree. ``name`` is its path below the tree, with forward slashes."""
+    """An image of the tree; ``name`` is its path below the root, with forward slashes."""
 
     path: Path
     name: str
@@ -34,9 +34,9 @@ class FolderImage:
 
     @property
     def key(self) -> str:
-        """Return ``synset_7`` of ``synset/synset_7.JPEG``, and ``class_7`` of ``class/7.png``.
+        """Return ``synset_7`` for ``synset/synset_7.JPEG``, and ``class_7`` for ``class/7.png``.
 
-        ImageNet's published shards have the same keys, so a cache of theirs fits shards made here.
+        ImageNet's published shards have the same keys, so their caches fit these shards.
         """
         *folders, file = self.name.split("/")
         stem = file.rpartition(".")[0].replace(".", "_")
@@ -47,10 +47,10 @@ class FolderImage:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """List a tree with one folder per class, in sorted order.
+    """The contents of a tree with one folder per class, in sorted order.
 
-    ``skipped``: everything else below the root: files that are no images or lie in no class folder,
-    and what systems leave behind. A folder ends with a slash and is one entry.
+    ``skipped`` lists everything else below the root: other files, images outside class folders,
+    hidden and system files. A skipped folder is one entry and ends with a slash.
     """
 
     images: tuple[FolderImage, ...]
@@ -63,19 +63,19 @@ def make_shards(
 ) -> dict[str, Any]:
     """Write ``out/{split}-0000.tar`` …, ``out/_info.json`` and ``out/classes.json``.
 
-    Class folders are numbered in sorted order and searched at any depth, linked folders too. Files
-    that are no jpg, png or webp by their ending, hidden files and folders, ``__MACOSX`` and
-    ``@eaDir`` are left out and counted. Shards hold at most ``shard_size`` samples and differ by at
-    most one. The same tree, seed and size give the same bytes. Everything stands in ``out`` when
-    all is written, or nothing.
+    Class folders are numbered in sorted order and searched recursively, following links. Files
+    without a jpg, png or webp ending, hidden files and folders, ``__MACOSX`` and ``@eaDir`` are
+    skipped and counted. Shards contain at most ``shard_size`` samples and differ by at most one.
+    The same tree, seed and size give the same bytes. The files appear in ``out`` once all are
+    written.
 
     Returns:
         ``out``, ``shards``, ``samples``, ``classes``, ``bytes``, ``skipped`` (a count) and
         ``skipped_examples``.
     """
     out = Path(out)
-    partial = out / ".partial"  # inside, as ``out`` may be a disk of its own
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial = out / ".partial"  # not a sibling: ``out`` may be a mount point
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
     atomic.require_empty(out, action="choose an empty or new folder for the shards")
     tree = scan_image_folder(Path(image_folder))
     with atomic.translate_os_errors(out):
@@ -98,7 +98,11 @@ def make_shards(
 
 
 def scan_image_folder(root: Path) -> ImageFolder:
-    """Find the images of a tree with one folder per class."""
+    """Find the images of a tree with one folder per class.
+
+    Raises:
+        DataError: no class folders, or images that are unusable or would share a key; lists all.
+    """
     if not root.is_dir():
         raise DataError("no such folder", where=root, expected="a folder with one folder per class")
     entries = sorted(os.scandir(root), key=lambda entry: entry.name)
@@ -106,18 +110,18 @@ def scan_image_folder(root: Path) -> ImageFolder:
     _refuse_odd_trees(root, folders)
     images: list[FolderImage] = []
     skipped = [_listed(root, entry) for entry in entries if not _is_folder(entry)]
-    hollow: list[str] = []
+    empty: list[str] = []
     for label, folder in enumerate(folders):
         before = len(images)
         for name in _files_below(root, root / folder, (), skipped):
             images.append(FolderImage(root / name, name, label))
         if len(images) == before:
-            hollow.append(f"no jpg, png or webp in {root / folder}")
-    if hollow:
+            empty.append(f"no jpg, png or webp in {root / folder}")
+    if empty:
         raise DataError(
-            f"{len(hollow)} class folders hold no images",
+            f"{len(empty)} class folders contain no images",
             where=root,
-            problems=hollow,
+            problems=empty,
             action="remove them, or add their images: they would shift the labels",
         )
     _check_files(images)
@@ -134,16 +138,16 @@ def _is_image(name: str) -> bool:
 
 
 def _listed(root: Path, entry: os.DirEntry[str]) -> str:
-    """Return an entry as ``skipped`` has it."""
+    """Return the path of an entry below ``root``; that of a folder ends with a slash."""
     return Path(entry.path).relative_to(root).as_posix() + ("/" if entry.is_dir() else "")
 
 
 def _files_below(
     root: Path, folder: Path, above: tuple[str, ...], skipped: list[str]
 ) -> Iterator[str]:
-    """Yield paths below ``root`` of all images in ``folder``, sorted; the rest goes to ``skipped``.
+    """Yield the paths below ``root`` of all images in ``folder``; add the rest to ``skipped``.
 
-    Links to folders are followed, but for those that lead back to where they are.
+    Links to folders are followed, except those back to a folder that contains them.
 
     Args:
         above: real paths of the folders on the way to ``folder``.
@@ -179,7 +183,7 @@ def _refuse_odd_trees(root: Path, folders: Sequence[str]) -> None:
         raise DataError(
             "the folder has no class folders",
             where=root,
-            found="images that lie in no class folder" if loose else "no folders",
+            found="images outside class folders" if loose else "no folders",
             expected="one folder per class, as in IMAGE_FOLDER/cat/1.jpg",
         )
     splits = [name for name in folders if name.lower() in SPLIT_NAMES]
@@ -190,7 +194,7 @@ def _refuse_odd_trees(root: Path, folders: Sequence[str]) -> None:
             "these folders are splits, not classes",
             where=root,
             found=", ".join(splits),
-            action=f"pack each on its own: cskd-pipeline make-shards {root / splits[0]} OUT",
+            action=f"pack each separately: cskd-pipeline make-shards {root / splits[0]} OUT",
         )
 
 
@@ -208,7 +212,7 @@ def _check_files(images: Sequence[FolderImage]) -> None:
             problems.append(f"{image.name}: {found.st_size} bytes")
     if problems:
         raise DataError(
-            f"{len(problems)} of {len(images)} images are empty, too large, or cannot be read",
+            f"{len(problems)} of {len(images)} images are empty, too large or unreadable",
             expected=f"files of 1 to {MAX_IMAGE_BYTES} bytes",
             problems=problems,
             action="replace or remove them",
@@ -228,13 +232,13 @@ def _check_keys(images: Sequence[FolderImage]) -> None:
         raise DataError(
             f"{len(problems)} images cannot be named in a shard",
             problems=problems,
-            expected="UTF-8 names that differ in more than their ending and separators",
+            expected="UTF-8 names that differ in more than endings and separators",
             action="rename them",
         )
 
 
 def shuffled(count: int, seed: int) -> np.ndarray:
-    """Return a permutation of ``count`` numbers, the same for a seed on every machine."""
+    """Return a permutation of ``count`` numbers, equal for equal seeds on every machine."""
     keys = BitStream(derive_seed("make-shards", seed)).raw(count)
     return np.argsort(keys, kind="stable")
 
@@ -242,7 +246,7 @@ def shuffled(count: int, seed: int) -> np.ndarray:
 def _write(
     tree: ImageFolder, folder: Path, shard_size: int, seed: int, split: str, meter: Meter
 ) -> list[int]:
-    """Write the shards and their two lists; return the bytes of each tar."""
+    """Write the tars and the lists of shards and classes; return the size of each tar."""
     order = shuffled(len(tree.images), seed)
     parts = np.array_split(order, -(-len(order) // shard_size))
     digits = max(4, len(str(len(parts) - 1)))
@@ -251,7 +255,7 @@ def _write(
     for name, part in named.items():
         path = folder / name
         with open(path, "wb") as file:
-            # A fixed time makes the same tree give the same bytes; the default is now.
+            # A fixed time gives the same bytes for the same tree; the default is now.
             with TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
                 for i in part:
                     tar.write(_sample(tree, tree.images[i]))
@@ -265,7 +269,7 @@ def _write(
 
 
 def write_info(folder: Path, split: str, lengths: Mapping[str, int]) -> None:
-    """Write ``folder/_info.json``, which lists a split's shards and the samples of each."""
+    """Write ``folder/_info.json``, which lists a split's shards and their numbers of samples."""
     info = {
         "name": split,
         "num_samples": sum(lengths.values()),
@@ -276,7 +280,7 @@ def write_info(folder: Path, split: str, lengths: Mapping[str, int]) -> None:
 
 
 def _move_up(folder: Path) -> None:
-    """Move what is in ``folder`` one level up, the list of shards last."""
+    """Move the files in ``folder`` one level up, the list of shards last."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name == INFO):
         os.replace(path, folder.parent / path.name)
     atomic.sync_folder(folder.parent)

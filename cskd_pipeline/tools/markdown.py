@@ -1,7 +1,6 @@
-"""READMEs for hubs: Jinja2 templates, in which the text of others stays text.
+"""Render READMEs for the Hub from Jinja2 templates, escaping foreign text.
 
-Whatever a template prints is escaped, unless the template marks it ``|safe``: code, and what is
-Markdown already.
+Every value is escaped unless the template marks it ``|safe``, as it does code and Markdown.
 """
 
 import json
@@ -15,28 +14,28 @@ from cskd_pipeline.errors import printable
 
 
 def text(value: object) -> str:
-    """Return ``value`` as Markdown that shows just these characters, on one line."""
-    if hasattr(value, "__html__"):  # of |safe
+    """Return one line of Markdown that displays ``value`` literally."""
+    if hasattr(value, "__html__"):  # marked |safe
         return str(value)
     line = re.sub(r"([\\`*_\[\]{}()#+!|~$@]|:(?=//))", r"\\\1", printable(value, 2000).strip())
-    line = re.sub(r"^(\d+)([.)])(?= )", r"\1\\\2", line)  # of a list
-    line = re.sub(r"^([-=])", r"\\\1", line)  # of a list, or a rule
+    line = re.sub(r"^(\d+)([.)])(?= )", r"\1\\\2", line)  # list
+    line = re.sub(r"^([-=])", r"\\\1", line)  # list or rule
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def fenced(block: str) -> str:
-    """Return code for a fence, in which only another fence would be read."""
+    """Return ``block`` for a code fence, which only another fence could end."""
     return block.replace("```", "'''")
 
 
 def front_matter(fields: Mapping[str, Any]) -> str:
-    """Return YAML; strings as JSON has them, which YAML reads alike."""
+    """Return ``fields`` as YAML, with JSON values, which are valid YAML."""
     lines = (f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items())
     return "\n".join(lines)
 
 
 def render(template: str, **context: Any) -> str:
-    """Return the README that a file in ``templates/`` and its context give."""
+    """Render a file of ``templates/`` with its context."""
     environment = Environment(
         loader=PackageLoader("cskd_pipeline.tools"),
         finalize=text,

@@ -1,6 +1,6 @@
-"""The model card of an exported student: what it is, how it was trained, how to get its logits.
+"""The model card of an exported student: how it was trained, and how to compute its logits.
 
-Names in it are the text of whoever made the student: in Markdown they stay text.
+Names come from the student's author and are escaped in Markdown.
 """
 
 import json
@@ -13,17 +13,17 @@ from cskd_pipeline.models.student import Student
 from cskd_pipeline.tools import markdown
 
 METHODS = {
-    "none": "labels alone",
-    "deit": "labels and a CNN's global logits (DeiT's distillation)",
-    "cskd": "labels and a CNN's logits at every location of the image (CSKD, arXiv 2307.08500)",
+    "none": "labels only",
+    "deit": "labels and a CNN's global logits (DeiT distillation)",
+    "cskd": "labels and a CNN's logits at every image location (CSKD, arXiv:2307.08500)",
 }
 
 
 def model_card(
-    student: Student, card: StudentHeader, formats: Sequence[str], *, each_head: bool
+    student: Student, header: StudentHeader, formats: Sequence[str], *, each_head: bool
 ) -> str:
-    """Return the README, with the front matter that the hub reads. It claims no license."""
-    distilled = [] if card.method == "none" else ["knowledge-distillation", card.method]
+    """Return the README with the Hub's front matter, which states no license."""
+    distilled = [] if header.method == "none" else ["knowledge-distillation", header.method]
     fields = {
         "library_name": "timm" if "timm" in formats else "onnx",
         "pipeline_tag": "image-classification",
@@ -32,26 +32,26 @@ def model_card(
     return markdown.render(
         "model_card.md",
         front_matter=markdown.front_matter(fields),
-        card=card,
-        method=METHODS.get(card.method, card.method),
-        facts=_facts(card),
+        header=header,
+        method=METHODS.get(header.method, header.method),
+        facts=_facts(header),
         formats=formats,
-        own_code=own_logits(student, card),
+        own_code=own_logits(student, header),
         distilled=student.has_distillation_token,
-        heads=", ".join(card.heads),
+        heads=", ".join(header.heads),
         each_head=each_head,
-        shown=student.preprocessing,
+        preprocessing=student.preprocessing,
     )
 
 
-def own_logits(student: Student, card: StudentHeader) -> str | None:
-    """Return Python that makes ``logits`` of a timm ``model`` and normalised ``images``.
+def own_logits(student: Student, header: StudentHeader) -> str | None:
+    """Return Python code that computes ``logits`` from a timm ``model`` and normalised ``images``.
 
-    None where timm's own forward gives the same: it averages the class and distillation heads.
+    None if timm's own forward, which averages the class and distillation heads, gives the same.
     """
-    if card.heads == (("cls", "dist") if student.has_distillation_token else ("cls",)):
+    if header.heads == (("cls", "dist") if student.has_distillation_token else ("cls",)):
         return None
-    if card.heads == ("cls",):
+    if header.heads == ("cls",):
         return "logits = model.head(model.forward_features(images)[:, 0])"
     model = student.model
     dense_head, lines = "head", ["tokens = model.forward_features(images)"]
@@ -64,36 +64,36 @@ def own_logits(student: Student, card: StudentHeader) -> str | None:
     if not isinstance(model.fc_norm, nn.Identity):
         patches = f"model.fc_norm({patches})"
     lines += [
-        f"patches = {_pooled(patches, student, card)}",
+        f"patches = {_pooled(patches, student, header)}",
         f"dense = model.{dense_head}(patches)",
     ]
     names = ("cls", "dist", "dense") if student.has_distillation_token else ("cls", "dense")
     return "\n".join([*lines, f"logits = ({' + '.join(names)}) / {len(names)}"])
 
 
-def _pooled(patches: str, student: Student, card: StudentHeader) -> str:
-    """Return the mean over the grid that the dense head was trained on, which may weigh patches."""
-    assert card.grid is not None
+def _pooled(patches: str, student: Student, header: StudentHeader) -> str:
+    """Return code for the mean over the dense head's training grid, which may weight patches."""
+    assert header.grid is not None
     assert student.token_grid is not None
-    if all(t % g == 0 for t, g in zip(student.token_grid, card.grid, strict=True)):
+    if all(t % g == 0 for t, g in zip(student.token_grid, header.grid, strict=True)):
         return f"{patches}.mean(dim=1)"
     maps = f"{patches}.transpose(1, 2).unflatten(2, {student.token_grid})"
-    return f"torch.nn.functional.adaptive_avg_pool2d({maps}, {card.grid}).mean(dim=(2, 3))"
+    return f"torch.nn.functional.adaptive_avg_pool2d({maps}, {header.grid}).mean(dim=(2, 3))"
 
 
-def _facts(card: StudentHeader) -> list[tuple[str, object]]:
-    measured = None if card.top1 is None else f"{card.top1:.2f} % on the run's validation images"
+def _facts(header: StudentHeader) -> list[tuple[str, object]]:
+    top1 = None if header.top1 is None else f"{header.top1:.2f} % on the run's validation images"
     return [
-        ("architecture", card.model),
-        ("arguments", json.dumps(card.kwargs) if card.kwargs else None),
-        ("trained on", card.dataset),
-        ("method", card.method),
-        ("teacher", card.teacher),
-        ("top-1", measured),
-        ("weights", f"{card.weights}, after epoch {card.epoch}"),
-        ("output", f"mean of {', '.join(card.heads)}"),
-        ("recipe, SHA-256", card.recipe_sha256),
-        ("teacher's cache, SHA-256 of its contents", card.cache_sha256),
-        ("started from weights of SHA-256", card.init_sha256),
-        ("accepted differences of classes", "; ".join(card.accepted_classes) or None),
+        ("architecture", header.model),
+        ("arguments", json.dumps(header.kwargs) if header.kwargs else None),
+        ("trained on", header.dataset),
+        ("method", header.method),
+        ("teacher", header.teacher),
+        ("top-1", top1),
+        ("weights", f"{header.weights}, after epoch {header.epoch}"),
+        ("output", f"mean of {', '.join(header.heads)}"),
+        ("recipe, SHA-256", header.recipe_sha256),
+        ("teacher cache, SHA-256 of its contents", header.cache_sha256),
+        ("initial weights, SHA-256", header.init_sha256),
+        ("accepted class differences", "; ".join(header.accepted_classes) or None),
     ]

@@ -1,7 +1,7 @@
-"""``cache verify``: a cache's files, its bytes, and what they mean for the images at hand.
+"""``cache verify``: check a cache's files and bytes, and whether it fits the user's images.
 
-Structure and bytes need only the cache; with shards, the cache's samples are looked for among them
-and some of its views are replayed; with a teacher, the logits of those views are computed again.
+Structure and bytes need only the cache. With shards, the cache's samples are matched with theirs
+and some of its views are replayed; with a teacher, the logits of those views are recomputed.
 """
 
 import logging
@@ -22,12 +22,7 @@ from cskd_pipeline.config.sections import is_factory
 from cskd_pipeline.data.batches import render_batch
 from cskd_pipeline.data.full_batches import logits_of
 from cskd_pipeline.data.join import Join, join_to_look
-from cskd_pipeline.data.replay import (
-    Replay,
-    replay,
-    same_images,
-    spread_views,
-)
+from cskd_pipeline.data.replay import Replay, replay, same_images, spread_views
 from cskd_pipeline.distill.encodings import Encoding, temperature_near
 from cskd_pipeline.distill.targets import labels_draws_or_logs
 from cskd_pipeline.errors import CacheError
@@ -40,21 +35,21 @@ from cskd_pipeline.tools.tables import Printed, Table
 
 log = logging.getLogger(__name__)
 
-SAMPLES = 512  # views that are replayed unless another number is given
+SAMPLES = 512  # views replayed by default
 MEAN_AGREEMENT = 0.98
-"""The least, see :func:`agreement`. Logits rounded to float16 tie at 0.4 % of the locations
-(K = 1000), where another machine's last bits change the label; other weights, or other pixels,
+"""Minimum over all views, see :func:`agreement`. Logits rounded to float16 tie at 0.4 % of the
+locations (K = 1000), where another machine's last bits change the label; other weights or pixels
 change far more."""
 VIEW_AGREEMENT = 0.5
-"""The least of one view: a tie of its global logits costs a third."""
+"""Minimum for each view: a tie of its global logits costs a third."""
 RATIOS = (1.0, 0.5)
 COMPARED = ("weights_sha256", "mean", "std", "grid", "num_classes", "size", "precision")
-"""Of a manifest's teacher, what the one at hand must share; its name may differ."""
+"""Fields of a manifest's teacher that the user's must share; its name may differ."""
 
 
 @dataclass(frozen=True)
 class TeacherChoice:
-    """Choose the teacher; ``name``, ``weights``, ``mean`` and ``std`` as for dump-teacher."""
+    """The user's teacher; ``name``, ``weights``, ``mean`` and ``std`` as for dump-teacher."""
 
     name: str
     weights: str = "hub"
@@ -66,12 +61,12 @@ class TeacherChoice:
 
 @dataclass(frozen=True)
 class UserImages:
-    """Name the images that a cache is to fit.
+    """The images that a cache should fit.
 
     Args:
-        samples: how many views are replayed from them.
-        accept_classes: class names and labels that are not the cache's are no problem.
-        teacher: runs on the replayed views; None: none does.
+        samples: number of views to replay.
+        accept_classes: whether class names and labels may differ from the cache's.
+        teacher: teacher to run on the replayed views, if any.
     """
 
     shards: str
@@ -82,7 +77,7 @@ class UserImages:
 
 
 class Check(NamedTuple):
-    """Hold what was looked at, as numbers by name, and what is wrong."""
+    """The counts of a check, by name, and the problems it found."""
 
     depth: str
     counts: dict[str, Any]
@@ -96,22 +91,22 @@ def verify_cache(
     partial: bool = False,
     images: UserImages | None = None,
 ) -> dict[str, Any]:
-    """Check everything, and report all that is wrong.
+    """Check a cache, and report every problem.
 
     Args:
-        depth: ``structure``, or ``bytes``, which is that too.
-        partial: units that are not made yet are no problem.
-        images: the user's own; None: the cache is looked at alone.
+        depth: ``structure``, or ``bytes``, which includes it.
+        partial: whether units may be missing.
+        images: the user's images; None checks the cache alone.
 
     Returns:
-        Per depth what was counted, all ``problems``, and ``ok``.
+        The counts of each check, all ``problems``, and ``ok``.
     """
     reader = open_cache(cache)
     checks = list(_own_checks(reader, depth, partial))
     broken = any(check.problems for check in checks[1:])
     differences = reader.manifest.version_differences(library_versions())
     if images is not None and broken:
-        log.warning("the cache itself is damaged: it is not compared with the shards")
+        log.warning("the cache is damaged: it is not compared with the shards")
     elif images is not None:
         checks += _image_checks(reader, images, differences)
     return {
@@ -127,14 +122,14 @@ def verify_cache(
 
 
 def _own_checks(reader: Cache, depth: str, partial: bool) -> Iterator[Check]:
-    """Check units, structure and, by ``depth``, bytes: what needs nothing but the cache."""
+    """Check units, structure and, depending on ``depth``, bytes."""
     done, store = reader.done(), reader.store
     units, missing = (
         [(block, shard) for shard, block in np.argwhere(which.T).tolist()]
         for which in (done, ~done)
     )
     problems = [
-        Problem("units", str(reader.path), f"not made yet: {store.unit_name(*unit)}")
+        Problem("units", str(reader.path), f"not finished: {store.unit_name(*unit)}")
         for unit in missing
     ]
     counts = {"done": len(units), "total": done.size}
@@ -148,8 +143,8 @@ def _own_checks(reader: Cache, depth: str, partial: bool) -> Iterator[Check]:
 
 
 def _image_checks(reader: Cache, images: UserImages, differences: Sequence[str]) -> Iterator[Check]:
-    """Check the cache against the user's images; ``differences`` are those of library versions."""
-    # Every difference becomes a problem, unless it is accepted.
+    """Check the cache against the user's images; ``differences`` are of library versions."""
+    # The guard collects all differences; they become problems unless the user accepts them.
     guard = ClassGuard(COMMAND_SWITCH, accept=True)
     found = join_to_look(reader, images.shards, guard, split=images.split)
     yield _classes_check(found, guard, images.accept_classes)
@@ -164,7 +159,7 @@ def _image_checks(reader: Cache, images: UserImages, differences: Sequence[str])
 
 
 def _classes_check(found: Join, guard: ClassGuard, accept: bool) -> Check:
-    """Check names, and labels by key; what is accepted is logged."""
+    """Check class names, and labels by key; log what the user accepts."""
     if accept:
         guard.report_new()
     else:
@@ -175,7 +170,7 @@ def _classes_check(found: Join, guard: ClassGuard, accept: bool) -> Check:
         Problem(
             "classes",
             found.images.where(shard, offset),
-            f"another label than {label}, the cache's",
+            f"the label differs from the cache's, {label}",
         )
         for shard, offset, label in found.relabelled.tolist()
     ]
@@ -184,16 +179,16 @@ def _classes_check(found: Join, guard: ClassGuard, accept: bool) -> Check:
 
 
 def _replay_checks(found: Join, replayed: Replay, differences: Sequence[str]) -> Iterator[Check]:
-    """Check images, and the views of those images that are the cache's."""
+    """Check the replayed views' images and, where these are the cache's, their pixels."""
     rows, same, seeded = replayed.rows, replayed.same_image, replayed.same_seed
 
-    def problems(depth: str, wrong: np.ndarray, what: str) -> list[Problem]:
+    def problems(depth: str, wrong: np.ndarray, text: str) -> list[Problem]:
         return [
-            Problem(depth, found.images.where(shard, offset), what.format(view=view))
+            Problem(depth, found.images.where(shard, offset), text.format(view=view))
             for view, shard, offset in rows[wrong].tolist()
         ]
 
-    other_image = problems("images", ~same, "another image than the teacher saw")
+    other_image = problems("images", ~same, "not the image that the teacher saw")
     yield Check("images", {"compared": len(rows), "equal": int(same.sum())}, other_image)
     rounded = same & seeded & ~replayed.exact
     versions = f" ({'; '.join(differences)})" if differences else ""
@@ -207,19 +202,19 @@ def _replay_checks(found: Join, replayed: Replay, differences: Sequence[str]) ->
     yield Check(
         "views",
         {name: int(views.sum()) for name, views in counts.items()},
-        problems("views", ~seeded, "view {view} has another seed")
+        problems("views", ~seeded, "view {view} has a different seed")
         + problems("views", rounded, "view {view} differs by rounding" + versions),
     )
 
 
 def _teacher_checks(found: Join, replayed: Replay, choice: TeacherChoice) -> Iterator[Check]:
-    """Compare the teacher with the cache's and, where they are one, its logits with the stored."""
+    """Compare the teacher with the cache's and, if it is the same, its logits with the stored."""
     recorded = found.cache.manifest.teacher
     teacher = _load_teacher(choice, recorded)
     problems = [
-        Problem("teacher", teacher.name, f"{name} is {here}, in the cache's manifest {its}")
+        Problem("teacher", teacher.name, f"{name} is {own}, in the cache's manifest {expected}")
         for name in COMPARED
-        if (here := getattr(teacher, name)) != (its := getattr(recorded, name))
+        if (own := getattr(teacher, name)) != (expected := getattr(recorded, name))
     ]
     counts = {"compared": len(COMPARED), "equal": len(COMPARED) - len(problems)}
     yield Check("teacher", counts, problems)
@@ -228,8 +223,9 @@ def _teacher_checks(found: Join, replayed: Replay, choice: TeacherChoice) -> Ite
 
 
 def _load_teacher(choice: TeacherChoice, recorded: TeacherInfo) -> Teacher:
-    """A factory is called without the cache's arguments: timm's and torchvision's models are known
-    to do no harm with a stranger's, the user's own code is not.
+    """Load the teacher; only timm's and torchvision's models get the cache's recorded arguments.
+
+    Those are known to be safe with a stranger's arguments; the user's own factory is not.
     """
     kwargs = {} if is_factory(choice.name) else recorded.kwargs
     if kwargs != recorded.kwargs:
@@ -252,12 +248,12 @@ def _load_teacher(choice: TeacherChoice, recorded: TeacherInfo) -> Teacher:
 
 
 def _responses_check(found: Join, replayed: Replay, teacher: Teacher) -> Check:
-    """Run it on the views that were replayed to the bit, and whose partners' images are equal."""
+    """Run the teacher on the bit-exact views whose partners' images are the cache's too."""
     cache, renderer = found.cache, found.renderer
     rows = replayed.rows[replayed.exact & replayed.same_seed]
     rows = rows[same_images(found, renderer.pair(rows).partner)] if len(rows) else rows
     parts: dict[str, list[np.ndarray]] = {name: [] for name in cache.encodings}
-    with progress(len(rows), "views", "running the teacher again") as meter:
+    with progress(len(rows), "views", "recomputing logits") as meter:
         for start in range(0, len(rows), teacher.batch_size):
             part = rows[start : start + teacher.batch_size]
             batch = render_batch(renderer, part).to(teacher.device)
@@ -280,13 +276,13 @@ def _disagreeing(found: Join, rows: np.ndarray, name: str, values: np.ndarray) -
         Problem(
             "answers",
             found.images.where(shard, offset),
-            f"{name}, view {view}: agrees by {value:.3f}, expected {VIEW_AGREEMENT} at least",
+            f"{name}, view {view}: agreement {value:.3f}, expected at least {VIEW_AGREEMENT}",
         )
         for (view, shard, offset), value in zip(rows.tolist(), values.tolist(), strict=True)
         if value < VIEW_AGREEMENT
     ]
     if not problems and values.mean() < MEAN_AGREEMENT:
-        mean = f"{name} agrees by {values.mean():.4f}, expected {MEAN_AGREEMENT} at least"
+        mean = f"{name}: agreement {values.mean():.4f}, expected at least {MEAN_AGREEMENT}"
         problems = [Problem("answers", "the mean of all views", mean)]
     return problems
 
@@ -294,11 +290,11 @@ def _disagreeing(found: Join, rows: np.ndarray, name: str, values: np.ndarray) -
 def agreement(
     encoding: Encoding, live: Mapping[str, Tensor], stored: Mapping[str, Tensor]
 ) -> np.ndarray:
-    """Return how far two responses to each view agree, 0 to 1: (B,) float64.
+    """Return the agreement of two responses to each view, from 0 to 1: (B,) float64.
 
-    The share of equal hard labels, where the encoding has them, or of equal draws, else the overlap
-    of the distributions (1 - total variation); the mean of that at r = 1, at 0.5, and of the global
-    one.
+    It is the fraction of equal hard labels if the encoding has them, of equal draws, or else the
+    overlap of the distributions (1 - total variation), averaged over r = 1, r = 0.5 and the global
+    response.
 
     Args:
         live, stored: rows of the same views, see :meth:`Encoding.encode`.
@@ -315,44 +311,44 @@ def agreement(
 
 
 def printed(report: Mapping[str, Any]) -> Printed:
-    """Yield a table of what was checked."""
+    """Yield the report as a table, one row per check."""
     rows = []
     for depth, found in report["checks"].items():
         counts = [f"{name} {format_value(n)}" for name, n in found.items() if name != "problems"]
         rows.append((depth, ", ".join(counts).replace("_", " "), found["problems"]))
-    yield Table("cache verify", ("depth", "looked at", "problems"), rows)
+    yield Table("cache verify", ("depth", "checked", "problems"), rows)
 
 
-TO_DO = {
-    "units": "run its dump-teacher command again: it makes what is missing; or pass --partial",
+ACTIONS = {
+    "units": "run its dump-teacher command again to write the missing units, or pass --partial",
     "structure": RESTORE,
     "bytes": RESTORE,
-    "classes": "pack the images again from class folders with the cache's names; or, where class k "
-    f"is the same on both sides all the same, pass {COMMAND_SWITCH}",
+    "classes": "pack the images again from class folders with the cache's names; or, if class k "
+    f"is the same on both sides anyway, pass {COMMAND_SWITCH}",
     "join": "get the missing images, or train without them: --set data.missing=skip",
     "images": "get the original images, or train without these: --set data.drift=skip",
-    "views": "install the versions that the cache was made with, or train on what these give: "
-    "--set data.drift=warn",
-    "teacher": "give the teacher that made the cache by --teacher, --weights, --mean and --std: "
-    "cache info shows them",
+    "views": "install the versions that the cache was made with, or train on the views of the "
+    "installed ones: --set data.drift=warn",
+    "teacher": "pass the cache's teacher, as cache info shows it, by --teacher, --weights, --mean "
+    "and --std",
     "answers": "the teacher is the cache's but its logits are not: compare the library versions "
     "that cache info shows, and the code of a factory; else copy the cache again",
 }
 
 
 def require_ok(report: Mapping[str, Any]) -> None:
-    """Refuse a cache with problems."""
+    """Raise CacheError if the report has problems."""
     if report["ok"]:
         return
     failed = {
         depth: found["problems"] for depth, found in report["checks"].items() if found["problems"]
     }
     raise CacheError(
-        "the cache does not pass",
+        "the cache failed verification",
         where=report["cache"],
         found=", ".join(f"{count} in {depth}" for depth, count in failed.items()),
-        expected="none",
-        action="; ".join(dict.fromkeys(TO_DO[depth] for depth in failed)),
+        expected="no problems",
+        action="; ".join(dict.fromkeys(ACTIONS[depth] for depth in failed)),
         problems=[str(Problem(**problem)) for problem in report["problems"]],
         report=report,
     )

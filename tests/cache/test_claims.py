@@ -1,4 +1,4 @@
-"""Claims: one process makes a unit; what it leaves behind when it ends stands in nobody's way."""
+"""Claims: one process computes a unit, and the claims of ended processes block nobody."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def claims(root: Path, patience: float = PATIENCE) -> Claims:
 
 
 def left_by_another(root: Path, unit: Unit, **changes: Any) -> Path:
-    """The claim of a process that gives no sign of life."""
+    """The claim of a process without a heartbeat."""
     path = root / FOLDER / f"{unit.block}.{unit.shard}"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({**identify(os.getpid()), "claim": "another", **changes}))
     return path
 
 
-def test_a_unit_is_claimed_by_one_until_it_lets_go(tmp_path: Path) -> None:
+def test_a_unit_is_claimed_by_one_until_it_is_released(tmp_path: Path) -> None:
     one, other = claims(tmp_path, 60), claims(tmp_path, 60)
     assert one.take(ONE)
     assert not other.take(ONE)
@@ -68,15 +68,15 @@ def test_processes_that_claim_at_once_never_claim_the_same(tmp_path: Path) -> No
     assert all(after.take(unit) for unit in units)  # for all of them have ended
 
 
-def test_a_claim_without_a_sign_of_life_is_taken_over_after_a_while(tmp_path: Path) -> None:
-    """Its process lives, or is another machine's."""
+def test_a_claim_without_a_heartbeat_is_taken_over_after_a_while(tmp_path: Path) -> None:
+    """Its process is alive, or on another machine."""
     for unit, changes in ((ONE, {}), (TWO, {"boot": "another", "pid": 2**22, "started": "1"})):
         path = left_by_another(tmp_path, unit, **changes)
         os.utime(path, (0, 0))  # whatever the clocks say
         own = claims(tmp_path)
         assert not own.take(unit)
         time.sleep(PATIENCE / 2)
-        os.utime(path, (2**31, 2**31))  # a sign of life
+        os.utime(path, (2**31, 2**31))  # a heartbeat
         assert not own.take(unit)
         time.sleep(PATIENCE / 2)
         assert not own.take(unit)
@@ -85,7 +85,7 @@ def test_a_claim_without_a_sign_of_life_is_taken_over_after_a_while(tmp_path: Pa
         assert '"another"' not in path.read_text()
 
 
-def test_signs_of_life_keep_a_claim(tmp_path: Path) -> None:
+def test_heartbeats_keep_a_claim(tmp_path: Path) -> None:
     one, other = claims(tmp_path), claims(tmp_path)
     assert one.take(ONE)
     until = time.monotonic() + 3 * PATIENCE
@@ -95,7 +95,7 @@ def test_signs_of_life_keep_a_claim(tmp_path: Path) -> None:
         time.sleep(PATIENCE / 20)
 
 
-def test_what_was_taken_over_is_not_let_go_of_by_the_one_before(tmp_path: Path) -> None:
+def test_a_claim_that_was_taken_over_is_not_released_by_its_first_owner(tmp_path: Path) -> None:
     one, other, third = (claims(tmp_path) for _ in range(3))
     assert one.take(ONE)
     assert not other.take(ONE)

@@ -86,7 +86,7 @@ def test_arrays_that_could_not_be_read_are_refused(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda r: {**r, "dense/spatial": r[SPATIAL]}, "dense/spatial: no array"),
+        (lambda r: {**r, "dense/spatial": r[SPATIAL]}, "dense/spatial: not an array"),
         (lambda r: {SPATIAL: r[SPATIAL]}, f"{GLOBAL}: missing"),
         (lambda r: {**r, GLOBAL: r[SPATIAL]}, f"{GLOBAL}: found float16"),
         (lambda r: {**r, GLOBAL: r[GLOBAL] > 0}, f"{GLOBAL}: found bool"),

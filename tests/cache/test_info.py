@@ -97,9 +97,9 @@ def test_a_summary_says_how_targets_are_served(tmp_path: Path) -> None:
     assert {name: text.split("; ")[1] for name, text in found.items()} == {
         "dense": "hard and soft targets, exactly",
         "dense-q8": "soft targets, approximately",
-        "topk": "soft targets, approximately at temperatures of 1.0 and more",
+        "topk": "soft targets, approximately at temperatures from 1.0",
         "envelope": "hard targets, exactly",
-        "sampled": f"soft targets, by unbiased draws, 4 of each location at temperature {1 / 3}",
+        "sampled": f"soft targets, by unbiased draws, 4 per location at temperature {1 / 3}",
     }
 
 
@@ -122,19 +122,19 @@ def test_a_finished_cache_fits_in_half_a_screen(tmp_path: Path) -> None:
         "resnet10t, float32, 32 px, 2x3 locations; mean 0.5/0.5/0.5, std 0.25/0.25/0.25; "
         "weights from random"
     )
-    assert lines["policy"] == "deit-v1, 32 px, its defaults"
+    assert lines["policy"] == "deit-v1, 32 px, defaults"
     assert lines["encodings.dense"].endswith("bytes a view; hard and soft targets, exactly")
     assert lines["encodings.envelope"].endswith("bytes a view; hard targets, exactly")
     assert "hard and soft targets, under every CKF schedule" in lines["serves"]
     assert lines["license"] == "CC-BY-4.0"
     assert lines["notes"] == "for tests"
-    assert lines["views"] == "4 of each sample; 4 epochs see none of them twice"
+    assert lines["views"] == "4 of each sample, enough for 4 epochs without repeating one"
 
 
 def test_the_policy_is_told_by_what_is_unusual(tmp_path: Path) -> None:
     make(tmp_path / "c", policy=ViewPolicy(size=32, flip=0.0, crop_area=(0.5, 1.0)))
     text = summarise(describe(open_cache(tmp_path / "c")))["policy"]
-    assert text == "deit-v1, 32 px; unlike its defaults: crop_area 0.5/1, flip 0.0"
+    assert text == "deit-v1, 32 px; non-default: crop_area 0.5/1, flip 0.0"
 
 
 def test_thousands_of_unfinished_shards_are_summed_up(tmp_path: Path) -> None:

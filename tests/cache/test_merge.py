@@ -234,7 +234,7 @@ def test_a_target_whose_classes_have_another_order_is_refused(tmp_path: Path) ->
     assert names is not None
     turned = replace(dataset(), class_names=names[::-1])
     a, out = part(tmp_path / "a", UNITS[:1]), part(tmp_path / "out", [], dataset=turned)
-    with pytest.raises(CacheError, match="holds another cache") as caught:
+    with pytest.raises(CacheError, match="contains another cache") as caught:
         merged(out, a)
     assert "dataset.class_names: the same" in caught.value.problems[0]
 
@@ -310,7 +310,7 @@ def test_a_tar_whose_sha256_one_part_does_not_state_is_the_others(tmp_path: Path
 
 def test_a_target_of_another_making_is_refused(tmp_path: Path) -> None:
     a, out = part(tmp_path / "a", UNITS[:1]), part(tmp_path / "out", [], root_seed=8)
-    with pytest.raises(CacheError, match="holds another cache") as caught:
+    with pytest.raises(CacheError, match="contains another cache") as caught:
         merged(out, a)
     assert caught.value.problems == ["root_seed: 8 and 7"]
 

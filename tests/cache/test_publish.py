@@ -100,8 +100,8 @@ def test_more_files_than_the_hub_recommends_are_warned_of(
     assert not caplog.messages
     monkeypatch.setattr("cskd_pipeline.cache.units.HUB_FILES", 20)
     publish(copied, replace(OPTIONS, samples=1))
-    assert "more than the 20 a repository that the Hub recommends" in caplog.text
-    assert "cache convert makes fewer, with --view-block 0" in caplog.text
+    assert "more than the 20 per repository that the Hub recommends" in caplog.text
+    assert "reduce them with cache convert --view-block 0" in caplog.text
 
 
 # --- the preview ----------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_a_seed_draws_views_each_once(finished: Path) -> None:
 def test_only_what_is_done_and_known_is_shown(tmp_path: Path) -> None:
     unnamed = manifest(encodings=("envelope",), dataset=replace(dataset(), class_names=None))
     writer = CacheWriter.create(tmp_path / "cache", unnamed)
-    with pytest.raises(CacheError, match="nothing of the cache is finished"):
+    with pytest.raises(CacheError, match="the cache has no finished unit"):
         publish(tmp_path / "cache", PublishOptions())
     fill(writer, writer.todo()[:1])
     report = publish(tmp_path / "cache", PublishOptions())
@@ -180,7 +180,7 @@ def test_labels_of_approximations_are_said_to_be_that(
             assert row["teacher_probability"] == pytest.approx(float(top))
     text = (tmp_path / "cache/README.md").read_text()
     assert "labels are approximations" in text
-    kept = {"topk": "approximately", "sampled": "by unbiased draws, 1 of each location"}
+    kept = {"topk": "approximately", "sampled": "by unbiased draws, 1 per location"}
     assert f"| {encoding} | soft targets, {kept[encoding]} |" in text
 
 
@@ -285,9 +285,9 @@ def test_a_call_that_was_cut_off_is_repeated(copied: Path, monkeypatch: pytest.M
 
 def test_what_cannot_be_published_is_refused(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for location in ("hf://lab/toy", "hf://datasets/lab", "hf://datasets/lab/toy/part", "hf:/x"):
-        with pytest.raises(UsageError, match="no data set of the Hub"):
+        with pytest.raises(UsageError, match="not the location of a data set on the Hub"):
             publish(copied, PublishOptions(location))
-    with pytest.raises(UsageError, match="only a folder"):
+    with pytest.raises(UsageError, match="only a local cache"):
         publish(Path("https://host/cache"), PublishOptions())
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingPackageError) as error:

@@ -529,7 +529,7 @@ def test_what_a_store_lists_is_described_and_what_a_web_server_does_not_is_said(
     assert unlisted["teacher_top1"] == local["teacher_top1"]
     assert unlisted["units"] == local["units"]
     assert main(["cache", "info", f"{served.url}/cache"]) == 0
-    assert "bytes: not listed there" in capsys.readouterr().out
+    assert "bytes: unknown (the server lists no files)" in capsys.readouterr().out
 
 
 def test_a_cache_elsewhere_is_verified_and_converted(

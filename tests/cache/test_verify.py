@@ -102,7 +102,7 @@ def test_labels_that_no_class_has_are_found(tmp_path: Path) -> None:
         writer.write_unit(unit, data)
     (problem,) = damage(tmp_path / "cache")
     assert problem.where == "label/c/1/0"
-    assert problem.found == "1 labels, 20 the first, that 20 classes lack"
+    assert problem.found == "1 labels out of range for 20 classes, first 20"
 
 
 def test_keys_of_other_samples_are_found(cache: Path) -> None:

@@ -88,7 +88,7 @@ def test_300_views_of_imagenet_are_within_the_hubs_limits() -> None:
     made = of_size(IMAGENET)
     today = count_files(replace(made, view_block=10))
     assert today.files == 187_403
-    assert today.excess == "more than the 100,000 a repository that the Hub recommends"
+    assert today.excess == "more than the 100,000 per repository that the Hub recommends"
     few = count_files(replace(made, view_block=choose_view_block(made, IMAGENET)))
     assert few.files < 40_000
     assert few.largest_folder < 5_000
@@ -98,7 +98,7 @@ def test_300_views_of_imagenet_are_within_the_hubs_limits() -> None:
     both = FileCounts(100_001, 10_001)
     assert (
         both.excess
-        == "more than the 100,000 a repository and 10,000 a folder that the Hub recommends"
+        == "more than the 100,000 per repository and 10,000 per folder that the Hub recommends"
     )
 
 
@@ -175,12 +175,12 @@ def test_an_unfinished_cache_is_repacked_as_far_as_it_goes(tmp_path: Path) -> No
 
 def test_a_block_that_cannot_be_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "a")
-    with pytest.raises(UsageError, match="whole blocks"):
+    with pytest.raises(UsageError, match="does not divide the number of views"):
         convert(tmp_path / "a", tmp_path / "b", Conversion(view_block=3))
     assert not (tmp_path / "b").exists()
     convert(tmp_path / "a", tmp_path / "b", Conversion(view_block=VIEWS))
     before = tree(tmp_path / "b")
-    with pytest.raises(UsageError, match="fixed when it is made"):
+    with pytest.raises(UsageError, match="fixed when it is created"):
         convert(tmp_path / "a", tmp_path / "b", Conversion(view_block=1))
     assert tree(tmp_path / "b") == before
     assert convert(tmp_path / "a", tmp_path / "b")["units_written"] == 0
@@ -194,7 +194,7 @@ def test_info_counts_the_files_and_says_how_to_have_fewer(tmp_path: Path) -> Non
     assert summarise(info)["files"] == str(counts)
     told = summarise({**info, "files": 187_403, "largest_folder": SHARDS})["files"]
     assert told == (
-        "187,403 files, at most 1,024 in a folder, more than the 100,000 a repository that the Hub "
-        "recommends: cache convert makes fewer, with --view-block 0 or, of dense and dense-q8, "
+        "187,403 files, at most 1,024 in a folder, more than the 100,000 per repository that the "
+        "Hub recommends: reduce them with cache convert --view-block 0 or, for dense and dense-q8, "
         "which have a file for each view and shard, with another --encoding"
     )

@@ -367,7 +367,7 @@ def test_verify_lists_names_and_labels_unless_they_are_accepted(
     assert found[0].startswith("classes of the shards and the cache: the same 4 names in another")
     assert found[1:3] == [
         "96 of 96 samples have other labels than in the cache",
-        "another label than 0, the cache's",
+        "the label differs from the cache's, 0",
     ]
     assert "--accept-classes" in report["error"]["action"]
     assert world.cli(*verify, "--accept-classes") == 0
@@ -427,14 +427,14 @@ def test_a_dump_goes_on_with_its_own_classes_only(
     done(*dump(small.shards, cache))
     other = named(small.shards, tmp_path / "other", NAMES[::-1])
     message = refused(*dump(other, cache))
-    assert "holds another cache" in message
+    assert "contains another cache" in message
     assert "dataset.class_names: the same 4 names in another order" in message
     assert "--accept-classes accepts it" in message
     _, told = done(*dump(other, cache, "--accept-classes", "--quiet"))
-    assert "accepted by --accept-classes: classes of the cache and this one" in told
+    assert "accepted by --accept-classes: classes of the cache and the new data" in told
     (other / "classes.json").unlink()
     _, told = done(*dump(other, cache, "--quiet", "--set", "data.num_classes=4"))
-    assert "no class names in this one" in told
+    assert "no class names in the new data" in told
     assert open_cache(cache).manifest.dataset.class_names == NAMES
 
 

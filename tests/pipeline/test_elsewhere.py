@@ -128,5 +128,5 @@ def test_thumbnails_are_of_views_whose_both_images_are_the_teachers(
     world.draw_pictures(tmp_path / "others", per_class=24, seed=1)
     make_shards(tmp_path / "others", tmp_path / "shards", shard_size=35)
     assert world.cli(*words[:-1], tmp_path / "shards") == 1
-    assert "there is no thumbnail to make" in capsys.readouterr().err
+    assert "no view of the preview has its images" in capsys.readouterr().err
     assert tree(tmp_path / "cache") == before

@@ -314,7 +314,7 @@ def test_a_cache_of_another_making_is_not_gone_on_with(
 ) -> None:
     before = open_cache(small.cache).manifest
     message = refused(*dump(small.shards, small.cache, "--set", "teacher.seed=1"))
-    assert "holds another cache" in message
+    assert "contains another cache" in message
     assert "weights_sha256" in message
     assert open_cache(small.cache).manifest == before
 

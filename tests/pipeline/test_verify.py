@@ -281,7 +281,7 @@ def test_answers_must_agree_on_the_whole_and_in_each_view(
     for problem, where in zip(told, wrong, strict=True):
         assert where in problem["where"] + problem["found"]
         bound = 0.5 if where == "view" else 0.98
-        assert problem["found"].endswith(f"expected {bound} at least")
+        assert problem["found"].endswith(f"expected at least {bound}")
     if wrong:
         assert "its logits are not" in report["error"]["action"]
 

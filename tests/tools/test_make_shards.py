@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_read_is_refused(
     assert caught.value.where == copy / "cat/closed"
 
 
-def test_a_folder_of_splits_is_told_apart_from_classes(image_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_of_splits_is_refused(image_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(image_folder, tmp_path / "train")
     shutil.copytree(image_folder, tmp_path / "val")
     with pytest.raises(DataError, match="splits, not classes") as caught:
@@ -157,24 +157,24 @@ def test_a_folder_of_splits_is_told_apart_from_classes(image_folder: Path, tmp_p
     assert f"make-shards {tmp_path / 'train'}" in str(caught.value.action)
 
 
-@pytest.mark.parametrize("kind", ["absent", "empty", "loose", "hollow"])
+@pytest.mark.parametrize("kind", ["absent", "empty", "loose", "no images"])
 def test_a_tree_without_classes_or_images_is_refused(tmp_path: Path, kind: str) -> None:
     root = tmp_path / "tree"
     if kind != "absent":
         root.mkdir()
     if kind == "loose":
         (root / "1.jpg").touch()
-    if kind == "hollow":
+    if kind == "no images":
         (root / "cat").mkdir()
     expected = {
         "absent": "no such folder",
         "empty": "no class folders",
         "loose": "no class folders",
-        "hollow": "1 class folders hold no images",
+        "no images": "1 class folders contain no images",
     }
     with pytest.raises(DataError, match=expected[kind]) as caught:
         make_shards(root, tmp_path / "out")
-    assert ("lie in no class folder" in str(caught.value)) == (kind == "loose")
+    assert ("outside class folders" in str(caught.value)) == (kind == "loose")
     assert not (tmp_path / "out").exists()
 
 
@@ -257,7 +257,7 @@ def test_an_interrupted_run_leaves_nothing_and_one_that_was_killed_is_replaced(
     assert sorted(content(out)) == ["_info.json", "classes.json", "train-0000.tar"]
 
 
-def test_a_full_disk_is_told_and_nothing_stays(
+def test_a_full_disk_is_reported_and_nothing_stays(
     tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(self: Any, sample: Any) -> None:

@@ -1,6 +1,6 @@
-"""Publishing a cache: files beside its arrays that hubs, and people, read.
+"""Publishing a cache: files next to its arrays, for the Hub and its visitors.
 
-``publish_cache`` writes them all: ``cache_card`` is the README, ``preview`` some views as Parquet,
-``croissant`` the description that machines read. No reader of caches looks at them, and no digest
-of a cache depends on them.
+``publish_cache`` writes them all: ``cache_card`` is the README, ``preview`` a sample of the views
+as Parquet, ``croissant`` the machine-readable description. Readers of the cache ignore them, and
+its digest does not depend on them.
 """

@@ -1,7 +1,7 @@
-"""The README that a published cache lies beside: a dataset card in the Hugging Face hub's form.
+"""The README of a published cache, a dataset card for the Hugging Face Hub.
 
-Everything in it follows from the manifest and the files. Names, notes and licenses are the text of
-whoever made the cache: in Markdown they stay text.
+Everything in it follows from the manifest and the files. Names, notes and licenses come from the
+cache's author and are escaped in Markdown.
 """
 
 import shlex
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cskd_pipeline.cache.summary import kept, summarise
+from cskd_pipeline.cache.summary import fidelity, summarise
 from cskd_pipeline.errors import printable
 from cskd_pipeline.runtime.console import format_size
 from cskd_pipeline.tools import markdown
@@ -19,8 +19,8 @@ from cskd_pipeline.tools.publish.preview import Column
 MARK = "<!-- written by cskd-pipeline cache publish -->"
 NAME = "README.md"
 SUMS = "SHA256SUMS"
-"""The file that has the digests of all others."""
-# Of the hub's identifiers, those that data comes with; others are "other", with their own name.
+"""The file with the digests of all others."""
+# The Hub's identifiers of common data licenses; any other license is "other", with its name.
 _LICENSES = (
     *("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
     *("cc-by-nc-sa-4.0", "odbl", "pddl", "unknown"),
@@ -35,7 +35,7 @@ Info = Mapping[str, Any]
 
 
 def is_card(path: Path) -> bool:
-    """Return whether the file is there, and was written by this command."""
+    """Return whether the file exists and was written by this command."""
     if not path.exists():
         return False
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -46,9 +46,9 @@ def card(info: Info, location: str, columns: Sequence[Column], views: int) -> st
     """Return the card's text.
 
     Args:
-        info: what :func:`cskd_pipeline.cache.info.describe` found.
-        location: where the cache will be read from.
-        columns, views: of the preview, and how many it has.
+        info: description by :func:`cskd_pipeline.cache.info.describe`.
+        location: folder or URL that users will read the cache from.
+        columns, views: columns of the preview, and its number of views.
     """
     fields = hub_fields(info)
     soft = " --set distill.global_kind=soft --set distill.spatial_kind=soft"
@@ -63,7 +63,7 @@ def card(info: Info, location: str, columns: Sequence[Column], views: int) -> st
         info=info,
         about=summarise(info),
         size=format_size,
-        kept=kept,
+        fidelity=fidelity,
         bibtex=markdown.fenced(info["cite"]["bibtex"]),
         columns=columns,
         thumbnails=any(column.type == "image" for column in columns),
@@ -73,7 +73,7 @@ def card(info: Info, location: str, columns: Sequence[Column], views: int) -> st
 
 
 def hub_fields(info: Info) -> dict[str, Any]:
-    """Return what the hub reads of a data set: name, license, what it is, what its viewer opens."""
+    """Return the Hub's metadata: name, license, categories, and the file for its viewer."""
     license_ = info["license"].strip()
     title = f"Teacher cache: {info['teacher']['name']} on {info['dataset']['name']}"
     fields: dict[str, Any] = {"pretty_name": printable(title)}
@@ -85,7 +85,7 @@ def hub_fields(info: Info) -> dict[str, Any]:
     files = [{"split": "preview", "path": preview.NAME}]
     return fields | {
         "task_categories": ["image-classification"],
-        "size_categories": [next((name for most, name in _SIZES if views < most), "n>1T")],
+        "size_categories": [next((name for limit, name in _SIZES if views < limit), "n>1T")],
         "tags": ["knowledge-distillation", "teacher-cache", "cskd", "zarr"],
         "configs": [{"config_name": "preview", "data_files": files}],
     }

@@ -1,8 +1,7 @@
-"""The cache described in Croissant 1.0 (JSON-LD), which the Hub's and others' data tools read.
+"""The description of a cache in Croissant 1.0 (JSON-LD), for the Hub's and other data tools.
 
-Files' digests are stated of the preview, of zarr's documents and of ``SHA256SUMS``, which has those
-of all the others: a cache of ImageNet has tens of thousands, and mlcroissant 1.1 takes 5 ms for
-each that is listed.
+It lists only the preview, the cache's ``zarr.json`` and ``SHA256SUMS``, which has the digests of
+all other files: a cache of ImageNet has tens of thousands, and mlcroissant 1.1 takes 5 ms for each.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ _TYPES = {
     "image": "sc:ImageObject",
 }
 _FORMATS = {".json": "application/json", ".parquet": "application/x-parquet"}
-# The specification's own, of the words used here: https://docs.mlcommons.org/croissant/docs/croissant-spec.html
+# The specification's context, for the terms used: https://docs.mlcommons.org/croissant/docs/croissant-spec.html
 _CONTEXT: dict[str, Any] = {
     "@language": "en",
     "@vocab": "https://schema.org/",
@@ -35,8 +34,8 @@ _CONTEXT: dict[str, Any] = {
     "conformsTo": "dct:conformsTo",
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
     **{
-        word: f"cr:{word}"
-        for word in (
+        term: f"cr:{term}"
+        for term in (
             *("citeAs", "column", "extract", "field", "fileObject", "fileSet", "includes"),
             *("jsonPath", "recordSet", "source", "transform"),
         )
@@ -50,13 +49,13 @@ def croissant(
     files: Mapping[str, bytes],
     columns: Sequence[Column],
 ) -> str:
-    """Return the document's text; what others wrote in the manifest stays text, in HTML too.
+    """Return the document's text, safe to embed in HTML.
 
     Args:
-        info: what :func:`cskd_pipeline.cache.info.describe` found.
-        repository: OWNER/NAME on the Hub, where it is known.
-        files: those to list, by name.
-        columns: of the preview.
+        info: description by :func:`cskd_pipeline.cache.info.describe`.
+        repository: OWNER/NAME on the Hub, if any.
+        files: contents of the files to list, by name.
+        columns: columns of the preview.
     """
     document = {
         "@context": _CONTEXT,
@@ -85,8 +84,8 @@ def _about(info: Mapping[str, Any], repository: str | None) -> dict[str, Any]:
     about: dict[str, Any] = {
         "name": fields["pretty_name"],
         "description": "A CNN's logits of augmented views of a data set, for distillation: "
-        f"{info['views']} views of {info['samples']} samples in a zarr v3 group"
-        f"{'' if digest is None else f', contents sha256:{digest}'}. The record set is a part.",
+        f"{info['views']} views of each of {info['samples']} samples, in a zarr v3 group"
+        f"{'' if digest is None else f', contents sha256:{digest}'}. The record set is a sample.",
         "keywords": fields["tags"],
         "citeAs": info["cite"]["bibtex"],
         "dateCreated": info["created"],
@@ -116,7 +115,7 @@ def _array(name: str) -> dict[str, Any]:
         "@type": "cr:FileSet",
         "@id": f"array/{name}",
         "name": name,
-        "description": f"The files of a zarr array; {SUMS} has their SHA-256.",
+        "description": f"Files of a zarr array; {SUMS} has their SHA-256.",
         "encodingFormat": "application/octet-stream",
         "includes": f"{name}/**",
     }

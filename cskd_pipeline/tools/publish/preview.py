@@ -1,4 +1,4 @@
-"""Some views of a cache as a Parquet table, which the Hub's viewer and any data frame open."""
+"""A sample of a cache's views as a Parquet table, for the Hub's viewer and data frames."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Column:
     """A column of the preview.
 
     Args:
-        type: Arrow's name of it, and ``image`` for a struct of bytes and path, as the Hub has it.
-        meaning: one line for the card and for ``croissant.json``.
+        type: Arrow type name, or ``image`` for the Hub's struct of bytes and path.
+        meaning: description for the card and ``croissant.json``, one line.
     """
 
     name: str
@@ -41,25 +41,25 @@ class Column:
 
 
 COLUMNS = (
-    Column("key", "string", "key of the sample in its tar"),
-    Column("view", "int32", "number of the view"),
-    Column("label", "int32", "the sample's class"),
-    Column("class_name", "string", "its name, where the cache has names"),
-    Column("share", "float32", "share of the view that shows the sample's own image"),
-    Column("partner_label", "int32", "class of the image mixed in; the label where none is"),
-    Column("teacher_label", "int32", "class on top of the teacher's global logits"),
-    Column("teacher_class_name", "string", "its name, where the cache has names"),
-    Column("teacher_probability", "float32", "its softmax probability, where logits are stored"),
-    Column("agreement", "float32", "share of the locations whose label at r = 1 is the label"),
+    Column("key", "string", "sample key in its tar"),
+    Column("view", "int32", "view number"),
+    Column("label", "int32", "class of the sample"),
+    Column("class_name", "string", "name of the class, if known"),
+    Column("share", "float32", "fraction of the view that shows the sample's own image"),
+    Column("partner_label", "int32", "class of the mixed-in image; label if there is none"),
+    Column("teacher_label", "int32", "top-1 class of the teacher's global logits"),
+    Column("teacher_class_name", "string", "name of the teacher's class, if known"),
+    Column("teacher_probability", "float32", "its softmax probability, if logits are stored"),
+    Column("agreement", "float32", "fraction of locations whose teacher label at r = 1 is label"),
     Column("thumbnail", "image", f"the view, at most {PIXELS} pixels wide"),
 )
 
 
 def make_table(cache: Cache, rows: np.ndarray, found: Join | None = None) -> pa.Table:
-    """Return the preview of the views ``rows``, (n, 3) view, shard, offset, n > 0.
+    """Return the preview table of ``rows``: (n, 3) view, shard, offset, n > 0.
 
     Args:
-        found: adds thumbnails of the views whose images are there, and leaves the others out.
+        found: join with the user's images, to add thumbnails; views without images are dropped.
     """
     import pyarrow as pa
 
@@ -99,7 +99,7 @@ def make_table(cache: Cache, rows: np.ndarray, found: Join | None = None) -> pa.
 
 
 def columns_of(table: pa.Table) -> list[Column]:
-    """Return the columns that a preview has: no thumbnails unless they were wanted."""
+    """Return the preview's columns: thumbnails are optional."""
     return [column for column in COLUMNS if column.name in table.column_names]
 
 
@@ -115,8 +115,8 @@ def parquet(table: pa.Table) -> bytes:
 def _global(cache: Cache, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the teacher's global labels, (n,) int64, and their probabilities, (n,), or NaN.
 
-    Labels are those of an exact encoding where there is one, whatever has the probabilities; of
-    draws alone, the most frequent class.
+    Labels come from an exact encoding if the cache has one; from draws alone, they are the most
+    frequent class.
     """
     hard, soft = cache.serving({"hard"}), cache.serving({"soft"}, None)
     labels, probabilities = None, torch.full((len(rows),), torch.nan)
@@ -143,15 +143,15 @@ def _global(cache: Cache, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _thumbnails(found: Join, rows: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
-    """Return the views whose images are the cache's, and each as an image file."""
+    """Return the views whose images are the cache's, and the bytes of their thumbnails."""
     rows = with_images(found, rows)
     views = replay_views(found, rows) if len(rows) else []
     if not any(view.same for view in views):
         raise JoinError(
-            "there is no thumbnail to make: no drawn view has its images here",
+            "no thumbnails: no view of the preview has its images in the shards",
             where=found.cache.path,
             found=f"{found.missing} of {found.samples.total} samples missing",
-            action="give the shards that the cache was made from, or leave --thumbnails out",
+            action="pass the shards that the cache was made from, or leave out --thumbnails",
         )
     same = [view.same for view in views]
     return rows[same], [view.encode(PIXELS)[1] for view in views if view.same]

@@ -1,4 +1,4 @@
-"""Write beside a cache's arrays what it is published with; uploading is left to the Hub's tool."""
+"""Write the files that a cache is published with; uploading is left to the Hub's own tool."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _REPOSITORY = re.compile(r"hf://datasets/(?P<id>[\w.-]+/[\w.-]+)/?", re.ASCII)
 
 @dataclass(frozen=True)
 class PublishOptions:
-    """Say how a cache is published.
+    """Options for publishing a cache.
 
     Args:
-        location: where it will be read from; None: by its folder's name.
-        license: None: the manifest's.
-        samples: views in the preview, drawn by ``seed``.
-        thumbnails: show the views, replayed from ``shards``, of which only ``split`` is read.
+        location: folder or URL that users will read it from; None: the folder's name.
+        license: license of the cache; None: the manifest's.
+        samples: number of views in the preview, drawn by ``seed``.
+        thumbnails: whether to show the views, replayed from ``split`` of ``shards``.
     """
 
     location: str | None = None
@@ -56,19 +56,22 @@ class PublishOptions:
 def publish(path: Path, options: PublishOptions) -> dict[str, Any]:
     """Write ``README.md``, ``croissant.json``, ``preview.parquet`` and ``SHA256SUMS`` in a cache.
 
-    Files of an earlier call are replaced, each as a whole; the README goes first, by whose mark the
-    next call knows the others as its own.
+    Files of an earlier call are replaced, each atomically. The README is written first: its mark
+    shows later calls that the files are the command's own.
 
     Returns:
-        The files, the views in the preview, the cache's digest, and, where ``location`` is on the
-        Hub, the command that uploads it.
+        The files, the number of views in the preview, the cache's digest, and the upload command if
+        ``location`` is on the Hub.
+
+    Raises:
+        CacheError: no unit is finished; OutputError: a file that this command did not write.
     """
-    problem = "the preview is written by an optional package"
+    problem = "the preview needs an optional package"
     require_packages("pyarrow", extra="hub", problem=problem)
     repository = _repository(options.location)
-    cache = open_cache(require_local(path, "only a folder's cache is published", "copy it here"))
+    cache = open_cache(require_local(path, "only a local cache is published", "copy it here first"))
     if not cache.done().any():
-        raise CacheError("nothing of the cache is finished", where=cache.path, action=FINISH)
+        raise CacheError("the cache has no finished unit", where=cache.path, action=FINISH)
     _require_own(path)
     info = _described(cache, options.license)
     table = _preview(cache, options)
@@ -99,13 +102,13 @@ def publish(path: Path, options: PublishOptions) -> dict[str, Any]:
 
 
 def _repository(location: str | None) -> str | None:
-    """Return OWNER/NAME of a location on the Hub, None of any other."""
+    """Return OWNER/NAME of a location on the Hub, None for any other."""
     if location is None or not location.startswith("hf:"):
         return None
     match = _REPOSITORY.fullmatch(location)
     if match is None:
         raise UsageError(
-            "no data set of the Hub has this location",
+            "not the location of a data set on the Hub",
             found=location,
             expected="hf://datasets/LAB/NAME, whose README is the data set's card",
         )
@@ -122,13 +125,13 @@ def _preview(cache: Cache, options: PublishOptions) -> pa.Table:
 
 def _require_own(path: Path) -> None:
     names = (cache_card.NAME, croissant.NAME, preview.NAME, cache_card.SUMS)
-    there = [name for name in names if (path / name).exists()]
-    if there and not cache_card.is_card(path / cache_card.NAME):
+    existing = [name for name in names if (path / name).exists()]
+    if existing and not cache_card.is_card(path / cache_card.NAME):
         raise OutputError(
-            "the file is there, and was not written by this command",
-            where=path / there[0],
-            expected="no such file, or those of an earlier call",
-            action="move it away",
+            "the file exists, and was not written by this command",
+            where=path / existing[0],
+            expected="no such file, or the files of an earlier call",
+            action="move or rename it",
         )
 
 
@@ -140,15 +143,15 @@ def _described(cache: Cache, license_: str | None) -> dict[str, Any]:
             where=cache.path,
             found=f"--license {license_}",
             expected=info["license"],
-            action="leave --license out: the manifest states it",
+            action="leave out --license: the manifest states it",
         )
     return info if license_ is None else {**info, "license": license_}
 
 
 def sums(cache: Cache) -> str:
-    """Return the SHA-256 of every file, as ``sha256sum --check`` reads it.
+    """Return the SHA-256 of every file, in the format of ``sha256sum --check``.
 
-    Units' files are not read: their records, which are, hold what was written.
+    The digests of units' files come from their records: only the records are read.
     """
 
     def of_unit(unit: list[int]) -> dict[str, bytes]:
@@ -160,6 +163,6 @@ def sums(cache: Cache) -> str:
     store, units = cache.store, np.argwhere(cache.done()).tolist()
     documents = (layout.GROUP, *layout.array_documents(cache.manifest))
     found = {key: store.folder.sha256(key) for key in documents}
-    for files in store.each(of_unit, units, "reading their records"):
+    for files in store.each(of_unit, units, "reading records"):
         found |= files
     return "".join(f"{found[key].hex()}  {key}\n" for key in sorted(found))

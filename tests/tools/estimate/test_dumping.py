@@ -215,7 +215,7 @@ def test_more_files_than_the_hub_recommends_give_a_warning(
     assert row(report, 300, "envelope")["files"] > 900_000
     (found,) = caplog.messages  # only for the recipe's encodings
     assert found.startswith("300 views in dense: ")
-    assert "more than the 100,000 a repository that the Hub recommends" in found
+    assert "more than the 100,000 per repository that the Hub recommends" in found
     assert "cache.view_block=0" in found
 
 
