@@ -511,7 +511,7 @@ def test_the_hub_is_read_by_its_own_package() -> None:
 def test_nothing_is_written_elsewhere(place: str, folder: Path, capsys: Capture) -> None:
     for arguments in (["convert", str(folder), place], ["merge", str(folder), "--out", place]):
         assert main(["cache", *arguments]) == 2
-        assert "a cache is written to a folder" in capsys.readouterr().err
+        assert "a cache is written to a local folder" in capsys.readouterr().err
     assert main(["cache", "merge", place, "--out", str(folder.parent / "new")]) == 2
     assert "copy this cache here first" in capsys.readouterr().err
     assert not Path("https:").exists()
