@@ -26,7 +26,7 @@ _POLL = 0.1  # seconds between checks of the running processes
 
 
 def with_logging(command: Command) -> Callable[..., Summary]:
-    """Return ``command`` as a function of strings and paths that logs each call as typed."""
+    """Return a function that logs its arguments as a command line and calls ``command``."""
     return lambda *arguments: command(_log_call(arguments))
 
 

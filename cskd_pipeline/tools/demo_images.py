@@ -24,7 +24,7 @@ VALIDATION_DIGITS = 497  # scans reserved for validation images
 
 @dataclass(frozen=True)
 class Page:
-    """Content of an image: number of digits of its class (range, end exclusive), most others."""
+    """Digits in an image: number of its own class (range, end exclusive), maximum of others."""
 
     own: tuple[int, int] = (7, 9)
     others: int = 0

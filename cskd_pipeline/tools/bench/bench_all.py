@@ -45,7 +45,7 @@ class Scale:
     Args:
         teacher: a CNN's timm name; its weights are random, which affects no figure.
         amps: the students' precisions, as in ``run.amp``; the teacher's follow from them.
-        size: side of the views, in pixels.
+        size: view size in pixels.
         images: number of images sampled for the checks and for each round of the dump.
     """
 

@@ -39,7 +39,7 @@ def bench_loader(dataset: Dataset, *, size: int, batch_size: int, rounds: int) -
     """Load batches of ``dataset`` with each number of repeats in ``GOALS``, and with timm.
 
     Args:
-        size: side of the views, in pixels.
+        size: view size in pixels.
 
     Returns:
         Images per second and core, and ratios to timm's: medians with spread.

@@ -107,7 +107,7 @@ def bench_step(
         "compile": recipe.run.compile,
         "rounds": rounds,
         "teacher": teacher,
-        "lines_per_location": _lines(batch),
+        "lines_per_location": _lines_per_location(batch),
         "students": measured,
         "goal": {
             "cskd": GOAL,
@@ -202,7 +202,7 @@ def _envelopes(count: int, grid: tuple[int, int]) -> dict[str, Tensor]:
     return ENCODINGS["envelope"].encode(spatial.half(), spatial.mean((2, 3)).half(), seeds)
 
 
-def _lines(batch: Batch) -> float:
+def _lines_per_location(batch: Batch) -> float:
     classes = batch.targets["envelope/lines"][:, :, 0]
     return float((classes.to(torch.int32) != 65535).sum(1).float().mean())
 

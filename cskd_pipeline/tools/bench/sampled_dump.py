@@ -1,4 +1,4 @@
-"""A dump of a few sampled images, as one or part by part: loader, teacher, cache."""
+"""A dump of a few sampled images, complete or part by part: loader, teacher, cache."""
 
 from __future__ import annotations
 

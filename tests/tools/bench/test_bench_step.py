@@ -127,7 +127,7 @@ def test_the_synthetic_batch_is_mixed_and_erased_and_has_real_envelopes() -> Non
     assert 0.1 < len(batch.erase_box) / 64 < 0.5
     cutmix = (batch.cutmix_box[:, 2:].prod(1) > 0).float().mean()
     assert 0.3 < cutmix < 0.7
-    assert 1.5 < bench._lines(batch) < 3.5
+    assert 1.5 < bench._lines_per_location(batch) < 3.5
     assert assemble(batch, POLICY).shape == (64, 3, SIZE, SIZE)
 
 
