@@ -20,31 +20,32 @@ if TYPE_CHECKING:
 
 
 def _run_inside(terminal: Terminal) -> Command:
-    """Return what runs a command in this process, as quiet as this one, and returns its summary."""
+    """Return a function that runs a command in this process, with --quiet and --json inherited."""
     inherited = {"--quiet": terminal.quiet, "--json": terminal.json}
 
     def command(arguments: list[str]) -> dict[str, Any]:
         """Run a command and return its summary."""
         with restore_reporting():
             outcome = parse_and_run([*arguments, *(name for name in inherited if inherited[name])])
-        if not isinstance(outcome, dict):  # typer's way with KeyboardInterrupt is an exit code
+        if not isinstance(outcome, dict):  # typer turns KeyboardInterrupt into an exit code
             raise KeyboardInterrupt
         return outcome
 
     return command
 
 
-@app.command(epilog="Example: cskd-pipeline demo --out demo-out")
+@app.command(example="demo --out demo-out")
 def demo(
     terminal: Terminal,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="An empty or new folder.")] = Path(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new or empty folder.")] = Path(
         "demo-out"
     ),
     seed: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Of images, views, weights and order.")
+        int,
+        typer.Option(min=0, metavar="N", help="Random seed of images, views, weights, order."),
     ] = 0,
 ) -> Outcome:
-    """Run the whole pipeline on small images: shards, teacher, cache, students, a table, a page."""
+    """Run the whole pipeline on small images, from shards to a page that compares the students."""
     from cskd_pipeline.tools import demo as pipeline_demo
 
     report = pipeline_demo.run_demo(out, _run_inside(terminal), seed)
@@ -53,53 +54,56 @@ def demo(
 
 @dataclass(frozen=True)
 class StudyFlags:
-    """Say how a study is run."""
+    """Flags for how a study runs."""
 
     recipes: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Recipes of your own: teacher.toml, dump.toml, none.toml, deit.toml, cskd.toml.",
+            help="Folder with your teacher.toml, dump.toml, none.toml, deit.toml and cskd.toml.",
         ),
     ] = None
     seeds: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Runs of every arm; the seeds are 1 to N.")
+        int, typer.Option(min=1, metavar="N", help="Runs per arm, with seeds 1 to N.")
     ] = 3
     jobs: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help="Students at a time. Default: 4 on a GPU, else what the cores allow.",
+            help="Students to train at a time; default: 4 on a GPU, else by CPU cores.",
         ),
     ] = None
     device: Device = None
 
 
-@app.command(epilog="Example: cskd-pipeline study --out study-out")
+@app.command(example="study --out study-out")
 def study(
     terminal: Terminal,
     flags: StudyFlags,
     shards: Annotated[
         str | None,
-        flag("--shards", help="CIFAR-10's, for an hour of a GPU; without, pages of digits."),
+        flag(
+            "--shards",
+            help="CIFAR-10 shards (an hour on a GPU); default: pages of digits.",
+        ),
     ] = None,
     val_shards: Annotated[
-        str | None, flag("--val-shards", TrainRecipe, help="Shards to evaluate on.")
+        str | None,
+        flag("--val-shards", TrainRecipe, help="Evaluation shards, required with --shards."),
     ] = None,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="A new folder, or the study's own to resume.")
+        Path, typer.Option(metavar="DIR", help="A new folder, or a study's to resume.")
     ] = Path("study-out"),
 ) -> Outcome:
-    """Ask whether CKF helps, and when: students with every method, and forks late in a run.
+    """Test whether and when CKF helps: students of every method, and forks late in a run.
 
-    A teacher, its cache, whole runs over several seeds, and forks of the one at r = 1 once it has
-    learned what local labels can teach. Run the same command again after an interruption.
+    Trains a teacher, dumps its cache, trains students over several seeds, and forks the run at
+    r = 1 once it has learned what local labels can teach. After an interruption, run the same
+    command again.
     """
-    require_companion(
-        "--shards SHARDS", shards, {"--recipes": flags.recipes, "--val-shards": val_shards}
-    )
-    require_companion("--val-shards SHARDS", val_shards, {"--shards": shards})
+    require_companion("--shards SHARDS", shards, recipes=flags.recipes, val_shards=val_shards)
+    require_companion("--val-shards SHARDS", val_shards, shards=shards)
     from cskd_pipeline.tools.study.report import printed
     from cskd_pipeline.tools.study.run_study import StudyConfig, run_study
 
@@ -110,7 +114,7 @@ def study(
 
 @bench_app.command(
     "all",
-    epilog="Example: cskd-pipeline bench all --seconds 540 --shards 'train-*.tar' --out bench-out",
+    example="bench all --seconds 540 --shards 'train-*.tar' --out bench-out",
 )
 def bench_everything(
     terminal: Terminal,
@@ -119,23 +123,25 @@ def bench_everything(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="CIFAR-10's shards, *train-*.tar and *validation-*.tar, for the study; without "
-            "them none is done.",
+            help="Folder with CIFAR-10's *train-*.tar and *validation-*.tar shards; default: no "
+            "study.",
         ),
     ] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(min=1, metavar="N", help="Stop after so long; the same command goes on."),
+        typer.Option(
+            min=1, metavar="N", help="Stop after N seconds; run the command again to continue."
+        ),
     ] = None,
     device: Device = None,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="A new folder, or the one to resume.")
+        Path, typer.Option(metavar="DIR", help="A new folder, or one to resume.")
     ] = Path("bench-out"),
 ) -> Outcome:
-    """Measure all that a GPU must show, in order of worth, as a Markdown table of this machine.
+    """Run every check and benchmark for a GPU, most important first, into a Markdown table.
 
-    A view's logits and cached labels must be those of a live teacher; then bench step, dump and
-    loader, and the study's forks with what is left. On a CPU all of it is small.
+    First, a view's logits and cached labels must equal a live teacher's. Then follow bench step,
+    dump and loader, and in the remaining time the study's forks. On a CPU all of it is small.
     """
     from cskd_pipeline.tools.bench import bench_all as bench
 

@@ -1,4 +1,4 @@
-"""``bench`` and ``plan``: what things cost and how fast they are, measured here or forecast."""
+"""``bench`` and ``plan``: costs and speeds, measured or forecast."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,12 +14,12 @@ from cskd_pipeline.errors import UsageError
 from cskd_pipeline.runtime.console import Terminal
 
 Size = Annotated[int, options.flag("--size")]
-Rounds = Annotated[int, options.count("How often each side takes its turn.", least=3)]
+Rounds = Annotated[int, options.count("Rounds; each measures all sides in turn.", least=3)]
 
 
 @bench_app.command(
     flags="--shards --weights --split --workers --device",
-    epilog="Example: cskd-pipeline bench encodings cache --plot encodings.svg",
+    example="bench encodings cache --plot encodings.svg",
 )
 def encodings(
     terminal: Terminal,
@@ -27,33 +27,33 @@ def encodings(
         str,
         typer.Argument(
             metavar="CACHE_OR_TEACHER",
-            help="A cache (a folder, or its URL) with the encoding dense, or a CNN's timm name "
-            "(then with --shards).",
+            help="A cache (a folder or a URL) with the encoding dense, or a CNN's timm name, which "
+            "needs --shards.",
         ),
     ],
     load: RecipeLoader[DumpRecipe],
-    views: Annotated[int, options.count("How many views to measure on.")] = 256,
+    views: Annotated[int, options.count("Views to measure on.")] = 256,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.svg|FILE.png", help="Draw distortion against bytes."),
+        typer.Option(
+            metavar="FILE.svg|FILE.png", help="File for a plot of distortion against bytes."
+        ),
     ] = None,
     encoding: Annotated[
-        list[str] | None, options.flag("--encoding", help="Only these; more than once for several.")
+        list[str] | None,
+        options.flag("--encoding", help="Encoding to measure; repeatable; default: all."),
     ] = None,
 ) -> options.Outcome:
-    """Measure bytes, times and distortion of every encoding, on real logits of a teacher."""
+    """Measure bytes, times and distortion of every encoding on a teacher's logits."""
     options.require_encodings(encoding or ())
     if plot is not None and plot.suffix not in (".svg", ".png"):
         raise UsageError(
-            "the plot is an SVG or a PNG",
+            "unsupported plot format",
             found=str(plot),
             expected="a name that ends in .svg or .png",
         )
-    from cskd_pipeline.cache.digests import split_pin
-    from cskd_pipeline.cache.remote_files import is_remote
-
-    location, _ = split_pin(source)
-    is_cache = is_remote(location) or Path(location).is_dir()
+    folder = options.local_folder(source)
+    is_cache = folder is None or folder.is_dir()
     recipe = load({} if is_cache else {"teacher.name": source})
     if not is_cache:
         options.require({"--shards SHARDS (or a cache's folder)": recipe.data.shards})
@@ -71,7 +71,7 @@ def encodings(
     return outcome
 
 
-@bench_app.command(epilog="Example: cskd-pipeline bench loader --shards 'train-*.tar'")
+@bench_app.command(example="bench loader --shards 'train-*.tar'")
 def loader(
     terminal: Terminal,
     shards: options.RequiredShards,
@@ -80,7 +80,7 @@ def loader(
     rounds: Rounds = 9,
     split: options.Split = None,
 ) -> options.Outcome:
-    """Compare this loader with timm's, on the same tars and policy: images a second on one core."""
+    """Compare images per second on one core with timm's loader, on the same tars and policy."""
     from cskd_pipeline.data.index import load_dataset
     from cskd_pipeline.tools.bench import bench_loader as bench
 
@@ -91,7 +91,7 @@ def loader(
 
 @bench_app.command(
     flags="--shards --cache --split --batch-size",
-    epilog="Example: cskd-pipeline bench join --shards 'train-*.tar' --cache cache --simulate",
+    example="bench join --shards 'train-*.tar' --cache cache --simulate",
 )
 def join(
     terminal: Terminal,
@@ -100,11 +100,13 @@ def join(
     simulate: Annotated[
         bool,
         typer.Option(
-            "--simulate", help="Also, or only, open caches of ImageNet's shape, and plan an epoch."
+            "--simulate",
+            help="Also open caches of ImageNet's shape and plan an epoch; without "
+            "--shards, do only that.",
         ),
     ] = False,
 ) -> options.Outcome:
-    """Compare the loader with the join from a cache and without any; and the join at scale."""
+    """Compare the loader with and without the join to a cache, and time the join at scale."""
     recipe = load()
     if not simulate or recipe.data.shards or recipe.data.cache:
         load.require(recipe, "--shards --cache")
@@ -118,8 +120,7 @@ def join(
 
 @bench_app.command(
     flags="--size --batch-size --device",
-    epilog="Example: cskd-pipeline bench step --student deit_tiny_distilled_patch16_224 "
-    "--teacher regnety_160",
+    example="bench step --student deit_tiny_distilled_patch16_224 --teacher regnety_160",
 )
 def step(
     terminal: Terminal,
@@ -128,20 +129,20 @@ def step(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="A ViT's timm name; more than once for several. Default: the recipe's; without "
-            "one DeiT's three on a GPU, its smallest elsewhere.",
+            help="A ViT's timm name; repeatable; default: the recipe's, else DeiT's three on a GPU "
+            "and its smallest on a CPU.",
         ),
     ] = None,
     teacher: Annotated[
         str,
-        typer.Option(metavar="NAME", help="The live teacher's timm name; none: without that side."),
+        typer.Option(metavar="NAME", help="Timm name of the live teacher; none: skip it."),
     ] = "regnety_160",
     rounds: Rounds = 9,
 ) -> options.Outcome:
-    """Compare a training step from a cache with a plain one, and with one of a live teacher."""
+    """Compare a training step from a cache with a plain step and one with a live teacher."""
     recipe = load()
     for name in student or ():
-        load({"student.name": name})  # refuses a --set of another
+        load({"student.name": name})  # refuses a contradicting --set
     if not student and load.gives("student.name"):
         student = [recipe.student.name]
     from cskd_pipeline.runtime.device import pick_device
@@ -160,29 +161,29 @@ def step(
 
 @bench_app.command(
     flags="--shards --teacher --weights --size --split --batch-size --workers --device",
-    epilog="Example: cskd-pipeline bench dump --shards 'train-*.tar' --recipe paper_regnety_160",
+    example="bench dump --shards 'train-*.tar' --recipe paper_regnety_160",
 )
 def dump(
     terminal: Terminal,
     load: RecipeLoader[DumpRecipe],
-    images: Annotated[int, options.count("How many images to dump in each round.")] = 128,
+    images: Annotated[int, options.count("Images to dump in each round.")] = 128,
     rounds: Rounds = 5,
     variants: Annotated[
         bool,
         typer.Option(
             "--variants",
-            help="Also the teacher in channels_last and lower precision, with the labels that "
-            "they change.",
+            help="Also measure the teacher in channels_last and lower precision, and the labels "
+            "that these change.",
         ),
     ] = False,
     compile: Annotated[
-        bool, typer.Option("--compile", help="With --variants: torch.compile too.")
+        bool, typer.Option("--compile", help="With --variants, also measure torch.compile.")
     ] = False,
 ) -> options.Outcome:
-    """Compare the dump with the bare teacher, blocks of views with single ones; find the limit."""
+    """Compare the dump with the bare teacher, blocks with single views; find the bottleneck."""
     recipe = load()
     load.require(recipe, "--shards --teacher")
-    options.require_companion("--variants", variants or None, {"--compile": compile or None})
+    options.require_companion("--variants", variants, compile=compile)
     from cskd_pipeline.tools.bench import bench_dump as bench
 
     report = bench.bench_dump(
@@ -194,21 +195,21 @@ def dump(
 @plan_app.command(
     name="dump",
     flags="--shards --teacher --weights --encoding --split --batch-size --workers --device",
-    epilog="Example: cskd-pipeline plan dump --recipe paper_regnety_160 --shards train.json "
+    example="plan dump --recipe paper_regnety_160 --shards train.json "
     "--views 30 --views 300 --devices 8",
 )
 def plan_dump(
     terminal: Terminal,
     load: RecipeLoader[DumpRecipe],
     views: Annotated[
-        list[int] | None, options.count("Views to forecast; more than once for several.")
+        list[int] | None, options.count("Number of views to forecast for; repeatable.")
     ] = None,
     devices: Annotated[
-        list[int] | None, options.count("Forecast N such devices too; more than once.")
+        list[int] | None, options.count("Also forecast for N such devices; repeatable.")
     ] = None,
-    images: Annotated[int, options.count("About how many images to try it on.")] = 256,
+    images: Annotated[int, options.count("Approximate number of images in the trial.")] = 256,
 ) -> options.Outcome:
-    """Forecast bytes and time of a dump, for every encoding, from a few hundred images."""
+    """Forecast bytes and time of a dump for every encoding, from a few hundred images."""
     recipe = load({"cache.views": max(views)} if views else {})
     load.require(recipe, "--shards --teacher")
     options.require_encodings(recipe.cache.encodings)
@@ -223,17 +224,14 @@ def plan_dump(
 @plan_app.command(
     name="train",
     flags="--shards --cache --student --method --epochs --split --batch-size --workers --device",
-    epilog="Example: cskd-pipeline plan train --recipe paper_tiny_cskd --shards train.json "
-    "--cache cache",
+    example="plan train --recipe paper_tiny_cskd --shards train.json --cache cache",
 )
 def plan_train(
     terminal: Terminal,
     load: RecipeLoader[TrainRecipe],
-    updates: Annotated[
-        int, options.count("How many updates to try it on, each way.", least=2)
-    ] = 20,
+    updates: Annotated[int, options.count("Optimizer updates in each trial.", least=2)] = 20,
 ) -> options.Outcome:
-    """Forecast the time of a training run, and whether the loader or the device is its limit."""
+    """Forecast the time of a training run, and whether loader or device limits it."""
     recipe = load()
     load.require(recipe, "--shards")
     from cskd_pipeline.tools import estimate_train

@@ -1,8 +1,9 @@
-"""Flags that several commands have, and what is checked of them before anything is loaded."""
+"""Flags shared by several commands, and their checks before anything is loaded."""
 
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe, key_info
 from cskd_pipeline.errors import RecipeError, UsageError
 
 Outcome = dict[str, Any] | None
-"""What a command found; :func:`cskd_pipeline.cli.root.main` prints it."""
+"""The result of a command, which :func:`cskd_pipeline.cli.root.main` prints."""
 
 FLAGS: dict[type, dict[str, str]] = {
     DumpRecipe: {
@@ -49,18 +50,17 @@ FLAGS: dict[type, dict[str, str]] = {
     },
 }
 """Usage -> key, for each kind of recipe."""
-_OF_VIEWS = {
-    "views.size": {"help": "Of the views, in pixels.", "min": 8}
-}  # whose keys have no description
+# Options of keys that have no description.
+_VIEW_OPTIONS = {"views.size": {"help": "Height and width of the views in pixels.", "min": 8}}
 
 
 def one_of(*known: str) -> Callable[[str], list[str]]:
-    """Return what offers ``known`` to a shell's completion; where none fits it offers files."""
+    """Return a completion that offers ``known``; the shell offers files if none matches."""
     return lambda incomplete: [word for word in known if word.startswith(incomplete)]
 
 
 def usage_of(kind: type, name: str) -> tuple[str, str]:
-    """Return usage and key of a flag, ``("--epochs N", "schedule.epochs")`` of ``--epochs``."""
+    """Return usage and key of a flag: ``("--epochs N", "schedule.epochs")`` for ``--epochs``."""
     for usage, key in FLAGS[kind].items():
         if usage.partition(" ")[0] == name:
             return usage, key
@@ -68,36 +68,36 @@ def usage_of(kind: type, name: str) -> tuple[str, str]:
 
 
 def flag(name: str, kind: type = DumpRecipe, **options: Any) -> Any:
-    """Return typer's option for a flag, from its key; ``options`` are typer's, instead of those."""
+    """Return typer's option for a flag, derived from its key; ``options`` override it."""
     usage, key = usage_of(kind, name)
     info = key_info(kind, key)
-    made: dict[str, Any] = {"metavar": usage.partition(" ")[2] or None, "help": info.description}
+    derived: dict[str, Any] = {"metavar": usage.partition(" ")[2] or None, "help": info.description}
     for limit in info.metadata:
         for ours, typers in (("ge", "min"), ("le", "max")):
             if hasattr(limit, ours):
-                made[typers] = getattr(limit, ours)
+                derived[typers] = getattr(limit, ours)
     if info.examples:
-        made["autocompletion"] = one_of(*info.examples)
-    return typer.Option(name, **(made | _OF_VIEWS.get(key, {}) | options))
+        derived["autocompletion"] = one_of(*info.examples)
+    return typer.Option(name, **(derived | _VIEW_OPTIONS.get(key, {}) | options))
 
 
 def count(help: str, *, least: int = 1, most: int | None = None) -> Any:
-    """Return typer's option for a whole number ``N``, within limits."""
+    """Return typer's option for an integer ``N`` within limits."""
     return typer.Option(metavar="N", min=least, max=most, help=help)
 
 
 Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
+    bool, typer.Option("--json", help="Print one JSON object, and nothing else, to stdout.")
 ]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No progress and no news: warnings and results only.")
+    bool, typer.Option("--quiet", "-q", help="Show only warnings and results, no progress.")
 ]
 Sets = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="SECTION.KEY=VALUE",
-        help="Override one value of the recipe; may be given more than once.",
+        help="Override one key of the recipe; repeatable.",
     ),
 ]
 SHARDS_HELP = key_info(DumpRecipe, "data.shards").description
@@ -111,49 +111,62 @@ CacheArgument = Annotated[
     str,
     typer.Argument(
         metavar="CACHE",
-        help="What dump-teacher made: a folder, or a URL of one (https, s3, gs, hf).",
+        help="A cache written by dump-teacher: a folder or a URL (https, s3, gs, hf).",
     ),
 ]
 AcceptVersions = Annotated[
     bool,
     typer.Option(
         "--accept-versions",
-        help="Go on though library versions that decide pixels or logits differ; the cache then "
-        "lists both.",
+        help="Continue although versions of libraries that affect pixels or logits differ; the "
+        "cache then lists both.",
     ),
 ]
 AcceptClasses = Annotated[
     bool,
     typer.Option(
         "--accept-classes",
-        help="Take class k of one side for class k of the other, though their names, order or "
-        "labels differ.",
+        help="Match classes by number although names, order or labels differ.",
     ),
 ]
 
 
 def without_none(**values: Any) -> dict[str, Any]:
-    """Return the values that were given, by name: for a function that has defaults of its own."""
+    """Return the values that were given, by name, for a function with its own defaults."""
     return {name: value for name, value in values.items() if value is not None}
 
 
 def require(needed: Mapping[str, Any]) -> None:
-    """Refuse a command line in which something without a default is empty: usage -> value."""
+    """Refuse a command line without these values: usage -> value."""
     missing = [usage for usage, value in needed.items() if not value]
     if missing:
         raise UsageError(
-            "something is missing",
+            "a required value is missing",
             expected=", ".join(missing),
-            action="give the flag, or a recipe that has it",
+            action="pass the flag, or a recipe that sets it",
         )
 
 
-def require_companion(usage: str, value: object, others: Mapping[str, object]) -> None:
-    """Refuse flags that would do nothing without the one of ``usage``."""
-    given = [name for name, other in others.items() if other is not None]
-    if given and value is None:
-        action = f"give {usage.split()[0]} too"
-        raise UsageError(f"{given[0]} does nothing alone", expected=usage, action=action)
+def given_flags(**values: object) -> list[str]:
+    """Return the flags of the parameters that were given, which are neither None nor False."""
+    given = [name for name, value in values.items() if value is not None and value is not False]
+    return [f"--{name.replace('_', '-')}" for name in given]
+
+
+def require_companion(usage: str, value: object, **others: object) -> None:
+    """Refuse other parameters that have no effect without the flag of ``usage``."""
+    if not value and (given := given_flags(**others)):
+        flag = usage.split()[0]
+        raise UsageError(f"{given[0]} has no effect without {flag}", action=f"add {usage}")
+
+
+def local_folder(location: str) -> Path | None:
+    """Return the folder of a cache's location, without its pinned digest; None for a URL."""
+    from cskd_pipeline.cache.digests import split_pin
+    from cskd_pipeline.cache.remote_files import is_remote
+
+    location, _ = split_pin(location)
+    return None if is_remote(location) else Path(location)
 
 
 def require_encodings(names: Sequence[str]) -> None:
@@ -164,7 +177,7 @@ def require_encodings(names: Sequence[str]) -> None:
     if unknown:
         near = difflib.get_close_matches(unknown[0], ENCODINGS, 1)
         raise RecipeError(
-            "no encoding of that name",
+            "unknown encoding",
             where="cache.encodings",
             found=", ".join(unknown),
             expected=", ".join(ENCODINGS),
@@ -173,7 +186,7 @@ def require_encodings(names: Sequence[str]) -> None:
 
 
 def parse_channels(text: str | None, name: str) -> list[float] | None:
-    """Return the three numbers of ``R,G,B``, of ``--std`` above 0, or refuse them; None of None."""
+    """Return the numbers of ``R,G,B``, or None; refuse others, for ``--std`` also those up to 0."""
     if text is None:
         return None
     try:
@@ -190,7 +203,7 @@ def parse_channels(text: str | None, name: str) -> list[float] | None:
 
 
 def parse_range(text: str | None, name: str) -> tuple[int, int] | None:
-    """Return the two numbers of ``FROM:TO``, or refuse what is no range; None of None."""
+    """Return the two numbers of ``FROM:TO``, or None; refuse an invalid range."""
     if text is None:
         return None
     first, _, last = text.partition(":")

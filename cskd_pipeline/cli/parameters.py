@@ -1,23 +1,22 @@
-"""Parameters of commands, made from what a command's function takes.
+"""Parameters of commands, derived from the signatures of their functions.
 
-``@app.command(...)`` reads the function's signature, and adds --quiet and --json. Each parameter is
-typer's own, but for three kinds:
+``@app.command(...)`` reads the signature, and adds --quiet and --json. A parameter is typer's own,
+with three exceptions:
 
-- ``terminal: Terminal`` is where the command shows its results, and knows these two flags; progress
-  and news are shown there without it;
-- ``load: RecipeLoader[DumpRecipe]`` stands for the recipe's flags that ``flags`` names, --recipe
-  and --set. Type, limits, help and completion of a flag come from the recipe's key;
-- a dataclass stands for its fields, each written as a parameter of its own would be.
+- ``terminal: Terminal`` is where the command prints; it knows --quiet and --json, and shows
+  progress and log messages even if the function does not take it;
+- ``load: RecipeLoader[DumpRecipe]`` stands for the recipe flags listed in ``flags``, --recipe and
+  --set. Type, limits, help and completion of a flag come from the recipe's key;
+- a dataclass stands for its fields, each written like a parameter.
 
 ::
 
-    @app.command(flags="--shards --teacher --cache", epilog="Example: cskd-pipeline try ...")
+    @app.command(flags="--shards --teacher --cache", example="try --shards 'train-*.tar'")
     def try_it(terminal: Terminal, load: RecipeLoader[DumpRecipe], part: DumpRange) -> Outcome:
-        recipe = load()  # or with more than flags say: load({"teacher.name": source})
+        recipe = load()  # or, overriding keys: load({"teacher.name": source})
         load.require(recipe, "--shards --teacher")
 
-The flags themselves stand in :mod:`cskd_pipeline.cli.options`, where a command without a recipe
-borrows them.
+The flags are defined in :mod:`cskd_pipeline.cli.options`, which commands without a recipe use too.
 """
 
 import functools
@@ -44,20 +43,20 @@ from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe, key_types
 from cskd_pipeline.runtime.console import Terminal
 
 R = TypeVar("R", DumpRecipe, TrainRecipe)
-_Make = Callable[[dict[str, Any]], Any]  # of all that the parser gives, one argument
-# What the command line has for an array: a flag more than once, and R,G,B.
+_Build = Callable[[dict[str, Any]], Any]  # one argument, from all parsed values
+# Arrays on the command line: a repeated flag, and R,G,B.
 _TYPES: dict[Any, Any] = {tuple[str, ...]: list[str], tuple[float, ...]: str}
-_Made = tuple[list[inspect.Parameter], _Make]
+_Expanded = tuple[list[inspect.Parameter], _Build]
 
 
 @dataclass(frozen=True)
 class RecipeLoader(Generic[R]):
-    """Load the recipe that a command line means.
+    """The recipe of a command line.
 
     Args:
         kind: ``DumpRecipe`` or ``TrainRecipe``.
-        source: of --recipe.
-        sets: of --set.
+        source: value of --recipe.
+        sets: values of --set.
         given: key -> value of the flags that were given.
     """
 
@@ -67,62 +66,60 @@ class RecipeLoader(Generic[R]):
     given: Mapping[str, Any]
 
     def __call__(self, more: Mapping[str, Any] | None = None) -> R:
-        """Return the recipe, with ``more`` (key -> value) beside the flags."""
+        """Load the recipe, with ``more`` (key -> value) in addition to the flags."""
         return load_recipe(self.kind, self.source, self.sets, {**self.given, **(more or {})})
 
     def gives(self, key: str) -> bool:
-        """Return whether --recipe, --set or a flag decides ``key``, and not its default."""
+        """Return whether --recipe, --set or a flag sets ``key``, rather than its default."""
         sets = {text.partition("=")[0].strip() for text in self.sets}
         return self.source is not None or key in sets or key in self.given
 
     def require(self, recipe: R, flags: str) -> None:
-        """Refuse a recipe in which a key of one of these flags is empty."""
-        found = {}
+        """Refuse a recipe in which the key of one of these flags is empty."""
+        values = {}
         for name in flags.split():
             usage, key = usage_of(self.kind, name)
             section, _, last = key.partition(".")
-            found[usage] = getattr(getattr(recipe, section), last)
-        require(found)
+            values[usage] = getattr(getattr(recipe, section), last)
+        require(values)
 
 
-def expanded(function: Callable[..., Any], flags: str = "") -> Callable[..., Any]:
-    """Return ``function`` with the parameters that typer is to see; see the module."""
+def expand(function: Callable[..., Any], flags: str = "") -> Callable[..., Any]:
+    """Return ``function`` with the parameters that typer sees."""
     shown, call = _arguments(function, flags.split())
     shown += [_parameter("quiet", Quiet, False), _parameter("json", Json, False)]
 
     @functools.wraps(function)
     def command(**given: Any) -> Any:
-        """Call ``function`` with what it takes."""
+        """Call ``function`` with its arguments."""
         given["terminal"] = Terminal(quiet=given.pop("quiet"), json=given.pop("json")).attach()
         return call(given)
 
-    # typer reads both; type checkers do not know the first, for which inspect looks.
+    # typer reads both; type checkers do not know the first, which inspect reads.
     command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in shown}
     return command
 
 
-def _arguments(function: Any, flags: Sequence[str]) -> _Made:
-    """Return the parameters that stand for those of ``function``, or of a dataclass, and what calls
-    it with their values.
-    """
+def _arguments(function: Any, flags: Sequence[str]) -> _Expanded:
+    """Return the expanded parameters of a function or dataclass, and a builder of its call."""
     hints = get_type_hints(function, include_extras=True)
     shown: list[inspect.Parameter] = []
-    makers: dict[str, _Make] = {}
+    builders: dict[str, _Build] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         hint: Any = hints[name]
         parameters: list[inspect.Parameter] = []
         if hint is Terminal:
-            makers[name] = itemgetter("terminal")
+            builders[name] = itemgetter("terminal")
         elif get_origin(hint) is RecipeLoader:
-            parameters, makers[name] = _recipe(get_args(hint)[0], flags)
+            parameters, builders[name] = _recipe(get_args(hint)[0], flags)
         elif is_dataclass(hint):
-            parameters, makers[name] = _arguments(hint, ())
+            parameters, builders[name] = _arguments(hint, ())
         else:
             parameters = [_parameter(name, hint, parameter.default)]
-            makers[name] = itemgetter(name)
+            builders[name] = itemgetter(name)
         shown += parameters
-    return shown, lambda given: function(**{name: make(given) for name, make in makers.items()})
+    return shown, lambda given: function(**{name: build(given) for name, build in builders.items()})
 
 
 def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
@@ -130,8 +127,8 @@ def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, kind, default=default, annotation=hint)
 
 
-def _recipe(kind: type, flags: Sequence[str]) -> _Made:
-    """Return the parameters of a recipe's flags, --recipe and --set, and what makes the loader."""
+def _recipe(kind: type, flags: Sequence[str]) -> _Expanded:
+    """Return the parameters of a recipe's flags, --recipe and --set, and the loader's builder."""
     parameters = []
     arguments = {}
     for name in flags:
@@ -144,13 +141,13 @@ def _recipe(kind: type, flags: Sequence[str]) -> _Made:
     option = typer.Option(
         "--recipe",
         metavar="FILE|NAME",
-        help="A TOML recipe, or the name of one in stages/.",
+        help="A TOML recipe: a file, or a name in stages/.",
         autocompletion=lambda incomplete: one_of(*recipe_names(kind))(incomplete),
     )
     parameters.append(_parameter("recipe", Annotated[str | None, option], None))
     parameters.append(_parameter("set_", Sets, None))
 
-    def make(given: dict[str, Any]) -> RecipeLoader[Any]:
+    def build(given: dict[str, Any]) -> RecipeLoader[Any]:
         """Return the loader of a command line."""
         values = {key: given[name] for key, name in arguments.items()}
         values = {key: value for key, value in values.items() if value not in (None, [])}
@@ -158,4 +155,4 @@ def _recipe(kind: type, flags: Sequence[str]) -> _Made:
             values[key] = parse_channels(values[key], f"--{arguments[key]}")
         return RecipeLoader(kind, given["recipe"], given["set_"] or (), values)
 
-    return parameters, make
+    return parameters, build

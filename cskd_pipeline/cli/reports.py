@@ -1,4 +1,4 @@
-"""Printing a tool's report: tables and news, or the report itself with --json."""
+"""Printing a tool's report: as tables and lines, or with --json as one object."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def print_report(terminal: Terminal, report: Mapping[str, Any], printed: Printed) -> Outcome:
-    """Print tables and news; with --json return the report, which is then printed instead."""
+    """Print tables and lines; with --json return the report, which is printed instead."""
     if terminal.json:
         return dict(report)
     for part in printed:

@@ -1,7 +1,9 @@
-"""The program: its groups of commands, and how one is run: errors, signals and exit codes."""
+"""The program: its groups of commands, and how a command runs: errors, signals, exit codes."""
 
 import contextlib
 import errno
+import inspect
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ from typer.core import TyperCommand
 
 from cskd_pipeline import __version__
 from cskd_pipeline.cli.options import Outcome
-from cskd_pipeline.cli.parameters import expanded
+from cskd_pipeline.cli.parameters import expand
 from cskd_pipeline.errors import CskdError, Interrupted, OutputError, Preempted, UsageError
 from cskd_pipeline.runtime.atomic import FULL
 from cskd_pipeline.runtime.console import Terminal
@@ -21,7 +23,7 @@ from cskd_pipeline.runtime.progress import restore_reporting
 from cskd_pipeline.runtime.signals import Requeue, requeue_requests
 
 PROGRAM = "cskd-pipeline"
-# The parser's own error, which typer does not export: click's, or typer's copy of it.
+# The parser's error class, which typer does not export: click's, or typer's copy of it.
 _ParserError: Any = typer.BadParameter.__mro__[1]
 _FILE_ERRORS = {
     getattr(errno, name)
@@ -32,10 +34,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class _Raised:
-    """Carry what a command raised past typer.
+    """An exception of a command, carried past typer.
 
-    It would make an Abort of an EOFError, exit silently on a broken pipe of any kind, and make an
-    exit code of a KeyboardInterrupt.
+    typer would turn an EOFError into an Abort and a KeyboardInterrupt into an exit code, and exit
+    silently on a broken pipe of any kind.
     """
 
     error: BaseException
@@ -43,7 +45,7 @@ class _Raised:
 
 class _Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
-        """Return what the command returned, or what it raised."""
+        """Return the command's outcome, or the exception that it raised."""
         try:
             return super().invoke(ctx)
         except BaseException as error:
@@ -52,14 +54,16 @@ class _Command(TyperCommand):
 
 class _Commands(typer.Typer):
     def command(
-        self, *args: Any, flags: str = "", **options: Any
+        self, *args: Any, flags: str = "", example: str = "", **options: Any
     ) -> Callable[[_Function], _Function]:
-        """Register a function as a command; :mod:`~cskd_pipeline.cli.parameters` says how."""
-        register = super().command(*args, cls=_Command, **options)
+        """Register a function as a command; see :mod:`~cskd_pipeline.cli.parameters`."""
+        options |= {"cls": _Command, "epilog": f"Example: {PROGRAM} {example}"}
 
         def decorate(function: _Function) -> _Function:
-            """Return ``function`` as it is, once it is registered."""
-            register(expanded(function, flags))
+            """Register ``function`` and return it unchanged."""
+            # Paragraphs of help are wrapped to the terminal, except those that begin with \b.
+            text = re.sub(r"(?<![\n\x08])\n(?=\S)", " ", inspect.getdoc(function) or "")
+            super(_Commands, self).command(*args, help=text, **options)(expand(function, flags))
             return function
 
         return decorate
@@ -67,20 +71,20 @@ class _Commands(typer.Typer):
 
 app = _Commands(
     name=PROGRAM,
-    help="Distill a CNN into a ViT in two stages that meet at a cache (CSKD, arXiv 2307.08500): "
-    "dump-teacher runs the CNN once over augmented images and stores its logits at every location, "
-    "train reads those and never loads the CNN.",
-    # bash, zsh and fish call the program itself, with an environment variable that typer handles
-    # before any command runs: --install-completion writes the few lines that make them call.
+    help="Distill a CNN into a ViT in two stages (CSKD, arXiv 2307.08500): dump-teacher runs the "
+    "CNN once over augmented images and caches its logits at every location; train reads the cache "
+    "and never loads the CNN.",
+    # For completion, shells call the program itself with an environment variable that typer handles
+    # before any command runs; --install-completion sets that up.
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cache_app = _Commands(help="Look at teacher caches.")
+cache_app = _Commands(help="Inspect, verify, publish, convert, upgrade and merge teacher caches.")
 app.add_typer(cache_app, name="cache")
-plan_app = _Commands(help="Know the cost before paying it: a small part is done for real.")
+plan_app = _Commands(help="Forecast the cost of a dump or a training run from a short trial.")
 app.add_typer(plan_app, name="plan")
-bench_app = _Commands(help="Measure, on this machine and your data.")
+bench_app = _Commands(help="Benchmark the pipeline on this machine.")
 app.add_typer(bench_app, name="bench")
 
 
@@ -95,16 +99,16 @@ def program(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Print the version and stop."
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
-    """Hold the options of the program as a whole."""
+    """Take the options of the program as a whole."""
 
 
 def parse_and_run(arguments: list[str]) -> Outcome | int:
-    """Return what the command returned, or an exit code, as typer gives for --version; what the
-    command raises is raised unchanged.
+    """Run one command and return its outcome, or typer's exit code, as for --version; exceptions
+    of the command propagate unchanged.
     """
     outcome: Outcome | int | _Raised = app(args=arguments, prog_name=PROGRAM, standalone_mode=False)
     if isinstance(outcome, _Raised):
@@ -118,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     Wrong usage, full disks and this package's errors end in a message, bugs in a traceback.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    for stream in (sys.stdout, sys.stderr):  # a character that a terminal lacks is shown escaped
+    for stream in (sys.stdout, sys.stderr):  # escapes characters that a terminal lacks
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     terminal = Terminal(json="--json" in arguments)
@@ -136,11 +140,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str], terminal: Terminal) -> Outcome | int:
-    """Return what the command returned; make a CskdError of wrong usage and interruptions."""
-    # With --json, what libraries print must not reach the one object on stdout.
-    away = contextlib.redirect_stdout(sys.stderr) if terminal.json else contextlib.nullcontext()
+    """Run one command and return its outcome; raise wrong usage and interruptions as CskdErrors."""
+    # With --json, the output of libraries must not mix with the object on stdout.
+    redirect = contextlib.redirect_stdout(sys.stderr) if terminal.json else contextlib.nullcontext()
     try:
-        with requeue_requests(), away:
+        with requeue_requests(), redirect:
             return parse_and_run(arguments)
     except Requeue as error:
         raise Preempted(f"stopped by {error}", action=_next_step(arguments)) from error
@@ -153,14 +157,14 @@ def _run(arguments: list[str], terminal: Terminal) -> Outcome | int:
 
 
 def _next_step(arguments: list[str]) -> str:
-    """Return what the user can do after an interruption."""
+    """Return the advice that ends the message of an interruption."""
     command = next((word for word in arguments if not word.startswith("-")), "")
     line = shlex.join([PROGRAM, *arguments])
     resumable = [["cache", name] for name in ("convert", "merge", "upgrade")]
     if command == "dump-teacher" or arguments[:2] in resumable:
         return f"finished units are kept, continue with: {line}"
     if command == "study" or arguments[:2] == ["bench", "all"]:
-        return f"what is finished is kept, continue with: {line}"
+        return f"finished results are kept, continue with: {line}"
     if command == "train":
         resume = "" if "--resume" in arguments else " --resume"
         return f"the last checkpoint is kept, continue with: {line}{resume}"
@@ -169,7 +173,7 @@ def _next_step(arguments: list[str]) -> str:
 
 @contextlib.contextmanager
 def _translate_os_errors() -> Iterator[None]:
-    """Explain a full disk, and a file that is missing or not ours; other OS errors are bugs."""
+    """Raise a full disk and an inaccessible file as CskdErrors; other OS errors are bugs."""
     try:
         yield
     except OSError as error:
@@ -182,6 +186,6 @@ def _translate_os_errors() -> Iterator[None]:
             ) from error
         if error.filename is not None and error.errno in _FILE_ERRORS:
             raise CskdError(
-                "a file cannot be used", where=error.filename, found=error.strerror
+                "a file cannot be accessed", where=error.filename, found=error.strerror
             ) from error
         raise

@@ -1,4 +1,4 @@
-"""Shards, the two stages, and what is made of a student: figures, and files for others."""
+"""Commands on shards, the two stages, and evaluation and export of students."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from cskd_pipeline.runtime.console import Terminal
 
 
 @dataclass(frozen=True)
-class NamedData:
-    """Say what a manifest calls the data set."""
+class IndexFlags:
+    """Flags for the data set of a manifest."""
 
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of the data set; default: from the shards.")
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the data set; default: from the shards."),
     ] = None
     num_classes: Annotated[
-        int | None, options.count("Default: from the class names.", most=65535)
+        int | None,
+        options.count("Number of classes; default: from the class names.", most=65535),
     ] = None
     split: options.Split = None
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Hold the flags of ``evaluate``."""
+class EvaluateFlags:
+    """Flags of ``evaluate``."""
 
     split: options.Split = None
     batch_size: options.BatchSize = None
@@ -43,64 +45,61 @@ class Evaluation:
         typer.Option(
             min=0.1,
             max=1.0,
-            help="The central crop's side in units of the resized image's shorter side; the "
-            "training run's unless given.",
+            help="Side of the central crop relative to the resized image's shorter side; default: "
+            "the training run's.",
         ),
     ] = None
     accept_classes: options.AcceptClasses = False
 
 
-@app.command(
-    epilog="Example: cskd-pipeline make-shards imagenet/train shards/train --shard-size 1252"
-)
+@app.command(example="make-shards imagenet/train shards/train --shard-size 1252")
 def make_shards(
     image_folder: Annotated[
-        Path, typer.Argument(metavar="IMAGE_FOLDER", help="A tree with one folder per class.")
+        Path,
+        typer.Argument(metavar="IMAGE_FOLDER", help="A folder with one subfolder per class."),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="An empty or new folder.")],
-    shard_size: Annotated[int, options.count("Samples in a shard.")] = 1000,
-    seed: Annotated[int, options.count("Of the shuffle.", least=0)] = 0,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty folder.")],
+    shard_size: Annotated[int, options.count("Samples per shard.")] = 1000,
+    seed: Annotated[int, options.count("Random seed of the shuffle.", least=0)] = 0,
     split: Annotated[
-        str, typer.Option(metavar="NAME", help="What the shards and _info.json call this part.")
+        str, typer.Option(metavar="NAME", help="Name of the split in file names and _info.json.")
     ] = "train",
 ) -> options.Outcome:
-    """Pack an ImageFolder tree into webdataset shards, image bytes untouched."""
-    from cskd_pipeline.tools import make_shards as make
+    """Pack an ImageFolder tree into webdataset shards, with unchanged image bytes."""
+    from cskd_pipeline.tools import make_shards as packing
 
-    return make.make_shards(image_folder, out, shard_size=shard_size, seed=seed, split=split)
+    return packing.make_shards(image_folder, out, shard_size=shard_size, seed=seed, split=split)
 
 
-@app.command(epilog="Example: cskd-pipeline index 'shards/train-*.tar' --out manifest.json")
+@app.command(example="index 'shards/train-*.tar' --out manifest.json")
 def index(
     shards: Annotated[str, typer.Argument(metavar="SHARDS", help=options.SHARDS_HELP)],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The manifest to write.")],
-    named: NamedData,
+    flags: IndexFlags,
     terminal: Terminal,
     check_images: Annotated[
         bool,
         typer.Option(
             "--check-images",
-            help="Decode every image first; list all that cannot be, and write nothing then.",
+            help="Decode every image first; if any is corrupt, list these and write nothing.",
         ),
     ] = False,
     workers: Annotated[
         int | None,
-        options.flag(
-            "--workers", help="Processes for --check-images; -1: one for each core but one."
-        ),
+        options.flag("--workers", help="Processes for --check-images; -1: all cores but one."),
     ] = None,
 ) -> options.Outcome:
-    """Read shards once and write their manifest: counts, order of keys, SHA-256, class names.
+    """Write the manifest of shards: counts, order of keys, SHA-256, class names.
 
-    Of shards at a URL only headers are read; SHA-256 where the store states it.
+    Remote shards are not downloaded: only headers are read, and the SHA-256 is the store's, if any.
     """
-    options.require_companion("--check-images", check_images or None, {"--workers": workers})
+    options.require_companion("--check-images", check_images, workers=workers)
     from cskd_pipeline.data.describe import index_shards
     from cskd_pipeline.runtime.device import worker_count
 
     decoders = worker_count(-1 if workers is None else workers) if check_images else None
     try:
-        dataset = index_shards(shards, **vars(named), decoders=decoders)
+        dataset = index_shards(shards, **vars(flags), decoders=decoders)
     except ImageError as error:
         report: Any = error.report or {}
         rows = [tuple(row.values()) for row in report.get("corrupt", ())]
@@ -121,7 +120,7 @@ def index(
 @app.command(
     flags="--shards --teacher --cache --weights --mean --std --encoding --views --split "
     "--batch-size --workers --device",
-    epilog="Example: cskd-pipeline dump-teacher --recipe paper_regnety_160 "
+    example="dump-teacher --recipe paper_regnety_160 "
     "--shards 'imagenet1k-train-{0000..1023}.tar' --cache cache",
 )
 def dump_teacher(
@@ -130,29 +129,30 @@ def dump_teacher(
         str | None,
         typer.Option(
             metavar="FROM:TO",
-            help="Only the shards FROM up to, not including, TO, counted from 0: for caches of "
-            "parts, which cache merge joins. Machines that share a cache's folder need none.",
+            help="Dump only shards FROM to TO - 1, counted from 0, for cache merge. Machines that "
+            "share the cache's folder do not need this.",
         ),
     ] = None,
     view_range: Annotated[
         str | None,
         typer.Option(
-            metavar="FROM:TO", help="Only these of all the --views, in the same way: whole blocks."
+            metavar="FROM:TO", help="Dump only views FROM to TO - 1 of --views: complete blocks."
         ),
     ] = None,
     accept_versions: options.AcceptVersions = False,
     accept_classes: options.AcceptClasses = False,
 ) -> options.Outcome:
-    """Run the teacher over augmented views and store its logits in a cache: stage one.
+    """Run the teacher over augmented views and cache its logits: stage one.
 
-    Run the same command again after an interruption: finished units are kept. Run it several times
-    at once, on machines that share the cache's folder, to share the work.
+    After an interruption, run the same command again: finished units are kept. To share the work,
+    run it at the same time on machines that share the cache's folder.
 
-    A teacher of your own is --teacher package.module:factory. The factory takes num_classes or
-    nothing (and --set teacher.kwargs={...}) and returns a torch module whose forward ends in global
-    average pooling and a linear layer, or which has forward_features, giving (B, C, h, w), and
-    forward_head, which averages that before anything else. The mean and std of its images are
-    --mean and --std, or in a dict pretrained_cfg on the module. With ResNet18 in my_resnet.py:
+    For a teacher of your own, pass --teacher package.module:factory. The factory takes num_classes
+    or nothing (and --set teacher.kwargs={...}). It returns a torch module whose forward ends in
+    global average pooling and a linear layer, or which has forward_features, returning
+    (B, C, h, w), and forward_head, which averages them before anything else. Set the mean and std
+    of its images with --mean and --std, or in a dict pretrained_cfg on the module. With ResNet18 in
+    my_resnet.py:
 
     \b
     PYTHONPATH=. cskd-pipeline dump-teacher --teacher my_resnet:ResNet18
@@ -180,16 +180,17 @@ def dump_teacher(
 @app.command(
     flags="--shards --cache --student --method --epochs --val-shards --out --init-from --fork-from "
     "--wandb --split --val-split --batch-size --workers --device",
-    epilog="Example: cskd-pipeline train --recipe paper_tiny_cskd "
+    example="train --recipe paper_tiny_cskd "
     "--shards 'imagenet1k-train-{0000..1023}.tar' --cache cache --out runs/tiny",
 )
 def train(
     load: RecipeLoader[TrainRecipe],
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in --out, mid-epoch if need be.")
+        bool,
+        typer.Option("--resume", help="Resume the run in --out, mid-epoch if necessary."),
     ] = False,
 ) -> options.Outcome:
-    """Train a ViT from shards joined to a cache: stage two. No teacher is loaded."""
+    """Train a ViT on shards joined to a cache: stage two. No teacher is loaded."""
     recipe = load()
     cache = " --cache" if recipe.distill.method != "none" else ""
     load.require(recipe, "--shards --out" + cache)
@@ -200,63 +201,61 @@ def train(
     return summary if ranks_from_env().first else None
 
 
-@app.command(epilog="Example: cskd-pipeline evaluate runs/tiny --shards 'shards/validation-*.tar'")
+@app.command(example="evaluate runs/tiny --shards 'shards/validation-*.tar'")
 def evaluate(
     checkpoint: Annotated[
         Path,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A student's .safetensors file, a run's folder, or an exported one.",
+            help="A student's .safetensors file, or the folder of a run or an export.",
         ),
     ],
     shards: options.RequiredShards,
-    flags: Evaluation,
+    flags: EvaluateFlags,
 ) -> options.Outcome:
-    """Measure a student on shards: top-1 and top-5 of each head and of their mean."""
-    from cskd_pipeline.pipeline import evaluate as measuring
+    """Evaluate a student on shards: top-1 and top-5 of each head and of their mean."""
+    from cskd_pipeline.pipeline import evaluate as evaluation
 
     given = options.without_none(**vars(flags))
-    return measuring.evaluate(checkpoint, shards, measuring.EvalOptions(**given))
+    return evaluation.evaluate(checkpoint, shards, evaluation.EvalOptions(**given))
 
 
 class ExportFormat(StrEnum):
-    """Name what a student is exported as."""
+    """The formats of an exported student."""
 
     TIMM = "timm"
     ONNX = "onnx"
 
 
-@app.command(
-    epilog="Example: cskd-pipeline export runs/tiny --out tiny-for-all --format timm --format onnx"
-)
+@app.command(example="export runs/tiny --out tiny-for-all --format timm --format onnx")
 def export(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            metavar="CHECKPOINT", help="A student's .safetensors file, or a run's folder."
+            metavar="CHECKPOINT", help="A student's .safetensors file, or the folder of a run."
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="An empty or new folder.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new or empty folder.")],
     format_: Annotated[
         list[ExportFormat] | None,
         typer.Option(
             "--format",
-            help="timm: config.json and model.safetensors, which timm loads from the folder or the "
-            "hub. onnx: model.onnx, the normalisation and the mean of the heads inside. May be "
-            "given more than once; timm unless given.",
+            help="timm: config.json and model.safetensors, which timm loads from a folder or the "
+            "hub. onnx: model.onnx, including normalisation and the mean of the heads. "
+            "Repeatable; default: timm.",
         ),
     ] = None,
     heads: Annotated[
-        bool, typer.Option("--heads", help="The ONNX model also gives every head's own logits.")
+        bool, typer.Option("--heads", help="Also output each head's logits from the ONNX model.")
     ] = False,
 ) -> options.Outcome:
-    """Write a student for those without this package: for timm and the hub, or as ONNX.
+    """Export a student for use without this package: for timm and the hub, or as ONNX.
 
-    A README beside it says how it was trained and how to get its logits.
+    The folder's README describes how it was trained and how to compute its logits.
     """
     formats = tuple(dict.fromkeys(format_ or (ExportFormat.TIMM,)))
     if heads and ExportFormat.ONNX not in formats:
-        raise UsageError("--heads does nothing alone", action="give --format onnx too")
+        raise UsageError("--heads has no effect without ONNX", action="add --format onnx")
     from cskd_pipeline.tools import export_student as exporting
 
     return exporting.export_student(checkpoint, out, formats=formats, each_head=heads)

@@ -132,7 +132,7 @@ def _resolve(text: str, split: str | None, prefer: Sequence[str]) -> Listing:
         if not found:
             raise DataError("the folder contains no tars", where=path, expected=EXPECTED)
         return Listing(tuple(map(Path, found)))
-    return Listing(tuple(Path(name) for pattern in _expanded(text) for name in _glob(pattern)))
+    return Listing(tuple(Path(name) for pattern in _expand_braces(text) for name in _glob(pattern)))
 
 
 def _resolve_url(text: str, split: str | None, prefer: Sequence[str]) -> Listing:
@@ -150,7 +150,7 @@ def _resolve_url(text: str, split: str | None, prefer: Sequence[str]) -> Listing
             return _from_document(found, f"{text}/{INFO}", split, prefer)
         text = f"{text}/*.tar"
     _refuse_split(split, text)
-    return Listing(tuple(url for pattern in _expanded(text) for url in _glob_url(pattern)))
+    return Listing(tuple(url for pattern in _expand_braces(text) for url in _glob_url(pattern)))
 
 
 def _glob_url(pattern: str) -> list[str]:
@@ -177,7 +177,7 @@ def _refuse_split(split: str | None, text: str) -> None:
         raise DataError("only an _info.json has splits", where=text, found=split)
 
 
-def _expanded(text: str) -> list[str]:
+def _expand_braces(text: str) -> list[str]:
     """Expand the braces of a path, except those in the names of existing folders."""
     if os.path.exists(text):
         return [text]

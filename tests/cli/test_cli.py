@@ -136,6 +136,8 @@ def test_there_are_just_the_promised_commands() -> None:
 def test_a_command_explains_itself_and_every_parameter(name: str) -> None:
     command = commands()[name]
     assert command.help
+    paragraphs = [text for text in command.help.split("\n\n") if not text.startswith("\b")]
+    assert not any("\n" in text for text in paragraphs)  # wrapped to the terminal instead
     words = set()
     for parameter in command.params:
         assert parameter.help, f"{name}: {parameter.name}"
@@ -339,7 +341,7 @@ def test_refusals_are_a_message_exit_1_and_no_traceback(
         ("index a", "Missing option '--out'"),
         ("evaluate a", "Missing option '--shards'"),
         ("export a --out b --format tflite", "'tflite' is not one of 'timm', 'onnx'"),
-        ("export a --out b --heads", "give --format onnx too"),
+        ("export a --out b --heads", "add --format onnx"),
         ("make-shards a", "Missing argument 'OUT'"),
         ("train --method both", "'both'"),
         ("train --epochs 0", "--epochs"),
@@ -391,7 +393,7 @@ def test_an_unknown_encoding_is_refused_before_the_teacher_is_loaded(
     line = "dump-teacher --shards S --teacher t --cache C --encoding dens --encoding envelope"
     assert run(*line.split()) == 1
     err = capsys.readouterr().err
-    assert "no encoding of that name" in err
+    assert "unknown encoding" in err
     assert "--encoding dense" in err
     assert not calls
 

@@ -10,7 +10,7 @@ import typer
 import typer.main
 
 from cskd_pipeline.cli.options import FLAGS, Split, flag
-from cskd_pipeline.cli.parameters import RecipeLoader, expanded
+from cskd_pipeline.cli.parameters import RecipeLoader, expand
 from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe, key_info, key_types
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.runtime.console import Terminal
@@ -27,7 +27,7 @@ class Both:
 
 def command(function: Any, flags: str = "") -> Any:
     app = typer.Typer()
-    app.command()(expanded(function, flags))
+    app.command()(expand(function, flags))
     return typer.main.get_command(app)
 
 

@@ -375,11 +375,11 @@ def test_agreement_is_the_share_of_equal_labels_or_the_overlap() -> None:
 def test_a_teacher_needs_images_and_its_flags_a_teacher(small: World, capsys: Capture) -> None:
     for flag, value in (("--teacher", "resnet10t"), ("--samples", 5), ("--split", "train")):
         assert world.cli("cache", "verify", small.cache, flag, value) == 2
-        assert "give --shards too" in capsys.readouterr().err
+        assert "add --shards SHARDS" in capsys.readouterr().err
     for flag, value in (("--weights", "hub"), ("--batch-size", 5), ("--device", "cpu")):
         words = ("--shards", small.shards, flag, value)
         assert world.cli("cache", "verify", small.cache, *words) == 2
-        assert "give --teacher too" in capsys.readouterr().err
+        assert "add --teacher NAME" in capsys.readouterr().err
 
 
 def test_for_people_there_is_a_table_and_the_list(copy: World, capsys: Capture) -> None:

@@ -119,7 +119,7 @@ def test_failures_are_reported_and_retried_and_ctrl_c_stops_the_study(
     monkeypatch.setattr(bench, "side_by_side", stopped)
     assert world.cli(*words(small, tmp_path / "out", "--cifar10", "C", "--quiet")) == 130
     assert (
-        "what is finished is kept, continue with: cskd-pipeline bench all"
+        "finished results are kept, continue with: cskd-pipeline bench all"
         in capsys.readouterr().err
     )
     assert calls == ["fails", "works", "fails"]

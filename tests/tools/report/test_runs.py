@@ -372,12 +372,12 @@ def test_invalid_arguments_are_refused_and_leave_no_file(
         ((run, small.cache), 1, "not a training run"),
         ((run, run), 2, "duplicate run"),
         ((run, broken), 1, r"line 3: loss \x1b[2J"),
-        ((tmp_path / "nothing",), 2, "neither a cache nor a training run is here"),
-        ((tmp_path,), 2, "neither a cache nor a training run is here"),
-        ((run, "--epochs", 5), 2, "--epochs is for a cache"),
-        ((run, "--cache", small.cache), 2, "--cache is for runs with --shards"),
-        ((run, "--images", 5), 2, "--images is for runs with --shards"),
-        ((small.cache, "--shards", small.shards, "--cache", "c"), 2, "--cache is for runs"),
+        ((tmp_path / "nothing",), 2, "neither a cache nor a training run"),
+        ((tmp_path,), 2, "neither a cache nor a training run"),
+        ((run, "--epochs", 5), 2, "--epochs has an effect only for a cache"),
+        ((run, "--cache", small.cache), 2, "--cache has an effect only for runs with --shards"),
+        ((run, "--images", 5), 2, "--images has an effect only for runs with --shards"),
+        ((small.cache, "--shards", small.shards, "--cache", "c"), 2, "effect only for runs"),
         ((run, "--export", "pdf"), 2, "pdf"),
     ]
     for words, code, says in cases:
