@@ -28,7 +28,7 @@ UNIT, STOPPED = 0.25, 4.0  # seconds
 
 def evenly(self: UndoneUnits) -> Iterator[Iterator[Unit]]:
     """Every rank's share is fixed before it begins."""
-    yield filter(self._takes, self.units[self.ranks.rank :: self.ranks.world])
+    yield filter(self._claim, self.units[self.ranks.rank :: self.ranks.world])
 
 
 def writing(log: Path, slow: bool) -> Any:

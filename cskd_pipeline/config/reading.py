@@ -1,4 +1,4 @@
-"""Recipes from files, names and the command line; what is wrong with one, a line each."""
+"""Read recipes from files, names and the command line; report every problem, one per line."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ R = TypeVar("R", DumpRecipe, TrainRecipe)
 _FOLDERS: dict[type, str] = {DumpRecipe: "dump_teacher", TrainRecipe: "train"}
 _MAX_BYTES = 2**20
 _MAX_DOTS = 30
-_BESIDE_A_QUOTE = re.compile(rb"""["'][ \t]*\.|\.[ \t]*["']""")
+_DOT_NEXT_TO_QUOTE = re.compile(rb"""["'][ \t]*\.|\.[ \t]*["']""")
 _NO_BARE_KEY = re.compile(rb"[^\w\-. \t]+")
 MAX_DEPTH = 20
-"""Of tables and arrays in one another: what walks through them calls itself."""
+"""Maximum nesting of tables and arrays, which are walked recursively."""
 
-# Where pydantic's own words are not those of someone who writes TOML.
+# TOML's terms, instead of pydantic's.
 _EXPECTED = {
     "bool_type": "true or false",
     "dataclass_type": "a table",
@@ -48,18 +48,18 @@ def load_recipe(
     sets: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> R:
-    """Return a checked recipe: the defaults, then the file, then ``sets``, then ``flags``.
+    """Return a validated recipe: the defaults, overridden by the file, ``sets`` and ``flags``.
 
     Args:
         kind: ``DumpRecipe`` or ``TrainRecipe``.
-        source: a file, or a name in ``stages/``; see :func:`find_recipe`. None: defaults alone.
+        source: a file, or a name in ``stages/``; see :func:`find_recipe`. None: defaults only.
         sets: ``section.key=value`` with a TOML value; a bare word is a string.
-        flags: dotted name -> value; None means that the flag was not given.
+        flags: dotted name -> value; None: the flag was not given.
 
     Raises:
-        RecipeError: a file that is missing or not TOML; else every unknown key, wrong type and
-            senseless value at once, and a teacher's factory that only the file names.
-        UsageError: ``sets`` that are not ``section.key=value``, or that contradict ``flags``.
+        RecipeError: the file is missing or not TOML; or lists every unknown key, wrong type and
+            invalid value at once, and a teacher's factory that only the file names.
+        UsageError: ``sets`` are not ``section.key=value``, or contradict ``flags``.
     """
     path = None if source is None else find_recipe(kind, source)
     document = {} if path is None else _read(path)
@@ -72,36 +72,36 @@ def load_recipe(
                 "a flag and --set disagree",
                 where=name,
                 found=f"{_shown(value)} and {_shown(overrides[name])}",
-                action="give one of the two",
+                action="pass only one of the two",
             )
         overrides[name] = value
     problems = _Problems(kind, overrides)
     _refuse_code(document, overrides, problems)
     _put_all(document, overrides, problems)
-    problems.take_out_flaws(document)
+    problems.remove_unstorable(document)
     recipe = _validated(kind, document, problems)
     if problems.lines or recipe is None:
         where = path or "the command line"
-        raise RecipeError("the recipe is not usable", where=where, problems=problems.lines)
+        raise RecipeError("the recipe is not valid", where=where, problems=problems.lines)
     return recipe
 
 
 def _validated(kind: type[R], document: dict[str, Any], problems: _Problems) -> R | None:
     try:
-        # JSON has TOML's types: strict validation takes its arrays for tuples, and nothing else.
+        # As JSON, whose types are TOML's: strict validation then accepts arrays for tuples.
         return TypeAdapter(kind).validate_json(json.dumps(document))
     except ValidationError as error:
         problems.add_errors(error)
-    except RecipeError as error:  # the view policy checks itself
+    except RecipeError as error:  # raised by the view policy
         problems.add("views", str(error.found))
         _validated(kind, {**document, "views": {}}, problems)
     return None
 
 
 def find_recipe(kind: type, source: str | Path) -> Path:
-    """Return the file that ``--recipe`` means: a path, or a name in ``stages/``; refuse others.
+    """Return the file of a ``--recipe``: a path, or a name in ``stages/``; refuse others.
 
-    A name without its method means the method this project is for: ``paper_tiny``.
+    A name without a method, such as ``paper_tiny``, means method cskd.
     """
     given = str(source)
     if given.endswith(".toml") or os.sep in given:
@@ -129,7 +129,7 @@ def recipe_names(kind: type) -> list[str]:
 
 
 def _recipe_files(kind: type) -> dict[str, Path]:
-    """Return name -> file. A study's recipes lie together; its dump's name ends in ``_dump``."""
+    """Return name -> file. Studies share a folder, where the names of dump recipes end in _dump."""
     own = (resources.stages() / _FOLDERS[kind]).glob("*.toml")
     studies = (resources.stages() / "study").glob("*.toml")
     mine = (path for path in studies if path.stem.endswith("_dump") == (kind is DumpRecipe))
@@ -141,9 +141,9 @@ def _read(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             data = file.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
-            raise RecipeError("too large for a recipe", where=path, expected="at most 1 MiB")
+            raise RecipeError("the recipe is too large", where=path, expected="at most 1 MiB")
         if _nests_deeply(data):
-            raise RecipeError("too many keys in one another for a recipe", where=path)
+            raise RecipeError("the recipe's keys are nested too deeply", where=path)
         return tomllib.loads(data.decode())
     except OSError as error:
         raise RecipeError(
@@ -154,14 +154,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _nests_deeply(data: bytes) -> bool:
-    """Return whether a line could hold a key of thousands of parts, ``a.a.a``.
+    """Return whether a line may contain a dotted key of many parts, ``a.a.a``.
 
-    tomllib takes memory that grows with the square of their number. A dot between parts stands
-    beside a quote, or in a row of bare words that nothing else interrupts.
+    tomllib's memory grows with the square of their number. A dot between parts is next to a quote,
+    or in an uninterrupted run of bare words.
     """
     return any(
-        len(_BESIDE_A_QUOTE.findall(line)) > _MAX_DOTS
-        or any(row.count(b".") > _MAX_DOTS for row in _NO_BARE_KEY.split(line))
+        len(_DOT_NEXT_TO_QUOTE.findall(line)) > _MAX_DOTS
+        or any(words.count(b".") > _MAX_DOTS for words in _NO_BARE_KEY.split(line))
         for line in data.split(b"\n")
     )
 
@@ -169,14 +169,14 @@ def _nests_deeply(data: bytes) -> bool:
 def _refuse_code(
     document: Mapping[str, Any], overrides: Mapping[str, Any], problems: _Problems
 ) -> None:
-    """Refuse a factory, which is code, that only the file names: it may be a stranger's."""
+    """Refuse a factory, which runs code, if only the file names it: the file may be untrusted."""
     section = document.get("teacher")
     name = section.get("name") if isinstance(section, dict) else None
     if isinstance(name, str) and is_factory(name) and "teacher.name" not in overrides:
         problems.add(
             "teacher.name",
             f"found {_shown(name)}, which would run code of that module; a recipe file alone may "
-            f"not: if you trust it, say --teacher {_shown(name)} as well",
+            f"not do so: if you trust it, pass --teacher {_shown(name)} as well",
         )
 
 
@@ -185,8 +185,8 @@ def _parse_sets(kind: type, sets: Sequence[str]) -> dict[str, Any]:
     for text in sets:
         name, equals, value = (part.strip() for part in text.partition("="))
         if not equals or "." not in name or not all(name.split(".")):
-            example = "for example --set optim.lr=5e-4"
-            raise UsageError("--set takes section.key=value", found=text, action=example)
+            action = "use --set as in --set optim.lr=5e-4"
+            raise UsageError("--set takes section.key=value", found=text, action=action)
         values[name] = _parse_value(kind, name, value)
     return values
 
@@ -198,37 +198,37 @@ def _parse_value(kind: type, name: str, text: str) -> Any:
         return text
     if set(parsed) != {"value"}:  # a line break, then another key
         return text
-    # Where a string is wanted, `--set run.device=0` and `--set data.split=true` mean their text.
-    wanted = key_types(kind).get(name)
-    textual = wanted is str or get_origin(wanted) is Literal
+    # A key of type string takes `--set run.device=0` and `--set data.split=true` as text.
+    type_ = key_types(kind).get(name)
+    textual = type_ is str or get_origin(type_) is Literal
     return text if textual and not isinstance(parsed["value"], str) else parsed["value"]
 
 
 def _put_all(document: dict[str, Any], overrides: Mapping[str, Any], problems: _Problems) -> None:
-    """Put the overrides into ``document``; report any inside another or a value."""
+    """Put the overrides into ``document``; report those inside another override or a non-table."""
     for name, value in overrides.items():
         outer = next((one for one in overrides if name.startswith(f"{one}.")), None)
         if outer is not None:
             problems.add(name, f"found {outer} on the command line too, expected one of the two")
             continue
         *parents, key = name.split(".")
-        inside = document
+        table = document
         for depth, part in enumerate(parents, 1):
-            inner = inside.setdefault(part, {})
+            inner = table.setdefault(part, {})
             if not isinstance(inner, dict):
-                held = ".".join(parents[:depth])
-                problems.add(name, f"found {held} = {_shown(inner)}, expected a table to put it in")
+                parent = ".".join(parents[:depth])
+                problems.add(name, f"found {parent} = {_shown(inner)}, expected a table")
                 break
-            inside = inner
+            table = inner
         else:
-            inside[key] = value
+            table[key] = value
 
 
-# -- what is wrong with a recipe ---------------------------------------------------------------
+# -- the problems of a recipe ------------------------------------------------------------------
 
 
 class _Problems:
-    """The problems of a recipe of a kind, of which the command line gave ``overrides``."""
+    """The problems found in a recipe; those of keys in ``overrides`` name the command line."""
 
     def __init__(self, kind: type, overrides: Iterable[str]) -> None:
         self.lines: list[str] = []
@@ -240,20 +240,20 @@ class _Problems:
         self.lines.append(f"{path}{origin}: {text}")
 
     def add_errors(self, error: ValidationError) -> None:
-        """Add everything that pydantic found, unknown keys first."""
+        """Add pydantic's errors, unknown keys first."""
         unknown = "unexpected_keyword_argument"
         for one in sorted(error.errors(include_url=False), key=lambda one: one["type"] != unknown):
             path = _dotted(one["loc"])
             if one["type"] == unknown:
                 self._add_unknown(path)
-            elif one["type"] == "missing":  # of an array of fixed length
+            elif one["type"] == "missing":  # an item of an array of fixed length
                 self.add(path, "found nothing, expected a value")
             else:
                 self.add(path, f"found {_shown(one['input'])}, expected {_expected(one)}")
 
-    def take_out_flaws(self, document: dict[str, Any]) -> None:
-        """Take the keys out of ``document`` whose values no recipe can hold, and add them."""
-        for location, text in list(_flaws(document)):
+    def remove_unstorable(self, document: dict[str, Any]) -> None:
+        """Add values that a recipe cannot store, and remove their keys from ``document``."""
+        for location, text in list(_unstorable(document)):
             self.add(_dotted(location), text)
             section = document.get(str(location[0]))
             if isinstance(section, dict) and len(location) > 1:
@@ -262,7 +262,7 @@ class _Problems:
                 document.pop(str(location[0]), None)
 
     def _add_unknown(self, path: str) -> None:
-        """Add that nothing is called ``path``, with the nearest name that something has."""
+        """Add that ``path`` is unknown, with the most similar known names."""
         section, _, key = path.rpartition(".")
         last = {name: name.rpartition(".")[2] for name in self._names}
         inside = {last[name]: name for name in self._names if name.rpartition(".")[0] == section}
@@ -281,7 +281,7 @@ def _dotted(location: _Location) -> str:
 
 
 def _expected(error: Any) -> str:
-    """Return what was expected, of one of pydantic's errors."""
+    """Return what one of pydantic's errors expected."""
     text = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     text = re.sub("^(greater|less)", r"a value \1", _EXPECTED.get(error["type"], text))
     if error["type"] == "literal_error":
@@ -290,20 +290,20 @@ def _expected(error: Any) -> str:
     return text
 
 
-def _flaws(value: Any, location: _Location = ()) -> Iterator[tuple[_Location, str]]:
-    """Yield the location and the text of what JSON, or TOML written later, could not hold."""
+def _unstorable(value: Any, location: _Location = ()) -> Iterator[tuple[_Location, str]]:
+    """Yield the location and the problem of every value that JSON or TOML cannot store."""
     if isinstance(value, dict | list | tuple) and len(location) <= MAX_DEPTH:
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             inside = (*location, key)
-            yield from _flaws(item, inside)
-            if flaw := _flaw(key):
-                yield inside, f"found {_shown(key)}, expected {flaw}"
-    elif flaw := _flaw(value):
-        yield location, f"found {_shown(value)}, expected {flaw}"
+            yield from _unstorable(item, inside)
+            if storable := _storable_type(key):
+                yield inside, f"found {_shown(key)}, expected {storable}"
+    elif storable := _storable_type(value):
+        yield location, f"found {_shown(value)}, expected {storable}"
 
 
-def _flaw(value: Any) -> str:
-    """Return what a value should have been that cannot be passed on or written back."""
+def _storable_type(value: Any) -> str:
+    """Return the storable type expected instead of ``value``; "" if ``value`` can be stored."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -313,14 +313,14 @@ def _flaw(value: Any) -> str:
     if isinstance(value, float):
         return "" if math.isfinite(value) else "a finite number"
     if isinstance(value, int):
-        return "" if -(2**63) <= value < 2**63 else "an integer of 64 bits"
+        return "" if -(2**63) <= value < 2**63 else "a 64-bit integer"
     if isinstance(value, dict | list | tuple):
-        return f"at most {MAX_DEPTH} tables in one another"
+        return f"at most {MAX_DEPTH} nested tables"
     return "a string, number or boolean"
 
 
 def _shown(value: Any) -> str:
-    """Return ``value`` about as TOML writes it, short."""
+    """Return ``value`` roughly as TOML, shortened."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):

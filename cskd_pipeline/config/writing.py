@@ -1,4 +1,4 @@
-"""Recipes back to TOML, and to the digest of what decides a result."""
+"""Write recipes as TOML, and compute the digest of the keys that decide a result."""
 
 import json
 import re
@@ -12,7 +12,7 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def to_toml(recipe: DumpRecipe | TrainRecipe) -> str:
-    """Return the whole recipe as TOML; :func:`load_recipe` of it gives an equal recipe."""
+    """Return the complete recipe as TOML; :func:`load_recipe` reads it back as an equal recipe."""
     sections = []
     for section, values in asdict(recipe).items():
         if values is not None:
@@ -22,12 +22,12 @@ def to_toml(recipe: DumpRecipe | TrainRecipe) -> str:
 
 
 def result_digest(recipe: DumpRecipe | TrainRecipe) -> str:
-    """Return the SHA-256 (hex) of what can change a result: not of folders, workers or notes."""
+    """Return the SHA-256 (hex) of all keys that can change a result, so not of folders or notes."""
     return schemas.sha256(_deciding(recipe))
 
 
 def deciding(recipe: DumpRecipe | TrainRecipe) -> dict[str, Any]:
-    """Return dotted name -> value, as JSON has it, of the fields that can change a result."""
+    """Return dotted name -> JSON value of the keys that can change a result."""
     sections = json.loads(json.dumps(_deciding(recipe)))
     return {
         f"{section}.{name}": value
@@ -37,7 +37,7 @@ def deciding(recipe: DumpRecipe | TrainRecipe) -> dict[str, Any]:
 
 
 def adjustable(kind: type[DumpRecipe | TrainRecipe]) -> set[str]:
-    """Return the dotted names of the fields that a run may be resumed with other values of."""
+    """Return the dotted names of the keys that may change when a run is resumed."""
     return keys_marked(kind, "adjustable")
 
 
@@ -62,7 +62,7 @@ def _value(value: Any) -> str:
     if isinstance(value, dict):
         items = (f"{_key(name)} = {_value(v)}" for name, v in value.items())
         return "{" + ", ".join(items) + "}"
-    return repr(value)  # TOML writes integers and floats as Python does, inf and nan too
+    return repr(value)  # integers and floats, even inf and nan, are written as in Python
 
 
 def _key(name: str) -> str:
@@ -70,5 +70,5 @@ def _key(name: str) -> str:
 
 
 def _text(text: str) -> str:
-    # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
+    # A JSON string is a TOML basic string, except that TOML requires DEL to be escaped.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

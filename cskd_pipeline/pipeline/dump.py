@@ -1,10 +1,10 @@
-"""Stage one: the teacher's logits for every view, written once.
+"""Stage one: compute the teacher's logits for every view, once, and store them.
 
 ``dump_teacher`` opens shards and teacher, creates or resumes the cache, and runs the teacher on
 every missing view. ``put`` encodes the logits and commits them one unit (block of views, tar shard)
-at a time, each unit's record last. Batches are full: one may end a unit and begin the next. The
-logits of a view do not depend on the others in the batch, so a dump that was stopped resumes with
-the same command, and its cache equals one that was never stopped.
+at a time, each unit's record last. Batches are full, so one may span two units. A view's logits do
+not depend on the rest of its batch: an interrupted dump resumes with the same command, and its
+cache equals that of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from cskd_pipeline.runtime.signals import stop_requests
 log = logging.getLogger(__name__)
 
 LARGE_GRID = 16
-"""Locations along a side; a CNN for 224 px has 7."""
+"""Locations along a side above which a warning is logged; a CNN at 224 px has 7."""
 
 
 def dump_teacher(
@@ -54,23 +54,22 @@ def dump_teacher(
 ) -> dict[str, Any]:
     """Create, resume or extend the cache of ``recipe``: ``cskd-pipeline dump-teacher``.
 
-    Under torchrun every process calls this. They meet here and in ``write_cache``, and then only to
-    sum up: in between each draws the next undone unit, and stops on the signals that it receives
-    itself. Other jobs may be at work in the same cache. All return once everything is done.
+    Under torchrun every process calls this. Ranks synchronize here, in ``write_cache`` and for the
+    summary; in between each draws unit after unit and reacts to its own signals only. Other jobs
+    may write to the same cache. Every process returns once all requested units are done.
 
     Args:
         shard_range, view_range, accept_versions: see :class:`WriteOptions`.
         accept_classes: continue even if the teacher's or the cache's class names differ.
 
     Returns:
-        The closing summary: views written now and in all, bytes and seconds, views per second, the
+        The summary: views written by this job and in total, bytes, seconds, views per second, the
         share of all ranks' time spent waiting for data, the teacher's top-1 on the views' labels.
 
     Raises:
-        CskdError: data, teacher or cache cannot be used, or do not belong together.
-        KeyboardInterrupt, Requeue: stopped by a signal. On Ctrl-C the current unit is finished
-            first, which may take a while. On a scheduler's signal only units already complete are
-            written.
+        CskdError: shards, teacher or cache are unusable, or do not match.
+        KeyboardInterrupt: Ctrl-C; the current unit was finished first, which may take a while.
+        Requeue: a scheduler's signal; only units already complete were written.
     """
     data, cache = recipe.data, recipe.cache
     _require_within(view_range, cache.views)
@@ -79,8 +78,8 @@ def dump_teacher(
         guard = ClassGuard(COMMAND_SWITCH, accept=accept_classes)
         dataset, teacher = open_stage_one(recipe, ranks, guard)
         loading = loading_for(recipe, teacher)
-        # Corrupt images change the manifest, so they are found first; their list, in left_out, is
-        # written once write_cache has checked that the folder is this cache's.
+        # Corrupt images are found first, since skipping them changes the manifest. Their list is
+        # written only after write_cache has verified that the folder is this cache's.
         left_out = LeftOuts(Path(cache.path), ranks)
         dataset = without_corrupt_images(dataset, data.corrupt, left_out, loading.workers)
         writer = write_cache(
@@ -101,47 +100,46 @@ def dump_teacher(
         if ranks.first:
             left_out.write()
         if recipe.teacher.weights == "random":
-            log.warning("the teacher's weights are random: this cache is good for trials only")
+            log.warning("the teacher's weights are random: use this cache for trials only")
         started = time.perf_counter()
         with stop_requests() as stop:
             with writer:
-                for batch in writer.views():  # of undone units: images (n, 3, S, S) on the device
+                for batch in writer.views():  # images (n, 3, S, S) of undone units, on the device
                     images = normalise(batch.images, teacher.mean, teacher.std)
-                    # (n, K, h, w) and (n, K) float16; put() checks that they are finite, encodes
-                    # and stores them, on CUDA one batch later, so that the device never waits
+                    # (n, K, h, w) and (n, K) float16. put() checks that they are finite, encodes
+                    # and stores them; on CUDA one batch later, so that the device never waits.
                     spatial, global_ = teacher.unchecked(images)
                     units_completed = writer.put(batch, spatial, global_)
-                    # Ctrl-C waits for the end of a unit; a scheduler gives too little time for it.
+                    # Ctrl-C finishes the unit; a scheduler allows too little time for that.
                     if stop.requeue or (stop.requested and units_completed):
                         break
-            # After the block: an error that leaves it would drop units still to be written.
+            # Raised inside the writer's block, this would drop complete units not yet written.
             if stop.requested and not writer.finished:
-                raise KeyboardInterrupt  # stop_requests makes it Requeue on a scheduler's signal
+                raise KeyboardInterrupt  # stop_requests turns a scheduler's signal into Requeue
         return {**_summary(writer, ranks, started), "left_out": len(left_out)}
 
 
 def _require_within(view_range: tuple[int, int] | None, views: int) -> None:
     if view_range is not None and view_range[1] > views:
         raise UsageError(
-            "the range of views lies outside the cache",
+            "the view range exceeds the cache",
             found=f"views {view_range[0]}:{view_range[1]}",
             expected=f"a range within 0:{views}",
-            action="set --views to the total for the whole cache; "
-            "use the same value for every part",
+            action="set --views to the total number of views, the same for every part",
         )
 
 
 def open_stage_one(
     recipe: DumpRecipe, ranks: Ranks = ALONE, guard: ClassGuard | None = None
 ) -> tuple[Dataset, Teacher]:
-    """Open the recipe's shards, and its teacher on the recipe's device, with the same classes.
+    """Open the recipe's shards, and load its teacher onto the recipe's device.
 
     Args:
-        guard: decides what happens where the shards' class names are not those of a teacher that
-            ``train`` made; None: they are refused.
+        guard: decides whether a teacher trained by ``train`` may have other class names than the
+            shards; None: refuse it.
 
     Raises:
-        CskdError: one of them cannot be used, or they do not belong together.
+        CskdError: shards or teacher are unusable, or their classes do not match.
     """
     guard = guard or ClassGuard()
     data = recipe.data
@@ -155,7 +153,7 @@ def open_stage_one(
     )
     weights = Path(recipe.teacher.weights)
     if has_header(weights):
-        header = read_header(weights)  # of a network that train made
+        header = read_header(weights)  # of a network trained by train
         classes = Classes("the teacher", weights, header.num_classes, header.class_names)
         dataset = dataset.fitting(classes, "the shards", guard)
     guard.report_new()
@@ -166,15 +164,15 @@ def open_stage_one(
 
 
 def open_teacher(recipe: DumpRecipe, num_classes: int | None, device: torch.device) -> Teacher:
-    """Load the recipe's teacher for views of its size, and warn of a large grid.
+    """Load the recipe's teacher for views of the recipe's size; warn if its grid is large.
 
-    A network for small images that is fed large ones has one: it costs much and means little.
+    A large grid means that a network for small images is fed large ones, at great cost.
 
     Args:
-        num_classes: of the data; None: the teacher's own.
+        num_classes: number of classes in the data; None: the teacher's own.
 
     Raises:
-        CskdError: the teacher cannot be used, or has another number of classes.
+        CskdError: the teacher is unusable, or has a different number of classes.
     """
     options = recipe.dump
     teacher = load_teacher(
@@ -189,22 +187,22 @@ def open_teacher(recipe: DumpRecipe, num_classes: int | None, device: torch.devi
     if max(rows, columns) > LARGE_GRID:
         stored = 2 * teacher.num_classes * (rows * columns + 1)  # float16
         log.warning(
-            f"at {teacher.size} px {teacher.name} gives a grid of {rows}x{columns} locations, "
-            f"{stored / 1000:,.2f} kB a view uncompressed: if it was trained on smaller images, "
-            "set views.size to theirs"
+            f"at {teacher.size} px {teacher.name} has a grid of {rows}x{columns} locations, "
+            f"{stored / 1000:,.2f} kB per view uncompressed: if it was trained on smaller images, "
+            "set views.size to their size"
         )
     return teacher
 
 
 def loading_for(recipe: DumpRecipe, teacher: Teacher) -> Loading:
-    """Return the recipe's batch size and loader processes, and the teacher's device."""
+    """Return the loading options: the recipe's batch size and workers, the teacher's device."""
     return Loading(recipe.dump.batch_size, worker_count(recipe.dump.workers), teacher.device)
 
 
 def without_corrupt_images(
     dataset: Dataset, corrupt: str, left_out: LeftOuts, workers: int
 ) -> Dataset:
-    """Leave out the images that cannot be decoded if ``corrupt`` is ``skip``, else none.
+    """Return the data set without corrupt images if ``corrupt`` is ``skip``, else unchanged.
 
     Raises:
         UsageError: ``corrupt`` is ``error``, but the existing cache was started with ``skip``.
@@ -215,16 +213,16 @@ def without_corrupt_images(
     record = left_out.path(CORRUPT)
     if record is not None and record.exists():
         raise UsageError(
-            "this cache was started without the images that cannot be decoded",
+            "this cache was started with data.corrupt = skip",
             where=record,
             found="data.corrupt = error",
-            action="resume it with --set data.corrupt=skip, or start a different cache",
+            action="resume with --set data.corrupt=skip, or choose another --cache",
         )
     return dataset
 
 
 def teacher_info(teacher: Teacher, kwargs: dict[str, Any]) -> TeacherInfo:
-    """Return what a cache's manifest states of a teacher; ``kwargs``: of its constructor."""
+    """Return a manifest's entry for a teacher; ``kwargs`` are its constructor's."""
     return TeacherInfo(
         name=teacher.name,
         source=teacher.source,
@@ -241,7 +239,7 @@ def teacher_info(teacher: Teacher, kwargs: dict[str, Any]) -> TeacherInfo:
 
 def _summary(writer: UnitWriter, ranks: Ranks, started: float) -> dict[str, Any]:
     meter = writer.meter
-    # Read before waiting for other ranks. All are sums over ranks, the time waited for data too.
+    # Read before gather() waits for the other ranks; then summed over ranks, waiting time too.
     own = [writer.units_written, writer.views_written, meter.waited, meter.seconds]
     units, views, waited, worked = (sum(column) for column in zip(*ranks.gather(own), strict=True))
     seconds = time.perf_counter() - started

@@ -41,21 +41,21 @@ def measure(
 ) -> Metrics:
     """Return top-1 and top-5 in percent of each of ``heads`` and of ``mean``.
 
-    ``mean`` averages the logits of ``heads`` (CSKD §4: class, distillation, and the mean over
-    patches of the dense logits). A head that was not trained is not measured. Ranks
-    that each have a part of the samples all get the figures of the whole.
+    ``mean`` averages the logits of ``heads``, those that were trained (CSKD §4: class,
+    distillation, and the mean over patches of the dense logits). Each rank passes its part of the
+    samples and gets the metrics over all of them.
     """
     student.eval()
     device = next(student.parameters()).device
-    count, sums = 0, dict[str, Tensor]()  # of percentages times images: top-1 and top-5
+    count, sums = 0, dict[str, Tensor]()  # (top-1, top-5) in percent, times images
     for batch in batches:
         pixels = batch.pixels.to(device, non_blocking=True)
         labels = batch.label.to(device, non_blocking=True)
         images = normalise(pixels.permute(0, 3, 1, 2).float() / 255, student.mean, student.std)
         with torch.autocast(device.type, amp, enabled=amp is not None):
             predicted = student(images, grid)
-        every = predicted.logits()
-        logits = {name: every[name].float() for name in heads}
+        by_head = predicted.logits()
+        logits = {name: by_head[name].float() for name in heads}
         logits["mean"] = inference_logits(predicted, heads).float()
         count += len(labels)
         for name, value in logits.items():
@@ -66,20 +66,20 @@ def measure(
     if not parts:
         raise DataError("no samples to evaluate on")
     total = sum(count for count, _ in parts)
-    found: Metrics = {}
+    metrics: Metrics = {}
     for name in parts[0][1]:
-        top1, top5 = (sum(of[name][k] for _, of in parts) / total for k in (0, 1))
-        found[name] = {"top1": top1, "top5": top5}
-    return found
+        top1, top5 = (sum(part[name][k] for _, part in parts) / total for k in (0, 1))
+        metrics[name] = {"top1": top1, "top5": top5}
+    return metrics
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Choose how a checkpoint is evaluated.
+    """Options for evaluating a checkpoint.
 
     Args:
-        crop_pct: see :class:`Preprocessing`; None: as the run that made the checkpoint evaluated.
-        accept_classes: class k of the shards is the student's, whatever the names say.
+        crop_pct: see :class:`Preprocessing`; None: the value of the checkpoint's own run.
+        accept_classes: evaluate even if the class names of shards and student differ.
     """
 
     split: str | None = None
@@ -91,7 +91,7 @@ class EvalOptions:
 
 
 def evaluate(checkpoint: Path, shards: str, options: EvalOptions = EvalOptions()) -> dict[str, Any]:
-    """Measure a checkpoint (or a run folder's best) on shards: ``cskd-pipeline evaluate``."""
+    """Evaluate a checkpoint (or a run folder's best) on shards: ``cskd-pipeline evaluate``."""
     path = student_file(Path(checkpoint))
     device = pick_device(options.device)
     student, header = load_student(path, device)
@@ -100,10 +100,10 @@ def evaluate(checkpoint: Path, shards: str, options: EvalOptions = EvalOptions()
     guard = ClassGuard(COMMAND_SWITCH, accept=options.accept_classes)
     dataset = dataset.fitting(header.classes(path), "the shards", guard)
     guard.report_new()
-    shown = student.preprocessing.changed(options.crop_pct, None)
+    preprocessing = student.preprocessing.changed(options.crop_pct, None)
     loader = eval_loader(
         dataset,
-        shown,
+        preprocessing,
         batch_size=options.batch_size,
         workers=worker_count(options.workers),
         pin_memory=device.type == "cuda",
@@ -117,8 +117,8 @@ def evaluate(checkpoint: Path, shards: str, options: EvalOptions = EvalOptions()
         "model": header.model,
         "method": header.method,
         "heads": list(header.heads),
-        "crop_pct": shown.crop_pct,
-        "interpolation": shown.interpolation,
+        "crop_pct": preprocessing.crop_pct,
+        "interpolation": preprocessing.interpolation,
         "samples": dataset.samples,
         "accepted_classes": guard.accepted,
         "seconds": time.perf_counter() - started,
@@ -129,7 +129,7 @@ def evaluate(checkpoint: Path, shards: str, options: EvalOptions = EvalOptions()
 
 
 def counted(batches: Iterable[EvalBatch], meter: Meter) -> Iterator[EvalBatch]:
-    """Yield ``batches``, whose images count on ``meter`` once the next batch is wanted."""
+    """Yield ``batches``; advance ``meter`` by each one's images when the next is requested."""
     for batch in batches:
         yield batch
         meter.advance(len(batch.label))

@@ -1,7 +1,7 @@
-"""Weights that a run starts from: a student's, carried over to other classes and another size.
+"""Weights that a run starts from: a student's, adapted to other classes and another image size.
 
-What a student learned of images is kept; heads for other classes are new, and position embeddings
-are resampled to the new grid by timm's own function. Everything else must fit, tensor by tensor.
+The backbone is kept. For other classes the heads are new, and for another grid timm resamples the
+position embeddings. Everything else must fit, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from cskd_pipeline.runtime.classes import Classes, ClassGuard, difference
 TIMM_CONFIG = "config.json"
 TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
-# Of a model's layers: what only serves training, and what follows the input's size or the classes.
+# Ignored when comparing models: layers that act in training only, and attributes that depend on
+# the input size or the classes.
 _ONLY_TRAINS = (nn.Identity, nn.Dropout, DropPath)
 _ADAPTED = (
     *("img_size", "grid_size", "num_patches", "input_resolution", "feat_size", "dynamic_img_size"),
@@ -45,10 +46,9 @@ _ADAPTED = (
 
 @dataclass(frozen=True)
 class Source:
-    """Hold weights, and the header that says of which model; of tensors alone, which name none,
-    it is None: they are taken for the student's.
+    """Weights to start from, and the header that describes their model; None for bare tensors.
 
-    ``mean`` and ``std`` are in [0, 1] units, where the source names its own.
+    ``mean`` and ``std`` are in [0, 1] units, None unless the source states them.
     """
 
     path: Path
@@ -59,16 +59,16 @@ class Source:
 
     @property
     def sha256(self) -> str:
-        """Return the SHA-256 of the tensors, the same in whatever file they lie."""
+        """Return the SHA-256 of the tensors, which does not depend on the file format."""
         return state_digest(self.state)
 
 
 class Started(NamedTuple):
-    """The outcome for a source's tensors; ``new`` are the layers whose weights are fresh."""
+    """How a run started from a source; ``new`` are the layers with fresh weights."""
 
     sha256: str
     new: tuple[str, ...]
-    resized: tuple[Grid, Grid] | None  # of the position embedding, from and to
+    resized: tuple[Grid, Grid] | None  # old and new grid of the position embedding
     text: str
 
     def __str__(self) -> str:
@@ -76,15 +76,15 @@ class Started(NamedTuple):
 
 
 def read_source(path: Path) -> Source:
-    """Read the weights at ``path``: a student's file, a run's folder, a folder in timm's form, or a
-    file of tensors alone.
+    """Read the weights at ``path``: a student's file, a run's folder, a folder in timm's format, or
+    a file of bare tensors.
 
     Raises:
-        WeightsError: none of these, or damaged.
+        WeightsError: ``path`` is none of these, or damaged.
     """
     if not path.exists():
         raise WeightsError(
-            "there are no such weights to start from",
+            "the weights to start from do not exist",
             where=path,
             expected="a student's .safetensors file, a run's folder, or a folder that export wrote",
         )
@@ -98,14 +98,14 @@ def read_source(path: Path) -> Source:
 
 
 def start_from(source: Source, student: Student, classes: Classes, guard: ClassGuard) -> Started:
-    """Put the source's weights into ``student``, which has ``classes`` and its own size.
+    """Load the source's weights into ``student``, which has ``classes`` and its own image size.
 
-    Heads are kept where the classes are the same, new for others. The same classes in another order
-    or spelling are refused: new heads would throw away what the old ones know.
+    Heads are kept for the same classes, and new for other ones. The same classes in another order
+    or spelling are refused: new heads would discard what the old ones learned.
 
     Raises:
-        WeightsError: another architecture, or tensors that fit neither as they are nor resized.
-        ClassesError: the same classes in a different order or spelling, where that is not accepted.
+        WeightsError: another architecture, or tensors that do not fit even when resized.
+        ClassesError: the same classes in a different order or spelling, unless accepted.
     """
     model, state, header = student.model, dict(source.state), source.header
     if header is not None:
@@ -136,25 +136,23 @@ def start_from(source: Source, student: Student, classes: Classes, guard: ClassG
         grids = (f"{rows}x{columns}" for rows, columns in resized)
         lines.append(f"pos_embed resized from {' to '.join(grids)}")
     if header is None:
-        lines.append(
-            "the file names no model: its arguments, mean and std are taken to be the student's"
-        )
+        lines.append("the file describes no model: assuming the student's arguments, mean and std")
     return Started(sha256, new, resized, "; ".join(lines))
 
 
 def check_resumed(init_from: str, record: Mapping[str, str] | None, where: Path) -> bool:
-    """Refuse to continue a run with weights that it did not start from; nothing is loaded.
+    """Refuse to resume a run with weights that it did not start from; load nothing.
 
     Args:
-        init_from: ``student.init_from`` of the recipe at hand.
-        record: what the run's state keeps of its start: ``from`` and ``sha256``.
+        init_from: ``student.init_from`` of the current recipe.
+        record: ``from`` and ``sha256`` of the weights that the run started from, out of its state.
 
     Returns:
-        Whether the weights could be compared: they may be gone, since the run has its own.
+        False if the weights no longer exist, and could not be compared; the run needs them no more.
 
     Raises:
         OutputError: different weights.
-        WeightsError: no weights there.
+        WeightsError: no weights at a new path.
     """
     found = None
     if init_from:
@@ -164,17 +162,17 @@ def check_resumed(init_from: str, record: Mapping[str, str] | None, where: Path)
     expected = None if record is None else record["sha256"]
     if found != expected:
         raise OutputError(
-            "the training state's run was started from other weights",
+            "the run was started from other weights",
             where=where,
             found=f"--init-from {init_from}, SHA-256 {found[:12]}" if found else "no --init-from",
             expected=f"{record['from']}, SHA-256 {record['sha256'][:12]}" if record else "none",
-            action="give the same --init-from, or start again in a new output folder",
+            action="pass the same --init-from, or start again in a new output folder",
         )
     return True
 
 
 def _read_timm_folder(path: Path) -> Source:
-    """Read what timm writes for the hub: ``config.json`` describes ``model.safetensors``."""
+    """Read a folder that timm wrote for the hub: ``config.json`` and ``model.safetensors``."""
     config = path / TIMM_CONFIG
     try:
         document = schemas.read(config)
@@ -187,7 +185,7 @@ def _read_timm_folder(path: Path) -> Source:
         if "img_size" in kwargs:
             kwargs["img_size"] = height
         names = document.get("label_names", pretrained.get("label_names"))
-        listed = isinstance(names, list) and all(type(name) is str for name in names)
+        has_names = isinstance(names, list) and all(type(name) is str for name in names)
         header = parse_header(
             {
                 "model": document["architecture"],
@@ -196,13 +194,13 @@ def _read_timm_folder(path: Path) -> Source:
                 "heads": ["cls"],
                 "method": "none",
                 "kwargs": kwargs,
-                "class_names": names if listed else None,
+                "class_names": names if has_names else None,
             }
         )
         mean, std = (tuple(map(float, pretrained[name])) for name in ("mean", "std"))
     except (KeyError, TypeError, ValueError, AttributeError, ManifestError) as error:
         raise WeightsError(
-            "the folder does not state a classifier that can be used",
+            "the folder does not describe a usable classifier",
             where=config,
             found=header_problem(error),
             expected="architecture, num_classes, mean, std and a square input, as timm writes them",
@@ -215,7 +213,7 @@ def _require_same_model(source: Source, header: StudentHeader, student: Student)
     found, expected = header.model, student.name
     if _architecture(found) != _architecture(expected):
         raise WeightsError(
-            "the weights to start from are of another architecture",
+            "the weights to start from have another architecture",
             where=source.path,
             found=found,
             expected=expected,
@@ -232,18 +230,18 @@ def _require_same_model(source: Source, header: StudentHeader, student: Student)
     ]
     if problems:
         raise WeightsError(
-            "the weights to start from are of a model that computes something else",
+            "the weights to start from belong to a model with other settings",
             where=source.path,
             found=f"{found} with {header.kwargs}",
             expected=f"{expected} with {student.kwargs}",
             problems=sorted(problems, key=lambda line: (line.partition(":")[0].count("."), line)),
-            action="give the recipe the name and arguments of the weights' model",
+            action="set student.name and student.kwargs to those of the weights' model",
         )
 
 
 def _settings(model: nn.Module) -> dict[str, object]:
-    """Every layer's kind and plain attributes, by name: two models may have tensors of equal shapes
-    and differ in these (heads of attention, strides, epsilons).
+    """Return every layer's class and plain attributes, by name: models with equal tensor shapes may
+    still differ in these (attention heads, strides, epsilons).
     """
     found: dict[str, object] = {}
     for name, layer in model.named_modules():
@@ -258,14 +256,14 @@ def _settings(model: nn.Module) -> dict[str, object]:
 
 
 def _architecture(name: str) -> str:
-    """A timm name without its tag and its resolution, which decide no tensor but position's."""
+    """Return a timm name without tag and resolution, which affect the position embedding only."""
     return re.sub(r"_\d{2,4}$", "", name.partition(".")[0])
 
 
 def _resize_positions(state: dict[str, Tensor], model: nn.Module) -> tuple[Grid, Grid] | None:
-    """Resample ``pos_embed`` (1, prefix + H * W, C) in ``state`` to the model's grid, if need be.
+    """Resample ``pos_embed`` (1, prefix + H * W, C) in ``state`` to the model's grid, if needed.
 
-    What is no square grid of the model's width is left as it is, for the loader to refuse.
+    Anything but a square grid of the model's width is left unchanged, for ``load_into`` to refuse.
     """
     theirs, ours = state.get("pos_embed"), getattr(model, "pos_embed", None)
     grid: Any = getattr(getattr(model, "patch_embed", None), "grid_size", None)

@@ -1,4 +1,4 @@
-"""The parts that a training recipe names: the loss, the student, its loader and its optimizer."""
+"""Build what a training recipe describes: the loss, the student, its loader and its optimizer."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from cskd_pipeline.runtime.device import memory_format, worker_count
 from cskd_pipeline.runtime.distributed import ALONE, Ranks
 
 LOOKAHEAD = "lookahead_"
-"""In front of a name: timm's average of slow weights around that optimizer."""
+"""timm's prefix for an optimizer wrapped in Lookahead."""
 FUSED = ("adam", "adamw")
 FUSED_ON = ("cuda",)
-"""One kernel for all parameters, which also skips float16's overflows without asking the host."""
+"""One kernel for all parameters, which skips float16 overflows without a host synchronization."""
 
 
 def make_loss(distill: DistillSection) -> DistillationLoss:
-    """Return the loss of a recipe."""
+    """Return the recipe's loss."""
     return DistillationLoss(
         method=distill.method,
         global_kind=distill.global_kind,
@@ -41,8 +41,8 @@ def make_loss(distill: DistillSection) -> DistillationLoss:
 
 
 def make_student(recipe: TrainRecipe, views: TrainingViews) -> Student:
-    """Return a recipe's student with fresh weights, drawn from its seed; refuse one that does not
-    serve the method or the teacher's grid.
+    """Return the recipe's student with random weights from its seed; refuse a student that does
+    not support the method or the teacher's grid.
     """
     torch.manual_seed(recipe.run.seed)
     student = create_student(
@@ -69,18 +69,18 @@ def make_loader(
     device: torch.device | str = "cpu",
     ranks: Ranks = ALONE,
 ) -> CachedLoader:
-    """Return a recipe's loader of this rank's part of every batch.
+    """Return the recipe's loader, for this rank's part of every batch.
 
     Args:
-        student: whose mean and std the images are normalised with; None: the policy's own.
+        student: its mean and std normalise the images; None: those of the view policy.
     """
-    network = student or views.policy
+    normalisation = student or views.policy
     return CachedLoader(
         views,
         recipe.batch.batch_size,
         accumulation=recipe.batch.accumulation,
-        mean=network.mean,
-        std=network.std,
+        mean=normalisation.mean,
+        std=normalisation.std,
         smoothing=recipe.optim.smoothing,
         repeats=recipe.batch.repeats,
         seed=recipe.run.seed,
@@ -96,16 +96,16 @@ def make_loader(
 def make_optimizer(
     model: nn.Module, optim: OptimSection, batch_size: int, device: torch.device
 ) -> torch.optim.Optimizer:
-    """Return an optimizer over the parameters of ``model``, which lies on ``device``.
+    """Return an optimizer over the parameters of ``model``, which is on ``device``.
 
     Args:
-        batch_size: of an update, by which the learning rate is scaled.
+        batch_size: images per update; the learning rate is scaled by it.
     """
     name = optim.name.lower().removeprefix(LOOKAHEAD)
     known = [str(one) for one in list_optimizers()]
     if name in known and "_" in name:
         raise RecipeError(
-            "timm cannot make an optimizer whose name has an underscore",
+            "timm does not support underscores in an optimizer's name",
             where="optim.name",
             found=optim.name,
             expected="a registered name without underscore, alone or after lookahead_",
@@ -117,7 +117,7 @@ def make_optimizer(
             "timm has no optimizer of this name",
             where="optim.name",
             found=optim.name,
-            expected=f"one that timm {timm.__version__} has, "
+            expected=f"an optimizer of timm {timm.__version__}, "
             + (f"did you mean {' or '.join(near)}?" if near else "such as adamw, lamb or sgd"),
         )
     if get_optimizer_info(name).second_order:
@@ -125,7 +125,7 @@ def make_optimizer(
             "this optimizer needs second derivatives, which training does not compute",
             where="optim.name",
             found=optim.name,
-            action="choose one that needs gradients alone, such as adamw",
+            action="choose a first-order one, such as adamw",
         )
     fused = optim.name in FUSED and device.type in FUSED_ON
     options: dict[str, Any] = {"fused": True} if fused else {}
@@ -138,19 +138,19 @@ def make_optimizer(
             betas=tuple(optim.betas),
             **options,
         )
-    except Exception as problem:  # each checks its values in its own way, or needs a package
-        usual = _usual_betas(name)
+    except Exception as problem:  # optimizers reject values in different ways, or need a package
+        default = _default_betas(name)
         raise RecipeError(
-            "the optimizer cannot be made with these values",
+            "the optimizer does not accept these values",
             where=f"optim.name = {optim.name}",
             found=f"betas {list(optim.betas)}: {type(problem).__name__}: {problem}",
-            expected=None if usual is None else f"{len(usual)} betas, its own are {list(usual)}",
+            expected=None if default is None else f"{len(default)} betas, by default {[*default]}",
             action="set optim.betas, or choose another optimizer",
         ) from problem
 
 
-def _usual_betas(name: str) -> tuple[float, ...] | None:
-    """The betas that an optimizer has where none are given."""
+def _default_betas(name: str) -> tuple[float, ...] | None:
+    """Return the default betas of an optimizer; None if it has none."""
     info = get_optimizer_info(name)
     kind = info.opt_class
     if not info.has_betas or isinstance(kind, str):

@@ -1,5 +1,5 @@
-"""A run's curves: ``summary.csv``, one row an epoch, and scalars for TensorBoard and, where the
-recipe names a project, Weights & Biases, by its own package. They never change the run.
+"""A run's curves: ``summary.csv``, one row per epoch, and scalars for TensorBoard and, if the
+recipe names a project, Weights & Biases. Logging never affects the run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cskd_pipeline.config.sections import TrainRecipe
 from cskd_pipeline.config.writing import result_digest
-from cskd_pipeline.errors import ManifestError, MissingPackageError
+from cskd_pipeline.errors import ManifestError, require_packages
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.runtime.atomic import write_csv, write_json
 
@@ -26,18 +25,18 @@ log = logging.getLogger(__name__)
 
 WANDB_RECORD = "wandb.json"
 WANDB_FINISH = 60.0
-"""Seconds that the end of a run waits for what is still to be sent."""
+"""Seconds that the end of a run waits for its last points to be sent."""
 
 Row = dict[str, float | int | None]
 
 
 class RunLog:
-    """Write the history of a run, whole on disk after every epoch.
+    """Writer of a run's history, complete on disk after every epoch.
 
     Args:
-        update: finished updates; a resumed run's points after it are dropped from TensorBoard.
+        update: finished updates; when a run is resumed, TensorBoard drops its points after it.
         writes: False for ranks that write nothing.
-        wandb_curves: gets the same scalars as TensorBoard.
+        wandb_curves: receives the same scalars as TensorBoard.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class RunLog:
         self._tensorboard.flush()
 
     def close(self, *, ended: bool) -> None:
-        """Write what is left; ``ended``: the training came to its end."""
+        """Flush and close; ``ended``: training reached its end."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb_curves is not None:
@@ -80,7 +79,7 @@ class RunLog:
 
 
 def epoch_line(row: Row, epochs: int) -> str:
-    """Return an epoch's row as the line that the log has of it."""
+    """Return the log line of an epoch's row."""
     parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.4f}"]
     parts += [f"r {row['ckf_ratio']:.3f}"] if row["spatial"] else []
     if row.get("top1") is not None:
@@ -93,18 +92,14 @@ def epoch_line(row: Row, epochs: int) -> str:
 
 
 def require_wandb(project: str) -> None:
-    """Refuse early a project without the package, which could only fail late."""
-    if project and find_spec("wandb") is None:
-        raise MissingPackageError(
-            "curves on Weights & Biases need an optional package",
-            where=f"run.wandb = {project}",
-            found="no wandb",
-            action="pip install 'cskd-pipeline[wandb]', or leave --wandb out",
-        )
+    """Fail early if the recipe names a project but wandb is not installed."""
+    if project:
+        problem = f"run.wandb = {project} needs an optional package"
+        require_packages("wandb", extra="wandb", problem=problem)
 
 
 class WandbCurves:
-    """Send the curves of ``wandb.init``'s run; the first trouble is logged, and ends them alone."""
+    """Curves of a ``wandb.init`` run; the first error is logged and ends them, not the run."""
 
     def __init__(self, run: Any) -> None:
         self._run: Any = run
@@ -112,18 +107,17 @@ class WandbCurves:
     def scalars(self, update: int, values: Mapping[str, float | int | None]) -> None:
         """Send points of the curves at an optimizer update.
 
-        A resumed run repeats the updates since its last state: the points that are there stay,
-        and are equal.
+        The updates that a resumed run repeats are not sent again: their points would be equal.
         """
         if self._run is None or update < self._run.step:
             return
         try:
             self._run.log({k: v for k, v in values.items() if v is not None}, step=update)
-        except Exception as error:  # of its service, its files, its network: none is the run's
+        except Exception as error:  # service, files or network: none may stop the run
             self._give_up(error)
 
     def close(self, *, ended: bool) -> None:
-        """Send what is left, for a while; ``ended``: the training came to its end."""
+        """Send the last points, within a time limit; ``ended``: training reached its end."""
         if self._run is None:
             return
         try:
@@ -140,9 +134,9 @@ class WandbCurves:
 def open_wandb(recipe: TrainRecipe) -> WandbCurves | None:
     """Start or resume the recipe's run on Weights & Biases; None if it names no project.
 
-    The package is imported only where a run names a project. What cannot be sent is kept beside
-    the run, in ``wandb/``, from where ``wandb sync`` sends it; ``WANDB_MODE`` and the package's
-    other variables work as they always do.
+    The package is imported only in that case. Points that cannot be sent are kept in the run's
+    folder ``wandb/``, and ``wandb sync`` sends them later. ``WANDB_MODE`` and wandb's other
+    environment variables work as usual.
     """
     if not recipe.run.wandb:
         return None
@@ -160,17 +154,17 @@ def open_wandb(recipe: TrainRecipe) -> WandbCurves | None:
         "name": out.resolve().name,
         "resume": "allow",
         "config": config | {"recipe_sha256": result_digest(recipe)},
-        "allow_val_change": True,  # folders and workers may be others when a run is resumed
+        "allow_val_change": True,  # a resumed run may have other folders and workers
         "settings": wandb.Settings(**settings),
     }
-    kept = f"curves are kept in {out / 'wandb'}, from where `wandb sync` sends them"
-    attempts: tuple[tuple[Any, str], ...] = ((None, kept), ("offline", "there will be no curves"))
+    kept = f"curves are kept in {out / 'wandb'}; `wandb sync` sends them later"
+    attempts: tuple[tuple[Any, str], ...] = ((None, kept), ("offline", "no curves will be sent"))
     for mode, outcome in attempts:
         try:
             run = wandb.init(mode=mode, **arguments)
-        except Exception as error:  # of its server, login, files: see WandbCurves
+        except Exception as error:  # server, login or files; see WandbCurves
             log.warning(f"Weights & Biases cannot be used ({_reason(error)}): {outcome}")
-            wandb.teardown()  # its service would still hold the run's name
+            wandb.teardown()  # its service would keep the run's id in use
             continue
         found = run.settings.mode
         log.info(f"Weights & Biases: {run.url if found == 'online' else found}")
@@ -179,7 +173,9 @@ def open_wandb(recipe: TrainRecipe) -> WandbCurves | None:
 
 
 def _identity(out: Path) -> str:
-    """The run's name there, kept in its folder, so that a resumed run continues its curves."""
+    """Return the run's wandb id, kept in the run's folder so that a resumed run continues its
+    curves.
+    """
     path = out / WANDB_RECORD
     if not path.exists():
         write_json(path, {"id": uuid.uuid4().hex[:8]})
@@ -189,7 +185,7 @@ def _identity(out: Path) -> str:
         raise ManifestError(
             path,
             ["$.id: expected letters, digits, - and _"],
-            action="delete the file: new curves are started then",
+            action="delete the file; the run then starts new curves",
         )
     return found
 

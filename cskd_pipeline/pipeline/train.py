@@ -1,15 +1,14 @@
-"""Stage two: a student from shards joined to a teacher's cached logits.
+"""Stage two: train a student on shards joined to a teacher's cached logits.
 
 ``train`` opens the data, checks that cache, shards and student fit, and runs the epochs:
 
-- ``_epoch`` makes the updates of one, each of them :meth:`Trainer.step
+- ``_epoch`` runs the updates of one, each a :meth:`Trainer.step
   <cskd_pipeline.pipeline.trainer.Trainer.step>` (pixels, heads, loss, optimizer);
 - ``_close_epoch`` evaluates it and writes its row, its students and the state.
 
-A :class:`TrainJob <cskd_pipeline.pipeline.train_job.TrainJob>` holds what lasts for the whole run.
-Everything random is a function of (seed, update), and the order of samples is one of (seed, epoch),
-so a run that was killed resumes exactly from its last state. No teacher is loaded here, and nothing
-of ``dump`` is imported.
+A :class:`TrainJob <cskd_pipeline.pipeline.train_job.TrainJob>` is the state of the whole run. All
+randomness is a function of (seed, update), the order of samples a function of (seed, epoch), so a
+killed run resumes exactly from its last state. No teacher is loaded, and ``dump`` is not imported.
 """
 
 from __future__ import annotations
@@ -56,17 +55,17 @@ OCCUPIED_BY = (
 """A run may start in any folder that contains none of these (other files, such as a job's log, are
 fine).
 """
-ASK_EVERY = 10  # updates after which ranks ask each other whether one of them got a signal
+EXCHANGE_EVERY = 10  # updates between the exchanges of stop signals among ranks
 
 
 def train(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
-    """Run ``recipe`` to its end, from its start or its last state: ``cskd-pipeline train``.
+    """Train to the end of ``recipe``, from its start or the last state: ``cskd-pipeline train``.
 
-    Under torchrun every process calls this; together they do what one would do, each with its part
-    of every batch, and the first of them writes and logs. What torchrun starts again resumes.
+    Under torchrun every process calls this. Together they compute what one process would, each on
+    its part of every batch; only the first writes and logs. A job that torchrun restarts resumes.
 
     Returns:
-        The closing summary: epochs, updates, top-1 of the last and best students, seconds, files.
+        The summary: epochs, updates, seconds, metrics of the last and best students.
 
     Raises:
         CskdError: data, cache and student do not fit, or the output folder is not this run's.
@@ -92,7 +91,7 @@ def train(recipe: TrainRecipe, *, resume: bool = False) -> dict[str, Any]:
 
 @contextmanager
 def _locked_by_first_rank(out: Path, ranks: Ranks) -> Iterator[None]:
-    """Lock the output folder for the first rank, which alone writes to it."""
+    """Lock the output folder on the first rank, the only one that writes to it."""
     if not ranks.first:
         yield
         return
@@ -103,7 +102,7 @@ def _locked_by_first_rank(out: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def _train(job: TrainJob, curves: RunLog) -> dict[str, Any]:
-    """Train the epochs that are left; return the run's summary."""
+    """Train the remaining epochs; return the run's summary."""
     trainer = job.trainer
     started, first = time.perf_counter(), trainer.update
     try:
@@ -121,24 +120,24 @@ def _train(job: TrainJob, curves: RunLog) -> dict[str, Any]:
 
 
 def _epoch(job: TrainJob, batches: Iterator[Batch], curves: RunLog, stop: Stop) -> None:
-    """Make the updates that are left in the current epoch; leave its row in ``job.pending``."""
+    """Run the remaining updates of the current epoch; leave its row in ``job.pending``."""
     trainer, options = job.trainer, job.recipe.run
     epoch, steps, drifted = trainer.epoch, trainer.steps_per_epoch, 0
-    done_before = trainer.update % steps  # by a run that this one resumes
+    done_before = trainer.update % steps  # when the run was resumed
     with progress(steps, "updates", f"epoch {epoch + 1}", done=done_before) as meter:
 
-        def loaded() -> Iterator[Batch]:
+        def count_drifted() -> Iterator[Batch]:
             nonlocal drifted
             for batch in meter.timed(batches):
                 drifted += batch.drifted
                 yield batch
 
-        micro_batches = loaded()
+        micro_batches = count_drifted()
         while trainer.epoch == epoch:
-            ratio = trainer.ratio  # of the next update
-            losses = trainer.step(micro_batches)  # (4,), PARTS of this rank's samples
+            ratio = trainer.ratio  # CKF ratio of this update
+            losses = trainer.step(micro_batches)  # (4,): PARTS, over this rank's samples
             meter.advance()
-            # What follows waits for the other ranks: all of them call it at the same updates.
+            # The calls below wait for the other ranks, which make them at the same updates.
             if trainer.update % options.log_every == 0:
                 curves.scalars(trainer.update, _point(trainer, losses, ratio))
             step_in_epoch, every = trainer.update % steps, options.checkpoint_every
@@ -148,10 +147,10 @@ def _epoch(job: TrainJob, batches: Iterator[Batch], curves: RunLog, stop: Stop) 
                 if stopping:
                     _warn_of_drift(trainer, epoch, drifted)
                     raise KeyboardInterrupt
-        # Waits for the device, so that the times below are of whole updates.
+        # Waits for the device, so that the times below cover complete updates.
         means = _read_means(trainer, trainer.sums / steps)
         rate, data_wait = meter.rate * job.recipe.batch.batch_size, meter.data_wait
-        seconds = meter.seconds * steps / (steps - done_before)  # as if none had been done before
+        seconds = meter.seconds * steps / (steps - done_before)  # extrapolated to the full epoch
     _warn_of_drift(trainer, epoch, drifted)
     trainer.sums.zero_()
     job.pending = {"epoch": epoch + 1, **means, "ckf_ratio": ratio, "lr": trainer.lr}
@@ -159,16 +158,16 @@ def _epoch(job: TrainJob, batches: Iterator[Batch], curves: RunLog, stop: Stop) 
 
 
 def _warn_of_drift(trainer: Trainer, epoch: int, drifted: int) -> None:
-    """Report the views, of all ranks, that ``data.drift = warn`` let pass."""
+    """Report the views of all ranks that ``data.drift = warn`` accepted."""
     if total := sum(trainer.ranks.gather(drifted)):
-        log.warning(f"epoch {epoch + 1}: {total} views are not those the teacher saw")
+        log.warning(f"epoch {epoch + 1}: {total} views differ from those the teacher saw")
 
 
 def _close_epoch(job: TrainJob, curves: RunLog, stop: Stop) -> None:
-    """Evaluate the epoch whose updates are done where it is due, and write its row and students.
+    """Evaluate the finished epoch if an evaluation is due, and write its row and students.
 
-    The state is saved twice, first with ``job.pending`` and then without. A run that is killed or
-    whose evaluation fails is resumed as follows:
+    The state is saved twice, first with ``job.pending`` and then without. A run that is killed, or
+    whose evaluation fails, resumes accordingly:
 
     ====================  =======================================================================
     stopped               resuming
@@ -203,7 +202,7 @@ def _close_epoch(job: TrainJob, curves: RunLog, stop: Stop) -> None:
 
 
 def _evaluate(job: TrainJob, stop: Stop) -> Row:
-    """Measure the running weights and their average; write the best student so far."""
+    """Measure the current weights and their average; save the best student so far."""
     trainer, row = job.trainer, dict[str, float | int | None]()
     candidates = {"last": trainer.student.model}
     if trainer.ema is not None:
@@ -231,7 +230,7 @@ def _evaluate(job: TrainJob, stop: Stop) -> Row:
 
 
 def _validation(job: TrainJob, meter: Meter, stop: Stop) -> Iterator[EvalBatch]:
-    """This rank's validation images; a signal ends them at once where no other rank waits."""
+    """Yield this rank's validation batches; a signal stops at once unless other ranks wait."""
     assert job.data.validation is not None
     loader: Iterable[EvalBatch] = eval_loader(
         job.data.validation,
@@ -256,9 +255,9 @@ def _save_students(job: TrainJob, row: Row) -> None:
 
 
 def _save(job: TrainJob, name: str = STATE) -> None:
-    """Write the state if its numbers are all finite: a run can always resume from its last.
+    """Save the state if all its numbers are finite, so that a saved state can always be resumed.
 
-    All ranks call this: they average their sums of losses, and one that diverged stops all.
+    All ranks call this: it averages their sums of losses, and stops all of them if one diverged.
     """
     state = job.state()
     found = find_nonfinite(state)
@@ -269,14 +268,14 @@ def _save(job: TrainJob, name: str = STATE) -> None:
 
 
 def _time_to_stop(trainer: Trainer, stop: Stop) -> bool:
-    """Return whether to stop now; ranks ask each other at times, so all stop at one update."""
-    if trainer.ranks.many and trainer.update % ASK_EVERY:
+    """Return whether to stop now: the same on all ranks, which exchange their signals at times."""
+    if trainer.ranks.many and trainer.update % EXCHANGE_EVERY:
         return False
     return _exchange_signals(trainer, stop)
 
 
 def _exchange_signals(trainer: Trainer, stop: Stop) -> bool:
-    """Return whether some rank got a signal; all ranks call this, and then know which."""
+    """Return whether any rank got a signal, and share the signals; all ranks call this."""
     if not trainer.ranks.any(stop.requested):
         return False
     for signals in trainer.ranks.gather(sorted(stop.signals)):
@@ -285,13 +284,13 @@ def _exchange_signals(trainer: Trainer, stop: Stop) -> bool:
 
 
 def _point(trainer: Trainer, losses: Tensor, ratio: float) -> dict[str, float]:
-    """Return the scalars of one update; the host waits for the device and for other ranks."""
+    """Return the scalars of one update; this waits for the device and the other ranks."""
     means = {f"train/{name}": value for name, value in _read_means(trainer, losses).items()}
     return {**means, "train/lr": trainer.lr, "train/ckf_ratio": ratio}
 
 
 def _read_means(trainer: Trainer, losses: Tensor) -> dict[str, float]:
-    """Average loss parts over all ranks, which all call this; refuse a loss that is not finite."""
+    """Return the loss parts averaged over all ranks, which all call this; refuse NaN or inf."""
     values = dict(zip(PARTS, trainer.ranks.mean(losses).tolist(), strict=True))
     if not math.isfinite(values["loss"]):
         found = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
@@ -306,8 +305,8 @@ def _diverged(trainer: Trainer, problem: str, found: str) -> TrainingError:
         found=found,
         action=f"lower optim.lr (now {trainer.lr:g}), clip gradients (optim.clip_grad) or turn off "
         "float16 (run.amp), then resume from the last checkpoint, which predates the divergence: "
-        "the same command with, say, --set optim.clip_grad=1 --resume; if there is none, start "
-        "over",
+        "the same command with, for example, --set optim.clip_grad=1 --resume; without a "
+        "checkpoint, start over",
     )
 
 
@@ -315,7 +314,7 @@ def _diverged(trainer: Trainer, problem: str, found: str) -> TrainingError:
 
 
 def _open(recipe: TrainRecipe, ranks: Ranks, resume: bool) -> TrainJob:
-    """Open a run before its first update, or as its last state has it."""
+    """Open a new run, resume one from its last state, or fork another run's state."""
     require_wandb(recipe.run.wandb)
     if ranks.first:
         resume = _claim(Path(recipe.run.out), resume)
@@ -327,7 +326,7 @@ def _open(recipe: TrainRecipe, ranks: Ranks, resume: bool) -> TrainJob:
     if recipe.schedule.warmup_epochs >= recipe.schedule.epochs:
         log.warning(
             f"the warm-up ({recipe.schedule.warmup_epochs} epochs) outlasts the run: the learning "
-            "rate never reaches optim.lr; set schedule.warmup_epochs"
+            "rate never reaches optim.lr; lower schedule.warmup_epochs"
         )
     if resume and (Path(recipe.run.out) / STATE).exists():
         _resume(job, Path(recipe.run.out) / STATE)
@@ -342,26 +341,26 @@ def _claim(out: Path, resume: bool) -> bool:
     """Refuse to overwrite existing files unless resuming the run that wrote them.
 
     Returns:
-        Whether to resume: also where torchrun starts again what its job began here.
+        Whether to resume: if asked to, or if torchrun restarts the job that started the run.
     """
-    known, begun_by = (out / RECIPE).exists(), out / JOB
-    if torchrun_job_id() and begun_by.is_file():
-        resume = resume or begun_by.read_text(errors="replace") == torchrun_job_id()
+    has_run, job_file = (out / RECIPE).exists(), out / JOB
+    if torchrun_job_id() and job_file.is_file():
+        resume = resume or job_file.read_text(errors="replace") == torchrun_job_id()
     if resume:
         sweep(out)
-    if not (resume and known):
-        or_resume = ", or resume the run there with --resume" if known else ""
+    if not (resume and has_run):
+        or_resume = ", or resume the existing run with --resume" if has_run else ""
         require_free(out, OCCUPIED_BY, action=f"choose another --out{or_resume}")
     return resume
 
 
 def _fork(job: TrainJob, state_file: Path) -> None:
-    """Begin with another run's state; how the recipes differ becomes this run's first change."""
+    """Start from another run's state; the recipes' differences become this run's first change."""
     if not state_file.is_file():
         raise WeightsError(
-            "there is no such state to fork",
+            "the state to fork from does not exist",
             where=state_file,
-            action="name one that run.keep_every kept",
+            action="pass a state that run.keep_every kept",
         )
     job.fork(load_state(state_file), state_file)
     _compare_init(job, state_file)
@@ -377,22 +376,22 @@ def _resume(job: TrainJob, state_file: Path) -> None:
     log.info(f"resuming after {update} of {total} updates, {trainer.epoch} epochs")
     ended = update == total and job.pending is None
     if ended and job.data.validation is not None and "top1" not in job.rows[-1]:
-        # The last epoch was closed without an evaluation: the recipe had more epochs then, or no
-        # validation shards. Close it again, with one.
+        # The last epoch was closed without an evaluation, when the recipe had more epochs or no
+        # validation shards. Close it again, this time with one.
         job.pending = job.rows.pop()
 
 
 def _compare_init(job: TrainJob, state_file: Path) -> None:
     init_from = job.recipe.student.init_from
     if not check_resumed(init_from, job.init, state_file):
-        log.info(f"{init_from} is gone; the run continues without it")
+        log.info(f"{init_from} no longer exists; the run continues without it")
 
 
 def _record_changes(job: TrainJob) -> None:
-    """Save a run whose recipe has just been changed, and write all its changes to its folder."""
+    """Log and save a change of the recipe; write the list of all changes to the run's folder."""
     if job.just_changed:
         for line in change_lines(job.changes[-1:]):
-            log.warning(f"the recipe is changed from {line}")
+            log.warning(f"the recipe changes at {line}")
         _save(job)
     if job.changes and job.trainer.ranks.first:
         write_changes(Path(job.recipe.run.out), job.changes)

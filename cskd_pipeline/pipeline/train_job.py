@@ -1,4 +1,4 @@
-"""A training run with its recipe, its data, and what it keeps from epoch to epoch."""
+"""The state of a training run, and the recipe changes that a resumed run or a fork may make."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ Change = dict[str, Any]
 
 @dataclass
 class TrainJob:
-    """Hold a training run: its recipe, data and trainer, and its history.
+    """A training run: its recipe, data and trainer, and its history.
 
     Args:
-        rows: rows of ``summary.csv``, one an epoch.
+        rows: rows of ``summary.csv``, one per epoch.
         pending: the row of an epoch whose updates are done, until it is evaluated and its students
             are written; then it moves to ``rows``. It is saved with the state, so that a run killed
             in between repeats no update.
         best: top-1, epoch and weights of the best student.
-        changes: how the recipe was changed, each time the run was resumed with a different one.
+        changes: changes of the recipe, one for each time the run was resumed with a different one.
         just_changed: the last of ``changes`` is new.
-        init: the weights that the run started from: ``from`` and ``sha256``.
-        forked: the state that a fork began with, in the same way.
+        init: ``from`` and ``sha256`` of the weights that the run started from.
+        forked: ``from`` and ``sha256`` of the state that the run was forked from.
     """
 
     recipe: TrainRecipe
@@ -72,8 +72,8 @@ class TrainJob:
         """Start with the weights at ``path`` instead of fresh ones.
 
         Raises:
-            WeightsError: they do not fit, or the ranks found different ones.
-            ClassesError: they have the same classes in a different order or spelling.
+            WeightsError: the weights do not fit, or the ranks found different ones.
+            ClassesError: the weights have the same classes in a different order or spelling.
         """
         trainer = self.trainer
         source = read_source(Path(path))
@@ -86,7 +86,7 @@ class TrainJob:
         return started
 
     def state(self) -> dict[str, Any]:
-        """Return what :meth:`restore` takes, the same for any number of ranks; all call it."""
+        """Return the state for :meth:`restore`: the same for any number of ranks; all call this."""
         return {
             "format": FORMAT,
             "recipe": deciding(self.recipe),
@@ -105,28 +105,28 @@ class TrainJob:
     def fork(self, state: dict[str, Any], where: Path) -> None:
         """Continue from the :meth:`state` of another run, whose ``distill`` may differ.
 
-        CKF's progress begins here, and the best student is this run's own.
+        CKF's progress restarts at the fork, and so does the record of the best student.
 
         Raises:
-            OutputError, ClassesError, WeightsError: see :meth:`restore`; or no epoch ends here; or
-                the ranks found different states.
+            OutputError, ClassesError, WeightsError: see :meth:`restore`; or the state is not from
+                the end of an epoch; or the ranks found different states.
         """
         self.forked = {"from": str(where), "sha256": file_sha256(where)}
         if len(set(self.trainer.ranks.gather(self.forked["sha256"]))) > 1:
-            raise WeightsError("the ranks found different states to fork", where=where)
+            raise WeightsError("the ranks found different states to fork from", where=where)
         self.restore(state, where, forking=True)
         update, total = self.trainer.update, self.trainer.total_updates
         if update % self.trainer.steps_per_epoch or not 0 < update < total:
             raise OutputError(
-                "a run is forked where an epoch ends, and others follow",
+                "a run can be forked only at the end of an epoch, and not of the last one",
                 where=where,
-                found=f"update {update} of {total}, {self.trainer.steps_per_epoch} an epoch",
-                action="name a state that run.keep_every kept",
+                found=f"update {update} of {total}, {self.trainer.steps_per_epoch} per epoch",
+                action="pass a state that run.keep_every kept",
             )
         self.trainer.forked_at, self.best = self.trainer.epoch, {}
 
     def restore(self, state: dict[str, Any], where: Path, *, forking: bool = False) -> None:
-        """Continue from :meth:`state`; add to ``changes`` how the recipe differs now.
+        """Continue from a :meth:`state`; record in ``changes`` how the recipe differs now.
 
         Args:
             forking: ``distill`` may differ, see :meth:`fork`.
@@ -134,7 +134,7 @@ class TrainJob:
         Raises:
             OutputError: the state's recipe or data differ, or it is past this recipe's end.
             ClassesError: the data's classes had different names or a different order.
-            WeightsError: its values are not those of a run.
+            WeightsError: the state is malformed or does not fit the run.
         """
         try:
             changed = changed_keys(state["recipe"], self.recipe, where, forking=forking)
@@ -143,14 +143,14 @@ class TrainJob:
             require_within(state["update"], steps, epochs, where)
             self._restore(state, where)
             if not forking:
-                self.forked = _recorded(state.get("forked"), "forked")
+                self.forked = _checked_start(state.get("forked"), "forked")
                 require_same_start(self.recipe.run.fork_from, self.forked, where)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise WeightsError(
                 "the training state does not fit the run",
                 where=where,
                 found=f"{type(error).__name__}: {error}".splitlines()[0],
-                action="start again in a new output folder; the students beside it are still good",
+                action="start again in a new output folder; the students next to it are still good",
             ) from error
         if forking:
             changed["run.fork_from"] = ["", f"{where.parent.name}/{where.name}"]
@@ -164,11 +164,11 @@ class TrainJob:
         accepted = state["accepted_classes"]
         names = [*(state["class_names"] or ()), *accepted]
         if not all(isinstance(row, dict) for row in [*rows, best, pending or {}, *changes]):
-            raise ValueError("rows, best, pending or changes are no dicts")
+            raise ValueError("rows, best, pending or changes are not dicts")
         if not all(type(name) is str for name in names):
-            raise ValueError("class names are no text")
-        init = _recorded(state["init"], "init")
-        change_lines(changes)  # fails where they are none
+            raise ValueError("class names are not strings")
+        init = _checked_start(state["init"], "init")
+        change_lines(changes)  # raises if they are malformed
         data = self.data
         before = Classes("the training state", where, data.classes.count, state["class_names"])
         data.guard.compare(data.classes, before)
@@ -179,7 +179,7 @@ class TrainJob:
         self.pending, self.changes = pending, list(changes)
 
     def summary(self, images: int, seconds: float) -> dict[str, Any]:
-        """Return what ``train`` reports: ``images`` is how many it trained on in ``seconds``."""
+        """Return the summary of ``train``, which trained on ``images`` images in ``seconds``."""
         recipe = self.recipe
         return {
             "out": recipe.run.out,
@@ -202,7 +202,7 @@ class TrainJob:
 
         Args:
             weights: ``last``, or ``ema`` for the moving average.
-            top1: in percent, where it was measured.
+            top1: in percent; None if not measured.
         """
         cache, views = self.data.views.cache, self.data.views
         preprocessing = self.trainer.student.preprocessing
@@ -230,12 +230,12 @@ class TrainJob:
         )
 
 
-def _recorded(value: Any, name: str) -> dict[str, str] | None:
-    """Return where a run started from, as a state has it."""
+def _checked_start(value: Any, name: str) -> dict[str, str] | None:
+    """Return a state's ``init`` or ``forked``; refuse anything but a path and its SHA-256."""
     if value is not None and [type(value[key]) for key in ("from", "sha256")] != [str, str]:
         raise ValueError(f"{name} has no path and SHA-256")
-    found: dict[str, str] | None = value
-    return found
+    start: dict[str, str] | None = value
+    return start
 
 
 # -- changes that a resumed run or a fork may make ---------------------------------------------
@@ -246,11 +246,11 @@ def changed_keys(
 ) -> dict[str, list[Any]]:
     """Return dotted name -> [before, after] of the keys in which ``recipe`` differs from a run's.
 
-    A fork may change the section ``distill`` too. The policy of the views is not compared here: it
-    is the data's, whether the recipe has it or takes the cache's.
+    A fork may change the section ``distill`` too. The view policy is compared with the data, since
+    a recipe may leave it to the cache.
 
     Raises:
-        OutputError: keys differ that a run may not change; names them all.
+        OutputError: the recipe changes keys that must not change; lists them all.
     """
     now = deciding(recipe)
     names = [name for name in {**before, **now} if not name.startswith("views.")]
@@ -260,34 +260,34 @@ def changed_keys(
         fixed = {name for name in fixed if not name.startswith("distill.")}
     if fixed:
         raise OutputError(
-            "the training state was made with another recipe",
+            "the training state was saved with another recipe",
             where=where,
             problems=[
-                f"{name}: the run's {_shown(found[name][0])}, here {_shown(found[name][1])}"
+                f"{name}: was {_shown(found[name][0])}, now {_shown(found[name][1])}"
                 for name in sorted(fixed)
             ],
-            action=f"give the run's own values ({where.parent}/recipe.toml has them all), or start "
-            "again in a new output folder",
+            action=f"use the run's own values (see {where.parent}/recipe.toml), or start again in "
+            "a new output folder",
         )
     return found
 
 
 def require_same_data(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Refuse to continue a run with different data.
+    """Refuse to resume a run with different data.
 
     Raises:
-        OutputError: says in what the data differ.
+        OutputError: the data differ; lists the differences.
     """
     differing = [name for name in now if before.get(name) != now[name]]
     if differing:
         raise OutputError(
-            "the training state was made with other data",
+            "the training state was saved with other data",
             where=where,
             problems=[
-                f"{_DATA[name]}: the run's {_shown(before.get(name))}, here {_shown(now[name])}"
+                f"{_DATA[name]}: was {_shown(before.get(name))}, now {_shown(now[name])}"
                 for name in differing
             ],
-            action="give the data that the run started with, or start again in a new output folder",
+            action="use the data that the run started with, or start again in a new output folder",
         )
 
 
@@ -298,14 +298,14 @@ def file_sha256(path: Path) -> str:
 
 
 def require_same_start(fork_from: str, record: Mapping[str, str] | None, where: Path) -> None:
-    """Refuse to resume a fork as if it were none, or of another state, or another run as a fork.
+    """Refuse to resume a run unless the recipe names the state it was forked from, if any.
 
     Args:
-        fork_from: ``run.fork_from`` of the recipe at hand.
-        record: the path and SHA-256 of the state that the run began with; it may be gone.
+        fork_from: ``run.fork_from`` of the current recipe.
+        record: path and SHA-256 of the state, which may no longer exist; None if not forked.
 
     Raises:
-        OutputError: says which.
+        OutputError: the run was forked from another state, or not at all.
     """
     given = Path(fork_from)
     if record is None or not fork_from:
@@ -315,19 +315,19 @@ def require_same_start(fork_from: str, record: Mapping[str, str] | None, where: 
         same = same or (given.is_file() and file_sha256(given) == record["sha256"])
     if not same:
         raise OutputError(
-            "the run to resume began in another way",
+            "the run to resume was started with another --fork-from",
             where=where,
             found=f"--fork-from {fork_from}" if fork_from else "no --fork-from",
             expected="no --fork-from" if record is None else f"--fork-from {record['from']}",
-            action="give the flags that the run was started with, or use a new --out folder",
+            action="pass the flags that the run was started with, or choose a new --out",
         )
 
 
 def require_within(update: Any, steps: int, epochs: int, where: Path) -> None:
-    """Refuse to continue a run that is past its recipe's end.
+    """Refuse to resume a run that is past its recipe's end.
 
     Raises:
-        OutputError: says how many epochs it needs.
+        OutputError: the recipe has too few epochs.
     """
     if type(update) is int and update > steps * epochs:
         raise OutputError(
@@ -335,7 +335,7 @@ def require_within(update: Any, steps: int, epochs: int, where: Path) -> None:
             where=where,
             found=f"update {update}: {update / steps:.4g} epochs of {steps} updates",
             expected=f"at most schedule.epochs = {epochs}",
-            action=f"give schedule.epochs = {-(-update // steps)} or more",
+            action=f"set schedule.epochs to {-(-update // steps)} or more",
         )
 
 
@@ -349,7 +349,7 @@ def change_lines(changes: Iterable[Change]) -> list[str]:
 
 
 def write_changes(folder: Path, changes: list[Change]) -> None:
-    """Write every change of the run's recipe to its folder, one JSON object a line."""
+    """Write all changes of the run's recipe to its folder, one JSON object per line."""
     write_text(folder / CHANGES, "".join(json.dumps(change) + "\n" for change in changes))
 
 

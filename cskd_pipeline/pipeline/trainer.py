@@ -1,4 +1,4 @@
-"""One optimizer update of a training run, and what it changes."""
+"""One optimizer update of a training run, and the state that it changes."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from cskd_pipeline.runtime.distributed import ALONE, Ranks
 from cskd_pipeline.views.bits import derive_seed
 
 PARTS = ("loss", "base", "global", "spatial")
-"""Of the loss, in the order of :meth:`Trainer.step`'s sums, which a run's state holds."""
+"""Parts of the loss, in the order of :meth:`Trainer.step`'s result and of a state's ``sums``."""
 
 
 class Trainer:
-    """Train a recipe's student: each :meth:`step` is one optimizer update.
+    """Trainer of a recipe's student: each :meth:`step` is one optimizer update.
 
-    ``update`` counts finished updates, of ``total_updates``; all else (epoch, learning rate, CKF
-    ratio, order of the samples) follows from it.
+    ``update`` counts finished updates, out of ``total_updates``; epoch, learning rate, CKF ratio
+    and the order of samples follow from it.
 
     Args:
-        targets: returns the teacher's response to a batch that lies on the device, such as a live
-            teacher's; None: the cache's.
+        targets: returns the teacher's response to a batch on the device, for example from a live
+            teacher; None: reads the cache.
 
     Raises:
-        CskdError: student, batch and optimizer cannot be made, or the student fails in a step.
+        CskdError: student, loader or optimizer cannot be built, or the student fails a trial step.
     """
 
     def __init__(
@@ -73,15 +73,15 @@ class Trainer:
         self.grid = views.grid if self.loss.method == "cskd" else None
         self._try_out()
         self.parallel: DistributedDataParallel | None = None
-        if ranks.many:  # averages gradients, so that equal parts of a batch act as the whole
-            own = [device.index] if device.type == "cuda" else None
-            ranks.wait()  # some may have had more to read
+        if ranks.many:  # averages gradients: equal parts of a batch act as the full batch
+            device_ids = [device.index] if device.type == "cuda" else None
+            ranks.wait()  # some may have had more data to read
             with ranks.translate_errors():
-                self.parallel = DistributedDataParallel(self.student, device_ids=own)
+                self.parallel = DistributedDataParallel(self.student, device_ids=device_ids)
         network = self.parallel or self.student
         self.forward: Any = compile_for(network, device) if run.compile else network
         self.update = 0
-        self.forked_at = 0  # the epoch, where this run goes on from another's state
+        self.forked_at = 0  # epoch of the state that the run was forked from
         self.sums = torch.zeros(len(PARTS), device=device)  # over this epoch's updates so far
 
     @property
@@ -91,9 +91,9 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Return t, in [0, 1]: epoch / epochs, as the authors step it, or update / updates.
+        """Return t, in [0, 1]: epoch / epochs, like the authors, or update / updates.
 
-        In a fork both count from where it began.
+        In a fork both count from the fork.
         """
         forked, steps = self.forked_at, self.steps_per_epoch
         if self.recipe.distill.step == "update":
@@ -111,14 +111,14 @@ class Trainer:
         return self.optimizer.param_groups[0]["lr"]
 
     def micro_batches(self) -> Iterator[Batch]:
-        """Yield the micro-batches of all updates that are left, until another rank fails."""
+        """Yield the micro-batches of all remaining updates, until another rank fails."""
         accumulation = self.loader.accumulation
         self.loader.start_at(self.epoch, self.update % self.steps_per_epoch * accumulation)
         left = (self.total_updates - self.update) * accumulation
         return self.ranks.checking(self.loader.batches(left))
 
     def parts(self, batch: Batch) -> LossParts:
-        """Return the loss of one micro-batch that lies on the device."""
+        """Return the loss of one micro-batch on the device."""
         images, labels = self.loader.inputs(batch)
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             heads = self.forward(images, self.grid)
@@ -126,11 +126,11 @@ class Trainer:
         return self.loss(heads, labels, targets, self.ratio, self.progress)
 
     def step(self, batches: Iterator[Batch]) -> Tensor:
-        """Make one optimizer update from the next ``accumulation`` micro-batches.
+        """Run one optimizer update on the next ``accumulation`` micro-batches.
 
         Returns:
-            (4,) the loss and its parts over this rank's samples, on the device: nothing here waits
-            for it.
+            (4,) the loss and its parts over this rank's samples, on the device; the host does not
+            wait for them.
 
         Raises:
             RankError: another rank has ended.
@@ -159,16 +159,16 @@ class Trainer:
         return sums
 
     def _try_out(self) -> None:
-        """Refuse a student that would fail in its first step, before anything is spent."""
+        """Refuse a student that would fail in its first step, before any work is done."""
         loader, policy = self.loader, self.loader.views.policy
         count = min(2, loader.batch_size // (loader.accumulation * loader.world))
-        few = torch.zeros(count, 3, policy.size, policy.size, device=self.device)
-        few = few.contiguous(memory_format=loader.memory_format)
-        self.student.try_out(few, loader.views.num_classes, self.grid, self.amp)
+        images = torch.zeros(count, 3, policy.size, policy.size, device=self.device)
+        images = images.contiguous(memory_format=loader.memory_format)
+        self.student.try_out(images, loader.views.num_classes, self.grid, self.amp)
 
     @contextmanager
     def _exchanging_gradients(self, last: bool) -> Iterator[None]:
-        """Ranks exchange gradients once an update, with the last micro-batch's backward pass."""
+        """Exchange gradients among ranks once per update, in the last micro-batch's backward."""
         if self.parallel is None:
             yield
         elif not last:
@@ -184,18 +184,18 @@ class Trainer:
                 raise
 
     def _seed_update(self) -> None:
-        """Dropout and stochastic depth follow from (seed, update, rank), not from what came before.
+        """Seed dropout and stochastic depth from (seed, update, rank) alone.
 
-        ``torch.manual_seed`` would do, but formats a stack trace where CUDA is not in use.
+        ``torch.manual_seed`` would do, but formats a stack trace whenever CUDA is not in use.
         """
-        whose = (self.ranks.rank,) if self.ranks.rank else ()
-        seed = derive_seed("update", self.recipe.run.seed, self.update, *whose) >> 1
+        rank = (self.ranks.rank,) if self.ranks.rank else ()
+        seed = derive_seed("update", self.recipe.run.seed, self.update, *rank) >> 1
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
     def state(self) -> dict[str, Any]:
-        """Return what :meth:`restore` takes, the same for any number of ranks; all call it."""
+        """Return the state for :meth:`restore`: the same for any number of ranks; all call this."""
         return {
             "update": self.update,
             "forked_at": self.forked_at,
@@ -210,7 +210,7 @@ class Trainer:
         """Continue from a :meth:`state`.
 
         Raises:
-            ValueError, KeyError, RuntimeError: it is no state of such a run.
+            ValueError, KeyError, RuntimeError: the state does not fit this run.
         """
         update = state["update"]
         if type(update) is not int or not 0 <= update <= self.total_updates:

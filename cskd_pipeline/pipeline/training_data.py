@@ -1,4 +1,4 @@
-"""Cache, shards and a recipe brought together; every misfit is refused here."""
+"""Join cache, shards and recipe to a run's data; every mismatch among them is refused here."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ SHARDS = "the training shards"
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Hold what a run reads.
+    """The data of a training run.
 
     Args:
         name: name of the data set.
-        classes: classes of the training shards, named by the cache where they have no names.
-        guard: compares classes, and keeps which differences were accepted.
-        validation: images on which students are measured.
-        cache_digest: identifies the contents of a finished cache.
+        classes: classes of the training shards, with the cache's names if the shards have none.
+        guard: compares classes and records accepted differences.
+        validation: images on which students are evaluated.
+        cache_digest: SHA-256 of a finished cache's contents, else None.
         left_out: samples left out of training, and of validation.
     """
 
@@ -57,7 +57,7 @@ class TrainingData:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Return all that decides batches and targets, as digests: a resumed run has the same."""
+        """Return digests of all that decides batches and targets; a resumed run must match them."""
         views, cache = self.views, self.views.cache
         masks = None
         if views.allowed is not None:
@@ -74,7 +74,7 @@ class TrainingData:
 
 
 def open_training_data(recipe: TrainRecipe, ranks: Ranks = ALONE) -> TrainingData:
-    """Open shards and cache; refuse those that do not fit the recipe or each other: by classes,
+    """Open shards and cache; refuse any mismatch with the recipe or each other: of classes, view
     policy, views, encoding or samples.
     """
     guard = ClassGuard(TRAIN_SWITCH, accept=recipe.data.classes == "accept")
@@ -104,11 +104,11 @@ def open_training_data(recipe: TrainRecipe, ranks: Ranks = ALONE) -> TrainingDat
 
 
 def _open_cache(recipe: TrainRecipe) -> Cache:
-    """The recipe's cache, if it is of the recipe's class count and view policy."""
+    """Open the recipe's cache; refuse one with another class count or view policy."""
     if not recipe.data.cache:
         raise UsageError(
-            f"method {recipe.distill.method} learns from a teacher's cache",
-            action="pass --cache DIR, made by cskd-pipeline dump-teacher, or --method none",
+            f"method {recipe.distill.method} needs a teacher's cache",
+            action="pass --cache DIR, written by cskd-pipeline dump-teacher, or --method none",
         )
     cache = open_cache(recipe.data.cache)
     classes, found = recipe.data.num_classes, cache.manifest.dataset.num_classes
@@ -118,14 +118,14 @@ def _open_cache(recipe: TrainRecipe) -> Cache:
             where=cache.path,
             found=f"{found} classes",
             expected=f"data.num_classes = {classes}",
-            action="use a cache whose teacher knows these classes",
+            action="use a cache of these classes, or correct data.num_classes",
         )
     if recipe.views is not None and recipe.views != cache.manifest.policy:
         raise CacheError(
-            "the cache uses a different view policy than the recipe (recipe's value and cache's)",
+            "the cache has a different view policy than the recipe (recipe's value, cache's value)",
             where=cache.path,
             problems=recipe.views.difference(cache.manifest.policy),
-            action="leave [views] out of the recipe to take the cache's, or use a different cache",
+            action="remove [views] from the recipe to use the cache's, or use a different cache",
         )
     return cache
 
@@ -133,7 +133,7 @@ def _open_cache(recipe: TrainRecipe) -> Cache:
 def _open_shards(
     recipe: TrainRecipe, cache: Cache | None, guard: ClassGuard
 ) -> tuple[Dataset, Classes]:
-    """The training shards, and their classes, named by the cache where they have no names."""
+    """Open the training shards; return them and their classes, with the cache's names if needed."""
     dataset = load_dataset(
         recipe.data.shards,
         split=recipe.data.split or None,
@@ -170,7 +170,7 @@ def _open_validation(
 def _join(
     recipe: TrainRecipe, dataset: Dataset, cache: Cache, guard: ClassGuard, left_out: LeftOuts
 ) -> TrainingViews:
-    """The cache's views of the samples in the shards, but for those that the recipe leaves out."""
+    """Return the cache's views of the shards' samples, without those that the recipe leaves out."""
     data, loss = recipe.data, make_loss(recipe.distill)
     encoding = cache.choose(set(loss.kinds.values()), loss.temperature, recipe.distill.encoding)
     _require_views(cache, recipe.schedule.epochs, recipe.batch.repeats)
@@ -182,21 +182,21 @@ def _join(
 
 
 def _require_views(cache: Cache, epochs: int, repeats: int) -> None:
-    """Refuse a cache without the views that the run will show; warn if epochs share them."""
+    """Refuse a cache without the views that the run needs; warn if the run repeats views."""
     cycles, fresh = -(-epochs // repeats), cache.views // repeats
     cache.require_done(range(min(cycles * repeats, cache.views)))
     if cycles > fresh:
         log.warning(
             f"{epochs} epochs show every image {cycles * repeats} times in {cache.views} views: "
-            f"views come again from epoch {fresh * repeats + 1} on"
+            f"views repeat from epoch {fresh * repeats + 1} on"
         )
 
 
 def _leave_out(found: Join, recipe: TrainRecipe, left_out: LeftOuts) -> Join:
-    """Leave out of a join what the recipe says, and report it.
+    """Leave out the samples that the recipe skips, and report them.
 
-    With ``data.corrupt`` or ``data.drift`` = ``skip`` every image is read once, each rank its
-    share; a run that is resumed has the outcome in its folder.
+    With ``data.corrupt`` or ``data.drift`` = ``skip`` the ranks together read every image once; a
+    resumed run reads the result from its folder.
     """
     counts, shards = found.samples.counts, tars_sha256(found.images.shards)
     identity = {"cache": found.cache.lineage, "shards": shards}
@@ -216,26 +216,26 @@ def _leave_out(found: Join, recipe: TrainRecipe, left_out: LeftOuts) -> Join:
             f"{f', {count} cannot be decoded' if count else ''}{left_out.listed}"
         )
     if found.unused:
-        log.info(f"{found.unused} samples of the shards are not in the cache, and not used")
+        log.info(f"{found.unused} samples of the shards are not in the cache and not used")
     return found
 
 
 def _check_sample(found: Join, count: int, drift: str, encoding: str) -> None:
     """Replay ``count`` views, as training will, and read their targets.
 
-    Every view is compared while training, too; here a misfit is found before anything is spent.
-    With ``drift`` = ``warn`` it is reported only.
+    Training compares every view, too; this finds a mismatch before any work is done. With ``drift``
+    = ``warn`` mismatches are only reported.
     """
     rows = spread_views(found, count, few=FETCHING)
     if not len(rows):
         return
-    found.cache.gather(encoding, rows)  # raises where it is damaged
+    found.cache.gather(encoding, rows)  # raises if the cache is damaged
     replayed = replay(found, rows)
     exact, same = int(replayed.exact.sum()), int(replayed.same_image.sum())
     wrong = rows[~replayed.exact]
     if len(wrong) and drift != "warn":
-        found.renderer.render(wrong)  # refuses them
-    line = f"checked {len(rows)} views of the cache: {exact} come out bit for bit"
+        found.renderer.render(wrong)  # raises
+    line = f"checked {len(rows)} views of the cache: {exact} are reproduced bit for bit"
     if exact == len(rows):
         log.info(line)
     else:
@@ -245,7 +245,7 @@ def _check_sample(found: Join, count: int, drift: str, encoding: str) -> None:
 
 
 def _identity(cache: Cache) -> str:
-    """Name a cache by its first block of views, which stays the same while it grows."""
+    """Return a digest of a cache's first block of views, which does not change as it grows."""
     first = np.zeros_like(cache.done())
     first[0] = True
     return root_digest(cache.lineage, cache.manifest.view_block, cache.unit_digests(first))

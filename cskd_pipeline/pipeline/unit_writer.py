@@ -1,7 +1,7 @@
-"""Views out, logits in: what overlaps while the units of a cache are written.
+"""Views out, logits in: write the units of a cache, with all stages of the work overlapping.
 
-Loader processes render the next views; on CUDA the network is at work on one batch while the one
-before is encoded on a stream of its own; a thread writes one unit while the next is computed.
+Loader processes render the next views; on CUDA the network computes one batch while the previous
+one is encoded on a separate stream; a thread writes one unit while the next is computed.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from cskd_pipeline.runtime.distributed import ALONE, Ranks
 from cskd_pipeline.runtime.progress import Meter, progress
 from cskd_pipeline.runtime.signals import pause
 
-_SHORTEST, _LONGEST = 0.05, 5.0  # seconds between looks at what others make
+_SHORTEST, _LONGEST = 0.05, 5.0  # seconds between checks of the units that others are computing
 
 
 class UnitWriter:
-    """Yield every view of a cache's undone units, and write the logits that come back::
+    """Writer of a cache's undone units: yields every view and takes its logits::
 
         with writer:
             for batch in writer.views():
                 writer.put(batch, *network(batch.images))
 
-    Batches are full but for the last, on the device of ``loading``; they are yielded once. Units
-    are claimed one by one, so several processes may do this in one cache. Once no more are free, a
-    process waits until the others have done theirs, and takes over those that were given up.
-    A unit is committed once all its logits are there; a batch may end one and begin the next. What
-    was committed stays, whatever ends the block. A block that ends well waits until all complete
-    units are written; one that an error ends waits for the one being written only.
+    Batches are full except the last, on the device of ``loading``, and yielded once. Units are
+    claimed one by one, so several processes may fill one cache. When no unit is free, a process
+    waits for the others to finish theirs, and takes over units whose claims have timed out.
+    A unit is committed once it has all its logits; a batch may span two units. Committed units
+    stay, however the block ends. A block that ends normally waits until all complete units are
+    written; one that raises waits only for the unit being written.
 
     Attributes:
-        cache: the folder that is written.
-        units: those that were undone at the start, in the order in which they are drawn.
-        units_written, views_written: of those that this process has completed.
-        meter: of the views, and of the time spent waiting for them.
+        cache: the cache being written.
+        units: units that were undone at the start, in the order in which they are drawn.
+        units_written, views_written: units and views that this process has completed.
+        meter: progress in views, and the time spent waiting for them.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class UnitWriter:
         self.meter = Meter(undone.expected, "views")
         self._shape = response_shape(cache.manifest)
         self._views = self._iterate()
-        self._given = deque[TeacherViews]()
+        self._yielded = deque[TeacherViews]()  # awaiting their logits
         self._computing = deque[tuple[TeacherViews, Logits, torch.cuda.Event | None]]()
         self._unfinished = deque[Unit]()
         self._buffer: UnitBuffer | None = None
-        self._missing = 0  # views of the unit that the buffer is of
+        self._missing = 0  # views that the buffer's unit still lacks
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
 
@@ -79,29 +79,29 @@ class UnitWriter:
         assert self._thread is not None
         self._views.close()
         try:
-            with self._thread:  # which waits for the unit being written
+            with self._thread:  # waits for the unit being written
                 if kind is None:
-                    self._settle()
+                    self._flush()
         finally:
             self._thread = None
             self._undone.claims.drop_all()
 
     @property
     def views_total(self) -> int:
-        """Count the views that this process will have written, as far as is known now."""
+        """Return the current estimate of the views that this process will write in total."""
         return self._undone.expected
 
     @property
     def finished(self) -> bool:
-        """Return whether all ``units`` are done, whoever made them."""
+        """Return whether all ``units`` are done, by any process."""
         return not self._undone.left()
 
     def views(self) -> Iterator[TeacherViews]:
-        """Yield the views of undone units, batch by batch, each once; see :class:`TeacherViews`.
+        """Yield the views of undone units in batches, each view once; see :class:`TeacherViews`.
 
         Raises:
-            CskdError: an image or a tar that cannot be read; the error that ended another rank.
-            UsageError: no ``with`` block.
+            CskdError: an image or tar cannot be read, or another rank failed (its error).
+            UsageError: outside the ``with`` block.
         """
         return self._views
 
@@ -109,16 +109,16 @@ class UnitWriter:
         self._require_open()
         with progress(self.views_total, "views", "dumping") as self.meter:
             for units in self._undone.rounds():
-                pieces = self._pieces(self._begun(units))
+                pieces = self._pieces(self._queue(units))
                 batches = full_batches(pieces, self.loading.batch_size)
                 for views in self._undone.ranks.checking(batches):
-                    self._given.append(views)
+                    self._yielded.append(views)
                     yield views
-                self._settle()
-                if self._unfinished:  # whoever takes all batches first completes them later
+                self._flush()
+                if self._unfinished:  # a caller may take all batches before it puts any logits
                     return
 
-    def _begun(self, units: Iterable[Unit]) -> Iterator[UnitViews]:
+    def _queue(self, units: Iterable[Unit]) -> Iterator[UnitViews]:
         for unit in units:
             self._unfinished.append(unit)
             self.meter.total = self.views_total
@@ -134,18 +134,18 @@ class UnitWriter:
         """Take the logits of ``views``; on CUDA the host does not wait for them.
 
         Args:
-            views: as iterating gave them, each batch once and in order.
+            views: a batch from :meth:`views`, each once and in order.
             spatial: (n, K, h, w), on any device; rounded once to float16.
-            global_: (n, K), on the same.
+            global_: (n, K), on the same device.
 
         Returns:
-            How many units became complete.
+            The number of units that became complete.
 
         Raises:
-            UsageError: logits whose shape differs from the manifest's, views that do not come next,
-                or no ``with`` block.
-            TeacherError: logits of an earlier batch, or of this one, are NaN, infinite, or too
-                large for float16.
+            UsageError: the logits' shape differs from the manifest's, ``views`` is not the next
+                batch, or the call is outside the ``with`` block.
+            TeacherError: logits of this or an earlier batch are NaN, infinite, or too large for
+                float16.
             CacheError, OutputError: an earlier unit could not be written.
         """
         self._require_next(views, spatial, global_)
@@ -164,9 +164,9 @@ class UnitWriter:
 
     def _require_next(self, views: TeacherViews, spatial: Tensor, global_: Tensor) -> None:
         self._require_open()
-        if not self._given or self._given[0] is not views:
+        if not self._yielded or self._yielded[0] is not views:
             raise UsageError(
-                "these views are not those whose logits come next",
+                "these views are not the next batch",
                 where=self.cache.path,
                 expected="each batch once, in the order of iteration",
             )
@@ -174,33 +174,33 @@ class UnitWriter:
         expected = (len(views), *self._shape), (len(views), self._shape.classes)
         if found != expected:
             raise UsageError(
-                "the logits do not have the shape that the cache's manifest states",
+                "the shape of the logits does not match the cache's manifest",
                 where=self.cache.path,
                 found=f"spatial {found[0]}, global {found[1]}",
                 expected=f"spatial {expected[0]}, global {expected[1]}",
-                action="correct TeacherInfo's num_classes and grid, or the network's last steps",
+                action="correct TeacherInfo's num_classes and grid, or the network's output",
             )
-        self._given.popleft()
+        self._yielded.popleft()
 
     def _require_open(self) -> None:
         if self._thread is None:
             raise UsageError(
-                "a cache's writer is not open",
+                "the cache's writer is not open",
                 where=self.cache.path,
-                expected="its views are yielded, and their logits taken, inside its with block",
+                expected="views() and put() called inside the writer's with block",
             )
 
-    def _settle(self) -> None:
-        """Write all units whose logits are there."""
+    def _flush(self) -> None:
+        """Write all units that have all their logits."""
         while self._computing:
             self._store(*self._computing.popleft())
         self._wait()
 
     def _store(self, views: TeacherViews, logits: Logits, ready: torch.cuda.Event | None) -> int:
-        """Encode, sort into units, and hand complete units to the thread; return their number.
+        """Encode, sort into units, pass complete units to the thread; return their number.
 
-        Encoding reads counts back to the host. On its own stream, which waits for these logits
-        only, it does not wait for the next batch's too.
+        Encoding copies counts back to the host. On its own stream, which waits for these logits
+        only, it does not also wait for the next batch.
         """
         if ready is None:
             arrays = self._encode(views, logits)
@@ -209,12 +209,12 @@ class UnitWriter:
             side.wait_event(ready)
             with torch.cuda.stream(side):
                 for tensor in (*logits, views.label):
-                    if tensor.is_cuda:  # labels lie where the caller's Loading put the views
-                        tensor.record_stream(side)  # kept until this stream is done
+                    if tensor.is_cuda:  # labels are on the caller's Loading.device
+                        tensor.record_stream(side)  # no reuse of its memory before this stream ends
                 arrays = self._encode(views, logits)
         start = complete = 0
         while start < len(views):
-            unit, buffer = self._unfinished[0], self._buffer or self._begin()
+            unit, buffer = self._unfinished[0], self._buffer or self._new_buffer()
             rows = slice(start, start + self._missing)
             view, shard, offset = views.index[rows].T
             assert (shard == unit.shard).all(), (unit, shard)
@@ -228,23 +228,23 @@ class UnitWriter:
         return complete
 
     def _encode(self, views: TeacherViews, logits: Logits) -> dict[str, np.ndarray]:
-        """Return every array's rows; ``correct``: the network's class is the label."""
+        """Return every array's rows; ``correct``: the network's top class is the label."""
         require_finite(logits, self.cache.manifest.teacher.name)
         label = views.label.to(logits.global_.device)
         correct = hard_global_labels(logits.global_) == label
-        found: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray] = {}
         for encoding in encodings_of(self.cache.manifest).values():
-            found |= encoded(encoding, *logits, views.seed)
+            arrays |= encoded(encoding, *logits, views.seed)
         return {
-            **found,
+            **arrays,
             "correct": correct.cpu().numpy(),
             "seed": views.seed,
             "view_digest": views.view_digest,
             "image_crc32": views.image_crc32,
         }
 
-    def _begin(self) -> UnitBuffer:
-        """Prepare for the next unit."""
+    def _new_buffer(self) -> UnitBuffer:
+        """Allocate the next unit's buffer."""
         unit, manifest = self._unfinished[0], self.cache.manifest
         fill = {name: spec.fill for name, spec in specs(manifest).items()}
         self._buffer = UnitBuffer(len(unit.views), manifest.dataset.counts[unit.shard], fill)
@@ -255,7 +255,7 @@ class UnitWriter:
         """Write the current unit in the background."""
         unit, self._buffer = self._unfinished.popleft(), None
         data = _unit_data(self.dataset.shards[unit.shard], unit, buffer.arrays)
-        self._wait()  # one is written while one is computed; two would only hold memory
+        self._wait()  # one unit is written while one is computed; more would only use memory
         assert self._thread is not None
         self._writing = self._thread.submit(self._write, unit, data)
         self.units_written += 1
@@ -284,10 +284,7 @@ def _unit_data(shard: TarShard, unit: Unit, arrays: dict[str, np.ndarray]) -> Un
 
 
 def batches_ahead(device: torch.device) -> int:
-    """Return how many batches a network computes while an earlier one is encoded and copied back.
-
-    A CPU does one thing after the other.
-    """
+    """Return how many batches the network computes while an earlier one is encoded and copied."""
     return 1 if device.type == "cuda" else 0
 
 
@@ -297,16 +294,15 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class UndoneUnits:
-    """Draw the units of a cache that nobody has made or claimed.
+    """The units of a cache that are neither done nor claimed, drawn one by one.
 
     Args:
-        units: those that were undone at the start; the same list on every rank.
-        patience: seconds without a sign of life after which a unit is taken over from the process
-            that claimed it.
-        ranks: of one job.
+        units: units that were undone at the start; the same list on every rank.
+        patience: seconds without a heartbeat after which another process's unit is taken over.
+        ranks: the ranks of this job.
 
     Attributes:
-        expected: how many views this process will have drawn in the end, as far as is known.
+        expected: current estimate of the views that this process will draw in total.
     """
 
     def __init__(
@@ -319,20 +315,20 @@ class UndoneUnits:
         self.expected = self._expect(0)
 
     def rounds(self) -> Iterator[Iterator[Unit]]:
-        """Yield rounds of units until all are done, here or elsewhere.
+        """Yield rounds of units until all are done, by this process or others.
 
-        What a round has drawn is committed before the next is requested, or two processes might
-        wait for each other.
+        The caller must commit a round's units before it requests the next round; otherwise two
+        processes might wait for each other.
 
         Raises:
-            CskdError: the one that ended another rank.
-            KeyboardInterrupt: a signal came while there was nothing to do but wait.
+            CskdError: another rank failed; its error.
+            KeyboardInterrupt: a signal came while waiting for other processes.
         """
-        yield self._drawn()
+        yield self._draw()
         seconds = _SHORTEST
         while left := self.left():
-            if taken := next((unit for unit in left if self._takes(unit)), None):
-                yield iter([taken])
+            if claimed := next((unit for unit in left if self._claim(unit)), None):
+                yield iter([claimed])
                 seconds = _SHORTEST
                 continue
             self.ranks.check()
@@ -342,30 +338,30 @@ class UndoneUnits:
             self.claims.sweep()
 
     def left(self) -> list[Unit]:
-        """Return the units that are not done at this moment, whoever makes them."""
+        """Return the units that are not done now, claimed or not."""
         done = self.cache.done()
         return [unit for unit in self.units if not done[unit.block, unit.shard]]
 
-    def _drawn(self) -> Iterator[Unit]:
+    def _draw(self) -> Iterator[Unit]:
         for number in self.ranks.numbers("units"):
             if number >= len(self.units):
                 return
             unit = self.units[number]
-            taken = self._takes(unit)
-            self._mine += taken * self.cache.size_of(unit)
+            claimed = self._claim(unit)
+            self._mine += claimed * self.cache.size_of(unit)
             self.expected = self._expect(number + 1)
-            if taken:
+            if claimed:
                 yield unit
 
-    def _takes(self, unit: Unit) -> bool:
+    def _claim(self, unit: Unit) -> bool:
         if self.cache.is_done(unit) or not self.claims.take(unit):
             return False
-        if self.cache.is_done(unit):  # by one that has let go of it just now
+        if self.cache.is_done(unit):  # by a process that has just dropped its claim
             self.claims.drop(unit)
             return False
         return True
 
     def _expect(self, number: int) -> int:
-        """Count the views drawn, and an equal share of those from unit ``number`` on."""
+        """Return the views drawn so far plus an equal share of those from unit ``number`` on."""
         left = self._left[number] if number < len(self.units) else 0
         return self._mine + left // self.ranks.world

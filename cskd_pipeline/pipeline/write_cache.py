@@ -1,8 +1,4 @@
-"""Write a cache from any network's logits; ``dump-teacher`` is the first user.
-
-:func:`write_cache` opens the shards, creates or resumes the cache, and returns a writer that yields
-the missing views and takes their logits.
-"""
+"""Write a cache of any network's logits, as ``dump-teacher`` does."""
 
 from __future__ import annotations
 
@@ -34,16 +30,16 @@ from cskd_pipeline.views.policy import ViewPolicy
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """Say which units this process writes, and which differences from a cache it accepts.
+    """Options for writing a cache: which units to write, and which differences to accept.
 
     Args:
-        shard_range, view_range: only the tar shards and views from, up to and not including: for
-            caches of parts, that ``cache merge`` joins. Processes that fill one cache need no
-            ranges, for each claims the units that it makes.
+        shard_range, view_range: half-open ranges of tar shards and views to write, for partial
+            caches that ``cache merge`` joins. Processes that fill one cache need no ranges: each
+            claims the units that it writes.
         accept_versions: resume a cache that was started with different library versions.
-        guard: compares the names of classes; by default they must be the same.
-        ranks: of one job, who draw units from one counter.
-        patience: seconds without a sign of life after which another process's unit is taken over.
+        guard: compares class names; None: they must be equal.
+        ranks: the ranks of this job, which draw units from one counter.
+        patience: seconds without a heartbeat after which another process's unit is taken over.
     """
 
     shard_range: tuple[int, int] | None = None
@@ -73,26 +69,26 @@ def write_cache(
                 spatial, global_ = network(batch.images)
                 writer.put(batch, spatial, global_)    # (n, K, h, w) and (n, K)
 
-    Units (block of views, tar shard) are committed one by one, and survive whatever ends the block.
-    The same call resumes with the missing ones: the finished cache has the same bytes however often
-    it was stopped, if the logits of a view do not depend on the others in its batch.
+    Units (block of views, tar shard) are committed one by one, and stay however the block ends. The
+    same call resumes with the missing units. If a view's logits do not depend on the rest of its
+    batch, the finished cache has the same bytes however often it was interrupted.
 
     Args:
         cache: path, encodings, number of views, root seed: the keys of a recipe's ``[cache]``.
-        shards: as ``--shards``, or a data set that is open already.
-        teacher: what the manifest states of the network; K, h and w are its ``num_classes`` and
+        shards: as for ``--shards``, or an open data set.
+        teacher: the manifest's entry for the network; K, h and w are its ``num_classes`` and
             ``grid``.
         policy: the augmentation.
-        loading: batch size, loader processes, and the device on which views come.
-        options: a share of the units, and what is accepted.
+        loading: batch size, loader processes, and the device of the views.
+        options: which units to write, and which differences to accept.
 
     Returns:
         A writer that yields batches of views and takes their logits. A batch has ``images`` and
-        ``label`` (n,) int64, of the image that fills more of a mixed view.
+        ``label``: (n,) int64, the label of the image that fills more of a mixed view.
 
     Raises:
-        CskdError: the shards cannot be used, or the folder holds something else: also a cache whose
-            data set, teacher, policy, seed or encodings differ.
+        CskdError: the shards are unusable, or the folder has other contents, such as a cache with
+            another data set, teacher, policy, seed or encoding.
     """
     if not isinstance(shards, Dataset):
         shards = load_dataset(shards, num_classes=teacher.num_classes)
@@ -108,9 +104,9 @@ def write_cache(
         guard.report_new()
         if cache.views > writer.manifest.views:
             writer.extend(cache.views)
-        chosen = (options.shard_range, options.view_range)
-        units = writer.todo(*(None if ends is None else range(*ends) for ends in chosen))
-    # One list for all, in which they count: a rank that looks later would find some units done.
+        ranges = (options.shard_range, options.view_range)
+        units = writer.todo(*(None if ends is None else range(*ends) for ends in ranges))
+    # The ranks' counter indexes one list: a rank that listed units later would find fewer undone.
     units = ranks.gather(units)[0]
     if not ranks.first:
         writer = CacheWriter.open(cache.path)
@@ -126,13 +122,13 @@ def cache_manifest(
     policy: ViewPolicy,
     view_range: tuple[int, int] | None = None,
 ) -> CacheManifest:
-    """Return the manifest of the finished cache; refuse views that are no whole number of blocks.
+    """Return the manifest of the finished cache; refuse views that do not divide into blocks.
 
     Args:
-        view_range: the views to be made now; the block that is chosen divides its ends, so that
-            equal ranges next to each other agree on it.
+        view_range: the views to write now; the chosen block size divides both ends, so that
+            consecutive ranges of equal length choose the same one.
     """
-    made = CacheManifest(
+    manifest = CacheManifest(
         dataset=dataset,
         teacher=teacher,
         policy=policy,
@@ -147,13 +143,13 @@ def cache_manifest(
         sampled=Sampled(cache.sampled_draws, cache.sampled_temperature),
     )
     ends = (cache.views, *(view_range or ()))
-    block = cache.view_block or choose_view_block(made, math.gcd(*ends))
+    block = cache.view_block or choose_view_block(manifest, math.gcd(*ends))
     if any(end % block for end in ends):
         part = "" if view_range is None else f", of which {view_range[0]}:{view_range[1]} now,"
         raise UsageError(
-            "views come in whole blocks",
+            "the views do not divide into blocks",
             where="cache.view_block",
             found=f"{cache.views} views{part} in blocks of {block}",
-            expected="a divisor of the number of views, and of where their range begins and ends",
+            expected="a divisor of the number of views, and of both ends of the view range",
         )
-    return replace(made, view_block=block)
+    return replace(manifest, view_block=block)

@@ -172,7 +172,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     original = train._time_to_stop
     # Forked ranks inherit the stand-in: rank 1 alone is told to stop, all of them do.
     with monkeypatch.context() as patch:
-        patch.setattr(train, "ASK_EVERY", 1)
+        patch.setattr(train, "EXCHANGE_EVERY", 1)
         patch.setattr(
             train,
             "_time_to_stop",
@@ -197,7 +197,7 @@ def test_views_that_drifted_are_counted_over_all_ranks(
     digest = apply.digest
     monkeypatch.setattr(apply, "digest", lambda pixels: digest(pixels) ^ 1)
     run_in(2, arguments(small, tmp_path / "run", "data.drift=warn"))
-    assert "epoch 1: 96 views are not those the teacher saw" in capfd.readouterr().err
+    assert "epoch 1: 96 views differ from those the teacher saw" in capfd.readouterr().err
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(

@@ -228,7 +228,7 @@ def test_a_pth_names_no_model_which_is_said(
     train(transfer.recipe(tmp_path / "out", tmp_path / "w.pth", epochs=1))
     told = capsys.readouterr().err.replace("\n", " ")
     assert "new head and head_dist (10 classes before, 7 now)" in told
-    assert "the file names no model" in told
+    assert "the file describes no model" in told
     torch.save({"blocks.0.norm1.weight": torch.ones(32)}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="do not fit") as caught:
         transfer.started(tmp_path, tmp_path / "w.pth")
@@ -413,7 +413,7 @@ def test_weights_of_pixels_normalised_otherwise_are_refused(
         model_config={"pretrained_cfg": {"mean": (0.5, 0.5, 0.5)}},
         safe_serialization=True,
     )
-    with pytest.raises(WeightsError, match="computes something else") as caught:
+    with pytest.raises(WeightsError, match="a model with other settings") as caught:
         transfer.started(tmp_path, tmp_path / "timm")
     assert "mean: found (0.5, 0.5, 0.5), expected (0.485, 0.456, 0.406)" in str(caught.value)
 
@@ -448,7 +448,7 @@ def test_what_is_no_student_is_refused(transfer: Transfer, tmp_path: Path) -> No
     told = {
         tmp_path / "nothing": "no such weights",
         empty: "holds no student",
-        odd: "does not state a classifier",
+        odd: "does not describe a usable classifier",
         oblong: "an input of 32x64 pixels",
         text: "does not load as plain tensors",
     }

@@ -87,7 +87,7 @@ def test_a_fork_that_was_stopped_is_resumed_as_one(
     other = tmp_path / "other.pt"
     shutil.copy(trunk / "state.pt", other)
     for start in ("", "run.fork_from=gone.pt", f"run.fork_from={other}"):
-        with pytest.raises(OutputError, match="began in another way"):
+        with pytest.raises(OutputError, match="started with another --fork-from"):
             stage_two.train(recipe_of(small, out, *sets, *filter(None, [start])), resume=True)
     stage_two.train(stopped, resume=True)
     assert_equal(final_state(out)["student"], final_state(tmp_path / "whole")["student"])
@@ -116,19 +116,19 @@ def test_a_fork_killed_before_its_first_update_begins_again(
 
 
 def test_what_cannot_be_forked_is_refused(trunk: Path, small: World, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="state was made with another recipe") as told:
+    with pytest.raises(OutputError, match="state was saved with another recipe") as told:
         stage_two.train(fork_of(trunk, small, tmp_path / "seed", "run.seed=5"))
-    assert "run.seed: the run's 0, here 5" in str(told.value.problems)
+    assert "run.seed: was 0, now 5" in str(told.value.problems)
     ended = tmp_path / "ended.pt"
     shutil.copy(trunk / "state.pt", ended)
-    with pytest.raises(OutputError, match="where an epoch ends") as told:
+    with pytest.raises(OutputError, match="only at the end of an epoch") as told:
         stage_two.train(recipe_of(small, tmp_path / "none-left", f"run.fork_from={ended}"))
-    assert told.value.found == "update 9 of 9, 3 an epoch"
-    with pytest.raises(OutputError, match="state's run was started from other weights"):
+    assert told.value.found == "update 9 of 9, 3 per epoch"
+    with pytest.raises(OutputError, match="the run was started from other weights"):
         stage_two.train(
             fork_of(
                 trunk, small, tmp_path / "init", f"student.init_from={trunk / 'last.safetensors'}"
             )
         )
-    with pytest.raises(WeightsError, match="no such state to fork"):
+    with pytest.raises(WeightsError, match="the state to fork from does not exist"):
         stage_two.train(recipe_of(small, tmp_path / "gone", "run.fork_from=gone.pt"))

@@ -168,7 +168,7 @@ def test_a_registered_optimizer_trains(small: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        # timm would take what stands behind the last underscore: another optimizer, silently.
+        # timm would take what follows the last underscore: silently a different optimizer.
         ("my_halving", "register it as myhalving"),
         ("my_adamw", "no optimizer of this name"),
         ("lookahead_my_halving", "register it as myhalving"),

@@ -205,7 +205,7 @@ def test_a_run_that_diverges_keeps_its_last_good_state_and_goes_on_as_advised(
     assert sorted(summary["recipe_changes"]) == lines
     assert sorted(read_header(out / "last.safetensors").recipe_changes) == lines
     err = capsys.readouterr().err
-    assert all(f"the recipe is changed from {line}" in err for line in lines)
+    assert all(f"the recipe changes at {line}" in err for line in lines)
     [change] = [json.loads(line) for line in (out / "changes.jsonl").read_text().splitlines()]
     assert change["update"] == 3
     assert change["changed"]["optim.lr"] == [0.05, 0.01]
@@ -253,7 +253,7 @@ def test_every_deciding_key_is_adjustable_or_refused_by_name(tmp_path: Path) -> 
         if name in ADJUSTABLE:
             assert changed_keys(before, recipe, state) == {name: [before[name], value]}
             continue
-        with pytest.raises(OutputError, match="made with another recipe") as caught:
+        with pytest.raises(OutputError, match="saved with another recipe") as caught:
             changed_keys(before, recipe, state)
         assert [line.split(":")[0] for line in caught.value.problems] == [name]
         assert f"{tmp_path}/recipe.toml" in str(caught.value.action)
@@ -268,14 +268,14 @@ def test_another_recipe_or_other_data_are_refused_with_all_that_differs(
     with pytest.raises(OutputError) as caught:
         run_to_end(recipe_of(small, out, "distill.alpha=0.3", "run.seed=7"), resume=True)
     assert caught.value.problems == [
-        "distill.alpha: the run's 0.5, here 0.3",
-        "run.seed: the run's 0, here 7",
+        "distill.alpha: was 0.5, now 0.3",
+        "run.seed: was 0, now 7",
     ]
     assert (out / "state.pt").read_bytes() == before
     state = load_state(out / "state.pt")
     with pytest.raises(OutputError, match="other data") as caught:
         require_same_data(state["data"], state["data"] | {"root_seed": 9}, out / "state.pt")
-    assert caught.value.problems == ["views: different root seed: the run's 0, here 9"]
+    assert caught.value.problems == ["views: different root seed: was 0, now 9"]
 
 
 def test_a_run_ends_earlier_but_not_before_where_it_is(small: World, tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_a_run_ends_earlier_but_not_before_where_it_is(small: World, tmp_path: P
     state = tmp_path / "run/state.pt"
     with pytest.raises(OutputError, match="past the end") as caught:
         run_to_end(recipe_of(small, tmp_path / "run", *sets, epochs=2), resume=True)
-    assert "give schedule.epochs = 3 or more" in str(caught.value.action)
+    assert "set schedule.epochs to 3 or more" in str(caught.value.action)
 
     step = Trainer.step
 
@@ -376,7 +376,7 @@ def test_a_run_begins_and_goes_on_beside_a_jobs_log(
     (out / "slurm-1.out").write_text("hello")
     assert world.cli(*words(small, out)) == 0
     assert world.cli(*words(small, out)) == 1
-    assert "resume the run there with --resume" in capsys.readouterr().err
+    assert "resume the existing run with --resume" in capsys.readouterr().err
     assert world.cli(*words(small, out, "--resume")) == 0
     assert (out / "slurm-1.out").read_text() == "hello"
 

@@ -338,13 +338,13 @@ def test_if_nothing_works_the_run_does_without(
     monkeypatch.setattr(wandb, "init", fail)
     told = warned(small, tmp_path / "run", capsys)
     assert "(no None)" in told
-    assert "(no offline): there will be no curves" in told
+    assert "(no offline): no curves will be sent" in told
 
 
 def test_a_missing_package_is_told_before_anything_is_written(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_log, "find_spec", lambda name: None)
+    monkeypatch.setattr("cskd_pipeline.errors.find_spec", lambda name: None)
     with pytest.raises(MissingPackageError) as caught:
         train(recipe_of(small, tmp_path / "run"))
     assert "cskd-pipeline[wandb]" in str(caught.value)

@@ -144,8 +144,8 @@ def test_a_grid_meant_for_smaller_images_is_warned_of(
         recipe = world.load_recipe(world.DumpRecipe, None, sets, flags)
         caplog.clear()
         open_stage_one(recipe)
-        assert ("a grid of 17x17 locations, 2.32 kB a view" in caplog.text) == warned
-        assert ("set views.size to theirs" in caplog.text) == warned
+        assert ("a grid of 17x17 locations, 2.32 kB per view" in caplog.text) == warned
+        assert ("set views.size to their size" in caplog.text) == warned
 
 
 def test_a_student_with_weights_of_five_dimensions_is_made(small: World, tmp_path: Path) -> None:

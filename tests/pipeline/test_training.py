@@ -251,7 +251,7 @@ def test_views_come_again_when_epochs_outlast_them_and_the_run_says_so(
         return capsys.readouterr().err
 
     assert "again" not in warned(4)
-    assert "views come again from epoch 5 on" in warned(5)
+    assert "views repeat from epoch 5 on" in warned(5)
 
 
 def test_views_that_drifted_are_refused_or_counted_as_asked(
@@ -270,14 +270,14 @@ def test_views_that_drifted_are_refused_or_counted_as_asked(
         small.shards, small.cache, tmp_path / "accepted", sets=["data.drift=warn"], epochs=2
     )
     run_to_end(accepted)
-    assert "epoch 1: 96 views are not those the teacher saw" in capsys.readouterr().err
+    assert "epoch 1: 96 views differ from those the teacher saw" in capsys.readouterr().err
 
     stopped = replace(accepted, run=replace(accepted.run, out=str(tmp_path / "stopped")))
     monkeypatch.setattr(stage_two, "_time_to_stop", lambda trainer, _: trainer.update == 2)
     with pytest.raises(KeyboardInterrupt):
         run_to_end(stopped)
     seen = 2 * accepted.batch.batch_size
-    assert f"epoch 1: {seen} views are not those the teacher saw" in capsys.readouterr().err
+    assert f"epoch 1: {seen} views differ from those the teacher saw" in capsys.readouterr().err
 
 
 def test_a_warm_up_that_outlasts_the_run_is_pointed_out(

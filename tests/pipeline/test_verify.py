@@ -403,7 +403,7 @@ def test_training_begins_with_a_look_at_a_sample(
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run")
     Terminal().attach()
     open_training_data(recipe)
-    assert "checked 64 views of the cache: 64 come out bit for bit" in capsys.readouterr().err
+    assert "checked 64 views of the cache: 64 are reproduced bit for bit" in capsys.readouterr().err
     none = world.train_recipe(small.shards, small.cache, tmp_path / "run", sets=["data.check=0"])
     Terminal().attach()
     open_training_data(none)

@@ -170,16 +170,16 @@ def test_logits_that_float16_does_not_hold_are_refused(dataset: Dataset, tmp_pat
 def test_views_in_another_order_twice_or_outside_the_block_are_refused(
     dataset: Dataset, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="inside its with block"):
+    with pytest.raises(UsageError, match="inside the writer's with block"):
         next(opened(tmp_path / "cache", dataset).views())
     with opened(tmp_path / "cache", dataset) as out:
         one, two, three, *_ = out.views()
         out.put(one, *network(one.images))
         for other in (one, three):
-            with pytest.raises(UsageError, match="come next"):
+            with pytest.raises(UsageError, match="not the next batch"):
                 out.put(other, *network(other.images))
         out.put(two, *network(two.images))
-    with pytest.raises(UsageError, match="inside its with block"):
+    with pytest.raises(UsageError, match="inside the writer's with block"):
         out.put(three, *network(three.images))
 
 
