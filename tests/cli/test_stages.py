@@ -154,7 +154,7 @@ def test_a_papers_run_has_the_authors_learning_rates_and_the_updates_its_recipe_
     for method in ("cskd", "deit", "none"):
         text = (resources.stages() / f"train/{size}_{method}.toml").read_text()
         assert f"{trainer.total_updates:,} updates of {batch:,}" in text
-        stated = re.search(r"scaled linearly with the batch: (\S+) here", text)
+        stated = re.search(r"scaled linearly: (\S+) for this batch", text)
         assert stated is not None
         assert float(stated[1]) == peak
 
