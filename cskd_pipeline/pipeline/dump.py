@@ -1,4 +1,4 @@
-"""Stage one: compute the teacher's logits for every view, once, and store them.
+"""Stage one: run the teacher once on every view, and store its logits.
 
 ``dump_teacher`` opens shards and teacher, creates or resumes the cache, and runs the teacher on
 every missing view. ``put`` encodes the logits and commits them one unit (block of views, tar shard)

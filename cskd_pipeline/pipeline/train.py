@@ -104,7 +104,7 @@ def _locked_by_first_rank(out: Path, ranks: Ranks) -> Iterator[None]:
 def _train(job: TrainJob, curves: RunLog) -> dict[str, Any]:
     """Train the remaining epochs; return the run's summary."""
     trainer = job.trainer
-    started, first = time.perf_counter(), trainer.update
+    started, first_update = time.perf_counter(), trainer.update
     try:
         with stop_requests() as stop:
             if job.pending is not None:  # stopped between an epoch's updates and its evaluation
@@ -115,7 +115,7 @@ def _train(job: TrainJob, curves: RunLog) -> dict[str, Any]:
                 _close_epoch(job, curves, stop)
     finally:
         curves.close(ended=trainer.update >= trainer.total_updates)
-    images = (trainer.total_updates - first) * job.recipe.batch.batch_size
+    images = (trainer.total_updates - first_update) * job.recipe.batch.batch_size
     return job.summary(images, time.perf_counter() - started)
 
 
@@ -158,7 +158,7 @@ def _epoch(job: TrainJob, batches: Iterator[Batch], curves: RunLog, stop: Stop) 
 
 
 def _warn_of_drift(trainer: Trainer, epoch: int, drifted: int) -> None:
-    """Report the views of all ranks that ``data.drift = warn`` accepted."""
+    """Warn of the views, on all ranks, that ``data.drift = warn`` accepted."""
     if total := sum(trainer.ranks.gather(drifted)):
         log.warning(f"epoch {epoch + 1}: {total} views differ from those the teacher saw")
 
