@@ -71,7 +71,7 @@ def load_recipe(
             raise UsageError(
                 "a flag and --set disagree",
                 where=name,
-                found=f"{_shown(value)} and {_shown(overrides[name])}",
+                found=f"{_format(value)} and {_format(overrides[name])}",
                 action="pass only one of the two",
             )
         overrides[name] = value
@@ -79,14 +79,14 @@ def load_recipe(
     _refuse_code(document, overrides, problems)
     _put_all(document, overrides, problems)
     problems.remove_unstorable(document)
-    recipe = _validated(kind, document, problems)
+    recipe = _validate(kind, document, problems)
     if problems.lines or recipe is None:
         where = path or "the command line"
         raise RecipeError("the recipe is not valid", where=where, problems=problems.lines)
     return recipe
 
 
-def _validated(kind: type[R], document: dict[str, Any], problems: _Problems) -> R | None:
+def _validate(kind: type[R], document: dict[str, Any], problems: _Problems) -> R | None:
     try:
         # As JSON, whose types are TOML's: strict validation then accepts arrays for tuples.
         return TypeAdapter(kind).validate_json(json.dumps(document))
@@ -94,7 +94,7 @@ def _validated(kind: type[R], document: dict[str, Any], problems: _Problems) -> 
         problems.add_errors(error)
     except RecipeError as error:  # raised by the view policy
         problems.add("views", str(error.found))
-        _validated(kind, {**document, "views": {}}, problems)
+        _validate(kind, {**document, "views": {}}, problems)
     return None
 
 
@@ -175,8 +175,8 @@ def _refuse_code(
     if isinstance(name, str) and is_factory(name) and "teacher.name" not in overrides:
         problems.add(
             "teacher.name",
-            f"found {_shown(name)}, which would run code of that module; a recipe file alone may "
-            f"not do so: if you trust it, pass --teacher {_shown(name)} as well",
+            f"found {_format(name)}, which would run code of that module; a recipe file alone may "
+            f"not do so: if you trust it, pass --teacher {_format(name)} as well",
         )
 
 
@@ -217,7 +217,7 @@ def _put_all(document: dict[str, Any], overrides: Mapping[str, Any], problems: _
             inner = table.setdefault(part, {})
             if not isinstance(inner, dict):
                 parent = ".".join(parents[:depth])
-                problems.add(name, f"found {parent} = {_shown(inner)}, expected a table")
+                problems.add(name, f"found {parent} = {_format(inner)}, expected a table")
                 break
             table = inner
         else:
@@ -249,7 +249,7 @@ class _Problems:
             elif one["type"] == "missing":  # an item of an array of fixed length
                 self.add(path, "found nothing, expected a value")
             else:
-                self.add(path, f"found {_shown(one['input'])}, expected {_expected(one)}")
+                self.add(path, f"found {_format(one['input'])}, expected {_expected(one)}")
 
     def remove_unstorable(self, document: dict[str, Any]) -> None:
         """Add values that a recipe cannot store, and remove their keys from ``document``."""
@@ -297,9 +297,9 @@ def _unstorable(value: Any, location: _Location = ()) -> Iterator[tuple[_Locatio
             inside = (*location, key)
             yield from _unstorable(item, inside)
             if storable := _storable_type(key):
-                yield inside, f"found {_shown(key)}, expected {storable}"
+                yield inside, f"found {_format(key)}, expected {storable}"
     elif storable := _storable_type(value):
-        yield location, f"found {_shown(value)}, expected {storable}"
+        yield location, f"found {_format(value)}, expected {storable}"
 
 
 def _storable_type(value: Any) -> str:
@@ -319,7 +319,7 @@ def _storable_type(value: Any) -> str:
     return "a string, number or boolean"
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     """Return ``value`` roughly as TOML, shortened."""
     if isinstance(value, bool):
         return str(value).lower()

@@ -23,12 +23,12 @@ def to_toml(recipe: DumpRecipe | TrainRecipe) -> str:
 
 def result_digest(recipe: DumpRecipe | TrainRecipe) -> str:
     """Return the SHA-256 (hex) of all keys that can change a result, so not of folders or notes."""
-    return schemas.sha256(_deciding(recipe))
+    return schemas.sha256(_deciding_sections(recipe))
 
 
-def deciding(recipe: DumpRecipe | TrainRecipe) -> dict[str, Any]:
+def deciding_keys(recipe: DumpRecipe | TrainRecipe) -> dict[str, Any]:
     """Return dotted name -> JSON value of the keys that can change a result."""
-    sections = json.loads(json.dumps(_deciding(recipe)))
+    sections = json.loads(json.dumps(_deciding_sections(recipe)))
     return {
         f"{section}.{name}": value
         for section, values in sections.items()
@@ -36,12 +36,12 @@ def deciding(recipe: DumpRecipe | TrainRecipe) -> dict[str, Any]:
     }
 
 
-def adjustable(kind: type[DumpRecipe | TrainRecipe]) -> set[str]:
+def adjustable_keys(kind: type[DumpRecipe | TrainRecipe]) -> set[str]:
     """Return the dotted names of the keys that may change when a run is resumed."""
     return keys_marked(kind, "adjustable")
 
 
-def _deciding(recipe: DumpRecipe | TrainRecipe) -> dict[str, Any]:
+def _deciding_sections(recipe: DumpRecipe | TrainRecipe) -> dict[str, Any]:
     free = keys_marked(type(recipe), "free")
     if isinstance(recipe, DumpRecipe) and "sampled" not in recipe.cache.encodings:
         free |= {"cache.sampled_draws", "cache.sampled_temperature"}  # nothing is drawn

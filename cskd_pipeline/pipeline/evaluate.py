@@ -110,7 +110,7 @@ def evaluate(checkpoint: Path, shards: str, options: EvalOptions = EvalOptions()
     )
     started = time.perf_counter()
     with progress(dataset.samples, "images", "evaluating") as meter:
-        batches = counted(meter.timed(loader), meter)
+        batches = count_images(meter.timed(loader), meter)
         metrics = measure(student, batches, header.heads, header.grid)
     return {
         "checkpoint": str(path),
@@ -128,7 +128,7 @@ def evaluate(checkpoint: Path, shards: str, options: EvalOptions = EvalOptions()
     }
 
 
-def counted(batches: Iterable[EvalBatch], meter: Meter) -> Iterator[EvalBatch]:
+def count_images(batches: Iterable[EvalBatch], meter: Meter) -> Iterator[EvalBatch]:
     """Yield ``batches``; advance ``meter`` by each one's images when the next is requested."""
     for batch in batches:
         yield batch

@@ -63,7 +63,7 @@ class Source:
         return state_digest(self.state)
 
 
-class Started(NamedTuple):
+class Start(NamedTuple):
     """How a run started from a source; ``new`` are the layers with fresh weights."""
 
     sha256: str
@@ -97,7 +97,7 @@ def read_source(path: Path) -> Source:
     return Source(path, state, header)
 
 
-def start_from(source: Source, student: Student, classes: Classes, guard: ClassGuard) -> Started:
+def start_from(source: Source, student: Student, classes: Classes, guard: ClassGuard) -> Start:
     """Load the source's weights into ``student``, which has ``classes`` and its own image size.
 
     Heads are kept for the same classes, and new for other ones. The same classes in another order
@@ -137,7 +137,7 @@ def start_from(source: Source, student: Student, classes: Classes, guard: ClassG
         lines.append(f"pos_embed resized from {' to '.join(grids)}")
     if header is None:
         lines.append("the file describes no model: assuming the student's arguments, mean and std")
-    return Started(sha256, new, resized, "; ".join(lines))
+    return Start(sha256, new, resized, "; ".join(lines))
 
 
 def check_resumed(init_from: str, record: Mapping[str, str] | None, where: Path) -> bool:

@@ -30,7 +30,7 @@ from cskd_pipeline.data.evalset import EvalBatch, eval_loader, images_of_rank
 from cskd_pipeline.errors import CskdError, TrainingError, UsageError, WeightsError
 from cskd_pipeline.models.checkpoint import save_student
 from cskd_pipeline.models.train_state import find_nonfinite, load_state, save_state
-from cskd_pipeline.pipeline.evaluate import counted, measure
+from cskd_pipeline.pipeline.evaluate import count_images, measure
 from cskd_pipeline.pipeline.finetune import check_resumed
 from cskd_pipeline.pipeline.run_log import Row, RunLog, epoch_line, open_wandb, require_wandb
 from cskd_pipeline.pipeline.train_job import CHANGES, TrainJob, change_lines, write_changes
@@ -239,7 +239,7 @@ def _validation(job: TrainJob, meter: Meter, stop: Stop) -> Iterator[EvalBatch]:
         workers=job.trainer.loader.workers,
         ranks=job.trainer.ranks,
     )
-    for batch in counted(meter.timed(loader), meter):
+    for batch in count_images(meter.timed(loader), meter):
         yield batch
         if stop.requested and not job.trainer.ranks.many:
             raise KeyboardInterrupt

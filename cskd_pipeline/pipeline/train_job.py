@@ -11,12 +11,12 @@ from typing import Any
 
 from cskd_pipeline.cache.manifest import utc_now
 from cskd_pipeline.config.sections import TrainRecipe
-from cskd_pipeline.config.writing import adjustable, deciding, result_digest
+from cskd_pipeline.config.writing import adjustable_keys, deciding_keys, result_digest
 from cskd_pipeline.distill.losses import inference_heads
 from cskd_pipeline.errors import OutputError, WeightsError
 from cskd_pipeline.models.checkpoint import StudentHeader
 from cskd_pipeline.models.train_state import FORMAT
-from cskd_pipeline.pipeline.finetune import Started, read_source, start_from
+from cskd_pipeline.pipeline.finetune import Start, read_source, start_from
 from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.pipeline.training_data import TrainingData
 from cskd_pipeline.runtime.atomic import write_text
@@ -68,7 +68,7 @@ class TrainJob:
         """Return the student's heads that are trained."""
         return inference_heads(self.recipe.distill.method, self.trainer.student)
 
-    def start_from(self, path: str) -> Started:
+    def start_from(self, path: str) -> Start:
         """Start with the weights at ``path`` instead of fresh ones.
 
         Raises:
@@ -89,7 +89,7 @@ class TrainJob:
         """Return the state for :meth:`restore`: the same for any number of ranks; all call this."""
         return {
             "format": FORMAT,
-            "recipe": deciding(self.recipe),
+            "recipe": deciding_keys(self.recipe),
             "changes": self.changes,
             "data": self.data.identity,
             "init": self.init,
@@ -252,10 +252,10 @@ def changed_keys(
     Raises:
         OutputError: the recipe changes keys that must not change; lists them all.
     """
-    now = deciding(recipe)
+    now = deciding_keys(recipe)
     names = [name for name in {**before, **now} if not name.startswith("views.")]
     found = {n: [before.get(n), now.get(n)] for n in names if before.get(n) != now.get(n)}
-    fixed = found.keys() - adjustable(TrainRecipe)
+    fixed = found.keys() - adjustable_keys(TrainRecipe)
     if forking:
         fixed = {name for name in fixed if not name.startswith("distill.")}
     if fixed:
@@ -263,7 +263,7 @@ def changed_keys(
             "the training state was saved with another recipe",
             where=where,
             problems=[
-                f"{name}: was {_shown(found[name][0])}, now {_shown(found[name][1])}"
+                f"{name}: was {_format(found[name][0])}, now {_format(found[name][1])}"
                 for name in sorted(fixed)
             ],
             action=f"use the run's own values (see {where.parent}/recipe.toml), or start again in "
@@ -284,7 +284,7 @@ def require_same_data(before: Mapping[str, Any], now: Mapping[str, Any], where: 
             "the training state was saved with other data",
             where=where,
             problems=[
-                f"{_DATA[name]}: was {_shown(before.get(name))}, now {_shown(now[name])}"
+                f"{_DATA[name]}: was {_format(before.get(name))}, now {_format(now[name])}"
                 for name in differing
             ],
             action="use the data that the run started with, or start again in a new output folder",
@@ -342,7 +342,7 @@ def require_within(update: Any, steps: int, epochs: int, where: Path) -> None:
 def change_lines(changes: Iterable[Change]) -> list[str]:
     """Return a line for every key of every change: ``update 120: optim.lr 0.001 -> 0.0005``."""
     return [
-        f"update {change['update']}: {name} {_shown(before)} -> {_shown(after)}"
+        f"update {change['update']}: {name} {_format(before)} -> {_format(after)}"
         for change in changes
         for name, (before, after) in change["changed"].items()
     ]
@@ -353,6 +353,6 @@ def write_changes(folder: Path, changes: list[Change]) -> None:
     write_text(folder / CHANGES, "".join(json.dumps(change) + "\n" for change in changes))
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:12]}…"

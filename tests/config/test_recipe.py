@@ -21,7 +21,7 @@ from cskd_pipeline.config.sections import (
     key_info,
     key_types,
 )
-from cskd_pipeline.config.writing import adjustable, result_digest, to_toml
+from cskd_pipeline.config.writing import adjustable_keys, result_digest, to_toml
 from cskd_pipeline.errors import RecipeError, UsageError
 from cskd_pipeline.runtime import resources
 from cskd_pipeline.views.policy import ViewPolicy
@@ -608,9 +608,9 @@ def test_whatever_decides_a_result_enters_the_digest_in_one_spelling() -> None:
 
 
 def test_a_run_may_be_resumed_with_other_values_of_these() -> None:
-    assert adjustable(TrainRecipe) == {
+    assert adjustable_keys(TrainRecipe) == {
         "data.missing", "data.drift", "data.corrupt", "optim.lr", "optim.clip_grad",
         "schedule.epochs", "schedule.warmup_epochs", "schedule.warmup_lr", "schedule.min_lr",
         "batch.accumulation", "eval.crop_pct", "eval.interpolation", "run.amp", "run.eval_every",
     }  # fmt: skip
-    assert adjustable(DumpRecipe) == set()
+    assert adjustable_keys(DumpRecipe) == set()

@@ -19,7 +19,7 @@ import torch
 
 from cskd_pipeline.config.reading import load_recipe
 from cskd_pipeline.config.sections import TrainRecipe
-from cskd_pipeline.config.writing import deciding
+from cskd_pipeline.config.writing import deciding_keys
 from cskd_pipeline.errors import ImageError, OutputError, TrainingError
 from cskd_pipeline.models.checkpoint import read_header
 from cskd_pipeline.models.train_state import find_nonfinite, load_state, save_state
@@ -136,18 +136,18 @@ def test_a_signal_in_an_evaluation_ends_it_at_once(
 ) -> None:
     sets = [f'data.val_shards="{small.validation}"', "run.eval_batch_size=4"]
     run_to_end(recipe_of(small, tmp_path / "whole", *sets))
-    counted, batches = stage_two.counted, 0
+    count_images, batches = stage_two.count_images, 0
 
     def watched(*args: Any) -> Any:
         nonlocal batches
-        for batch in counted(*args):
+        for batch in count_images(*args):
             batches += 1
             os.kill(os.getpid(), signal.SIGUSR1)
             yield batch
 
     stopped = recipe_of(small, tmp_path / "stopped", *sets)
     with monkeypatch.context() as patch:
-        patch.setattr(stage_two, "counted", watched)
+        patch.setattr(stage_two, "count_images", watched)
         with pytest.raises(Requeue):
             run_to_end(stopped)
     assert batches == 1
@@ -247,9 +247,9 @@ ADJUSTABLE = {
 def test_every_deciding_key_is_adjustable_or_refused_by_name(tmp_path: Path) -> None:
     recipe = load_recipe(TrainRecipe)
     state = tmp_path / "state.pt"
-    assert changed_keys(deciding(recipe), recipe, state) == {}
-    for name, value in deciding(recipe).items():
-        before = deciding(recipe) | {name: [value, "another"]}
+    assert changed_keys(deciding_keys(recipe), recipe, state) == {}
+    for name, value in deciding_keys(recipe).items():
+        before = deciding_keys(recipe) | {name: [value, "another"]}
         if name in ADJUSTABLE:
             assert changed_keys(before, recipe, state) == {name: [before[name], value]}
             continue
