@@ -64,7 +64,7 @@ class Source:
 
 
 class Start(NamedTuple):
-    """How a run started from a source; ``new`` are the layers with fresh weights."""
+    """The outcome of starting from a source; ``new`` are the layers with fresh weights."""
 
     sha256: str
     new: tuple[str, ...]
