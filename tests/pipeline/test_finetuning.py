@@ -352,7 +352,7 @@ def test_a_run_goes_on_from_its_own_weights_only(transfer: Transfer, tmp_path: P
     save_student(tmp_path / "other.safetensors", other, read_header(copy))
     refused = {
         tmp_path / "other.safetensors": (OutputError, "started from other weights"),
-        tmp_path / "nothing": (WeightsError, "no such weights"),
+        tmp_path / "nothing": (WeightsError, "weights to start from do not exist"),
     }
     for init, (kind, told) in refused.items():
         with pytest.raises(kind, match=told):
@@ -446,7 +446,7 @@ def test_what_is_no_student_is_refused(transfer: Transfer, tmp_path: Path) -> No
     )
     text.write_text("no weights")
     told = {
-        tmp_path / "nothing": "no such weights",
+        tmp_path / "nothing": "weights to start from do not exist",
         empty: "holds no student",
         odd: "does not describe a usable classifier",
         oblong: "an input of 32x64 pixels",
