@@ -1,4 +1,4 @@
-"""Views on the device: uint8 to floats, erased, mixed, normalised; the host waits for nothing."""
+"""Views on the device: uint8 to floats, erased, mixed, normalised, without synchronising."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,23 +11,23 @@ from cskd_pipeline.views.policy import ViewPolicy
 
 
 def assemble(batch: Batch, policy: ViewPolicy) -> Tensor:
-    """Return what the networks see of ``batch``, on its device, before they normalise.
+    """Return the images of ``batch`` on its device, not normalised.
 
-    Equal to ``mix_pixels(to_float(own), to_float(partner), mix)`` of
-    :mod:`cskd_pipeline.views.apply` for every sample, to the last bit on CPU.
+    Every image equals ``mix_pixels(to_float(own), to_float(partner), mix)`` of
+    :mod:`cskd_pipeline.views.apply`, bit for bit on CPU.
 
     Returns:
-        (B, 3, S, S) float32 in channels_last memory; in [0, 1] where nothing was erased.
+        (B, 3, S, S) float32 in channels_last memory; in [0, 1] outside erased boxes.
     """
     views = batch.pixels.to(torch.float32) / _constant((255.0,), batch.pixels.device)
     _erase(views, batch, policy)
     size = views.shape[1]
     top, left, height, width = batch.cutmix_box.unsqueeze(-1).unbind(1)  # (B, 1) each
-    at = torch.arange(size, device=views.device)
-    inside_rows = (at >= top) & (at < top + height)
-    inside_columns = (at >= left) & (at < left + width)
+    index = torch.arange(size, device=views.device)
+    inside_rows = (index >= top) & (index < top + height)
+    inside_columns = (index >= left) & (index < left + width)
     inside = inside_rows[:, :, None] & inside_columns[:, None, :]  # (B, S, S)
-    # A weight of exactly 0 or 1 copies: own * 1 + partner * 0 is own, to the last bit.
+    # A weight of exactly 0 or 1 copies: own * 1 + partner * 0 is bit-identical to own.
     is_cutmix = (height * width > 0)[:, :, None]
     weight = torch.where(is_cutmix, (~inside).to(torch.float32), batch.lam[:, None, None])
     weight = weight.unsqueeze(-1)  # (B, S, S, 1)
@@ -36,7 +36,7 @@ def assemble(batch: Batch, policy: ViewPolicy) -> Tensor:
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return ``(images - mean) / std`` for (B, 3, S, S), with a network's own statistics."""
+    """Return ``(images - mean) / std`` for (B, 3, S, S) images."""
     shape = (1, len(mean), 1, 1)
     means = _constant(tuple(mean), images.device).view(shape)
     stds = _constant(tuple(std), images.device).view(shape)
@@ -44,7 +44,7 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def _erase(views: Tensor, batch: Batch, policy: ViewPolicy) -> None:
-    """Put mean + std * z into the erased boxes of ``views``, (U, S, S, 3), in place."""
+    """Write mean + std * z into the erased boxes of ``views``, (U, S, S, 3), in place."""
     pixels = batch.erase_noise.numel() // 3
     if pixels == 0:
         return
@@ -62,5 +62,5 @@ def _erase(views: Tensor, batch: Batch, policy: ViewPolicy) -> None:
 
 @lru_cache(maxsize=64)
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Made once per device: copying numbers there makes the host wait."""
+    """Return a tensor of ``values``, cached per device: each copy to a GPU would synchronise."""
     return torch.tensor(values, dtype=torch.float32, device=device)

@@ -1,5 +1,5 @@
-"""From rows of (view, shard, offset) to batches: every image decoded once, every view rendered
-once, drift refused. A batch holds uint8 views, the numbers that mix them, labels, encoded targets.
+"""Rows of (view, shard, offset) to batches: every image decoded once, every view rendered once,
+drift refused. A batch contains uint8 views, mixing parameters, labels and encoded targets.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from cskd_pipeline.views.policy import ViewPolicy
 
 @dataclass(frozen=True)
 class Batch:
-    """Hold B samples in one view each, made of U rendered views of S x S pixels.
+    """A batch of B samples, one view each, built from U rendered views of S x S pixels.
 
     On the device after :meth:`to`:
 
     - ``pixels``: (U, S, S, 3) uint8, cropped, flipped and recoloured; not yet erased or mixed.
-    - ``own``, ``partner``: (B,) int64 into ``pixels``; equal where nothing is mixed in.
+    - ``own``, ``partner``: (B,) int64 indices into ``pixels``; equal if the view is not mixed.
     - ``lam``: (B,) float32, the share of the sample's own pixels.
-    - ``cutmix_box``: (B, 4) int32 top, left, height, width taken from the partner; of no area for
+    - ``cutmix_box``: (B, 4) int32 top, left, height, width of the partner's patch; zero area for
       mixup.
     - ``label``, ``partner_label``: (B,) int64.
-    - ``erase_box``: (E, 5) int32 number in ``pixels``, top, left, height, width.
+    - ``erase_box``: (E, 5) int32 index into ``pixels``, top, left, height, width.
     - ``erase_noise``: (sum of 3 * height * width,) int16, standard normal times 256, box by box.
-    - ``targets``: the teacher's response, encoded: array name -> (B, ...).
+    - ``targets``: the teacher's encoded response: array name -> (B, ...).
 
-    On the host always: ``index`` (B, 3) int32 view, shard, offset; ``seed`` (U,) uint64,
-    ``image_crc32`` and ``view_digest`` (U,) uint32 of each rendered view; ``drifted``, how many of
-    them are not as the cache recorded them.
+    Always on the host: ``index`` (B, 3) int32 view, shard, offset; ``seed`` (U,) uint64,
+    ``image_crc32`` and ``view_digest`` (U,) uint32 of each rendered view; ``drifted``, the number
+    of rendered views that differ from the cache's record.
     """
 
     pixels: Tensor
@@ -67,14 +67,14 @@ class Batch:
         return len(self.own)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return it with the first group of fields on ``device``; does not wait for pinned ones."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return the batch with its device fields on ``device``; do not wait for pinned ones."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Return it with the first group of fields in pinned memory, for a GPU to copy from."""
-        return self._mapped(Tensor.pin_memory)
+        """Return the batch with its device fields in pinned memory."""
+        return self._map(Tensor.pin_memory)
 
-    def _mapped(self, change: Any) -> Batch:
+    def _map(self, change: Any) -> Batch:
         moved = {name: change(getattr(self, name)) for name in _ON_DEVICE}
         targets = {name: change(tensor) for name, tensor in self.targets.items()}
         return replace(self, targets=targets, **moved)
@@ -88,10 +88,10 @@ _ON_DEVICE = (
 
 @dataclass(frozen=True)
 class Pairing:
-    """Rows and their partners; n rows.
+    """n rows and their partners.
 
-    ``own``, ``partner``: (n, 3) view, shard, offset; equal where nothing is mixed in. ``mixes`` has
-    a :class:`Mix` for each row.
+    ``own``, ``partner``: (n, 3) view, shard, offset; equal if the view is not mixed. ``mixes``: one
+    :class:`Mix` per row.
     """
 
     own: np.ndarray
@@ -101,11 +101,11 @@ class Pairing:
 
 @dataclass(frozen=True)
 class RenderedViews:
-    """Views by number: U of them, sorted by shard, offset and view.
+    """U numbered views, sorted by shard, offset and view.
 
     ``rows``: (U, 3) view, shard, offset. ``pixels``: (U, S, S, 3) uint8. ``params``: as drawn.
-    ``seed``: (U,) uint64. ``image_crc32``, ``digest``: (U,) uint32. ``drifted``: how many are not
-    as the cache recorded them.
+    ``seed``: (U,) uint64. ``image_crc32``, ``digest``: (U,) uint32. ``drifted``: the number of
+    views that differ from the cache's record.
     """
 
     rows: np.ndarray
@@ -118,7 +118,7 @@ class RenderedViews:
 
     def find(self, rows: np.ndarray) -> np.ndarray:
         """Return the numbers of the views ``rows``, (n, 3): (n,) int64."""
-        numbers = np.searchsorted(_packed(self.rows), _packed(rows))
+        numbers = np.searchsorted(_sort_keys(self.rows), _sort_keys(rows))
         assert np.array_equal(self.rows[numbers], rows)
         return numbers
 
@@ -128,12 +128,12 @@ _partners = lru_cache(maxsize=256)(matching)
 
 @dataclass(eq=False)
 class Renderer:
-    """Renders any view of any sample of a layout. Picklable; holds no open file.
+    """Renderer of any view of any sample in a layout; picklable, keeps no file open.
 
     Args:
         samples: the layout that shard and offset refer to.
-        images: reads from it. Where it knows a cache, seeds come from that, and every view's digest
-            is compared; one that differs is refused, or counted where ``images`` is not strict.
+        images: source of the layout's images. If it has a cache, seeds come from the cache and
+            every view's digest is compared: drift is refused if ``images`` is strict, else counted.
     """
 
     samples: SampleSet
@@ -143,18 +143,18 @@ class Renderer:
 
     @classmethod
     def of_cache(cls, images: ImageSource) -> Renderer:
-        """Return what renders the views of the cache that ``images`` knows."""
+        """Return a renderer of the views of ``images.cache``."""
         assert images.cache is not None
         manifest = images.cache.manifest
         return cls(SampleSet.of(images.cache), images, manifest.policy, manifest.root_seed)
 
     def pair(self, rows: np.ndarray) -> Pairing:
-        """Return partners of ``rows``, (n, 3) view, shard, offset, and how each pair is mixed."""
+        """Return the partners of ``rows``, (n, 3) view, shard, offset, and each pair's mix."""
         partner = rows.copy()
-        for view, shard, here in _slabs(rows):
+        for view, shard, indices in _slabs(rows):
             count, shard_id = self.samples.counts[shard], self.samples.shard_ids[shard]
             offsets = _partners(self.root_seed, shard_id, count, view, self.policy)
-            partner[here, 2] = offsets[rows[here, 2]]
+            partner[indices, 2] = offsets[rows[indices, 2]]
         drawn: dict[tuple[int, int], Mix] = {}
         mixes = []
         for one, other in zip(self._seeds(rows), self._seeds(partner), strict=True):
@@ -162,13 +162,13 @@ class Renderer:
             if pair not in drawn:
                 drawn[pair] = draw_mix(*pair, self.policy)
             mixes.append(drawn[pair])
-        alone = np.array([mix.lam == 1.0 for mix in mixes])
-        partner[alone] = rows[alone]
+        unmixed = np.array([mix.lam == 1.0 for mix in mixes])
+        partner[unmixed] = rows[unmixed]
         return Pairing(rows, partner, mixes)
 
     def render(self, rows: np.ndarray) -> RenderedViews:
-        """Render the views ``rows``, (n, 3) view, shard, offset; repeated ones once."""
-        _, first = np.unique(_packed(rows), return_index=True)
+        """Render the views ``rows``, (n, 3) view, shard, offset; duplicates only once."""
+        _, first = np.unique(_sort_keys(rows), return_index=True)
         rows = np.ascontiguousarray(rows[first])
         seeds = self._seeds(rows)
         size = self.policy.size
@@ -186,7 +186,7 @@ class Renderer:
                 digests[number] = apply.digest(pixels[number])
                 crcs[number] = crc
         seed = np.array(seeds, np.uint64)
-        drifted = self._compare(rows, digests)
+        drifted = self._count_drifted(rows, digests)
         return RenderedViews(rows, pixels, params, seed, crcs, digests, drifted)
 
     def _seeds(self, rows: np.ndarray) -> list[int]:
@@ -196,35 +196,34 @@ class Renderer:
             views = rows[:, 0].tolist()
             return [view_seed(self.root_seed, k, v) for k, v in zip(keys, views, strict=True)]
         seeds = np.empty(len(rows), np.uint64)
-        for view, shard, here in _slabs(rows):
-            seeds[here] = cache.seeds(view, shard)[rows[here, 2]]
+        for view, shard, indices in _slabs(rows):
+            seeds[indices] = cache.seeds(view, shard)[rows[indices, 2]]
         return seeds.tolist()
 
-    def _compare(self, rows: np.ndarray, digests: np.ndarray) -> int:
-        """Count the views that differ from the cache's."""
+    def _count_drifted(self, rows: np.ndarray, digests: np.ndarray) -> int:
+        """Count the views whose digest differs from the cache's; refuse them if strict."""
         cache = self.images.cache
         if cache is None:
             return 0
         recorded = np.empty_like(digests)
-        for view, shard, here in _slabs(rows):
-            recorded[here] = cache.view_digests(view, shard)[rows[here, 2]]
+        for view, shard, indices in _slabs(rows):
+            recorded[indices] = cache.view_digests(view, shard)[rows[indices, 2]]
         wrong = np.flatnonzero(recorded != digests)
         if len(wrong) and self.images.strict:
-            few = wrong[:SHOWN]
-            at = zip(rows[few].tolist(), digests[few].tolist(), recorded[few].tolist(), strict=True)
-            examples = [
-                (self.images.where(shard, offset), view, digest, expected)
-                for (view, shard, offset), digest, expected in at
-            ]
+            examples = []
+            for i in wrong[:SHOWN].tolist():
+                view, shard, offset = rows[i].tolist()
+                where = self.images.where(shard, offset)
+                examples.append((where, view, int(digests[i]), int(recorded[i])))
             raise drift_error(cache, examples, len(wrong))
         return len(wrong)
 
 
 def render_batch(renderer: Renderer, rows: np.ndarray, views: RenderedViews | None = None) -> Batch:
-    """Render the samples ``rows``, (B, 3) view, shard, offset; there are no targets yet.
+    """Render a batch of ``rows``, (B, 3) view, shard, offset, without targets.
 
     Args:
-        views: theirs and their partners', among others, where they were rendered before.
+        views: already rendered views that include those of ``rows`` and their partners.
     """
     pairing = renderer.pair(rows)
     both = np.concatenate([pairing.own, pairing.partner])
@@ -234,16 +233,15 @@ def render_batch(renderer: Renderer, rows: np.ndarray, views: RenderedViews | No
 
 
 def compose(labels: np.ndarray, pairing: Pairing, views: RenderedViews) -> Batch:
-    """Make a batch of rendered views, and of the samples' and their partners' labels, (2, B) int64.
+    """Compose a batch from ``labels``, (2, B) int64 of samples and partners, and rendered views.
 
-    Of more views than it needs, only what it needs is copied.
+    Unneeded views are left out of the batch.
     """
     needed, number = np.unique(
         np.concatenate([views.find(pairing.own), views.find(pairing.partner)]), return_inverse=True
     )
     own, partner = np.split(number, 2)
-    everything = len(needed) == len(views.rows)
-    pixels = views.pixels if everything else views.pixels[needed]
+    pixels = views.pixels if len(needed) == len(views.rows) else views.pixels[needed]
     params = [views.params[i] for i in needed]
     boxes = [(i, *box) for i, param in enumerate(params) for box in param.erase]
     noise = [apply.erase_noise(param) for param in params if param.erase]
@@ -270,17 +268,20 @@ def compose(labels: np.ndarray, pairing: Pairing, views: RenderedViews) -> Batch
 def drift_error(
     cache: Cache, examples: Iterable[tuple[object, int, int, int]], count: int
 ) -> ViewDriftError:
-    """Return the error of ``count`` views whose pixels are not the recorded ones.
+    """Return the error for ``count`` views whose pixels differ from the cache's record.
 
-    Of ``examples``: where, view, its digest and the recorded one.
+    ``examples``: location of the sample, view, digest and recorded digest.
     """
     differences = cache.manifest.version_differences(library_versions())
     return ViewDriftError(
-        f"{count} views are not those the teacher saw, though the images are the same",
+        f"{count} views are not those the teacher saw, although the images are the same",
         where=cache.path,
-        found="other versions: " + "; ".join(differences) if differences else "same versions",
-        expected="pixels equal to the last bit",
-        action="install the versions the cache was made with, or accept it: --set data.drift=warn",
+        found=f"different library versions: {'; '.join(differences)}"
+        if differences
+        else "the same library versions",
+        expected="bit-identical pixels",
+        action="install the library versions the cache was dumped with, or accept the drift: "
+        "--set data.drift=warn",
         problems=[
             f"{where}, view {view}: digest {digest:08x}, recorded {expected:08x}"
             for where, view, digest, expected in examples
@@ -289,15 +290,15 @@ def drift_error(
 
 
 def _slabs(rows: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yield view, shard, and the indices in ``rows`` of each pair of them."""
+    """Yield each (view, shard) in ``rows`` with the indices of its rows."""
     order = np.lexsort((rows[:, 0], rows[:, 1]))
     changes = np.diff(rows[order, :2], axis=0).any(axis=1)
-    for here in np.split(order, np.flatnonzero(changes) + 1):
-        view, shard = rows[here[0], :2].tolist()
-        yield view, shard, here
+    for indices in np.split(order, np.flatnonzero(changes) + 1):
+        view, shard = rows[indices[0], :2].tolist()
+        yield view, shard, indices
 
 
-def _packed(rows: np.ndarray) -> np.ndarray:
-    """(n,) uint64 that order as shard, offset, view do: views of one image are neighbours."""
+def _sort_keys(rows: np.ndarray) -> np.ndarray:
+    """Return (n,) uint64 that sort by shard, offset, view: views of an image are neighbours."""
     view, shard, offset = rows.astype(np.uint64).T
     return shard << np.uint64(44) | offset << np.uint64(20) | view

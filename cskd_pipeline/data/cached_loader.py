@@ -1,4 +1,4 @@
-"""A loader of cached views: images, labels and the teacher's targets, ready for a training loop."""
+"""A loader of cached views: images, labels and teacher targets, ready for a training loop."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _open_streams: WeakSet[Any] = WeakSet()
 
 @atexit.register
 def _close_streams() -> None:
-    """End what a program left in the middle, before Python takes its modules apart."""
+    """End unfinished iterations before Python tears down its modules at exit."""
     for stream in list(_open_streams):
         stream.close()
 
 
 class CachedBatch(NamedTuple):
-    """Hold B views on the loader's device, as :class:`CachedLoader` yields them."""
+    """A batch of B views on the loader's device; :class:`CachedLoader` describes the fields."""
 
     images: Tensor
     labels: Tensor
@@ -48,7 +48,7 @@ class CachedBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class _Order:
-    """The rows of a rank's micro-batches, by their number since the first epoch."""
+    """The rows of a rank's micro-batches, numbered from the start of the first epoch."""
 
     plan: EpochPlan
     rank: int
@@ -58,11 +58,11 @@ class _Order:
     def __call__(self, number: int) -> np.ndarray:
         epoch, within = divmod(number, self.plan.steps * self.accumulation)
         step, micro = divmod(within, self.accumulation)
-        part = self.rank * self.accumulation + micro  # a rank's micro-batches are neighbours
+        part = self.rank * self.accumulation + micro  # a rank's micro-batches are adjacent
         return self.plan.batch(epoch, step, part=part, parts=self.world * self.accumulation)
 
     def uses(self, images: ImageSource, start: int) -> Iterator[Use]:
-        """Yield the tars that micro-batches from ``start`` on read, all ranks', without end."""
+        """Yield the tars that all ranks' micro-batches read from number ``start``, endlessly."""
         steps = self.plan.steps * self.accumulation
         for epoch in count(start // steps):
             numbers, _ = images.locate(self.plan.epoch(epoch)[:, 1:])
@@ -72,36 +72,36 @@ class _Order:
 
 @dataclass(eq=False)
 class CachedLoader:
-    """Iterate over an epoch of views, batch by batch, as a ``DataLoader`` does.
+    """A loader that iterates over an epoch of views, batch by batch, like a ``DataLoader``.
 
     A batch is a named tuple: ``images`` (B, 3, S, S) float32, augmented, mixed and normalised;
-    ``labels`` (B, K) float32, mixed and smoothed; ``hard_labels`` (B,) int64, of each view's own
-    image; ``targets``, the teacher's response to these views, for :class:`DistillationLoss`.
+    ``labels`` (B, K) float32, mixed and smoothed; ``hard_labels`` (B,) int64, labels of the views'
+    own images; ``targets``, the teacher's response to these views, for :class:`DistillationLoss`.
 
-    Which views a batch has depends on ``seed``, epoch and number of the batch alone, regardless of
-    the number of ranks or workers and of where iteration started. Each new iteration is the next
-    epoch; workers persist. :meth:`state_dict` is exact in the middle of an epoch too. Going
-    elsewhere (:meth:`start_at`, :meth:`set_epoch`, :meth:`load_state_dict`, :meth:`batches`) ends
-    an iteration that is going on; the next one begins there.
+    The views in a batch depend only on ``seed``, the epoch and the batch number, not on the number
+    of ranks or workers or on where iteration started. Each new iteration is the next epoch; workers
+    persist. :meth:`state_dict` is exact in mid-epoch too. Changing the position (:meth:`start_at`,
+    :meth:`set_epoch`, :meth:`load_state_dict`, :meth:`batches`) ends a running iteration; the next
+    one starts at the new position.
 
     Args:
-        views: see :func:`open_views`.
-        batch_size: images in an optimizer update, over all ranks and micro-batches.
-        accumulation: micro-batches, which are what the loader yields, in an update.
-        mean, std: the student's, in [0, 1] units; None: those of the views' policy.
+        views: views to load, see :func:`open_views`.
+        batch_size: images per optimizer update, over all ranks and micro-batches.
+        accumulation: micro-batches per optimizer update; the loader yields micro-batches.
+        mean, std: normalisation of the student, in [0, 1] units; None: that of the views' policy.
         smoothing: label smoothing.
-        repeats: R, views of an image in an epoch (repeated augmentation): an epoch shows 1/R of the
-            images, and over R epochs every image comes R times.
-        seed: seeds the order of the samples.
-        shuffle_shards: samples are shuffled within blocks of so many shards, shards over all.
-        rank, world: this process and their number; every rank gets the same number of batches.
-        workers: loader processes; 0: none.
-        device: where the batches are put.
+        repeats: R, views per image in an epoch (repeated augmentation): an epoch shows 1/R of the
+            images, and R epochs show every image R times.
+        seed: order seed.
+        shuffle_shards: shards are shuffled globally, samples within blocks of this many shards.
+        rank, world: rank of this process and number of ranks; all ranks get equally many batches.
+        workers: number of loader processes; 0: load in this process.
+        device: device of the batches.
         memory_format: memory format of the images.
 
     Raises:
         UsageError: an option out of range, a batch that cannot be cut into equal parts, or one
-            whose tars, at a URL, exceed the room for copies.
+            whose remote tars exceed the space for copies.
         CacheError: fewer views than ``repeats``.
         DataError: fewer samples than one batch.
     """
@@ -141,7 +141,7 @@ class CachedLoader:
         )
         self.device = torch.device(self.device)
         self._order = _Order(self.plan, self.rank, self.world, self.accumulation)
-        self._next = 0  # batches before the next one, since the first epoch
+        self._next = 0  # number of the next batch, from the start of the first epoch
         self._stream: Iterator[Batch] | None = None
 
     def __len__(self) -> int:
@@ -149,10 +149,10 @@ class CachedLoader:
         return self.plan.steps * self.accumulation
 
     def __iter__(self) -> Iterator[CachedBatch]:
-        """Yield what is left of the current epoch; the next iteration is the next epoch.
+        """Yield the remaining batches of the current epoch; the next iteration is the next epoch.
 
         Raises:
-            CskdError: an image or the cache cannot be read, or is not what it was.
+            CskdError: an image or the cache cannot be read, or has changed.
         """
         end = (self.epoch + 1) * len(self)
         if self._stream is None:
@@ -162,15 +162,15 @@ class CachedLoader:
             try:
                 batch = next(stream).to(self.device)
             except BaseException:
-                self._stream = None  # the next iteration starts at the batch that failed
+                self._stream = None  # the next iteration starts with the failed batch
                 raise
             self._next += 1
             targets = self.views.targets(batch)
             yield CachedBatch(*self.inputs(batch), batch.label, targets)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the images (B, 3, S, S) float32, normalised, and the labels (B, K) float32, mixed
-        and smoothed, of a batch from :meth:`batches`, on its device; the host does not wait.
+        """Return images (B, 3, S, S) float32, normalised, and labels (B, K) float32, mixed and
+        smoothed, of a batch from :meth:`batches`, on its device and without synchronising.
         """
         views, policy = self.views, self.views.policy
         labels = mixed_targets(
@@ -183,11 +183,11 @@ class CachedLoader:
 
     @property
     def epoch(self) -> int:
-        """Return the epoch, from 0, that the next batch belongs to."""
+        """Return the epoch of the next batch, counted from 0."""
         return self._next // len(self)
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; within that epoch already, stay (as after a resume)."""
+        """Go to the start of an epoch, or keep the position in it, for example after a resume."""
         if epoch != self.epoch:
             self.start_at(epoch)
 
@@ -198,7 +198,7 @@ class CachedLoader:
             self._next = epoch * len(self) + batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return where the loader is: the batches that it has yielded are done."""
+        """Return the loader's position, after the batches yielded so far, and its order options."""
         order = {name: getattr(self, name) for name in _ORDER}
         return {"epoch": self.epoch, "batch": self._next % len(self), **order}
 
@@ -206,24 +206,24 @@ class CachedLoader:
         """Continue from a :meth:`state_dict`, with any number of ranks and workers.
 
         Raises:
-            UsageError: the state's loader has a different order of batches.
+            UsageError: the state is from a loader with a different batch order.
         """
         problems = [
-            f"{name}: the state's {state.get(name)}, here {getattr(self, name)}"
+            f"{name}: {state.get(name)} in the state, {getattr(self, name)} in this loader"
             for name in _ORDER
             if state.get(name) != getattr(self, name)
         ]
         if problems:
             raise UsageError(
-                "the loader's state has a different order of batches",
+                "the state is from a loader with a different batch order",
                 problems=problems,
-                action="make the loader with the same values",
+                action="create the loader with the values in the state",
             )
         self.start_at(state["epoch"], state["batch"])
 
     def batches(self, limit: int | None = None) -> Iterator[Batch]:
-        """Yield the next ``limit`` batches as they are loaded, on the host, over as many epochs as
-        it takes; None: without end. Going elsewhere meanwhile ends them.
+        """Yield the next ``limit`` batches (None: endlessly) as loaded, on the host, across epochs,
+        until the loader's position is changed.
         """
         self._stream, number = None, self._next
         for batch in self._load(limit):
@@ -233,12 +233,12 @@ class CachedLoader:
                 return
 
     def rows(self, number: int) -> np.ndarray:
-        """Return view, shard, offset, (n, 3), of a batch, counted since the first epoch."""
+        """Return (n, 3) view, shard, offset of batch ``number``, counted from the first epoch."""
         return self._order(number)
 
     def _load(self, limit: int | None) -> Iterator[Batch]:
-        """The next batches. Nothing here refers to this loader: dropping it ends the processes at
-        once, where a circle would leave that to the garbage collector, and them blocked.
+        """Return an iterator of the next batches, without reference to this loader: a cycle would
+        keep the processes alive until the garbage collector runs.
         """
         start, images = self._next, self.views.images
         loader = Loader(
@@ -253,24 +253,24 @@ class CachedLoader:
         return stream
 
     def _require_options(self) -> None:
-        least = {name: 1 for name in (*_ORDER, "world") if name != "seed"}
+        minimum = {name: 1 for name in (*_ORDER, "world") if name != "seed"}
         problems = [
             f"{name} = {getattr(self, name)}, expected at least {low}"
-            for name, low in {**least, "workers": 0}.items()
+            for name, low in {**minimum, "workers": 0}.items()
             if getattr(self, name) < low
         ]
-        if not 0 <= self.rank < max(self.world, 1):
-            problems.append(f"rank = {self.rank}, expected one of {self.world} ranks, from 0")
+        if self.rank not in range(ranks := max(self.world, 1)):
+            problems.append(f"rank = {self.rank}, expected 0 to {ranks - 1}")
         if problems:
             raise UsageError("the loader's options are out of range", problems=problems)
 
     def _require_equal_parts(self) -> None:
-        """Of unequal ones a mean of means would not be the mean of the whole."""
+        """Refuse a batch with unequal parts, which would bias the mean of their means."""
         if self.batch_size % (self.world * self.accumulation):
             raise UsageError(
                 "the batch cannot be cut into equal parts",
                 found=f"batch_size {self.batch_size}, {self.world} ranks, "
                 f"accumulation {self.accumulation}",
-                expected="batch_size to be a multiple of ranks times accumulation",
+                expected="batch_size a multiple of ranks times accumulation",
                 action="change batch.batch_size or batch.accumulation",
             )

@@ -1,8 +1,7 @@
-"""Images that cannot be decoded, found before anything is planned: listed, or left out.
+"""Images that cannot be decoded, found before planning, then listed or left out.
 
-Leaving them out of the data set itself keeps everything behind it as it is: a dump or a run is the
-one of shards that do not hold them. Which they are depends on the files alone, not on ranks or
-loader processes.
+They are left out of the data set itself, so that a dump or a run is the same as with shards that do
+not contain them. The result depends only on the files, not on ranks or loader processes.
 """
 
 import logging
@@ -24,19 +23,19 @@ from cskd_pipeline.views.decode import decode
 
 log = logging.getLogger(__name__)
 
-PIECE = 64  # images that a loader process decodes at a time
+CHUNK = 64  # images that a loader process decodes at a time
 
 
 class CorruptImage(NamedTuple):
-    """An image that cannot be decoded, and the decoder's reason."""
+    """An image that cannot be decoded, and the decoder's error."""
 
     shard: int
     offset: int
     reason: str
 
 
-class _Decoding(TorchDataset[tuple[int, list[CorruptImage]]]):
-    """Samples, (n, 2) shard and offset -> their number, and those of them that are corrupt."""
+class _DecodedChunks(TorchDataset[tuple[int, list[CorruptImage]]]):
+    """Data set from samples, (n, 2) shard and offset, to their count and the corrupt images."""
 
     def __init__(self, images: ImageSource) -> None:
         self.images = images.lenient()
@@ -56,21 +55,21 @@ class _Decoding(TorchDataset[tuple[int, list[CorruptImage]]]):
 def find_corrupt(
     images: ImageSource, samples: np.ndarray, *, workers: int = 0, part: int = 0, parts: int = 1
 ) -> list[CorruptImage]:
-    """Decode every image once; return those that cannot be, in the order of ``samples``.
+    """Decode every image once; return the images that fail, in the order of ``samples``.
 
-    Images that are a cache's, by their CRC-32, are not decoded: its dump has done so.
+    Images with the CRC-32 in the cache are skipped: the dump has decoded them.
 
     Args:
-        images: reads them, and knows the cache, if there is one.
+        images: source of the images, with the cache, if there is one.
         samples: (n, 2) shard and offset.
-        workers: loader processes; they change nothing but the time.
-        part, parts: every ``parts``-th piece, from number ``part`` on.
+        workers: number of loader processes; 0: decode in this process.
+        part, parts: decode every ``parts``-th chunk, starting with number ``part``.
     """
-    starts = range(0, len(samples), PIECE)[part::parts]
-    pieces = [samples[start : start + PIECE] for start in starts]
+    starts = range(0, len(samples), CHUNK)[part::parts]
+    chunks = [samples[start : start + CHUNK] for start in starts]
     found: list[CorruptImage] = []
-    with progress(sum(map(len, pieces)), "images", "decoding every image once") as meter:
-        for count, corrupt in Loader(_Decoding(images), pieces, workers=workers):
+    with progress(sum(map(len, chunks)), "images", "decoding every image once") as meter:
+        for count, corrupt in Loader(_DecodedChunks(images), chunks, workers=workers):
             found += corrupt
             meter.advance(count)
     return found
@@ -79,16 +78,16 @@ def find_corrupt(
 def without_corrupt(
     dataset: Dataset, left_out: LeftOuts, *, workers: int = 0, doing: str = "training"
 ) -> Dataset:
-    """Leave the images that cannot be decoded out of a data set, as if its tars lacked them.
+    """Return the data set without images that cannot be decoded, as if its tars lacked them.
 
     Args:
-        left_out: has them in its record, or gets them.
-        doing: what continues without them, for the warning.
+        left_out: list that the images are added to; its record is used if there is one.
+        doing: the activity that continues without them, for the warning.
     """
-    images, samples = ImageSource(dataset.shards), SampleSet.of(dataset).every()
-    look = partial(find_corrupt, images, samples, workers=workers)
+    images, samples = ImageSource(dataset.shards), SampleSet.of(dataset).all_samples()
+    search = partial(find_corrupt, images, samples, workers=workers)
     identity = {"shards": tars_sha256(dataset.shards)}
-    found = left_out.find("corrupt", identity, dataset.counts, look)
+    found = left_out.find("corrupt", identity, dataset.counts, search)
     left_out.add(
         LeftOut("corrupt", shard, offset, dataset.shards[shard].key(offset))
         for shard, offsets in found.items()
@@ -103,9 +102,9 @@ def without_corrupt(
 
 
 def require_images(dataset: Dataset, *, workers: int = 0) -> None:
-    """Refuse a data set with images that cannot be decoded, and list all of them."""
+    """Raise an ImageError that lists all images that cannot be decoded, if there are any."""
     images = ImageSource(dataset.shards)
-    found = find_corrupt(images, SampleSet.of(dataset).every(), workers=workers)
+    found = find_corrupt(images, SampleSet.of(dataset).all_samples(), workers=workers)
     if not found:
         return
     shards = dataset.shards
@@ -116,8 +115,8 @@ def require_images(dataset: Dataset, *, workers: int = 0) -> None:
     raise ImageError(
         f"{len(found)} of {dataset.samples} images cannot be decoded",
         where=dataset.name,
-        expected="whole JPEG, PNG or WebP files",
-        action="make the shards again with whole files, or dump and train without these: "
+        expected="complete JPEG, PNG or WebP files",
+        action="write the shards again with intact files, or dump and train without these: "
         "--set data.corrupt=skip",
         report={"corrupt": report},
     )

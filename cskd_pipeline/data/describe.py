@@ -1,4 +1,4 @@
-"""The manifest of a data set: made once from its tars, or the one that it was opened by."""
+"""The manifest of a data set: the one it was opened with, or computed from its tars."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cskd_pipeline.cache.manifest import DatasetManifest, ShardInfo
 from cskd_pipeline.data.index import (
     Dataset,
     load_dataset,
-    refuse_repeated_keys,
+    refuse_duplicate_keys,
     require_num_classes,
 )
 from cskd_pipeline.data.listing import Spec
@@ -35,14 +35,14 @@ def index_shards(
     split: str | None = None,
     decoders: int | None = None,
 ) -> DatasetManifest:
-    """Read every byte of the shards once, and describe them; of those at a URL, headers only.
+    """Describe the shards by reading every byte once; remote shards, by their headers only.
 
     Args:
-        decoders: decode every image first, by so many loader processes; None: do not.
+        decoders: number of loader processes that first decode every image; None: skip decoding.
 
     Raises:
-        DataError: as :func:`load_dataset`; a key that is there twice; no number of classes.
-        ImageError: images that cannot be decoded, all of them in its report.
+        DataError: as :func:`load_dataset`; duplicate keys; the number of classes is unknown.
+        ImageError: images that cannot be decoded, all listed in its report.
     """
     dataset = load_dataset(
         spec,
@@ -51,9 +51,9 @@ def index_shards(
         empty="error" if decoders is None else "pass",
     )
     require_num_classes(dataset)
-    refuse_repeated_keys(dataset)
+    refuse_duplicate_keys(dataset)
     if decoders is not None:
-        from cskd_pipeline.data.corrupt import require_images  # and torch
+        from cskd_pipeline.data.corrupt import require_images  # imports torch
 
         require_images(dataset, workers=decoders)
     dataset = replace(dataset, name=name or dataset.name, manifest=None)
@@ -62,21 +62,21 @@ def index_shards(
 
 
 def describe(dataset: Dataset) -> DatasetManifest:
-    """Return the manifest of ``dataset``: its own, or one made by reading every byte of its tars.
+    """Return the manifest of ``dataset``: its own, or one computed by reading every byte.
 
-    Of a tar at a URL nothing is read: its SHA-256 is the one that its store states, or None.
+    Remote tars are not read: their SHA-256 is the one that their store states, or None.
     """
-    manifest = dataset.manifest or _made(dataset)
+    manifest = dataset.manifest or _computed_manifest(dataset)
     unknown = sum(info.sha256 is None for info in manifest.shards)
     if unknown:
         log.info(
-            f"{unknown} shards without SHA-256, which their store does not state: length, keys and "
-            "the images' CRC-32 identify them"
+            f"{unknown} shards have no SHA-256, as their store does not state it: they are "
+            "identified by length, keys and the images' CRC-32"
         )
     return replace(manifest, location=None)
 
 
-def _made(dataset: Dataset) -> DatasetManifest:
+def _computed_manifest(dataset: Dataset) -> DatasetManifest:
     classes = require_num_classes(dataset)
     _, names = _relative_names([shard.path for shard in dataset.shards])
     with progress(sum(shard.size for shard in dataset.shards), "bytes", "hashing shards") as meter:
@@ -84,8 +84,8 @@ def _made(dataset: Dataset) -> DatasetManifest:
             ShardInfo.of(name, shard.keys, shard.size, _sha256(shard, meter))
             for name, shard in zip(names, dataset.shards, strict=True)
         ]
-    made = DatasetManifest(dataset.name, classes, tuple(infos), dataset.class_names)
-    return DatasetManifest.from_json(made.to_json(), f"the manifest of {dataset.name}")
+    manifest = DatasetManifest(dataset.name, classes, tuple(infos), dataset.class_names)
+    return DatasetManifest.from_json(manifest.to_json(), f"the manifest of {dataset.name}")
 
 
 def _sha256(shard: TarShard, meter: Meter) -> str | None:
@@ -101,20 +101,20 @@ def _sha256(shard: TarShard, meter: Meter) -> str | None:
 
 
 def _relative_names(paths: Sequence[Tar]) -> tuple[str | None, list[str]]:
-    """The URL of the innermost folder that holds them all, if it has one, and paths below it.
+    """Return the URL of the innermost common folder (None if local), and the paths below it.
 
-    Links keep their own names.
+    Symbolic links keep their own names.
     """
     absolute = [Path(os.path.abspath(p) if isinstance(p, Path) else str(p)) for p in paths]
     first = paths[0]
-    kinds = {
+    servers = {
         re.sub("(//[^/]*)/.*", r"\1", str(p)) if isinstance(p, RemoteTar) else "" for p in paths
     }
-    if len(kinds) > 1:
+    if len(servers) > 1:
         raise DataError(
-            "the shards of one data set lie on several servers",
-            found=", ".join(kind or "this machine" for kind in sorted(kinds)),
-            expected="one folder that holds them all, here or at a URL",
+            "the shards of one data set are on several servers",
+            found=", ".join(server or "this machine" for server in sorted(servers)),
+            expected="all shards below one folder or one URL",
         )
     folder = os.path.commonpath([path.parent for path in absolute])
     names = [path.relative_to(folder).as_posix() for path in absolute]

@@ -1,4 +1,4 @@
-"""Images for evaluation: resized and cropped as timm does it, every sample exactly once."""
+"""Images for evaluation: resized and cropped like timm's, every sample exactly once."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from cskd_pipeline.views.decode import decode
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """``pixels``: (B, S, S, 3) uint8. ``label``: (B,) int64."""
+    """B images for evaluation: ``pixels`` (B, S, S, 3) uint8, ``label`` (B,) int64."""
 
     pixels: Tensor
     label: Tensor
 
     def pin_memory(self) -> EvalBatch:
-        """Return the batch in memory that a GPU reads while it computes."""
+        """Return the batch in pinned memory."""
         return EvalBatch(self.pixels.pin_memory(), self.label.pin_memory())
 
 
 class EvalImages(TorchDataset[EvalBatch]):
-    """Samples, (B, 2) shard and offset -> their batch."""
+    """Data set from samples, (B, 2) shard and offset, to their batch."""
 
     def __init__(self, dataset: Dataset, preprocessing: Preprocessing) -> None:
         self.images, self.size = ImageSource(dataset.shards), preprocessing.size
-        # timm's own transform up to uint8: it leaves floats to the device.
+        # With use_prefetcher, timm's transform returns uint8, which is converted on the device.
         self.transform: Callable[[Image.Image], Tensor] = create_transform(
             preprocessing.size,
             is_training=False,
@@ -65,19 +65,16 @@ def eval_loader(
     pin_memory: bool = False,
     ranks: Ranks = ALONE,
 ) -> Iterator[EvalBatch]:
-    """Yield every sample once, in order; a rank has every ``world``-th batch.
-
-    The last batch may be short.
-    """
-    images, samples = EvalImages(dataset, preprocessing), SampleSet.of(dataset).every()
+    """Yield a rank's batches, every ``world``-th of all samples in order; the last may be short."""
+    images, samples = EvalImages(dataset, preprocessing), SampleSet.of(dataset).all_samples()
     starts = range(0, len(samples), batch_size)[ranks.rank :: ranks.world]
-    mine = (samples[start : start + batch_size] for start in starts)
-    loader = Loader(images, mine, workers=workers, pin_memory=pin_memory)
+    batches = (samples[start : start + batch_size] for start in starts)
+    loader = Loader(images, batches, workers=workers, pin_memory=pin_memory)
     tars, position = images.images.tars, np.arange(len(samples)) // (batch_size * ranks.world)
     yield from ReadAhead(tars, uses_of(tars, samples[:, 0], position)).over(loader)
 
 
 def images_of_rank(dataset: Dataset, *, batch_size: int, ranks: Ranks = ALONE) -> int:
-    """Count the images of a rank's batches from :func:`eval_loader`."""
+    """Count the images in a rank's batches from :func:`eval_loader`."""
     starts = range(0, dataset.samples, batch_size)[ranks.rank :: ranks.world]
     return sum(min(batch_size, dataset.samples - start) for start in starts)

@@ -1,7 +1,7 @@
-"""Full batches for a teacher, whatever pieces the loader delivers.
+"""Full batches for a teacher, regrouped from the loader's batches of any size.
 
-The model always sees a whole batch, and fills a short one up with zeros. Loaders cut where windows
-of a tar shard end, so what they leave over is kept here, on the device, for the next batch.
+The teacher always runs on a full batch and pads a short one with zeros. Loaders cut batches at the
+windows of a tar shard, so the remainder is kept on the device for the next batch.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from cskd_pipeline.views.policy import ViewPolicy
 
 @dataclass(frozen=True)
 class TeacherViews:
-    """Hold n views as a teacher sees them, and what is recorded of each.
+    """n views for a teacher, and the record of each.
 
-    - ``images``: (n, 3, S, S) float32 on the device, in [0, 1] where nothing was erased (noise
-      there), not normalised.
-    - ``label``: (n,) int64 on the device, of the image that fills more of the view.
-    - ``index``: (n, 3) int32 view, shard, offset, on the host as all that follows.
+    - ``images``: (n, 3, S, S) float32 on the device, not normalised; in [0, 1] except for noise in
+      erased boxes.
+    - ``label``: (n,) int64 on the device, label of the image with the larger share of the view.
+    - ``index``: (n, 3) int32 view, shard, offset, on the host, like the following fields.
     - ``seed``: (n,) uint64; ``image_crc32``, ``view_digest``: (n,) uint32.
     """
 
@@ -40,12 +40,12 @@ class TeacherViews:
 
     @classmethod
     def of(cls, batch: Batch, policy: ViewPolicy, device: torch.device | str) -> TeacherViews:
-        """Take the views of a batch that lies on the host, which waits for nothing."""
-        there = batch.to(device)
+        """Return the views of a host batch on ``device``, without synchronising."""
+        moved = batch.to(device)
         own = batch.own.numpy()
         return cls(
-            images=assemble(there, policy),
-            label=torch.where(there.lam >= 0.5, there.label, there.partner_label),
+            images=assemble(moved, policy),
+            label=torch.where(moved.lam >= 0.5, moved.label, moved.partner_label),
             index=batch.index.numpy(),
             seed=batch.seed.numpy()[own],
             image_crc32=batch.image_crc32.numpy()[own],
@@ -54,11 +54,11 @@ class TeacherViews:
 
     @classmethod
     def join(cls, parts: Sequence[TeacherViews]) -> TeacherViews:
-        """Put one after the other; a single part is not copied."""
+        """Concatenate ``parts``; a single part is not copied."""
         if len(parts) == 1:
             return parts[0]
         columns: Any = zip(*map(TeacherViews._columns, parts), strict=True)
-        return cls(*(_joined(column) for column in columns))
+        return cls(*map(_concatenate, columns))
 
     def _columns(self) -> list[Any]:
         return [getattr(self, field.name) for field in fields(self)]
@@ -70,26 +70,26 @@ class TeacherViews:
         return TeacherViews(*(column[rows] for column in self._columns()))
 
 
-def _joined(column: Any) -> Any:
+def _concatenate(column: Any) -> Any:
     return torch.cat(column) if torch.is_tensor(column[0]) else np.concatenate(column)
 
 
 def full_batches(pieces: Iterable[TeacherViews], size: int) -> Iterator[TeacherViews]:
-    """Yield the same views in the same order, ``size`` at a time; only the last may be fewer."""
+    """Yield the same views in the same order, in batches of ``size``; the last may be short."""
     kept: list[TeacherViews] = []
     for piece in pieces:
         kept.append(piece)
         if sum(map(len, kept)) < size:
             continue
         views = TeacherViews.join(kept)
-        whole = len(views) - len(views) % size
-        for start in range(0, whole, size):
+        end = len(views) - len(views) % size
+        for start in range(0, end, size):
             yield views[start : start + size]
-        kept = [views[whole:]] if whole < len(views) else []
+        kept = [views[end:]] if end < len(views) else []
     if kept:
         yield TeacherViews.join(kept)
 
 
 def logits_of(teacher: Teacher, batch: Batch, policy: ViewPolicy) -> Logits:
-    """Return the teacher's checked logits for the views of a batch that lies on its device."""
+    """Return the teacher's checked logits for the views of a batch on its device."""
     return teacher.respond(normalise(assemble(batch, policy), teacher.mean, teacher.std))

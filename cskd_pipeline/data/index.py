@@ -1,4 +1,4 @@
-"""A data set: its tars in order, its classes, and the manifest that it was opened by."""
+"""A data set: its tars in order, its classes, and the manifest it was opened with."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ CLASSES = "classes.json"
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled tars in the order that numbers them.
+    """Labelled tars, numbered in order.
 
-    ``num_classes`` and ``class_names`` are None where nothing states them. ``manifest`` is the one
-    the data set was opened by, or None.
+    ``num_classes`` and ``class_names`` are None if unknown. ``manifest`` is the one the data set
+    was opened with, or None.
     """
 
     name: str
@@ -46,48 +46,52 @@ class Dataset:
 
     @cached_property
     def shard_ids(self) -> tuple[str, ...]:
-        """Return what identifies each tar's samples and their order: the SHA-256 of its keys."""
+        """Return the SHA-256 of each tar's keys, which identifies its samples and their order."""
         return tuple(shard.keys_sha256 for shard in self.shards)
 
     @property
     def samples(self) -> int:
-        """Return the number of all samples."""
+        """Return the total number of samples."""
         return sum(self.counts)
 
     def classes(self, of: str) -> Classes:
-        """Return the classes as those of ``of``, for a comparison."""
+        """Return the classes for :class:`ClassGuard`, named after ``of`` in messages."""
         return Classes(of, str(self.shards[0].path.parent), self.num_classes, self.class_names)
 
-    def fitting(self, other: Classes, of: str, guard: ClassGuard) -> Dataset:
-        """Return the same with ``other``'s number of classes, if ``guard`` lets the names pass."""
+    def with_classes_of(self, other: Classes, of: str, guard: ClassGuard) -> Dataset:
+        """Return the data set with ``other``'s number of classes, if ``guard`` accepts the names.
+
+        ``of``: name of this data set in messages.
+        """
         guard.compare(self.classes(of), other)
         return self if other.count is None else self.with_classes(other.count)
 
     def with_classes(self, num_classes: int) -> Dataset:
-        """Return the same with a known number of classes; check the labels against it."""
+        """Return the data set with a known number of classes; check the labels against it."""
         if self.num_classes == num_classes:
             return self
-        classes = _agreed(num_classes, self.num_classes, self.name)
+        classes = _agreed_classes(num_classes, self.num_classes, self.name)
         shards = tuple(replace(shard, num_classes=num_classes) for shard in self.shards)
         return replace(self, shards=shards, num_classes=classes)
 
-    def held_to(self, manifest: DatasetManifest) -> Dataset:
-        """Return the same, whose tars must be those that ``manifest`` describes in this order."""
+    def with_infos_of(self, manifest: DatasetManifest) -> Dataset:
+        """Return the data set with each tar required to match its entry in ``manifest``."""
         pairs = zip(self.shards, manifest.shards, strict=True)
         return replace(self, shards=tuple(replace(shard, info=info) for shard, info in pairs))
 
     def without(self, offsets: Mapping[int, Sequence[int]]) -> Dataset:
-        """Return the same as if the tars did not hold these samples, shard -> offsets.
+        """Return the data set without these samples, shard -> offsets, as if the tars lacked them.
 
-        A tar that would have none left is refused.
+        Raises:
+            DataError: a tar would have no samples left.
         """
         empty = [s for s, left_out in offsets.items() if len(left_out) == self.counts[s]]
         if empty:
             raise DataError(
-                f"{len(empty)} shards would be left with no sample",
+                f"{len(empty)} shards would have no samples left",
                 where=self.name,
                 problems=[f"every image is corrupt: {self.shards[s].path}" for s in empty],
-                action="name the other shards only",
+                action="pass only the other shards",
             )
         shards, manifest = list(self.shards), self.manifest
         for number, rows in offsets.items():
@@ -98,9 +102,9 @@ class Dataset:
 
 
 def sample(dataset: Dataset, samples: int, parts: int = 4) -> Dataset:
-    """Take about ``samples`` samples of ``dataset``, in ``parts`` runs of neighbours.
+    """Return about ``samples`` samples of ``dataset`` as ``parts`` shards of neighbouring samples.
 
-    For trials and forecasts. Each part is a shard of its own; its manifest has no hashes.
+    For trials and forecasts; the manifest has no SHA-256.
     """
     count = len(dataset.shards)
     chosen = sorted({(2 * i + 1) * count // (2 * parts) for i in range(parts)})
@@ -126,33 +130,33 @@ def load_dataset(
     num_classes: int | None = None,
     empty: str = "error",
 ) -> Dataset:
-    """Open shards, or a ``manifest.json`` beside them.
+    """Open shards, or the ``manifest.json`` next to them.
 
-    With a manifest only the tars' sizes are looked at, and their headers when they are first used;
-    without one every header is read now.
+    With a manifest, only the tars' sizes are checked, and headers are read on first use; without
+    one, all headers are read now.
 
     Args:
         spec, split, prefer: see :func:`cskd_pipeline.data.listing.list_shards`.
-        num_classes: None or 0: the manifest's, or as many as there are class names.
-        empty: images of 0 bytes, where the headers are read: ``error``, or ``pass``: for callers
-            that look for all images that cannot be decoded
+        num_classes: number of classes; None or 0: the manifest's, or the number of class names.
+        empty: ``error``: refuse images of 0 bytes, if headers are read; ``pass``: accept them, for
+            callers that search for all images that cannot be decoded
             (:mod:`cskd_pipeline.data.corrupt`).
 
     Raises:
-        DataError: shards that are missing, damaged or not those of the manifest; class counts that
-            contradict each other; images of 0 bytes, all at once.
-        ManifestError: a manifest that does not fit its schema.
+        DataError: shards that are missing, damaged or do not match the manifest; different numbers
+            of classes; images of 0 bytes, all listed.
+        ManifestError: a manifest that does not match its schema.
     """
     tars, listing = list_shards(spec, split=split, prefer=prefer)
     manifest = listing.manifest
     if manifest is not None:
-        classes = _agreed(num_classes, manifest.num_classes, "the manifest")
+        classes = _agreed_classes(num_classes, manifest.num_classes, "the manifest")
         pairs = zip(tars, manifest.shards, strict=True)
         shards = tuple(TarShard(tar, info, classes) for tar, info in pairs)
         _check_sizes(shards)
         return Dataset(manifest.name, shards, classes, manifest.class_names, manifest)
-    names = _names_beside(tars)
-    classes = _agreed(num_classes, len(names) if names else None, "the class names")
+    names = _class_names_of(tars)
+    classes = _agreed_classes(num_classes, len(names) if names else None, "the class names")
     shards = tuple(TarShard(tar, num_classes=classes) for tar in tars)
     read_headers(shards)
     _check_counts(shards, listing.counts)
@@ -162,7 +166,7 @@ def load_dataset(
 
 
 def read_headers(shards: Sequence[TarShard]) -> None:
-    """Read the headers that were not read yet; of tars elsewhere, several at a time."""
+    """Read the headers of all tars not indexed yet; remote tars are read in parallel."""
     missing = [shard for shard in shards if not shard.is_indexed]
     if not missing:
         return
@@ -173,24 +177,24 @@ def read_headers(shards: Sequence[TarShard]) -> None:
         with progress(len(missing), "shards", "reading tar headers") as meter:
             for _ in apply(lambda shard: shard.index, missing):
                 meter.advance()
-    finally:  # a stop does not wait for tars that have begun
+    finally:  # an interrupt does not wait for tars in progress
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def require_num_classes(dataset: Dataset, action: str = "pass --num-classes N") -> int:
-    """Return the number of classes; refuse a data set where nothing states it."""
+    """Return the number of classes, or raise a DataError if it is unknown."""
     if dataset.num_classes is None:
         raise DataError(
-            "nothing states the number of classes",
+            "the number of classes is unknown",
             where=dataset.name,
-            expected=f"a list of names in {CLASSES} beside the shards, or a number",
+            expected=f"a list of class names in {CLASSES} next to the shards, or a number",
             action=action,
         )
     return dataset.num_classes
 
 
-def _names_beside(paths: Sequence[Tar]) -> tuple[str, ...] | None:
-    """Return the class names in the folders of ``paths``, which must be the same in all."""
+def _class_names_of(paths: Sequence[Tar]) -> tuple[str, ...] | None:
+    """Return the class names found in the folders of ``paths``; refuse names that differ."""
     guard = ClassGuard()
     known: Classes | None = None
     for folder in dict.fromkeys(path.parent for path in paths):
@@ -212,16 +216,16 @@ def find_class_names(folder: Path | str) -> tuple[str, ...] | None:
             continue
         if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
             raise DataError(
-                "class names that cannot be used",
+                "the class names cannot be used",
                 where=f"{folder}/{file}",
-                expected="a list of names, in order",
+                expected="a list of names, in label order",
             )
         return tuple(names)
     return None
 
 
 def _document(folder: Path | str, name: str) -> Any:
-    """The JSON document of this name in a folder here or elsewhere; None where there is none."""
+    """Return the JSON document of this name in a local or remote folder; None if absent."""
     if isinstance(folder, Path):
         path = folder / name
         return schemas.read(path) if path.is_file() else None
@@ -229,18 +233,18 @@ def _document(folder: Path | str, name: str) -> Any:
 
 
 def name_of(paths: Sequence[Tar]) -> str:
-    """Return what the tars' names have in common, without numbers: ``imagenet1k-train``."""
-    # Of names, letter by letter, which the rule takes for paths.
+    """Return the common prefix of the tars' names, without numbers: ``imagenet1k-train``."""
+    # Character by character is intended: these are names, not paths as the rule assumes.
     common = os.path.commonprefix([Path(str(path)).stem for path in paths])  # noqa: RUF071
     common = common.rstrip("0123456789").rstrip("-_. ")
     return common or Path(str(paths[0])).resolve().parent.name or "shards"
 
 
-def _agreed(given: int | None, found: int | None, source: str) -> int | None:
+def _agreed_classes(given: int | None, found: int | None, source: str) -> int | None:
     if given and found and given != found:
         raise DataError(
-            "two numbers of classes contradict each other",
-            found=f"{found}, by {source}",
+            "conflicting numbers of classes",
+            found=f"{found}, from {source}",
             expected=given,
         )
     return given or found or None
@@ -252,7 +256,8 @@ def _check_counts(shards: Sequence[TarShard], counts: Sequence[int] | None) -> N
         for shard, count in zip(shards, counts or map(len, shards), strict=True)
         if len(shard) != count
     ]
-    _refuse(wrong, shards, f"as long as {INFO} says", f"download them again, or correct {INFO}")
+    action = f"download them again, or correct {INFO}"
+    _refuse(wrong, shards, f"do not have the number of samples in {INFO}", action)
 
 
 def _check_sizes(shards: Sequence[TarShard]) -> None:
@@ -261,16 +266,14 @@ def _check_sizes(shards: Sequence[TarShard]) -> None:
         for shard in shards
         if shard.info is not None and shard.size != shard.info.bytes
     ]
-    action = "copy or download them again, or describe what is there: cskd-pipeline index"
-    _refuse(wrong, shards, "those of the manifest", action)
+    action = "copy or download them again, or describe the present files: cskd-pipeline index"
+    _refuse(wrong, shards, "do not match the manifest", action)
 
 
-def _refuse(wrong: list[str], shards: Sequence[TarShard], expected: str, action: str) -> None:
+def _refuse(wrong: list[str], shards: Sequence[TarShard], problem: str, action: str) -> None:
     if wrong:
         raise ShardError(
-            f"{len(wrong)} of {len(shards)} shards are not {expected}",
-            problems=wrong,
-            action=action,
+            f"{len(wrong)} of {len(shards)} shards {problem}", problems=wrong, action=action
         )
 
 
@@ -283,26 +286,23 @@ def _refuse_empty_images(shards: Sequence[TarShard]) -> None:
     if empty:
         raise ImageError(
             "an image has 0 bytes" if len(empty) == 1 else f"{len(empty)} images have 0 bytes",
-            expected="whole JPEG, PNG or WebP files",
-            action="make the shards again with the whole files, or dump and train without these: "
+            expected="complete JPEG, PNG or WebP files",
+            action="write the shards again with intact files, or dump and train without these: "
             "--set data.corrupt=skip",
             problems=empty,
         )
 
 
-def refuse_repeated_keys(dataset: Dataset) -> None:
-    """Refuse a data set in which a key is there twice: the cache joins by keys.
-
-    Reads the headers of all tars.
-    """
+def refuse_duplicate_keys(dataset: Dataset) -> None:
+    """Raise a DataError if two tars have the same key, after reading the headers of all tars."""
     read_headers(dataset.shards)
     counts = [len(shard.index) for shard in dataset.shards]
     hashes = np.concatenate(
         [np.fromiter(map(hash, s.index.keys.tolist()), np.int64, len(s)) for s in dataset.shards]
     )
     order = np.argsort(hashes, kind="stable")
-    again = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
-    suspects = np.flatnonzero(np.isin(hashes, hashes[again]))
+    repeated = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
+    suspects = np.flatnonzero(np.isin(hashes, hashes[repeated]))
     ends = np.cumsum(counts)
     seen: dict[bytes, Tar] = {}
     problems = []
@@ -315,12 +315,10 @@ def refuse_repeated_keys(dataset: Dataset) -> None:
             problems.append(f"{key.decode()}: in {first} and {tar.path}")
     if problems:
         raise DataError(
-            "a key is there twice"
-            if len(problems) == 1
-            else f"{len(problems)} keys are there twice",
+            "a key is not unique" if len(problems) == 1 else f"{len(problems)} keys are not unique",
             where=dataset.name,
-            expected="keys that are unique in the data set, as the cache joins by them",
-            action="leave one of the shards out, or write them with other keys, as "
-            "cskd-pipeline make-shards does",
+            expected="keys that are unique in the data set, because caches are joined by key",
+            action="remove one of the shards, or write them again with unique keys: "
+            "cskd-pipeline make-shards",
             problems=problems,
         )

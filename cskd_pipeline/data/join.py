@@ -1,4 +1,4 @@
-"""A cache's samples found in the user's tars, by key: never by position, never silently short."""
+"""A cache's samples matched to the user's tars by key, never by position or silently incomplete."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from cskd_pipeline.cache.omitted import LeftOut
 from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.batches import Renderer
-from cskd_pipeline.data.images import NOWHERE, SHOWN, ImageSource, TarRows
+from cskd_pipeline.data.images import ABSENT, SHOWN, ImageSource, TarRows
 from cskd_pipeline.data.index import Dataset, load_dataset, read_headers
 from cskd_pipeline.data.left_out import Offsets
 from cskd_pipeline.data.plan import SampleSet
@@ -21,18 +21,18 @@ from cskd_pipeline.runtime.progress import progress
 
 @dataclass(frozen=True)
 class Join:
-    """Every sample of a cache, found in the user's tars.
+    """A cache's samples in the user's tars.
 
     Args:
-        samples: the cache's layout, over which training is planned.
-        images: reads samples by shard and offset in that layout.
-        allowed: per shard (count,) bool, samples the user has; None: all.
-        same_shards: shards whose tar holds the same keys in the same order.
-        missing: samples that the user's tars lack.
-        unused: the user's samples that the cache does not know.
-        compared: samples whose labels were compared with the cache's.
-        relabelled: (n, 3) shard, offset and the cache's label of those that have another here.
-        reasons: reason -> shard -> offsets of samples that the user has and that are left out.
+        samples: the cache's layout, which training is planned on.
+        images: source of the images, by shard and offset in that layout.
+        allowed: per shard (count,) bool, samples to train on; None: all.
+        same_shards: number of shards that have a tar with the same keys in the same order.
+        missing: number of samples that the user's tars lack.
+        unused: number of the user's samples that are not in the cache.
+        compared: number of samples whose labels were compared with the cache's.
+        relabelled: (n, 3) shard, offset and the cache's label of samples whose label differs.
+        reasons: reason -> shard -> offsets of samples that are in the tars but left out.
     """
 
     samples: SampleSet
@@ -53,21 +53,21 @@ class Join:
 
     @property
     def renderer(self) -> Renderer:
-        """Return what renders the cache's views from the user's images."""
+        """Return a renderer of the cache's views from the user's images."""
         return Renderer.of_cache(self.images)
 
-    def there(self) -> np.ndarray:
-        """Return (n, 2) int64 shard and offset of the samples that the user has."""
-        every = self.samples.every()
-        return every[self.images.locate(every)[0] != NOWHERE]
+    def present(self) -> np.ndarray:
+        """Return (n, 2) int64 shard and offset of the samples in the user's tars."""
+        samples = self.samples.all_samples()
+        return samples[self.images.locate(samples)[0] != ABSENT]
 
     def usable(self) -> np.ndarray:
-        """Return (n, 2) int64 shard and offset of the samples that are allowed."""
-        every = self.samples.every()
-        return every if self.allowed is None else every[np.concatenate(self.allowed)]
+        """Return (n, 2) int64 shard and offset of the allowed samples."""
+        samples = self.samples.all_samples()
+        return samples if self.allowed is None else samples[np.concatenate(self.allowed)]
 
     def without(self, offsets: Offsets, reason: str) -> Join:
-        """Return the join without these samples, which the user has; refuse to leave none."""
+        """Return the join without these samples of the user's tars; refuse to leave none."""
         if not offsets:
             return self
         allowed = [np.ones(count, bool) for count in self.samples.counts]
@@ -78,9 +78,9 @@ class Join:
         if not any(mask.any() for mask in allowed):
             raise JoinError(
                 "none of the images is the one the cache was made from",
-                where=self.images.where(*self.there()[0].tolist()),
-                action="use the original files: from copies that were resized or compressed again "
-                "come other views than the teacher saw",
+                where=self.images.where(*self.present()[0].tolist()),
+                action="use the original files: resized or recompressed copies give other views "
+                "than the teacher saw",
             )
         reasons = {**self.reasons, reason: offsets}
         return replace(self, allowed=tuple(allowed), reasons=reasons)
@@ -90,8 +90,8 @@ class Join:
         return sum(map(len, self.reasons.get(reason, {}).values()))
 
     def left_out(self) -> Iterator[LeftOut]:
-        """Yield every sample of the cache that is not allowed, in the cache's order."""
-        why = {
+        """Yield every disallowed sample of the cache, in the cache's order."""
+        reasons = {
             (shard, offset): reason
             for reason, offsets in self.reasons.items()
             for shard, rows in offsets.items()
@@ -102,7 +102,7 @@ class Join:
             if len(offsets):
                 keys = self.cache.keys(shard)
                 for offset in offsets.tolist():
-                    reason = why.get((shard, offset), "missing")
+                    reason = reasons.get((shard, offset), "missing")
                     yield LeftOut(reason, shard, offset, keys[offset])
 
 
@@ -114,28 +114,27 @@ def join(
     missing: str = "error",
     drift: str = "error",
 ) -> Join:
-    """Find the cache's samples among the user's, and compare their labels.
+    """Match the cache's samples to the user's by key, and compare their labels.
 
-    Tars that hold the same keys in the same order are taken as a whole, by their manifest where
-    there is one; only what is left is looked up key by key.
+    A tar with the same keys in the same order as a shard is matched as a whole (by its manifest, if
+    it has one); the remaining samples are looked up key by key.
 
     Args:
-        guard: accepts labels that are not the cache's, or does not; without, they are refused.
-        missing: ``error``, or ``skip``: train without the samples that are missing, and their
-            partners.
-        drift: ``error``; ``warn``: images that are not byte for byte the cache's are not refused;
-            ``skip``: as ``error``, for a caller that looks for them (:func:`find_differing`) and
-            leaves them out (:meth:`Join.without`).
+        guard: decides whether labels that differ from the cache's are accepted; None: refused.
+        missing: ``error``, or ``skip``: leave missing samples and their partners out.
+        drift: ``error``; ``warn``: accept images that differ from the cache's; ``skip``: as
+            ``error``, for callers that find them (:func:`find_differing`) and leave them out
+            (:meth:`Join.without`).
 
     Raises:
-        JoinError: samples missing, keys that fit twice, or other labels. Images are compared when
-            they are read; :mod:`cskd_pipeline.data.replay` does so for a sample in advance.
-        UsageError: another word for ``missing`` or ``drift``.
+        JoinError: missing samples, duplicate keys, or labels that differ. Images are compared only
+            when they are read; :mod:`cskd_pipeline.data.replay` compares some in advance.
+        UsageError: an invalid value of ``missing`` or ``drift``.
     """
-    require_word("missing", missing, ("error", "skip"))
-    require_word("drift", drift, ("error", "warn", "skip"))
+    require_choice("missing", missing, ("error", "skip"))
+    require_choice("drift", drift, ("error", "warn", "skip"))
     tar_rows = _tar_rows(dataset, cache)
-    absent = {s: r.tar == NOWHERE for s, r in enumerate(tar_rows) if isinstance(r, TarRows)}
+    absent = {s: r.tar == ABSENT for s, r in enumerate(tar_rows) if isinstance(r, TarRows)}
     count = int(sum(mask.sum() for mask in absent.values()))
     total = sum(cache.counts)
     if count and (missing == "error" or count == total):
@@ -152,7 +151,9 @@ def join(
     if len(relabelled):
         if not guard.accept:
             raise images.label_error(relabelled, compared, guard.switch)
-        guard.record(f"{len(relabelled)} of {compared} samples have other labels than in the cache")
+        guard.record(
+            f"{len(relabelled)} of {compared} samples have labels that differ from the cache's"
+        )
     allowed = None
     if count:
         allowed = tuple(
@@ -163,7 +164,7 @@ def join(
         samples=SampleSet.of(cache),
         images=images,
         allowed=allowed,
-        same_shards=sum(isinstance(place, int) for place in tar_rows),
+        same_shards=sum(isinstance(rows, int) for rows in tar_rows),
         missing=count,
         unused=dataset.samples - (total - count),
         compared=compared,
@@ -171,31 +172,29 @@ def join(
     )
 
 
-def require_word(name: str, value: str, words: Sequence[str]) -> None:
-    """Refuse an option's value that is none of ``words``, with a UsageError."""
-    if value not in words:
-        raise UsageError(f"{name} has no such value", found=value, expected=" or ".join(words))
+def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise a UsageError unless an option's value is one of ``choices``."""
+    if value not in choices:
+        raise UsageError(f"invalid value of {name}", found=value, expected=" or ".join(choices))
 
 
-def join_to_look(cache: Cache, shards: str, guard: ClassGuard, *, split: str | None = None) -> Join:
-    """The cache's samples among the user's ``shards``, for those who compare or show them: samples
-    that are missing and images that differ are no error.
-    """
+def lenient_join(cache: Cache, shards: str, guard: ClassGuard, *, split: str | None = None) -> Join:
+    """Join ``shards`` for comparison or display: missing samples and other images are accepted."""
     dataset = load_dataset(shards, split=split)
-    dataset = dataset.fitting(classes_of(cache), "the shards", guard)
+    dataset = dataset.with_classes_of(classes_of(cache), "the shards", guard)
     return join(dataset, cache, guard, missing="skip", drift="warn")
 
 
 def classes_of(cache: Cache) -> Classes:
-    """Return the classes of a cache, for a comparison."""
+    """Return the classes of a cache, for :class:`ClassGuard`."""
     return cache.manifest.dataset.classes("the cache", cache.path)
 
 
 def find_differing(found: Join, part: int = 0, parts: int = 1) -> list[tuple[int, int]]:
-    """Read every image that is not left out; return shard and offset of those unlike the cache's.
+    """Read every allowed image; return shard and offset of images that differ from the cache's.
 
     Args:
-        part, parts: of the user's tars, read every ``parts``-th, from number ``part`` on.
+        part, parts: read every ``parts``-th of the user's tars, starting with number ``part``.
     """
     samples = found.usable()
     samples = samples[found.images.locate(samples)[0] % parts == part]
@@ -215,7 +214,7 @@ def _tar_rows(dataset: Dataset, cache: Cache) -> list[TarRows | int]:
     tars: dict[str, int] = {}
     for tar, shard_id in enumerate(dataset.shard_ids):
         if shard_id in tars and shard_id in cache.shard_ids:
-            raise _twice(dataset, dataset.shards[tar].key(0), tars[shard_id], tar)
+            raise _duplicate_error(dataset, dataset.shards[tar].key(0), tars[shard_id], tar)
         tars[shard_id] = tar
     same = [tars.get(shard_id) for shard_id in cache.shard_ids]
     looked_up = _look_up(dataset, cache, same)
@@ -225,13 +224,13 @@ def _tar_rows(dataset: Dataset, cache: Cache) -> list[TarRows | int]:
 def _compare_labels(
     images: ImageSource, cache: Cache, tar_rows: Sequence[TarRows | int]
 ) -> tuple[int, np.ndarray]:
-    """Return the count of labels compared, and :attr:`Join.relabelled`.
+    """Return the number of labels compared, and :attr:`Join.relabelled`.
 
-    Not compared here are tars whose SHA-256, by a manifest, is that of the one that the cache's
-    labels were read from; nothing of such a tar is read before its first use, which compares them.
+    A tar is skipped if its manifest states the SHA-256 of the tar that the cache was dumped from:
+    its headers are read, and its labels compared, when it is first used.
     """
     recorded = cache.manifest.dataset.shards
-    infos = [images.shards[place].info if isinstance(place, int) else None for place in tar_rows]
+    infos = [images.shards[rows].info if isinstance(rows, int) else None for rows in tar_rows]
     shards = [
         shard
         for shard in np.flatnonzero(cache.done().any(axis=0)).tolist()
@@ -242,51 +241,53 @@ def _compare_labels(
     compared, found = 0, [np.empty((0, 3), np.int64)]
     if not shards:
         return compared, found[0]
-    places = [tar_rows[shard] for shard in shards]
-    read_headers([images.shards[place] for place in places if isinstance(place, int)])
+    tars = [rows for shard in shards if isinstance(rows := tar_rows[shard], int)]
+    read_headers([images.shards[tar] for tar in tars])
     labels_of = cache.store.each(
         cache.labels, shards, "comparing labels with the cache's", "shards"
     )
     for shard, labels in zip(shards, labels_of, strict=True):
-        compared += int((images.shard_labels(shard) != NOWHERE).sum())
+        compared += int((images.shard_labels(shard) != ABSENT).sum())
         found.append(images.relabelled(shard, labels))
     return compared, np.concatenate(found)
 
 
 def _look_up(dataset: Dataset, cache: Cache, same: Sequence[int | None]) -> Iterator[TarRows]:
-    """Yield where samples of the shards that are None in ``same`` are, in tars not in it."""
+    """Yield the rows of each shard that is None in ``same``, looked up in the tars not in it."""
     if None not in same:
         return
     tars = sorted(set(range(len(dataset.shards))) - set(same))
     read_headers([dataset.shards[tar] for tar in tars])
-    keys = [dataset.shards[tar].index.keys for tar in tars] or [np.empty(0, "S1")]
-    tar = np.repeat(tars, [len(part) for part in keys]).astype(np.int32)
-    row = np.concatenate([np.arange(len(part), dtype=np.int32) for part in keys])
-    every = np.concatenate(keys)
-    label = np.concatenate([dataset.shards[tar].index.label for tar in tars] or [row])
-    order = np.argsort(every, kind="stable")
-    every, tar, row, label = every[order], tar[order], row[order], label[order]
-    for shard in (number for number, known in enumerate(same) if known is None):
+    indices = {tar: dataset.shards[tar].index for tar in tars}
+    columns = [
+        np.stack(np.broadcast_arrays(tar, np.arange(len(index)), index.label))
+        for tar, index in indices.items()
+    ]
+    keys = np.concatenate([np.empty(0, "S1"), *(index.keys for index in indices.values())])
+    rows = np.concatenate([np.empty((3, 0), np.int32), *columns], axis=1).astype(np.int32)
+    order = np.argsort(keys, kind="stable")
+    keys, rows = keys[order], rows[:, order]
+    for shard in (number for number, tar in enumerate(same) if tar is None):
         sought = np.array([key.encode() for key in cache.keys(shard)])
-        first = np.searchsorted(every, sought, side="left")
-        count = np.searchsorted(every, sought, side="right") - first
+        first = np.searchsorted(keys, sought, side="left")
+        count = np.searchsorted(keys, sought, side="right") - first
         if (count > 1).any():
             i = int(np.argmax(count > 1))
-            at = int(first[i])
-            raise _twice(dataset, sought[i].decode(), int(tar[at]), int(tar[at + 1]))
+            one, other = rows[0, first[i] : first[i] + 2].tolist()
+            raise _duplicate_error(dataset, sought[i].decode(), one, other)
         found = count == 1
-        tar_rows = np.full((3, len(sought)), NOWHERE, np.int32)
-        tar_rows[:, found] = tar[first[found]], row[first[found]], label[first[found]]
+        tar_rows = np.full((3, len(sought)), ABSENT, np.int32)
+        tar_rows[:, found] = rows[:, first[found]]
         yield TarRows(*tar_rows)
 
 
-def _twice(dataset: Dataset, key: str, first: int, second: int) -> JoinError:
+def _duplicate_error(dataset: Dataset, key: str, first: int, second: int) -> JoinError:
     return JoinError(
-        "a key of the cache is there more than once",
+        "a key of the cache is in the shards more than once",
         where=f"{dataset.shards[first].path} and {dataset.shards[second].path}",
         found=key,
         expected="keys that are unique in the data set",
-        action="leave one of the two out",
+        action="remove one of the two shards",
     )
 
 
@@ -299,18 +300,13 @@ def _missing_error(
             keys = cache.keys(shard)
             examples += [f"missing: {keys[i]}" for i in np.flatnonzero(mask)[:SHOWN].tolist()]
     total = sum(cache.counts)
+    skip = ", or train without them (left_out.csv lists them): --set data.missing=skip"
     return JoinError(
         f"{count} of the cache's {total} samples are not in the shards",
         where=dataset.name,
         found=f"{dataset.samples} samples, for example {dataset.shards[0].key(0)}",
         expected=f"the keys of {cache.manifest.dataset.name}",
-        action="give all shards of that data set"
-        + (
-            ""
-            if count == total
-            else ", or train without these, listed in the run's left_out.csv: "
-            "--set data.missing=skip"
-        )
-        + f"; cskd-pipeline cache verify {cache.path} --shards SHARDS --json lists them all",
+        action=f"pass all shards of that data set{'' if count == total else skip}; all missing "
+        f"keys: cskd-pipeline cache verify {cache.path} --shards SHARDS --json",
         problems=examples[:SHOWN],
     )

@@ -1,7 +1,7 @@
-"""Samples that a command leaves out: the list for its user, and the record for resuming.
+"""Samples that a command leaves out: a list for the user, and records for resuming.
 
-``left_out.csv`` in the run's or cache's folder lists the samples. What was found by reading every
-image is kept in records beside it, so that a resumed command need not read them again.
+``left_out.csv`` in the run's or cache's folder lists the samples. Results of reading every image
+are kept in records next to it, so that a resumed command does not read the images again.
 """
 
 import logging
@@ -20,15 +20,15 @@ from cskd_pipeline.runtime.distributed import Ranks
 log = logging.getLogger(__name__)
 
 Offsets = dict[int, list[int]]
-"""Shard -> offsets of samples in it."""
+"""Shard -> offsets of samples in the shard."""
 
 
 class LeftOuts:
     """The samples that one command leaves out of one data set.
 
     Args:
-        folder: the run's or the cache's; None: nothing is kept.
-        part: goes into the files' names, where a folder has several lists.
+        folder: folder of the run or cache; None: write nothing.
+        part: suffix of the file names, if a folder has several lists.
     """
 
     def __init__(self, folder: Path | None, ranks: Ranks, *, part: str = "") -> None:
@@ -41,13 +41,13 @@ class LeftOuts:
         return len(self._samples)
 
     def path(self, name: str) -> Path | None:
-        """Return the path of ``name`` in the folder, with the part in it: ``left_out-1.csv``."""
+        """Return the path of ``name`` in the folder, with the suffix: ``left_out-1.csv``."""
         stem, dot, suffix = name.partition(".")
         return None if self.folder is None else self.folder / f"{stem}{self._part}{dot}{suffix}"
 
     @property
     def listed(self) -> str:
-        """Return the end of a message about them."""
+        """Return the end of a log line, which names the list."""
         return "" if self.folder is None else f"; {self.path(LIST)} lists them"
 
     def add(self, samples: Iterable[LeftOut]) -> None:
@@ -59,32 +59,32 @@ class LeftOuts:
         name: str,
         identity: Mapping[str, Any],
         counts: Sequence[int],
-        look: Callable[..., Iterable[tuple[Any, ...]]],
+        search: Callable[..., Iterable[tuple[Any, ...]]],
     ) -> Offsets:
-        """Return what reading every image finds: from the record, or found now by all ranks.
+        """Return the samples that ``search`` finds in all images, from the record if there is one.
 
         Args:
             name: name of the record, and of the offsets in it.
-            identity: identifies the data that the record describes; a record with another identity
+            identity: identity of the data that the record describes; a record with another identity
                 is ignored.
             counts: number of samples in each shard.
-            look: reads ``part`` of ``parts`` of the images, and returns shard, offset (and what
-                else there may be) of what it finds there.
+            search: function that reads ``part`` of ``parts`` of the images, one part per rank, and
+                returns tuples that start with shard and offset.
         """
         path = self.path(f"{name}.json")
-        known = None
+        recorded = None
         if self.ranks.first and path is not None and path.exists():
-            known = _read(path, name, identity, counts)
-        found = self.ranks.gather(known)[0]
+            recorded = _read(path, name, identity, counts)
+        found = self.ranks.gather(recorded)[0]
         if found is None:
-            parts = self.ranks.gather(look(part=self.ranks.rank, parts=self.ranks.world))
+            parts = self.ranks.gather(search(part=self.ranks.rank, parts=self.ranks.world))
             found = by_shard(chain.from_iterable(parts))
         if path is not None:
             self._records[path] = {**identity, name: found}
         return found
 
     def write(self) -> None:
-        """Write the list, where there is something in it, and the records of what was read."""
+        """Write the list unless it is empty, and the records."""
         path = self.path(LIST)
         if path is not None and self._samples:
             write_list(path, self._samples)
@@ -93,7 +93,7 @@ class LeftOuts:
 
 
 def by_shard(samples: Iterable[tuple[Any, ...]]) -> Offsets:
-    """Group shard, offset, and what may follow them, by shard; in order."""
+    """Group tuples that start with shard and offset by shard, in order."""
     found: Offsets = {}
     for shard, offset, *_ in sorted(samples):
         found.setdefault(shard, []).append(offset)
@@ -101,10 +101,9 @@ def by_shard(samples: Iterable[tuple[Any, ...]]) -> Offsets:
 
 
 def tars_sha256(shards: Sequence[TarShard]) -> str:
-    """Identify tars by keys and length; a copy of them elsewhere is the same.
+    """Return the identity of tars, by their keys and lengths; copies have the same identity.
 
-    Tars altered without becoming longer or shorter are not noticed here, but when their images are
-    read.
+    A tar that was altered without a change in length is noticed only when its images are read.
     """
     return schemas.sha256([[tar.keys_sha256, tar.size] for tar in shards])
 
@@ -114,16 +113,14 @@ def _read(
 ) -> Offsets | None:
     record = schemas.read(path)
     if not isinstance(record, dict) or any(record.get(n) != v for n, v in identity.items()):
-        log.info(
-            f"{path} describes different shards or a different cache: reading the images again"
-        )
+        log.info(f"{path} is for different shards or a different cache: reading the images again")
         return None
     found = record.get(name)
-    here = {str(shard): count for shard, count in enumerate(counts)}
+    sizes = {str(shard): count for shard, count in enumerate(counts)}
     if isinstance(found, dict) and all(
-        shard in here
+        shard in sizes
         and isinstance(offsets, list)
-        and all(type(n) is int and 0 <= n < here[shard] for n in offsets)
+        and all(type(n) is int and 0 <= n < sizes[shard] for n in offsets)
         and len(set(offsets)) == len(offsets)
         for shard, offsets in found.items()
     ):
@@ -131,5 +128,5 @@ def _read(
     raise ManifestError(
         path,
         [f"$.{name}: expected lists of offsets in the shards"],
-        action="delete the file: the images are read again then",
+        action="delete the file; the images will be read again",
     )

@@ -1,4 +1,4 @@
-"""A tar of samples, read where it lies: an index of its headers, then each image by its offset."""
+"""A tar of samples, read in place: an index of its headers, then each image by its offset."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from cskd_pipeline.errors import ShardError
 
 @dataclass(eq=False)
 class TarShard:
-    """One tar. Nothing is read before it is needed, and no file stays open.
+    """One tar, read lazily without keeping the file open.
 
-    It travels to loader processes by pickle, with its index where that was read already.
+    It is pickled for loader processes, including the index if it has been read.
 
     Args:
-        path: an uncompressed tar, here or elsewhere.
-        info: its entry in a manifest; then count and keys are known without reading, and what is
-            read is compared.
-        num_classes: labels must lie below it.
+        path: an uncompressed tar, local or remote.
+        info: the tar's entry in a manifest, which gives count and keys without reading, and which
+            the tar's keys are compared with.
+        num_classes: exclusive upper bound of the labels.
     """
 
     path: Tar
@@ -44,8 +44,8 @@ class TarShard:
         """Return the index of the headers, read once.
 
         Raises:
-            ShardError: not a tar, cut short, a sample without image or label, a label outside the
-                classes, or not what the manifest says.
+            ShardError: not a tar, truncated, a sample without image or label, a label out of range,
+                or not the tar in the manifest.
         """
         if self._index is None:
             index = read_index(self.path)
@@ -55,7 +55,7 @@ class TarShard:
 
     @property
     def is_indexed(self) -> bool:
-        """Return whether the headers were read."""
+        """Return whether the headers have been read."""
         return self._index is not None
 
     @property
@@ -68,16 +68,16 @@ class TarShard:
 
     @cached_property
     def keys_sha256(self) -> str:
-        """Return what identifies the samples and their order."""
+        """Return the SHA-256 of the keys, which identifies the samples and their order."""
         return self.info.keys_sha256 if self.info else keys_sha256(self.keys)
 
     def part(self, rows: range) -> TarShard:
-        """Return these samples alone, as if the tar held no others."""
+        """Return a shard with only the samples ``rows``."""
         kept = self.index.at(slice(rows.start, rows.stop, rows.step))
         return replace(self, info=None, _index=kept)
 
     def without(self, rows: Sequence[int]) -> TarShard:
-        """Return the same as if the tar did not hold samples ``rows``, with a fitting entry."""
+        """Return a shard without the samples ``rows``, and with its manifest entry adapted."""
         kept = self.index.at(np.delete(np.arange(len(self)), rows))
         shard = replace(self, info=None, _index=kept)
         if self.info:
@@ -86,7 +86,7 @@ class TarShard:
 
     @property
     def keys(self) -> list[str]:
-        """Return all keys, in the tar's order."""
+        """Return all keys in the tar's order."""
         return [key.decode() for key in self.index.keys.tolist()]
 
     def key(self, i: int) -> str:
@@ -98,28 +98,28 @@ class TarShard:
         return int(self.index.label[i])
 
     def where(self, i: int) -> str:
-        """Name sample ``i`` in an error message."""
+        """Return the location of sample ``i`` for an error message."""
         return f"{self.path}: {self.key(i)}"
 
     def read_images(self, rows: Iterable[int]) -> Iterator[bytes]:
-        """Yield the images of samples ``rows``, in that order, from one opening of the file.
+        """Yield the image bytes of samples ``rows``, in that order, opening the file once.
 
         Raises:
-            ShardError: the file is gone or has become shorter since its headers were read.
+            ShardError: the file cannot be read, or was truncated since its headers were read.
         """
         with open_shard(self.path) as file:
-            index = self.index  # of a tar elsewhere, from the copy that is now there
+            index = self.index  # after opening: a remote tar is read from its local copy
             for i in rows:
                 size = int(index.size[i])
                 try:
                     data = os.pread(file.fileno(), size, int(index.offset[i]))
-                except OSError as error:  # a failing disk, a network file system that went away
+                except OSError as error:  # a failing disk, or a lost network file system
                     raise ShardError(
                         "the shard cannot be read", where=self.path, found=error.strerror
                     ) from error
                 if len(data) != size:
                     raise ShardError(
-                        "the file has become shorter while it was in use",
+                        "the shard was truncated while in use",
                         where=self.where(i),
                         found=f"{len(data)} bytes of the image",
                         expected=size,
@@ -129,7 +129,7 @@ class TarShard:
     def _check(self, index: ShardIndex) -> None:
         if self.info and self.info.keys_sha256 != keys_sha256(k.decode() for k in index.keys):
             raise ShardError(
-                "the shard is not the one its manifest describes: its samples' keys differ",
+                "the shard's keys do not match its manifest",
                 where=self.path,
                 found=f"{len(index)} samples",
                 expected=f"{self.info.count} samples, keys {self.info.keys_sha256[:12]}…",
@@ -141,9 +141,9 @@ class TarShard:
         if len(outside):
             first = outside[0]
             raise ShardError(
-                f"{len(outside)} labels lie outside the classes",
+                f"{len(outside)} labels are out of range",
                 where=f"{self.path}: {index.keys[first].decode()}",
                 found=int(index.label[first]),
                 expected=f"0 to {self.num_classes - 1}",
-                action="check the number of classes, and that labels count from 0",
+                action="check the number of classes, and that labels start at 0",
             )

@@ -1,9 +1,9 @@
 """One pass over a tar's headers: keys, labels, and each image's offset. Images are not read.
 
-Members belong to samples by webdataset's rule: the key is the path up to the first dot of the
-file's name, the rest is the field. ``n01440764_10026.jpg`` and ``n01440764_10026.cls`` are one
-sample. Hidden files (``._x.jpg``, ``.DS_Store``) and folders that systems leave behind
-(``__MACOSX``, ``@eaDir``) hold no samples, wherever in the tar they lie.
+Members are grouped into samples by webdataset's rule: the key is the path up to the first dot of
+the file name, the rest is the field. ``n01440764_10026.jpg`` and ``n01440764_10026.cls`` are one
+sample. Hidden files (``._x.jpg``, ``.DS_Store``) and folders with operating system metadata
+(``__MACOSX``, ``@eaDir``) are skipped anywhere in the tar.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from cskd_pipeline.data.remote_tar import RangeFile, RemoteTar, Tar
 from cskd_pipeline.errors import ShardError
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
-LABEL_FIELDS = ("cls", "json")  # the first that a sample has is its label
+LABEL_FIELDS = ("cls", "json")  # by precedence
 
-# Far above any honest file, and low enough that a hostile one cannot fill the memory.
+# Far above any real file, and low enough that a malicious one cannot exhaust memory.
 MAX_KEY_BYTES = 1024
 MAX_IMAGE_BYTES = 2**28
 MAX_LABEL_BYTES = 2**20
-MAX_EXTENSION_BYTES = 2**16  # of a long name or of pax records
-MAX_GLOBAL_RECORDS = 100  # of pax, which hold for all members that follow
+MAX_EXTENSION_BYTES = 2**16  # a long name, or pax records
+MAX_GLOBAL_RECORDS = 100  # pax records that apply to all following members
 EXTENSIONS = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-LEFT_BEHIND = frozenset({"__MACOSX", "@eaDir"})
-"""Folders that macOS and Synology put beside images: halves of files, and thumbnails."""
+METADATA_FOLDERS = frozenset({"__MACOSX", "@eaDir"})
+"""Folders that macOS and Synology create next to images: resource forks and thumbnails."""
 META = re.compile(r"__[^/]*__($|/)")
 END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
 
 TarFile = IO[bytes] | RangeFile
-Span = tuple[int, int]  # (offset in the tar, length), bytes
+Span = tuple[int, int]  # (offset in the tar, length) in bytes
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The samples of a tar, one entry each, in the tar's order.
+    """The samples of a tar, in the tar's order.
 
-    ``keys``: (n,) bytes, UTF-8. ``offset``, ``size``: (n,) int64, the image's in the tar.
+    ``keys``: (n,) bytes, UTF-8. ``offset``, ``size``: (n,) int64 bytes, of the image in the tar.
     ``label``: (n,) int64.
     """
 
@@ -64,17 +64,17 @@ class ShardIndex:
         return len(self.keys)
 
     def at(self, rows: slice | np.ndarray) -> ShardIndex:
-        """Return the entries of some samples."""
+        """Return the index of the samples ``rows``."""
         return ShardIndex(self.keys[rows], self.offset[rows], self.size[rows], self.label[rows])
 
 
-def is_left_behind(name: str) -> bool:
-    """Return whether a file or folder name is a system's, not part of a data set."""
-    return name.startswith(".") or name in LEFT_BEHIND
+def is_metadata(name: str) -> bool:
+    """Return whether the file or folder is hidden or operating system metadata."""
+    return name.startswith(".") or name in METADATA_FOLDERS
 
 
 def read_index(path: Tar) -> ShardIndex:
-    """Read the headers and labels of a tar; image bytes are skipped."""
+    """Read the headers and labels of a tar, without its images."""
     if isinstance(path, RemoteTar):
         return ShardIndex(**path.cached_index(lambda: vars(_read_index(path))))
     return _read_index(path)
@@ -90,11 +90,11 @@ def _read_index(path: Tar) -> ShardIndex:
                 rows.append((key.encode(), *span, _label(fields, file, path, key)))
             except ShardError:
                 others = {key.decode() for key, *_ in rows} | {other for other, _ in samples}
-                if _is_part(fields) and key in others:
-                    raise _apart(key, fields, path) from None
+                if _is_incomplete(fields) and key in others:
+                    raise _scattered_error(key, fields, path) from None
                 raise
     if not rows:
-        raise ShardError("the tar holds no samples", where=path, expected="image and label files")
+        raise ShardError("the tar has no samples", where=path, expected="image and label files")
     keys, offsets, sizes, labels = zip(*rows, strict=True)
     _refuse_duplicates(keys, path)
     return ShardIndex(
@@ -106,7 +106,7 @@ def _read_index(path: Tar) -> ShardIndex:
 
 
 def open_shard(path: Tar) -> IO[bytes]:
-    """Open a tar; one elsewhere is fetched first, if there is no copy on this machine."""
+    """Open a tar; a remote tar is fetched first unless it has a local copy."""
     if isinstance(path, RemoteTar):
         return path.open()
     try:
@@ -118,11 +118,10 @@ def open_shard(path: Tar) -> IO[bytes]:
 
 
 class _Header(tarfile.TarInfo):
-    """tarfile's header, with a short way through plain ones.
+    """tarfile's header, with a fast path for plain headers.
 
-    The headers of a shard of 1,252 samples take 42 ms on one core, and 95 ms by tarfile's own way.
-
-    Everything else (long names, pax records, GNU sizes, other checksums) takes tarfile's own way.
+    It reads the headers of a shard of 1,252 samples in 42 ms on one core instead of 95 ms. All
+    others (long names, pax records, GNU sizes, other checksums) are parsed by tarfile.
     """
 
     @classmethod
@@ -141,16 +140,16 @@ class _Header(tarfile.TarInfo):
 
     @staticmethod
     def _bounded(header: Any) -> _Header:
-        """Refuse what tarfile would read into memory, or walk backwards for."""
+        """Refuse a size that would make tarfile fill the memory or seek backwards."""
         if header.size < 0 or (header.type in EXTENSIONS and header.size > MAX_EXTENSION_BYTES):
-            raise tarfile.ReadError(f"a header claims {header.size} bytes for itself")
+            raise tarfile.ReadError(f"a header claims a size of {header.size} bytes")
         if header.type == tarfile.GNUTYPE_SPARSE:
             raise tarfile.ReadError("a sparse member")
         assert isinstance(header, _Header)
         return header
 
     def _proc_gnusparse_10(self, *_: object) -> None:
-        """tarfile would read a map of any length out of the member's data."""
+        """Refuse a sparse map, which tarfile would read from the member's data at any length."""
         raise tarfile.ReadError("a sparse member")
 
 
@@ -161,21 +160,21 @@ def _read_at(file: TarFile, size: int, offset: int) -> bytes:
 
 
 def _members(file: TarFile, path: Tar) -> Iterator[tuple[str, Span]]:
-    """Yield name and span of every regular file, in order, to the very end of the archive."""
+    """Yield name and span of every regular file, in order; check the end of the archive."""
     head = file.read(8)
     file.seek(0)
     for magic, name in COMPRESSED.items():
         if head.startswith(magic):
             raise ShardError(
-                f"the shard is compressed with {name}: its samples cannot be reached one by one",
+                f"the shard is compressed with {name}, which rules out random access",
                 where=path,
-                action="unpack it once, for example: gzip -d FILE.tar.gz",
+                action="decompress it once, for example: gzip -d FILE.tar.gz",
             )
     end = file.size if isinstance(file, RangeFile) else os.fstat(file.fileno()).st_size
     try:
         with tarfile.open(fileobj=cast(IO[bytes], file), mode="r:", tarinfo=_Header) as tar:
             for member in tar:
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all members
                 if len(tar.pax_headers) > MAX_GLOBAL_RECORDS:
                     raise tarfile.ReadError(f"{len(tar.pax_headers)} global records")
                 span = member.offset_data, member.size
@@ -185,15 +184,15 @@ def _members(file: TarFile, path: Tar) -> Iterator[tuple[str, Span]]:
                     yield member.name, span
                 elif not member.isdir():
                     raise ShardError(
-                        "the tar holds something that is neither a file nor a folder",
+                        "the tar has a member that is neither a file nor a folder",
                         where=f"{path}: {member.name}",
                         found="a link" if member.issym() or member.islnk() else "a special file",
                     )
             _check_end(file, tar.offset, path)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        cut_short = "end of data" in str(error)
+        truncated = "end of data" in str(error)
         raise ShardError(
-            "the tar is cut short" if cut_short else "this is not a tar, or a damaged one",
+            "the tar is truncated" if truncated else "the file is not a tar, or is damaged",
             where=path,
             found=f"{error} ({end} bytes)",
             action="copy or download it again",
@@ -201,28 +200,28 @@ def _members(file: TarFile, path: Tar) -> Iterator[tuple[str, Span]]:
 
 
 def _check_end(file: TarFile, end: int, path: Tar) -> None:
-    """After the last member come two blocks of zeros and nothing but zeros.
+    """Refuse a tar that does not end with at least two blocks of zeros, and only zeros.
 
-    tarfile takes a missing or unreadable header for the end, so a tar that was cut between two
-    members would just seem to have fewer.
+    tarfile takes a missing or unreadable header for the end, so a tar truncated between two members
+    would merely appear to have fewer.
     """
     rest = _read_at(file, len(END_OF_ARCHIVE), end)
     if not any(rest) and len(rest) < len(END_OF_ARCHIVE):
         raise ShardError(
-            "the tar is cut short: its end mark is missing",
+            "the tar is truncated: its end-of-archive marker is missing",
             where=path,
             found=f"{len(rest)} bytes after the last complete member",
-            expected=f"{len(END_OF_ARCHIVE)} zero bytes or more",
+            expected=f"at least {len(END_OF_ARCHIVE)} zero bytes",
             action="copy or download it again",
         )
     while rest:
         if any(rest):
             raise ShardError(
-                "the tar goes on after its end, or is damaged there",
+                "the tar has data after its end, or is damaged",
                 where=path,
-                found=f"bytes that are no member from byte {end} on",
+                found=f"nonzero data after byte {end}",
                 expected="zeros",
-                action="copy or download it again; tars joined with cat must stay apart",
+                action="copy or download it again; do not concatenate tars with cat",
             )
         end += len(rest)
         rest = _read_at(file, 2**20, end)
@@ -235,10 +234,10 @@ def _samples(
     current, fields = "", dict[str, Span]()
     for name, span in members:
         *folders, file = name.split("/")
-        if is_left_behind(file) or not LEFT_BEHIND.isdisjoint(folders):
+        if is_metadata(file) or not METADATA_FOLDERS.isdisjoint(folders):
             continue
         key, field = base_plus_ext(name)
-        if key is None or META.match(name):  # webdataset skips these too
+        if key is None or META.match(name):  # skipped by webdataset too
             continue
         _check_name(name, span, path)
         if key != current:
@@ -247,9 +246,7 @@ def _samples(
             current, fields = key, {}
         field = field.lower()
         if field in fields:
-            raise ShardError(
-                "a sample has the same field twice", where=f"{path}: {key}", found=field
-            )
+            raise ShardError("a sample has a duplicate field", where=f"{path}: {key}", found=field)
         fields[field] = span
     if fields:
         yield current, fields
@@ -260,25 +257,25 @@ def _check_name(name: str, span: Span, path: Tar) -> None:
         name.encode()
     except UnicodeEncodeError as error:
         raise ShardError(
-            "a file in the tar has a name that is not UTF-8",
-            where=f"{path}: the file whose content begins at byte {span[0]}",
+            "a file name in the tar is not UTF-8",
+            where=f"{path}: the file with content at byte {span[0]}",
             found=name.encode(errors="surrogateescape").decode(errors="backslashreplace"),
-            expected="UTF-8, as keys are compared as text",
+            expected="UTF-8, since keys are compared as text",
             action="rename the file, and write the tar again",
         ) from error
 
 
-def _is_part(fields: dict[str, Span]) -> bool:
-    return not (any(f in fields for f in IMAGE_FIELDS) and any(f in fields for f in LABEL_FIELDS))
+def _is_incomplete(fields: dict[str, Span]) -> bool:
+    return fields.keys().isdisjoint(IMAGE_FIELDS) or fields.keys().isdisjoint(LABEL_FIELDS)
 
 
-def _apart(key: str, fields: dict[str, Span], path: Tar) -> ShardError:
+def _scattered_error(key: str, fields: dict[str, Span], path: Tar) -> ShardError:
     return ShardError(
-        "the files of a sample do not stand together in the tar",
+        "the files of a sample are not consecutive in the tar",
         where=f"{path}: {key}",
-        found=f"{', '.join(fields)} alone, and more files of that key elsewhere",
+        found=f"{', '.join(fields)}, separate from other files of the same key",
         expected="all files of a sample in a row, as webdataset reads them",
-        action="write the tar again in the order of names: tar --sort=name -cf NEW.tar FOLDER",
+        action="write the tar again, sorted by name: tar --sort=name -cf NEW.tar FOLDER",
     )
 
 
@@ -295,7 +292,7 @@ def _image(fields: dict[str, Span], path: Tar, key: str) -> Span:
     offset, size = fields[found[0]]
     if size > MAX_IMAGE_BYTES:
         raise ShardError(
-            "an image is too large to be one",
+            "an image is too large",
             where=f"{path}: {key}.{found[0]}",
             found=f"{size} bytes",
             expected=f"at most {MAX_IMAGE_BYTES} bytes",
@@ -310,17 +307,17 @@ def _label(fields: dict[str, Span], file: TarFile, path: Tar, key: str) -> int:
             "a sample has no label",
             where=f"{path}: {key}",
             found=", ".join(fields),
-            expected="cls (a number) or json with a label",
+            expected="cls (a number) or json (with a label)",
         )
     offset, size = fields[name]
     text = _read_at(file, min(size, MAX_LABEL_BYTES), offset)
     label = _parse_cls(text) if name == "cls" else _parse_json(text)
     if label is None or not 0 <= label < 2**31:
         raise ShardError(
-            "a label is no class number",
+            "a label is not a class number",
             where=f"{path}: {key}.{name}",
             found=text[:80].decode(errors="replace"),
-            expected="an integer from 0 on" if name == "cls" else '{"label": an integer from 0 on}',
+            expected="an integer >= 0" if name == "cls" else '{"label": integer >= 0}',
         )
     return label
 
@@ -344,19 +341,19 @@ def _parse_json(text: bytes) -> int | None:
 def _check_key(key: str, path: Tar) -> None:
     if len(key.encode()) > MAX_KEY_BYTES or "\0" in key:
         raise ShardError(
-            "a sample's key is not usable",
+            "a sample's key cannot be used",
             where=f"{path}: {key[:80]!r}",
-            expected=f"UTF-8 of at most {MAX_KEY_BYTES} bytes",
+            expected=f"at most {MAX_KEY_BYTES} bytes of UTF-8 without a null character",
         )
 
 
 def _refuse_duplicates(keys: tuple[bytes, ...], path: Tar) -> None:
     if len(set(keys)) == len(keys):
         return
-    twice = Counter(keys).most_common(1)[0][0]
+    duplicate = Counter(keys).most_common(1)[0][0]
     raise ShardError(
         "two samples have the same key",
-        where=f"{path}: {twice.decode()}",
+        where=f"{path}: {duplicate.decode()}",
         expected="keys that are unique in the data set",
-        action="write the shard again with other keys",
+        action="write the shard again with unique keys",
     )

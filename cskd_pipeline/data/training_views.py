@@ -1,4 +1,4 @@
-"""Views to train on: shards joined to a cache, any rows of them as batches with encoded targets."""
+"""Views to train on: shards joined to a cache, whose rows are read as batches with targets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.data.batches import Batch, Renderer, render_batch
 from cskd_pipeline.data.images import ImageSource
 from cskd_pipeline.data.index import Dataset, load_dataset, require_num_classes
-from cskd_pipeline.data.join import Join, classes_of, join, require_word
+from cskd_pipeline.data.join import Join, classes_of, join, require_choice
 from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.distill.encodings import Sampled
 from cskd_pipeline.distill.losses import DistillationLoss
@@ -28,19 +28,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class TrainingViews(TorchDataset[Batch]):
-    """Map rows (B, 3) of view, shard, offset to a :class:`Batch` of them.
+    """Map-style data set from rows, (B, 3) view, shard, offset, to a :class:`Batch`.
 
-    A map-style data set of ``torch.utils.data`` whose index is a whole batch: so images are decoded
-    and views rendered once where rows share them. :class:`CachedLoader` orders the rows.
+    An index is a whole batch of rows, so images and views that the rows share are decoded and
+    rendered once. :class:`CachedLoader` orders the rows.
 
     Args:
         samples: the layout that shard and offset refer to: the cache's, or the shards' own.
-        images: reads from it; knows the cache, if there is one.
-        policy, root_seed, num_classes: of the views; a student needs ``policy.size`` (pixels) and
-            ``num_classes``.
-        views: how many the cache has; None: as many as are wanted.
-        allowed: per shard (count,) bool, samples that can be read; None: all.
-        encoding: the one that targets are read from; None: no targets.
+        images: source of the layout's images, with the cache, if there is one.
+        policy, root_seed, num_classes: parameters of the views; a student needs ``policy.size``
+            (pixels) and ``num_classes``.
+        views: number of views in the cache; None: unlimited.
+        allowed: per shard (count,) bool, samples to use; None: all.
+        encoding: encoding to read targets from; None: no targets.
         grid: the teacher's (rows, columns).
     """
 
@@ -56,7 +56,7 @@ class TrainingViews(TorchDataset[Batch]):
 
     @classmethod
     def of_join(cls, found: Join, encoding: str) -> TrainingViews:
-        """Return a cache's views of the samples that were found, with targets in ``encoding``."""
+        """Return a cache's views of the joined samples, with targets in ``encoding``."""
         cache = found.cache
         if not cache.encodings[encoding].exact:
             kind = "draws from" if encoding == Sampled.name else "an approximation of"
@@ -76,10 +76,10 @@ class TrainingViews(TorchDataset[Batch]):
 
     @classmethod
     def of_dataset(cls, dataset: Dataset, policy: ViewPolicy, seed: int) -> TrainingViews:
-        """Return as many views as are wanted of a data set alone, without targets.
+        """Return unlimited views of a data set without a cache, hence without targets.
 
         Raises:
-            DataError: nothing states the number of classes.
+            DataError: the number of classes is unknown.
         """
         classes = require_num_classes(dataset, "use dataset.with_classes(N)")
         samples, images = SampleSet.of(dataset), ImageSource(dataset.shards)
@@ -87,16 +87,16 @@ class TrainingViews(TorchDataset[Batch]):
 
     @property
     def cache(self) -> Cache | None:
-        """Return the cache that the views are compared with and targets read from."""
+        """Return the cache that views are compared with and targets are read from, if any."""
         return self.images.cache
 
     def without_cache(self) -> TrainingViews:
-        """Return the same views, compared with no cache, without targets."""
-        return replace(self, images=self.images.alone(), encoding=None)
+        """Return the same views without comparison to a cache and without targets."""
+        return replace(self, images=self.images.without_cache(), encoding=None)
 
     @property
     def renderer(self) -> Renderer:
-        """Return what renders the views, and compares them with the cache's."""
+        """Return a renderer of the views, which compares them with the cache's."""
         return Renderer(self.samples, self.images, self.policy, self.root_seed)
 
     def __getitem__(self, rows: np.ndarray) -> Batch:
@@ -122,36 +122,36 @@ def open_views(
     missing: str = "error",
     drift: str = "error",
 ) -> TrainingViews:
-    """Open shards and a cache, and find the cache's samples in the shards by their keys.
+    """Open shards and a cache, and match the cache's samples to the shards' by key.
 
     Args:
-        shards: webdataset shards: a folder, a pattern, a comma list, an index of them, or a
-            sequence of these.
-        cache: a folder or URL, or an open cache.
-        loss: what the targets are for; None: hard targets.
-        encoding: the one to read targets from; ``auto``: the smallest exact one that serves the
+        shards: webdataset shards: a folder, a pattern, a comma-separated list, an index of them,
+            or a sequence of these.
+        cache: folder or URL of a cache, or an open cache.
+        loss: loss that the targets are for; None: hard targets.
+        encoding: encoding to read targets from; ``auto``: the smallest exact one that supports the
             loss, else the closest.
-        missing: ``skip``: samples that the shards lack, and their partners, are not shown.
-        drift: ``warn``: images and views unlike the teacher's are shown, and counted.
+        missing: ``error``, or ``skip``: leave out samples that the shards lack, and their partners.
+        drift: ``error``, or ``warn``: use images and views unlike the teacher's, and count them.
 
     Returns:
-        A map-style data set of batches for :class:`CachedLoader`. Its ``num_classes``, ``grid``
-        (the teacher's rows and columns) and ``policy.size`` (pixels) are what a student needs.
+        A map-style data set of batches for :class:`CachedLoader`. A student needs its
+        ``num_classes``, ``grid`` (the teacher's rows and columns) and ``policy.size`` (pixels).
 
     Raises:
-        CskdError: no such shards or cache, a cache that is not finished or does not serve the loss,
-            other classes, labels or samples, another word for ``missing`` or ``drift``.
+        CskdError: no such shards or cache; a cache that is unfinished or does not support the loss;
+            classes, labels or samples that differ; an invalid value of ``missing`` or ``drift``.
     """
-    require_word("missing", missing, ("error", "skip"))
-    require_word("drift", drift, ("error", "warn"))
+    require_choice("missing", missing, ("error", "skip"))
+    require_choice("drift", drift, ("error", "warn"))
     reader = cache if isinstance(cache, Cache) else open_cache(cache)
     reader.require_done()
     loss = loss or DistillationLoss()
     chosen = reader.choose(set(loss.kinds.values()), loss.temperature, encoding)
     guard = ClassGuard()
-    dataset = load_dataset(shards).fitting(classes_of(reader), "the shards", guard)
+    dataset = load_dataset(shards).with_classes_of(classes_of(reader), "the shards", guard)
     found = join(dataset, reader, guard, missing=missing, drift=drift)
     guard.report_new()
     if found.missing:
-        log.warning(f"{found.missing} of the cache's samples are not in the shards, and not shown")
+        log.warning(f"{found.missing} of the cache's samples are not in the shards: left out")
     return TrainingViews.of_join(found, chosen)

@@ -1,9 +1,8 @@
-"""All views of a cache's units, for the teacher: each image decoded once for a block of views.
+"""All views of a cache's units, for the teacher: each image decoded once per block of views.
 
 A unit is (tar shard, block of views). It is cut into items, windows of neighbouring samples in all
-the block's views, and an item into batches. Partners never leave their window, so an item needs
-nothing from outside. Both cuts depend on the unit, the policy and the batch size alone, not on the
-number of processes.
+the block's views, and items into batches. Partners share a window, so an item is self-contained.
+Both cuts depend only on the unit, the policy and the batch size, not on the number of processes.
 """
 
 from __future__ import annotations
@@ -25,21 +24,21 @@ from cskd_pipeline.data.remote_tar import RemoteTar, room_of
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.views.policy import ViewPolicy
 
-EARLY = 2  # units that are taken before they are needed where tars lie elsewhere, to fetch those
-ITEM_BYTES = 2**28  # of rendered pixels that a process holds at a time
+UNITS_AHEAD = 2  # units taken early if their tars are remote, to fetch the tars meanwhile
+ITEM_BYTES = 2**28  # maximum bytes of rendered pixels in an item
 
 UnitViews = tuple[int, range]
-"""Tar shard, and views."""
+"""Tar shard and views."""
 
 
 @dataclass(frozen=True)
 class Loading:
-    """Say how views are made, which changes none of them: batches, processes, device.
+    """Options for rendering views, none of which changes the views.
 
     Args:
-        batch_size: views in a batch.
-        workers: loader processes; 0: none.
-        device: where the views go; for CUDA they come in pinned memory.
+        batch_size: views per batch.
+        workers: number of loader processes; 0: load in this process.
+        device: device the views are for; CUDA: batches are in pinned memory.
     """
 
     batch_size: int = 128
@@ -50,8 +49,8 @@ class Loading:
 def items_of(unit: UnitViews, count: int, policy: ViewPolicy, batch_size: int) -> list[np.ndarray]:
     """Cut a unit whose shard has ``count`` samples into items.
 
-    Few views: several windows make an item, enough for a batch. Many or large views: a part of them
-    makes an item, which then decodes its images for that part only.
+    With few views, an item has several windows, enough for a batch. With many or large views, it
+    has only some of the views, and each such item decodes the images again.
 
     Returns:
         Each item's rows, view by view: (n, 3) int32 view, shard, offset.
@@ -73,7 +72,7 @@ def items_of(unit: UnitViews, count: int, policy: ViewPolicy, batch_size: int) -
 
 
 class _Items(TorchDataset[list[Batch]]):
-    """Item -> its batches."""
+    """Data set from an item to its batches."""
 
     def __init__(self, renderer: Renderer, batch_size: int) -> None:
         self.renderer, self.batch_size = renderer, batch_size
@@ -93,14 +92,14 @@ def unit_batches(
 ) -> Iterator[Batch]:
     """Yield every view of every unit exactly once, in batches of at most ``loading.batch_size``.
 
-    Units are taken from ``units`` when a process can start on them (a little earlier where their
-    tars are fetched meanwhile), and come in that order, each complete before the next.
-    ``Batch.index`` says where each row belongs. They lie on the host.
+    Units are taken from ``units`` when a process can start on them (slightly earlier if their tars
+    are remote) and yielded in that order, each complete before the next. The batches are on the
+    host; ``Batch.index`` identifies their rows.
     """
     images = ImageSource(dataset.shards)
     renderer = Renderer(SampleSet.of(dataset), images, policy, root_seed)
     tars = images.tars
-    early = 0 if room_of(tars) is None else EARLY
+    units_ahead = 0 if room_of(tars) is None else UNITS_AHEAD
     ahead = ReadAhead(tars, None)
 
     def items() -> Iterator[np.ndarray]:
@@ -111,7 +110,7 @@ def unit_batches(
                 ahead.add(Use(tar, number, number + len(cut) - 1))
             number += len(cut)
             taken.append(cut)
-            if len(taken) > early:
+            if len(taken) > units_ahead:
                 yield from taken.popleft()
         for cut in taken:
             yield from cut

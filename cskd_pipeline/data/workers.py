@@ -1,4 +1,4 @@
-"""Loader processes that end quietly and whose errors arrive as they were raised."""
+"""Loader processes that exit quietly and whose errors arrive as they were raised."""
 
 from __future__ import annotations
 
@@ -24,17 +24,15 @@ from cskd_pipeline.runtime.signals import STOPPING
 Item = TypeVar("Item")
 
 PATIENCE = 600.0
-"""Seconds without a batch from any loader process, after which all are given up: far more than
-any batch takes.
-"""
+"""Seconds to wait for a batch from any loader process, far more than a batch takes."""
 _AHEAD = 2  # batches that each process may be ahead
-_PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent dies
+_PR_SET_PDEATHSIG = 1  # prctl(2) option: signal for a process whose parent dies
 
 
-class _Guarded(Dataset[Any]):
-    """Items packed where they were made, so that an error arrives instead of them."""
+class _PackedDataset(Dataset[Any]):
+    """Data set that packs its items, or an error instead, in the loader process."""
 
-    sender: Sender  # of the processes that are about to start
+    sender: Sender  # set before the processes start
 
     def __init__(self, inner: Dataset[Any]) -> None:
         self.inner = inner
@@ -43,7 +41,7 @@ class _Guarded(Dataset[Any]):
         try:
             item = self.inner[index]
         except Exception as error:
-            item = _failed(error)
+            item = _as_failed(error)
         process = get_worker_info()
         if process is None:
             return item
@@ -53,30 +51,30 @@ class _Guarded(Dataset[Any]):
             return self.sender.pack(process.id, Failed(error))
 
 
-def _failed(error: Exception) -> Failed:
-    """One of our errors as a value; others are raised on, for torch to send type and traceback."""
+def _as_failed(error: Exception) -> Failed:
+    """Wrap a :class:`CskdError`; re-raise others, for torch to send their type and traceback."""
     if isinstance(error, CskdError):
         return Failed(error)
     try:
         pickle.dumps(type(error))
-    except Exception:  # a type made on the fly: torch's queue would drop it
+    except Exception:  # a local type: torch's queue would drop it
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
     raise error
 
 
 class Loader(Generic[Item]):
-    """Iterates a data set of whole batches, in order, with or without loader processes.
+    """Iterable over a data set of batches, in order, with or without loader processes.
 
     Args:
-        dataset: gives batches, not samples.
-        order: its indices, each taken from here when a process can start on it.
-        workers: processes; 0: none.
-        pin_memory: for a CUDA device to read from while it computes.
-        start_method: ``fork`` or ``spawn``; None: the platform's.
+        dataset: data set whose items are batches, not samples.
+        order: indices of the items, each taken when a process can start on it.
+        workers: number of loader processes; 0: load in this process.
+        pin_memory: put batches into pinned memory, for asynchronous copies to a CUDA device.
+        start_method: ``fork`` or ``spawn``; None: the platform's default.
 
     Raises:
-        CskdError: whatever the data set raised, where its batch would have come.
-        DataError: a process died, fell silent, or cannot hand a batch over.
+        CskdError: raised by the data set, in place of the failed batch.
+        DataError: a process died, timed out, or cannot send a batch.
     """
 
     def __init__(
@@ -91,28 +89,28 @@ class Loader(Generic[Item]):
         self._start_method = start_method or multiprocessing.get_start_method()
         self._workers = workers
         self._ahead = _AHEAD * workers + 1
-        self._guarded = _Guarded(dataset)
+        self._dataset = _PackedDataset(dataset)
         self._loader: DataLoader[Any] = DataLoader(
-            self._guarded,
+            self._dataset,
             sampler=cast(Any, order),
             batch_size=None,
-            collate_fn=_unchanged,
+            collate_fn=_identity,
             num_workers=workers,
             pin_memory=pin_memory,
             prefetch_factor=_AHEAD if workers else None,
             worker_init_fn=_start_worker,
             multiprocessing_context=start_method if workers else None,
             timeout=PATIENCE if workers else 0,
-            generator=torch.Generator(),  # or the loader would draw from the global one
+            generator=torch.Generator(),  # leaves the global generator alone
         )
 
     def __iter__(self) -> Iterator[Item]:
         return self.items()
 
     def items(self, started: Callable[[], object] = lambda: None) -> Iterator[Item]:
-        """Yield all items; call ``started`` once the processes are there, before the first."""
+        """Yield all items; call ``started`` after the processes have started."""
         handover = Handover(self._workers, self._ahead)
-        self._guarded.sender = handover.sender
+        self._dataset.sender = handover.sender
         failed: Failed | None = None
         items: Iterator[Any] | None = None
         others = set(multiprocessing.active_children())
@@ -127,13 +125,11 @@ class Loader(Generic[Item]):
                     break
                 yield item
         except RuntimeError as error:
-            failed = Failed(_explained(error))
+            failed = Failed(_process_error(error))
         finally:
-            _wake(processes)
+            _resume(processes)
             handover.close()
-        # Ends the processes. Held by an error's traceback they would outlive it, and take seconds
-        # to end.
-        items = None
+        items = None  # ends the processes now: a traceback that refers to them would keep them
         if failed is not None:
             raise failed.error
 
@@ -141,61 +137,60 @@ class Loader(Generic[Item]):
         if not self._workers:
             return iter(self._loader)
         try:
-            with _interrupts_held(self._start_method):
+            with _stop_signals_blocked(self._start_method):
                 return iter(self._loader)
         except OSError as error:
-            if error.filename is not None:  # of a file that the order of batches comes from
+            if error.filename is not None:  # raised by the iterable of indices, not by a fork
                 raise
             raise DataError(
                 "the loader processes cannot be started",
                 found=error.strerror,
-                expected="processes, and room for a few small files in /dev/shm, where Linux has "
-                "its semaphores",
-                action="use fewer workers, or none (--workers 0); in a container, a larger "
-                "--shm-size, and a /dev/shm that can be written",
+                expected="more processes, and a writable /dev/shm with space for a few semaphores",
+                action="use fewer workers, or none (--workers 0); in a container, mount a writable "
+                "/dev/shm and raise --shm-size",
             ) from error
 
 
-def _explained(error: RuntimeError) -> DataError:
-    """Turn torch's error about its processes into one for a user; raise any other on."""
+def _process_error(error: RuntimeError) -> DataError:
+    """Convert torch's errors about its processes for the user; re-raise any other."""
     found = str(error).splitlines()[0] if str(error) else ""
     if found.startswith("DataLoader worker (pid"):
         return DataError(
             "a loader process died",
             found=found,
-            action="lower the number of workers or the batch size: memory is the usual reason; in "
-            "a container, raise its limit (--memory)",
+            action="use fewer workers or smaller batches (the usual cause is too little memory); "
+            "in a container, raise its limit (--memory)",
         )
     if found.startswith("DataLoader timed out"):
         return DataError(
-            "no loader process has delivered anything for a long time",
+            "the loader processes timed out",
             found=found,
-            action="see whether the processes are stopped (state T in ps), and whether the shards "
-            "can be read (ls of their folder); then run the same command again",
+            action="check that the processes are not stopped (state T in ps) and that the shards "
+            "can be read (ls of their folder), then run the same command again",
         )
     raise error
 
 
-def _wake(processes: Iterable[BaseProcess]) -> None:
-    """Let stopped processes go on, or they could not be ended: SIGTERM would wait."""
+def _resume(processes: Iterable[BaseProcess]) -> None:
+    """Continue stopped processes, which could not handle SIGTERM otherwise."""
     for process in processes:
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, signal.SIGCONT)
 
 
-def _unchanged(item: Item) -> Item:
+def _identity(item: Item) -> Item:
     return item
 
 
 @contextmanager
-def _interrupts_held(start_method: str) -> Iterator[None]:
-    """Processes started inside begin with the signals that stop a command held back.
+def _stop_signals_blocked(start_method: str) -> Iterator[None]:
+    """Block the signals that stop a command, so that processes started inside inherit the mask.
 
-    A terminal, Slurm and timeout send them to every process of a group; only the parent acts on
-    them, and ends the others.
+    Terminals, Slurm and timeout send them to every process of a group, but only the parent must act
+    on them: it ends the others.
     """
     if start_method != "fork":
-        resource_tracker.ensure_running()  # its start would let go of what is held
+        resource_tracker.ensure_running()  # its start would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
@@ -204,13 +199,13 @@ def _interrupts_held(start_method: str) -> Iterator[None]:
 
 
 def _start_worker(worker: int) -> None:
-    for number in STOPPING:  # also for start methods that reset what is held
+    for number in STOPPING:  # also for start methods that reset the signal mask
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
-    os.setpgid(0, 0)  # SIGTERM is seen only if it is the parent's own, who ends a process by it
+    os.setpgid(0, 0)  # from now on only the parent, to end this process, sends it SIGTERM
     if hasattr(signal, "sigtimedwait"):
-        signal.sigtimedwait({signal.SIGTERM}, 0)  # one that came before that
+        signal.sigtimedwait({signal.SIGTERM}, 0)  # discards an earlier one
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     if sys.platform == "linux":
-        # Of a parent that was killed torch's own watch learns late, or never while a pipe is full.
+        # torch's watchdog notices a killed parent late, or never while a pipe is full.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

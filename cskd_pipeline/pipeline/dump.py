@@ -155,7 +155,7 @@ def open_stage_one(
     if has_header(weights):
         header = read_header(weights)  # of a network trained by train
         classes = Classes("the teacher", weights, header.num_classes, header.class_names)
-        dataset = dataset.fitting(classes, "the shards", guard)
+        dataset = dataset.with_classes_of(classes, "the shards", guard)
     guard.report_new()
     teacher = open_teacher(recipe, dataset.num_classes, device)
     if dataset.num_classes is None:

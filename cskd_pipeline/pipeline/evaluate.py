@@ -98,7 +98,7 @@ def evaluate(checkpoint: Path, shards: str, options: EvalOptions = EvalOptions()
     prefer = ("validation", "val", "test")
     dataset = load_dataset(shards, split=options.split, prefer=prefer)
     guard = ClassGuard(COMMAND_SWITCH, accept=options.accept_classes)
-    dataset = dataset.fitting(header.classes(path), "the shards", guard)
+    dataset = dataset.with_classes_of(header.classes(path), "the shards", guard)
     guard.report_new()
     preprocessing = student.preprocessing.changed(options.crop_pct, None)
     loader = eval_loader(

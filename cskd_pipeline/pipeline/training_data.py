@@ -142,7 +142,7 @@ def _open_shards(
     )
     names = dataset.class_names
     if cache is not None:
-        dataset = dataset.fitting(classes_of(cache), SHARDS, guard)
+        dataset = dataset.with_classes_of(classes_of(cache), SHARDS, guard)
         names = names or cache.manifest.dataset.class_names
     require_num_classes(dataset, "pass --set data.num_classes=N")
     return dataset, replace(dataset.classes(SHARDS), names=names)
@@ -160,7 +160,7 @@ def _open_validation(
         prefer=("validation", "val", "test"),
         empty="pass" if skip else "error",
     )
-    dataset = dataset.fitting(classes, "the validation shards", guard)
+    dataset = dataset.with_classes_of(classes, "the validation shards", guard)
     if not skip:
         return dataset
     workers = worker_count(recipe.run.workers)
@@ -202,7 +202,7 @@ def _leave_out(found: Join, recipe: TrainRecipe, left_out: LeftOuts) -> Join:
     identity = {"cache": found.cache.lineage, "shards": shards}
     if recipe.data.corrupt == "skip":
         workers = worker_count(recipe.run.workers)
-        corrupt = partial(find_corrupt, found.images, found.there(), workers=workers)
+        corrupt = partial(find_corrupt, found.images, found.present(), workers=workers)
         found = found.without(left_out.find("corrupt", identity, counts, corrupt), "corrupt")
     if recipe.data.drift == "skip":
         other = partial(find_differing, found)

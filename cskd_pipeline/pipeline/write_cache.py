@@ -18,7 +18,7 @@ from cskd_pipeline.cache.units import Unit, choose_view_block
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.config.sections import CacheSection
 from cskd_pipeline.data.describe import describe
-from cskd_pipeline.data.index import Dataset, load_dataset, refuse_repeated_keys
+from cskd_pipeline.data.index import Dataset, load_dataset, refuse_duplicate_keys
 from cskd_pipeline.data.unit_views import Loading
 from cskd_pipeline.distill.encodings import Sampled
 from cskd_pipeline.errors import UsageError
@@ -94,7 +94,7 @@ def write_cache(
         shards = load_dataset(shards, num_classes=teacher.num_classes)
     ranks, units = options.ranks, list[Unit]()
     if ranks.first:
-        refuse_repeated_keys(shards)
+        refuse_duplicate_keys(shards)
         dataset = replace(describe(shards), name=shards.name)
         manifest = cache_manifest(cache, dataset, teacher, policy, options.view_range)
         guard = options.guard or ClassGuard()
@@ -110,7 +110,7 @@ def write_cache(
     units = ranks.gather(units)[0]
     if not ranks.first:
         writer = CacheWriter.open(cache.path)
-    shards = shards.held_to(writer.manifest.dataset)
+    shards = shards.with_infos_of(writer.manifest.dataset)
     undone = UndoneUnits(writer, units, options.patience, ranks)
     return UnitWriter(writer, shards, undone, loading)
 

@@ -14,7 +14,7 @@ from webdataset import TarWriter
 
 from cskd_pipeline.data.index import CLASSES
 from cskd_pipeline.data.listing import INFO
-from cskd_pipeline.data.tar_index import MAX_IMAGE_BYTES, is_left_behind
+from cskd_pipeline.data.tar_index import MAX_IMAGE_BYTES, is_metadata
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.runtime import atomic
 from cskd_pipeline.runtime.progress import Meter, progress
@@ -130,7 +130,7 @@ def scan_image_folder(root: Path) -> ImageFolder:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir() and not is_left_behind(entry.name)
+    return entry.is_dir() and not is_metadata(entry.name)
 
 
 def _is_image(name: str) -> bool:
@@ -161,7 +161,7 @@ def _files_below(
     for entry in entries:
         if _is_folder(entry):
             inner.append(entry)
-        elif not is_left_behind(entry.name) and _is_image(entry.name):
+        elif not is_metadata(entry.name) and _is_image(entry.name):
             yield _listed(root, entry)
         else:
             skipped.append(_listed(root, entry))

@@ -21,7 +21,7 @@ from cskd_pipeline.cache.store import RESTORE
 from cskd_pipeline.config.sections import is_factory
 from cskd_pipeline.data.batches import render_batch
 from cskd_pipeline.data.full_batches import logits_of
-from cskd_pipeline.data.join import Join, join_to_look
+from cskd_pipeline.data.join import Join, lenient_join
 from cskd_pipeline.data.replay import Replay, replay, same_images, spread_views
 from cskd_pipeline.distill.encodings import Encoding, temperature_near
 from cskd_pipeline.distill.targets import labels_draws_or_logs
@@ -146,7 +146,7 @@ def _image_checks(reader: Cache, images: UserImages, differences: Sequence[str])
     """Check the cache against the user's images; ``differences`` are of library versions."""
     # The guard collects all differences; they become problems unless the user accepts them.
     guard = ClassGuard(COMMAND_SWITCH, accept=True)
-    found = join_to_look(reader, images.shards, guard, split=images.split)
+    found = lenient_join(reader, images.shards, guard, split=images.split)
     yield _classes_check(found, guard, images.accept_classes)
     replayed = replay(found, spread_views(found, images.samples))
     total = found.samples.total

@@ -1,4 +1,4 @@
-"""Caches of real views of real shards, with answers drawn from numbers instead of a teacher."""
+"""Caches of real views of real shards, with random responses instead of a teacher's."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.unit_views import Loading, unit_batches
 from cskd_pipeline.views.policy import ViewPolicy
 
-# Every part of the policy at work, and windows that leave samples over.
+# Uses every part of the policy; the shards' last windows are incomplete.
 POLICY = ViewPolicy(size=24, window=6, repeats=2, erase=0.6, crop_area=(0.3, 1.0))
 ROOT_SEED = 11
 VIEWS, BLOCK = 4, 2
 GRID = (2, 3)
 
 
-def answers(view: int, shard: int, count: int, classes: int) -> dict[str, np.ndarray]:
+def responses(view: int, shard: int, count: int, classes: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng([view, shard])
     return {
         "dense/spatial": rng.normal(size=(count, classes, *GRID)).astype(np.float16),
@@ -36,7 +36,7 @@ def answers(view: int, shard: int, count: int, classes: int) -> dict[str, np.nda
 def make_cache(
     path: Path, dataset: Dataset, *, policy: ViewPolicy = POLICY, **changes: Any
 ) -> Cache:
-    """A finished ``dense`` cache of every view of ``dataset``."""
+    """Write a complete ``dense`` cache of ``dataset``."""
     manifest = describe(dataset)
     classes = manifest.num_classes
     teacher = TeacherInfo(
@@ -70,7 +70,7 @@ def make_cache(
             dataset, [(shard, unit.views)], policy, root_seed, Loading(2 * count)
         )
         small = gather_small(batches, unit.views, count)
-        rows = [answers(view, shard, count, classes) for view in unit.views]
+        rows = [responses(view, shard, count, classes) for view in unit.views]
         writer.write_unit(
             unit,
             UnitData(
@@ -87,7 +87,7 @@ def make_cache(
 
 
 def gather_small(batches: Any, views: range, count: int) -> dict[str, np.ndarray]:
-    """``seed``, ``image_crc32`` and ``view_digest`` of a unit: (views, count)."""
+    """Return ``seed``, ``image_crc32`` and ``view_digest`` of a unit, (views, count) each."""
     found: dict[str, np.ndarray] = {}
     for batch in batches:
         view, _, offset = batch.index.numpy().T
@@ -99,7 +99,7 @@ def gather_small(batches: Any, views: range, count: int) -> dict[str, np.ndarray
 
 
 def same(one: Batch, other: Batch) -> bool:
-    """Whether two batches are equal, bit for bit."""
+    """Return whether two batches are equal, bit for bit."""
     fields, others = dict(vars(one)), dict(vars(other))
     targets, other_targets = fields.pop("targets"), others.pop("targets")
     fields |= targets

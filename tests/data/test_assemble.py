@@ -35,7 +35,7 @@ def rendered(dataset: Dataset, policy: ViewPolicy) -> tuple[Renderer, np.ndarray
 
 
 def reference(renderer: Renderer, rows: np.ndarray) -> np.ndarray:
-    """(B, S, S, 3) by the functions of ``views``, sample by sample."""
+    """Return (B, S, S, 3) images by the functions of ``views``, sample by sample."""
     pairing = renderer.pair(rows)
     views = renderer.render(np.concatenate([pairing.own, pairing.partner]))
 
@@ -52,7 +52,7 @@ def reference(renderer: Renderer, rows: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_the_device_computes_what_the_reference_says(dataset: Dataset, name: str) -> None:
+def test_the_device_computes_the_same_as_the_reference(dataset: Dataset, name: str) -> None:
     policy = ViewPolicy(size=32, window=6, repeats=2, crop_area=(0.3, 1.0), **POLICIES[name])  # type: ignore[arg-type]
     renderer, rows, batch = rendered(dataset, policy)
     images = assemble(batch, policy)
@@ -65,7 +65,7 @@ def test_the_device_computes_what_the_reference_says(dataset: Dataset, name: str
         assert images.min() < 0
 
 
-def test_pixels_are_a_255th_each_and_nothing_of_the_batch_changes(dataset: Dataset) -> None:
+def test_assembling_leaves_the_batch_unchanged(dataset: Dataset) -> None:
     policy = ViewPolicy(size=32, window=6, erase=1.0)
     _, _, batch = rendered(dataset, policy)
     before = batch.pixels.clone()
@@ -74,7 +74,7 @@ def test_pixels_are_a_255th_each_and_nothing_of_the_batch_changes(dataset: Datas
     assert torch.equal(batch.pixels, before)
 
 
-def test_normalising_takes_mean_and_std_of_each_channel() -> None:
+def test_normalising_uses_mean_and_std_of_each_channel() -> None:
     images = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
     normal = normalise(images, mean, std)
@@ -85,9 +85,7 @@ def test_normalising_takes_mean_and_std_of_each_channel() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_gpu_computes_the_same_and_the_host_never_waits(
-    dataset: Dataset, tmp_path: Path
-) -> None:
+def test_the_gpu_computes_the_same_without_synchronising(dataset: Dataset, tmp_path: Path) -> None:
     policy = ViewPolicy(size=32, window=6, repeats=2, erase=0.5)
     _, _, batch = rendered(dataset, policy)
     pinned = batch.pin_memory()

@@ -1,4 +1,4 @@
-"""Batches: what they hold, that nothing is done twice, and that they come out the same anywhere."""
+"""Batches: their contents, no repeated work, and the same result with any number of processes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def batch_at(loader: CachedLoader, epoch: int, step: int = 0, micro: int = 0) ->
     return loader.views[loader.rows(number)]
 
 
-def test_a_row_is_the_view_and_the_partner_that_its_seeds_say(dataset: Dataset) -> None:
+def test_a_row_has_the_view_and_partner_that_its_seeds_determine(dataset: Dataset) -> None:
     batch = batch_at(uncached(dataset), 1, 1, 0)
     assert batch.pixels.shape[1:] == (POLICY.size, POLICY.size, 3)
     assert batch.pixels.dtype == torch.uint8
@@ -68,29 +68,29 @@ def test_a_row_is_the_view_and_the_partner_that_its_seeds_say(dataset: Dataset) 
         other = int(matching(ROOT_SEED, tar.keys_sha256, len(tar), view, POLICY)[offset])
         seeds = [view_seed(ROOT_SEED, tar.key(o), view) for o in (offset, other)]
         mix = draw_mix(*seeds, POLICY)
-        mate = offset if mix.lam == 1.0 else other
-        for place, o in ((batch.own[i], offset), (batch.partner[i], mate)):
+        partner = offset if mix.lam == 1.0 else other
+        for number, o in ((batch.own[i], offset), (batch.partner[i], partner)):
             image = decode(next(tar.read_images([o])), "")
             height, width, _ = image.shape
             params = draw(view_seed(ROOT_SEED, tar.key(o), view), POLICY, width, height)
-            assert np.array_equal(batch.pixels[place], apply.render(image, params, POLICY))
-            assert batch.seed.numpy()[place] == view_seed(ROOT_SEED, tar.key(o), view)
-            assert batch.image_crc32.numpy()[place] == zlib.crc32(next(tar.read_images([o])))
-            assert batch.view_digest.numpy()[place] == apply.digest(batch.pixels[place].numpy())
-            boxes, noise = erased(batch, int(place))
+            assert np.array_equal(batch.pixels[number], apply.render(image, params, POLICY))
+            assert batch.seed.numpy()[number] == view_seed(ROOT_SEED, tar.key(o), view)
+            assert batch.image_crc32.numpy()[number] == zlib.crc32(next(tar.read_images([o])))
+            assert batch.view_digest.numpy()[number] == apply.digest(batch.pixels[number].numpy())
+            boxes, noise = erased(batch, int(number))
             assert boxes == [list(box) for box in params.erase]
             assert np.array_equal(noise, apply.erase_noise(params))
             kinds["erased"] += len(boxes)
         assert batch.lam[i] == np.float32(mix.lam)
         assert batch.cutmix_box[i].tolist() == list(mix.box if mix.cutmix else (0, 0, 0, 0))
         assert batch.label[i] == tar.label(offset)
-        assert batch.partner_label[i] == tar.label(mate)
+        assert batch.partner_label[i] == tar.label(partner)
         kinds["alone" if mix.lam == 1.0 else "cutmix" if mix.cutmix else "mixup"] += 1
     assert min(kinds[kind] for kind in ("cutmix", "mixup", "erased")) > 0
 
 
 def erased(batch: Batch, number: int) -> tuple[list[list[int]], np.ndarray]:
-    """Erased boxes of a rendered view, and their noise."""
+    """Return the erased boxes of a rendered view, and their noise."""
     area = (3 * batch.erase_box[:, 3] * batch.erase_box[:, 4]).numpy()
     noise = np.split(batch.erase_noise.numpy(), np.cumsum(area))
     mine = np.flatnonzero(batch.erase_box[:, 0].numpy() == number)
@@ -124,7 +124,7 @@ def test_each_image_is_decoded_once_and_each_view_rendered_once(
     batch = batch_at(uncached(dataset), 0, 0, 0)
     assert set(decoded.values()) == set(rendered.values()) == {1}
     assert len(rendered) == len(batch.pixels)
-    # Neighbours share nearly all: at both ends of the batch a pair may be cut.
+    # Neighbours share almost everything, but a pair may be cut at both ends of the batch.
     assert len(batch.pixels) <= BATCH + 2 * REPEATS
     assert len(decoded) <= BATCH // REPEATS + 4
 
@@ -149,32 +149,30 @@ def test_batches_are_the_same_in_a_process_that_shares_nothing(
     dataset: Dataset, cache: Cache
 ) -> None:
     source = cached(dataset, cache)
-    wanted = [source.rows(0), source.rows(2 * len(source) + 1)]
-    loader = Loader(source.views, wanted, workers=1, start_method="spawn")
-    for one, rows in zip(loader, wanted, strict=True):
+    orders = [source.rows(0), source.rows(2 * len(source) + 1)]
+    loader = Loader(source.views, orders, workers=1, start_method="spawn")
+    for one, rows in zip(loader, orders, strict=True):
         assert same(one, source.views[rows])
 
 
 def test_ranks_and_micro_batches_are_the_parts_of_one_batch(dataset: Dataset) -> None:
-    whole = batch_at(uncached(dataset), 1, 0, 0)
+    full = batch_at(uncached(dataset), 1, 0, 0)
     parts = [
         batch_at(uncached(dataset, rank=rank, world=2, accumulation=2), 1, 0, micro)
         for rank in range(2)
         for micro in range(2)
     ]
-    assert torch.equal(torch.cat([part.index for part in parts]), whole.index)
+    assert torch.equal(torch.cat([part.index for part in parts]), full.index)
     for name in ("lam", "label", "partner_label", "cutmix_box"):
         joined = torch.cat([getattr(part, name) for part in parts])
-        assert torch.equal(joined, getattr(whole, name))
+        assert torch.equal(joined, getattr(full, name))
     pixels = torch.cat([part.pixels[part.own] for part in parts])
-    assert torch.equal(pixels, whole.pixels[whole.own])
+    assert torch.equal(pixels, full.pixels[full.own])
     with pytest.raises(UsageError, match="equal parts"):
         uncached(dataset, world=3)
 
 
-def test_a_cache_gives_the_views_it_recorded_and_its_answers(
-    dataset: Dataset, cache: Cache
-) -> None:
+def test_a_cache_yields_its_recorded_views_and_targets(dataset: Dataset, cache: Cache) -> None:
     source, plain = cached(dataset, cache), uncached(dataset)
     for position in itertools.product(range(2), range(source.plan.steps)):
         batch, other = (batch_at(loader, *position) for loader in (source, plain))
@@ -198,7 +196,7 @@ def test_seeds_come_from_the_cache_not_from_their_formula(
 
 
 class Drifted(Cache):
-    """A cache whose view digests are those of other pixels."""
+    """A cache whose view digests differ from the pixels' for one view."""
 
     def view_digests(self, view: int, shard: int) -> np.ndarray:
         return super().view_digests(view, shard) ^ np.uint32(view == 1)
@@ -208,13 +206,13 @@ def test_a_view_that_does_not_replay_is_refused_and_named(dataset: Dataset, cach
     source = cached(dataset, Drifted(cache.store, cache.done()))
     with pytest.raises(ViewDriftError, match="views are not those the teacher saw") as caught:
         _ = batch_at(source, 0, 0, 0)
-    assert caught.value.found == "same versions"
+    assert caught.value.found == "the same library versions"
     line = caught.value.problems[0]
     assert ", view 1: digest " in line
     assert any(key in line for key in dataset.shards[0].keys + dataset.shards[2].keys)
 
 
-def test_drift_is_counted_where_the_user_accepts_it(dataset: Dataset, cache: Cache) -> None:
+def test_drift_is_counted_if_accepted(dataset: Dataset, cache: Cache) -> None:
     batch = batch_at(cached(dataset, Drifted(cache.store, cache.done()), drift="warn"), 0, 0, 0)
     clean = batch_at(cached(dataset, cache), 0, 0, 0)
     assert 0 < batch.drifted < len(batch.pixels)
@@ -241,7 +239,7 @@ def test_loading_leaves_every_global_generator_alone(dataset: Dataset) -> None:
     assert states() == before
 
 
-def test_a_batch_survives_the_way_between_processes(dataset: Dataset, cache: Cache) -> None:
+def test_a_batch_arrives_from_another_process_unchanged(dataset: Dataset, cache: Cache) -> None:
     source = cached(dataset, cache)
     batch = batch_at(source, 0, 0, 0)
     (arrived,) = cached(dataset, cache, workers=1).batches(1)
@@ -253,22 +251,22 @@ def test_a_batch_survives_the_way_between_processes(dataset: Dataset, cache: Cac
 def test_a_pair_that_is_not_mixed_renders_no_partner(dataset: Dataset) -> None:
     policy = replace(POLICY, mix=0.5)
     renderer = Renderer(SampleSet.of(dataset), ImageSource(dataset.shards), policy, ROOT_SEED)
-    mates = matching(ROOT_SEED, dataset.shard_ids[0], 21, 0, policy)
+    partners = matching(ROOT_SEED, dataset.shard_ids[0], 21, 0, policy)
     kinds = Counter()
-    for offset in np.flatnonzero(mates != np.arange(21)).tolist():
+    for offset in np.flatnonzero(partners != np.arange(21)).tolist():
         batch = render_batch(renderer, np.array([[0, 0, offset]], np.int32))
         mixed = float(batch.lam) < 1.0
         assert len(batch.pixels) == 1 + mixed
-        assert batch.partner_label == dataset.shards[0].label(mates[offset] if mixed else offset)
+        assert batch.partner_label == dataset.shards[0].label(partners[offset] if mixed else offset)
         kinds[mixed] += 1
     assert min(kinds[True], kinds[False]) > 3
 
 
-def test_views_are_told_apart_at_any_size_of_data_set() -> None:
+def test_sort_keys_are_unique_and_ordered_for_any_size_of_data_set() -> None:
     edges = (0, 1, 2**19, 2**20 - 1)
     rows = [(v, s, o) for s in edges for o in (*edges, 2**24 - 1) for v in edges]
-    packed = batches_module._packed(np.array(rows, np.int32))
-    assert (packed[1:] > packed[:-1]).all()
+    keys = batches_module._sort_keys(np.array(rows, np.int32))
+    assert (keys[1:] > keys[:-1]).all()
 
 
 def test_no_mixing_means_no_partners(dataset: Dataset) -> None:

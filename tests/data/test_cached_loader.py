@@ -1,4 +1,4 @@
-"""The loader of cached views: what a batch has, and that it goes on where it stopped."""
+"""The loader of cached views: the contents of a batch, and resuming at any position."""
 
 from __future__ import annotations
 
@@ -89,26 +89,26 @@ def test_an_epoch_has_the_stated_length_and_the_next_iteration_is_the_next_epoch
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_goes_on_in_the_middle_of_an_epoch(views: TrainingViews, workers: int) -> None:
-    whole = loader_of(views, workers=workers)
-    every = [*whole, *whole]
-    for done in (1, len(whole) - 1, len(whole), len(whole) + 1):
+def test_a_loader_resumes_in_the_middle_of_an_epoch(views: TrainingViews, workers: int) -> None:
+    full = loader_of(views, workers=workers)
+    batches = [*full, *full]
+    for done in (1, len(full) - 1, len(full), len(full) + 1):
         stopped, resumed = loader_of(views, workers=workers), loader_of(views)
         epochs = itertools.chain.from_iterable(itertools.repeat(stopped))
-        assert all(same(a, b) for a, b in zip(every[:done], epochs, strict=False))
+        assert all(same(a, b) for a, b in zip(batches[:done], epochs, strict=False))
         state = stopped.state_dict()
-        assert state["epoch"] * len(whole) + state["batch"] == done
+        assert state["epoch"] * len(full) + state["batch"] == done
         resumed.load_state_dict(state)
         resumed.set_epoch(state["epoch"])  # as loops do at the start of each epoch
-        left = [*resumed, *(resumed if done < len(whole) else ())]
-        assert len(left) == len(every) - done
-        assert all(same(a, b) for a, b in zip(left, every[done:], strict=True))
+        left = [*resumed, *(resumed if done < len(full) else ())]
+        assert len(left) == len(batches) - done
+        assert all(same(a, b) for a, b in zip(left, batches[done:], strict=True))
 
 
-def test_after_an_error_the_next_iteration_begins_at_the_batch_that_failed(
+def test_after_an_error_the_next_iteration_starts_with_the_failed_batch(
     views: TrainingViews, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loader, every = loader_of(views), list(loader_of(views))
+    loader, batches = loader_of(views), list(loader_of(views))
     read = TrainingViews.__getitem__
 
     def failing(self: TrainingViews, rows: Any) -> Any:
@@ -121,13 +121,13 @@ def test_after_an_error_the_next_iteration_begins_at_the_batch_that_failed(
         for _ in range(2):
             with pytest.raises(DataError, match="gone"):
                 list(loader)
-    assert all(same(a, b) for a, b in zip(loader, every[1:], strict=True))
+    assert all(same(a, b) for a, b in zip(loader, batches[1:], strict=True))
 
 
-def test_an_interrupted_iteration_leaves_a_loader_that_goes_on(
+def test_a_loader_continues_after_an_interrupted_iteration(
     views: TrainingViews, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loader, every = loader_of(views), list(loader_of(views))
+    loader, batches = loader_of(views), list(loader_of(views))
 
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -136,11 +136,11 @@ def test_an_interrupted_iteration_leaves_a_loader_that_goes_on(
         patch.setattr(TrainingViews, "__getitem__", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(loader)
-    assert all(same(a, b) for a, b in zip(loader, every, strict=True))
+    assert all(same(a, b) for a, b in zip(loader, batches, strict=True))
 
 
-def test_a_jump_ends_the_iteration_and_the_next_begins_there(views: TrainingViews) -> None:
-    loader, every = loader_of(views), list(loader_of(views))
+def test_a_jump_ends_the_iteration_and_the_next_starts_there(views: TrainingViews) -> None:
+    loader, batches = loader_of(views), list(loader_of(views))
     state = loader.state_dict()
     jumps: list[Callable[[], object]] = [
         partial(loader.load_state_dict, state),
@@ -155,26 +155,26 @@ def test_a_jump_ends_the_iteration_and_the_next_begins_there(views: TrainingView
             jump()
         assert seen == 1
         assert loader.epoch == 0
-        assert all(same(a, b) for a, b in zip(loader, every, strict=True))
+        assert all(same(a, b) for a, b in zip(loader, batches, strict=True))
     loader.start_at(0)
     for _ in loader:
         assert len(list(loader.batches(1))) == 1
-    assert [same(batch, every[2]) for batch in itertools.islice(loader, 1)] == [True]
+    assert [same(batch, batches[2]) for batch in itertools.islice(loader, 1)] == [True]
     loader.start_at(0)
     for _ in loader.batches(3):
         loader.start_at(0, 2)
     assert loader.state_dict()["batch"] == 2
 
 
-def test_a_state_is_resumed_by_another_number_of_ranks(views: TrainingViews) -> None:
-    loader, every = loader_of(views), list(loader_of(views))
+def test_a_state_is_resumed_with_another_number_of_ranks(views: TrainingViews) -> None:
+    loader, batches = loader_of(views), list(loader_of(views))
     next(iter(loader))
     ranks = [loader_of(views, rank=rank, world=2) for rank in range(2)]
     for rank in ranks:
         rank.load_state_dict(loader.state_dict())
     parts = zip(*map(tensors, (next(iter(rank)) for rank in ranks)), strict=True)
-    for pair, whole in zip(parts, tensors(every[1]), strict=True):
-        assert torch.equal(torch.cat(pair), whole)
+    for pair, full in zip(parts, tensors(batches[1]), strict=True):
+        assert torch.equal(torch.cat(pair), full)
 
 
 def test_without_a_cache_there_are_no_targets(views: TrainingViews) -> None:
@@ -193,38 +193,38 @@ def test_options_out_of_range_are_refused(views: TrainingViews, options: dict[st
         loader_of(views, **options)
 
 
-def test_no_images_in_a_batch_are_refused(views: TrainingViews) -> None:
+def test_an_empty_batch_is_refused(views: TrainingViews) -> None:
     with pytest.raises(UsageError, match="batch_size = 0"):
         CachedLoader(views, 0)
 
 
 @pytest.mark.parametrize("option", ["missing", "drift"])
-def test_an_unknown_word_is_refused(shards: Path, cache: Cache, option: str) -> None:
-    with pytest.raises(UsageError, match=f"{option} has no such value"):
-        open_views(shards, cache, **{option: "ignore"})  # type: ignore[arg-type]  # a word
-    with pytest.raises(UsageError, match=f"{option} has no such value"):
-        join(load_dataset(shards), cache, **{option: "ignore"})  # type: ignore[arg-type]  # a word
+def test_an_invalid_choice_is_refused(shards: Path, cache: Cache, option: str) -> None:
+    with pytest.raises(UsageError, match=f"invalid value of {option}"):
+        open_views(shards, cache, **{option: "ignore"})  # type: ignore[arg-type]  # any str
+    with pytest.raises(UsageError, match=f"invalid value of {option}"):
+        join(load_dataset(shards), cache, **{option: "ignore"})  # type: ignore[arg-type]  # any str
 
 
-def test_a_state_of_another_order_is_refused(views: TrainingViews) -> None:
+def test_a_state_with_another_order_is_refused(views: TrainingViews) -> None:
     state = loader_of(views).state_dict()
-    with pytest.raises(UsageError, match="different order") as caught:
+    with pytest.raises(UsageError, match="different batch order") as caught:
         loader_of(views, seed=2, accumulation=3).load_state_dict(state)
     assert caught.value.problems == [
-        "accumulation: the state's 1, here 3",
-        "seed: the state's 1, here 2",
+        "accumulation: 1 in the state, 3 in this loader",
+        "seed: 1 in the state, 2 in this loader",
     ]
 
 
 def test_ranks_and_micro_batches_have_equal_parts_of_a_batch(views: TrainingViews) -> None:
-    whole = next(iter(loader_of(views)))
+    full = next(iter(loader_of(views)))
     parts = [
         batch
         for rank in range(2)
         for batch in itertools.islice(loader_of(views, rank=rank, world=2, accumulation=3), 3)
     ]
     assert [len(part.images) for part in parts] == [2] * 6
-    assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+    assert torch.equal(torch.cat([part.images for part in parts]), full.images)
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(5, 1), (1, 5), (4, 4), (24, 1)])
@@ -235,7 +235,7 @@ def test_a_batch_that_cannot_be_cut_into_equal_parts_is_refused(
         loader_of(views, world=world, accumulation=accumulation)
 
 
-def test_what_does_not_fit_is_refused_when_it_is_opened(
+def test_a_mismatch_is_refused_on_opening(
     tmp_path: Path, shards: Path, cache: Cache, dataset: Dataset
 ) -> None:
     with pytest.raises(CacheError, match="no encoding topk"):
@@ -258,7 +258,7 @@ def test_shards_may_be_a_sequence_of_tars(shards: Path, cache: Cache) -> None:
     assert open_views(tars, cache).samples.counts == open_views(shards, cache).samples.counts
 
 
-def test_views_of_shards_that_state_no_classes_say_how_to_state_them(
+def test_an_unknown_number_of_classes_is_refused(
     tmp_path: Path,
 ) -> None:
     write_shard(tmp_path / "0.tar", samples(0, 5))
@@ -267,14 +267,14 @@ def test_views_of_shards_that_state_no_classes_say_how_to_state_them(
         lambda: TrainingViews.of_dataset(dataset, ViewPolicy(size=32), 0),
         lambda: sample(dataset, 4),
     ):
-        with pytest.raises(DataError, match="nothing states the number of classes"):
+        with pytest.raises(DataError, match="the number of classes is unknown"):
             use()
     views = TrainingViews.of_dataset(dataset.with_classes(10), ViewPolicy(size=32), 0)
     assert views.num_classes == 10
 
 
-def test_a_loader_that_is_dropped_in_an_epoch_ends_its_processes(shards: Path) -> None:
-    """A circle of references would leave them to the garbage collector, which waits for seconds."""
+def test_dropping_a_loader_in_an_epoch_ends_its_processes(shards: Path) -> None:
+    """A reference cycle would keep them alive until the garbage collector runs."""
     views = TrainingViews.of_dataset(load_dataset(shards), ViewPolicy(size=32), 0)
     loader = CachedLoader(views, 8, repeats=1, workers=1)
     gc.disable()
@@ -290,10 +290,10 @@ def test_a_loader_that_is_dropped_in_an_epoch_ends_its_processes(shards: Path) -
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_program_that_ends_in_the_middle_of_an_epoch_ends_silently(
+def test_a_program_that_exits_in_the_middle_of_an_epoch_exits_silently(
     shards: Path, workers: int
 ) -> None:
-    """Python takes the modules apart before the loader, a later global than the package."""
+    """Python tears down the modules before the loader, a later global than the package."""
     program = f"""
 import cskd_pipeline
 from cskd_pipeline.data.cached_loader import CachedLoader

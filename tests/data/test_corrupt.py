@@ -1,4 +1,4 @@
-"""Images that cannot be decoded, found by decoding all."""
+"""Images that cannot be decoded are found by decoding all images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPOILED = {0: [0, 70, 99], 1: [3, 4]}
 
 
 def spoiled(content: Sample, how: int) -> Sample:
-    """An image cut short, of no bytes, of other bytes, or with one missing in its middle."""
+    """Return the sample with its image truncated to half, to 0 bytes or to 1 byte, or replaced."""
     key, fields = content
     field, data = next((n, d) for n, d in fields.items() if n not in ("cls", "json"))
     ways = (data[: len(data) // 2], b"", b"<html>404</html>", data[:1])
@@ -34,7 +34,7 @@ def spoiled(content: Sample, how: int) -> Sample:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tars of 100 and 8 samples, of which some are no images."""
+    """Return a folder of two tars, of 100 and 8 samples, some with corrupt images."""
     path = tmp_path_factory.mktemp("spoiled")
     (path / "classes.json").write_text(json.dumps(CLASSES))
     for shard, (first, count) in enumerate(((0, 100), (100, 8))):
@@ -50,7 +50,7 @@ def every(dataset: Dataset) -> np.ndarray:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_all_are_found_whoever_looks(folder: Path, workers: int) -> None:
+def test_all_are_found_with_any_number_of_workers_and_parts(folder: Path, workers: int) -> None:
     dataset = load_dataset(folder, empty="pass")
     images = ImageSource(dataset.shards)
     found = find_corrupt(images, every(dataset), workers=workers)
@@ -63,14 +63,14 @@ def test_all_are_found_whoever_looks(folder: Path, workers: int) -> None:
     assert sorted(image for share in shares for image in share) == found
 
 
-def test_images_that_are_known_to_be_whole_are_not_decoded(
+def test_images_that_the_dump_has_decoded_are_skipped(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = load_dataset(folder, empty="pass")
     images = ImageSource(dataset.shards)
-    intact = np.array([crc for _, crc in images.crc32(every(dataset))], np.uint32)
-    intact[70] ^= 1
-    cache: Any = SimpleNamespace(image_crc32=lambda shard: np.split(intact, [100])[shard])
+    crcs = np.array([crc for _, crc in images.crc32(every(dataset))], np.uint32)
+    crcs[70] ^= 1
+    cache: Any = SimpleNamespace(image_crc32=lambda shard: np.split(crcs, [100])[shard])
     images = ImageSource(dataset.shards, cache=cache)
     decode, decoded = corrupt.decode, []
 
@@ -83,7 +83,7 @@ def test_images_that_are_known_to_be_whole_are_not_decoded(
     assert len(decoded) == 1
 
 
-def test_a_data_set_without_them_is_known_again_from_its_record(
+def test_the_record_spares_reading_the_images_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = load_dataset(folder, empty="pass")
@@ -106,7 +106,7 @@ def test_a_data_set_without_them_is_known_again_from_its_record(
     (tmp_path / "corrupt.json").write_text(json.dumps({**record, "corrupt": {"0": [100]}}))
     with pytest.raises(ManifestError, match="1 problem"):
         without_corrupt(dataset, LeftOuts(tmp_path, ALONE))
-    (tmp_path / "corrupt.json").write_text(json.dumps({**record, "shards": "of others"}))
+    (tmp_path / "corrupt.json").write_text(json.dumps({**record, "shards": "different"}))
     with pytest.raises(pytest.fail.Exception, match="reads images"):
         without_corrupt(dataset, LeftOuts(tmp_path, ALONE))
 
@@ -115,16 +115,18 @@ def index(folder: Path, out: Path, *more: str) -> int:
     return main(["index", str(folder), "--out", str(out), "--workers", "0", *more])
 
 
-def test_index_lists_all_and_writes_nothing(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_index_lists_corrupt_images_and_writes_no_manifest(
+    folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
     out = tmp_path / "manifest.json"
     dataset = load_dataset(folder, empty="pass")
     keys = [dataset.shards[shard].key(row) for shard, rows in SPOILED.items() for row in rows]
     assert index(folder, out, "--check-images") == 1
-    told = capsys.readouterr()
-    assert "5 of 108 images cannot be decoded" in told.err
-    assert "data.corrupt=skip" in told.err
+    captured = capsys.readouterr()
+    assert "5 of 108 images cannot be decoded" in captured.err
+    assert "data.corrupt=skip" in captured.err
     for key in keys:
-        assert told.out.count(key) == 1
+        assert captured.out.count(key) == 1
     assert index(folder, out, "--check-images", "--json") == 1
     document = json.loads(capsys.readouterr().out)
     assert [image["key"] for image in document["corrupt"]] == keys
@@ -132,11 +134,11 @@ def test_index_lists_all_and_writes_nothing(folder: Path, tmp_path: Path, capsys
     assert not out.exists()
 
 
-def test_index_of_whole_images_writes_its_manifest(
+def test_index_of_intact_images_writes_a_manifest(
     shards: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     assert index(shards, tmp_path / "manifest.json", "--check-images") == 0
     assert (tmp_path / "manifest.json").exists()
     capsys.readouterr()
-    assert index(shards, tmp_path / "other.json") == 2  # processes for nothing
+    assert index(shards, tmp_path / "other.json") == 2  # --workers has no effect
     assert "--check-images" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Pieces of any sizes become full batches, in order, each view with what belongs to it."""
+"""Pieces of any size become full batches, in order, and every field keeps its view."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNITS = [(0, range(3)), (2, range(2))]
 
 
 def numbered(first: int, count: int) -> TeacherViews:
-    """Views whose every field says the view's number."""
+    """Return views in which every field is the view's number."""
     number = np.arange(first, first + count)
     images = torch.from_numpy(number).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
     return TeacherViews(
@@ -56,17 +56,17 @@ def test_only_the_last_batch_is_short_and_every_field_keeps_its_view(
         start += len(views)
 
 
-def test_a_full_batch_is_passed_on_at_once_and_not_copied() -> None:
-    asked = []
+def test_a_full_batch_is_yielded_at_once_and_not_copied() -> None:
+    taken = []
 
     def stream() -> object:
         for piece in pieces([4, 4, 4]):
-            asked.append(piece)
+            taken.append(piece)
             yield piece
 
     for number, views in enumerate(full_batches(stream(), 4), 1):  # type: ignore[arg-type]
-        assert len(asked) == number
-        assert views.images.data_ptr() == asked[-1].images.data_ptr()
+        assert len(taken) == number
+        assert views.images.data_ptr() == taken[-1].images.data_ptr()
 
 
 def test_views_of_a_batch_have_their_own_seeds_and_the_larger_images_label(

@@ -1,4 +1,4 @@
-"""Batches leave loader processes wherever these run, or an error says why not."""
+"""Batches arrive from loader processes on any system, or an error says why not."""
 
 from __future__ import annotations
 
@@ -67,18 +67,16 @@ def same(one: Thing, other: Thing) -> bool:
 @pytest.mark.parametrize(
     ("size", "start_method"), [(10, "fork"), (50_000, "fork"), (50_000, "spawn")]
 )
-def test_what_arrives_is_what_was_made_and_belongs_to_the_receiver(
-    size: int, start_method: str
-) -> None:
+def test_items_arrive_unchanged_and_writable(size: int, start_method: str) -> None:
     found = list(Loader(Things(size), range(5), workers=2, start_method=start_method))
     assert len(found) == 5
     for number, item in enumerate(found):
         assert same(item, thing(number, size))
-        item.large.add_(1)  # torch would warn of, numpy refuse, memory that is read only
+        item.large.add_(1)  # read-only memory would make torch warn and numpy raise
         item.array[0] += 1
 
 
-def test_nothing_is_left_open_once_batches_are_gone() -> None:
+def test_no_descriptor_stays_open_after_the_batches() -> None:
     before = handed_over()
     for item in Loader(Things(50_000), range(40), workers=2):
         if item.number == 20:
@@ -88,11 +86,11 @@ def test_nothing_is_left_open_once_batches_are_gone() -> None:
 
 
 def handed_over() -> int:
-    """How many open descriptors are of batches, or of sockets that they come through."""
+    """Count the open descriptors of batches and of the sockets that transfer them."""
     gc.collect()
     count = 0
     for link in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # the one that lists them
+        with suppress(FileNotFoundError):  # the descriptor of the listing itself
             count += os.readlink(link).startswith(("/memfd:batch", "socket:"))
     return count
 
@@ -115,7 +113,7 @@ except CskdError as error:
 
 
 def run_with_shm(options: str, folder: Path) -> str:
-    """What a program says whose ``/dev/shm`` is mounted anew with ``options``."""
+    """Return the output of ``LARGE`` with ``/dev/shm`` mounted again with ``options``."""
     program = folder / "program.py"
     program.write_text(LARGE)
     mount = f"mount -t tmpfs -o {options} tmpfs /dev/shm"
@@ -136,20 +134,20 @@ def run_with_shm(options: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_a_container_with_little_shared_memory_loads_all_the_same(tmp_path: Path) -> None:
-    """Docker gives 64 MB of ``/dev/shm``; here are 1 MiB for batches of 3 MiB."""
+def test_a_container_with_little_shared_memory_can_load(tmp_path: Path) -> None:
+    """Docker provides 64 MB of ``/dev/shm``; this test 1 MiB for batches of 3 MiB."""
     assert run_with_shm("size=1m", tmp_path) == f"{list(range(8))}\n"
 
 
 @pytest.mark.parametrize("options", ["ro,size=64m", "size=4k"])
-def test_a_shared_memory_that_takes_no_semaphores_is_told(options: str, tmp_path: Path) -> None:
-    said = run_with_shm(options, tmp_path)
-    assert "the loader processes cannot be started" in said
-    for way_out in ("--workers 0", "--shm-size", "/dev/shm"):
-        assert way_out in said
+def test_shared_memory_without_space_is_reported(options: str, tmp_path: Path) -> None:
+    output = run_with_shm(options, tmp_path)
+    assert "the loader processes cannot be started" in output
+    for remedy in ("--workers 0", "--shm-size", "/dev/shm"):
+        assert remedy in output
 
 
-def test_a_long_path_for_temporary_files_does_not_matter(tmp_path: Path) -> None:
+def test_a_long_temporary_folder_does_not_matter(tmp_path: Path) -> None:
     """Sockets have names of at most 108 bytes."""
     long = tmp_path / ("x" * 120)
     long.mkdir()
@@ -165,30 +163,30 @@ def test_a_long_path_for_temporary_files_does_not_matter(tmp_path: Path) -> None
     assert done.stdout == f"{list(range(8))}\n"
 
 
-def told(caught: pytest.ExceptionInfo[DataError]) -> str:
-    assert "cannot be handed over" in caught.value.problem
+def reason(caught: pytest.ExceptionInfo[DataError]) -> str:
+    assert "cannot send a batch" in caught.value.problem
     assert "--workers 0" in str(caught.value.action)
     return str(caught.value.found)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOMEM, errno.EMFILE])
-def test_memory_that_is_refused_is_an_error_in_the_batchs_place(
+def test_an_allocation_failure_is_raised_in_place_of_the_batch(
     number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: Any) -> int:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(handover, "_nameless_file", refused)  # forked processes inherit it
+    monkeypatch.setattr(handover, "_anonymous_file", refused)  # forked processes inherit it
     with pytest.raises(DataError) as caught:
         list(Loader(Things(50_000), range(6), workers=2, start_method="fork"))
-    assert told(caught) == os.strerror(number)
+    assert reason(caught) == os.strerror(number)
 
 
 @pytest.mark.parametrize(("batches", "fits"), [(5, True), (4.9, False)])
-def test_batches_that_will_not_fit_are_told_before_the_first_arrives(
+def test_batches_that_will_not_fit_are_refused_before_the_first_arrives(
     batches: float, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two processes may be two batches ahead each, and the parent has one."""
+    """Each of two processes may be two batches ahead, and the parent has one."""
     large = 2**20
     monkeypatch.setattr(handover, "memory_limit", lambda: int(batches * large))
     loader = iter(Loader(Rows(large), range(9), workers=2))
@@ -221,7 +219,7 @@ class Rows(Dataset[Tensor]):
         (None, {}, None),
     ],
 )
-def test_a_containers_memory_is_what_it_may_use(
+def test_the_memory_limit_is_the_containers(
     groups: str | None, files: dict[str, str], expected: int | None, tmp_path: Path
 ) -> None:
     for name, text in files.items():
@@ -245,13 +243,13 @@ def few_files() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("few_files")
-def test_too_many_open_files_are_told() -> None:
+def test_too_many_open_files_are_reported() -> None:
     with pytest.raises(DataError) as caught:
-        list(Loader(Things(50_000), range(100), workers=1))  # each batch that is kept has one
-    assert told(caught) == "Too many open files"
+        list(Loader(Things(50_000), range(100), workers=1))  # every kept batch has one open
+    assert reason(caught) == "Too many open files"
 
 
-def test_a_file_on_disk_serves_where_there_is_none_in_memory(
+def test_a_file_on_disk_is_used_without_memfd(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delattr(os, "memfd_create")
@@ -259,7 +257,7 @@ def test_a_file_on_disk_serves_where_there_is_none_in_memory(
     assert all(same(item, thing(number, 50_000)) for number, item in enumerate(found))
 
 
-def test_a_message_that_nobody_reads_costs_nothing_once_its_loader_is_gone() -> None:
+def test_closing_discards_unread_messages() -> None:
     sockets = Handover(2, ahead=1)
     sockets.sender.pack(0, thing(1, 50_000))
     sockets.close()

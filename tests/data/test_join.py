@@ -1,4 +1,4 @@
-"""A cache and tars that were cut otherwise, lack samples, or hold other images."""
+"""A cache joined to tars with other shards, missing samples, or other images."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Cache:
 
 
 def recut(folder: Path, *parts: list[Sample]) -> Dataset:
-    """A data set of tars that hold ``parts``."""
+    """Return a data set with one tar per part."""
     folder.mkdir(exist_ok=True)
     paths = [write_shard(folder / f"other-{i:02d}.tar", part) for i, part in enumerate(parts)]
     return load_dataset(paths, num_classes=5)
 
 
 class Source:
-    """The batches of a join, by (epoch, step, micro-batch)."""
+    """Batches of a join, indexed by (epoch, step, micro-batch)."""
 
     def __init__(self, loader: CachedLoader) -> None:
         self.views, self.plan, self._loader = loader.views, loader.plan, loader
@@ -58,7 +58,7 @@ def source(joined: Join, batch_size: int = 10) -> Source:
     return Source(CachedLoader(views, batch_size, repeats=2))
 
 
-def test_the_producer_s_own_shards_are_taken_whole(
+def test_the_cache_s_own_shards_are_matched_as_a_whole(
     dataset: Dataset, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Cache, "keys", None)
@@ -68,7 +68,7 @@ def test_the_producer_s_own_shards_are_taken_whole(
     assert joined.samples.counts == COUNTS
 
 
-def test_shards_of_the_same_keys_are_found_whatever_they_are_called(
+def test_shards_with_the_same_keys_are_matched_under_any_name(
     tmp_path: Path, cache: Cache, dataset: Dataset
 ) -> None:
     ends = np.cumsum(COUNTS)
@@ -107,7 +107,7 @@ def test_a_batch_opens_every_tar_once(
     assert len(opened) == len(set(opened)) == 3
 
 
-def test_what_is_missing_is_counted_and_named(tmp_path: Path, cache: Cache) -> None:
+def test_missing_samples_are_counted_and_named(tmp_path: Path, cache: Cache) -> None:
     other = recut(tmp_path, [s for i, s in enumerate(EVERY) if i not in (3, 17, 40)])
     with pytest.raises(JoinError, match="3 of the cache's 43 samples are not in the shards") as e:
         join(other, cache)
@@ -115,7 +115,7 @@ def test_what_is_missing_is_counted_and_named(tmp_path: Path, cache: Cache) -> N
     assert "data.missing=skip" in str(e.value.action)
 
 
-def test_training_without_the_missing_asks_for_none_of_them(
+def test_training_without_missing_samples_reads_none_of_them(
     tmp_path: Path, dataset: Dataset, cache: Cache
 ) -> None:
     gone = {3, 17, 40}
@@ -136,7 +136,7 @@ def test_training_without_the_missing_asks_for_none_of_them(
         assert same(batch, renderer[batch.index.numpy()])
 
 
-def test_shards_of_another_data_set_are_not_skipped_but_refused(
+def test_shards_of_another_data_set_are_refused_rather_than_skipped(
     tmp_path: Path, cache: Cache
 ) -> None:
     other = recut(tmp_path, samples(500, 20))
@@ -147,7 +147,7 @@ def test_shards_of_another_data_set_are_not_skipped_but_refused(
     assert "skip" not in str(caught.value.action)
 
 
-def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, cache: Cache) -> None:
+def test_a_duplicate_key_is_refused(tmp_path: Path, cache: Cache) -> None:
     with pytest.raises(JoinError, match="more than once") as caught:
         join(recut(tmp_path, EVERY, EVERY[30:33]), cache)
     assert caught.value.found == EVERY[30][0]
@@ -157,9 +157,7 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, cache: Cache) -> N
         join(recut(tmp_path, first, EVERY[COUNTS[0] :], first), cache)
 
 
-def test_keys_twice_among_what_the_cache_does_not_know_are_no_matter(
-    tmp_path: Path, cache: Cache
-) -> None:
+def test_duplicate_keys_that_are_not_in_the_cache_are_ignored(tmp_path: Path, cache: Cache) -> None:
     other = recut(tmp_path, EVERY, samples(500, 2), samples(500, 2))
     assert join(other, cache).unused == 4
 
@@ -169,62 +167,58 @@ def relabelled(sample: Sample, label: int) -> Sample:
     return key, {**fields, "cls": b"%d" % label}
 
 
-def test_labels_unlike_the_cache_s_are_refused_by_key(tmp_path: Path, cache: Cache) -> None:
-    """Of every sample, before any is read; classes that were only numbered otherwise are said."""
+def test_labels_that_differ_are_refused_by_key(tmp_path: Path, cache: Cache) -> None:
+    """All labels are compared before any image is read; renumbered classes are reported."""
     turned = [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)]
-    with pytest.raises(JoinError, match="34 of 43 samples have other labels") as caught:
+    with pytest.raises(JoinError, match="34 of 43 samples have labels that differ") as caught:
         join(recut(tmp_path, turned[::-1]), cache)
     assert caught.value.problems[0] == "bird_0000: label 4, in the cache 0"
     assert caught.value.found == (
-        "classes in another order: 0 is 4 here, 1 is 3 here, 3 is 1 here, 4 is 0 here"
+        "classes in another order, cache to shards: 0 to 4, 1 to 3, 3 to 1, 4 to 0"
     )
     ends = np.cumsum(COUNTS)
     last = [relabelled(s, 0) if i == 41 else s for i, s in enumerate(EVERY)]
     parts = [last[end - n : end] for n, end in zip(COUNTS, ends, strict=True)]
-    with pytest.raises(JoinError, match="1 of 43 samples have other labels") as caught:
+    with pytest.raises(JoinError, match="1 of 43 samples have labels that differ") as caught:
         join(recut(tmp_path, *parts), cache)
     assert caught.value.problems == [f"{EVERY[41][0]}: label 0, in the cache 1"]
 
 
-def test_labels_of_what_is_missing_are_not_compared(tmp_path: Path, cache: Cache) -> None:
+def test_labels_of_missing_samples_are_not_compared(tmp_path: Path, cache: Cache) -> None:
     joined = join(recut(tmp_path, EVERY[1:30]), cache, missing="skip")
     assert (joined.compared, len(joined.relabelled)) == (29, 0)
 
 
-def test_labels_that_are_accepted_are_counted_and_read_as_they_are(
-    tmp_path: Path, cache: Cache
-) -> None:
+def test_accepted_labels_are_counted_and_read_unchanged(tmp_path: Path, cache: Cache) -> None:
     guard = ClassGuard(COMMAND_SWITCH, accept=True)
     turned = [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)]
     joined = join(recut(tmp_path, turned), cache, guard)
-    assert guard.accepted == ["34 of 43 samples have other labels than in the cache"]
+    assert guard.accepted == ["34 of 43 samples have labels that differ from the cache's"]
     assert joined.relabelled[:2].tolist() == [[0, 0, 0], [0, 1, 1]]
     assert joined.images.labels(np.array([[0, 0], [0, 1]])).tolist() == [4, 3]
     assert replay(joined, spread_views(joined, 3)).exact.all()
 
 
-def test_a_manifest_of_other_tars_does_not_spare_them_the_comparison(tmp_path: Path) -> None:
-    """The same keys, so the same shard; the SHA-256 says that the labels may be others."""
+def test_labels_are_compared_if_the_manifest_has_another_sha256(tmp_path: Path) -> None:
+    """The keys match, so the shard does; but the SHA-256 differs, so the labels may too."""
     (tmp_path / "theirs").mkdir()
     own = make_cache(tmp_path / "cache", recut(tmp_path / "theirs", EVERY))
     (tmp_path / "ours").mkdir()
     recut(tmp_path / "ours", [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)])
     index_shards(tmp_path / "ours", num_classes=5).save(tmp_path / "ours/manifest.json")
-    with pytest.raises(JoinError, match="34 of 43 samples have other labels"):
+    with pytest.raises(JoinError, match="34 of 43 samples have labels that differ"):
         join(load_dataset(tmp_path / "ours/manifest.json"), own)
 
 
-def test_labels_altered_after_the_tar_was_indexed_are_found_at_its_first_use(
-    tmp_path: Path, cache: Cache
-) -> None:
-    """Its manifest still names the cache's own tar, so nothing was read when it was joined."""
+def test_labels_altered_after_indexing_are_found_on_first_use(tmp_path: Path, cache: Cache) -> None:
+    """The manifest still has the SHA-256 of the cache's tar, so the join reads no headers."""
     first = [relabelled(s, i % 5) for i, s in enumerate(EVERY)]
     own = make_cache(tmp_path / "cache", recut(tmp_path, first))
     index_shards(tmp_path, num_classes=5).save(tmp_path / "manifest.json")
     recut(tmp_path, [relabelled(s, 4 - i % 5) for i, s in enumerate(EVERY)])
     joined = join(load_dataset(tmp_path / "manifest.json"), own)
     assert joined.compared == 0
-    with pytest.raises(JoinError, match="34 of 43 samples have other labels"):
+    with pytest.raises(JoinError, match="34 of 43 samples have labels that differ"):
         joined.images.labels(np.array([[0, 0]]))
 
 
@@ -257,9 +251,7 @@ def test_one_image_that_differs_is_noticed_when_it_is_read(tmp_path: Path, cache
     assert EVERY[changed][0] in str(caught.value.where)
 
 
-def test_images_that_differ_are_counted_where_the_user_accepts_them(
-    tmp_path: Path, cache: Cache
-) -> None:
+def test_images_that_differ_are_counted_if_accepted(tmp_path: Path, cache: Cache) -> None:
     other = recut(tmp_path, [recompressed(s) for s in EVERY])
     batch = source(join(other, cache, drift="warn"))[(0, 0, 0)]
     assert batch.drifted == len(batch.pixels)
@@ -286,7 +278,7 @@ def test_with_manifests_on_both_sides_no_tar_is_read(
 def test_images_that_differ_are_found_by_reading_all_and_left_out(
     tmp_path: Path, dataset: Dataset, cache: Cache
 ) -> None:
-    """In other tars, in another order, with samples missing."""
+    """The tars have another order and lack samples."""
     other_images, gone = {0, 6, 25, 42}, {3, 30}
     content = [recompressed(s) if i in other_images else s for i, s in enumerate(EVERY)]
     order = [i for i in np.random.default_rng(5).permutation(len(EVERY)).tolist() if i not in gone]
@@ -305,7 +297,7 @@ def test_images_that_differ_are_found_by_reading_all_and_left_out(
         ("missing" if i in gone else "other image", i, EVERY[i][0])
         for i in sorted(other_images | gone)
     ]
-    assert joined.allowed is not None  # what it was made from is as it was
+    assert joined.allowed is not None  # the original join is unchanged
     assert sum(int((~mask).sum()) for mask in joined.allowed) == 2
     batches, every = source(skipping, 4), source(join(dataset, cache)).views
     for step in range(batches.plan.steps):
@@ -315,16 +307,14 @@ def test_images_that_differ_are_found_by_reading_all_and_left_out(
         assert same(batch, every[batch.index.numpy()])
 
 
-def test_where_no_image_differs_nothing_is_left_out(dataset: Dataset, cache: Cache) -> None:
+def test_if_no_image_differs_nothing_is_left_out(dataset: Dataset, cache: Cache) -> None:
     joined = join(dataset, cache, drift="skip")
     assert find_differing(joined) == []
     assert joined.without({}, "other image") == joined
     assert list(joined.without({}, "other image").left_out()) == []
 
 
-def test_where_every_image_differs_nothing_could_be_trained_on(
-    tmp_path: Path, cache: Cache
-) -> None:
+def test_a_join_without_any_identical_image_is_refused(tmp_path: Path, cache: Cache) -> None:
     other = join(recut(tmp_path, [recompressed(s) for s in EVERY]), cache, drift="skip")
     found = find_differing(other)
     assert len(found) == len(EVERY)
@@ -332,16 +322,14 @@ def test_where_every_image_differs_nothing_could_be_trained_on(
         other.without(by_shard(found), "other image")
 
 
-def test_an_image_that_was_altered_after_the_search_is_still_refused(
-    tmp_path: Path, cache: Cache
-) -> None:
+def test_an_image_altered_after_the_search_is_still_refused(tmp_path: Path, cache: Cache) -> None:
     other = recut(tmp_path, [recompressed(s) if i == 6 else s for i, s in enumerate(EVERY)])
     overlooked = source(join(other, cache, drift="skip"))
     with pytest.raises(JoinError, match="not the one the cache was made from"):
         _ = [overlooked[(epoch, step, 0)] for epoch in (0, 1) for step in range(4)]
 
 
-def test_views_that_drift_though_images_are_the_same_are_not_skipped_but_refused(
+def test_drift_of_identical_images_is_refused_rather_than_skipped(
     dataset: Dataset, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = apply.digest
@@ -350,7 +338,7 @@ def test_views_that_drift_though_images_are_the_same_are_not_skipped_but_refused
         _ = source(join(dataset, cache, drift="skip"))[(0, 0, 0)]
 
 
-def test_a_join_says_what_it_found(dataset: Dataset, cache: Cache) -> None:
+def test_a_join_has_the_documented_fields(dataset: Dataset, cache: Cache) -> None:
     fields = {field.name for field in dataclasses.fields(join(dataset, cache))}
     counts = {"same_shards", "missing", "unused", "compared", "relabelled", "reasons"}
     assert {"samples", "images", "allowed", *counts} == fields

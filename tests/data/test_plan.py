@@ -1,4 +1,4 @@
-"""The order of training: laws that hold for any layout, and one order that is pinned."""
+"""The training order: properties for any layout, and one golden order."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plans(draw: st.DrawFn, *, holes: bool = False) -> EpochPlan:
     allowed = None
     if holes:
         bits = [draw(st.lists(st.booleans(), min_size=n, max_size=n)) for n in counts]
-        # Holes are the exception: a sample is missing where two draws agree.
+        # Few samples are missing: those for which both draws are False.
         allowed = [
             np.array(row) | np.array(draw(st.lists(st.booleans(), min_size=n, max_size=n)))
             for row, n in zip(bits, counts, strict=True)
@@ -69,7 +69,7 @@ def partners(plan: EpochPlan, view: int, shard: int) -> np.ndarray:
 
 @settings(max_examples=60, deadline=None)
 @given(plans(), st.integers(0, 9))
-def test_an_epoch_has_full_batches_and_nothing_twice(plan: EpochPlan, number: int) -> None:
+def test_an_epoch_has_full_batches_without_duplicates(plan: EpochPlan, number: int) -> None:
     rows = plan.epoch(number)
     assert plan.steps == plan.samples.total // plan.batch_size
     assert rows.shape == (plan.steps * plan.batch_size, 3)
@@ -83,7 +83,7 @@ def test_an_epoch_has_full_batches_and_nothing_twice(plan: EpochPlan, number: in
 
 @settings(max_examples=60, deadline=None)
 @given(plans(), st.integers(0, 3))
-def test_a_cycle_shows_every_image_in_every_view_once_but_for_dropped_tails(
+def test_a_cycle_shows_every_image_in_every_view_once_except_for_dropped_tails(
     plan: EpochPlan, cycle: int
 ) -> None:
     views = plan.cycle_views(cycle)
@@ -115,23 +115,25 @@ def test_ranks_and_micro_batches_only_cut_the_global_batch(
         assert {len(part) for part in cut} == {size}
         assert np.array_equal(np.concatenate(cut), plan.batch(number, step))
         at = step * plan.batch_size
-        whole = plan.epoch(number)[at : at + plan.batch_size]
-        assert np.array_equal(whole, plan.batch(number, step))
+        full = plan.epoch(number)[at : at + plan.batch_size]
+        assert np.array_equal(full, plan.batch(number, step))
 
 
 @settings(max_examples=50, deadline=None)
 @given(plans(), st.integers(0, 3))
 def test_pairs_and_the_views_of_an_image_are_neighbours(plan: EpochPlan, cycle: int) -> None:
-    """A pair's rows lie within 2R; only what a cut or the dropped tail took is apart."""
+    """A pair's rows are within 2 R rows, even if a cut or the dropped tail has removed some."""
     rows = np.concatenate([plan.epoch(cycle * plan.repeats + p) for p in range(plan.repeats)])
-    if plan.samples.total % plan.batch_size:  # tails between the epochs; look at the first alone
+    if (
+        plan.samples.total % plan.batch_size
+    ):  # tails are dropped between the epochs: check only the first
         rows = plan.epoch(cycle * plan.repeats)
     first_view = plan.cycle_views(cycle)[0]
-    places: dict[tuple[int, int], list[int]] = {}
-    for place, (_, shard, offset) in enumerate(rows.tolist()):
+    positions: dict[tuple[int, int], list[int]] = {}
+    for row, (_, shard, offset) in enumerate(rows.tolist()):
         pair = min(offset, int(partners(plan, first_view, shard)[offset]))
-        places.setdefault((shard, pair), []).append(place)
-    for found in places.values():
+        positions.setdefault((shard, pair), []).append(row)
+    for found in positions.values():
         assert found[-1] - found[0] < 2 * plan.repeats
         assert len(found) == found[-1] - found[0] + 1
 
@@ -150,7 +152,7 @@ def test_no_row_needs_a_sample_that_is_missing(plan: EpochPlan, number: int) -> 
 
 @settings(max_examples=20, deadline=None)
 @given(plans(), st.permutations(range(6)))
-def test_an_epoch_depends_on_nothing_planned_before(plan: EpochPlan, order: list[int]) -> None:
+def test_an_epoch_does_not_depend_on_earlier_calls(plan: EpochPlan, order: list[int]) -> None:
     in_turn = {number: plan.epoch(number) for number in range(6)}
     for number in order:
         assert np.array_equal(plan.epoch(number), in_turn[number])
@@ -162,7 +164,7 @@ def make(counts: list[int], **changes: object) -> EpochPlan:
     return EpochPlan(layout(counts), policy, 3, **{**options, **changes})  # type: ignore[arg-type]
 
 
-def test_seeds_cycles_and_phases_give_other_orders() -> None:
+def test_seeds_cycles_and_phases_change_the_order() -> None:
     plan = make([30, 31, 32])
     rows = [plan.epoch(0), plan.epoch(1), plan.epoch(3)]
     rows += [make([30, 31, 32], seed=1).epoch(0)]
@@ -180,7 +182,7 @@ def test_an_epoch_of_repeated_augmentation_shows_a_third_of_the_images_three_tim
     assert (times == 3).sum() >= len(shown) - 4
 
 
-def test_shuffling_goes_by_blocks_of_shards() -> None:
+def test_samples_are_shuffled_within_blocks_of_shards() -> None:
     plan = make([10] * 12, repeats=1, batch_size=30, shuffle_shards=3)
     for number in range(3):
         blocks = plan.epoch(number)[:, 1].reshape(4, 30)
@@ -189,7 +191,7 @@ def test_shuffling_goes_by_blocks_of_shards() -> None:
     assert len(set(make([10] * 12, repeats=1, batch_size=30).epoch(0)[:30, 1])) > 6
 
 
-def test_more_epochs_than_views_begin_again_with_the_first() -> None:
+def test_views_are_reused_in_turn() -> None:
     plan = make([64], views=7)
     assert [plan.cycle_views(c) for c in range(4)] == [[0, 1, 2], [3, 4, 5], [6, 0, 1], [2, 3, 4]]
 
@@ -205,24 +207,24 @@ def test_too_few_views_or_samples_are_refused() -> None:
         make([20], allowed=[mask])
 
 
-def test_where_views_do_not_mix_a_missing_sample_costs_no_other() -> None:
+def test_without_mixing_a_missing_sample_drops_no_other() -> None:
     mask = np.ones(40, bool)
     mask[::4] = False
     options = {"views": 6, "repeats": 3, "batch_size": 10, "seed": 0, "allowed": [mask]}
     alone = EpochPlan(layout([40]), ViewPolicy(window=8, mix=0.0), 3, **options)  # type: ignore[arg-type]
-    assert alone.steps == 3  # all 30 that are there
+    assert alone.steps == 3  # all 30 remaining samples
     mixed = EpochPlan(layout([40]), ViewPolicy(window=8), 3, **options)  # type: ignore[arg-type]
     assert mixed.steps < 3
 
 
 def test_the_order_is_pinned() -> None:
-    """A resumed run must meet the order it left, whatever version continues with it."""
+    """A resumed run continues in the same order, whatever version resumes it."""
     plan = make([30, 31, 32, 1], shuffle_shards=2)
     found = {str(n): zlib.crc32(plan.epoch(n).astype("<i4").tobytes()) for n in (0, 1, 2, 7)}
     assert found == json.loads(GOLDEN.read_text())["epochs"]
 
 
-def test_an_epoch_of_imagenet_is_planned_in_a_moment() -> None:
+def test_an_epoch_of_imagenet_is_planned_quickly() -> None:
     plan = make([1251] * 512 + [1252] * 512, views=300, batch_size=1024)
     seconds = []
     for number in (0, 4):
@@ -230,4 +232,4 @@ def test_an_epoch_of_imagenet_is_planned_in_a_moment() -> None:
         plan.epoch(number)
         seconds.append(time.process_time() - started)
     assert plan.steps == 1251
-    assert min(seconds) < 2  # 0.4 s where nothing else runs
+    assert min(seconds) < 2  # 0.4 s on an idle machine

@@ -32,7 +32,7 @@ from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.data.read_ahead import THREAD
 from cskd_pipeline.data.remote_tar import RangeFile, RemoteTars, require_room
 from cskd_pipeline.data.training_views import TrainingViews
-from cskd_pipeline.data.unit_views import EARLY, Loading, unit_batches
+from cskd_pipeline.data.unit_views import UNITS_AHEAD, Loading, unit_batches
 from cskd_pipeline.errors import DataError, RemoteError, ShardError, UsageError
 from cskd_pipeline.models.student import Preprocessing
 from cskd_pipeline.tools.make_shards import make_shards
@@ -340,7 +340,7 @@ def evaluation(dataset: Dataset) -> Iterator[object]:
 
 
 def comparison(dataset: Dataset) -> Iterator[object]:
-    return ImageSource(dataset.shards).crc32(SampleSet.of(dataset).every())
+    return ImageSource(dataset.shards).crc32(SampleSet.of(dataset).all_samples())
 
 
 @pytest.mark.parametrize("reader", [training, evaluation, comparison])
@@ -364,9 +364,9 @@ def test_a_dump_fetches_the_tars_of_the_next_units(served: Served, copies: Path)
     batches = unit_batches(dataset, units, ViewPolicy(size=32), 0, Loading(batch_size=4))
     assert next(batches).index[0, 1] == 0
     end = time.monotonic() + 10
-    while len(tars(copies)) < 1 + EARLY and time.monotonic() < end:
+    while len(tars(copies)) < 1 + UNITS_AHEAD and time.monotonic() < end:
         time.sleep(0.01)
-    assert len(tars(copies)) == 1 + EARLY < len(COUNTS)
+    assert len(tars(copies)) == 1 + UNITS_AHEAD < len(COUNTS)
     assert sum(len(batch) for batch in batches) == dataset.samples - 4
     batches.close()  # type: ignore[attr-defined]
 
@@ -389,7 +389,7 @@ def test_reading_over_and_over_leaves_no_descriptors_and_no_threads(
 
     found = []
     for _ in range(6):
-        assert len(list(images.crc32(SampleSet.of(dataset).every()))) == dataset.samples
+        assert len(list(images.crc32(SampleSet.of(dataset).all_samples()))) == dataset.samples
         found.append(held())
     assert max(found[3:]) <= max(found[:3])
     assert len(served.gets("0000.tar")) > 6

@@ -1,4 +1,4 @@
-"""The dump's side: every view of a unit once, in batches that no worker count changes."""
+"""Views for the dump: every view of a unit once, in the same batches for any worker count."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def batches(dataset: Dataset, units: Any = UNITS, **options: Any) -> list[Batch]
 
 
 def units_of(found: list[Batch]) -> list[tuple[int, int]]:
-    """(shard, block of four views) of each batch."""
+    """Return (shard, block of four views) of each batch."""
     return [(int(b.index[0, 1]), int(b.index[0, 0]) // 4) for b in found]
 
 
-def test_every_view_of_every_unit_comes_once_and_units_come_in_order(dataset: Dataset) -> None:
+def test_every_view_is_yielded_once_and_units_in_order(dataset: Dataset) -> None:
     for workers in (0, 3):
         found = batches(dataset, workers=workers)
         rows = Counter(tuple(row) for batch in found for row in batch.index.tolist())
@@ -65,13 +65,13 @@ def test_the_batches_do_not_depend_on_the_workers(dataset: Dataset) -> None:
             assert same(batch, alone[batch.index.numpy().tobytes()])
 
 
-def test_a_resumed_dump_meets_the_batches_of_an_uninterrupted_one(dataset: Dataset) -> None:
+def test_a_resumed_dump_has_the_batches_of_an_uninterrupted_one(dataset: Dataset) -> None:
     rest = batches(dataset, UNITS[2:])
     whole = batches(dataset)[-len(rest) :]
     assert all(same(a, b) for a, b in zip(rest, whole, strict=True))
 
 
-def test_the_views_are_those_that_training_renders(dataset: Dataset) -> None:
+def test_the_views_equal_those_rendered_in_training(dataset: Dataset) -> None:
     renderer = Renderer(SampleSet.of(dataset), ImageSource(dataset.shards), POLICY, ROOT_SEED)
     for batch in batches(dataset, [(0, range(2, 4))]):
         assert same(batch, render_batch(renderer, batch.index.numpy()))
@@ -111,14 +111,14 @@ def test_items_cover_a_unit_and_stay_small(batch_size: int, views: int, count: i
     for item in items:
         assert len(item) * policy.size**2 * 3 <= unit_views_module.ITEM_BYTES
         first, last = item[0, 2], item[-1, 2]
-        assert first % policy.window == 0  # partners stay inside
+        assert first % policy.window == 0  # partners share a window
         assert last + 1 == count or (last + 1) % policy.window == 0
         assert len(item) == len(set(item[:, 0].tolist())) * (last + 1 - first)
     full = -(-len(items[0]) // batch_size) * batch_size
     assert full < 2 * len(items[0]) or batch_size > count
 
 
-def test_windows_too_large_for_memory_are_taken_in_parts_of_the_views() -> None:
+def test_windows_too_large_for_memory_are_split_by_view() -> None:
     policy = ViewPolicy(size=384, window=512)
     items = items_of((0, range(10)), 1000, policy, 128)
     for view, item in enumerate(items[:10]):
@@ -128,7 +128,7 @@ def test_windows_too_large_for_memory_are_taken_in_parts_of_the_views() -> None:
     assert [np.unique(item[:, 0]).tolist() for item in found] == [[*range(5)], [*range(5, 10)]]
 
 
-def test_a_broken_image_stops_the_unit_with_its_name(tmp_path: Any) -> None:
+def test_a_corrupt_image_is_refused_with_its_name(tmp_path: Any) -> None:
     content = [sample(i) for i in range(6)]
     key, fields = content[4]
     content[4] = (key, {**fields, "jpg": b"\xff\xd8 no image"})

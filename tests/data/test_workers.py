@@ -1,4 +1,4 @@
-"""Loader processes: errors as raised, interrupts without noise, deaths told."""
+"""Loader processes: errors arrive as raised, interrupts are silent, deaths are reported."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Squares(Dataset[int]):
             class OnTheFlyError(Exception):
                 pass
 
-            raise OnTheFlyError("cannot be named elsewhere")
+            raise OnTheFlyError("unknown type")
         if number == 3 and self.kind == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         if number == 3 and self.kind == "killed":
@@ -57,7 +57,7 @@ def test_items_come_in_order(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_our_errors_arrive_as_they_were_raised_and_in_their_place(workers: int) -> None:
+def test_our_errors_arrive_as_raised_and_in_order(workers: int) -> None:
     with pytest.raises(ImageError) as caught:
         list(Loader(Squares("ours"), range(6), workers=workers))
     assert type(caught.value) is ImageError
@@ -86,28 +86,28 @@ def test_a_bug_keeps_its_traceback() -> None:
         list(Loader(Squares("bug"), range(6), workers=1))
 
 
-def test_a_bug_is_not_told_as_a_process_that_died() -> None:
+def test_a_bug_is_not_reported_as_a_dead_process() -> None:
     with pytest.raises(RuntimeError, match="of the data set"):
         list(Loader(Squares("runtime"), range(6), workers=1))
 
 
-def test_an_error_whose_type_no_other_process_knows_is_not_lost() -> None:
-    """torch's queue drops what it cannot pickle, and the parent would wait for it."""
-    with pytest.raises(RuntimeError, match="OnTheFlyError: cannot be named elsewhere"):
+def test_an_error_of_a_local_type_is_not_lost() -> None:
+    """torch's queue drops items that cannot be pickled, and the parent would wait for them."""
+    with pytest.raises(RuntimeError, match="OnTheFlyError: unknown type"):
         list(Loader(Squares("local"), range(6), workers=1))
 
 
-def test_a_process_that_dies_is_told_with_the_usual_reason() -> None:
+def test_a_dead_process_is_reported_with_the_usual_cause() -> None:
     with pytest.raises(DataError, match="a loader process died") as caught:
         list(Loader(Squares("killed"), range(6), workers=1))
     assert "DataLoader worker (pid" in str(caught.value.found)
-    assert "memory is the usual reason" in str(caught.value.action)
+    assert "the usual cause is too little memory" in str(caught.value.action)
 
 
-def test_a_process_that_is_stopped_is_given_up_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_process_times_out_and_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cskd_pipeline.data.workers.PATIENCE", 1)
     before = set(multiprocessing.active_children())
-    with pytest.raises(DataError, match="no loader process has delivered anything") as caught:
+    with pytest.raises(DataError, match="the loader processes timed out") as caught:
         list(Loader(Squares("stopped"), range(6), workers=1))
     assert "1 seconds" in str(caught.value.found)
     assert not set(multiprocessing.active_children()) - before
@@ -145,7 +145,7 @@ if __name__ == "__main__":
 """
 FINISHING = f"""{SLOW}
 def say(stop, _):
-    os.write(1, f"asked to stop by {{int(stop)}}\\n".encode())
+    os.write(1, f"stopped by {{int(stop)}}\\n".encode())
 
 for number in Loader(Slow(), range(60), workers=2):
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -156,7 +156,7 @@ for number in Loader(Slow(), range(60), workers=2):
 
 @contextmanager
 def started(program: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """In a group of processes of its own, once it has delivered three items; ended afterwards."""
+    """Run a program in its own process group; yield after three items, and end it afterwards."""
     (folder / "program.py").write_text(program)
     process = subprocess.Popen(
         [sys.executable, str(folder / "program.py")],
@@ -177,7 +177,7 @@ def started(program: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def any_alive(session: int) -> bool:
-    """Whether any process of the session is there and no zombie."""
+    """Return whether any process of the session is alive and not a zombie."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
@@ -190,7 +190,7 @@ def any_alive(session: int) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize("program", [STOPPING, STARTING])
-def test_ctrl_c_ends_all_processes_without_a_word_from_them(tmp_path: Path, program: str) -> None:
+def test_ctrl_c_ends_all_processes_silently(tmp_path: Path, program: str) -> None:
     with started(program, tmp_path) as process:
         time.sleep(0.5 * (program is STARTING))  # its process is importing now
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
@@ -201,18 +201,18 @@ def test_ctrl_c_ends_all_processes_without_a_word_from_them(tmp_path: Path, prog
     assert errors == ""
 
 
-def test_a_parent_that_goes_on_after_a_signal_to_all_keeps_its_processes(tmp_path: Path) -> None:
-    """Stage two finishes its update and saves before it stops; it needs its loader for that.
+def test_a_parent_that_continues_after_a_signal_keeps_its_processes(tmp_path: Path) -> None:
+    """Stage two finishes its update and saves before it stops, and needs its loader meanwhile.
 
     Terminals send SIGINT and SIGHUP to every process of a group, Slurm and timeout SIGTERM, and
-    Slurm SIGUSR1 where asked to.
+    Slurm SIGUSR1 on request.
     """
     lines: list[str] = []
     with started(FINISHING, tmp_path) as process:
         assert process.stdout is not None
         for number in signals.STOPPING:
             os.killpg(process.pid, number)
-            while f"asked to stop by {int(number)}" not in lines:
+            while f"stopped by {int(number)}" not in lines:
                 lines.append(process.stdout.readline().removesuffix("\n"))
         output, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (0, "")

@@ -99,7 +99,7 @@ def test_another_image_and_other_pixels_are_refused(
 def test_mixed_views_need_the_loader(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache: Cache = open_cache(root / "cache")
     monkeypatch.setattr(type(cache.manifest.policy), "mixes", True)
-    with pytest.raises(CskdError, match=r"mixed with another image[^$]*CachedLoader"):
+    with pytest.raises(CskdError, match=r"mixed from two images[^$]*CachedLoader"):
         replay_view(cache, 0, "any", b"")
 
 

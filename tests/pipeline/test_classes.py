@@ -236,12 +236,12 @@ def test_labels_that_are_not_the_caches_are_refused_before_the_first_step(
     """Without names on one side, only labels by key tell that classes are numbered otherwise."""
     other = turned(small.shards, tmp_path / "other", None)
     message = refused(*command(other, small.cache, tmp_path / "run"))
-    assert "96 of 96 samples have other labels than in the cache" in message
+    assert "96 of 96 samples have labels that differ from the cache's" in message
     assert "0 is 3 here, 1 is 2 here" in message
     assert "--set data.classes=accept" in message
     assert not (tmp_path / "run").exists()
     summary, told = done(*command(other, small.cache, tmp_path / "run", *ACCEPT, "--quiet"))
-    line = "96 of 96 samples have other labels than in the cache"
+    line = "96 of 96 samples have labels that differ from the cache's"
     assert summary["accepted_classes"] == [line]
     assert line in told
     assert read_header(tmp_path / "run/last.safetensors").accepted_classes == (line,)
@@ -366,7 +366,7 @@ def test_verify_lists_names_and_labels_unless_they_are_accepted(
     found = [p["found"] for p in report["problems"] if p["depth"] == "classes"]
     assert found[0].startswith("classes of the shards and the cache: the same 4 names in another")
     assert found[1:3] == [
-        "96 of 96 samples have other labels than in the cache",
+        "96 of 96 samples have labels that differ from the cache's",
         "the label differs from the cache's, 0",
     ]
     assert "--accept-classes" in report["error"]["action"]

@@ -150,7 +150,7 @@ def test_samples_that_are_there_twice_are_refused(
     other = recut(small, tmp_path / "twice", [*samples, samples[20]])
     assert world.cli(*command(other, tmp_path / "run", *SKIP)) == 1
     message = capsys.readouterr().err
-    assert "a key of the cache is there more than once" in message
+    assert "a key of the cache is in the shards more than once" in message
     assert samples[20][0] in message
     assert "x-01.tar and " in message
     assert not (tmp_path / "run").exists()

@@ -93,7 +93,7 @@ def test_a_dump_from_a_url_begins_before_the_last_tar_is_requested(
         dump_zeros(f"{served.url}/set/train-{{0000..0007}}.tar", cache, seen)
         assert (True, False) in begun  # a unit is written, and the last tar was not requested
         assert [served.gets(path.name).count(None) for path in tars] == [1] * 8
-        assert caplog.text.count("8 shards without SHA-256") == 1
+        assert caplog.text.count("8 shards have no SHA-256") == 1
         index_shards(f"{served.url}/set/train-{{0000..0007}}.tar").save(tmp_path / "train.json")
         for spec in (tmp_path / "served/set", tmp_path / "train.json"):
             assert not dump_zeros(str(spec), cache).units  # the same, all of it done

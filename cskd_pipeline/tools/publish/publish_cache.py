@@ -17,7 +17,7 @@ from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.store import FINISH
 from cskd_pipeline.cache.units import count_files
-from cskd_pipeline.data.join import join_to_look
+from cskd_pipeline.data.join import lenient_join
 from cskd_pipeline.errors import CacheError, OutputError, UsageError, require_packages
 from cskd_pipeline.runtime import atomic
 from cskd_pipeline.runtime.classes import ClassGuard
@@ -119,7 +119,7 @@ def _preview(cache: Cache, options: PublishOptions) -> pa.Table:
     rows, found = draw_rows(cache, options.samples, options.seed), None
     if options.thumbnails:
         assert options.shards is not None
-        found = join_to_look(cache, options.shards, ClassGuard(), split=options.split)
+        found = lenient_join(cache, options.shards, ClassGuard(), split=options.split)
     return preview.make_table(cache, rows, found)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.summary import summarise
-from cskd_pipeline.data.join import join_to_look
+from cskd_pipeline.data.join import lenient_join
 from cskd_pipeline.distill.ckf import SCHEDULES, ckf_ratio
 from cskd_pipeline.runtime.classes import COMMAND_SWITCH, ClassGuard
 from cskd_pipeline.runtime.console import format_size
@@ -33,7 +33,7 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
     reader = open_cache(path)
     guard = ClassGuard(COMMAND_SWITCH, accept=options.accept_classes)
     shards = options.shards or ""
-    joined = join_to_look(reader, shards, guard, split=options.split)
+    joined = lenient_join(reader, shards, guard, split=options.split)
     guard.report_new()
     rows = choose_views(joined, options.images or IMAGES)
     views = replay_views(joined, rows)

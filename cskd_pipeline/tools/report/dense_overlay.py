@@ -16,7 +16,7 @@ from cskd_pipeline.cache.digests import split_pin
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.data.assemble import assemble, normalise
 from cskd_pipeline.data.batches import render_batch
-from cskd_pipeline.data.join import Join, classes_of, join_to_look
+from cskd_pipeline.data.join import Join, classes_of, lenient_join
 from cskd_pipeline.errors import UsageError
 from cskd_pipeline.models.checkpoint import StudentHeader, load_student, read_header, student_file
 from cskd_pipeline.runtime.classes import ClassGuard
@@ -114,7 +114,7 @@ def compare(
     fitting = [(style, run) for style, run in enumerate(runs) if run.name not in without]
     if not fitting:
         return None, without
-    joined = join_to_look(reader, options.shards or "", guard, split=options.split)
+    joined = lenient_join(reader, options.shards or "", guard, split=options.split)
     guard.report_new()
     images, samples = options.images or IMAGES, options.samples or SAMPLES
     rows = choose_views(joined, max(images, samples))

@@ -13,7 +13,7 @@ from PIL import Image
 from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.data.assemble import assemble
 from cskd_pipeline.data.batches import render_batch
-from cskd_pipeline.data.images import NOWHERE
+from cskd_pipeline.data.images import ABSENT
 from cskd_pipeline.data.join import Join
 from cskd_pipeline.data.remote_tar import FETCHING
 from cskd_pipeline.data.replay import pair_views, same_images, spread_views
@@ -164,7 +164,7 @@ def with_images(joined: Join, rows: np.ndarray) -> np.ndarray:
     if not len(rows):
         return rows
     own, partner = (
-        joined.images.locate(part[:, 1:])[0] != NOWHERE
+        joined.images.locate(part[:, 1:])[0] != ABSENT
         for part in (rows, pair_views(joined.cache, rows).partner)
     )
     return rows[own & partner]
