@@ -164,7 +164,7 @@ def join(
         samples=SampleSet.of(cache),
         images=images,
         allowed=allowed,
-        same_shards=sum(isinstance(rows, int) for rows in tar_rows),
+        same_shards=sum(isinstance(tar, int) for tar in tar_rows),
         missing=count,
         unused=dataset.samples - (total - count),
         compared=compared,
@@ -230,7 +230,7 @@ def _compare_labels(
     its headers are read, and its labels compared, when it is first used.
     """
     recorded = cache.manifest.dataset.shards
-    infos = [images.shards[rows].info if isinstance(rows, int) else None for rows in tar_rows]
+    infos = [images.shards[tar].info if isinstance(tar, int) else None for tar in tar_rows]
     shards = [
         shard
         for shard in np.flatnonzero(cache.done().any(axis=0)).tolist()
@@ -241,7 +241,7 @@ def _compare_labels(
     compared, found = 0, [np.empty((0, 3), np.int64)]
     if not shards:
         return compared, found[0]
-    tars = [rows for shard in shards if isinstance(rows := tar_rows[shard], int)]
+    tars = [tar for shard in shards if isinstance(tar := tar_rows[shard], int)]
     read_headers([images.shards[tar] for tar in tars])
     labels_of = cache.store.each(
         cache.labels, shards, "comparing labels with the cache's", "shards"
