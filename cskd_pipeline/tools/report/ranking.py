@@ -91,9 +91,8 @@ def rank(runs: Sequence[RunRecord]) -> list[Contender]:
         recipe = {k: v for k, v in flatten(asdict(run.recipe)) if k not in SEEDS_DIFFER_IN}
         recipe["run.fork_from"] = bool(run.recipe.run.fork_from)  # each seed forks its own state
         name, seed = repr(recipe), run.recipe.run.seed
-        groups.setdefault((name, seen[name, seed]), []).append(
-            run
-        )  # a repeated seed is a group of its own
+        # A repeated seed starts a group of its own.
+        groups.setdefault((name, seen[name, seed]), []).append(run)
         seen[name, seed] += 1
     names = [_common_name([run.name for run in group]) for group in groups.values()]
     contenders = [
@@ -137,7 +136,7 @@ def verdict(ranked: Sequence[Contender]) -> list[str]:
 
 def _noise(first: Contender, second: Contender) -> str:
     if len(first.top1.keys() & second.top1.keys()) < 2:
-        return "With one seed each, the noise between seeds is unknown."
+        return "With fewer than two common seeds, the noise is unknown."
     judged = judge(first.top1, second.top1)
     clear, paired = "outside" if judged.clear else "within", judged.difference
     difference = f"{paired.mean:+.2f} ± {paired.error:.2f}"

@@ -228,7 +228,7 @@ def test_the_verdict_states_lead_cost_and_noise(tmp_path: Path) -> None:
     alone = rank([runs[0], runs[2]])
     assert verdict(alone)[1:] == [
         "deit-0 is second, 1.50 points behind in 50 seconds of training.",
-        "With one seed each, the noise between seeds is unknown.",
+        "With fewer than two common seeds, the noise is unknown.",
     ]
     assert verdict(rank(read_runs([make_run(tmp_path / "new", logged=0)]))) == []
 
