@@ -1,47 +1,46 @@
-"""Cumulative Spatial Knowledge Distillation in two stages that meet at a cache.
+"""Cumulative Spatial Knowledge Distillation in two stages that share a cache of teacher logits.
 
-CSKD (ICCV 2023, arXiv 2307.08500) lets a CNN's response at every location supervise the patch token
-there, fused with the CNN's global response, which counts more and more as training goes on (CKF).
+CSKD (ICCV 2023, arXiv 2307.08500) supervises each patch token of a ViT with a CNN's response at the
+same location, fused with the CNN's global response, whose weight grows during training (CKF).
 Here the CNN runs once, in ``dump-teacher``; ``train`` reads its cached logits and never loads it.
-This docstring is the tour. The rooms stand in the order of their imports: each uses only those
-above it.
+The subpackages, in import order (each imports only those above it):
 
-1. **errors** -- one exception tree: where, what was found, what was expected, what to do.
-2. **runtime** -- what any long job needs: atomic writes, signals, devices, distributed ranks,
+1. **errors** -- one exception tree: location, found, expected, what to do.
+2. **runtime** -- services for any long job: atomic writes, signals, devices, distributed ranks,
    console and progress, JSON documents checked against schemas, classes compared by name.
-3. **views** -- what a network sees. ``draw(seed, policy, width, height)`` gives parameters,
-   ``render(image, params, policy)`` gives uint8 pixels, ``mixing`` pairs neighbours. A view is a
-   pure function of (image bytes, seed, policy) and of its partner's; no global random state is
-   touched.
-4. **config** -- recipes: TOML, complete, frozen, checked; every problem at once.
-5. **models** -- ``teacher`` gives spatial and global logits rounded to float16; ``student`` gives
-   class, distillation and dense logits; ``weights`` and ``checkpoint`` read files without running
-   anything in them; ``train_state`` is what a run goes on from.
+3. **views** -- network inputs. ``draw(seed, policy, width, height)`` returns parameters,
+   ``render(image, params, policy)`` returns uint8 pixels, ``mixing`` pairs neighbours. A view is a
+   pure function of image bytes, seed and policy, and of its partner's; it uses no global random
+   state.
+4. **config** -- recipes: complete, frozen TOML, with every problem reported at once.
+5. **models** -- ``teacher`` returns spatial and global logits rounded to float16; ``student``
+   returns class, distillation and dense logits; ``weights`` and ``checkpoint`` read files without
+   executing anything in them; ``train_state`` is the state that a run resumes from.
 6. **distill** -- tensors only. ``ckf`` fuses the logits and finds the upper envelope of K lines in
-   r; ``losses`` compares student and ``targets``; ``encodings`` has one file for each way of
-   storing a response.
-7. **cache** -- what is stored: a zarr v3 group with leading axes (view, shard, offset).
-   ``manifest`` decides all of it; ``writer`` commits units (block of views, tar shard), their
-   digests last; ``reader`` refuses what is not finished, or not what was written; ``convert``,
-   ``merge`` and ``upgrade`` make caches of caches; ``folders`` read one where it is published.
-8. **data** -- what is read: ``shards`` (tars), ``plan`` (which sample comes when, in which view: a
-   pure function, the same for any number of ranks and workers), ``join`` (a cache's sample to the
-   user's own tar, by key), ``batches`` (decode once, render, pair), ``assemble`` (uint8 to mixed
-   floats).
+   r; ``losses`` compares student and ``targets``; ``encodings`` has one file per encoding of a
+   response.
+7. **cache** -- storage: a zarr v3 group with leading axes (view, shard, offset). Its layout follows
+   from ``manifest``; ``writer`` commits units (block of views, tar shard), digests last; ``reader``
+   refuses unfinished and altered units; ``convert``, ``merge`` and ``upgrade`` derive caches from
+   caches; ``folders`` opens local and remote ones.
+8. **data** -- input: ``shards`` (tars), ``plan`` (which sample comes when, in which view: a pure
+   function, independent of the number of ranks and workers), ``join`` (matches a cache's samples
+   with the user's tars by key), ``batches`` (decode once, render, pair), ``assemble`` (uint8 to
+   mixed floats).
 9. **pipeline** -- the two stages, ``dump`` and ``train``, which never import each other, and
    ``evaluate``.
-10. **tools** -- what stands on the stages and only the command line uses: ``bench``, ``estimate``
-    (``plan``), ``verify``, ``report`` (pages and plots), ``export``, ``study``, ``demo``.
+10. **tools** -- commands built on the stages: ``bench``, ``estimate`` (``plan``), ``verify``,
+    ``report`` (pages and plots), ``export``, ``study``, ``demo``.
 11. **cli** -- thin typer commands.
 
-As a library: the names of ``PUBLIC`` below, each from the room that it belongs to. ``docs/api.md``
-has them with their docstrings, ``docs/examples`` the loops that use them::
+The library consists of the names in ``PUBLIC`` below. ``docs/api.md`` has their docstrings,
+``docs/examples`` shows loops that use them::
 
     cache = cskd_pipeline.open_cache("cache")
     targets = cache.targets([(0, key) for key in cache.keys(0)])
     targets.hard_spatial(r=0.5)                             # (n, h, w) int64
 
-``tests/test_structure.py`` holds the direction of the imports.
+``tests/test_structure.py`` enforces the import order.
 """
 
 import importlib
@@ -49,9 +48,9 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name -> the module that has it, imported when the name is first used: ``import
-# cskd_pipeline`` costs nothing. ``__init__.pyi`` says the same to type checkers, and docs/api.md to
-# people; a test holds the three together.
+# Public name -> its module, imported on first use so that ``import cskd_pipeline`` costs nothing.
+# ``__init__.pyi`` lists the same names for type checkers and docs/api.md for people; a test keeps
+# the three consistent.
 PUBLIC = {
     "Cache": "cskd_pipeline.cache.reader",
     "CacheSection": "cskd_pipeline.config.sections",

@@ -1,8 +1,8 @@
 """The exception tree, worded for the person who must act.
 
 Every class is a :class:`CskdError`; :class:`ShardError`, :class:`ImageError`, :class:`ClassesError`
-and :class:`JoinError` are :class:`DataError` as well. Exit codes: 2 of :class:`UsageError`, 130 of
-:class:`Interrupted`, 75 of :class:`Preempted`, 1 of all others.
+and :class:`JoinError` are also :class:`DataError`. Exit codes: 2 for :class:`UsageError`, 130 for
+:class:`Interrupted`, 75 for :class:`Preempted`, 1 for all others.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
-MAX_PROBLEMS = 20  # shown at once; the exception holds them all
+MAX_PROBLEMS = 20  # printed; the exception keeps all of them
 
 
 def printable(text: object, limit: int = 300) -> str:
-    """Return ``text`` on one line, with control characters (terminal escapes too) spelled out."""
+    """Return ``text`` on one line, with control characters (terminal escapes too) escaped."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 class CskdError(Exception):
-    """One problem: where it is, what was found, what was expected, and what to do next.
+    """An error that states its location, what was found, what was expected, and what to do next.
 
     Args:
-        problem: one sentence without a full stop.
+        problem: one clause without a full stop.
         where: the file, array, sample or recipe key.
-        found, expected: values, already readable.
-        action: what the user can do; a command where there is one.
-        problems: one line each where there may be several: path, found, expected.
-        report: what the command found all the same; with ``--json`` it is printed beside the error.
+        found, expected: readable values.
+        action: what the user can do, with the command if there is one.
+        problems: one line per problem (path, found, expected) if there can be several.
+        report: partial result of the command; ``--json`` prints it with the error.
     """
 
     exit_code = 1
@@ -68,20 +68,20 @@ class CskdError(Exception):
 
 
 class UsageError(CskdError):
-    """The call contradicts itself."""
+    """Invalid or contradictory arguments."""
 
     exit_code = 2
 
 
 class RecipeError(CskdError):
-    """A recipe's keys or values."""
+    """Invalid keys or values in a recipe."""
 
 
 class ManifestError(CskdError):
-    """A document that does not fit its schema.
+    """A document that does not match its schema.
 
     Args:
-        problems: one line each: JSON path, found, expected.
+        problems: one line per problem: JSON path, found, expected.
     """
 
     def __init__(self, where: object, problems: list[str], action: str | None = None) -> None:
@@ -91,35 +91,35 @@ class ManifestError(CskdError):
 
 
 class DataError(CskdError):
-    """Shards and what is in them."""
+    """Unusable shards or samples."""
 
 
 class ShardError(DataError):
-    """A tar that is not one, is cut short, or holds a sample without image or label."""
+    """A file that is not a tar or is truncated, or a sample without image or label."""
 
 
 class ImageError(DataError):
-    """Bytes that are no image, or one too large to be honest."""
+    """Bytes that are not an image, or an implausibly large image."""
 
 
 class ClassesError(DataError):
-    """Two sides number different classes, or number them differently."""
+    """Two sides with different classes, or with a different numbering of the same classes."""
 
 
 class JoinError(DataError):
-    """The shards at hand and the cache's data set differ."""
+    """Shards that differ from the cache's data set."""
 
 
 class ViewDriftError(CskdError):
-    """A replayed view is not the recorded one."""
+    """A replayed view that differs from the recorded one."""
 
 
 class CacheError(CskdError):
-    """A cache that is incomplete, damaged, or of another kind than is needed."""
+    """A cache that is incomplete, damaged, or of the wrong kind."""
 
 
 class RemoteError(CskdError):
-    """A cache elsewhere that cannot be reached, or may not be read."""
+    """A remote cache or shard that is unreachable, or that may not be read."""
 
 
 class WeightsError(CskdError):
@@ -127,35 +127,35 @@ class WeightsError(CskdError):
 
 
 class TeacherError(CskdError):
-    """A model that cannot give spatial logits."""
+    """A model that cannot produce spatial logits."""
 
 
 class StudentError(CskdError):
-    """A model that cannot take spatial targets."""
+    """A model that cannot be trained on spatial targets."""
 
 
 class TrainingError(CskdError):
-    """A run that cannot continue: a loss that is not finite."""
+    """A run that cannot continue because its loss is not finite."""
 
 
 class RunError(CskdError):
-    """A folder that is no training run's, or whose log is damaged."""
+    """A folder that is not a training run, or whose log is damaged."""
 
 
 class RankError(CskdError):
-    """The processes of a job have lost each other."""
+    """A rank of a job that failed or cannot be reached."""
 
 
 class OutputError(CskdError):
-    """A folder that holds something else, or a full disk."""
+    """An output folder that contains other files, or a full disk."""
 
 
 class MissingPackageError(CskdError):
-    """An optional package that this command needs."""
+    """A command that needs an optional package."""
 
 
 def require_packages(*names: str, extra: str, problem: str) -> None:
-    """Raise a MissingPackageError unless these are installed, as the package's ``extra`` does."""
+    """Raise a MissingPackageError unless the packages ``names`` of ``extra`` are installed."""
     missing = [f"no {name}" for name in names if find_spec(name) is None]
     if missing:
         raise MissingPackageError(
@@ -164,15 +164,15 @@ def require_packages(*names: str, extra: str, problem: str) -> None:
 
 
 class Interrupted(CskdError):
-    """Ctrl-C; ``action`` says how to continue."""
+    """A command stopped by Ctrl-C; ``action`` says how to continue."""
 
     exit_code = 130
 
 
 class Preempted(CskdError):
-    """SIGTERM, SIGHUP or SIGUSR1, as schedulers send them; ``action`` says how to continue.
+    """A command stopped by SIGTERM, SIGHUP or SIGUSR1; ``action`` says how to continue.
 
-    The exit code is ``EX_TEMPFAIL`` of sysexits(3): the same command, queued again, continues.
+    The exit code is ``EX_TEMPFAIL`` of sysexits(3): queue the same command again to continue.
     """
 
     exit_code = 75

@@ -1,4 +1,4 @@
-"""The encoding that targets are read from: one that serves the losses, the smallest exact first."""
+"""Choice of the encoding to read targets from: the smallest exact one that supports the losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def serving(
     kinds: Collection[str],
     temperature: float | None,
 ) -> list[str]:
-    """List the encodings that serve these losses, the best first; see ``Cache.serving``."""
+    """List the encodings that support these losses, best first; see ``Cache.serving``."""
     sizes = {
         name: sum(spec.row_bytes for spec in encoding.arrays(shape))
         for name, encoding in encodings.items()
@@ -35,7 +35,7 @@ def serving(
 
 
 def refusal(cache: Cache, kinds: Collection[str], temperature: float, name: str) -> CacheError:
-    """Make the error about a cache that lacks the encoding ``name``, or one for these losses."""
+    """Return the error for a cache without the encoding ``name``, or without one for the losses."""
     known = name == "auto" or name in cache.encodings
     words = {"hard": "hard targets", "soft": f"soft targets at temperature {temperature}"}
     targets = " and ".join(words.get(kind, kind) for kind in sorted(kinds))
@@ -46,10 +46,10 @@ def refusal(cache: Cache, kinds: Collection[str], temperature: float, name: str)
     ]
     hard = "--set distill.global_kind=hard --set distill.spatial_kind=hard"
     return CacheError(
-        f"the cache cannot serve {targets}" if known else f"the cache has no encoding {name}",
+        f"the cache does not support {targets}" if known else f"the cache has no encoding {name}",
         where=cache.path,
         found=f"encodings {', '.join(cache.encodings)}",
-        expected=f"one that serves {targets}" if known else name,
+        expected=f"one that supports {targets}" if known else name,
         action=f"use {' or '.join(nearest) or hard}, or a cache dumped with --encoding dense"
         if "soft" in kinds
         else "use --set distill.encoding=auto, or a cache dumped with --encoding envelope",

@@ -1,16 +1,15 @@
-"""A cache's files by key, in a folder or where they lie: ``https://``, ``s3://``, ``gs://``, ``hf://``.
+"""A cache's files by key, in a local folder or at a URL (``https``, ``s3``, ``gs``, ``hf``).
 
-A file elsewhere is copied to this machine when it is first needed, whole, and read from there:
-training goes through the shards in an order that needs a file often for a while and then not for
-long. Copies are kept below ``CSKD_CACHE_DIR`` (default ``~/.cache/cskd-pipeline``), about
-``CSKD_CACHE_GB`` of them (default 50; see :class:`Mirror`), those that were not used for longest
-removed first. Files of finished units never change, so copies stay good; documents are read anew at
-every opening, since caches grow.
+A remote file is copied to this machine on first use, completely, and read from the copy: training
+visits the shards in an order that uses a file often for a while and then not for long. Copies are
+kept below ``CSKD_CACHE_DIR`` (default ``~/.cache/cskd-pipeline``), up to about ``CSKD_CACHE_GB``
+(default 50; see :class:`Mirror`); the least recently used are removed first. Files of finished
+units never change, so their copies stay valid; documents are fetched at every opening, since caches
+grow.
 
 Only keys that follow from the manifest are requested, and no file may be larger than the manifest
-implies; :mod:`cskd_pipeline.cache.remote_files` makes the copies. What arrives is checked as any
-cache is, by the checksum of every chunk; a copy that fails is fetched once more before that is an
-error.
+implies; :mod:`cskd_pipeline.cache.remote_files` fetches them. The chunks of a copy are verified
+like those of a local file; a damaged copy is fetched again once before an error is raised.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from cskd_pipeline.cache.mirror import Mirror
 from cskd_pipeline.cache.remote_files import CONNECTIONS, RemoteFiles, is_remote
 from cskd_pipeline.errors import UsageError
 
-MAX_FILE_BYTES = 2**32  # far above honest ones, so that no manifest fills the disk
+MAX_FILE_BYTES = 2**32  # far above real files, so that no manifest fills the disk
 
 
 def require_local(path: Path | str, problem: str, action: str) -> Path:
-    """Return the folder; refuse a URL (UsageError), also one that a path made ``https:/`` of."""
+    """Return the folder; refuse a URL (UsageError), even one that Path shortened to ``https:/``."""
     if re.match("[a-z][a-z0-9]+:/", str(path)):
         raise UsageError(
             problem,
@@ -46,48 +45,48 @@ def require_local(path: Path | str, problem: str, action: str) -> Path:
 
 
 def open_folder(location: Path | str) -> Folder:
-    """Open the files of a cache, on this machine or elsewhere.
+    """Open the files of a local or remote cache.
 
     Raises:
-        UsageError: a URL of another kind, or with more in it than host and path.
-        MissingPackageError: fsspec cannot read this kind without another package.
+        UsageError: an unsupported URL, or one with more than host and path.
+        MissingPackageError: fsspec needs another package for this kind of URL.
     """
     return RemoteFolder(str(location)) if is_remote(location) else Folder(Path(location))
 
 
 class Folder:
-    """The files below ``root``, by key (a path with forward slashes).
+    """The files below ``root`` by key (a path with forward slashes).
 
     Raises:
-        DamageError: a file that is missing, no plain file, shorter or larger than expected.
+        DamageError: a file is missing, not regular, shorter or larger than expected.
     """
 
     lists: bool
-    """:meth:`names` lists what there is; where it cannot, :meth:`has` finds it."""
-    at_once: int
-    """The number of files that are best read at a time."""
+    """True if :meth:`names` can list files; otherwise only :meth:`has` can find them."""
+    parallel: int
+    """The number of files to read in parallel."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.lists, self.at_once = root, True, 1
+        self.root, self.lists, self.parallel = root, True, 1
 
-    def for_cache(self, identity: str, most: Callable[[str], int]) -> Folder:
-        """Return the same folder, now that it is known which cache's files these are.
+    def for_cache(self, identity: str, max_bytes: Callable[[str], int]) -> Folder:
+        """Return the folder of the cache ``identity``.
 
         Args:
-            most: the most bytes that a file may have, by its key.
+            max_bytes: maximum length of a file, by key.
         """
         return self
 
     def where(self, key: str) -> Path | str:
-        """Return where a file is, for messages."""
+        """Return the path or URL of a file, for messages."""
         return self.root / key
 
     def forget(self, key: str) -> bool:
-        """Let go of what may be a bad copy of a file; whether to read it anew makes sense."""
+        """Drop a possibly damaged copy of a file; return whether to read the file again."""
         return False
 
     def read(self, key: str, limit: int) -> bytes:
-        """Read the whole file, of at most ``limit`` bytes."""
+        """Read a complete file of at most ``limit`` bytes."""
         descriptor, size = self._open(key)
         try:
             if size > limit:
@@ -105,7 +104,7 @@ class Folder:
             os.close(descriptor)
 
     def sha256(self, key: str) -> bytes:
-        """Return the SHA-256 of the whole file."""
+        """Return the SHA-256 of a file."""
         descriptor, _ = self._open(key)
         with open(descriptor, "rb", buffering=0) as file:
             try:
@@ -114,26 +113,26 @@ class Folder:
                 raise DamageError(f"the file cannot be read: {error.strerror}") from error
 
     def length(self, key: str) -> int:
-        """Return the length of the file in bytes."""
+        """Return the length of a file in bytes."""
         descriptor, size = self._open(key)
         os.close(descriptor)
         return size
 
     def names(self, key: str) -> list[str]:
-        """List what the folder ``key`` holds; nothing where there is none."""
+        """List the entries of the folder ``key``; none if it is absent."""
         try:
             return os.listdir(self.root / key)
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def has(self, key: str) -> bool:
-        """Return whether there is this file."""
+        """Return whether the file exists."""
         return (self.root / key).is_file()
 
     def sizes(self) -> dict[str, int] | None:
-        """Return the length of every file, by key; None where files are not listed."""
+        """Return the length of every file by key; None if files cannot be listed."""
         found: dict[str, int] = {}
-        seen: set[tuple[int, int]] = set()  # a link may lead back
+        seen: set[tuple[int, int]] = set()  # links may form a cycle
         for folder, folders, names in os.walk(self.root, followlinks=True):
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
@@ -142,7 +141,7 @@ class Folder:
             seen.add((status.st_dev, status.st_ino))
             below = os.path.relpath(folder, self.root)
             for name in names:
-                with suppress(FileNotFoundError):  # renamed by its writer; a link to nothing
+                with suppress(FileNotFoundError):  # renamed by its writer, or a dangling link
                     size = os.stat(f"{folder}/{name}").st_size
                     found[name if below == "." else f"{below}/{name}"] = size
         return found
@@ -157,7 +156,7 @@ class Folder:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             os.close(descriptor)
-            raise DamageError("not a plain file")
+            raise DamageError("not a regular file")
         return descriptor, status.st_size
 
 
@@ -167,48 +166,48 @@ def _pread(descriptor: int, start: int, length: int) -> bytes:
     except OSError as error:
         raise DamageError(f"the file cannot be read: {error.strerror}") from error
     if len(data) != length:
-        raise DamageError(f"cut short: {len(data)} bytes where {length} should be")
+        raise DamageError(f"truncated: {len(data)} of {length} bytes")
     return data
 
 
 class RemoteFolder(RemoteFiles, Folder):
-    """The files below ``url``, by key, through copies on this machine.
+    """The files below ``url`` by key, through local copies.
 
     Args:
         url: see :func:`open_folder`.
-        mirror: holds the copies; None until :meth:`for_cache` knows of which cache.
-        most: the most bytes that a file may have, by its key.
+        mirror: folder of the copies; None until :meth:`for_cache` identifies the cache.
+        max_bytes: maximum length of a file, by key.
     """
 
     def __init__(
         self,
         url: str,
         mirror: Mirror | None = None,
-        most: Callable[[str], int] = lambda key: MAX_FILE_BYTES,
+        max_bytes: Callable[[str], int] = lambda key: MAX_FILE_BYTES,
     ) -> None:
         Folder.__init__(self, Path())
         RemoteFiles.__init__(self, url, mirror)
-        self._most = most
+        self._max_bytes = max_bytes
         self._forgotten: set[str] = set()
-        self.at_once = CONNECTIONS
+        self.parallel = CONNECTIONS
 
-    def for_cache(self, identity: str, most: Callable[[str], int]) -> Folder:
-        """Return the folder with copies of the cache ``identity``."""
-        return RemoteFolder(self.url, Mirror.of(f"{self.url} {identity}"), most)
+    def for_cache(self, identity: str, max_bytes: Callable[[str], int]) -> Folder:
+        """Return the folder with local copies of the cache ``identity``."""
+        return RemoteFolder(self.url, Mirror.of(f"{self.url} {identity}"), max_bytes)
 
     def read(self, key: str, limit: int) -> bytes:
-        """Read the whole file, of at most ``limit`` bytes; documents always from the server."""
+        """Read a complete file of at most ``limit`` bytes; documents always from the server."""
         if self._mirror is not None and not key.endswith("zarr.json"):
             return super().read(key, limit)
         return self.document(key, limit)
 
     def length(self, key: str) -> int:
-        """Return the length of the copy, or, without one, of the server's file."""
-        kept = None if self._mirror is None else self._mirror.length(key)
-        return self._retry(key, lambda pace: self._length(key, pace)) if kept is None else kept
+        """Return the length of the local copy, or of the server's file if there is none."""
+        copy = None if self._mirror is None else self._mirror.length(key)
+        return self._retry(key, lambda pace: self._length(key, pace)) if copy is None else copy
 
     def sizes(self) -> dict[str, int] | None:
-        """Return the length of every file of an object store; None of a web server."""
+        """Return the length of every file in an object store; None for a web server."""
         if not self.lists:
             return None
 
@@ -220,7 +219,7 @@ class RemoteFolder(RemoteFiles, Folder):
         return self._retry("", lambda pace: transfers.within(pace, request))
 
     def forget(self, key: str) -> bool:
-        """Remove the copy; True once for each file: a damaged one is not requested for ever."""
+        """Remove the copy; return True only once per file, so that fetching it again ends."""
         first = key not in self._forgotten
         self._forgotten.add(key)
         if self._mirror is not None:
@@ -228,7 +227,7 @@ class RemoteFolder(RemoteFiles, Folder):
         return first
 
     def has(self, key: str) -> bool:
-        """Request the file; what was there once is not requested again."""
+        """Return whether the file exists; request it only if there is no local copy."""
         try:
             os.close(self._open(key)[0])
         except DamageError:
@@ -237,9 +236,9 @@ class RemoteFolder(RemoteFiles, Folder):
 
     def _open(self, key: str) -> tuple[int, int]:
         assert self._mirror is not None
-        most = min(self._most(key), MAX_FILE_BYTES)
+        limit = min(self._max_bytes(key), MAX_FILE_BYTES)
 
-        def opening(path: Path) -> tuple[int, int] | None:
+        def open_copy(path: Path) -> tuple[int, int] | None:
             try:
                 return Folder._open(self, key)
             except DamageError:
@@ -247,4 +246,4 @@ class RemoteFolder(RemoteFiles, Folder):
                     raise
                 return None
 
-        return self._mirror.open(key, lambda file: self._fetch(key, file, most), opening)
+        return self._mirror.open(key, lambda file: self._fetch(key, file, limit), open_copy)

@@ -1,8 +1,8 @@
-"""The cache as a zarr v3 group: which arrays, which files, and the documents that describe them.
+"""The cache as a zarr v3 group: its arrays, its files, and the documents that describe them.
 
-Everything follows from the manifest: two writers, and a reader years later, derive the same layout.
-A unit of work is (block of views, tar shard); every per-view array has its own file, or files, for
-each unit. ``manifests/cache-format.md`` is the specification.
+Everything follows from the manifest: two writers, or a reader years later, derive the same layout.
+A unit of work is (block of views, tar shard); every per-view array has separate files for each
+unit. ``manifests/cache-format.md`` is the specification.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ GROUP = "zarr.json"
 ATTRIBUTE = "cskd"
 PER_SHARD = ("key", "label", "image_crc32")
 RECORD = "digest"
-"""The array whose files, one for each unit, are written last: a unit without one does not exist."""
+"""The array whose files, one per unit, are written last: a unit without one is not finished."""
 EXTENDING = ".extending"
-"""A file that says how many views there will be, while arrays get longer than the manifest says."""
+"""A file with the new number of views, while arrays are extended beyond the manifest's number."""
 MAX_CHUNK_BYTES = 2**28
-"""Decoded, and of a file's shard index: far above honest ones, so that no manifest fills memory."""
+"""Limit on a decoded chunk and on a shard index: far above real ones; no manifest fills memory."""
 
 
 def encodings_of(manifest: CacheManifest) -> dict[str, Encoding]:
-    """Return the encodings of the cache, ``sampled`` with its draws and temperature.
+    """Return the encodings of the cache by name, ``sampled`` with its draws and temperature.
 
     Raises:
-        CacheError: one that is neither built in nor registered.
+        CacheError: an encoding is neither built in nor registered.
     """
     names = manifest.encodings
     unknown = [name for name in names if name not in ENCODINGS]
@@ -46,11 +46,11 @@ def encodings_of(manifest: CacheManifest) -> dict[str, Encoding]:
             "unknown encoding",
             found=", ".join(unknown),
             expected=", ".join(ENCODINGS),
-            action="install a newer cskd-pipeline, or, if it is your own, pass it to "
-            "cskd_pipeline.register_encoding before the cache is opened",
+            action="install a newer cskd-pipeline, or register your own encoding with "
+            "cskd_pipeline.register_encoding before opening the cache",
         )
-    own: dict[str, Encoding] = {Sampled.name: manifest.sampled}
-    return {name: own.get(name, ENCODINGS[name]) for name in names}
+    configured: dict[str, Encoding] = {Sampled.name: manifest.sampled}
+    return {name: configured.get(name, ENCODINGS[name]) for name in names}
 
 
 def response_shape(manifest: CacheManifest) -> ResponseShape:
@@ -59,10 +59,10 @@ def response_shape(manifest: CacheManifest) -> ResponseShape:
 
 
 def specs(manifest: CacheManifest) -> dict[str, ArraySpec]:
-    """Return the arrays of all encodings, by name.
+    """Return the arrays of all encodings by name.
 
     Raises:
-        CacheError: a registered encoding has none, or some that cannot be stored or read.
+        CacheError: a registered encoding has no arrays, or some that cannot be stored or read.
     """
     shape = response_shape(manifest)
     found: dict[str, ArraySpec] = {}
@@ -71,48 +71,48 @@ def specs(manifest: CacheManifest) -> dict[str, ArraySpec]:
         problems = list(_encoding_problems(name, arrays))
         if problems:
             raise CacheError(
-                f"the arrays of the encoding {name} cannot be used",
+                f"the arrays of the encoding {name} are invalid",
                 problems=problems,
-                action="change the encoding that was registered",
+                action="correct the registered encoding",
             )
         found |= {spec.name: spec for spec in arrays}
     return found
 
 
 def _encoding_problems(name: str, arrays: Sequence[ArraySpec]) -> Iterator[str]:
-    """Yield what ``slabs`` could not read; ``ArraySpec`` says what it may be."""
+    """Yield why ``slabs`` could not read the arrays; ``ArraySpec`` documents the rules."""
     if not arrays:
-        yield "there are none"
+        yield "no arrays"
     if len({spec.name for spec in arrays}) < len(arrays):
-        yield "two have the same name"
+        yield "two arrays have the same name"
     if len({spec.rows is None for spec in arrays}) > 1:
-        yield "some have rows and some have not: all of an encoding are read in one way"
+        yield "some arrays have rows and some do not: an encoding's arrays are read in one way"
     for spec in arrays:
         if not re.fullmatch(f"{name}/[a-z0-9_-]+", spec.name):
             yield (
-                f"{spec.name}: an unusable name, expected {name}/ and lower-case letters, digits, "
+                f"{spec.name}: invalid name, expected {name}/ and lower-case letters, digits, "
                 "hyphens, underscores"
             )
         if len(spec.axes) != len(spec.tail) or (spec.ragged and not spec.tail):
             yield f"{spec.name}: axes {spec.axes} with lengths {spec.tail}, ragged: {spec.ragged}"
-        elif spec.tail_chunk not in (None, spec.tail) and not _cut_along_first(spec):
+        elif spec.tail_chunk not in (None, spec.tail) and not _split_along_first(spec):
             yield (
                 f"{spec.name}: chunks {spec.tail_chunk} of {spec.tail}: only ragged arrays without "
-                "rows are cut, along the first of these axes"
+                "rows are split, along the first of these axes"
             )
 
 
-def _cut_along_first(spec: ArraySpec) -> bool:
+def _split_along_first(spec: ArraySpec) -> bool:
     chunk = spec.tail_chunk or ()
     same = len(chunk) == len(spec.tail) and chunk[1:] == spec.tail[1:]
     return same and spec.ragged and spec.rows is None and 0 < chunk[0] < spec.tail[0]
 
 
 def stored_arrays(manifest: CacheManifest) -> dict[str, StoredArray]:
-    """Return every array of the cache, by name.
+    """Return every array of the cache by name.
 
     Raises:
-        CacheError: an encoding that is unknown or unusable, or chunks larger than readers accept.
+        CacheError: an encoding is unknown or invalid, or chunks are larger than readers accept.
     """
     dataset, block = manifest.dataset, manifest.view_block
     shards, longest = len(dataset.shards), max(dataset.counts)
@@ -149,10 +149,10 @@ def stored_arrays(manifest: CacheManifest) -> dict[str, StoredArray]:
     for array in arrays:
         if array.max_read_bytes > MAX_CHUNK_BYTES:
             raise CacheError(
-                "the manifest implies chunks too large to be read",
-                found=f"{array.max_read_bytes} bytes of the array {array.name}",
+                "the manifest implies chunks that are too large to read",
+                found=f"{array.max_read_bytes} bytes in the array {array.name}",
                 expected=f"at most {MAX_CHUNK_BYTES}",
-                action="cut the data set into smaller tar shards, or use a smaller view block",
+                action="pack the data set into smaller tar shards, or use a smaller view block",
             )
     return {array.name: array for array in arrays}
 
@@ -179,24 +179,24 @@ def _stored(spec: ArraySpec, manifest: CacheManifest, longest: int) -> StoredArr
 
 
 def round_up(length: int, step: int) -> int:
-    """Return the first multiple of ``step`` from ``length`` on."""
+    """Return ``length`` rounded up to a multiple of ``step``."""
     return -(-length // step) * step
 
 
 def array_documents(manifest: CacheManifest) -> dict[str, bytes]:
-    """Return every ``zarr.json`` but the cache's own, of arrays and groups above them, by key."""
+    """Return every ``zarr.json`` except the cache's own by key: arrays and their parent groups."""
     arrays = stored_arrays(manifest)
     groups = {name.rpartition("/")[0] for name in arrays} - {""}
-    found = {f"{name}/zarr.json": array.document() for name, array in arrays.items()}
-    found |= {f"{name}/zarr.json": group_document({}) for name in sorted(groups)}
-    return {key: to_bytes(document) for key, document in found.items()}
+    documents = {f"{name}/zarr.json": array.document() for name, array in arrays.items()}
+    documents |= {f"{name}/zarr.json": group_document({}) for name in sorted(groups)}
+    return {key: to_bytes(document) for key, document in documents.items()}
 
 
 def manifest_document(manifest: CacheManifest) -> bytes:
     """Return the cache's own ``zarr.json``: manifest and SHA-256 in the attribute ``cskd``.
 
     Raises:
-        CacheError: larger than readers accept.
+        CacheError: the document is larger than readers accept.
     """
     content = {"manifest": manifest.to_json(), "sha256": manifest.digest()}
     document = to_bytes(group_document({ATTRIBUTE: content}))
@@ -205,7 +205,7 @@ def manifest_document(manifest: CacheManifest) -> bytes:
             "the manifest is too large",
             found=f"{len(document)} bytes for {len(manifest.dataset.shards)} tar shards",
             expected=f"at most {schemas.MAX_BYTES}",
-            action="cut the data set into fewer tar shards",
+            action="pack the data set into fewer tar shards",
         )
     return document
 
@@ -216,16 +216,16 @@ def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_bytes(document: Mapping[str, Any]) -> bytes:
-    """Write a document as JSON."""
+    """Encode a document as indented JSON."""
     return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def parse_manifest(data: bytes, where: object) -> CacheManifest:
-    """Read the manifest in a cache's ``zarr.json``.
+    """Parse the manifest in a cache's ``zarr.json``.
 
     Raises:
-        CacheError: the group is no cache, or its manifest was altered.
-        ManifestError: it does not fit the schema; says everything that does not.
+        CacheError: the group is not a cache, or its manifest was altered.
+        ManifestError: the manifest does not match its schema; lists every problem.
     """
     document = schemas.parse(data, where)
     attributes = document.get("attributes") if isinstance(document, dict) else None
@@ -236,66 +236,65 @@ def parse_manifest(data: bytes, where: object) -> CacheManifest:
             "not a teacher cache",
             where=where,
             found="no manifest in the group's attributes",
-            expected="a folder made by cskd-pipeline dump-teacher",
+            expected="a folder written by cskd-pipeline dump-teacher",
         )
     manifest = CacheManifest.from_json(content["manifest"], where)
     if content.get("sha256") != schemas.sha256(content["manifest"]):
         raise CacheError(
-            "the manifest is not what was written",
+            "the manifest was altered",
             where=where,
             found=f"sha256 {schemas.sha256(content['manifest'])}",
             expected=f"sha256 {content.get('sha256')}",
-            action="copy the file again from where the cache came from",
+            action="copy the file again from the original cache",
         )
-    written = manifest_document(manifest)
-    if data != written:
+    expected = manifest_document(manifest)
+    if data != expected:
         raise CacheError(
-            "the manifest is not what was written",
+            "the manifest was altered",
             where=where,
-            found="; ".join(differences(data, written, where)),
-            action="copy the file again from where the cache came from",
+            found="; ".join(differences(data, expected, where)),
+            action="copy the file again from the original cache",
         )
     return manifest
 
 
 def differences(found: bytes, expected: bytes, where: object) -> list[str]:
-    """Return how a ``zarr.json`` differs from what was written, by field or else by byte."""
-    document, wanted = schemas.parse(found, where), json.loads(expected)
+    """List the differences of a ``zarr.json`` from the expected bytes, by field or else by byte."""
+    document, original = schemas.parse(found, where), json.loads(expected)
     if not isinstance(document, dict):
         return ["found no JSON object"]
     lines = []
-    for name in dict.fromkeys((*wanted, *document)):
-        shown, as_written = _shown_apart(document.get(name), wanted.get(name))
-        if shown != as_written:
-            lines.append(f"{name}: found {shown}, expected {as_written}")
+    for name in dict.fromkeys((*original, *document)):
+        ours, theirs = _excerpts(document.get(name), original.get(name))
+        if ours != theirs:
+            lines.append(f"{name}: found {ours}, expected {theirs}")
     if lines:
         return lines
     at = _first_difference(found, expected)
-    here, there = (bytes(text[at : at + 20]) for text in (found, expected))
-    return [f"other bytes from {at} on: {here!r} instead of {there!r}"]
+    return [f"from byte {at}: found {found[at : at + 20]!r}, expected {expected[at : at + 20]!r}"]
 
 
-def _shown_apart(found: Any, expected: Any) -> list[str]:
-    """Return 200 characters of each as JSON, from shortly before the first that differs."""
+def _excerpts(found: Any, expected: Any) -> list[str]:
+    """Return 200 characters of each value as JSON, from shortly before the first difference."""
     texts = [json.dumps(value, separators=(",", ":")) for value in (found, expected)]
     start = max(0, _first_difference(*texts) - 100)
     return [f"{'…' if start else ''}{text[start : start + 200]}" for text in texts]
 
 
 def _first_difference(one: str | bytes, other: str | bytes) -> int:
-    """Return the first index at which they differ; the shorter one's length where there is none."""
+    """Return the index of the first difference, or the length of the shorter one."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _refuse_version_1(content: Any, where: object) -> None:
-    """Raises: CacheError, the command that makes version 2 of it."""
+    """Raise a CacheError with the upgrade command for a cache of format version 1."""
     manifest = content.get("manifest") if isinstance(content, dict) else None
     if isinstance(manifest, dict) and manifest.get("format_version") == 1:
         folder = str(where).removesuffix(GROUP).rstrip("/")
         remote = "://" in folder
         raise CacheError(
-            "a cache of format version 1, which has no digests of its files",
+            "the cache has format version 1, without digests of its files",
             where=where,
             found="format_version 1",
             expected="format_version 2",
@@ -305,16 +304,16 @@ def _refuse_version_1(content: Any, where: object) -> None:
 
 
 def key_matrix(keys: Sequence[str], array: StoredArray) -> np.ndarray:
-    """Return keys as the array ``key`` has them: (count, key_bytes) uint8, UTF-8, zeros behind."""
+    """Return keys as stored in the array ``key``: (count, key_bytes) uint8, UTF-8, zero-padded."""
     width = array.shape[2]
     padded = b"".join(key.encode().ljust(width, b"\0") for key in keys)
     return np.frombuffer(padded, np.uint8).reshape(len(keys), width)
 
 
 def keys_of(matrix: np.ndarray) -> list[str]:
-    """Return the keys of a matrix of :func:`key_matrix`.
+    """Return the keys in a matrix from :func:`key_matrix`.
 
     Raises:
-        ValueError: a key that is not UTF-8.
+        ValueError: a key is not UTF-8.
     """
     return [bytes(row).rstrip(b"\0").decode() for row in matrix]

@@ -1,8 +1,8 @@
 """Manifests of data sets and caches: JSON checked against ``manifests/*.schema.json``.
 
 ``DatasetManifest`` lists tar shards; ``CacheManifest`` adds teacher, view policy and provenance.
-Both are frozen; ``to_json`` and ``from_json`` are inverses. A document that does not fit reports
-every problem at once: JSON path, what was found, what was expected.
+Both are frozen; ``to_json`` and ``from_json`` are inverses. All problems of a document are reported
+at once, each with JSON path, found and expected value.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from cskd_pipeline.runtime.classes import Classes
 from cskd_pipeline.views.policy import ViewPolicy
 
 DATASET_FORMAT, CACHE_FORMAT = 1, 2  # versions of the two documents
-MAX_UNITS = 10_000_000  # blocks of views times tar shards; ImageNet's paper recipe has 30,720
+MAX_UNITS = 10_000_000  # blocks of views times tar shards; the paper's ImageNet recipe has 30,720
 
-# Versions that decide pixels or logits: a cache made half by one and half by another lists both.
+# Versions that determine pixels or logits: a cache written with several lists all of them.
 DECIDING_VERSIONS = ("pillow", "libjpeg_turbo", "simplejpeg", "torch", "timm")
 
 
 def keys_sha256(keys: Iterable[str]) -> str:
-    """Return the SHA-256 (hex) of sample keys in order: each as UTF-8 and one zero byte."""
+    """Return the SHA-256 (hex) of sample keys in order, each as UTF-8 and a zero byte."""
     return hashlib.sha256(b"".join(key.encode() + b"\0" for key in keys)).hexdigest()
 
 
 def library_versions() -> dict[str, str]:
-    """Return versions of the libraries that make a cache's bytes, without importing torch."""
+    """Return the versions of the libraries behind a cache's bytes, without importing torch."""
     from PIL import features
 
     found = {"python": platform.python_version(), "machine": platform.machine()}
@@ -52,16 +52,16 @@ def library_versions() -> dict[str, str]:
 
 
 def utc_now() -> str:
-    """Return the time as the manifests write it: UTC, ISO 8601, whole seconds."""
+    """Return the current time as recorded in manifests: UTC, ISO 8601, in seconds."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar: ``name``, ``count`` samples, length in ``bytes``, and what identifies its contents.
+    """One tar: ``name``, ``count`` of samples, length in ``bytes``, and digests of its contents.
 
-    ``sha256`` is of the tar (None: at a URL, and its store states none), ``keys_sha256`` of its
-    samples' keys in order; ``key_bytes`` is the length of the longest key as UTF-8.
+    ``sha256`` is the tar's (None: remote, and its store reports none), ``keys_sha256`` that of its
+    sample keys in order; ``key_bytes`` is the length of the longest key in UTF-8.
     """
 
     name: str
@@ -73,17 +73,17 @@ class ShardInfo:
 
     @classmethod
     def of(cls, name: str, keys: Sequence[str], size: int, sha256: str | None) -> ShardInfo:
-        """Return the shard ``name`` of ``size`` bytes that holds samples with ``keys``."""
+        """Return the shard ``name`` of ``size`` bytes with the samples ``keys``."""
         longest = max(len(key.encode()) for key in keys)
         return cls(name, len(keys), size, sha256, keys_sha256(keys), longest)
 
 
 @dataclass(frozen=True)
 class DatasetManifest:
-    """Tar shards in the order that numbers them, and the classes of their labels.
+    """Tar shards, numbered in order, and the classes of their labels.
 
-    ``class_names`` has ``num_classes`` entries, or is None where the names are not known.
-    ``location`` is the URL of the folder with the tars; None: they lie beside the document.
+    ``class_names`` has ``num_classes`` entries, or is None if the names are unknown. ``location``
+    is the URL of the folder with the tars; None: they are in the document's folder.
     """
 
     name: str
@@ -94,21 +94,21 @@ class DatasetManifest:
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """Count the samples of each shard."""
+        """Return the number of samples in each shard."""
         return tuple(shard.count for shard in self.shards)
 
     @cached_property
     def shard_ids(self) -> tuple[str, ...]:
-        """Return what identifies each shard's samples and their order: its ``keys_sha256``."""
+        """Return the ID of each shard's samples and their order: its ``keys_sha256``."""
         return tuple(shard.keys_sha256 for shard in self.shards)
 
     @property
     def samples(self) -> int:
-        """Count the samples of all shards."""
+        """Return the number of samples in all shards."""
         return sum(self.counts)
 
     def classes(self, of: str, where: object) -> Classes:
-        """Return the classes as those of ``of``, for a comparison."""
+        """Return the classes for a comparison, as those of ``of`` at ``where``."""
         return Classes(of, where, self.num_classes, self.class_names)
 
     def to_json(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class DatasetManifest:
         """Check ``document`` and build the manifest.
 
         Raises:
-            ManifestError: lists everything that does not fit.
+            ManifestError: the document is invalid; lists every problem.
         """
         return cls._build(_check(document, "dataset", where, _dataset_problems))
 
@@ -143,7 +143,7 @@ class DatasetManifest:
         )
 
     def save(self, path: Path) -> None:
-        """Write the document to a file, whole or not at all."""
+        """Write the document to a file atomically."""
         atomic.write_json(path, self.to_json())
 
     @classmethod
@@ -151,7 +151,7 @@ class DatasetManifest:
         """Read the document in a file.
 
         Raises:
-            ManifestError: not JSON, too large, or does not fit.
+            ManifestError: not JSON, too large, or invalid.
             FileNotFoundError: no such file.
         """
         return cls.from_json(schemas.read(path), where=path)
@@ -159,19 +159,19 @@ class DatasetManifest:
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """State the network that gave a cache's logits.
+    """The network that computed a cache's logits.
 
     Args:
-        name: timm's, ``torchvision:NAME``, ``package.module:factory``, or your own words.
-        source: where its weights come from: ``hub``, ``file``, ``random``, or your own words.
-        weights_sha256: in hex; :func:`~cskd_pipeline.models.weights.state_digest` makes one.
+        name: timm name, ``torchvision:NAME``, ``package.module:factory``, or free text.
+        source: origin of its weights: ``hub``, ``file``, ``random``, or free text.
+        weights_sha256: hex digest; :func:`~cskd_pipeline.models.weights.state_digest` returns one.
         num_classes, grid: K, and (rows, columns), of its spatial logits.
         size: side of its input, in pixels.
-        mean, std: that it normalises with, in [0, 1] units.
-        precision: of its backbone.
-        kwargs: for the model's constructor.
-        top1: an accuracy known from elsewhere, 0 to 1, or None; what a dump measures on its own
-            views lies in the cache's array ``top1``.
+        mean, std: normalisation of its input, in [0, 1] units.
+        precision: precision of its backbone.
+        kwargs: arguments of the model's constructor.
+        top1: a published accuracy, 0 to 1, or None; the accuracy measured by a dump on its own
+            views is in the cache's array ``top1``.
     """
 
     name: str
@@ -204,13 +204,13 @@ class CacheManifest:
     notes: str = ""
     other_versions: tuple[Mapping[str, str], ...] = ()
     parent: Mapping[str, Any] | None = None
-    """Of a converted cache: what identifies the cache it was made from (:meth:`as_parent`)."""
+    """The origin of a converted cache: :meth:`as_parent` of its source."""
     sampled: Sampled = field(default_factory=Sampled)
     """The draws of the encoding ``sampled``, if ``encodings`` names it."""
 
     @property
     def blocks(self) -> int:
-        """Count the view blocks, ``views / view_block``."""
+        """Return the number of view blocks, ``views / view_block``."""
         return self.views // self.view_block
 
     def to_json(self) -> dict[str, Any]:
@@ -238,7 +238,7 @@ class CacheManifest:
         }
 
     def as_parent(self, digest: str | None) -> dict[str, Any]:
-        """Return what a cache converted from this one records; ``digest``: None if not finished."""
+        """Return the ``parent`` entry of a converted cache; ``digest`` is None if unfinished."""
         return {
             "digest": digest,
             "manifest_sha256": self.digest(),
@@ -253,7 +253,7 @@ class CacheManifest:
         """Check ``document`` and build the manifest.
 
         Raises:
-            ManifestError: lists everything that does not fit.
+            ManifestError: the document is invalid; lists every problem.
         """
         found = _check(document, "cache", where, _cache_problems)
         teacher = dict(found["teacher"])
@@ -276,19 +276,19 @@ class CacheManifest:
         return schemas.sha256(self.to_json())
 
     def lineage(self) -> str:
-        """Return the SHA-256 (hex) of what decides the bytes of a unit's files.
+        """Return the SHA-256 (hex) of everything that determines the bytes of a unit's files.
 
-        That is the data set's contents and classes, teacher, policy, root seed, view block,
+        Included are the data set's contents and classes, teacher, policy, root seed, view block,
         encodings and draws; not names, provenance, versions, or the number of views, which grows.
         """
         return schemas.sha256(self._deciding("view_block"))
 
     def conflicts(self, other: CacheManifest) -> list[tuple[str, Any, Any]]:
-        """Return what forbids writing ``other``'s units into this cache: path, value here, there.
+        """Return (path, own value, other value) of all that forbids adding ``other``'s units.
 
-        Not compared are views and their blocks (a cache grows), versions (see
+        Not compared: views and their blocks (a cache grows), versions (see
         :meth:`version_differences`), provenance, free text, names of data (its contents decide),
-        and the SHA-256 of tars where one of the two does not state it.
+        and the SHA-256 of a tar if one of the two is unknown.
         """
         mine, theirs = self._deciding(), other._deciding()
         for document in (mine, theirs):
@@ -296,7 +296,7 @@ class CacheManifest:
         return list(_differences(mine, theirs, ""))
 
     def _deciding(self, *also: str) -> dict[str, Any]:
-        """Return the document without what leaves a unit's values as they are."""
+        """Return the parts of the document that determine a unit's values."""
         document = self.to_json()
         deciding = ("format_version", "dataset", "teacher", "policy", "root_seed", "encodings")
         names = (*deciding, "sampled", *also)
@@ -307,7 +307,7 @@ class CacheManifest:
         return document
 
     def version_differences(self, versions: Mapping[str, str]) -> list[str]:
-        """List ``name: recorded and present`` for the versions that decide pixels or logits."""
+        """List the versions that determine pixels or logits and differ: recorded and present."""
         known = [
             {name: recorded.get(name) for name in DECIDING_VERSIONS}
             for recorded in (self.versions, *self.other_versions)
@@ -347,27 +347,27 @@ def _differences(mine: Any, theirs: Any, at: str) -> Iterator[tuple[str, Any, An
 
 
 def _dataset_problems(document: Any, at: str = "$") -> Iterator[str]:
-    """Yield the problems of a data set's document."""
+    """Yield the problems of a data set's document that its schema cannot express."""
     names, classes = document["class_names"], document["num_classes"]
     if names is not None and len(names) != classes:
         yield f"{at}.class_names: found {len(names)} names, expected num_classes = {classes}"
     seen: dict[tuple[str, str], int] = {}
     for number, shard in enumerate(document["shards"]):
-        here = f"{at}.shards[{number}]"
+        path = f"{at}.shards[{number}]"
         name = shard["name"]
         parts = name.split("/")
         if "\\" in name or ":" in name or "|" in name or {"", ".", ".."} & set(parts):
-            yield f"{here}.name: found {name!r}, expected a file name or a path inside the folder"
+            yield f"{path}.name: found {name!r}, expected a file name or a path inside the folder"
         elif not name.isprintable():
-            yield f"{here}.name: found {name!r}, expected printable characters"
+            yield f"{path}.name: found {name!r}, expected printable characters"
         for identity in ("name", "keys_sha256"):
             first = seen.setdefault((identity, shard[identity]), number)
             if first != number:
-                yield f"{here}.{identity}: found that of shards[{first}], expected each once"
+                yield f"{path}.{identity}: found that of shards[{first}], expected a unique value"
 
 
 def _cache_problems(document: Any) -> Iterator[str]:
-    """Yield the problems of a cache's document, its data set's among them."""
+    """Yield the problems of a cache's document that its schema cannot express."""
     yield from _dataset_problems(document["dataset"], "$.dataset")
     data = document["dataset"]
     if "location" in data:
@@ -386,12 +386,12 @@ def _cache_problems(document: Any) -> Iterator[str]:
     drawn = Sampled.name in document["encodings"]
     if drawn != ("sampled" in document):
         found, expected = ("nothing", "draws and temperature") if drawn else ("draws", "none")
-        yield f"$.sampled: found {found}, expected {expected}, by $.encodings"
+        yield f"$.sampled: found {found}, expected {expected} according to $.encodings"
     try:
         policy = ViewPolicy.from_json(document["policy"])
     except (CskdError, TypeError, ValueError) as error:
         reason = getattr(error, "found", None) or error
-        yield f"$.policy: found {reason}, expected a view policy that is built in or registered"
+        yield f"$.policy: found {reason}, expected a built-in or registered view policy"
     else:
         if policy.size != teacher["size"]:
             yield f"$.teacher.size: found {teacher['size']}, expected policy.size = {policy.size}"

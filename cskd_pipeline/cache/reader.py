@@ -1,4 +1,4 @@
-"""Reading a cache: nothing that is not done, nothing that was altered, exchanged or lost."""
+"""Read a cache: finished units only, verified against their digests."""
 
 from __future__ import annotations
 
@@ -34,37 +34,36 @@ def open_cache(location: Path | str, *, memory: int = 192 * 2**20) -> Cache:
         memory: bytes of decoded slabs to keep; a slab is all rows of one (view, tar shard).
 
     Raises:
-        CacheError: no cache, one cut off while it was created, metadata that was altered, an
-            encoding that is not registered, or another digest than ``location`` states.
-        ManifestError: the manifest does not fit its schema.
-        UsageError: ``location`` ends with what is no digest.
+        CacheError: no cache, an incomplete or altered one, an encoding that is not registered, or
+            a root digest other than the one in ``location``.
+        ManifestError: the manifest does not match its schema.
+        UsageError: ``location`` ends with a malformed digest.
     """
-    folder, stated = split_pin(location)
+    folder, digest = split_pin(location)
     store = CacheStore(folder)
     store.check_metadata()
     cache = Cache(store, store.done(), memory)
-    if stated is not None:
-        cache.require_digest(stated)
+    if digest is not None:
+        cache.require_digest(digest)
     return cache
 
 
 class Cache:
-    """Hold the finished units of a cache, as they were when :func:`open_cache` opened it.
+    """The units of a cache that were finished when :func:`open_cache` opened it.
 
-    A unit is a block of ``view_block`` views of one tar shard; what is not done does not exist.
-    Every file is compared with its unit's record when it is first used; every record with the
-    cache's root digest where one was stated. Cheap to pickle: a copy in another process opens its
-    own files. One cache object serves one thread.
+    A unit is a block of ``view_block`` views of one tar shard. Every file is compared with its
+    unit's record on first use, and every record with the root digest if one was given. Cheap to
+    pickle: a copy in another process opens its own files. Not thread-safe: see :meth:`reopened`.
 
     Args:
         store: the open folder.
         done: (blocks, shards) bool, the finished units.
         memory: bytes of decoded slabs to keep.
-        units: (blocks, shards, 32) uint8, their digests where they are known already.
+        units: (blocks, shards, 32) uint8, the unit digests if already known.
 
     Raises:
-        CacheError: when reading, for units that are not done and for files that are missing,
-            damaged or not what was written; it names array, views, shard and file.
+        CacheError: on reading a unit that is not finished, or a file that is missing, damaged or
+            altered; names array, views, shard and file.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class Cache:
         return Cache, (self.store, self._done, self._memory, self._units)
 
     def reopened(self) -> Cache:
-        """Return the same cache, with files of its own: for another thread."""
+        """Return a copy of the cache with its own open files, for another thread."""
         return Cache(CacheStore(self.path, self.manifest), self._done, self._memory, self._units)
 
     def __repr__(self) -> str:
@@ -93,14 +92,14 @@ class Cache:
         return f"Cache({self.path}: {self.views} views of {samples}, {units}; {encodings})"
 
     def find(self, keys: Sequence[str]) -> np.ndarray:
-        """Return the (n, 2) int64 shard and offset of samples by their keys.
+        """Return the shard and offset of the samples with ``keys``: (n, 2) int64.
 
         Raises:
-            CacheError: keys that the cache does not have, or not yet.
+            CacheError: the cache does not contain a key, or not yet.
         """
         if self._index is None:
-            begun = np.flatnonzero(self._done.any(axis=0)).tolist()
-            self._index = KeyIndex(begun, self.keys, self.path)
+            started = np.flatnonzero(self._done.any(axis=0)).tolist()
+            self._index = KeyIndex(started, self.keys, self.path)
         return self._index.find(keys)
 
     def targets(
@@ -112,20 +111,20 @@ class Cache:
         temperature: float = 1.0,
         device: torch.device | str = "cpu",
     ) -> Targets:
-        """Read the teacher's response to n (view, key) pairs, ready for the loss at any r.
+        """Read the teacher's responses to n (view, key) pairs, as targets for the loss at any r.
 
         Args:
-            pairs: view number and sample key; n > 0.
+            pairs: view numbers and sample keys; n > 0.
             encoding, kinds, temperature: see :meth:`choose`.
 
         Returns:
             Targets on ``device``: ``hard_global()`` (n,) and ``hard_spatial(r)`` (n, h, w) int64,
             ``global_log_probabilities(temperature)`` (n, K) and
-            ``spatial_log_probabilities(r, temperature)`` (n, K, h, w) float32; of ``sampled`` only
-            ``drawn_global(temperature)`` and ``drawn_spatial(r, temperature)``, classes.
+            ``spatial_log_probabilities(r, temperature)`` (n, K, h, w) float32. ``sampled`` has only
+            the classes ``drawn_global(temperature)`` and ``drawn_spatial(r, temperature)``.
 
         Raises:
-            CacheError: a key or view that the cache does not have, or not yet, or no encoding.
+            CacheError: a key or view is missing or not finished, or no encoding supports ``kinds``.
         """
         import torch
 
@@ -138,13 +137,14 @@ class Cache:
         return self.encodings[chosen].targets(tensors)
 
     def serving(self, kinds: Collection[str], temperature: float | None = 1.0) -> list[str]:
-        """List the encodings that serve these losses, the best first.
+        """List the encodings that support these losses, best first.
 
-        That is the smallest exact one; of approximations, after them, the largest; then draws.
+        Exact encodings come first, by increasing size; then approximations, by decreasing size;
+        then draws.
 
         Args:
-            kinds: ``hard``, ``soft``.
-            temperature: of soft losses; None: any.
+            kinds: target kinds, ``hard`` and ``soft``.
+            temperature: temperature of the soft losses; None: any.
         """
         return choosing.serving(self.encodings, self.shape, kinds, temperature)
 
@@ -152,18 +152,18 @@ class Cache:
         """Return the encoding ``name``; for ``auto`` the first of :meth:`serving`.
 
         Raises:
-            CacheError: the cache does not have it, or nothing that serves these losses.
+            CacheError: the cache has no such encoding, or none that supports these losses.
         """
-        serving = self.serving(kinds, temperature)
-        if name in serving or (name == "auto" and serving):
-            return serving[0] if name == "auto" else name
+        supported = self.serving(kinds, temperature)
+        if name in supported or (name == "auto" and supported):
+            return supported[0] if name == "auto" else name
         raise choosing.refusal(self, kinds, temperature, name)
 
     def zarr(self) -> zarr.Group:
-        """Return the cache as a zarr group, read-only, for a look around with zarr's own tools.
+        """Return the cache as a read-only zarr group, to explore it with zarr's own tools.
 
-        zarr compares no digests, and a file that is missing reads as fill values. Of a URL it
-        reads through fsspec, without the bounds on time and size that this package sets.
+        zarr verifies no digests and reads a missing file as fill values. It reads URLs through
+        fsspec, without this package's limits on time and size.
         """
         import zarr
 
@@ -171,17 +171,17 @@ class Cache:
 
     @property
     def views(self) -> int:
-        """Count the views of every sample, finished or not."""
+        """Return the number of views of every sample, finished or not."""
         return self.manifest.views
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Count the samples of each tar shard."""
+        """Return the number of samples in each tar shard."""
         return self.manifest.dataset.counts
 
     @property
     def shard_ids(self) -> tuple[str, ...]:
-        """Identify each tar shard by the SHA-256 of its keys in order."""
+        """Return the ID of each tar shard: the SHA-256 of its keys in order."""
         return self.manifest.dataset.shard_ids
 
     @property
@@ -194,21 +194,21 @@ class Cache:
         return self.encodings[encoding].arrays(self.shape)
 
     def done(self) -> np.ndarray:
-        """Return which units are finished: (blocks, shards) bool."""
+        """Return the finished units: (blocks, shards) bool."""
         return self._done.copy()
 
     @property
     def lineage(self) -> str:
-        """Return the SHA-256 (hex) of what decides the bytes of the cache's units."""
+        """Return the SHA-256 (hex) of everything that determines the bytes of the cache's units."""
         return self.store.lineage
 
     def digest(self) -> str | None:
-        """Return the root digest, SHA-256 (hex), of a finished cache's contents, else None.
+        """Return the root digest, SHA-256 (hex), of the cache's contents; None if unfinished.
 
-        Reads a small file per unit, once; from then on a unit that changes is refused.
+        The first call reads one small file per unit; later reads refuse a unit that has changed.
 
         Raises:
-            CacheError: a unit's record is damaged, or of another unit or cache.
+            CacheError: a unit's record is damaged, or belongs to another unit or cache.
         """
         if not self._done.all():
             return None
@@ -217,51 +217,51 @@ class Cache:
         return root_digest(self.lineage, self.views, self._units)
 
     def unit_digests(self, chosen: np.ndarray) -> np.ndarray:
-        """Return the digests of finished units: (blocks, shards, 32) uint8, 0 where not chosen.
+        """Return the digests of finished units: (blocks, shards, 32) uint8, 0 unless chosen.
 
         Args:
-            chosen: (blocks, shards) bool.
+            chosen: (blocks, shards) bool, the finished units to include.
         """
         if self._units is not None:
             return self._units * chosen[..., None]
-        found = np.zeros((*chosen.shape, SIZE), np.uint8)
+        digests = np.zeros((*chosen.shape, SIZE), np.uint8)
         units = np.argwhere(chosen).tolist()
-        records = self.store.each(lambda u: self.store.record(*u), units, "reading their digests")
+        records = self.store.each(lambda u: self.store.record(*u), units, "reading digests")
         for unit, record in zip(units, records, strict=True):
-            found[tuple(unit)] = np.frombuffer(record.unit, np.uint8)
-        return found
+            digests[tuple(unit)] = np.frombuffer(record.unit, np.uint8)
+        return digests
 
     def require_digest(self, stated: str) -> None:
-        """Refuse the cache unless its root digest is ``stated``, SHA-256 (hex)."""
+        """Raise a CacheError unless the root digest, SHA-256 (hex), is ``stated``."""
         found = self.digest()
         if found != stated:
             count = f"{np.count_nonzero(self._done)} of {self._done.size} units are finished"
             raise CacheError(
-                "the cache is not the one that was stated",
+                "the cache does not have the requested digest",
                 where=self.path,
                 found=f"no digest: {count}" if found is None else f"sha256:{found}",
                 expected=f"sha256:{stated}",
-                action="get the cache that has this digest, or leave out @sha256:… to use this one",
+                action="get the cache with this digest, or omit @sha256:… to use this one",
             )
 
     def require_done(
         self, views: Iterable[int] | None = None, shards: Iterable[int] | None = None
     ) -> None:
-        """Check that these views (default: all) of these shards (default: all) can be read.
+        """Require that these views (default: all) of these shards (default: all) are finished.
 
         Raises:
-            CacheError: how many units are missing, which, and what makes them.
+            CacheError: units are missing; lists them.
         """
-        wanted = sorted(set(range(self.views) if views is None else views))
-        if wanted and not 0 <= wanted[0] <= wanted[-1] < self.views:
+        required = sorted(set(range(self.views) if views is None else views))
+        if required and not 0 <= required[0] <= required[-1] < self.views:
             raise CacheError(
-                "the cache has fewer views than are needed",
+                "the cache has too few views",
                 where=self.path,
                 found=f"views 0-{self.views - 1}",
-                expected=f"views {wanted[0]}-{wanted[-1]}",
-                action="extend it: dump-teacher with more --views",
+                expected=f"views {required[0]}-{required[-1]}",
+                action="extend the cache: run dump-teacher with more --views",
             )
-        blocks = sorted({view // self.manifest.view_block for view in wanted})
+        blocks = sorted({view // self.manifest.view_block for view in required})
         chosen = range(len(self.counts)) if shards is None else sorted(set(shards))
         done = self._done[np.ix_(blocks, chosen)]
         count = done.size - np.count_nonzero(done)
@@ -271,18 +271,18 @@ class Cache:
                 "the cache is not finished",
                 where=self.path,
                 found=f"{count} of {done.size} units missing",
-                expected="all of them",
+                expected="no unit missing",
                 action=FINISH,
                 problems=[f"missing: {self.store.unit_name(b, s)}" for b, s in missing],
             )
 
     def keys(self, shard: int) -> list[str]:
-        """Return the sample keys of a tar shard, in the tar's order."""
+        """Return the sample keys of a tar shard in tar order."""
         matrix = self._per_shard("key", shard)
         with self.store.error_context("key", None, shard):
             keys = layout.keys_of(matrix)
             if keys_sha256(keys) != self.shard_ids[shard]:
-                raise ValueError("these are not the keys that the manifest identifies")
+                raise ValueError("the keys do not match keys_sha256 in the manifest")
             return keys
 
     def labels(self, shard: int) -> np.ndarray:
@@ -291,7 +291,7 @@ class Cache:
 
     def image_crc32(self, shard: int) -> np.ndarray:
         """Return the CRC-32 of every image's bytes: (count,) uint32, read-only."""
-        return self.slabs.kept(
+        return self.slabs.cached(
             ("image_crc32", None, shard), lambda: self._per_shard("image_crc32", shard)
         )
 
@@ -306,23 +306,23 @@ class Cache:
         return self.slabs.small("view_digest", view, shard)
 
     def top1(self) -> tuple[int, int]:
-        """Count the teacher's top-1 over all finished units: (correct, counted).
+        """Count the teacher's top-1 hits in all finished units: (correct, counted).
 
-        Reads a small file per unit.
+        Reads one small file per unit.
         """
 
-        def of(unit: list[int]) -> np.ndarray:
+        def count(unit: list[int]) -> np.ndarray:
             block, shard = unit
             pairs = self.store.chunk("top1", block * self.manifest.view_block, shard)
             return pairs[:, 0].sum(axis=0, dtype=np.int64)
 
         units = np.argwhere(self._done).tolist()
-        pairs = self.store.each(of, units, "reading the teacher's top-1")
+        pairs = self.store.each(count, units, "reading the teacher's top-1")
         correct, counted = sum(pairs, np.zeros(2, np.int64)).tolist()
         return correct, counted
 
     def top1_of(self, view: int, shard: int) -> np.ndarray:
-        """Return (correct, counted) of one view of one tar shard: (2,) uint32."""
+        """Return the top-1 counts (correct, counted) of one view of one tar shard: (2,) uint32."""
         self._require(view, shard)
         block = self.slabs.block("top1", view, shard)
         return block[view % len(block), 0].copy()
@@ -330,10 +330,10 @@ class Cache:
     def rows(
         self, encoding: str, view: int, shard: int, offsets: np.ndarray | Sequence[int]
     ) -> Rows:
-        """Return the teacher's response to one view of one tar shard, as it was encoded.
+        """Return the encoded responses to samples of one tar shard in one view.
 
         Args:
-            offsets: (n,) numbers of samples in the shard, in any order.
+            offsets: (n,) positions of the samples in the shard, in any order.
 
         Returns:
             Array name -> (n, ...), copies.
@@ -344,13 +344,13 @@ class Cache:
         return self.slabs.rows(encoding, view, shard, offsets)
 
     def gather(self, encoding: str, index: np.ndarray) -> Rows:
-        """Return the teacher's response to any samples in any views, as it was encoded.
+        """Return the encoded responses to any samples in any views.
 
         Args:
             index: (n, 3) view, shard, offset; n > 0.
 
         Returns:
-            Array name -> (n, ...) in ``index``'s order; ragged arrays are as long as the longest.
+            Array name -> (n, ...) in ``index``'s order; ragged arrays are padded to the longest.
         """
         index = np.asarray(index, np.int64)
         order = np.lexsort((index[:, 1], index[:, 0]))
@@ -359,7 +359,7 @@ class Cache:
         for group in np.split(order, np.flatnonzero(changes) + 1):
             view, shard = index[group[0], :2].tolist()
             parts.append((group, self.rows(encoding, view, shard, index[group, 2])))
-        return self.slabs.joined(parts)
+        return self.slabs.join(parts)
 
     def _per_shard(self, name: str, shard: int) -> np.ndarray:
         if not self._done[:, shard].any():
@@ -367,7 +367,7 @@ class Cache:
         return self.store.shard_chunk(name, shard, int(self._done[:, shard].argmax()))
 
     def _require(self, view: int, shard: int) -> None:
-        """A unit's record is read at its first use: opening looked only at which files exist."""
+        """Require a finished unit; verify its record on first use."""
         assert 0 <= view < self.views, view
         unit = (view // self.manifest.view_block, shard)
         if unit in self._checked:
@@ -379,13 +379,13 @@ class Cache:
             raise CacheError(
                 "the cache has changed since it was opened",
                 where=self.path,
-                found=f"another record of {self.store.unit_name(*unit)}",
-                expected="finished units, which never change",
-                action="run the command again; if the cache was exchanged on purpose, start anew",
+                found=f"a different record of {self.store.unit_name(*unit)}",
+                expected="finished units never change",
+                action="run the command again; if the cache was replaced on purpose, start over",
             )
         self._checked.add(unit)
 
     def _not_done(self, block: int, shard: int) -> CacheError:
         found = f"no {self.store.unit_name(block, shard)}"
-        problem = "this part of the cache is not made yet"
+        problem = "this part of the cache is not written yet"
         return CacheError(problem, where=self.path, found=found, action=FINISH)

@@ -1,7 +1,6 @@
-"""Rows of an encoding's arrays: whole slabs, decoded and kept, or single rows, chunk by chunk.
+"""Rows of an encoding's arrays, from cached slabs or by decoding single chunks.
 
-A slab is all rows of one (view, tar shard). Nothing here asks whether the unit is finished: that is
-``reader``'s task.
+A slab is all rows of one (view, tar shard). ``reader`` checks beforehand that its unit is finished.
 """
 
 from collections.abc import Callable
@@ -14,18 +13,18 @@ from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.distill.encodings import Rows
 
 SlabKey = tuple[str, int | None, int]
-"""Encoding or array, view (None: the same in all), tar shard."""
+"""Encoding or array, view (None: the same in all views), tar shard."""
 KEPT_BLOCK_BYTES = 2**22
-"""Of a block of views that is one chunk; larger ones are decoded for every view."""
+"""Largest single-chunk block of views to keep; larger ones are decoded for every view."""
 MAX_SLAB_BYTES = 2**29
-"""Of one ragged array, decoded: chunks of one value would unfold thousandfold."""
+"""Largest decoded ragged array: chunks of one repeated value would expand a thousandfold."""
 
 
 class SlabReader:
-    """Reads arrays of ``store`` by (view, tar shard); keeps decoded slabs, up to ``memory`` bytes.
+    """Reads arrays of ``store`` by (view, tar shard); keeps up to ``memory`` bytes of slabs.
 
     Raises:
-        CacheError: a file is missing, damaged, or not what its unit's record says.
+        CacheError: a file is missing, damaged, or does not match its unit's record.
     """
 
     def __init__(self, store: CacheStore, memory: int) -> None:
@@ -35,7 +34,7 @@ class SlabReader:
         self.specs = layout.specs(store.manifest)
         self._counts = store.manifest.dataset.counts
         self._slabs: BytesLRU[SlabKey, Rows] = BytesLRU(memory)
-        self._blocks: dict[str, tuple[str, np.ndarray]] = {}  # of each array: a file, and its chunk
+        self._blocks: dict[str, tuple[str, np.ndarray]] = {}  # array -> (file key, its chunk)
 
     def rows(self, encoding: str, view: int, shard: int, offsets: np.ndarray) -> Rows:
         """Return copies of the rows ``offsets``, (n,), unpacked: array name -> (n, ...)."""
@@ -43,23 +42,23 @@ class SlabReader:
         if specs[0].rows is None:
             slab = self._slabs.get((encoding, view, shard))
             if slab is None:
-                packed = {spec.name: self._whole(spec.name, view, shard) for spec in specs}
-                slab = self._unpacked(encoding, packed, view, shard)
+                packed = {spec.name: self._slab(spec.name, view, shard) for spec in specs}
+                slab = self._unpack(encoding, packed, view, shard)
                 self._slabs.put((encoding, view, shard), slab, sum(r.nbytes for r in slab.values()))
             return {name: values[offsets] for name, values in slab.items()}
-        packed = {spec.name: self._random(spec.name, view, shard, offsets) for spec in specs}
-        return self._unpacked(encoding, packed, view, shard)
+        packed = {spec.name: self._chunk_rows(spec.name, view, shard, offsets) for spec in specs}
+        return self._unpack(encoding, packed, view, shard)
 
     def packed(self, name: str, view: int, shard: int) -> np.ndarray:
-        """Return one array as it lies there, packed: (count, ...)."""
+        """Return one array as stored, packed: (count, ...)."""
         if self.specs[name].rows is None:
-            return self._whole(name, view, shard)
-        return self._random(name, view, shard, np.arange(self._counts[shard]))
+            return self._slab(name, view, shard)
+        return self._chunk_rows(name, view, shard, np.arange(self._counts[shard]))
 
     def block(self, name: str, view: int, shard: int) -> np.ndarray:
-        """Return the file of an array whose files are one chunk, (views of a unit, 1, ...).
+        """Return a single-chunk file of an array: (views of a unit, 1, ...).
 
-        The last one is kept, so that going from view to view decodes it once.
+        The last one is kept, so that reading view after view decodes it once.
         """
         key = self.store.arrays[name].key(view, shard)
         if self._blocks.get(name, ("",))[0] != key:
@@ -71,10 +70,10 @@ class SlabReader:
 
     def small(self, name: str, view: int, shard: int) -> np.ndarray:
         """Return ``seed`` or ``view_digest``: (count,), read-only."""
-        return self.kept((name, view, shard), lambda: self._whole(name, view, shard))
+        return self.cached((name, view, shard), lambda: self._slab(name, view, shard))
 
-    def kept(self, key: SlabKey, read: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return the small array ``key``, read-only, from memory or by ``read``."""
+    def cached(self, key: SlabKey, read: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return the small array ``key``, read-only, from memory or from ``read``."""
         slab = self._slabs.get(key)
         if slab is None:
             slab = {key[0]: read()}
@@ -82,41 +81,41 @@ class SlabReader:
             self._slabs.put(key, slab, slab[key[0]].nbytes)
         return slab[key[0]]
 
-    def joined(self, parts: list[tuple[np.ndarray, Rows]]) -> Rows:
-        """Join rows of several slabs; each part has the numbers of its rows in the result.
+    def join(self, parts: list[tuple[np.ndarray, Rows]]) -> Rows:
+        """Join rows of several slabs; each part has the indices of its rows in the result.
 
-        Ragged arrays become as long as the longest, filled up.
+        Ragged arrays are padded to the longest.
         """
-        count = sum(len(numbers) for numbers, _ in parts)
-        found: Rows = {}
+        count = sum(len(indices) for indices, _ in parts)
+        joined: Rows = {}
         for name in parts[0][1]:
             spec = self.specs[name]
             tail = np.max([rows[name].shape[1:] for _, rows in parts], axis=0).astype(int)
-            out = found[name] = np.full((count, *tail), spec.fill, spec.dtype)
-            for numbers, rows in parts:
+            out = joined[name] = np.full((count, *tail), spec.fill, spec.dtype)
+            for indices, rows in parts:
                 if spec.ragged:
-                    out[numbers, : rows[name].shape[1]] = rows[name]
+                    out[indices, : rows[name].shape[1]] = rows[name]
                 else:
-                    out[numbers] = rows[name]
-        return found
+                    out[indices] = rows[name]
+        return joined
 
-    def _unpacked(self, encoding: str, packed: Rows, view: int, shard: int) -> Rows:
+    def _unpack(self, encoding: str, packed: Rows, view: int, shard: int) -> Rows:
         with self.store.error_context(next(iter(packed)), view, shard):
             return self.encodings[encoding].unpack(packed, self.shape)
 
-    def _random(self, name: str, view: int, shard: int, offsets: np.ndarray) -> np.ndarray:
+    def _chunk_rows(self, name: str, view: int, shard: int, offsets: np.ndarray) -> np.ndarray:
         array = self.store.arrays[name]
         assert array.chunk_shape is not None
         step = array.chunk_shape[2]
         out = np.empty((len(offsets), *array.shape[3:]), array.dtype)
         for chunk in np.unique(offsets // step).tolist():
-            here = np.flatnonzero(offsets // step == chunk)
+            inside = np.flatnonzero(offsets // step == chunk)
             rows = self.store.chunk(name, view, shard, chunk * step)[0, 0]
-            out[here] = rows[offsets[here] % step]
+            out[inside] = rows[offsets[inside] % step]
         return out
 
-    def _whole(self, name: str, view: int, shard: int) -> np.ndarray:
-        """(count, ...) of one view; a ragged axis ends with the last entry in use."""
+    def _slab(self, name: str, view: int, shard: int) -> np.ndarray:
+        """Return one view: (count, ...); a ragged axis ends with the last entry in use."""
         array, count = self.store.arrays[name], self._counts[shard]
         if array.chunk_shape is None:
             block = self.block(name, view, shard)
@@ -131,7 +130,7 @@ class SlabReader:
             pieces.append(piece[0, 0, :count])
             if len(pieces) * pieces[0].nbytes > MAX_SLAB_BYTES:
                 with self.store.error_context(name, view, shard):
-                    raise ValueError(f"rows of more than {MAX_SLAB_BYTES} bytes")
-        whole = np.concatenate(pieces, axis=1)[:, : array.shape[3]]
-        used = (whole != array.fill).any(axis=(0, *range(2, whole.ndim)))
-        return whole[:, : max(1, int(used.sum()))]
+                    raise ValueError(f"decoded rows of more than {MAX_SLAB_BYTES} bytes")
+        slab = np.concatenate(pieces, axis=1)[:, : array.shape[3]]
+        used = (slab != array.fill).any(axis=(0, *range(2, slab.ndim)))
+        return slab[:, : max(1, int(used.sum()))]

@@ -1,4 +1,4 @@
-"""A cache's folder: its manifest, its finished units, its chunks; errors that say where."""
+"""A folder opened as a cache: manifest, finished units, chunks, and errors with their location."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,29 +25,29 @@ from cskd_pipeline.runtime.progress import progress
 T = TypeVar("T")
 V = TypeVar("V")
 
-FINISH = "run its dump-teacher command once more: it makes what is missing"
+FINISH = "run its dump-teacher command again to write the missing units"
 RESTORE = (
-    "copy this file again from where the cache came from, or delete its unit's file in digest/ and "
-    "run its dump-teacher command once more"
+    "copy this file again from the original cache, or delete its unit's file in digest/ and run "
+    "its dump-teacher command again"
 )
 
 
 class CacheStore:
-    """The folder ``path`` as a cache; ``reader`` and ``writer`` stand on it.
+    """The folder ``path`` opened as a cache; the basis of ``reader`` and ``writer``.
 
-    A file of a finished unit is compared with the unit's record when it is first used, by whichever
-    process does so first: forked processes share what is known.
+    A file of a finished unit is compared with the unit's record on first use. Forked processes
+    share this knowledge, so only the first to use a file compares it.
 
     Args:
         path: a folder, or a URL to read from; see :mod:`cskd_pipeline.cache.folders`.
-        manifest: when it is known already; it is read otherwise.
+        manifest: the manifest if already known; None: read it.
 
     Attributes:
-        folder: its files by key; what is missing or no plain file there is a ``DamageError``.
+        folder: files by key; a missing file or one that is not regular raises ``DamageError``.
 
     Raises:
         CacheError: there is no cache, or its manifest was altered.
-        ManifestError: the manifest does not fit its schema.
+        ManifestError: the manifest does not match its schema.
     """
 
     def __init__(self, path: Path | str, manifest: CacheManifest | None = None) -> None:
@@ -61,22 +61,22 @@ class CacheStore:
         rows = [name for name, _ in self.recorded_files(0, 0)]
         self._rows, self._first_row = len(rows), {name: rows.index(name) for name in rows}
         units = self.manifest.blocks * len(self.manifest.dataset.shards)
-        self._trusted = mmap(-1, units * self._rows)  # a byte for each file: compared already
+        self._verified = mmap(-1, units * self._rows)  # one byte per file
 
     def __reduce__(self) -> tuple[object, ...]:
-        own = registered(self.manifest.encodings)
-        return _open_again, (own, self.path, self.manifest)
+        encodings = registered(self.manifest.encodings)
+        return _reopen, (encodings, self.path, self.manifest)
 
     def _max_bytes(self, key: str) -> int:
-        """The most bytes that the file ``key`` may have."""
+        """Return the maximum length of the file ``key``."""
         array = self.arrays.get(key.partition("/c/")[0])
         return schemas.MAX_BYTES if array is None else array.max_file_bytes
 
     def check_metadata(self) -> None:
-        """Compare every ``zarr.json`` with the one that the manifest implies, byte for byte.
+        """Compare every ``zarr.json`` byte for byte with the one that the manifest implies.
 
         Raises:
-            CacheError: lists what is missing or differs.
+            CacheError: lists the documents that are missing or differ.
         """
         problems = []
         differing: dict[str, bytes] = {}
@@ -96,15 +96,15 @@ class CacheStore:
                 problems += [f"{key}: {line}" for line in lines]
         if problems:
             raise CacheError(
-                "the cache's arrays are not what its manifest says",
+                "the cache's array metadata does not match its manifest",
                 where=self.path,
-                action="run its dump-teacher command once more if it was cut off while it "
-                "started; else copy these files again from where the cache came from",
+                action="run its dump-teacher command again if it was interrupted while starting; "
+                "otherwise copy these files again from the original cache",
                 problems=problems,
             )
 
     def _extended_documents(self) -> dict[str, bytes]:
-        """Return the documents of the longer cache that an extension, perhaps cut off, begins."""
+        """Return the documents of the longer cache that an interrupted extension was writing."""
         try:
             views = int(self.folder.read(layout.EXTENDING, 100))
         except (DamageError, ValueError):
@@ -114,9 +114,9 @@ class CacheStore:
         return layout.array_documents(replace(self.manifest, views=views))
 
     def done(self) -> np.ndarray:
-        """Return the finished units, (blocks, shards) bool, by records' names: 30,000 in 30 ms.
+        """Return the finished units, (blocks, shards) bool, from file names: 30,000 in 30 ms.
 
-        Where files are not listed, each is requested.
+        If files cannot be listed, request each unit's record.
         """
         done = np.zeros((self.manifest.blocks, len(self.manifest.dataset.shards)), bool)
         if not self.folder.lists:
@@ -139,11 +139,11 @@ class CacheStore:
         """Return the record of a finished unit.
 
         Raises:
-            CacheError: it is damaged, or of another unit or cache.
+            CacheError: it is damaged, or belongs to another unit or cache.
         """
         key = self.record_key(block, shard)
-        with self._named(key, f"the record of {self.unit_name(block, shard)}"):
-            return self._once_more(lambda: self._read_record(block, shard), key)
+        with self._file_context(key, f"the record of {self.unit_name(block, shard)}"):
+            return self._retry_fetched(lambda: self._read_record(block, shard), key)
 
     def _read_record(self, block: int, shard: int) -> Record:
         array = self.arrays[layout.RECORD]
@@ -152,30 +152,30 @@ class CacheStore:
         record = Record.from_row(chunk[0])
         keys = [key for _, key in self.recorded_files(block, shard)]
         if record != Record.of(record.lineage.hex(), keys, record.files):
-            raise DamageError("it is not this unit's: the record of another one, or altered")
+            raise DamageError("it belongs to another unit, or was altered")
         if record.lineage.hex() != self.lineage:
             raise DamageError(
-                f"it was written for another cache, of lineage {record.lineage.hex()[:12]}…; this "
-                f"manifest's is {self.lineage[:12]}…: another data set, teacher, policy, seed or "
-                "set of encodings, or one of them was edited"
+                f"it has lineage {record.lineage.hex()[:12]}…, but the manifest has "
+                f"{self.lineage[:12]}…: the data set, teacher, policy, seed or encodings differ, "
+                "or the manifest was edited"
             )
         return record
 
     def chunk(self, name: str, view: int, shard: int, *at: int) -> np.ndarray:
-        """Read the chunk that holds these indices, at its full shape.
+        """Read the chunk that contains these indices, at its full shape.
 
         Raises:
-            CacheError: it is missing, damaged, or not what the unit's record says; names array,
+            CacheError: it is missing, damaged, or does not match the unit's record; names array,
                 views, shard and file.
         """
         chunk = self.chunk_if_written(name, view, shard, *at)
         if chunk is None:
             with self.error_context(name, view, shard):
-                raise DamageError("a chunk that should be in it is not")
+                raise DamageError("a chunk is missing from the file")
         return chunk
 
     def chunk_if_written(self, name: str, view: int, shard: int, *at: int) -> np.ndarray | None:
-        """Read a chunk as :meth:`chunk` does; None where one inside a file is all fill."""
+        """Read a chunk like :meth:`chunk`; return None for one in a file that is all fill."""
         array, block = self.arrays[name], view // self.manifest.view_block
 
         def read() -> np.ndarray | None:
@@ -184,14 +184,14 @@ class CacheStore:
             return self._chunks.read(array, view, shard, *at)
 
         with self.error_context(name, view, shard):
-            return self._once_more(read, array.key(view, shard), self.record_key(block, shard))
+            return self._retry_fetched(read, array.key(view, shard), self.record_key(block, shard))
 
     def shard_chunk(self, name: str, shard: int, block: int | None) -> np.ndarray:
         """Read ``key``, ``label`` or ``image_crc32`` of a tar shard: (count, ...).
 
         Args:
-            block: of a finished unit of the tar shard, whose record says what the file is; None
-                before there is one.
+            block: block of a finished unit, whose record has the file's digest; None: no unit of
+                the tar shard is finished yet.
         """
         array = self.arrays[name]
 
@@ -204,78 +204,78 @@ class CacheStore:
 
         keys = [array.key(shard), *([] if block is None else [self.record_key(block, shard)])]
         with self.error_context(name, None, shard):
-            return self._once_more(read, *keys)
+            return self._retry_fetched(read, *keys)
 
     def compare_files(self, block: int, shard: int) -> None:
-        """Compare every file of a finished unit with its record; nothing is decoded.
+        """Compare every file of a finished unit with its record, without decoding.
 
         Raises:
-            CacheError: one is missing, or not what the record says.
+            CacheError: a file is missing, or does not match the record.
         """
         for row, (name, key) in enumerate(self.recorded_files(block, shard)):
-            with self._named(key, f"array {name}, {self.unit_name(block, shard)}"):
+            with self._file_context(key, f"array {name}, {self.unit_name(block, shard)}"):
                 self._compare(block, shard, row, key)
 
     def unit_bytes(self, block: int, shard: int) -> Iterator[tuple[bytes, bytes]]:
         """Yield contents and SHA-256 of every file in a unit's record, compared with it."""
         expected = self.record(block, shard).files
         for (name, key), digest in zip(self.recorded_files(block, shard), expected, strict=True):
-            with self._named(key, f"array {name}, {self.unit_name(block, shard)}"):
+            with self._file_context(key, f"array {name}, {self.unit_name(block, shard)}"):
                 data = self.folder.read(key, self._max_bytes(key))
                 _require_digest(hashlib.sha256(data).digest(), digest)
             yield data, digest
 
     def encode_record(self, block: int, shard: int, digests: Sequence[bytes]) -> bytes:
-        """Return the record of a unit with files of these digests, as its file holds it."""
+        """Return the encoded record of a unit whose files have these digests."""
         keys = [key for _, key in self.recorded_files(block, shard)]
         row = Record.of(self.lineage, keys, digests).row()
         return encode_file(self.arrays[layout.RECORD], row[None])
 
     def _compare(self, block: int, shard: int, row: int, key: str) -> None:
-        """Compare a file with its unit's record, unless it was."""
+        """Compare a file with its unit's record, unless that was done before."""
         at = (block * len(self.manifest.dataset.shards) + shard) * self._rows + row
-        if not self._trusted[at]:
+        if not self._verified[at]:
             _require_digest(self.folder.sha256(key), self.record(block, shard).files[row])
-            self._trusted[at] = 1
+            self._verified[at] = 1
 
-    def _once_more(self, read: Callable[[], T], *keys: str) -> T:
-        """Return what ``read`` does; once more if it fails on copies of files that lie elsewhere.
+    def _retry_fetched(self, read: Callable[[], T], *keys: str) -> T:
+        """Return ``read()``; if local copies of remote files are damaged, fetch them again first.
 
-        Their newest record may be of a file that was replaced since, so both are fetched again.
+        A copy and its record may be of different ages, so all ``keys`` are fetched again.
         """
         try:
             return read()
         except DamageError:
-            forgotten = [self.folder.forget(key) for key in keys]
-            if not any(forgotten):
+            dropped = [self.folder.forget(key) for key in keys]
+            if not any(dropped):
                 raise
             for key in keys:
                 self._chunks.forget(key)
             return read()
 
     def read_extra(self, name: str) -> bytes | None:
-        """Return a file that lies beside the arrays, at most 64 MiB; None where there is none.
+        """Return a file next to the arrays, at most 64 MiB; None if absent.
 
         Raises:
-            CacheError: it is larger, or no plain file.
+            CacheError: it is larger, or not a regular file.
         """
         if not self.folder.has(name):
             return None
-        with self._named(name, "a file beside the arrays"):
+        with self._file_context(name, "a file next to the arrays"):
             return self.folder.read(name, schemas.MAX_BYTES)
 
     def each(
-        self, look: Callable[[T], V], items: Sequence[T], doing: str, of: str = "units"
+        self, read: Callable[[T], V], items: Sequence[T], description: str, unit: str = "units"
     ) -> Iterator[V]:
-        """Yield ``look(item)`` for each item, in order; several at a time where files are far."""
-        far = self.folder.at_once
-        with progress(len(items), of, doing) as meter, ThreadPoolExecutor(far) as pool:
-            for found in map(look, items) if far == 1 else pool.map(look, items):
-                yield found
+        """Yield ``read(item)`` for each item, in order; remote files are read in parallel."""
+        threads = self.folder.parallel
+        with progress(len(items), unit, description) as meter, ThreadPoolExecutor(threads) as pool:
+            for result in map(read, items) if threads == 1 else pool.map(read, items):
+                yield result
                 meter.advance()
 
     def unit_files(self, block: int, shard: int) -> Iterator[tuple[str, str]]:
-        """Yield array and key of every per-view file of a unit, without its record."""
+        """Yield array and key of every per-view file of a unit, except its record."""
         first = block * self.manifest.view_block
         for name, array in self.arrays.items():
             if name not in (*layout.PER_SHARD, layout.RECORD):
@@ -283,7 +283,7 @@ class CacheStore:
                     yield name, array.key(view, shard)
 
     def recorded_files(self, block: int, shard: int) -> Iterator[tuple[str, str]]:
-        """Yield array and key of every file in a unit's record: its tar shard's, then its own."""
+        """Yield array and key of every file in a unit's record: the tar shard's, then its own."""
         for name in layout.PER_SHARD:
             yield name, self.arrays[name].key(shard)
         yield from self.unit_files(block, shard)
@@ -296,24 +296,24 @@ class CacheStore:
 
     @contextmanager
     def error_context(self, name: str, view: int | None, shard: int) -> Iterator[None]:
-        """Name array, unit and file in errors about bytes."""
+        """Turn an error about bytes into a CacheError that names array, unit and file."""
         at: tuple[int, ...] = (shard,)
         part = f"shard {shard}"
         if view is not None:
             at, part = (view, shard), self.unit_name(view // self.manifest.view_block, shard)
-        with self._named(self.arrays[name].key(*at), f"array {name}, {part}"):
+        with self._file_context(self.arrays[name].key(*at), f"array {name}, {part}"):
             yield
 
     @contextmanager
-    def _named(self, key: str, what: str) -> Iterator[None]:
+    def _file_context(self, key: str, description: str) -> Iterator[None]:
         try:
             yield
         except (DamageError, ValueError) as error:
             raise CacheError(
                 "the cache is damaged",
                 where=self.folder.where(key),
-                found=f"{what}: {error}",
-                expected="the bytes that were written",
+                found=f"{description}: {error}",
+                expected="the bytes written",
                 action=RESTORE,
             ) from error
 
@@ -321,15 +321,15 @@ class CacheStore:
 def _require_digest(found: bytes, expected: bytes) -> None:
     if found != expected:
         raise DamageError(
-            f"sha256 {found.hex()}, where its unit's record says {expected.hex()}: altered, or "
+            f"sha256 {found.hex()}, but its unit's record has {expected.hex()}: altered, or "
             "a file of another unit or cache"
         )
 
 
-def _open_again(own: list[Encoding], path: Path | str, manifest: CacheManifest) -> CacheStore:
+def _reopen(encodings: list[Encoding], path: Path | str, manifest: CacheManifest) -> CacheStore:
     """Open a store in another process, where a user's encodings may not be registered yet."""
-    for encoding in own:
-        if encoding.name not in ENCODINGS:  # what this process registered stays
+    for encoding in encodings:
+        if encoding.name not in ENCODINGS:  # this process's own registration takes precedence
             register_encoding(encoding)
     return CacheStore(path, manifest)
 
@@ -343,6 +343,6 @@ def _read_manifest(folder: Folder) -> CacheManifest:
             "not a teacher cache",
             where=where,
             found=str(error),
-            expected="a folder made by cskd-pipeline dump-teacher",
+            expected="a folder written by cskd-pipeline dump-teacher",
         ) from None
     return layout.parse_manifest(data, where)

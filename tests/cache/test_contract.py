@@ -59,9 +59,9 @@ def test_no_encoding_is_called_as_one_of_the_caches_arrays(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda a: (), "there are none"),
-        (lambda a: (a[0], a[0]), "two have the same name"),
-        (lambda a: (a[0], replace(a[1], rows=None)), "some have rows and some have not"),
+        (lambda a: (), "no arrays"),
+        (lambda a: (a[0], a[0]), "two arrays have the same name"),
+        (lambda a: (a[0], replace(a[1], rows=None)), "some arrays have rows and some do not"),
         (lambda a: (replace(a[0], axes=("class",)),), "axes"),
         (lambda a: (replace(a[0], axes=(), tail=(), ragged=True),), "axes"),
         (lambda a: (replace(a[0], tail_chunk=(1, HEIGHT, WIDTH)),), "chunks"),
@@ -79,7 +79,7 @@ def test_arrays_that_could_not_be_read_are_refused(
     arrays = mine.arrays(ResponseShape(CLASSES, HEIGHT, WIDTH))
     layout.specs(manifest(encodings=(NAME,)))
     monkeypatch.setattr(mine, "arrays", lambda _shape: change(arrays))
-    with pytest.raises(CacheError, match=f"encoding {NAME} cannot be used[^$]*{says}"):
+    with pytest.raises(CacheError, match=f"encoding {NAME} are invalid[^$]*{says}"):
         layout.specs(manifest(encodings=(NAME,)))
 
 

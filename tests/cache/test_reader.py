@@ -214,7 +214,7 @@ def test_what_is_not_done_does_not_exist(tmp_path: Path) -> None:
         lambda: reader.keys(2),
         lambda: reader.labels(2),
     ):
-        with pytest.raises(CacheError, match="not made yet") as caught:
+        with pytest.raises(CacheError, match="not written yet") as caught:
             attempt()
         assert "dump-teacher" in str(caught.value)
 
@@ -231,7 +231,7 @@ def test_missing_units_are_counted_and_named(tmp_path: Path) -> None:
         "missing: views 2-3 of shard 2 (train-0002.tar)",
     ]
     assert "dump-teacher command" in str(caught.value)
-    with pytest.raises(CacheError, match="fewer views") as caught:
+    with pytest.raises(CacheError, match="too few views") as caught:
         reader.require_done(views=range(6))
     assert "views 0-3" in str(caught.value)
     with pytest.raises(CacheError, match="1 of 1 units"):
@@ -291,7 +291,7 @@ def test_array_documents_that_differ_are_refused_by_field(tmp_path: Path) -> Non
         assert content.count(old) == 1, name
         document.write_text(content.replace(old, new))
         for open_it in (open_cache, CacheWriter.open):
-            with pytest.raises(CacheError, match="not what its manifest says") as caught:
+            with pytest.raises(CacheError, match="does not match its manifest") as caught:
                 open_it(path)
             assert [line.split(":")[:2] for line in caught.value.problems] == [
                 ["envelope/lines/zarr.json", f" {name}"]
@@ -302,7 +302,7 @@ def test_a_long_field_is_shown_where_it_differs(tmp_path: Path) -> None:
     """As zarr writes a group to which someone adds a note, behind a manifest of any length."""
     make(tmp_path / "c")
     zarr.open_group(tmp_path / "c").attrs["note"] = 1
-    with pytest.raises(CacheError, match="the manifest is not what was written") as caught:
+    with pytest.raises(CacheError, match="the manifest was altered") as caught:
         open_cache(tmp_path / "c")
     found, _, expected = str(caught.value.found).partition(", expected ")
     assert found.startswith("attributes: found …")
@@ -315,7 +315,7 @@ def test_what_no_field_shows_is_named_by_byte(tmp_path: Path) -> None:
     make(tmp_path / "c")
     document = json.loads((tmp_path / "c/zarr.json").read_text())
     (tmp_path / "c/zarr.json").write_bytes(layout.to_bytes({**document, "more": None}))
-    with pytest.raises(CacheError, match=r"other bytes from \d+ on: b'"):
+    with pytest.raises(CacheError, match=r"from byte \d+: found b'"):
         open_cache(tmp_path / "c")
 
 
@@ -331,7 +331,7 @@ def test_a_manifest_that_was_edited_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "c")
     group = tmp_path / "c/zarr.json"
     group.write_text(group.read_text().replace('"random"', '"imagenet"'))
-    with pytest.raises(CacheError, match="not what was written"):
+    with pytest.raises(CacheError, match="was altered"):
         open_cache(tmp_path / "c")
 
 
@@ -363,7 +363,7 @@ def test_a_lost_index_is_not_taken_for_chunks_that_nobody_wrote(tmp_path: Path) 
         for kept in range(0, length, 16)[:2]:
             start = len(content) - 4 - length + kept
             (path / name).write_bytes(content[:start] + b"\xff" * (length - kept) + content[-4:])
-            with pytest.raises(DamageError, match="crc32c does not fit"):
+            with pytest.raises(DamageError, match="crc32c does not match"):
                 ChunkReader(Folder(path)).read(array, 0, 0)
         (path / name).write_bytes(content)
 
@@ -384,7 +384,7 @@ def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
     for make_odd in (os.mkfifo, os.mkdir):
         (path / "label/c/0/0").rename(tmp_path / "aside")
         make_odd(path / "label/c/0/0")
-        with pytest.raises(CacheError, match="not a plain file"):
+        with pytest.raises(CacheError, match="not a regular file"):
             open_cache(path).labels(0)
         (path / "label/c/0/0").unlink() if make_odd is os.mkfifo else (path / "label/c/0/0").rmdir()
         (tmp_path / "aside").rename(path / "label/c/0/0")
@@ -467,13 +467,13 @@ def test_targets_are_read_by_view_and_key(cache: Path) -> None:
 def test_targets_that_are_not_there_are_refused(cache: Path) -> None:
     reader = open_cache(cache)
     key = reader.keys(0)[0]
-    with pytest.raises(CacheError, match=r"1 of 2 keys are not in the cache[^$]*nobody"):
+    with pytest.raises(CacheError, match=r"1 of 2 keys are missing from the cache[^$]*nobody"):
         reader.targets([(0, key), (0, "nobody")])
-    with pytest.raises(CacheError, match="fewer views than are needed"):
+    with pytest.raises(CacheError, match="too few views"):
         reader.targets([(VIEWS, key)])
     with pytest.raises(CacheError, match="no encoding topk"):
         reader.targets([(0, key)], "topk")
-    with pytest.raises(CacheError, match="cannot serve soft targets"):
+    with pytest.raises(CacheError, match="does not support soft targets"):
         reader.targets([(0, key)], "envelope", kinds=["soft"])
     assert str(VIEWS) in repr(reader)
 
@@ -501,7 +501,7 @@ def test_a_reader_for_another_thread_is_the_same(cache: Path) -> None:
 def test_a_key_of_two_shards_is_refused(cache: Path) -> None:
     reader = open_cache(cache)
     twice = KeyIndex([0, 1], lambda _shard: ["a", "b"], "here")
-    with pytest.raises(CacheError, match="or more than once"):
+    with pytest.raises(CacheError, match="or not unique"):
         twice.find(["a"])
-    with pytest.raises(CacheError, match="nothing yet"):
+    with pytest.raises(CacheError, match="its 0 samples"):
         KeyIndex([], reader.keys, "here").find(["a"])

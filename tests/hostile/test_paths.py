@@ -74,9 +74,9 @@ def test_links_among_a_caches_files_show_nothing_of_what_they_lead_to(tmp_path: 
     reader = open_cache(cache)
     for look, says in (
         (lambda: reader.labels(0), "altered, or a file of another unit"),
-        (lambda: reader.labels(1), "not a plain file"),
+        (lambda: reader.labels(1), "not a regular file"),
         (lambda: reader.labels(2), "cannot be opened"),
-        (lambda: reader.seeds(0, 0), "not a plain file"),
+        (lambda: reader.seeds(0, 0), "not a regular file"),
     ):
         with pytest.raises(CacheError, match=says) as caught:
             look()
@@ -92,7 +92,7 @@ def test_a_document_that_never_ends_is_refused(tmp_path: Path, document: str) ->
     make(tmp_path)
     (tmp_path / document).unlink()
     (tmp_path / document).symlink_to("/dev/zero")
-    with pytest.raises(CacheError, match=r"not a plain file|a teacher cache"):
+    with pytest.raises(CacheError, match=r"not a regular file|a teacher cache"):
         open_cache(tmp_path)
 
 

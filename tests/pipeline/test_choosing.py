@@ -71,18 +71,18 @@ def test_auto_is_the_smallest_exact_encoding_else_the_closest_approximation(
 @pytest.mark.parametrize(
     ("names", "sets", "says"),
     [
-        (["dense-q8", "topk"], [], "cannot serve hard targets"),
-        (["topk"], [*SOFT, "temperature=0.5"], "cannot serve soft targets at temperature 0.5"),
+        (["dense-q8", "topk"], [], "does not support hard targets"),
+        (["topk"], [*SOFT, "temperature=0.5"], "does not support soft targets at temperature 0.5"),
         (
             ["dense-q8", "topk", "envelope"],
             ["spatial_kind=soft"],
-            "cannot serve hard targets and soft targets at temperature 1",
+            "does not support hard targets and soft targets at temperature 1",
         ),
-        (["dense", "envelope"], [*SOFT, "encoding=envelope"], "cannot serve soft targets"),
+        (["dense", "envelope"], [*SOFT, "encoding=envelope"], "does not support soft targets"),
         (["dense"], ["encoding=envelope"], "has no encoding envelope"),
-        (["sampled"], [*SOFT, "temperature=2.0"], "cannot serve soft targets at temperature 2"),
+        (["sampled"], [*SOFT, "temperature=2.0"], "does not support soft targets at temperature 2"),
         (["sampled"], [*SOFT, "temperature=2.0"], "distill.temperature=1.0 for sampled"),
-        (["sampled"], [], "cannot serve hard targets"),
+        (["sampled"], [], "does not support hard targets"),
         (["sampled", "envelope"], ["spatial_kind=soft"], "hard targets and soft targets"),
     ],
 )

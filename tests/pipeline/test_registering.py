@@ -127,5 +127,5 @@ def test_an_encoding_whose_arrays_could_lie_elsewhere_is_refused(
     monkeypatch.setattr(mine, "arrays", arrays)
     register_encoding(mine)
     recipe = world.dump_recipe(small.shards, tmp_path / "c", views=2, encodings='["own-negated"]')
-    with pytest.raises(CskdError, match="an unusable name"):
+    with pytest.raises(CskdError, match="invalid name"):
         dump_teacher(recipe)

@@ -36,7 +36,7 @@ def test_a_stated_digest_is_accepted_and_another_refused(
     words = COMMANDS[command](small, f"{small.cache}@sha256:{OTHER}", tmp_path / "refused")
     assert world.cli(*words, "--quiet") == 1
     told = capsys.readouterr().err
-    assert "the cache is not the one that was stated" in told
+    assert "the cache does not have the requested digest" in told
     assert f"sha256:{digest}" in told
     assert not (tmp_path / "refused").exists()
     words = COMMANDS[command](small, f"{small.cache}@sha256:{digest}", tmp_path / "out")
