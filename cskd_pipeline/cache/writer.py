@@ -65,7 +65,7 @@ class CacheWriter:
             guard: comparison of class names; by default they must be equal.
 
         Raises:
-            OutputError: the folder contains something else.
+            OutputError: the folder contains other files.
             CacheError: it contains a cache of another data set, teacher, policy, seed or set of
                 encodings, or with other library versions; lists every difference.
             ManifestError: ``manifest`` does not fit its schema.
@@ -351,7 +351,7 @@ def _require_free(path: Path) -> None:
     names = sorted(e.name for e in path.iterdir() if not e.name.startswith(f".{layout.GROUP}."))
     if names and layout.GROUP not in names:
         raise OutputError(
-            "the output folder holds something else",
+            "the output folder contains other files",
             where=path,
             found=", ".join(names[:5]) + (" …" if len(names) > 5 else ""),
             expected="an empty or new folder, or a cache",

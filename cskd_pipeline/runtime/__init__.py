@@ -1,11 +1,10 @@
-"""Services that any long job needs, whatever it computes.
+"""Services for any long job, whatever it computes.
 
-1. ``atomic`` -- writes that happen whole or not at all; ``signals`` -- stopping where the work can
-   be taken up again.
-2. ``device`` -- devices, precision, memory; ``distributed`` -- the ranks of one job, as torchrun
-   starts them; ``watch`` -- each rank shows the others that it lives, and why it failed;
-   ``processes`` -- whose something is, and whether that process is still there.
-3. ``console`` -- results, tables and messages; ``progress`` -- how far the work is.
-4. ``schemas`` -- JSON documents, read within bounds and checked; ``resources`` -- where recipes and
-   schemas lie; ``classes`` -- lists of class names compared.
+1. ``atomic`` -- atomic writes; ``signals`` -- stopping where the work can be resumed.
+2. ``device`` -- devices, precision, memory; ``distributed`` -- the ranks of a torchrun job;
+   ``watch`` -- heartbeats of the ranks, and the reason why one failed; ``processes`` -- identity of
+   processes, and whether they still run.
+3. ``console`` -- results, tables and messages; ``progress`` -- progress of the work.
+4. ``schemas`` -- JSON documents, read within limits and validated; ``resources`` -- folders of
+   recipes and schemas; ``classes`` -- comparison of class names.
 """

@@ -1,4 +1,4 @@
-"""Writes that happen whole or not at all, and folders that are ours before we write to them."""
+"""Atomic writes, and checks and locks of output folders."""
 
 import csv
 import errno
@@ -16,15 +16,15 @@ from pathlib import Path
 from cskd_pipeline.errors import OutputError, printable
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""The disk, the user's share of it, or the largest file that it (or a limit) allows."""
+"""A full disk, an exhausted quota, or a file beyond the size limit."""
 LOCK = ".cskd-lock"
-NO_LOCKS = "the file system of {} has no locks: a second run in this folder is not noticed"
+NO_LOCKS = "the file system of {} has no locks: a second run in this folder will not be detected"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
 def translate_os_errors(where: Path | str) -> Iterator[None]:
-    """Turn "no space left" and "permission denied" into an :class:`OutputError`; pass others on."""
+    """Turn "no space left" and "permission denied" into an OutputError; re-raise other errors."""
     try:
         yield
     except OSError as error:
@@ -37,15 +37,15 @@ def translate_os_errors(where: Path | str) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OutputError(
-                "writing is not permitted", where=error.filename or where, found=error.strerror
+                "no permission to write", where=error.filename or where, found=error.strerror
             ) from error
         raise
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary neighbour of ``path``, make it durable, then rename it.
+    """Let ``write`` fill a temporary file next to ``path``, sync it, then rename it.
 
-    A reader, or a run after a crash, sees the old file or the new one, never a part.
+    A reader, or a run after a crash, sees the old file or the new one, never a partial one.
     """
     path = Path(path)
     with translate_os_errors(path):
@@ -63,7 +63,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill, which becomes ``path`` when the block ends well, else is removed.
+    """Yield a folder to fill; rename it to ``path`` if the block succeeds, else remove it.
 
     ``path`` is new, or an empty folder. A reader, or a run after a crash, sees all of it or none.
     """
@@ -78,8 +78,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 if inner.is_dir():
                     sync_folder(inner)
                 else:
-                    with open(inner, "rb") as opened:
-                        os.fsync(opened.fileno())
+                    with open(inner, "rb") as file:
+                        os.fsync(file.fileno())
             sync_folder(partial)
             os.replace(partial, path)
         finally:
@@ -88,13 +88,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path, name: str = "*") -> None:
-    """Remove what writers of ``name`` in ``folder`` left when killed. No other may be writing."""
+    """Remove partial files of ``name`` that killed writers left. No writer may be active."""
     for partial in folder.glob(f".{name}.*.partial"):
         partial.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` survive a power cut."""
+    """Make renames inside ``folder`` survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -103,22 +103,22 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file atomically."""
     atomic_write(path, lambda partial: partial.write_bytes(data))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all."""
+    """Write UTF-8 text atomically."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, document: object) -> None:
-    """Write an indented JSON document, whole or not at all."""
+    """Write an indented JSON document atomically."""
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
-    """Write a table of UTF-8 text with a header, whole or not at all; what a row lacks is empty."""
+    """Write a UTF-8 CSV table with a header atomically; missing values are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -127,13 +127,13 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
 
 
 def require_empty(folder: Path, *, action: str) -> None:
-    """Refuse a folder that holds anything but our own lock."""
+    """Raise an OutputError if ``folder`` contains anything except our lock."""
     _refuse(folder, _names(folder) - {LOCK}, "an empty or new folder", action)
 
 
 def require_free(folder: Path, names: Collection[str], *, action: str) -> None:
-    """Refuse a folder that holds one of ``names``; others, as the log of a job, are let be."""
-    _refuse(folder, _names(folder) & {*names}, "a folder without these", action)
+    """Raise an OutputError if ``folder`` contains any of ``names``; other files may stay."""
+    _refuse(folder, _names(folder) & {*names}, "a folder without these files", action)
 
 
 def _names(folder: Path) -> set[str]:
@@ -146,7 +146,7 @@ def _refuse(folder: Path, found: Collection[str], expected: str, action: str) ->
     if found:
         names = sorted(found)
         raise OutputError(
-            "the output folder holds something else",
+            "the output folder contains other files",
             where=folder,
             found=", ".join(names[:5]) + (" …" if len(names) > 5 else ""),
             expected=expected,
@@ -156,42 +156,42 @@ def _refuse(folder: Path, found: Collection[str], expected: str, action: str) ->
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[bool]:
-    """Hold ``folder``, made if need be, against other processes; one that is killed lets go.
+    """Lock ``folder``, created if needed, against other processes; a killed one loses its lock.
 
     Yields:
-        False on file systems without locks, where a second writer is not noticed.
+        False on file systems without locks, where a second writer is not detected.
 
     Raises:
-        OutputError: another process holds it; says which.
+        OutputError: another process has the lock; names it.
     """
     _refuse(folder, (), "a folder", "choose another --out")
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     with translate_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, held = _lock(folder / LOCK)
+        descriptor, locked = _lock(folder / LOCK)
     try:
-        yield held
+        yield locked
     finally:
         (folder / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
-        with suppress(OSError):  # ours only if nothing was written
-            for path in made:
+        with suppress(OSError):  # not empty
+            for path in created:
                 path.rmdir()
 
 
 def _lock(path: Path) -> tuple[int, bool]:
-    """Open and lock a file; a record lock, which forked processes do not share, and NFS knows."""
+    """Open and lock a file: a record lock, which forks do not inherit and NFS supports."""
     while True:
-        if path.is_symlink():  # what it leads to would be written over
+        if path.is_symlink():  # writing would overwrite its target
             raise OutputError("the lock is a link", where=path, action="remove the link")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            held = _try_lock(descriptor, path)
-            # Who let go in between has removed the file that we hold.
+            locked = _try_lock(descriptor, path)
+            # The previous owner may have removed the file after we opened it: then try again.
             if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 os.truncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-                return descriptor, held
+                return descriptor, locked
         except BaseException:
             os.close(descriptor)
             raise
@@ -206,11 +206,11 @@ def _try_lock(descriptor: int, path: Path) -> bool:
             return False
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise
-        holder = printable(os.read(descriptor, 200).decode(errors="replace"))
+        owner = printable(os.read(descriptor, 200).decode(errors="replace"))
         raise OutputError(
-            "another run is at work in this folder",
+            "another run is using this folder",
             where=path.parent,
-            found=holder or "a process that has just begun",
-            action="wait until it has ended, or stop it; another run needs another --out",
+            found=owner or "a process that has just started",
+            action="wait until it ends, or stop it; or choose another --out",
         ) from error
     return True

@@ -1,8 +1,8 @@
-"""The output that a person or a script sees: progress and warnings on stderr, results on stdout.
+"""Console output: progress and warnings on stderr, results on stdout.
 
-On a terminal rich draws bars; elsewhere plain lines stay greppable. With ``json`` stdout gets one
-JSON object and nothing else. Text from files, models and recipes is foreign: control characters are
-spelled out and rich markup is never interpreted.
+On a terminal rich draws bars; otherwise plain lines stay greppable. With ``json`` stdout gets one
+JSON object and nothing else. Text from files, models and recipes is untrusted: control characters
+are escaped and rich markup is never interpreted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cskd_pipeline.runtime.progress import PACKAGE, Meter, duration, listen
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
+PLAIN_INTERVAL = 10.0  # seconds between progress lines without a terminal
 _LONGEST = 2000  # characters of a line
 
 
@@ -35,10 +35,10 @@ class Terminal:
     """The streams of a command.
 
     Args:
-        quiet: no progress and no news; warnings, errors and results stay.
-        json: results go to stdout as one JSON object, once, and tables nowhere.
-        out, err: the streams; stdout and stderr as they are now.
-        clock: for the rates.
+        quiet: print no progress and no information; only warnings, errors and results.
+        json: print the result as one JSON object, and no tables.
+        out, err: output streams; by default the current stdout and stderr.
+        clock: source of time for the rates.
     """
 
     def __init__(
@@ -53,33 +53,33 @@ class Terminal:
         self.quiet = quiet
         self.json = json
         self._out = Console(file=out or sys.stdout)
-        self._err = Console(file=cast(TextIO, _Lasting(err or sys.stderr)))
+        self._err = Console(file=cast(TextIO, _HangupSafeStream(err or sys.stderr)))
         self._clock = clock
         self._bars: Progress | None = None
 
     def attach(self) -> Terminal:
-        """Show this process's progress, news and warnings from now on; return itself.
+        """Show this process's progress and log records from now on; return itself.
 
-        The previous listener is replaced; ``restore_reporting`` brings it back.
+        It replaces the previous listener and log handlers; see ``progress.restore_reporting``.
         """
         listen(self)
         logger = logging.getLogger(PACKAGE)
-        logger.handlers = [_News(self)]
+        logger.handlers = [_LogHandler(self)]
         logger.setLevel(logging.INFO)
         logger.propagate = False
         return self
 
     def line(self, text: object) -> None:
-        """One line of news."""
+        """Print one line of information."""
         if not self.quiet:
             _print(self._err, printable(text, _LONGEST))
 
     def warn(self, text: object) -> None:
-        """One line about something that is not as it should be, yet no reason to stop."""
+        """Print one warning."""
         _print(self._err, f"warning: {printable(text, _LONGEST)}", "yellow")
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """A result in rows, numbers to the right. With ``json`` nothing."""
+        """Print a table with numbers right-aligned; nothing with ``json``."""
         if self.json:
             return
         columns = [printable(name) for name in columns]
@@ -114,22 +114,22 @@ class Terminal:
             _print(self._out, f"{printable(name)}: {printable(format_value(value), _LONGEST)}")
 
     def error(self, error: CskdError) -> None:
-        """Why a command stopped, on stderr, and with ``json`` as ``{"error": {...}}`` on stdout,
-        beside what it found nevertheless.
+        """Print an error on stderr; with ``json`` also ``{"error": {...}}`` and the partial result
+        on stdout.
         """
         _print(self._err, f"error: {error}", "red")
         if self.json:
             names = ("problem", "where", "found", "expected", "action", "problems")
             kind = {"kind": type(error).__name__, "exit_code": error.exit_code}
-            with suppress(OSError):  # where stdout itself is what failed, stderr has told it
-                told = {"error": kind | {name: getattr(error, name) for name in names}}
-                self._print_json({**(error.report or {}), **told})
+            fields = kind | {name: getattr(error, name) for name in names}
+            with suppress(OSError):  # stdout itself may have failed
+                self._print_json({**(error.report or {}), "error": fields})
 
     @contextmanager
     def show(
         self, total: int | None, unit: str, description: str, done: int = 0
     ) -> Iterator[Meter]:
-        """Yield a meter that is shown with rate and time left while the block runs."""
+        """Yield a meter and show it with rate and time left while the block runs."""
         description, unit = printable(description), printable(unit)
         if self.quiet:
             yield Meter(total, unit, done, self._clock)
@@ -144,7 +144,7 @@ class Terminal:
     def _bar(self, total: int | None, unit: str, description: str, done: int) -> Iterator[Meter]:
         from rich.progress import BarColumn, Progress, TextColumn
 
-        if self._bars is None:  # one live display, however deep the bars are nested
+        if self._bars is None:  # nested bars share one live display
             self._bars = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -177,28 +177,28 @@ class Terminal:
         last = self._clock()
         printed = False
 
-        def moved(meter: Meter) -> None:
+        def on_advance(meter: Meter) -> None:
             nonlocal last, printed
             if self._clock() - last >= PLAIN_INTERVAL:
                 last, printed = self._clock(), True
                 _print(self._err, f"{description}: {meter}")
 
-        meter = Meter(total, unit, done, self._clock, moved)
+        meter = Meter(total, unit, done, self._clock, on_advance)
         yield meter
-        if printed:  # short work leaves no lines, long work a last one
+        if printed:  # short work prints nothing, long work a final line
             _print(self._err, f"{description}: {meter}, {duration(meter.seconds)} in all")
 
     def _print_json(self, document: Mapping[str, Any]) -> None:
-        text = json_module.dumps(plain(document), allow_nan=False) + "\n"
+        text = json_module.dumps(to_plain(document), allow_nan=False) + "\n"
         try:
             self._out.file.write(text)
             self._out.file.flush()
         except BrokenPipeError:
-            self._out.on_broken_pipe()  # as rich does: whoever read it has seen enough, exit 1
+            self._out.on_broken_pipe()  # like rich: the reader has closed the pipe, exit 1
 
 
-class _News(logging.Handler):
-    """Shows the package's log records: news as lines, warnings as warnings."""
+class _LogHandler(logging.Handler):
+    """Prints the package's log records: information as lines, warnings as warnings."""
 
     def __init__(self, terminal: Terminal) -> None:
         super().__init__()
@@ -212,21 +212,21 @@ class _News(logging.Handler):
             self._terminal.line(text)
 
 
-def plain(value: Any) -> Any:
-    """``value`` as JSON has it: paths as text, numpy scalars as numbers, NaN, infinity as null."""
+def to_plain(value: Any) -> Any:
+    """Convert to JSON types: paths to text, numpy scalars to numbers, NaN and infinity to null."""
     if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
+        return {str(name): to_plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):
         return value
-    return plain(value.item()) if hasattr(value, "item") else str(value)
+    return to_plain(value.item()) if hasattr(value, "item") else str(value)
 
 
 def flatten(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of everything in nested mappings."""
+    """Yield the dotted name and value of every entry in nested mappings."""
     for name, value in document.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{name}.")
@@ -235,7 +235,7 @@ def flatten(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def format_value(value: Any) -> str:
-    """``value`` for a person: four significant digits, lists with commas, nothing as a dash."""
+    """Format a value: floats with four digits, lists with commas, a dash for an empty value."""
     if value is None or value == "":
         return "-"
     if isinstance(value, bool):
@@ -244,13 +244,13 @@ def format_value(value: Any) -> str:
         return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.0f}"
     if isinstance(value, list | tuple):
         if any(isinstance(item, Mapping) for item in value):
-            return f"{len(value)} entries, which --json lists"
+            return f"{len(value)} entries (see --json)"
         return ", ".join(map(format_value, value)) or "-"
     return str(value)
 
 
 def format_size(count: float) -> str:
-    """Bytes for a person: ``345 MB``, ``12.3 GB``; powers of 1,000."""
+    """Format a number of bytes: ``345 MB``, ``12.3 GB``; powers of 1,000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -262,8 +262,8 @@ def _is_numeric(values: Iterable[object]) -> bool:
     return all(value is None or isinstance(value, int | float) for value in values)
 
 
-class _Lasting:
-    """A text stream that takes no harm when its terminal is closed: it then speaks to nobody."""
+class _HangupSafeStream:
+    """A text stream that discards its output once its terminal is closed."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -272,26 +272,26 @@ class _Lasting:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with self._unless_closed():
+        with self._discard_if_closed():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._unless_closed():
+        with self._discard_if_closed():
             self._stream.flush()
 
     @contextmanager
-    def _unless_closed(self) -> Iterator[None]:
+    def _discard_if_closed(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # what is buffered goes there too
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())  # also discards buffered output
+            os.close(null)
 
 
 def _print(console: Console, text: str, style: str = "") -> None:
-    # As a Text: rich reads markup, emoji and links only out of a str.
+    # A Text, because rich interprets markup, emoji and links in a str.
     console.print(Text(text, style=style), soft_wrap=True)

@@ -1,7 +1,7 @@
-"""A process among those of its job, and what all of them agree on.
+"""The ranks of a job, and their collectives.
 
-A process that torchrun did not start is a job of one. Every collective here is called by all ranks
-at the same point, or the job would wait until one of them is given up.
+A process that torchrun did not start is a job of one. All ranks must call every collective at the
+same point; otherwise the job waits until one of them times out.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from cskd_pipeline.errors import CskdError, RankError, UsageError
+from cskd_pipeline.errors import RankError, UsageError
 from cskd_pipeline.runtime.processes import identify
 from cskd_pipeline.runtime.progress import silence
 from cskd_pipeline.runtime.signals import Requeue
-from cskd_pipeline.runtime.watch import Watch, of_this_attempt
+from cskd_pipeline.runtime.watch import Watch, attempt_store
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ranks:
-    """``rank`` of ``world`` processes; ``local`` counts them on this machine."""
+    """One of ``world`` processes; ``rank`` numbers them in the job, ``local`` on this machine."""
 
     rank: int = 0
     world: int = 1
@@ -45,7 +45,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Return whether this is the rank that writes files and logs."""
+        """Return whether this rank writes files and logs."""
         return self.rank == 0
 
     @property
@@ -54,13 +54,13 @@ class Ranks:
         return self.world > 1
 
     def device(self, chosen: torch.device) -> torch.device:
-        """Return this rank's own GPU where ``chosen`` names none in particular."""
+        """Return this rank's own GPU if ``chosen`` is CUDA without an index, else ``chosen``."""
         if chosen.type == "cuda" and chosen.index is None and self.many:
             return torch.device("cuda", self.local)
         return chosen
 
     def mean(self, values: Tensor) -> Tensor:
-        """Return the mean over ranks, on every rank; do not wait for the device."""
+        """Return the mean over ranks, on every rank, without waiting for the device."""
         if not self.many:
             return values
         total = values.clone()
@@ -72,14 +72,14 @@ class Ranks:
         """Return every rank's ``value`` (numbers, text, lists and dicts of them), on every rank."""
         if not self.many:
             return [value]
-        self._meet()
-        found: list[Any] = [None] * self.world
+        self._barrier()
+        values: list[Any] = [None] * self.world
         with self.translate_errors():
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(values, value)
+        return values
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is set on some rank."""
+        """Return whether the flag is set on any rank."""
         if not self.many:
             return flag
         flags = torch.tensor([int(flag)])
@@ -88,27 +88,27 @@ class Ranks:
         return bool(flags.item())
 
     def wait(self) -> None:
-        """Wait until all ranks are here, for as long as all live."""
+        """Wait until all ranks reach this point, as long as all are alive."""
         if self.many:
-            self._meet()
+            self._barrier()
             self.any(False)
 
     def numbers(self, name: str) -> Iterator[int]:
-        """Yield 0, 1, 2 and so on, each to one rank alone: to whichever is the next to continue.
+        """Yield 0, 1, 2 and so on, each number to only one rank: the next that requests one.
 
-        No rank waits for another. If the job's store is lost, each counts on by itself, and several
-        get the same numbers.
+        No rank waits for another. If the job's store is lost, each rank continues counting on its
+        own, and several get the same numbers.
         """
         watch, number = self.watch, -1
         while True:
             number += 1
             if watch is not None:
-                counted = watch.count(name)
-                if counted is None:
-                    log.warning("the job's store does not respond: this rank counts on by itself")
+                count = watch.increment(name)
+                if count is None:
+                    log.warning("the job's store does not respond: this rank counts on its own")
                     watch = None
                 else:
-                    number = counted - 1
+                    number = count - 1
             yield number
 
     def check(self) -> None:
@@ -117,26 +117,24 @@ class Ranks:
             self.watch.check()
 
     def checking(self, items: Iterable[T]) -> Iterator[T]:
-        """Pass ``items`` on until another rank has failed."""
+        """Yield ``items``; raise the error of another rank that has failed."""
         for item in items:
             self.check()
             yield item
 
     @contextmanager
     def translate_errors(self) -> Iterator[None]:
-        """Make a RankError of a collective that fails inside: which rank it was, and why."""
+        """Turn the failure of a collective into a RankError that names the rank and the reason."""
         try:
             yield
         except (dist.DistError, RuntimeError) as error:
-            raise self._lost(error) from error
+            assert self.watch is not None
+            # A collective's message, without the advice that follows.
+            raise self.watch.diagnose(_first_line(error).partition(". ")[0]) from error
 
-    def _meet(self) -> None:
+    def _barrier(self) -> None:
         if self.watch is not None:
-            self.watch.meet()
-
-    def _lost(self, error: BaseException) -> CskdError:
-        assert self.watch is not None
-        return self.watch.verdict(_reason(error))
+            self.watch.barrier()
 
 
 ALONE = Ranks()
@@ -144,14 +142,14 @@ _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def ranks_from_env(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """Return the rank that torchrun's environment gives this process; start nothing.
+    """Return the rank that torchrun's environment variables give this process; start nothing.
 
     Raises:
-        UsageError: it says half of it, or what cannot be.
+        UsageError: the variables are incomplete or contradictory.
     """
     values = {name: environment[name] for name in _NAMES if name in environment}
-    mine = {name: values[name] for name in ("RANK", "LOCAL_RANK") if name in values}
-    if values.get("WORLD_SIZE", "1" if not mine else "") == "1" and set(mine.values()) <= {"0"}:
+    own = {name: values[name] for name in ("RANK", "LOCAL_RANK") if name in values}
+    if values.get("WORLD_SIZE", "1" if not own else "") == "1" and set(own.values()) <= {"0"}:
         return ALONE
     missing = [name for name in _NAMES if name not in values]
     numbers = {name: values[name] for name in values if name != "MASTER_ADDR"}
@@ -161,19 +159,19 @@ def ranks_from_env(environment: Mapping[str, str] = os.environ) -> Ranks:
         if local <= rank < world and 0 < port < 2**16:
             return Ranks(rank, world, local)
     raise UsageError(
-        "the environment names a rank of a job, but not as torchrun does",
+        "the environment variables of torchrun are incomplete or contradictory",
         found=", ".join(f"{name}={text}" for name, text in values.items())
-        + (f"; without {', '.join(missing)}" if missing else ""),
+        + (f"; no {', '.join(missing)}" if missing else ""),
         expected="LOCAL_RANK <= RANK < WORLD_SIZE, MASTER_ADDR and MASTER_PORT; or none of them",
-        action="start with torchrun, or set all five; for a job of one process, unset RANK, "
+        action="start with torchrun, or set all five; for a single process, unset RANK, "
         "WORLD_SIZE and LOCAL_RANK",
     )
 
 
 def torchrun_job_id(environment: Mapping[str, str] = os.environ) -> str:
-    """Return what names torchrun's job, the same each time it starts its ranks again; or "".
+    """Return the ID of torchrun's job, which survives restarts of its ranks; "" without torchrun.
 
-    That is its ``--rdzv-id``; without one, the agent of this node.
+    That is its ``--rdzv-id``; without one, the identity of this node's agent.
     """
     name = environment.get("TORCHELASTIC_RUN_ID", "")
     return json.dumps(identify(os.getppid())) if name == "none" else name
@@ -183,43 +181,44 @@ def torchrun_job_id(environment: Mapping[str, str] = os.environ) -> str:
 def join_job(patience: float) -> Iterator[Ranks]:
     """Connect this process with the others of its job while the block runs; only the first logs.
 
-    Tensors on GPUs are reduced by NCCL, others by gloo.
+    NCCL reduces tensors on GPUs, gloo all others.
 
     Args:
-        patience: seconds that a rank may be silent; one that has ended is noticed within seconds.
+        patience: seconds without a heartbeat after which a rank times out; a rank that has ended is
+            detected within seconds.
 
     Raises:
-        RankError: another rank cannot be reached, or has failed; its error, in that case.
+        RankError: another rank cannot be reached, or has failed (then its error).
     """
     alone = ranks_from_env()
     if not alone.many:
         yield alone
         return
     limit = timedelta(seconds=patience)
-    store = _meeting_point(alone, limit)
+    store = _job_store(alone, limit)
     watch = Watch(alone.rank, alone.world, patience)
     ranks = replace(alone, watch=watch)
     failed = True
     try:
-        watch.meet()
+        watch.barrier()
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(ranks.local % torch.cuda.device_count())
         with ranks.translate_errors():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo",
-                store=of_this_attempt(store),
+                store=attempt_store(store),
                 rank=ranks.rank,
                 world_size=ranks.world,
                 timeout=limit,
             )
         with nullcontext() if ranks.first else silence():
             yield ranks
-        ranks.wait()  # nobody leaves while another still waits for a reply
+        ranks.wait()  # no rank leaves while another waits for a reply
         failed = False
     except BaseException as error:
-        _pass_on(watch, error)
-        # Lets go of what holds the sockets, whose end wakes the others.
+        _report_failure(watch, error)
+        # Release the objects that own the sockets: closing them wakes the other ranks.
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
@@ -229,41 +228,36 @@ def join_job(patience: float) -> Iterator[Ranks]:
         watch.leave(stay=failed)
 
 
-def _meeting_point(ranks: Ranks, limit: timedelta) -> dist.Store:
+def _job_store(ranks: Ranks, limit: timedelta) -> dist.Store:
     try:
         store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world, timeout=limit))
     except (dist.DistError, RuntimeError) as error:
         raise RankError(
-            "not all ranks of this job have come",
+            "not all ranks of this job have connected",
             where=f"rank {ranks.rank}, {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
-            found=_said(error),
+            found=_first_line(error),
             expected=f"{ranks.world} ranks within {limit.total_seconds():g} s",
-            action="see whether all were started, with one MASTER_ADDR and MASTER_PORT, and "
-            "whether they can reach it",
+            action="check that all were started with the same MASTER_ADDR and MASTER_PORT, and "
+            "that they can reach it",
         ) from error
     return store
 
 
-def _pass_on(watch: Watch, error: BaseException) -> None:
-    """Pass this rank's error on, unless it is another's.
+def _report_failure(watch: Watch, error: BaseException) -> None:
+    """Report this rank's error to the others, unless another rank caused it.
 
     Raises:
-        RankError: the other's, where this rank's is what came of it: torchrun ends by SIGTERM those
-            that are left.
+        RankError: the other rank's error: torchrun then stops the remaining ranks by SIGTERM.
     """
-    theirs = None if watch.interrupted else watch.error
-    if theirs is error:
+    cause = None if watch.interrupted else watch.error
+    if cause is error:
         return
-    if theirs is not None and isinstance(error, KeyboardInterrupt | Requeue | RuntimeError):
-        raise theirs from error
+    if cause is not None and isinstance(error, KeyboardInterrupt | Requeue | RuntimeError):
+        raise cause from error
     watch.fail(error)
 
 
-def _reason(error: BaseException) -> str:
-    """Return a collective's message without the line in its source and without its advice."""
-    return _said(error).partition(". ")[0]
-
-
-def _said(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
+    """Return the first line of an error of torch without its location in the source."""
     text = str(error) or type(error).__name__
     return re.sub(r"^\[[^]]*\]\s*", "", text.splitlines()[0])

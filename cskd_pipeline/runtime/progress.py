@@ -1,8 +1,8 @@
-"""Progress of long work: reported from anywhere, shown by whoever listens.
+"""Progress of long work: reported from anywhere, shown by one listener.
 
-As with ``logging``, which carries news and warnings, the work need not know who listens. The
-command line's :class:`cskd_pipeline.runtime.console.Terminal` does; a library's user hears no
-progress unless she calls :func:`listen`; news and warnings go where her ``logging`` sends them.
+As with ``logging``, which carries information and warnings, the work does not know its listener.
+On the command line that is :class:`cskd_pipeline.runtime.console.Terminal`. A library user sees
+progress after calling :func:`listen`, and log records according to their ``logging`` configuration.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Protocol, TypeVar
 
 PACKAGE = "cskd_pipeline"
 DATA_LIMITS = 0.1
-"""From this share of the time spent waiting for data on, data and not the device is the limit."""
+"""The share of time spent waiting for data from which data, not the device, is the limit."""
 
 T = TypeVar("T")
 
 
 class Meter:
-    """The progress of a piece of work. The rate leaves out what was done before it began.
+    """The progress of a piece of work. The rate excludes units done before the start.
 
     Args:
-        total: units in all; None where nobody knows.
-        done: units that an earlier run had finished.
-        clock: seconds that never run backwards.
-        moved: called after every step.
+        total: number of units; None if unknown.
+        done: units finished by an earlier run.
+        clock: monotonic clock in seconds.
+        on_advance: called after every step.
     """
 
     def __init__(
@@ -37,43 +37,43 @@ class Meter:
         unit: str,
         done: int = 0,
         clock: Callable[[], float] = time.monotonic,
-        moved: Callable[[Meter], None] | None = None,
+        on_advance: Callable[[Meter], None] | None = None,
     ) -> None:
         self.total, self.unit, self.count = total, unit, done
         self.waited = 0.0
-        """Seconds spent waiting for what :meth:`timed` passed on."""
-        self._first, self._clock, self._moved = done, clock, moved
+        """Seconds spent waiting for the batches of :meth:`timed`."""
+        self._first, self._clock, self._on_advance = done, clock, on_advance
         self._started = clock()
-        self._fed = False
+        self._timed = False
 
     def advance(self, count: int = 1) -> None:
-        """``count`` more units are done."""
+        """Add ``count`` finished units."""
         self.count += count
-        if self._moved is not None:
-            self._moved(self)
+        if self._on_advance is not None:
+            self._on_advance(self)
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """``batches``, whose making counts as waiting for data, while all else is the device's."""
-        self._fed = True
+        """Yield ``batches``; count the time to get them as waiting for data."""
+        self._timed = True
         source = iter(batches)
         while True:
-            asked = self._clock()
+            requested = self._clock()
             try:
                 batch = next(source)
             except StopIteration:
                 return
             finally:
-                self.waited += self._clock() - asked
+                self.waited += self._clock() - requested
             yield batch
 
     @property
     def data_wait(self) -> float:
-        """The share of the time that was spent waiting for data."""
+        """Return the share of time spent waiting for data."""
         return self.waited / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def limit(self) -> str:
-        """Return which side holds up the other: ``data`` or ``device``."""
+        """Return the side that limits the rate: ``data`` or ``device``."""
         return limiting_side(self.data_wait)
 
     @property
@@ -83,11 +83,11 @@ class Meter:
 
     @property
     def rate(self) -> float:
-        """Units per second since the meter started; 0 before the first."""
+        """Return units per second since the meter started; 0 before the first."""
         return (self.count - self._first) / self.seconds if self.seconds > 0 else 0.0
 
     def __str__(self) -> str:
-        """``30/120 views, 12.3 views/s, 0:07 left``, and ``data wait 2 %, limit: device``."""
+        """Return ``30/120 views, 12.3 views/s, 0:07 left, data wait 2 %, limit: device``."""
         of = f"/{self.total}" if self.total is not None else ""
         parts = [f"{self.count}{of} {self.unit}"]
         if self.rate > 0:
@@ -95,30 +95,30 @@ class Meter:
             parts.append(f"{shown} {self.unit}/s")
             if self.total is not None and self.count < self.total:
                 parts.append(f"{duration((self.total - self.count) / self.rate)} left")
-        if self._fed and self.rate > 0:
+        if self._timed and self.rate > 0:
             parts += [f"data wait {100 * self.data_wait:.0f} %", f"limit: {self.limit}"]
         return ", ".join(parts)
 
 
 def limiting_side(data_wait: float) -> str:
-    """Return ``data`` or ``device`` by the share of the time that was spent waiting for data."""
+    """Return the side that limits the rate, ``data`` or ``device``, given ``Meter.data_wait``."""
     return "data" if data_wait >= DATA_LIMITS else "device"
 
 
 def duration(seconds: float) -> str:
-    """``0:07``, ``12:30``, ``27:46:40``."""
+    """Format a duration: ``0:07``, ``12:30``, ``27:46:40``."""
     minutes, second = divmod(math.ceil(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 class Listener(Protocol):
-    """Shows progress; ``show`` is called once for each piece of work."""
+    """Shows progress; ``show`` is called once per piece of work."""
 
     def show(
         self, total: int | None, unit: str, description: str, done: int
     ) -> AbstractContextManager[Meter]:
-        """Return a meter that lasts, and is shown, as long as a ``with`` block."""
+        """Return a context manager that yields a meter and shows it while its block runs."""
         ...
 
 
@@ -136,9 +136,9 @@ def progress(total: int | None, unit: str, description: str, *, done: int = 0) -
     """Yield a meter to ``advance`` while the block runs; the listener shows rate and time left.
 
     Args:
-        total: units in all, or None where nobody knows.
+        total: number of units; None if unknown.
         unit: their name in the plural: ``views``.
-        done: how many of them earlier runs have finished.
+        done: units finished by earlier runs.
     """
     if _listener is None:
         yield Meter(total, unit, done)
@@ -149,7 +149,7 @@ def progress(total: int | None, unit: str, description: str, *, done: int = 0) -
 
 @contextmanager
 def restore_reporting() -> Iterator[None]:
-    """Bring back who heard of progress, news and warnings before, when the block ends."""
+    """Restore the progress listener and the log handlers when the block ends."""
     logger = logging.getLogger(PACKAGE)
     listener, handlers = _listener, logger.handlers
     level, propagate = logger.level, logger.propagate
@@ -163,7 +163,7 @@ def restore_reporting() -> Iterator[None]:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Show no progress, news or warnings of this process while the block runs."""
+    """Show no progress and no log records of this process while the block runs."""
     with restore_reporting():
         listen(None)
         logging.getLogger(PACKAGE).setLevel(logging.CRITICAL + 1)

@@ -6,7 +6,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def _folder(name: str) -> Path:
-    inside = _PACKAGE / name  # a wheel carries the folder inside the package
+    inside = _PACKAGE / name  # a wheel has the folder inside the package
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
 

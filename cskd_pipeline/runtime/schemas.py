@@ -1,4 +1,4 @@
-"""JSON documents from strangers: read within bounds, checked against a schema, hashed."""
+"""Untrusted JSON documents: read within limits, checked against a schema, hashed."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def read(path: Path) -> Any:
     """Read the JSON document in a file of at most 64 MiB.
 
     Raises:
-        ManifestError: too large, not JSON, nested too deeply, or a name twice in one object;
-            FileNotFoundError.
+        ManifestError: too large, not JSON, too deeply nested, or with a duplicate name.
+        FileNotFoundError: no such file.
     """
     with open(path, "rb") as file:
         return parse(file.read(MAX_BYTES + 1), path)
 
 
 def parse(data: bytes, where: object) -> Any:
-    """Parse ``data`` as JSON, within the bounds and with the errors of :func:`read`."""
+    """Parse ``data`` as JSON, with the limits and errors of :func:`read`."""
     if len(data) > MAX_BYTES:
         raise ManifestError(
             where, [f"$: found a larger document, expected at most {MAX_BYTES >> 20} MiB"]
         )
     if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise ManifestError(where, [f"$: found more values than {MAX_VALUES:,}, expected fewer"])
+        raise ManifestError(where, [f"$: found too many values, expected at most {MAX_VALUES:,}"])
     try:
         return json.loads(
             data, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_object
@@ -60,25 +60,25 @@ def parse(data: bytes, where: object) -> Any:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text}, which is no finite number")
+        raise ValueError(f"{text}, which is not a finite number")
     return number
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a name that comes twice, readers take the first or the last: so neither."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for name, count in Counter(n for n, _ in pairs).items() if count > 1)
-        raise ValueError(f"the name {twice!r} twice in one object")
-    return found
+    """Refuse duplicate names: some readers take the first, others the last."""
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        name = next(name for name, count in Counter(n for n, _ in pairs).items() if count > 1)
+        raise ValueError(f"the duplicate name {name!r} in an object")
+    return document
 
 
 def schema_problems(document: object, schema: str) -> list[str]:
-    """List where ``document`` does not fit ``manifests/{schema}.schema.json``.
+    """List the violations of ``manifests/{schema}.schema.json`` in ``document``.
 
-    One line for each problem: path, found, expected.
+    One line per problem: path, found, expected.
     """
-    lines = chain.from_iterable(map(_explain, _validator(schema).iter_errors(document)))
+    lines = chain.from_iterable(map(_describe, _validator(schema).iter_errors(document)))
     return list(islice(lines, MAX_PROBLEMS))
 
 
@@ -100,18 +100,18 @@ def _validator(schema: str) -> Draft202012Validator:
 
 
 def _unique_items(
-    validator: object, wanted: bool, items: object, schema: object
+    validator: object, required: bool, items: object, schema: object
 ) -> Iterator[ValidationError]:
-    """As the library's, which takes a time that grows with the square of the length."""
+    """Replace the library's check, which takes quadratic time."""
     from jsonschema.exceptions import ValidationError
 
-    if wanted and isinstance(items, list):
+    if required and isinstance(items, list):
         texts = {json.dumps(item, sort_keys=True) for item in items}
         if len(texts) < len(items):
             yield ValidationError("items that are not unique")
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
+def _describe(error: ValidationError) -> Iterator[str]:
     path, rule = error.json_path, str(error.validator)
     value: Any = error.validator_value
     instance: Any = error.instance
@@ -136,8 +136,8 @@ def _explain(error: ValidationError) -> Iterator[str]:
             "minItems": lambda: f"at least {value} entries",
             "maxItems": lambda: f"at most {value} entries",
             "maxProperties": lambda: f"at most {value} fields",
-            "uniqueItems": lambda: "no entry twice",
-        }.get(rule, lambda: f"what {rule} allows")()
+            "uniqueItems": lambda: "unique entries",
+        }.get(rule, lambda: f"a value allowed by {rule}")()
         yield f"{path}: found {_shown(instance)}, expected {expected}"
 
 

@@ -1,8 +1,8 @@
-"""Stopping where the work can be taken up again.
+"""Stop signals, handled where the work can be resumed.
 
-Ctrl-C (SIGINT) is a person's, and ends a command with ``KeyboardInterrupt``. SIGTERM, SIGHUP and
-SIGUSR1 are a scheduler's or a closing terminal's: the command saves as well, and ends with
-:class:`Requeue`, so that its exit code says that the same command may be queued again.
+Ctrl-C (SIGINT) comes from a person and ends a command with ``KeyboardInterrupt``. SIGTERM, SIGHUP
+and SIGUSR1 come from a scheduler or a closing terminal: the command also saves its state, but ends
+with :class:`Requeue`, whose exit code says that the same command may be queued again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from types import FrameType
 from typing import Any
 
 REQUEUE = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""The second is a closed terminal's, the third Slurm's before a time limit, with ``--signal``."""
+"""SIGHUP comes from a closed terminal, SIGUSR1 from Slurm before a time limit (``--signal``)."""
 STOPPING = (signal.SIGINT, *REQUEUE)
 
 
 class Requeue(BaseException):
-    """The counterpart of ``KeyboardInterrupt`` for the signals in ``REQUEUE``; names them."""
+    """The counterpart of ``KeyboardInterrupt`` for ``REQUEUE``; its text names the signals."""
 
     def __init__(self, signals: Iterable[int]) -> None:
         super().__init__(", ".join(signal.Signals(number).name for number in sorted(signals)))
@@ -29,32 +29,32 @@ class Requeue(BaseException):
 class Stop:
     """The stop signals that the process has received.
 
-    A second SIGINT stops it at once. Others may come several times: ``timeout`` sends SIGTERM
-    twice, torchrun after a terminal's Ctrl-C.
+    A second SIGINT stops it at once. Other signals may be repeated: ``timeout`` sends SIGTERM more
+    than once, torchrun after Ctrl-C in a terminal.
     """
 
     def __init__(self) -> None:
         self.signals: set[int] = set()
         self.idle = False
-        """There is nothing to finish, so a signal ends the work at once."""
+        """True if there is nothing to finish, so that a signal ends the work at once."""
 
     @property
     def requested(self) -> bool:
-        """Return whether a signal has come."""
+        """Return whether a signal has been received."""
         return bool(self.signals)
 
     @property
     def requeue(self) -> bool:
-        """Return whether a scheduler's has, which leaves little time; Ctrl-C outweighs it."""
+        """Return whether a scheduler sent one, which leaves little time; Ctrl-C has priority."""
         return self.requested and signal.SIGINT not in self.signals
 
     def check(self) -> None:
-        """Leave by ``KeyboardInterrupt`` if a signal has come."""
+        """Raise ``KeyboardInterrupt`` if a signal has been received."""
         if self.requested:
             raise KeyboardInterrupt
 
     def add(self, signals: Iterable[int]) -> None:
-        """Add those that other processes of the job have received."""
+        """Add signals that other processes of the job have received."""
         self.signals.update(signals)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
@@ -67,10 +67,10 @@ class Stop:
 
 @contextmanager
 def stop_requests() -> Iterator[Stop]:
-    """Collect the signals in ``STOPPING`` instead of dying of them, for work in small steps.
+    """Collect the signals in ``STOPPING`` instead of dying from them, for work in small steps.
 
     The loop inside checks ``stop.requested`` wherever it can stop without loss, saves, and raises
-    ``KeyboardInterrupt``, which leaves the block as :class:`Requeue` on a scheduler's signal.
+    ``KeyboardInterrupt``, which leaves the block as :class:`Requeue` after a scheduler's signal.
     Outside the main thread, where Python delivers no signals, ``requested`` stays False.
     """
     global _innermost
@@ -91,10 +91,10 @@ _innermost: Stop | None = None
 
 
 def pause(seconds: float) -> None:
-    """Sleep where nothing is in hand: a signal that :func:`stop_requests` collects ends the work.
+    """Sleep while nothing is in progress; a signal collected by :func:`stop_requests` ends this.
 
     Raises:
-        KeyboardInterrupt: one has come, before or now.
+        KeyboardInterrupt: a signal was received, before or during the sleep.
     """
     stop = _innermost or Stop()
     try:
@@ -107,7 +107,7 @@ def pause(seconds: float) -> None:
 
 @contextmanager
 def requeue_requests() -> Iterator[None]:
-    """Raise :class:`Requeue` at the first signal in ``REQUEUE``; later ones change nothing."""
+    """Raise :class:`Requeue` at the first signal in ``REQUEUE``; ignore later ones."""
     raised = False
 
     def receive(signum: int, frame: FrameType | None) -> None:
@@ -122,7 +122,7 @@ def requeue_requests() -> Iterator[None]:
 
 @contextmanager
 def _handled(numbers: Iterable[signal.Signals], handler: Callable[..., Any]) -> Iterator[None]:
-    """Handle signals, but for schedulers' that were ignored before, as ``nohup`` ignores SIGHUP."""
+    """Handle signals, except schedulers' ignored ones: ``nohup`` ignores SIGHUP."""
     previous: dict[signal.Signals, Any] = {}
     try:
         for number in numbers:

@@ -224,7 +224,7 @@ def test_classes_in_another_order_are_refused_unless_accepted(tmp_path: Path) ->
     found = merged(tmp_path / "out", *parts, guard=guard)
     assert len(found["accepted_classes"]) == 1
     assert guard.unknown == [
-        f"no class names in {parts[0]}: class k is taken for class k of {parts[1]}"
+        f"no class names in {parts[0]}: class k is taken as class k of {parts[1]}"
     ]
     assert open_cache(tmp_path / "out").manifest.dataset.class_names == names
 

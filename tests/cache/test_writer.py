@@ -179,7 +179,7 @@ def test_other_versions_are_refused_unless_accepted_and_then_recorded(tmp_path: 
 @pytest.mark.parametrize("name", ["notes.txt", ".hidden", "digest"])
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
-    with pytest.raises(OutputError, match="holds something else") as caught:
+    with pytest.raises(OutputError, match="contains other files") as caught:
         CacheWriter.create(tmp_path, manifest())
     assert caught.value.found == name
     assert [p.name for p in tmp_path.iterdir()] == [name]

@@ -145,7 +145,7 @@ def test_the_same_pictures_under_numbers_in_the_order_of_text_are_refused(
     (tmp_path / "plain shards/_info.json").unlink()
     summary, told = done(*evaluate, "--shards", tmp_path / "plain shards", "--quiet")
     assert told == (
-        "warning: no class names in the shards: class k is taken for class k of the student"
+        "warning: no class names in the shards: class k is taken as class k of the student"
     )
 
 
@@ -222,8 +222,8 @@ def test_names_that_a_side_lacks_are_one_line_and_the_students_are_the_caches(
     words = command(unnamed, small.cache, tmp_path / "run", "--val-shards", validation, "--quiet")
     summary, told = done(*words, "--set", "schedule.warmup_epochs=0")
     assert told == (
-        "warning: no class names in the training shards: class k is taken for class k of the cache "
-        "warning: no class names in the validation shards: class k is taken for class k of the "
+        "warning: no class names in the training shards: class k is taken as class k of the cache "
+        "warning: no class names in the validation shards: class k is taken as class k of the "
         "training shards"
     )
     assert summary["accepted_classes"] == []

@@ -349,7 +349,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended_or_died(
         (out / ".state.pt.0.partial").write_bytes(b"being written by the first")
         assert world.cli(*line) == 1
         err = capsys.readouterr().err
-        assert "another run is at work in this folder" in err
+        assert "another run is using this folder" in err
         assert f"process {process.pid} on " in err
         assert (out / ".state.pt.0.partial").exists()
     assert (out / LOCK).exists()  # as a crash leaves it

@@ -43,17 +43,17 @@ def side(names: tuple[str, ...] | None, count: int | None = None, of: str = "her
             False,
         ),
         (NUMBERS, PADDED, "other names with the same 12 numbers", False),
-        (("Ant", "bee_1"), ("ant", "Bee 1"), "the same 2 names, spelled otherwise", True),
+        (("Ant", "bee_1"), ("ant", "Bee 1"), "the same 2 names, spelled differently", True),
         (
             ("Bee", "Ant"),
             ("ant", "bee"),
-            "the same 2 names, spelled otherwise and in another order",
+            "the same 2 names, spelled differently and in another order",
             True,
         ),
-        (("c", "c++"), ("C", "d"), "no name in common", False),
+        (("c", "c++"), ("C", "d"), "no names in common", False),
         (("ant", "bee", "cat"), ("ant", "bee", "cow"), "2 of 3 names in common", False),
         (("ant", "bee"), ("ant", "bee", "cow"), "2 names and 3, 2 of them in common", False),
-        (("dog", "fox"), ("ant", "bee"), "no name in common", False),
+        (("dog", "fox"), ("ant", "bee"), "no names in common", False),
     ],
 )
 def test_a_difference_is_called_what_it_is(
@@ -110,7 +110,7 @@ def test_names_that_one_side_lacks_are_logged_in_one_line(
         guard.compare(side(NUMBERS), side(NUMBERS, of="there"))
         guard.report_new()
         assert guard.accepted == []
-    assert caplog.messages == ["no class names in here: class k is taken for class k of there"] * 2
+    assert caplog.messages == ["no class names in here: class k is taken as class k of there"] * 2
 
 
 def test_another_number_of_classes_is_never_accepted() -> None:

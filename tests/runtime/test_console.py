@@ -15,7 +15,7 @@ import pytest
 
 from cskd_pipeline.errors import CskdError, DataError, OutputError
 from cskd_pipeline.runtime import progress
-from cskd_pipeline.runtime.console import PLAIN_INTERVAL, Terminal, format_size, plain
+from cskd_pipeline.runtime.console import PLAIN_INTERVAL, Terminal, format_size, to_plain
 from cskd_pipeline.runtime.progress import (
     PACKAGE,
     Meter,
@@ -233,7 +233,7 @@ def test_results_are_dotted_lines_for_people_and_one_object_for_scripts() -> Non
         "d: -",
         "e: yes",
         "f: 123457",
-        "g: 2 entries, which --json lists",
+        "g: 2 entries (see --json)",
         "h: -",
         "i: -",
     ]
@@ -252,8 +252,8 @@ def test_json_has_what_python_has_not() -> None:
         "numpy": (np.float32(0.5), np.int64(3), np.float64("nan"), np.bool_(True)),
     }
     expected = {"1": "a/b", "nan": None, "inf": [None], "numpy": [0.5, 3, None, True]}
-    assert plain(found) == expected
-    assert json.dumps(plain(found), allow_nan=False)
+    assert to_plain(found) == expected
+    assert json.dumps(to_plain(found), allow_nan=False)
 
 
 def test_errors_are_told_on_stderr_and_as_an_object() -> None:

@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cskd_pipeline.errors import printable
 from cskd_pipeline.runtime.atomic import write_text
-from cskd_pipeline.runtime.console import format_value, plain
+from cskd_pipeline.runtime.console import format_value, to_plain
 from cskd_pipeline.tools.report.plot_files import Plot
 from cskd_pipeline.tools.report.plots import css_style
 
@@ -79,7 +79,7 @@ def render(
             style=_read("page.css"),
             script=script,
             script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            data=plain(data),
+            data=to_plain(data),
         )
     )
 

@@ -303,7 +303,7 @@ def test_a_folder_with_other_files_is_refused(
 ) -> None:
     (tmp_path / "letters.txt").write_text("mine")
     assert world.cli(*study(small, recipes, tmp_path)) == 1
-    assert "holds something else" in capsys.readouterr().err
+    assert "contains other files" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
 
 
