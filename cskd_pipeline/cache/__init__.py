@@ -15,7 +15,7 @@
    caches rows, ``key_index`` finds samples by key, ``choosing`` picks the encoding for a loss.
 6. ``convert`` -- one cache from another, smaller or in fewer files; ``merge`` -- one from several;
    ``upgrade`` -- version 1 to 2, in place; ``omitted`` -- the list of samples that a dump skipped,
-   which each of them copies.
+   copied along with the cache.
 7. ``info`` -- a description of a cache as a dictionary, ``summary`` as half a screen; ``check`` --
    verification of a cache without shards or teacher.
 

@@ -149,7 +149,7 @@ def stored_arrays(manifest: CacheManifest) -> dict[str, StoredArray]:
     for array in arrays:
         if array.max_read_bytes > MAX_CHUNK_BYTES:
             raise CacheError(
-                "the manifest implies chunks that are too large to read",
+                "the manifest implies chunks too large to read",
                 found=f"{array.max_read_bytes} bytes in the array {array.name}",
                 expected=f"at most {MAX_CHUNK_BYTES}",
                 action="pack the data set into smaller tar shards, or use a smaller view block",

@@ -170,8 +170,8 @@ class TeacherInfo:
         mean, std: normalisation of its input, in [0, 1] units.
         precision: precision of its backbone.
         kwargs: arguments of the model's constructor.
-        top1: a published accuracy, 0 to 1, or None; the accuracy measured by a dump on its own
-            views is in the cache's array ``top1``.
+        top1: accuracy from another source, 0 to 1, or None; the accuracy on the dump's own views
+            is in the cache's array ``top1``.
     """
 
     name: str

@@ -34,8 +34,8 @@ def open_cache(location: Path | str, *, memory: int = 192 * 2**20) -> Cache:
         memory: bytes of decoded slabs to keep; a slab is all rows of one (view, tar shard).
 
     Raises:
-        CacheError: no cache, an incomplete or altered one, an encoding that is not registered, or
-            a root digest other than the one in ``location``.
+        CacheError: no cache, one whose creation was interrupted, altered metadata, an encoding that
+            is not registered, or a root digest other than the one in ``location``.
         ManifestError: the manifest does not match its schema.
         UsageError: ``location`` ends with a malformed digest.
     """
