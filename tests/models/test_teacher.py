@@ -334,7 +334,9 @@ def test_a_machine_that_cannot_compile_is_told_before_the_first_batch(
         return called
 
     monkeypatch.setattr(torch, "compile", compile)
-    with pytest.raises(MissingPackageError, match=r"torch\.compile does not work here") as caught:
+    with pytest.raises(
+        MissingPackageError, match=r"torch\.compile does not work on this machine"
+    ) as caught:
         small(compile=True)
     assert caught.value.found == "InvalidCxxCompiler: none"
     assert "dump.compile=false" in str(caught.value.action)
