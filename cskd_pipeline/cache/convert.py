@@ -20,7 +20,7 @@ from cskd_pipeline.cache.layout import encodings_of, specs
 from cskd_pipeline.cache.manifest import CacheManifest, utc_now
 from cskd_pipeline.cache.omitted import carry_corrupt, carry_lists
 from cskd_pipeline.cache.reader import Cache, open_cache
-from cskd_pipeline.cache.units import Unit, UnitBuffer, UnitData, choose_view_block, encoded
+from cskd_pipeline.cache.units import Unit, UnitBuffer, UnitData, choose_view_block, encode_batch
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import Encoding, Rows, Sampled
 from cskd_pipeline.errors import CacheError, UsageError
@@ -211,7 +211,7 @@ def _encode(
     dense = reader.rows("dense", *at, offsets)
     spatial, global_ = (torch.from_numpy(values).to(device) for values in dense.values())
     seeds = reader.seeds(*at)[offsets]
-    rows = [encoded(encoding, spatial, global_, seeds) for encoding in encodings.values()]
+    rows = [encode_batch(encoding, spatial, global_, seeds) for encoding in encodings.values()]
     return {name: values for each in rows for name, values in each.items()}
 
 

@@ -114,7 +114,7 @@ def cite(manifest: CacheManifest, digest: str | None) -> dict[str, str]:
         "cache": f"{title}. {year}. {identity}.",
         "bibtex": (
             f"@misc{{cskd-cache-{digest[:8]},\n"
-            f"  title = {{{_braced(title)}}},\n"
+            f"  title = {{{_escape_bibtex(title)}}},\n"
             f"  year = {{{year}}},\n"
             f"  note = {{{identity}; teacher weights sha256 {teacher.weights_sha256}}},\n"
             "}\n"
@@ -123,7 +123,7 @@ def cite(manifest: CacheManifest, digest: str | None) -> dict[str, str]:
     }
 
 
-def _braced(text: str) -> str:
+def _escape_bibtex(text: str) -> str:
     """Return ``text`` for BibTeX braces, without characters that end them or start a command."""
     return "".join(c for c in text if c not in "{}\\" and c.isprintable())
 

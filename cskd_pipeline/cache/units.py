@@ -91,7 +91,7 @@ class UnitData:
         require_rows(layout.specs(manifest).values(), self.arrays, (views, count))
 
 
-def encoded(encoding: Encoding, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> Rows:
+def encode_batch(encoding: Encoding, spatial: Tensor, global_: Tensor, seeds: np.ndarray) -> Rows:
     """Encode a batch of responses and return the arrays on the host: name -> (B, ...).
 
     Args:

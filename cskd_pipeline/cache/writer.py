@@ -98,14 +98,14 @@ class CacheWriter:
         with exclusive(root) as held:
             if held:
                 atomic.sweep(root, layout.GROUP)
-            cut_off = (root / layout.EXTENDING).exists()
-            if cut_off:
+            interrupted = (root / layout.EXTENDING).exists()
+            if interrupted:
                 store = CacheStore(root)  # read again under the lock
             for key, document in layout.array_documents(store.manifest).items():
                 path = inside(root, key)
                 if held:
                     atomic.sweep(path.parent, path.name)
-                if cut_off or not path.exists():
+                if interrupted or not path.exists():
                     atomic.write_bytes(path, document)
             (root / layout.EXTENDING).unlink(missing_ok=True)
         store.check_metadata()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cskd_pipeline.cache.claims import Claims
 from cskd_pipeline.cache.layout import encodings_of, response_shape, specs
-from cskd_pipeline.cache.units import Unit, UnitBuffer, UnitData, encoded
+from cskd_pipeline.cache.units import Unit, UnitBuffer, UnitData, encode_batch
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.data.full_batches import TeacherViews, full_batches
 from cskd_pipeline.data.index import Dataset
@@ -234,7 +234,7 @@ class UnitWriter:
         correct = hard_global_labels(logits.global_) == label
         arrays: dict[str, np.ndarray] = {}
         for encoding in encodings_of(self.cache.manifest).values():
-            arrays |= encoded(encoding, *logits, views.seed)
+            arrays |= encode_batch(encoding, *logits, views.seed)
         return {
             **arrays,
             "correct": correct.cpu().numpy(),

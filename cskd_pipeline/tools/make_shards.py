@@ -237,7 +237,7 @@ def _check_keys(images: Sequence[FolderImage]) -> None:
         )
 
 
-def shuffled(count: int, seed: int) -> np.ndarray:
+def permutation(count: int, seed: int) -> np.ndarray:
     """Return a permutation of ``count`` numbers, equal for equal seeds on every machine."""
     keys = BitStream(derive_seed("make-shards", seed)).raw(count)
     return np.argsort(keys, kind="stable")
@@ -247,7 +247,7 @@ def _write(
     tree: ImageFolder, folder: Path, shard_size: int, seed: int, split: str, meter: Meter
 ) -> list[int]:
     """Write the tars and the lists of shards and classes; return the size of each tar."""
-    order = shuffled(len(tree.images), seed)
+    order = permutation(len(tree.images), seed)
     parts = np.array_split(order, -(-len(order) // shard_size))
     digits = max(4, len(str(len(parts) - 1)))
     named = {f"{split}-{number:0{digits}d}.tar": part for number, part in enumerate(parts)}

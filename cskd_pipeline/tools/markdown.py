@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cskd_pipeline.errors import printable
 
 
-def text(value: object) -> str:
+def escape(value: object) -> str:
     """Return one line of Markdown that displays ``value`` literally."""
     if hasattr(value, "__html__"):  # marked |safe
         return str(value)
@@ -23,7 +23,7 @@ def text(value: object) -> str:
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def fenced(block: str) -> str:
+def escape_fence(block: str) -> str:
     """Return ``block`` for a code fence, which only another fence could end."""
     return block.replace("```", "'''")
 
@@ -38,7 +38,7 @@ def render(template: str, **context: Any) -> str:
     """Render a file of ``templates/`` with its context."""
     environment = Environment(
         loader=PackageLoader("cskd_pipeline.tools"),
-        finalize=text,
+        finalize=escape,
         undefined=StrictUndefined,
         keep_trailing_newline=True,
         trim_blocks=True,

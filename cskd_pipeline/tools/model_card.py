@@ -36,7 +36,7 @@ def model_card(
         method=METHODS.get(header.method, header.method),
         facts=_facts(header),
         formats=formats,
-        own_code=own_logits(student, header),
+        own_code=logits_code(student, header),
         distilled=student.has_distillation_token,
         heads=", ".join(header.heads),
         each_head=each_head,
@@ -44,7 +44,7 @@ def model_card(
     )
 
 
-def own_logits(student: Student, header: StudentHeader) -> str | None:
+def logits_code(student: Student, header: StudentHeader) -> str | None:
     """Return Python code that computes ``logits`` from a timm ``model`` and normalised ``images``.
 
     None if timm's own forward, which averages the class and distillation heads, gives the same.
@@ -64,14 +64,14 @@ def own_logits(student: Student, header: StudentHeader) -> str | None:
     if not isinstance(model.fc_norm, nn.Identity):
         patches = f"model.fc_norm({patches})"
     lines += [
-        f"patches = {_pooled(patches, student, header)}",
+        f"patches = {_pooling_code(patches, student, header)}",
         f"dense = model.{dense_head}(patches)",
     ]
     names = ("cls", "dist", "dense") if student.has_distillation_token else ("cls", "dense")
     return "\n".join([*lines, f"logits = ({' + '.join(names)}) / {len(names)}"])
 
 
-def _pooled(patches: str, student: Student, header: StudentHeader) -> str:
+def _pooling_code(patches: str, student: Student, header: StudentHeader) -> str:
     """Return code for the mean over the dense head's training grid, which may weight patches."""
     assert header.grid is not None
     assert student.token_grid is not None

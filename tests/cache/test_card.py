@@ -17,7 +17,7 @@ from cskd_pipeline.cache.info import describe
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cli import app
 from cskd_pipeline.errors import OutputError, printable
-from cskd_pipeline.tools.markdown import text
+from cskd_pipeline.tools.markdown import escape
 from cskd_pipeline.tools.publish.cache_card import MARK
 from cskd_pipeline.tools.publish.publish_cache import PublishOptions, publish
 from tests.cache.making import dataset, make, teacher
@@ -129,7 +129,7 @@ def test_hostile_text_stays_text(written: Callable[..., str]) -> None:
     "value", [EVIL.splitlines()[0], "1. one", "- item", "---", "a_b*c*", "# h"]
 )
 def test_escaped_text_reads_as_it_was(value: str) -> None:
-    tokens = MarkdownIt("commonmark").parse(text(value))
+    tokens = MarkdownIt("commonmark").parse(escape(value))
     assert [token.type for token in tokens] == ["paragraph_open", "inline", "paragraph_close"]
     children = tokens[1].children or []
     assert "".join(child.content for child in children) == value.strip()

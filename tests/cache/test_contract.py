@@ -15,7 +15,7 @@ import torch
 from cskd_pipeline.cache import layout
 from cskd_pipeline.cache.check import check_bytes
 from cskd_pipeline.cache.reader import open_cache
-from cskd_pipeline.cache.units import UnitData, encoded
+from cskd_pipeline.cache.units import UnitData, encode_batch
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS, ArraySpec, ResponseShape, register_encoding
 from cskd_pipeline.errors import CacheError, UsageError
@@ -105,11 +105,11 @@ def test_rows_that_are_not_the_arrays_are_refused(
     data = mine_of(unit_data(unit, manifest()))
     spatial, global_ = torch.zeros(2, CLASSES, HEIGHT, WIDTH).half(), torch.zeros(2, CLASSES).half()
     seeds = np.zeros(2, np.uint64)
-    assert set(encoded(mine, spatial, global_, seeds)) == {SPATIAL, GLOBAL}
+    assert set(encode_batch(mine, spatial, global_, seeds)) == {SPATIAL, GLOBAL}
     monkeypatch.setattr(mine, "encode", lambda s, g, seeds: change({SPATIAL: s, GLOBAL: g}))
     monkeypatch.setattr(mine, "pack", change)
     with pytest.raises(CacheError, match=says):
-        encoded(mine, spatial, global_, seeds)
+        encode_batch(mine, spatial, global_, seeds)
     with pytest.raises(CacheError, match=says):
         writer.write_unit(unit, data)
     with pytest.raises(CacheError, match=says):

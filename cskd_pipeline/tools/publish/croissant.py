@@ -61,7 +61,7 @@ def croissant(
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
-        **_about(info, repository),
+        **_metadata(info, repository),
         "distribution": [
             *(_file(name, data) for name, data in files.items()),
             *(_array(name) for name in info["bytes_by_array"] if name != "metadata"),
@@ -79,9 +79,9 @@ def croissant(
     return json.dumps(document, indent=2).replace("<", "\\u003c") + "\n"
 
 
-def _about(info: Mapping[str, Any], repository: str | None) -> dict[str, Any]:
+def _metadata(info: Mapping[str, Any], repository: str | None) -> dict[str, Any]:
     fields, digest = hub_fields(info), info["digest"]
-    about: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "name": fields["pretty_name"],
         "description": "A CNN's logits of augmented views of a data set, for distillation: "
         f"{info['views']} views of each of {info['samples']} samples, in a zarr v3 group"
@@ -92,10 +92,10 @@ def _about(info: Mapping[str, Any], repository: str | None) -> dict[str, Any]:
         "datePublished": datetime.now(UTC).date().isoformat(),
     }
     if info["license"]:
-        about["license"] = printable(info["license"])
+        metadata["license"] = printable(info["license"])
     if repository is not None:
-        about["url"] = f"https://huggingface.co/datasets/{repository}"
-    return about
+        metadata["url"] = f"https://huggingface.co/datasets/{repository}"
+    return metadata
 
 
 def _file(name: str, data: bytes) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def publish(path: Path, options: PublishOptions) -> dict[str, Any]:
     if not cache.done().any():
         raise CacheError("the cache has no finished unit", where=cache.path, action=FINISH)
     _require_own(path)
-    info = _described(cache, options.license)
+    info = _describe(cache, options.license)
     table = _preview(cache, options)
     columns = preview.columns_of(table)
     location = options.location or path.resolve().name
@@ -135,7 +135,7 @@ def _require_own(path: Path) -> None:
         )
 
 
-def _described(cache: Cache, license_: str | None) -> dict[str, Any]:
+def _describe(cache: Cache, license_: str | None) -> dict[str, Any]:
     info = describe(cache)
     if license_ is not None and info["license"] not in ("", license_):
         raise UsageError(

@@ -25,7 +25,7 @@ from cskd_pipeline.models.checkpoint import StudentHeader, load_student, read_he
 from cskd_pipeline.models.student import Student, create_student, inference_logits
 from cskd_pipeline.tools import export_student as exporting
 from cskd_pipeline.tools.export_student import export_student
-from cskd_pipeline.tools.model_card import model_card, own_logits
+from cskd_pipeline.tools.model_card import logits_code, model_card
 from tests.pipeline import world
 from tests.processes import server
 
@@ -121,7 +121,7 @@ def test_the_cards_lines_give_the_logits_that_were_trained(exported: Exported) -
     model = timm.create_model(f"local-dir:{exported.folder}", pretrained=True).eval()
     student = exported.student
     images = normalise(exported.images, student.mean, student.std)
-    code = own_logits(student, exported.card)
+    code = logits_code(student, exported.card)
     timms = ("cls", "dist") if student.has_distillation_token else ("cls",)
     assert (code is None) == (exported.card.heads == timms)
     scope: dict[str, Any] = {"model": model, "images": images, "torch": torch}
