@@ -81,10 +81,10 @@ def check_bytes(reader: Cache, units: Sequence[UnitIndex]) -> list[Problem]:
     """Compare and decode every file of finished units, in several threads."""
     own = threading.local()
 
-    def check(problems: Callable[[Cache], list[Problem]]) -> list[Problem]:
+    def check(find: Callable[[Cache], list[Problem]]) -> list[Problem]:
         if not hasattr(own, "reader"):
             own.reader = reader.reopened()
-        return problems(own.reader)
+        return find(own.reader)
 
     shards = sorted({shard for _, shard in units})
     work = [partial(_shard_problems, shard=shard) for shard in shards]

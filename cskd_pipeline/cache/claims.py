@@ -77,7 +77,7 @@ class Claims:
             self._folder.rmdir()
 
     def sweep(self) -> None:
-        """Remove all claims from a finished cache: killed processes have left them."""
+        """Remove all claims from a finished cache, left by killed processes."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, unit: Unit) -> Path:

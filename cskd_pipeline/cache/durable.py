@@ -60,7 +60,7 @@ def inside(root: Path, key: str) -> Path:
     return path
 
 
-HELD = 300.0  # seconds after which a lock's holder is assumed to be stopped
+LOCK_TIMEOUT = 300.0  # seconds after which a lock's holder is assumed to be stopped
 
 
 @contextmanager
@@ -83,12 +83,12 @@ def exclusive(
     held = False
     try:
         with suppress(OSError):
-            held = _locked(descriptor, HELD if seconds is None else seconds, busy)
+            held = _lock(descriptor, LOCK_TIMEOUT if seconds is None else seconds, busy)
             if not held and seconds is None:
                 raise OutputError(
                     "another process has locked a part of the cache and does not release it",
                     where=folder,
-                    found=f"locked for {HELD:g} seconds",
+                    found=f"locked for {LOCK_TIMEOUT:g} seconds",
                     expected="a few seconds, while a unit's files are written",
                     action="check whether a process that writes this cache is stopped: continue or "
                     "kill it, then run the same command again; finished units are kept",
@@ -100,7 +100,7 @@ def exclusive(
         os.close(descriptor)
 
 
-def _locked(descriptor: int, seconds: float, busy: Callable[[], bool]) -> bool:
+def _lock(descriptor: int, seconds: float, busy: Callable[[], bool]) -> bool:
     until = time.monotonic() + seconds
     while True:
         try:

@@ -158,7 +158,7 @@ def unite(readers: Sequence[Cache], guard: ClassGuard) -> tuple[CacheManifest, l
         CacheError: the parts do not belong together; lists every differing value and its caches.
     """
     first = readers[0].manifest
-    shards, conflicts = _united_shards(readers)
+    shards, conflicts = _unite_shards(readers)
     for reader in readers[1:]:
         conflicts += _conflicts(readers[0], reader)
     named = next((r for r in readers if r.manifest.dataset.class_names is not None), readers[0])
@@ -200,7 +200,7 @@ def unite(readers: Sequence[Cache], guard: ClassGuard) -> tuple[CacheManifest, l
     return merged, parts
 
 
-def _united_shards(readers: Sequence[Cache]) -> tuple[tuple[ShardInfo, ...], list[str]]:
+def _unite_shards(readers: Sequence[Cache]) -> tuple[tuple[ShardInfo, ...], list[str]]:
     """Return every tar shard of the parts once, and the contradictions between them."""
     known: dict[str, tuple[ShardInfo, Path | str]] = {}  # by keys and by name
     shards: list[ShardInfo] = []
@@ -243,10 +243,10 @@ def _conflicts(one: Cache, other: Cache) -> list[str]:
 
 
 def _conflict(at: str, one: tuple[Any, Path | str], other: tuple[Any, Path | str]) -> str:
-    return f"{at}: {_shown(one[0])} in {one[1]}, {_shown(other[0])} in {other[1]}"
+    return f"{at}: {_shorten(one[0])} in {one[1]}, {_shorten(other[0])} in {other[1]}"
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 

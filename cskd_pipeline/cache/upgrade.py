@@ -63,13 +63,13 @@ def _old_manifest(root: Path) -> CacheManifest | None:
         raise CacheError(
             "not a teacher cache",
             where=root,
-            expected="a folder made by cskd-pipeline dump-teacher",
+            expected="a folder written by cskd-pipeline dump-teacher",
         ) from error
     if old.get("format_version") != 1:
         return None
     if schemas.sha256(old) != digest:
         raise CacheError(
-            "the manifest is not what was written",
+            "the manifest does not match its SHA-256",
             where=path,
             found=f"sha256 {schemas.sha256(old)}",
             expected=f"sha256 {digest}",

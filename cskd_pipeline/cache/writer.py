@@ -178,7 +178,7 @@ class CacheWriter:
                 "the cache has no such tar shard",
                 where=self.path,
                 found=f"shards {_ranges(chosen)}",
-                expected=f"shards of 0-{len(manifest.dataset.shards) - 1}",
+                expected=f"shards 0-{len(manifest.dataset.shards) - 1}",
             )
         done = self.done()
         return [
@@ -199,7 +199,7 @@ class CacheWriter:
             OutputError: no space left; the unit stays unfinished.
         """
         data.check(self.manifest, unit)
-        return self._commit(unit, self._encoded(data))
+        return self._commit(unit, self._encode(data))
 
     def copy_unit(self, unit: Unit, source: Cache, shard: int) -> bool:
         """Store a unit like :meth:`write_unit`, copying the files of another cache verbatim.
@@ -220,11 +220,11 @@ class CacheWriter:
             read(shard)
         return self._commit(unit, source.store.unit_bytes(unit.block, shard))
 
-    def _encoded(self, data: UnitData) -> Iterator[tuple[bytes, bytes]]:
+    def _encode(self, data: UnitData) -> Iterator[tuple[bytes, bytes]]:
         """Yield content and SHA-256 of each file in a unit's record."""
         matrix = layout.key_matrix(data.keys, self.store.arrays["key"])
         per_shard = {"key": matrix, "label": data.labels, "image_crc32": data.image_crc32}
-        per_view = self._packed(data)
+        per_view = self._pack(data)
         for name, array in self.store.arrays.items():
             step = array.file_shape[0]
             if name in per_shard:
@@ -274,7 +274,7 @@ class CacheWriter:
             folder.write(key, content)
             return digest
 
-    def _packed(self, data: UnitData) -> Rows:
+    def _pack(self, data: UnitData) -> Rows:
         values, shape = data.per_view(), layout.response_shape(self.manifest)
         for encoding in layout.encodings_of(self.manifest).values():
             specs = encoding.arrays(shape)

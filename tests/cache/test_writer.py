@@ -492,7 +492,7 @@ def test_a_stopped_writer_does_not_hold_the_others_up_for_ever(
         os._exit(0)
     try:
         os.read(read, 1)
-        monkeypatch.setattr(durable, "HELD", 0.1)
+        monkeypatch.setattr(durable, "LOCK_TIMEOUT", 0.1)
         unit = writer.todo()[0]
         with pytest.raises(OutputError, match="does not release it") as caught:
             writer.write_unit(unit, unit_data(unit, writer.manifest))
