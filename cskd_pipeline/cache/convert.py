@@ -172,7 +172,7 @@ def unit_data(
     shard: int,
     device: str | torch.device = "cpu",
 ) -> UnitData:
-    """Read a unit of the cache of ``manifest`` from ``reader``, which numbers its tar ``shard``."""
+    """Read a unit of ``manifest``'s cache from ``reader``, where its tar shard is ``shard``."""
     every = np.arange(reader.counts[shard])
     fill = {name: spec.fill for name, spec in specs(manifest).items()}
     buffer = UnitBuffer(len(unit.views), len(every), fill)

@@ -127,6 +127,7 @@ def _write_onnx(student: Student, header: StudentHeader, path: Path, *, each_hea
             where=header.model,
             found=f"{size} bytes of weights",
             expected=f"at most {MAX_BYTES}",
+            action="export it with --format timm",
         )
     program = torch.onnx.export(
         HeadsMean(student, header, each_head=each_head).eval(),

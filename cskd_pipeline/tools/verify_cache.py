@@ -231,7 +231,7 @@ def _load_teacher(choice: TeacherChoice, recorded: TeacherInfo) -> Teacher:
     if kwargs != recorded.kwargs:
         log.warning(
             f"{choice.name} is called without the arguments that the cache records: a factory that "
-            "needs some passes them itself"
+            "needs arguments must set them itself"
         )
     source = TeacherSource(
         choice.name,
