@@ -123,7 +123,7 @@ def test_thumbnails_are_of_views_whose_both_images_are_the_teachers(
     there = {key.decode() for key in load_dataset(tar).shards[0].index.keys.tolist()}
     assert {row["key"] for row in rows} <= there
     assert 0 < len(rows) < 60
-    assert "the preview's small ones" in (tmp_path / "cache/README.md").read_text()
+    assert "the preview's thumbnails" in (tmp_path / "cache/README.md").read_text()
     before = tree(tmp_path / "cache")
     world.draw_pictures(tmp_path / "others", per_class=24, seed=1)
     make_shards(tmp_path / "others", tmp_path / "shards", shard_size=35)
