@@ -1,9 +1,9 @@
-"""Measures how long a dump's ranks wait for a slow one: units drawn from a counter, and cut evenly.
+"""Measure how long a dump's ranks wait for a slow one, with units from a counter or equal shares.
 
-``python -m tests.measure_dump_tail`` prints a line for each of three cases in both ways, in turn:
-seconds of the whole dump, and its tail, from the last unit of the other ranks to the end. Three
-ranks make 48 units of 0.25 s each; rank 1 is as fast as the others, or stopped (SIGSTOP) for 4 s,
-or takes four times as long for a unit.
+``python -m tests.measure_dump_tail`` prints a line for each of three cases and both assignments:
+the seconds of the dump, and of its tail, from the last unit of the other ranks to the end. Three
+ranks write 48 units of 0.25 s each; rank 1 is as fast as the others, stopped (SIGSTOP) for 4 s, or
+four times as slow.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from tests.pipeline.test_elastic import Dump, files
 UNIT, STOPPED = 0.25, 4.0  # seconds
 
 
-def evenly(self: UndoneUnits) -> Iterator[Iterator[Unit]]:
-    """Every rank's share is fixed before it begins."""
+def equal_shares(self: UndoneUnits) -> Iterator[Iterator[Unit]]:
+    """Yield the rank's units, assigned before the dump starts."""
     yield filter(self._claim, self.units[self.ranks.rank :: self.ranks.world])
 
 
-def writing(log: Path, slow: bool) -> Any:
+def logged_write(log: Path, slow: bool) -> Any:
+    """Return a ``UnitWriter._write`` that takes ``UNIT`` seconds and logs its end."""
     original = UnitWriter._write
 
     def write(self: UnitWriter, *arguments: Any) -> None:
@@ -45,9 +46,9 @@ def writing(log: Path, slow: bool) -> Any:
 
 
 def measure(dump: Dump, folder: Path, case: str) -> tuple[float, float, list[int]]:
-    """Seconds, the seconds of the tail, and the units of each rank."""
+    """Return the seconds of the dump, of its tail, and the number of units of each rank."""
     log, original = folder / "log", UnitWriter._write
-    UnitWriter._write = writing(log, case == "slow")  # type: ignore[method-assign]
+    UnitWriter._write = logged_write(log, case == "slow")  # type: ignore[method-assign]
     started = ranks.start(3, dump.words(folder / "c"))
     UnitWriter._write = original  # type: ignore[method-assign]
     while not log.exists() or '"1"' not in log.read_text():
@@ -65,13 +66,13 @@ def measure(dump: Dump, folder: Path, case: str) -> tuple[float, float, list[int
 
 def main() -> None:
     table = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the dumps print
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discards the dumps' own output
     with tempfile.TemporaryDirectory() as root:
-        dump, drawn = Dump(Path(root)), UndoneUnits.rounds
+        dump, counter = Dump(Path(root)), UndoneUnits.rounds
         print("rank 1     units        seconds   tail   units of each rank", file=table)
         for case in ("equal", "stopped", "slow"):
-            for name, way in (("counter", drawn), ("even cut", evenly)):
-                UndoneUnits.rounds = way  # type: ignore[method-assign]
+            for name, rounds in (("counter", counter), ("equal", equal_shares)):
+                UndoneUnits.rounds = rounds  # type: ignore[method-assign]
                 folder = Path(root) / f"{case} {name}"
                 folder.mkdir()
                 seconds, tail, units = measure(dump, folder, case)

@@ -1,11 +1,10 @@
-"""Measures a cache with the units of 300 views of ImageNet, in blocks of 10 views and of 50.
+"""Measure caches with as many units as 300 views of ImageNet, in blocks of 10 views and of 50.
 
-``python -m tests.measure_large_cache`` makes 1,024 tar shards of two small images and two caches of
-300 views of them (187,403 files, 2 GB of blocks and folders on disk although the rows are tiny;
-39,947 files, 0.4 GB), and prints tables: what it takes to open, describe, verify and train from
-either, each in a process of its own, in turn over ``--rounds`` (medians); what repacking takes; and
-what a slab of 1,251 rows takes in blocks of each size. ``--url`` opens both from a web server on
-loopback too.
+``python -m tests.measure_large_cache`` writes 1,024 tar shards of two small images and two caches
+of 300 views of them (187,403 files, 2 GB on disk although the rows are tiny; 39,947 files, 0.4 GB).
+It prints the cost of opening, describing, verifying and training from either, each in a separate
+process, alternating over ``--rounds`` (medians); of repacking; and of reading a slab of 1,251 rows
+in blocks of each size. ``--url`` also opens both from a web server on loopback.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ from cskd_pipeline.data.unit_views import Loading, unit_batches
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.views.bits import view_seed
 from cskd_pipeline.views.policy import ViewPolicy
-from tests.cache.making import dataset as made_up_dataset
-from tests.cache.making import keys as made_up_keys
+from tests.cache.making import dataset as synthetic_dataset
+from tests.cache.making import keys as synthetic_keys
 from tests.cache.making import padded
 from tests.data.making import gather_small
 from tests.pictures import write_shards
@@ -56,17 +55,17 @@ POLICY = ViewPolicy(size=32, window=8)
 ENVELOPE = ENCODINGS["envelope"]
 BLOCKS = (10, 50)
 BATCH = 32
-SHOWN_VIEWS = 3  # of the first epoch; only these have the digests of rendered views
+SHOWN_VIEWS = 3  # views of the first epoch; only these have true digests
 LONGEST, DRAWN_CLASSES, CLASSES, GRID = 1251, 40, 1000, (7, 7)
 
 
 @contextmanager
 def without_fsync() -> Iterator[None]:
-    kept, os.fsync = os.fsync, lambda _: None
+    original, os.fsync = os.fsync, lambda _: None
     try:
         yield
     finally:
-        os.fsync = kept
+        os.fsync = original
 
 
 def manifest_of(
@@ -85,7 +84,7 @@ def manifest_of(
 def responses(
     shape: tuple[int, ...], classes: int, grid: tuple[int, int], seed: int
 ) -> dict[str, np.ndarray]:
-    """Rows of the envelope of logits that are noise: array name -> (*shape, ...)."""
+    """Return envelope rows of random logits: array name -> (*shape, ...)."""
     rng = np.random.default_rng(seed)
     count = int(np.prod(shape))
     spatial, global_ = (
@@ -96,10 +95,10 @@ def responses(
     return {name: v.numpy().reshape(*shape, *v.shape[1:]) for name, v in rows.items()}
 
 
-def make_large(path: Path, tars: Dataset, views: int, block: int) -> None:
-    """Write every unit, as ``CacheWriter`` does but for its care: a fifth of the system calls.
+def write_large_cache(path: Path, tars: Dataset, views: int, block: int) -> None:
+    """Write every unit without ``CacheWriter``'s safety: a fifth of the system calls.
 
-    Seeds are true, and so are the digests of the views that are shown.
+    Seeds are true, and so are the digests of the first ``SHOWN_VIEWS`` views.
     """
     data = describe_data(tars)
     grid = (2, 2)
@@ -128,30 +127,30 @@ def make_large(path: Path, tars: Dataset, views: int, block: int) -> None:
             "top1": np.full((views, 2), count, np.uint32),
             **ENVELOPE.pack(responses((views, count), data.num_classes, grid, number)),
         }
-        for at in range(views // block):
-            own, written = slice(at * block, (at + 1) * block), {}
-            for name, key in store.recorded_files(at, number):
+        for index in range(views // block):
+            own, digest_of = slice(index * block, (index + 1) * block), {}
+            for name, key in store.recorded_files(index, number):
                 per_view = values[name][own, None]
                 part = values[name] if name in layout.PER_SHARD else per_view
-                written[key] = put(store.arrays[name], key, part)
-            record = Record.of(store.lineage, list(written), list(written.values())).row()
-            put(store.arrays[layout.RECORD], store.record_key(at, number), record[None])
+                digest_of[key] = put(store.arrays[name], key, part)
+            record = Record.of(store.lineage, list(digest_of), list(digest_of.values())).row()
+            put(store.arrays[layout.RECORD], store.record_key(index, number), record[None])
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Return the resident memory of this process in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGESIZE")
 
 
-# --- what is measured, each in a process of its own -----------------------------------------------
+# --- the operations measured, each in a separate process ------------------------------------------
 
 
-def opening(cache: str, tars: str) -> None:
+def open_complete(cache: str, tars: str) -> None:
     open_cache(cache).require_done()
 
 
-def opening_by_digest(cache: str, tars: str) -> None:
+def open_pinned(cache: str, tars: str) -> None:
     open_cache(f"{cache}@sha256:{(Path(cache).parent / f'{Path(cache).name}.sha256').read_text()}")
 
 
@@ -159,14 +158,14 @@ def info(cache: str, tars: str) -> None:
     describe(open_cache(cache))
 
 
-def structure(cache: str, tars: str) -> None:
+def verify_structure(cache: str, tars: str) -> None:
     reader = open_cache(cache)
     units = [tuple(unit) for unit in np.argwhere(reader.done()).tolist()]
     assert not check_structure(reader.store, units)
 
 
-def bytes_of_a_sample(cache: str, tars: str) -> None:
-    """Every view of 16 tar shards."""
+def verify_bytes(cache: str, tars: str) -> None:
+    """Verify every view of 16 tar shards."""
     reader = open_cache(cache)
     units = [(block, shard) for block, shard in np.argwhere(reader.done()).tolist() if shard < 16]
     assert not check_bytes(reader, units)
@@ -179,56 +178,56 @@ def first_batch(cache: str, tars: str) -> None:
         return
 
 
-def an_epoch(cache: str, tars: str) -> None:
-    """A third of the images, in three views each."""
+def epoch(cache: str, tars: str) -> None:
+    """Load a third of the images, in three views each."""
     for batch in CachedLoader(open_views(tars, cache), BATCH, workers=2):
         assert batch.targets is not None
 
 
-WORK: dict[str, Callable[[str, str], None]] = {
-    "open": opening,
-    "open with its digest stated": opening_by_digest,
+OPERATIONS: dict[str, Callable[[str, str], None]] = {
+    "open": open_complete,
+    "open with a pinned digest": open_pinned,
     "`cache info`": info,
-    "`cache verify --depth structure`": structure,
-    "verify every byte of 16 tar shards": bytes_of_a_sample,
-    "train: until the first batch (2 workers)": first_batch,
-    "train: an epoch of batches": an_epoch,
+    "`cache verify --depth structure`": verify_structure,
+    "verify every byte of 16 tar shards": verify_bytes,
+    "train, until the first batch, two loader processes": first_batch,
+    "train, an epoch of batches": epoch,
 }
 
 
-def one(name: str, cache: str, tars: str, end: Connection) -> None:
-    torch.set_num_threads(1)  # threads that torch had before the fork are not here: it would wait
-    before, began, worked = resident(), time.perf_counter(), sum(os.times()[:4])
-    WORK[name](cache, tars)
-    cores = sum(os.times()[:4]) - worked
-    end.send((time.perf_counter() - began, cores, resident() - before))
+def run(name: str, cache: str, tars: str, end: Connection) -> None:
+    torch.set_num_threads(1)  # torch would wait for its threads, which a fork does not copy
+    before, started, cpu = resident(), time.perf_counter(), sum(os.times()[:4])
+    OPERATIONS[name](cache, tars)
+    cores = sum(os.times()[:4]) - cpu
+    end.send((time.perf_counter() - started, cores, resident() - before))
 
 
-def measured(name: str, cache: Path | str, tars: Path) -> tuple[float, float, int]:
-    """Seconds, of them at work (with loader processes), and bytes by which a new process grew."""
+def run_in_process(name: str, cache: Path | str, tars: Path) -> tuple[float, float, int]:
+    """Return seconds, CPU seconds (with loader processes), and growth of the process in bytes."""
     context = get_context("fork")
-    here, there = context.Pipe()
-    process = context.Process(target=one, args=(name, str(cache), str(tars), there))
+    ours, theirs = context.Pipe()
+    process = context.Process(target=run, args=(name, str(cache), str(tars), theirs))
     process.start()
-    there.close()
-    found: tuple[float, float, int] = here.recv()
+    theirs.close()
+    cost: tuple[float, float, int] = ours.recv()
     process.join()
-    return found
+    return cost
 
 
-def by_url(root: Path, name: str) -> float:
-    """Seconds to open the cache on a web server, without copies."""
+def open_by_url(root: Path, name: str) -> float:
+    """Return the seconds to open the cache from a web server, without local copies."""
     with serving(root) as served, tempfile.TemporaryDirectory() as copies:
         os.environ["CSKD_CACHE_DIR"] = copies
-        return measured("open", f"{served.url}/{name}", root)[0]
+        return run_in_process("open", f"{served.url}/{name}", root)[0]
 
 
 # --- slabs of ImageNet's size ---------------------------------------------------------------------
 
 
-def make_slabs(path: Path, block: int) -> None:
-    """One unit of ``block`` views of a tar shard as long as ImageNet's."""
-    data = replace(made_up_dataset((LONGEST,)), num_classes=CLASSES, class_names=None)
+def write_slabs(path: Path, block: int) -> None:
+    """Write one unit of ``block`` views of a tar shard as long as ImageNet's."""
+    data = replace(synthetic_dataset((LONGEST,)), num_classes=CLASSES, class_names=None)
     writer = CacheWriter.create(path, manifest_of(data, block, block, CLASSES, GRID))
     parts = [responses((LONGEST,), DRAWN_CLASSES, GRID, seed) for seed in range(3)]
     rng, (unit,) = np.random.default_rng(0), writer.todo()
@@ -241,36 +240,36 @@ def make_slabs(path: Path, block: int) -> None:
     writer.write_unit(
         unit,
         UnitData(
-            made_up_keys(0, LONGEST), np.zeros(LONGEST, np.int32), np.zeros(LONGEST, np.uint32),
+            synthetic_keys(0, LONGEST), np.zeros(LONGEST, np.int32), np.zeros(LONGEST, np.uint32),
             rng.integers(0, 2**64, shape, np.uint64), rng.integers(0, 2**32, shape, np.uint32),
             arrays, np.ones((block, 2), np.uint32),
         ),
     )  # fmt: skip
 
 
-def slabs(root: Path, blocks: tuple[int, ...], rounds: int) -> dict[int, tuple[float, float]]:
-    """Milliseconds of a core to read seeds, digests, rows of one view, at first use and later."""
+def time_slabs(root: Path, blocks: tuple[int, ...], rounds: int) -> dict[int, tuple[float, float]]:
+    """Return CPU ms to read seeds, digests and rows of one view: on first use, and later."""
     for block in blocks:
-        make_slabs(root / f"{block}", block)
+        write_slabs(root / f"{block}", block)
     every = np.arange(LONGEST)
     spent: dict[int, list[tuple[float, float]]] = {block: [] for block in blocks}
     for number in range(rounds):
         for block in blocks:
-            reader, took = open_cache(root / f"{block}", memory=0), []
+            reader, times = open_cache(root / f"{block}", memory=0), []
             for view in (number % block, (number + block // 2) % block):
-                began = time.process_time()
+                started = time.process_time()
                 reader.seeds(view, 0)
                 reader.view_digests(view, 0)
                 reader.rows("envelope", view, 0, every)
-                took.append(1e3 * (time.process_time() - began))
-            spent[block].append((took[0], took[1]))
+                times.append(1e3 * (time.process_time() - started))
+            spent[block].append((times[0], times[1]))
     return {
         block: (statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs))
         for block, pairs in spent.items()
     }
 
 
-def table(title: str, head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+def print_table(title: str, head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     print(f"\n{title}\n")
     for row in (head, ("---",) * len(head), *rows):
         print("| " + " | ".join(map(str, row)) + " |")
@@ -289,38 +288,35 @@ def main() -> None:
         tars = load_dataset(root / "tars")
         caches = {block: root / f"{block}" for block in BLOCKS}
         for block, path in caches.items():
-            make_large(path, tars, options.views, block)
-        print("made", flush=True)
+            write_large_cache(path, tars, options.views, block)
+        print("caches written", flush=True)
         measure(root, caches, options)
         small, large = BLOCKS
         few = min(16, options.shards)
         with without_fsync():
-            began = time.process_time()
-            wanted = Conversion(shards=(0, few), view_block=large)
-            convert(caches[small], root / "converted", wanted)
-            took = time.process_time() - began
-        units = few * options.views // large
-        print(
-            f"\nrepacking: {1e3 * took / units:.0f} ms of a core for a unit of {large} views",
-            flush=True,
-        )
+            started = time.process_time()
+            conversion = Conversion(shards=(0, few), view_block=large)
+            convert(caches[small], root / "converted", conversion)
+            seconds = time.process_time() - started
+        milliseconds = 1e3 * seconds / (few * options.views // large)
+        print(f"\nrepacking: {milliseconds:.0f} ms of CPU per unit of {large} views", flush=True)
         (root / "slabs").mkdir()
-        found = slabs(root / "slabs", (10, 50, 100), 21)
-        table(
-            f"milliseconds of a core to read a view's seeds, digests and rows of {LONGEST} samples",
-            ("views in a unit", "at first use, SHA-256 compared", "later"),
-            [(block, *(f"{ms:.2f}" for ms in pair)) for block, pair in found.items()],
+        times = time_slabs(root / "slabs", (10, 50, 100), 21)
+        print_table(
+            f"CPU milliseconds to read a view's seeds, digests and rows of {LONGEST} samples",
+            ("views per unit", "on first use, SHA-256 compared", "later"),
+            [(block, *(f"{ms:.2f}" for ms in pair)) for block, pair in times.items()],
         )
 
 
 def cell(runs: list[tuple[float, float, int]]) -> str:
-    """Medians."""
+    """Return the medians as text."""
     wall, cores, grown = (statistics.median(column) for column in zip(*runs, strict=True))
     return f"{wall:.3g} s, {cores:.3g} s, {grown / 1e6:.0f} MB"
 
 
 def measure(root: Path, caches: dict[int, Path], options: argparse.Namespace) -> None:
-    """Print a table of what every work takes with either cache."""
+    """Print a table of the cost of every operation on either cache."""
     for path in caches.values():
         Path(f"{path}.sha256").write_text(str(open_cache(path).digest()))
     counts = [count_files(open_cache(path).manifest) for path in caches.values()]
@@ -328,20 +324,20 @@ def measure(root: Path, caches: dict[int, Path], options: argparse.Namespace) ->
         ("files", *(f"{count.files:,}" for count in counts)),
         ("entries of the largest folder", *(f"{count.largest_folder:,}" for count in counts)),
     ]
-    for name in WORK:
+    for name in OPERATIONS:
         runs: dict[int, list[tuple[float, float, int]]] = {block: [] for block in caches}
         for _ in range(options.rounds):
             for block, path in caches.items():
-                runs[block].append(measured(name, path, root / "tars"))
+                runs[block].append(run_in_process(name, path, root / "tars"))
         cells = map(cell, runs.values())
         rows.append((name, *cells))
         print(rows[-1], flush=True)
     if options.url:
-        times = [f"{by_url(root, path.name):.3g} s" for path in caches.values()]
-        rows.append(("open by URL, nothing copied yet", *times))
-    what = "seconds, seconds of a core, growth of the process"
-    title = f"{options.views} views of {options.shards} tar shards: {what}"
-    table(title, ("", *(f"blocks of {block}" for block in caches)), rows)
+        times = [f"{open_by_url(root, path.name):.3g} s" for path in caches.values()]
+        rows.append(("open by URL, without local copies", *times))
+    columns = "seconds, CPU seconds, growth of the process"
+    title = f"{options.views} views of {options.shards} tar shards: {columns}"
+    print_table(title, ("", *(f"blocks of {block}" for block in caches)), rows)
 
 
 if __name__ == "__main__":

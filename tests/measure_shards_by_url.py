@@ -1,11 +1,11 @@
-"""Measures a loader on shards in a bucket on loopback against the same shards on disk.
+"""Compare a loader on shards in a bucket on loopback with one on the same shards on disk.
 
-``python -m tests.measure_shards_by_url --images 4000 --workers 2`` prints a JSON document: for
-``disk``, ``cold`` (no copies yet), ``warm`` (all copies there) and ``small`` (room for half of the
-set), in turn over ``--rounds``: seconds until the first batch, images a second after it, and the
-longest wait for a batch; ``cpu_ms``: of this process for an image (all of it with ``--workers 0``),
-which other work on the machine hardly changes. ``--step`` seconds pass after every batch, as in a
-training loop; ``--rate``: MB a second of each of the store's connections.
+``python -m tests.measure_shards_by_url --images 4000 --workers 2`` prints a JSON document. For
+``disk``, ``cold`` (no copies yet), ``warm`` (all copies local) and ``small`` (space for half of
+them), alternating over ``--rounds``: seconds to the first batch, images per second after it, the
+longest wait for a batch, and ``cpu_ms``: CPU time of this process per image (with ``--workers 0``,
+all of it), which hardly depends on other load. ``--step`` is a pause after every batch in seconds,
+as in a training loop; ``--rate`` limits each connection to the store, in MB/s.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from cskd_pipeline.views.policy import ViewPolicy
 from tests.serving import BUCKET, bucket_settings, serving
 
 
-def draw(folder: Path, images: int) -> None:
-    """JPEGs of about 100 kB, in two classes."""
+def write_images(folder: Path, images: int) -> None:
+    """Write JPEGs of about 100 kB, in two classes."""
     random = np.random.default_rng(0)
     coarse = random.integers(0, 256, (64, 80, 100, 3), np.uint8)
     for number in range(images):
@@ -50,7 +50,7 @@ def draw(folder: Path, images: int) -> None:
 
 
 def serve(root: Path, rate: float, ends: Connection) -> None:
-    """In a process of its own, as a store is: until the other end closes."""
+    """Run a store until the other end of the connection closes."""
     with serving(root, "s3") as served:
         served.rate = rate * 1e6 or None
         ends.send(served.url)
@@ -58,14 +58,14 @@ def serve(root: Path, rate: float, ends: Connection) -> None:
 
 
 def run(spec: str | Path, options: argparse.Namespace) -> dict[str, float]:
-    """One epoch."""
+    """Load one epoch and return its figures."""
     started = time.perf_counter()
     dataset = load_dataset(spec)
     views = TrainingViews.of_dataset(dataset, ViewPolicy(), seed=0)
     loader = CachedLoader(
         views, 128, repeats=1, workers=options.workers, shuffle_shards=options.shuffle_shards
     )
-    waits, before, busy = [], started, time.process_time()
+    waits, before, cpu = [], started, time.process_time()
     for _ in loader.batches(len(loader)):
         waits.append(time.perf_counter() - before)
         time.sleep(options.step)
@@ -76,14 +76,14 @@ def run(spec: str | Path, options: argparse.Namespace) -> dict[str, float]:
         "images_per_s": 128 * (len(waits) - 1) / seconds,
         "longest_wait_s": max(waits[1:]),
         "waiting": sum(waits[1:]) / seconds,
-        "cpu_ms": 1000 * (time.process_time() - busy) / (128 * len(waits)),
+        "cpu_ms": 1000 * (time.process_time() - cpu) / (128 * len(waits)),
     }
 
 
 def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """All kinds in turn, ``rounds`` times; medians."""
+    """Run all kinds in turn, ``rounds`` times; return medians."""
     tars = root / "served/set"
-    draw(root / "images", options.images)
+    write_images(root / "images", options.images)
     make_shards(root / "images", tars, shard_size=options.shard_size)
     total = sum(path.stat().st_size for path in tars.glob("*.tar"))
     url = f"s3://{BUCKET}/set/*.tar"
@@ -91,7 +91,7 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     os.environ |= {"CSKD_CACHE_DIR": str(copies), "CSKD_CACHE_GB": "50"}
     started = time.perf_counter()
     index_shards(url).save(root / "train.json")
-    found: dict[str, list[dict[str, float]]] = {}
+    runs: dict[str, list[dict[str, float]]] = {}
     indexing = time.perf_counter() - started
     for _ in range(options.rounds):
         for kind in options.kinds.split(","):
@@ -99,13 +99,13 @@ def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
                 shutil.rmtree(copies, ignore_errors=True)
             os.environ["CSKD_CACHE_GB"] = str(total / 2e9) if kind == "small" else "50"
             spec = tars if kind == "disk" else root / "train.json"
-            found.setdefault(kind, []).append(run(spec, options))
+            runs.setdefault(kind, []).append(run(spec, options))
     return {
         "bytes": total,
         "index_s": indexing,
         **{
             kind: {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
-            for kind, rounds in found.items()
+            for kind, rounds in runs.items()
         },
     }
 
@@ -125,12 +125,12 @@ def main() -> None:
         root = Path(folder)
         (root / "served").mkdir()
         context = get_context("spawn")
-        here, there = context.Pipe()
+        ours, theirs = context.Pipe()
         process = context.Process(
-            target=serve, args=(root / "served", options.rate, there), daemon=True
+            target=serve, args=(root / "served", options.rate, theirs), daemon=True
         )
         process.start()
-        os.environ |= bucket_settings(here.recv())
+        os.environ |= bucket_settings(ours.recv())
         try:
             print(json.dumps(measure(root, options), indent=2))
         finally:

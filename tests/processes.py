@@ -1,7 +1,7 @@
-"""Commands as processes of their own that start in milliseconds, to be killed and measured.
+"""Commands in separate processes that start within milliseconds, to be killed and measured.
 
-One server process loads the large libraries once, and nothing of this package. It forks a copy of
-itself for every command, so a real process with real signals costs no more than the work it does.
+One server process imports the large libraries once, and nothing from this package. It forks itself
+for every command, so a real process with real signals costs only the work it does.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 120  # seconds: far more than any of it takes, on a machine that does other things
+PATIENCE = 120  # seconds: ample even on a busy machine
 
 
 def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
     """Wait until ``condition`` is true, and fail if it is not within ``seconds``.
 
-    Where it would come true by itself some day, give fewer seconds than that takes.
+    If the condition would become true on its own later, pass fewer seconds than that takes.
     """
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "what the test waits for does not happen"
+        assert time.monotonic() < end, f"the condition is not true after {seconds} s"
         time.sleep(0.01)
 
 
 def alive(pid: int) -> bool:
-    """Return whether a process is there and no zombie; one that is being killed still is."""
+    """Return whether a process exists and is no zombie; one that is being killed is alive."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -46,8 +46,8 @@ def alive(pid: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a command ended: ``code`` as ``Popen.returncode``, and its most resident ``bytes``."""
+class Result:
+    """The result of a command: ``code`` as ``Popen.returncode``, ``bytes`` of peak memory."""
 
     code: int
     bytes: int
@@ -55,29 +55,29 @@ class Ended:
 
 
 class Process:
-    """A command that runs."""
+    """A running command."""
 
     def __init__(self, server: Server, pid: int, log: Path) -> None:
         self._server, self.pid, self._log = server, pid, log
 
-    def kill(self) -> Ended:
-        """SIGKILL, unless it has ended by itself."""
-        os.kill(self.pid, signal.SIGKILL)  # it waits for wait(), so the number is not another's
+    def kill(self) -> Result:
+        """Send SIGKILL, and wait."""
+        os.kill(self.pid, signal.SIGKILL)  # until wait(), no other process gets this pid
         return self.wait()
 
     def send(self, number: signal.Signals) -> None:
-        """A signal, unless it has ended by itself."""
+        """Send a signal; it has no effect if the command has ended."""
         os.kill(self.pid, number)
 
-    def wait(self) -> Ended:
-        found = self._server.ask(wait=self.pid)
+    def wait(self) -> Result:
+        usage = self._server.request(wait=self.pid)
         output = self._log.read_text(encoding="utf-8", errors="replace")
         self._log.unlink()
-        return Ended(found["code"], found["bytes"], output)
+        return Result(usage["code"], usage["bytes"], output)
 
 
 class Server:
-    """Forks itself for each command; see the module's docstring."""
+    """The process that forks itself for each command; see the module's docstring."""
 
     def __init__(self) -> None:
         self._server = subprocess.Popen(
@@ -87,9 +87,9 @@ class Server:
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        self.ask(ready=True)
+        self.request(ready=True)
 
-    def ask(self, **request: Any) -> Any:
+    def request(self, **request: Any) -> Any:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(request) + "\n")
@@ -105,25 +105,25 @@ class Server:
         code: str | Path | None = None,
         session: bool = False,
     ) -> Process:
-        """``cskd-pipeline`` with these arguments, or a program with them.
+        """Start ``cskd-pipeline`` with these arguments.
 
         Args:
-            log: a file for stdout and stderr, gone when the process was waited for.
-            limits: soft limits by name, without ``RLIMIT_``; ``AS`` is beyond what torch takes.
-            environment: variables that differ from this process's.
-            code: of the program, instead of the command's; a path is that of its file.
-            session: in a group of processes of its own, as a terminal starts it.
+            log: file for stdout and stderr; removed by :meth:`Process.wait`.
+            limits: soft limits by name, without ``RLIMIT_``; ``AS`` is added to the server's size.
+            environment: environment variables to set.
+            code: Python code, or the path of a program, to run instead of ``cskd-pipeline``.
+            session: start a new session, as a terminal does.
         """
         log.touch()  # a process killed at once writes none
         words = [str(word) for word in arguments]
         if isinstance(code, Path):
             code = f"import runpy; runpy.run_path({str(code)!r}, run_name='__main__')"
-        how = {"limits": limits or {}, "environment": environment or {}}
-        pid = self.ask(run=words, log=str(log), code=code, session=session, **how)
+        options = {"limits": limits or {}, "environment": environment or {}, "session": session}
+        pid = self.request(run=words, log=str(log), code=code, **options)
         return Process(self, pid, log)
 
-    def run(self, *arguments: object, log: Path, **options: Any) -> Ended:
-        """:meth:`start`, with its options, and wait."""
+    def run(self, *arguments: object, log: Path, **options: Any) -> Result:
+        """Start a command with the options of :meth:`start`, and wait."""
         return self.start(*arguments, log=log, **options).wait()
 
     def close(self) -> None:
@@ -134,7 +134,7 @@ class Server:
 
 @lru_cache
 def server() -> Server:
-    """The one server of a test session."""
+    """Return the test session's only server."""
     started = Server()
     atexit.register(started.close)
     return started
@@ -148,16 +148,16 @@ def _serve() -> None:
     from torch.utils import tensorboard  # noqa: F401
 
     torch.set_num_threads(1)
-    gc.freeze()  # no collection in a forked process looks through what was loaded here
+    gc.freeze()  # garbage collection in forked processes skips the libraries' objects
     for line in sys.stdin:
         request = json.loads(line)
         if "run" in request:
-            answer: Any = os.fork() or _run(request)
+            response: Any = os.fork() or _run(request)
         elif "wait" in request:
-            answer = _wait(request["wait"])
+            response = _wait(request["wait"])
         else:
-            answer = None
-        print(json.dumps(answer), flush=True)
+            response = None
+        print(json.dumps(response), flush=True)
 
 
 def _wait(pid: int) -> dict[str, int]:
@@ -166,12 +166,12 @@ def _wait(pid: int) -> dict[str, int]:
 
 
 def _run(request: dict[str, Any]) -> None:
-    """In the forked child: run the command and end."""
+    """Run the command in the forked child, and exit."""
     if request["session"]:
         os.setsid()
     log = os.open(request["log"], os.O_WRONLY | os.O_APPEND)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+    null = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((null, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
     for name, limit in request["limits"].items():
         kind = getattr(resource, f"RLIMIT_{name}")

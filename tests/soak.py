@@ -1,13 +1,13 @@
-"""Trains for as long as wanted with shards and cache elsewhere, and watches memory and descriptors.
+"""Train from remote shards and a remote cache, and check that memory and descriptors do not grow.
 
-``python -m tests.soak --steps 10000`` trains a tiny student by the command line: its shards in a
+``python -m tests.soak --steps 10000`` trains a tiny student from the command line: its shards in a
 bucket, its cache behind a web server, both on loopback, a transfer broken every five seconds, and
-room for copies of half of the set, so that tars and units are fetched, removed and fetched again.
-Every epoch is evaluated, by loader processes of its own. It prints a JSON document: for each
-quarter of the time (after the first epoch) medians of memory in MB (``rss``: resident, of the
-trainer and of its largest loader process; ``own``: what is no file's, shared pages once, of all
-together), the most open descriptors, and steps a second. It ends with 1 where memory of the last
-quarter is more than a twentieth above the first's, or descriptors are more than four above.
+space for copies of half of them, so that tars and units are fetched, evicted and fetched again.
+Every epoch is evaluated, in separate loader processes. It prints a JSON document: for each quarter
+of the time after the first epoch, median memory in MB (``rss``: resident, of the trainer and of its
+largest loader process; ``own``: not backed by files, of all processes, shared pages counted once),
+the peak number of open descriptors, and steps per second. It exits with code 1 if memory grew by
+more than 5 % from the first quarter to the last, or descriptors by more than four.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STUDENT = "{img_size=32, patch_size=4, embed_dim=16, depth=1, num_heads=1}"
 
 
 def serve(root: Path, ends: Connection) -> None:
-    """A store and a web server in a process of their own, until the other end closes."""
+    """Run a store and a web server until the other end of the connection closes."""
     with serving(root, "s3") as store, serving(root) as web:
         ends.send((store.url, web.url))
         while not ends.poll(5):
@@ -50,20 +50,20 @@ def serve(root: Path, ends: Connection) -> None:
 
 @contextmanager
 def served(root: Path) -> Iterator[tuple[str, str]]:
-    """The endpoints of both."""
+    """Run a store and a web server in a separate process; yield their endpoints."""
     context = get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(root, there), daemon=True)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(root, theirs), daemon=True)
     process.start()
     try:
-        yield here.recv()
+        yield ours.recv()
     finally:
         process.terminate()
         process.join()
 
 
 def prepare(root: Path, per_class: int) -> None:
-    """Shards, validation shards and a cache."""
+    """Write shards, validation shards and a cache."""
     world.draw_pictures(root / "images", per_class=per_class, seed=0)
     world.draw_pictures(root / "more", per_class=8, seed=1)
     make_shards(root / "images", root / "served/train", shard_size=16)
@@ -72,10 +72,10 @@ def prepare(root: Path, per_class: int) -> None:
 
 
 def command(root: Path, urls: tuple[str, str], epochs: int) -> list[str]:
-    """The training run."""
-    place = ("--shards", f"s3://{BUCKET}/train", "--val-shards", f"s3://{BUCKET}/validation")
+    """Return the command line of the training run."""
+    shards = ("--shards", f"s3://{BUCKET}/train", "--val-shards", f"s3://{BUCKET}/validation")
     words = [
-        *("train", *place, "--cache", f"{urls[1]}/cache", "--out", root / "run"),
+        *("train", *shards, "--cache", f"{urls[1]}/cache", "--out", root / "run"),
         *("--student", world.STUDENT, "--method", "cskd", "--epochs", epochs),
         *("--batch-size", BATCH, "--workers", 2, "--device", "cpu"),
         *world.as_flags(world.train_sets(STUDENT)),
@@ -85,7 +85,7 @@ def command(root: Path, urls: tuple[str, str], epochs: int) -> list[str]:
 
 
 def environment(root: Path, store: str) -> dict[str, str]:
-    """Credentials of the store, and room for copies of half of what is served."""
+    """Return the environment: credentials of the store, and space for copies of half the files."""
     size = sum(path.stat().st_size for path in (root / "served").rglob("*") if path.is_file())
     return os.environ | {
         **bucket_settings(store),
@@ -93,8 +93,8 @@ def environment(root: Path, store: str) -> dict[str, str]:
     }
 
 
-def look(root: int) -> dict[str, float]:
-    """Memory (MB) and descriptors of a process and of those below it."""
+def sample(root: int) -> dict[str, float]:
+    """Return memory (MB) and descriptors of a process and its descendants."""
     parents = {}
     for entry in os.listdir("/proc"):
         with suppress(OSError):
@@ -104,33 +104,33 @@ def look(root: int) -> dict[str, float]:
     tree = [root]
     for process in tree:
         tree += [child for child, parent in parents.items() if parent == process]
-    found = dict[int, tuple[float, float, int]]()  # resident, own, descriptors
+    usage = dict[int, tuple[float, float, int]]()  # resident, own, descriptors
     for process in tree:
-        with suppress(OSError):  # one that has just ended
+        with suppress(OSError):  # the process has just ended
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
             memory = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines}
             files = len(os.listdir(f"/proc/{process}/fd"))
-            found[process] = memory["Rss"], memory["Pss_Anon"] + memory["Pss_Shmem"], files
-    if root not in found:
+            usage[process] = memory["Rss"], memory["Pss_Anon"] + memory["Pss_Shmem"], files
+    if root not in usage:
         return {}
-    others = [one for process, one in found.items() if process != root]
+    others = [one for process, one in usage.items() if process != root]
     return {
-        "trainer_rss": found[root][0],
+        "trainer_rss": usage[root][0],
         "worker_rss": max((rss for rss, _, _ in others), default=0.0),
-        "all_own": sum(own for _, own, _ in found.values()),
-        "trainer_descriptors": found[root][2],
+        "all_own": sum(own for _, own, _ in usage.values()),
+        "trainer_descriptors": usage[root][2],
         "worker_descriptors": max((files for *_, files in others), default=0),
     }
 
 
-def cut(values: list[Item]) -> list[list[Item]]:
-    """Four parts, one after the other."""
+def quarters(values: list[Item]) -> list[list[Item]]:
+    """Split ``values`` into four consecutive parts."""
     ends = [len(values) * number // 4 for number in range(5)]
     return [values[start:end] for start, end in pairwise(ends)]
 
 
-def quarter(samples: list[dict[str, float]]) -> dict[str, float]:
-    """Medians of memory, the most descriptors."""
+def summarise(samples: list[dict[str, float]]) -> dict[str, float]:
+    """Return median memory and peak descriptors."""
     return {
         name: round((max if "descriptors" in name else statistics.median)(s[name] for s in samples))
         for name in samples[0]
@@ -138,9 +138,9 @@ def quarter(samples: list[dict[str, float]]) -> dict[str, float]:
 
 
 def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The run, watched."""
+    """Train, sample the processes, and return the report."""
     prepare(root, options.per_class)
-    steps = 4 * options.per_class // BATCH  # an epoch
+    steps = 4 * options.per_class // BATCH  # per epoch
     samples = []
     started = time.perf_counter()
     with served(root / "served") as urls, open(root / "log", "w") as log:
@@ -152,9 +152,9 @@ def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
         )
         try:
             while process.poll() is None:
-                begun = (root / "run/summary.csv").exists()  # the first epoch is over
-                if begun and (sample := look(process.pid)):
-                    samples.append(sample)
+                first_epoch_over = (root / "run/summary.csv").exists()
+                if first_epoch_over and (usage := sample(process.pid)):
+                    samples.append(usage)
                 time.sleep(options.every)
         finally:
             process.kill()
@@ -170,8 +170,8 @@ def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
         "copies_mb": sum(path.stat().st_size for path in copies) / 1e6,
         "served_mb": 2e3 * float(environment(root, "")["CSKD_CACHE_GB"]),
         "quarters": [
-            quarter(part) | {"steps_per_second": round(steps * len(epochs) / sum(epochs), 1)}
-            for part, epochs in zip(cut(samples), cut(seconds), strict=True)
+            summarise(part) | {"steps_per_second": round(steps * len(epochs) / sum(epochs), 1)}
+            for part, epochs in zip(quarters(samples), quarters(seconds), strict=True)
         ],
     }
 
@@ -179,13 +179,13 @@ def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--per-class", type=int, default=64, help="images of each of 4 classes")
+    parser.add_argument("--per-class", type=int, default=64, help="images per class, of 4")
     parser.add_argument("--every", type=float, default=2.0, help="seconds between samples")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = run(Path(folder), options)
-    print(json.dumps(found, indent=2))
-    first, *_, last = found["quarters"]
+        report = run(Path(folder), options)
+    print(json.dumps(report, indent=2))
+    first, *_, last = report["quarters"]
     grown = [
         name
         for name in first

@@ -1,4 +1,4 @@
-"""The commands that write, ready to run as processes, and what they must leave."""
+"""Commands that write, ready to run as processes, and the output expected of them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from cskd_pipeline.models.train_state import load_state
 from tests.pipeline import world
 from tests.processes import Server
 
-Words = list[object]
+Arguments = list[object]
 
 
 @dataclass(frozen=True)
 class Stages:
-    """``dump-teacher``, ``cache convert``, ``cache merge`` and ``train`` into a folder of the
-    caller's. ``parts``: two caches that overlap and together are ``cache``.
+    """Arguments of ``dump-teacher``, ``cache convert``, ``cache merge`` and ``train``.
+
+    ``parts`` are two overlapping caches that together equal ``cache``.
     """
 
     server: Server
@@ -28,26 +29,26 @@ class Stages:
     log: Path
     parts: tuple[Path, ...] = ()
 
-    def dump(self, out: Path, workers: int = 1) -> Words:
-        """What made ``cache``."""
+    def dump(self, out: Path, workers: int = 1) -> Arguments:
+        """Write a cache equal to ``cache``."""
         return [
             *("dump-teacher", "--shards", self.shards, "--cache", out, "--quiet"),
             *("--teacher", world.TEACHER, "--weights", "random"),
             *("--workers", workers, "--device", "cpu", *world.as_flags(world.dump_sets())),
         ]
 
-    def convert(self, out: Path, workers: int = 0) -> Words:
-        """All other encodings, from ``cache``."""
-        words = ("--encoding", "dense-q8", "--encoding", "topk", "--encoding", "envelope")
-        words += ("--encoding", "sampled", "--sampled-draws", "2")
-        return ["cache", "convert", self.cache, out, *words, "--device", "cpu", "--quiet"]
+    def convert(self, out: Path, workers: int = 0) -> Arguments:
+        """Convert ``cache`` to all other encodings."""
+        flags = ("--encoding", "dense-q8", "--encoding", "topk", "--encoding", "envelope")
+        flags += ("--encoding", "sampled", "--sampled-draws", "2")
+        return ["cache", "convert", self.cache, out, *flags, "--device", "cpu", "--quiet"]
 
-    def merge(self, out: Path, workers: int = 0) -> Words:
-        """``cache`` again, from its parts."""
+    def merge(self, out: Path, workers: int = 0) -> Arguments:
+        """Merge ``parts`` into a cache equal to ``cache``."""
         return ["cache", "merge", *self.parts, "--out", out, "--quiet"]
 
-    def train(self, out: Path, workers: int = 1) -> Words:
-        """24 updates, the state written after every one."""
+    def train(self, out: Path, workers: int = 1) -> Arguments:
+        """Train for 24 updates and save the state after every one."""
         sets = [*world.train_sets(), "run.checkpoint_every=1"]
         return [
             *("train", "--shards", self.shards, "--cache", self.cache, "--out", out, "--quiet"),
@@ -56,23 +57,23 @@ class Stages:
         ]
 
 
-class Whole(NamedTuple):
-    """What a command leaves, in how many bytes of disk, after how long."""
+class Reference(NamedTuple):
+    """Output, disk usage and duration of a command that ran undisturbed."""
 
-    left: dict[str, bytes]
+    files: dict[str, bytes]
     bytes: int
     seconds: float
 
 
-def used(folder: Path) -> int:
-    """Bytes in pages, as a small disk in memory counts them."""
+def disk_usage(folder: Path) -> int:
+    """Return the bytes that the files of ``folder`` occupy in a tmpfs, which stores whole pages."""
     size = os.sysconf("SC_PAGE_SIZE")
     lengths = (path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return sum(-(-length // size) * size for length in lengths)
 
 
-def left_by(kind: str, out: Path) -> dict[str, bytes]:
-    """Every file of a finished ``kind`` of command but for what holds times; partial files too."""
+def output_of(kind: str, out: Path) -> dict[str, bytes]:
+    """Return every file of a finished command, partial ones too, except those that store times."""
     timed = {"zarr.json", "state.pt", "summary.csv"}
     found = {
         str(path.relative_to(out)): path.read_bytes()
@@ -88,7 +89,7 @@ def left_by(kind: str, out: Path) -> dict[str, bytes]:
 
 
 def canonical(state: Any) -> bytes:
-    """A training state as bytes, without the timings."""
+    """Return a training state as bytes, without its timings."""
     if isinstance(state, torch.Tensor):
         return repr((state.dtype, state.shape)).encode() + state.contiguous().numpy().tobytes()
     if isinstance(state, dict):

@@ -1,4 +1,4 @@
-"""The small world of the whole-pipeline tests, and processes to spoil it from."""
+"""The small data set of the pipeline tests, and commands that write from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cskd_pipeline.cache.convert import Conversion, convert
-from tests.faults.commands import Stages, Whole, left_by, used
+from tests.faults.commands import Reference, Stages, disk_usage, output_of
 from tests.pipeline.conftest import World, small
 from tests.processes import server
 
@@ -19,7 +19,7 @@ __all__ = ["small"]
 
 @pytest.fixture(scope="session")
 def parts(small: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The small world's cache in two that overlap in one of its three tar shards."""
+    """Two caches that together equal the small one and share one of its three tar shards."""
     folder = tmp_path_factory.mktemp("parts")
     for number in range(2):
         convert(small.cache, folder / f"{number}", Conversion(shards=(number, number + 2)))
@@ -28,24 +28,24 @@ def parts(small: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 @pytest.fixture
 def stages(small: World, parts: tuple[Path, Path], tmp_path: Path) -> Stages:
-    """The commands that write, on the small world."""
+    """Commands that write, on the small data set."""
     return Stages(server(), small.shards, small.cache, tmp_path / "log", parts)
 
 
 @pytest.fixture(scope="session")
-def whole(
+def reference(
     small: World, parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Whole]:
-    """What a kind of command leaves when nothing happens to it."""
-    root = tmp_path_factory.mktemp("whole")
+) -> Callable[[str], Reference]:
+    """Return a function that runs a kind of command undisturbed, once."""
+    root = tmp_path_factory.mktemp("reference")
     stages = Stages(server(), small.shards, small.cache, root / "log", parts)
 
     @cache
-    def of(kind: str) -> Whole:
+    def run(kind: str) -> Reference:
         started = time.monotonic()
-        ended = stages.server.run(*getattr(stages, kind)(root / kind), log=stages.log)
-        assert ended.code == 0, ended.output
+        result = stages.server.run(*getattr(stages, kind)(root / kind), log=stages.log)
+        assert result.code == 0, result.output
         seconds = time.monotonic() - started
-        return Whole(left_by(kind, root / kind), used(root / kind), seconds)
+        return Reference(output_of(kind, root / kind), disk_usage(root / kind), seconds)
 
-    return of
+    return run

@@ -1,4 +1,4 @@
-"""Clock, time zone, locale and the dates of files decide nothing that is stored or learned."""
+"""Results do not depend on the clock, the time zone, the locale or file dates."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tests.faults.commands import Stages, Whole, Words, left_by
+from tests.faults.commands import Arguments, Reference, Stages, output_of
 
-# A clock that starts in 1970 and runs backwards, in a locale with its own i, without UTF-8.
-ELSEWHERE = """
+# Run commands with a clock that runs backwards from 1970, a dotless i in the locale, no UTF-8.
+ODD_CLOCK_AND_LOCALE = """
 import contextlib, itertools, json, locale, sys, time
 ticks = itertools.count()
 time.time = lambda: 1e6 - 3600.0 * next(ticks)
@@ -42,36 +42,35 @@ ENVIRONMENT = {
 }
 
 
-def test_another_clock_locale_and_dates_of_files_give_equal_results(
-    stages: Stages, whole: Callable[[str], Whole], tmp_path: Path
+def test_clock_locale_and_file_dates_do_not_change_results(
+    stages: Stages, reference: Callable[[str], Reference], tmp_path: Path
 ) -> None:
-    shards = tmp_path / "somewhere else"
+    shards = tmp_path / "other folder"
     shutil.copytree(stages.shards, shards)
     for number, path in enumerate(sorted(shards.iterdir())):
         os.utime(path, (number % 2 * 2**33, number % 2 * 2**33))  # 1970, and 2242
-    there = replace(stages, shards=shards)
-    commands: list[Words] = [
-        there.dump(tmp_path / "cache"),
-        there.convert(tmp_path / "small"),
-        there.train(tmp_path / "run"),
+    moved = replace(stages, shards=shards)
+    commands: list[Arguments] = [
+        moved.dump(tmp_path / "cache"),
+        moved.convert(tmp_path / "small"),
+        moved.train(tmp_path / "run"),
     ]
     words = [[str(word) for word in command] for command in commands]
     done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, json.dumps(words)],
+        [sys.executable, "-c", ODD_CLOCK_AND_LOCALE, json.dumps(words)],
         env=os.environ | ENVIRONMENT,
         capture_output=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode(errors="replace")
-    assert left_by("dump", tmp_path / "cache") == left_by("dump", stages.cache)
-    assert left_by("convert", tmp_path / "small") == whole("convert").left
-    assert left_by("train", tmp_path / "run") == whole("train").left
+    assert output_of("dump", tmp_path / "cache") == output_of("dump", stages.cache)
+    assert output_of("convert", tmp_path / "small") == reference("convert").files
+    assert output_of("train", tmp_path / "run") == reference("train").files
 
 
-def test_a_run_begun_yesterday_is_finished_before_it_began(
-    stages: Stages, whole: Callable[[str], Whole], tmp_path: Path
+def test_a_run_with_file_dates_in_the_future_resumes(
+    stages: Stages, reference: Callable[[str], Reference], tmp_path: Path
 ) -> None:
-    """Files of the state and the cache from the future are no newer to anyone."""
     out = tmp_path / "run"
     process = stages.server.start(*stages.train(out), log=stages.log)
     while not (out / "state.pt").exists():
@@ -80,4 +79,4 @@ def test_a_run_begun_yesterday_is_finished_before_it_began(
     for path in out.rglob("*"):
         os.utime(path, (2**33, 2**33))
     assert stages.server.run(*stages.train(out), log=stages.log).code == 0
-    assert left_by("train", out) == whole("train").left
+    assert output_of("train", out) == reference("train").files

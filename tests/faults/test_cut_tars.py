@@ -1,4 +1,4 @@
-"""A tar that was cut, anywhere, is refused before or while training; samples never get fewer."""
+"""A truncated tar is refused before or during training; samples are never dropped silently."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ from tests.pipeline.conftest import World
 def one_tar(tmp_path_factory: pytest.TempPathFactory, small: World) -> Path:
     """A folder with one tar, its ``_info.json`` and its manifest."""
     folder = tmp_path_factory.mktemp("cut")
-    whole = sorted(small.shards.glob("*.tar"))[0]
-    shutil.copy(whole, folder / "train.tar")
-    count = len(load_dataset(whole, num_classes=4).shards[0])
+    shutil.copy(min(small.shards.glob("*.tar")), folder / "train.tar")
+    count = len(load_dataset(folder / "train.tar", num_classes=4).shards[0])
     split = {"filenames": ["train.tar"], "shard_lengths": [count]}
     (folder / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
     index_shards(folder / "train.tar", num_classes=4).save(folder / "manifest.json")
@@ -35,15 +34,13 @@ def one_tar(tmp_path_factory: pytest.TempPathFactory, small: World) -> Path:
 
 
 @pytest.mark.parametrize("spec", ["train.tar", "_info.json", "manifest.json"])
-def test_a_cut_at_every_member_and_at_random_places_between_is_refused(
-    one_tar: Path, spec: str
-) -> None:
+def test_a_tar_truncated_at_a_member_or_between_is_refused(one_tar: Path, spec: str) -> None:
     tar = one_tar / "train.tar"
     content = tar.read_bytes()
     with tarfile.open(tar) as opened:
         members = opened.getmembers()
     last = members[-1].offset_data + members[-1].size
-    boundaries = [place for m in members for place in (m.offset, m.offset_data)]
+    boundaries = [offset for m in members for offset in (m.offset, m.offset_data)]
     rng = random.Random(23)
     cuts = sorted({*boundaries, *(rng.randrange(last) for _ in range(100)), last})
     assert len(cuts) > 200
@@ -58,7 +55,7 @@ def test_a_cut_at_every_member_and_at_random_places_between_is_refused(
     assert load_dataset(one_tar / spec, num_classes=4).samples == len(members) // 3
 
 
-def test_a_tar_cut_while_a_run_reads_it_stops_the_run(stages: Stages, tmp_path: Path) -> None:
+def test_a_tar_truncated_while_it_is_read_stops_the_run(stages: Stages, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shutil.copytree(stages.shards, shards)
     recipe = world.train_recipe(shards, stages.cache, tmp_path / "run")

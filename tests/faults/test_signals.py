@@ -1,4 +1,4 @@
-"""A scheduler's signals at random moments: work is kept, and the exit code says to queue again."""
+"""A scheduler's signals at random moments: work is kept, and the exit code requests a requeue."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from cskd_pipeline.models.train_state import load_state
-from tests.faults.commands import Stages, Whole, left_by
+from tests.faults.commands import Reference, Stages, output_of
 
 
-def handled(pid: int, number: signal.Signals) -> bool:
-    """Return whether the process has a handler for the signal by now."""
+def has_handler(pid: int, number: signal.Signals) -> bool:
+    """Return whether the process has installed a handler for the signal."""
     status = Path(f"/proc/{pid}/status").read_text().split()
     return bool(int(status[status.index("SigCgt:") + 1], 16) >> (number - 1) & 1)
 
@@ -32,35 +32,35 @@ def handled(pid: int, number: signal.Signals) -> bool:
         ("train", signal.SIGUSR1),
     ],
 )
-def test_a_command_stopped_by_a_scheduler_goes_on_when_queued_again(
+def test_a_command_stopped_by_a_scheduler_continues_when_requeued(
     kind: str,
     number: signal.Signals,
     stages: Stages,
-    whole: Callable[[str], Whole],
+    reference: Callable[[str], Reference],
     tmp_path: Path,
 ) -> None:
     command, out = getattr(stages, kind), tmp_path / "out"
-    expected, _, seconds = whole(kind)
+    expected, _, seconds = reference(kind)
     moments = random.Random(f"{kind} {number}")
     for _ in range(2):
         process = stages.server.start(*command(out), log=stages.log)
-        while not handled(process.pid, number):
+        while not has_handler(process.pid, number):
             time.sleep(0.001)
         time.sleep(moments.uniform(0, seconds / 3))
         process.send(number)
-        ended = process.wait()
-        assert ended.code in (0, 75), ended.output
-        if ended.code == 75:
-            assert f"error: stopped by {number.name}\n" in ended.output
-            assert "continue with" in ended.output
-        assert "Traceback" not in ended.output
-    ended = stages.server.run(*command(out), log=stages.log)
-    assert ended.code == 0, ended.output
-    assert left_by(kind, out) == expected
+        result = process.wait()
+        assert result.code in (0, 75), result.output
+        if result.code == 75:
+            assert f"error: stopped by {number.name}\n" in result.output
+            assert "continue with" in result.output
+        assert "Traceback" not in result.output
+    result = stages.server.run(*command(out), log=stages.log)
+    assert result.code == 0, result.output
+    assert output_of(kind, out) == expected
 
 
-def test_a_run_whose_terminal_is_closed_saves_and_ends(stages: Stages, tmp_path: Path) -> None:
-    """The kernel sends SIGHUP, and nothing can be written to the terminal any more."""
+def test_a_run_whose_terminal_is_closed_saves_its_state(stages: Stages, tmp_path: Path) -> None:
+    """The kernel sends SIGHUP, and writes to the terminal fail."""
     out = tmp_path / "run"
     words = [str(word) for word in stages.train(out) if word != "--quiet"]
     words[words.index("--epochs") + 1] = "5000"

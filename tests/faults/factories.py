@@ -1,4 +1,4 @@
-"""A small cache in every encoding, with every array that the format knows, and all that it says."""
+"""A small cache with every array of the format, and the values a reader returns from it."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS
 from tests.cache.making import keys, manifest, teacher
 
-CLASSES = 30  # more than topk keeps, so that its tail is stored too
+CLASSES = 30  # more than topk keeps, so that it stores a tail
 COUNTS = (5, 3)
 VIEWS = BLOCK = 2
 
 
-def make_full(path: Path) -> None:
-    """Finish a cache of two units."""
+def write_full_cache(path: Path) -> None:
+    """Write a complete cache of two units in every encoding."""
     shards = tuple(
         ShardInfo.of(f"train-{s:04d}.tar", keys(s, n), 10240, f"{s:064x}")
         for s, n in enumerate(COUNTS)
     )
-    made = manifest(
+    full = manifest(
         dataset=DatasetManifest("toy", CLASSES, shards),
         teacher=teacher(num_classes=CLASSES),
         encodings=tuple(ENCODINGS),
         views=VIEWS,
         view_block=BLOCK,
     )
-    writer = CacheWriter.create(path, made)
+    writer = CacheWriter.create(path, full)
     for unit in writer.todo():
         writer.write_unit(unit, unit_data(unit))
 
@@ -56,8 +56,8 @@ def unit_data(unit: Unit) -> UnitData:
     )
 
 
-def said_of(reader: Cache, array: str) -> Iterator[object]:
-    """Everything that ``reader`` says of one array, as comparable values."""
+def stored_values(reader: Cache, array: str) -> Iterator[object]:
+    """Yield everything that ``reader`` returns from one array, as comparable values."""
     for shard, count in enumerate(reader.counts):
         if array == "key":
             yield reader.keys(shard)
