@@ -178,11 +178,11 @@ def test_the_citation_has_the_packages_version_and_license() -> None:
 KEYS = ROOT / "docs/recipe-keys.md"
 INTRODUCTION = """# Recipe keys
 
-Made from the code by `python -m tests.test_documents`; [recipes](recipes.md) shows how they are
-used. On resume, keys that are `kept` decide the result and must have the same value, keys that `may
-change` may have another, and `free` keys do not change the result.
+Generated from the code by `python -m tests.test_documents`; [recipes](recipes.md) shows their use.
+On resume, `fixed` keys decide the result and must be unchanged, `may change` keys may have a new
+value, and `free` keys do not affect the result.
 """
-MARKS = {"": "kept", "adjustable": "may change", "free": "free"}
+MARKS = {"": "fixed", "adjustable": "may change", "free": "free"}
 
 
 def limits_of(kind: Any, metadata: list[Any]) -> str:
@@ -219,9 +219,9 @@ def page_of_keys() -> str:
     train = "".join(section_of_keys(TrainRecipe, "Stage two"))
     views = "".join(f"| `views.{k}` | {shown(v)} |\n" for k, v in asdict(ViewPolicy()).items())
     return (
-        f"{INTRODUCTION}{dump}{train}\n## views, of both\n\nDeiT's augmentation (arXiv 2012.12877, "
-        "table 9): lengths in pixels, areas and probabilities as fractions. Stage two takes the "
-        f"cache's. All of them are kept.\n\n| key | default |\n|---|---|\n{views}"
+        f"{INTRODUCTION}{dump}{train}\n## views, in both stages\n\nDeiT's augmentation (arXiv "
+        "2012.12877, table 9): lengths in pixels, areas and probabilities as fractions. Stage two "
+        f"uses the cache's values. All keys are fixed.\n\n| key | default |\n|---|---|\n{views}"
     )
 
 

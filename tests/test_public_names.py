@@ -68,13 +68,13 @@ def test_importing_the_package_imports_nothing_else() -> None:
 # --- the page -------------------------------------------------------------------------------------
 
 PAGE = Path(__file__).parents[1] / "docs/api.md"
-INTRODUCTION = """# The package as a library
+INTRODUCTION = """# Library
 
-Made from the docstrings by `python -m tests.test_public_names`. Everything here is imported as
-`from cskd_pipeline import ...`, typed, and loaded when it is first used: `import cskd_pipeline`
-alone imports neither torch nor anything else. [The examples](examples) use it, each run by a test.
-News and warnings go where your `logging` sends them (logger `cskd_pipeline`); progress is shown to
-whoever calls `cskd_pipeline.runtime.progress.listen`; `kept` there undoes that.
+Generated from the docstrings by `python -m tests.test_public_names`. Import every name with
+`from cskd_pipeline import ...`; names are typed and loaded on first use, so `import cskd_pipeline`
+alone imports nothing else, not even torch. [The examples](examples) use them, each run by a test.
+Messages and warnings go to `logging` (logger `cskd_pipeline`); progress goes to the listener given
+to `cskd_pipeline.runtime.progress.listen`.
 
 ## A training loop
 
@@ -88,18 +88,17 @@ for epoch in range(epochs):
         step(optimizer, parts.total)  # zero_grad, backward, step: yours
 ```
 
-[plain_loop.py](examples/plain_loop.py) is a whole program.
+[plain_loop.py](examples/plain_loop.py) is a complete program.
 """
 PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
     "Train from a cache": (
-        "Breaking out of a `for batch in loader` keeps the epoch: the next `for` continues it at "
-        "the next batch; after\na whole epoch the next `for` is the next epoch.",
+        "After a break out of `for batch in loader`, the next `for` resumes the epoch at the next "
+        "batch; after a\ncomplete epoch, it starts the next one.",
         ("open_views", "TrainingViews", "CachedLoader", "CachedBatch", "replay_view"),
     ),
     "Losses and schedules": (
-        "`train` and `evaluate` predict by the mean of the logits of all trained heads, the dense "
-        "one averaged over its\nlocations: `inference_logits(heads, tuple(heads.logits()))` after "
-        "`cskd`.",
+        "`train` and `evaluate` predict with the mean of all trained heads' logits, the dense ones "
+        "averaged over locations:\n`inference_logits(heads, tuple(heads.logits()))` after `cskd`.",
         (
             "dense_logits",
             "Heads",
@@ -126,7 +125,7 @@ PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "Extend": (
-        "Encodings and view policies of your own; [optimizers](running.md#your-own-optimizer).",
+        "Add encodings and view policies; see also [optimizers](running.md#your-own-optimizer).",
         ("register_encoding", "Encoding", "register_policy"),
     ),
     "Errors": ("", ("CskdError",)),
@@ -142,7 +141,7 @@ SECTIONS = {
 
 
 def page() -> str:
-    """The text of docs/api.md."""
+    """Return the text of docs/api.md."""
     parts = [INTRODUCTION]
     for section, (introduction, names) in PLACES.items():
         parts += [f"## {section}\n", *([f"{introduction}\n"] if introduction else [])]
