@@ -1,11 +1,10 @@
-"""A network cut in two at its last feature map: what comes before it, and a head for one location.
+"""A network cut at its last feature map into a backbone and a head that applies at each location.
 
-:func:`cut_network` gives every teacher the same two methods, timm's: ``forward_features``, (B, 3,
-S, S) -> (B, C, h, w), and ``forward_head``, (B, C, h, w) -> (B, K), which averages over h and w
-before anything else. A network that has them is taken as it is, or with its feature maps permuted
-where their channels come last. Of any other, the last feature map is looked for: it must be what
-is averaged for the linear layer whose output the network returns. Either is proven on random
-pixels, or refused with the reason.
+:func:`cut_network` gives every teacher timm's two methods: ``forward_features``, (B, 3, S, S) ->
+(B, C, h, w), and ``forward_head``, (B, C, h, w) -> (B, K), which first averages over h and w. A
+network with both is used as it is, with feature maps permuted if their channels are last. In any
+other the last feature map is searched for, whose mean must be the input of the linear layer that
+computes the network's output. Either form is proven on random pixels, or refused with the reason.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,19 +17,19 @@ from torch.overrides import TorchFunctionMode
 from cskd_pipeline.errors import TeacherError
 
 CONTRACT = (
-    "features -> global average pooling -> linear layer; or forward_features, which gives "
-    "(B, C, h, w), and a forward_head that averages them before anything else"
+    "features -> global average pooling -> linear layer; or forward_features, which returns "
+    "(B, C, h, w), and a forward_head that first averages them"
 )
 _METHODS = ("forward_features", "forward_head")
-_TOLERANCE = 1e-3  # relative to the largest value: float32 sums in another order
+_TOLERANCE = 1e-3  # relative to the largest value, for float32 sums in another order
 
 
 Maps = dict[tuple[int, ...], Tensor]
-"""Feature maps (B, C, h, w) by (C, h, w), in the order in which they were last seen."""
+"""Feature maps (B, C, h, w) by (C, h, w), in the order of their last use."""
 
 
 class Cut(NamedTuple):
-    """A network with ``forward_features`` and ``forward_head``, and what they were seen to give."""
+    """A network with ``forward_features`` and ``forward_head``, and the shape of its logits."""
 
     network: Any
     num_classes: int
@@ -38,28 +37,31 @@ class Cut(NamedTuple):
 
 
 def cut_network(network: nn.Module, name: str, size: int) -> Cut:
-    """Give ``network``, in eval mode, the two methods of a teacher, or refuse it with the reason.
+    """Return ``network``, in eval mode, with the two methods of a teacher.
 
     Args:
-        name: of the teacher, for messages.
+        name: the teacher's name, for messages.
         size: side of the input in pixels.
+
+    Raises:
+        TeacherError: the network gives no spatial logits.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, size, size, generator=generator)
     missing = [method for method in _METHODS if not callable(getattr(network, method, None))]
-    found: Any = _pooled(network, name, missing, x) if missing else network
-    features = _features(found, name, x)
-    if _channels_last(found, features):
-        found, features = ChannelsSecond(found), features.permute(0, 3, 1, 2)
+    cut: Any = _pooled(network, name, missing, x) if missing else network
+    features = _features(cut, name, x)
+    if _channels_last(cut, features):
+        cut, features = ChannelsFirst(cut), features.permute(0, 3, 1, 2)
     height, width = features.shape[2:]
-    return Cut(found, _prove(found, name, features, generator), (height, width))
+    return Cut(cut, _prove(cut, name, features, generator), (height, width))
 
 
 def head_per_location(network: Any, features: Tensor) -> Tensor:
     """Apply the network's own head at each location: (B, C, h, w) -> (B, K, h, w).
 
-    For a head that averages and then applies a linear layer this is a 1x1 convolution, and its mean
-    over locations are the global logits (arXiv 2307.08500 and the authors' code).
+    For global average pooling and a linear layer this is a 1x1 convolution, whose mean over
+    locations equals the global logits (arXiv 2307.08500 and the authors' code).
     """
     samples, channels, height, width = features.shape
     locations = features.permute(0, 2, 3, 1).reshape(-1, channels, 1, 1)
@@ -67,8 +69,8 @@ def head_per_location(network: Any, features: Tensor) -> Tensor:
     return logits.reshape(samples, height, width, -1).permute(0, 3, 1, 2)
 
 
-class ChannelsSecond(nn.Module):
-    """A network whose feature maps are (B, h, w, C), as timm's Swin and MambaOut have them."""
+class ChannelsFirst(nn.Module):
+    """Wrapper that permutes feature maps (B, h, w, C), as of timm's Swin and MambaOut."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -80,17 +82,17 @@ class ChannelsSecond(nn.Module):
         return features.permute(0, 3, 1, 2)
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """Return logits (B, K) of (B, C, h, w)."""
+        """Return logits (B, K) of features (B, C, h, w)."""
         logits: Tensor = self.network.forward_head(features.permute(0, 2, 3, 1))
         return logits
 
 
 class Pooled(nn.Module):
-    """A network that averages its last feature map for a linear layer, however it is written.
+    """Wrapper of a network without ``forward_features`` that pools its last feature map.
 
     Args:
-        network: whose ``forward`` gives the logits.
-        linear: its last layer.
+        network: its ``forward`` returns the logits.
+        linear: its last layer, applied to the mean of the feature map.
         shape: (C, h, w) of the feature map.
     """
 
@@ -106,17 +108,17 @@ class Pooled(nn.Module):
         return maps[self.shape]
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """Return logits (B, K) of (B, C, h, w)."""
+        """Return logits (B, K) of features (B, C, h, w)."""
         logits: Tensor = self.linear(features.mean(dim=(2, 3)))
         return logits
 
 
 class _Watch(TorchFunctionMode):
-    """Puts feature maps that are handed to any of torch's functions into ``maps``: of each shape,
-    or of the wanted one, the last.
+    """Record in ``maps`` the feature maps passed to any torch function: the last of each shape, or
+    of ``shape`` only.
 
-    The last one of its shape is what was pooled, after the activation and whatever else was done to
-    it, be that by a layer or by a function.
+    The last feature map of its shape is the one that is pooled, after the activation and any other
+    layer or function.
     """
 
     def __init__(self, maps: Maps, shape: tuple[int, ...] | None = None) -> None:
@@ -135,90 +137,88 @@ class _Watch(TorchFunctionMode):
             if isinstance(value, Tensor) and value.ndim == 4:
                 shape = tuple(value.shape[1:])
                 if not isinstance(value, nn.Parameter) and self.shape in (None, shape):
-                    self.maps.pop(shape, None)  # so that the last one stands last
+                    self.maps.pop(shape, None)  # keeps the order of last use
                     self.maps[shape] = value
         return func(*args, **kwargs)
 
 
 def _pooled(network: nn.Module, name: str, missing: Sequence[str], x: Tensor) -> Pooled:
-    """``network`` with both methods, if it ends in global average pooling and a linear layer."""
+    """Wrap a network that ends in global average pooling and a linear layer; refuse any other."""
     without = f"it has no {' and no '.join(missing)}, and"
-    seen: Maps = {}
+    maps: Maps = {}
     calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
     hooks = [
-        layer.register_forward_hook(lambda layer, given, out: calls.append((layer, given[0], out)))
+        layer.register_forward_hook(lambda layer, args, out: calls.append((layer, args[0], out)))
         for layer in layers
     ]
     try:
-        with torch.inference_mode(), _Watch(seen):
+        with torch.inference_mode(), _Watch(maps):
             logits = network(x)
-    except Exception as error:  # an input size that a model cannot take fails anywhere inside it
-        raise _fails(name, x, error) from error
+    except Exception as error:  # an unsupported input size can fail anywhere in a model
+        raise _forward_failed(name, x, error) from error
     finally:
         for hook in hooks:
             hook.remove()
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise _refusal(name, f"{without} its forward gives {shape}, not logits (B, K)")
-    heads = [(layer, given) for layer, given, out in calls if _close(out, logits)]
+        raise _refusal(name, f"{without} its forward returns {shape}, not logits (B, K)")
+    heads = [(layer, pooled) for layer, pooled, out in calls if _close(out, logits)]
     if not heads:
-        raise _refusal(name, f"{without} what it returns is no linear layer's output")
-    linear, given = heads[-1]
+        raise _refusal(name, f"{without} its output is not that of a linear layer")
+    linear, pooled = heads[-1]
     width = linear.in_features
-    maps = [m for (channels, *sides), m in seen.items() if channels == width and sides != [1, 1]]
-    if not maps:
+    fitting = [m for (channels, *grid), m in maps.items() if channels == width and grid != [1, 1]]
+    if not fitting:
         raise _refusal(
             name,
-            f"{without} no feature map of {width} channels and more than one "
-            f"location at {x.shape[-1]} px comes before its last linear layer",
+            f"{without} its last linear layer follows no feature map of {width} channels and more "
+            f"than one location at {x.shape[-1]} px",
         )
-    if not _close(maps[-1].mean(dim=(2, 3)), given):
-        raise _refusal(
-            name, f"{without} its last linear layer does not get the mean of a feature map"
-        )
-    return Pooled(network, linear, tuple(maps[-1].shape[1:]))
+    if not _close(fitting[-1].mean(dim=(2, 3)), pooled):
+        raise _refusal(name, f"{without} its linear layer's input is not the mean of a feature map")
+    return Pooled(network, linear, tuple(fitting[-1].shape[1:]))
 
 
 def _features(network: Any, name: str, x: Tensor) -> Tensor:
-    """The feature map of one view, as the network gives it: (B, C, h, w) or (B, h, w, C)."""
+    """Return the network's feature map of ``x``: (B, C, h, w) or (B, h, w, C)."""
     try:
         with torch.inference_mode():
             features = network.forward_features(x)
     except Exception as error:  # as above
-        raise _fails(name, x, error) from error
+        raise _forward_failed(name, x, error) from error
     if not isinstance(features, Tensor):
         raise _refusal(name, f"its features are a {type(features).__name__}")
     if features.ndim == 3:
-        raise _refusal(name, f"its features are tokens {tuple(features.shape)}, as a ViT's")
+        raise _refusal(name, f"its features are tokens {tuple(features.shape)}, like a ViT's")
     if features.ndim != 4:
         raise _refusal(name, f"its features are {tuple(features.shape)}, not (B, C, h, w)")
     return features
 
 
 def _channels_last(network: Any, features: Tensor) -> bool:
-    """Return whether a feature map is (B, h, w, C), by the width that timm's networks state."""
-    width, stated = (getattr(network, name, None) for name in ("num_features", "output_fmt"))
-    return width == features.shape[3] and (width != features.shape[1] or stated == "NHWC")
+    """Return whether a feature map is (B, h, w, C), by timm's ``num_features`` and format."""
+    channels, layout = (getattr(network, name, None) for name in ("num_features", "output_fmt"))
+    return channels == features.shape[3] and (channels != features.shape[1] or layout == "NHWC")
 
 
 def _prove(network: Any, name: str, features: Tensor, generator: torch.Generator) -> int:
-    """The class count, after showing on random features that the head works at each location."""
+    """Prove on random features that the head applies at each location; return the class count."""
     channels, height, width = features.shape[1:]
     features = torch.randn(2, channels, height, width, generator=generator)
     moved = features.flatten(2)[:, :, torch.randperm(height * width, generator=generator)]
     with torch.inference_mode():
         try:
-            whole = network.forward_head(features)
+            logits = network.forward_head(features)
             shuffled = network.forward_head(moved.view_as(features))
             spatial = head_per_location(network, features)
-        except Exception as error:  # heads are free to fail in any way
-            raise _refusal(name, f"its head fails: {type(error).__name__} {error}") from error
-    if whole.ndim != 2 or spatial.shape != (2, whole.shape[1], height, width):
-        raise _refusal(name, f"its head gives {tuple(whole.shape)} for 2 feature maps")
-    if not _close(shuffled, whole):
-        raise _refusal(name, "its head depends on where features are: it does not just pool them")
-    return int(whole.shape[1])
+        except Exception as error:  # a head can raise anything
+            raise _refusal(name, f"its head fails: {type(error).__name__}: {error}") from error
+    if logits.ndim != 2 or spatial.shape != (2, logits.shape[1], height, width):
+        raise _refusal(name, f"its head returns {tuple(logits.shape)} for 2 feature maps")
+    if not _close(shuffled, logits):
+        raise _refusal(name, "its head depends on the order of locations: it does not just pool")
+    return int(logits.shape[1])
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
@@ -227,8 +227,8 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
 
 
-def _fails(name: str, x: Tensor, error: Exception) -> TeacherError:
-    return _refusal(name, f"it fails at {x.shape[-1]} px: {type(error).__name__} {error}")
+def _forward_failed(name: str, x: Tensor, error: Exception) -> TeacherError:
+    return _refusal(name, f"it fails at {x.shape[-1]} px: {type(error).__name__}: {error}")
 
 
 def _refusal(name: str, reason: str) -> TeacherError:
@@ -237,6 +237,6 @@ def _refusal(name: str, reason: str) -> TeacherError:
         where=name,
         found=reason,
         expected=CONTRACT,
-        action="use a CNN such as regnety_160.deit_in1k, resnet50 or convnext_tiny, or give yours "
-        "these methods: dump-teacher --help shows how",
+        action="use a CNN such as regnety_160.deit_in1k, resnet50 or convnext_tiny, or add these "
+        "methods to yours: see dump-teacher --help",
     )

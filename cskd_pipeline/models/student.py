@@ -1,4 +1,4 @@
-"""The student: a timm ViT with class, distillation and dense predictions."""
+"""The student: a timm ViT with class, distillation and dense logits."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Grid = tuple[int, int]
 
 
 class Heads(NamedTuple):
-    """Hold a student's logits; (h, w) is the teacher's grid.
+    """A student's logits; (h, w) is the teacher's grid.
 
     Attributes:
-        cls: (B, K), of the class head.
-        dist: (B, K), of the distillation head; None: no distillation token.
-        dense: (B, K, h, w), of every location; None: no grid was given.
+        cls: (B, K), class head.
+        dist: (B, K), distillation head; None: no distillation token.
+        dense: (B, K, h, w), one distribution per location; None: no grid was given.
     """
 
     cls: Tensor
@@ -33,37 +33,37 @@ class Heads(NamedTuple):
     dense: Tensor | None = None
 
     def float(self) -> Heads:
-        """Return the same in float32."""
+        """Return the logits in float32."""
         dist, dense = (None if x is None else x.float() for x in (self.dist, self.dense))
         return Heads(self.cls.float(), dist, dense)
 
     def logits(self) -> dict[str, Tensor]:
-        """Return one (B, K) per head that is there; ``dense`` by its mean over the grid."""
+        """Return (B, K) logits per existing head; ``dense`` is averaged over the grid."""
         dense = None if self.dense is None else self.dense.mean(dim=(2, 3))
         heads = {"cls": self.cls, "dist": self.dist, "dense": dense}
         return {name: logits for name, logits in heads.items() if logits is not None}
 
 
 def inference_logits(heads: Heads, names: Sequence[str]) -> Tensor:
-    """Return the mean of the named heads' logits, (B, K): the prediction (arXiv 2307.08500).
+    """Return the prediction, (B, K): the mean of the named heads' logits (arXiv 2307.08500).
 
     Args:
-        names: the heads that were trained, of ``heads.logits()``: ``cls``, ``dist``, ``dense``.
+        names: the trained heads: ``cls``, ``dist``, ``dense``.
     """
     logits = heads.logits()
     return torch.stack([logits[name] for name in names]).mean(dim=0)
 
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-LEAST_CROP_PCT = 0.1
-"""Images are resized to at most ten times the size of the crop."""
+MIN_CROP_PCT = 0.1
+"""Lower limit of ``crop_pct``: images are resized to at most ten times the crop."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Say how evaluation images are prepared: resized, then the central ``size`` pixels.
+    """Preprocessing of evaluation images: resize, then crop the central ``size`` pixels.
 
-    ``crop_pct`` is ``size`` in units of the resized image's shorter side.
+    ``crop_pct`` is ``size`` as a fraction of the resized image's shorter side.
     """
 
     size: int
@@ -75,19 +75,18 @@ class Preprocessing:
         """Return the shorter side of the resized image in pixels, as timm rounds it."""
         return int(self.size / self.crop_pct)
 
-    def changed(self, crop_pct: float | None, interpolation: str | None) -> Preprocessing:
-        """Return the same with another crop and filter; 0, ``auto`` and None keep its own."""
-        given = interpolation if interpolation != "auto" else None
-        return replace(
-            self, crop_pct=crop_pct or self.crop_pct, interpolation=given or self.interpolation
-        )
+    def override(self, crop_pct: float | None, interpolation: str | None) -> Preprocessing:
+        """Return a copy with another crop and filter; 0, ``auto`` and None keep the current."""
+        if interpolation in (None, "auto"):
+            interpolation = self.interpolation
+        return replace(self, crop_pct=crop_pct or self.crop_pct, interpolation=interpolation)
 
 
 class Student(nn.Module):
-    """Wrap a timm model as ``self.model``, whose state dict is what gets saved: timm loads it.
+    """A timm model as ``self.model``, whose state dict is saved in timm's own names.
 
-    Plain ViTs (with or without distillation token, token or average pooling) serve every method;
-    any other timm classifier serves method ``none``. Images are normalised with ``mean`` and
+    Plain ViTs (with or without distillation token, token or average pooling) support every method;
+    any other timm classifier supports the method ``none``. Images are normalised with ``mean`` and
     ``std``, in [0, 1] units.
     """
 
@@ -105,15 +104,15 @@ class Student(nn.Module):
         self.has_distillation_token = _has_distillation_token(model)
 
     def with_model(self, model: nn.Module) -> Student:
-        """Return the same student around another copy of the network, such as a moving average."""
+        """Return this student with another copy of the network, such as a moving average."""
         student = Student(model, self.name, self.preprocessing.size, self.kwargs)
         student.preprocessing = self.preprocessing
         return student
 
-    def leave_out_distillation_head(self) -> None:
+    def freeze_distillation_head(self) -> None:
         """Set the distillation head to zero and freeze it, for a method that does not train it.
 
-        timm's own forward averages both heads: with zeros it ranks classes as the class head does.
+        timm's forward averages both heads, so with zeros its ranking is that of the class head.
         """
         if self.has_distillation_token:
             model: Any = self.model
@@ -121,8 +120,9 @@ class Student(nn.Module):
                 parameter.requires_grad_(False).zero_()
 
     def require(self, *, method: str, grid: Grid | None) -> None:
-        """Refuse a method or a teacher grid (rows, columns) that this student cannot serve: as no
-        plain ViT, or with fewer tokens than the teacher has locations along a side.
+        """Refuse a method or a teacher grid (rows, columns) that this student does not support.
+
+        Both need a plain ViT, the grid also at least as many tokens as locations along each side.
         """
         if method != "none" or grid is not None:
             _require_tokens(self.model, grid, self.name)
@@ -130,16 +130,16 @@ class Student(nn.Module):
     def try_out(
         self, images: Tensor, num_classes: int, grid: Grid | None, amp: torch.dtype | None = None
     ) -> None:
-        """Refuse a model that fails in a training step; weights and random state stay as they are.
+        """Refuse a model that fails in a training step; weights and random state are unchanged.
 
         Args:
-            images: (B, 3, size, size) in the run's memory format, on the student's device; any
-                values. Few are enough, but as few as the run's own where those are fewer than two.
+            images: (B, 3, size, size), any values, in the run's memory format, on the student's
+                device. Two are enough; a run with micro-batches of one image passes one.
             grid: as in :meth:`forward`.
-            amp: dtype of autocast; None: off.
+            amp: autocast dtype; None: off.
 
         Raises:
-            StudentError: with the model's own words.
+            StudentError: the step failed, with the model's message.
         """
         buffers = {name: value.clone() for name, value in self.named_buffers()}
         cuda = [images.device] if images.device.type == "cuda" else []
@@ -155,16 +155,16 @@ class Student(nn.Module):
                 torch.stack(list(logits.values())).sum().backward()
         except StudentError:
             raise
-        except Exception as problem:  # models are free to fail in any way
-            few = "; batch normalisation needs more than one image in every micro-batch"
+        except Exception as error:  # a model can raise anything
+            hint = "; batch normalisation needs more than one image in every micro-batch"
             raise StudentError(
                 "the student fails in its first training step",
                 where=self.name,
-                found=f"{type(problem).__name__}: {problem}",
+                found=f"{type(error).__name__}: {error}",
                 expected=f"a classifier that trains on images of {tuple(images.shape[1:])}",
                 action="choose another student, student.kwargs or views.size"
-                + (few if len(images) == 1 else ""),
-            ) from problem
+                + (hint if len(images) == 1 else ""),
+            ) from error
         finally:
             self.train(training)
             self.zero_grad(set_to_none=True)
@@ -173,8 +173,8 @@ class Student(nn.Module):
                     value.copy_(buffers[name])
 
     def forward(self, x: Tensor, grid: Grid | None = None) -> Heads:
-        """Return :func:`dense_logits` of normalised images (B, 3, size, size); of a timm classifier
-        that is no plain ViT the class logits alone.
+        """Return :func:`dense_logits` of normalised images (B, 3, size, size), or the class logits
+        alone if the model is not a plain ViT.
         """
         if self.token_grid is None and grid is None:
             return Heads(self.model(x))
@@ -182,20 +182,20 @@ class Student(nn.Module):
 
 
 def dense_logits(model: nn.Module, images: Tensor, grid: Grid | None = None) -> Heads:
-    """Return the class, distillation and dense logits of a timm ViT, as CSKD trains them.
+    """Return the class, distillation and dense logits of a timm ViT.
 
-    Dense logits are the distillation head (without one, the class head) on the patch tokens,
-    averaged over the tokens that fall on each location of the teacher's grid (arXiv 2307.08500).
-    The head is linear, so the tokens are pooled first: a quarter of the work at 14x14 to 7x7.
+    Dense logits are the output of the distillation head (or, without one, the class head) on the
+    patch tokens, averaged within each location of the teacher's grid (arXiv 2307.08500). The head
+    is linear, so the tokens are pooled first: a quarter of the work from 14x14 to 7x7.
 
     Args:
         model: with or without distillation token, with token or average pooling.
         images: (B, 3, S, S) normalised.
-        grid: the teacher's (rows, columns); None: no dense logits. For their mean alone, (1, 1) is
-            the cheapest and gives the same.
+        grid: the teacher's (rows, columns); None: no dense logits. If only their mean is needed,
+            (1, 1) is the cheapest grid.
 
     Raises:
-        StudentError: the model is no plain ViT, or has fewer tokens than the grid locations.
+        StudentError: the model is not a plain ViT, or has fewer tokens than the grid has locations.
     """
     vit: Any = model
     name = type(model).__name__
@@ -216,14 +216,14 @@ def dense_logits(model: nn.Module, images: Tensor, grid: Grid | None = None) -> 
             where=name,
             found=f"{patches.shape[1]} patch tokens",
             expected="{}x{}, one for every patch".format(*token_grid),
-            action="leave patch_drop_rate out of student.kwargs, or choose method deit or none",
+            action="remove patch_drop_rate from student.kwargs, or choose method deit or none",
         )
     pooled = vit.head_drop(pool_tokens(vit.fc_norm(patches), token_grid, grid))
     return Heads(cls, dist, head(pooled).permute(0, 3, 1, 2))
 
 
 def _token_grid(model: nn.Module) -> Grid | None:
-    """(rows, columns) of a plain ViT's patch tokens; None for other models."""
+    """Return (rows, columns) of a plain ViT's patch tokens; None for other models."""
     if not isinstance(model, VisionTransformer) or model.global_pool not in ("token", "avg"):
         return None
     patch_embed: Any = model.patch_embed
@@ -257,9 +257,9 @@ def _require_tokens(model: nn.Module, grid: Grid | None, name: str) -> Grid:
 
 
 def pool_tokens(tokens: Tensor, token_grid: Grid, grid: Grid) -> Tensor:
-    """Return the mean of the tokens that fall on each location: (B, H * W, C) -> (B, h, w, C).
+    """Return the mean of each location's tokens: (B, H * W, C) -> (B, h, w, C).
 
-    Equal blocks where the grids divide, else adaptive average pooling, whose blocks overlap.
+    Blocks are equal if (h, w) divides (H, W), else those of adaptive pooling, which overlap.
     """
     (rows, columns), (height, width) = token_grid, grid
     tokens = tokens.unflatten(1, (rows, columns))
@@ -277,24 +277,24 @@ def create_student(
     kwargs: Mapping[str, Any] | None = None,
     drop_path: float = 0.0,
 ) -> Student:
-    """Return a student with fresh weights, drawn from torch's global generator as timm draws them.
+    """Return a student with timm's random initial weights, from torch's global generator.
 
     Args:
         name: a timm name.
-        size: side of the input in pixels, the views'.
-        kwargs: for the model's constructor (``patch_size``, ``embed_dim``, ``depth``, ...).
-        drop_path: stochastic depth; the paper's recipe has none.
+        size: side of the views in pixels.
+        kwargs: arguments of the model's constructor (``patch_size``, ``embed_dim``, ...).
+        drop_path: stochastic depth rate; the paper's recipe has none.
 
     Raises:
-        StudentError: no such model, or arguments it does not take.
+        StudentError: no such model, or arguments that it does not accept.
     """
     if name.startswith(HUB_PREFIXES):
         raise StudentError(
-            "a student is named by its architecture",
+            "a student cannot be loaded from a hub",
             where=name,
-            expected="a name that timm itself knows: a student starts with fresh weights, and what "
-            "a stranger's file names is not fetched",
-            action="name the architecture, with its arguments in student.kwargs",
+            expected="a name in timm itself: students start from random weights, and no hub is "
+            "contacted on behalf of a student's file",
+            action="give the architecture's name, and its arguments in student.kwargs",
         )
     arguments = dict(kwargs or {})
     if drop_path > 0.0:

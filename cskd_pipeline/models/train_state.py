@@ -1,4 +1,4 @@
-"""Training states: what a run needs to go on, written whole and read without running anything."""
+"""Training states, from which a run resumes: written atomically, read without running code."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from cskd_pipeline.errors import WeightsError
-from cskd_pipeline.models.weights import load_plain, unloadable
+from cskd_pipeline.models.weights import load_failure, load_plain
 from cskd_pipeline.runtime.atomic import atomic_write
 
 FORMAT = 2
@@ -19,7 +19,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         with open(partial, "wb") as file:
             try:
                 torch.save(state, file)
-            except RuntimeError as error:  # torch's own; a full disk or a signal is behind it
+            except RuntimeError as error:  # torch hides the cause, such as a full disk or a signal
                 if error.__context__ is None:
                     raise
                 raise error.__context__ from error
@@ -28,35 +28,35 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read a training state without running anything in it.
+    """Read a training state without running code from it.
 
     Raises:
-        WeightsError: a damaged file, or one that holds more than tensors and plain values.
+        WeightsError: a damaged file, objects other than tensors and plain values, another format.
     """
     try:
         state = load_plain(path)
-    except Exception as error:  # torch raises many kinds for a damaged or hostile file
+    except Exception as error:  # a damaged or hostile file can raise anything
         raise WeightsError(
             "the training state cannot be read",
             where=path,
-            found=unloadable(error),
-            action="start again in a new output folder; the students beside it are still good",
+            found=load_failure(error),
+            action="start again in a new output folder; the students next to it are still valid",
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise WeightsError(
-            "the file holds no training state of this version",
+            "the file is not a training state of this version",
             where=path,
-            action="continue with the version that wrote it, or start again in a new output folder",
+            action="resume with the version that wrote it, or start again in a new output folder",
         )
     return state
 
 
-def find_nonfinite(state: Any, at: str = "") -> str | None:
-    """Return the dotted name of the first tensor of a state that holds NaN or infinity, or None."""
+def find_nonfinite(state: Any, prefix: str = "") -> str | None:
+    """Return the dotted name of a state's first tensor with NaN or infinite values, or None."""
     if isinstance(state, torch.Tensor):
-        return None if bool(torch.isfinite(state).all()) else at
+        return None if bool(torch.isfinite(state).all()) else prefix
     if isinstance(state, dict | list | tuple):
         items = state.items() if isinstance(state, dict) else enumerate(state)
-        found = (find_nonfinite(value, f"{at}.{name}".lstrip(".")) for name, value in items)
+        found = (find_nonfinite(value, f"{prefix}.{name}".lstrip(".")) for name, value in items)
         return next((name for name in found if name is not None), None)
     return None

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors, read without running anything that is in it."""
+"""The tensors of a checkpoint, read without running code from it."""
 
 import argparse
 import hashlib
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from cskd_pipeline.errors import WeightsError
 
-# Averages first, as timm does; "net" is what the common CIFAR scripts write.
+# Averages first, as in timm; "net" is the key of the common CIFAR scripts.
 _NESTINGS = ("state_dict_ema", "model_ema", "state_dict", "model", "net")
-_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")  # torch writes in bold
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*m")  # torch's messages contain bold text
 _FOREIGN = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
 _WRAPPERS = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel
 
@@ -23,39 +23,38 @@ _WRAPPERS = ("_orig_mod.", "module.")  # torch.compile, DistributedDataParallel
 def load_state(path: Path | str) -> dict[str, Tensor]:
     """Load parameters and buffers by name, on the CPU.
 
-    Of a safetensors file, or of anything that ``torch.save`` wrote as long as it holds tensors and
-    plain values only: contents decide which, not names. What training scripts wrap around the
-    tensors is removed; of a model and its moving average the average is taken, as timm does.
+    The file is safetensors, or any ``torch.save`` output of tensors and plain values; its content
+    decides, not its name. Wrappers that training scripts put around the state dict are removed; a
+    moving average takes precedence over its model, as in timm.
 
     Raises:
-        WeightsError: no such file, no checkpoint, or objects in it that only running code could
-        make.
+        WeightsError: no such file, not a checkpoint, or objects that cannot be loaded without
+            running code.
     """
     path = Path(path)
     if not path.is_file():
-        raise WeightsError("there is no such weights file", where=path)
+        raise WeightsError("no such weights file", where=path)
     try:
         if is_safetensors(path):
             checkpoint: object = load_file(path)
         else:
-            # Training scripts store their arguments beside the weights: a Namespace is only a
-            # record.
+            # Training scripts store their arguments with the weights; a Namespace is plain data.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 checkpoint = load_plain(path)
-    except Exception as error:  # a damaged or hostile file can fail in any way
+    except Exception as error:  # a damaged or hostile file can raise anything
         raise WeightsError(
             "the weights file does not load as plain tensors",
             where=path,
-            found=unloadable(error),
+            found=load_failure(error),
             expected="a .safetensors file, or a torch checkpoint of tensors and plain values",
-            action="nothing in it was run; where it was made, torch.save(model.state_dict(), FILE) "
-            "writes the tensors alone",
+            action="no code in it was run; save the tensors alone in the code that wrote it: "
+            "torch.save(model.state_dict(), FILE)",
         ) from error
     state = _unwrap(checkpoint)
     entries = state.items() if isinstance(state, dict) else ()
     if not entries or any(type(k) is not str or not isinstance(v, Tensor) for k, v in entries):
         raise WeightsError(
-            "the weights file holds no state dict",
+            "the weights file contains no state dict",
             where=path,
             found=_describe(state),
             expected=f"tensors by name, bare or under {', '.join(_NESTINGS)}",
@@ -63,61 +62,61 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
     for name, tensor in entries:
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise WeightsError(
-                "a tensor claims more values than the file holds",
+                "a tensor claims more values than the file contains",
                 where=path,
                 found=f"{name} of shape {tuple(tensor.shape)}",
-                expected="tensors that were saved whole",
+                expected="tensors with all of their values",
             )
     return {_bare(name): tensor for name, tensor in entries}
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return whether a file begins as that format does: the length of a header, then JSON."""
+    """Return whether a file starts like safetensors: the length of a header, then JSON."""
     with open(path, "rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def load_plain(path: Path) -> object:
-    """Load what ``torch.save`` wrote of tensors and plain values; run nothing in it.
+    """Load a ``torch.save`` file of tensors and plain values; run no code from it.
 
-    torch itself looks at no checksum, and takes archives whose entries unfold.
+    Reject compressed archives and wrong checksums, which torch itself accepts.
 
     Raises:
-        ValueError: an archive that is compressed or damaged; else what ``torch.load`` raises, which
-            is any exception.
+        ValueError: a compressed or damaged archive.
+        Exception: whatever ``torch.load`` raises.
     """
     with open(path, "rb") as file:
-        is_archive = file.read(4) == b"PK\x03\x04"  # as torch decides it
+        is_archive = file.read(4) == b"PK\x03\x04"  # torch's own test
     if is_archive:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            unfolded = sum(entry.file_size for entry in entries)
+            size = sum(entry.file_size for entry in entries)
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-            if not stored or unfolded > path.stat().st_size:
-                raise ValueError("an archive that unfolds, which torch never writes")
+            if not stored or size > path.stat().st_size:
+                raise ValueError("a compressed archive, which torch never writes")
             damaged = archive.testzip()
             if damaged is not None:
-                raise ValueError(f"the CRC-32 of {damaged} does not fit")
-    with open(path, "rb") as file:  # of a path torch would look at the suffix
+                raise ValueError(f"the CRC-32 of {damaged} does not match")
+    with open(path, "rb") as file:  # given a path, torch would check the suffix
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def unloadable(error: Exception) -> str:
-    """Explain in short why :func:`load_plain` failed: of a foreign object, its whole type."""
+def load_failure(error: Exception) -> str:
+    """Return in one line why :func:`load_plain` failed; name a foreign object by its type."""
     text = _ESCAPE.sub("", str(error))
     kind = _FOREIGN.search(text)
     if kind:
-        return f"an object made by {kind[1]}, which is neither a tensor nor a plain value"
-    reason = text.rpartition("WeightsUnpickler error:")[2].strip()  # after torch's advice
+        return f"an object of {kind[1]}, which is neither a tensor nor a plain value"
+    reason = text.rpartition("WeightsUnpickler error:")[2].strip()  # skips torch's advice
     return f"{type(error).__name__}: {reason}".splitlines()[0]
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor], where: object) -> None:
-    """Load ``state`` into ``model``; every name and every shape must agree.
+    """Load ``state`` into ``model``; all names and shapes must match.
 
     Raises:
-        WeightsError: counts and examples of what is missing, unexpected or of another shape; a
-            dtype that does not convert.
+        WeightsError: missing or unexpected names or other shapes, with counts and examples; a dtype
+            that does not convert.
     """
     own = model.state_dict()
     problems = {
@@ -138,11 +137,11 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], where: object) -> N
             expected=f"the {len(own)} tensors of {type(model).__name__}",
             action="check the model's name, its arguments and the class count",
         )
-    try:  # strict but for what _optional lets through
+    try:  # strict except for _optional names
         model.load_state_dict(dict(state), strict=False)
     except RuntimeError as error:
         raise WeightsError(
-            "the weights are of a dtype that the model's cannot be made from",
+            "the weights have a dtype that does not convert to the model's",
             where=where,
             found=str(error).splitlines()[-1].strip(),
             expected=f"the dtypes of {type(model).__name__}",
@@ -150,9 +149,9 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], where: object) -> N
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 (hex) over names, dtypes, shapes and bytes in the order of the names.
+    """Return the SHA-256 (hex) over names, dtypes, shapes and bytes, sorted by name.
 
-    Equal digests mean equal models, whatever files they came in.
+    Equal digests mean equal models, independent of the file format.
     """
     digest = hashlib.sha256()
     for name in sorted(state):
@@ -178,7 +177,7 @@ def _bare(name: str) -> str:
 
 
 def _optional(name: str) -> bool:
-    """Batch norm's step counter: absent from old checkpoints, of no effect at inference."""
+    """Return whether ``name`` is batch norm's step counter, which inference does not use."""
     return name.endswith("num_batches_tracked")
 
 

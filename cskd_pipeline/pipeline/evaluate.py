@@ -100,7 +100,7 @@ def evaluate(checkpoint: Path, shards: str, options: EvalOptions = EvalOptions()
     guard = ClassGuard(COMMAND_SWITCH, accept=options.accept_classes)
     dataset = dataset.with_classes_of(header.classes(path), "the shards", guard)
     guard.report_new()
-    preprocessing = student.preprocessing.changed(options.crop_pct, None)
+    preprocessing = student.preprocessing.override(options.crop_pct, None)
     loader = eval_loader(
         dataset,
         preprocessing,

@@ -52,13 +52,13 @@ def make_student(recipe: TrainRecipe, views: TrainingViews) -> Student:
         kwargs=recipe.student.kwargs,
         drop_path=recipe.student.drop_path,
     )
-    student.preprocessing = student.preprocessing.changed(
+    student.preprocessing = student.preprocessing.override(
         recipe.eval.crop_pct, recipe.eval.interpolation
     )
     method = recipe.distill.method
     student.require(method=method, grid=views.grid if method == "cskd" else None)
     if "dist" not in inference_heads(method, student):
-        student.leave_out_distillation_head()
+        student.freeze_distillation_head()
     return student
 
 

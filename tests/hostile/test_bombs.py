@@ -379,7 +379,7 @@ def test_weights_that_unfold_are_refused(tmp_path: Path) -> None:
     assert (tmp_path / "deflated.pth").stat().st_size < 10_000
     torch.save({"a": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "expanded.pth")
     load_state(tmp_path / "plain.pth")
-    for name, says in (("deflated", "unfolds"), ("expanded", "claims more values")):
+    for name, says in (("deflated", "compressed"), ("expanded", "claims more values")):
         with pytest.raises(WeightsError, match=says):
             load_state(tmp_path / f"{name}.pth")
 

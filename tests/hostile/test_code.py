@@ -61,7 +61,7 @@ def test_a_payload_in_a_teachers_weights_is_not_run(
     torch.save({"fc.weight": torch.zeros(2), "extra": payload}, tmp_path / f"evil.{suffix}")
     words = stages.dump(tmp_path / "cache", workers=0)
     words[words.index("random")] = tmp_path / f"evil.{suffix}"
-    assert "nothing in it was run" in refused(*words)
+    assert "no code in it was run" in refused(*words)
     assert not (tmp_path / "cache").exists()
 
 
@@ -111,8 +111,8 @@ def with_card(run: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
 
 
 CARDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "hub": (lambda c: {**c, "model": "hf-hub:stranger/model"}, "is not fetched"),
-    "folder": (lambda c: {**c, "model": "local-dir:/tmp"}, "is not fetched"),
+    "hub": (lambda c: {**c, "model": "hf-hub:stranger/model"}, "no hub is contacted"),
+    "folder": (lambda c: {**c, "model": "local-dir:/tmp"}, "no hub is contacted"),
     "factory": (lambda c: {**c, "model": "os:system"}, "no model of this name"),
     "no name": (lambda c: {**c, "model": 5}, "does not state"),
     "method": (lambda c: {**c, "method": "none", "grid": None}, "names heads"),

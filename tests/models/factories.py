@@ -1,4 +1,4 @@
-"""Small teachers that timm does not have, to be named as ``tests.models.factories:name``."""
+"""Small teachers for the name ``tests.models.factories:FUNCTION``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ not_callable = "a string"
 
 
 class Net(nn.Module):
-    """Two strided convolutions and a head of one's choice: 16 pixels become one location."""
+    """Two strided convolutions and a given head; a location covers 16 x 16 pixels."""
 
     pretrained_cfg: ClassVar[dict[str, tuple[float, ...]]] = {
         **{"mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
@@ -32,7 +32,7 @@ class Net(nn.Module):
 
 
 class Watched(Net):
-    """Notes under which settings each part runs."""
+    """A network that records the settings in which each part runs."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__(head)
@@ -77,23 +77,23 @@ def flattening(num_classes: int = 5) -> nn.Module:
 
 
 def large_kernel(num_classes: int = 5) -> nn.Module:
-    """A head that stretches what it gets to 4x4 and then looks at places, as timm's VGG does."""
+    """A head that resizes its input to 4x4 and depends on positions, like timm's VGG."""
     stretch = nn.AdaptiveAvgPool2d(4)
     return Net(nn.Sequential(stretch, nn.Conv2d(8, num_classes, 4), nn.Flatten()))
 
 
 class Positions(nn.Module):
-    """Attention pooling with position embeddings, as CLIP's ResNets do it."""
+    """Attention pooling with position embeddings, as in CLIP's ResNets."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.place = nn.Parameter(torch.randn(1, 16, 8))
+        self.positions = nn.Parameter(torch.randn(1, 16, 8))
         self.attention = nn.MultiheadAttention(8, 1, batch_first=True)
         self.out = nn.Linear(8, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2)
-        tokens = tokens + self.place[:, : tokens.shape[1]]
+        tokens = tokens + self.positions[:, : tokens.shape[1]]
         query = tokens.mean(dim=1, keepdim=True)
         return self.out(self.attention(query, tokens, tokens)[0][:, 0])
 

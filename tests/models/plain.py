@@ -1,4 +1,4 @@
-"""Networks as people write them: no forward_features. ``tests.models.plain:name`` names one."""
+"""Networks without forward_features, for the name ``tests.models.plain:FUNCTION``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 class Plain(nn.Module):
-    """A strided convolution, whatever ``pool`` makes (B, 8) of its output, and a linear layer."""
+    """A strided convolution, a ``pool`` to (B, 8), and a linear layer."""
 
     def __init__(
         self, pool: Callable[[Tensor], Tensor], classes: int = 5, stride: tuple[int, int] = (16, 16)
@@ -35,7 +35,7 @@ def pool_layer(num_classes: int = 5) -> nn.Module:
 
 
 def pool_function(num_classes: int = 5) -> nn.Module:
-    """As the CIFAR ResNets that everyone copies."""
+    """As in the common CIFAR ResNets."""
     return Plain(lambda x: functional.avg_pool2d(x, x.shape[2]).view(x.shape[0], -1), num_classes)
 
 
@@ -44,7 +44,7 @@ def mean_method(num_classes: int = 5) -> nn.Module:
 
 
 def relu_function(num_classes: int = 5) -> nn.Module:
-    """No layer gives the feature map: it lies between two functions."""
+    """The feature map is the output of a function, not of a layer."""
     return Plain(lambda x: _global(functional.relu(x)), num_classes)
 
 
@@ -53,17 +53,17 @@ def relu_in_place(num_classes: int = 5) -> nn.Module:
 
 
 def oblong(num_classes: int = 5) -> nn.Module:
-    """Two rows and four columns of 64 px."""
+    """A grid of two rows and four columns at 64 px."""
     return Plain(_global, num_classes, (32, 16))
 
 
 def every_pixel(num_classes: int = 5) -> nn.Module:
-    """A location for each."""
+    """A location per pixel."""
     return Plain(_global, num_classes, (1, 1))
 
 
 class TwoHeads(Plain):
-    """Its last linear layer is not the one whose output it returns."""
+    """A network whose last linear layer is not the one whose output it returns."""
 
     def __init__(self, classes: int) -> None:
         super().__init__(_global, classes)
@@ -87,7 +87,7 @@ def forwarding(**kwargs: Any) -> nn.Module:
     return pool_layer(**kwargs)
 
 
-# Not of the form
+# Networks that are refused
 
 
 def max_pooled(num_classes: int = 5) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Students' files: what they say of themselves, and that no byte of them changes unnoticed."""
+"""Student files: round trip of the header, and detection of any changed byte."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cskd_pipeline.errors import WeightsError
 from cskd_pipeline.models.checkpoint import (
     OversizeError,
     StudentHeader,
-    _registered_at_most,
+    _limit_registered,
     bounded_student,
     load_student,
     read_header,
@@ -69,12 +69,12 @@ def header_of(file: Path) -> dict[str, Any]:
 
 
 def rewrite(file: Path, **changes: Any) -> None:
-    """The same tensors under a header with other entries; None takes one away."""
+    """Rewrite the file with changed header entries; None removes an entry."""
     header = {k: v for k, v in (header_of(file) | changes).items() if v is not None}
     save_file(load_file(file), file, metadata={"cskd": json.dumps(header)})
 
 
-def test_a_student_comes_back_as_it_was_saved(file: Path) -> None:
+def test_a_student_survives_the_round_trip(file: Path) -> None:
     student, header = load_student(file, CPU)
     assert replace(header, sha256=None) == CARD
     shown = student.preprocessing
@@ -83,40 +83,40 @@ def test_a_student_comes_back_as_it_was_saved(file: Path) -> None:
         assert torch.equal(student.model.state_dict()[name], tensor), name
 
 
-def test_equal_students_leave_equal_files(file: Path, tmp_path: Path) -> None:
+def test_equal_students_write_equal_files(file: Path, tmp_path: Path) -> None:
     save_student(tmp_path / "again.safetensors", student_of().model.state_dict(), CARD)
     assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
 
 
-def test_a_changed_bit_anywhere_in_the_tensors_is_noticed(file: Path) -> None:
+def test_a_changed_bit_anywhere_in_the_tensors_is_detected(file: Path) -> None:
     content = file.read_bytes()
     start = 8 + struct.unpack("<Q", content[:8])[0]
-    for place in (start, start + 1000, len(content) - 1):
-        spoilt = bytearray(content)
-        spoilt[place] ^= 1
-        file.write_bytes(spoilt)
-        with pytest.raises(WeightsError, match="its tensors are not those that were saved"):
+    for offset in (start, start + 1000, len(content) - 1):
+        damaged = bytearray(content)
+        damaged[offset] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(WeightsError, match="its tensors do not match their digest"):
             read_student(file)
     file.write_bytes(content)
     read_student(file)
 
 
-def test_two_tensors_exchanged_are_noticed(file: Path) -> None:
+def test_two_swapped_tensors_are_detected(file: Path) -> None:
     state = load_file(file)
     one, other = "blocks.0.norm1.weight", "blocks.0.norm1.bias"
     state[one], state[other] = state[other], state[one]
     save_file(state, file, metadata={"cskd": json.dumps(header_of(file))})
-    with pytest.raises(WeightsError, match="not those that were saved"):
+    with pytest.raises(WeightsError, match="do not match their digest"):
         load_student(file, CPU)
 
 
-def test_a_header_of_this_format_cannot_do_without_the_digest(file: Path) -> None:
+def test_a_header_of_this_format_requires_the_digest(file: Path) -> None:
     rewrite(file, sha256=None)
-    with pytest.raises(WeightsError, match="does not state"):
+    with pytest.raises(WeightsError, match="no valid student header"):
         read_header(file)
 
 
-def test_files_of_format_1_which_had_no_digest_are_read(file: Path) -> None:
+def test_files_of_format_1_without_digest_are_read(file: Path) -> None:
     later = ("dataset", "teacher", "recipe_sha256", "cache_sha256", "crop_pct", "interpolation")
     rewrite(file, format=1, sha256=None, init_sha256=None, **dict.fromkeys(later))
     student, header = load_student(file, CPU)
@@ -148,13 +148,13 @@ def test_files_of_format_1_which_had_no_digest_are_read(file: Path) -> None:
     ],
     ids=str,
 )
-def test_entries_that_are_not_of_their_kind_are_refused(file: Path, change: dict[str, Any]) -> None:
+def test_invalid_entries_are_refused(file: Path, change: dict[str, Any]) -> None:
     rewrite(file, **change)
-    with pytest.raises(WeightsError, match="does not state which student"):
+    with pytest.raises(WeightsError, match="no valid student header"):
         read_header(file)
 
 
-def test_a_model_larger_than_the_files_tensors_is_not_made(file: Path) -> None:
+def test_a_model_larger_than_the_files_tensors_is_not_created(file: Path) -> None:
     for kwargs in ({"embed_dim": 4096}, {"depth": 60_000}, {"depth": 60_000, "embed_dim": 2}):
         rewrite(file, kwargs={**CARD.kwargs, **kwargs})
         with pytest.raises(WeightsError, match="larger than its tensors"):
@@ -169,7 +169,7 @@ def test_tensors_that_do_not_fit_the_model_are_counted_with_examples(file: Path)
     assert "of another shape (head.weight" in str(caught.value.found)
 
 
-def test_a_model_that_is_too_large_takes_no_memory(file: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_too_large_allocates_no_memory(file: Path, tmp_path: Path) -> None:
     """Embeddings of 4.3 billion positions would take 137 GB; nothing is allocated for them."""
     rewrite(file, size=65535, kwargs={**CARD.kwargs, "patch_size": 1})
     code = (
@@ -191,23 +191,23 @@ def test_a_model_that_is_too_large_takes_no_memory(file: Path, tmp_path: Path) -
     assert int(mebibytes) < 100
 
 
-def test_tensors_are_counted_and_so_are_their_values() -> None:
+def test_tensors_and_their_values_are_limited() -> None:
     def layers(sizes: list[int]) -> None:
         with torch.device("meta"):
             for size in sizes:
                 nn.Linear(1, size, bias=False)
 
-    with _registered_at_most(values=10, tensors=3):
+    with _limit_registered(values=10, tensors=3):
         layers([4, 3, 3])
     for sizes in ([1, 1, 1, 1], [11], [2**40]):
-        with pytest.raises(OversizeError), _registered_at_most(values=10, tensors=3):
+        with pytest.raises(OversizeError), _limit_registered(values=10, tensors=3):
             layers(sizes)
-    with pytest.raises(OversizeError), _registered_at_most(values=10, tensors=3):
+    with pytest.raises(OversizeError), _limit_registered(values=10, tensors=3):
         nn.Module().register_buffer("table", torch.empty(11, device="meta"))
-    layers([2**40] * 4)  # what is made later is not counted
+    layers([2**40] * 4)  # not counted outside the context
 
 
-def test_counting_changes_nothing_of_a_model(file: Path) -> None:
+def test_counting_does_not_change_a_model(file: Path) -> None:
     torch.manual_seed(0)
     counted = bounded_student(CARD, load_file(file), file)
     found, plain = counted.model.state_dict(), student_of().model.state_dict()
@@ -215,12 +215,12 @@ def test_counting_changes_nothing_of_a_model(file: Path) -> None:
     assert all(torch.equal(plain[name], found[name]) for name in plain)
 
 
-def test_a_runs_folder_means_its_best_student_else_its_last(file: Path) -> None:
+def test_a_runs_folder_resolves_to_its_best_or_else_last_student(file: Path) -> None:
     folder = file.parent
     assert student_file(file) == file
     assert student_file(folder) == file
     file.rename(folder / "last.safetensors")
     assert student_file(folder) == folder / "last.safetensors"
     (folder / "last.safetensors").unlink()
-    with pytest.raises(WeightsError, match="holds no student"):
+    with pytest.raises(WeightsError, match="contains no student"):
         student_file(folder)

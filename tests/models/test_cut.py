@@ -1,4 +1,4 @@
-"""Networks of one's own as teachers: how each form is cut, and why others cannot be."""
+"""A user's networks as teachers: each supported form is cut, any other refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load(name: str, **options: Any) -> Teacher:
     return small(name, **{"batch_size": 2, **IMAGENET, **options})
 
 
-# Networks that have no forward_features: (factory, locations along a side of 64 px).
+# Networks without forward_features, and their grid at 64 px.
 PLAIN = {
     "tests.models.plain:pool_layer": (4, 4),
     "tests.models.plain:pool_function": (4, 4),
@@ -44,21 +44,21 @@ def test_any_network_of_features_pooling_and_a_linear_layer_is_a_teacher(name: s
     teacher = load(name)
     assert teacher.grid == PLAIN[name]
     x = views(2, 64)
-    answer = teacher.respond(x)
+    response = teacher.respond(x)
     network = teacher.model.network
     with torch.inference_mode():
         logits = network(x)
     scale = float(logits.abs().max())
-    torch.testing.assert_close(answer.global_.float(), logits, rtol=2e-3, atol=2e-3 * scale)
-    mean = answer.spatial.float().mean(dim=(2, 3))
+    torch.testing.assert_close(response.global_.float(), logits, rtol=2e-3, atol=2e-3 * scale)
+    mean = response.spatial.float().mean(dim=(2, 3))
     torch.testing.assert_close(mean, logits, rtol=5e-3, atol=5e-3 * scale)
-    assert answer.spatial.shape == (2, 5, *teacher.grid)
-    assert float(answer.spatial.float().std(dim=(2, 3)).max()) > 0
+    assert response.spatial.shape == (2, 5, *teacher.grid)
+    assert float(response.spatial.float().std(dim=(2, 3)).max()) > 0
     assert teacher.weights_sha256 == state_digest(network.state_dict())
 
 
 def test_rows_and_columns_of_the_grid_are_those_of_the_image() -> None:
-    """A view that is dark but for its upper right quarter differs in that quarter's locations."""
+    """Lighting the upper right quarter of a dark view changes that quarter's locations only."""
     teacher = load("tests.models.plain:oblong")
     dark = torch.zeros(1, 3, 64, 64)
     lit = dark.clone()
@@ -77,30 +77,33 @@ def test_rows_and_columns_of_the_grid_are_those_of_the_image() -> None:
 def test_feature_maps_with_channels_last_are_permuted(name: str, kwargs: dict[str, Any]) -> None:
     teacher = load(name, kwargs=kwargs)
     x = views(2, 64)
-    answer = teacher.respond(x)
+    response = teacher.respond(x)
     network = teacher.model.network
     with torch.inference_mode():
         logits = network(x)
         features = network.forward_features(x)
         close: dict[str, Any] = {"rtol": 2e-3, "atol": 2e-3 * float(logits.abs().max())}
-        torch.testing.assert_close(answer.global_.float(), logits, **close)
+        torch.testing.assert_close(response.global_.float(), logits, **close)
         for row in range(2):
             for column in range(2):
                 location = features[:, row : row + 1, column : column + 1]
                 expected = network.forward_head(location)
                 torch.testing.assert_close(
-                    answer.spatial[:, :, row, column].float(), expected, **close
+                    response.spatial[:, :, row, column].float(), expected, **close
                 )
 
 
 @pytest.mark.parametrize(
     ("factory", "reason"),
     [
-        ("max_pooled", "does not get the mean of a feature map"),
-        ("softened", "what it returns is no linear layer's output"),
-        ("convolutional", "what it returns is no linear layer's output"),
-        ("one_location", "no feature map of 8 channels and more than one location at 64 px"),
-        ("map_out", "its forward gives (1, 5, 64, 64), not logits (B, K)"),
+        ("max_pooled", "is not the mean of a feature map"),
+        ("softened", "its output is not that of a linear layer"),
+        ("convolutional", "its output is not that of a linear layer"),
+        (
+            "one_location",
+            "follows no feature map of 8 channels and more than one location at 64 px",
+        ),
+        ("map_out", "its forward returns (1, 5, 64, 64), not logits (B, K)"),
     ],
 )
 def test_another_form_is_refused_with_the_reason(factory: str, reason: str) -> None:
@@ -121,29 +124,29 @@ def test_a_teacher_found_in_a_plain_network_can_be_compiled_as_one_graph() -> No
 
 def test_half_precision_is_that_of_the_backbone_alone() -> None:
     name = "tests.models.plain:pool_function"
-    answer = load(name, precision="bfloat16").respond(views(2, 64))
+    response = load(name, precision="bfloat16").respond(views(2, 64))
     exact = load(name).respond(views(2, 64))
-    torch.testing.assert_close(answer.spatial, exact.spatial, rtol=0.02, atol=0.02)
-    assert not torch.equal(answer.spatial, exact.spatial)
+    torch.testing.assert_close(response.spatial, exact.spatial, rtol=0.02, atol=0.02)
+    assert not torch.equal(response.spatial, exact.spatial)
 
 
-# What the user has to say
+# Class count, normalisation and several problems
 
 
 @pytest.mark.parametrize("factory", ["fixed", "forwarding"])
 def test_a_factory_need_not_take_the_class_count(factory: str) -> None:
-    """One that takes whatever comes is given it; one that takes nothing is believed."""
+    """It is passed to ``**kwargs``; a factory without the argument keeps its own count."""
     assert load(f"tests.models.plain:{factory}").num_classes == 5
 
 
-def test_everything_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_together(tmp_path: Path) -> None:
     torch.save({"net": {"fc.weight": torch.zeros(5, 8)}}, tmp_path / "w.pth")
     with pytest.raises(TeacherError, match="the teacher has 3 problems") as caught:
         load("tests.models.plain:max_pooled", weights=tmp_path / "w.pth", mean=(), std=())
     weights, head, pixels = caught.value.problems
     assert "weights do not fit" in weights
     assert "missing (conv.weight" in weights
-    assert "get the mean of a feature map" in head
+    assert "not the mean of a feature map" in head
     assert "no mean and no std" in pixels
     assert "--mean R,G,B" in str(caught.value.action)
     with pytest.raises(TeacherError) as caught:
@@ -153,7 +156,7 @@ def test_everything_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
     assert "no std" in pixels
 
 
-def test_one_fault_alone_is_reported_as_it_is(tmp_path: Path) -> None:
+def test_a_single_problem_is_raised_unchanged(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="normalisation of the teacher's images"):
         load("tests.models.plain:fixed", mean=(), std=())
     torch.save({"fc.bias": torch.zeros(5)}, tmp_path / "w.pth")
@@ -161,7 +164,7 @@ def test_one_fault_alone_is_reported_as_it_is(tmp_path: Path) -> None:
         load("tests.models.plain:fixed", weights=tmp_path / "w.pth")
 
 
-def test_mean_and_std_that_are_given_win_over_the_networks_own() -> None:
+def test_given_mean_and_std_override_the_networks_own() -> None:
     given = {"mean": (0.1, 0.2, 0.3), "std": (0.3, 0.2, 0.1)}
     teacher = load("resnet10t", **given)
     assert (teacher.mean, teacher.std) == (given["mean"], given["std"])
@@ -171,7 +174,7 @@ def test_mean_and_std_that_are_given_win_over_the_networks_own() -> None:
 # torchvision
 
 
-def test_torchvisions_own_weights_bring_mean_std_and_their_name(
+def test_torchvisions_published_weights_set_mean_std_and_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fetched = []
@@ -192,14 +195,14 @@ def test_torchvisions_own_weights_bring_mean_std_and_their_name(
         load("torchvision:resnet18", weights="hub")
 
 
-def test_a_file_of_torchvisions_brings_its_class_count(tmp_path: Path) -> None:
+def test_a_weights_file_determines_the_class_count_of_a_torchvision_model(tmp_path: Path) -> None:
     torch.save(torchvision.models.resnet18(num_classes=9).state_dict(), tmp_path / "w.pth")
     teacher = load("torchvision:resnet18", weights=tmp_path / "w.pth", num_classes=None)
     assert (teacher.num_classes, teacher.source) == (9, "file")
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "says"),
+    ("name", "options", "expected"),
     [
         ("torchvision:resnet19", {}, "resnet18"),
         ("torchvision:resnet18.V9", {"weights": "hub"}, "IMAGENET1K_V1"),
@@ -209,8 +212,8 @@ def test_a_file_of_torchvisions_brings_its_class_count(tmp_path: Path) -> None:
         ("torchvision:resnet18", {"weights": "hub"}, "the network is down"),
     ],
 )
-def test_what_torchvision_does_not_have_is_refused(
-    name: str, options: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+def test_bad_torchvision_names_tags_and_arguments_are_refused(
+    name: str, options: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def down(url: str, **_: object) -> None:
         raise OSError("the network is down")
@@ -218,13 +221,13 @@ def test_what_torchvision_does_not_have_is_refused(
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", down)
     with pytest.raises(TeacherError) as caught:
         load(name, **options)
-    assert says in str(caught.value)
+    assert expected in str(caught.value)
 
 
 # Memory format
 
 
-def test_tensors_of_five_dimensions_are_left_as_they_are() -> None:
+def test_five_dimensional_tensors_keep_their_memory_format() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv3d(1, 2, 3))
     conv, volume = network
     assert place(network, "cpu", channels_last=True) is network
@@ -234,6 +237,6 @@ def test_tensors_of_five_dimensions_are_left_as_they_are() -> None:
     assert conv.weight.is_contiguous()  # type: ignore[union-attr]
 
 
-def test_a_teacher_with_weights_of_five_dimensions_answers() -> None:
-    answer = load("lambda_resnet26t").respond(views(1, 64))
-    assert answer.spatial.shape == (1, 5, 2, 2)
+def test_a_teacher_with_five_dimensional_weights_responds() -> None:
+    response = load("lambda_resnet26t").respond(views(1, 64))
+    assert response.spatial.shape == (1, 5, 2, 2)

@@ -1,4 +1,4 @@
-"""The student: a timm ViT whose dense predictions are its own head on pooled patch tokens."""
+"""The student: a timm ViT whose dense logits are its own head on pooled patch tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
 from cskd_pipeline.distill.losses import inference_heads
 from cskd_pipeline.errors import StudentError
-from cskd_pipeline.models.student import Heads, Student, create_student, inference_logits
+from cskd_pipeline.models.student import (
+    Heads,
+    Preprocessing,
+    Student,
+    create_student,
+    inference_logits,
+)
 
 TINY = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
 DISTILLED = ("deit_tiny_distilled_patch16_224", {})
@@ -25,7 +31,7 @@ EVERY_VIT = [DISTILLED, PLAIN, AVERAGED, REGISTERS, TOKENLESS]
 
 
 def student(kind: tuple[str, dict[str, Any]] = DISTILLED, **more: Any) -> Student:
-    """A student of 8x8 tokens with nothing left at its initial zeros, in eval mode."""
+    """Return a student of 8x8 tokens in eval mode, without parameters at their initial zeros."""
     torch.manual_seed(0)
     built = create_student(kind[0], num_classes=5, size=32, kwargs={**TINY, **kind[1], **more})
     for parameter in built.parameters():
@@ -42,7 +48,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def dense_of_every_token(model: Any, x: torch.Tensor) -> torch.Tensor:
-    """The head on each patch token by itself, (B, K, 8, 8)."""
+    """Return the head's logits of each patch token, (B, K, 8, 8)."""
     tokens = model.forward_features(x)[:, -64:]
     head = getattr(model, "head_dist", model.head)
     logits = torch.stack([head(model.fc_norm(token)) for token in tokens.unbind(1)], dim=2)
@@ -89,7 +95,7 @@ def test_class_and_distillation_logits_are_those_of_timm() -> None:
 
 
 @pytest.mark.parametrize("kind", [PLAIN, AVERAGED, REGISTERS, TOKENLESS])
-def test_a_vit_without_distillation_token_answers_as_timm_does(
+def test_a_vit_without_distillation_token_gives_timms_logits(
     kind: tuple[str, dict[str, Any]],
 ) -> None:
     vit = student(kind)
@@ -100,7 +106,7 @@ def test_a_vit_without_distillation_token_answers_as_timm_does(
     assert not vit.has_distillation_token
 
 
-def test_the_answer_is_the_mean_of_the_heads_of_its_method() -> None:
+def test_the_prediction_is_the_mean_of_the_methods_heads() -> None:
     vit = student()
     with torch.inference_mode():
         heads = vit(images(), (4, 4))
@@ -120,12 +126,12 @@ def test_the_answer_is_the_mean_of_the_heads_of_its_method() -> None:
 
 def test_without_its_distillation_head_timms_forward_is_half_the_class_head() -> None:
     vit = student()
-    vit.leave_out_distillation_head()
+    vit.freeze_distillation_head()
     with torch.inference_mode():
         close(vit.model(images()), vit(images()).cls / 2)
     frozen = {name for name, p in vit.model.named_parameters() if not p.requires_grad}
     assert frozen == {"head_dist.weight", "head_dist.bias"}
-    student(PLAIN).leave_out_distillation_head()  # has none
+    student(PLAIN).freeze_distillation_head()  # has none
 
 
 def test_any_timm_classifier_can_train_without_distillation() -> None:
@@ -176,31 +182,30 @@ def test_what_is_saved_loads_with_timm_alone(tmp_path: Path) -> None:
         assert torch.equal(loaded(images()), vit.model(images()))
 
 
-def test_another_copy_of_the_network_makes_the_same_student() -> None:
+def test_a_student_with_another_network_keeps_its_settings() -> None:
     vit, other = student(), student(depth=1)
-    vit.preprocessing = vit.preprocessing.changed(0.5, "bilinear")
+    vit.preprocessing = vit.preprocessing.override(0.5, "bilinear")
     average = vit.with_model(other.model)
     assert average.model is other.model
     assert (average.name, average.preprocessing) == (vit.name, vit.preprocessing)
     assert average.has_distillation_token
 
 
-def test_a_student_says_how_it_wants_evaluation_images() -> None:
+def test_evaluation_preprocessing_can_be_overridden() -> None:
     vit = student()
     assert vit.mean == (0.485, 0.456, 0.406)
     assert vit.std == (0.229, 0.224, 0.225)
-    asked = vit.preprocessing
-    assert (asked.size, asked.crop_pct, asked.interpolation) == (32, 0.9, "bicubic")
+    preprocessing = vit.preprocessing
+    assert preprocessing == Preprocessing(32, 0.9, "bicubic")
     assert student(PLAIN).mean == (0.5, 0.5, 0.5)
     for same in ((None, None), (0.0, "auto")):
-        assert asked.changed(*same) == asked
-    other = asked.changed(0.875, "bilinear")
-    assert (other.crop_pct, other.interpolation) == (0.875, "bilinear")
-    assert other.size == asked.size
-    assert (asked.resized, other.resized) == (35, 36)
+        assert preprocessing.override(*same) == preprocessing
+    other = preprocessing.override(0.875, "bilinear")
+    assert other == Preprocessing(32, 0.875, "bilinear")
+    assert (preprocessing.resized, other.resized) == (35, 36)
 
 
-def test_logits_can_be_had_in_float32() -> None:
+def test_heads_convert_to_float32() -> None:
     half = Heads(torch.ones(2, 3).half(), None, torch.ones(2, 3, 1, 1).bfloat16()).float()
     assert half.dist is None
     assert half.cls.dtype == half.dense.dtype == torch.float32
@@ -227,11 +232,11 @@ def test_the_input_size_reaches_the_model_and_must_not_contradict_its_arguments(
         student(img_size=64)
 
 
-# --- tried before training ------------------------------------------------------------------------
+# --- try_out ------------------------------------------------------------------------------------
 
 
-def test_a_student_that_was_tried_is_as_it_was() -> None:
-    """Weights, batch norm's statistics, gradients, mode, and everybody's random numbers."""
+def test_try_out_changes_nothing() -> None:
+    """Weights, batch norm statistics, gradients, mode and random states are unchanged."""
     kwargs = {"channels": [8, 8, 8, 8], "drop_rate": 0.5}
     cnn = create_student("resnet10t", num_classes=5, size=32, kwargs=kwargs).eval()
     before = {name: value.clone() for name, value in cnn.state_dict().items()}
@@ -246,14 +251,12 @@ def test_a_student_that_was_tried_is_as_it_was() -> None:
 
 @pytest.mark.parametrize("kind", EVERY_VIT)
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_what_can_be_trained_passes(
-    kind: tuple[str, dict[str, Any]], amp: torch.dtype | None
-) -> None:
+def test_trainable_students_pass(kind: tuple[str, dict[str, Any]], amp: torch.dtype | None) -> None:
     for grid in (None, (4, 4), (3, 3)):
         student(kind).try_out(images(1), 5, grid, amp)
 
 
-def test_patches_that_are_dropped_serve_no_teacher_but_every_other_method() -> None:
+def test_dropped_patches_exclude_dense_logits_only() -> None:
     vit = student(patch_drop_rate=0.5)
     vit.try_out(images(), 5, None)
     with pytest.raises(StudentError, match="does not keep a token for every patch") as caught:
@@ -263,7 +266,7 @@ def test_patches_that_are_dropped_serve_no_teacher_but_every_other_method() -> N
 
 
 class Broken(torch.nn.Module):
-    """Fails as it is asked to: forward, backward, or in what it gives."""
+    """A model that fails in the chosen way: forward, backward, or by its output."""
 
     def __init__(self, fault: str) -> None:
         super().__init__()
@@ -280,7 +283,7 @@ class Broken(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("fault", "classes", "says"),
+    ("fault", "classes", "message"),
     [
         ("size", 5, "AssertionError: Input height (32) doesn't match model (224)."),
         ("backward", 5, "does not require grad"),
@@ -288,13 +291,13 @@ class Broken(torch.nn.Module):
         ("", 4, "logits {'cls': (2, 5)}, expected (2, 4)"),
     ],
 )
-def test_a_model_that_fails_in_training_is_refused_in_its_own_words(
-    fault: str, classes: int, says: str
+def test_a_model_that_fails_in_training_is_refused_with_its_message(
+    fault: str, classes: int, message: str
 ) -> None:
     broken = Student(Broken(fault), "broken", 32)
     with pytest.raises(StudentError, match="fails in its first training step") as caught:
         broken.try_out(images(), classes, None)
-    assert says in str(caught.value.found)
+    assert message in str(caught.value.found)
     assert caught.value.where == "broken"
     Student(Broken(""), "sound", 32).try_out(images(), 5, None)
 
@@ -306,8 +309,8 @@ def test_batch_normalisation_of_one_image_is_refused_with_the_reason() -> None:
         cnn.try_out(images(1), 5, None)
 
 
-def test_names_that_timm_has_given_up_are_the_models_that_it_calls_otherwise_now() -> None:
-    """Of an old name timm does not say that its input size is fixed."""
+def test_deprecated_timm_names_resolve_to_the_current_models() -> None:
+    """Under a deprecated name timm does not report a fixed input size."""
     kwargs = {"embed_dim": 24, "depth": 1, "num_heads": 2}
     old = create_student("vit_tiny_patch16_224_in21k", num_classes=5, size=32, kwargs=kwargs)
     new = create_student("vit_tiny_patch16_224", num_classes=5, size=32, kwargs=kwargs)

@@ -48,34 +48,34 @@ def small(name: str = "tests.models.factories:pooled", **options: Any) -> Teache
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_family_answers_with_its_own_head_at_every_location(name: str) -> None:
+def test_each_family_applies_its_own_head_at_every_location(name: str) -> None:
     teacher = small(name, num_classes=7, batch_size=2)
     side = 64 // FAMILIES[name]
     assert teacher.grid == (side, side)
     assert teacher.num_classes == 7
     x = views(3, 64)
-    answer = teacher.respond(x)
-    assert answer.spatial.shape == (3, 7, side, side)
-    assert answer.global_.shape == (3, 7)
-    assert answer.spatial.dtype == answer.global_.dtype == torch.float16
+    response = teacher.respond(x)
+    assert response.spatial.shape == (3, 7, side, side)
+    assert response.global_.shape == (3, 7)
+    assert response.spatial.dtype == response.global_.dtype == torch.float16
     with torch.inference_mode():
         features = teacher.model.forward_features(x)
-        close = {"rtol": 2e-3, "atol": 2e-3 * float(answer.spatial.abs().max())}
-        whole = teacher.model.forward_head(features)
-        torch.testing.assert_close(answer.global_.float(), whole, **close)
+        close = {"rtol": 2e-3, "atol": 2e-3 * float(response.spatial.abs().max())}
+        logits = teacher.model.forward_head(features)
+        torch.testing.assert_close(response.global_.float(), logits, **close)
         for row in range(side):
             for column in range(side):
-                place = features[:, :, row : row + 1, column : column + 1]
-                logits = teacher.model.forward_head(place)
-                ours = answer.spatial[:, :, row, column].float()
-                torch.testing.assert_close(ours, logits, **close)
+                location = features[:, :, row : row + 1, column : column + 1]
+                logits = teacher.model.forward_head(location)
+                found = response.spatial[:, :, row, column].float()
+                torch.testing.assert_close(found, logits, **close)
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "regnety_002", "tests.models.factories:pooled"])
-def test_the_global_answer_is_the_mean_of_the_spatial_one_for_a_linear_head(name: str) -> None:
-    answer = small(name).respond(views(2, 64))
-    mean = answer.spatial.float().mean(dim=(2, 3))
-    torch.testing.assert_close(answer.global_.float(), mean, rtol=2e-3, atol=1e-3)
+def test_global_logits_are_the_mean_of_spatial_logits_for_a_linear_head(name: str) -> None:
+    response = small(name).respond(views(2, 64))
+    mean = response.spatial.float().mean(dim=(2, 3))
+    torch.testing.assert_close(response.global_.float(), mean, rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_the_global_answer_is_the_mean_of_the_spatial_one_for_a_linear_head(name
     [
         ("vit_tiny_patch16_224", {"depth": 1}, "tokens (1, 17, 192)"),
         ("mixer_s32_224", {}, "tokens"),
-        ("vgg11_bn", {"mlp_ratio": 0.01}, "depends on where"),
-        ("tests.models.factories:large_kernel", {}, "depends on where"),
-        ("tests.models.factories:attention_pooled", {}, "depends on where"),
+        ("vgg11_bn", {"mlp_ratio": 0.01}, "depends on the order of locations"),
+        ("tests.models.factories:large_kernel", {}, "depends on the order of locations"),
+        ("tests.models.factories:attention_pooled", {}, "depends on the order of locations"),
         ("tests.models.factories:flattening", {}, "its head fails"),
     ],
 )
@@ -97,7 +97,7 @@ def test_a_model_without_spatial_logits_is_refused_with_the_reason(
     assert reason in str(caught.value.found)
 
 
-def test_a_size_that_the_model_cannot_take_is_refused() -> None:
+def test_an_unsupported_input_size_is_refused() -> None:
     with pytest.raises(TeacherError) as caught:
         small(size=8)
     assert "fails at 8 px" in str(caught.value.found)
@@ -116,7 +116,7 @@ def test_a_size_that_the_model_cannot_take_is_refused() -> None:
     ],
     ids=str,
 )
-def test_an_answer_does_not_depend_on_the_views_asked_with_it(
+def test_a_response_does_not_depend_on_the_other_views_of_the_batch(
     name: str, options: dict[str, Any]
 ) -> None:
     teacher = small(name, batch_size=4, **options)
@@ -139,15 +139,15 @@ def test_the_model_always_sees_the_same_number_of_views() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_the_backbone_runs_in_the_asked_precision_and_the_head_in_float32(precision: str) -> None:
+def test_the_backbone_runs_in_the_given_precision_and_the_head_in_float32(precision: str) -> None:
     teacher = small("tests.models.factories:watched", precision=precision)
     teacher.model.backbone_runs.clear()
     teacher.model.head_runs.clear()
-    answer = teacher.respond(views(2, 64))
+    response = teacher.respond(views(2, 64))
     assert [run[0] for run in teacher.model.backbone_runs] == [getattr(torch, precision)]
     assert [run[0] for run in teacher.model.head_runs] == [torch.float32, torch.float32]
     exact = small("tests.models.factories:watched").respond(views(2, 64))
-    torch.testing.assert_close(answer.spatial, exact.spatial, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(response.spatial, exact.spatial, rtol=0.02, atol=0.02)
 
 
 def test_float32_never_means_tf32() -> None:
@@ -164,20 +164,20 @@ def test_float32_never_means_tf32() -> None:
 def test_logits_are_rounded_once_to_float16() -> None:
     teacher = small(batch_size=2)
     x = views(2, 64)
-    answer = teacher.respond(x)
+    response = teacher.respond(x)
     with torch.inference_mode():
         features = teacher.model.forward_features(x)
-        whole = teacher.model.forward_head(features)
+        global_ = teacher.model.forward_head(features)
         spatial = head_per_location(teacher.model, features)
-    for found, exact in ((answer.global_, whole), (answer.spatial, spatial)):
+    for found, exact in ((response.global_, global_), (response.spatial, spatial)):
         assert np.array_equal(found.numpy(), exact.numpy().astype(np.float16))
-    up = answer.spatial.float().abs() > spatial.abs()
+    up = response.spatial.float().abs() > spatial.abs()
     assert up.any(), "to the nearest value, not towards zero"
     assert not up.all()
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_weights_and_views_are_in_the_asked_memory_format_whatever_comes(
+def test_weights_and_views_are_converted_to_the_given_memory_format(
     channels_last: bool,
 ) -> None:
     formats = {True: torch.channels_last, False: torch.contiguous_format}
@@ -188,13 +188,13 @@ def test_weights_and_views_are_in_the_asked_memory_format_whatever_comes(
     seen = []
     teacher.model.conv1.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     for given in formats.values():
-        for count in (3, teacher.batch_size):  # filled up and full
+        for count in (3, teacher.batch_size):  # padded and full
             teacher.respond(views(count, 64).contiguous(memory_format=given))
     assert len(seen) == 4
     assert all(x.is_contiguous(memory_format=formats[channels_last]) for x in seen)
 
 
-def test_channels_last_gives_the_same_answer_up_to_rounding() -> None:
+def test_channels_last_gives_the_same_response_up_to_rounding() -> None:
     plain = small("resnet10t", channels_last=False).respond(views(2, 64))
     strided = small("resnet10t", channels_last=True).respond(views(2, 64))
     torch.testing.assert_close(plain.spatial, strided.spatial, rtol=2e-3, atol=2e-3)
@@ -202,15 +202,15 @@ def test_channels_last_gives_the_same_answer_up_to_rounding() -> None:
 
 @NEEDS_GPU
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_a_gpu_answers_as_the_cpu_does(precision: str) -> None:
+def test_gpu_and_cpu_give_the_same_response(precision: str) -> None:
     options: dict[str, Any] = {"precision": precision, "channels_last": True}
     teacher = small("resnet10t", device="cuda", **options)
-    answer = teacher.respond(views(3, 64).cuda())
+    response = teacher.respond(views(3, 64).cuda())
     expected = small("resnet10t", **options).respond(views(3, 64))
-    torch.testing.assert_close(answer.spatial.cpu(), expected.spatial, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(response.spatial.cpu(), expected.spatial, rtol=0.02, atol=0.02)
 
 
-def test_logits_beyond_float16_are_an_error_that_says_what_to_do() -> None:
+def test_logits_beyond_float16_are_refused_with_the_fix() -> None:
     with pytest.raises(TeacherError, match="not finite in float16") as caught:
         small("tests.models.factories:loud").respond(views(1, 64))
     assert "precision" in str(caught.value.action)
@@ -223,7 +223,7 @@ def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone() -
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_factory_says_how_its_pixels_are_normalised() -> None:
+def test_a_factorys_network_states_its_normalisation() -> None:
     teacher = small()
     assert (teacher.mean, teacher.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (teacher.name, teacher.source) == ("tests.models.factories:pooled", "random")
@@ -241,14 +241,14 @@ def test_a_factory_says_how_its_pixels_are_normalised() -> None:
         ("tests.models.factories:no_module", "dict"),
     ],
 )
-def test_a_factory_that_does_not_work_says_why(factory: str, reason: str) -> None:
+def test_a_factory_that_fails_is_refused_with_the_reason(factory: str, reason: str) -> None:
     with pytest.raises(TeacherError, match="factory") as caught:
         small(factory)
     assert reason in str(caught.value.found)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_a_weights_file_brings_its_class_count(tmp_path: Path, suffix: str) -> None:
+def test_a_weights_file_determines_the_class_count(tmp_path: Path, suffix: str) -> None:
     state = timm.create_model("resnet10t", num_classes=11).state_dict()
     path = tmp_path / f"teacher{suffix}"
     if suffix == ".safetensors":
@@ -263,7 +263,9 @@ def test_a_weights_file_brings_its_class_count(tmp_path: Path, suffix: str) -> N
     assert (caught.value.found, caught.value.expected) == ("11 classes", "10 classes")
 
 
-def test_a_file_of_another_model_says_what_is_missing_and_unexpected(tmp_path: Path) -> None:
+def test_weights_of_another_model_are_refused_with_missing_and_unexpected_names(
+    tmp_path: Path,
+) -> None:
     save_file(
         timm.create_model("resnet10t", num_classes=5).state_dict(), tmp_path / "w.safetensors"
     )
@@ -312,7 +314,7 @@ def test_pretrained_weights_are_named_with_their_tag(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
-def test_a_live_answer_can_be_learned_from(kind: str) -> None:
+def test_a_live_response_gives_gradients(kind: str) -> None:
     targets = LogitTargets(*small().respond(views(2, 64)))
     cls, dist = torch.randn(2, 5, requires_grad=True), torch.randn(2, 5, requires_grad=True)
     dense = torch.randn(2, 5, 4, 4, requires_grad=True)
@@ -324,7 +326,7 @@ def test_a_live_answer_can_be_learned_from(kind: str) -> None:
     assert all(bool(leaf.grad.abs().sum() > 0) for leaf in (cls, dist, dense))
 
 
-def test_a_machine_that_cannot_compile_is_told_before_the_first_batch(
+def test_a_machine_that_cannot_compile_is_refused_before_the_first_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def compile(function: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Checkpoints: the tensors of whatever training scripts write, and never a line of their code."""
+"""Checkpoints: tensors from the files of common training scripts, without running their code."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
-def test_what_training_scripts_wrap_around_the_tensors_is_removed(
+def test_wrappers_of_training_scripts_are_removed(
     tmp_path: Path, wrapped: dict[str, Any], suffix: str
 ) -> None:
     path = tmp_path / f"weights{suffix}"
@@ -62,11 +62,11 @@ def test_safetensors_are_read(tmp_path: Path) -> None:
 
 
 class OwnRecord(dict[str, int]):
-    """Somebody's own."""
+    """A class of a training script."""
 
 
 class Payload:
-    """Runs a command when a careless reader rebuilds it."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -85,9 +85,9 @@ def test_a_hostile_checkpoint_is_refused_and_never_run(
     with pytest.raises(WeightsError, match="does not load as plain tensors") as caught:
         load_state(path)
     assert not marker.exists()
-    assert "nothing in it was run" in str(caught.value)
+    assert "no code in it was run" in str(caught.value)
     copy = path.rename(tmp_path / "copy.pth")
-    torch.load(copy, weights_only=False)  # the payload is live: a careless reader does run it
+    torch.load(copy, weights_only=False)  # proves that the payload works
     assert marker.exists()
 
 
@@ -100,7 +100,7 @@ def test_a_hostile_checkpoint_is_refused_and_never_run(
         (os.system, "posix.system"),
     ],
 )
-def test_what_is_neither_tensor_nor_plain_is_named_in_full(
+def test_other_objects_are_named_by_their_full_type(
     tmp_path: Path, value: object, kind: str, zipped: bool
 ) -> None:
     path = tmp_path / "w.pth"
@@ -108,12 +108,12 @@ def test_what_is_neither_tensor_nor_plain_is_named_in_full(
     with pytest.raises(WeightsError, match="does not load as plain tensors") as caught:
         load_state(path)
     message = str(caught.value)
-    assert f"an object made by {kind}, which is neither a tensor nor a plain value\n" in message
+    assert f"an object of {kind}, which is neither a tensor nor a plain value\n" in message
     assert "x1b" not in message
     assert "torch.save(model.state_dict(), FILE)" in message
 
 
-def test_contents_say_what_a_file_is_not_its_name(tmp_path: Path) -> None:
+def test_the_format_is_detected_by_content_not_by_name(tmp_path: Path) -> None:
     torch.save(state(), tmp_path / "w.safetensors")
     save_file(state(), tmp_path / "w.pth")
     assert same(load_state(tmp_path / "w.safetensors"), state())
@@ -131,9 +131,7 @@ def test_contents_say_what_a_file_is_not_its_name(tmp_path: Path) -> None:
         ("weights.safetensors", b"\x10\0\0\0\0\0\0\0{}"),
     ],
 )
-def test_a_damaged_file_is_an_error_that_names_it(
-    tmp_path: Path, name: str, content: bytes
-) -> None:
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(WeightsError) as caught:
         load_state(tmp_path / name)
@@ -154,7 +152,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         load_state(tmp_path / "weights.pth")
 
 
-def test_every_misfit_is_counted_with_examples() -> None:
+def test_mismatches_are_counted_with_examples() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4), nn.Linear(4, 4))
     weights = {"0.weight": torch.zeros(5, 3), "0.bias": torch.zeros(2), "other": torch.zeros(1)}
     before = state_digest(model.state_dict())
@@ -167,7 +165,7 @@ def test_every_misfit_is_counted_with_examples() -> None:
     assert state_digest(model.state_dict()) == before, "nothing was loaded"
 
 
-def test_a_dtype_that_does_not_convert_is_a_refusal() -> None:
+def test_a_dtype_that_does_not_convert_is_refused() -> None:
     packed = torch.zeros(2, 3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     with pytest.raises(WeightsError, match=r"dtype[\s\S]*a file[\s\S]*weight"):
         load_into(nn.Linear(3, 2, bias=False), {"weight": packed}, "a file")
@@ -182,7 +180,7 @@ def test_weights_that_fit_are_loaded_with_or_without_batch_norm_counters() -> No
     assert torch.equal(source.weight, target.weight)
 
 
-def test_a_digest_says_whether_two_states_are_the_same() -> None:
+def test_digests_are_equal_only_for_equal_states() -> None:
     digest = state_digest(state())
     assert digest == state_digest(dict(reversed(state().items()))) == GOLDEN["state_digest"]
     others = [

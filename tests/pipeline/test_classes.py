@@ -304,7 +304,7 @@ def test_the_names_of_a_model_in_timms_form_are_compared_too(
     arguments: dict[str, Any] = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
     model = timm.create_model(world.STUDENT, num_classes=4, img_size=32, **arguments)
     for names, says in ((NAMES[::-1], "the same 4 names in another order"),
-                        (NAMES[:3], "3 class names of 4 classes")):  # fmt: skip
+                        (NAMES[:3], "3 class names for 4 classes")):  # fmt: skip
         folder = tmp_path / f"timm {len(names)}"
         save_for_hf(
             model,

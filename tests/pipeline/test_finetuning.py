@@ -447,7 +447,7 @@ def test_what_is_no_student_is_refused(transfer: Transfer, tmp_path: Path) -> No
     text.write_text("no weights")
     told = {
         tmp_path / "nothing": "weights to start from do not exist",
-        empty: "holds no student",
+        empty: "contains no student",
         odd: "does not describe a usable classifier",
         oblong: "an input of 32x64 pixels",
         text: "does not load as plain tensors",

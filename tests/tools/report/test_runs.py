@@ -345,7 +345,7 @@ def test_a_damaged_student_is_refused(
     save_file(load_file(run / "best.safetensors"), run / "best.safetensors")  # without its header
     words = ("show", run, "--shards", small.shards, "--out", tmp_path / "out")
     assert world.cli(*words) == 1
-    assert "does not state which student it holds" in capsys.readouterr().err
+    assert "has no valid student header" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
