@@ -1,8 +1,8 @@
-"""Randomness that is the same for years: a counter-based bit stream and our own few maps from it.
+"""Reproducible randomness: a counter-based bit stream and the distributions derived from it.
 
-numpy promises the raw stream of ``Philox`` and nothing of how its ``Generator`` maps it, so maps
-to floats, integers, normals and betas are written out here. Integers and table look-ups wherever
-possible; where a logarithm is needed its result is rounded far above the last bit.
+numpy guarantees the raw stream of ``Philox`` but not the output of its ``Generator``, so the maps
+to floats, integers, normals and betas are defined here. They use integers and table look-ups
+wherever possible; results of logarithms and powers are rounded far above the last bit.
 """
 
 import hashlib
@@ -13,16 +13,16 @@ from statistics import NormalDist
 import numpy as np
 
 NORMAL_UNITS = 256
-"""Normals are multiples of 1/256: exact in float16, int16 and float32."""
+"""Normals are multiples of 1/256, which are exact in float16 and float32."""
 BETA_UNITS = 65536
-_CHUNK = 16  # 64-bit draws fetched at a time; most views need fewer
+_CHUNK = 16  # 64-bit words fetched at a time; most views need fewer
 
 
 def derive_seed(*parts: int | str | bytes) -> int:
-    """Derive 64 bits from every part, its type and its position.
+    """Return a 64-bit seed that depends on the value, type and position of every part.
 
-    The first 8 bytes (little endian) of BLAKE2b over, for each part, a type letter, the length of
-    its bytes as 8 bytes, and its bytes: UTF-8 of a string, the decimal digits of an integer.
+    It is the first 8 bytes (little endian) of BLAKE2b over, for each part: a type letter (b, s, i),
+    its length in 8 bytes, and its bytes (a string's UTF-8, an integer's decimal digits).
     """
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
@@ -33,15 +33,15 @@ def derive_seed(*parts: int | str | bytes) -> int:
 
 
 def view_seed(root_seed: int, key: str, view: int) -> int:
-    """Return the seed of one view of one sample, whatever worker, rank or order."""
+    """Return the seed of a sample's view, independent of worker, rank and order."""
     return derive_seed("view", root_seed, key, view)
 
 
 @cache
 def normal_table() -> np.ndarray:
-    """Return (65536,) int16: the standard normal's (i + 0.5)/65536 quantiles times 256, rounded.
+    """Return the standard normal's quantiles at (i + 0.5)/65536, times 256, (65536,) int16.
 
-    Rounding takes away what platforms' logarithms may differ by; a test pins the CRC-32.
+    Rounding hides differences between platforms' logarithms; a test pins the CRC-32.
     """
     quantile = NormalDist().inv_cdf
     upper = [round(NORMAL_UNITS * quantile((i + 0.5) / 65536)) for i in range(32768, 65536)]
@@ -49,16 +49,16 @@ def normal_table() -> np.ndarray:
 
 
 class BitStream:
-    """Draws from the Philox4x64 stream of ``seed`` (an unsigned 64-bit key), counter from 0.
+    """Draws from the Philox4x64 stream with key ``seed`` (unsigned 64-bit) and counter 0.
 
-    One 64-bit word per draw unless said otherwise, in the order of the calls.
+    Each draw consumes the next 64-bit word, unless stated otherwise.
     """
 
     __slots__ = ("_philox", "_words")
 
     def __init__(self, seed: int) -> None:
         self._philox = np.random.Philox(key=seed, counter=0)
-        self._words: list[int] = []  # fetched and not yet used, in reverse
+        self._words: list[int] = []  # fetched but unused, in reverse order
 
     def uint64(self) -> int:
         """Return the next 64 bits."""
@@ -68,24 +68,24 @@ class BitStream:
 
     def raw(self, count: int) -> np.ndarray:
         """Return the next ``count`` words, (count,) uint64."""
-        kept = [self._words.pop() for _ in range(min(count, len(self._words)))]
-        fresh = self._philox.random_raw(count - len(kept))
-        return np.concatenate([np.array(kept, np.uint64), fresh])
+        fetched = [self._words.pop() for _ in range(min(count, len(self._words)))]
+        fresh = self._philox.random_raw(count - len(fetched))
+        return np.concatenate([np.array(fetched, np.uint64), fresh])
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         """Draw a uniform number in [low, high) from the word's upper 53 bits."""
         return low + (high - low) * ((self.uint64() >> 11) * 2.0**-53)
 
     def log_uniform(self, low: float, high: float) -> float:
-        """Return exp of a uniform draw between the logarithms."""
+        """Draw a number whose logarithm is uniform between log(low) and log(high)."""
         return math.exp(self.uniform(math.log(low), math.log(high)))
 
     def below(self, bound: int) -> int:
-        """Draw an integer in [0, bound), by multiply and shift; its bias is below bound / 2**64."""
+        """Draw an integer in [0, bound) by multiply and shift, with bias below bound / 2**64."""
         return (self.uint64() * bound) >> 64
 
     def chance(self, probability: float) -> bool:
-        """Return True with ``probability``; 0 never, 1 always."""
+        """Return True with ``probability``: never for 0, always for 1."""
         return self.uniform() < probability
 
     def normal(self) -> float:
@@ -93,12 +93,12 @@ class BitStream:
         return int(normal_table()[self.uint64() >> 48]) / NORMAL_UNITS
 
     def normals(self, count: int) -> np.ndarray:
-        """Draw (count,) int16 standard normals times 256, four a word, lowest bits first."""
+        """Draw standard normals times 256, (count,) int16, four per word, lowest bits first."""
         words = self.raw(-(-count // 4)).astype("<u8")
         return normal_table()[words.view("<u2")[:count]]
 
     def beta(self, a: float, b: float) -> float:
-        """Draw Beta(a, b) as a multiple of 1/65536, by Jöhnk's rejection: two words a try."""
+        """Draw Beta(a, b), a multiple of 1/65536, by Jöhnk's rejection: two words per attempt."""
         while True:
             x, y = self.uniform() ** (1.0 / a), self.uniform() ** (1.0 / b)
             if 0.0 < x + y <= 1.0:

@@ -1,4 +1,4 @@
-"""From a seed to the parameters of a view. Nothing here looks at pixels."""
+"""From a seed to the parameters of a view, without its pixels."""
 
 import math
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from cskd_pipeline.errors import UsageError
 from cskd_pipeline.views.bits import BitStream
 from cskd_pipeline.views.policy import REGISTERED, Range, ViewPolicy
 
-ATTEMPTS = 10  # at a crop or an erase box, as torchvision and timm have it
-MAX_LEVEL = 10.0  # of RandAugment magnitudes
+ATTEMPTS = 10  # for a crop or an erase box, as in torchvision and timm
+MAX_LEVEL = 10.0  # highest RandAugment magnitude
 ARGUMENT_UNITS = 4096
-"""Arguments of operations are multiples of 1/4096: :mod:`cskd_pipeline.views.apply` says why."""
+"""Arguments of operations are multiples of 1/4096; see :mod:`cskd_pipeline.views.apply`."""
 
 Op = tuple[str, float]
-"""A RandAugment operation and its argument; operations without one have 0."""
+"""A RandAugment operation and its argument, 0 if it takes none."""
 
 
 class Box(NamedTuple):
-    """Pixels ``top:top+height, left:left+width``."""
+    """The pixels ``[top:top+height, left:left+width]``."""
 
     top: int
     left: int
@@ -28,10 +28,10 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ViewParams:
-    """All that is random about a view but for its mixing.
+    """The random parameters of a view, except its mixing.
 
-    ``crop`` is in the decoded image's pixels, ``erase`` in the view's. ``ops`` are the RandAugment
-    operations that are applied, in order. ``noise_seed`` begins the erased boxes' noise.
+    ``crop`` is in pixels of the decoded image, ``erase`` in pixels of the view. ``ops`` are the
+    applied RandAugment operations in order. ``noise_seed`` is the seed of the erase noise.
     """
 
     crop: Box
@@ -42,17 +42,17 @@ class ViewParams:
 
 
 def draw(seed: int, policy: ViewPolicy, width: int, height: int) -> ViewParams:
-    """Draw the parameters of the view of ``seed``, of an image of ``width`` x ``height`` pixels.
+    """Draw a view's parameters from ``seed``, for an image of ``width`` x ``height`` pixels.
 
-    Distributed as timm's ``RandomResizedCropAndInterpolation``, flip, ``rand-m9-mstd0.5-inc1`` and
-    ``RandomErasing`` in pixel mode; a version of :func:`register_policy` draws in its own way.
+    ``deit-v1`` has the distribution of timm's ``RandomResizedCropAndInterpolation``, flip,
+    ``rand-m9-mstd0.5-inc1`` and ``RandomErasing`` in pixel mode.
 
     Raises:
-        UsageError: a registered policy's function returned something else, or boxes to erase that
-            are not inside the view.
+        UsageError: a registered policy's ``draw`` returned something other than ``ViewParams``, or
+            erase boxes outside the view.
     """
     if policy.version in REGISTERED:
-        return _own(REGISTERED[policy.version].draw(seed, policy, width, height), policy)
+        return _checked(REGISTERED[policy.version].draw(seed, policy, width, height), policy)
     bits = BitStream(seed)
     crop = _draw_crop(bits, policy, width, height)
     flip = bits.chance(policy.flip)
@@ -61,17 +61,17 @@ def draw(seed: int, policy: ViewPolicy, width: int, height: int) -> ViewParams:
     return ViewParams(crop, flip, ops, erase, bits.uint64())
 
 
-def _own(params: ViewParams, policy: ViewPolicy) -> ViewParams:
+def _checked(params: ViewParams, policy: ViewPolicy) -> ViewParams:
     side = policy.size
     if not isinstance(params, ViewParams) or any(
         min(box) < 0 or box.top + box.height > side or box.left + box.width > side
         for box in params.erase
     ):
         raise UsageError(
-            f"the view policy {policy.version} drew something else than a view's parameters",
+            f"draw of the view policy {policy.version} did not return valid parameters",
             found=params,
-            expected=f"ViewParams, its erase boxes within {side} x {side} pixels",
-            action="correct the function that was given to register_policy",
+            expected=f"ViewParams with erase boxes within {side} x {side} pixels",
+            action="correct the draw function passed to register_policy",
         )
     return params
 
@@ -87,7 +87,7 @@ def _draw_crop(bits: BitStream, policy: ViewPolicy, width: int, height: int) -> 
 
 
 def _central_crop(ratios: Range, width: int, height: int) -> Box:
-    """The largest central box whose ratio is in range."""
+    """Return the largest central box whose aspect ratio is in range."""
     low, high = ratios
     w, h = width, height
     if width / height < low:
@@ -126,16 +126,16 @@ OPS = (
     "translate_x",
     "translate_y",
 )
-"""timm's "increasing" set: a higher level changes more. The order is part of ``deit-v1``."""
+"""timm's "increasing" set: a higher level distorts more. The order is part of ``deit-v1``."""
 
 
 def argument(op: str, level: float, sign: float) -> float:
-    """Return an operation's argument at ``level`` in [0, 10], as timm's increasing levels have it.
+    """Return an operation's argument at ``level`` in [0, 10], as in timm's increasing set.
 
-    Degrees of a rotation; bits kept by posterize; threshold of solarize and what solarize_add adds,
-    in [0, 256]; factor of an enhancement (1 changes nothing); shear per pixel; translation as a
-    fraction of the side. ``sign`` decides the direction of those that have one. A multiple of
-    1 / :data:`ARGUMENT_UNITS`.
+    It is the degrees of a rotation, the bits kept by posterize, the threshold of solarize or the
+    addend of solarize_add (in [0, 256]), the factor of an enhancement (1 is the identity), the
+    shear per pixel, or the translation as a fraction of the side; a multiple of
+    1 / :data:`ARGUMENT_UNITS`. ``sign`` is the direction, for operations that have one.
     """
     return round(_argument(op, level / MAX_LEVEL, sign) * ARGUMENT_UNITS) / ARGUMENT_UNITS
 

@@ -1,11 +1,11 @@
-"""Pixels in integers: resampling, shearing, rotating and recolouring, compiled on first use.
+"""Loops over pixels: resampling, shearing, rotating and recolouring, compiled on first use.
 
-Written by hand so that a view is the same on every machine, for years. They give Pillow's pixels,
-bit by bit (tests compare), and depend on no library's version: where the arithmetic is not in
-integers, it is in float64 operations that are exact (:func:`slide`) or that IEEE 754 fixes one by
-one (:func:`coefficients`, :func:`rotated`; numba neither reorders nor fuses them). On one core,
-224 px, Pillow takes 4.4 times as long to resize a crop of 400x300, 13 times to shear, 1.2 times to
-sharpen or to change colour, and 0.9 times to rotate.
+A view's pixels must be reproducible for years on every machine, so these functions equal Pillow's,
+bit for bit (tests compare), without depending on a library's version. Arithmetic is in integers, or
+in float64 operations that are exact (:func:`slide`) or defined by IEEE 754 one by one
+(:func:`coefficients`, :func:`rotated`; numba neither reorders nor fuses them). Relative to these,
+Pillow takes 4.4 times as long to resize a crop of 400x300 to 224 px on one core, 13 times to shear,
+1.2 times to sharpen or to change colour, and 0.9 times to rotate.
 
 Images are (H, W, 3) uint8, C-contiguous.
 """
@@ -22,9 +22,9 @@ from numba.core.caching import FunctionCache
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 Corners = tuple[int, int, int, int]
-"""Of a box: top, left, height, width."""
+"""A box: top, left, height, width."""
 
-_BITS = 22  # of the resampling weights
+_BITS = 22  # fractional bits of the resampling weights
 _HALF = 1 << (_BITS - 1)
 SHIFT_UNITS = 8192
 """Shifts of :func:`slide` are multiples of 1/8192 pixel."""
@@ -32,40 +32,38 @@ BLEND_UNITS = 4096
 """Factors of :func:`saturated` and :func:`sharpened` are multiples of 1/4096."""
 
 
-class _Kept(FunctionCache):
-    """A function's compiled code on disk: made anew where it cannot be read, done without where it
-    cannot be written.
-    """
+class _SafeCache(FunctionCache):
+    """numba's cache of compiled code on disk, with read and write errors ignored."""
 
     def load_overload(self, signature: Any, context: Any) -> Any:
         try:
             return super().load_overload(signature, context)
-        except Exception:  # the files are pickles: cut short or overwritten they raise anything
+        except Exception:  # the files are pickles: damaged ones raise anything
             try:
                 self.flush()
             except OSError:
                 self.disable()
-            return None  # numba compiles, and saves that
+            return None  # numba compiles and saves again
 
     def save_overload(self, signature: Any, code: Any) -> None:
-        with suppress(OSError):  # a full disk, or a folder that is read-only by now
+        with suppress(OSError):  # a full disk, or a folder that has become read-only
             super().save_overload(signature, code)
 
 
 def compiled(function: Function) -> Function:
-    """Compile at the first call; keep the code on disk where numba finds a folder to write to."""
+    """Compile ``function`` at its first call; cache the code on disk if numba finds a folder."""
     dispatcher = numba.njit(function)
-    with suppress(RuntimeError):  # no such folder: every process compiles for itself
-        dispatcher._cache = _Kept(function)
+    with suppress(RuntimeError):  # no writable folder: every process compiles
+        dispatcher._cache = _SafeCache(function)
     return cast(Function, dispatcher)
 
 
 @compiled
 def coefficients(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return an antialiasing cubic filter (a = -0.5) from ``size_in`` to ``size_out`` pixels.
+    """Return the antialiasing cubic filter (a = -0.5) from ``size_in`` to ``size_out`` pixels.
 
-    As Pillow's ``resize`` has it: the cubic widened by the scale where that is above 1, cut at the
-    edges, normalised, in units of 2**-22.
+    As in Pillow's ``resize``, the cubic is widened by the scale if that is above 1, cut at the
+    edges and normalised. Weights are in units of 2**-22.
 
     Returns:
         First source pixel and number of weights, (size_out,) int64 each, and the weights,
@@ -103,15 +101,15 @@ def coefficients(size_in: int, size_out: int) -> tuple[np.ndarray, np.ndarray, n
 
 
 @compiled
-def _weighed(
+def _weighted_sum(
     lines: np.ndarray, first: int, count: int, weights: np.ndarray, total: np.ndarray
 ) -> None:
-    """The weighted sum of ``count`` rows of ``lines`` from ``first`` on, rounded, in ``total``."""
+    """Set ``total`` to the rounded weighted sum of ``count`` rows from ``lines[first]`` on."""
     n = lines.shape[1]
     for j in range(n):
         total[j] = _HALF
     i = 0
-    while i + 4 <= count:  # four rows at a time: a quarter of the traffic with memory
+    while i + 4 <= count:  # four rows at a time: a quarter of the memory traffic
         w0, w1, w2, w3 = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
         s0, s1 = lines[first + i], lines[first + i + 1]
         s2, s3 = lines[first + i + 2], lines[first + i + 3]
@@ -138,7 +136,7 @@ def across(image: np.ndarray, box: Corners, size: int, flip: bool) -> np.ndarray
     top, left, height, width = box
     first, count, weights = coefficients(width, size)
     n = 3 * height
-    columns = np.empty((width, n), np.uint8)  # as rows, so that neighbours lie side by side
+    columns = np.empty((width, n), np.uint8)  # transposed: the sums run over rows
     for y in range(height):
         for x in range(width):
             for c in range(3):
@@ -146,7 +144,7 @@ def across(image: np.ndarray, box: Corners, size: int, flip: bool) -> np.ndarray
     total = np.empty(n, np.int32)
     result = np.empty((height, size, 3), np.uint8)
     for o in range(size):
-        _weighed(columns, first[o], count[o], weights[o], total)
+        _weighted_sum(columns, first[o], count[o], weights[o], total)
         at = size - 1 - o if flip else o
         for y in range(height):
             for c in range(3):
@@ -163,7 +161,7 @@ def down(image: np.ndarray, size: int) -> np.ndarray:
     total = np.empty(3 * width, np.int32)
     result = np.empty((size, 3 * width), np.uint8)
     for o in range(size):
-        _weighed(rows, first[o], count[o], weights[o], total)
+        _weighted_sum(rows, first[o], count[o], weights[o], total)
         for j in range(3 * width):
             result[o, j] = total[j]
     return result.reshape(size, width, 3)
@@ -172,7 +170,7 @@ def down(image: np.ndarray, size: int) -> np.ndarray:
 def resized(image: np.ndarray, box: Corners, size: int, flip: bool) -> np.ndarray:
     """Resample a box of ``image``, mirrored left to right if ``flip``: (size, size, 3)."""
     top, left, height, width = box
-    if height > 100 * width and size < height:  # Pillow resizes such slivers the other way round
+    if height > 100 * width and size < height:  # Pillow resizes such slivers in the other order
         sliver = np.ascontiguousarray(image[top : top + height, left : left + width])
         return across(down(sliver, size), (0, 0, size, width), size, flip)
     return down(across(image, (top, left, height, width), size, flip), size)
@@ -192,39 +190,39 @@ def transposed(image: np.ndarray) -> np.ndarray:
 
 @compiled
 def slide(image: np.ndarray, shift: np.ndarray, fill: np.ndarray) -> np.ndarray:
-    """Move every row to the left by its ``shift``, (H,) int64 in units of 1/8192 pixel.
+    """Shift every row to the left by its ``shift``, (H,) int64 in units of 1/8192 pixel.
 
-    The cubic (a = -1) of four neighbours, edges repeated, cut to integers; ``fill``, (3,) uint8,
-    where a pixel's centre comes from outside. Weights are multiples of 2**-39 below 2, so float64
-    sums of them times bytes are exact.
+    A cubic (a = -1) of four neighbours with repeated edges, truncated to integers; pixels whose
+    centre is outside the image are ``fill``, (3,) uint8. Weights are multiples of 2**-39 below 2,
+    so float64 sums of weights times bytes are exact.
     """
     height, width = image.shape[0], image.shape[1]
     result = np.empty((height, 3 * width), np.uint8)
     rows = image.reshape(height, 3 * width)
     for y in range(height):
-        whole = shift[y] >> 13
+        offset = shift[y] >> 13
         d = (shift[y] & 8191) / 8192.0
         w0 = ((2.0 - d) * d - 1.0) * d
         w1 = (d - 2.0) * d * d + 1.0
         w2 = ((1.0 - d) * d + 1.0) * d
         w3 = (d - 1.0) * d * d
         row, out = rows[y], result[y]
-        # columns whose centre is inside, and of those the ones with four neighbours
+        # [begin, end): columns with their centre inside; [inner, outer): with four neighbours too
         begin, end = width, 0
         for x in range(width):
             if 0 <= (x << 13) + 4096 + shift[y] < width << 13:
                 begin, end = min(begin, x), x + 1
-        inner = min(max(begin, 1 - whole), end)
-        outer = max(min(end, width - 2 - whole), inner)
+        inner = min(max(begin, 1 - offset), end)
+        outer = max(min(end, width - 2 - offset), inner)
         for x in range(width):
             if x < begin or x >= end:
                 for c in range(3):
                     out[3 * x + c] = fill[c]
             elif x < inner or x >= outer:
-                x0 = min(max(x + whole - 1, 0), width - 1)
-                x1 = min(max(x + whole, 0), width - 1)
-                x2 = min(max(x + whole + 1, 0), width - 1)
-                x3 = min(max(x + whole + 2, 0), width - 1)
+                x0 = min(max(x + offset - 1, 0), width - 1)
+                x1 = min(max(x + offset, 0), width - 1)
+                x2 = min(max(x + offset + 1, 0), width - 1)
+                x3 = min(max(x + offset + 2, 0), width - 1)
                 for c in range(3):
                     value = (
                         w0 * row[3 * x0 + c]
@@ -235,7 +233,7 @@ def slide(image: np.ndarray, shift: np.ndarray, fill: np.ndarray) -> np.ndarray:
                     out[3 * x + c] = np.int32(min(max(value, 0.0), 255.0))
         if inner < outer:
             n = 3 * (outer - inner)
-            at = 3 * (inner + whole)
+            at = 3 * (inner + offset)
             s0, s1 = row[at - 3 : at - 3 + n], row[at : at + n]
             s2, s3 = row[at + 3 : at + 3 + n], row[at + 6 : at + 6 + n]
             part = out[3 * inner : 3 * inner + n]
@@ -247,7 +245,7 @@ def slide(image: np.ndarray, shift: np.ndarray, fill: np.ndarray) -> np.ndarray:
 
 @compiled
 def _cubic(v0: float, v1: float, v2: float, v3: float, d: float) -> float:
-    """Pillow's order of operations, which rounding depends on."""
+    """Evaluate the cubic in Pillow's order of operations, on which the rounding depends."""
     p2 = -v0 + v2
     p3 = 2.0 * (v0 - v1) + v2 - v3
     p4 = -v0 + v1 - v2 + v3
@@ -256,10 +254,10 @@ def _cubic(v0: float, v1: float, v2: float, v3: float, d: float) -> float:
 
 @compiled
 def rotated(image: np.ndarray, matrix: np.ndarray, fill: np.ndarray) -> np.ndarray:
-    """Map ``image`` by (a, b, c, d, e, f): pixel (x, y) shows (a x + b y + c, d x + e y + f).
+    """Map ``image`` by (a, b, c, d, e, f): pixel (x, y) is that at (a x + b y + c, d x + e y + f).
 
-    Cubic (a = -1) in both directions, edges repeated, cut to integers; ``fill``, (3,) uint8, where
-    a pixel's centre comes from outside.
+    A cubic (a = -1) in both directions with repeated edges, truncated to integers; pixels whose
+    centre is outside the image are ``fill``, (3,) uint8.
     """
     height, width = image.shape[0], image.shape[1]
     result = np.empty((height, width, 3), np.uint8)
@@ -294,8 +292,8 @@ def rotated(image: np.ndarray, matrix: np.ndarray, fill: np.ndarray) -> np.ndarr
 
 
 @compiled
-def recoloured(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Look every byte up in its channel's ``table``, (3, 256) uint8."""
+def apply_table(image: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Look up every byte in its channel's ``table``, (3, 256) uint8."""
     result = np.empty_like(image)
     for y in range(image.shape[0]):
         for x in range(image.shape[1]):
@@ -306,7 +304,7 @@ def recoloured(image: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 @compiled
 def histograms(image: np.ndarray) -> np.ndarray:
-    """Count how often each channel has each value: (3, 256) int64."""
+    """Return each channel's histogram, (3, 256) int64."""
     counts = np.zeros((3, 256), np.int64)
     for y in range(image.shape[0]):
         for x in range(image.shape[1]):
@@ -317,7 +315,7 @@ def histograms(image: np.ndarray) -> np.ndarray:
 
 @compiled
 def _luma(red: int, green: int, blue: int) -> int:
-    """ITU-R 601-2 in 16 fractional bits, rounded."""
+    """Return the luma of ITU-R 601-2, rounded from 16 fractional bits."""
     return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
 
 
@@ -334,7 +332,7 @@ def mean_luma(image: np.ndarray) -> int:
 
 @compiled
 def saturated(image: np.ndarray, units: int) -> np.ndarray:
-    """Return ``luma + factor * (image - luma)``, the factor in units of 1/4096, cut to bytes."""
+    """Return ``luma + factor * (image - luma)``, factor = units / 4096, clipped to bytes."""
     result = np.empty_like(image)
     for y in range(image.shape[0]):
         for x in range(image.shape[1]):
@@ -347,30 +345,31 @@ def saturated(image: np.ndarray, units: int) -> np.ndarray:
 
 @compiled
 def sharpened(image: np.ndarray, units: int) -> np.ndarray:
-    """Return ``smooth + factor * (image - smooth)``, the factor in 1/4096, cut to bytes.
+    """Return ``smooth + factor * (image - smooth)``, factor = units / 4096, clipped to bytes.
 
-    ``smooth`` is the 3 x 3 mean of weights 1 and, in the middle, 5, rounded; the border stays.
+    ``smooth`` is the rounded 3 x 3 mean with weight 5 for the centre and 1 for the others. Border
+    pixels stay.
     """
     height, width = image.shape[0], image.shape[1]
     result = image.copy()
     source = image.reshape(height, 3 * width)
     target = result.reshape(height, 3 * width)
     for y in range(1, height - 1):
-        above, here, below = source[y - 1], source[y], source[y + 1]
+        above, row, below = source[y - 1], source[y], source[y + 1]
         out = target[y]
         for j in range(3, 3 * width - 3):
             total = (
                 np.int32(above[j - 3])
                 + above[j]
                 + above[j + 3]
-                + here[j - 3]
-                + 5 * np.int32(here[j])
-                + here[j + 3]
+                + row[j - 3]
+                + 5 * np.int32(row[j])
+                + row[j + 3]
                 + below[j - 3]
                 + below[j]
                 + below[j + 3]
             )
             smooth = np.int32(np.uint32(2 * total + 13) // np.uint32(26))
-            value = (smooth * BLEND_UNITS + units * (np.int32(here[j]) - smooth)) >> 12
+            value = (smooth * BLEND_UNITS + units * (np.int32(row[j]) - smooth)) >> 12
             out[j] = min(max(value, 0), 255)
     return result

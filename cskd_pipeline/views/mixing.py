@@ -1,4 +1,4 @@
-"""Partners: the neighbour a view is mixed with, and how."""
+"""Partners: pairs of views, and the parameters of their mixing."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ NO_BOX = Box(0, 0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """A way to mix both members of a pair. ``lam`` is the share of a member's own pixels.
+    """The mixing of both members of a pair; ``lam`` is the share of a member's own pixels.
 
     CutMix replaces ``box`` by the partner's pixels; mixup is ``lam * own + (1 - lam) * partner``.
     """
@@ -30,22 +30,21 @@ UNMIXED = Mix(cutmix=False, lam=1.0, box=NO_BOX)
 def matching(
     root_seed: int, shard_id: str, count: int, view: int, policy: ViewPolicy
 ) -> np.ndarray:
-    """Return the partner of each of a tar shard's samples in ``view``: (count,) int64 offsets.
+    """Return the partner of each sample of a tar shard in ``view``, (count,) int64 offsets.
 
-    Partners are drawn within windows of ``policy.window`` consecutive samples: each window is
-    sorted by one random word per sample and neighbours in that order are paired. A sample that
-    is left over in an odd window, and every sample without mixing, is its own partner. The matching
-    is shared by ``policy.repeats`` views, and is its own inverse.
+    Each window of ``policy.window`` consecutive samples is sorted by one random word per sample and
+    paired in that order. A sample left over, and every sample without mixing, is its own partner.
+    The matching is its own inverse, and the same for ``policy.repeats`` consecutive views.
 
     Args:
-        shard_id: the SHA-256 of the shard's keys in order.
+        shard_id: SHA-256 of the shard's keys in order.
     """
     samples = np.arange(count)
     if not policy.mixes:
         return samples
     bits = BitStream(derive_seed("matching", root_seed, shard_id, view // policy.repeats))
     window = samples // policy.window
-    order = np.lexsort((bits.raw(count), window))  # windows stay together, in place
+    order = np.lexsort((bits.raw(count), window))  # each window keeps its range of positions
     position = samples % policy.window
     other = np.where(position % 2 == 0, samples + 1, samples - 1)
     alone = (other >= count) | (window[np.minimum(other, count - 1)] != window)
@@ -56,10 +55,11 @@ def matching(
 
 
 def draw_mix(seed_a: int, seed_b: int, policy: ViewPolicy) -> Mix:
-    """Draw how a pair with these view seeds is mixed; the order of the two does not matter.
+    """Draw the mixing of a pair from its two view seeds, in either order.
 
-    Distributed as timm's ``Mixup``, pair by pair: with probability ``mix``, CutMix or mixup by
-    ``cutmix_switch`` where both are possible; CutMix's ``lam`` is that of the box after clipping.
+    The distribution is that of timm's ``Mixup`` in pair mode: with probability ``mix`` a pair is
+    mixed, by CutMix with probability ``cutmix_switch`` if both kinds are enabled. CutMix's ``lam``
+    is that of the clipped box.
     """
     if seed_a == seed_b or not policy.mixes:
         return UNMIXED
@@ -77,7 +77,7 @@ def draw_mix(seed_a: int, seed_b: int, policy: ViewPolicy) -> Mix:
 
 
 def _cut_box(bits: BitStream, lam: float, side: int) -> Box:
-    """A box of share ``1 - lam``, its centre anywhere, clipped to the view (CutMix, eq. 2)."""
+    """Draw a box of area ``1 - lam`` and uniform centre, clipped to the view (CutMix, eq. 2)."""
     cut = int(side * math.sqrt(1.0 - lam))
     before, after = cut // 2, cut - cut // 2
     row, column = bits.below(side), bits.below(side)

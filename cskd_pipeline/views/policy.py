@@ -1,4 +1,4 @@
-"""The augmentation policy: every number that decides what a view looks like."""
+"""The augmentation policy: all parameters that determine a view's pixels."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 Range = tuple[float, float]
 RGB = tuple[float, float, float]
 
-# ``version`` names the code that draws and applies: another meaning of a field, another version.
+# ``version`` names the code that draws and renders: a field with another meaning needs another one.
 #
-# Notes on deit-v1. A PNG of 2, 4 or 16 bits per channel with one transparent colour (tRNS) is white
-# at that colour; in caches of format version 1 another colour, or none, turned white. Views of all
-# other files are as they were.
+# A note on deit-v1: the transparent colour (tRNS) of a PNG of 2, 4 or 16 bits per channel becomes
+# white; in caches of format version 1 another colour or none did. All other views are unchanged.
 VERSIONS = ("deit-v1",)
 _LIMITS = {
     **dict.fromkeys(("flip", "randaugment_prob", "erase", "mix", "cutmix_switch"), (0, 1)),
@@ -33,16 +32,16 @@ _LIMITS = {
     "window": (2, math.inf),
     "repeats": (1, math.inf),
 }
-"""Least and most of the fields that are one number."""
+"""Limits of the fields that are a single number."""
 
 
 @dataclass(frozen=True)
 class ViewPolicy:
-    """Hold DeiT's training augmentation (arXiv 2012.12877, table 9), unchanged in the CSKD paper.
+    """DeiT's training augmentation (arXiv 2012.12877, table 9), unchanged in the CSKD paper.
 
-    ``version`` freezes how draws are made and applied; the other fields are its parameters. Lengths
-    are in pixels, areas and probabilities are fractions, ``mean`` and ``std`` are in [0, 1] units
-    and serve erasing and the fill colour only: networks normalise with their own.
+    ``version`` names the code that draws and renders; the other fields are its parameters. Lengths
+    are in pixels; areas and probabilities are fractions. ``mean`` and ``std``, in [0, 1] units, are
+    for erasing and the fill colour only: networks normalise with their own.
     """
 
     version: str = "deit-v1"
@@ -59,29 +58,29 @@ class ViewPolicy:
     erase_ratio: Range = (0.3, 1 / 0.3)
     mean: RGB = (0.485, 0.456, 0.406)
     std: RGB = (0.229, 0.224, 0.225)
-    mix: float = 1.0  # probability that a pair is mixed at all
+    mix: float = 1.0  # probability that a pair is mixed
     mixup_alpha: float = 0.8
     cutmix_alpha: float = 1.0
-    cutmix_switch: float = 0.5  # probability of CutMix where both are possible
-    window: int = 64  # partners come from the same window of consecutive samples of a tar shard
-    repeats: int = 3  # views that share one matching, so that repeated augmentation decodes once
+    cutmix_switch: float = 0.5  # probability of CutMix if both are enabled
+    window: int = 64  # consecutive samples of a tar shard among which partners are drawn
+    repeats: int = 3  # views with the same matching, for decoding once per repeat
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # JSON and TOML give lists
+        for field in fields(self):  # JSON and TOML have lists
             value = getattr(self, field.name)
             if isinstance(value, list):
                 object.__setattr__(self, field.name, tuple(float(v) for v in value))
         problems = list(self._problems())
         if problems:
             raise RecipeError(
-                "the view policy is not usable", where="[views]", found="; ".join(problems)
+                "the view policy is invalid", where="[views]", found="; ".join(problems)
             )
 
     def _problems(self) -> Iterator[str]:
         known = (*VERSIONS, *REGISTERED)
         if self.version not in known:
             yield (
-                f"version {self.version!r} is unknown, known: {', '.join(known)}; "
+                f"version {self.version!r} is unknown (known: {', '.join(known)}); "
                 "cskd_pipeline.register_policy adds one"
             )
         for name, (least, most) in _LIMITS.items():
@@ -103,7 +102,7 @@ class ViewPolicy:
             yield f"std = {list(self.std)} is not positive"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self.to_json(), REGISTERED.get(self.version))
+        return _unpickle, (self.to_json(), REGISTERED.get(self.version))
 
     @property
     def mixes(self) -> bool:
@@ -119,7 +118,7 @@ class ViewPolicy:
 
     @classmethod
     def from_json(cls, document: dict[str, object]) -> ViewPolicy:
-        """Read what :meth:`to_json` wrote.
+        """Return the policy of a JSON object from :meth:`to_json`.
 
         Raises:
             RecipeError: an unknown field, or a value out of range.
@@ -143,14 +142,14 @@ class ViewPolicy:
 
 
 class PolicyCode(NamedTuple):
-    """The functions of one version: from seed to parameters, from image to pixels."""
+    """The two functions of a version: seed to parameters, and image to pixels."""
 
     draw: Callable[[int, ViewPolicy, int, int], ViewParams]
     render: Callable[[np.ndarray, ViewParams, ViewPolicy], np.ndarray]
 
 
 REGISTERED: dict[str, PolicyCode] = {}
-"""Users' own versions; ``deit-v1`` is the code of ``draw`` and ``apply``."""
+"""Versions registered by users; ``deit-v1`` is the code of ``draw`` and ``apply``."""
 
 
 def register_policy(
@@ -158,19 +157,18 @@ def register_policy(
     draw: Callable[[int, ViewPolicy, int, int], ViewParams],
     render: Callable[[np.ndarray, ViewParams, ViewPolicy], np.ndarray],
 ) -> None:
-    """Let this process make the views of ``ViewPolicy(version=...)`` with a user's own functions.
+    """Register a user's functions for the views of ``ViewPolicy(version=...)`` in this process.
 
-    A cache records the version and the policy's fields, which the functions may use as they like:
-    whoever opens it registers the same functions first, and every view's digest is compared.
-    Another behaviour is another version. Erasing and mixing are as in ``deit-v1``. Loader
-    processes get the functions from the process that starts them, so they must be picklable:
-    defined at the top of a module.
+    A cache records the version and the policy's fields, which the functions may interpret freely.
+    Register the same functions before opening it; every view's digest is compared. Changed
+    functions need a new version. Erasing and mixing are as in ``deit-v1``. Loader processes receive
+    the functions by pickling, so they must be defined at the top level of a module.
 
     Args:
         draw: ``(seed, policy, width, height)`` of the upright image -> ``ViewParams``; a pure
-            function: ``cskd_pipeline.views.bits.BitStream(seed)`` is the source of randomness.
-        render: ``(image, params, policy)``, the image (H, W, 3) uint8 -> the view,
-            (policy.size, policy.size, 3) uint8; a pure function as well.
+            function, with ``cskd_pipeline.views.bits.BitStream(seed)`` as its source of randomness.
+        render: ``(image, params, policy)`` with an image (H, W, 3) uint8 -> view
+            (policy.size, policy.size, 3) uint8; a pure function.
 
     Raises:
         UsageError: the version is built in, or not 1 to 100 printable characters.
@@ -179,14 +177,14 @@ def register_policy(
         raise UsageError(
             "a view policy cannot be registered under this version",
             found=version,
-            expected=f"1 to 100 printable characters, and none of {', '.join(VERSIONS)}",
+            expected=f"1 to 100 printable characters, and not {', '.join(VERSIONS)}",
         )
     REGISTERED[version] = PolicyCode(draw, render)
 
 
-def _restored(document: dict[str, object], code: PolicyCode | None) -> ViewPolicy:
-    """Build a policy in another process, where a user's version may not be registered yet."""
+def _unpickle(document: dict[str, object], code: PolicyCode | None) -> ViewPolicy:
+    """Restore a policy in another process, and register its user-defined version if necessary."""
     version = str(document["version"])
-    if code is not None and version not in REGISTERED:  # what this process registered stays
+    if code is not None and version not in REGISTERED:  # this process's own registration wins
         register_policy(version, *code)
     return ViewPolicy.from_json(document)

@@ -1,4 +1,4 @@
-"""Pictures made of integers, so that they are the same everywhere."""
+"""Test images computed in integers, identical on every machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def scene(width: int, height: int) -> Image.Image:
-    """Slopes, a checkerboard, a disc and flat parts; narrow in red, clipped in blue."""
+    """Return gradients, a checkerboard, a disc and flat areas; red narrow, blue clipped."""
     rows, columns = np.indices((height, width))
     red = 40 + (columns * 150) // width + rows % 7
     green = (rows * columns // 11) % 256
@@ -21,6 +21,6 @@ def scene(width: int, height: int) -> Image.Image:
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Every pixel its own colour."""
+    """Return an image of independent random pixels."""
     words = np.random.Philox(key=seed, counter=0).random_raw(3 * width * height)
     return Image.fromarray((words >> np.uint64(56)).astype(np.uint8).reshape(height, width, 3))

@@ -23,7 +23,7 @@ MEAN, STD = np.array(POLICY.mean, np.float32), np.array(POLICY.std, np.float32)
 
 
 def by_timm(image, params: ViewParams, policy: ViewPolicy) -> np.ndarray:
-    """timm's training transform with its random choices given, up to uint8."""
+    """Apply timm's training transform with given random choices, up to uint8."""
     view = tv.resized_crop(
         image, *params.crop, [policy.size, policy.size], InterpolationMode.BICUBIC
     )
@@ -55,7 +55,7 @@ def test_a_view_has_the_pixels_of_timms_transform(
     assert image.tobytes() == before
 
 
-def test_operations_come_after_the_flip_and_in_their_order() -> None:
+def test_operations_follow_the_flip_in_their_order() -> None:
     image, crop = noise(40, 40), Box(2, 3, 30, 31)
     policy = ViewPolicy(size=32)
     ops = (("translate_x", 0.25), ("solarize", 100.0), ("equalize", 0.0))
@@ -71,13 +71,13 @@ def test_operations_come_after_the_flip_and_in_their_order() -> None:
         assert np.array_equal(found, by_timm(image, params, policy))
 
 
-def test_the_digest_is_the_crc32_of_the_pixels_and_sees_each_of_them() -> None:
+def test_the_digest_is_the_crc32_of_all_pixels() -> None:
     pixels = np.asarray(noise(8, 8)).copy()
     original = digest(pixels)
     assert original == zlib.crc32(pixels.tobytes())
-    for place in np.ndindex(pixels.shape):
+    for index in np.ndindex(pixels.shape):
         changed = pixels.copy()
-        changed[place] ^= 1
+        changed[index] ^= 1
         assert digest(changed) != original
     assert digest(pixels.swapaxes(0, 1).copy()) != original
 
@@ -128,7 +128,7 @@ def test_cutmix_replaces_the_box_by_the_partners_pixels() -> None:
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.25, 0.7, 1.0])
-def test_mixup_is_a_weighted_mean_and_lam_the_share_of_ones_own(lam: float) -> None:
+def test_mixup_is_a_mean_with_weight_lam_for_own_pixels(lam: float) -> None:
     own, partner = (np.asarray(noise(16, 16, i)).astype(np.float32) / 255 for i in (0, 1))
     mixed = mix_pixels(own, partner, Mix(False, lam, NO_BOX))
     assert mixed.dtype == np.float32
@@ -137,6 +137,6 @@ def test_mixup_is_a_weighted_mean_and_lam_the_share_of_ones_own(lam: float) -> N
     np.testing.assert_allclose(both, own + partner, rtol=0, atol=1e-6)
 
 
-def test_an_unmixed_view_is_itself() -> None:
+def test_an_unmixed_view_is_unchanged() -> None:
     own, partner = (np.asarray(noise(16, 16, i)).astype(np.float32) for i in (0, 1))
     assert np.array_equal(mix_pixels(own, partner, UNMIXED), own)

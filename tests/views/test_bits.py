@@ -1,4 +1,4 @@
-"""The bit stream and its maps: pinned for years, and worked out again by hand."""
+"""The bit stream and its distributions: pinned, and computed independently."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEED = 20230711
 WORDS = np.random.Philox(key=SEED, counter=0).random_raw(64).tolist()
 
 
-def test_the_raw_stream_is_the_one_pinned_years_ago() -> None:
+def test_the_raw_stream_is_pinned() -> None:
     assert WORDS[:4] == [
         5259857398493241282,
         8407553990957994188,
@@ -39,7 +39,7 @@ def test_uniform_is_the_upper_53_bits_and_below_is_multiply_and_shift() -> None:
     )
 
 
-def test_chance_keeps_its_extremes() -> None:
+def test_chance_is_never_for_0_and_always_for_1() -> None:
     bits = BitStream(SEED)
     assert not any(bits.chance(0.0) for _ in range(1000))
     assert all(bits.chance(1.0) for _ in range(1000))
@@ -72,7 +72,7 @@ def test_beta_draws_have_the_distributions_mean_and_variance(a: float, b: float)
     assert np.array_equal(draws * 65536, np.round(draws * 65536))
 
 
-def test_seeds_depend_on_every_part_its_type_and_its_place() -> None:
+def test_seeds_depend_on_every_part_its_type_and_its_position() -> None:
     seeds = {
         derive_seed("a", "b"),
         derive_seed("b", "a"),
@@ -86,7 +86,7 @@ def test_seeds_depend_on_every_part_its_type_and_its_place() -> None:
     assert len(seeds) == 8
 
 
-def test_a_views_seed_is_pinned_and_can_be_worked_out_from_the_specification() -> None:
+def test_a_views_seed_is_pinned_and_follows_the_specification() -> None:
     def part(kind: bytes, text: str) -> bytes:
         return kind + len(text).to_bytes(8, "little") + text.encode()
 

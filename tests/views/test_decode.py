@@ -1,4 +1,4 @@
-"""Whatever a file holds becomes upright RGB, or is refused with one clear error."""
+"""Any file becomes upright RGB, or is refused with one clear error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cskd_pipeline.views import decode as decode_module
 from cskd_pipeline.views.decode import decode
 from tests.views.making import scene
 
-PICTURE = scene(48, 32)
+IMAGE = scene(48, 32)
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
@@ -32,7 +32,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, extra: bytes = b"") -> bytes:
-    """By the format's specification, for what Pillow does not write."""
+    """Write a PNG by the format's specification, for variants that Pillow does not write."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -60,20 +60,20 @@ def refusal(data: bytes) -> ImageError:
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_lossless_files_give_their_pixels(kind: str) -> None:
-    data = saved(PICTURE, kind, lossless=True)
-    assert decode(data, "").tobytes() == PICTURE.tobytes()
+    data = saved(IMAGE, kind, lossless=True)
+    assert decode(data, "").tobytes() == IMAGE.tobytes()
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
 def test_a_jpeg_gives_pillows_own_pixels(options: dict) -> None:
-    data = saved(PICTURE, "JPEG", **options)
+    data = saved(IMAGE, "JPEG", **options)
     assert decode(data, "").tobytes() == Image.open(io.BytesIO(data)).tobytes()
 
 
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("size", [(1, 1), (7, 9), (16, 8), (33, 250), (401, 300)])
-def test_a_jpeg_past_pillow_has_pillows_pixels(
+def test_a_jpeg_decoded_without_pillow_has_pillows_pixels(
     size: tuple[int, int], progressive: bool, subsampling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"progressive": progressive, "subsampling": subsampling, "quality": 75}
@@ -87,12 +87,12 @@ def test_a_jpeg_past_pillow_has_pillows_pixels(
 
 
 def test_a_jpeg_with_a_flaw_that_pillow_forgives_has_pillows_pixels() -> None:
-    """Bits that were flipped behind the headers: libjpeg warns, and goes on."""
-    whole = saved(scene(64, 48), "JPEG", quality=90)
-    start, forgiven = whole.index(b"\xff\xda") + 20, 0
-    for place in range(start, len(whole) - 2, 7):
-        data = bytearray(whole)
-        data[place] ^= 0x10
+    """A flipped bit after the headers: libjpeg warns and continues."""
+    intact = saved(scene(64, 48), "JPEG", quality=90)
+    start, forgiven = intact.index(b"\xff\xda") + 20, 0
+    for offset in range(start, len(intact) - 2, 7):
+        data = bytearray(intact)
+        data[offset] ^= 0x10
         try:
             image = Image.open(io.BytesIO(bytes(data)))
             image.load()
@@ -104,13 +104,13 @@ def test_a_jpeg_with_a_flaw_that_pillow_forgives_has_pillows_pixels() -> None:
     assert forgiven > 10
 
 
-def test_a_png_that_is_called_jpeg_is_read_by_its_content() -> None:
-    data = saved(PICTURE, "PNG")
-    assert decode(data, "n02105855_2933.JPEG").tobytes() == PICTURE.tobytes()
+def test_a_png_named_jpeg_is_decoded_by_its_content() -> None:
+    data = saved(IMAGE, "PNG")
+    assert decode(data, "n02105855_2933.JPEG").tobytes() == IMAGE.tobytes()
 
 
 def test_grey_becomes_three_equal_channels() -> None:
-    grey = PICTURE.convert("L")
+    grey = IMAGE.convert("L")
     for kind in ("PNG", "JPEG"):
         pixels = np.asarray(decode(saved(grey, kind), ""))
         assert np.array_equal(pixels[..., 0], pixels[..., 1])
@@ -120,10 +120,10 @@ def test_grey_becomes_three_equal_channels() -> None:
 
 
 def test_cmyk_becomes_rgb_as_pillow_converts_it() -> None:
-    data = saved(PICTURE.convert("CMYK"), "JPEG", quality=100, subsampling=0)
+    data = saved(IMAGE.convert("CMYK"), "JPEG", quality=100, subsampling=0)
     found = np.asarray(decode(data, "")).astype(int)
     assert np.array_equal(found, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-    assert np.abs(found - np.asarray(PICTURE)).mean() < 3  # not inverted
+    assert np.abs(found - np.asarray(IMAGE)).mean() < 3  # not inverted
 
 
 def test_a_palette_gives_its_colours() -> None:
@@ -206,7 +206,7 @@ def test_the_transparent_colour_is_compared_at_the_depth_of_the_file(
     assert decoded(data) == [[value] * 3 for value in expected]
 
 
-def test_a_transparent_colour_is_found_in_a_turned_image_too() -> None:
+def test_a_transparent_colour_of_a_rotated_image_becomes_white() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     rows = b"\0" + struct.pack(">2H", 0x0500, 0x0005)
@@ -217,7 +217,7 @@ def test_a_transparent_colour_is_found_in_a_turned_image_too() -> None:
 
 
 TURNED = np.arange(6, dtype=np.uint8).reshape(2, 3) * 51  # in every palette
-UPRIGHT = {  # how the stored rows are to be shown, by EXIF orientation (Exif 2.32, 4.6.4)
+UPRIGHT = {  # the displayed pixels of TURNED by EXIF orientation (Exif 2.32, 4.6.4)
     1: TURNED,
     2: TURNED[:, ::-1],
     3: TURNED[::-1, ::-1],
@@ -245,7 +245,7 @@ def test_exif_orientation_is_applied(orientation: int, mode: str) -> None:
 def test_exif_orientation_of_a_jpeg_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    plain, turned = saved(PICTURE, "JPEG"), saved(PICTURE, "JPEG", exif=exif)
+    plain, turned = saved(IMAGE, "JPEG"), saved(IMAGE, "JPEG", exif=exif)
     expected = np.rot90(np.asarray(decode(plain, "")), -1)
     assert np.array_equal(np.asarray(decode(turned, "")), expected)
 
@@ -253,33 +253,33 @@ def test_exif_orientation_of_a_jpeg_is_applied() -> None:
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0JUNKJUNK", b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01", b"Exif\0\0", b"M"]
 )
-def test_damaged_exif_costs_no_image_and_says_nothing(exif: bytes) -> None:
-    data = saved(PICTURE, "JPEG", exif=exif)
+def test_damaged_exif_is_ignored_silently(exif: bytes) -> None:
+    data = saved(IMAGE, "JPEG", exif=exif)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert decode(data, "").tobytes() == decode(saved(PICTURE, "JPEG"), "").tobytes()
+        assert decode(data, "").tobytes() == decode(saved(IMAGE, "JPEG"), "").tobytes()
 
 
 @pytest.mark.parametrize("key", ["xmp", "XML:com.adobe.xmp"])
-def test_xmp_turns_nothing(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow 10 and 11 differ in that."""
-    image = Image.open(io.BytesIO(saved(PICTURE, "PNG")))
+def test_an_orientation_in_xmp_is_ignored(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow 10 ignores it and Pillow 11 does not."""
+    image = Image.open(io.BytesIO(saved(IMAGE, "PNG")))
     image.load()
     image.info[key] = '<x tiff:Orientation="6"/>'
     monkeypatch.setattr(decode_module.Image, "open", lambda *_, **__: image)
-    assert decode(b"", "").shape == np.asarray(PICTURE).shape
+    assert decode(b"", "").shape == np.asarray(IMAGE).shape
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.6, 0.9])
-def test_a_file_that_is_cut_short_is_refused(kind: str, share: float) -> None:
-    data = saved(PICTURE, kind)
+def test_a_truncated_file_is_refused(kind: str, share: float) -> None:
+    data = saved(IMAGE, kind)
     error = refusal(data[: int(len(data) * share)])
-    assert error.expected == "a whole JPEG, PNG or WebP file"
+    assert error.expected == "a complete JPEG, PNG or WebP file"
 
 
 def test_a_damaged_png_is_refused() -> None:
-    data = bytearray(saved(PICTURE, "PNG"))
+    data = bytearray(saved(IMAGE, "PNG"))
     data[len(data) // 2] ^= 0xFF
     refusal(bytes(data))
 
@@ -290,8 +290,8 @@ def test_a_damaged_png_is_refused() -> None:
         b"",
         b"\0" * 5000,
         b"<svg></svg>",
-        saved(PICTURE, "GIF"),
-        saved(PICTURE, "TIFF"),
+        saved(IMAGE, "GIF"),
+        saved(IMAGE, "TIFF"),
         png(0, 5, 8, 2, b""),
     ],
     ids=["empty", "zeros", "text", "gif", "tiff", "no pixels"],
@@ -301,7 +301,7 @@ def test_other_files_are_refused(data: bytes) -> None:
 
 
 def jpeg_header(width: int, height: int) -> bytes:
-    data = bytearray(saved(PICTURE, "JPEG"))
+    data = bytearray(saved(IMAGE, "JPEG"))
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
     return bytes(data)
@@ -319,16 +319,16 @@ def jpeg_header(width: int, height: int) -> bytes:
 )
 def test_a_bomb_is_refused_by_its_header_alone(data: bytes) -> None:
     tracemalloc.start()
-    start = time.process_time()  # a busy machine does not lengthen it
+    start = time.process_time()  # independent of the machine's load
     error = refusal(data)
     assert time.process_time() - start < 1
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
-    assert error.problem == "the image is larger than any honest one"
+    assert error.problem == "the image has too many pixels"
     assert error.expected == "at most 100,000,000 pixels"
 
 
-def test_pillows_own_limit_does_not_move_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_limit_does_not_depend_on_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert refusal(png(60_000, 60_000, 8, 2, b"")).found == "60000x60000 pixels"
 

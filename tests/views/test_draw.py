@@ -1,4 +1,4 @@
-"""What is drawn: always within the image and the view, and nothing but the seed decides."""
+"""Draws stay within the image and the view and depend on the seed alone."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def test_every_draw_fits_the_image_and_the_view(
 
 @settings(max_examples=100, deadline=None)
 @given(seed=SEEDS)
-def test_all_but_the_crop_is_the_same_for_images_of_any_size(seed: int) -> None:
-    """As long as the crop's first try succeeds, which a square's does where the area is small."""
+def test_only_the_crop_depends_on_the_images_size(seed: int) -> None:
+    """If the crop's first attempt succeeds, as for small areas of a square."""
     policy = ViewPolicy(crop_area=(0.08, 0.5))
     small, large = draw(seed, policy, 50, 50), draw(seed, policy, 1000, 1000)
     assert replace(small, crop=large.crop) == large
 
 
-def test_what_the_policy_never_wants_never_comes() -> None:
+def test_probabilities_0_and_1_are_never_and_always() -> None:
     never = ViewPolicy(flip=0.0, randaugment_prob=0.0, erase=0.0)
     always = ViewPolicy(flip=1.0, randaugment_prob=1.0, erase=1.0, randaugment_ops=3)
     for seed in range(200):
@@ -94,7 +94,7 @@ def test_what_the_policy_never_wants_never_comes() -> None:
     assert draw(1, ViewPolicy(randaugment_ops=0), 90, 80).ops == ()
 
 
-def test_the_whole_image_is_cropped_where_the_policy_says_so() -> None:
+def test_the_crop_can_be_the_full_image() -> None:
     policy = ViewPolicy(crop_area=(1.0, 1.0), crop_ratio=(1.0, 1.0))
     assert draw(3, policy, 70, 70).crop == Box(0, 0, 70, 70)
 
@@ -103,7 +103,7 @@ def test_the_whole_image_is_cropped_where_the_policy_says_so() -> None:
     "size", [(2000, 20), (20, 2000), (1000, 7), (7, 1000), (3, 300), (640, 48), (1, 90)]
 )
 def test_strips_get_timms_central_crop(size: tuple[int, int]) -> None:
-    """No crop of the wanted area and ratio fits, so both fall back on the same box."""
+    """No crop of the drawn area and ratio fits, so both use the same fallback."""
     policy = ViewPolicy(crop_area=(0.9, 1.0))
     top, left, height, width = RandomResizedCropAndInterpolation.get_params(
         Image.new("L", size), policy.crop_area, policy.crop_ratio
@@ -122,7 +122,7 @@ def test_the_operations_are_timms_increasing_set() -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_arguments_are_timms_at_every_level_to_the_grid(op: str) -> None:
+def test_arguments_are_timms_at_every_level_rounded_to_the_grid(op: str) -> None:
     """Integers equal; others within half of 1/4096, in both directions."""
     level_to_argument = auto_augment.LEVEL_TO_ARG[TIMM_NAMES[op]]
     for level in LEVELS:
@@ -130,7 +130,7 @@ def test_arguments_are_timms_at_every_level_to_the_grid(op: str) -> None:
         if level_to_argument is None:
             assert ours == {0.0}
             continue
-        theirs = {level_to_argument(level, {})[0] for _ in range(20)}  # the sign is random
+        theirs = {level_to_argument(level, {})[0] for _ in range(20)}  # random sign
         if all(isinstance(value, int) for value in theirs):
             assert ours == theirs
         else:
@@ -145,4 +145,4 @@ def test_arguments_are_on_the_grid_on_which_pillow_is_exact(op: str) -> None:
         for sign in (-1.0, 1.0):
             value = argument(op, level, sign)
             assert (value * ARGUMENT_UNITS).is_integer()
-            assert str(value) != "-0.0"  # JSON would tell it from 0.0
+            assert str(value) != "-0.0"  # differs from 0.0 in JSON

@@ -1,6 +1,6 @@
-"""The policy ``deit-v1``, pinned: draws, partners, mixes and pixels must be these for ever.
+"""The policy ``deit-v1``, pinned: its draws, partners, mixes and pixels must never change.
 
-``python -m tests.views.test_golden`` pins them anew; do that only with a new policy version.
+``python -m tests.views.test_golden`` writes new values; do that only for a new policy version.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "views.json"
 POLICY = ViewPolicy()
 SIZES = ((500, 375), (375, 500), (224, 224), (90, 640), (1, 1))
-SHOWN = 90  # enough for every operation
-SHARD = "5f" * 32  # as keys_sha256 looks
+RENDERED = 90  # enough views for every operation
+SHARD = "5f" * 32  # in the form of keys_sha256
 
 DRAWS_DRIFTED = """
-Seeds no longer give the draws of deit-v1: caches that exist would train students on other views
-than their teacher saw. Undo what changed the draws, or give it a new version in VERSIONS of
-cskd_pipeline/views/policy.py and keep the code of this one. These values depend on no library:
-numpy guarantees Philox's raw stream, and all that is made from it is made here.
+Seeds no longer give the draws of deit-v1: existing caches would train students on other views than
+their teacher's. Revert the change, or add a version to VERSIONS in cskd_pipeline/views/policy.py
+and keep the code of this one. No library can be the cause: numpy guarantees Philox's raw stream,
+from which this package computes everything.
 """
 PIXELS_DRIFTED = f"""
-The same draws no longer give the same pixels, with simplejpeg and Pillow {Image.__version__}. What
-happens to decoded pixels is our own arithmetic: undo what changed it. If it is decoding that
-drifted (see ``decoded``), keep pyproject.toml's ranges off the release of simplejpeg or Pillow that
-brought it. Or give the pixels a new policy version; never pin them anew under the old one.
+The same draws no longer give the same pixels, with simplejpeg and Pillow {Image.__version__}.
+Operations on decoded pixels are this package's own arithmetic: revert the change. If decoding
+changed (see ``decoded``), exclude that release of simplejpeg or Pillow in pyproject.toml. Or add a
+policy version; never write new values for the old one.
 """
 
 
@@ -67,7 +67,7 @@ def plain(params: ViewParams) -> dict[str, Any]:
 
 
 def views(count: int) -> list[tuple[int, tuple[int, int], ViewParams]]:
-    """Seeds, image sizes and draws."""
+    """Return seeds, image sizes and draws."""
     named = [(view_seed(7, f"key{i}", i), SIZES[i % len(SIZES)]) for i in range(count)]
     return [(seed, size, draw(seed, POLICY, *size)) for seed, size in named]
 
@@ -117,19 +117,19 @@ def partners() -> dict[str, Any]:
 
 
 def mixes() -> dict[str, Any]:
-    made = [draw_mix(derive_seed("a", i), derive_seed("b", i), POLICY) for i in range(500)]
-    rows = [[mix.cutmix, mix.lam, list(mix.box)] for mix in made]
+    drawn = [draw_mix(derive_seed("a", i), derive_seed("b", i), POLICY) for i in range(500)]
+    rows = [[mix.cutmix, mix.lam, list(mix.box)] for mix in drawn]
     return {"first": rows[:6], "crc32 of 500": checksum(rows)}
 
 
 def operations() -> dict[str, list[int]]:
-    """CRC-32 of both pictures after each operation, at levels 0, 8.3 and 10, both ways."""
-    pictures = [np.asarray(scene(224, 224)), np.asarray(noise(224, 224))]
+    """Return CRC-32s of two images after each operation at levels 0, 8.3 (both signs) and 10."""
+    images = [np.asarray(scene(224, 224)), np.asarray(noise(224, 224))]
     return {
         op: [
-            zlib.crc32(apply_op(picture, op, argument(op, level, sign), (124, 116, 104)).tobytes())
+            zlib.crc32(apply_op(image, op, argument(op, level, sign), (124, 116, 104)).tobytes())
             for level, sign in ((0.0, 1.0), (8.3, 1.0), (8.3, -1.0), (10.0, 1.0))
-            for picture in pictures
+            for image in images
         ]
         for op in OPS
     }
@@ -137,13 +137,14 @@ def operations() -> dict[str, list[int]]:
 
 def rendered() -> list[int]:
     return [
-        digest(render(np.asarray(scene(*size)), params, POLICY)) for _, size, params in views(SHOWN)
+        digest(render(np.asarray(scene(*size)), params, POLICY))
+        for _, size, params in views(RENDERED)
     ]
 
 
 def noises() -> list[int]:
     return [
-        zlib.crc32(erase_noise(p).astype("<i2").tobytes()) for _, _, p in views(SHOWN) if p.erase
+        zlib.crc32(erase_noise(p).astype("<i2").tobytes()) for _, _, p in views(RENDERED) if p.erase
     ]
 
 
@@ -151,18 +152,18 @@ DECODED = ["jpeg", "jpeg progressive 4:4:4", "jpeg grey", "jpeg cmyk", "png pale
 
 
 def files() -> dict[str, bytes]:
-    """One of each kind; made once, as encoders change."""
-    picture = scene(48, 40)
-    made = (
-        (picture, "JPEG", {"quality": 80}),
-        (picture, "JPEG", {"quality": 90, "progressive": True, "subsampling": 0}),
-        (picture.convert("L"), "JPEG", {"quality": 80}),
-        (picture.convert("CMYK"), "JPEG", {"quality": 80}),
-        (picture.quantize(32), "PNG", {}),
-        (picture, "WEBP", {"quality": 80}),
+    """Encode an image in each format; done once, as encoders change."""
+    source = scene(48, 40)
+    encodings = (
+        (source, "JPEG", {"quality": 80}),
+        (source, "JPEG", {"quality": 90, "progressive": True, "subsampling": 0}),
+        (source.convert("L"), "JPEG", {"quality": 80}),
+        (source.convert("CMYK"), "JPEG", {"quality": 80}),
+        (source.quantize(32), "PNG", {}),
+        (source, "WEBP", {"quality": 80}),
     )
     result = {}
-    for name, (image, kind, options) in zip(DECODED, made, strict=True):
+    for name, (image, kind, options) in zip(DECODED, encodings, strict=True):
         file = io.BytesIO()
         image.save(file, kind, **options)
         result[name] = file.getvalue()
@@ -193,12 +194,12 @@ def golden() -> dict[str, Any]:
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_deit_v1_is_as_pinned(section: str, golden: dict[str, Any]) -> None:
-    make, drifted = SECTIONS[section]
-    assert make() == golden[section], drifted
+    compute, message = SECTIONS[section]
+    assert compute() == golden[section], message
 
 
-def test_the_pinned_views_show_every_operation_and_erasing(golden: dict[str, Any]) -> None:
-    params = [p for _, _, p in views(SHOWN)]
+def test_the_pinned_views_cover_every_operation_and_erasing(golden: dict[str, Any]) -> None:
+    params = [p for _, _, p in views(RENDERED)]
     assert {name for p in params for name, _ in p.ops} == set(OPS)
     assert len(golden["erase_noise"]) == sum(bool(p.erase) for p in params) > 0
     assert {p.flip for p in params} == {True, False}
@@ -212,18 +213,18 @@ def test_files_decode_to_the_pinned_pixels(golden: dict[str, Any]) -> None:
 
 
 def replay(backwards: bool = False) -> dict[str, list[float]]:
-    """For views of pictures in file form: CRC-32 of the floats after mixing, and how mixed."""
-    pictures = [decode(file, name) for name, file in files_pinned().items()]
-    items = [(number, view) for number in range(len(pictures)) for view in range(4)]
+    """Return CRC-32s of float views of the pinned files after mixing, and the mixes."""
+    images = [decode(file, name) for name, file in files_pinned().items()]
+    items = [(number, view) for number in range(len(images)) for view in range(4)]
     result = {}
     for number, view in reversed(items) if backwards else items:
-        partner = matching(9, SHARD, len(pictures), view, POLICY).tolist()[number]
+        partner = matching(9, SHARD, len(images), view, POLICY).tolist()[number]
         keys = [view_seed(9, str(n), view) for n in (number, partner)]
         both = []
         for n, key in zip((number, partner), keys, strict=True):
-            height, width, _ = pictures[n].shape
+            height, width, _ = images[n].shape
             params = draw(key, POLICY, width, height)
-            both.append(to_float(render(pictures[n], params, POLICY), params, POLICY))
+            both.append(to_float(render(images[n], params, POLICY), params, POLICY))
         mix = draw_mix(*keys, POLICY)
         crc = zlib.crc32(mix_pixels(*both, mix).tobytes())
         result[f"{number} {view}"] = [crc, mix.cutmix, mix.lam, *mix.box]
@@ -236,7 +237,7 @@ def files_pinned() -> dict[str, bytes]:
 
 
 def test_a_view_replayed_in_another_process_is_bit_identical() -> None:
-    """Another hash seed, other global random states, the views in another order."""
+    """With another hash seed, other global random states and the views in reverse order."""
     program = (
         "import json, random, numpy\n"
         "random.seed(5); numpy.random.seed(6)\n"
@@ -252,13 +253,13 @@ def test_a_view_replayed_in_another_process_is_bit_identical() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    there = json.loads(done.stdout)
-    assert there == replay()
-    assert len({crc for crc, *_ in there.values()}) == len(there) == 24
-    assert {cutmix for _, cutmix, *_ in there.values()} == {True, False}
+    replayed = json.loads(done.stdout)
+    assert replayed == replay()
+    assert len({crc for crc, *_ in replayed.values()}) == len(replayed) == 24
+    assert {cutmix for _, cutmix, *_ in replayed.values()} == {True, False}
 
 
-def test_no_global_random_state_is_read_or_moved() -> None:
+def test_global_random_state_is_neither_read_nor_changed() -> None:
     random.seed(1)
     np.random.seed(1)
     before = random.getstate(), np.random.get_state()[1].tolist()
@@ -271,7 +272,7 @@ def test_no_global_random_state_is_read_or_moved() -> None:
 
 if __name__ == "__main__":
     data = files_pinned() if GOLDEN.exists() else files()
-    document = {name: make() for name, (make, _) in SECTIONS.items()}
+    document = {name: compute() for name, (compute, _) in SECTIONS.items()}
     document["files"] = {name: base64.b64encode(file).decode() for name, file in data.items()}
     document["decoded"] = decoded(data)
     lines = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in document.items())

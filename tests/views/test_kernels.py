@@ -1,4 +1,4 @@
-"""Our resampling has Pillow's pixels at every size; compiled code needs no folder to write in."""
+"""Resampling equals Pillow's at every size; compiled code needs no writable folder."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from tests.views.making import noise, scene
 PACKAGE = Path(cskd_pipeline.__file__).parent
 
 
-def by_pillow(picture: Image.Image, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+def by_pillow(image: Image.Image, box: tuple[int, int, int, int], size: int) -> np.ndarray:
     top, left, height, width = box
-    crop = picture.crop((left, top, left + width, top + height))
+    crop = image.crop((left, top, left + width, top + height))
     return np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
 
 
@@ -47,14 +47,14 @@ def by_pillow(picture: Image.Image, box: tuple[int, int, int, int], size: int) -
 def test_a_box_is_resized_to_pillows_pixels(
     height: int, width: int, size: int, flat: bool, flip: bool
 ) -> None:
-    picture = (scene if flat else noise)(width + 5, height + 3)
-    found = kernels.resized(np.asarray(picture), (2, 4, height, width), size, flip)
-    expected = by_pillow(picture, (2, 4, height, width), size)
+    image = (scene if flat else noise)(width + 5, height + 3)
+    found = kernels.resized(np.asarray(image), (2, 4, height, width), size, flip)
+    expected = by_pillow(image, (2, 4, height, width), size)
     assert np.array_equal(found[:, ::-1] if flip else found, expected)
     assert found.flags.c_contiguous
 
 
-def test_pixels_outside_the_box_play_no_part() -> None:
+def test_pixels_outside_the_box_have_no_effect() -> None:
     pixels = np.array(noise(60, 50))
     before = kernels.resized(pixels, (10, 20, 30, 25), 16, False)
     inside = pixels[10:40, 20:45].copy()
@@ -64,10 +64,8 @@ def test_pixels_outside_the_box_play_no_part() -> None:
 
 
 @pytest.mark.parametrize("writable", [True, False])
-def test_views_are_the_same_whether_compiled_code_is_kept_or_not(
-    writable: bool, tmp_path: Path
-) -> None:
-    """Without a folder for it every process compiles for itself."""
+def test_views_are_the_same_with_and_without_cached_code(writable: bool, tmp_path: Path) -> None:
+    """Without a writable folder every process compiles."""
     program = (
         "import json, numpy as np\n"
         "from numba.core import caching\n"
@@ -102,17 +100,15 @@ def outer(x):
 
 
 def outer_of(module: Path) -> Any:
-    """A function as a new process has it: not compiled yet, its files where they were."""
+    """Return the function as in a new process: not compiled yet, its files in place."""
     space: dict[str, Any] = {"__name__": module.stem, "__file__": str(module)}
-    exec(compile(module.read_text(), str(module), "exec"), space)  # our own text
+    exec(compile(module.read_text(), str(module), "exec"), space)  # the text above
     return space["outer"]
 
 
 @pytest.mark.parametrize("kind", ["*.nbi", "*.nbc"])
 @pytest.mark.parametrize("share", [0, 0.5])
-def test_compiled_code_that_was_cut_short_is_made_anew(
-    kind: str, share: float, tmp_path: Path
-) -> None:
+def test_truncated_compiled_code_is_compiled_again(kind: str, share: float, tmp_path: Path) -> None:
     (tmp_path / "sum.py").write_text(SUM)
     assert outer_of(tmp_path / "sum.py")(2) == 7
     files = sorted(tmp_path.rglob(kind))
@@ -121,12 +117,12 @@ def test_compiled_code_that_was_cut_short_is_made_anew(
     for file, size in before.items():
         os.truncate(file, int(size * share))
     assert outer_of(tmp_path / "sum.py")(2) == 7
-    whole = outer_of(tmp_path / "sum.py")
-    assert whole(2) == 7
-    assert sum(whole.stats.cache_hits.values()) == 1, "what was made anew is not on disk"
+    again = outer_of(tmp_path / "sum.py")
+    assert again(2) == 7
+    assert sum(again.stats.cache_hits.values()) == 1, "the recompiled code is not on disk"
 
 
-def test_compiled_code_that_can_neither_be_read_nor_replaced_is_done_without(
+def test_compiled_code_that_can_be_neither_read_nor_replaced_is_not_needed(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "sum.py").write_text(SUM)
@@ -137,7 +133,7 @@ def test_compiled_code_that_can_neither_be_read_nor_replaced_is_done_without(
     assert outer_of(tmp_path / "sum.py")(2) == 7
 
 
-def test_a_disk_without_room_for_compiled_code_is_no_error(
+def test_a_full_disk_does_not_prevent_compiling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from numba.core.caching import IndexDataCacheFile
@@ -151,7 +147,7 @@ def test_a_disk_without_room_for_compiled_code_is_no_error(
 
 
 def some_views() -> list[int]:
-    """Digests of views that use few kernels, as compiling all takes long."""
+    """Return digests of views that use few kernels, since compiling all takes long."""
     policy = ViewPolicy(size=32, randaugment_ops=0)
     image = np.asarray(scene(60, 40))
     return [digest(render(image, draw(seed, policy, 60, 40), policy)) for seed in range(4)]

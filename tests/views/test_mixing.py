@@ -1,4 +1,4 @@
-"""Partners: an involution within windows. Mixes: the same for both members of a pair."""
+"""Partners are an involution within windows; mixes are the same for both members of a pair."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def test_repeated_views_share_a_matching_and_no_others_do() -> None:
 
 
 def test_all_matchings_of_a_window_are_equally_likely() -> None:
-    """Six samples pair up in 15 ways; 4,500 matchings, each way 300 times give or take 5 sigma."""
+    """Of 4,500 matchings of six samples, each of the 15 ways occurs 300 times within 5 sigma."""
     policy = ViewPolicy(window=6, repeats=1)
     seen = Counter(tuple(matching(0, "s", 6, view, policy).tolist()) for view in range(4500))
     assert len(seen) == 15
     assert all(abs(count - 300) < 5 * np.sqrt(300 * 14 / 15) for count in seen.values())
 
 
-def test_who_is_left_over_changes_from_view_to_view() -> None:
+def test_the_sample_left_over_changes_from_view_to_view() -> None:
     policy = ViewPolicy(repeats=1)
     alone = {
         int(np.flatnonzero(matching(0, "s", 67, view, policy) == np.arange(67))[0])
@@ -67,7 +67,7 @@ def test_who_is_left_over_changes_from_view_to_view() -> None:
     assert alone == {64, 65, 66}
 
 
-def test_without_mixing_everybody_is_its_own_partner() -> None:
+def test_without_mixing_every_sample_is_its_own_partner() -> None:
     policy = ViewPolicy(mix=0.0)
     assert np.array_equal(matching(0, "s", 99, 3, policy), np.arange(99))
     assert draw_mix(1, 2, policy) == UNMIXED
@@ -75,7 +75,7 @@ def test_without_mixing_everybody_is_its_own_partner() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(one=SEEDS, other=SEEDS, size=st.integers(8, 400), alpha=st.floats(0.05, 5))
-def test_a_mix_is_the_same_for_both_and_its_lam_is_the_share_that_stays(
+def test_a_mix_is_the_same_for_both_and_its_lam_is_the_unmixed_share(
     one: int, other: int, size: int, alpha: float
 ) -> None:
     policy = ViewPolicy(size=size, mixup_alpha=alpha, cutmix_alpha=alpha)
@@ -99,8 +99,8 @@ def test_a_mix_depends_on_both_seeds() -> None:
     assert len(mixes) > 185  # of 190; lam has 65,537 values
 
 
-def test_who_is_mixed_where_not_all_are_is_pinned() -> None:
-    """A quarter of the pairs, and these: a cache's views must come again in every version."""
+def test_the_selection_of_mixed_pairs_is_pinned() -> None:
+    """A quarter of the pairs, and exactly these, so that caches replay in every version."""
     policy = ViewPolicy(mix=0.25)
     mixed = [other for other in range(2, 34) if draw_mix(1, other, policy) != UNMIXED]
     assert mixed == [2, 11, 12, 16, 23, 27, 28, 33]
@@ -124,18 +124,18 @@ def test_an_own_partner_is_not_mixed() -> None:
         (POLICY, {False, True}),
     ],
 )
-def test_only_kinds_that_the_policy_wants_are_drawn(policy: ViewPolicy, kinds: set[bool]) -> None:
+def test_only_the_policys_kinds_of_mixing_are_drawn(policy: ViewPolicy, kinds: set[bool]) -> None:
     mixes = [draw_mix(1, other, policy) for other in range(2, 60)]
     assert {mix.cutmix for mix in mixes} == kinds
     assert all(mix.lam < 1.0 for mix in mixes)
 
 
-def test_the_box_is_of_the_drawn_share_where_nothing_is_clipped() -> None:
+def test_an_unclipped_box_has_the_drawn_area() -> None:
     """Sides are floor(size * sqrt(1 - lam)), odd ones too."""
     boxes = [draw_mix(1, other, ViewPolicy(mixup_alpha=0.0)).box for other in range(2, 400)]
-    free = [
+    unclipped = [
         box for box in boxes if 0 < box.top < 224 - box.height and 0 < box.left < 224 - box.width
     ]
-    assert len(free) > 20
-    assert all(box.height == box.width for box in free)
-    assert {box.height % 2 for box in free} == {0, 1}
+    assert len(unclipped) > 20
+    assert all(box.height == box.width for box in unclipped)
+    assert {box.height % 2 for box in unclipped} == {0, 1}

@@ -1,4 +1,4 @@
-"""The policy's numbers: checked together, the same through JSON, each of them in the digest."""
+"""The policy's fields: validated together, preserved in JSON, all included in the digest."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_values_out_of_range_are_refused_by_name(field: str, value: object) -> N
     assert field in str(caught.value.found)
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_together() -> None:
     with pytest.raises(RecipeError) as caught:
         ViewPolicy(size=1, flip=3.0, mixup_alpha=0.0, cutmix_alpha=0.0)
     found = str(caught.value.found)

@@ -1,8 +1,8 @@
-"""Our distributions against those of timm's own transforms, asked beside them.
+"""Our distributions against those of timm's own transforms.
 
 Every quantity is compared by a two-sample Kolmogorov-Smirnov test (frequencies by their binomial
-spread) at a level of 1e-4, with fixed seeds: a pass is a pass for ever. That the samples are large
-enough to tell is a test too: each number of the policy, moved by a little, is refused.
+deviation) at a level of 1e-4, with fixed seeds, so the result is deterministic. The power is tested
+too: a small change to each parameter of the policy is detected.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ SIGMAS = 3.9  # two-sided, the same level
 
 @dataclass(frozen=True)
 class Samples:
-    """Numbers whose distributions are compared, and events (happened, of) to be as frequent."""
+    """Values to compare by distribution, and events (count, trials) to compare by frequency."""
 
     values: dict[str, np.ndarray]
     events: dict[str, tuple[int, int]]
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
-    """The largest gap between two empirical distribution functions."""
+    """Return the largest gap between two empirical distribution functions."""
     points = np.concatenate([one, other])
     shares = (np.searchsorted(np.sort(x), points, side="right") / len(x) for x in (one, other))
     return float(np.abs(np.subtract(*shares)).max())
 
 
 def differences(ours: Samples, theirs: Samples) -> list[str]:
-    """What is not distributed alike."""
+    """List the quantities with different distributions."""
     found = []
     for name, mine in ours.values.items():
         other = theirs.values[name]
         assert min(len(mine), len(other)) > 300, name
         gap = distance(mine, other)
-        # Crops and erasing boxes are whole pixels on both sides, arguments ours alone: a grid of
-        # 1/4096 beside the width of a distribution adds nothing to be seen.
+        # Crops and erase boxes are integer pixels on both sides. Only our arguments are rounded, to
+        # 1/4096, which is negligible next to the width of a distribution.
         if gap > KS * math.sqrt((len(mine) + len(other)) / (len(mine) * len(other))):
             found.append(f"{name}: gap {gap:.3f} of {len(mine)} and {len(other)}")
     for name, (mine, n) in ours.events.items():
@@ -74,7 +74,7 @@ def differences(ours: Samples, theirs: Samples) -> list[str]:
 
 @contextmanager
 def timms_random_state() -> Iterator[None]:
-    """timm reads the global ones; they are put back."""
+    """Seed the global random states, which timm reads, and restore them."""
     python, numbers, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(11)
     np.random.seed(12)
@@ -88,7 +88,7 @@ def timms_random_state() -> Iterator[None]:
 
 
 def box_values(kind: str, boxes: np.ndarray, sides: np.ndarray) -> dict[str, np.ndarray]:
-    """Of boxes (n, 4) top, left, height, width in pictures of ``sides`` (n, 2) height, width."""
+    """Return areas, ratios and positions of boxes (n, 4) in images of ``sides`` (n, 2)."""
     top, left, height, width = boxes.T.astype(float)
     room = np.maximum(sides - boxes[:, 2:], 1)
     return {
@@ -148,7 +148,7 @@ PER_LEVEL = {"rotate": 3.0, "shear_x": 0.03, "shear_y": 0.03, "translate_x": 0.0
 
 
 def operation_samples(applied: list[list[tuple[str, float]]]) -> Samples:
-    """Of the operations of every view, in order."""
+    """Return the samples of every view's operations, in order."""
     values: dict[str, np.ndarray] = {}
     events: dict[str, tuple[int, int]] = {}
     levels = []
@@ -158,16 +158,16 @@ def operation_samples(applied: list[list[tuple[str, float]]]) -> Samples:
         if op in PER_LEVEL:
             strength = np.abs(values[op] - (op in ENHANCED)) / PER_LEVEL[op]
             levels.append(strength)
-        events[f"{op} comes"] = (len(arguments), 2 * len(applied))
+        events[f"{op} occurs"] = (len(arguments), 2 * len(applied))
         firsts = sum(bool(ops) and ops[0][0] == op for ops in applied)
-        events[f"{op} comes first"] = (firsts, len(applied))
+        events[f"{op} is first"] = (firsts, len(applied))
         below = sum(x < (op in ENHANCED) for x in arguments)
-        events[f"{op} the one way"] = (below, len(arguments))
+        events[f"{op} has a negative sign"] = (below, len(arguments))
     values["level"] = np.concatenate(levels)
     for count in (0, 1, 2):
         events[f"{count} operations"] = (sum(len(ops) == count for ops in applied), len(applied))
     twice = sum(len(ops) == 2 and ops[0][0] == ops[1][0] for ops in applied)
-    return Samples(values, events | {"one twice": (twice, len(applied))})
+    return Samples(values, events | {"the same twice": (twice, len(applied))})
 
 
 def our_operations(policy: ViewPolicy) -> Samples:
@@ -176,19 +176,19 @@ def our_operations(policy: ViewPolicy) -> Samples:
 
 @cache
 def timms_operations() -> Samples:
-    """Its operations replaced by ones that note their argument."""
+    """Replace timm's operations by ones that record their argument."""
     transform = rand_augment_transform("rand-m9-mstd0.5-inc1", {})
     applied: list[list[tuple[str, float]]] = []
 
-    def noting(name: str) -> Callable[..., object]:
-        def note(image: object, argument: float = 0.0, **_: object) -> object:
+    def recording(name: str) -> Callable[..., object]:
+        def record(image: object, argument: float = 0.0, **_: object) -> object:
             applied[-1].append((name, float(argument)))
             return image
 
-        return note
+        return record
 
     for op in transform.ops:
-        op.aug_fn = noting(next(ours for ours, timms in TIMM_NAMES.items() if timms == op.name))
+        op.aug_fn = recording(next(ours for ours, timms in TIMM_NAMES.items() if timms == op.name))
     with timms_random_state():
         for _ in range(VIEWS):
             applied.append([])
@@ -209,8 +209,8 @@ def our_erasing(policy: ViewPolicy) -> Samples:
     return erase_samples([box for _, p in our_views(policy) for box in p.erase], VIEWS)
 
 
-class _Noted:
-    """Stands in for a tensor of three channels, and notes what is written where."""
+class _BoxRecorder:
+    """A stand-in for a tensor of three channels that records the boxes assigned to."""
 
     dtype = torch.float32
 
@@ -220,27 +220,27 @@ class _Noted:
     def size(self) -> tuple[int, int, int]:
         return (3, POLICY.size, POLICY.size)
 
-    def __setitem__(self, place: tuple[slice, slice, slice], _: object) -> None:
-        _, rows, columns = place
+    def __setitem__(self, index: tuple[slice, slice, slice], _: object) -> None:
+        _, rows, columns = index
         height, width = rows.stop - rows.start, columns.stop - columns.start
         self.boxes.append((rows.start, columns.start, height, width))
 
 
 @cache
 def timms_erasing() -> Samples:
-    noted = _Noted()
+    recorder = _BoxRecorder()
     erase = RandomErasing(probability=0.25, mode="const", max_count=1, device="cpu")
     with timms_random_state():
         for _ in range(VIEWS):
-            erase(noted)
-    return erase_samples(noted.boxes, VIEWS)
+            erase(recorder)
+    return erase_samples(recorder.boxes, VIEWS)
 
 
 # -- mixing -------------------------------------------------------------------------------------
 
 
 def mix_samples(rows: list[tuple[bool, float, tuple[int, int, int, int]]]) -> Samples:
-    """``rows``: whether by CutMix, lam, and the box of CutMix."""
+    """Return the samples of (is CutMix, lam, box of CutMix) rows."""
     lam = np.array([lam for cutmix, lam, _ in rows if not cutmix and lam < 1])
     boxes = np.array([box for cutmix, _, box in rows if cutmix])
     drawn = {
@@ -265,7 +265,7 @@ def our_mixes(policy: ViewPolicy) -> Samples:
 
 @cache
 def timms_mixes() -> Samples:
-    """In its mode "pair": one draw per pair, as ours."""
+    """Draw in timm's mode "pair": one draw per pair, like ours."""
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5, mode="pair")
     rows = []
     with timms_random_state():
@@ -287,13 +287,13 @@ COMPARED: dict[str, tuple[Callable[[ViewPolicy], Samples], Callable[[], Samples]
 
 
 @pytest.mark.parametrize("part", COMPARED)
-def test_we_draw_as_timm_does(part: str) -> None:
+def test_our_draws_are_distributed_like_timms(part: str) -> None:
     ours, theirs = COMPARED[part]
     assert differences(ours(POLICY), theirs()) == []
 
 
-# A little off in every number, at one end of each range and at the other. (Of the largest crops few
-# fit an image of another shape, so that end has to move further to be seen.)
+# Small changes to every parameter, at both ends of each range. (Few of the largest crops fit an
+# image of another shape, so the upper end needs a larger change.)
 OFF = {
     "low": ViewPolicy(
         crop_area=(0.1, 1.0),
@@ -341,7 +341,7 @@ OFF = {
         ("high", "mixing", "unmixed"),
     ],
 )
-def test_a_policy_that_is_off_by_a_little_is_told_apart(off: str, part: str, quantity: str) -> None:
+def test_a_slightly_different_policy_is_detected(off: str, part: str, quantity: str) -> None:
     ours, theirs = COMPARED[part]
     found = differences(ours(OFF[off]), theirs())
     assert any(line.startswith(f"{quantity}: ") for line in found), found
