@@ -114,20 +114,20 @@ CARDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "hub": (lambda c: {**c, "model": "hf-hub:stranger/model"}, "no hub is contacted"),
     "folder": (lambda c: {**c, "model": "local-dir:/tmp"}, "no hub is contacted"),
     "factory": (lambda c: {**c, "model": "os:system"}, "no model of this name"),
-    "no name": (lambda c: {**c, "model": 5}, "does not state"),
+    "no name": (lambda c: {**c, "model": 5}, "no valid student header"),
     "method": (lambda c: {**c, "method": "none", "grid": None}, "names heads"),
-    "heads": (lambda c: {**c, "heads": ["__class__"]}, "does not state"),
-    "no heads": (lambda c: {**c, "heads": []}, "does not state"),
-    "classes": (lambda c: {**c, "num_classes": 10**12}, "does not state"),
-    "size": (lambda c: {**c, "size": -1}, "does not state"),
-    "grid": (lambda c: {**c, "grid": [4, 10**9]}, "does not state"),
-    "crop": (lambda c: {**c, "crop_pct": 1e-9}, "does not state"),
-    "filter": (lambda c: {**c, "interpolation": "random"}, "does not state"),
-    "field": (lambda c: {**c, "__reduce__": 1}, "does not state"),
-    "deep": (lambda c: "[" * 10**5, "does not state"),
-    "number": (lambda c: "9" * 10**6, "does not state"),
-    "twice": (lambda c: json.dumps(c)[:-1] + ', "model": "resnet18"}', "does not state"),
-    "list": (lambda c: [], "does not state"),
+    "heads": (lambda c: {**c, "heads": ["__class__"]}, "no valid student header"),
+    "no heads": (lambda c: {**c, "heads": []}, "no valid student header"),
+    "classes": (lambda c: {**c, "num_classes": 10**12}, "no valid student header"),
+    "size": (lambda c: {**c, "size": -1}, "no valid student header"),
+    "grid": (lambda c: {**c, "grid": [4, 10**9]}, "no valid student header"),
+    "crop": (lambda c: {**c, "crop_pct": 1e-9}, "no valid student header"),
+    "filter": (lambda c: {**c, "interpolation": "random"}, "no valid student header"),
+    "field": (lambda c: {**c, "__reduce__": 1}, "no valid student header"),
+    "deep": (lambda c: "[" * 10**5, "no valid student header"),
+    "number": (lambda c: "9" * 10**6, "no valid student header"),
+    "twice": (lambda c: json.dumps(c)[:-1] + ', "model": "resnet18"}', "no valid student header"),
+    "list": (lambda c: [], "no valid student header"),
     "arguments": (lambda c: {**c, "kwargs": {"depth": "2; rm -rf"}}, "cannot be created"),
 }
 
@@ -151,7 +151,7 @@ def test_a_card_or_recipe_cannot_name_files_to_open_as_a_models_arguments(
     torch.save({"extra": payload}, tmp_path / "evil.pth")
     path = with_card(run, lambda c: {**c, "kwargs": {argument: str(tmp_path / "evil.pth")}})
     words = ("evaluate", path, "--shards", stages.shards, "--workers", 0, "--device", "cpu")
-    assert "fetch or open files, or place tensors" in refused(*words)
+    assert "may not load files or place tensors" in refused(*words)
     for section, command in (
         ("student", stages.train(tmp_path / "new", workers=0)),
         ("teacher", stages.dump(tmp_path / "cache", workers=0)),
@@ -160,7 +160,7 @@ def test_a_card_or_recipe_cannot_name_files_to_open_as_a_models_arguments(
         recipe = tmp_path / f"{section}.toml"
         recipe.write_text(f'[{section}.kwargs]\n{argument} = "{tmp_path}/evil.pth"\n')
         words = (*command[: own - 1], *command[own + 1 :], "--recipe", recipe)
-        assert "fetch or open files, or place tensors" in refused(*words)
+        assert "may not load files or place tensors" in refused(*words)
 
 
 # Recipes

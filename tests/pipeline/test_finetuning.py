@@ -242,7 +242,7 @@ def test_a_pth_as_a_student_is_told_what_is_wanted_instead(
     assert world.cli("evaluate", tmp_path / "w.pth", "--shards", transfer.shards) == 1
     told = capsys.readouterr().err
     assert "no safetensors header" in told
-    assert "train --init-from takes the tensors" in told
+    assert "to train --init-from, which reads its tensors" in told
 
 
 @pytest.mark.parametrize(
