@@ -129,7 +129,7 @@ def recipe_names(kind: type) -> list[str]:
 
 
 def _recipe_files(kind: type) -> dict[str, Path]:
-    """Return name -> file. Studies share a folder, where the names of dump recipes end in _dump."""
+    """Return name -> file; in ``study/``, names that end in ``_dump`` are dump recipes."""
     own = (resources.stages() / _FOLDERS[kind]).glob("*.toml")
     studies = (resources.stages() / "study").glob("*.toml")
     mine = (path for path in studies if path.stem.endswith("_dump") == (kind is DumpRecipe))

@@ -22,7 +22,7 @@ def to_toml(recipe: DumpRecipe | TrainRecipe) -> str:
 
 
 def result_digest(recipe: DumpRecipe | TrainRecipe) -> str:
-    """Return the SHA-256 (hex) of all keys that can change a result, so not of folders or notes."""
+    """Return the SHA-256 (hex) of all keys that can change a result: no folders, workers, notes."""
     return schemas.sha256(_deciding_sections(recipe))
 
 

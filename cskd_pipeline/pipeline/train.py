@@ -6,9 +6,9 @@
   <cskd_pipeline.pipeline.trainer.Trainer.step>` (pixels, heads, loss, optimizer);
 - ``_close_epoch`` evaluates it and writes its row, its students and the state.
 
-A :class:`TrainJob <cskd_pipeline.pipeline.train_job.TrainJob>` is the state of the whole run. All
-randomness is a function of (seed, update), the order of samples a function of (seed, epoch), so a
-killed run resumes exactly from its last state. No teacher is loaded, and ``dump`` is not imported.
+A :class:`TrainJob <cskd_pipeline.pipeline.train_job.TrainJob>` has the run's recipe, data, trainer
+and history. All randomness is a function of (seed, update), the order of samples of (seed, epoch),
+so a killed run resumes exactly from its last state. No teacher is loaded, nor ``dump`` imported.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _epoch(job: TrainJob, batches: Iterator[Batch], curves: RunLog, stop: Stop) 
             ratio = trainer.ratio  # CKF ratio of this update
             losses = trainer.step(micro_batches)  # (4,): PARTS, over this rank's samples
             meter.advance()
-            # The calls below wait for the other ranks, which make them at the same updates.
+            # The calls below are collective: every rank makes them at the same updates.
             if trainer.update % options.log_every == 0:
                 curves.scalars(trainer.update, _point(trainer, losses, ratio))
             step_in_epoch, every = trainer.update % steps, options.checkpoint_every
@@ -268,7 +268,7 @@ def _save(job: TrainJob, name: str = STATE) -> None:
 
 
 def _time_to_stop(trainer: Trainer, stop: Stop) -> bool:
-    """Return whether to stop now: the same on all ranks, which exchange their signals at times."""
+    """Return whether to stop now; ranks exchange signals every few updates, so all agree."""
     if trainer.ranks.many and trainer.update % EXCHANGE_EVERY:
         return False
     return _exchange_signals(trainer, stop)
