@@ -106,8 +106,11 @@ def test_the_block_that_is_chosen_divides_the_part(
 @pytest.mark.parametrize(
     ("part", "says"),
     [
-        (("--view-range", "2:6"), ["outside the cache", "0:4", "--views"]),
-        (("--view-range", "1:3"), ["whole blocks", "4 views, of which 1:3 now, in blocks of 2"]),
+        (("--view-range", "2:6"), ["exceeds the cache", "0:4", "--views"]),
+        (
+            ("--view-range", "1:3"),
+            ["divide into blocks", "4 views, of which 1:3 now, in blocks of 2"],
+        ),
     ],
 )
 def test_views_that_cannot_be_a_part_are_refused_and_leave_nothing(
