@@ -1,4 +1,4 @@
-"""The card of a published cache: what it says is the cache's, and hostile text in it stays text."""
+"""The card of a published cache describes it correctly and escapes hostile text."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_a_unit_is_claimed_by_one_until_it_is_released(tmp_path: Path) -> None:
     assert other.take(ONE)
     other.drop_all()
     assert not list(tmp_path.iterdir())
-    one.drop_all()  # which holds nothing
+    one.drop_all()  # with no claims
 
 
 def test_processes_that_claim_at_once_never_claim_the_same(tmp_path: Path) -> None:
@@ -65,14 +65,14 @@ def test_processes_that_claim_at_once_never_claim_the_same(tmp_path: Path) -> No
     for process in started:
         process.join()
     after = claims(tmp_path, 60)
-    assert all(after.take(unit) for unit in units)  # for all of them have ended
+    assert all(after.take(unit) for unit in units)  # their owners have ended
 
 
 def test_a_claim_without_a_heartbeat_is_taken_over_after_a_while(tmp_path: Path) -> None:
     """Its process is alive, or on another machine."""
     for unit, changes in ((ONE, {}), (TWO, {"boot": "another", "pid": 2**22, "started": "1"})):
         path = left_by_another(tmp_path, unit, **changes)
-        os.utime(path, (0, 0))  # whatever the clocks say
+        os.utime(path, (0, 0))  # clocks do not matter
         own = claims(tmp_path)
         assert not own.take(unit)
         time.sleep(PATIENCE / 2)
@@ -108,7 +108,7 @@ def test_a_claim_that_was_taken_over_is_not_released_by_its_first_owner(tmp_path
 def test_a_process_that_has_ended_is_known_by_more_than_its_number(tmp_path: Path) -> None:
     own = identify(os.getpid())
     assert not has_ended(json.dumps(own))
-    assert has_ended(json.dumps({**own, "started": "1"}))  # one that had the number before
+    assert has_ended(json.dumps({**own, "started": "1"}))  # an earlier process with the same id
     for elsewhere in ("host", "boot", "namespace"):
         assert not has_ended(json.dumps({**own, "started": "1", elsewhere: "another"}))
     for text in ("", "{", "[1]", "[" * 100_000, json.dumps({**own, "pid": "x"}), '{"pid": 1e999}'):

@@ -1,4 +1,4 @@
-"""A converted cache holds what a dump would have written, and says where it comes from."""
+"""A converted cache equals a dump, and names its source."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_new_encodings_are_those_of_the_logits(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    """However many samples are encoded at once: the last ones of a shard may be fewer."""
+    """The number of samples encoded at once does not matter, nor a smaller last batch."""
     monkeypatch.setattr(converting, "_ROWS", rows)
     names = ("envelope", "topk", "dense-q8", "sampled")
     found = converted(source, tmp_path / "c", *names)

@@ -1,4 +1,4 @@
-"""``describe`` answers a newcomer's questions from the files themselves."""
+"""``describe`` reports a cache from its files, and ``summarise`` shortens the report."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_finished_cache_fits_in_half_a_screen(tmp_path: Path) -> None:
     assert lines["views"] == "4 of each sample, enough for 4 epochs without repeating one"
 
 
-def test_the_policy_is_told_by_what_is_unusual(tmp_path: Path) -> None:
+def test_the_policy_is_summarised_by_its_non_default_values(tmp_path: Path) -> None:
     make(tmp_path / "c", policy=ViewPolicy(size=32, flip=0.0, crop_area=(0.5, 1.0)))
     text = summarise(describe(open_cache(tmp_path / "c")))["policy"]
     assert text == "deit-v1, 32 px; non-default: crop_area 0.5/1, flip 0.0"

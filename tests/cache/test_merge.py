@@ -1,4 +1,4 @@
-"""A merged cache is the one that a single dump would have made; what does not fit is refused."""
+"""A merged cache equals that of a single dump; caches that do not fit together are refused."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def part(path: Path, units: list[Unit], **changes: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Every file of the finished cache but its manifest, which has the time of its making."""
+    """Every file of the finished cache except its manifest, which contains the creation time."""
     path = tmp_path_factory.mktemp("whole") / "c"
     make(path)
     return without_manifest(path)
@@ -70,7 +70,7 @@ def without_manifest(path: Path) -> dict[str, bytes]:
     return found
 
 
-# What comes of it
+# Results
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -207,7 +207,7 @@ def test_slices_of_another_data_set_are_refused(tmp_path: Path, field: str) -> N
 
 
 def test_classes_in_another_order_are_refused_unless_accepted(tmp_path: Path) -> None:
-    """Of caches of the same tar shards too, whose contents do not tell which list is right."""
+    """Also for caches of the same tar shards: their contents do not show which list is right."""
     names = tuple(f"c{k}" for k in range(CLASSES))
     parts = [
         part(tmp_path / str(n), [unit], dataset=replace(dataset(), class_names=own))
@@ -240,7 +240,7 @@ def test_a_target_whose_classes_have_another_order_is_refused(tmp_path: Path) ->
 
 
 def test_another_cut_of_the_same_samples_is_refused(tmp_path: Path) -> None:
-    """Its tar shards have other names and contents, yet training would see images twice."""
+    """Its tar shards have other names and contents, but training would repeat images."""
     here = ShardInfo.of("cut-0.tar", keys(0, 5)[::-1], 10240, "e" * 64)
     other = DatasetManifest("toy", CLASSES, (here,), dataset().class_names)
     parts = [make(tmp_path / "a").path, tmp_path / "b"]
@@ -255,7 +255,7 @@ def test_another_cut_of_the_same_samples_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-# What does not belong together
+# Caches that do not belong together
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_a_tar_whose_sha256_one_part_does_not_state_is_the_others(tmp_path: Path
     a, b = part(tmp_path / "a", UNITS[:1], dataset=unknown), part(tmp_path / "b", UNITS[1:2])
     merged(tmp_path / "out", a, b)
     assert open_cache(tmp_path / "out").manifest.dataset == dataset()
-    merged(tmp_path / "out", a)  # an unknown one is no other one
+    merged(tmp_path / "out", a)  # an unknown digest is no difference
 
 
 def test_a_target_of_another_making_is_refused(tmp_path: Path) -> None:
@@ -330,18 +330,18 @@ def test_other_versions_are_refused_unless_accepted_and_then_recorded(tmp_path: 
     assert not (tmp_path / "out").exists()
     merged(tmp_path / "out", *parts[:2], accept_versions=True)
     assert open_cache(tmp_path / "out").manifest.other_versions == (versions[1],)
-    # A part that is alone with its versions, into a cache that does not know them.
+    # A single part whose versions the target does not list.
     with pytest.raises(CacheError, match="other library versions"):
         merged(tmp_path / "out", parts[2])
     merged(tmp_path / "out", parts[0], parts[2], accept_versions=True)
     assert open_cache(tmp_path / "out").manifest.other_versions == tuple(versions[1:])
-    # What was accepted when a part was made is accepted in it.
+    # Versions accepted when a part was written stay accepted.
     again = part(tmp_path / "3", [], other_versions=(versions[1],))
     merged(tmp_path / "also", again, parts[1])
     assert open_cache(tmp_path / "also").manifest.other_versions == (versions[1],)
 
 
-# Units that several have
+# Units of several caches
 
 
 def test_units_written_by_another_zstd_are_equal(
@@ -362,7 +362,7 @@ NAMES = ["seed", "view_digest", "top1", "dense/spatial", "dense/global", "envelo
 
 
 def altered(unit: Unit, made: CacheManifest, name: str) -> Any:
-    """The unit's data with one other value in its second view."""
+    """The unit's data with one value changed in its second view."""
     data = unit_data(unit, made)
     fields = {"seed": "seeds", "view_digest": "view_digests", "top1": "top1"}
     if name in fields:
@@ -428,7 +428,7 @@ def test_what_was_merged_before_is_compared_too(tmp_path: Path) -> None:
     assert tree(tmp_path / "out") == before
 
 
-# Damage, kills, full disks, others at work
+# Damage, kills, full disks, concurrent writers
 
 
 @pytest.mark.parametrize("name", [*NAMES, "key", "label", "image_crc32", "digest"])
@@ -448,7 +448,7 @@ def test_a_damaged_part_is_not_copied(tmp_path: Path, name: str, how: str) -> No
     with pytest.raises(CacheError, match="damaged") as caught:
         merged(tmp_path / "out", a)
     assert caught.value.where == path
-    assert data_files(tmp_path / "out") == []  # so that other parts may say what a label is
+    assert data_files(tmp_path / "out") == []  # so that other parts may still provide the labels
 
 
 @pytest.mark.parametrize("begun", [False, True], ids=["first", "compared"])
@@ -456,9 +456,9 @@ def test_a_damaged_part_is_not_copied(tmp_path: Path, name: str, how: str) -> No
 def test_what_a_record_vouches_for_is_read_before_it_is_copied(
     tmp_path: Path, name: str, begun: bool
 ) -> None:
-    """Keys of another data set, or labels that are no zstd, in files as their record says."""
+    """Keys of another data set, or labels that are not zstd, in files that match their record."""
     a, out = part(tmp_path / "a", UNITS[:1]), tmp_path / "out"
-    if begun:  # a unit that was cut off left its tar shard's files
+    if begun:  # an interrupted unit left its tar shard's files
         merged(out, a)
         os.unlink(out / "digest/c/0/0")
     before = data_files(out) if begun else []
@@ -520,7 +520,7 @@ def test_a_full_disk_leaves_what_the_same_command_finishes(
 
 
 def merge_and_die(out: Path, parts: list[Path], moment: int) -> None:
-    """For a process of its own, which ends without a word when it names file ``moment``."""
+    """Run in a subprocess, which exits abruptly when it renames file ``moment``."""
     left, rename = [moment], os.replace
 
     def deadly(source: Path, target: Path) -> None:
@@ -546,7 +546,7 @@ def test_a_merge_killed_at_any_file_ends_as_an_uninterrupted_one(
         dying.join(60)
         assert dying.exitcode == 9
     assert 0 < merged(tmp_path / "out", *parts)["units_copied"] < len(UNITS)
-    assert without_manifest(tmp_path / "out") == whole  # and nothing half written beside it
+    assert without_manifest(tmp_path / "out") == whole  # and no partial files
 
 
 def test_files_are_synced_before_they_are_named_and_records_come_last(

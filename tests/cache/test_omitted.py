@@ -1,4 +1,4 @@
-"""The list of samples that a dump left out goes where the cache's tar shards go."""
+"""The list of samples left out follows the cache's tar shards through convert and merge."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_slices_list_their_own_and_what_is_merged_lists_all(source: Path, tmp_pa
     merge(slices, tmp_path / "whole")
     assert (tmp_path / "whole" / LIST).read_text() == LISTED
     (slices[0] / LIST).unlink()
-    merge(slices, tmp_path / "whole")  # going on forgets nothing
+    merge(slices, tmp_path / "whole")  # merging again keeps the list
     assert (tmp_path / "whole" / LIST).read_text() == LISTED
 
 

@@ -1,4 +1,4 @@
-"""A published cache: the same cache, and beside it what hubs read, true to what it holds."""
+"""Publishing leaves the cache unchanged and adds correct files for the Hub."""
 
 from __future__ import annotations
 

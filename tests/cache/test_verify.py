@@ -1,4 +1,4 @@
-"""``check_structure`` and ``check_bytes`` find whatever is wrong, all of it at once."""
+"""``check_structure`` and ``check_bytes`` report every problem of a cache."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_whole_cache_has_no_problem(cache: Path) -> None:
     assert damage(cache) == []
 
 
-def test_the_files_looked_at_are_all_that_there_are(cache: Path) -> None:
+def test_every_data_file_is_checked(cache: Path) -> None:
     store = CacheStore(cache)
     reader = open_cache(cache)
     known = {key for unit in units(reader) for _, key in store.recorded_files(*unit)}
@@ -63,7 +63,7 @@ def test_every_file_that_is_gone_or_cut_is_named(cache: Path) -> None:
     assert all("cut short: 12 bytes" in found[name] for name in cut)
 
 
-def test_units_that_are_not_made_are_not_looked_at(tmp_path: Path) -> None:
+def test_unfinished_units_are_not_checked(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "cache", manifest())
     fill(writer, writer.todo()[:2])
     assert structure(tmp_path / "cache") == []
@@ -82,7 +82,7 @@ def test_a_flipped_bit_in_any_file_is_found_there_and_nowhere_else(cache: Path) 
     assert damage(cache) == []
 
 
-def test_damage_in_many_files_is_told_at_once(cache: Path) -> None:
+def test_damage_in_many_files_is_reported_together(cache: Path) -> None:
     names = [name for name in data_files(cache) if not name.startswith("digest/")]
     for name in names:
         data = bytearray((cache / name).read_bytes())
@@ -106,7 +106,7 @@ def test_labels_that_no_class_has_are_found(tmp_path: Path) -> None:
 
 
 def test_keys_of_other_samples_are_found(cache: Path) -> None:
-    """The file is whole, but of another tar shard."""
+    """The file is complete, but belongs to another tar shard."""
     (cache / "key/c/0/0/0").write_bytes(tree(cache)["key/c/2/0/0"])
     problems = damage(cache)
     assert {problem.where for problem in problems} == {"key/c/0/0/0"}

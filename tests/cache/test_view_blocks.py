@@ -1,4 +1,4 @@
-"""Files are counted before they exist, and blocks of views are chosen so that they stay few."""
+"""Files are counted in advance, and view blocks chosen to keep their number small."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IMAGENET, SHARDS, LONGEST = 300, 1024, 1252
 def of_size(
     views: int, shards: int = SHARDS, longest: int = LONGEST, classes: int = 1000, **changes: Any
 ) -> CacheManifest:
-    """A manifest of which the sizes alone are true."""
+    """A manifest with realistic sizes only."""
     infos = tuple(ShardInfo(f"{n}.tar", longest, 0, "", "", 24) for n in range(shards))
     data = replace(dataset(), num_classes=classes, shards=infos, class_names=None)
     grid = teacher(num_classes=classes, grid=(7, 7))
@@ -104,7 +104,7 @@ def test_300_views_of_imagenet_are_within_the_hubs_limits() -> None:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a cache, ``old``, and what it is repacked to, ``new``."""
+    """A folder with a cache, ``old``, and its repacked copy, ``new``."""
     path = tmp_path_factory.mktemp("blocks")
     make(path / "old")
     convert(path / "old", path / "new", Conversion(view_block=VIEWS))

@@ -1,4 +1,4 @@
-"""Units are committed whole and last; nothing but a cache of the same making is written to."""
+"""Units are committed atomically, and only to a cache with the same manifest."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_later_unit_must_agree_with_the_first(tmp_path: Path, name: str) -> No
     assert writer.todo(shards=[1]) == units[1:]
 
 
-# Creating, going on, extending
+# Creating, continuing, extending
 
 
 def test_creating_again_goes_on(tmp_path: Path, finished: dict[str, bytes]) -> None:
@@ -230,7 +230,7 @@ def test_a_cache_grows_by_whole_blocks(tmp_path: Path) -> None:
     reader.require_done(views=range(2))
     with pytest.raises(CacheError, match="3 of 6 units missing"):
         reader.require_done()
-    assert early.views == 2  # an open reader is not disturbed
+    assert early.views == 2  # an open reader is not affected
     assert early.seeds(1, 0).shape == (5,)
     fill(writer)
     make(tmp_path / "whole")
@@ -244,7 +244,7 @@ def test_extension_that_was_cut_off_harms_nobody_and_is_finished_later(
 ) -> None:
     make(tmp_path / "whole")
     documents = [n for n in tree(tmp_path / "whole") if n.endswith("zarr.json")]
-    for number in range(len(documents) + 1):  # the note of the extension comes first
+    for number in range(len(documents) + 1):  # the marker of the extension comes first
         path = tmp_path / str(number)
         writer = make(path, views=2)
         with monkeypatch.context() as patch:
@@ -262,7 +262,7 @@ def test_extension_that_was_cut_off_harms_nobody_and_is_finished_later(
 def test_an_extension_that_ended_while_a_writer_opened_the_cache_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other was killed before it removed its note; the manifest read first is the old one."""
+    """The other was killed before it removed its marker; the manifest read first is the old one."""
     writer = make(tmp_path / "c", views=2)
     real = durable.exclusive
 
@@ -281,7 +281,7 @@ def test_an_extension_that_ended_while_a_writer_opened_the_cache_is_kept(
 
 
 def fail_at(patch: pytest.MonkeyPatch, number: int, code: int = errno.ENOSPC) -> None:
-    """Let the write of the ``number``-th file fail, half done."""
+    """Make the write of the ``number``-th file fail halfway."""
     writes = iter(range(10**9))
     write_bytes = Path.write_bytes
 
@@ -391,7 +391,7 @@ def test_kill_at_random_moments_then_resume_equals_uninterrupted(
             assert process.exitcode == -9
             kills.append(len(tree(path)))
             check_what_is_done(path)
-            if kills[-1:] == kills[-2:-1]:  # too soon to have got anywhere
+            if kills[-1:] == kills[-2:-1]:  # killed before any progress
                 pace *= 1.2
     assert len(set(kills)) >= 8, "the kills came at too few different moments"
     write_all(path)
@@ -399,7 +399,7 @@ def test_kill_at_random_moments_then_resume_equals_uninterrupted(
 
 
 def check_what_is_done(path: Path) -> None:
-    """Whatever is done is complete at any moment."""
+    """Every finished unit is complete at any moment."""
     if not all((path / name / "zarr.json").exists() for name in ("digest", "dense", "envelope")):
         return  # killed while it was created
     reader = open_cache(path)
@@ -415,7 +415,7 @@ def check_what_is_done(path: Path) -> None:
 def test_several_writers_of_one_cache_at_once(
     tmp_path: Path, finished: dict[str, bytes], orders: tuple[int, ...]
 ) -> None:
-    """Each wants to create it and to write every unit, in an order of its own or all in one."""
+    """Each creates the cache and writes every unit, in its own order or in a common one."""
     path = tmp_path / "c"
     writers = [processes.Process(target=write_all, args=(path, order)) for order in orders]
     for process in writers:

@@ -1,4 +1,4 @@
-"""``cache verify``: what it tells of a cache and someone's images, and train's own look at both."""
+"""``cache verify`` with a cache and images, and the check at the start of train."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_units_that_are_not_made_are_a_problem_unless_partial(copy: World, verif
     assert code == 1
     assert report["checks"]["units"] == {"done": 5, "total": 6, "problems": 1}
     assert "views 2-3 of shard 2" in report["problems"][0]["found"]
-    code, report = verify(copy.cache, "--shards", copy.shards)  # what is there is compared
+    code, report = verify(copy.cache, "--shards", copy.shards)  # the finished units are compared
     assert (code, report["checks"]["views"]["bit_exact"]) == (1, 96)
     code, report = verify(copy.cache, "--partial", "--shards", copy.shards)
     assert (code, report["ok"]) == (0, True)
@@ -120,7 +120,7 @@ def test_someone_elses_images_are_told_apart(
     assert checks["images"] == {"compared": 93, "equal": 89, "problems": len(ALTERED)}
     assert checks["views"]["bit_exact"] == checks["views"]["replayed"] == 89
     assert checks["views"]["other_image"] == len(ALTERED)
-    assert checks["views"]["differing_by_rounding"] == 0  # they are not made again at all
+    assert checks["views"]["differing_by_rounding"] == 0  # they are not replayed at all
     told = [p for p in report["problems"] if p["depth"] == "images"]
     tars = [Path(p["where"].split()[0]).name for p in told]
     assert all(name.startswith("x-0") for name in tars), told
@@ -153,7 +153,7 @@ def shifted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_versions(cache: Path, **versions: str) -> None:
-    """Let the manifest say that the cache was made with these."""
+    """Write these versions into the cache's manifest."""
     manifest = open_cache(cache).manifest
     said = replace(manifest, versions={**manifest.versions, **versions})
     (cache / layout.GROUP).write_bytes(layout.manifest_document(said))
@@ -177,7 +177,7 @@ def test_pixels_that_differ_by_rounding_are_told_with_the_versions(
 def test_seeds_that_do_not_follow_from_the_root_seed_are_told(
     small: World, tmp_path: Path, verify: Verify, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cache whose manifest, and whose records, state another root seed than it was made with."""
+    """A cache whose manifest and records state another root seed than the true one."""
     shutil.copytree(small.cache, tmp_path / "cache")
     manifest = open_cache(small.cache).manifest
     said = replace(manifest, root_seed=manifest.root_seed + 1)
@@ -188,14 +188,14 @@ def test_seeds_that_do_not_follow_from_the_root_seed_are_told(
     assert code == 1
     views = report["checks"]["views"]
     assert views["other_seed"] == 96
-    assert views["differing_by_rounding"] == 0  # told once, as what it is
+    assert views["differing_by_rounding"] == 0  # reported once, as another seed
     assert len(report["problems"]) == 96
 
 
 def test_the_teacher_is_asked_about_views_that_come_out_bit_for_bit_alone(
     small: World, verify: Verify, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other pixels get other answers, which are no fault of the cache's answers."""
+    """Other pixels give other logits, which is no problem of the stored ones."""
     shifted(monkeypatch)
     _, report = verify(small.cache, "--shards", small.shards, *TEACHER)
     checks = report["checks"]
@@ -241,7 +241,7 @@ def test_another_teacher_is_told_by_its_weights(small: World, verify: Verify) ->
 
 
 def test_mean_and_std_are_compared_before_any_answer(small: World, verify: Verify) -> None:
-    """With other pixels the same weights answer otherwise: that is not the weights' fault."""
+    """With other pixels the same weights give other logits: the weights are not the problem."""
     flags = ("--mean", "0.5,0.5,0.5", "--std", "0.229,0.224,0.225")
     code, report = verify(small.cache, "--shards", small.shards, *TEACHER, *flags)
     assert code == 1
@@ -314,7 +314,7 @@ def test_views_whose_partners_image_is_another_are_not_asked_about(
 
 
 def rolled(copy: World, names: tuple[str, ...], units: int) -> None:
-    """Write the first units anew, whole and with true checksums, every class one further."""
+    """Rewrite the first units with valid checksums and the classes shifted by one."""
     shutil.move(copy.cache, old := copy.cache.with_name("old"))
     reader = open_cache(old)
     writer = CacheWriter.create(copy.cache, reader.manifest)
@@ -431,7 +431,7 @@ def test_views_that_differ_stop_training_before_it_begins_or_are_told(
 def test_another_image_in_the_sample_stops_training_before_it_begins(
     small: World, samples: list[Sample], tmp_path: Path
 ) -> None:
-    """One of the 64 that are looked at, of 96."""
+    """One of the 64 views checked, of 96."""
     rows = spread_views(join(load_dataset(small.shards), open_cache(small.cache)), 64)
     starts = [0, 35, 70]
     number = starts[int(rows[5, 1])] + int(rows[5, 2])

@@ -1,4 +1,4 @@
-"""From a tree of images to shards."""
+"""Packing a tree of images into shards."""
 
 from __future__ import annotations
 
@@ -119,11 +119,11 @@ def test_a_linked_folder_that_leads_back_is_followed_once_and_named(
     tmp_path: Path, image_folder: Path
 ) -> None:
     copy = shutil.copytree(image_folder, tmp_path / "tree")
-    (copy / "cat/all").symlink_to(copy)  # to a folder that it lies in
+    (copy / "cat/all").symlink_to(copy)  # to a folder that contains it
     (copy / "dog/self").symlink_to(".")
     other = tmp_path / "other"
     other.mkdir()
-    (other / "back").symlink_to(copy / "fox")  # by way of a folder elsewhere
+    (other / "back").symlink_to(copy / "fox")  # through an outside folder
     (copy / "fox/other").symlink_to(other)
     tree = scan_image_folder(copy)
     assert len(tree.images) == 23
@@ -137,7 +137,7 @@ def test_a_folder_that_cannot_be_read_is_refused(
     (copy / "cat/closed").mkdir()
     scandir = os.scandir
 
-    def closed(path: Any) -> Any:  # root may read everything, so permissions are no test
+    def closed(path: Any) -> Any:  # permissions do not stop root
         if str(path).endswith("closed"):
             raise PermissionError(errno.EACCES, "Permission denied")
         return scandir(path)

@@ -1,4 +1,4 @@
-"""Exported students give the logits they did, without this package."""
+"""Exported students give the same logits without this package."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def save(path: Path, kind: str, size: int = 48, **about: Any) -> Path:
 
 @dataclass(frozen=True)
 class Exported:
-    """What one export left, and the student it is of; ``images`` are in [0, 1]."""
+    """An exported folder and its student; ``images`` are in [0, 1]."""
 
     folder: Path
     student: Student
@@ -116,7 +116,7 @@ def test_timm_prepares_images_as_evaluate_does(exported: Exported) -> None:
 
 
 def test_the_cards_lines_give_the_logits_that_were_trained(exported: Exported) -> None:
-    """The README's own code, on timm's model, with no help from this package."""
+    """The README's code runs on timm's model without this package."""
     readme = (exported.folder / "README.md").read_text()
     model = timm.create_model(f"local-dir:{exported.folder}", pretrained=True).eval()
     student = exported.student
@@ -167,7 +167,7 @@ def test_class_names_are_timms_label_names(tmp_path: Path) -> None:
 
 
 def test_an_exported_folder_is_a_student_again(exported: Exported, tmp_path: Path) -> None:
-    """Card and checksum travel with it, so it can be evaluated, fine-tuned and exported."""
+    """Header and checksum are exported too, so it can be evaluated, fine-tuned and exported."""
     assert read_header(exported.folder / "model.safetensors") == exported.card
     export_student(exported.folder, tmp_path / "again", formats=("timm",))
     for name in ("config.json", "model.safetensors"):
@@ -284,7 +284,7 @@ def test_the_card_says_how_the_student_was_trained(tmp_path: Path) -> None:
         assert f"<td>{cell}</td>" in html, cell
 
 
-def test_what_is_not_known_is_not_told(tmp_path: Path) -> None:
+def test_unknown_facts_are_left_out_of_the_card(tmp_path: Path) -> None:
     student, card = load_student(save(tmp_path / "s.safetensors", "none, CNN"), CPU)
     told = model_card(student, card, ("timm",), each_head=False)
     assert "top-1" not in told
