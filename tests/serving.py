@@ -1,4 +1,4 @@
-"""A folder on the loopback as a web server or a store gives it, faults on demand."""
+"""A local web server or object store that serves a folder, with faults on demand."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ REPOSITORY = "lab/toy"
 
 
 class Served:
-    """What is served, what was asked for, and what goes wrong.
+    """A served folder, the requests received, and the faults to inject.
 
     Attributes:
-        faults: for each, the end of a path and what happens to requests for it, once: ``reset``,
+        faults: the end of a path, and what happens once to a request for it: ``reset``,
             ``truncate`` (half of the body, then the connection ends), ``silence`` (half of the
             body, then nothing for two seconds), ``trickle`` and ``trickle head`` (a byte now and
-            then, of the body or of a header without end) or an HTTP status.
-        always: the same, each time.
-        replies: for the end of a path, status, headers and body to send as they are.
-        asked: method, path and Range of every request.
-        headers: of every request, by name in lower case.
-        ranges: whether Range is heeded.
-        etags: whether files have an ETag; the date of their last change otherwise.
-        rate: bytes a second of each connection; None: as fast as it goes.
+            then, of the body or of an endless header) or an HTTP status.
+        always: the same for every request, by the end of a path.
+        replies: status, headers and body to send unchanged, by the end of a path.
+        requests: method, path and Range of every request.
+        headers: headers of every request, by name in lower case.
+        ranges: whether Range is honoured.
+        etags: whether files have an ETag, else the date of their last change.
+        rate: bytes a second of each connection; None: unlimited.
     """
 
     def __init__(self, root: Path) -> None:
@@ -52,7 +52,7 @@ class Served:
         self.faults: list[tuple[str, str | int]] = []
         self.always: dict[str, str | int] = {}
         self.replies: dict[str, Reply] = {}
-        self.asked: list[tuple[str, str, str | None]] = []
+        self.requests: list[tuple[str, str, str | None]] = []
         self.headers: list[dict[str, str]] = []
         self.ranges = self.etags = True
         self.rate: float | None = None
@@ -68,8 +68,8 @@ class Served:
         return next((kind for end, kind in self.always.items() if path.endswith(end)), None)
 
     def gets(self, end: str = "") -> list[str | None]:
-        """The Range of every GET of a path with this end."""
-        return [r for method, path, r in self.asked if method == "GET" and path.endswith(end)]
+        """Return the Range of every GET of a path with this end."""
+        return [r for method, path, r in self.requests if method == "GET" and path.endswith(end)]
 
 
 @lru_cache(maxsize=16)
@@ -95,8 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: bool) -> None:
         parts = urlsplit(self.path)
-        path, wanted = unquote(parts.path), self.headers.get("Range")
-        self.served.asked.append((self.command, path, wanted))
+        path, requested = unquote(parts.path), self.headers.get("Range")
+        self.served.requests.append((self.command, path, requested))
         self.served.headers.append({name.lower(): value for name, value in self.headers.items()})
         fault = self.served.fault(path)
         if isinstance(fault, int):
@@ -117,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers["ETag"] = _etag(found)
         else:
             headers["Last-Modified"] = formatdate((self.served.root / path[1:]).stat().st_mtime)
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", requested or "")
         total = len(found)
         if match and self.served.ranges:
             start = int(match[1])
@@ -175,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def trickle(self, beginning: bytes) -> None:
-        """Until the client has gone."""
+        """Send until the client disconnects."""
         self.close_connection = True
         self.wfile.write(beginning)
         with suppress(ConnectionError):
@@ -233,7 +233,7 @@ class _HubHandler(_Handler):
     def do_POST(self) -> None:
         sent = self.rfile.read(int(self.headers["Content-Length"]))
         path = unquote(urlsplit(self.path).path)
-        self.served.asked.append((self.command, path, None))
+        self.served.requests.append((self.command, path, None))
         self.served.headers.append({name.lower(): value for name, value in self.headers.items()})
         _, _, what = path.partition(f"/api/datasets/{REPOSITORY}/")
         if what.startswith("paths-info/"):
@@ -290,14 +290,14 @@ class _HubHandler(_Handler):
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has gone away is no error here."""
+        """Ignore clients that have disconnected."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 @contextmanager
 def serving(root: Path, kind: str = "http") -> Iterator[Served]:
-    """Serve ``root``; ``url`` is its place, for ``s3`` and ``hub`` the endpoint of a store."""
+    """Serve ``root`` at ``url``, which for ``s3`` and ``hub`` is the endpoint of a store."""
     served = Served(root)
     base = {"http": _Handler, "s3": _S3Handler, "hub": _HubHandler}[kind]
     handler = type("Handler", (base,), {"served": served})
@@ -315,7 +315,7 @@ def serving(root: Path, kind: str = "http") -> Iterator[Served]:
 
 
 def bucket_settings(url: str) -> dict[str, str]:
-    """The environment by which S3's own tools find the store at ``url``."""
+    """Return the environment that points S3's own tools to the store at ``url``."""
     return {
         **{"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1"},
         **{"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"},
@@ -333,14 +333,14 @@ def serving_bucket(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serv
 
 
 def keep_copies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Have copies kept in ``folder``, and hardly wait before another try."""
+    """Keep local copies in ``folder``, and hardly wait before a retry."""
     monkeypatch.setenv(mirror.FOLDER, str(folder))
     monkeypatch.setattr(remote_files, "WAIT", 0.001)
     return folder
 
 
 def take_for_the_hub(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the Hub's package take ``url`` for the Hub: HF_ENDPOINT is read when it is imported."""
+    """Point the Hub's package to ``url``; it reads HF_ENDPOINT only when imported."""
     from huggingface_hub import constants
 
     template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"

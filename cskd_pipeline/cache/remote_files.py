@@ -32,7 +32,7 @@ PACKAGES = {
     **{"https": "aiohttp", "http": "aiohttp", "s3": "s3fs", "gs": "gcsfs"},
     "hf": "huggingface_hub aiohttp",
 }
-"""The supported schemes, and the packages that each needs."""
+"""The supported URL schemes, each with the packages it needs."""
 TRIES = 6  # consecutive attempts at a request that may succeed later
 WAIT = 0.5  # seconds before the second attempt, about doubled before each further one
 CONNECTIONS = 32  # concurrent requests when looking for files

@@ -77,7 +77,7 @@ class Pace:
         """Return the seconds within which the server has to send more.
 
         Raises:
-            SlowError: they are over, and fewer than ``SLOWEST`` bytes a second arrived.
+            SlowError: time is up, and fewer than ``SLOWEST`` bytes a second arrived.
         """
         left = self._since + self._seconds - time.monotonic()
         if left > 0:
@@ -107,7 +107,7 @@ def _seconds() -> float:
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Bytes ``start`` to ``stop - 1`` of a file; None: to its end."""
+    """Bytes ``start`` to ``stop - 1`` of a file; to its end if ``stop`` is None."""
 
     start: int = 0
     stop: int | None = None
@@ -150,7 +150,7 @@ def from_web(
 
     Args:
         where: the file's name in errors; ``url`` may contain a secret.
-        login: headers for this server alone; None: its login in ``~/.netrc``.
+        login: headers for this server alone; None: from ``~/.netrc``.
 
     Raises:
         FileNotFoundError: no such file.
@@ -180,15 +180,15 @@ def from_s3(
     """Request a range of a file from an object store, through s3fs."""
     bucket, key, _ = fs.split_path(path)
     request = {"Bucket": bucket, "Key": key, **requested.header}
-    found = within(pace, lambda: fs.call_s3("get_object", **request))
-    body = found["Body"]
+    response = within(pace, lambda: fs.call_s3("get_object", **request))
+    body = response["Body"]
     try:
         # Some clients leave the encoding of their upload; the stored bytes are the file's.
-        _require_uncompressed(found.get("ContentEncoding", "").replace("aws-chunked", ""), where)
-        headers = {"Content-Range": found.get("ContentRange", "")}
-        headers["Content-Length"] = str(found["ContentLength"])
+        _require_uncompressed(response.get("ContentEncoding", "").replace("aws-chunked", ""), where)
+        headers = {"Content-Range": response.get("ContentRange", "")}
+        headers["Content-Length"] = str(response["ContentLength"])
         part = bool(requested.header)
-        total, version = _total(headers, requested.start, part), found.get("ETag", "")
+        total, version = _total(headers, requested.start, part), response.get("ETag", "")
         yield HttpResponse(requested.start, total, version, part, None, body.read)
     finally:
         fs.loop.call_soon_threadsafe(body.close)

@@ -186,7 +186,7 @@ def require_encodings(names: Sequence[str]) -> None:
 
 
 def parse_channels(text: str | None, name: str) -> list[float] | None:
-    """Return the numbers of ``R,G,B``, or None; refuse others, for ``--std`` also those up to 0."""
+    """Parse ``R,G,B``; refuse anything else, and numbers up to 0 for ``--std``."""
     if text is None:
         return None
     try:
@@ -203,7 +203,7 @@ def parse_channels(text: str | None, name: str) -> list[float] | None:
 
 
 def parse_range(text: str | None, name: str) -> tuple[int, int] | None:
-    """Return the two numbers of ``FROM:TO``, or None; refuse an invalid range."""
+    """Parse ``FROM:TO``; refuse an invalid range."""
     if text is None:
         return None
     first, _, last = text.partition(":")

@@ -51,7 +51,7 @@ _Expanded = tuple[list[inspect.Parameter], _Build]
 
 @dataclass(frozen=True)
 class RecipeLoader(Generic[R]):
-    """The recipe of a command line.
+    """A callable that loads the recipe of a command line.
 
     Args:
         kind: ``DumpRecipe`` or ``TrainRecipe``.

@@ -103,7 +103,7 @@ def program(
         ),
     ] = False,
 ) -> None:
-    """Take the options of the program as a whole."""
+    """Accept the options of the program itself."""
 
 
 def parse_and_run(arguments: list[str]) -> Outcome | int:

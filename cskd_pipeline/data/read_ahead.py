@@ -33,7 +33,7 @@ class Use:
 
 
 def uses_of(tars: Sequence[Tar], numbers: np.ndarray, position: np.ndarray) -> list[Use]:
-    """Return the uses of the remote tars, in the order of their first.
+    """Return the uses of the remote tars, ordered by ``first``.
 
     Args:
         numbers: (n,) indices into ``tars``, in the order of reading.
@@ -54,12 +54,12 @@ class ReadAhead:
     """Threads that fetch tars in the order of their use.
 
     Tars in use and tars fetched ahead take up half of the room for copies. The other half is for a
-    cache's files and for evaluation, so that no fetch evicts a copy that is still needed. A fetch
-    that fails is left to the reader of the tar, where the error is raised.
+    cache's files and for evaluation, so that no fetch evicts a copy that is still needed. If a
+    fetch fails, the reader of the tar raises the error.
 
     Args:
         tars: all tars; without a remote one, nothing is done.
-        uses: uses in the order of ``first``, possibly endless; None: :meth:`add` adds them.
+        uses: uses ordered by ``first``, possibly endless; None: :meth:`add` adds them.
         horizon: number of positions to look ahead.
         position: position of the reader's first item.
     """

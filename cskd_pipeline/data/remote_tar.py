@@ -3,7 +3,7 @@
 A copy is a complete tar, kept in a :class:`~cskd_pipeline.cache.mirror.Mirror` under a name derived
 from the URL and what the server reports about the file: length and ETag (or date), or the SHA-256
 if a manifest or the store states it. So a replaced tar is never mistaken for the one whose headers
-were read. A copy is compared with all of that before it gets its name.
+were read. A copy is verified against all of these before it gets its name.
 
 Indices of tars are stored next to the copies and outlive them: headers are requested once on a
 machine.
@@ -201,7 +201,7 @@ class RemoteTars(RemoteFiles):
             )
 
     def read(self, tar: RemoteTar, part: ByteRange) -> bytes:
-        """Request a range of a tar; refuse another version of it."""
+        """Request a range of a tar; refuse a changed tar."""
         assert part.stop is not None
         key, length = tar.key, part.stop - part.start
 
@@ -227,7 +227,7 @@ class RemoteTars(RemoteFiles):
             if len(data) != length:
                 raise OSError(f"{len(data)} of {length} bytes arrived")
             address = response.address or address
-            if address is not None:  # spares the next range the redirects
+            if address is not None:  # saves the next request the redirects
                 self._addresses[key] = address
             return bytes(data)
 

@@ -43,7 +43,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where copies are kept."""
+    """Return the folder of local copies."""
     monkeypatch.setattr(transfers, "TIMEOUT", 10.0)
     return keep_copies(tmp_path / "copies", monkeypatch)
 
@@ -62,13 +62,13 @@ def served(folder: Path, copies: Path) -> Iterator[Served]:
 
 @pytest.fixture
 def store(folder: Path, copies: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    """The same in a bucket."""
+    """Serve the same files as a bucket."""
     with serving_bucket(folder.parent, monkeypatch) as found:
         yield found
 
 
 def content(reader: Cache) -> list[np.ndarray]:
-    """Everything that a cache holds."""
+    """Return everything in a cache."""
     found = [reader.done()]
     for shard, count in enumerate(reader.counts):
         found += [reader.labels(shard), reader.image_crc32(shard), np.array(reader.keys(shard))]
@@ -86,7 +86,7 @@ def assert_same(location: str, folder: Path) -> None:
 
 
 def of_array(name: str, copies: Path) -> list[Path]:
-    """The copies of an array's files."""
+    """Return the copies of an array's files."""
     return sorted(p for p in copies.rglob("*") if p.is_file() and f"/{name}/c/" in str(p))
 
 
@@ -107,38 +107,40 @@ def test_a_cache_in_an_object_store_reads_as_its_folder(store: Served, folder: P
 def test_a_cache_on_the_hub_reads_as_its_folder(
     folder: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logged in, and with one request for each file: listings are counted there."""
+    """Logged in, with one request per file, since the hub limits their rate."""
     with serving(folder, "hub") as served:
         take_for_the_hub(served.url, monkeypatch)
         assert_same(f"hf://datasets/{REPOSITORY}", folder)
-    fetched = [path for _, path, _ in served.asked if "/resolve/main/" in path]
+    fetched = [path for _, path, _ in served.requests if "/resolve/main/" in path]
     assert len(set(fetched)) == len(fetched) > 50
-    for (_, path, _), headers in zip(served.asked, served.headers, strict=True):
+    for (_, path, _), headers in zip(served.requests, served.headers, strict=True):
         if path in fetched:
             assert headers["authorization"] == "Bearer hf_test"
             assert headers["accept-encoding"] == "identity"
-    listed = {path.partition("/tree/main/")[2] for _, path, _ in served.asked if "/tree/" in path}
+    listed = {
+        path.partition("/tree/main/")[2] for _, path, _ in served.requests if "/tree/" in path
+    }
     assert listed == {"digest/c", "digest/c/0", "digest/c/1"}
 
 
-def test_what_was_read_once_is_not_fetched_again(served: Served, folder: Path) -> None:
+def test_files_are_fetched_once(served: Served, folder: Path) -> None:
     content(open_cache(f"{served.url}/cache"))
-    before = len(served.asked)
+    before = len(served.requests)
     content(open_cache(f"{served.url}/cache"))
-    assert {path for _, path, _ in served.asked[before:]} == {
+    assert {path for _, path, _ in served.requests[before:]} == {
         f"/cache/{p.relative_to(folder)}" for p in folder.rglob("zarr.json")
     }
 
 
-def test_only_what_is_read_is_fetched(served: Served) -> None:
+def test_only_files_that_are_read_are_fetched(served: Served) -> None:
     reader = open_cache(f"{served.url}/cache")
     reader.rows("envelope", 0, 1, [0])
     assert not served.gets("/dense/spatial/c/0/1/0/0/0/0")
-    assert not [path for _, path, _ in served.asked if "/seed/c/" in path]
-    assert len([path for _, path, _ in served.asked if "/envelope/lines/c/" in path]) == 1
+    assert not [path for _, path, _ in served.requests if "/seed/c/" in path]
+    assert len([path for _, path, _ in served.requests if "/envelope/lines/c/" in path]) == 1
 
 
-def test_units_that_are_not_done_do_not_exist(tmp_path: Path, copies: Path, store: Served) -> None:
+def test_unfinished_units_do_not_exist(tmp_path: Path, copies: Path, store: Served) -> None:
     writer = CacheWriter.create(tmp_path / "served/part", manifest())
     fill(writer, writer.todo()[:3])
     expected = open_cache(tmp_path / "served/part").done()
@@ -150,23 +152,21 @@ def test_units_that_are_not_done_do_not_exist(tmp_path: Path, copies: Path, stor
     np.testing.assert_array_equal(open_cache(f"s3://{BUCKET}/part").done(), expected | True)
 
 
-def test_a_cache_that_grew_keeps_the_copies_of_what_it_had(
-    served: Served, folder: Path, copies: Path
-) -> None:
+def test_copies_of_a_cache_that_grew_are_kept(served: Served, folder: Path, copies: Path) -> None:
     content(open_cache(f"{served.url}/cache"))
     writer = CacheWriter.open(folder)
     writer.extend(6)
     fill(writer)
-    before = len(served.asked)
+    before = len(served.requests)
     assert_same(f"{served.url}/cache", folder)
-    asked = {path for method, path, _ in served.asked[before:] if "/dense/spatial/" in path}
-    assert asked == {
+    requested = {path for method, path, _ in served.requests[before:] if "/dense/spatial/" in path}
+    assert requested == {
         *(f"/cache/dense/spatial/c/{view}/{s}/0/0/0/0" for view in (4, 5) for s in range(3)),
         "/cache/dense/spatial/zarr.json",
     }
 
 
-def test_another_cache_in_the_same_place_is_not_mixed_with_the_old_copies(
+def test_another_cache_at_the_same_url_is_not_mixed_with_old_copies(
     served: Served, folder: Path, tmp_path: Path
 ) -> None:
     content(open_cache(f"{served.url}/cache"))
@@ -185,7 +185,7 @@ def test_another_cache_in_the_same_place_is_not_mixed_with_the_old_copies(
         *(("s3", kind) for kind in ("reset", "truncate", 503)),
     ],
 )
-def test_a_fault_that_passes_is_not_noticed(
+def test_a_transient_fault_has_no_effect(
     kind: str | int,
     scheme: str,
     folder: Path,
@@ -207,10 +207,8 @@ def test_a_fault_that_passes_is_not_noticed(
     assert served.faults == []
 
 
-def test_a_broken_transfer_goes_on_where_it_broke(
-    served: Served, folder: Path, copies: Path
-) -> None:
-    """But for what had arrived and was not taken yet."""
+def test_an_interrupted_transfer_resumes(served: Served, folder: Path, copies: Path) -> None:
+    """From the last byte read, at or before the break."""
     data = np.random.default_rng(0).bytes(8_000_000)
     (folder / "large").write_bytes(data)
     served.faults = [("large", "truncate"), ("large", "reset"), ("large", "truncate")]
@@ -226,7 +224,7 @@ def test_a_broken_transfer_goes_on_where_it_broke(
     assert copy.read_bytes() == data
 
 
-def test_a_server_without_ranges_sends_all_of_it_again(
+def test_a_server_without_ranges_sends_the_file_again(
     served: Served, folder: Path, copies: Path
 ) -> None:
     served.ranges = False
@@ -237,7 +235,7 @@ def test_a_server_without_ranges_sends_all_of_it_again(
 
 
 @pytest.mark.parametrize("kind", ["truncate", "reset", 503])
-def test_a_fault_that_stays_is_told_and_leaves_nothing(
+def test_a_permanent_fault_is_an_error_and_leaves_no_copy(
     kind: str | int, served: Served, copies: Path
 ) -> None:
     reader = open_cache(f"{served.url}/cache")
@@ -253,7 +251,7 @@ def test_a_fault_that_stays_is_told_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("status", [401, 403, 410])
-def test_a_refusal_is_told_at_once(status: int, served: Served) -> None:
+def test_a_refusal_is_not_retried(status: int, served: Served) -> None:
     served.always["zarr.json"] = status
     with pytest.raises(RemoteError, match="is denied") as error:
         open_cache(f"{served.url}/cache")
@@ -261,19 +259,19 @@ def test_a_refusal_is_told_at_once(status: int, served: Served) -> None:
     assert len(served.gets()) == 1
 
 
-def test_where_nobody_listens_that_is_told(copies: Path) -> None:
+def test_an_unreachable_server_is_an_error(copies: Path) -> None:
     with pytest.raises(RemoteError, match="cannot be reached"):
         open_cache("http://127.0.0.1:9/cache")
 
 
-def test_where_there_is_no_cache_that_is_told(served: Served, store: Served) -> None:
+def test_a_url_without_a_cache_is_an_error(served: Served, store: Served) -> None:
     for location in (f"{served.url}/nothing", f"s3://{BUCKET}/nothing", f"s3://{BUCKET}x/y"):
         with pytest.raises(CacheError, match="not a teacher cache") as error:
             open_cache(location)
         assert str(error.value.where) == f"{location}/zarr.json"
 
 
-def test_a_file_that_is_gone_is_missing_and_not_retried(served: Served, folder: Path) -> None:
+def test_a_missing_file_is_an_error_and_not_retried(served: Served, folder: Path) -> None:
     reader = open_cache(f"{served.url}/cache")
     (folder / "label/c/2/0").unlink()
     with pytest.raises(CacheError, match="damaged") as error:
@@ -282,9 +280,7 @@ def test_a_file_that_is_gone_is_missing_and_not_retried(served: Served, folder: 
     assert error.value.where == f"{served.url}/cache/label/c/2/0"
 
 
-def test_damage_on_the_way_is_healed_by_fetching_once_more(
-    served: Served, folder: Path, copies: Path
-) -> None:
+def test_a_damaged_copy_is_fetched_again(served: Served, folder: Path, copies: Path) -> None:
     content(open_cache(f"{served.url}/cache"))
     files = [
         p for n in ("dense/spatial", "envelope/lines", "seed", "key") for p in of_array(n, copies)
@@ -303,7 +299,7 @@ def path_of(copies: Path) -> Path:
     return found
 
 
-def test_damage_at_its_source_is_told_after_one_more_look(served: Served, folder: Path) -> None:
+def test_a_damaged_source_is_an_error_after_one_retry(served: Served, folder: Path) -> None:
     name = "dense/spatial/c/1/2/0/0/0/0"
     data = bytearray((folder / name).read_bytes())
     data[len(data) // 3] ^= 1
@@ -316,7 +312,7 @@ def test_damage_at_its_source_is_told_after_one_more_look(served: Served, folder
         assert len(served.gets(name)) == 2
 
 
-def test_a_document_without_end_is_not_read_into_memory(served: Served, folder: Path) -> None:
+def test_an_oversized_document_is_not_read_into_memory(served: Served, folder: Path) -> None:
     with open(folder / "zarr.json", "r+b") as file:
         file.truncate(2**28)
     with pytest.raises(CacheError, match="not a teacher cache") as error:
@@ -331,7 +327,7 @@ def total(copies: Path) -> int:
     return sum(p.stat().st_size for p in copies.rglob("*") if p.is_file())
 
 
-def test_copies_stay_below_their_bound_and_the_reader_does_not_notice(
+def test_copies_stay_below_their_limit_without_effect_on_the_reader(
     served: Served, folder: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
@@ -351,7 +347,7 @@ def test_copies_stay_below_their_bound_and_the_reader_does_not_notice(
 
 
 def add(to: Mirror, key: str, size: int, used: float | None = None) -> None:
-    """Have a copy of ``size`` bytes, which was used at that time; None: now."""
+    """Add a copy of ``size`` bytes, last used at the given time; None: now."""
 
     def fetch(file: BufferedRandom) -> None:
         file.write(bytes(size))
@@ -362,11 +358,11 @@ def add(to: Mirror, key: str, size: int, used: float | None = None) -> None:
     to.keep(key, fetch)
 
 
-def test_what_was_not_used_for_longest_is_removed_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_copies_are_evicted_first(tmp_path: Path) -> None:
     mirror = Mirror(tmp_path, "a cache", limit=1000)
     for number in range(9):
         add(mirror, f"x/{number}", 100, number)
-    assert mirror.find("x/0") is not None  # used: now it is the newest
+    assert mirror.find("x/0") is not None  # now the most recently used
     for number in (9, 10):
         add(mirror, f"x/{number}", 100)
     left = {int(p.name) for p in (mirror.root / "x").iterdir()}
@@ -374,7 +370,7 @@ def test_what_was_not_used_for_longest_is_removed_first(tmp_path: Path) -> None:
     assert left - {0} == set(range(min(left - {0}), 11))
 
 
-def test_half_written_copies_are_left_to_their_writers(tmp_path: Path) -> None:
+def test_partial_copies_are_left_to_their_writers(tmp_path: Path) -> None:
     mirror = Mirror(tmp_path, "a cache", limit=100)
     add(mirror, "x/0", 60)
     fresh, old = ((mirror.root / "x/0").with_name(f".{n}.partial") for n in ("fresh", "old"))
@@ -386,7 +382,7 @@ def test_half_written_copies_are_left_to_their_writers(tmp_path: Path) -> None:
     assert not old.exists()
 
 
-def test_many_readers_at_once_fetch_a_file_once(served: Served) -> None:
+def test_concurrent_readers_fetch_a_file_once(served: Served) -> None:
     def read(_: int) -> list[np.ndarray]:
         return list(open_cache(f"{served.url}/cache").rows("dense", 0, 0, range(5)).values())
 
@@ -398,9 +394,7 @@ def test_many_readers_at_once_fetch_a_file_once(served: Served) -> None:
             np.testing.assert_array_equal(a, b)
 
 
-def test_readers_travel_to_processes_that_were_forked_and_ones_that_were_not(
-    served: Served, folder: Path
-) -> None:
+def test_readers_work_in_forked_and_in_other_processes(served: Served, folder: Path) -> None:
     reader = open_cache(f"{served.url}/cache")
     reader.labels(0)
     expected = open_cache(folder).labels(1).tolist()
@@ -424,8 +418,8 @@ def test_readers_travel_to_processes_that_were_forked_and_ones_that_were_not(
 def test_a_forked_reader_leaves_its_parents_connections_alone(
     scheme: str, served: Served, store: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Finalised in the child they would close under the parent, which a retry then hides; and each
-    finaliser would wait for the thread of an event loop that the child does not have.
+    """Finalising them in the child would close the parent's, which a retry then hides; and each
+    finaliser would wait for the thread of an event loop that the child lacks.
     """
     from s3fs import S3FileSystem
 
@@ -443,7 +437,7 @@ def test_a_forked_reader_leaves_its_parents_connections_alone(
     if child == 0:
         with suppress(BaseException):
             reader.labels(1)
-            gc.collect()  # what it was forked with is part of cycles
+            gc.collect()  # inherited objects are part of cycles
             session = transfers._SESSIONS.get(parent)
             os._exit(0 if session is None or not session.closed else 4)
         os._exit(5)
@@ -451,12 +445,12 @@ def test_a_forked_reader_leaves_its_parents_connections_alone(
     for shard in (1, 2):
         reader.rows("dense", 0, shard, [0])
     server = served if scheme == "http" else store
-    asked = [path for _, path, _ in server.asked if "/dense/" in path and "/c/" in path]
-    assert len(asked) == len(set(asked))
+    paths = [path for _, path, _ in server.requests if "/dense/" in path and "/c/" in path]
+    assert len(paths) == len(set(paths))
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "x", "nan", "inf"])
-def test_a_size_that_is_none_is_refused(
+def test_an_invalid_size_is_refused(
     size: str, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CSKD_CACHE_GB", size)
@@ -464,7 +458,7 @@ def test_a_size_that_is_none_is_refused(
         open_cache(f"{served.url}/cache")
 
 
-# --- places ---------------------------------------------------------------------------------------
+# --- locations ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -476,14 +470,14 @@ def test_a_size_that_is_none_is_refused(
         *("https:///x", "s3://"),
     ],
 )
-def test_other_urls_are_refused_and_no_secret_is_repeated(url: str) -> None:
+def test_other_urls_are_refused_without_revealing_secrets(url: str) -> None:
     with pytest.raises(UsageError, match="cannot be read from this URL") as error:
         open_folder(url)
     assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize("scheme", ["http", "s3", "gs", "hf"])
-def test_a_package_that_is_missing_is_named(
+def test_a_missing_package_is_named(
     scheme: str, copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = remote_files.PACKAGES[scheme]
@@ -508,7 +502,7 @@ def test_the_hub_is_read_by_its_own_package() -> None:
 
 
 @pytest.mark.parametrize("place", ["https://host/cache", "https:/host/cache", "s3://bucket/cache"])
-def test_nothing_is_written_elsewhere(place: str, folder: Path, capsys: Capture) -> None:
+def test_caches_are_not_written_to_urls(place: str, folder: Path, capsys: Capture) -> None:
     for arguments in (["convert", str(folder), place], ["merge", str(folder), "--out", place]):
         assert main(["cache", *arguments]) == 2
         assert "a cache is written to a local folder" in capsys.readouterr().err
@@ -518,7 +512,7 @@ def test_nothing_is_written_elsewhere(place: str, folder: Path, capsys: Capture)
     assert not Path("s3:").exists()
 
 
-def test_what_a_store_lists_is_described_and_what_a_web_server_does_not_is_said(
+def test_sizes_are_described_if_the_server_lists_files(
     served: Served, store: Served, folder: Path, capsys: Capture
 ) -> None:
     local = describe(open_cache(folder))
@@ -532,7 +526,7 @@ def test_what_a_store_lists_is_described_and_what_a_web_server_does_not_is_said(
     assert "bytes: unknown (the server lists no files)" in capsys.readouterr().out
 
 
-def test_a_cache_elsewhere_is_verified_and_converted(
+def test_a_remote_cache_is_verified_and_converted(
     served: Served, folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     url = f"{served.url}/cache"
@@ -550,8 +544,8 @@ def test_a_cache_elsewhere_is_verified_and_converted(
     assert "structure: seed/c/1/1/0: the file is missing" in capsys.readouterr().err
 
 
-def test_finding_out_what_is_finished_is_told(served: Served, capsys: Capture) -> None:
-    told: list[tuple[int | None, str, int]] = []
+def test_looking_for_finished_units_shows_progress(served: Served, capsys: Capture) -> None:
+    shown: list[tuple[int | None, str, int]] = []
 
     class Listener:
         @contextmanager
@@ -560,14 +554,14 @@ def test_finding_out_what_is_finished_is_told(served: Served, capsys: Capture) -
         ) -> Iterator[Meter]:
             meter = Meter(total, unit, done)
             yield meter
-            told.append((total, unit, meter.count))
+            shown.append((total, unit, meter.count))
 
     progress.listen(Listener())
     open_cache(f"{served.url}/cache")
-    assert told == [(6, "units", 6)]
+    assert shown == [(6, "units", 6)]
 
 
-def test_a_store_that_wants_a_login_is_told_at_once(
+def test_missing_credentials_are_an_error_at_once(
     store: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -577,13 +571,13 @@ def test_a_store_that_wants_a_login_is_told_at_once(
     with pytest.raises(RemoteError, match="is denied") as error:
         open_cache(f"s3://{BUCKET}/cache")
     assert "FSSPEC_S3_ANON=true" in str(error.value.action)
-    assert store.asked == []
+    assert store.requests == []
 
 
-def test_a_bug_is_not_taken_for_the_network(
+def test_a_bug_is_not_retried_as_a_network_failure(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfers, "_total", lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         open_cache(f"{served.url}/cache")
-    assert len(served.asked) == 1
+    assert len(served.requests) == 1

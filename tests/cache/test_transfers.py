@@ -1,4 +1,4 @@
-"""What a server may do to whoever reads from it: nothing beyond bounds."""
+"""Untrusted servers cannot exceed the bounds on size, time and redirects."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def served(tmp_path: Path, copies: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    """A web server that has a file of 1,000 bytes."""
+    """Serve a file of 1,000 bytes."""
     monkeypatch.setenv("NETRC", os.devnull)
     (tmp_path / "served").mkdir()
     (tmp_path / "served/file").write_bytes(CONTENT)
@@ -70,12 +70,12 @@ def read(url: str, limit: int = 1000) -> bytes:
 
 
 def bomb() -> bytes:
-    """What inflates to ``LARGE`` bytes, in a 200th of them."""
+    """Return data that inflates to ``LARGE`` bytes, 200 times its size."""
     return gzip.compress(bytes(LARGE), compresslevel=1)
 
 
 @pytest.mark.parametrize("scheme", ["http", "s3"])
-def test_a_compressed_answer_is_not_wanted_and_is_refused(
+def test_a_compressed_response_is_neither_requested_nor_accepted(
     scheme: str, served: Served, store: Served
 ) -> None:
     server = served if scheme == "http" else store
@@ -87,12 +87,12 @@ def test_a_compressed_answer_is_not_wanted_and_is_refused(
     assert error.value.found == "Content-Encoding: gzip"
     assert {headers["accept-encoding"] for headers in server.headers} == {"identity"}
     assert len(server.gets("file")) == 1
-    if scheme == "http":  # nor is anything inflated before that is known
+    if scheme == "http":  # nothing is inflated before the check either
         assert not transfers._SESSIONS[os.getpid()].auto_decompress
 
 
 @pytest.mark.parametrize("encoding", ["identity", "Identity", ""])
-def test_an_answer_that_says_that_it_is_plain_is_read(encoding: str, served: Served) -> None:
+def test_a_response_marked_as_uncompressed_is_read(encoding: str, served: Served) -> None:
     headers = {"Content-Encoding": encoding, "Content-Length": "1000"}
     served.replies["file"] = (200, headers, CONTENT)
     assert read(served.url) == CONTENT
@@ -101,7 +101,7 @@ def test_an_answer_that_says_that_it_is_plain_is_read(encoding: str, served: Ser
 def test_info_about_a_compression_bomb_stays_small(
     served: Served, tmp_path: Path, copies: Path
 ) -> None:
-    """In a process that could not hold what the answer unfolds to."""
+    """Memory is measured in a process of its own."""
     data = bomb()
     headers = {"Content-Encoding": "gzip", "Content-Length": str(len(data))}
     served.replies["zarr.json"] = (200, headers, data)
@@ -123,25 +123,25 @@ def test_info_about_a_compression_bomb_stays_small(
     assert int(done.stdout) * 1024 < LARGE // 4
 
 
-def test_a_file_is_cut_off_where_it_exceeds_its_bound(served: Served, store: Served) -> None:
-    """By what the server states, before a byte is read; or else as soon as one is too many."""
+def test_a_file_above_its_limit_is_refused(served: Served, store: Served) -> None:
+    """Before a byte is read if the server reports the length, else at the first byte too many."""
     for url in (served.url, f"s3://{BUCKET}"):
         assert read(url, 1000) == CONTENT
         with pytest.raises(DamageError, match="1000 bytes, more than the 999 allowed"):
             read(url, 999)
-    served.replies["file"] = (200, {}, CONTENT)  # no length: the end of the connection is its end
+    served.replies["file"] = (200, {}, CONTENT)  # no length: it ends with the connection
     assert read(served.url, 1000) == CONTENT
     with pytest.raises(DamageError, match="more than the 999 bytes allowed"):
         read(served.url, 999)
 
 
-def test_bytes_beyond_the_stated_length_are_not_taken(served: Served) -> None:
+def test_bytes_beyond_the_reported_length_are_ignored(served: Served) -> None:
     served.replies["file"] = (200, {"Content-Length": "1000"}, CONTENT + bytes(5_000_000))
-    with suppress(RemoteError):  # an answer that is no HTTP, where they come with the others
+    with suppress(RemoteError):  # invalid HTTP, if they arrive together
         assert read(served.url, 10_000_000) == CONTENT
 
 
-def test_what_is_no_http_is_told_on_one_line(served: Served) -> None:
+def test_invalid_http_is_reported_on_one_line(served: Served) -> None:
     served.replies["file"] = (200, {"Content-Length": "x\r\n\r\ny"}, CONTENT)
     with pytest.raises(RemoteError, match="cannot be reached") as error:
         read(served.url)
@@ -165,7 +165,7 @@ def test_no_copy_is_larger_than_the_manifest_implies(
     assert not [p for p in copies.rglob("*") if "label" in str(p) and p.is_file()]
 
 
-def test_every_file_of_a_cache_fits_its_bound(finished: Path) -> None:
+def test_every_file_of_a_cache_is_within_its_limit(finished: Path) -> None:
     store = open_cache(finished).store
     sizes = store.folder.sizes()
     assert sizes is not None
@@ -173,15 +173,15 @@ def test_every_file_of_a_cache_fits_its_bound(finished: Path) -> None:
     assert all(sizes[key] <= bounds[key] for key in sizes)
 
 
-def test_the_bound_of_a_file_is_what_it_takes_when_nothing_compresses() -> None:
+def test_the_limit_of_a_file_is_its_incompressible_size() -> None:
     one = StoredArray(
         "x", "uint16", ("view", "shard", "offset", "class"), (4, 3, 60, 500), (1, 1, 64, 500), 0,
         chunk_shape=(1, 1, 16, 500),
     )  # fmt: skip
     noise = np.random.default_rng(0).integers(1, 2**16, one.file_shape, np.uint16)
     assert 0 <= one.max_file_bytes - len(encode_file(one, noise)) <= 4 * 1200
-    whole = dataclasses.replace(one, chunk_shape=None)
-    assert 0 <= whole.max_file_bytes - len(encode_file(whole, noise)) <= 2000
+    unchunked = dataclasses.replace(one, chunk_shape=None)
+    assert 0 <= unchunked.max_file_bytes - len(encode_file(unchunked, noise)) <= 2000
 
 
 # --- ranges ---------------------------------------------------------------------------------------
@@ -192,10 +192,8 @@ def test_the_bound_of_a_file_is_what_it_takes_when_nothing_compresses() -> None:
     ["bytes 400-999/1000", "bytes 0-999/1000", "bytes 600-999/1000", "bytes */1000", "500-999", ""],
 )
 @pytest.mark.parametrize("start", [0, 500])
-def test_another_range_than_the_missing_one_is_not_taken(
-    stated: str, start: int, served: Served
-) -> None:
-    """It would leave a gap, or bytes twice."""
+def test_a_range_that_was_not_requested_is_refused(stated: str, start: int, served: Served) -> None:
+    """It would leave a gap or repeat bytes."""
     headers = {"Content-Length": "500"} | ({"Content-Range": stated} if stated else {})
     served.replies["file"] = (206, headers, CONTENT[500:])
     if (stated, start) == ("bytes 0-999/1000", 0):
@@ -207,51 +205,51 @@ def test_another_range_than_the_missing_one_is_not_taken(
         pass
 
 
-def test_a_server_that_knows_no_ranges_is_taken_to_begin_again(served: Served) -> None:
+def test_a_server_without_ranges_restarts_the_file(served: Served) -> None:
     served.ranges = False
     with transfers.from_web(
         f"{served.url}/file", transfers.ByteRange(500), "x", transfers.Pace()
-    ) as answer:
-        assert (answer.start, answer.total) == (0, 1000)
+    ) as response:
+        assert (response.start, response.total) == (0, 1000)
     file = io.BytesIO()
-    file.write(b"x" * 1200)  # more than there is now
+    file.write(b"x" * 1200)  # longer than the served file
     RemoteFolder(served.url)._fetch("file", file, 1300)
     assert file.getvalue() == CONTENT
 
 
-def test_a_range_that_ends_early_is_asked_for_on(
+def test_the_rest_of_a_range_that_ends_early_is_requested(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     headers = {"Content-Length": "300", "Content-Range": "bytes 0-299/1000"}
     served.replies["file"] = (206, headers, CONTENT[:300])
     folder = RemoteFolder(served.url)
-    taken = folder._append
+    append = folder._append
 
-    def then_as_usual(*arguments: Any) -> None:
+    def append_once(*arguments: Any) -> None:
         try:
-            taken(*arguments)
+            append(*arguments)
         finally:
             served.replies.clear()
 
-    monkeypatch.setattr(folder, "_append", then_as_usual)
+    monkeypatch.setattr(folder, "_append", append_once)
     assert folder.read("file", 1000) == CONTENT
     assert served.gets("file") == [None, "bytes=300-"]
 
 
-def test_a_file_that_became_shorter_is_fetched_from_its_beginning(served: Served) -> None:
-    """The server has no bytes where those that are missing should begin."""
+def test_a_file_that_became_shorter_is_fetched_from_the_start(served: Served) -> None:
+    """The requested range starts beyond the end of the file."""
     file = io.BytesIO()
     file.write(bytes(1200))
     RemoteFolder(served.url)._fetch("file", file, 1300)
     assert file.getvalue() == CONTENT
     assert served.gets("file") == ["bytes=1200-", None]
     served.always["file"] = 416
-    with pytest.raises(RemoteError, match="is denied"):  # there is no beginning to return to
+    with pytest.raises(RemoteError, match="is denied"):  # already at the start
         read(served.url)
-    assert len(served.asked) == 3
+    assert len(served.requests) == 3
 
 
-def test_a_length_that_is_stated_wrong_is_an_error(served: Served) -> None:
+def test_a_wrong_reported_length_is_an_error(served: Served) -> None:
     served.replies["file"] = (
         206, {"Content-Range": "bytes 0-999/2000", "Content-Length": "1000"}, CONTENT
     )  # fmt: skip
@@ -282,14 +280,14 @@ def test_a_redirect_keeps_the_range(served: Served) -> None:
     (served.root / "moved").write_bytes(CONTENT)
     served.replies["file"] = to("/moved")
     pace = transfers.Pace()
-    with transfers.from_web(f"{served.url}/file", transfers.ByteRange(500), "x", pace) as answer:
-        assert (answer.start, answer.total) == (500, 1000)
-        assert b"".join(answer.pieces(pace)) == CONTENT[500:]
+    with transfers.from_web(f"{served.url}/file", transfers.ByteRange(500), "x", pace) as response:
+        assert (response.start, response.total) == (500, 1000)
+        assert b"".join(response.pieces(pace)) == CONTENT[500:]
     assert served.gets("moved") == ["bytes=500-"]
 
 
 @pytest.mark.parametrize(
-    ("location", "told"),
+    ("location", "found"),
     [
         *((f"{scheme}://host/file?secret", scheme) for scheme in ("ftp", "file", "gopher", "data")),
         ("file:///etc/passwd?secret", "without a host"),
@@ -299,17 +297,17 @@ def test_a_redirect_keeps_the_range(served: Served) -> None:
         ("/file", "more than 5 redirects"),
     ],
 )
-def test_other_redirects_are_refused_at_once(location: str, told: str, served: Served) -> None:
+def test_other_redirects_are_refused_at_once(location: str, found: str, served: Served) -> None:
     served.replies["file"] = to(location)
     with pytest.raises(RemoteError, match="redirect that is not allowed") as error:
         read(served.url)
-    assert told in str(error.value.found)
+    assert found in str(error.value.found)
     assert "secret" not in str(error.value)
     assert error.value.where == f"{served.url}/file"
-    assert len(served.asked) == (6 if location == "/file" else 1)
+    assert len(served.requests) == (6 if location == "/file" else 1)
 
 
-def test_https_is_not_left_for_http() -> None:
+def test_https_does_not_redirect_to_http() -> None:
     import yarl
 
     here = yarl.URL("https://host/file")
@@ -320,10 +318,10 @@ def test_https_is_not_left_for_http() -> None:
     assert str(transfers._redirected(yarl.URL("http://a/b"), "https://c/d", "x")) == "https://c/d"
 
 
-def test_a_login_is_for_the_caches_own_server_alone(
+def test_credentials_are_sent_to_the_first_server_only(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever other logins ``~/.netrc`` has; cookies are kept for nobody."""
+    """Even if ``~/.netrc`` has a login for the other; cookies are never kept."""
     logins = tmp_path / "netrc"
     logins.write_text("machine 127.0.0.1 login me password secret\n")
     monkeypatch.setenv("NETRC", str(logins))
@@ -332,7 +330,7 @@ def test_a_login_is_for_the_caches_own_server_alone(
     served.replies["file"] = to("/moved")
     assert read(served.url) == CONTENT
     assert [headers["authorization"] for headers in served.headers] == [basic, basic]
-    with serving(served.root) as other:  # the same host: another port is another server
+    with serving(served.root) as other:  # another port on the same host is another server
         served.replies["file"] = (
             302, {"Location": f"{other.url}/moved", "Set-Cookie": "a=b", "Content-Length": "0"}, b""
         )  # fmt: skip
@@ -344,18 +342,18 @@ def test_a_login_is_for_the_caches_own_server_alone(
 
 
 def test_a_token_does_not_follow_a_redirect(served: Served, tmp_path: Path) -> None:
-    """As the hub's, whose files lie on other servers."""
+    """The hub's files, for example, are on other servers."""
     token = {"authorization": "Bearer secret"}
     with serving(served.root) as other:
         served.replies["moved"] = to(f"{other.url}/file")
         url, pace = f"{served.url}/moved", transfers.Pace()
-        with transfers.from_web(url, transfers.ByteRange(), "x", pace, token) as answer:
-            assert b"".join(answer.pieces(pace)) == CONTENT
+        with transfers.from_web(url, transfers.ByteRange(), "x", pace, token) as response:
+            assert b"".join(response.pieces(pace)) == CONTENT
         assert served.headers[0]["authorization"] == "Bearer secret"
         assert "authorization" not in other.headers[0]
 
 
-def test_files_of_google_come_over_their_web_address(
+def test_google_storage_is_read_over_its_web_address(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Store:
@@ -374,23 +372,23 @@ def test_files_of_google_come_over_their_web_address(
     assert served.headers[0]["accept-encoding"] == "identity"
 
 
-def test_a_refusal_by_a_stores_library_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, asked = RemoteFolder("hf://lab/cache"), []
+def test_a_refusal_by_a_stores_library_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, calls = RemoteFolder("hf://lab/cache"), []
 
     class Refusal(OSError):
         response = SimpleNamespace(status_code=401)
 
     def refuses() -> None:
-        asked.append(1)
+        calls.append(1)
         raise Refusal("no token")
 
     monkeypatch.setattr(folder, "_fs", refuses)
     with pytest.raises(RemoteError, match="is denied"):
         folder.read("file", 1000)
-    assert asked == [1]
+    assert calls == [1]
 
 
-def test_a_file_of_logins_that_cannot_be_read_is_told(
+def test_an_unreadable_netrc_file_is_an_error(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "netrc").write_text("machine\n")
@@ -399,7 +397,7 @@ def test_a_file_of_logins_that_cannot_be_read_is_told(
         read(served.url)
 
 
-def test_a_proxy_of_the_environment_is_used(
+def test_the_proxy_in_the_environment_is_used(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", served.url)
@@ -413,20 +411,20 @@ def test_a_proxy_of_the_environment_is_used(
 
 
 @pytest.mark.parametrize("kind", ["trickle", "trickle head", "silence"])
-def test_a_server_that_brings_next_to_nothing_is_given_up(
+def test_a_server_that_sends_almost_nothing_is_too_slow(
     kind: str, served: Served, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setenv("CSKD_REMOTE_TIMEOUT", "0.3")
     served.always["zarr.json"] = kind
     (served.root / "zarr.json").write_bytes(CONTENT)
     assert main(["cache", "info", served.url]) == 1
-    told = capsys.readouterr().err
-    assert "the server is too slow" in told
-    assert "bytes in 0.3 seconds" in told
-    assert "CSKD_REMOTE_TIMEOUT" in told
+    message = capsys.readouterr().err
+    assert "the server is too slow" in message
+    assert "bytes in 0.3 seconds" in message
+    assert "CSKD_REMOTE_TIMEOUT" in message
 
 
-def test_a_try_is_over_after_a_minute_of_silence(
+def test_an_attempt_fails_after_a_minute_of_silence(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfers, "TIMEOUT", 0.1)
@@ -436,12 +434,12 @@ def test_a_try_is_over_after_a_minute_of_silence(
     assert "no response within 0.1 seconds, 6 times" in str(error.value.found)
 
 
-def test_a_transfer_that_breaks_again_and_again_after_a_byte_is_given_up(
+def test_a_transfer_that_keeps_breaking_after_one_byte_is_too_slow(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each try brings something, so that none is the last of six failures."""
+    """Each attempt makes progress, so six failures in a row never occur."""
     monkeypatch.setenv("CSKD_REMOTE_TIMEOUT", "0.3")
-    monkeypatch.setattr(remote_files, "WAIT", 0.02)  # 300 tries take longer than 0.3 seconds
+    monkeypatch.setattr(remote_files, "WAIT", 0.02)  # 300 attempts take longer than 0.3 seconds
     folder = RemoteFolder(served.url)
 
     def a_byte(key: str, file: object, limit: int, pace: transfers.Pace) -> None:
@@ -463,7 +461,7 @@ def test_a_pace_is_too_slow_below_a_thousand_bytes_a_second(
     now[0] = 300.0
     enough.reached(299_000)
     enough.reached(300_000)
-    enough.reached(1000)  # a server without ranges begins again
+    enough.reached(1000)  # a server without ranges restarts
     one_less.reached(299_999)
     one_less.reached(299_999)
     assert enough.left() == 300
@@ -471,23 +469,23 @@ def test_a_pace_is_too_slow_below_a_thousand_bytes_a_second(
         one_less.left()
 
 
-def test_six_failures_in_a_row_without_a_byte_are_the_end(
+def test_six_failures_in_a_row_without_progress_are_an_error(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, positions = RemoteFolder(served.url), [10, 10, 10, 20, 20, 20, 20, 20, 20]
     left = list(positions)
 
-    def so_far(key: str, file: object, limit: int, pace: transfers.Pace) -> None:
+    def fail_at(key: str, file: object, limit: int, pace: transfers.Pace) -> None:
         pace.reached(left.pop(0))
         raise ConnectionResetError
 
-    monkeypatch.setattr(folder, "_resume", so_far)
+    monkeypatch.setattr(folder, "_resume", fail_at)
     with pytest.raises(RemoteError, match="cannot be reached"):
         folder.read("file", 1000)
     assert left == []
 
 
-def test_a_slow_transfer_that_goes_on_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transfer_at_the_slowest_pace_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(transfers.time, "monotonic", lambda: now[0])
     pace = transfers.Pace()
@@ -495,14 +493,14 @@ def test_a_slow_transfer_that_goes_on_is_not_given_up(monkeypatch: pytest.Monkey
         now[0] = minute * 60.0
         pace.reached(minute * 60 * transfers.SLOWEST)
         assert 0 < pace.left() <= 300
-    now[0] += 299  # a server that brings nothing more, however much it brought
+    now[0] += 299  # nothing more arrives, however much did before
     assert pace.left() <= 300
     now[0] += 301
     with pytest.raises(transfers.SlowError):
         pace.left()
 
 
-def test_a_store_whose_library_does_not_return_is_given_up(
+def test_a_store_whose_library_hangs_is_too_slow(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CSKD_REMOTE_TIMEOUT", "0.3")
@@ -526,37 +524,35 @@ def test_a_store_whose_library_does_not_return_is_given_up(
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "x", "nan", "inf", "1e300"])
-def test_a_time_that_is_none_is_refused(
+def test_an_invalid_timeout_is_refused(
     seconds: str, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CSKD_REMOTE_TIMEOUT", seconds)
     with pytest.raises(UsageError, match="not a time in seconds"):
         read(served.url)
-    assert served.asked == []
+    assert served.requests == []
 
 
-def test_tries_are_further_and_further_apart(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_wait_between_attempts_doubles(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(remote_files.time, "sleep", waits.append)
     monkeypatch.setattr(remote_files, "WAIT", 0.5)
     served.always["file"] = 503
     with pytest.raises(RemoteError, match="cannot be reached"):
         read(served.url)
-    assert len(served.asked) == 6
+    assert len(served.requests) == 6
     assert [b / a for a, b in pairwise(waits)] == [2.0] * 4
     assert 0.25 < waits[0] < 0.75
 
 
-# --- the folder of copies -------------------------------------------------------------------------
+# --- folder of copies -----------------------------------------------------------------------------
 
 
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_the_folder_of_copies_is_its_users_alone(served: Served, copies: Path) -> None:
+def test_the_folder_of_copies_is_private(served: Served, copies: Path) -> None:
     before = os.umask(0)
     try:
         folder = RemoteFolder(served.url).for_cache("a cache", lambda _: 1000)
@@ -567,7 +563,7 @@ def test_the_folder_of_copies_is_its_users_alone(served: Served, copies: Path) -
 
 
 @pytest.mark.parametrize("wrong", [0o777, 0o770, 0o720, 0o702, 0o1777])
-def test_a_folder_of_copies_in_which_others_may_write_is_refused(
+def test_a_folder_of_copies_that_others_may_write_to_is_refused(
     wrong: int, served: Served, copies: Path, capsys: Capture
 ) -> None:
     copies.mkdir()
@@ -586,10 +582,10 @@ def test_a_folder_of_copies_in_which_others_may_write_is_refused(
 def test_a_folder_of_copies_of_another_user_is_refused(
     which: str, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another may have made it first, in a shared place."""
+    """Another user may have created it first, in a shared folder."""
     (tmp_path / "mine").mkdir(mode=0o700)
     copies.symlink_to(tmp_path / "mine")
-    Mirror.of("a cache")  # a link of one's own
+    Mirror.of("a cache")  # a link owned by this user
     look = os.lstat if which == "link" else os.stat
 
     def foreign(path: Path, **options: object) -> os.stat_result:
@@ -603,7 +599,7 @@ def test_a_folder_of_copies_of_another_user_is_refused(
     assert f"owned by user {os.geteuid() + 1}" in str(error.value.found)
 
 
-def test_copies_are_not_written_through_what_lies_there_already(
+def test_copies_are_not_written_through_existing_links(
     served: Served, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RemoteFolder(served.url).for_cache("a cache", lambda _: 1000)
@@ -616,7 +612,7 @@ def test_copies_are_not_written_through_what_lies_there_already(
     assert (tmp_path / "target").read_text() == "mine"
 
 
-def test_who_is_held_up_by_a_stopped_process_fetches_a_copy_of_its_own(
+def test_a_process_blocked_by_a_stopped_one_fetches_its_own_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mirror, "STALLED", 0.05)
@@ -629,7 +625,7 @@ def test_who_is_held_up_by_a_stopped_process_fetches_a_copy_of_its_own(
     try:
         os.read(ready, 1)
         os.kill(child, signal.SIGSTOP)
-        [old] = one.root.glob(".x.*.partial")  # what the stopped one has
+        [old] = one.root.glob(".x.*.partial")  # of the stopped process
         os.utime(old, (0, 0))
         assert not mirror._is_growing(one.root / "x")
         one.keep("x", lambda file: file.write(b"1"))
@@ -639,7 +635,7 @@ def test_who_is_held_up_by_a_stopped_process_fetches_a_copy_of_its_own(
     assert (one.root / "x").read_bytes() == b"1"
 
 
-def test_who_waits_for_a_copy_that_grows_waits_on(
+def test_a_process_keeps_waiting_for_a_copy_that_grows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mirror, "STALLED", 0.2)
@@ -661,7 +657,7 @@ def test_who_waits_for_a_copy_that_grows_waits_on(
     other.join()
 
 
-def test_a_lock_is_let_go_though_a_process_was_forked_while_it_was_held(tmp_path: Path) -> None:
+def test_a_lock_is_released_although_a_forked_process_inherited_it(tmp_path: Path) -> None:
     ready, start = os.pipe()
     with durable.exclusive(tmp_path / "lock"):
         child = os.fork()
@@ -676,7 +672,7 @@ def test_a_lock_is_let_go_though_a_process_was_forked_while_it_was_held(tmp_path
     os.close(ready)
 
 
-# --- mirror's room --------------------------------------------------------------------------------
+# --- eviction -------------------------------------------------------------------------------------
 
 
 CLOCK = count()
@@ -696,23 +692,23 @@ def kept(one: Mirror) -> set[int]:
     return {int(p.name) for p in one.root.rglob("*") if p.is_file()}
 
 
-def test_room_is_made_only_when_there_is_too_much_and_then_for_an_eighth(tmp_path: Path) -> None:
+def test_an_eighth_is_evicted_once_the_limit_is_exceeded(tmp_path: Path) -> None:
     one = Mirror(tmp_path, "a cache", limit=800)
     for number in range(8):
         add(one, str(number), 100)
-    assert kept(one) == set(range(8))  # exactly the bound
+    assert kept(one) == set(range(8))  # exactly the limit
     add(one, "8", 13)
-    assert kept(one) == set(range(2, 9))  # 13 too much, and 100 more
+    assert kept(one) == set(range(2, 9))  # the excess of 13, and 100 more
 
 
-def test_what_was_just_added_stays_however_large_it_is(tmp_path: Path) -> None:
+def test_a_copy_just_added_stays_however_large(tmp_path: Path) -> None:
     one = Mirror(tmp_path, "a cache", limit=100)
     add(one, "0", 60)
     add(one, "1", 500)
     assert kept(one) == {1}
 
 
-def test_copies_of_other_caches_count_and_give_way(tmp_path: Path) -> None:
+def test_copies_of_other_caches_count_and_are_evicted(tmp_path: Path) -> None:
     one, other = (Mirror(tmp_path, name, limit=640) for name in ("one", "other"))
     add(one, "0", 600)
     add(other, "1", 100)
@@ -720,37 +716,37 @@ def test_copies_of_other_caches_count_and_give_way(tmp_path: Path) -> None:
     assert kept(other) == {1}
 
 
-def test_copies_are_counted_anew_after_each_64th_part_that_was_added(
+def test_copies_are_counted_after_each_64th_added(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = Mirror(tmp_path, "a cache", limit=6400)
-    looks: list[int] = []
+    scans: list[int] = []
     counted = one._copies
 
     def counting() -> Iterator[tuple[float, int, str]]:
-        looks.append(1)
+        scans.append(1)
         return counted()
 
     monkeypatch.setattr(one, "_copies", counting)
     add(one, "0", 10)
-    assert len(looks) == 1  # the first: others' may fill the folder
+    assert len(scans) == 1  # the first: other caches may fill the folder
     for number in range(1, 4):
         add(one, str(number), 33)
-    assert len(looks) == 1
+    assert len(scans) == 1
     add(one, "4", 1)
-    assert len(looks) == 2
+    assert len(scans) == 2
     add(one, "5", 99)
-    assert len(looks) == 2
+    assert len(scans) == 2
     add(one, "6", 100)
-    assert len(looks) == 3
+    assert len(scans) == 3
 
 
-def test_a_use_is_noted_when_the_last_one_was_a_while_ago(tmp_path: Path) -> None:
+def test_a_use_is_recorded_at_most_every_few_minutes(tmp_path: Path) -> None:
     one = Mirror(tmp_path, "a cache", limit=100)
     add(one, "0", 1)
     path = one.find("0")
     assert path is not None
-    noted = path.stat().st_mtime_ns
-    assert noted > 10**18
+    recorded = path.stat().st_mtime_ns
+    assert recorded > 10**18
     one.find("0")
-    assert path.stat().st_mtime_ns == noted
+    assert path.stat().st_mtime_ns == recorded

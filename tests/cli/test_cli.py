@@ -1,7 +1,7 @@
-"""The command line as people and scripts meet it: help, exit codes, streams, messages.
+"""The command line for people and scripts: help, exit codes, streams, messages.
 
-Commands run in this process by ``main``; what they call is replaced by stand-ins, whose calls are
-held against the real signatures at the end.
+Commands run in this process through ``main``; the functions they call are replaced by stand-ins,
+whose calls are checked against the real signatures at the end.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Replace = Callable[..., "list[tuple[tuple[Any, ...], dict[str, Any]]]"]
 
 
 def commands() -> dict[str, Any]:
-    """Every command by its words: ``{"cache info": <command>, ...}``."""
+    """Return every command by name: ``{"cache info": <command>, ...}``."""
     found: dict[str, Any] = {}
     for name, command in GROUP.commands.items():
         inner = getattr(command, "commands", None)
@@ -49,9 +49,9 @@ def commands() -> dict[str, Any]:
 
 @pytest.fixture
 def replace(monkeypatch: pytest.MonkeyPatch) -> Replace:
-    """Puts a recording stand-in for a function: ``replace("cache.info.describe", outcome)``.
+    """Replace a function by a stand-in: ``calls = replace("cache.info.describe", outcome)``.
 
-    The cache that ``cache info`` opens is its location alone.
+    The cache that ``cache info`` opens is just its location.
     """
     monkeypatch.setattr("cskd_pipeline.cache.reader.open_cache", lambda location: location)
 
@@ -82,7 +82,7 @@ def run(*arguments: str) -> int:
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
-    """Exit code and the one JSON object on stdout."""
+    """Return the exit code and the one JSON object on stdout."""
     code = main([*arguments, "--json"])
     out = capsys.readouterr().out
     assert out.endswith("\n")
@@ -128,7 +128,7 @@ PROMISED = {
 }
 
 
-def test_there_are_just_the_promised_commands() -> None:
+def test_the_commands_are_those_promised() -> None:
     assert set(commands()) == set(PROMISED)
 
 
@@ -218,13 +218,13 @@ def test_dump_teacher_puts_flags_into_the_recipe(replace: Replace) -> None:
     }
 
 
-def test_dump_teacher_stores_dense_unless_told(replace: Replace) -> None:
+def test_dump_teacher_stores_dense_by_default(replace: Replace) -> None:
     calls = replace("pipeline.dump.dump_teacher", {})
     assert run("dump-teacher", "--shards", "S", "--teacher", "t", "--cache", "C") == 0
     [((recipe,), named)] = calls
     assert recipe == DumpRecipe(
         data=recipe.data, teacher=recipe.teacher, cache=recipe.cache
-    )  # what no flag names is the default
+    )  # everything else is the default
     assert recipe.cache.encodings == ("dense",)
     assert named == {
         "shard_range": None,
@@ -255,7 +255,7 @@ def test_train_puts_flags_into_the_recipe(replace: Replace) -> None:
     assert named == {"resume": True}
 
 
-def test_a_recipe_that_says_everything_needs_no_flags(replace: Replace, tmp_path: Path) -> None:
+def test_a_complete_recipe_needs_no_flags(replace: Replace, tmp_path: Path) -> None:
     calls = replace("pipeline.train.train", {})
     path = tmp_path / "r.toml"
     path.write_text('[data]\nshards = "S"\n[distill]\nmethod = "none"\n[run]\nout = "O"\n')
@@ -325,14 +325,14 @@ def test_refusals_are_a_message_exit_1_and_no_traceback(
     target, line = LINES[name]
     replace(target, CacheError("views are missing", where="c", found=3, expected=5, action="dump"))
     assert run(*line.split()) == 1
-    told = "views are missing\n  where:    c\n  found:    3\n  expected: 5\n  to do:    dump\n"
-    assert capsys.readouterr() == ("", f"error: {told}")
+    message = "views are missing\n  where:    c\n  found:    3\n  expected: 5\n  to do:    dump\n"
+    assert capsys.readouterr() == ("", f"error: {message}")
     code, found = run_json(capsys, *line.split())
     assert (code, found["error"]["kind"], found["error"]["found"]) == (1, "CacheError", 3)
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("train --nonsense", "No such option: --nonsense"),
         ("train --resum", "--resume"),
@@ -358,13 +358,13 @@ def test_refusals_are_a_message_exit_1_and_no_traceback(
     ],
 )
 def test_wrong_usage_exits_2_and_says_what_is_wrong(
-    line: str, told: str, capsys: pytest.CaptureFixture[str]
+    line: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*line.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
-    assert told in err
+    assert message in err
     assert "Traceback" not in err
     code, found = run_json(capsys, *line.split())
     assert (code, found["error"]["kind"], found["error"]["exit_code"]) == (2, "UsageError", 2)
@@ -399,7 +399,7 @@ def test_an_unknown_encoding_is_refused_before_the_teacher_is_loaded(
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), "no space left on the device"),
         (OSError(errno.EDQUOT, "Quota exceeded"), "no space left on the device"),
@@ -408,12 +408,12 @@ def test_an_unknown_encoding_is_refused_before_the_teacher_is_loaded(
     ],
 )
 def test_full_disks_and_missing_files_are_messages(
-    error: OSError, told: str, replace: Replace, capsys: pytest.CaptureFixture[str]
+    error: OSError, message: str, replace: Replace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     replace("cache.info.describe", error)
     assert run("cache", "info", "c") == 1
     err = capsys.readouterr().err
-    assert told in err
+    assert message in err
     assert ("a/b" in err) == (error.filename is not None)
 
 
@@ -424,7 +424,7 @@ def test_bugs_show_their_traceback(bug: Exception, replace: Replace) -> None:
         run("cache", "info", "c")
 
 
-def test_foreign_text_in_errors_is_spelled_out(
+def test_control_characters_in_errors_are_escaped(
     replace: Replace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     replace("cache.info.describe", DataError("bad \x1b[31m", where="[red]a\x07\n"))
@@ -453,7 +453,7 @@ def test_foreign_text_in_errors_is_spelled_out(
         ("evaluate", "start again with: cskd-pipeline evaluate e --shards S"),
     ],
 )
-def test_an_interruption_exits_130_and_says_how_to_go_on(
+def test_an_interruption_exits_130_and_says_how_to_continue(
     name: str, hint: str, replace: Replace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target, line = LINES[name]
@@ -467,9 +467,7 @@ def test_an_interruption_exits_130_and_says_how_to_go_on(
     assert (code, found["error"]["kind"]) == (130, "Interrupted")
 
 
-def test_a_resumed_run_is_told_to_resume_once(
-    replace: Replace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_advice_has_resume_once(replace: Replace, capsys: pytest.CaptureFixture[str]) -> None:
     replace("pipeline.train.train", KeyboardInterrupt())
     assert run("train", "--shards", "a b", "--cache", "C", "--out", "O", "--resume") == 130
     err = capsys.readouterr().err
@@ -528,7 +526,7 @@ def test_signals_are_as_they_were_after_a_command(replace: Replace, number: sign
     assert signal.getsignal(number) is before
 
 
-def test_a_command_under_nohup_does_not_notice_that_its_terminal_is_closed(
+def test_a_command_under_nohup_survives_a_closed_terminal(
     replace: Replace,
 ) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -540,10 +538,10 @@ def test_a_command_under_nohup_does_not_notice_that_its_terminal_is_closed(
 
 
 @pytest.mark.parametrize("error", [EOFError("Ran out of input"), BrokenPipeError(32, "a worker")])
-def test_what_a_parser_would_take_for_the_users_doing_stays_what_it_is(
+def test_errors_that_typer_would_swallow_propagate(
     error: Exception, replace: Replace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """typer tells an EOFError as an interruption and exits on a broken pipe without a word."""
+    """typer reports an EOFError as an interruption and exits silently on a broken pipe."""
     replace("pipeline.evaluate.evaluate", error)
     with pytest.raises(type(error)) as caught:
         run("evaluate", "c", "--shards", "s")
@@ -552,9 +550,7 @@ def test_what_a_parser_would_take_for_the_users_doing_stays_what_it_is(
 
 
 @pytest.mark.parametrize("outcome", [{}, CacheError("no cache"), KeyboardInterrupt()])
-def test_progress_and_logging_are_as_a_librarys_user_set_them_after_a_command(
-    outcome: Any, replace: Replace
-) -> None:
+def test_progress_and_logging_are_restored_after_a_command(outcome: Any, replace: Replace) -> None:
     def shown_to() -> Any:
         return heard_by(), logger.handlers, list(logger.handlers), logger.level, logger.propagate
 
@@ -582,7 +578,7 @@ def test_progress_and_logging_are_as_a_librarys_user_set_them_after_a_command(
     assert all(one != other for one, other in zip(seen, before, strict=True))  # all were changed
 
 
-# --- streams that end -----------------------------------------------------------------------------
+# --- closed streams -------------------------------------------------------------------------------
 
 TALKS = """
 import sys, types
@@ -596,7 +592,7 @@ sys.exit(main(["evaluate", "c", "--shards", "s", *sys.argv[1:]]))
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_a_reader_that_has_seen_enough_is_no_error(flags: list[str]) -> None:
+def test_a_closed_pipe_is_not_an_error(flags: list[str]) -> None:
     buffered = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(
         [sys.executable, "-c", TALKS, *flags],
@@ -625,7 +621,7 @@ def test_a_full_disk_behind_stdout_is_a_message(flags: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_terminal_without_a_character_gets_its_escape() -> None:
+def test_characters_that_a_terminal_lacks_are_escaped() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "cskd_pipeline", "evaluate", "e", "--nö"],
         capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": "ascii"},
@@ -651,7 +647,7 @@ def test_the_demo_runs_real_commands_and_gets_their_summaries(
     assert [args[0] for args, _ in inner] == ["c"] * 2
 
 
-def test_an_inner_commands_error_and_interruption_are_the_demos(
+def test_the_demo_fails_and_stops_with_its_inner_command(
     replace: Replace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     replace("tools.demo.run_demo", lambda out, command, seed: command(["cache", "info", "c"]))
@@ -662,10 +658,10 @@ def test_an_inner_commands_error_and_interruption_are_the_demos(
     assert run("demo") == 130
 
 
-# --- the stand-ins are honest ---------------------------------------------------------------------
+# --- the stand-ins' signatures --------------------------------------------------------------------
 
 
-def test_commands_call_their_entry_points_as_these_are_written(
+def test_commands_match_the_signatures_of_their_entry_points(
     replace: Replace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = {target: (replace(target, {}), line) for target, line in LINES.values()}
@@ -675,7 +671,7 @@ def test_commands_call_their_entry_points_as_these_are_written(
     for recorded, line in calls.values():
         assert run(*line.split(), "--json") == 0
         assert len(recorded) == 1
-    monkeypatch.undo()  # what follows is the real thing
+    monkeypatch.undo()  # the real functions again
     for target, ([(args, kwargs)], _) in calls.items():
         module, _, name = f"cskd_pipeline.{target}".rpartition(".")
         real = getattr(importlib.import_module(module), name)

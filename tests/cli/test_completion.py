@@ -1,4 +1,4 @@
-"""Completion as a shell asks for it: real bash, and what zsh and fish send."""
+"""Completion as shells request it: by real bash, and with the variables of zsh and fish."""
 
 from __future__ import annotations
 
@@ -104,9 +104,7 @@ def test_bash_offers_commands_flags_recipes_and_choices(
 @pytest.mark.parametrize(
     "line", ["train --recipe my/own.to", "train --shards ", "evaluate runs/t", "train --recipe ../"]
 )
-def test_where_files_are_meant_the_shell_offers_its_own(
-    environment: dict[str, str], line: str
-) -> None:
+def test_the_shell_completes_file_names(environment: dict[str, str], line: str) -> None:
     """Nothing from the program: ``complete -o default`` then goes through the files."""
     assert bash_offers(environment, f"cskd-pipeline {line}") == []
 
@@ -122,17 +120,17 @@ def test_every_shell_gets_its_script(environment: dict[str, str], shell: str) ->
     assert SCRIPTS[shell] in done.stdout
 
 
-def test_zsh_and_fish_are_answered_too(environment: dict[str, str]) -> None:
+def test_zsh_and_fish_get_completions(environment: dict[str, str]) -> None:
     line = {"_TYPER_COMPLETE_ARGS": "cskd-pipeline train --recipe demo_c"}
     zsh = run(environment, "cskd-pipeline", **{VARIABLE: "complete_zsh"}, **line)
     assert "demo_cskd" in zsh.stdout
     assert "demo_deit" not in zsh.stdout
-    asked = {VARIABLE: "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-    fish = run(environment, "cskd-pipeline", **asked, **line)
+    variables = {VARIABLE: "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    fish = run(environment, "cskd-pipeline", **variables, **line)
     assert fish.stdout.split() == ["demo_cskd"]
 
 
-def test_a_shell_that_is_not_known_is_told_so(environment: dict[str, str]) -> None:
+def test_an_unknown_shell_is_refused(environment: dict[str, str]) -> None:
     done = run(environment, "cskd-pipeline", **{VARIABLE: "source_tcsh"})
     assert done.returncode == 1
     assert "tcsh" in done.stderr
@@ -140,7 +138,7 @@ def test_a_shell_that_is_not_known_is_told_so(environment: dict[str, str]) -> No
 
 
 @needs_bash
-def test_installation_writes_to_the_users_own_files(environment: dict[str, str]) -> None:
+def test_installation_writes_to_the_users_files(environment: dict[str, str]) -> None:
     """Into a home of the test's own; bash then offers by what was installed."""
     home = Path(environment["HOME"])
     variables = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
@@ -152,19 +150,19 @@ def test_installation_writes_to_the_users_own_files(environment: dict[str, str])
     assert bash_offers(environment, "cskd-pipeline ev") == ["evaluate"]
 
 
-def test_an_answer_imports_nothing_heavy(environment: dict[str, str]) -> None:
+def test_completion_imports_nothing_heavy(environment: dict[str, str]) -> None:
     code = (
         "import atexit, sys\n"
         "heavy = {'torch', 'timm', 'zarr', 'numpy', 'PIL', 'webdataset', 'wandb', 'onnx'}\n"
         "atexit.register(lambda: print('heavy:', *sorted(heavy & set(sys.modules))))\n"
         "from cskd_pipeline.cli import main\nsys.exit(main([]))\n"
     )
-    asked = {VARIABLE: "complete_bash", "COMP_WORDS": "cskd-pipeline train --recipe demo_c"}
-    done = run(environment, sys.executable, "-c", code, **asked, COMP_CWORD="3")
+    variables = {VARIABLE: "complete_bash", "COMP_WORDS": "cskd-pipeline train --recipe demo_c"}
+    done = run(environment, sys.executable, "-c", code, **variables, COMP_CWORD="3")
     assert done.stdout.splitlines() == ["demo_cskd", "heavy:"], done.stderr
 
 
-def test_without_a_shell_asking_nothing_is_different(environment: dict[str, str]) -> None:
+def test_without_a_completion_request_nothing_changes(environment: dict[str, str]) -> None:
     done = run(environment, "cskd-pipeline", "train", "--method", "both")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

@@ -1,4 +1,4 @@
-"""A command's parameters, made from its function's signature and the recipe's keys."""
+"""A command's parameters, derived from its function's signature and the recipe's keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cskd_pipeline.runtime.progress import restore_reporting
 
 @dataclass(frozen=True)
 class Both:
-    """Stand for two options, one of which must be given."""
+    """Two options, one of which is required."""
 
     needed: Annotated[int, typer.Option(help="One.")]
     split: Split = None
@@ -44,7 +44,7 @@ def train(load: RecipeLoader[TrainRecipe], both: Both, last: bool = False) -> An
     return load, both, last
 
 
-def test_every_flag_is_of_a_key_that_explains_it() -> None:
+def test_every_flag_has_a_key_with_help() -> None:
     for kind, flags in FLAGS.items():
         for usage, key in flags.items():
             option = flag(usage.partition(" ")[0], kind)
@@ -52,7 +52,7 @@ def test_every_flag_is_of_a_key_that_explains_it() -> None:
             assert option.help, key
 
 
-def test_help_follows_the_signature_and_ends_with_the_tone() -> None:
+def test_help_follows_the_signature_and_ends_with_quiet_and_json() -> None:
     options = [parameter.opts[0] for parameter in command(train, "--epochs --shards").params]
     expected = "--epochs --shards --recipe --set --needed --split --last --quiet --json"
     assert [name for name in options if "completion" not in name] == expected.split()
@@ -69,7 +69,7 @@ def test_a_flag_has_its_keys_limits_choices_and_help() -> None:
         command(train, "--teacher")
 
 
-def test_what_was_given_reaches_the_recipe_zero_too_and_nothing_else() -> None:
+def test_only_given_values_reach_the_recipe_also_zero() -> None:
     load, both, last = called(train, "--epochs --workers", "--workers 0 --needed 3 --last")
     assert load.given == {"run.workers": 0}
     assert load().run.workers == 0
@@ -77,7 +77,7 @@ def test_what_was_given_reaches_the_recipe_zero_too_and_nothing_else() -> None:
     assert (both, last) == (Both(3), True)
 
 
-def test_arrays_are_flags_given_more_than_once_or_three_numbers() -> None:
+def test_arrays_are_repeated_flags_or_three_numbers() -> None:
     flags = "--encoding --mean --std"
     recipe = called(dump, flags, "--encoding topk --encoding dense --mean 0.1,0.2,0.3")()
     assert recipe.cache.encodings == ("topk", "dense")

@@ -1,4 +1,4 @@
-"""The recipes in stages/: complete, honest, and the paper's."""
+"""The recipes in stages/: complete, documented, and faithful to the paper."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_stages_folder_has_the_promised_recipes() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_recipe_is_valid_names_every_field_and_says_what_it_is(path: Path) -> None:
+def test_a_recipe_is_valid_complete_and_documented(path: Path) -> None:
     kinds = {"dump_teacher": DumpRecipe, "train": TrainRecipe}
     kind = kinds.get(path.parent.name) or STUDY[path.stem]
     recipe = load_recipe(kind, path)
@@ -73,8 +73,8 @@ def flat(recipe: TrainRecipe, *sections: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("size", PAPER)
 @pytest.mark.parametrize("method", ["cskd", "deit", "none"])
-def test_the_papers_values_stand_in_its_recipes(size: str, method: str) -> None:
-    """DESIGN's list of the paper's training recipe, value by value."""
+def test_the_paper_recipes_have_its_values(size: str, method: str) -> None:
+    """The paper's training recipe, value by value."""
     recipe = load_recipe(TrainRecipe, f"{size}_{method}")
     assert recipe.student.name == PAPER[size]
     assert recipe.student.drop_path == 0.0
@@ -159,7 +159,7 @@ def test_a_papers_run_has_the_authors_learning_rates_and_the_updates_its_recipe_
         assert float(stated[1]) == peak
 
 
-def test_fine_tuning_is_deits_and_else_the_papers() -> None:
+def test_fine_tuning_follows_deit_and_otherwise_the_paper() -> None:
     """SGD, 0.01 at a batch of 768, 1,000 epochs, no erasing: the authors' words (deit issue 45)."""
     tuned = load_recipe(TrainRecipe, "finetune_cifar100")
     paper = load_recipe(TrainRecipe, "paper_base_none")
@@ -205,7 +205,7 @@ def test_baselines_differ_in_one_word(family: str) -> None:
 @pytest.mark.parametrize(("size", "cskd", "deit"), [
     ("tiny", "76.3", "74.5"), ("small", "82.3", "81.2"), ("base", "83.8", "83.4"),
 ])  # fmt: skip
-def test_published_figures_are_called_the_papers(size: str, cskd: str, deit: str) -> None:
+def test_published_figures_are_attributed_to_the_paper(size: str, cskd: str, deit: str) -> None:
     folder = resources.stages() / "train"
     text = {m: (folder / f"paper_{size}_{m}.toml").read_text() for m in ("cskd", "deit", "none")}
     assert f"the paper reports {cskd} %" in text["cskd"]

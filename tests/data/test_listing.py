@@ -1,4 +1,4 @@
-"""Which tars a user means."""
+"""The tars that a user specifies."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_path_that_exists_is_taken_literally(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["data [v1]", "a,b", "{old}", "x{1..2}[y]*", "half{"])
-def test_a_folder_with_signs_in_its_name_is_meant_literally(tmp_path: Path, name: str) -> None:
+def test_a_folder_with_special_characters_is_taken_literally(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     folder.mkdir()
     every = [f"t-{number}.tar" for number in range(3)]
@@ -78,7 +78,7 @@ def test_a_folder_with_signs_in_its_name_is_meant_literally(tmp_path: Path, name
 
 
 @pytest.mark.parametrize("name", ["t-[1].tar", "t,0.tar", "t-{0..1}.tar", "t-{.tar"])
-def test_a_file_with_signs_in_its_name_is_meant_literally(tmp_path: Path, name: str) -> None:
+def test_a_file_with_special_characters_is_taken_literally(tmp_path: Path, name: str) -> None:
     for tar in (name, "plain.tar"):
         (tmp_path / tar).touch()
     assert names(tmp_path / name) == [name]
@@ -87,7 +87,7 @@ def test_a_file_with_signs_in_its_name_is_meant_literally(tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("spec", ["t-{0..2.tar", "t-0..2}.tar", "{a,b.tar", "t-{0..1}}.tar"])
-def test_braces_without_their_other_half_are_refused(tmp_path: Path, spec: str) -> None:
+def test_unbalanced_braces_are_refused(tmp_path: Path, spec: str) -> None:
     for number in range(3):
         (tmp_path / f"t-{number}.tar").touch()
     with pytest.raises(DataError) as caught:
@@ -102,12 +102,12 @@ def test_a_list_longer_than_a_path_may_be_is_read(tmp_path: Path) -> None:
     assert names(",".join(str(tmp_path / tar) for tar in every)) == every
 
 
-def test_hidden_files_in_a_folder_are_no_shards(folder: Path) -> None:
+def test_hidden_files_are_not_shards(folder: Path) -> None:
     (folder / "._b-1.tar").write_bytes(b"half of a file, by macOS")
     assert names(folder) == ["a-0.tar", "b-1.tar", "b-2.tar", "b-10.tar"]
 
 
-def test_an_info_gives_the_split_asked_for(folder: Path) -> None:
+def test_an_info_gives_the_requested_split(folder: Path) -> None:
     info = write_info(
         folder,
         {"train": {"filenames": ["b-2.tar", "b-1.tar"]}, "validation": {"filenames": ["a-0.tar"]}},
@@ -121,7 +121,7 @@ def test_an_info_gives_the_split_asked_for(folder: Path) -> None:
     assert caught.value.expected == "one of train, validation"
 
 
-def test_the_only_split_needs_no_name_and_of_several_one_must_be_chosen(folder: Path) -> None:
+def test_a_split_must_be_chosen_only_if_there_are_several(folder: Path) -> None:
     write_info(folder, {"odd": {"filenames": ["b-1.tar"]}})
     assert names(folder) == ["b-1.tar"]
     write_info(folder, {"odd": {"filenames": ["b-1.tar"]}, "even": {"filenames": ["b-2.tar"]}})
@@ -154,25 +154,25 @@ def test_a_json_that_lists_no_shards_is_refused(tmp_path: Path, content: str) ->
 
 
 @pytest.mark.parametrize("spec", ["pipe:cat x.tar", "x.tar,pipe:curl https://host/x.tar"])
-def test_a_pipe_is_refused_and_never_opened(spec: str) -> None:
+def test_a_pipe_is_refused(spec: str) -> None:
     with pytest.raises(DataError, match="would run a program, and is not supported"):
         list_shards(spec)
 
 
-def test_all_missing_files_are_named_at_once(folder: Path) -> None:
+def test_all_missing_files_are_listed(folder: Path) -> None:
     with pytest.raises(DataError, match="2 of 4 shards are missing") as caught:
         list_shards(f"{folder}/b-{{1..4}}.tar")
     assert [line.rpartition("/")[2] for line in caught.value.problems] == ["b-3.tar", "b-4.tar"]
 
 
 @pytest.mark.parametrize("pattern", ["{}/c-*.tar", "{}/none.tar", "{}/empty", "", " , "])
-def test_nothing_there_is_an_error(folder: Path, pattern: str) -> None:
+def test_no_shards_are_an_error(folder: Path, pattern: str) -> None:
     (folder / "empty").mkdir()
     with pytest.raises(DataError):
         list_shards(pattern.format(folder))
 
 
-def test_a_shard_named_twice_is_refused(folder: Path) -> None:
+def test_a_duplicate_shard_is_refused(folder: Path) -> None:
     with pytest.raises(DataError, match="shards are listed more than once"):
         list_shards(f"{folder}/b-*.tar,{folder}/b-1.tar")
 

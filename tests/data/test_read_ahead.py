@@ -1,4 +1,4 @@
-"""Tars are fetched in the order of their use, within the room that copies have."""
+"""Tars are fetched in the order of their use, within the limit on copies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tar(number: int, size: int = 100) -> RemoteTar:
 
 
 class Fetched:
-    """Stands for the network: which tars were fetched, in order."""
+    """A stand-in for the network that records the tars fetched, in order."""
 
     def __init__(self) -> None:
         self.numbers: list[int] = []
@@ -38,7 +38,7 @@ class Fetched:
             raise RemoteError("the shards cannot be reached", where=tar)
 
     def until(self, numbers: list[int]) -> None:
-        """These and no others were fetched, after a moment."""
+        """Wait until these tars were fetched, and no others."""
         self._wait(lambda: len(self.numbers) >= len(numbers))
         time.sleep(0.05)
         assert sorted(self.numbers) == sorted(numbers)
@@ -57,29 +57,29 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> Fetched:
     return found
 
 
-def test_uses_are_in_the_order_of_their_first() -> None:
+def test_uses_are_ordered_by_the_first() -> None:
     tars = [tar(0), Path("here.tar"), tar(2)]
     uses = uses_of(tars, np.array([2, 1, 2, 0, 0]), np.array([0, 0, 1, 1, 2]))
     assert uses == [Use(tars[2], 0, 1), Use(tars[0], 1, 2)]  # type: ignore[arg-type]
 
 
-def test_no_more_is_fetched_than_half_of_the_room_holds(fetched: Fetched) -> None:
+def test_tars_are_fetched_into_half_of_the_room(fetched: Fetched) -> None:
     tars = [tar(number) for number in range(5)]
     ahead = ReadAhead(tars, [Use(t, n, n) for n, t in enumerate(tars)], horizon=100)
-    fetched.until([])  # nothing before the loader's processes are there
+    fetched.until([])  # nothing before the loader's processes exist
     ahead.start()
     fetched.until([0, 1])
     ahead.advance(1)  # tar 0 is not needed any more
     fetched.until([0, 1, 2])
-    ahead.advance(4)  # 3 was passed by
+    ahead.advance(4)  # the reader is beyond tar 3
     fetched.until([0, 1, 2, 4])
     ahead.close()
 
 
-def test_fetching_begins_with_the_loaders_processes_and_where_the_reader_does(
+def test_fetching_starts_with_the_loaders_processes_at_the_readers_position(
     fetched: Fetched,
 ) -> None:
-    """Before the first item is there, which may wait for a tar; what was passed is left out."""
+    """Before the first item, which may wait for a tar; earlier tars are skipped."""
     seen: list[list[int]] = []
 
     class Items(Dataset[int]):
@@ -113,7 +113,7 @@ def test_a_tar_that_fails_is_left_to_its_reader(fetched: Fetched) -> None:
     ahead.close()
 
 
-def test_a_closed_one_fetches_nothing_more(fetched: Fetched) -> None:
+def test_nothing_is_fetched_after_closing(fetched: Fetched) -> None:
     tars = [tar(number) for number in range(5)]
     ahead = ReadAhead(tars, [Use(t, n, n) for n, t in enumerate(tars)], horizon=9)
     ahead.start()
@@ -123,7 +123,7 @@ def test_a_closed_one_fetches_nothing_more(fetched: Fetched) -> None:
     fetched.until([0, 1])
 
 
-def test_nothing_is_done_for_tars_on_this_machine() -> None:
+def test_local_tars_start_no_threads() -> None:
     before = threading.active_count()
     ahead = ReadAhead([Path("a.tar")], [], horizon=9)
     ahead.start()

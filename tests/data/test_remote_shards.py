@@ -1,4 +1,4 @@
-"""Shards at a URL read as those on disk, whatever goes wrong on the way."""
+"""Shards at a URL read like local ones, whatever goes wrong on the way."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from tests.serving import (
 
 @pytest.fixture
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where copies are kept."""
+    """Return the folder of local copies."""
     return keep_copies(tmp_path / "copies", monkeypatch)
 
 
@@ -68,7 +68,7 @@ def served(folder: Path, copies: Path) -> Iterator[Served]:
 
 @pytest.fixture
 def store(folder: Path, copies: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    """The same in a bucket."""
+    """Serve the same files as a bucket."""
     with serving_bucket(folder.parent, monkeypatch) as found:
         yield found
 
@@ -99,7 +99,7 @@ def test_shards_behind_a_web_server_read_as_their_folder(served: Served, folder:
     assert_same(load_dataset(pattern(served)), load_dataset(folder))
 
 
-def test_shards_of_a_server_without_ranges_are_fetched_whole(
+def test_shards_of_a_server_without_ranges_are_fetched_completely(
     served: Served, folder: Path, copies: Path
 ) -> None:
     served.ranges = False
@@ -147,10 +147,10 @@ def test_headers_are_read_by_ranges_and_no_image_is_fetched(tmp_path: Path, copi
 
 def test_headers_are_requested_once_on_a_machine(served: Served) -> None:
     load_dataset(pattern(served))
-    before = len(served.asked)
+    before = len(served.requests)
     load_dataset(pattern(served))
-    again = [r for _, path, r in served.asked[before:] if path.endswith(".tar")]
-    assert set(again) == {"bytes=0-0"}  # are they still there, and the same?
+    again = [r for _, path, r in served.requests[before:] if path.endswith(".tar")]
+    assert set(again) == {"bytes=0-0"}  # do they still exist unchanged?
 
 
 def test_a_manifest_on_this_machine_leads_to_the_url(
@@ -164,14 +164,14 @@ def test_a_manifest_on_this_machine_leads_to_the_url(
     assert describe(remote) == replace(manifest, location=None)  # what a dump writes
 
 
-def test_a_manifest_beside_the_shards_is_used(served: Served, folder: Path) -> None:
+def test_a_manifest_next_to_the_shards_is_used(served: Served, folder: Path) -> None:
     index_shards(folder).save(folder / "manifest.json")
     remote = load_dataset(f"{served.url}/set/manifest.json")
     assert not [r for r in served.gets(".tar") if r != "bytes=0-0"]
     assert_same(remote, load_dataset(folder))
 
 
-def test_a_tar_whose_bytes_are_not_the_manifests_is_refused(
+def test_a_tar_that_does_not_match_its_manifest_is_refused(
     served: Served, folder: Path, copies: Path
 ) -> None:
     index_shards(folder).save(folder / "manifest.json")
@@ -187,12 +187,12 @@ def test_a_tar_whose_bytes_are_not_the_manifests_is_refused(
 
 
 @pytest.mark.parametrize("fault", ["reset", "truncate", 503, 500])
-def test_failures_that_pass_are_got_over(served: Served, folder: Path, fault: str | int) -> None:
+def test_transient_failures_have_no_effect(served: Served, folder: Path, fault: str | int) -> None:
     served.faults = [("0000.tar", fault)] * 3 + [("0002.tar", fault)] * 2
     assert_same(load_dataset(pattern(served)), load_dataset(folder))
 
 
-def test_failures_that_stay_are_errors(served: Served) -> None:
+def test_permanent_failures_are_errors(served: Served) -> None:
     dataset = load_dataset(pattern(served))
     served.always["0001.tar"] = 503
     with pytest.raises(RemoteError, match="the shards cannot be reached"):
@@ -202,7 +202,7 @@ def test_failures_that_stay_are_errors(served: Served) -> None:
         load_dataset(pattern(served))
 
 
-def test_all_that_is_missing_is_named_at_once(served: Served) -> None:
+def test_all_missing_shards_are_listed(served: Served) -> None:
     with pytest.raises(DataError, match="2 of 6 shards are missing") as caught:
         load_dataset(f"{served.url}/set/train-{{0000..0005}}.tar")
     assert [line.rpartition("/")[2] for line in caught.value.problems] == [
@@ -211,26 +211,26 @@ def test_all_that_is_missing_is_named_at_once(served: Served) -> None:
     ]
 
 
-def exchange(path: Path) -> None:
-    """Other bytes of the same length."""
+def change(path: Path) -> None:
+    """Replace bytes without changing the length."""
     data = path.read_bytes()
     path.write_bytes(data[:600] + bytes(16) + data[616:])
 
 
 @pytest.mark.parametrize("etags", [True, False])
-def test_a_tar_exchanged_since_its_headers_were_read_is_refused(
+def test_a_tar_that_changed_since_its_headers_were_read_is_refused(
     served: Served, folder: Path, copies: Path, etags: bool
 ) -> None:
     served.etags = etags
     os.utime(folder / "train-0000.tar", (0, 0))
     dataset = load_dataset(pattern(served))
-    exchange(folder / "train-0000.tar")
+    change(folder / "train-0000.tar")
     with pytest.raises(ShardError, match="the tar changed while in use"):
         next(dataset.shards[0].read_images([0]))
     assert not tars(copies)
 
 
-def test_a_tar_exchanged_during_its_transfer_is_no_mixture(
+def test_a_tar_that_changes_during_its_transfer_is_not_mixed(
     served: Served, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = load_dataset(pattern(served))
@@ -238,7 +238,7 @@ def test_a_tar_exchanged_during_its_transfer_is_no_mixture(
     original = remote_files.time.sleep
 
     def later(seconds: float) -> None:
-        exchange(folder / "train-0000.tar")
+        change(folder / "train-0000.tar")
         original(seconds)
 
     monkeypatch.setattr(remote_files.time, "sleep", later)
@@ -246,7 +246,7 @@ def test_a_tar_exchanged_during_its_transfer_is_no_mixture(
         next(dataset.shards[0].read_images([0]))
 
 
-def test_an_exchanged_tar_is_another_one_for_the_next_command(served: Served, folder: Path) -> None:
+def test_the_next_command_reads_the_changed_tar(served: Served, folder: Path) -> None:
     next(load_dataset(pattern(served)).shards[0].read_images([0]))
     data = (folder / "train-0002.tar").read_bytes()
     (folder / "train-0000.tar").write_bytes(data)
@@ -255,10 +255,8 @@ def test_an_exchanged_tar_is_another_one_for_the_next_command(served: Served, fo
     assert load_dataset(spec).counts == (COUNTS[2],)
 
 
-def test_headers_of_a_wrong_tar_are_not_taken_for_the_described_ones(
-    served: Served, folder: Path
-) -> None:
-    """Not even later, once the tar that the manifest describes is there again."""
+def test_headers_of_a_wrong_tar_are_not_reused(served: Served, folder: Path) -> None:
+    """Not even once the tar of the manifest is restored."""
     index_shards(folder).save(folder / "manifest.json")
     path, spec = folder / "train-0000.tar", f"{served.url}/set/manifest.json"
     described, labels = path.read_bytes(), load_dataset(folder).shards[0].index.label.tolist()
@@ -271,15 +269,15 @@ def test_headers_of_a_wrong_tar_are_not_taken_for_the_described_ones(
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\3\4 no zip", b"\x93NUMPY", None])
-def test_a_damaged_note_of_headers_is_written_anew(
+def test_a_damaged_index_is_written_again(
     served: Served, folder: Path, copies: Path, content: bytes | None, caplog: Any
 ) -> None:
     load_dataset(pattern(served))
-    notes = list(copies.rglob("*.npz"))
-    assert len(notes) == len(COUNTS)
-    for note in notes:
-        whole = note.read_bytes()
-        note.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    indices = list(copies.rglob("*.npz"))
+    assert len(indices) == len(COUNTS)
+    for index in indices:
+        data = index.read_bytes()
+        index.write_bytes(data[: len(data) // 2] if content is None else content)
     for damaged in (len(COUNTS), 0):
         caplog.clear()
         assert_same(load_dataset(pattern(served)), load_dataset(folder))
@@ -299,7 +297,7 @@ def test_copies_are_shared_and_an_evicted_one_is_fetched_again(
     assert served.gets("0000.tar").count(None) == 2
 
 
-def test_room_for_less_than_the_set_holds_what_fits(
+def test_copies_stay_within_a_limit_below_the_size_of_the_set(
     served: Served, folder: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = [path.stat().st_size for path in sorted(folder.glob("*.tar"))]
@@ -312,7 +310,7 @@ def test_room_for_less_than_the_set_holds_what_fits(
         assert sum(path.stat().st_size for path in tars(copies)) <= limit
 
 
-def test_room_for_less_than_a_tar_or_a_batch_is_refused(
+def test_a_limit_below_a_tar_or_a_batch_is_refused(
     served: Served, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = load_dataset(pattern(served))
@@ -347,7 +345,7 @@ def comparison(dataset: Dataset) -> Iterator[object]:
 def test_tars_are_fetched_before_they_are_read(
     served: Served, copies: Path, reader: Callable[[Dataset], Iterator[object]]
 ) -> None:
-    """One item is of two tars at most."""
+    """An item uses at most two tars."""
     items = reader(load_dataset(pattern(served)))
     next(items)
     end = time.monotonic() + 10
@@ -358,7 +356,7 @@ def test_tars_are_fetched_before_they_are_read(
 
 
 def test_a_dump_fetches_the_tars_of_the_next_units(served: Served, copies: Path) -> None:
-    """Of those that it has taken for itself, which are few."""
+    """Of the few units that it has claimed."""
     dataset = load_dataset(pattern(served))
     units = [(shard, range(1)) for shard in range(len(COUNTS))]
     batches = unit_batches(dataset, units, ViewPolicy(size=32), 0, Loading(batch_size=4))
@@ -371,17 +369,17 @@ def test_a_dump_fetches_the_tars_of_the_next_units(served: Served, copies: Path)
     batches.close()  # type: ignore[attr-defined]
 
 
-def test_reading_over_and_over_leaves_no_descriptors_and_no_threads(
+def test_repeated_reading_leaks_no_descriptors_or_threads(
     served: Served, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With room for a part of the set, so that every tar is fetched in every round."""
+    """The limit is below the size of the set, so every round fetches every tar."""
     sizes = [path.stat().st_size for path in folder.glob("*.tar")]
     monkeypatch.setenv("CSKD_CACHE_GB", str(2 * max(sizes) / 1e9))
     dataset = load_dataset(pattern(served))
     images = ImageSource(dataset.shards)
 
-    def held() -> tuple[int, int]:
-        """Once what was begun ahead has ended."""
+    def in_use() -> tuple[int, int]:
+        """Count descriptors and threads once reading ahead has ended."""
         end = time.monotonic() + 10
         while any(t.name == THREAD for t in threading.enumerate()) and time.monotonic() < end:
             time.sleep(0.01)
@@ -390,14 +388,12 @@ def test_reading_over_and_over_leaves_no_descriptors_and_no_threads(
     found = []
     for _ in range(6):
         assert len(list(images.crc32(SampleSet.of(dataset).all_samples()))) == dataset.samples
-        found.append(held())
+        found.append(in_use())
     assert max(found[3:]) <= max(found[:3])
     assert len(served.gets("0000.tar")) > 6
 
 
-def test_a_killed_fetch_leaves_nothing_that_is_believed(
-    served: Served, folder: Path, copies: Path
-) -> None:
+def test_a_killed_fetch_leaves_no_copy(served: Served, folder: Path, copies: Path) -> None:
     served.always["0000.tar"] = "trickle"
     other = RemoteTars(f"{served.url}/set").find("train-0001.tar")
     data = (folder / "train-0000.tar").read_bytes()
@@ -427,7 +423,7 @@ def test_a_killed_fetch_leaves_nothing_that_is_believed(
         ("s3://bucket/*/a.tar", DataError, "only the last part"),
     ],
 )
-def test_what_is_no_url_of_shards_is_refused(
+def test_an_invalid_url_of_shards_is_refused(
     spec: str, error: type[Exception], message: str, copies: Path
 ) -> None:
     with pytest.raises(error, match=message):
@@ -438,7 +434,7 @@ def test_what_is_no_url_of_shards_is_refused(
 def test_shards_on_the_hub_read_as_their_folder_and_have_its_sha256(
     folder: Path, copies: Path, monkeypatch: pytest.MonkeyPatch, spec: str
 ) -> None:
-    """By its own file system; no byte of an image is fetched for the manifest."""
+    """Through its own file system; the manifest needs no byte of an image."""
     with serving(folder.parent, "hub") as served:
         take_for_the_hub(served.url, monkeypatch)
         manifest = index_shards(f"hf://datasets/{REPOSITORY}/{spec}")
@@ -446,18 +442,18 @@ def test_shards_on_the_hub_read_as_their_folder_and_have_its_sha256(
         assert manifest.shards == index_shards(folder).shards
         assert None not in served.gets(".tar")
         assert_same(load_dataset(f"hf://datasets/{REPOSITORY}/{spec}"), load_dataset(folder))
-        requests = zip(served.asked, served.headers, strict=True)
+        requests = zip(served.requests, served.headers, strict=True)
         logins = {h.get("authorization") for (_, path, _), h in requests if REPOSITORY in path}
         assert logins == {"Bearer hf_test"}
 
 
-def test_a_tar_of_which_the_hub_states_another_sha256_is_refused_at_once(
+def test_a_tar_with_another_sha256_on_the_hub_is_refused_at_once(
     folder: Path, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(folder.parent, "hub") as served:
         take_for_the_hub(served.url, monkeypatch)
         index_shards(f"hf://datasets/{REPOSITORY}/set").save(tmp_path / "train.json")
-        exchange(folder / "train-0000.tar")
+        change(folder / "train-0000.tar")
         fresh(copies)
         before = len(served.gets(".tar"))
         with pytest.raises(ShardError, match="wrong SHA-256") as caught:
@@ -466,10 +462,8 @@ def test_a_tar_of_which_the_hub_states_another_sha256_is_refused_at_once(
         assert len(served.gets(".tar")) == before
 
 
-def test_headers_behind_redirects_are_requested_where_these_lead(
-    served: Served, folder: Path
-) -> None:
-    """And through the redirect again once that is refused: signed URLs expire."""
+def test_headers_are_requested_from_the_target_of_redirects(served: Served, folder: Path) -> None:
+    """Until the target refuses, since signed URLs expire; then through the redirect again."""
     size = (folder / "train-0000.tar").stat().st_size
     with serving(folder.parent) as front:
         target = {"Location": f"{served.url}/set/train-0000.tar", "Content-Length": "0"}
@@ -480,13 +474,13 @@ def test_headers_behind_redirects_are_requested_where_these_lead(
         data = (folder / "train-0000.tar").read_bytes()
         assert read(512, 0) == data[:512]
         assert read(512, 20_000) == data[20_000:20_512]
-        assert len(front.gets("0000.tar")) == 2  # for what is stated, and the first headers
+        assert len(front.gets("0000.tar")) == 2  # for the length, and the first headers
         served.faults = [("0000.tar", 403)]
         assert read(512, 10_000) == data[10_000:10_512]
         assert len(front.gets("0000.tar")) == 3
 
 
-def test_ranges_grow_where_reads_lie_close_and_shrink_where_not() -> None:
+def test_ranges_grow_while_reads_are_close_together() -> None:
     data = bytes(range(256)) * 4096
     parts: list[tuple[int, int]] = []
 

@@ -51,7 +51,7 @@ def test_training_from_a_url_equals_training_from_the_folder(
         served.faults = [("/c/1/0/0/0/0/0", "truncate"), ("/c/0/1/0", "reset")]
         url = f"{served.url}/{small.cache.name}"
         assert world.cli(*command(url, small, tmp_path / "remote")) == 0
-        assert any("/c/" in path for _, path, _ in served.asked)
+        assert any("/c/" in path for _, path, _ in served.requests)
     assert_equal(local, final_state(tmp_path / "remote"))
 
 

@@ -148,7 +148,7 @@ def test_before_training_few_tars_are_fetched_and_headers_read_several_at_a_time
         assert len(rows) == len(spread_views(found, 12)) == 12
         assert len(np.unique(found.images.locate(rows[:, 1:])[0])) == 2
         assert replay(found, rows).exact.all()
-        fetched = [path for _, path, part in served.asked if path.endswith(".tar") and not part]
+        fetched = [path for _, path, part in served.requests if path.endswith(".tar") and not part]
         assert len(fetched) == 2
     local = join(load_dataset(small.shards), cache)
     assert len(np.unique(spread_views(local, 12, few=2)[:, 1])) == 3
