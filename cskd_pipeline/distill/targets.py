@@ -136,7 +136,7 @@ def labels_draws_or_logs(
 ) -> list[Tensor]:
     """Return the spatial response at each of ``ratios``, then the global response.
 
-    The form: hard labels if ``serves`` has them, else draws, else log-probabilities.
+    As hard labels if ``serves`` includes them, else as draws, else as log-probabilities.
     """
     if "hard" in serves:
         return [*map(targets.hard_spatial, ratios), targets.hard_global()]

@@ -44,7 +44,7 @@ class StudentHeader:
     ``grid`` is the teacher grid (rows, columns) that the dense head was trained on, or None.
     ``crop_pct`` and ``interpolation`` define the resizing for evaluation; None: timm's for the
     model. ``accepted_classes`` has a line per class difference that the run accepted, and
-    ``recipe_changes`` a line per resume with other settings. Digests are SHA-256 in hex: of the
+    ``recipe_changes`` a line per key changed on resuming. Digests are SHA-256 in hex: of the
     recipe's deciding fields, of the cache's contents (None if unfinished), of the weights that the
     run started from, and of the file's own tensors.
     """

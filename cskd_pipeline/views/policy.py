@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Range = tuple[float, float]
 RGB = tuple[float, float, float]
 
-# ``version`` names the code that draws and renders: a field with another meaning needs another one.
+# ``version`` names the code that draws and renders: changing a field's meaning needs a new one.
 #
 # A note on deit-v1: the transparent colour (tRNS) of a PNG of 2, 4 or 16 bits per channel becomes
 # white; in caches of format version 1 another colour or none did. All other views are unchanged.
@@ -63,7 +63,7 @@ class ViewPolicy:
     cutmix_alpha: float = 1.0
     cutmix_switch: float = 0.5  # probability of CutMix if both are enabled
     window: int = 64  # consecutive samples of a tar shard among which partners are drawn
-    repeats: int = 3  # views with the same matching, for decoding once per repeat
+    repeats: int = 3  # views that share a matching, so that repeated augmentation decodes once
 
     def __post_init__(self) -> None:
         for field in fields(self):  # JSON and TOML have lists

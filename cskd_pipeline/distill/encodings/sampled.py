@@ -2,11 +2,11 @@
 
 ``argmax_k(x_k + tau * G_k)`` with independent standard Gumbel noise G is an exact draw from
 softmax(x / tau) (Gumbel, 1954; Maddison et al., arXiv 1411.0030). With ``x = r * d + (1 - r) * g``
-and the same G for all r, class k is a line in r from ``g_k + tau * G_k`` to ``d_k + tau * G_k``:
-the upper envelope of a location's lines is a draw from softmax(x / tau) at every r. At r = 0 all
-locations are draws from the global target, softmax(g / tau). The manifest records tau and the
-number of draws, which the dump fixes. Noise is independent across draws, locations and views, and
-derived from the views' seeds, so the draws are reproducible from the logits.
+and the same G for all r, class k is a line in r from ``g_k + tau * G_k`` to ``d_k + tau * G_k``.
+The class of a location's highest line at r is thus a draw from softmax(x / tau), and the upper
+envelope stores it for every r. At r = 0 all locations are draws from softmax(g / tau), the global
+target. The manifest records tau and the number of draws, which the dump fixes. Noise is independent
+across draws, locations and views, and is reproducible from the views' seeds.
 
 The loss is the cross entropy with the drawn labels, averaged over draws. Its expectation is the
 cross entropy with the soft target: the gradient is that of the KL divergence, and the value larger
