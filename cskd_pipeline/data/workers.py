@@ -145,7 +145,7 @@ class Loader(Generic[Item]):
             raise DataError(
                 "the loader processes cannot be started",
                 found=error.strerror,
-                expected="more processes, and a writable /dev/shm with space for a few semaphores",
+                expected="room for more processes, and for semaphores in a writable /dev/shm",
                 action="use fewer workers, or none (--workers 0); in a container, mount a writable "
                 "/dev/shm and raise --shm-size",
             ) from error
