@@ -237,7 +237,7 @@ def test_labels_that_are_not_the_caches_are_refused_before_the_first_step(
     other = turned(small.shards, tmp_path / "other", None)
     message = refused(*command(other, small.cache, tmp_path / "run"))
     assert "96 of 96 samples have labels that differ from the cache's" in message
-    assert "0 is 3 here, 1 is 2 here" in message
+    assert "0 to 3, 1 to 2" in message
     assert "--set data.classes=accept" in message
     assert not (tmp_path / "run").exists()
     summary, told = done(*command(other, small.cache, tmp_path / "run", *ACCEPT, "--quiet"))
