@@ -11,7 +11,7 @@ import torch
 
 from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.runtime.progress import restore_reporting
-from tests.pictures import write_image_folder, write_shards
+from tests.images import write_image_folder, write_shards
 
 COUNTS = (21, 8, 13, 1)
 

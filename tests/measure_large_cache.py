@@ -48,7 +48,7 @@ from tests.cache.making import dataset as synthetic_dataset
 from tests.cache.making import keys as synthetic_keys
 from tests.cache.making import padded
 from tests.data.making import gather_small
-from tests.pictures import write_shards
+from tests.images import write_shards
 from tests.serving import serving
 
 POLICY = ViewPolicy(size=32, window=8)

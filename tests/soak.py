@@ -64,8 +64,8 @@ def served(root: Path) -> Iterator[tuple[str, str]]:
 
 def prepare(root: Path, per_class: int) -> None:
     """Write shards, validation shards and a cache."""
-    world.draw_pictures(root / "images", per_class=per_class, seed=0)
-    world.draw_pictures(root / "more", per_class=8, seed=1)
+    world.draw_images(root / "images", per_class=per_class, seed=0)
+    world.draw_images(root / "more", per_class=8, seed=1)
     make_shards(root / "images", root / "served/train", shard_size=16)
     make_shards(root / "more", root / "served/validation", shard_size=16, split="validation")
     dump_teacher(world.dump_recipe(root / "served/train", root / "served/cache"))

@@ -18,7 +18,7 @@ from cskd_pipeline.data.index import Dataset, load_dataset
 from cskd_pipeline.data.left_out import LeftOuts, by_shard
 from cskd_pipeline.errors import ManifestError
 from cskd_pipeline.runtime.distributed import ALONE
-from tests.pictures import CLASSES, Sample, samples, write_shard
+from tests.images import CLASSES, Sample, samples, write_shard
 
 Capture = pytest.CaptureFixture[str]
 SPOILED = {0: [0, 70, 99], 1: [3, 4]}

@@ -27,7 +27,7 @@ from cskd_pipeline.data.shards import TarShard
 from cskd_pipeline.errors import ClassesError, DataError, ImageError, ManifestError, ShardError
 from cskd_pipeline.runtime.progress import listen
 from tests.conftest import COUNTS
-from tests.pictures import CLASSES, Sample, sample, samples, write_shard, write_shards
+from tests.images import CLASSES, Sample, sample, samples, write_shard, write_shards
 
 
 class RecordedProgress:

@@ -24,7 +24,7 @@ from cskd_pipeline.data import tar_index
 from cskd_pipeline.data.shards import TarShard
 from cskd_pipeline.data.tar_index import IMAGE_FIELDS, ShardIndex, read_index
 from cskd_pipeline.errors import ShardError
-from tests.pictures import sample, samples, write_shard
+from tests.images import sample, samples, write_shard
 
 IMAGE = sample(0)[1]["jpg"]
 

@@ -20,7 +20,7 @@ from cskd_pipeline.errors import ImageError
 from cskd_pipeline.views.policy import ViewPolicy
 from tests.conftest import COUNTS
 from tests.data.making import POLICY, ROOT_SEED, same
-from tests.pictures import sample, write_shard
+from tests.images import sample, write_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 

@@ -16,7 +16,7 @@ from tests.cache.making import dataset, make, teacher
 from tests.data.making import make_cache
 from tests.faults.commands import Stages
 from tests.hostile.conftest import CONTROL
-from tests.pictures import sample
+from tests.images import sample
 from tests.pipeline import world
 
 Capture = pytest.CaptureFixture[str]

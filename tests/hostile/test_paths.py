@@ -18,7 +18,7 @@ from cskd_pipeline.data.describe import index_shards
 from cskd_pipeline.errors import CacheError, OutputError
 from tests.cache.making import fill, make, manifest, tree
 from tests.faults.commands import Stages
-from tests.pictures import sample
+from tests.images import sample
 
 Refused = Callable[..., str]
 CLIMBING = ["../secret.tar", "/etc/passwd", "a/../../secret.tar", "..", "a//b.tar", "c:\\x.tar"]

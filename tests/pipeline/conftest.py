@@ -14,7 +14,7 @@ from tests.pipeline import world
 
 @dataclass(frozen=True)
 class World:
-    """``shards``: 96 pictures in 3 tars; ``validation``: 16; ``cache``: dense and envelope."""
+    """``shards``: 96 images in 3 tars; ``validation``: 16; ``cache``: dense and envelope."""
 
     shards: Path
     validation: Path
@@ -24,9 +24,9 @@ class World:
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world")
-    world.draw_pictures(root / "pictures", per_class=24, seed=0)
-    world.draw_pictures(root / "more", per_class=4, seed=1)
-    make_shards(root / "pictures", root / "shards", shard_size=35)
+    world.draw_images(root / "images", per_class=24, seed=0)
+    world.draw_images(root / "more", per_class=4, seed=1)
+    make_shards(root / "images", root / "shards", shard_size=35)
     make_shards(root / "more", root / "validation", split="validation")
     found = World(root / "shards", root / "validation", root / "cache")
     dump_teacher(world.dump_recipe(found.shards, found.cache))

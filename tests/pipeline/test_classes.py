@@ -21,7 +21,7 @@ from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.models.checkpoint import StudentHeader, read_header, save_student
 from cskd_pipeline.pipeline.train import train
 from cskd_pipeline.tools.make_shards import make_shards
-from tests.pictures import write_shard
+from tests.images import write_shard
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_finetuning import KWARGS, draw_colours

@@ -24,7 +24,7 @@ from cskd_pipeline.pipeline.dump import dump_teacher
 from cskd_pipeline.pipeline.train import train
 from cskd_pipeline.pipeline.training_data import open_training_data
 from cskd_pipeline.tools.estimate_dump import plan_dump
-from tests.pictures import Sample, write_shard
+from tests.images import Sample, write_shard
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_distributed import finish, start

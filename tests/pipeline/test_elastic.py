@@ -51,8 +51,8 @@ class Dump:
     """48 units of 4 images in 2 views, and what one process makes of them."""
 
     def __init__(self, root: Path) -> None:
-        world.draw_pictures(root / "pictures", per_class=12, seed=3)
-        make_shards(root / "pictures", root / "shards", shard_size=4)
+        world.draw_images(root / "images", per_class=12, seed=3)
+        make_shards(root / "images", root / "shards", shard_size=4)
         self.shards = root / "shards"
         assert world.cli(*self.words(root / "alone")) == 0
         self.bytes = files(root / "alone")

@@ -125,7 +125,7 @@ def test_thumbnails_are_of_views_whose_both_images_are_the_teachers(
     assert 0 < len(rows) < 60
     assert "the preview's thumbnails" in (tmp_path / "cache/README.md").read_text()
     before = tree(tmp_path / "cache")
-    world.draw_pictures(tmp_path / "others", per_class=24, seed=1)
+    world.draw_images(tmp_path / "others", per_class=24, seed=1)
     make_shards(tmp_path / "others", tmp_path / "shards", shard_size=35)
     assert world.cli(*words[:-1], tmp_path / "shards") == 1
     assert "no view of the preview has its images" in capsys.readouterr().err

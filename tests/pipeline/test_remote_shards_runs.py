@@ -29,7 +29,7 @@ from cskd_pipeline.pipeline.dump import dump_teacher
 from cskd_pipeline.pipeline.unit_writer import UnitWriter
 from cskd_pipeline.pipeline.write_cache import write_cache
 from cskd_pipeline.views.policy import ViewPolicy
-from tests.pictures import write_shards
+from tests.images import write_shards
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_training import assert_equal, final_state

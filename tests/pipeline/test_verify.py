@@ -29,7 +29,7 @@ from cskd_pipeline.tools.verify_cache import agreement
 from cskd_pipeline.views import apply
 from cskd_pipeline.views.mixing import matching
 from tests.cache.making import data_files, record_anew
-from tests.pictures import Sample
+from tests.images import Sample
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_layouts import ALTERED, GONE, altered, recut, samples, theirs

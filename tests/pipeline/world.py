@@ -32,8 +32,8 @@ STUDENT_KWARGS = (
 )
 
 
-def draw_pictures(folder: Path, per_class: int, seed: int) -> None:
-    """``folder/<class>/<n>.jpg|png`` of a shape somewhere on a noisy ground."""
+def draw_images(folder: Path, per_class: int, seed: int) -> None:
+    """Write ``folder/<class>/<n>.jpg|png``: a shape at a random position on noise."""
     rng = np.random.default_rng(seed)
     for name in CLASSES:
         (folder / name).mkdir(parents=True)

@@ -19,7 +19,7 @@ from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.errors import DataError, OutputError
 from cskd_pipeline.tools import make_shards as make
 from cskd_pipeline.tools.make_shards import FolderImage, make_shards, scan_image_folder
-from tests.pictures import CLASSES
+from tests.images import CLASSES
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -139,7 +139,7 @@ def test_the_usage_that_the_card_shows_runs(exported: Exported, tmp_path: Path) 
     readme = (exported.folder / "README.md").read_text()
     code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
     assert "hf-hub:USER/NAME" in code
-    world.draw_pictures(tmp_path / "p", per_class=1, seed=0)
+    world.draw_images(tmp_path / "p", per_class=1, seed=0)
     code = code.replace("hf-hub:USER/NAME", f"local-dir:{exported.folder}")
     code = code.replace("image.jpg", str(next((tmp_path / "p").rglob("*.png"))))
     scope: dict[str, Any] = {}

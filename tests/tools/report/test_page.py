@@ -306,8 +306,8 @@ def test_the_page_of_an_unfinished_cache_lists_missing_shards(small: World, tmp_
 
 def test_changed_images_have_a_warning(small: World, tmp_path: Path) -> None:
     """Views of recompressed images are shown with a warning."""
-    world.draw_pictures(tmp_path / "pictures", per_class=24, seed=9)
-    words = ["make-shards", tmp_path / "pictures", tmp_path / "shards", "--shard-size", 35, "-q"]
+    world.draw_images(tmp_path / "images", per_class=24, seed=9)
+    words = ["make-shards", tmp_path / "images", tmp_path / "shards", "--shard-size", 35, "-q"]
     assert world.cli(*words) == 0
     text = shown(small.cache, tmp_path / "shards", tmp_path / "page", "--images", 4).read_text()
     assert text.count("Not from the image that the teacher saw.") == 4

@@ -1,4 +1,4 @@
-"""Small pictures for tests, drawn from numbers, in every file format that data sets really hold."""
+"""Small synthetic images for tests, in every file format found in real data sets."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Sample = tuple[str, Mapping[str, bytes]]
 """Key, and field -> bytes."""
 
 
-def picture(number: int) -> Image.Image:
-    """An RGB picture of 40 to 90 pixels a side: shades, shapes and noise, all unlike each other."""
+def random_image(number: int) -> Image.Image:
+    """Return RGB image ``number``, 40 to 90 pixels a side, of gradients, shapes and noise."""
     rng = np.random.default_rng([1234, number])
     width, height = (int(n) for n in rng.integers(40, 91, 2))
     rows, columns = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None, :]
@@ -34,9 +34,9 @@ def picture(number: int) -> Image.Image:
     return image
 
 
-def encoded(number: int) -> tuple[str, bytes]:
-    """Field and bytes of a picture; its format goes round with ``number``."""
-    image = picture(number)
+def encode(number: int) -> tuple[str, bytes]:
+    """Return field name and bytes of image ``number``; the format cycles with the number."""
+    image = random_image(number)
     file = io.BytesIO()
     kind = number % 10
     if kind == 4:
@@ -50,12 +50,12 @@ def encoded(number: int) -> tuple[str, bytes]:
     elif kind == 7:
         image.quantize(64).save(file, "PNG")
         return "png", file.getvalue()
-    elif kind == 8:  # a PNG that is called JPEG, as ImageNet has one
+    elif kind == 8:  # a PNG named JPEG; ImageNet contains one
         image.save(file, "PNG")
         return "jpeg", file.getvalue()
     elif kind == 9:
         exif = Image.Exif()
-        exif[0x0112] = 6  # to be turned by 90 degrees
+        exif[0x0112] = 6  # rotate by 90 degrees
         image.save(file, "JPEG", quality=90, exif=exif)
     elif kind == 3:
         image.save(file, "WEBP", quality=80)
@@ -66,9 +66,9 @@ def encoded(number: int) -> tuple[str, bytes]:
 
 
 def sample(number: int) -> Sample:
-    """Picture ``number`` with its label, as text or as JSON."""
+    """Return image ``number`` with its label, in JSON and mostly also as text."""
     label = number % len(CLASSES)
-    field, data = encoded(number)
+    field, data = encode(number)
     fields = {field: data, "json": json.dumps({"label": label}).encode()}
     if number % 3:
         fields["cls"] = str(label).encode()
@@ -87,7 +87,7 @@ def write_shard(path: Path, content: Iterable[Sample]) -> Path:
 
 
 def write_shards(folder: Path, counts: Iterable[int], name: str = "train") -> list[Path]:
-    """``folder/train-0000.tar`` … with consecutive pictures, and ``classes.json``."""
+    """Write ``folder/train-0000.tar`` … of consecutive images, and ``classes.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "classes.json").write_text(json.dumps(CLASSES))
     paths, first = [], 0
@@ -98,12 +98,12 @@ def write_shards(folder: Path, counts: Iterable[int], name: str = "train") -> li
 
 
 def write_image_folder(folder: Path, count: int) -> Path:
-    """``folder/<class>/<number>.<ending>`` for the first ``count`` pictures."""
+    """Write the first ``count`` images as ``folder/<class>/<number>.<suffix>``."""
     for number in range(count):
         key, fields = sample(number)
         field = next(name for name in fields if name not in ("cls", "json"))
-        ending = {"jpg": "JPEG", "jpeg": "jpeg"}.get(field, field)
-        path = folder / CLASSES[number % len(CLASSES)] / f"{key.rpartition('_')[2]}.{ending}"
+        suffix = {"jpg": "JPEG", "jpeg": "jpeg"}.get(field, field)
+        path = folder / CLASSES[number % len(CLASSES)] / f"{key.rpartition('_')[2]}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(fields[field])
     return folder
