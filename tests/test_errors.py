@@ -1,4 +1,4 @@
-"""Errors as loader processes and ranks send them: by pickle, with all that they say."""
+"""Errors survive pickling, as loader processes and ranks send them."""
 
 import pickle
 
@@ -15,7 +15,7 @@ from cskd_pipeline.errors import CskdError, JoinError, ManifestError
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_an_error_arrives_whole(error: CskdError) -> None:
+def test_an_error_survives_pickling(error: CskdError) -> None:
     arrived = pickle.loads(pickle.dumps(error))
     assert type(arrived) is type(error)
     assert vars(arrived) == vars(error)

@@ -13,7 +13,7 @@ from tests.cache.making import make
 
 @pytest.fixture(autouse=True, scope="package")
 def unsynced() -> Iterator[None]:
-    """Syncing is slow and shows only after a power cut; one test watches that it is asked for."""
+    """Skip syncs, which are slow and matter only after a power failure; test_writer covers them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
@@ -21,7 +21,7 @@ def unsynced() -> Iterator[None]:
 
 @pytest.fixture(scope="package")
 def finished(unsynced: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished cache, to be copied by those who alter it."""
+    """A finished cache; tests that alter it must copy it."""
     path = tmp_path_factory.mktemp("finished") / "cache"
     make(path)
     return path

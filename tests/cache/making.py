@@ -68,7 +68,7 @@ def manifest(**changes: object) -> CacheManifest:
 
 
 def lines(rng: np.random.Generator, count: int, most: int = 10) -> np.ndarray:
-    """(count, L, 2, h, w) uint16: classes without repetition, crossings that rise."""
+    """(count, L, 2, h, w) uint16: distinct classes, increasing crossings."""
     out = np.full((count, CLASSES, 2, HEIGHT, WIDTH), 65535, np.uint16)
     for place in np.ndindex(count, HEIGHT, WIDTH):
         n = int(rng.integers(1, most + 1))
@@ -134,7 +134,7 @@ def make(path: Path, **changes: object) -> CacheWriter:
 
 
 def write_all(path: Path, order: int = 0, started: Event | None = None) -> None:
-    """Finish the cache, unit by unit in an order of its own; for other processes."""
+    """Finish the cache in its own order of units, in another process."""
     if started is not None:
         started.set()
     writer = CacheWriter.create(path, manifest())
@@ -144,7 +144,7 @@ def write_all(path: Path, order: int = 0, started: Event | None = None) -> None:
 
 
 def record_anew(path: Path) -> None:
-    """Write every finished unit's record as its files are now, as a forger would."""
+    """Rewrite every finished unit's record to match its current files, like a forger."""
     store = CacheStore(path)
     array = store.arrays[layout.RECORD]
     for block, shard in np.argwhere(store.done()).tolist():
@@ -154,7 +154,7 @@ def record_anew(path: Path) -> None:
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    """Every file below ``path``, by relative name."""
+    """Return every file below ``path`` by relative name."""
     return {
         str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()
     }

@@ -1,4 +1,4 @@
-"""An encoding that a user registers keeps to the contract, or is refused before any write."""
+"""A registered encoding fulfils the contract, or is refused before any write."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def mine() -> Iterator[own.Negated]:
 
 
 def mine_of(data: UnitData) -> UnitData:
-    """The same unit, with the logits of ``dense`` as this encoding has them."""
+    """Return the unit with the logits of ``dense`` in this encoding."""
     spatial, global_ = (data.arrays[name] for name in ("dense/spatial", "dense/global"))
     return replace(data, arrays={SPATIAL: -spatial, GLOBAL: -global_})
 
@@ -49,7 +49,7 @@ def fill(writer: CacheWriter) -> None:
 
 
 @pytest.mark.parametrize("name", [*layout.stored_arrays(manifest(encodings=("dense",))), "auto"])
-def test_no_encoding_is_called_as_one_of_the_caches_arrays(name: str) -> None:
+def test_an_encoding_cannot_have_the_name_of_an_array(name: str) -> None:
     mine = own.Negated()
     mine.name = name
     with pytest.raises(UsageError, match="cannot be registered"):
@@ -73,7 +73,7 @@ def test_no_encoding_is_called_as_one_of_the_caches_arrays(name: str) -> None:
         ),
     ],
 )
-def test_arrays_that_could_not_be_read_are_refused(
+def test_unreadable_arrays_are_refused(
     mine: own.Negated, monkeypatch: pytest.MonkeyPatch, change: Callable[[Specs], Specs], says: str
 ) -> None:
     arrays = mine.arrays(ResponseShape(CLASSES, HEIGHT, WIDTH))
@@ -92,14 +92,14 @@ def test_arrays_that_could_not_be_read_are_refused(
         (lambda r: {**r, GLOBAL: r[GLOBAL] > 0}, f"{GLOBAL}: found bool"),
     ],
 )
-def test_rows_that_are_not_the_arrays_are_refused(
+def test_rows_that_do_not_match_the_arrays_are_refused(
     mine: own.Negated,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     change: Callable[[dict[str, Any]], dict[str, Any]],
     says: str,
 ) -> None:
-    """As they are encoded, and as they are packed: then the unit stays undone."""
+    """Both encoded and packed rows; the unit then stays unfinished."""
     writer = CacheWriter.create(tmp_path / "cache", manifest(encodings=(NAME,)))
     unit = writer.todo()[0]
     data = mine_of(unit_data(unit, manifest()))
@@ -117,7 +117,7 @@ def test_rows_that_are_not_the_arrays_are_refused(
     assert not writer.done().any()
 
 
-def test_what_is_registered_here_is_not_replaced_by_what_another_process_sends(
+def test_an_encoding_from_another_process_does_not_replace_a_registered_one(
     mine: own.Negated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = CacheWriter.create(tmp_path / "cache", manifest(encodings=(NAME,)))

@@ -1,4 +1,4 @@
-"""What checksums cannot find: whole files, units and arrays that belong elsewhere."""
+"""Damage that checksums cannot detect: complete files, units and arrays of other caches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ UNITS = VIEWS // 2 * len(COUNTS)
 
 
 def read_all(path: Path | str) -> None:
-    """Read all that training reads of a cache."""
+    """Read everything that training reads from a cache."""
     reader = open_cache(path)
     for shard, count in enumerate(COUNTS):
         reader.keys(shard), reader.labels(shard), reader.image_crc32(shard)
@@ -56,7 +56,7 @@ def read_all(path: Path | str) -> None:
 
 
 def problems(path: Path) -> list[str]:
-    """What ``cache verify`` finds in the cache alone, by file."""
+    """Return the problems that ``cache verify`` finds in the cache alone, by file."""
     reader = open_cache(path)
     units = [(block, shard) for block, shard in np.argwhere(reader.done()).tolist()]
     found = check_structure(CacheStore(path), units)
@@ -82,14 +82,14 @@ def other_teacher(path: Path) -> Path:
 
 
 def copy_over(source: Path, target: Path, names: Callable[[str], bool]) -> None:
-    """One wrong rsync."""
+    """Copy the files ``names`` of one cache over another's, like a wrong rsync."""
     for name, content in tree(source).items():
         if names(name):
             (target / name).write_bytes(content)
 
 
 def rewrite_manifest(path: Path, change: Callable[[CacheManifest], CacheManifest]) -> None:
-    """As one would by hand, who knows the format: every document and checksum fits."""
+    """Change the manifest by hand, with matching documents and checksums."""
     edited = change(CacheStore(path).manifest)
     for key, document in layout.array_documents(edited).items():
         (path / key).write_bytes(document)
@@ -135,7 +135,7 @@ EXCHANGES: dict[str, Callable[[Path, Path], None]] = {
 
 
 @pytest.mark.parametrize("how", EXCHANGES)
-def test_what_was_exchanged_is_refused_by_reader_and_verify(tmp_path: Path, how: str) -> None:
+def test_replaced_files_are_refused_by_reader_and_verify(tmp_path: Path, how: str) -> None:
     cache, other = tmp_path / "c", other_teacher(tmp_path / "other")
     make(cache)
     read_all(cache)
@@ -161,8 +161,8 @@ def test_labels_set_to_zero_are_refused(tmp_path: Path) -> None:
     assert set(problems(tmp_path / "c")) == {"label/c/1/0"}
 
 
-def test_a_unit_with_other_keys_beside_it_is_found(tmp_path: Path) -> None:
-    """A record of its own, but its tar shard's files are those of another unit's record."""
+def test_a_unit_with_other_keys_is_detected(tmp_path: Path) -> None:
+    """The unit has its own record, but the tar shard's files match another unit's record."""
     a, b = tmp_path / "a", tmp_path / "b"
     make(a)
     writer = CacheWriter.create(b, manifest())
@@ -174,8 +174,8 @@ def test_a_unit_with_other_keys_beside_it_is_found(tmp_path: Path) -> None:
     assert "image_crc32/c/2/0" in problems(a)
 
 
-def test_digests_are_what_the_page_says(tmp_path: Path) -> None:
-    """Computed from the page's words, with zarr and hashlib alone."""
+def test_digests_match_the_specification(tmp_path: Path) -> None:
+    """Computed from the specification with only zarr and hashlib."""
     make(tmp_path / "c")
     group = zarr.open_group(tmp_path / "c", mode="r")
     # Attributes are any JSON to zarr; ours is an object.
@@ -215,7 +215,7 @@ def test_digests_are_what_the_page_says(tmp_path: Path) -> None:
     assert open_cache(tmp_path / "c").digest() == root.hexdigest()
 
 
-def test_the_root_digest_names_contents_and_not_who_made_them(tmp_path: Path) -> None:
+def test_the_root_digest_depends_on_contents_and_not_on_the_writers(tmp_path: Path) -> None:
     make(tmp_path / "a")
     root = open_cache(tmp_path / "a").digest()
     elsewhere = replace(dataset(), name="my copy")
@@ -249,7 +249,7 @@ def test_the_root_digest_names_contents_and_not_who_made_them(tmp_path: Path) ->
     assert len(roots) == 1 + len(differing)
 
 
-def test_a_merge_of_parts_has_the_digest_of_the_cache_made_at_once(tmp_path: Path) -> None:
+def test_merged_parts_have_the_digest_of_a_cache_written_in_one_run(tmp_path: Path) -> None:
     make(tmp_path / "whole")
     root = open_cache(tmp_path / "whole").digest()
     for name, chosen in (("a", slice(0, 3)), ("b", slice(2, None))):
@@ -263,7 +263,7 @@ def test_a_merge_of_parts_has_the_digest_of_the_cache_made_at_once(tmp_path: Pat
     assert open_cache(tmp_path / "again").digest() == root
 
 
-def test_a_cache_that_grew_has_the_digest_of_one_made_at_once(tmp_path: Path) -> None:
+def test_an_extended_cache_has_the_digest_of_one_written_in_one_run(tmp_path: Path) -> None:
     writer = make(tmp_path / "c", views=2)
     small = open_cache(tmp_path / "c").digest()
     writer.extend(VIEWS)
@@ -273,17 +273,17 @@ def test_a_cache_that_grew_has_the_digest_of_one_made_at_once(tmp_path: Path) ->
     assert open_cache(tmp_path / "c").digest() == open_cache(tmp_path / "whole").digest() != small
 
 
-# A digest that is stated
+# A requested digest
 
 
-def test_a_stated_digest_lets_this_content_pass_and_no_other(tmp_path: Path) -> None:
+def test_a_requested_digest_accepts_only_its_content(tmp_path: Path) -> None:
     make(tmp_path / "c")
     root = open_cache(tmp_path / "c").digest()
     read_all(f"{tmp_path / 'c'}@sha256:{root}")
     with pytest.raises(CacheError, match="does not have the requested digest") as caught:
         open_cache(f"{tmp_path / 'c'}@sha256:{'0' * 64}")
     assert caught.value.found == f"sha256:{root}"
-    # A forger who writes every record anew: only the stated digest tells.
+    # A forger who rewrites every record: only the requested digest detects it.
     writer = CacheWriter.create(tmp_path / "forged", manifest())
     for unit in writer.todo():
         data = unit_data(unit, writer.manifest)
@@ -295,7 +295,7 @@ def test_a_stated_digest_lets_this_content_pass_and_no_other(tmp_path: Path) -> 
         open_cache(f"{tmp_path / 'forged'}@sha256:{root}")
 
 
-def test_an_unfinished_cache_has_no_digest_to_be_stated(tmp_path: Path) -> None:
+def test_an_unfinished_cache_has_no_digest(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest())
     fill(writer, writer.todo()[:2])
     with pytest.raises(CacheError, match="does not have the requested digest") as caught:
@@ -303,8 +303,8 @@ def test_an_unfinished_cache_has_no_digest_to_be_stated(tmp_path: Path) -> None:
     assert caught.value.found == f"no digest: 2 of {UNITS} units are finished"
 
 
-def test_a_unit_exchanged_after_opening_is_refused(tmp_path: Path) -> None:
-    """With its record: so only what was known of the whole tells."""
+def test_a_unit_replaced_after_opening_is_refused(tmp_path: Path) -> None:
+    """Together with its record, so that only the root digest detects it."""
     make(tmp_path / "c")
     reader = open_cache(f"{tmp_path / 'c'}@sha256:{open_cache(tmp_path / 'c').digest()}")
     other = CacheWriter.create(tmp_path / "other", manifest())
@@ -321,18 +321,18 @@ def test_a_unit_exchanged_after_opening_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("digest", ["", "00", "x" * 64, "0" * 63, "0" * 65])
-def test_what_is_no_digest_is_refused(digest: str) -> None:
+def test_a_malformed_digest_is_refused(digest: str) -> None:
     with pytest.raises(UsageError, match="malformed cache digest"):
         split_pin(f"cache@sha256:{digest}")
 
 
-def test_locations_without_a_digest_stay_as_they_are() -> None:
+def test_locations_without_a_digest_are_unchanged() -> None:
     for location in ("cache", "https://host/c@ache", "a@b", "s3://b/@sha256", "x@sha256:0/y"):
         assert split_pin(location) == (location, None)
     assert split_pin(f"hf://a/b@sha256:{'AB' * 32}") == ("hf://a/b", "ab" * 32)
 
 
-def test_convert_names_the_contents_it_was_made_from(tmp_path: Path) -> None:
+def test_convert_records_the_digest_of_its_source(tmp_path: Path) -> None:
     make(tmp_path / "c", encodings=("dense",))
     root = open_cache(tmp_path / "c").digest()
     source = f"{tmp_path / 'c'}@sha256:{root}"
@@ -378,7 +378,7 @@ def test_a_file_is_hashed_once_however_many_processes_read_it(
 
 
 def downgrade(path: Path) -> None:
-    """Make of a cache what version 1 wrote."""
+    """Turn a cache into one of version 1."""
     document = json.loads((path / layout.GROUP).read_text())
     content = document["attributes"]["cskd"]
     content["manifest"]["format_version"] = 1
@@ -391,7 +391,7 @@ def downgrade(path: Path) -> None:
     shutil.rmtree(path / "digest")
 
 
-def test_a_cache_of_version_1_is_refused_with_the_command_that_makes_version_2(
+def test_a_cache_of_version_1_is_refused_with_the_upgrade_command(
     tmp_path: Path,
 ) -> None:
     make(tmp_path / "c")
@@ -409,7 +409,7 @@ def test_a_cache_of_version_1_is_refused_with_the_command_that_makes_version_2(
     assert tree(tmp_path / "c") == whole
 
 
-def test_an_upgrade_that_was_stopped_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_upgrade_continues(tmp_path: Path) -> None:
     make(tmp_path / "c")
     whole = tree(tmp_path / "c")
     downgrade(tmp_path / "c")
@@ -437,6 +437,6 @@ def test_a_damaged_cache_is_not_upgraded(tmp_path: Path, how: str) -> None:
         open_cache(tmp_path / "c")
 
 
-def test_what_is_no_cache_is_not_upgraded(tmp_path: Path) -> None:
+def test_a_folder_without_a_cache_is_not_upgraded(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="not a teacher cache"):
         upgrade(tmp_path)

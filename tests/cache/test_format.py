@@ -1,4 +1,4 @@
-"""The format's page is true and enough: its reader, which knows only zarr and numpy, is run."""
+"""The specification is correct and sufficient: its reader runs with only zarr and numpy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stranger() -> Any:
-    """The page's own code."""
+    """The code in the specification."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) == {
         "math", "fractions", "numpy", "zarr",
@@ -57,7 +57,7 @@ def test_the_pages_reader_recovers_hard_labels_at_any_ratio(cache: Path, strange
                 assert np.array_equal(stranger.hard_labels(cache, view, shard, r), expected), r
 
 
-def test_the_pages_reader_finds_keys_and_refuses_what_is_not_done(
+def test_the_pages_reader_finds_keys_and_refuses_unfinished_units(
     cache: Path, stranger: Any, tmp_path: Path
 ) -> None:
     reader = open_cache(cache)
@@ -68,8 +68,8 @@ def test_the_pages_reader_finds_keys_and_refuses_what_is_not_done(
         stranger.hard_labels(tmp_path / "c", 0, 0, 1.0)
 
 
-def test_the_page_says_enough_to_read_topk(tmp_path: Path) -> None:
-    """By the page's words alone, in numpy, against what the losses get."""
+def test_the_page_suffices_to_read_topk(tmp_path: Path) -> None:
+    """In numpy, following only the page, against the targets of the losses."""
     encoding = ENCODINGS["topk"]
     generator = torch.Generator().manual_seed(0)
     d = (torch.randn(2, 60, 2, 3, generator=generator) * 3).half()
@@ -94,7 +94,7 @@ def test_the_page_says_enough_to_read_topk(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_every_array_stands_in_the_tables_with_its_type_and_shape() -> None:
+def test_every_array_is_in_the_tables_with_its_type_and_shape() -> None:
     arrays = layout.stored_arrays(
         manifest(
             encodings=tuple(ENCODINGS),
@@ -142,13 +142,13 @@ def test_every_array_stands_in_the_tables_with_its_type_and_shape() -> None:
         assert rest[-1 if "/" in name else 0] == str(array.fill).replace("nan", "NaN"), name
 
 
-def test_the_page_names_the_example_file_that_is_there(cache: Path) -> None:
+def test_the_pages_example_file_exists(cache: Path) -> None:
     example = layout.stored_arrays(manifest(views=6))["seed"].key(2 * 2, 5)
     assert example == "seed/c/2/5/0"
     assert f"`{example}`" in PAGE
 
 
-def test_the_pages_numbers_are_the_codes() -> None:
+def test_the_pages_numbers_match_the_code() -> None:
     made = manifest(encodings=("envelope", "sampled"))
     for name in ("envelope/lines", "sampled/lines"):
         order = "(0, 1, 4, 3, 2, 5, 6)"

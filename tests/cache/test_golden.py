@@ -1,6 +1,6 @@
-"""A pinned cache of every encoding: it must be readable for ever, and be written alike.
+"""A pinned cache of every encoding, which must stay readable and reproducible.
 
-``python -m tests.cache.test_golden`` pins it anew; do that only with a new format version.
+``python -m tests.cache.test_golden`` pins it again; do that only with a new format version.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def write(path: Path) -> None:
 
 @pytest.fixture
 def pinned(tmp_path: Path) -> tuple[dict[str, bytes], str]:
-    """The pinned files, and the numcodecs, which brings zstd, that wrote them."""
+    """The pinned files, and the version of numcodecs (with its zstd) that wrote them."""
     document = json.loads(GOLDEN.read_text())
     return {n: base64.b64decode(text) for n, text in document["files"].items()}, document[
         "numcodecs"
@@ -81,7 +81,7 @@ def lay_out(files: dict[str, bytes], folder: Path) -> None:
         path.write_bytes(content)
 
 
-def test_the_pinned_cache_is_read_as_it_was_written(
+def test_the_pinned_cache_is_read_as_written(
     tmp_path: Path, pinned: tuple[dict[str, bytes], str]
 ) -> None:
     lay_out(pinned[0], tmp_path / "c")
@@ -101,7 +101,7 @@ def test_the_pinned_cache_is_read_as_it_was_written(
                 assert np.array_equal(found[array], rows.numpy()), array
 
 
-def test_the_pinned_cache_is_what_is_written_today(
+def test_the_pinned_cache_is_reproduced_today(
     tmp_path: Path, pinned: tuple[dict[str, bytes], str]
 ) -> None:
     files, version = pinned

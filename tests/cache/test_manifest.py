@@ -1,4 +1,4 @@
-"""Manifests: inverses, every problem at once, nothing believed of a stranger's document."""
+"""Manifests: inverses, every problem at once, and no trust in a document."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_every_problem_is_reported_at_once() -> None:
         ("root_seed", -1, "$.root_seed"),
         ("root_seed", True, "$.root_seed: found true, expected integer"),
         ("created", "yesterday", "$.created"),
-        ("encodings", ["dense", "dense"], "$.encodings: found a list of 2, expected no"),
+        ("encodings", ["dense", "dense"], "$.encodings: found a list of 2, expected unique"),
         ("encodings", ["../x"], "$.encodings[0]"),
         ("dataset.class_names", ["a"], "$.dataset.class_names: found 1 names"),
         ("dataset.shards.1.name", "../up.tar", "$.dataset.shards[1].name"),
@@ -115,7 +115,7 @@ def test_every_problem_is_reported_at_once() -> None:
         ("dataset.shards.1.keys_sha256", dataset().shard_ids[0], "found that of shards[0]"),
     ],
 )  # fmt: skip
-def test_a_wrong_field_is_named(path: str, value: object, expected: str) -> None:
+def test_an_invalid_field_is_named(path: str, value: object, expected: str) -> None:
     found = problems(changed(path, value))
     assert len(found) == 1
     assert expected in found[0]
@@ -132,7 +132,7 @@ def test_any_json_is_refused_with_a_manifest_error(value: object) -> None:
      b"[" + b"9" * 5000 + b"]"],
     ids=["empty", "cut", "not text", "deep", "nan", "overflow", "infinity", "long number"],
 )  # fmt: skip
-def test_bytes_that_are_no_document_are_refused(data: bytes, tmp_path: Path) -> None:
+def test_invalid_json_is_refused(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     path.write_bytes(data)
     with pytest.raises(ManifestError, match="expected a JSON document") as caught:
@@ -140,7 +140,7 @@ def test_bytes_that_are_no_document_are_refused(data: bytes, tmp_path: Path) -> 
     assert caught.value.where == path
 
 
-def test_a_document_too_large_is_refused_before_it_is_parsed(
+def test_an_oversized_document_is_refused_before_parsing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset().save(tmp_path / "manifest.json")
@@ -155,7 +155,7 @@ def test_problems_of_a_huge_document_are_bounded() -> None:
     assert len(found) == schemas.MAX_PROBLEMS
 
 
-def test_differences_name_what_forbids_going_on() -> None:
+def test_differences_that_forbid_continuing_are_named() -> None:
     last = ShardInfo.of("z.tar", ["k"], 9, "0" * 64)
     other = manifest(
         dataset=replace(dataset(), shards=(*dataset().shards[:2], last)),
@@ -173,7 +173,7 @@ def test_differences_name_what_forbids_going_on() -> None:
     assert not any("shards[0]" in at for at in found)
 
 
-def test_what_may_differ_is_no_difference() -> None:
+def test_fields_that_may_differ_are_ignored() -> None:
     other = manifest(
         views=8, view_block=4, notes="n", license="l", created="2030-01-01T00:00:00Z",
         versions={"torch": "9"}, teacher=teacher(source="elsewhere", top1=0.8),
@@ -184,7 +184,7 @@ def test_what_may_differ_is_no_difference() -> None:
     assert manifest().conflicts(manifest(dataset=renamed)) == []
 
 
-def test_versions_that_decide_pixels_or_answers_are_compared() -> None:
+def test_versions_that_determine_pixels_or_logits_are_compared() -> None:
     made = manifest()
     assert made.version_differences({**made.versions, "python": "3.14", "zarr": "9"}) == []
     newer = {**made.versions, "pillow": "13.0.0"}
@@ -192,7 +192,7 @@ def test_versions_that_decide_pixels_or_answers_are_compared() -> None:
     assert replace(made, other_versions=(newer,)).version_differences(newer) == []
 
 
-def test_keys_are_hashed_with_their_bounds() -> None:
+def test_keys_are_hashed_with_terminators() -> None:
     # The definition in the schema, worked out here.
     assert keys_sha256(["ab", "ü"]) == hashlib.sha256(b"ab\0\xc3\xbc\0").hexdigest()
     assert keys_sha256(["ab", "c"]) != keys_sha256(["a", "bc"])

@@ -1,4 +1,4 @@
-"""A reader gives back what was written, of units that are done, or says what is wrong and where."""
+"""A reader returns finished units as written, or reports what is wrong and where."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from tests.cache.making import (
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished cache, not to be written to."""
+    """A finished cache, read-only."""
     path = tmp_path_factory.mktemp("reader") / "cache"
     make(path)
     return path
 
 
 def equal(found: np.ndarray, expected: np.ndarray, ragged: bool = False) -> bool:
-    if ragged:  # what one of the two leaves out is fill
+    if ragged:  # pad the shorter one with fill
         length = max(found.shape[1], expected.shape[1])
         found, expected = (
             np.concatenate(
@@ -59,7 +59,7 @@ def equal(found: np.ndarray, expected: np.ndarray, ragged: bool = False) -> bool
 
 
 def everything(path: Path) -> dict[str, object]:
-    """All that a reader can tell of a cache, as comparable values."""
+    """Return everything that a reader can read from a cache, as comparable values."""
     reader = open_cache(path)
     found: dict[str, object] = {
         "manifest": reader.manifest.to_json(),
@@ -79,10 +79,10 @@ def everything(path: Path) -> dict[str, object]:
     return found
 
 
-# What comes back
+# Values
 
 
-def test_everything_comes_back_as_it_was_written(cache: Path) -> None:
+def test_everything_is_read_as_written(cache: Path) -> None:
     reader = open_cache(cache)
     assert reader.views == VIEWS
     assert reader.counts == COUNTS
@@ -107,7 +107,7 @@ def test_everything_comes_back_as_it_was_written(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["dense", "envelope"])
-def test_gathered_rows_come_in_the_order_asked_for(cache: Path, encoding: str) -> None:
+def test_gathered_rows_are_in_the_requested_order(cache: Path, encoding: str) -> None:
     reader = open_cache(cache)
     rng = np.random.default_rng(1)
     everyone = [(v, s, o) for v in range(VIEWS) for s in range(3) for o in range(COUNTS[s])]
@@ -119,23 +119,23 @@ def test_gathered_rows_come_in_the_order_asked_for(cache: Path, encoding: str) -
             assert equal(value[None], expected[None], name == "envelope/lines")
 
 
-def test_more_lines_than_a_chunk_holds_come_back(cache: Path) -> None:
+def test_more_lines_than_a_chunk_contains_are_read(cache: Path) -> None:
     found = open_cache(cache).gather(
         "envelope", np.array([(v, 0, o) for v in range(4) for o in range(5)])
     )
     lines = found["envelope/lines"]
     assert lines.shape[1] > 8  # the chunk's; the toy data has up to 10
-    assert (lines[:, -1] != 65535).any()  # and no line more than are in use
+    assert (lines[:, -1] != 65535).any()  # and no unused line
 
 
-def test_an_empty_choice_of_rows_is_empty(cache: Path) -> None:
+def test_an_empty_selection_of_rows_is_empty(cache: Path) -> None:
     reader = open_cache(cache)
     for encoding in reader.encodings:
         for name, rows in reader.rows(encoding, 0, 0, []).items():
             assert len(rows) == 0, name
 
 
-def test_what_is_returned_may_be_written_to(cache: Path) -> None:
+def test_returned_arrays_are_writable(cache: Path) -> None:
     reader = open_cache(cache)
     for encoding in reader.encodings:
         first = reader.rows(encoding, 1, 0, [0, 1])
@@ -150,7 +150,7 @@ def test_a_copy_in_another_process_opens_its_own_files(cache: Path) -> None:
     reader.rows("envelope", 0, 0, [0])
     reader.rows("dense", 0, 0, [0])
     message = pickle.dumps(reader)
-    assert len(message) < 10_000  # no slab travels
+    assert len(message) < 10_000  # no slab is pickled
     copy = pickle.loads(message)
     assert copy.done().all()
     assert copy._memory == 12345
@@ -159,7 +159,7 @@ def test_a_copy_in_another_process_opens_its_own_files(cache: Path) -> None:
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_slabs_are_kept_within_bounds(cache: Path) -> None:
+def test_slabs_are_kept_within_the_memory_limit(cache: Path) -> None:
     reader = open_cache(cache, memory=4000)
     used = []
     for view in range(VIEWS):
@@ -182,7 +182,7 @@ def test_a_kept_slab_is_not_read_again(cache: Path, monkeypatch: pytest.MonkeyPa
     reader.rows("envelope", 0, 0, [3])
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_the_least_recently_used_is_evicted_first() -> None:
     kept: BytesLRU[str, int] = BytesLRU(10)
     kept.put("a", 1, 4)
     kept.put("b", 2, 4)
@@ -191,16 +191,16 @@ def test_the_least_recently_used_goes_first() -> None:
     assert (kept.get("a"), kept.get("b"), kept.get("c"), kept.used) == (1, None, 3, 8)
     kept.put("a", 5, 6)
     assert (kept.get("a"), kept.get("c"), kept.used) == (5, 3, 10)
-    kept.put("d", 6, 100)  # larger than the bound: kept until the next one comes
+    kept.put("d", 6, 100)  # larger than the limit: kept until the next put
     assert (kept.get("d"), kept.get("a"), kept.used) == (6, None, 100)
     kept.put("e", 7, 1)
     assert (kept.get("d"), kept.used) == (None, 1)
 
 
-# What is not there
+# Missing parts
 
 
-def test_what_is_not_done_does_not_exist(tmp_path: Path) -> None:
+def test_unfinished_units_cannot_be_read(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest())
     fill(writer, writer.todo()[:2])
     reader = open_cache(tmp_path / "c")
@@ -239,7 +239,7 @@ def test_missing_units_are_counted_and_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["", "nothing", "file", "empty"])
-def test_no_cache_is_said_to_be_none(tmp_path: Path, path: str) -> None:
+def test_a_folder_without_a_cache_is_refused(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CacheError, match="not a teacher cache"):
@@ -258,7 +258,7 @@ def test_a_manifest_from_the_future_is_refused_with_the_versions(tmp_path: Path)
         open_cache(tmp_path / "c")
 
 
-def test_attributes_too_large_are_neither_written_nor_read(
+def test_oversized_attributes_are_neither_written_nor_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "c")
@@ -270,8 +270,8 @@ def test_attributes_too_large_are_neither_written_nor_read(
     assert list((tmp_path / "d").iterdir()) == []
 
 
-def test_array_documents_that_differ_are_refused_by_field(tmp_path: Path) -> None:
-    """They guide zarr, not us: but a cache says one thing, whoever reads it."""
+def test_altered_array_documents_are_refused_by_field(tmp_path: Path) -> None:
+    """Only zarr uses them, but every reader must see the same cache."""
     path = tmp_path / "c"
     make(path)
     document = path / "envelope/lines/zarr.json"
@@ -298,8 +298,8 @@ def test_array_documents_that_differ_are_refused_by_field(tmp_path: Path) -> Non
             ]
 
 
-def test_a_long_field_is_shown_where_it_differs(tmp_path: Path) -> None:
-    """As zarr writes a group to which someone adds a note, behind a manifest of any length."""
+def test_a_long_field_is_shown_near_the_difference(tmp_path: Path) -> None:
+    """As after adding a note to the group with zarr, behind a manifest of any length."""
     make(tmp_path / "c")
     zarr.open_group(tmp_path / "c").attrs["note"] = 1
     with pytest.raises(CacheError, match="the manifest was altered") as caught:
@@ -311,7 +311,7 @@ def test_a_long_field_is_shown_where_it_differs(tmp_path: Path) -> None:
     assert len(found) < 300
 
 
-def test_what_no_field_shows_is_named_by_byte(tmp_path: Path) -> None:
+def test_a_difference_outside_all_fields_is_located_by_byte(tmp_path: Path) -> None:
     make(tmp_path / "c")
     document = json.loads((tmp_path / "c/zarr.json").read_text())
     (tmp_path / "c/zarr.json").write_bytes(layout.to_bytes({**document, "more": None}))
@@ -327,7 +327,7 @@ def test_an_unknown_encoding_is_refused(tmp_path: Path) -> None:
     assert "holographic" in str(caught.value)
 
 
-def test_a_manifest_that_was_edited_is_refused(tmp_path: Path) -> None:
+def test_an_edited_manifest_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "c")
     group = tmp_path / "c/zarr.json"
     group.write_text(group.read_text().replace('"random"', '"imagenet"'))
@@ -335,10 +335,10 @@ def test_a_manifest_that_was_edited_is_refused(tmp_path: Path) -> None:
         open_cache(tmp_path / "c")
 
 
-# What was lost or altered; tests/faults/test_damage.py goes through every kind of file
+# Lost or altered files; tests/faults/test_damage.py covers every kind of file
 
 
-def test_a_file_cut_at_any_length_is_noticed(tmp_path: Path) -> None:
+def test_a_file_truncated_at_any_length_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "c"
     make(path, views=2)
     for name in data_files(path):
@@ -350,8 +350,8 @@ def test_a_file_cut_at_any_length_is_noticed(tmp_path: Path) -> None:
         (path / name).write_bytes(content)
 
 
-def test_a_lost_index_is_not_taken_for_chunks_that_nobody_wrote(tmp_path: Path) -> None:
-    """All ones mean "not written" in an index, and are what an erased block of a disk reads as."""
+def test_an_erased_index_is_not_mistaken_for_unwritten_chunks(tmp_path: Path) -> None:
+    """All ones mean "not written" in an index, and an erased block of a disk reads as all ones."""
     path = tmp_path / "c"
     make(path)
     for name in ("envelope/lines", "dense/spatial"):
@@ -378,7 +378,7 @@ def test_keys_of_another_shard_are_refused(tmp_path: Path) -> None:
     assert caught.value.where == other
 
 
-def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
+def test_anything_but_a_regular_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "c"
     make(path)
     for make_odd in (os.mkfifo, os.mkdir):
@@ -402,8 +402,8 @@ def test_an_unreadable_disk_is_reported(cache: Path, monkeypatch: pytest.MonkeyP
     assert "digest/c/0/0" in str(caught.value)
 
 
-def test_values_that_no_answer_has_are_refused(tmp_path: Path) -> None:
-    """Well-formed chunks from a stranger: classes that do not exist, crossings without a class."""
+def test_impossible_values_are_refused(tmp_path: Path) -> None:
+    """Well-formed untrusted chunks: classes that do not exist, crossings without a class."""
 
     def spoilt(change: str) -> Rows:
         data = unit_data(Unit(0, 0, range(2)), manifest(encodings=("envelope",)))
@@ -428,7 +428,7 @@ def test_values_that_no_answer_has_are_refused(tmp_path: Path) -> None:
 
 
 def test_opening_a_large_cache_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents are read and folders listed, however many units there are; no unit is opened."""
+    """It reads documents and lists folders, and opens no unit."""
     made = manifest(dataset=dataset((3,) * 1024), views=20, view_block=10)
     CacheWriter.create(tmp_path, made)
     for block in range(2):
@@ -448,7 +448,7 @@ def test_opening_a_large_cache_is_quick(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_targets_are_read_by_view_and_key(cache: Path) -> None:
-    """The same rows that :meth:`gather` gives, as tensors; smallest exact encoding first."""
+    """The same rows as from :meth:`gather`, as tensors; smallest exact encoding first."""
     reader = open_cache(cache)
     pairs = [(2, reader.keys(1)[2]), (0, reader.keys(0)[0]), (2, reader.keys(2)[1])]
     index = np.array([(2, 1, 2), (0, 0, 0), (2, 2, 1)])
@@ -464,7 +464,7 @@ def test_targets_are_read_by_view_and_key(cache: Path) -> None:
     np.testing.assert_allclose(found, expected - np.logaddexp.reduce(expected, 1)[:, None], 1e-4)
 
 
-def test_targets_that_are_not_there_are_refused(cache: Path) -> None:
+def test_missing_targets_are_refused(cache: Path) -> None:
     reader = open_cache(cache)
     key = reader.keys(0)[0]
     with pytest.raises(CacheError, match=r"1 of 2 keys are missing from the cache[^$]*nobody"):
@@ -489,7 +489,7 @@ def test_small_arrays_are_read_once(cache: Path, monkeypatch: pytest.MonkeyPatch
     assert not first[0].flags.writeable
 
 
-def test_a_reader_for_another_thread_is_the_same(cache: Path) -> None:
+def test_a_reopened_reader_is_equal(cache: Path) -> None:
     reader = open_cache(cache)
     reader.digest()
     other = reader.reopened()

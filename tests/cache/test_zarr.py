@@ -61,7 +61,7 @@ def test_plain_zarr_reads_every_array(cache: Path) -> None:
             assert (lines[:, :, classes.shape[2] :] == 65535).all()
 
 
-def test_an_open_cache_gives_its_zarr_group_read_only(cache: Path) -> None:
+def test_an_open_cache_returns_its_zarr_group_read_only(cache: Path) -> None:
     reader = open_cache(cache)
     group = reader.zarr()
     assert np.array_equal(group["label"][1, : COUNTS[1]], reader.labels(1))
@@ -69,7 +69,7 @@ def test_an_open_cache_gives_its_zarr_group_read_only(cache: Path) -> None:
         group["label"][0, 0] = 1
 
 
-def test_the_documents_are_what_zarr_itself_writes() -> None:
+def test_the_documents_equal_those_that_zarr_writes() -> None:
     made = manifest(encodings=tuple(ENCODINGS))
     for name, array in layout.stored_arrays(made).items():
         content: dict[str, Any] = {}
@@ -80,7 +80,7 @@ def test_the_documents_are_what_zarr_itself_writes() -> None:
 
 
 def create(store: Any, array: StoredArray) -> Any:
-    """``array`` as zarr's own function makes it."""
+    """Create ``array`` with zarr's own function."""
     return zarr.create_array(
         store,
         name=array.name,
@@ -142,7 +142,7 @@ def test_no_two_units_share_a_file(cache: Path) -> None:
 
 @st.composite
 def arrays_and_values(draw: st.DrawFn) -> tuple[StoredArray, np.ndarray]:
-    """Any geometry that the layout could ask for, and what one file of it is given."""
+    """Draw any geometry that the layout could use, and the values of one file."""
     rank = draw(st.integers(1, 4))
     axis = st.integers(1, 4)
     chunk = tuple(draw(axis) for _ in range(rank))
@@ -166,7 +166,7 @@ def arrays_and_values(draw: st.DrawFn) -> tuple[StoredArray, np.ndarray]:
 
 @settings(max_examples=60, deadline=None)
 @given(arrays_and_values())
-def test_files_are_read_alike_by_zarr_and_by_us(
+def test_zarr_and_our_reader_return_the_same_values(
     tmp_path_factory: pytest.TempPathFactory, made: tuple[StoredArray, np.ndarray]
 ) -> None:
     array, values = made
@@ -203,7 +203,7 @@ def test_files_are_read_alike_by_zarr_and_by_us(
 
 @pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 65535, 65791, 65792, 1_000_000])
 @pytest.mark.parametrize("level", [1, 8, 19])
-def test_a_frame_tells_its_size_before_it_is_decoded(count: int, level: int) -> None:
+def test_the_size_of_a_frame_is_known_before_decoding(count: int, level: int) -> None:
     from numcodecs.zstd import Zstd
 
     rng = np.random.default_rng(0)
@@ -212,18 +212,18 @@ def test_a_frame_tells_its_size_before_it_is_decoded(count: int, level: int) -> 
             assert _content_size(Zstd(level=level, checksum=True).encode(values)) == count
 
 
-def test_bytes_beyond_the_end_of_a_file_are_not_made_up(tmp_path: Path) -> None:
+def test_reading_beyond_the_end_of_a_file_fails(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"0123456789")
     folder = Folder(tmp_path)
     assert folder.read_part("f", 8, 2) == b"89"
     assert folder.read_part("f", -3, 3) == b"789"
     for start, length in ((8, 3), (11, 1), (-11, 11), (-11, 1)):
-        with pytest.raises(DamageError, match="cut short"):
+        with pytest.raises(DamageError, match="truncated"):
             folder.read_part("f", start, length)
 
 
-def test_a_chunk_that_claims_another_size_is_not_decoded(tmp_path: Path) -> None:
-    """A few bytes that would unfold into many are refused by their header."""
+def test_a_chunk_that_claims_a_different_size_is_not_decoded(tmp_path: Path) -> None:
+    """A decompression bomb is refused by its header."""
     from numcodecs.zstd import Zstd
 
     array = StoredArray("a", "uint8", ("x",), (100,), (100,), 0)

@@ -1,7 +1,7 @@
-"""What is written whole survives a power cut: files are synced, and so are the folders they lie in.
+"""Atomic writes survive a power failure: files and their folders are synced.
 
-A power cut cannot be made here, so what the kernel was asked for is watched: ``fsync`` of what is
-about to be named before ``os.replace``, and of the folder that then holds the new name after it.
+A power failure cannot be tested, so the system calls are recorded: ``fsync`` of a file or folder
+before its ``os.replace``, and ``fsync`` of the parent folder after it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Event = tuple[str, Path]
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
-    """("sync", file or folder) and ("name", target), in their order."""
+    """Record ("sync", file or folder) and ("name", target) events in order."""
     found: list[Event] = []
     fsync, replace = os.fsync, os.replace
 
@@ -36,7 +36,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     return found
 
 
-def test_a_file_is_synced_before_it_is_named_and_its_folder_after(
+def test_a_file_is_synced_before_its_rename_and_its_folder_after(
     tmp_path: Path, events: list[Event]
 ) -> None:
     write_text(tmp_path / "new" / "recipe.toml", "x")
@@ -48,7 +48,7 @@ def test_a_file_is_synced_before_it_is_named_and_its_folder_after(
     assert last == ("sync", tmp_path / "new")
 
 
-def test_a_folder_is_named_when_all_in_it_is_synced_and_its_parent_after(
+def test_a_folder_is_renamed_after_syncing_its_contents_and_its_parent_synced_after(
     tmp_path: Path, events: list[Event]
 ) -> None:
     with atomic_folder(tmp_path / "out") as folder:
@@ -63,7 +63,7 @@ def test_a_folder_is_named_when_all_in_it_is_synced_and_its_parent_after(
     assert events[named + 1 :] == [("sync", tmp_path)]
 
 
-def test_a_folder_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
+def test_an_unfinished_folder_is_removed(tmp_path: Path) -> None:
     def fail() -> None:
         with atomic_folder(tmp_path / "out") as folder:
             (folder / "half").write_text("x")

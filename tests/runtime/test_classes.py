@@ -1,4 +1,4 @@
-"""Lists of class names: what kind of difference, in which words, and what a guard makes of it."""
+"""Comparison of class names: kinds of difference, their wording, and the guard's decisions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def side(names: tuple[str, ...] | None, count: int | None = None, of: str = "her
     ("mine", "theirs", "kind", "same"),
     [
         (("c", "b", "a"), ("a", "b", "c"), "the same 3 names in another order", True),
-        # Names that are there twice, as ImageNet's crane is.
+        # Duplicate names, like ImageNet's crane.
         (("a", "a", "b"), ("a", "b", "b"), "2 of 3 names in common", False),
         (("a", "b", "a"), ("a", "a", "b"), "the same 3 names in another order", True),
         (
@@ -56,7 +56,7 @@ def side(names: tuple[str, ...] | None, count: int | None = None, of: str = "her
         (("dog", "fox"), ("ant", "bee"), "no names in common", False),
     ],
 )
-def test_a_difference_is_called_what_it_is(
+def test_each_kind_of_difference_is_described(
     mine: tuple[str, ...], theirs: tuple[str, ...], kind: str, same: bool
 ) -> None:
     for one, other in ((mine, theirs), (theirs, mine)):
@@ -66,12 +66,12 @@ def test_a_difference_is_called_what_it_is(
         assert found.same_classes is same
 
 
-def test_equal_and_unknown_names_are_no_difference() -> None:
+def test_equal_or_unknown_names_do_not_differ() -> None:
     for mine, theirs in ((NUMBERS, NUMBERS), (None, NUMBERS), (NUMBERS, None), (None, None)):
         assert difference(side(mine), side(theirs)) is None
 
 
-def test_a_refusal_shows_both_sides_the_first_classes_that_differ_and_the_switch() -> None:
+def test_a_refusal_shows_both_sides_the_first_differing_classes_and_the_switch() -> None:
     one, other = side(tuple(sorted(NUMBERS)), of="the shards"), side(NUMBERS, of="the student")
     with pytest.raises(ClassesError) as caught:
         ClassGuard("--yes").compare(one, other)
@@ -85,7 +85,7 @@ def test_a_refusal_shows_both_sides_the_first_classes_that_differ_and_the_switch
     assert "pass --yes" in text
 
 
-def test_what_is_accepted_is_kept_without_paths_and_logged_once(
+def test_accepted_differences_are_recorded_without_paths_and_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     guard = ClassGuard("--yes", accept=True)
@@ -100,7 +100,7 @@ def test_what_is_accepted_is_kept_without_paths_and_logged_once(
     assert caplog.messages == [f"accepted by --yes: {line}"]
 
 
-def test_names_that_one_side_lacks_are_logged_in_one_line(
+def test_names_missing_on_one_side_are_logged_in_one_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     for accept in (False, True):
@@ -113,7 +113,7 @@ def test_names_that_one_side_lacks_are_logged_in_one_line(
     assert caplog.messages == ["no class names in here: class k is taken as class k of there"] * 2
 
 
-def test_another_number_of_classes_is_never_accepted() -> None:
+def test_a_different_number_of_classes_is_never_accepted() -> None:
     guard = ClassGuard(COMMAND_SWITCH, accept=True)
     for mine, theirs in ((side(None, 11), side(NUMBERS)), (side(NUMBERS[1:]), side(NUMBERS))):
         with pytest.raises(ClassesError) as caught:
@@ -122,7 +122,7 @@ def test_another_number_of_classes_is_never_accepted() -> None:
     assert guard.accepted == []
 
 
-def test_a_stranger_s_names_are_short_and_on_one_line() -> None:
+def test_untrusted_names_are_shortened_to_one_line() -> None:
     hostile = ("a\x1b[31m\nb" + "x" * 10_000, "c")
     with pytest.raises(ClassesError) as caught:
         ClassGuard(COMMAND_SWITCH).compare(side(hostile), side(("c", "d"), of="there"))
@@ -131,12 +131,14 @@ def test_a_stranger_s_names_are_short_and_on_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pairs", "became"),
+    ("pairs", "expected"),
     [
         ([(0, 2), (2, 0)], {0: 2, 2: 0}),
         ([(0, 2), (0, 1)], {}),  # one label became two
         ([(0, 2), (1, 2)], {}),  # two became one
     ],
 )
-def test_a_renumbering_is_one_to_one(pairs: list[tuple[int, int]], became: dict[int, int]) -> None:
-    assert renumbering(pairs) == became
+def test_a_renumbering_is_one_to_one(
+    pairs: list[tuple[int, int]], expected: dict[int, int]
+) -> None:
+    assert renumbering(pairs) == expected

@@ -1,4 +1,4 @@
-"""What people and scripts see."""
+"""Console output for people and scripts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Tty(io.StringIO):
 
 
 class Speech:
-    """A terminal with its two streams and a clock that moves when told."""
+    """A terminal with its two streams and a manual clock."""
 
     def __init__(self, *, quiet: bool = False, json: bool = False, tty: bool = False) -> None:
         self.out, self.err = (Tty(), Tty()) if tty else (io.StringIO(), io.StringIO())
@@ -57,7 +57,7 @@ class Speech:
         return self.out.getvalue(), self.err.getvalue()
 
 
-def test_news_and_warnings_go_to_stderr_and_quiet_drops_the_news() -> None:
+def test_information_and_warnings_go_to_stderr_and_quiet_drops_information() -> None:
     speech = Speech()
     speech.terminal.line("one")
     speech.terminal.warn("two")
@@ -70,7 +70,7 @@ def test_news_and_warnings_go_to_stderr_and_quiet_drops_the_news() -> None:
 
 
 @pytest.mark.parametrize("tty", [False, True])
-def test_foreign_text_reaches_no_terminal_unspelled(
+def test_untrusted_text_is_escaped_before_it_reaches_a_terminal(
     tty: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
@@ -93,7 +93,7 @@ def test_foreign_text_reaches_no_terminal_unspelled(
     assert text.count(SPELLED) >= 9
 
 
-def test_lines_stay_whole_however_narrow_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_not_wrapped_on_narrow_screens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     speech = Speech()
     long = "word " * 30 + "end"
@@ -103,7 +103,7 @@ def test_lines_stay_whole_however_narrow_the_screen(monkeypatch: pytest.MonkeyPa
     assert speech.heard == (f"a: {long}\nt\nname\n{long}\n", long + "\n")
 
 
-def test_plain_progress_is_a_line_now_and_then_with_rate_and_time_left() -> None:
+def test_plain_progress_prints_occasional_lines_with_rate_and_time_left() -> None:
     speech = Speech()
     with speech.terminal.show(1000, "views", "dumping", done=400) as meter:
         speech.clock.now += PLAIN_INTERVAL / 2
@@ -122,8 +122,8 @@ def test_plain_progress_is_a_line_now_and_then_with_rate_and_time_left() -> None
     ]
 
 
-def test_progress_tells_which_side_is_the_limit() -> None:
-    """Data, from a tenth of the time on that the device has to wait for it."""
+def test_progress_shows_which_side_limits_the_rate() -> None:
+    """Data, if the device waits for it at least a tenth of the time."""
     speech = Speech()
 
     def batches(seconds: float) -> Iterator[int]:
@@ -146,7 +146,7 @@ def test_progress_tells_which_side_is_the_limit() -> None:
     )
 
 
-def test_short_work_and_quiet_leave_no_progress_lines() -> None:
+def test_short_work_and_quiet_print_no_progress_lines() -> None:
     for speech in (Speech(), Speech(quiet=True)):
         with speech.terminal.show(None, "images", "reading") as meter:
             meter.advance()
@@ -184,7 +184,7 @@ def test_bars_can_be_nested_and_lines_appear_above_them(monkeypatch: pytest.Monk
     assert speech.err.getvalue().count(show_cursor) == 2
 
 
-def test_meters_say_what_is_known() -> None:
+def test_meters_show_only_known_values() -> None:
     clock = Clock()
     meter = Meter(None, "images", 0, clock)
     assert str(meter) == "0 images"
@@ -199,7 +199,7 @@ def test_meters_say_what_is_known() -> None:
     ("count", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (73.4e9, "73.4 GB"), (37e12, "37 TB")],
 )
-def test_bytes_for_a_person(count: float, text: str) -> None:
+def test_sizes_are_formatted(count: float, text: str) -> None:
     assert format_size(count) == text
 
 
@@ -244,7 +244,7 @@ def test_results_are_dotted_lines_for_people_and_one_object_for_scripts() -> Non
     assert machine.out.getvalue().count("\n") == 1
 
 
-def test_json_has_what_python_has_not() -> None:
+def test_values_are_converted_to_json_types() -> None:
     found = {
         1: Path("a/b"),
         "nan": float("nan"),
@@ -256,7 +256,7 @@ def test_json_has_what_python_has_not() -> None:
     assert json.dumps(to_plain(found), allow_nan=False)
 
 
-def test_errors_are_told_on_stderr_and_as_an_object() -> None:
+def test_errors_are_printed_on_stderr_and_as_an_object() -> None:
     error = DataError("bad", where=Path("a"), found=3, expected="b", action="c", problems=["d"])
     speech = Speech()
     speech.terminal.error(error)
@@ -279,14 +279,14 @@ def test_errors_are_told_on_stderr_and_as_an_object() -> None:
     }
 
 
-def heard_by() -> Any:
-    """Return who listens to progress."""
+def current_listener() -> Any:
+    """Return the progress listener."""
     return progress._listener
 
 
 @pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt])
 @pytest.mark.parametrize("within", [silence, restore_reporting])
-def test_whoever_listened_does_again_after_a_silence_and_after_a_command(
+def test_reporting_is_restored_after_a_silence_and_after_a_command(
     within: Callable[[], AbstractContextManager[None]], error: type[BaseException] | None
 ) -> None:
     own, handler, logger = Speech().terminal, logging.NullHandler(), logging.getLogger(PACKAGE)
@@ -299,17 +299,17 @@ def test_whoever_listened_does_again_after_a_silence_and_after_a_command(
             if within is restore_reporting:
                 Terminal().attach()
                 assert not logger.propagate
-            assert heard_by() is not own
+            assert current_listener() is not own
             assert logger.level != logging.ERROR
             if error is not None:
                 raise error
-        assert heard_by() is own
+        assert current_listener() is own
         assert logger.handlers is handlers
         assert handlers == [handler]
         assert (logger.level, logger.propagate) == (logging.ERROR, True)
 
 
-def test_an_error_about_a_full_stdout_is_still_told() -> None:
+def test_an_error_about_a_full_stdout_is_still_printed() -> None:
     class Full(io.StringIO):
         def write(self, text: str) -> int:
             raise OSError(28, "No space left on device")

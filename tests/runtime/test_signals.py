@@ -1,4 +1,4 @@
-"""What each signal does to work that stops between its steps: real signals to this process."""
+"""The effect of each signal on work in steps, tested with real signals to this process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def stopped_by(*numbers: int) -> None:
 
 
 @pytest.mark.parametrize("number", STOPPING)
-def test_work_is_asked_to_stop_and_goes_on_until_it_does(number: signal.Signals) -> None:
+def test_a_signal_requests_a_stop_and_work_continues_until_it_stops(number: signal.Signals) -> None:
     with stop_requests() as stop:
         assert not stop.requested
         send(number)
@@ -37,7 +37,7 @@ def test_work_is_asked_to_stop_and_goes_on_until_it_does(number: signal.Signals)
 
 
 @pytest.mark.parametrize("number", REQUEUE)
-def test_a_schedulers_signal_is_told_from_ctrl_c(number: signal.Signals) -> None:
+def test_a_schedulers_signal_is_distinguished_from_ctrl_c(number: signal.Signals) -> None:
     with pytest.raises(Requeue, match=number.name):
         stopped_by(number)
     with pytest.raises(KeyboardInterrupt):
@@ -47,7 +47,7 @@ def test_a_schedulers_signal_is_told_from_ctrl_c(number: signal.Signals) -> None
 
 
 @pytest.mark.parametrize("number", REQUEUE)
-def test_a_schedulers_signal_that_comes_twice_leaves_the_time_to_save(
+def test_a_repeated_schedulers_signal_leaves_time_to_save(
     number: signal.Signals,
 ) -> None:
     with stop_requests() as stop:
@@ -56,7 +56,7 @@ def test_a_schedulers_signal_that_comes_twice_leaves_the_time_to_save(
     with requeue_requests():
         with pytest.raises(Requeue):
             send(number)
-        send(*REQUEUE)  # what runs as the command ends is not cut short
+        send(*REQUEUE)  # does not interrupt the end of the command
 
 
 def test_a_second_ctrl_c_stops_at_once() -> None:
@@ -67,7 +67,7 @@ def test_a_second_ctrl_c_stops_at_once() -> None:
 
 
 @pytest.mark.parametrize("number", REQUEUE)
-def test_a_signal_that_was_ignored_stays_so(number: signal.Signals) -> None:
+def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with requeue_requests(), stop_requests() as stop:
@@ -77,7 +77,7 @@ def test_a_signal_that_was_ignored_stays_so(number: signal.Signals) -> None:
         signal.signal(number, before)
 
 
-def test_another_processes_signals_count_as_ones_own() -> None:
+def test_another_processs_signals_count_as_own() -> None:
     with stop_requests() as stop:
         stop.add([signal.SIGUSR1])
         assert stop.requested
