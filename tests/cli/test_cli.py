@@ -31,7 +31,7 @@ from cskd_pipeline.errors import CacheError, DataError
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.progress import PACKAGE, listen, restore_reporting
 from cskd_pipeline.runtime.signals import REQUEUE
-from tests.runtime.test_console import heard_by
+from tests.runtime.test_console import current_listener
 
 GROUP = typer.main.get_group(app)
 
@@ -552,7 +552,13 @@ def test_errors_that_typer_would_swallow_propagate(
 @pytest.mark.parametrize("outcome", [{}, CacheError("no cache"), KeyboardInterrupt()])
 def test_progress_and_logging_are_restored_after_a_command(outcome: Any, replace: Replace) -> None:
     def shown_to() -> Any:
-        return heard_by(), logger.handlers, list(logger.handlers), logger.level, logger.propagate
+        return (
+            current_listener(),
+            logger.handlers,
+            list(logger.handlers),
+            logger.level,
+            logger.propagate,
+        )
 
     logger = logging.getLogger(PACKAGE)
     during: list[Any] = []
