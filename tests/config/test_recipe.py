@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is refused and in which words, what is written back."""
+"""Recipes: how files, flags and ``--set`` are read, error messages, digests, and writing."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def problems_of(folder: Path, text: str, kind: type = TrainRecipe, **overrides: 
 def test_a_file_overrides_defaults_and_leaves_the_rest(tmp_path: Path) -> None:
     recipe = load_recipe(TrainRecipe, write(tmp_path, "[optim]\nlr = 2\nbetas = [0.8, 0.9]\n"))
     assert recipe.optim == OptimSection(lr=2.0, betas=(0.8, 0.9))
-    assert isinstance(recipe.optim.lr, float)  # an integer serves as a number
+    assert isinstance(recipe.optim.lr, float)  # an integer is accepted as a number
     assert recipe.run == RunSection()
     assert recipe.views is None
     assert load_recipe(DumpRecipe) == DumpRecipe()
 
 
-def test_an_integer_where_a_number_is_due_is_that_number_to_the_digest_too(tmp_path: Path) -> None:
-    """1 and 1.0 are two texts in JSON, and one learning rate."""
+def test_an_integer_and_the_equal_float_have_one_digest(tmp_path: Path) -> None:
+    """1 and 1.0 differ in JSON but are one learning rate."""
     pairs = [("optim", "lr", "1", "1.0"), ("optim", "betas", "[0, 0]", "[0.0, 0.0]"),
              ("views", "crop_area", "[1, 1]", "[1.0, 1.0]")]  # fmt: skip
     for section, key, *texts in pairs:
@@ -63,7 +63,7 @@ def test_an_integer_where_a_number_is_due_is_that_number_to_the_digest_too(tmp_p
 
 
 @pytest.mark.parametrize("digits", [20, 400])
-def test_integers_beyond_64_bits_are_refused_however_long(tmp_path: Path, digits: int) -> None:
+def test_integers_beyond_64_bits_are_refused(tmp_path: Path, digits: int) -> None:
     for text in ("9" * digits, "-" + "9" * digits):
         (problem,) = problems_of(tmp_path, f"[optim]\nlr = {text}\n")
         assert problem.startswith("optim.lr: found ")
@@ -76,7 +76,7 @@ def test_a_partial_policy_is_completed_by_deit_v1(tmp_path: Path) -> None:
 
 
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
-    found = problems_of(
+    problems = problems_of(
         tmp_path,
         """
         lr = 3
@@ -107,7 +107,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         size = 3
         """,
     )
-    assert set(found) == {
+    assert set(problems) == {
         "lr: found an unknown section, did you mean optim.lr?",
         "distil: found an unknown section, did you mean distill?",
         "distill.methd: found an unknown key, did you mean distill.method?",
@@ -146,7 +146,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         ('[run]\nout = "\\u001b[2J"\nseed = "\\u001b[2J"', r"run.seed: found '\x1b[2J'"),
     ],
 )
-def test_a_wrong_value_is_named_with_what_was_expected(
+def test_an_invalid_value_is_reported_with_the_expected_one(
     tmp_path: Path, text: str, problem: str
 ) -> None:
     [found] = problems_of(tmp_path, text)
@@ -167,7 +167,7 @@ def test_dump_recipes_are_checked_too(tmp_path: Path, text: str, problem: str) -
     assert problem in found
 
 
-def test_the_message_shows_where_and_every_problem(tmp_path: Path) -> None:
+def test_the_message_shows_the_file_and_every_problem(tmp_path: Path) -> None:
     path = write(tmp_path, "[run]\nsed = 1\namp = 1\n")
     with pytest.raises(RecipeError) as caught:
         load_recipe(TrainRecipe, path)
@@ -189,7 +189,7 @@ def test_sets_override_the_file_and_flags_override_both(tmp_path: Path) -> None:
     )
     assert (recipe.optim.lr, recipe.optim.weight_decay) == (0.25, 0.5)
     assert recipe.optim.smoothing == 0.2
-    assert recipe.run.seed == 0  # a flag that was not given
+    assert recipe.run.seed == 0  # the flag was not passed
 
 
 @pytest.mark.parametrize(
@@ -217,14 +217,14 @@ def test_set_takes_toml_values_and_bare_strings(
 
 
 @pytest.mark.parametrize("text", ["optim.lr", "lr=3", ".lr=3", "optim.=3", "=3", ""])
-def test_set_without_a_dotted_name_is_wrong_usage(text: str) -> None:
+def test_set_without_a_dotted_name_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match=r"--set takes section\.key=value"):
         load_recipe(TrainRecipe, None, [text])
 
 
-def test_problems_from_the_command_line_say_so(tmp_path: Path) -> None:
-    found = problems_of(tmp_path, "[run]\nsed = 1\n", sets=["run.amp=b"], flags={"run.seed": -1})
-    assert [line.partition(":")[0] for line in found] == [
+def test_problems_on_the_command_line_are_marked(tmp_path: Path) -> None:
+    lines = problems_of(tmp_path, "[run]\nsed = 1\n", sets=["run.amp=b"], flags={"run.seed": -1})
+    assert [line.partition(":")[0] for line in lines] == [
         "run.sed",
         "run.seed (from the command line)",
         "run.amp (from the command line)",
@@ -272,7 +272,7 @@ def test_a_set_inside_a_value_or_another_set_is_a_problem(
     assert found.startswith(problem)
 
 
-def test_a_set_that_contradicts_a_flag_is_wrong_usage() -> None:
+def test_a_set_that_contradicts_a_flag_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="disagree"):
         load_recipe(TrainRecipe, None, ["schedule.epochs=3"], {"schedule.epochs": 4})
     assert load_recipe(
@@ -297,10 +297,8 @@ def test_unreadable_recipes_are_refused_with_the_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("joint", [".", " . ", '."a".', ".'/'.", '."=".'])
-def test_keys_in_one_another_are_refused_before_they_take_memory(
-    tmp_path: Path, joint: str
-) -> None:
-    """40,000 of them would take gigabytes."""
+def test_deeply_nested_keys_are_refused_before_they_take_memory(tmp_path: Path, joint: str) -> None:
+    """40,000 levels would take gigabytes."""
     key = joint.join(["a"] * 40_000)
     for text in (f"[student.kwargs]\n{key} = 1\n", f"[student.kwargs.{key}]\n"):
         with pytest.raises(RecipeError, match="nested too deeply"):
@@ -310,13 +308,13 @@ def test_keys_in_one_another_are_refused_before_they_take_memory(
         load_recipe(TrainRecipe, write(tmp_path, tables))
 
 
-def test_a_long_list_of_shards_is_no_nest_of_keys(tmp_path: Path) -> None:
+def test_dots_in_a_long_list_of_shards_are_not_nested_keys(tmp_path: Path) -> None:
     shards = ",".join(f"/data/v1.2/train-{n:04}.tar" for n in range(3000))
     recipe = load_recipe(TrainRecipe, write(tmp_path, f'[data]\nshards = "{shards}"\n'))
     assert recipe.data.shards == shards
 
 
-def test_names_find_recipes_and_a_name_without_method_means_cskd() -> None:
+def test_recipes_are_found_by_name_and_the_method_defaults_to_cskd() -> None:
     assert find_recipe(TrainRecipe, "paper_tiny").name == "paper_tiny_cskd.toml"
     assert find_recipe(TrainRecipe, "paper_tiny_deit").name == "paper_tiny_deit.toml"
     assert find_recipe(DumpRecipe, "paper_regnety_160").parent.name == "dump_teacher"
@@ -327,7 +325,7 @@ def test_names_find_recipes_and_a_name_without_method_means_cskd() -> None:
         find_recipe(TrainRecipe, "paper_regnety_160")  # of the other stage
 
 
-def test_a_path_is_a_path_even_beside_a_recipe_of_that_name(
+def test_a_recipe_may_be_a_path_without_a_suffix_or_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -338,7 +336,7 @@ def test_a_path_is_a_path_even_beside_a_recipe_of_that_name(
     assert load_recipe(TrainRecipe, "./mine").run.seed == 7
 
 
-def test_recipes_made_in_code_are_checked_too() -> None:
+def test_recipes_created_in_code_are_checked_too() -> None:
     with pytest.raises(ValidationError, match="greater than 0"):
         OptimSection(lr=-1.0)
     with pytest.raises(ValidationError, match="'bf16'"):
@@ -377,7 +375,7 @@ def test_recipes_made_in_code_are_checked_too() -> None:
         ("run.checkpoint_every", [-1], [0]),
     ],
 )
-def test_ranges_end_where_the_meaning_does(
+def test_values_out_of_range_are_refused(
     name: str, refused: list[object], accepted: list[object]
 ) -> None:
     for value in accepted:
@@ -406,17 +404,17 @@ def test_every_number_has_limits_and_every_key_a_description() -> None:
         for section, key in all_fields(kind):
             info = key_info(kind, f"{section}.{key}")
             assert info.description, key
-            if key not in ("betas", "mean", "std"):  # whose items have them
+            if key not in ("betas", "mean", "std"):  # their items have limits
                 assert bool(info.metadata) == (info.annotation in (int, float)), key
 
 
-def changed(kind: type, name: str, value: object) -> object:
-    """Return another value that the key may have."""
+def other_value(kind: type, name: str, value: object) -> object:
+    """Return another valid value of the key."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
         choices = get_args(key_types(kind)[name])
-        return next((one for one in choices if one != value), value + "x")
+        return next((choice for choice in choices if choice != value), value + "x")
     if isinstance(value, tuple):
         return value[:-1] if len(value) > 1 else ("topk",) if value else (0.5, 0.5, 0.5)
     if isinstance(value, float):
@@ -438,9 +436,9 @@ FREE = {
 
 
 @pytest.mark.parametrize("kind", [DumpRecipe, TrainRecipe])
-def test_the_digest_follows_what_changes_results_and_nothing_else(kind: type) -> None:
+def test_the_digest_depends_on_exactly_the_keys_that_change_results(kind: type) -> None:
     before = kind()
-    if isinstance(before, DumpRecipe):  # draws count where something is drawn
+    if isinstance(before, DumpRecipe):  # settings of draws only count for this encoding
         before = replace(before, cache=replace(before.cache, encodings=("sampled",)))
     for section, key in all_fields(kind):
         values = getattr(before, section)
@@ -448,7 +446,7 @@ def test_the_digest_follows_what_changes_results_and_nothing_else(kind: type) ->
             before,
             **{
                 section: replace(
-                    values, **{key: changed(kind, f"{section}.{key}", getattr(values, key))}
+                    values, **{key: other_value(kind, f"{section}.{key}", getattr(values, key))}
                 )
             },
         )
@@ -495,14 +493,14 @@ def test_a_written_recipe_reads_back_equal(
     assert result_digest(again) == result_digest(recipe)
 
 
-def test_every_named_recipe_survives_writing(tmp_path: Path) -> None:
+def test_every_packaged_recipe_reads_back_equal(tmp_path: Path) -> None:
     for kind in (DumpRecipe, TrainRecipe):
         for name in recipe_names(kind):
             recipe = load_recipe(kind, name)
             assert load_recipe(kind, write(tmp_path, to_toml(recipe))) == recipe
 
 
-def test_the_choices_are_those_of_the_rooms_that_know_them() -> None:
+def test_choices_match_the_modules_that_implement_them() -> None:
     from cskd_pipeline.distill import ckf, encodings, losses
     from cskd_pipeline.models import student, teacher
     from cskd_pipeline.runtime import device
@@ -537,7 +535,7 @@ def test_the_choices_are_those_of_the_rooms_that_know_them() -> None:
         *(("hf-hub:a/b", False), ("hf_hub:a/b", False), ("local-dir:a", False)),
     ],
 )
-def test_a_recipes_file_may_name_every_model_but_a_factory(
+def test_a_recipe_file_may_name_any_model_except_a_factory(
     name: str, code: bool, tmp_path: Path
 ) -> None:
     assert is_factory(name) == code
@@ -573,20 +571,20 @@ DIGESTS = {
     "train/paper_tiny_none":
     "cca27b40049eb2ce80fa59010892ae46d7054df8759e27535f06b20256f53215",
 }  # fmt: skip
-"""Of the recipes of results on ImageNet: states and students of long runs carry these."""
+"""Digests of the recipes of published figures, which states and students of long runs store."""
 
 
 def test_recipes_keep_their_digests() -> None:
     found = {}
     for path in resources.stages().glob("*/*.toml"):
         if path.parent.name == "study" or path.stem.startswith("demo"):
-            continue  # run in minutes, and changed as that teaches
+            continue  # short runs, whose recipes may change
         kind = DumpRecipe if path.stem in recipe_names(DumpRecipe) else TrainRecipe
         found[f"{path.parent.name}/{path.stem}"] = result_digest(load_recipe(kind, path))
     assert found == DIGESTS
 
 
-def test_draws_enter_the_digest_where_something_is_drawn() -> None:
+def test_settings_of_draws_enter_the_digest_only_if_the_encoding_draws() -> None:
     def digest(encoding: str, key: str) -> str:
         sets = [f'cache.encodings=["{encoding}"]', f"cache.sampled_{key}"]
         return result_digest(load_recipe(DumpRecipe, None, sets))
@@ -596,7 +594,7 @@ def test_draws_enter_the_digest_where_something_is_drawn() -> None:
         assert digest("sampled", f"{key}=2") != digest("sampled", f"{key}=3")
 
 
-def test_whatever_decides_a_result_enters_the_digest_in_one_spelling() -> None:
+def test_digests_are_stable() -> None:
     kwargs = "student.kwargs={depth=2,x=[1,2.0,true,'a'],y={z=1e-9}}"
     sets = [kwargs, "views.size=64", "optim.lr=2", "data.classes=accept"]
     assert result_digest(load_recipe(TrainRecipe, "paper_tiny", sets)) == (
@@ -607,7 +605,7 @@ def test_whatever_decides_a_result_enters_the_digest_in_one_spelling() -> None:
     )
 
 
-def test_a_run_may_be_resumed_with_other_values_of_these() -> None:
+def test_only_these_keys_may_change_when_a_run_is_resumed() -> None:
     assert adjustable_keys(TrainRecipe) == {
         "data.missing", "data.drift", "data.corrupt", "optim.lr", "optim.clip_grad",
         "schedule.epochs", "schedule.warmup_epochs", "schedule.warmup_lr", "schedule.min_lr",

@@ -1,4 +1,4 @@
-"""Commands in parallel: real processes, their summaries, failures and interruptions."""
+"""Commands run in parallel processes: summaries, failures and interruptions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.processes import alive, until
 
 
 def test_a_command_in_a_separate_process_reports_its_error(tmp_path: Path) -> None:
-    calls = {"look": ["cache", "info", tmp_path / "nothing"]}
+    calls = {"info": ["cache", "info", tmp_path / "absent"]}
     with pytest.raises(CskdError) as caught:
         list(side_by_side(calls, 2, tmp_path / "logs"))
-    assert caught.value.problem.startswith("look: ")
-    assert str(caught.value.where).startswith(str(tmp_path / "nothing"))
-    assert "Traceback" not in (tmp_path / "logs/look.log").read_text()
+    assert caught.value.problem.startswith("info: ")
+    assert str(caught.value.where).startswith(str(tmp_path / "absent"))
+    assert "Traceback" not in (tmp_path / "logs/info.log").read_text()
 
 
 @pytest.fixture
@@ -65,8 +65,8 @@ def until_stopped(ready: Path, stopped: Path) -> list[str]:
 @pytest.mark.usefixtures("scripts")
 def test_summaries_are_yielded_as_commands_end(tmp_path: Path) -> None:
     calls = {"slow": emit({"n": 1}, after=1.0), "quick": emit({"n": 2}), "last": emit({"n": 3})}
-    found = list(side_by_side(calls, 2, tmp_path))
-    assert found == [("quick", {"n": 2}), ("last", {"n": 3}), ("slow", {"n": 1})]
+    summaries = list(side_by_side(calls, 2, tmp_path))
+    assert summaries == [("quick", {"n": 2}), ("last", {"n": 3}), ("slow", {"n": 1})]
 
 
 @pytest.mark.usefixtures("scripts")
@@ -78,9 +78,9 @@ def test_no_more_processes_than_requested_run_at_once(tmp_path: Path) -> None:
         "mine.unlink()"
     )
     calls = {str(n): [code] for n in range(5)}
-    found = list(side_by_side(calls, 2, tmp_path / "logs"))
-    assert len(found) == 5
-    assert max(summary["alive"] for _, summary in found) <= 2
+    summaries = list(side_by_side(calls, 2, tmp_path / "logs"))
+    assert len(summaries) == 5
+    assert max(summary["alive"] for _, summary in summaries) <= 2
 
 
 @pytest.mark.usefixtures("scripts")
@@ -117,7 +117,7 @@ def test_closing_the_generator_stops_its_processes(tmp_path: Path) -> None:
              "time.sleep(.01)\nprint('{}')"]  # fmt: skip
     running = side_by_side({"a": until_stopped(ready, stopped), "b": quick}, 2, tmp_path / "l")
     assert next(running) == ("b", {})
-    running.close()  # as an exception in the caller would
+    running.close()  # as if the caller had raised
     assert stopped.exists()
 
 

@@ -1,4 +1,4 @@
-"""The demo: its images and its commands."""
+"""The images and the commands of the demo."""
 
 from __future__ import annotations
 
@@ -29,27 +29,25 @@ def test_the_seed_determines_the_images(tmp_path: Path) -> None:
     assert {len(pixels) for pixels in a.values()} == {48 * 48 * 3}
 
 
-def test_some_training_labels_are_random_and_validation_labels_are_right(
-    tmp_path: Path,
-) -> None:
+def test_only_training_labels_are_noisy(tmp_path: Path) -> None:
     demo_images.write_digit_folders(tmp_path, train=400, validation=100, seed=1)
     _, labels = demo_images._scans()
     order = np.random.default_rng(1).permutation(len(labels))
     first = {"validation": 0, "train": demo_images.VALIDATION_DIGITS}
-    right = {
+    correct = {
         split: [
             int(path.parent.name) == labels[order[start + int(path.stem)]]
             for path in (tmp_path / split).rglob("*.png")
         ]
         for split, start in first.items()
     }
-    assert len(right["validation"]) == 100
-    assert all(right["validation"])
-    wrong = 1 - np.mean(right["train"])
+    assert len(correct["validation"]) == 100
+    assert all(correct["validation"])
+    wrong = 1 - np.mean(correct["train"])
     assert abs(wrong - 0.27) < 0.08  # 3.5 standard deviations of 400
 
 
-def test_a_cluttered_page_has_digits_of_its_class_and_one_each_of_some_others() -> None:
+def test_a_cluttered_page_has_several_digits_of_its_class_and_at_most_one_of_others() -> None:
     _, classes = demo_images._scans()
     pool, rng = np.arange(600), np.random.default_rng(0)
     counts = set()
@@ -65,7 +63,7 @@ def test_a_cluttered_page_has_digits_of_its_class_and_one_each_of_some_others() 
     assert counts == {(own, others) for own in (4, 5) for others in range(5)}
 
 
-def test_every_stage_runs_with_the_seed_and_a_page_is_written(
+def test_every_stage_runs_with_the_seed_and_the_report_names_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeds, calls = list[int](), list[list[str]]()

@@ -1,4 +1,4 @@
-"""Packing a tree of images into shards."""
+"""``make-shards`` packs a tree of images into tar shards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_every_image_is_packed_once_and_untouched(tmp_path: Path, image_folder: Path) -> None:
+def test_every_image_is_packed_once_and_unchanged(tmp_path: Path, image_folder: Path) -> None:
     summary = make_shards(image_folder, tmp_path / "out", shard_size=10)
     packed = {}
     for path in sorted((tmp_path / "out").glob("*.tar")):
@@ -42,7 +42,7 @@ def test_every_image_is_packed_once_and_untouched(tmp_path: Path, image_folder: 
     assert summary["skipped"] == 0
 
 
-def test_shards_are_even_listed_and_open_as_a_data_set(tmp_path: Path, image_folder: Path) -> None:
+def test_shards_are_even_indexed_and_loadable(tmp_path: Path, image_folder: Path) -> None:
     out = tmp_path / "out"
     summary = make_shards(image_folder, out, shard_size=10, split="val")
     dataset = load_dataset(out)
@@ -57,9 +57,7 @@ def test_shards_are_even_listed_and_open_as_a_data_set(tmp_path: Path, image_fol
     assert all(len(set(part)) > 2 for part in labels)  # shuffled, not class by class
 
 
-def test_the_same_tree_gives_the_same_bytes_and_a_seed_another_order(
-    tmp_path: Path, image_folder: Path
-) -> None:
+def test_bytes_depend_only_on_the_tree_and_the_seed(tmp_path: Path, image_folder: Path) -> None:
     copy = shutil.copytree(image_folder, tmp_path / "copy")
     for number, seed in enumerate((0, 0, 1)):
         make_shards(copy if number else image_folder, tmp_path / str(number), seed=seed)
@@ -77,11 +75,11 @@ def test_the_same_tree_gives_the_same_bytes_and_a_seed_another_order(
         ("v1.0/deep/er/7.jpg", "v1_0_deep_er_7"),
     ],
 )
-def test_keys_are_those_of_the_published_shards(name: str, key: str) -> None:
+def test_keys_match_the_published_shards(name: str, key: str) -> None:
     assert FolderImage(Path(name), name, 0).key == key
 
 
-def test_what_is_not_packed_is_counted_and_named(tmp_path: Path, image_folder: Path) -> None:
+def test_skipped_files_are_counted_and_named(tmp_path: Path, image_folder: Path) -> None:
     copy = shutil.copytree(image_folder, tmp_path / "tree")
     for name in (
         *(".cache/1.jpg", "@eaDir/1.jpg", "__MACOSX/1.jpg", "cat/.thumbs/1.jpg"),
@@ -93,33 +91,31 @@ def test_what_is_not_packed_is_counted_and_named(tmp_path: Path, image_folder: P
     summary = make_shards(copy, tmp_path / "out")
     assert summary["samples"] == 23
     assert summary["classes"] == len(CLASSES)
-    left_out = [
+    skipped = [
         *(".cache/", "@eaDir/", "__MACOSX/", "loose.jpg", "notes.txt"),
         *("cat/.DS_Store", "cat/._1.jpg", "cat/.thumbs/", "cat/@eaDir/", "cat/readme.txt"),
         "dog/clip.gif",
     ]
-    assert summary["skipped_examples"] == left_out
-    assert summary["skipped"] == len(left_out)
+    assert summary["skipped_examples"] == skipped
+    assert summary["skipped"] == len(skipped)
 
 
 def test_images_behind_linked_folders_are_packed(tmp_path: Path, image_folder: Path) -> None:
     copy = shutil.copytree(image_folder, tmp_path / "tree")
-    shutil.move(copy / "cat", tmp_path / "elsewhere")
-    (tmp_path / "elsewhere/deep").mkdir()
-    shutil.copy(next((copy / "dog").iterdir()), tmp_path / "elsewhere/deep/1.jpg")
+    shutil.move(copy / "cat", tmp_path / "disk2")
+    (tmp_path / "disk2/deep").mkdir()
+    shutil.copy(next((copy / "dog").iterdir()), tmp_path / "disk2/deep/1.jpg")
     (copy / "cat").mkdir()
-    (copy / "cat/disk2").symlink_to(tmp_path / "elsewhere")
+    (copy / "cat/disk2").symlink_to(tmp_path / "disk2")
     summary = make_shards(copy, tmp_path / "out")
     assert (summary["samples"], summary["skipped"]) == (24, 0)
     names = [image.name for image in scan_image_folder(copy).images]
     assert "cat/disk2/deep/1.jpg" in names
 
 
-def test_a_linked_folder_that_leads_back_is_followed_once_and_named(
-    tmp_path: Path, image_folder: Path
-) -> None:
+def test_a_cyclic_link_is_not_followed_and_named(tmp_path: Path, image_folder: Path) -> None:
     copy = shutil.copytree(image_folder, tmp_path / "tree")
-    (copy / "cat/all").symlink_to(copy)  # to a folder that contains it
+    (copy / "cat/all").symlink_to(copy)  # a folder that contains it
     (copy / "dog/self").symlink_to(".")
     other = tmp_path / "other"
     other.mkdir()
@@ -178,7 +174,7 @@ def test_a_tree_without_classes_or_images_is_refused(tmp_path: Path, kind: str) 
     assert not (tmp_path / "out").exists()
 
 
-def test_images_that_would_share_a_key_are_all_named(tmp_path: Path) -> None:
+def test_all_images_with_equal_keys_are_named(tmp_path: Path) -> None:
     for name in ("a/x.jpg", "a/x.png", "a/b_x.png", "a/b/x.jpg"):
         (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tree" / name).write_bytes(b"x")
@@ -197,17 +193,15 @@ def test_names_that_are_not_utf8_are_refused(tmp_path: Path, image_folder: Path)
         with open(odd, "wb") as file:
             file.write(b"x")
     except OSError:
-        pytest.skip("the file system has UTF-8 names only")
+        pytest.skip("the file system accepts UTF-8 names only")
     with pytest.raises(DataError, match="cannot be named") as caught:
         scan_image_folder(copy)
     assert caught.value.problems == [r"'cat/\udcff.jpg' is not UTF-8"]
 
 
-def test_images_that_are_empty_or_cannot_be_read_are_all_named(
-    tmp_path: Path, image_folder: Path
-) -> None:
+def test_all_empty_or_unreadable_images_are_named(tmp_path: Path, image_folder: Path) -> None:
     copy = shutil.copytree(image_folder, tmp_path / "tree")
-    (copy / "cat/gone.jpg").symlink_to(tmp_path / "nowhere")
+    (copy / "cat/gone.jpg").symlink_to(tmp_path / "absent")
     (copy / "cat/empty.jpg").touch()
     (copy / "dog/empty.png").touch()
     os.mkfifo(copy / "dog/pipe.jpg")
@@ -222,22 +216,22 @@ def test_images_that_are_empty_or_cannot_be_read_are_all_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_holds_something_is_not_touched(tmp_path: Path, image_folder: Path) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path, image_folder: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="contains other files"):
         make_shards(image_folder, tmp_path)
     assert content(tmp_path) == {"mine.txt": b"mine"}
 
 
-def test_an_interrupted_run_leaves_nothing_and_one_that_was_killed_is_replaced(
+def test_an_interrupted_run_leaves_no_files_and_a_killed_one_is_replaced(
     tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupting:
-        left = 5
+        remaining = 5
 
         def advance(self, count: int = 1) -> None:
-            self.left -= count
-            if not self.left:
+            self.remaining -= count
+            if not self.remaining:
                 raise KeyboardInterrupt
 
     @contextmanager
@@ -257,7 +251,7 @@ def test_an_interrupted_run_leaves_nothing_and_one_that_was_killed_is_replaced(
     assert sorted(content(out)) == ["_info.json", "classes.json", "train-0000.tar"]
 
 
-def test_a_full_disk_is_reported_and_nothing_stays(
+def test_a_full_disk_is_reported_and_no_files_are_left(
     tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(self: Any, sample: Any) -> None:
@@ -269,7 +263,7 @@ def test_a_full_disk_is_reported_and_nothing_stays(
     assert not any((tmp_path / "out").iterdir())
 
 
-def test_tars_are_readable_by_tar_itself(tmp_path: Path, image_folder: Path) -> None:
+def test_tars_are_readable_by_tarfile(tmp_path: Path, image_folder: Path) -> None:
     make_shards(image_folder, tmp_path / "out")
     with tarfile.open(tmp_path / "out/train-0000.tar") as tar:
         assert {member.mtime for member in tar} == {0}

@@ -43,8 +43,7 @@ def words(small: World, out: Path, *more: object) -> list[object]:
 
 
 def results(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / bench.RESULTS).read_text())["results"]
-    return found
+    return dict(json.loads((out / bench.RESULTS).read_text())["results"])
 
 
 def test_a_run_stopped_by_its_time_limit_resumes_and_writes_a_table(
@@ -80,7 +79,7 @@ def test_a_run_stopped_by_its_time_limit_resumes_and_writes_a_table(
     assert "loader / timm's, one core, 3 views per decoded image, 32 px" in table
 
 
-def test_failures_are_reported_and_retried_and_ctrl_c_stops_the_study(
+def test_failed_measurements_are_retried_and_ctrl_c_stops_the_study(
     small: World, scale: bench.Scale, tmp_path: Path, capsys: Capture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -89,14 +88,14 @@ def test_failures_are_reported_and_retried_and_ctrl_c_stops_the_study(
     def measurements(config: bench.AllConfig, scale: bench.Scale) -> dict[str, bench.Measurement]:
         def fails() -> dict[str, Any]:
             calls.append("fails")
-            raise OutputError("no room | 2 GiB", where="here")
+            raise OutputError("no space | 2 GiB", where="disk")
 
         def works() -> dict[str, Any]:
             calls.append("works")
-            return {"found": 1}
+            return {"result": 1}
 
         def figures(report: dict[str, Any]) -> Iterator[Figure]:
-            yield Figure("works", str(report["found"]))
+            yield Figure("works", str(report["result"]))
 
         return {"a": bench.Measurement(fails, figures), "b": bench.Measurement(works, figures)}
 
@@ -105,9 +104,9 @@ def test_failures_are_reported_and_retried_and_ctrl_c_stops_the_study(
     shown = capsys.readouterr()
     assert "works" in shown.out  # other figures are printed anyway
     assert "some measurements failed" in shown.err
-    assert "- a: OutputError: no room | 2 GiB where: here" in shown.err
+    assert "- a: OutputError: no space | 2 GiB where: disk" in shown.err
     table = (tmp_path / "out" / bench.TABLE).read_text()
-    assert "| a | failed: OutputError: no room \\| 2 GiB where: here |" in table
+    assert "| a | failed: OutputError: no space \\| 2 GiB where: disk |" in table
     assert "| works | 1 |" in table
 
     def stopped(commands: Any, *args: Any, grace: float) -> Iterator[Any]:
@@ -134,20 +133,20 @@ def test_results_of_another_machine_or_other_shards_are_refused(
     assert "the results in this folder are from another machine" in capsys.readouterr().err
     machine = bench._machine(torch.device("cpu"))
     other = {"machine": machine, "shards": "other.tar", "results": {}}
-    for text, found in ((json.dumps(other), "other shards"), ("{}", "damaged")):
+    for text, message in ((json.dumps(other), "other shards"), ("{}", "damaged")):
         (tmp_path / bench.RESULTS).write_text(text)
         assert world.cli(*words(small, tmp_path)) == 1
-        assert found in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
-# --- the checks detect the faults -----------------------------------------------------------------
+# --- checks of the teacher ------------------------------------------------------------------------
 
 
 def test_a_correct_teacher_passes_both_checks(small: World) -> None:
-    found = check_teacher(world.dump_recipe(small.shards, Path()), 16)
-    assert (found["companions"]["differ"], found["cache"]["differ"]) == (0, 0)
-    assert found["companions"]["compared"] == (16 + 8 + 8 + 1) * 4 * (4 * 4 + 1)
-    assert found["cache"]["compared"] == 2 * 16 * (1 + 5 * 4 * 4)
+    report = check_teacher(world.dump_recipe(small.shards, Path()), 16)
+    assert (report["companions"]["differ"], report["cache"]["differ"]) == (0, 0)
+    assert report["companions"]["compared"] == (16 + 8 + 8 + 1) * 4 * (4 * 4 + 1)
+    assert report["cache"]["compared"] == 2 * 16 * (1 + 5 * 4 * 4)
 
 
 def test_logits_that_depend_on_companions_are_counted(
@@ -156,12 +155,12 @@ def test_logits_that_depend_on_companions_are_counted(
     real = Teacher.respond
 
     def leaks(teacher: Teacher, x: Tensor) -> Logits:
-        found = real(teacher, x)
-        return Logits(found.spatial + (1 if x[0].sum() < x[-1].sum() else 0), found.global_)
+        logits = real(teacher, x)
+        return Logits(logits.spatial + (1 if x[0].sum() < x[-1].sum() else 0), logits.global_)
 
     monkeypatch.setattr(Teacher, "respond", leaks)
-    found = check_teacher(world.dump_recipe(small.shards, Path()), 16)
-    assert found["companions"]["differ"] > 0
+    report = check_teacher(world.dump_recipe(small.shards, Path()), 16)
+    assert report["companions"]["differ"] > 0
 
 
 def test_cached_labels_that_differ_from_the_teachers_are_counted(
@@ -173,8 +172,8 @@ def test_cached_labels_that_differ_from_the_teachers_are_counted(
         return Logits(*(values.roll(1, dims=0) for values in real(teacher, x)))
 
     monkeypatch.setattr(Teacher, "respond", shifted)
-    found = check_teacher(world.dump_recipe(small.shards, Path()), 16)
-    assert found["cache"]["differ"] > 0
+    report = check_teacher(world.dump_recipe(small.shards, Path()), 16)
+    assert report["cache"]["differ"] > 0
 
 
 def test_a_study_that_ignores_sigterm_is_killed_at_the_time_limit(

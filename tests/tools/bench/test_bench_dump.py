@@ -19,10 +19,8 @@ from cskd_pipeline.tools.bench import bench_dump as bench
 from cskd_pipeline.tools.bench import sampled_dump
 from cskd_pipeline.tools.bench.sampled_dump import SampledDump
 from tests.pipeline import world
-from tests.pipeline.conftest import World, small
-from tests.tools.bench.test_bench_join import Time
-
-__all__ = ["small"]
+from tests.pipeline.conftest import World
+from tests.tools.bench.test_bench_join import FakeClock
 
 Capture = pytest.CaptureFixture[str]
 
@@ -42,7 +40,7 @@ def recipe_of(small: World, *sets: str) -> DumpRecipe:
 def test_each_side_has_its_rate_and_the_slower_of_loader_and_teacher_is_the_limit(
     small: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Time()
+    clock = FakeClock()
 
     def dumped(sampled: SampledDump, views: int) -> Iterator[int]:
         for _ in range(80):
@@ -61,8 +59,8 @@ def test_each_side_has_its_rate_and_the_slower_of_loader_and_teacher_is_the_limi
     monkeypatch.setattr(bench.timing, "clock", clock)
     monkeypatch.setattr(bench.timing, "wait_for", lambda device: clock.work(16 * 0.1))
     report = bench.bench_dump(recipe_of(small), images=8, rounds=3, with_variants=False)
-    found = {name: rates["median"] for name, rates in report["views_per_second"].items()}
-    assert found == pytest.approx(
+    rates = {name: spread["median"] for name, spread in report["views_per_second"].items()}
+    assert rates == pytest.approx(
         {"dump": 5, "teacher": 10, "loader": 20, "block_10": 20, "block_1": 10}
     )
     assert report["ratio"]["dump_to_teacher"]["median"] == pytest.approx(0.5)
@@ -76,12 +74,11 @@ def test_changed_labels_are_counted_over_all_locations_and_ratios() -> None:
     spatial = torch.randn(4, 5, 2, 2, generator=draws).half()
     logits = Logits(spatial, spatial.float().mean((2, 3)).half())
     assert bench._changed([logits], [logits]) == (0.0, 0.0)
-    turned = logits.spatial.clone()
-    turned[0, :, 0, 0] = 0
-    turned[0, logits.spatial[0, :, 0, 0].argmin(), 0, 0] = (
-        60000  # the top class at every r except 0
-    )
-    other = Logits(turned, logits.global_)
+    changed = logits.spatial.clone()
+    changed[0, :, 0, 0] = 0
+    top = logits.spatial[0, :, 0, 0].argmin()
+    changed[0, top, 0, 0] = 60000  # the top class at every r except 0
+    other = Logits(changed, logits.global_)
     assert bench._changed([logits], [other]) == (4 / (5 * 16), 0.0)
     global_ = logits.global_.roll(1, dims=1)
     assert bench._changed([logits], [Logits(logits.spatial, global_)])[1] == 1.0
@@ -96,7 +93,7 @@ def test_variants_are_teachers_with_other_settings_than_float32(
     monkeypatch.setattr(dump, "load_dataset", None)  # the shards are not opened again
     resident = bench.resident_views(sampled)
     assert {len(views) for views in resident} == {16}
-    clock = Time()
+    clock = FakeClock()
 
     def ticking() -> float:
         clock.work(0.5)
@@ -128,11 +125,11 @@ def test_the_command_prints_rates_the_limit_and_variants(small: World, capsys: C
     words += ("--weights", "random", "--images", 8, "--rounds", 3, "--batch-size", 16)
     words += ("--workers", 1, "--device", "cpu", "--size", 32, "--set", "data.num_classes=4")
     assert world.cli("bench", "dump", *words, "--variants") == 0
-    shown = capsys.readouterr()
-    assert [line.split()[0] for line in shown.out.splitlines()[2:7]] == [
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()[2:7]] == [
         *("dump", "bare", "loader,", "loader,", "loader,")
     ]
-    assert " is the bottleneck: the loader delivers " in shown.err
+    assert " is the bottleneck: the loader delivers " in err
     assert world.cli("bench", "dump", *words, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["workers"], report["variants"]) == (1, {})

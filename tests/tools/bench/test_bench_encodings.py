@@ -29,7 +29,7 @@ RATIOS = np.arange(21) / 20
 
 @pytest.fixture(scope="module")
 def responses(tmp_path_factory: pytest.TempPathFactory) -> Responses:
-    """40 views of random logits, wide enough for a softmax with a peak."""
+    """Responses of 40 views with random logits, spread enough for a peaked softmax."""
     path = tmp_path_factory.mktemp("bench") / "cache"
     make(path, encodings=("dense",))
     drawn = from_cache(path, 40)
@@ -39,9 +39,9 @@ def responses(tmp_path_factory: pytest.TempPathFactory) -> Responses:
 @pytest.fixture(scope="module")
 def report(responses: Responses) -> dict[str, Any]:
     threads = torch.get_num_threads()
-    found = bench.bench_encodings(responses, device=CPU)
+    report = bench.bench_encodings(responses, device=CPU)
     assert torch.get_num_threads() == threads
-    return found
+    return report
 
 
 def distribution(d: np.ndarray, g: np.ndarray, r: float, tau: float) -> np.ndarray:
@@ -73,23 +73,24 @@ def test_divergences_match_numpy(responses: Responses, report: dict[str, Any]) -
             p, q = distribution(d, g, r, tau), distribution(*near, r, tau)
             divergences.append((p * np.log(p / q)).sum(1).ravel())
         values = np.concatenate(divergences)
-        found = report["encodings"]["dense-q8"]["kl"][f"{tau:g}"]
-        assert found["mean"] == pytest.approx(values.mean(), rel=0.01, abs=1e-7)
-        assert found["p99"] == pytest.approx(np.quantile(values, 0.99), rel=0.03)
-        assert found["p99"] > 1.5 * found["mean"]
+        kl = report["encodings"]["dense-q8"]["kl"][f"{tau:g}"]
+        assert kl["mean"] == pytest.approx(values.mean(), rel=0.01, abs=1e-7)
+        assert kl["p99"] == pytest.approx(np.quantile(values, 0.99), rel=0.03)
+        assert kl["p99"] > 1.5 * kl["mean"]
 
 
 def test_the_divergence_is_from_the_logits_to_the_approximation() -> None:
-    """The reverse divergence is another number if the two are far apart."""
+    """The reverse divergence differs if the two are far apart."""
     generator = torch.Generator().manual_seed(0)
     d, near = (torch.randn(1, 5, 1, 1, generator=generator).half() * 3 for _ in range(2))
-    exact, found = LogitTargets(d, d[..., 0, 0]), LogitTargets(near, near[..., 0, 0])
+    exact, approximate = LogitTargets(d, d[..., 0, 0]), LogitTargets(near, near[..., 0, 0])
     p, q = (
         distribution(x.double().numpy(), x[..., 0, 0].double().numpy(), 0.5, 2.0) for x in (d, near)
     )
-    expected, other = (p * np.log(p / q)).sum(), (q * np.log(q / p)).sum()
-    assert abs(expected - other) > 0.01
-    assert float(bench._divergence(exact, found, 0.5, 2.0)) == pytest.approx(expected, rel=1e-4)
+    expected, reverse = (p * np.log(p / q)).sum(), (q * np.log(q / p)).sum()
+    assert abs(expected - reverse) > 0.01
+    kl = float(bench._divergence(exact, approximate, 0.5, 2.0))
+    assert kl == pytest.approx(expected, rel=1e-4)
 
 
 def test_agreement_matches_numpy(responses: Responses, report: dict[str, Any]) -> None:
@@ -99,9 +100,9 @@ def test_agreement_matches_numpy(responses: Responses, report: dict[str, Any]) -
         (distribution(d, g, r, 1.0).argmax(1) == distribution(*near, r, 1.0).argmax(1)).mean()
         for r in RATIOS
     ]
-    found = report["encodings"]["dense-q8"]["hard_agreement"]
-    assert found == pytest.approx(np.mean(same), abs=0.003)  # ties may be resolved differently
-    assert found < 1
+    agreement = report["encodings"]["dense-q8"]["hard_agreement"]
+    assert agreement == pytest.approx(np.mean(same), abs=0.003)  # ties may be resolved differently
+    assert agreement < 1
 
 
 def test_the_cosine_of_gradients_matches_their_closed_form(
@@ -117,10 +118,10 @@ def test_the_cosine_of_gradients_matches_their_closed_form(
             a = (1 / CLASSES - distribution(d[part], g[part], r, 1.0)).ravel()
             b = (1 / CLASSES - distribution(near[0][part], near[1][part], r, 1.0)).ravel()
             cosines.append(a @ b / np.sqrt((a @ a) * (b @ b)))
-    found = report["encodings"]["dense-q8"]["gradient_cosine"]
-    assert found["soft"] == pytest.approx(np.mean(cosines), abs=1e-5)
-    assert found["soft"] < 1 - 1e-6
-    assert found["hard"] is None
+    cosine = report["encodings"]["dense-q8"]["gradient_cosine"]
+    assert cosine["soft"] == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert cosine["soft"] < 1 - 1e-6
+    assert cosine["hard"] is None
 
 
 def test_exact_encodings_lose_nothing(report: dict[str, Any]) -> None:
@@ -134,13 +135,13 @@ def test_exact_encodings_lose_nothing(report: dict[str, Any]) -> None:
 
 
 def test_bias_and_variance_are_separated(report: dict[str, Any]) -> None:
-    """Draws vary around the right mean; hard labels do not vary, and are biased."""
+    """Draws vary around the correct mean; hard labels do not vary, and are biased."""
     of = {name: m["soft_bias_and_variance"] for name, m in report["encodings"].items()}
     for r in ("1", "0.5", "0"):
         assert of["dense"][r] == pytest.approx({"one": 1.0, "mean": 1.0}, abs=1e-9)
         assert of["sampled"][r]["one"] < of["sampled"][r]["mean"]
-        lost = {what: 1 / of["sampled"][r][what] ** 2 - 1 for what in ("one", "mean")}
-        assert lost["mean"] < lost["one"] / 8  # by 32 without bias
+        loss = {name: 1 / of["sampled"][r][name] ** 2 - 1 for name in ("one", "mean")}
+        assert loss["mean"] < loss["one"] / 8  # without bias, loss["one"] / 32
         assert of["envelope"][r]["one"] == of["envelope"][r]["mean"] < of["sampled"][r]["mean"]
     assert report["encodings"]["sampled"]["kl"] is None
     assert report["encodings"]["sampled"]["hard_agreement"] is None
@@ -156,10 +157,10 @@ def test_bytes_per_view_are_the_sizes_of_files(
         size = sum(
             len(data) for key, data in files.items() if key.startswith(f"{name}/") and "/c/" in key
         )
-        found = report["encodings"][name]
-        assert found["bytes_per_view"] == pytest.approx(size / len(responses), abs=0.01)
-        assert found["encode_ms"] > 0
-        assert found["decode_ms"] > 0
+        entry = report["encodings"][name]
+        assert entry["bytes_per_view"] == pytest.approx(size / len(responses), abs=0.01)
+        assert entry["encode_ms"] > 0
+        assert entry["decode_ms"] > 0
     assert report["views"] == 40
     assert report["grid"] == [HEIGHT, WIDTH]
 
@@ -184,16 +185,14 @@ def test_responses_from_a_cache_are_rows_of_its_finished_units(tmp_path: Path) -
     writer = CacheWriter.create(tmp_path / "c", manifest())
     fill(writer, writer.todo(shards=[2], views=range(2, 4)))
     reader = open_cache(tmp_path / "c")
-    known = np.concatenate(
-        [reader.rows("dense", view, 2, range(COUNTS[2]))["dense/spatial"] for view in (2, 3)]
-    )
-    drawn = from_cache(tmp_path / "c", 30)
-    again = from_cache(tmp_path / "c", 30)
-    assert torch.equal(drawn.spatial, again.spatial)
-    seen = {known[i].tobytes() for i in range(len(known))}
-    assert {
-        row.tobytes() for row in drawn.spatial.numpy()
-    } == seen  # every finished row and no other
+    finished = {
+        row.tobytes()
+        for view in (2, 3)
+        for row in reader.rows("dense", view, 2, range(COUNTS[2]))["dense/spatial"]
+    }
+    drawn, again = (from_cache(tmp_path / "c", 30).spatial for _ in range(2))
+    assert torch.equal(drawn, again)
+    assert {row.tobytes() for row in drawn.numpy()} == finished
 
 
 def test_a_cache_without_logits_or_units_is_refused(tmp_path: Path) -> None:
@@ -212,17 +211,16 @@ def test_responses_from_a_teacher_equal_its_dump(small: World, tmp_path: Path) -
 
     recipe = world.dump_recipe(small.shards, tmp_path / "c", ["views.mix=0.0"], views=2)
     dump_teacher(recipe)
-    found = from_teacher(recipe, 24)
-    assert found.spatial.shape == (24, 4, 4, 4)
+    responses = from_teacher(recipe, 24)
+    assert responses.spatial.shape == (24, 4, 4, 4)
     reader = open_cache(tmp_path / "c")
     dumped = {
         row.tobytes()
         for shard, count in enumerate(reader.counts)
         for row in reader.rows("dense", 0, shard, range(count))["dense/spatial"]
     }
-    assert {row.tobytes() for row in found.spatial.numpy()} <= dumped
-    more = from_teacher(recipe, 150)  # of 96 samples: in two views
-    assert len(more) == 150
+    assert {row.tobytes() for row in responses.spatial.numpy()} <= dumped
+    assert len(from_teacher(recipe, 150)) == 150  # two views of 96 samples
 
 
 # --- plot and command -----------------------------------------------------------------------------
@@ -235,13 +233,13 @@ def test_the_plot_shows_loss_against_bytes(report: dict[str, Any], tmp_path: Pat
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "symlog")
     e = report["encodings"]
     kl, hard = [n for n in e if e[n]["kl"]], [n for n in e if e[n]["kl"] is None]
-    at = [
+    points = [
         dict(zip(names, axes.transData.transform(curve.get_xydata()), strict=True))
         for curve, names in zip(axes.lines, (kl, kl, [n for n in hard if n != "sampled"]),
                                 strict=True)
     ]  # fmt: skip
-    one, four, labels = at  # tau = 1, tau = 4, hard labels
-    across = {name: found[0] for name, found in (one | labels).items()}
+    one, four, labels = points  # tau = 1, tau = 4, hard labels
+    across = {name: x for name, (x, _) in (one | labels).items()}
     assert sorted(across, key=across.__getitem__) == sorted(
         across, key=lambda name: e[name]["bytes_per_view"]
     )
@@ -249,11 +247,11 @@ def test_the_plot_shows_loss_against_bytes(report: dict[str, Any], tmp_path: Pat
         assert four[name][0] == one[name][0]
     assert one["dense-q8"][1] > four["dense-q8"][1]  # more loss at tau = 1
     assert one["topk"][1] > four["topk"][1]
-    lossy = min(found["dense-q8"][1] for found in (one, four))
+    lossy = min(curve["dense-q8"][1] for curve in (one, four))
     assert one["dense"][1] == four["dense"][1] == labels["envelope"][1] < lossy
     plot.write(tmp_path / "t.svg")
     text = list(ET.parse(tmp_path / "t.svg").getroot().itertext())
-    shown = [name for name in ENCODINGS if name != "sampled"]  # it has neither labels nor a KL
+    shown = [name for name in ENCODINGS if name != "sampled"]  # which has neither labels nor a KL
     for name in (*shown, "exact", "hard labels", "KL at temperature 1", "KL at temperature 4"):
         assert text.count(name) == 1, name
 
@@ -280,9 +278,9 @@ def test_the_command_prints_one_object_or_a_table(
     svg, png = tmp_path / "p.svg", tmp_path / "p.png"
     words = ("bench", "encodings", small.cache, "--views", 20, "--device", "cpu")
     assert world.cli(*words, "--plot", svg, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert list(found["encodings"]) == list(ENCODINGS)
-    assert (found["views"], found["classes"], found["grid"]) == (20, 4, [4, 4])
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["encodings"]) == list(ENCODINGS)
+    assert (report["views"], report["classes"], report["grid"]) == (20, 4, [4, 4])
     assert ET.parse(svg).getroot().tag == "{http://www.w3.org/2000/svg}svg"
     assert world.cli(*words, "--encoding", "topk", "--plot", png, "--quiet") == 0
     with Image.open(png) as image:
@@ -293,7 +291,7 @@ def test_the_command_prints_one_object_or_a_table(
     ]  # fmt: skip
 
 
-def test_a_folder_with_a_pinned_digest_is_a_cache(
+def test_a_cache_may_be_given_with_a_pinned_digest(
     small: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--views", 4, "--device", "cpu", "--encoding", "topk", "--json")
@@ -319,8 +317,8 @@ def test_invalid_arguments_are_refused(
     code: int,
     message: str,
 ) -> None:
-    known = {"CACHE": small.cache, "SHARDS": small.shards}
-    assert world.cli("bench", "encodings", *(known.get(w, w) for w in words)) == code
+    paths = {"CACHE": small.cache, "SHARDS": small.shards}
+    assert world.cli("bench", "encodings", *(paths.get(w, w) for w in words)) == code
     out, err = capsys.readouterr()
     assert message in err
     assert "Traceback" not in err

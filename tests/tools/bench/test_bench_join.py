@@ -16,15 +16,13 @@ from cskd_pipeline.tools.bench import bench_join as bench
 from cskd_pipeline.tools.bench import timing
 from cskd_pipeline.tools.bench.timing import ratio, spread
 from tests.pipeline import world
-from tests.pipeline.conftest import World, small
-
-__all__ = ["small"]
+from tests.pipeline.conftest import World
 
 Capture = pytest.CaptureFixture[str]
 
 
-class Time:
-    """A clock that advances by the cost of the work."""
+class FakeClock:
+    """A clock that advances only by simulated work."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -39,15 +37,15 @@ class Time:
 def test_sides_take_turns_and_the_warm_up_round_is_discarded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clock, order = Time(), list[str]()
+    clock, order = FakeClock(), list[str]()
 
     def work(side: str, number: int) -> None:
         order.append(f"{side}{number}")
         clock.work({"a": 1, "b": 3}[side] + number)
 
     monkeypatch.setattr(timing, "clock", clock)
-    found = timing.time_turns("ab", work, 3, "working")
-    assert found == {"a": [1, 2, 3], "b": [3, 4, 5]}
+    seconds = timing.time_turns("ab", work, 3, "working")
+    assert seconds == {"a": [1, 2, 3], "b": [3, 4, 5]}
     assert order == ["a0", "b0", "b0", "a0", "a1", "b1", "b2", "a2"]
 
 
@@ -60,10 +58,10 @@ def recipe(small: World, *sets: str) -> Any:
     return world.train_recipe(small.shards, small.cache, Path(), sets=list(sets))
 
 
-def test_both_sides_load_the_same_batches_and_one_has_targets(
+def test_both_sides_load_the_same_batches_and_only_one_has_targets(
     small: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, loaded = Time(), dict[bool, list[Any]]({True: [], False: []})
+    clock, loaded = FakeClock(), dict[bool, list[Any]]({True: [], False: []})
     real = TrainingViews.__getitem__
 
     def recorded(self: TrainingViews, rows: np.ndarray) -> Any:

@@ -16,16 +16,14 @@ from cskd_pipeline.errors import DataError
 from cskd_pipeline.tools.bench import bench_loader as bench
 from cskd_pipeline.views.policy import ViewPolicy
 from tests.pipeline import world
-from tests.pipeline.conftest import World, small
-from tests.tools.bench.test_bench_join import Time
-
-__all__ = ["small"]
+from tests.pipeline.conftest import World
+from tests.tools.bench.test_bench_join import FakeClock
 
 Capture = pytest.CaptureFixture[str]
 
 
 def test_ratios_are_speeds_relative_to_timm(small: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, calls = Time(), Counter[tuple[str, int]]()
+    clock, calls = FakeClock(), Counter[tuple[str, int]]()
 
     def side(name: str, seconds: float) -> Any:
         def step(number: int) -> int:
@@ -78,8 +76,8 @@ def test_timms_side_reads_the_same_tars_with_the_same_policy(
     assert targets.shape == (16, 4)
     assert (settings["scale"], settings["ratio"]) == (policy.crop_area, policy.crop_ratio)
     assert (settings["re_prob"], settings["hflip"]) == (policy.erase, policy.flip)
-    found = sorted(path.resolve() for path in tmp_path.glob("*.tar"))
-    assert found == sorted(Path(shard.path).resolve() for shard in dataset.shards)
+    linked = sorted(path.resolve() for path in tmp_path.glob("*.tar"))
+    assert linked == sorted(Path(shard.path).resolve() for shard in dataset.shards)
 
 
 def test_shards_in_which_timm_finds_no_samples_are_refused() -> None:

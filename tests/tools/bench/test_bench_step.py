@@ -27,7 +27,7 @@ from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.tools.bench import bench_step as bench
 from cskd_pipeline.views.policy import ViewPolicy
 from tests.pipeline import world
-from tests.tools.bench.test_bench_join import Time
+from tests.tools.bench.test_bench_join import FakeClock
 
 Capture = pytest.CaptureFixture[str]
 
@@ -48,7 +48,7 @@ def small_trainers(device: str = "cpu", *sets: str) -> dict[str, Trainer]:
 
 
 def test_ratios_are_step_times_relative_to_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, steps = Time(), Counter[str]()
+    clock, steps = FakeClock(), Counter[str]()
     seconds = {"none": 1.0, "deit": 1.25, "cskd": 1.5, "live": 6.0}
     real = bench._trainers
 
@@ -73,11 +73,11 @@ def test_ratios_are_step_times_relative_to_the_plain_step(monkeypatch: pytest.Mo
         teacher=TEACHER,
         rounds=3,
     )
-    found = report["students"][STUDENT]
-    assert found["ratio"]["cskd"] == {"median": 1.5, "low": 1.5, "high": 1.5}
-    assert found["ratio"]["deit"]["median"] == 1.25
-    assert found["ratio"]["live"]["median"] == 4.0
-    assert found["images_per_second"]["none"]["median"] == 8.0
+    student = report["students"][STUDENT]
+    assert student["ratio"]["cskd"] == {"median": 1.5, "low": 1.5, "high": 1.5}
+    assert student["ratio"]["deit"]["median"] == 1.25
+    assert student["ratio"]["live"]["median"] == 4.0
+    assert student["images_per_second"]["none"]["median"] == 8.0
     assert steps == dict.fromkeys(seconds, 4 * 2)  # three rounds and warm-up, two micro-batches
     assert report["goal"] == {"cskd": 1.03, "live": {}}  # goals of live need a GPU and RegNetY-160
 
@@ -91,12 +91,8 @@ def test_every_side_trains_by_its_own_method_from_its_own_targets() -> None:
     trainers = bench._trainers(small_recipe(), POLICY, teacher.grid, teacher, torch.device("cpu"))
     batch = bench.synthetic_batch(POLICY, 8, teacher.grid)
     assert list(trainers) == ["none", "deit", "cskd", "live"]
-    assert [trainer.loss.method for trainer in trainers.values()] == [
-        "none",
-        "deit",
-        "cskd",
-        "cskd",
-    ]
+    methods = [trainer.loss.method for trainer in trainers.values()]
+    assert methods == ["none", "deit", "cskd", "cskd"]
     assert trainers["none"].targets(batch) is None
     assert isinstance(trainers["cskd"].targets(batch), EnvelopeTargets)
     live = trainers["live"].targets(batch)
@@ -110,7 +106,7 @@ def test_every_side_trains_by_its_own_method_from_its_own_targets() -> None:
         assert (spatial > 0) == (name in ("cskd", "live"))
 
 
-def test_a_live_teacher_and_its_cached_logits_give_one_loss() -> None:
+def test_a_live_teacher_and_its_cached_logits_give_equal_losses() -> None:
     teacher = load_teacher(TeacherSource(TEACHER, "random", 1000), size=SIZE, batch_size=8)
     trainers = bench._trainers(small_recipe(), POLICY, teacher.grid, teacher, torch.device("cpu"))
     batch = bench.synthetic_batch(POLICY, 8, teacher.grid)
@@ -118,8 +114,8 @@ def test_a_live_teacher_and_its_cached_logits_give_one_loss() -> None:
     cached = ENCODINGS["envelope"].encode(logits.spatial, logits.global_, np.zeros(8, np.uint64))
     batch.targets.update(cached)
     for _ in range(3):
-        one, other = (trainers[name].step(iter([batch])) for name in ("cskd", "live"))
-        assert torch.equal(one, other)
+        from_cache, from_teacher = (trainers[name].step(iter([batch])) for name in ("cskd", "live"))
+        assert torch.equal(from_cache, from_teacher)
 
 
 def test_the_synthetic_batch_is_mixed_and_erased_and_has_real_envelopes() -> None:
@@ -131,15 +127,15 @@ def test_the_synthetic_batch_is_mixed_and_erased_and_has_real_envelopes() -> Non
     assert assemble(batch, POLICY).shape == (64, 3, SIZE, SIZE)
 
 
-HOST = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal"}
+SYNCING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal"}
 
 
-class Refusing(TorchDispatchMode):
-    """Refuses operations that make the host wait for a value."""
+class ForbidSync(TorchDispatchMode):
+    """Fails on operations that make the host wait for a value."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        assert name not in HOST, f"{func} reads a value back"
+        assert name not in SYNCING, f"{func} reads a value back"
         return func(*args, **(kwargs or {}))
 
 
@@ -148,18 +144,18 @@ def test_views_targets_loss_and_gradients_never_wait_for_the_device(method: str)
     trainer = small_trainers()[method]
     batch = bench.synthetic_batch(POLICY, 8, (2, 2))
     trainer.parts(batch)  # constants are copied to the device once
-    with Refusing():
+    with ForbidSync():
         trainer.parts(batch).total.backward()
-    with pytest.raises(AssertionError, match="reads a value back"), Refusing():
+    with pytest.raises(AssertionError, match="reads a value back"), ForbidSync():
         float(torch.ones(1).sum())
 
 
-def test_the_dense_head_sees_pooled_tokens() -> None:
-    """With 16 patch tokens and 4 locations per view, the head sees 4 rows per view for them."""
+def test_the_dense_head_gets_pooled_tokens() -> None:
+    """With 16 patch tokens and 4 locations per view, the head gets 4 rows per view."""
     trainer = small_trainers()["cskd"]
     rows = []
     model: Any = trainer.student.model
-    model.head_dist.register_forward_hook(lambda _, given, __: rows.append(given[0].shape))
+    model.head_dist.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape))
     trainer.parts(bench.synthetic_batch(POLICY, 8, (2, 2)))
     assert sorted(shape[:-1].numel() for shape in rows) == [8, 8 * 4]
 
@@ -183,9 +179,9 @@ def test_the_fused_optimizer_matches_the_plain_one_and_never_waits(
     ):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
         assert not torch.equal(one, initial)
-    with Refusing():
+    with ForbidSync():
         fused.step(iter([batch]))
-    with pytest.raises(AssertionError, match="reads a value back"), Refusing():
+    with pytest.raises(AssertionError, match="reads a value back"), ForbidSync():
         plain.step(iter([batch]))
 
 
@@ -270,7 +266,7 @@ def test_weights_and_images_of_a_step_have_the_requested_memory_format(channels_
     trainer = small_trainers("cpu", f"run.channels_last={str(channels_last).lower()}")["none"]
     patches = trainer.student.model.patch_embed.proj
     seen: list[Tensor] = []
-    patches.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    patches.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     trainer.step(iter([bench.synthetic_batch(POLICY, 8, (2, 2))]))
     for tensor in (*seen, patches.weight):
         assert tensor.is_contiguous(memory_format=formats[channels_last])

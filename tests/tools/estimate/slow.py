@@ -1,4 +1,4 @@
-"""A teacher that takes a known time: it sleeps."""
+"""A teacher that takes a known time per batch."""
 
 from __future__ import annotations
 

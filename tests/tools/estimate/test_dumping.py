@@ -22,10 +22,10 @@ from cskd_pipeline.pipeline.dump import dump_teacher
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools import estimate_dump
 from tests.cache.making import CLASSES
-from tests.cache.making import teacher as made_teacher
+from tests.cache.making import teacher as teacher_manifest
 from tests.pipeline import world
 from tests.pipeline.conftest import World
-from tests.tools.bench.test_bench_join import Time
+from tests.tools.bench.test_bench_join import FakeClock
 from tests.tools.estimate import slow
 
 VIEWS = 6
@@ -68,12 +68,12 @@ def both(
 
 
 def row(report: dict[str, Any], views: int, *encodings: str) -> dict[str, Any]:
-    (found,) = (
+    (match,) = (
         row
         for row in report["forecast"]
         if (row["views"], tuple(row["encodings"])) == (views, encodings)
     )
-    return dict(found)
+    return dict(match)
 
 
 def test_bytes_match_the_dump(both: tuple[dict[str, Any], ...]) -> None:
@@ -82,9 +82,9 @@ def test_bytes_match_the_dump(both: tuple[dict[str, Any], ...]) -> None:
         assert report["bytes_per_view"][name] == pytest.approx(
             info["encodings"][name]["bytes_per_view"], rel=0.15
         )
-    found = row(report, VIEWS, *ENCODINGS)["bytes"]
-    assert found == pytest.approx(info["bytes"] - info["bytes_by_array"]["metadata"], rel=0.15)
-    assert row(report, 60, *ENCODINGS)["bytes"] == pytest.approx(10 * found, rel=1e-3)
+    size = row(report, VIEWS, *ENCODINGS)["bytes"]
+    assert size == pytest.approx(info["bytes"] - info["bytes_by_array"]["metadata"], rel=0.15)
+    assert row(report, 60, *ENCODINGS)["bytes"] == pytest.approx(10 * size, rel=1e-3)
     for name in ("files", "largest_folder"):
         assert row(report, VIEWS, *ENCODINGS)[name] == info[name]
 
@@ -94,16 +94,16 @@ def test_a_slow_teacher_is_the_limit_and_every_batch_takes_its_time(
 ) -> None:
     report, summary, _ = both
     assert report["limit"] == "device"
-    found = row(report, VIEWS, *ENCODINGS)["seconds"]
+    forecast = row(report, VIEWS, *ENCODINGS)["seconds"]
     batches = VIEWS * 96 / 16
-    assert min(found, summary["seconds"]) >= batches * slow.SECONDS
+    assert min(forecast, summary["seconds"]) >= batches * slow.SECONDS
 
 
 def test_more_devices_share_the_time(both: tuple[dict[str, Any], ...]) -> None:
-    for found in both[0]["forecast"]:
-        one, four = found["device_seconds"]["1"], found["device_seconds"]["4"]
+    for entry in both[0]["forecast"]:
+        one, four = entry["device_seconds"]["1"], entry["device_seconds"]["4"]
         assert one == pytest.approx(4 * four)
-        assert one <= found["seconds"]
+        assert one <= entry["seconds"]
 
 
 def test_every_encoding_and_number_of_views_is_forecast(both: tuple[dict[str, Any], ...]) -> None:
@@ -145,7 +145,7 @@ def test_a_short_batch_takes_the_teacher_as_long_as_a_full_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A dump has full batches; a trial's short ones are padded."""
-    clock = Time()
+    clock = FakeClock()
 
     def logits(batch: Any) -> Logits:
         clock.work(8.0)  # however many views there are
@@ -153,9 +153,9 @@ def test_a_short_batch_takes_the_teacher_as_long_as_a_full_one(
 
     monkeypatch.setattr(estimate_dump.time, "perf_counter", clock)
     teacher = SimpleNamespace(batch_size=16, name="teacher")
-    few: Any = SimpleNamespace(logits=logits, teacher=teacher, manifest=None)
+    sampled: Any = SimpleNamespace(logits=logits, teacher=teacher, manifest=None)
     batches: Any = [SimpleNamespace(count=count) for count in (3, 16, 5)]
-    seconds, responses = estimate_dump._time_teacher(few, batches)
+    seconds, responses = estimate_dump._time_teacher(sampled, batches)
     assert seconds == 8.0 / 16
     assert len(responses) == 24
 
@@ -195,7 +195,7 @@ def forecast(
     """Forecast a dump, by default of 1000 samples in two views, encoded as ``dense``."""
     dataset = SimpleNamespace(name="invented", samples=sum(counts), counts=counts)
     teacher = SimpleNamespace(name="invented", num_classes=CLASSES, device=torch.device(device))
-    monkeypatch.setattr(estimate_dump, "teacher_info", lambda *_: made_teacher())
+    monkeypatch.setattr(estimate_dump, "teacher_info", lambda *_: teacher_manifest())
     monkeypatch.setattr(estimate_dump, "open_stage_one", lambda *_: (dataset, teacher))
     monkeypatch.setattr(estimate_dump, "try_dump", lambda *_: trial)
     recipe = recipe_of(Path("shards"), Path("cache"), ["dense"])
@@ -213,10 +213,10 @@ def test_more_files_than_the_hub_recommends_give_a_warning(
     assert row(report, 2, "dense")["largest_folder"] == 9
     report = forecast(monkeypatch, "cpu", counts=(10,) * 1024, views=300)
     assert row(report, 300, "envelope")["files"] > 900_000
-    (found,) = caplog.messages  # only for the recipe's encodings
-    assert found.startswith("300 views in dense: ")
-    assert "more than the 100,000 per repository that the Hub recommends" in found
-    assert "cache.view_block=0" in found
+    (warning,) = caplog.messages  # only for the recipe's encodings
+    assert warning.startswith("300 views in dense: ")
+    assert "more than the 100,000 per repository that the Hub recommends" in warning
+    assert "cache.view_block=0" in warning
 
 
 def test_bytes_include_seeds_and_digests(
@@ -237,7 +237,7 @@ def test_time_is_startup_plus_views_at_the_rate_of_the_dump(
         assert row(report, 2, name)["seconds"] == pytest.approx(3.0 + 2000 / 40)
 
 
-def test_if_the_device_is_the_limit_the_cost_of_an_encoding_counts(
+def test_the_cost_of_an_encoding_counts_if_the_device_is_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A view of envelope takes the device twice as long as one of dense."""
@@ -255,8 +255,8 @@ def test_another_gpu_has_its_own_loader_and_another_cpu_shares_its_cores(
 ) -> None:
     report = forecast(monkeypatch, device)
     for name, rate in (("dense", dense), ("envelope", envelope)):
-        found = row(report, 2, name)["device_seconds"]
-        assert found == pytest.approx({"1": 2000 / rate, "4": 2000 / (4 * rate)})
+        seconds = row(report, 2, name)["device_seconds"]
+        assert seconds == pytest.approx({"1": 2000 / rate, "4": 2000 / (4 * rate)})
 
 
 @pytest.mark.parametrize(

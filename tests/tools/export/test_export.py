@@ -1,4 +1,4 @@
-"""Exported students give the same logits without this package."""
+"""Exported students return the trained logits without this package."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TINY = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 DISTILLED = "deit_tiny_distilled_patch16_224"
 PLAIN = "vit_tiny_patch16_224"
 
-# Method, model, arguments, heads, grid; 48 px make 6x6 tokens, of which 4x4 is no divisor.
+# Method, model, arguments, heads, grid; 48 px give 6x6 tokens, which 4x4 does not divide.
 STUDENTS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...], tuple[int, int] | None]] = {
     "none": ("none", DISTILLED, TINY, ("cls",), None),
     "none, CNN": ("none", "resnet10t", {"channels": [8, 8, 16, 16]}, ("cls",), None),
@@ -46,7 +46,7 @@ STUDENTS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...], tuple[int, 
 
 
 def save(path: Path, kind: str, size: int = 48, **about: Any) -> Path:
-    """A student of that kind with weights far enough from zero to tell heads apart."""
+    """Save a student of that kind; its weights are large enough to tell the heads apart."""
     method, name, kwargs, heads, grid = STUDENTS[kind]
     torch.manual_seed(0)
     student = create_student(name, num_classes=5, size=size, kwargs=kwargs)
@@ -60,7 +60,7 @@ def save(path: Path, kind: str, size: int = 48, **about: Any) -> Path:
 
 
 @dataclass(frozen=True)
-class Exported:
+class Export:
     """An exported folder and its student; ``images`` are in [0, 1]."""
 
     folder: Path
@@ -69,7 +69,7 @@ class Exported:
     images: torch.Tensor
 
     def trained_logits(self) -> torch.Tensor:
-        """The student's own, as ``evaluate`` computes it."""
+        """Return the student's logits as ``evaluate`` computes them."""
         return inference_logits(self.heads(), self.card.heads)
 
     def heads(self) -> Any:
@@ -79,19 +79,19 @@ class Exported:
 
 
 @pytest.fixture(scope="module", params=STUDENTS)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Export:
     root = tmp_path_factory.mktemp("exported")
     source = save(root / "student.safetensors", request.param)
     export_student(source, root / "out", formats=("timm", "onnx"), each_head=True)
     student, card = load_student(source, CPU)
     student.eval()
-    return Exported(root / "out", student, card, torch.rand(7, 3, 48, 48))
+    return Export(root / "out", student, card, torch.rand(7, 3, 48, 48))
 
 
 # timm
 
 
-def test_timm_loads_the_folder_and_gives_the_logits_of_its_own_model(exported: Exported) -> None:
+def test_timm_loads_the_folder_and_gives_its_models_logits(exported: Export) -> None:
     model = timm.create_model(f"local-dir:{exported.folder}", pretrained=True).eval()
     assert type(model) is type(exported.student.model)
     student = exported.student
@@ -100,23 +100,23 @@ def test_timm_loads_the_folder_and_gives_the_logits_of_its_own_model(exported: E
         assert torch.equal(model(images), student.model(images))
 
 
-def test_timm_prepares_images_as_evaluate_does(exported: Exported) -> None:
+def test_timm_prepares_images_as_evaluate_does(exported: Export) -> None:
     model = timm.create_model(f"local-dir:{exported.folder}", pretrained=True)
     data = timm.data.resolve_data_config({}, model=model)
-    shown = exported.student.preprocessing
-    assert data["input_size"] == (3, shown.size, shown.size)
+    preprocessing = exported.student.preprocessing
+    assert data["input_size"] == (3, preprocessing.size, preprocessing.size)
     assert (data["crop_pct"], data["interpolation"], data["crop_mode"]) == (
         *(0.8, "bilinear", "center"),
     )
-    assert (shown.crop_pct, shown.interpolation) == (0.8, "bilinear")
+    assert (preprocessing.crop_pct, preprocessing.interpolation) == (0.8, "bilinear")
     assert (tuple(data["mean"]), tuple(data["std"])) == (
         exported.student.mean,
         exported.student.std,
     )
 
 
-def test_the_cards_lines_give_the_logits_that_were_trained(exported: Exported) -> None:
-    """The README's code runs on timm's model without this package."""
+def test_the_cards_code_gives_the_trained_logits(exported: Export) -> None:
+    """The card's code runs on timm's model, without this package."""
     readme = (exported.folder / "README.md").read_text()
     model = timm.create_model(f"local-dir:{exported.folder}", pretrained=True).eval()
     student = exported.student
@@ -135,7 +135,7 @@ def test_the_cards_lines_give_the_logits_that_were_trained(exported: Exported) -
     torch.testing.assert_close(scope["logits"], exported.trained_logits(), atol=1e-5, rtol=1e-5)
 
 
-def test_the_usage_that_the_card_shows_runs(exported: Exported, tmp_path: Path) -> None:
+def test_the_cards_usage_example_runs(exported: Export, tmp_path: Path) -> None:
     readme = (exported.folder / "README.md").read_text()
     code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
     assert "hf-hub:USER/NAME" in code
@@ -147,7 +147,7 @@ def test_the_usage_that_the_card_shows_runs(exported: Exported, tmp_path: Path) 
     assert scope["logits"].shape == (1, 5)
 
 
-def test_nothing_of_the_architectures_own_weights_is_claimed(exported: Exported) -> None:
+def test_the_pretrained_weights_metadata_is_not_copied(exported: Export) -> None:
     config = json.loads((exported.folder / "config.json").read_text())
     text = json.dumps(config)
     for word in ("license", "tag", "origin_url", "hf_hub", "fb_in1k", "test_input_size", '"url"'):
@@ -166,8 +166,8 @@ def test_class_names_are_timms_label_names(tmp_path: Path) -> None:
     assert model.pretrained_cfg["label_names"] == list(names)
 
 
-def test_an_exported_folder_is_a_student_again(exported: Exported, tmp_path: Path) -> None:
-    """Header and checksum are exported too, so it can be evaluated, fine-tuned and exported."""
+def test_an_exported_folder_is_read_as_a_student(exported: Export, tmp_path: Path) -> None:
+    """Its header and checksum are kept, so it can be evaluated, fine-tuned and exported."""
     assert read_header(exported.folder / "model.safetensors") == exported.card
     export_student(exported.folder, tmp_path / "again", formats=("timm",))
     for name in ("config.json", "model.safetensors"):
@@ -177,7 +177,7 @@ def test_an_exported_folder_is_a_student_again(exported: Exported, tmp_path: Pat
 # ONNX
 
 
-def onnx_logits(exported: Exported, count: int) -> dict[str, np.ndarray]:
+def onnx_logits(exported: Export, count: int) -> dict[str, np.ndarray]:
     session = onnxruntime.InferenceSession(str(exported.folder / "model.onnx"))
     names = [output.name for output in session.get_outputs()]
     images = exported.images[:count].numpy()
@@ -185,71 +185,72 @@ def onnx_logits(exported: Exported, count: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_onnx_runtime_gives_the_students_logits(exported: Exported, count: int) -> None:
-    found = onnx_logits(exported, count)
+def test_onnx_runtime_gives_the_students_logits(exported: Export, count: int) -> None:
+    logits = onnx_logits(exported, count)["logits"]
     expected = exported.trained_logits()[:count].numpy()
-    assert found["logits"].shape == (count, 5)
-    np.testing.assert_allclose(found["logits"], expected, atol=1e-4, rtol=0)
-    assert (found["logits"].argmax(1) == expected.argmax(1)).all()
+    assert logits.shape == (count, 5)
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    assert (logits.argmax(1) == expected.argmax(1)).all()
 
 
-def test_each_heads_logits_follow_their_mean(exported: Exported) -> None:
-    found = onnx_logits(exported, 3)
-    assert list(found) == ["logits", *exported.card.heads]
+def test_each_heads_logits_follow_their_mean(exported: Export) -> None:
+    outputs = onnx_logits(exported, 3)
+    assert list(outputs) == ["logits", *exported.card.heads]
     for name, logits in exported.heads().logits().items():
         if name in exported.card.heads:
-            np.testing.assert_allclose(found[name], logits[:3].numpy(), atol=1e-4, rtol=0)
-    mean = np.mean([found[name] for name in exported.card.heads], axis=0)
-    np.testing.assert_allclose(found["logits"], mean, atol=1e-5)
+            np.testing.assert_allclose(outputs[name], logits[:3].numpy(), atol=1e-4, rtol=0)
+    mean = np.mean([outputs[name] for name in exported.card.heads], axis=0)
+    np.testing.assert_allclose(outputs["logits"], mean, atol=1e-5)
 
 
-def test_the_graph_is_valid_and_says_what_it_takes(exported: Exported) -> None:
+def test_the_graph_is_valid_and_describes_its_input_and_output(exported: Export) -> None:
     model = onnx.load(exported.folder / "model.onnx")
     onnx.checker.check_model(model, full_check=True)
     [image] = model.graph.input
     dims = [d.dim_param or d.dim_value for d in image.type.tensor_type.shape.dim]
     assert (image.name, dims) == ("images", ["batch", 3, 48, 48])
-    about = {entry.key: entry.value for entry in model.metadata_props}
-    assert "RGB in [0, 1]" in about["input"]
-    assert ", ".join(exported.card.heads) in about["output"]
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert "RGB in [0, 1]" in metadata["input"]
+    assert ", ".join(exported.card.heads) in metadata["output"]
 
 
-def test_the_graph_and_the_card_say_how_the_student_was_evaluated(exported: Exported) -> None:
-    """The size to resize to is the one that timm's own transform resizes to."""
-    shown = exported.student.preprocessing
+def test_the_graph_and_the_card_describe_the_evaluation_transform(exported: Export) -> None:
+    """They state the size to which timm's own transform resizes."""
+    preprocessing = exported.student.preprocessing
+    interpolation = preprocessing.interpolation
     transform = timm.data.create_transform(
-        (3, 48, 48), crop_pct=shown.crop_pct, interpolation=shown.interpolation
+        (3, 48, 48), crop_pct=preprocessing.crop_pct, interpolation=interpolation
     )
     resize, crop = transform.transforms[:2]
     size = resize.size if isinstance(resize.size, int) else resize.size[0]
     assert tuple(crop.size) == (48, 48)
     assert size > 48
     model = onnx.load(exported.folder / "model.onnx")
-    about = {entry.key: entry.value for entry in model.metadata_props}
-    assert about["resize"] == (
-        f"shorter side to {size} pixels, {shown.interpolation}, then the central 48 x 48"
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["resize"] == (
+        f"shorter side to {size} pixels, {interpolation}, then the central 48 x 48"
     )
-    said = " ".join((exported.folder / "README.md").read_text().split())
-    assert f"resized to {size} pixels ({shown.interpolation})" in said
+    readme = " ".join((exported.folder / "README.md").read_text().split())
+    assert f"resized to {size} pixels ({interpolation})" in readme
 
 
-def test_the_graph_names_no_file_of_the_machine_it_was_made_on(exported: Exported) -> None:
+def test_the_graph_contains_no_paths_of_the_exporting_machine(exported: Export) -> None:
     data = (exported.folder / "model.onnx").read_bytes()
     for word in (b"site-packages", b"cskd_pipeline/", b".py", os.fsencode(Path.home())):
         assert word not in data, word
 
 
-def test_heads_are_given_only_when_asked(tmp_path: Path) -> None:
+def test_heads_are_exported_only_on_request(tmp_path: Path) -> None:
     save(tmp_path / "s.safetensors", "cskd", class_names=tuple("abcde"))
-    found = export_student(tmp_path / "s.safetensors", tmp_path / "out", formats=("onnx",))
-    assert set(found["files"]) == {"model.onnx", "README.md"}
+    summary = export_student(tmp_path / "s.safetensors", tmp_path / "out", formats=("onnx",))
+    assert set(summary["files"]) == {"model.onnx", "README.md"}
     model = onnx.load(tmp_path / "out/model.onnx")
     assert [output.name for output in model.graph.output] == ["logits"]
-    about = {entry.key: entry.value for entry in model.metadata_props}
-    assert json.loads(about["class_names"]) == list("abcde")
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(metadata["class_names"]) == list("abcde")
 
 
-def test_without_its_packages_onnx_is_refused_before_anything_is_written(
+def test_onnx_export_without_its_packages_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
@@ -264,7 +265,7 @@ def test_without_its_packages_onnx_is_refused_before_anything_is_written(
 # The card
 
 
-def test_the_card_says_how_the_student_was_trained(tmp_path: Path) -> None:
+def test_the_card_describes_the_training(tmp_path: Path) -> None:
     about = {"dataset": "imagenet", "teacher": "regnety_160.deit_in1k", "top1": 76.25, "epoch": 300}
     digests = {name: c * 64 for name, c in (("recipe_sha256", "a"), ("cache_sha256", "b"))}
     save(tmp_path / "s.safetensors", "cskd", weights="ema", **about, **digests)
@@ -284,15 +285,15 @@ def test_the_card_says_how_the_student_was_trained(tmp_path: Path) -> None:
         assert f"<td>{cell}</td>" in html, cell
 
 
-def test_unknown_facts_are_left_out_of_the_card(tmp_path: Path) -> None:
+def test_the_card_omits_unknown_facts(tmp_path: Path) -> None:
     student, card = load_student(save(tmp_path / "s.safetensors", "none, CNN"), CPU)
-    told = model_card(student, card, ("timm",), each_head=False)
-    assert "top-1" not in told
-    assert "teacher" not in told
-    assert "None" not in told
+    text = model_card(student, card, ("timm",), each_head=False)
+    assert "top-1" not in text
+    assert "teacher" not in text
+    assert "None" not in text
 
 
-def test_foreign_names_stay_text_in_the_card(tmp_path: Path) -> None:
+def test_names_with_markup_are_escaped_in_the_card(tmp_path: Path) -> None:
     evil = "<script>x</script> [a](javascript:b) | **c** \x1b[31m\n# d"
     about = {"dataset": evil, "teacher": evil, "class_names": (evil,) * 5}
     student, card = load_student(save(tmp_path / "s.safetensors", "cskd", **about), CPU)
@@ -310,7 +311,7 @@ def test_foreign_names_stay_text_in_the_card(tmp_path: Path) -> None:
 def test_only_an_empty_folder_is_written_to(tmp_path: Path) -> None:
     save(tmp_path / "s.safetensors", "none")
     (tmp_path / "out").mkdir()
-    export_student(tmp_path / "s.safetensors", tmp_path / "out")  # empty
+    export_student(tmp_path / "s.safetensors", tmp_path / "out")
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     with pytest.raises(OutputError, match="contains other files"):
         export_student(tmp_path / "s.safetensors", tmp_path / "out")
@@ -345,10 +346,10 @@ def test_the_command_exports_a_runs_best_student(
     save(tmp_path / "best.safetensors", "cskd", top1=51.5)
     words = ("export", tmp_path, "--out", tmp_path / "out", "--format", "onnx", "--heads", "--json")
     assert world.cli(*words) == 0
-    found = world.last_json(capsys.readouterr().out)
-    assert found["checkpoint"] == str(tmp_path / "best.safetensors")
-    assert set(found["files"]) == {"model.onnx", "README.md"}
-    assert found["top1"] == 51.5
+    summary = world.last_json(capsys.readouterr().out)
+    assert summary["checkpoint"] == str(tmp_path / "best.safetensors")
+    assert set(summary["files"]) == {"model.onnx", "README.md"}
+    assert summary["top1"] == 51.5
     assert [o.name for o in onnx.load(tmp_path / "out/model.onnx").graph.output] == [
         *("logits", "cls", "dist", "dense"),
     ]
@@ -361,20 +362,17 @@ def test_training_from_an_exported_folder_starts_with_its_weights(tmp_path: Path
     export_student(path, tmp_path / "out")
     source = read_source(tmp_path / "out")
     assert source.header is not None
-    assert (source.header.model, source.header.size, source.header.num_classes) == (
-        DISTILLED,
-        48,
-        5,
-    )
+    header = source.header
+    assert (header.model, header.size, header.num_classes) == (DISTILLED, 48, 5)
     saved = load_file(path)
     assert source.state.keys() == saved.keys()
     assert all(torch.equal(source.state[name], saved[name]) for name in saved)
 
 
-def test_nothing_of_onnx_is_imported_before_it_is_asked_for(tmp_path: Path) -> None:
+def test_onnx_is_imported_only_when_used(tmp_path: Path) -> None:
     code = (
         "import sys\nimport cskd_pipeline.tools.export_student\n"
         "assert not {'onnx', 'onnxscript', 'onnxruntime'} & set(sys.modules)\n"
     )
-    ended = server().run(log=tmp_path / "log", code=code)
-    assert ended.code == 0, ended.output
+    result = server().run(log=tmp_path / "log", code=code)
+    assert result.code == 0, result.output

@@ -1,4 +1,4 @@
-"""Small studies: they write tables and files, resume where they stopped, and refuse changes."""
+"""Small studies write tables and plots, resume where they stopped, and refuse changes."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def study(small: World, recipes: Path, out: Path, *flags: object) -> list[object
 REAL_TRAIN = stage_two.train
 
 
-class Watched:
-    """Records trainings, and is interrupted right after number ``stop``."""
+class RecordedTrain:
+    """Replaces ``train``: records recipes, and is interrupted after run number ``stop``."""
 
     def __init__(self, stop: int = 0) -> None:
         self.stop, self.recipes = stop, list[TrainRecipe]()
@@ -83,16 +83,16 @@ class Watched:
 
 
 @dataclass(frozen=True)
-class Ended:
+class Study:
     """A study of two seeds, stopped in its fourth student and resumed.
 
-    ``before``: its files with their modification times when it had been stopped.
+    ``before`` maps the files of the stopped study to their modification times.
     """
 
     out: Path
     report: dict[str, Any]
-    first: Watched
-    second: Watched
+    first: RecordedTrain
+    second: RecordedTrain
     before: dict[Path, int]
 
 
@@ -101,37 +101,37 @@ def files(folder: Path) -> dict[Path, int]:
 
 
 @pytest.fixture(scope="module")
-def ended(small: World, recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+def finished(small: World, recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     out = tmp_path_factory.mktemp("study") / "out"
-    first, second = Watched(stop=5), Watched()
+    first, second = RecordedTrain(stop=5), RecordedTrain()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage_two, "train", first)
         assert world.cli(*study(small, recipes, out, "--seeds", 2, "--quiet")) == 130
         before = files(out)
         patch.setattr(stage_two, "train", second)
         assert world.cli(*study(small, recipes, out, "--seeds", 2, "--quiet")) == 0
-    return Ended(out, json.loads((out / "study.json").read_text()), first, second, before)
+    return Study(out, json.loads((out / "study.json").read_text()), first, second, before)
 
 
-def test_all_students_are_in_the_report_with_means_and_deviations(ended: Ended) -> None:
-    methods = {arm["name"]: arm for arm in ended.report["arms"]}
+def test_all_students_are_in_the_report_with_means_and_deviations(finished: Study) -> None:
+    methods = {arm["name"]: arm for arm in finished.report["arms"]}
     assert tuple(methods) == NAMES
     for name, method in methods.items():
         values = []
         for seed in ("1", "2"):
-            with open(ended.out / "runs" / f"{name}-{seed}" / "summary.csv", newline="") as file:
+            with open(finished.out / "runs" / f"{name}-{seed}" / "summary.csv", newline="") as file:
                 values.append(float(list(csv.DictReader(file))[-1]["top1"]))
             assert method["top1"][seed] == pytest.approx(values[-1])
         assert method["n"] == 2
         assert method["mean"] == pytest.approx(np.mean(values))
         assert method["deviation"] == pytest.approx(np.std(values, ddof=1))
-    assert ended.report["images"] == {"training": 96, "validation": 16}
-    assert ended.report["cache"]["views"] == 2
-    assert ended.report["recipes"]["cskd"].endswith("cskd.toml")
+    assert finished.report["images"] == {"training": 96, "validation": 16}
+    assert finished.report["cache"]["views"] == 2
+    assert finished.report["recipes"]["cskd"].endswith("cskd.toml")
 
 
-def test_every_claim_compares_its_two_arms(ended: Ended) -> None:
-    top1 = {arm["name"]: arm["top1"] for arm in ended.report["arms"]}
+def test_every_claim_compares_its_two_arms(finished: Study) -> None:
+    top1 = {arm["name"]: arm["top1"] for arm in finished.report["arms"]}
     pairs = {
         "cskd > deit": ("cskd_linear", "deit"),
         "deit > none": ("deit", "none"),
@@ -140,7 +140,7 @@ def test_every_claim_compares_its_two_arms(ended: Ended) -> None:
         "no spatial term > r = 1, from the fork": ("fork_off", "cskd_spatial"),
         "CKF > no spatial term, from the fork": ("fork_linear", "fork_off"),
     }
-    claims = {claim["claim"]: claim for claim in ended.report["claims"]}
+    claims = {claim["claim"]: claim for claim in finished.report["claims"]}
     assert set(claims) == set(pairs)
     for text, (better, worse) in pairs.items():
         paired = [top1[better][seed] - top1[worse][seed] for seed in ("1", "2")]
@@ -149,10 +149,10 @@ def test_every_claim_compares_its_two_arms(ended: Ended) -> None:
         assert claims[text]["held"] == (np.mean(paired) > 0)
 
 
-def test_runs_differ_only_in_method_schedule_and_seed(ended: Ended) -> None:
+def test_runs_differ_only_in_method_schedule_and_seed(finished: Study) -> None:
     """Runs of one seed share initial weights and order; each folder has the run's recipe."""
-    found = {}
-    for folder in sorted((ended.out / "runs").iterdir()):
+    shared = {}
+    for folder in sorted((finished.out / "runs").iterdir()):
         recipe = load_recipe(TrainRecipe, folder / "recipe.toml")
         name, _, seed = folder.name.rpartition("-")
         distill = recipe.distill
@@ -161,114 +161,114 @@ def test_runs_differ_only_in_method_schedule_and_seed(ended: Ended) -> None:
         assert distill.schedule == ("spatial" if name == "cskd_spatial" else "linear")
         assert distill.spatial_weight == (0.0 if name == "fork_off" else 1.0)
         assert bool(recipe.data.cache) == (name != "none")
-        trunk = ended.out / "runs" / f"cskd_spatial-{seed}" / "state-00001.pt"
+        trunk = finished.out / "runs" / f"cskd_spatial-{seed}" / "state-00001.pt"
         assert recipe.run.fork_from == (str(trunk) if name in FORKS else "")
-        found[folder.name] = recipe.student, recipe.optim, recipe.schedule, recipe.batch
-    assert set(found) == {f"{name}-{seed}" for name in NAMES for seed in (1, 2)}
-    assert len(set(map(str, found.values()))) == 1
+        shared[folder.name] = recipe.student, recipe.optim, recipe.schedule, recipe.batch
+    assert set(shared) == {f"{name}-{seed}" for name in NAMES for seed in (1, 2)}
+    assert len(set(map(str, shared.values()))) == 1
 
 
-def test_forks_share_their_trunks_epochs_and_then_diverge(ended: Ended) -> None:
-    """They fork halfway: the only epoch before the last."""
+def test_forks_share_their_trunks_epochs_and_then_diverge(finished: Study) -> None:
+    """The fork is halfway, after the first of two epochs."""
     for seed in ("1", "2"):
-        fork = ended.report["forks"][seed]
+        fork = finished.report["forks"][seed]
         assert fork["epoch"] == 1
-        assert fork["reached"] == (fork["dense"] >= ended.report["teacher"]["local"])
-        curves = {arm["name"]: arm["runs"][seed]["rows"] for arm in ended.report["arms"]}
+        assert fork["reached"] == (fork["dense"] >= finished.report["teacher"]["local"])
+        curves = {arm["name"]: arm["runs"][seed]["rows"] for arm in finished.report["arms"]}
         first = {name: curves[name][0] for name in (*FORKS, "cskd_spatial")}
         assert first["fork_linear"] == first["fork_off"] == first["cskd_spatial"]
         assert [row["ckf_ratio"] for row in curves["cskd_spatial"]] == [1.0, 1.0]
         heads = {"top1", "top1_cls", "top1_dist", "top1_dense"}
         measured = heads | {f"ema_{name}" for name in heads}
         assert set(curves["fork_off"][1]) == {"epoch", "ckf_ratio", *measured}
-        assert not list((ended.out / f"runs/cskd_spatial-{seed}").glob("state-*"))
+        assert not list((finished.out / f"runs/cskd_spatial-{seed}").glob("state-*"))
 
 
-def test_attention_distances_are_between_patches(ended: Ended) -> None:
-    for arm in ended.report["arms"]:
+def test_attention_distances_are_between_patches(finished: Study) -> None:
+    for arm in finished.report["arms"]:
         [distance] = arm["attention"]
         # 4 x 4 patches of 8 pixels: 16.1 px on average for uniform attention.
         assert 10 < distance < 20
 
 
-def test_table_plot_and_verdicts_are_files(ended: Ended) -> None:
-    table = (ended.out / "table.md").read_text()
+def test_table_plot_and_verdicts_are_files(finished: Study) -> None:
+    table = (finished.out / "table.md").read_text()
     lines = table.splitlines()
     assert lines[0].startswith("| trained with | seeds | top-1 % | each seed | cls | dist |")
-    for arm, line in zip(ended.report["arms"], lines[2:], strict=False):
+    for arm, line in zip(finished.report["arms"], lines[2:], strict=False):
         assert line.startswith(f"| {arm['label']} | 2 | {arm['text']} |")
-    for claim in ended.report["claims"]:
+    for claim in finished.report["claims"]:
         assert f"- {claim['claim']}: {claim['verdict']} ({claim['numbers']})" in lines
     assert "- the paper's ordering cskd > deit > none: " in table
-    with open(ended.out / "table.csv", newline="") as file:
+    with open(finished.out / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * len(NAMES)
     with_dense = {row["arm"] for row in rows if row["top1_dense"] and row["ema_top1_dense"]}
     assert with_dense == set(NAMES) - {"none", "deit"}
-    with open(ended.out / "curves.csv", newline="") as file:
+    with open(finished.out / "curves.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 2 * len(NAMES) * EPOCHS
-    svg = ET.fromstring((ended.out / "study.svg").read_bytes())
+    svg = ET.fromstring((finished.out / "study.svg").read_bytes())
     texts = "".join(svg.itertext())
-    assert all(arm["label"] in texts for arm in ended.report["arms"])
-    assert (ended.out / "study.png").read_bytes().startswith(b"\x89PNG")
+    assert all(arm["label"] in texts for arm in finished.report["arms"])
+    assert (finished.out / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_interrupted_study_resumes_without_repeating_work(ended: Ended) -> None:
-    assert ended.first.folders == ["teacher", *(f"{name}-1" for name in FULL)]
-    left = [f"{name}-{seed}" for seed in (1, 2) for name in NAMES][3:]
-    assert ended.second.folders == left
-    # The run that was stopped after its last update resumes from its state, without any update.
-    stopped = ended.out / "runs/cskd_spatial-1"
-    after = files(ended.out)
-    changed = {path for path, time in ended.before.items() if after.get(path) != time}
+def test_an_interrupted_study_resumes_without_repeating_work(finished: Study) -> None:
+    assert finished.first.folders == ["teacher", *(f"{name}-1" for name in FULL)]
+    remaining = [f"{name}-{seed}" for seed in (1, 2) for name in NAMES][3:]
+    assert finished.second.folders == remaining
+    # The run stopped after its last update resumes from its state, without another update.
+    stopped = finished.out / "runs/cskd_spatial-1"
+    after = files(finished.out)
+    changed = {path for path, time in finished.before.items() if after.get(path) != time}
     assert {path for path in changed if stopped not in path.parents} == set()
     assert stopped / "state.pt" not in changed
-    assert ended.out / "results/cskd_spatial-1.json" not in ended.before
-    assert ended.out / "results/none-1.json" in ended.before
+    assert finished.out / "results/cskd_spatial-1.json" not in finished.before
+    assert finished.out / "results/none-1.json" in finished.before
 
 
 def test_a_finished_study_only_reports_and_more_seeds_are_added(
-    ended: Ended, small: World, recipes: Path, tmp_path: Path,
+    finished: Study, small: World, recipes: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    watched = Watched()
-    monkeypatch.setattr(stage_two, "train", watched)
-    assert world.cli(*study(small, recipes, ended.out, "--seeds", 2)) == 0
-    shown = capsys.readouterr().out
-    assert "The paper's claims" in shown
-    assert "fork: no spatial term" in shown
-    assert world.cli(*study(small, recipes, ended.out, "--seeds", 1, "--json", "--quiet")) == 0
+    recorded = RecordedTrain()
+    monkeypatch.setattr(stage_two, "train", recorded)
+    assert world.cli(*study(small, recipes, finished.out, "--seeds", 2)) == 0
+    out = capsys.readouterr().out
+    assert "The paper's claims" in out
+    assert "fork: no spatial term" in out
+    assert world.cli(*study(small, recipes, finished.out, "--seeds", 1, "--json", "--quiet")) == 0
     one = world.last_json(capsys.readouterr().out)
     assert {arm["n"] for arm in one["arms"]} == {1}
     assert "one seed only" in one["claims"][0]["verdict"]
-    assert watched.folders == []
+    assert recorded.folders == []
     copy = tmp_path / "copy"  # stopped again in its first training
-    shutil.copytree(ended.out, copy)
-    watched.stop = 1
+    shutil.copytree(finished.out, copy)
+    recorded.stop = 1
     assert world.cli(*study(small, recipes, copy, "--seeds", 3, "--quiet")) == 130
-    assert watched.folders == ["none-3"]
+    assert recorded.folders == ["none-3"]
 
 
 # --- refusals -------------------------------------------------------------------------------------
 
 
 def test_a_changed_recipe_and_other_images_are_refused(
-    ended: Ended, small: World, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Study, small: World, recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changed = tmp_path / "recipes"
     shutil.copytree(recipes, changed)
-    before = files(ended.out)
+    before = files(finished.out)
     dump = (changed / "dump.toml").read_text()
     (changed / "dump.toml").write_text(dump.replace("flip = 0.5", "flip = 0.25"))
-    assert world.cli(*study(small, changed, ended.out, "--quiet")) == 1
-    shown = capsys.readouterr().err
-    assert "the study in this folder was started with other recipes or images" in shown
-    assert "changed: dump recipe" in shown
+    assert world.cli(*study(small, changed, finished.out, "--quiet")) == 1
+    err = capsys.readouterr().err
+    assert "the study in this folder was started with other recipes or images" in err
+    assert "changed: dump recipe" in err
     make_shards(small.shards.parent / "more", tmp_path / "other", shard_size=5, seed=5)
     other = World(tmp_path / "other", small.validation, small.cache)
-    assert world.cli(*study(other, recipes, ended.out, "--quiet")) == 1
+    assert world.cli(*study(other, recipes, finished.out, "--quiet")) == 1
     assert "changed: training images" in capsys.readouterr().err
-    assert files(ended.out) == before
+    assert files(finished.out) == before
 
 
 def test_students_that_differ_in_more_than_the_method_are_refused(
@@ -321,11 +321,11 @@ def test_a_damaged_result_is_refused(text: str, tmp_path: Path) -> None:
 # --- processes ------------------------------------------------------------------------------------
 
 
-def test_several_students_at_a_time_are_separate_processes(
-    ended: Ended, small: World, recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_parallel_students_are_separate_processes(
+    finished: Study, small: World, recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(ended.out, copy)
+    shutil.copytree(finished.out, copy)
     for path in copy.glob("results/*-2.json"):
         path.unlink()
     waves: list[tuple[list[str], int, Path]] = []
@@ -337,9 +337,9 @@ def test_several_students_at_a_time_are_separate_processes(
         for name, words in reversed(calls.items()):
             assert words[0] == "train"
             last = {"top1": 50.0, "top1_cls": 40.0}
-            kept = ("student", "epochs", "updates", "seconds", "images_per_second")
+            keys = ("student", "epochs", "updates", "seconds", "images_per_second")
             folder = {"out": str(words[list(words).index("--out") + 1])}
-            yield name, {"last": last, **dict.fromkeys(kept, 1), **folder}
+            yield name, {"last": last, **dict.fromkeys(keys, 1), **folder}
 
     monkeypatch.setattr(studying, "side_by_side", parallel)
     arguments = study(small, recipes, copy, "--seeds", 2, "--quiet")

@@ -133,16 +133,16 @@ def reported(**top1: float) -> dict[str, Any]:
 )
 def test_a_claim_holds_if_its_first_arm_is_better(claim: str, better: str, worse: str) -> None:
     for top1, held in (({better: 60.0, worse: 55.0}, True), ({better: 55.0, worse: 60.0}, False)):
-        found = {one["claim"]: one for one in reported(**top1)["claims"]}[claim]
-        assert found["held"] is held
-        assert found["difference"] == pytest.approx(5.0 if held else -5.0)
+        verdict = {entry["claim"]: entry for entry in reported(**top1)["claims"]}[claim]
+        assert verdict["held"] is held
+        assert verdict["difference"] == pytest.approx(5.0 if held else -5.0)
 
 
 def test_heads_are_compared_if_both_arms_have_them() -> None:
     by_head = {one["claim"]: one["by_head"] for one in reported(fork_off=52.0)["claims"]}
     assert set(by_head["deit > none"]) == {"mean", "cls"}
     late = by_head["no spatial term > r = 1, from the fork"]
-    assert {name: found["difference"] for name, found in late.items()} == {
+    assert {name: verdict["difference"] for name, verdict in late.items()} == {
         "mean": 2.0,
         "cls": 0.0,
         "dist": 0.0,
