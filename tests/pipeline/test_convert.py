@@ -88,7 +88,7 @@ def test_hard_targets_are_not_taken_from_an_approximation(
     code = world.cli("train", *words, "--student", world.STUDENT, "--epochs", 1, *sets)
     assert code == 1
     message = capsys.readouterr().err
-    assert "cannot serve hard targets" in message
+    assert "does not support hard targets" in message
     assert "dense-q8, topk" in message
     assert not (tmp_path / "run").exists()
 

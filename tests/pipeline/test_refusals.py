@@ -216,7 +216,7 @@ def test_soft_targets_asked_of_an_envelope_cache_are_refused(
     dump_teacher(recipe)
     one = "distill.spatial_kind=soft"
     message = refused(*train(small, tmp_path / "run", "--set", one, cache=cache))
-    assert "cannot serve hard targets and soft targets at temperature 1" in message
+    assert "does not support hard targets and soft targets at temperature 1" in message
     assert "encodings envelope" in message
     assert "use --set distill.global_kind=hard --set distill.spatial_kind=hard, or" in message
     assert "--encoding dense" in message
