@@ -253,7 +253,7 @@ def test_shards_that_lack_samples_of_the_cache_are_refused_or_skipped_as_asked(
     ("spoil", "says"),
     [
         (lambda tar: tar.write_bytes(b"no tar at all" * 99), ["tar"]),
-        (lambda tar: tar.write_bytes(tar.read_bytes()[:-20_000]), ["cut", "short"]),
+        (lambda tar: tar.write_bytes(tar.read_bytes()[:-20_000]), ["truncated"]),
         (lambda tar: _relabel(tar, "17"), ["17", "0 to 3"]),
     ],
 )
