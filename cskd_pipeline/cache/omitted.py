@@ -73,5 +73,5 @@ def _read_list(store: CacheStore) -> list[LeftOut]:
             where=f"{store.path}/{LIST}",
             found=str(error),
             expected=f"a CSV table with the columns {', '.join(LeftOut._fields)}",
-            action="copy the file again from where the cache came from, or remove it",
+            action="copy the file again from the original cache, or remove it",
         ) from error

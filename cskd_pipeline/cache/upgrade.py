@@ -73,7 +73,7 @@ def _old_manifest(root: Path) -> CacheManifest | None:
             where=path,
             found=f"sha256 {schemas.sha256(old)}",
             expected=f"sha256 {digest}",
-            action="copy the file again from where the cache came from",
+            action="copy the file again from the original cache",
         )
     if isinstance(old.get("parent"), dict):
         old["parent"] = {"digest": None, **old["parent"]}
