@@ -44,10 +44,10 @@ from cskd_pipeline.data.unit_views import Loading, unit_batches
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.views.bits import view_seed
 from cskd_pipeline.views.policy import ViewPolicy
-from tests.cache.making import dataset as synthetic_dataset
-from tests.cache.making import keys as synthetic_keys
-from tests.cache.making import padded
-from tests.data.making import gather_small
+from tests.cache.factories import dataset as synthetic_dataset
+from tests.cache.factories import keys as synthetic_keys
+from tests.cache.factories import padded
+from tests.data.factories import gather_small
 from tests.images import write_shards
 from tests.serving import serving
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cache.making import make
+from tests.cache.factories import make
 
 
 @pytest.fixture(autouse=True, scope="package")

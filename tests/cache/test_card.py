@@ -20,7 +20,7 @@ from cskd_pipeline.errors import OutputError, printable
 from cskd_pipeline.tools.markdown import escape
 from cskd_pipeline.tools.publish.cache_card import MARK
 from cskd_pipeline.tools.publish.publish_cache import PublishOptions, publish
-from tests.cache.making import dataset, make, teacher
+from tests.cache.factories import dataset, make, teacher
 
 EVIL = (
     "x](http://evil) ![i](http://evil/i.png) <script>alert(1)</script> `code` | cell | **b** "

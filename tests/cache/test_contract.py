@@ -22,7 +22,7 @@ from cskd_pipeline.errors import CacheError, UsageError
 from cskd_pipeline.views import policy as policies
 from cskd_pipeline.views.policy import ViewPolicy, register_policy
 from tests import own
-from tests.cache.making import CLASSES, HEIGHT, WIDTH, manifest, unit_data
+from tests.cache.factories import CLASSES, HEIGHT, WIDTH, manifest, unit_data
 
 NAME = own.Negated.name
 SPATIAL, GLOBAL = f"{NAME}/spatial", f"{NAME}/global"

@@ -17,7 +17,7 @@ from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS
 from cskd_pipeline.errors import CacheError, UsageError
-from tests.cache.making import BLOCK, COUNTS, VIEWS, data_files, fill, make, manifest, tree
+from tests.cache.factories import BLOCK, COUNTS, VIEWS, data_files, fill, make, manifest, tree
 
 
 def converted(

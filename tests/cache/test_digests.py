@@ -29,7 +29,7 @@ from cskd_pipeline.cache.upgrade import upgrade
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import CacheError, UsageError
 from cskd_pipeline.runtime import schemas
-from tests.cache.making import (
+from tests.cache.factories import (
     COUNTS,
     VIEWS,
     dataset,

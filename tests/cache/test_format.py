@@ -18,7 +18,7 @@ from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.ckf import envelope_labels
 from cskd_pipeline.distill.encodings import ENCODINGS, Sampled
 from cskd_pipeline.runtime import resources
-from tests.cache.making import CLASSES, COUNTS, VIEWS, dataset, make, manifest, teacher
+from tests.cache.factories import CLASSES, COUNTS, VIEWS, dataset, make, manifest, teacher
 
 PAGE = (resources.manifests() / "cache-format.md").read_text(encoding="utf-8")
 

@@ -20,7 +20,7 @@ from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.units import UnitData
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS
-from tests.cache.making import dataset, keys, manifest, teacher, tree
+from tests.cache.factories import dataset, keys, manifest, teacher, tree
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cache.json"
 PINNED = ("dense", "dense-q8", "topk", "envelope")  # sampled: test_sampled.py

@@ -16,7 +16,7 @@ from cskd_pipeline.distill.encodings import ENCODINGS, Sampled
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.runtime.console import flatten
 from cskd_pipeline.views.policy import ViewPolicy
-from tests.cache.making import COUNTS, dataset, fill, make, manifest, tree
+from tests.cache.factories import COUNTS, dataset, fill, make, manifest, tree
 
 
 def test_a_finished_cache_is_described(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_a_finished_cache_is_described(tmp_path: Path) -> None:
     assert found["policy"]["version"] == "deit-v1"
     assert found["license"] == "CC-BY-4.0"
     assert found["losses"] == {"deit": ["hard", "soft"], "cskd": ["hard", "soft"]}
-    # From making.unit_data: view % count correct of count, for every view and tar shard.
+    # From factories.unit_data: view % count correct of count, for every view and tar shard.
     correct = sum(view % count for view in range(4) for count in COUNTS)
     assert found["teacher_top1"] == 100 * correct / (4 * sum(COUNTS))
 

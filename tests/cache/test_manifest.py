@@ -23,7 +23,7 @@ from cskd_pipeline.cache.manifest import (
 from cskd_pipeline.errors import ManifestError
 from cskd_pipeline.runtime import resources, schemas
 from cskd_pipeline.views.policy import ViewPolicy
-from tests.cache.making import dataset, manifest, teacher
+from tests.cache.factories import dataset, manifest, teacher
 
 
 def cache_document() -> dict[str, Any]:

@@ -25,7 +25,7 @@ from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import CacheError, OutputError, UsageError
 from cskd_pipeline.runtime import atomic
 from cskd_pipeline.runtime.classes import COMMAND_SWITCH, ClassGuard
-from tests.cache.making import (
+from tests.cache.factories import (
     BLOCK,
     CLASSES,
     COUNTS,

@@ -11,7 +11,7 @@ from cskd_pipeline.cache.merge import merge
 from cskd_pipeline.cache.omitted import CORRUPT, LIST
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import CacheError
-from tests.cache.making import make, manifest
+from tests.cache.factories import make, manifest
 from tests.serving import serving
 
 HEADER = "reason,shard,offset,key\n"

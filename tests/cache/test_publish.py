@@ -24,7 +24,7 @@ from cskd_pipeline.runtime import atomic
 from cskd_pipeline.tools.publish.publish_cache import PublishOptions, publish
 from cskd_pipeline.tools.report.labels import draw_rows
 from cskd_pipeline.views.mixing import draw_mix, matching
-from tests.cache.making import COUNTS, VIEWS, dataset, fill, make, manifest, teacher, tree
+from tests.cache.factories import COUNTS, VIEWS, dataset, fill, make, manifest, teacher, tree
 from tests.cache.test_card import EVIL
 
 Capture = pytest.CaptureFixture[str]

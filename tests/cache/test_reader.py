@@ -24,7 +24,7 @@ from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import Rows
 from cskd_pipeline.errors import CacheError, ManifestError
 from cskd_pipeline.runtime import schemas
-from tests.cache.making import (
+from tests.cache.factories import (
     BLOCK,
     COUNTS,
     VIEWS,

@@ -27,7 +27,7 @@ from cskd_pipeline.cli import main
 from cskd_pipeline.errors import CacheError, MissingPackageError, RemoteError, UsageError
 from cskd_pipeline.runtime import progress
 from cskd_pipeline.runtime.progress import Meter
-from tests.cache.making import fill, make, manifest
+from tests.cache.factories import fill, make, manifest
 from tests.serving import (
     BUCKET,
     REPOSITORY,

@@ -14,7 +14,7 @@ from cskd_pipeline.cache.check import Problem, check_bytes, check_structure
 from cskd_pipeline.cache.reader import Cache, open_cache
 from cskd_pipeline.cache.store import CacheStore
 from cskd_pipeline.cache.writer import CacheWriter
-from tests.cache.making import data_files, fill, manifest, tree, unit_data
+from tests.cache.factories import data_files, fill, manifest, tree, unit_data
 
 
 @pytest.fixture

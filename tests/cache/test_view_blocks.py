@@ -22,7 +22,7 @@ from cskd_pipeline.cache.summary import summarise
 from cskd_pipeline.cache.units import FileCounts, choose_view_block, count_files
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import CacheError, UsageError
-from tests.cache.making import BLOCK, COUNTS, VIEWS, dataset, fill, make, manifest, teacher, tree
+from tests.cache.factories import BLOCK, COUNTS, VIEWS, dataset, fill, make, manifest, teacher, tree
 from tests.serving import serving
 
 IMAGENET, SHARDS, LONGEST = 300, 1024, 1252

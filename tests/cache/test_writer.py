@@ -24,7 +24,7 @@ from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.errors import CacheError, CskdError, OutputError, UsageError
 from cskd_pipeline.runtime import atomic
-from tests.cache.making import (
+from tests.cache.factories import (
     data_files,
     dataset,
     fill,
@@ -38,7 +38,7 @@ from tests.cache.making import (
 
 # Processes with the modules already imported, that share no thread or lock with the test.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pytest", "jsonschema", "tests.cache.making"])
+processes.set_forkserver_preload(["pytest", "jsonschema", "tests.cache.factories"])
 
 
 @pytest.fixture(scope="module")

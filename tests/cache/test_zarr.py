@@ -26,7 +26,7 @@ from cskd_pipeline.cache.folders import Folder
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.distill.encodings import ENCODINGS
-from tests.cache.making import BLOCK, COUNTS, VIEWS, make, manifest, tree, unit_data
+from tests.cache.factories import BLOCK, COUNTS, VIEWS, make, manifest, tree, unit_data
 
 
 @pytest.fixture(scope="module")

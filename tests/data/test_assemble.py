@@ -15,7 +15,7 @@ from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.plan import SampleSet
 from cskd_pipeline.views.apply import mix_pixels, to_float
 from cskd_pipeline.views.policy import ViewPolicy
-from tests.data.making import ROOT_SEED
+from tests.data.factories import ROOT_SEED
 
 POLICIES = {
     "both": {},

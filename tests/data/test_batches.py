@@ -30,7 +30,7 @@ from cskd_pipeline.views.bits import view_seed
 from cskd_pipeline.views.decode import decode
 from cskd_pipeline.views.draw import draw
 from cskd_pipeline.views.mixing import draw_mix, matching
-from tests.data.making import POLICY, ROOT_SEED, VIEWS, make_cache, same
+from tests.data.factories import POLICY, ROOT_SEED, VIEWS, make_cache, same
 
 REPEATS, BATCH = 2, 16
 

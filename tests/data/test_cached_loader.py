@@ -25,7 +25,7 @@ from cskd_pipeline.distill.losses import DistillationLoss, mixed_targets
 from cskd_pipeline.distill.targets import LogitTargets
 from cskd_pipeline.errors import CacheError, DataError, JoinError, UsageError
 from cskd_pipeline.views.policy import ViewPolicy
-from tests.data.making import POLICY, make_cache
+from tests.data.factories import POLICY, make_cache
 from tests.images import samples, write_shard
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)

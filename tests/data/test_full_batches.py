@@ -10,7 +10,7 @@ from cskd_pipeline.data.assemble import assemble
 from cskd_pipeline.data.full_batches import TeacherViews, full_batches
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.data.unit_views import Loading, unit_batches
-from tests.data.making import POLICY, ROOT_SEED
+from tests.data.factories import POLICY, ROOT_SEED
 
 UNITS = [(0, range(3)), (2, range(2))]
 

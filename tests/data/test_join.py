@@ -24,7 +24,7 @@ from cskd_pipeline.errors import JoinError, ViewDriftError
 from cskd_pipeline.runtime.classes import COMMAND_SWITCH, ClassGuard
 from cskd_pipeline.views import apply
 from tests.conftest import COUNTS
-from tests.data.making import make_cache, same
+from tests.data.factories import make_cache, same
 from tests.images import Sample, samples, write_shard
 
 EVERY = samples(0, sum(COUNTS))

@@ -19,7 +19,7 @@ from cskd_pipeline.data.unit_views import Loading, items_of, unit_batches
 from cskd_pipeline.errors import ImageError
 from cskd_pipeline.views.policy import ViewPolicy
 from tests.conftest import COUNTS
-from tests.data.making import POLICY, ROOT_SEED, same
+from tests.data.factories import POLICY, ROOT_SEED, same
 from tests.images import sample, write_shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

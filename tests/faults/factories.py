@@ -13,7 +13,7 @@ from cskd_pipeline.cache.reader import Cache
 from cskd_pipeline.cache.units import Unit, UnitData
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS
-from tests.cache.making import keys, manifest, teacher
+from tests.cache.factories import keys, manifest, teacher
 
 CLASSES = 30  # more than topk keeps, so that it stores a tail
 COUNTS = (5, 3)

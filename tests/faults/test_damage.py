@@ -17,7 +17,7 @@ from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.join import join
 from cskd_pipeline.errors import CacheError, DataError, ManifestError, WeightsError
 from cskd_pipeline.models.train_state import load_state
-from tests.cache.making import tree
+from tests.cache.factories import tree
 from tests.faults.commands import Stages, canonical
 from tests.faults.factories import stored_values, write_full_cache
 

@@ -31,7 +31,7 @@ from cskd_pipeline.models.checkpoint import StudentHeader, save_student
 from cskd_pipeline.models.weights import load_state
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.views.decode import decode
-from tests.cache.making import dataset, make, manifest, record_anew
+from tests.cache.factories import dataset, make, manifest, record_anew
 from tests.faults.commands import Stages
 from tests.views.test_decode import chunk, png
 

@@ -19,7 +19,7 @@ from cskd_pipeline.config.sections import DumpRecipe
 from cskd_pipeline.errors import CacheError, CskdError
 from cskd_pipeline.models.train_state import load_state
 from cskd_pipeline.pipeline.train import train
-from tests.cache.making import make
+from tests.cache.factories import make
 from tests.faults.commands import Stages
 from tests.hostile.conftest import Payload
 from tests.pipeline import world

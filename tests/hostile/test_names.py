@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from cskd_pipeline.data.index import load_dataset
-from tests.cache.making import dataset, make, teacher
-from tests.data.making import make_cache
+from tests.cache.factories import dataset, make, teacher
+from tests.data.factories import make_cache
 from tests.faults.commands import Stages
 from tests.hostile.conftest import CONTROL
 from tests.images import sample

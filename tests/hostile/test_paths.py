@@ -16,7 +16,7 @@ from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.data.describe import index_shards
 from cskd_pipeline.errors import CacheError, OutputError
-from tests.cache.making import fill, make, manifest, tree
+from tests.cache.factories import fill, make, manifest, tree
 from tests.faults.commands import Stages
 from tests.images import sample
 

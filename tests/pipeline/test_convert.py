@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cskd_pipeline.pipeline.dump import dump_teacher
-from tests.cache.making import tree
+from tests.cache.factories import tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_loss_curves import loss_curve

@@ -22,7 +22,7 @@ from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.errors import ImageError, UsageError
 from cskd_pipeline.runtime.distributed import Ranks, join_job, ranks_from_env
 from cskd_pipeline.views import apply
-from tests.cache.making import tree
+from tests.cache.factories import tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 

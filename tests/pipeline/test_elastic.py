@@ -25,7 +25,7 @@ from cskd_pipeline.cache.claims import FOLDER
 from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.pipeline.unit_writer import UnitWriter
 from cskd_pipeline.tools.make_shards import make_shards
-from tests.cache.making import tree
+from tests.cache.factories import tree
 from tests.pipeline import test_distributed as ranks
 from tests.pipeline import world
 from tests.pipeline.conftest import World

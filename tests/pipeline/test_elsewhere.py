@@ -17,7 +17,7 @@ from PIL import Image
 
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.tools.make_shards import make_shards
-from tests.cache.making import tree
+from tests.cache.factories import tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_training import assert_equal, final_state

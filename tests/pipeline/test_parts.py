@@ -11,7 +11,7 @@ import pytest
 from cskd_pipeline.cache import manifest as manifest_module
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.pipeline.dump import dump_teacher
-from tests.cache.making import tree
+from tests.cache.factories import tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.processes import server

@@ -28,7 +28,7 @@ from cskd_pipeline.tools import verify_cache
 from cskd_pipeline.tools.verify_cache import agreement
 from cskd_pipeline.views import apply
 from cskd_pipeline.views.mixing import matching
-from tests.cache.making import data_files, record_anew
+from tests.cache.factories import data_files, record_anew
 from tests.images import Sample
 from tests.pipeline import world
 from tests.pipeline.conftest import World

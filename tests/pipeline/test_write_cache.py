@@ -17,8 +17,8 @@ from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.errors import CacheError, OutputError, TeacherError, UsageError
 from cskd_pipeline.pipeline.unit_writer import UnitWriter
-from tests.cache.making import tree
-from tests.data.making import POLICY
+from tests.cache.factories import tree
+from tests.data.factories import POLICY
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GRID = (2, 3)

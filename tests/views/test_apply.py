@@ -15,7 +15,7 @@ from cskd_pipeline.views.bits import BitStream
 from cskd_pipeline.views.draw import Box, ViewParams, draw
 from cskd_pipeline.views.mixing import NO_BOX, UNMIXED, Mix
 from cskd_pipeline.views.policy import ViewPolicy
-from tests.views.making import noise, scene
+from tests.views.factories import noise, scene
 from tests.views.test_draw import TIMM_NAMES
 
 POLICY = ViewPolicy()

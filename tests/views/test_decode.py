@@ -16,7 +16,7 @@ from PIL import Image
 from cskd_pipeline.errors import ImageError
 from cskd_pipeline.views import decode as decode_module
 from cskd_pipeline.views.decode import decode
-from tests.views.making import scene
+from tests.views.factories import scene
 
 IMAGE = scene(48, 32)
 

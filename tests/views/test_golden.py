@@ -33,7 +33,7 @@ from cskd_pipeline.views.decode import decode
 from cskd_pipeline.views.draw import OPS, ViewParams, argument, draw
 from cskd_pipeline.views.mixing import draw_mix, matching
 from cskd_pipeline.views.policy import ViewPolicy
-from tests.views.making import noise, scene
+from tests.views.factories import noise, scene
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "views.json"

@@ -20,7 +20,7 @@ from cskd_pipeline.views import kernels
 from cskd_pipeline.views.apply import digest, render
 from cskd_pipeline.views.draw import draw
 from cskd_pipeline.views.policy import ViewPolicy
-from tests.views.making import noise, scene
+from tests.views.factories import noise, scene
 
 PACKAGE = Path(cskd_pipeline.__file__).parent
 

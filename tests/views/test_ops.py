@@ -11,7 +11,7 @@ from timm.data.auto_augment import NAME_TO_OP
 
 from cskd_pipeline.views.apply import apply_op
 from cskd_pipeline.views.draw import ARGUMENT_UNITS, MAX_LEVEL, OPS, argument
-from tests.views.making import noise, scene
+from tests.views.factories import noise, scene
 from tests.views.test_draw import TIMM_NAMES
 
 FILL = (124, 116, 104)

@@ -18,7 +18,7 @@ from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.encodings import ENCODINGS, Encoding, ResponseShape, Rows
 from cskd_pipeline.distill.targets import LogitTargets, SampledTargets
 from cskd_pipeline.errors import CacheError
-from tests.cache.making import (
+from tests.cache.factories import (
     CLASSES,
     HEIGHT,
     WIDTH,

@@ -23,7 +23,7 @@ from cskd_pipeline.errors import CacheError, ManifestError, UsageError
 from cskd_pipeline.models.student import Heads
 from cskd_pipeline.tools.bench.responses import Responses, encode, store
 from cskd_pipeline.views.bits import derive_seed
-from tests.cache.making import COUNTS, dataset, make, manifest, teacher
+from tests.cache.factories import COUNTS, dataset, make, manifest, teacher
 from tests.pipeline import world
 
 RATIOS = (1.0, 0.8, 0.5, 0.2, 0.0)

@@ -19,7 +19,7 @@ from cskd_pipeline.distill.targets import LogitTargets
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.tools.bench import bench_encodings as bench
 from cskd_pipeline.tools.bench.responses import Responses, encode, from_cache, from_teacher, store
-from tests.cache.making import CLASSES, COUNTS, HEIGHT, VIEWS, WIDTH, fill, make, manifest, tree
+from tests.cache.factories import CLASSES, COUNTS, HEIGHT, VIEWS, WIDTH, fill, make, manifest, tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 

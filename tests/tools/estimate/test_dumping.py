@@ -21,8 +21,8 @@ from cskd_pipeline.models.teacher import Logits
 from cskd_pipeline.pipeline.dump import dump_teacher
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools import estimate_dump
-from tests.cache.making import CLASSES
-from tests.cache.making import teacher as teacher_manifest
+from tests.cache.factories import CLASSES
+from tests.cache.factories import teacher as teacher_manifest
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.tools.bench.test_bench_join import FakeClock

@@ -32,7 +32,7 @@ from cskd_pipeline.tools.report.labels import (
     read_labels,
 )
 from tests import own
-from tests.cache.making import make
+from tests.cache.factories import make
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 
