@@ -1,4 +1,4 @@
-"""One dumped cache for all whole-pipeline tests that only read it."""
+"""One dumped cache for all pipeline tests that only read it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="session")
 def alone(small: World, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
-    """The curve of the run that jobs of several ranks make, made by one process."""
+    """Rows of the run that jobs of several ranks reproduce, trained by one process."""
     from tests.pipeline import test_distributed as ranks
 
     out = tmp_path_factory.mktemp("alone") / "run"

@@ -1,4 +1,4 @@
-"""The teacher asked live, by code that shares nothing with loader, device and cache."""
+"""The live teacher, run by code that shares nothing with loader, device and cache."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def teacher_of(manifest: CacheManifest, batch_size: int = 16) -> Teacher:
 
 
 @dataclass(frozen=True)
-class LiveAnswer:
+class LiveResponse:
     """``spatial`` (n, K, h, w) and ``global_`` (n, K), float16, of one view of one tar shard."""
 
     view: int
@@ -41,8 +41,8 @@ class LiveAnswer:
     global_: np.ndarray
 
 
-def live_answers(shards: Path, cache: Path) -> Iterator[LiveAnswer]:
-    """What the teacher says of every view in the cache, from the images' bytes on."""
+def live_responses(shards: Path, cache: Path) -> Iterator[LiveResponse]:
+    """Yield the teacher's logits for every view in the cache, computed from the image bytes."""
     manifest = open_cache(cache).manifest
     policy, root = manifest.policy, manifest.root_seed
     teacher = teacher_of(manifest)
@@ -66,5 +66,5 @@ def live_answers(shards: Path, cache: Path) -> Iterator[LiveAnswer]:
             ]
             pixels = (np.stack(mixed) - mean) / std
             with torch.inference_mode():
-                answer = teacher.respond(torch.from_numpy(pixels).permute(0, 3, 1, 2))
-            yield LiveAnswer(view, number, answer.spatial.numpy(), answer.global_.numpy())
+                response = teacher.respond(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+            yield LiveResponse(view, number, response.spatial.numpy(), response.global_.numpy())

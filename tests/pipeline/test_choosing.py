@@ -17,7 +17,7 @@ from cskd_pipeline.distill.encodings.base import ResponseShape
 from cskd_pipeline.errors import CacheError
 from cskd_pipeline.pipeline.from_recipe import make_loss
 
-SHAPE = ResponseShape(1000, 7, 7)  # ImageNet's: at a few classes all encodings are about as large
+SHAPE = ResponseShape(1000, 7, 7)  # ImageNet's: with few classes all encodings have similar sizes
 
 
 def a_cache(names: list[str]) -> Any:
@@ -86,14 +86,14 @@ def test_auto_is_the_smallest_exact_encoding_else_the_closest_approximation(
         (["sampled", "envelope"], ["spatial_kind=soft"], "hard targets and soft targets"),
     ],
 )
-def test_what_no_encoding_of_the_cache_serves_is_refused(
+def test_losses_that_no_encoding_of_the_cache_supports_are_refused(
     names: list[str], sets: list[str], says: str
 ) -> None:
     with pytest.raises(CacheError, match=says):
         chosen(names, sets)
 
 
-def test_draws_come_last_where_they_take_the_most_bytes() -> None:
+def test_sampled_is_chosen_last_if_it_is_the_largest() -> None:
     cache = a_cache(["sampled", "dense-q8", "topk"])
     cache.shape = ResponseShape(10, 4, 4)
     assert cache.serving({"soft"}) == ["topk", "dense-q8", "sampled"]

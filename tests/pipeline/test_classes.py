@@ -1,4 +1,4 @@
-"""Wherever two sides meet, class k must be the same class: by name and order, and by labels."""
+"""Class k must be the same class on both sides of every join: by name, order and labels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ACCEPT = ("--set", "data.classes=accept")
 
 @pytest.fixture
 def refused(capsys: Capture) -> Callable[..., str]:
-    """Runs a command that must exit with 1; gives its message as one line."""
+    """Run a command that must exit with 1; return its message as one line."""
 
     def run(*arguments: object) -> str:
         capsys.readouterr()
@@ -45,7 +45,7 @@ def refused(capsys: Capture) -> Callable[..., str]:
 
 @pytest.fixture
 def done(capsys: Capture) -> Callable[..., tuple[dict[str, Any], str]]:
-    """Runs a command that must succeed; gives its summary, and what it said as one line."""
+    """Run a command that must succeed; return its summary, and its stderr as one line."""
 
     def run(*arguments: object) -> tuple[dict[str, Any], str]:
         capsys.readouterr()
@@ -57,7 +57,7 @@ def done(capsys: Capture) -> Callable[..., tuple[dict[str, Any], str]]:
 
 
 def named(shards: Path, to: Path, names: Sequence[str] | None) -> Path:
-    """The same tars beside another list of class names, or beside none."""
+    """The same tars with another list of class names, or without one."""
     shutil.copytree(shards, to)
     (to / "_info.json").unlink()
     (to / "classes.json").unlink()
@@ -67,7 +67,7 @@ def named(shards: Path, to: Path, names: Sequence[str] | None) -> Path:
 
 
 def turned(shards: Path, to: Path, names: Sequence[str] | None) -> Path:
-    """The same images with the labels in reverse, as a list of names in reverse gives them."""
+    """The same images with reversed labels, as from a reversed list of names."""
     to.mkdir()
     for shard in load_dataset(shards).shards:
         rows = range(len(shard))
@@ -102,10 +102,10 @@ def run(small: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-# A student and the shards it is measured on
+# A student and the shards it is evaluated on
 
 
-def test_the_same_pictures_under_numbers_in_the_order_of_text_are_refused(
+def test_classes_numbered_in_text_order_are_refused(
     tmp_path: Path, refused: Callable[..., str], done: Callable[..., Any]
 ) -> None:
     draw_colours(tmp_path / "padded", 12, 2, seed=0)
@@ -123,8 +123,8 @@ def test_the_same_pictures_under_numbers_in_the_order_of_text_are_refused(
     )
     train(trained)
     evaluate = ["evaluate", tmp_path / "run", "--workers", 0, "--device", "cpu"]
-    summary, told = done(*evaluate, "--shards", tmp_path / "padded shards")
-    assert (summary["accepted_classes"], told) == ([], "")
+    summary, output = done(*evaluate, "--shards", tmp_path / "padded shards")
+    assert (summary["accepted_classes"], output) == ([], "")
 
     message = refused(*evaluate, "--shards", tmp_path / "plain shards")
     for words in (
@@ -134,22 +134,22 @@ def test_the_same_pictures_under_numbers_in_the_order_of_text_are_refused(
         "pass --accept-classes",
     ):
         assert words in message
-    summary, told = done(
+    summary, output = done(
         *evaluate, "--shards", tmp_path / "plain shards", "--accept-classes", "--quiet"
     )
-    assert "accepted by --accept-classes: classes of the shards and the student: other" in told
+    assert "accepted by --accept-classes: classes of the shards and the student: other" in output
     [line] = summary["accepted_classes"]
     assert "the same 12 numbers in another order" in line
 
     (tmp_path / "plain shards/classes.json").unlink()
     (tmp_path / "plain shards/_info.json").unlink()
-    summary, told = done(*evaluate, "--shards", tmp_path / "plain shards", "--quiet")
-    assert told == (
+    summary, output = done(*evaluate, "--shards", tmp_path / "plain shards", "--quiet")
+    assert output == (
         "warning: no class names in the shards: class k is taken as class k of the student"
     )
 
 
-def test_a_student_of_another_number_of_classes_is_not_measured_by_any_switch(
+def test_no_flag_accepts_another_number_of_classes(
     run: Path, small: World, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     more = named(small.validation, tmp_path / "more", (*NAMES, "zebra"))
@@ -161,7 +161,7 @@ def test_a_student_of_another_number_of_classes_is_not_measured_by_any_switch(
 # A run's shards, validation shards and cache
 
 
-def test_shards_that_name_the_caches_classes_in_another_order_are_refused(
+def test_shards_with_the_caches_classes_in_another_order_are_refused(
     small: World, tmp_path: Path, refused: Callable[..., str], done: Callable[..., Any]
 ) -> None:
     other = named(small.shards, tmp_path / "other", NAMES[::-1])
@@ -172,10 +172,10 @@ def test_shards_that_name_the_caches_classes_in_another_order_are_refused(
     assert "pass --set data.classes=accept" in message
     assert not (tmp_path / "run").exists()
 
-    summary, told = done(*command(other, small.cache, tmp_path / "run", *ACCEPT, "--quiet"))
+    summary, output = done(*command(other, small.cache, tmp_path / "run", *ACCEPT, "--quiet"))
     [line] = summary["accepted_classes"]
     assert line.startswith("classes of the training shards and the cache: the same 4 names in")
-    assert f"accepted by --set data.classes=accept: {line}" in told
+    assert f"accepted by --set data.classes=accept: {line}" in output
     card = read_header(tmp_path / "run/last.safetensors")
     assert (card.accepted_classes, card.class_names) == ((line,), NAMES[::-1])
     recipe = load_recipe(TrainRecipe, tmp_path / "run/recipe.toml")
@@ -204,7 +204,7 @@ def test_validation_shards_with_other_classes_are_refused(
         assert read_header(tmp_path / "run/best.safetensors").accepted_classes == (line,)
 
 
-def test_validation_shards_of_another_number_of_classes_are_told_by_name(
+def test_validation_shards_with_more_classes_are_refused_by_name(
     small: World, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     other = named(small.validation, tmp_path / "other", ("ant", *NAMES))
@@ -214,14 +214,14 @@ def test_validation_shards_of_another_number_of_classes_are_told_by_name(
     assert 'class 0: "ant" in the validation shards, "bars" in the training shards' in message
 
 
-def test_names_that_a_side_lacks_are_one_line_and_the_students_are_the_caches(
+def test_missing_class_names_are_one_warning_and_students_get_the_caches(
     small: World, tmp_path: Path, done: Callable[..., Any]
 ) -> None:
     unnamed = named(small.shards, tmp_path / "unnamed", None)
     validation = named(small.validation, tmp_path / "validation", None)
     words = command(unnamed, small.cache, tmp_path / "run", "--val-shards", validation, "--quiet")
-    summary, told = done(*words, "--set", "schedule.warmup_epochs=0")
-    assert told == (
+    summary, output = done(*words, "--set", "schedule.warmup_epochs=0")
+    assert output == (
         "warning: no class names in the training shards: class k is taken as class k of the cache "
         "warning: no class names in the validation shards: class k is taken as class k of the "
         "training shards"
@@ -230,20 +230,20 @@ def test_names_that_a_side_lacks_are_one_line_and_the_students_are_the_caches(
     assert read_header(tmp_path / "run/last.safetensors").class_names == NAMES
 
 
-def test_labels_that_are_not_the_caches_are_refused_before_the_first_step(
+def test_labels_that_differ_from_the_caches_are_refused_before_the_first_step(
     small: World, tmp_path: Path, refused: Callable[..., str], done: Callable[..., Any]
 ) -> None:
-    """Without names on one side, only labels by key tell that classes are numbered otherwise."""
+    """Without names on one side, only labels by key reveal another numbering."""
     other = turned(small.shards, tmp_path / "other", None)
     message = refused(*command(other, small.cache, tmp_path / "run"))
     assert "96 of 96 samples have labels that differ from the cache's" in message
     assert "0 to 3, 1 to 2" in message
     assert "--set data.classes=accept" in message
     assert not (tmp_path / "run").exists()
-    summary, told = done(*command(other, small.cache, tmp_path / "run", *ACCEPT, "--quiet"))
+    summary, output = done(*command(other, small.cache, tmp_path / "run", *ACCEPT, "--quiet"))
     line = "96 of 96 samples have labels that differ from the cache's"
     assert summary["accepted_classes"] == [line]
-    assert line in told
+    assert line in output
     assert read_header(tmp_path / "run/last.safetensors").accepted_classes == (line,)
 
 
@@ -269,8 +269,8 @@ def test_weights_of_the_same_classes_in_another_order_are_refused(
     assert "the training shards and the weights to start from do not have the same" in message
     assert "the same 4 names in another order" in message
     assert not (tmp_path / "run").exists()
-    summary, told = done(*words, *ACCEPT)
-    assert "new head" not in told
+    summary, output = done(*words, *ACCEPT)
+    assert "new head" not in output
     [line] = summary["accepted_classes"]
     assert line.startswith("classes of the training shards and the weights to start from: ")
     assert read_header(tmp_path / "run/last.safetensors").accepted_classes == (line,)
@@ -293,12 +293,12 @@ def test_weights_of_other_classes_get_new_heads_and_unknown_ones_a_warning(
 ) -> None:
     init = student_with(run, names, tmp_path / "init.safetensors")
     words = command(small.shards, None, tmp_path / "run", "--init-from", init)
-    _, told = done(*words)
-    assert says in told
-    assert ("new head and head_dist" in told) == (names is not None)
+    _, output = done(*words)
+    assert says in output
+    assert ("new head and head_dist" in output) == (names is not None)
 
 
-def test_the_names_of_a_model_in_timms_form_are_compared_too(
+def test_class_names_of_a_model_in_timms_format_are_compared(
     small: World, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     arguments: dict[str, Any] = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -317,10 +317,10 @@ def test_the_names_of_a_model_in_timms_form_are_compared_too(
         assert says in refused(*words)
 
 
-# Going on
+# Resuming
 
 
-def test_a_run_goes_on_with_its_own_classes_only(
+def test_a_run_resumes_only_with_its_own_classes(
     small: World, tmp_path: Path, refused: Callable[..., str], done: Callable[..., Any]
 ) -> None:
     shards = named(small.shards, tmp_path / "shards", NAMES)
@@ -333,11 +333,11 @@ def test_a_run_goes_on_with_its_own_classes_only(
     [line] = summary["accepted_classes"]
     assert "the training state" in line
     (shards / "classes.json").unlink()
-    _, told = done(*words, "--resume", "--quiet")
-    assert "no class names in the training shards" in told
+    _, output = done(*words, "--resume", "--quiet")
+    assert "no class names in the training shards" in output
 
 
-def test_what_was_accepted_stays_written_down_when_a_run_goes_on(
+def test_accepted_differences_stay_recorded_when_a_run_resumes(
     run: Path, small: World, tmp_path: Path, done: Callable[..., Any]
 ) -> None:
     """Weights to start from are compared only once."""
@@ -349,7 +349,7 @@ def test_what_was_accepted_stays_written_down_when_a_run_goes_on(
     assert again["accepted_classes"] == first["accepted_classes"]
 
 
-# Looking at a cache beside shards
+# Commands on a cache and shards
 
 
 def test_verify_lists_names_and_labels_unless_they_are_accepted(
@@ -378,7 +378,7 @@ def test_verify_lists_names_and_labels_unless_they_are_accepted(
     assert "accepted by --accept-classes: classes of the shards and the cache" in captured.err
 
 
-def test_pages_refuse_classes_that_differ(
+def test_pages_refuse_different_classes(
     run: Path,
     small: World,
     tmp_path: Path,
@@ -392,13 +392,13 @@ def test_pages_refuse_classes_that_differ(
         message = refused(*words)
         assert "the shards and the cache do not have the same classes" in message
         assert not (tmp_path / "page").exists()
-        summary, told = done(*words, "--accept-classes", "--quiet")
+        summary, output = done(*words, "--accept-classes", "--quiet")
         assert len(summary["accepted_classes"]) == 1
-        assert summary["accepted_classes"][0] in told
+        assert summary["accepted_classes"][0] in output
         shutil.rmtree(tmp_path / "page")
 
 
-def test_a_page_refuses_a_student_of_other_classes_than_the_caches(
+def test_a_page_refuses_a_student_with_other_classes_than_the_cache(
     run: Path, small: World, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     shutil.copytree(run, tmp_path / "run")
@@ -420,7 +420,7 @@ def dump(shards: Path, cache: Path, *more: object) -> list[object]:
     ]
 
 
-def test_a_dump_goes_on_with_its_own_classes_only(
+def test_a_dump_resumes_only_with_its_own_classes(
     small: World, tmp_path: Path, refused: Callable[..., str], done: Callable[..., Any]
 ) -> None:
     cache = tmp_path / "cache"
@@ -430,15 +430,15 @@ def test_a_dump_goes_on_with_its_own_classes_only(
     assert "contains another cache" in message
     assert "dataset.class_names: the same 4 names in another order" in message
     assert "--accept-classes accepts it" in message
-    _, told = done(*dump(other, cache, "--accept-classes", "--quiet"))
-    assert "accepted by --accept-classes: classes of the cache and the new data" in told
+    _, output = done(*dump(other, cache, "--accept-classes", "--quiet"))
+    assert "accepted by --accept-classes: classes of the cache and the new data" in output
     (other / "classes.json").unlink()
-    _, told = done(*dump(other, cache, "--quiet", "--set", "data.num_classes=4"))
-    assert "no class names in the new data" in told
+    _, output = done(*dump(other, cache, "--quiet", "--set", "data.num_classes=4"))
+    assert "no class names in the new data" in output
     assert open_cache(cache).manifest.dataset.class_names == NAMES
 
 
-def test_a_teacher_that_train_made_must_know_the_shards_classes(
+def test_a_teacher_trained_by_train_must_have_the_shards_classes(
     small: World, tmp_path: Path, refused: Callable[..., str], done: Callable[..., Any]
 ) -> None:
     kwargs = {"output_stride": 8, "channels": [8, 12, 16, 24]}
@@ -450,5 +450,5 @@ def test_a_teacher_that_train_made_must_know_the_shards_classes(
     message = refused(*words)
     assert "the shards and the teacher do not have the same classes: the same 4 names" in message
     assert not (tmp_path / "cache").exists()
-    _, told = done(*words, "--accept-classes", "--quiet")
-    assert "accepted by --accept-classes: classes of the shards and the teacher" in told
+    _, output = done(*words, "--accept-classes", "--quiet")
+    assert "accepted by --accept-classes: classes of the shards and the teacher" in output

@@ -1,4 +1,4 @@
-"""What ``cache convert`` makes of dense is what a dump makes, and students learn from it."""
+"""``cache convert`` of dense equals a dump in that encoding, and students learn from it."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def test_soft_training_from_an_approximation_is_close_to_the_logits(
     near = loss_curve(soft, tmp_path, "cskd", [*sets, f"distill.encoding={encoding}"])
     assert not torch.equal(exact, near)
     torch.testing.assert_close(near, exact, atol=2e-3, rtol=0)
-    assert exact[0, 2:].min() > 10 * 2e-3  # the teacher has much more to say than that
+    assert exact[0, 2:].min() > 10 * 2e-3  # the teacher's terms are much larger
 
 
-def test_soft_training_from_draws_that_were_dumped_or_converted_is_the_same(
+def test_soft_training_from_dumped_and_converted_draws_is_the_same(
     small: World, tmp_path: Path
 ) -> None:
-    """And near the logits': by the targets' entropy above the divergence, give or take noise."""
+    """And close to training from logits: above their divergence by the targets' entropy."""
     path = tmp_path / "dumped"
     sets = ["cache.sampled_draws=4", "cache.sampled_temperature=2.0"]
     dump_teacher(world.dump_recipe(small.shards, path, sets, encodings='["sampled"]'))
@@ -63,7 +63,7 @@ def test_soft_training_from_draws_that_were_dumped_or_converted_is_the_same(
     curve = loss_curve(replace(small, cache=path), tmp_path, "cskd", sets)
     exact = loss_curve(small, tmp_path, "cskd", sets)
     assert (curve[:, 2:] > exact[:, 2:]).all()
-    torch.testing.assert_close(curve[:, 1], exact[:, 1], atol=0.02, rtol=0)  # of the labels alone
+    torch.testing.assert_close(curve[:, 1], exact[:, 1], atol=0.02, rtol=0)  # the labels' term
 
 
 def test_auto_takes_the_closest_approximation_and_says_so(
@@ -80,7 +80,7 @@ def test_auto_takes_the_closest_approximation_and_says_so(
     assert "targets from dense-q8: an approximation" in capsys.readouterr().err
 
 
-def test_hard_targets_are_not_taken_from_an_approximation(
+def test_hard_targets_are_never_read_from_an_approximation(
     soft: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--shards", soft.shards, "--cache", soft.cache, "--out", tmp_path / "run")
@@ -93,7 +93,7 @@ def test_hard_targets_are_not_taken_from_an_approximation(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_temperature_that_no_encoding_serves_is_refused_at_the_start(
+def test_a_temperature_that_no_encoding_supports_is_refused_at_the_start(
     small: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = (small.cache, tmp_path / "c", "--encoding", "topk", "--quiet")

@@ -38,7 +38,7 @@ SKIP = ["data.corrupt=skip"]
 
 
 def spoiled(content: Sequence[Sample]) -> list[Sample]:
-    """The samples with images cut short, the last of no bytes."""
+    """The samples with truncated images, the last one empty."""
     found = list(content)
     for row in CORRUPT:
         key, fields = found[row]
@@ -55,7 +55,7 @@ def kept(content: Sequence[Sample]) -> list[Sample]:
 def broken(
     small: World, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[World, World]:
-    """The small world with images that cannot be decoded, and the same without those."""
+    """The small world with corrupt images, and without them."""
     root = tmp_path_factory.mktemp("broken")
     ends = [len(kept(samples[: 32 * (number + 1)])) for number in range(3)]
     whole = recut(small, root / "spoiled", spoiled(samples), 32)
@@ -73,7 +73,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def assert_same_content(one: Path, other: Path) -> None:
-    """Everything but what describes the tars."""
+    """Compare everything except the description of the tars."""
     first, second = open_cache(one), open_cache(other)
     assert first.counts == second.counts
     assert first.shard_ids == second.shard_ids
@@ -89,7 +89,7 @@ def assert_same_content(one: Path, other: Path) -> None:
                 assert np.array_equal(values, second.gather("dense", places)[name])
 
 
-def test_a_dump_without_them_is_that_of_shards_that_do_not_hold_them(
+def test_a_dump_without_corrupt_images_equals_one_of_shards_without_them(
     broken: tuple[World, World], samples: list[Sample], tmp_path: Path
 ) -> None:
     whole, fewer = broken
@@ -110,7 +110,7 @@ def test_a_dump_without_them_is_that_of_shards_that_do_not_hold_them(
     assert not (tmp_path / "fewer/left_out.csv").exists()
 
 
-def test_a_dump_that_goes_on_does_not_decode_every_image_again(
+def test_a_resumed_dump_does_not_decode_every_image_again(
     broken: tuple[World, World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, fewer = broken
@@ -128,7 +128,9 @@ def test_a_dump_that_goes_on_does_not_decode_every_image_again(
         assert dump_teacher(world.dump_recipe(whole.shards, path, SKIP, views=2))["complete"]
 
 
-def test_ranks_share_the_search_of_a_dump(broken: tuple[World, World], tmp_path: Path) -> None:
+def test_ranks_share_the_search_for_corrupt_images(
+    broken: tuple[World, World], tmp_path: Path
+) -> None:
     whole, _ = broken
     for ranks, name in ((1, "one"), (2, "two")):
         words = [
@@ -142,7 +144,7 @@ def test_ranks_share_the_search_of_a_dump(broken: tuple[World, World], tmp_path:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_without_being_told_both_stages_refuse_them_with_what_to_do(
+def test_by_default_both_stages_refuse_corrupt_images_with_an_action(
     broken: tuple[World, World], small: World, samples: list[Sample], tmp_path: Path
 ) -> None:
     whole, _ = broken
@@ -164,7 +166,7 @@ def test_without_being_told_both_stages_refuse_them_with_what_to_do(
         assert "--set data.corrupt=skip" in message
 
 
-def test_training_on_labels_without_them_is_that_on_shards_that_do_not_hold_them(
+def test_training_on_labels_without_them_equals_shards_without_them(
     broken: tuple[World, World], tmp_path: Path
 ) -> None:
     whole, fewer = broken
@@ -173,7 +175,7 @@ def test_training_on_labels_without_them_is_that_on_shards_that_do_not_hold_them
 
 
 @pytest.mark.parametrize("drift", ["error", "skip"])
-def test_training_from_a_whole_cache_leaves_them_and_their_partners_out(
+def test_training_from_a_complete_cache_leaves_out_them_and_their_partners(
     broken: tuple[World, World], samples: list[Sample], tmp_path: Path, drift: str
 ) -> None:
     whole, fewer = broken
@@ -194,7 +196,7 @@ def test_training_from_a_whole_cache_leaves_them_and_their_partners_out(
     assert sum(map(len, record["corrupt"].values())) == len(CORRUPT)
 
 
-def test_validation_images_are_left_out_too_and_listed_apart(
+def test_validation_images_are_left_out_too_and_listed_separately(
     broken: tuple[World, World], small: World, tmp_path: Path
 ) -> None:
     whole, _ = broken
@@ -208,7 +210,7 @@ def test_validation_images_are_left_out_too_and_listed_apart(
     assert not (tmp_path / "run/left_out.csv").exists()
 
 
-def test_a_tar_without_a_whole_image_is_refused(
+def test_a_tar_of_only_corrupt_images_is_refused(
     small: World, samples: list[Sample], tmp_path: Path
 ) -> None:
     bad = [(key, {**fields, "jpg": b"no image"}) for key, fields in samples[:4]]
@@ -219,7 +221,7 @@ def test_a_tar_without_a_whole_image_is_refused(
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_forecast_goes_without_them_too(broken: tuple[World, World], tmp_path: Path) -> None:
+def test_a_forecast_leaves_them_out_too(broken: tuple[World, World], tmp_path: Path) -> None:
     whole, _ = broken
     report = plan_dump(world.dump_recipe(whole.shards, tmp_path / "cache", SKIP))
     assert report["measured"]["samples"] == 96 - len(CORRUPT)

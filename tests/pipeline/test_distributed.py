@@ -1,4 +1,4 @@
-"""Several processes do what one does: the same curve, the same figures, one set of files."""
+"""Several ranks reproduce one process: the same curve, the same metrics, one set of files."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.cache.factories import tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 
-# Whether a process may fork after a backward pass is decided at its first one, by the devices that
-# are known then; torch's exporter makes more of them known.
+# Whether a process may fork after a backward pass is decided at the first one, by the device types
+# registered then; importing torch's exporter registers more of them.
 torch.ones(1, requires_grad=True).sum().backward()
 
 EPOCHS = 3
@@ -73,8 +73,8 @@ def test_a_number_is_drawn_by_one_rank_alone(tmp_path: Path) -> None:
 def start(
     ranks: int, words: Any, missing: int = 0, target: Callable[..., None] = _rank
 ) -> list[Any]:
-    """The ranks' processes, without the last ``missing``; forked, so that they need not import
-    torch again.
+    """Start the ranks' processes, without the last ``missing``; forked, so that they need not
+    import torch again.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -84,7 +84,7 @@ def start(
         context.Process(target=target, args=(rank, ranks, port, words))
         for rank in range(ranks - missing)
     ]
-    gc.freeze()  # what was loaded here, no collection in a rank looks through
+    gc.freeze()  # so that no garbage collection in a rank scans it
     for process in processes:
         process.start()
     gc.unfreeze()
@@ -118,12 +118,12 @@ def same_curve(found: list[dict[str, float]], expected: list[dict[str, float]]) 
         assert row.keys() == wanted.keys()
         for name in (*LOSSES, "lr", "ckf_ratio"):
             np.testing.assert_allclose(row[name], wanted[name], rtol=2e-4, err_msg=name)
-        # One picture of 16 more or less, where two classes are level to the last bit.
+        # One image of 16 may flip, where two classes tie to the last bit.
         assert abs(row["top1"] - wanted["top1"]) <= 100 / 16 + 1e-6
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_give_the_loss_curve_of_one_process(
+def test_ranks_reproduce_the_loss_curve_of_one_process(
     small: World, tmp_path: Path, alone: list[dict[str, float]], ranks: int
 ) -> None:
     out = tmp_path / "run"
@@ -134,16 +134,16 @@ def test_ranks_give_the_loss_curve_of_one_process(
     assert len(list((out / "tensorboard").iterdir())) == 1
 
 
-def test_ranks_train_the_class_head_alone_where_there_is_no_teacher(
-    small: World, tmp_path: Path
-) -> None:
-    """The distillation head has no gradient then, for which ranks must not wait."""
+def test_ranks_train_only_the_class_head_without_a_teacher(small: World, tmp_path: Path) -> None:
+    """The distillation head then has no gradient, and ranks must not wait for one."""
     for ranks in (1, 2):
         run_in(ranks, arguments(small, tmp_path / str(ranks), *world.VIEWS, method="none"))
     same_curve(summary(tmp_path / "2"), summary(tmp_path / "1"))
 
 
-def test_one_rank_speaks(small: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_only_one_rank_logs(
+    small: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     words = [w for w in arguments(small, tmp_path / "run") if w != "--quiet"]
     run_in(2, [*words, "--json", "--set", "schedule.warmup_epochs=3"])
     out, err = capfd.readouterr()
@@ -159,18 +159,18 @@ def test_accumulation_and_ranks_together_change_nothing(
     same_curve(summary(tmp_path / "run"), alone)
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(
+def test_a_run_resumes_with_another_number_of_ranks(
     small: World,
     tmp_path: Path,
     alone: list[dict[str, float]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stopped in the middle of the second epoch by three ranks, finished by two."""
+    """Three ranks stop in the middle of the second epoch, two finish."""
     from cskd_pipeline.pipeline import train
 
     words = arguments(small, tmp_path / "run")
     original = train._time_to_stop
-    # Forked ranks inherit the stand-in: rank 1 alone is told to stop, all of them do.
+    # Forked ranks inherit the stand-in: only rank 1 gets the signal, all of them stop.
     with monkeypatch.context() as patch:
         patch.setattr(train, "EXCHANGE_EVERY", 1)
         patch.setattr(
@@ -188,7 +188,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     same_curve(summary(tmp_path / "run"), alone)
 
 
-def test_views_that_drifted_are_counted_over_all_ranks(
+def test_drifted_views_are_counted_over_all_ranks(
     small: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -210,13 +210,13 @@ def test_a_batch_that_ranks_cannot_share_is_refused(
     assert "Traceback" not in message
 
 
-def test_a_rank_that_dies_takes_the_job_down(
+def test_a_rank_that_dies_ends_the_job(
     small: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """It ends with an error that names the reason, and does not wait for ever."""
+    """It ends with an error that names the reason, instead of waiting forever."""
     from cskd_pipeline.pipeline.trainer import Trainer
 
     original = Trainer.step
@@ -236,7 +236,7 @@ def test_a_rank_that_dies_takes_the_job_down(
     assert "Traceback" not in message
 
 
-def test_an_error_on_one_rank_is_told_and_ends_all(
+def test_an_error_on_one_rank_is_reported_and_ends_all(
     small: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -260,7 +260,7 @@ PATIENT = ["--set", "dump.rank_timeout=3"]
 
 
 def in_unit(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object]) -> None:
-    """One rank acts where it should write its first unit."""
+    """Let one rank act instead of writing its first unit."""
     from cskd_pipeline.cache.writer import CacheWriter
 
     original = CacheWriter.write_unit
@@ -274,7 +274,7 @@ def in_unit(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object
 
 
 def in_step(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object]) -> None:
-    """One rank acts where the fourth update should be."""
+    """Let one rank act instead of running the fourth update."""
     from cskd_pipeline.pipeline.trainer import Trainer
 
     original = Trainer.step
@@ -289,11 +289,11 @@ def in_step(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object
 
 def stop_myself() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
-    time.sleep(1)  # the signal may take another thread first: this one is not to go on
+    time.sleep(1)  # the signal may stop another thread first; this one must not continue
 
 
 def ends_without(stopped: int, processes: list[Any], seconds: float = 90) -> list[int | None]:
-    """The exit codes of all but the stopped one, which is killed in the end."""
+    """Return the exit codes of all but the suspended process, which is killed at the end."""
     others = [process for number, process in enumerate(processes) if number != stopped]
     for process in others:
         process.join(seconds)
@@ -305,14 +305,14 @@ def ends_without(stopped: int, processes: list[Any], seconds: float = 90) -> lis
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_a_rank_that_is_stopped_ends_the_training_and_is_named(
+def test_a_suspended_rank_ends_training_and_is_named(
     stopped: int,
     small: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """The first one holds the job's store besides, as torchrun's agent does where there is one."""
+    """The first rank also hosts the job's store, like torchrun's agent."""
     in_step(monkeypatch, stopped, stop_myself)
     processes = start(2, arguments(small, tmp_path / "run", "run.rank_timeout=5"))
     assert ends_without(stopped, processes) == [1]
@@ -322,14 +322,14 @@ def test_a_rank_that_is_stopped_ends_the_training_and_is_named(
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_a_rank_that_is_stopped_ends_the_dump_once_all_is_done_and_is_named(
+def test_a_suspended_rank_ends_the_finished_dump_and_is_named(
     stopped: int,
     small: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Also the one that holds the job's store, without which the other goes on."""
+    """Even if it hosts the job's store, without which the other continues."""
     in_unit(monkeypatch, stopped, stop_myself)
     processes = start(2, [*dump_words(small, tmp_path / "c"), *PATIENT])
     assert ends_without(stopped, processes) == [1]
@@ -339,10 +339,10 @@ def test_a_rank_that_is_stopped_ends_the_dump_once_all_is_done_and_is_named(
     assert open_cache(tmp_path / "c").done().all()
 
 
-def test_a_rank_that_has_more_to_do_is_waited_for(
+def test_ranks_wait_for_a_slower_one(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is bounded is silence."""
+    """The timeout limits silence, not work."""
     in_unit(monkeypatch, 1, lambda: time.sleep(4))
     words = [*dump_words(small, tmp_path / "c", views=2), "--set", "dump.rank_timeout=3"]
     run_in(2, words)
@@ -350,7 +350,7 @@ def test_a_rank_that_has_more_to_do_is_waited_for(
 
 
 @pytest.mark.parametrize(("stage", "failing"), [("train", 2), ("dump", 0)])
-def test_one_ranks_error_ends_all_ranks_as_it_is(
+def test_one_ranks_error_ends_all_ranks_unchanged(
     stage: str,
     failing: int,
     small: World,
@@ -371,11 +371,11 @@ def test_one_ranks_error_ends_all_ranks_as_it_is(
         words = dump_words(small, tmp_path / "c")
     assert finish(start(3, words), seconds=90) == [1] * 3
     message = capfd.readouterr().err
-    told = (
+    expected = (
         f"error: an image is damaged\n  where:    rank {failing}, a.tar: k\n"
         "  found:    noise\n  to do:    get another\n"
     )
-    assert message.count(told) == 3
+    assert message.count(expected) == 3
     assert message.count("error:") == 3
     assert "Traceback" not in message
 
@@ -426,7 +426,7 @@ def test_the_environment_of_a_rank_is_read() -> None:
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
     ],
 )
-def test_half_an_environment_is_refused_and_nobody_trains_alone(
+def test_an_incomplete_environment_is_refused_on_every_rank(
     change: dict[str, str | None], named: str
 ) -> None:
     values = {name: value for name, value in {**WHOLE, **change}.items() if value is not None}
@@ -449,7 +449,7 @@ def test_a_rank_that_does_not_know_its_device_starts_nothing(
     assert not (tmp_path / "x").exists()
 
 
-def test_ranks_that_do_not_come_are_counted(
+def test_missing_ranks_are_an_error(
     small: World,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
@@ -462,7 +462,7 @@ def test_ranks_that_do_not_come_are_counted(
     assert "Traceback" not in message
 
 
-def test_ranks_dump_what_one_process_dumps(
+def test_ranks_dump_the_bytes_of_one_process(
     small: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_in(3, [*dump_words(small, tmp_path / "many"), "--json"])
@@ -471,10 +471,10 @@ def test_ranks_dump_what_one_process_dumps(
     assert (summary["units_written"], summary["views_written"]) == (6, 4 * 96)
     one, many = tree(small.cache), tree(tmp_path / "many")
     assert one.keys() == many.keys()
-    assert {name for name in one if one[name] != many[name]} <= {"zarr.json"}  # it has the time
+    assert {name for name in one if one[name] != many[name]} <= {"zarr.json"}  # it states a time
 
 
-def test_a_rank_that_dies_ends_the_dump_with_an_error_once_the_others_have_done_its_units(
+def test_a_rank_that_dies_fails_the_dump_after_others_finish_its_units(
     small: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

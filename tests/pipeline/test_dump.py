@@ -1,4 +1,4 @@
-"""Stage one as a user runs it: killed, extended, shared out, summed up."""
+"""Stage one as a user runs it: killed, extended, split, summarised."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.processes import server, until
 
 
 def data_files(cache: Path) -> dict[str, bytes]:
-    """Every file of a cache but the manifest, which has the time of its making."""
+    """Every file of a cache except the manifest, which states a time."""
     return {
         str(path.relative_to(cache)): path.read_bytes()
         for path in sorted(cache.rglob("*"))
@@ -42,7 +42,7 @@ def dump_command(small: World, cache: Path, workers: int) -> list[str]:
     ]
 
 
-def test_a_dump_asked_to_stop_keeps_its_units_and_says_how_to_go_on(
+def test_an_interrupted_dump_keeps_its_units_and_prints_how_to_resume(
     small: World, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
@@ -52,7 +52,7 @@ def test_a_dump_asked_to_stop_keeps_its_units_and_says_how_to_go_on(
     ended = process.wait()
     done = open_cache(cache).done()
     assert done.sum() > 0
-    if ended.code != 0:  # the last unit may have been under way already
+    if ended.code != 0:  # the last unit may already have been in progress
         assert ended.code == 130
         assert "cskd-pipeline dump-teacher" in ended.output
         assert done.sum() < done.size
@@ -62,7 +62,7 @@ def test_a_dump_asked_to_stop_keeps_its_units_and_says_how_to_go_on(
 def send_at(
     monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, number: signal.Signals
 ) -> list[int]:
-    """Get a signal at the n-th call of a function, which the list counts."""
+    """Send a signal at the n-th call of a function; the list counts the calls."""
     real, calls = getattr(owner, name), [0]
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -75,17 +75,17 @@ def send_at(
     return calls
 
 
-def test_what_is_computed_when_a_dump_is_stopped_is_written(
+def test_a_stopped_dump_writes_its_complete_units(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first unit while the second is computed, the second before the command ends."""
+    """The first while the second is computed, the second before the command ends."""
     send_at(monkeypatch, unit_writer, "_unit_data", 2, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"))
     assert open_cache(tmp_path / "cache").done().sum() == 2
 
 
-def test_a_unit_that_cannot_be_written_as_a_dump_stops_is_an_error(
+def test_a_failed_write_while_a_dump_stops_is_an_error(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     send_at(monkeypatch, unit_writer, "_unit_data", 1, signal.SIGTERM)
@@ -98,7 +98,7 @@ def test_a_unit_that_cannot_be_written_as_a_dump_stops_is_an_error(
         dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"))
 
 
-def test_a_schedulers_signal_does_not_wait_for_the_unit_in_hand(
+def test_a_schedulers_signal_does_not_wait_for_the_current_unit(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Units of 35 samples in two views are 5 batches of 16 or less: the 7th is in the second."""
@@ -124,14 +124,16 @@ def test_extending_a_finished_cache_equals_dumping_all_views_at_once(
     assert data_files(cache) == data_files(small.cache)
 
 
-def test_parts_dumped_apart_in_any_order_make_the_same_cache(small: World, tmp_path: Path) -> None:
+def test_parts_dumped_separately_in_any_order_give_the_same_cache(
+    small: World, tmp_path: Path
+) -> None:
     cache = tmp_path / "cache"
     for part in ((2, 3), (0, 2)):
         dump_teacher(world.dump_recipe(small.shards, cache), shard_range=part)
     assert data_files(cache) == data_files(small.cache)
 
 
-def test_the_summary_counts_what_was_written_and_how_right_the_teacher_was(
+def test_the_summary_has_the_views_written_and_the_teachers_top1(
     small: World, tmp_path: Path
 ) -> None:
     recipe = world.dump_recipe(small.shards, tmp_path / "cache", ["views.mix=0"])
@@ -154,10 +156,10 @@ def test_the_summary_counts_what_was_written_and_how_right_the_teacher_was(
     assert again["data_wait"] is None
 
 
-def test_the_share_of_waiting_is_that_of_all_ranks(
+def test_data_wait_is_a_share_of_all_ranks_time(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second rank that waited nearly all of its long time."""
+    """A second rank spends nearly all of its time waiting."""
 
     def gather(self: Ranks, value: Any) -> list[Any]:
         is_count = isinstance(value, list) and len(value) == 4 and isinstance(value[2], float)
@@ -175,33 +177,33 @@ def test_the_recipe_names_the_data_set(small: World, tmp_path: Path) -> None:
     assert open_cache(small.cache).manifest.dataset.name != "mine"
 
 
-def test_batches_cross_units_so_that_only_the_last_is_filled_up(
+def test_batches_span_units_so_that_only_the_last_is_short(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    sizes = []
     respond = Teacher._respond
 
     def counting(teacher: Teacher, x: Tensor) -> Logits:
-        asked.append(len(x))
+        sizes.append(len(x))
         return respond(teacher, x)
 
     monkeypatch.setattr(Teacher, "_respond", counting)
     for size in (7, 1000):
-        asked.clear()
+        sizes.clear()
         sets = [*world.dump_sets(), "dump.workers=0", f"dump.batch_size={size}"]
         cache = tmp_path / str(size)
         summary = dump_teacher(world.dump_recipe(small.shards, cache, sets=sets))
         units, views = summary["units_written"], summary["views_written"]
         assert units > 2
-        assert asked == [size] * (views // size) + [views % size]
+        assert sizes == [size] * (views // size) + [views % size]
         assert open_cache(cache).done().all()
 
 
 @pytest.mark.parametrize("ahead", [1, 3])
-def test_asking_ahead_of_reading_changes_no_byte(
+def test_computing_ahead_of_encoding_changes_no_byte(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
 ) -> None:
-    """As on a GPU, where the next batch is with the teacher while one is encoded."""
+    """As on a GPU, where the teacher computes the next batch while one is encoded."""
     monkeypatch.setattr(unit_writer, "batches_ahead", lambda device: ahead)
     sets = [*world.dump_sets(), "dump.workers=0"]
     dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache", sets=sets))

@@ -1,7 +1,7 @@
-"""A dump whose processes come, go and stop: the bytes of one process, each unit made once.
+"""A dump whose processes come, go and stop: the bytes of one process, each unit computed once.
 
-Agents are torchrun's, and ranks and jobs real processes; all are forked, for nobody is to wait for
-imports. Every unit takes a moment longer than it must, so that something happens in between.
+Agents are torchrun's, ranks and jobs are real processes; all are forked, to save imports. Every
+unit takes a moment longer than necessary, so that other events fall in between.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MOMENT = 0.07  # seconds
 
 
 class Made(list[dict[str, Any]]):
-    """Which process has written which unit, as far as a file says."""
+    """The units written, and the process of each, as read from a file."""
 
     def __init__(self, path: Path) -> None:
         lines = path.read_text().splitlines() if path.exists() else []
@@ -48,7 +48,7 @@ class Made(list[dict[str, Any]]):
 
 
 class Dump:
-    """48 units of 4 images in 2 views, and what one process makes of them."""
+    """48 units of 4 images in 2 views, and the files that one process writes."""
 
     def __init__(self, root: Path) -> None:
         world.draw_images(root / "images", per_class=12, seed=3)
@@ -68,7 +68,7 @@ class Dump:
 
 def files(cache: Path) -> dict[str, bytes]:
     found = tree(cache)
-    del found["zarr.json"]  # it has the time
+    del found["zarr.json"]  # it states a time
     return found
 
 
@@ -79,11 +79,11 @@ def dump(tmp_path_factory: pytest.TempPathFactory) -> Dump:
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Made]:
-    """What was written until now, by processes that are forked after this."""
+    """Return the units written so far by processes that are forked after this."""
     path, original = tmp_path / "made", UnitWriter._write
 
     def write(self: UnitWriter, unit: Unit, *data: Any) -> None:
-        # A node that is alone is to be found at work by the next one.
+        # A single node must still be working when the next one starts.
         time.sleep(4 * MOMENT if os.environ.get("WORLD_SIZE") == "1" else MOMENT)
         original(self, unit, *data)
         row = {"unit": [unit.block, unit.shard], "pid": os.getpid(), "at": time.time()}
@@ -97,7 +97,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Made]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Starts functions as processes, which do not outlive the test."""
+    """Start functions as processes that do not outlive the test."""
     started: list[Any] = []
 
     def _start(target: Callable[..., None], *arguments: Any) -> Any:
@@ -137,8 +137,8 @@ def _worker(words: list[object]) -> None:
 
 
 def agent(words: list[object], port: int, nodes: str, processes: int, shared_store: bool) -> None:
-    """What ``torchrun --nnodes NODES --nproc-per-node PROCESSES --max-restarts 3`` does."""
-    logging.disable(logging.CRITICAL)  # torch imports its compiler to print what failed
+    """Run ``torchrun --nnodes NODES --nproc-per-node PROCESSES --max-restarts 3``."""
+    logging.disable(logging.CRITICAL)  # torch imports its compiler to print a failure
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = str(int(not shared_store))
     least, _, most = nodes.partition(":")
     config = LaunchConfig(
@@ -161,7 +161,7 @@ def once_each(made: Made) -> bool:
     return len(counts) == 48 and set(counts.values()) == {1}
 
 
-def test_a_node_joins_and_is_lost_and_the_dump_goes_on(
+def test_a_dump_survives_a_node_that_joins_and_is_lost(
     dump: Dump, made: Callable[[], Made], start: Callable[..., Any], tmp_path: Path
 ) -> None:
     words, port = dump.words(tmp_path / "c", "dump.rank_timeout=2"), free_port()
@@ -177,7 +177,7 @@ def test_a_node_joins_and_is_lost_and_the_dump_goes_on(
     assert once_each(made())
 
 
-def test_a_killed_rank_is_started_again_and_its_unit_made(
+def test_a_killed_rank_is_restarted_and_its_unit_written(
     dump: Dump, made: Callable[[], Made], start: Callable[..., Any], tmp_path: Path
 ) -> None:
     started = start(agent, dump.words(tmp_path / "c"), free_port(), "1:1", 2, True)
@@ -190,10 +190,10 @@ def test_a_killed_rank_is_started_again_and_its_unit_made(
     assert once_each(made())
 
 
-def test_a_rank_that_is_stopped_for_a_while_leaves_its_units_to_the_others(
+def test_others_take_over_the_units_of_a_suspended_rank(
     dump: Dump, made: Callable[[], Made], tmp_path: Path
 ) -> None:
-    """It has one unit in hand, and one being written, when it goes on."""
+    """When it continues, it has one unit in progress and one being written."""
     started = ranks.start(3, dump.words(tmp_path / "c"))
     until(lambda: made().by(RANK="1"))
     os.kill(started[1].pid, signal.SIGSTOP)
@@ -206,10 +206,10 @@ def test_a_rank_that_is_stopped_for_a_while_leaves_its_units_to_the_others(
     assert once_each(made())
 
 
-def test_jobs_that_share_a_folder_alone_make_each_unit_once(
+def test_jobs_that_share_only_a_folder_compute_each_unit_once(
     dump: Dump, made: Callable[[], Made], start: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """One is stopped by Slurm, one killed; one that comes later makes what they leave."""
+    """One is preempted by Slurm, one killed; a later one computes the remaining units."""
     words = dump.words(tmp_path / "c")
     preempted, killed = start(command, words), start(command, words)
     for process, number in ((preempted, signal.SIGUSR1), (killed, signal.SIGKILL)):
@@ -223,7 +223,7 @@ def test_jobs_that_share_a_folder_alone_make_each_unit_once(
     assert once_each(made())
 
 
-def test_training_that_torchrun_starts_again_resumes_from_its_last_state(
+def test_training_restarted_by_torchrun_resumes_from_its_last_state(
     small: World,
     start: Callable[..., Any],
     tmp_path: Path,
@@ -248,4 +248,4 @@ def test_training_that_torchrun_starts_again_resumes_from_its_last_state(
     assert (tmp_path / "updates 1").read_text().split() == [*map(str, [*range(6), *range(4, 12)])]
     ranks.same_curve(ranks.summary(tmp_path / "run"), alone)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
-    assert world.cli(*words) == 1  # which is not this job's to resume
+    assert world.cli(*words) == 1  # another job's run is not resumed

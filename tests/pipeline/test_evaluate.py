@@ -1,4 +1,4 @@
-"""What is measured of a student: normalised images in, top-1 and top-5 of its heads out."""
+"""Evaluation: normalised images in, top-1 and top-5 of a student's heads out."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ K = 7
 
 
 class Scripted(torch.nn.Module):
-    """Gives the logits it was made with, and keeps the images it was shown."""
+    """A student that returns given logits and records its images."""
 
     mean, std = (0.1, 0.4, 0.7), (0.5, 0.25, 2.0)
 
     def __init__(self, *batches: Heads) -> None:
         super().__init__()
         self.outputs = iter(batches)
-        self.weight = torch.nn.Parameter(torch.zeros(1))  # says on which device it is
+        self.weight = torch.nn.Parameter(torch.zeros(1))  # determines the device
         self.shown: list[Tensor] = []
 
     def forward(self, images: Tensor, grid: Any = None) -> Heads:
@@ -42,15 +42,15 @@ def batch_of(labels: list[int]) -> EvalBatch:
 
 
 def ranked(*orders: str) -> Tensor:
-    """Logits whose classes stand in these orders, the largest first."""
+    """Return logits that rank the classes in these orders, the largest first."""
     logits = torch.zeros(len(orders), K)
     for row, order in enumerate(orders):
-        for place, digit in enumerate(order):
-            logits[row, int(digit)] = float(K - place)
+        for rank, digit in enumerate(order):
+            logits[row, int(digit)] = float(K - rank)
     return logits
 
 
-def test_a_student_sees_pixels_less_its_mean_in_units_of_its_deviation() -> None:
+def test_a_students_images_are_normalised_with_its_mean_and_std() -> None:
     batch = batch_of([0, 1])
     student = Scripted(Heads(torch.rand(2, K)))
     measured(student, [batch], ("cls",))
@@ -61,7 +61,7 @@ def test_a_student_sees_pixels_less_its_mean_in_units_of_its_deviation() -> None
 
 
 def test_each_trained_head_is_measured_and_the_mean_of_their_logits() -> None:
-    """Of batches of unequal length: the last may be short."""
+    """With batches of unequal size: the last may be short."""
     cls = ranked("0123456", "5012346", "6543210")
     dist = ranked("1203456", "1234506", "5012346")
     dense = 3 * ranked("0123456", "5432106", "0123456")

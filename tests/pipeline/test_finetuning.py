@@ -1,4 +1,4 @@
-"""A student's weights carried over: what is kept, what is new, what is resized, what is refused."""
+"""Fine-tuning: weights that are kept, new, resized or refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ HEADS = {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
 
 
 def draw_colours(folder: Path, classes: int, per_class: int, seed: int) -> None:
-    """``folder/<class>/<n>.png``: noise of the class's hue."""
+    """``folder/<class>/<n>.png``: noise in the class's hue."""
     rng = np.random.default_rng(seed)
     for number in range(classes):
         (folder / f"hue{number:02d}").mkdir(parents=True)
@@ -60,7 +60,7 @@ def job_of(recipe: TrainRecipe) -> TrainJob:
 
 @dataclass(frozen=True)
 class Transfer:
-    """``runs``: of a student pretrained on ten hues at 32 px; ``shards``: seven other hues."""
+    """``run``: a student pretrained on ten hues at 32 px; ``shards``: seven other hues."""
 
     run: Path
     shards: Path
@@ -76,7 +76,7 @@ class Transfer:
         )
 
     def started(self, tmp_path: Path, init: Path | str = "", **named: Any) -> TrainJob:
-        """A run that has its weights, and made no update."""
+        """Return a run with its initial weights, before any update."""
         recipe = self.recipe(tmp_path / "out", init, **named)
         job = job_of(recipe)
         job.start_from(recipe.student.init_from)
@@ -98,10 +98,10 @@ def transfer(tmp_path_factory: pytest.TempPathFactory) -> Transfer:
     return Transfer(root / "run", root / "other")
 
 
-# What is carried over
+# Transferred weights
 
 
-def test_everything_but_heads_and_positions_is_the_sources_at_update_0(
+def test_only_heads_and_positions_differ_from_the_source_at_update_0(
     transfer: Transfer, tmp_path: Path
 ) -> None:
     source = load_file(transfer.run / "best.safetensors")
@@ -134,16 +134,16 @@ def test_new_heads_are_those_of_a_fresh_run(transfer: Transfer, tmp_path: Path) 
     assert len(fresh["head.weight"]) == 7
 
 
-def test_the_run_says_what_it_did(
+def test_the_run_logs_how_it_started(
     transfer: Transfer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Terminal().attach()
     train(transfer.recipe(tmp_path / "out", epochs=1))
     digest = state_digest(load_file(transfer.run / "best.safetensors"))
-    told = capsys.readouterr().err.replace("\n", " ")
-    assert f"starting from {transfer.run}: 31 tensors, SHA-256 {digest[:12]}" in told
-    assert "new head and head_dist (10 classes before, 7 now)" in told
-    assert "pos_embed resized from 4x4 to 6x6" in told
+    output = capsys.readouterr().err.replace("\n", " ")
+    assert f"starting from {transfer.run}: 31 tensors, SHA-256 {digest[:12]}" in output
+    assert "new head and head_dist (10 classes before, 7 now)" in output
+    assert "pos_embed resized from 4x4 to 6x6" in output
     assert read_header(tmp_path / "out/last.safetensors").init_sha256 == digest
     assert load_state(tmp_path / "out/state.pt")["init"] == {
         "from": str(transfer.run),
@@ -178,8 +178,10 @@ def test_with_a_cache_the_same_classes_keep_their_heads(
     assert summary["last"]["global"] > 0
 
 
-def test_as_many_classes_of_other_names_get_new_heads(transfer: Transfer, tmp_path: Path) -> None:
-    """And only if one side has no names is a count taken for the same classes."""
+def test_the_same_number_of_other_classes_gets_new_heads(
+    transfer: Transfer, tmp_path: Path
+) -> None:
+    """Only if one side has no names does an equal count mean the same classes."""
     card = read_header(transfer.run / "best.safetensors")
     state = load_file(transfer.run / "best.safetensors")
     state = {k: v[:7] if k in HEADS else v for k, v in state.items()}
@@ -192,7 +194,7 @@ def test_as_many_classes_of_other_names_get_new_heads(transfer: Transfer, tmp_pa
         assert kept != new, names
 
 
-def test_a_model_in_timms_form_serves_too(transfer: Transfer, tmp_path: Path) -> None:
+def test_a_run_starts_from_a_model_in_timms_format(transfer: Transfer, tmp_path: Path) -> None:
     arguments = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     model = timm.create_model(world.STUDENT, num_classes=5, img_size=32, **arguments)
     folder = tmp_path / "timm"
@@ -207,10 +209,10 @@ def test_a_model_in_timms_form_serves_too(transfer: Transfer, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_pth_of_the_same_model_serves_too(
+def test_a_run_starts_from_a_pth_of_the_same_model(
     transfer: Transfer, tmp_path: Path, wrapped: bool
 ) -> None:
-    """As the authors of DeiT publish theirs, and as timm's training script leaves them."""
+    """As published by DeiT's authors, and as written by timm's training script."""
     source = load_file(transfer.run / "best.safetensors")
     torch.save({"model": source, "epoch": 3} if wrapped else source, tmp_path / "w.pth")
     job = transfer.started(tmp_path, tmp_path / "w.pth")
@@ -219,30 +221,30 @@ def test_a_pth_of_the_same_model_serves_too(
     assert job.init == {"from": str(tmp_path / "w.pth"), "sha256": state_digest(source)}
 
 
-def test_a_pth_names_no_model_which_is_said(
+def test_a_pth_that_describes_no_model_is_logged(
     transfer: Transfer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = load_file(transfer.run / "best.safetensors")
     torch.save(state, tmp_path / "w.pth")
     Terminal().attach()
     train(transfer.recipe(tmp_path / "out", tmp_path / "w.pth", epochs=1))
-    told = capsys.readouterr().err.replace("\n", " ")
-    assert "new head and head_dist (10 classes before, 7 now)" in told
-    assert "the file describes no model" in told
+    output = capsys.readouterr().err.replace("\n", " ")
+    assert "new head and head_dist (10 classes before, 7 now)" in output
+    assert "the file describes no model" in output
     torch.save({"blocks.0.norm1.weight": torch.ones(32)}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="do not fit") as caught:
         transfer.started(tmp_path, tmp_path / "w.pth")
     assert "missing (cls_token" in str(caught.value)
 
 
-def test_a_pth_as_a_student_is_told_what_is_wanted_instead(
+def test_a_pth_as_a_student_is_refused_with_what_is_expected(
     transfer: Transfer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(load_file(transfer.run / "best.safetensors"), tmp_path / "w.pth")
     assert world.cli("evaluate", tmp_path / "w.pth", "--shards", transfer.shards) == 1
-    told = capsys.readouterr().err
-    assert "no safetensors header" in told
-    assert "to train --init-from, which reads its tensors" in told
+    output = capsys.readouterr().err
+    assert "no safetensors header" in output
+    assert "to train --init-from, which reads its tensors" in output
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ def test_a_pth_as_a_student_is_told_what_is_wanted_instead(
         ("deit_tiny_patch16_224", ", reg_tokens=4", 5),
     ],
 )
-def test_positions_of_the_tokens_before_the_grid_are_kept_as_they_are(
+def test_positions_of_prefix_tokens_are_kept_unchanged(
     transfer: Transfer, tmp_path: Path, student: str, extra: str, prefix: int
 ) -> None:
     kwargs = KWARGS.replace("}", extra + "}")
@@ -273,7 +275,7 @@ def test_positions_of_the_tokens_before_the_grid_are_kept_as_they_are(
 
 
 def test_resolution_is_no_part_of_an_architectures_name(transfer: Transfer, tmp_path: Path) -> None:
-    """``…_patch16_384`` in timm is ``…_patch16_224`` for larger pictures."""
+    """``…_patch16_384`` in timm is ``…_patch16_224`` for larger images."""
     larger = "deit_base_distilled_patch16_384"
     smaller = "deit_base_distilled_patch16_224"
     kwargs = "{patch_size=8, embed_dim=16, depth=1, num_heads=2}"
@@ -294,7 +296,7 @@ def flat(recipe: TrainRecipe) -> dict[str, Any]:
     return values
 
 
-# Going on
+# Resuming
 
 
 def die_at(monkeypatch: pytest.MonkeyPatch, deadly: int) -> Callable[[], None]:
@@ -310,7 +312,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch, deadly: int) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_killed_run_goes_on_as_an_uninterrupted_one_without_its_source(
+def test_a_killed_run_resumes_exactly_without_its_source(
     transfer: Transfer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
 ) -> None:
     init = Path(shutil.copytree(transfer.run, tmp_path / "source"))
@@ -329,7 +331,7 @@ def test_a_killed_run_goes_on_as_an_uninterrupted_one_without_its_source(
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_run_that_died_before_its_first_state_starts_from_the_weights_again(
+def test_a_run_killed_before_its_first_state_starts_from_the_weights_again(
     transfer: Transfer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = transfer.recipe(tmp_path / "broken", epochs=1)
@@ -342,7 +344,9 @@ def test_a_run_that_died_before_its_first_state_starts_from_the_weights_again(
     assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
 
 
-def test_a_run_goes_on_from_its_own_weights_only(transfer: Transfer, tmp_path: Path) -> None:
+def test_a_run_resumes_only_with_its_own_initial_weights(
+    transfer: Transfer, tmp_path: Path
+) -> None:
     train(transfer.recipe(tmp_path / "out", epochs=1))
     copy = shutil.copyfile(transfer.run / "best.safetensors", tmp_path / "copy.safetensors")
     train(transfer.recipe(tmp_path / "out", copy, epochs=1), resume=True)
@@ -354,8 +358,8 @@ def test_a_run_goes_on_from_its_own_weights_only(transfer: Transfer, tmp_path: P
         tmp_path / "other.safetensors": (OutputError, "started from other weights"),
         tmp_path / "nothing": (WeightsError, "weights to start from do not exist"),
     }
-    for init, (kind, told) in refused.items():
-        with pytest.raises(kind, match=told):
+    for init, (kind, message) in refused.items():
+        with pytest.raises(kind, match=message):
             train(transfer.recipe(tmp_path / "out", init, epochs=1), resume=True)
     without = world.load_recipe(
         TrainRecipe, None, [], flat(transfer.recipe(tmp_path / "out", epochs=1))
@@ -364,7 +368,7 @@ def test_a_run_goes_on_from_its_own_weights_only(transfer: Transfer, tmp_path: P
         train(without, resume=True)
 
 
-def test_a_run_of_fresh_weights_does_not_go_on_from_others(
+def test_a_run_of_random_weights_does_not_resume_from_others(
     transfer: Transfer, tmp_path: Path
 ) -> None:
     recipe = transfer.recipe(tmp_path / "out", epochs=1)
@@ -373,11 +377,11 @@ def test_a_run_of_fresh_weights_does_not_go_on_from_others(
         train(recipe, resume=True)
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(
-    ("named", "told"),
+    ("named", "parts"),
     [
         ({"student": "deit_tiny_patch16_224"}, ["another architecture", world.STUDENT]),
         ({"student": "resnet10t", "kwargs": "{}"}, ["another architecture", "resnet10t"]),
@@ -391,19 +395,17 @@ def test_a_run_of_fresh_weights_does_not_go_on_from_others(
         ),
     ],
 )
-def test_another_model_is_refused_by_what_was_found_and_expected(
-    transfer: Transfer, tmp_path: Path, named: dict[str, Any], told: list[str]
+def test_another_model_is_refused_with_found_and_expected(
+    transfer: Transfer, tmp_path: Path, named: dict[str, Any], parts: list[str]
 ) -> None:
     with pytest.raises(WeightsError) as caught:
         train(transfer.recipe(tmp_path / "out", **named))
-    for part in [*told, str(transfer.run)]:
+    for part in [*parts, str(transfer.run)]:
         assert part in str(caught.value)
 
 
-def test_weights_of_pixels_normalised_otherwise_are_refused(
-    transfer: Transfer, tmp_path: Path
-) -> None:
-    """As of timm's ViTs, some of which have means of 0.5 and some ImageNet's."""
+def test_weights_with_another_normalisation_are_refused(transfer: Transfer, tmp_path: Path) -> None:
+    """Some of timm's ViTs have means of 0.5, others ImageNet's."""
     arguments = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     model = timm.create_model(world.STUDENT, num_classes=5, img_size=32, **arguments)
     save_for_hf(
@@ -428,14 +430,14 @@ def test_tensors_that_do_not_fit_are_named(transfer: Transfer, tmp_path: Path) -
         "1 missing (norm.bias)": {k: v for k, v in whole.items() if k != "norm.bias"},
         "1 unexpected (extra)": whole | {"extra": torch.zeros(1)},
     }
-    for told, state in cases.items():
+    for message, state in cases.items():
         save_student(tmp_path / "odd.safetensors", state, card)
         with pytest.raises(WeightsError) as caught:
             transfer.started(tmp_path, tmp_path / "odd.safetensors")
-        assert told in str(caught.value)
+        assert message in str(caught.value)
 
 
-def test_what_is_no_student_is_refused(transfer: Transfer, tmp_path: Path) -> None:
+def test_files_that_are_no_students_are_refused(transfer: Transfer, tmp_path: Path) -> None:
     empty, odd, oblong, text = (tmp_path / name for name in ("empty", "odd", "oblong", "text"))
     for folder in (empty, odd, oblong):
         folder.mkdir()
@@ -445,14 +447,14 @@ def test_what_is_no_student_is_refused(transfer: Transfer, tmp_path: Path) -> No
         '{"input_size": [3, 32, 64], "mean": [0, 0, 0], "std": [1, 1, 1]}}'
     )
     text.write_text("no weights")
-    told = {
+    messages = {
         tmp_path / "nothing": "weights to start from do not exist",
         empty: "contains no student",
         odd: "does not describe a usable classifier",
         oblong: "an input of 32x64 pixels",
         text: "does not load as plain tensors",
     }
-    for path, part in told.items():
+    for path, part in messages.items():
         with pytest.raises(CskdError) as caught:
             read_source(path)
         assert part in str(caught.value)

@@ -1,4 +1,4 @@
-"""A fork continues another run's state with another loss, and CKF's progress begins there."""
+"""A fork continues another run's state with another loss, and CKF's progress restarts there."""
 
 from __future__ import annotations
 
@@ -37,20 +37,18 @@ def fork_of(trunk: Path, small: World, out: Path, *sets: str) -> TrainRecipe:
     return recipe_of(small, out, f"run.fork_from={trunk / 'state-00002.pt'}", *sets)
 
 
-def test_states_are_kept_where_they_are_wanted(trunk: Path) -> None:
+def test_states_are_kept_at_the_given_epochs(trunk: Path) -> None:
     assert [path.name for path in sorted(trunk.glob("state-*"))] == ["state-00002.pt"]
 
 
-def test_a_fork_that_changes_nothing_ends_where_its_trunk_does(
-    trunk: Path, small: World, tmp_path: Path
-) -> None:
+def test_a_fork_without_changes_equals_its_trunk(trunk: Path, small: World, tmp_path: Path) -> None:
     stage_two.train(fork_of(trunk, small, tmp_path / "fork"))
     expected, found = final_state(trunk), final_state(tmp_path / "fork")
     for name in ("student", "ema", "optimizer", "update"):
         assert_equal(found[name], expected[name])
 
 
-def test_a_fork_has_its_own_loss_its_own_progress_and_its_trunks_history(
+def test_a_fork_has_its_own_loss_and_progress_and_its_trunks_history(
     trunk: Path, small: World, tmp_path: Path
 ) -> None:
     out, sets = tmp_path / "fork", ("distill.schedule=linear", "distill.step=update")
@@ -67,7 +65,7 @@ def test_a_fork_has_its_own_loss_its_own_progress_and_its_trunks_history(
     assert (out / "changes.jsonl").exists()
 
 
-def test_a_fork_that_was_stopped_is_resumed_as_one(
+def test_a_stopped_fork_is_resumed_as_a_fork(
     trunk: Path, small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, sets = tmp_path / "fork", ("distill.spatial_weight=0.0", "run.checkpoint_every=1")
@@ -94,7 +92,7 @@ def test_a_fork_that_was_stopped_is_resumed_as_one(
     assert final_state(out)["forked_at"] == 2
 
 
-def test_a_fork_killed_before_its_first_update_begins_again(
+def test_a_fork_killed_before_its_first_update_starts_again(
     trunk: Path, small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "fork"
@@ -115,15 +113,17 @@ def test_a_fork_killed_before_its_first_update_begins_again(
     assert len((out / "changes.jsonl").read_text().splitlines()) == 1
 
 
-def test_what_cannot_be_forked_is_refused(trunk: Path, small: World, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="state was saved with another recipe") as told:
+def test_states_that_cannot_be_forked_are_refused(
+    trunk: Path, small: World, tmp_path: Path
+) -> None:
+    with pytest.raises(OutputError, match="state was saved with another recipe") as caught:
         stage_two.train(fork_of(trunk, small, tmp_path / "seed", "run.seed=5"))
-    assert "run.seed: was 0, now 5" in str(told.value.problems)
+    assert "run.seed: was 0, now 5" in str(caught.value.problems)
     ended = tmp_path / "ended.pt"
     shutil.copy(trunk / "state.pt", ended)
-    with pytest.raises(OutputError, match="only at the end of an epoch") as told:
+    with pytest.raises(OutputError, match="only at the end of an epoch") as caught:
         stage_two.train(recipe_of(small, tmp_path / "none-left", f"run.fork_from={ended}"))
-    assert told.value.found == "update 9 of 9, 3 per epoch"
+    assert caught.value.found == "update 9 of 9, 3 per epoch"
     with pytest.raises(OutputError, match="the run was started from other weights"):
         stage_two.train(
             fork_of(

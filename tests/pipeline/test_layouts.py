@@ -1,4 +1,4 @@
-"""A cache and someone else's copy of the data: cut otherwise, lacking, altered, doubled."""
+"""A cache and another copy of its data: other shards, missing, altered and duplicate samples."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def altered(sample: Sample) -> Sample:
 
 
 def theirs(samples: list[Sample]) -> list[Sample]:
-    """Backwards, three samples gone, four compressed again, and two that the cache never saw."""
+    """In reverse, without three samples, with four recompressed and two unknown to the cache."""
     content = [altered(s) if i in ALTERED else s for i, s in enumerate(samples) if i not in GONE]
     return [("new/a", samples[0][1]), *content[::-1], ("new/b", samples[1][1])]
 
 
-def test_other_cuts_of_the_same_images_give_the_same_loss_curve(
+def test_other_shard_layouts_of_the_same_images_give_the_same_loss_curve(
     small: World, samples: list[Sample], tmp_path: Path
 ) -> None:
     curve = loss_curve(small, tmp_path, "cskd", [])
@@ -80,10 +80,10 @@ def test_other_cuts_of_the_same_images_give_the_same_loss_curve(
         assert torch.equal(loss_curve(other, tmp_path, "cskd", []), curve)
 
 
-def test_what_is_left_out_decides_the_loss_curve_and_the_cut_does_not(
+def test_samples_left_out_decide_the_loss_curve_and_the_layout_does_not(
     small: World, samples: list[Sample], tmp_path: Path
 ) -> None:
-    """Images compressed again are left out like missing ones, together with their partners."""
+    """Recompressed images are left out like missing ones, together with their partners."""
     other = recut(small, tmp_path / "theirs", theirs(samples))
     kept = [s for i, s in enumerate(samples) if i not in (*GONE, *ALTERED)]
     lacking = recut(small, tmp_path / "lacking", kept, 50)
@@ -100,15 +100,15 @@ def command(other: World, out: Path, *sets: str) -> list[object]:
     ]
 
 
-def test_what_is_left_out_is_counted_and_listed(
+def test_samples_left_out_are_counted_and_listed(
     small: World, samples: list[Sample], tmp_path: Path, capsys: Capture
 ) -> None:
     other = recut(small, tmp_path / "theirs", theirs(samples))
     assert world.cli(*command(other, tmp_path / "run", *SKIP)) == 0
-    told = capsys.readouterr().err
-    assert "training without 7 samples of the cache's 96: 3 are not in the shards, 4 have" in told
-    assert f"{tmp_path / 'run/left_out.csv'} lists them" in told
-    assert "2 samples of the shards are not in the cache" in told
+    output = capsys.readouterr().err
+    assert "training without 7 samples of the cache's 96: 3 are not in the shards, 4 have" in output
+    assert f"{tmp_path / 'run/left_out.csv'} lists them" in output
+    assert "2 samples of the shards are not in the cache" in output
     with open(tmp_path / "run/left_out.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     reader = open_cache(small.cache)
@@ -121,7 +121,7 @@ def test_what_is_left_out_is_counted_and_listed(
     assert numbers == sorted((*GONE, *ALTERED))
 
 
-def test_where_everything_is_there_no_list_is_written(small: World, tmp_path: Path) -> None:
+def test_no_list_is_written_if_nothing_is_left_out(small: World, tmp_path: Path) -> None:
     assert world.cli(*command(small, tmp_path / "run"), "-q") == 0
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert not left & {"left_out.csv", "differing.json"}
@@ -134,7 +134,7 @@ def test_where_everything_is_there_no_list_is_written(small: World, tmp_path: Pa
         (SKIP[:1], ["not the one the cache was made from", "CRC-32", "data.drift=skip"]),
     ],
 )
-def test_what_may_not_be_left_out_is_refused_and_nothing_written(
+def test_samples_that_must_not_be_left_out_are_refused_and_nothing_is_written(
     small: World, samples: list[Sample], tmp_path: Path, capsys: Capture, sets: list[str], says: Any
 ) -> None:
     other = recut(small, tmp_path / "theirs", theirs(samples))
@@ -144,7 +144,7 @@ def test_what_may_not_be_left_out_is_refused_and_nothing_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_samples_that_are_there_twice_are_refused(
+def test_duplicate_samples_are_refused(
     small: World, samples: list[Sample], tmp_path: Path, capsys: Capture
 ) -> None:
     other = recut(small, tmp_path / "twice", [*samples, samples[20]])
@@ -160,7 +160,7 @@ def test_samples_that_are_there_twice_are_refused(
 def stopped(
     small: World, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
-    """A run with images left out that died in its first epoch; gives the recipe to go on by."""
+    """A run with images left out, killed in its first epoch; return the recipe to resume it."""
 
     class DiedError(Exception):
         pass
@@ -185,7 +185,7 @@ def unread(*_: object, **__: object) -> None:
     pytest.fail("reads images")
 
 
-def test_a_resumed_run_knows_what_it_leaves_out_without_reading_every_image(
+def test_a_resumed_run_does_not_read_every_image_again(
     stopped: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(stopped("whole"))
@@ -199,7 +199,7 @@ def test_a_resumed_run_knows_what_it_leaves_out_without_reading_every_image(
     assert (tmp_path / "run/left_out.csv").read_bytes() == before
 
 
-def test_a_record_of_other_shards_is_not_believed(
+def test_a_record_of_other_shards_is_ignored(
     stopped: Callable[..., Any], tmp_path: Path, capsys: Capture
 ) -> None:
     path = tmp_path / "run/differing.json"
@@ -224,10 +224,10 @@ def test_a_record_that_was_altered_is_refused(
     assert "delete the file" in str(caught.value.action)
 
 
-def test_a_run_does_not_go_on_with_other_samples_missing(
+def test_a_run_does_not_resume_with_other_samples_missing(
     small: World, samples: list[Sample], tmp_path: Path
 ) -> None:
-    """As many as before, of the same tar shard."""
+    """As many samples as before, of the same tar shard."""
 
     def digest(name: str, gone: int) -> Any:
         other = recut(small, tmp_path / name, [s for i, s in enumerate(samples) if i != gone])
@@ -238,7 +238,7 @@ def test_a_run_does_not_go_on_with_other_samples_missing(
     assert digest("d", 3) == digest("e", 3)
 
 
-def test_ranks_share_the_reading_and_leave_out_the_same(
+def test_ranks_share_the_reading_and_leave_out_the_same_samples(
     small: World, samples: list[Sample], tmp_path: Path
 ) -> None:
     other = recut(small, tmp_path / "theirs", theirs(samples))

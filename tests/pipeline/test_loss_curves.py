@@ -36,13 +36,13 @@ def loss_curve(
 
 @pytest.mark.parametrize("method", ["deit", "cskd"])
 @pytest.mark.parametrize("step", ["epoch", "update"])
-def test_dense_cache_envelope_cache_and_live_teacher_give_one_loss_curve(
+def test_dense_cache_envelope_cache_and_live_teacher_give_the_same_loss_curve(
     small: World, tmp_path: Path, method: str, step: str
 ) -> None:
     sets = [f"distill.step={step}"]
     dense = loss_curve(small, tmp_path, method, [*sets, "distill.encoding=dense"])
     envelope = loss_curve(small, tmp_path, method, [*sets, "distill.encoding=envelope"])
-    live = loss_curve(small, tmp_path, method, sets, _ask_live(small))
+    live = loss_curve(small, tmp_path, method, sets, _live_targets(small))
     assert torch.equal(dense, envelope)
     assert torch.equal(dense, live)
     assert len(dense) == 24
@@ -52,19 +52,17 @@ def test_dense_cache_envelope_cache_and_live_teacher_give_one_loss_curve(
 @pytest.mark.parametrize(
     "kinds", [world.SOFT, ["distill.spatial_kind=soft"], ["distill.global_kind=soft"]]
 )
-def test_soft_targets_of_the_dense_cache_and_of_the_live_teacher_give_one_loss_curve(
+def test_soft_targets_of_dense_cache_and_live_teacher_give_the_same_loss_curve(
     small: World, tmp_path: Path, kinds: list[str]
 ) -> None:
-    """Also where only one of the two terms is soft: no encoding but dense serves both kinds."""
+    """Also if only one of the two terms is soft: only dense supports both kinds."""
     sets = [*kinds, "distill.temperature=2.0"]
     dense = loss_curve(small, tmp_path, "cskd", sets)
-    live = loss_curve(small, tmp_path, "cskd", sets, _ask_live(small))
+    live = loss_curve(small, tmp_path, "cskd", sets, _live_targets(small))
     assert torch.equal(dense, live)
 
 
-def test_everything_that_the_recipe_says_of_the_loss_reaches_it(
-    small: World, tmp_path: Path
-) -> None:
+def test_every_key_of_the_recipe_about_the_loss_reaches_it(small: World, tmp_path: Path) -> None:
     said = {
         "global_kind": "soft",
         "spatial_kind": "soft",
@@ -86,14 +84,14 @@ def test_accumulation_changes_a_loss_curve_by_rounding_only(small: World, tmp_pa
     assert not torch.equal(whole, parts)  # or accumulation did nothing
 
 
-def _ask_live(small: World) -> Callable[[Batch], Targets]:
+def _live_targets(small: World) -> Callable[[Batch], Targets]:
     from cskd_pipeline.cache.reader import open_cache
 
     manifest = open_cache(small.cache).manifest
     teacher = teacher_of(manifest)
 
-    def answer(batch: Batch) -> Targets:
+    def respond(batch: Batch) -> Targets:
         images = normalise(assemble(batch, manifest.policy), teacher.mean, teacher.std)
         return LogitTargets(*teacher.respond(images))
 
-    return answer
+    return respond

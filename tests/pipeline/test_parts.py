@@ -1,4 +1,4 @@
-"""Parts of one cache, as array tasks and several labs make them: at once, or joined afterwards."""
+"""Parts of one cache, dumped by array tasks or several labs: concurrently, or merged later."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TASKS = [(shards, views) for shards in ("0:1", "1:3") for views in ("0:2", "2:4"
 
 
 def dump(small: World, cache: Path, *more: object) -> list[object]:
-    """What made the world's cache, of which ``more`` may name a part."""
+    """Return the command that dumps the world's cache; ``more`` may select a part."""
     return [
         *("dump-teacher", "--shards", small.shards, "--cache", cache, "--quiet"),
         *("--teacher", world.TEACHER, "--weights", "random", "--workers", 0, "--device", "cpu"),
@@ -31,13 +31,13 @@ def dump(small: World, cache: Path, *more: object) -> list[object]:
 
 
 def made(cache: Path) -> dict[str, bytes]:
-    """Every file but the manifest, which has the time of its making."""
+    """Every file except the manifest, which states a time."""
     found = tree(cache)
     del found["zarr.json"]
     return found
 
 
-def test_two_dumps_of_overlapping_parts_into_one_cache_at_once_make_it_whole(
+def test_concurrent_dumps_of_overlapping_parts_complete_one_cache(
     small: World, tmp_path: Path
 ) -> None:
     parts = [("--shard-range", "0:2"), ("--shard-range", "1:3")]
@@ -74,9 +74,7 @@ def test_caches_of_array_tasks_merge_into_one_dump_byte_for_byte(
     open_cache(tmp_path / "whole").require_done()
 
 
-def test_slices_that_convert_cut_merge_into_what_they_were_cut_from(
-    small: World, tmp_path: Path
-) -> None:
+def test_slices_cut_by_convert_merge_into_their_source(small: World, tmp_path: Path) -> None:
     slices = [tmp_path / "a", tmp_path / "b"]
     for path, shards in zip(slices, ("0:2", "2:3"), strict=True):
         assert world.cli("cache", "convert", small.cache, path, "--shards", shards, "-q") == 0
@@ -89,7 +87,7 @@ def test_slices_that_convert_cut_merge_into_what_they_were_cut_from(
 @pytest.mark.parametrize(
     ("views", "part", "block"), [(12, (4, 8), 4), (12, (0, 6), 6), (30, (10, 20), 10)]
 )
-def test_the_block_that_is_chosen_divides_the_part(
+def test_the_chosen_block_divides_the_part(
     small: World, tmp_path: Path, views: int, part: tuple[int, int], block: int
 ) -> None:
     sets = ["cache.view_block=0"]
@@ -113,7 +111,7 @@ def test_the_block_that_is_chosen_divides_the_part(
         ),
     ],
 )
-def test_views_that_cannot_be_a_part_are_refused_and_leave_nothing(
+def test_view_ranges_that_cannot_be_a_part_are_refused_and_leave_nothing(
     small: World, tmp_path: Path, capsys: Capture, part: tuple[str, ...], says: list[str]
 ) -> None:
     assert world.cli(*dump(small, tmp_path / "c", *part)) == 2
@@ -124,7 +122,7 @@ def test_views_that_cannot_be_a_part_are_refused_and_leave_nothing(
 
 @pytest.fixture
 def newer(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Makes this machine's torch another."""
+    """Change the version of torch on this machine."""
     version = manifest_module.metadata.version
 
     def other(name: str) -> str:
@@ -133,7 +131,7 @@ def newer(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(manifest_module.metadata, "version", other)
 
 
-def test_a_dump_with_other_versions_goes_on_only_if_they_are_accepted(
+def test_a_dump_with_other_versions_resumes_only_if_they_are_accepted(
     small: World, tmp_path: Path, capsys: Capture, newer: Callable[[], None]
 ) -> None:
     cache = tmp_path / "c"

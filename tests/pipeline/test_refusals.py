@@ -28,7 +28,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def refused(capsys: Capture) -> Callable[..., str]:
-    """Runs a command that must be refused; gives its message."""
+    """Run a command that must be refused; return its message."""
 
     def run(*arguments: object) -> str:
         capsys.readouterr()
@@ -74,7 +74,7 @@ def dump(shards: object, cache: Path, *more: object) -> list[object]:
         (["--set", "batch.accumulation=3"], ["batch.accumulation", "a divisor of"]),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_written(
+def test_mismatches_are_refused_before_anything_is_written(
     small: World, tmp_path: Path, refused: Callable[..., str], more: list[str], says: list[str]
 ) -> None:
     out = tmp_path / "run"
@@ -112,7 +112,7 @@ def test_a_student_coarser_than_the_teacher_is_refused(
         (["optim.name=lookahead_adan"], ["betas [0.9, 0.999]", "3 betas", "[0.98, 0.92, 0.99]"]),
     ],
 )
-def test_what_would_fail_in_the_first_step_is_refused_before_anything_is_written(
+def test_a_failing_first_step_is_refused_before_anything_is_written(
     small: World, tmp_path: Path, refused: Callable[..., str], sets: list[str], says: list[str]
 ) -> None:
     message = refused(*train(small, tmp_path / "run", *world.as_flags(sets)))
@@ -121,10 +121,10 @@ def test_what_would_fail_in_the_first_step_is_refused_before_anything_is_written
     assert not (tmp_path / "run").exists()
 
 
-def test_micro_batches_of_one_image_are_tried_as_such(
+def test_the_trial_step_uses_micro_batches_of_the_real_size(
     small: World, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    """Batch normalisation cannot do with one image what it does with two."""
+    """Batch normalisation works with two images, but not with one."""
     kwargs = "student.kwargs={channels=[8, 8, 8, 8]}"
     words = ("--student", "resnet10t", "--method", "none", "--batch-size", 4, "--epochs", 1)
     sets = world.as_flags([kwargs, "batch.accumulation=4", *world.VIEWS])
@@ -140,7 +140,7 @@ def test_other_optimizers_of_timm_train(small: World, tmp_path: Path, name: str)
 
 
 class Halving(torch.optim.SGD):
-    """An optimizer of one's own, in timm's registry while a test runs."""
+    """A user's own optimizer, in timm's registry during a test."""
 
     made = 0
 
@@ -174,7 +174,7 @@ def test_a_registered_optimizer_trains(small: World, tmp_path: Path) -> None:
         ("lookahead_my_halving", "register it as myhalving"),
     ],
 )
-def test_a_name_of_which_timm_would_take_a_part_is_refused(
+def test_an_optimizer_name_that_timm_would_truncate_is_refused(
     small: World, tmp_path: Path, refused: Callable[..., str], name: str, says: str
 ) -> None:
     message = refused(*train(small, tmp_path / "run", *world.as_flags([f"optim.name={name}"])))
@@ -208,7 +208,7 @@ def test_a_student_of_another_input_size_is_refused(
     assert "32" in message
 
 
-def test_soft_targets_asked_of_an_envelope_cache_are_refused(
+def test_soft_targets_from_an_envelope_cache_are_refused(
     small: World, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     cache = tmp_path / "cache"
@@ -233,7 +233,7 @@ def test_an_unfinished_cache_is_refused_with_what_is_missing_and_how_to_finish_i
     assert "dump-teacher" in message
 
 
-def test_shards_that_lack_samples_of_the_cache_are_refused_or_skipped_as_asked(
+def test_shards_that_lack_samples_of_the_cache_are_refused_or_skipped(
     small: World, tmp_path: Path, refused: Callable[..., str], capsys: Capture
 ) -> None:
     fewer = tmp_path / "shards"
@@ -296,7 +296,7 @@ def _relabel(tar: Path, label: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["train", "dump"])
-def test_an_output_folder_that_holds_something_else_is_left_alone(
+def test_an_output_folder_with_other_contents_is_left_alone(
     small: World, tmp_path: Path, refused: Callable[..., str], command: str
 ) -> None:
     out = tmp_path / "out"
@@ -309,7 +309,7 @@ def test_an_output_folder_that_holds_something_else_is_left_alone(
     assert [path.name for path in out.iterdir()] == ["summary.csv"]
 
 
-def test_a_cache_of_another_making_is_not_gone_on_with(
+def test_a_cache_with_other_settings_is_not_resumed(
     small: World, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     before = open_cache(small.cache).manifest
@@ -335,14 +335,14 @@ def test_a_teacher_without_spatial_logits_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("stage", ["train", "dump"])
-def test_a_full_disk_stops_with_a_message_and_the_same_command_goes_on_later(
+def test_a_full_disk_stops_with_a_message_and_the_same_command_resumes(
     small: World,
     tmp_path: Path,
     refused: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
     stage: str,
 ) -> None:
-    """The kernel says that the disk is full when the data is made durable."""
+    """The kernel reports the full disk only when the data is made durable."""
     target = tmp_path / "target"
     command = train(small, target) if stage == "train" else dump(small.shards, target)
     real, calls = os.fsync, 0

@@ -44,7 +44,7 @@ def cache(_registered: None, small: World, tmp_path: Path) -> Path:
 def test_training_from_ones_own_encoding_equals_training_from_dense(
     cache: Path, small: World, tmp_path: Path
 ) -> None:
-    """In loader processes too; views are compared with their digests, so the policy is hers."""
+    """In loader processes too; views' digests are compared, so the registered policy is used."""
     reader = open_cache(cache)
     assert reader.manifest.policy.version == own.VERSION
     dense, mine = (reader.rows(n, 1, 0, range(5)) for n in ("dense", own.Negated.name))
@@ -59,8 +59,10 @@ def test_training_from_ones_own_encoding_equals_training_from_dense(
     assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
 
 
-def test_another_process_gets_what_was_registered(cache: Path, tmp_path: Path) -> None:
-    """As loader processes do that are not forked: they unpickle the cache and the policy."""
+def test_loader_processes_get_the_registered_encoding_and_policy(
+    cache: Path, tmp_path: Path
+) -> None:
+    """Like loader processes that are not forked, which unpickle the cache and the policy."""
     reader = open_cache(cache)
     expected = reader.rows(own.Negated.name, 0, 1, [3])["own-negated/global"]
     (tmp_path / "sent").write_bytes(pickle.dumps((reader.manifest.policy, reader, expected)))
@@ -73,7 +75,7 @@ def test_another_process_gets_what_was_registered(cache: Path, tmp_path: Path) -
     assert ended.code == 0, ended.output
 
 
-def test_without_them_the_cache_is_refused_with_what_to_register(cache: Path) -> None:
+def test_a_cache_with_unregistered_names_is_refused_with_what_to_register(cache: Path) -> None:
     encoding = ENCODINGS.pop(own.Negated.name)
     with pytest.raises(CskdError, match=r"own-negated.*\n*[^$]*register_encoding"):
         open_cache(cache)
@@ -91,7 +93,7 @@ def test_built_in_names_cannot_be_taken() -> None:
 
 
 @pytest.mark.usefixtures("_registered")
-def test_a_policy_that_renders_something_else_is_refused() -> None:
+def test_a_policy_that_does_not_render_a_view_is_refused() -> None:
     from cskd_pipeline.views.apply import render
 
     register_policy(own.VERSION, own.draw, lambda image, _params, _policy: image)
@@ -119,7 +121,7 @@ def test_a_policy_that_erases_outside_the_view_is_refused(box: tuple[int, int, i
 
 
 @pytest.mark.usefixtures("_registered")
-def test_an_encoding_whose_arrays_could_lie_elsewhere_is_refused(
+def test_an_encoding_with_unusable_array_names_is_refused(
     monkeypatch: pytest.MonkeyPatch, small: World, tmp_path: Path
 ) -> None:
     mine = own.Negated()

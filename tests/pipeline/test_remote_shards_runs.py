@@ -1,4 +1,4 @@
-"""Commands on shards at a URL give what they give on shards on this machine."""
+"""Commands give the same results for shards at a URL and on this machine."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where copies are kept."""
+    """The folder of local copies."""
     return keep_copies(tmp_path / "copies", monkeypatch)
 
 
 def files(cache: Path) -> dict[str, bytes]:
-    """The bytes of a cache but for the manifest, which states when it was made."""
+    """The bytes of a cache except the manifest, which states a time."""
     return {
         str(path.relative_to(cache)): path.read_bytes()
         for path in sorted(cache.rglob("*"))
@@ -53,8 +53,8 @@ def files(cache: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_dump_from_a_url_has_the_bytes_of_one_from_disk(small: World, tmp_path: Path) -> None:
-    """With every tar's SHA-256, from a manifest beside the tars."""
+def test_a_dump_from_a_url_equals_one_from_disk(small: World, tmp_path: Path) -> None:
+    """With every tar's SHA-256, from a manifest next to the tars."""
     index_shards(small.shards).save(small.shards / "manifest.json")
     with serving(small.shards.parent) as served:
         served.faults = [("0001.tar", "truncate"), ("0002.tar", "reset")]
@@ -66,7 +66,7 @@ def test_a_dump_from_a_url_has_the_bytes_of_one_from_disk(small: World, tmp_path
 
 
 def dump_zeros(shards: str, cache: Path, seen: Callable[[], object] = lambda: None) -> UnitWriter:
-    """A dump of one view, of a network that knows nothing; ``seen`` after each batch."""
+    """Dump one view with a network that returns zeros; call ``seen`` after each batch."""
     teacher = TeacherInfo("zeros", "random", "0" * 64, 5, 32, (0.0,) * 3, (1.0,) * 3, (2, 2))
     section, policy = CacheSection(str(cache), views=1), ViewPolicy(size=32)
     with write_cache(section, shards, teacher, policy, loading=Loading(batch_size=4)) as writer:
@@ -76,10 +76,10 @@ def dump_zeros(shards: str, cache: Path, seen: Callable[[], object] = lambda: No
     return writer
 
 
-def test_a_dump_from_a_url_begins_before_the_last_tar_is_requested(
+def test_a_dump_from_a_url_starts_before_the_last_tar_is_requested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With room for half of the set, and no tar is fetched twice. Resumed, it is the same."""
+    """With space for half of the set, and no tar fetched twice. Resuming gives the same bytes."""
     tars = write_shards(tmp_path / "served/set", (4,) * 8)
     size = max(path.stat().st_size for path in tars)
     monkeypatch.setenv("CSKD_CACHE_GB", str(5 * size / 1e9))
@@ -91,16 +91,16 @@ def test_a_dump_from_a_url_begins_before_the_last_tar_is_requested(
             begun.append((bool(CacheWriter.open(cache).done().any()), None in served.gets(last)))
 
         dump_zeros(f"{served.url}/set/train-{{0000..0007}}.tar", cache, seen)
-        assert (True, False) in begun  # a unit is written, and the last tar was not requested
+        assert (True, False) in begun  # a unit is written before the last tar is requested
         assert [served.gets(path.name).count(None) for path in tars] == [1] * 8
         assert caplog.text.count("8 shards have no SHA-256") == 1
         index_shards(f"{served.url}/set/train-{{0000..0007}}.tar").save(tmp_path / "train.json")
         for spec in (tmp_path / "served/set", tmp_path / "train.json"):
-            assert not dump_zeros(str(spec), cache).units  # the same, all of it done
+            assert not dump_zeros(str(spec), cache).units  # the same cache, complete
     assert {shard.sha256 for shard in open_cache(cache).manifest.dataset.shards} == {None}
 
 
-def test_a_dump_resumed_from_a_url_has_the_tars_that_its_cache_states(tmp_path: Path) -> None:
+def test_a_dump_resumed_from_a_url_requires_the_tars_of_its_manifest(tmp_path: Path) -> None:
     tars = write_shards(tmp_path / "served/set", (4, 4))
     dump_zeros(str(tmp_path / "served/set"), tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache/digest/c")  # no unit is done
@@ -114,7 +114,7 @@ def test_a_dump_resumed_from_a_url_has_the_tars_that_its_cache_states(tmp_path: 
 def test_labels_of_tars_without_sha256_are_compared_before_training(
     small: World, tmp_path: Path
 ) -> None:
-    """Neither side states one; that they are the same nobody knows."""
+    """Neither side states a SHA-256, so nothing else shows that the tars are the same."""
     with serving(small.shards.parent) as served:
         url = f"{served.url}/shards"
         dump_teacher(world.dump_recipe(url, tmp_path / "cache"))
@@ -124,16 +124,16 @@ def test_labels_of_tars_without_sha256_are_compared_before_training(
         assert found.compared == found.samples.total
 
 
-def test_before_training_few_tars_are_fetched_and_headers_read_several_at_a_time(
+def test_before_training_few_tars_are_fetched_and_headers_are_read_in_parallel(
     small: World, tmp_path: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readers, read = set(), RemoteTars.read
 
-    def noted(*arguments: Any) -> bytes:
+    def record(*arguments: Any) -> bytes:
         readers.add(threading.get_ident())
         return read(*arguments)
 
-    monkeypatch.setattr(RemoteTars, "read", noted)
+    monkeypatch.setattr(RemoteTars, "read", record)
     cache = open_cache(small.cache)
     with serving(small.shards.parent) as served:
         index_shards(f"{served.url}/shards").save(tmp_path / "train.json")  # without SHA-256
@@ -143,7 +143,7 @@ def test_before_training_few_tars_are_fetched_and_headers_read_several_at_a_time
         found = join(dataset, cache)
         assert found.same_shards == 3
         assert readers
-        assert threading.get_ident() not in readers  # a pool's threads alone
+        assert threading.get_ident() not in readers  # only threads of a pool
         rows = spread_views(found, 12, few=2)
         assert len(rows) == len(spread_views(found, 12)) == 12
         assert len(np.unique(found.images.locate(rows[:, 1:])[0])) == 2
@@ -173,7 +173,7 @@ def evaluate(run: Path, shards: object, capsys: Capture) -> dict[str, Any]:
 def test_training_and_evaluation_from_urls_equal_those_from_disk(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """With loader processes, transfers that break, and room for less than the set."""
+    """With loader processes, interrupted transfers, and space for less than the set."""
     sizes = [path.stat().st_size for path in small.shards.glob("*.tar")]
     block = ("--set", "batch.shuffle_shards=1")
     assert train(small.shards, small, tmp_path / "local", *block, "--workers", 0) == 0
@@ -189,7 +189,7 @@ def test_training_and_evaluation_from_urls_equal_those_from_disk(
     assert_equal(final_state(tmp_path / "local"), final_state(tmp_path / "remote"))
 
 
-def test_room_for_less_than_a_batch_refuses_the_run(
+def test_too_little_space_for_a_batch_is_refused(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     size = max(path.stat().st_size for path in small.shards.glob("*.tar"))

@@ -36,10 +36,10 @@ Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
 
 
-def test_a_signal_while_a_state_is_written_is_the_signal(
+def test_a_signal_while_a_state_is_written_stays_a_signal(
     tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """torch raises an error of its own over the one that interrupts it."""
+    """torch replaces the exception that interrupts it with its own."""
     save = torch.save
 
     class Interrupted:
@@ -61,7 +61,7 @@ def test_a_signal_while_a_state_is_written_is_the_signal(
 
 
 def recipe_of(small: World, out: Path, *sets: str, epochs: int = 2) -> TrainRecipe:
-    """Three updates an epoch."""
+    """Return a recipe with three updates per epoch."""
     own = ["schedule.warmup_epochs=0", "data.check=0", *sets]
     return world.train_recipe(
         small.shards, small.cache, out, sets=own, epochs=epochs, batch_size=32
@@ -69,7 +69,7 @@ def recipe_of(small: World, out: Path, *sets: str, epochs: int = 2) -> TrainReci
 
 
 def words(small: World, out: Path, *more: object) -> list[object]:
-    """The same run as a command."""
+    """Return the same run as a command."""
     return [
         *("train", "--shards", small.shards, "--cache", small.cache, "--out", out, "--quiet"),
         *("--student", world.STUDENT, "--method", "cskd", "--epochs", 2, "--batch-size", 32),
@@ -89,7 +89,7 @@ def spoil(tar: Path) -> None:
         file.write(bytes(image.size // 2))
 
 
-def test_a_failing_evaluation_loses_no_update_and_is_made_up_for(
+def test_a_failed_evaluation_loses_no_update_and_is_repeated(
     small: World, tmp_path: Path, capsys: Capture
 ) -> None:
     shards = tmp_path / "validation"
@@ -155,7 +155,7 @@ def test_a_signal_in_an_evaluation_ends_it_at_once(
     assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "stopped"))
 
 
-def test_the_state_is_written_as_often_as_asked(
+def test_the_state_is_written_every_checkpoint_every_updates(
     small: World, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     saved = []
@@ -169,10 +169,10 @@ def test_the_state_is_written_as_often_as_asked(
         assert set(saved) == expected
 
 
-# Nothing but finite numbers is saved, and what follows from that can be done
+# Only finite numbers are saved, and a diverged run can be resumed as advised
 
 
-def test_a_run_that_diverges_keeps_its_last_good_state_and_goes_on_as_advised(
+def test_a_diverged_run_keeps_its_last_good_state_and_resumes_as_advised(
     small: World, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     out = tmp_path / "run"
@@ -194,8 +194,13 @@ def test_a_run_that_diverges_keeps_its_last_good_state_and_goes_on_as_advised(
     assert state["update"] == 3
     assert find_nonfinite(state) is None
     capsys.readouterr()
-    asked = ("run.checkpoint_every=2", "optim.lr=0.01", "optim.clip_grad=1", "batch.accumulation=2")
-    summary = run_to_end(recipe_of(small, out, *asked, epochs=3), resume=True)
+    changes = (
+        "run.checkpoint_every=2",
+        "optim.lr=0.01",
+        "optim.clip_grad=1",
+        "batch.accumulation=2",
+    )
+    summary = run_to_end(recipe_of(small, out, *changes, epochs=3), resume=True)
     lines = [
         "update 3: batch.accumulation 1 -> 2",
         "update 3: optim.clip_grad 0.0 -> 1.0",
@@ -211,12 +216,12 @@ def test_a_run_that_diverges_keeps_its_last_good_state_and_goes_on_as_advised(
     assert change["changed"]["optim.lr"] == [0.05, 0.01]
     assert summary["last"]["lr"] < 0.01 * 32 / 1024
     assert summary["last"]["epoch"] == 3
-    run_to_end(recipe_of(small, out, *asked, epochs=3), resume=True)  # changes nothing any more
+    run_to_end(recipe_of(small, out, *changes, epochs=3), resume=True)  # no further change
     assert len((out / "changes.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_is_found_anywhere_in_a_state(value: float) -> None:
+def test_nonfinite_values_are_found_anywhere_in_a_state(value: float) -> None:
     good, bad = torch.ones(3), torch.tensor([0, value])
     state = {"ema": None, "optimizer": {"state": {0: {"exp_avg": good, "step": 3}}}, "n": [good]}
     assert find_nonfinite(state) is None
@@ -226,7 +231,7 @@ def test_what_is_not_finite_is_found_anywhere_in_a_state(value: float) -> None:
 
 
 @pytest.mark.parametrize(("first", "then"), [("off", "fp16"), ("fp16", "bf16")])
-def test_a_run_goes_on_in_another_precision(
+def test_a_run_resumes_in_another_precision(
     small: World, tmp_path: Path, first: str, then: str
 ) -> None:
     run_to_end(recipe_of(small, tmp_path / "run", f"run.amp={first}", epochs=1))
@@ -234,7 +239,7 @@ def test_a_run_goes_on_in_another_precision(
     assert load_state(tmp_path / "run/state.pt")["update"] == 6
 
 
-# What may change and what may not
+# Keys that may change, and keys that may not
 
 
 ADJUSTABLE = {
@@ -259,7 +264,7 @@ def test_every_deciding_key_is_adjustable_or_refused_by_name(tmp_path: Path) -> 
         assert f"{tmp_path}/recipe.toml" in str(caught.value.action)
 
 
-def test_another_recipe_or_other_data_are_refused_with_all_that_differs(
+def test_another_recipe_or_other_data_are_refused_with_all_differences(
     small: World, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -278,8 +283,8 @@ def test_another_recipe_or_other_data_are_refused_with_all_that_differs(
     assert caught.value.problems == ["views: different root seed: was 0, now 9"]
 
 
-def test_a_run_ends_earlier_but_not_before_where_it_is(small: World, tmp_path: Path) -> None:
-    """Its last epoch is evaluated, though it was not the last when it ended."""
+def test_a_run_may_end_earlier_but_not_in_the_past(small: World, tmp_path: Path) -> None:
+    """Its last epoch is evaluated, although it was not the last when it ended."""
     sets = [f'data.val_shards="{small.validation}"', "run.eval_every=9"]
     run_to_end(recipe_of(small, tmp_path / "run", *sets, "run.checkpoint_every=1", epochs=3))
     state = tmp_path / "run/state.pt"
@@ -306,7 +311,7 @@ def test_a_run_ends_earlier_but_not_before_where_it_is(small: World, tmp_path: P
     assert "top1" in summary["last"]
 
 
-# One run in a folder, which may hold what is not in its way
+# One run per folder, which may contain unrelated files
 
 
 HOLDS = """
@@ -337,7 +342,7 @@ def held(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("command", ["train", "study"])
-def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended_or_died(
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_alive(
     small: World, tmp_path: Path, capsys: Capture, command: str
 ) -> None:
     out = tmp_path / "run"
@@ -368,7 +373,7 @@ def test_a_lock_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
     assert precious.read_text() == "years of work"
 
 
-def test_a_run_begins_and_goes_on_beside_a_jobs_log(
+def test_a_run_starts_and_resumes_next_to_a_jobs_log(
     small: World, tmp_path: Path, capsys: Capture
 ) -> None:
     out = tmp_path / "run"
@@ -383,7 +388,7 @@ def test_a_run_begins_and_goes_on_beside_a_jobs_log(
 
 @pytest.mark.parametrize("flags", [[], ["--resume"]])
 @pytest.mark.parametrize("name", ["summary.csv", "last.safetensors", "zarr.json"])
-def test_what_a_run_would_write_over_is_left_alone(
+def test_files_that_a_run_would_overwrite_are_left_alone(
     small: World, tmp_path: Path, capsys: Capture, name: str, flags: list[str]
 ) -> None:
     (tmp_path / name).write_text("mine")

@@ -1,4 +1,4 @@
-"""Curves on Weights & Biases: the real package, offline; and that its troubles stay its own."""
+"""Curves on Weights & Biases: the real package, offline; its errors never stop a run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BLOCK = 32768
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Of the machine's own settings none counts; the package reads them once in a process."""
+    """Ignore the machine's own settings, which the package reads once per process."""
     wandb.teardown()
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
@@ -57,7 +57,7 @@ def recipe_of(small: World, out: Path, *sets: str, **named: Any) -> TrainRecipe:
 
 
 def records(file: Path) -> Iterator[Any]:
-    """What the package wrote: LevelDB's log format, after seven bytes of its own."""
+    """Yield the package's records: LevelDB's log format, after a header of seven bytes."""
     data, position, record = file.read_bytes(), 7, b""
     while position + 7 <= len(data):
         left = BLOCK - position % BLOCK
@@ -67,7 +67,7 @@ def records(file: Path) -> Iterator[Any]:
         _, length, kind = struct.unpack_from("<IHB", data, position)
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # complete, or the last part
             message = wandb_internal_pb2.Record()
             message.ParseFromString(record)
             record = b""
@@ -107,7 +107,7 @@ def read(file: Path) -> Written:
 
 
 def files_of(out: Path) -> list[Path]:
-    """In the order in which they were made, after the package's own process has ended."""
+    """Return the files in order of creation, once the package's own process has ended."""
     wandb.teardown()
     return sorted(out.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
 
@@ -122,15 +122,13 @@ def tensorboard(out: Path) -> dict[int, dict[str, float]]:
 
 
 def backdate(out: Path) -> None:
-    """Let the event files come first by name, as of a run that began more than a second ago."""
+    """Rename the event files as if the run had started more than a second earlier."""
     for path in (out / "tensorboard").iterdir():
         path.rename(path.with_name(f"events.out.tfevents.0000000001.{path.name}"))
 
 
 @pytest.mark.parametrize("finished", [0, 2])
-def test_tensorboard_keeps_the_points_of_finished_updates_once(
-    tmp_path: Path, finished: int
-) -> None:
+def test_tensorboard_has_no_duplicate_points_after_a_resume(tmp_path: Path, finished: int) -> None:
     log = RunLog(tmp_path, 0)
     for update in (1, 2, 3):
         log.scalars(update, {"train/loss": 1.0})
@@ -145,7 +143,7 @@ def test_tensorboard_keeps_the_points_of_finished_updates_once(
     assert [point.value for point in points] == [1.0] * finished + [2.0] * (4 - finished)
 
 
-def test_the_scalars_are_tensorboards_and_the_configuration_is_the_recipe(
+def test_wandb_gets_tensorboards_scalars_and_the_recipe_as_config(
     small: World, tmp_path: Path
 ) -> None:
     recipe = recipe_of(small, tmp_path / "run", f'data.val_shards="{small.validation}"')
@@ -163,7 +161,7 @@ def test_the_scalars_are_tensorboards_and_the_configuration_is_the_recipe(
         assert found.points[update] == pytest.approx(values, rel=1e-6), update
 
 
-def test_curves_change_nothing_of_a_run(small: World, tmp_path: Path) -> None:
+def test_curves_do_not_change_a_run(small: World, tmp_path: Path) -> None:
     train(recipe_of(small, tmp_path / "with"))
     plain = world.train_recipe(small.shards, small.cache, tmp_path / "without", epochs=2)
     before = random.getstate()
@@ -201,12 +199,12 @@ def test_a_resumed_run_continues_the_same_curves(
     assert json.loads((tmp_path / "run/wandb.json").read_text()) == {"id": first.identity}
     assert (first.exit_code, second.exit_code) == (1, 0)
     assert set(first.points) == set(range(1, 9))
-    assert set(second.points) == set(range(7, 13))  # from the last state on
-    for update in (7, 8):  # made twice, and equal
+    assert set(second.points) == set(range(7, 13))  # since the last state
+    for update in (7, 8):  # sent once, computed twice
         assert first.points[update]["train/loss"] == second.points[update]["train/loss"]
 
 
-def test_the_command_names_the_project_and_one_rank_speaks(small: World, tmp_path: Path) -> None:
+def test_the_flag_names_the_project_and_one_rank_sends(small: World, tmp_path: Path) -> None:
     command = [
         *("train", "--shards", small.shards, "--cache", small.cache, "--student", world.STUDENT),
         *("--method", "cskd", "--epochs", 1, "--batch-size", 16, "--workers", 0, "--device", "cpu"),
@@ -227,10 +225,10 @@ def test_the_command_names_the_project_and_one_rank_speaks(small: World, tmp_pat
     assert read(file).project == "trials"
 
 
-def test_ctrl_c_reaches_the_whole_group_and_the_curves_are_whole(
+def test_curves_are_complete_after_ctrl_c_to_the_process_group(
     small: World, tmp_path: Path
 ) -> None:
-    """As a terminal sends it: to the package's own process too."""
+    """As a terminal sends it: also to the package's own process."""
     command = [
         *("train", "--shards", small.shards, "--cache", small.cache, "--student", world.STUDENT),
         *("--method", "cskd", "--epochs", 500, "--batch-size", 16, "--workers", 0),
@@ -251,7 +249,7 @@ def test_ctrl_c_reaches_the_whole_group_and_the_curves_are_whole(
     assert set(range(1, state["update"] + 1)) == set(found.points)
 
 
-# Trouble
+# Errors
 
 
 def warned(small: World, out: Path, capsys: pytest.CaptureFixture[str], **named: Any) -> str:
@@ -261,7 +259,7 @@ def warned(small: World, out: Path, capsys: pytest.CaptureFixture[str], **named:
     return capsys.readouterr().err.replace("\n", " ")
 
 
-def test_without_a_login_curves_are_kept_beside_the_run(
+def test_without_a_login_curves_are_kept_with_the_run(
     small: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -270,14 +268,14 @@ def test_without_a_login_curves_are_kept_beside_the_run(
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "home/netrc"))
-    told = warned(small, tmp_path / "run", capsys)
-    assert "No API key configured" in told
-    assert "`wandb sync` sends them" in told
+    output = warned(small, tmp_path / "run", capsys)
+    assert "No API key configured" in output
+    assert "`wandb sync` sends them" in output
     [file] = files_of(tmp_path / "run")
     assert "epoch/loss" in read(file).points[6]
 
 
-def test_a_server_that_cannot_be_reached_does_not_stop_a_run(
+def test_an_unreachable_server_does_not_stop_a_run(
     small: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -285,15 +283,15 @@ def test_a_server_that_cannot_be_reached_does_not_stop_a_run(
 ) -> None:
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # no server
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
-    told = warned(small, tmp_path / "run", capsys)
-    assert "Weights & Biases cannot be used" in told
+    output = warned(small, tmp_path / "run", capsys)
+    assert "Weights & Biases cannot be used" in output
     [file] = files_of(tmp_path / "run")
     assert len(read(file).points) == 6
 
 
-def test_it_can_be_off_by_its_own_variable(
+def test_wandbs_own_variable_disables_it(
     small: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -305,7 +303,7 @@ def test_it_can_be_off_by_its_own_variable(
 
 
 @pytest.mark.parametrize("method", ["log", "finish"])
-def test_trouble_on_the_way_is_told_once(
+def test_an_error_while_sending_is_logged_once(
     small: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -320,13 +318,13 @@ def test_trouble_on_the_way_is_told_once(
     fake.log, fake.finish = (lambda *a, **k: calls.append(k["step"])), (lambda *a, **k: None)
     setattr(fake, method, fail)
     monkeypatch.setattr(wandb, "init", lambda **arguments: fake)
-    told = warned(small, tmp_path / "run", capsys)
-    assert told.count("no more curves on Weights & Biases: the line is cut") == 1
-    assert "and more" not in told
+    output = warned(small, tmp_path / "run", capsys)
+    assert output.count("no more curves on Weights & Biases: the line is cut") == 1
+    assert "and more" not in output
     assert len(calls) == (0 if method == "log" else 7)  # six updates and the epoch
 
 
-def test_if_nothing_works_the_run_does_without(
+def test_a_run_continues_if_wandb_never_starts(
     small: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -336,12 +334,12 @@ def test_if_nothing_works_the_run_does_without(
         raise OSError(f"no {arguments['mode']}")
 
     monkeypatch.setattr(wandb, "init", fail)
-    told = warned(small, tmp_path / "run", capsys)
-    assert "(no None)" in told
-    assert "(no offline): no curves will be sent" in told
+    output = warned(small, tmp_path / "run", capsys)
+    assert "(no None)" in output
+    assert "(no offline): no curves will be sent" in output
 
 
-def test_a_missing_package_is_told_before_anything_is_written(
+def test_a_missing_package_is_reported_before_anything_is_written(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cskd_pipeline.errors.find_spec", lambda name: None)
@@ -354,7 +352,7 @@ def test_a_missing_package_is_told_before_anything_is_written(
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"id": 5}', '{"id": "../x"}', '{"id": "A b"}'])
-def test_an_identity_that_is_none_is_refused(small: World, tmp_path: Path, content: str) -> None:
+def test_an_invalid_wandb_id_is_refused(small: World, tmp_path: Path, content: str) -> None:
     recipe = recipe_of(small, tmp_path / "run", epochs=1)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/wandb.json").write_text(content)
@@ -362,8 +360,8 @@ def test_an_identity_that_is_none_is_refused(small: World, tmp_path: Path, conte
         run_log.open_wandb(recipe)
 
 
-def test_this_package_imports_it_only_when_asked() -> None:
-    """timm does so too wherever it is installed, so a run's own modules cannot show it."""
+def test_wandb_is_imported_only_on_request() -> None:
+    """timm imports it whenever it is installed, so a run's modules cannot show this."""
     code = (
         "import sys\nimport cskd_pipeline.pipeline.run_log\n"
         "assert not {'wandb', 'timm'} & set(sys.modules), 'imported'\n"

@@ -35,9 +35,9 @@ def test_a_stated_digest_is_accepted_and_another_refused(
     digest = open_cache(small.cache).digest()
     words = COMMANDS[command](small, f"{small.cache}@sha256:{OTHER}", tmp_path / "refused")
     assert world.cli(*words, "--quiet") == 1
-    told = capsys.readouterr().err
-    assert "the cache does not have the requested digest" in told
-    assert f"sha256:{digest}" in told
+    output = capsys.readouterr().err
+    assert "the cache does not have the requested digest" in output
+    assert f"sha256:{digest}" in output
     assert not (tmp_path / "refused").exists()
     words = COMMANDS[command](small, f"{small.cache}@sha256:{digest}", tmp_path / "out")
     assert world.cli(*words, "--quiet") == 0

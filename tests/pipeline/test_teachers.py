@@ -1,4 +1,4 @@
-"""Stage one with a teacher of one's own, as docs/own-teacher.md has it."""
+"""Stage one with a user's own teacher, as in docs/own-teacher.md."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.pipeline.training_data import open_training_data
 from tests.pipeline import world
 from tests.pipeline.conftest import World
-from tests.pipeline.live import live_answers
+from tests.pipeline.live import live_responses
 
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
 
-# What a user has: a network as everybody writes it, with nothing of timm's.
+# A user's network: plain PyTorch, nothing from timm.
 MY_RESNET = """
 import torch.nn as nn
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ def example() -> str:
     return page.split("```")[1].strip()
 
 
-def test_the_pages_example_runs_as_it_stands(small: World, tmp_path: Path) -> None:
+def test_the_pages_example_runs_unchanged(small: World, tmp_path: Path) -> None:
     (tmp_path / "my_resnet.py").write_text(MY_RESNET)
     shutil.copytree(small.shards, tmp_path / "cifar10/train")
     module: dict[str, Any] = {}
@@ -92,11 +92,11 @@ def test_the_help_states_the_contract_with_the_pages_example(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     assert world.cli("dump-teacher", "--help") == 0
-    told = re.sub(r"\s+", " ", capsys.readouterr().out)
+    output = re.sub(r"\s+", " ", capsys.readouterr().out)
     for part in ("package.module:factory", "forward_features", "(B, C, h, w)", "forward_head"):
-        assert part in told
+        assert part in output
     for words in re.findall(r"--(?:teacher|weights|mean|std|set) \S+", example()):
-        assert words in told, words
+        assert words in output, words
 
 
 @pytest.mark.parametrize("flag", ["--mean", "--std"])
@@ -127,17 +127,17 @@ def test_rows_and_columns_keep_their_order_from_the_teacher_to_the_cache(
     dump_teacher(recipe)
     reader = open_cache(tmp_path / "cache")
     assert reader.manifest.teacher.grid == (1, 2)
-    for live in live_answers(small.shards, tmp_path / "cache"):
+    for live in live_responses(small.shards, tmp_path / "cache"):
         rows = np.arange(len(live.global_))
         stored = reader.rows("dense", live.view, live.shard, rows)
         assert stored["dense/spatial"].shape[2:] == (1, 2)
         assert np.array_equal(stored["dense/spatial"], live.spatial)
 
 
-def test_a_grid_meant_for_smaller_images_is_warned_of(
+def test_a_grid_for_smaller_images_is_warned_of(
     small: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A network for 32 px, or less, given 224."""
+    """A network for at most 32 px, given 224."""
     for factory, rows, warned in (("every_pixel", 17, True), ("every_pixel", 16, False)):
         sets = [*own(factory), f"views.size={rows}", "teacher.weights=random"]
         flags = {"data.shards": str(small.shards), "dump.device": "cpu"}
@@ -148,7 +148,7 @@ def test_a_grid_meant_for_smaller_images_is_warned_of(
         assert ("set views.size to their size" in caplog.text) == warned
 
 
-def test_a_student_with_weights_of_five_dimensions_is_made(small: World, tmp_path: Path) -> None:
+def test_a_student_with_five_dimensional_weights_is_built(small: World, tmp_path: Path) -> None:
     sets = [*world.VIEWS, "run.channels_last=true"]
     recipe = world.train_recipe(
         small.shards, None, tmp_path, "none", sets, student="lambda_resnet26t", kwargs="{}"

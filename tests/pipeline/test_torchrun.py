@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.pipeline import test_distributed as test_ranks
 from tests.pipeline.conftest import World
 
-SECONDS = 240  # far more than any of it takes, on a machine that does other things
+SECONDS = 240  # far more than needed, even on a busy machine
 
 
 def free_port() -> int:
@@ -25,7 +25,7 @@ def free_port() -> int:
 
 @contextmanager
 def torchrun(words: list[object], log: Path, *flags: object) -> Iterator[subprocess.Popen[bytes]]:
-    """An agent and its processes, which are gone when the block ends."""
+    """Start an agent; end it and its processes with the block."""
     command = [sys.executable, "-m", "torch.distributed.run", *map(str, flags)]
     command += ["-m", "cskd_pipeline", *map(str, words)]
     with open(log, "wb") as file:
@@ -44,7 +44,7 @@ def torchrun(words: list[object], log: Path, *flags: object) -> Iterator[subproc
             agent.wait()
 
 
-def test_two_nodes_give_the_loss_curve_of_one_process(
+def test_two_nodes_reproduce_the_loss_curve_of_one_process(
     small: World, tmp_path: Path, alone: list[dict[str, float]]
 ) -> None:
     words = test_ranks.arguments(small, tmp_path / "run")

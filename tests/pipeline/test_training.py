@@ -1,4 +1,4 @@
-"""What a training run leaves, and that stopping it changes nothing."""
+"""The files of a training run, which do not depend on interruptions."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ Capture = pytest.CaptureFixture[str]
 
 
 def run_to_end(recipe: Any, resume: bool = False) -> dict[str, Any]:
-    """What the command does; its news are on stderr."""
+    """Run as the command does, with its log on stderr."""
     Terminal().attach()
     return train(recipe, resume=resume)
 
 
 def final_state(out: Path) -> dict[str, Any]:
-    """What a finished run must agree on with another; timings are not part of it."""
+    """Return the state in which two finished runs must agree, without timings."""
     state = load_state(out / "state.pt")
     for row in state["rows"]:
         for name in ("seconds", "images_per_second", "data_wait"):
@@ -69,7 +69,7 @@ class DiedError(Exception):
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_a_run_that_died_anywhere_ends_as_an_uninterrupted_one(
+def test_a_run_killed_anywhere_resumes_exactly(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amp: str
 ) -> None:
     sets = [
@@ -104,7 +104,9 @@ def test_a_run_that_died_anywhere_ends_as_an_uninterrupted_one(
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
 
 
-def test_a_run_stopped_by_sigint_says_how_to_go_on_and_does(small: World, tmp_path: Path) -> None:
+def test_a_run_stopped_by_sigint_prints_how_to_resume_and_resumes(
+    small: World, tmp_path: Path
+) -> None:
     sets = ["run.checkpoint_every=1"]
 
     def recipe(out: str) -> TrainRecipe:
@@ -132,7 +134,7 @@ def test_a_run_stopped_by_sigint_says_how_to_go_on_and_does(small: World, tmp_pa
 
 
 def _wait_for_progress(state: Path) -> None:
-    """Until the state has been written twice since now."""
+    """Wait until the state has been written twice more."""
 
     def written() -> int:
         return state.stat().st_mtime_ns if state.exists() else 0
@@ -142,7 +144,9 @@ def _wait_for_progress(state: Path) -> None:
         until(lambda before=before: written() != before)
 
 
-def test_students_load_into_timm_and_evaluate_as_the_run_said(small: World, tmp_path: Path) -> None:
+def test_students_load_into_timm_and_evaluate_to_the_runs_metrics(
+    small: World, tmp_path: Path
+) -> None:
     sets = [f'data.val_shards="{small.validation}"']
     out = tmp_path / "run"
     summary = run_to_end(world.train_recipe(small.shards, small.cache, out, sets=sets))
@@ -179,7 +183,7 @@ def test_students_load_into_timm_and_evaluate_as_the_run_said(small: World, tmp_
         ("cskd", world.STUDENT, world.STUDENT_KWARGS, ["cls", "dist", "dense"]),
     ],
 )
-def test_every_method_trains_and_answers_with_the_heads_it_trained(
+def test_every_method_predicts_with_the_heads_it_trained(
     small: World, tmp_path: Path, method: str, student: str, kwargs: str, heads: list[str]
 ) -> None:
     cache = None if method == "none" else small.cache
@@ -202,23 +206,23 @@ def test_every_method_trains_and_answers_with_the_heads_it_trained(
     logged = {name for name in summary["last"] if name.startswith("top1_")}
     assert logged == {f"top1_{head}" for head in heads}
     state = load_file(tmp_path / "run" / "last.safetensors")
-    if "head_dist.weight" in state:  # fresh heads start at zero biases and other weights
+    if "head_dist.weight" in state:  # zero unless it was trained
         assert bool(state["head_dist.bias"].any()) == ("dist" in heads)
         assert bool(state["head_dist.weight"].any()) == ("dist" in heads)
 
 
-def test_a_run_and_its_students_are_evaluated_as_the_recipe_says(
+def test_runs_and_students_are_evaluated_with_the_recipes_preprocessing(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """Students' files say it too, for ``evaluate`` and ``export``; a flag evaluates otherwise."""
+    """Students' headers record it for ``evaluate`` and ``export``; a flag overrides it."""
     seen: list[tuple[float, str]] = []
     original = evalset.EvalImages.__init__
 
-    def noted(self: Any, dataset: Any, shown: Any) -> None:
+    def record(self: Any, dataset: Any, shown: Any) -> None:
         seen.append((shown.crop_pct, shown.interpolation))
         original(self, dataset, shown)
 
-    monkeypatch.setattr(evalset.EvalImages, "__init__", noted)
+    monkeypatch.setattr(evalset.EvalImages, "__init__", record)
     sets = [
         f'data.val_shards="{small.validation}"',
         "eval.crop_pct=0.5",
@@ -237,7 +241,7 @@ def test_a_run_and_its_students_are_evaluated_as_the_recipe_says(
     assert (config["crop_pct"], config["interpolation"]) == (0.5, "nearest")
 
 
-def test_views_come_again_when_epochs_outlast_them_and_the_run_says_so(
+def test_a_run_with_more_epochs_than_views_repeats_them_with_a_warning(
     small: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def warned(epochs: int) -> str:
@@ -254,13 +258,13 @@ def test_views_come_again_when_epochs_outlast_them_and_the_run_says_so(
     assert "views repeat from epoch 5 on" in warned(5)
 
 
-def test_views_that_drifted_are_refused_or_counted_as_asked(
+def test_drifted_views_are_refused_or_counted(
     small: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Another Pillow would draw other pixels; a digest that is off by one stands for it."""
+    """A digest that is off by one simulates another Pillow, which would draw other pixels."""
     digest = apply.digest
     monkeypatch.setattr(apply, "digest", lambda pixels: digest(pixels) ^ 1)
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "refused", epochs=2)
@@ -280,7 +284,7 @@ def test_views_that_drifted_are_refused_or_counted_as_asked(
     assert f"epoch 1: {seen} views differ from those the teacher saw" in capsys.readouterr().err
 
 
-def test_a_warm_up_that_outlasts_the_run_is_pointed_out(
+def test_a_warm_up_that_outlasts_the_run_is_warned_of(
     small: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def warned(epochs: int) -> bool:
@@ -293,7 +297,7 @@ def test_a_warm_up_that_outlasts_the_run_is_pointed_out(
 
 
 @pytest.mark.parametrize(("threshold", "side"), [(0.0, "data"), (1.1, "device")])
-def test_an_epochs_line_says_which_side_is_the_limit(
+def test_an_epochs_line_names_the_limiting_side(
     small: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -316,7 +320,7 @@ def test_an_epochs_line_says_which_side_is_the_limit(
 
 
 def test_training_loads_no_teacher_and_needs_no_network(small: World, tmp_path: Path) -> None:
-    """In a process where every connection fails and every model made is written down."""
+    """In a process where every connection fails and every created model is recorded."""
     script = f"""
 import socket, sys
 def refuse(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""What one update does, held against the arithmetic: seeds, CKF ratio, average, accumulation."""
+"""One update, checked against arithmetic: seeds, CKF ratio, average, accumulation."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tests.pipeline.conftest import World
 
 
 def started(small: World, *sets: str, ranks: Ranks = ALONE) -> tuple[Trainer, Iterator[Batch]]:
-    """A trainer of 12 updates, and its micro-batches."""
+    """Return a trainer of 12 updates, and its micro-batches."""
     recipe = world.train_recipe(small.shards, small.cache, Path(), sets=[*sets], epochs=2)
     views = open_training_data(recipe).views
     trainer = Trainer(recipe, views, torch.device("cpu"))
-    trainer.ranks = ranks  # of which only chance takes notice here
+    trainer.ranks = ranks  # used only for seeding here
     return trainer, trainer.micro_batches()
 
 
-def test_chance_in_an_update_follows_from_seed_update_and_rank_alone(small: World) -> None:
+def test_randomness_in_an_update_depends_only_on_seed_update_and_rank(small: World) -> None:
     def seeds(seed: int, ranks: Ranks) -> list[int]:
         trainer, batches = started(small, f"run.seed={seed}", "data.check=0", ranks=ranks)
         found = []
@@ -78,7 +78,7 @@ def test_the_average_follows_every_parameter(small: World) -> None:
 
 
 def test_accumulation_changes_no_update(small: World) -> None:
-    """By plain gradient descent: Adam would hide a gradient that is twice as long."""
+    """With plain gradient descent: Adam would hide a gradient that is twice as long."""
 
     def weights(accumulation: int) -> list[torch.Tensor]:
         sets = ["optim.name=sgd", "optim.lr=100", "data.check=0", "schedule.warmup_epochs=0"]

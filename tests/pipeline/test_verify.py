@@ -1,4 +1,4 @@
-"""``cache verify`` with a cache and images, and the check at the start of train."""
+"""``cache verify`` of a cache and a user's images, and train's own check of both."""
 
 from __future__ import annotations
 
@@ -94,20 +94,20 @@ def test_the_depth_structure_decodes_nothing(copy: World, verify: Verify) -> Non
     assert "copy this file again" in report["error"]["action"]
 
 
-def test_units_that_are_not_made_are_a_problem_unless_partial(copy: World, verify: Verify) -> None:
+def test_missing_units_are_a_problem_unless_partial(copy: World, verify: Verify) -> None:
     (copy.cache / "digest/c/1/2").unlink()
     code, report = verify(copy.cache)
     assert code == 1
     assert report["checks"]["units"] == {"done": 5, "total": 6, "problems": 1}
     assert "views 2-3 of shard 2" in report["problems"][0]["found"]
-    code, report = verify(copy.cache, "--shards", copy.shards)  # the finished units are compared
+    code, report = verify(copy.cache, "--shards", copy.shards)  # existing units are compared
     assert (code, report["checks"]["views"]["bit_exact"]) == (1, 96)
     code, report = verify(copy.cache, "--partial", "--shards", copy.shards)
     assert (code, report["ok"]) == (0, True)
     assert report["checks"]["views"]["bit_exact"] == 96
 
 
-def test_someone_elses_images_are_told_apart(
+def test_other_images_are_detected(
     small: World, samples: list[Sample], tmp_path: Path, verify: Verify
 ) -> None:
     other = recut(small, tmp_path / "theirs", theirs(samples))
@@ -120,10 +120,10 @@ def test_someone_elses_images_are_told_apart(
     assert checks["images"] == {"compared": 93, "equal": 89, "problems": len(ALTERED)}
     assert checks["views"]["bit_exact"] == checks["views"]["replayed"] == 89
     assert checks["views"]["other_image"] == len(ALTERED)
-    assert checks["views"]["differing_by_rounding"] == 0  # they are not replayed at all
-    told = [p for p in report["problems"] if p["depth"] == "images"]
-    tars = [Path(p["where"].split()[0]).name for p in told]
-    assert all(name.startswith("x-0") for name in tars), told
+    assert checks["views"]["differing_by_rounding"] == 0  # they are not rendered at all
+    problems = [p for p in report["problems"] if p["depth"] == "images"]
+    tars = [Path(p["where"].split()[0]).name for p in problems]
+    assert all(name.startswith("x-0") for name in tars), problems
     assert "--set data.missing=skip" in report["error"]["action"]
     assert "--set data.drift=skip" in report["error"]["action"]
 
@@ -139,7 +139,7 @@ def test_a_smaller_sample_is_spread_over_shards_and_views(small: World) -> None:
 
 
 def shifted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another release of an image library: some pixels differ by one."""
+    """Simulate another release of an image library: some pixels differ by one."""
     render = apply.render
 
     def other(*arguments: Any) -> Any:
@@ -153,13 +153,13 @@ def shifted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_versions(cache: Path, **versions: str) -> None:
-    """Write these versions into the cache's manifest."""
+    """Let the manifest state these library versions."""
     manifest = open_cache(cache).manifest
     said = replace(manifest, versions={**manifest.versions, **versions})
     (cache / layout.GROUP).write_bytes(layout.manifest_document(said))
 
 
-def test_pixels_that_differ_by_rounding_are_told_with_the_versions(
+def test_pixels_that_differ_by_rounding_are_reported_with_the_versions(
     copy: World, verify: Verify, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_versions(copy.cache, pillow="9.9.9")
@@ -174,10 +174,10 @@ def test_pixels_that_differ_by_rounding_are_told_with_the_versions(
     assert "pillow: 9.9.9 and " in report["problems"][0]["found"]
 
 
-def test_seeds_that_do_not_follow_from_the_root_seed_are_told(
+def test_seeds_not_derived_from_the_root_seed_are_reported(
     small: World, tmp_path: Path, verify: Verify, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cache whose manifest and records state another root seed than the true one."""
+    """A cache whose manifest and records state another root seed than the one it used."""
     shutil.copytree(small.cache, tmp_path / "cache")
     manifest = open_cache(small.cache).manifest
     said = replace(manifest, root_seed=manifest.root_seed + 1)
@@ -188,14 +188,14 @@ def test_seeds_that_do_not_follow_from_the_root_seed_are_told(
     assert code == 1
     views = report["checks"]["views"]
     assert views["other_seed"] == 96
-    assert views["differing_by_rounding"] == 0  # reported once, as another seed
+    assert views["differing_by_rounding"] == 0  # reported once, by its cause
     assert len(report["problems"]) == 96
 
 
-def test_the_teacher_is_asked_about_views_that_come_out_bit_for_bit_alone(
+def test_the_teacher_runs_only_on_views_reproduced_bit_for_bit(
     small: World, verify: Verify, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other pixels give other logits, which is no problem of the stored ones."""
+    """Other pixels give other logits, which is not an error of the cached ones."""
     shifted(monkeypatch)
     _, report = verify(small.cache, "--shards", small.shards, *TEACHER)
     checks = report["checks"]
@@ -217,7 +217,7 @@ def test_a_damaged_cache_is_not_compared_and_an_unfinished_one_is(
 
 
 @pytest.mark.parametrize("flags", [(), TEACHER])
-def test_a_cache_without_a_finished_unit_is_compared_as_far_as_it_goes(
+def test_a_cache_without_a_finished_unit_is_compared_as_far_as_possible(
     small: World, tmp_path: Path, verify: Verify, flags: tuple[str, ...]
 ) -> None:
     CacheWriter.create(tmp_path / "cache", open_cache(small.cache).manifest)
@@ -231,7 +231,7 @@ def test_a_cache_without_a_finished_unit_is_compared_as_far_as_it_goes(
     assert report["checks"]["images"]["compared"] == 0
 
 
-def test_another_teacher_is_told_by_its_weights(small: World, verify: Verify) -> None:
+def test_another_teacher_is_detected_by_its_weights(small: World, verify: Verify) -> None:
     arguments = ("--shards", small.shards, *TEACHER[2:])
     code, report = verify(small.cache, *arguments, "--teacher", "resnet14t")
     assert code == 1
@@ -240,8 +240,8 @@ def test_another_teacher_is_told_by_its_weights(small: World, verify: Verify) ->
     assert open_cache(small.cache).manifest.teacher.weights_sha256 in problem["found"]
 
 
-def test_mean_and_std_are_compared_before_any_answer(small: World, verify: Verify) -> None:
-    """With other pixels the same weights give other logits: the weights are not the problem."""
+def test_mean_and_std_are_compared_before_any_logits(small: World, verify: Verify) -> None:
+    """With other pixels the same weights give other logits, which is no error of the weights."""
     flags = ("--mean", "0.5,0.5,0.5", "--std", "0.229,0.224,0.225")
     code, report = verify(small.cache, "--shards", small.shards, *TEACHER, *flags)
     assert code == 1
@@ -265,7 +265,7 @@ def test_mean_and_std_are_compared_before_any_answer(small: World, verify: Verif
         ([1.0, 0.499], ["view"]),
     ],
 )
-def test_answers_must_agree_on_the_whole_and_in_each_view(
+def test_logits_must_agree_overall_and_in_each_view(
     small: World,
     verify: Verify,
     monkeypatch: pytest.MonkeyPatch,
@@ -276,9 +276,9 @@ def test_answers_must_agree_on_the_whole_and_in_each_view(
     samples = ("--samples", 2, "--batch-size", 2)
     code, report = verify(small.cache, "--shards", small.shards, *TEACHER, *samples)
     assert code == (1 if wrong else 0)
-    told = [p for p in report["problems"] if p["found"].startswith("envelope")]
-    assert len(told) == len(wrong)
-    for problem, where in zip(told, wrong, strict=True):
+    problems = [p for p in report["problems"] if p["found"].startswith("envelope")]
+    assert len(problems) == len(wrong)
+    for problem, where in zip(problems, wrong, strict=True):
         assert where in problem["where"] + problem["found"]
         bound = 0.5 if where == "view" else 0.98
         assert problem["found"].endswith(f"expected at least {bound}")
@@ -286,10 +286,10 @@ def test_answers_must_agree_on_the_whole_and_in_each_view(
         assert "its logits are not" in report["error"]["action"]
 
 
-def test_views_whose_partners_image_is_another_are_not_asked_about(
+def test_views_with_another_partner_image_are_not_compared(
     small: World, samples: list[Sample], tmp_path: Path, verify: Verify
 ) -> None:
-    """Their own pixels are the cache's, and so is their digest; what the teacher sees is not."""
+    """Their own pixels and digest are the cache's, but the mixed view is not."""
     content = [altered(s) if i in ALTERED else s for i, s in enumerate(samples)]
     other = recut(small, tmp_path / "altered", content)
     code, report = verify(small.cache, "--shards", other.shards, *TEACHER)
@@ -314,7 +314,7 @@ def test_views_whose_partners_image_is_another_are_not_asked_about(
 
 
 def rolled(copy: World, names: tuple[str, ...], units: int) -> None:
-    """Rewrite the first units with valid checksums and the classes shifted by one."""
+    """Rewrite the first units, complete and with valid checksums, every class shifted by one."""
     shutil.move(copy.cache, old := copy.cache.with_name("old"))
     reader = open_cache(old)
     writer = CacheWriter.create(copy.cache, reader.manifest)
@@ -326,18 +326,18 @@ def rolled(copy: World, names: tuple[str, ...], units: int) -> None:
 
 
 @pytest.mark.parametrize(("units", "wrong"), [(0, 0), (1, 35 // 2), (6, 96)])
-def test_answers_that_are_not_the_teachers_are_found(
+def test_logits_of_another_teacher_are_detected(
     copy: World, verify: Verify, units: int, wrong: int
 ) -> None:
     rolled(copy, ("dense/spatial", "dense/global"), units)
     code, report = verify(copy.cache, "--shards", copy.shards, *TEACHER)
     assert code == (1 if wrong else 0)
-    told = report["problems"]
-    assert {problem["depth"] for problem in told} == ({"answers"} if wrong else set())
-    assert abs(len(told) - wrong) <= 1  # a unit is half of a shard's views
-    assert all(problem["found"].startswith("dense, view ") for problem in told)
+    problems = report["problems"]
+    assert {problem["depth"] for problem in problems} == ({"answers"} if wrong else set())
+    assert abs(len(problems) - wrong) <= 1  # a unit is half of a shard's views
+    assert all(problem["found"].startswith("dense, view ") for problem in problems)
     assert report["checks"]["answers"]["envelope"] == 1.0
-    assert report["checks"]["answers"]["dense"] == pytest.approx(1 - len(told) / 96)
+    assert report["checks"]["answers"]["dense"] == pytest.approx(1 - len(problems) / 96)
 
 
 def test_agreement_is_the_share_of_equal_labels_or_the_overlap() -> None:
@@ -382,7 +382,7 @@ def test_a_teacher_needs_images_and_its_flags_a_teacher(small: World, capsys: Ca
         assert "add --teacher NAME" in capsys.readouterr().err
 
 
-def test_for_people_there_is_a_table_and_the_list(copy: World, capsys: Capture) -> None:
+def test_without_json_a_table_and_the_problems_are_printed(copy: World, capsys: Capture) -> None:
     assert world.cli("cache", "verify", copy.cache, "--shards", copy.shards, "--quiet") == 0
     out, err = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()[2:]] == [
@@ -394,10 +394,10 @@ def test_for_people_there_is_a_table_and_the_list(copy: World, capsys: Capture) 
     assert "- structure: seed/c/0/0/0: the file is missing" in capsys.readouterr().err
 
 
-# --- train's own look at a sample -----------------------------------------------------------------
+# --- train's own check of a sample ----------------------------------------------------------------
 
 
-def test_training_begins_with_a_look_at_a_sample(
+def test_training_starts_by_checking_a_sample(
     small: World, tmp_path: Path, capsys: Capture
 ) -> None:
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run")
@@ -410,7 +410,7 @@ def test_training_begins_with_a_look_at_a_sample(
     assert "checked" not in capsys.readouterr().err
 
 
-def test_views_that_differ_stop_training_before_it_begins_or_are_told(
+def test_different_views_stop_training_before_it_starts_or_are_reported(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     shifted(monkeypatch)
@@ -423,12 +423,12 @@ def test_views_that_differ_stop_training_before_it_begins_or_are_told(
     )
     Terminal().attach()
     open_training_data(warned)
-    told = capsys.readouterr().err
-    assert "warning: checked 64 views" in told
-    assert "0 are of other images" in told
+    output = capsys.readouterr().err
+    assert "warning: checked 64 views" in output
+    assert "0 are of other images" in output
 
 
-def test_another_image_in_the_sample_stops_training_before_it_begins(
+def test_another_image_in_the_sample_stops_training_before_it_starts(
     small: World, samples: list[Sample], tmp_path: Path
 ) -> None:
     """One of the 64 views checked, of 96."""
@@ -448,7 +448,7 @@ def test_another_image_in_the_sample_stops_training_before_it_begins(
     assert sum(int(mask.sum()) for mask in allowed) == 95
 
 
-def test_damaged_targets_of_the_sample_stop_training_before_it_begins(
+def test_damaged_targets_of_the_sample_stop_training_before_it_starts(
     copy: World, tmp_path: Path
 ) -> None:
     for path in (copy.cache / "envelope").rglob("*"):

@@ -1,4 +1,4 @@
-"""Writing a cache from any network: what it takes, refuses, and continues with."""
+"""Writing a cache from any network: logits accepted, logits refused, and resuming."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEACHER = TeacherInfo("mine", "file", "0" * 64, 5, POLICY.size, (0.5,) * 3, (0.2
 
 
 def network(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits that differ between views, and do not depend on others in the batch."""
+    """Logits that differ between views, and do not depend on the rest of the batch."""
     cells = torch.nn.functional.adaptive_max_pool2d(images, GRID)
     spatial = torch.stack([cells[:, 0] * (k + 1) - cells[:, 1] * k for k in range(5)], dim=1)
     return spatial, spatial.amax((2, 3))
@@ -53,7 +53,7 @@ def fill(
     change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda *logits: logits,
     stop: Callable[[int], bool] = lambda complete: False,
 ) -> UnitWriter:
-    """Put the network's logits, changed, until ``stop``, given the units complete, is true."""
+    """Put the network's logits through ``change`` until ``stop(complete units)`` is true."""
     complete = 0
     with out:
         for batch in out.views():
@@ -69,7 +69,7 @@ def filled(path: Path, dataset: Dataset, views: int = 4) -> UnitWriter:
 
 @pytest.fixture
 def whole(dataset: Dataset, tmp_path: Path) -> dict[str, bytes]:
-    """Every file, but the manifest, of a cache written at one go."""
+    """Every file except the manifest of a cache written without interruption."""
     out = filled(tmp_path / "whole", dataset)
     assert out.views_written == out.views_total == 4 * dataset.samples
     assert open_cache(tmp_path / "whole").done().all()
@@ -80,7 +80,7 @@ def files(path: Path) -> dict[str, bytes]:
     return {name: data for name, data in tree(path).items() if name != "zarr.json"}
 
 
-def test_stopped_by_an_error_it_goes_on_with_the_units_that_are_left(
+def test_after_an_error_it_resumes_with_the_remaining_units(
     dataset: Dataset, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     path, rounds = tmp_path / "cache", 0
@@ -103,15 +103,13 @@ def test_stopped_by_an_error_it_goes_on_with_the_units_that_are_left(
     assert files(path) == whole
 
 
-def test_a_loop_that_is_left_writes_what_is_complete(dataset: Dataset, tmp_path: Path) -> None:
+def test_leaving_the_loop_writes_the_complete_units(dataset: Dataset, tmp_path: Path) -> None:
     out = fill(opened(tmp_path / "cache", dataset), stop=bool)
     assert 0 < out.views_written < out.views_total
     assert open_cache(tmp_path / "cache").done().sum() == 1
 
 
-def test_logits_are_a_sign_of_life_before_a_unit_is_complete(
-    dataset: Dataset, tmp_path: Path
-) -> None:
+def test_putting_logits_renews_the_claims(dataset: Dataset, tmp_path: Path) -> None:
     loading, options = Loading(batch_size=1), WriteOptions(patience=0.0)
     cache = cache_of(tmp_path / "cache")
     out = write_cache(cache, dataset, TEACHER, POLICY, loading=loading, options=options)
@@ -125,7 +123,7 @@ def test_logits_are_a_sign_of_life_before_a_unit_is_complete(
         assert all(claim.stat().st_mtime > 0 for claim in claims)
 
 
-def test_more_views_extend_it_and_ranges_share_it(
+def test_a_cache_is_extended_by_more_views_and_split_by_ranges(
     dataset: Dataset, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     filled(tmp_path / "extended", dataset, views=2)
@@ -138,7 +136,7 @@ def test_more_views_extend_it_and_ranges_share_it(
     assert files(tmp_path / "shared") == whole
 
 
-def test_logits_that_need_gradients_or_are_float16_are_taken(
+def test_logits_with_gradients_or_in_float16_are_accepted(
     dataset: Dataset, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     fill(opened(tmp_path / "a", dataset), lambda s, g: (s.requires_grad_(), g.requires_grad_()))
@@ -161,13 +159,13 @@ def test_logits_of_another_shape_are_refused(
         fill(opened(tmp_path / "cache", dataset), spoiled)
 
 
-def test_logits_that_float16_does_not_hold_are_refused(dataset: Dataset, tmp_path: Path) -> None:
+def test_logits_beyond_float16_are_refused(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="mine"):
         fill(opened(tmp_path / "cache", dataset), lambda s, g: (s, g * 1e5))
     assert not open_cache(tmp_path / "cache").done().any()
 
 
-def test_views_in_another_order_twice_or_outside_the_block_are_refused(
+def test_views_out_of_order_repeated_or_outside_the_block_are_refused(
     dataset: Dataset, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="inside the writer's with block"):
@@ -184,9 +182,7 @@ def test_views_in_another_order_twice_or_outside_the_block_are_refused(
 
 
 @NEEDS_GPU
-def test_logits_may_lie_on_a_gpu_and_the_views_on_the_host(
-    dataset: Dataset, tmp_path: Path
-) -> None:
+def test_logits_may_be_on_a_gpu_and_the_views_on_the_host(dataset: Dataset, tmp_path: Path) -> None:
     fill(opened(tmp_path / "cache", dataset), lambda s, g: (s.cuda(), g.cuda()))
     assert open_cache(tmp_path / "cache").done().all()
 

@@ -1,4 +1,4 @@
-"""A small world for whole-pipeline tests: real image files, shards, a CNN with fixed weights."""
+"""A small world for pipeline tests: real image files, shards, a CNN with fixed weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
 CLASSES = ("disc", "square", "bars", "cross")
 SIZE = 32
 
-# Every part of the policy at work, on windows that do not divide the shards.
+# Every part of the policy is in use, and windows do not divide the shards.
 VIEWS = [
     f"views.size={SIZE}",
     "views.crop_area=[0.4, 1.0]",
@@ -66,7 +66,7 @@ def _shape(
 
 
 def cli(*arguments: object) -> int:
-    """The exit code of a command, run in this process."""
+    """Run a command in this process; return its exit code."""
     return main([str(a) for a in arguments])
 
 

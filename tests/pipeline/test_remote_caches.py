@@ -1,4 +1,4 @@
-"""Training from a cache that lies on a web server, or on the Hub, is training from its folder."""
+"""Training from a cache on a web server or the Hub equals training from its folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def command(cache: object, small: World, out: Path, *flags: object) -> list[obje
 
 @pytest.fixture(scope="module")
 def local(small: World, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What a run from the folder ends with."""
+    """The final state of a run from the folder."""
     out = tmp_path_factory.mktemp("local") / "run"
     assert world.cli(*command(small.cache, small, out)) == 0
     return final_state(out)
@@ -45,7 +45,7 @@ def local(small: World, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_training_from_a_url_equals_training_from_the_folder(
     small: World, local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With loader processes, and with a transfer that breaks on the way."""
+    """With loader processes and an interrupted transfer."""
     keep_copies(tmp_path / "copies", monkeypatch)
     with serving(small.cache.parent) as served:
         served.faults = [("/c/1/0/0/0/0/0", "truncate"), ("/c/0/1/0", "reset")]
@@ -55,7 +55,7 @@ def test_training_from_a_url_equals_training_from_the_folder(
     assert_equal(local, final_state(tmp_path / "remote"))
 
 
-def test_a_server_that_goes_away_stops_a_run_that_can_go_on(
+def test_a_run_stopped_by_a_lost_server_can_be_resumed(
     small: World, local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     keep_copies(tmp_path / "copies", monkeypatch)
@@ -64,20 +64,20 @@ def test_a_server_that_goes_away_stops_a_run_that_can_go_on(
         url = f"{served.url}/{small.cache.name}"
         served.always["dense/spatial/c/1/2/0/0/0/0"] = 503
         assert world.cli(*command(url, small, out, "--set", "data.check=0")) == 1
-        told = capsys.readouterr().err
-        assert "the cache cannot be reached" in told
-        assert "HTTP status 503" in told
-        assert "Traceback" not in told
+        output = capsys.readouterr().err
+        assert "the cache cannot be reached" in output
+        assert "HTTP status 503" in output
+        assert "Traceback" not in output
         served.always.clear()
         again = command(url, small, out, "--set", "data.check=0", "--resume")
         assert world.cli(*again) == 0
     assert_equal(local, final_state(out))
 
 
-def test_a_cache_is_published_uploaded_by_the_hubs_tool_and_trained_from(
+def test_a_cache_published_and_uploaded_to_the_hub_can_be_trained_from(
     small: World, local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """The printed command runs as it stands."""
+    """The printed command runs unchanged."""
     shutil.copytree(small.cache, tmp_path / "my cache")
     location, images = (
         f"hf://datasets/{REPOSITORY}",
@@ -103,7 +103,7 @@ def test_a_cache_is_published_uploaded_by_the_hubs_tool_and_trained_from(
     assert_equal(local, final_state(tmp_path / "run"))
 
 
-def test_thumbnails_are_of_views_whose_both_images_are_the_teachers(
+def test_thumbnails_show_only_views_whose_images_both_match(
     small: World, tmp_path: Path, capsys: Capture
 ) -> None:
     shutil.copytree(small.cache, tmp_path / "cache")
