@@ -149,8 +149,8 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
 def test_an_invalid_value_is_reported_with_the_expected_one(
     tmp_path: Path, text: str, problem: str
 ) -> None:
-    [found] = problems_of(tmp_path, text)
-    assert problem in found
+    [line] = problems_of(tmp_path, text)
+    assert problem in line
 
 
 @pytest.mark.parametrize(
@@ -163,8 +163,8 @@ def test_an_invalid_value_is_reported_with_the_expected_one(
     ],
 )
 def test_dump_recipes_are_checked_too(tmp_path: Path, text: str, problem: str) -> None:
-    [found] = problems_of(tmp_path, text, DumpRecipe)
-    assert problem in found
+    [line] = problems_of(tmp_path, text, DumpRecipe)
+    assert problem in line
 
 
 def test_the_message_shows_the_file_and_every_problem(tmp_path: Path) -> None:
@@ -268,8 +268,8 @@ def test_a_set_inside_a_value_or_another_set_is_a_problem(
     tmp_path: Path, sets: list[str], flags: dict[str, Any], problem: str
 ) -> None:
     text = '[data]\nshards = "a.tar"\n[student]\nkwargs = {depth = 12}\n'
-    [found] = problems_of(tmp_path, text, sets=sets, flags=flags)
-    assert found.startswith(problem)
+    [line] = problems_of(tmp_path, text, sets=sets, flags=flags)
+    assert line.startswith(problem)
 
 
 def test_a_set_that_contradicts_a_flag_is_a_usage_error() -> None:
@@ -325,7 +325,7 @@ def test_recipes_are_found_by_name_and_the_method_defaults_to_cskd() -> None:
         find_recipe(TrainRecipe, "paper_regnety_160")  # of the other stage
 
 
-def test_a_recipe_may_be_a_path_without_a_suffix_or_a_folder(
+def test_any_path_of_a_file_is_accepted_as_a_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -541,8 +541,8 @@ def test_a_recipe_file_may_name_any_model_except_a_factory(
     assert is_factory(name) == code
     text = f'[teacher]\nname = "{name}"\n'
     if code:
-        [found] = problems_of(tmp_path, text, DumpRecipe)
-        assert "would run code" in found
+        [line] = problems_of(tmp_path, text, DumpRecipe)
+        assert "would run code" in line
     else:
         assert load_recipe(DumpRecipe, write(tmp_path, text)).teacher.name == name
 
@@ -575,13 +575,13 @@ DIGESTS = {
 
 
 def test_recipes_keep_their_digests() -> None:
-    found = {}
+    digests = {}
     for path in resources.stages().glob("*/*.toml"):
         if path.parent.name == "study" or path.stem.startswith("demo"):
             continue  # short runs, whose recipes may change
         kind = DumpRecipe if path.stem in recipe_names(DumpRecipe) else TrainRecipe
-        found[f"{path.parent.name}/{path.stem}"] = result_digest(load_recipe(kind, path))
-    assert found == DIGESTS
+        digests[f"{path.parent.name}/{path.stem}"] = result_digest(load_recipe(kind, path))
+    assert digests == DIGESTS
 
 
 def test_settings_of_draws_enter_the_digest_only_if_the_encoding_draws() -> None:

@@ -75,7 +75,7 @@ def disk_usage(folder: Path) -> int:
 def output_of(kind: str, out: Path) -> dict[str, bytes]:
     """Return every file of a finished command, partial ones too, except those that store times."""
     timed = {"zarr.json", "state.pt", "summary.csv"}
-    found = {
+    files = {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(out.rglob("*"))
         if path.is_file()
@@ -83,9 +83,9 @@ def output_of(kind: str, out: Path) -> dict[str, bytes]:
         and path.parent.name != "tensorboard"
     }
     if kind == "train":
-        del found["recipe.toml"]  # names the folder
-        found["state"] = canonical(load_state(out / "state.pt"))
-    return found
+        del files["recipe.toml"]  # contains the folder's name
+        files["state"] = canonical(load_state(out / "state.pt"))
+    return files
 
 
 def canonical(state: Any) -> bytes:

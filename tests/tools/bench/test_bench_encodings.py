@@ -272,7 +272,7 @@ def test_names_in_the_plot_are_escaped(report: dict[str, Any]) -> None:
     assert "<script>&$x^2$" in list(ET.fromstring(drawn).itertext())
 
 
-def test_the_command_prints_one_object_or_a_table(
+def test_the_command_prints_json_or_a_table(
     small: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     svg, png = tmp_path / "p.svg", tmp_path / "p.png"

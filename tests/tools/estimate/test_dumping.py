@@ -89,7 +89,7 @@ def test_bytes_match_the_dump(both: tuple[dict[str, Any], ...]) -> None:
         assert row(report, VIEWS, *ENCODINGS)[name] == info[name]
 
 
-def test_a_slow_teacher_is_the_limit_and_every_batch_takes_its_time(
+def test_a_slow_teacher_is_the_limit_and_all_of_its_batches_count(
     both: tuple[dict[str, Any], ...],
 ) -> None:
     report, summary, _ = both
@@ -219,9 +219,7 @@ def test_more_files_than_the_hub_recommends_give_a_warning(
     assert "cache.view_block=0" in warning
 
 
-def test_bytes_include_seeds_and_digests(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_bytes_include_seeds_and_digests(monkeypatch: pytest.MonkeyPatch) -> None:
     report = forecast(monkeypatch, "cpu")
     for name in ENCODINGS:
         assert row(report, 2, name)["bytes"] == 2000 * (SIZES[name] + 7)
@@ -250,7 +248,7 @@ def test_the_cost_of_an_encoding_counts_if_the_device_is_the_limit(
 @pytest.mark.parametrize(
     ("device", "dense", "envelope"), [("cuda", 100.0, 50.0), ("cpu", 40.0, 40.0)]
 )
-def test_another_gpu_has_its_own_loader_and_another_cpu_shares_its_cores(
+def test_gpus_have_separate_loaders_and_cpus_share_cores(
     monkeypatch: pytest.MonkeyPatch, device: str, dense: float, envelope: float
 ) -> None:
     report = forecast(monkeypatch, device)

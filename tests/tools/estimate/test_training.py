@@ -29,7 +29,7 @@ def sleep_before(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, seconds
     monkeypatch.setattr(owner, name, slower)
 
 
-def test_a_slow_student_is_the_limit_and_every_update_takes_its_time(
+def test_a_slow_student_is_the_limit_and_all_of_its_updates_count(
     small: World,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -37,7 +37,7 @@ EPOCHS = 2
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write five recipes of two epochs each."""
     folder = tmp_path_factory.mktemp("recipes")
-    nowhere = Path()
+    unset = Path()
     settings = ["run.threads=1", "schedule.warmup_epochs=0", *world.VIEWS]
     kinds: dict[str, dict[str, Any]] = {
         "teacher": {"student": world.TEACHER, "kwargs": world.TEACHER_KWARGS, "method": "none"}
@@ -46,10 +46,10 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds |= {method: {"method": method, "kwargs": small} for method in ("none", "deit", "cskd")}
     for name, kind in kinds.items():
         recipe = world.train_recipe(
-            nowhere, None, nowhere, sets=settings, epochs=EPOCHS, batch_size=32, **kind
+            unset, None, unset, sets=settings, epochs=EPOCHS, batch_size=32, **kind
         )
         (folder / f"{name}.toml").write_text(to_toml(recipe))
-    dump = world.dump_recipe(nowhere, nowhere, views=2, encodings='["envelope"]')
+    dump = world.dump_recipe(unset, unset, views=2, encodings='["envelope"]')
     (folder / "dump.toml").write_text(to_toml(dump))
     return folder
 
