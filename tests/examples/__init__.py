@@ -1,1 +1,1 @@
-"""Each example of docs/examples, run as its reader would."""
+"""Tests that run the examples in docs/examples."""

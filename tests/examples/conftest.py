@@ -1,4 +1,4 @@
-"""Handwritten digits as shards, and a cache of them, for all examples."""
+"""Shards of handwritten digits and a cache of them, shared by all examples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cskd_pipeline.tools.make_shards import make_shards
 
 EXAMPLES = Path(__file__).parents[2] / "docs/examples"
 STUDENT: dict[str, Any] = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
-"""Of 6 x 6 tokens at the demo's 48 pixels."""
+"""A student with 6 x 6 tokens at the demo's 48 pixels."""
 
 
 class Digits(NamedTuple):
@@ -29,7 +29,7 @@ class Digits(NamedTuple):
 
 
 def make_digits(root: Path, *sets: str) -> Digits:
-    """Write both below ``root``, with the demo's recipe as ``sets`` (of ``--set``) change it."""
+    """Write shards and cache below ``root``; ``sets`` are ``--set`` values on the demo recipe."""
     write_digit_folders(root / "images", train=96, validation=1, seed=0)
     make_shards(root / "images/train", root / "shards", shard_size=60)
     flags = {
@@ -44,13 +44,13 @@ def make_digits(root: Path, *sets: str) -> Digits:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
-    """4 views of each image."""
+    """Return shards and a cache with 4 views of each image."""
     return make_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="session")
 def example() -> Callable[[str], ModuleType]:
-    """An example as a module, by its file's name."""
+    """Return a function that loads an example as a module, by file name."""
 
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")

@@ -1,4 +1,4 @@
-"""``own_teacher.py`` on images of digits: what the cache holds is what the network gives."""
+"""``own_teacher.py`` on images of digits: the cache contains the network's logits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LINES = 30
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three tars of 48 images of digits, 48x48 pixels."""
+    """Write 48 images of digits, 48x48 pixels, as three tars."""
     folder = tmp_path_factory.mktemp("digits")
     write_digit_folders(folder, train=48, validation=1, seed=0)
     make_shards(folder / "train", folder / "shards", shard_size=20, seed=0)
@@ -50,12 +50,12 @@ def test_the_cache_has_the_networks_logits_for_every_view(digits: Path, tmp_path
             rows = np.array([(view, shard, offset) for offset in range(count)])
             with torch.inference_mode():
                 expected = cnn(assemble(render_batch(renderer, rows), policy))
-            found = cache.rows("dense", view, shard, np.arange(count))
-            for logits, stored in zip(expected, found.values(), strict=True):
-                # Another batch may change float32's last bits, and so a float16's.
+            stored_rows = cache.rows("dense", view, shard, np.arange(count))
+            for logits, stored in zip(expected, stored_rows.values(), strict=True):
+                # Another batch size may change the last bits of float32, and so of float16.
                 np.testing.assert_allclose(stored, logits.half().numpy(), rtol=2**-9, atol=1e-5)
                 assert np.ptp(stored) > 0.1
 
 
-def test_its_code_is_short() -> None:
+def test_the_example_has_at_most_thirty_lines_of_code() -> None:
     assert code_lines(EXAMPLE) <= LINES

@@ -1,4 +1,4 @@
-"""The webdataset example: views and targets by key, as the teacher had them."""
+"""The webdataset example reads the teacher's views and targets by key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.processes import server
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Handwritten digits as shards, and a cache of unmixed views, erased ones among them."""
+    """Write shards of handwritten digits and a cache of unmixed views, some of them erased."""
     root = tmp_path_factory.mktemp("unmixed")
     sets = ("views.mix=0.0", "views.erase=0.5", "cache.views=2", 'cache.encodings=["dense"]')
     make_digits(root, *sets)
@@ -30,14 +30,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_sample_comes_with_its_view_and_targets(
     root: Path, example: Callable[[str], ModuleType]
 ) -> None:
-    """In two loader processes, against the cache's own order."""
+    """Two loader processes yield the same samples as the cache in its own order."""
     cache = open_cache(root / "cache")
     data = example("webdataset_map").batches(f"{root}/shards/*.tar", cache, 1, batch_size=16)
-    found = list(WebLoader(data, batch_size=None, num_workers=2))
-    assert sum(len(labels) for _, labels, _ in found) == 96
+    batches = list(WebLoader(data, batch_size=None, num_workers=2))
+    assert sum(len(labels) for _, labels, _ in batches) == 96
     labels = {
         (*targets.hard_spatial(0.5)[i].flatten().tolist(), int(labels[i]))
-        for _, labels, targets in found
+        for _, labels, targets in batches
         for i in range(len(labels))
     }
     expected = set()
@@ -48,10 +48,10 @@ def test_every_sample_comes_with_its_view_and_targets(
             expected.add((*spatial[i].flatten().tolist(), label))
         assert count == len(keys)
     assert labels == expected
-    images = torch.cat([images for images, _, _ in found])
+    images = torch.cat([images for images, _, _ in batches])
     assert images.shape[1] == 3
     inside = (images >= 0) & (images <= 1)
-    assert 0.5 < float(inside.float().mean()) < 1  # but for erased boxes' noise
+    assert 0.5 < float(inside.float().mean()) < 1  # the rest is noise in erased boxes
 
 
 def images(root: Path) -> dict[str, bytes]:
@@ -62,8 +62,7 @@ def images(root: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_replayed_view_is_the_teachers(root: Path) -> None:
-    """Its logits are those that the cache holds."""
+def test_a_replayed_view_yields_the_cached_logits(root: Path) -> None:
     from tests.pipeline.live import teacher_of
 
     cache = open_cache(root / "cache")
@@ -72,11 +71,11 @@ def test_a_replayed_view_is_the_teachers(root: Path) -> None:
     views = np.stack([replay_view(cache, view, key, images(root)[key]) for view, key in pairs])
     pixels = (views - np.array(teacher.mean)) / np.array(teacher.std)
     with torch.inference_mode():
-        answer = teacher.respond(torch.from_numpy(pixels).float().permute(0, 3, 1, 2))
+        response = teacher.respond(torch.from_numpy(pixels).float().permute(0, 3, 1, 2))
     targets = cache.targets(pairs)
     assert isinstance(targets, LogitTargets)
-    torch.testing.assert_close(targets.global_, answer.global_, atol=2e-3, rtol=0)
-    torch.testing.assert_close(targets.spatial, answer.spatial, atol=2e-3, rtol=0)
+    torch.testing.assert_close(targets.global_, response.global_, atol=2e-3, rtol=0)
+    torch.testing.assert_close(targets.spatial, response.spatial, atol=2e-3, rtol=0)
     assert float(targets.spatial.std()) > 0.01  # far more than the tolerance
 
 
@@ -88,7 +87,7 @@ def test_another_image_and_other_pixels_are_refused(
     with pytest.raises(CskdError, match="not the one the cache was made from"):
         replay_view(cache, 0, one[0], other[1])
     with pytest.raises(CskdError, match="missing from the cache"):
-        replay_view(cache, 0, "nobody", one[1])
+        replay_view(cache, 0, "missing", one[1])
     with pytest.raises(CskdError, match="too few views"):
         replay_view(cache, 2, *one)
     monkeypatch.setattr("cskd_pipeline.views.apply.digest", lambda pixels: 0)

@@ -1,4 +1,4 @@
-"""Commands that must be refused, within bounds of memory, and a payload that shows it ran."""
+"""Commands that must be refused within a memory limit, and a payload that shows if it ran."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.processes import server
 __all__ = ["small", "unsynced"]
 
 MEMORY = 240 * 10**6
-"""Bytes that a command may take beyond an idle one: see ``idle``; honest work included."""
+"""Bytes that a command may use beyond ``idle``, legitimate work included."""
 
 
 @pytest.fixture
@@ -29,13 +29,13 @@ def stages(small: World, tmp_path: Path) -> Stages:
 
 @pytest.fixture(scope="session")
 def idle(tmp_path_factory: pytest.TempPathFactory) -> int:
-    """Resident bytes of a command that does nothing."""
+    """Return the resident bytes of a command that does nothing."""
     log = tmp_path_factory.mktemp("idle") / "log"
     return server().run("--version", log=log).bytes
 
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""What moves a terminal's cursor, colours it, or turns the direction of what follows."""
+"""Characters that move a terminal's cursor, set colours or reverse the text direction."""
 
 
 def check_refusal(code: int, output: str) -> str:
@@ -48,7 +48,7 @@ def check_refusal(code: int, output: str) -> str:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must be refused with a message, in this process; gives the message."""
+    """Return a function that runs a command in this process and returns its refusal."""
 
     def run(*arguments: object) -> str:
         capsys.readouterr()
@@ -60,7 +60,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def bounded(tmp_path: Path, idle: int) -> Callable[..., str]:
-    """The same in a process of its own, whose memory is measured."""
+    """Do the same in a separate process whose memory is measured."""
 
     def run(*arguments: object, memory: int = MEMORY) -> str:
         ended = server().run(*arguments, log=tmp_path / "log", limits={"AS": 4 * 10**9})
@@ -71,7 +71,7 @@ def bounded(tmp_path: Path, idle: int) -> Callable[..., str]:
 
 
 class Payload:
-    """Touches a file when a careless reader rebuilds it."""
+    """Touches a file when unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -82,7 +82,7 @@ class Payload:
 
 @pytest.fixture
 def payload(tmp_path: Path) -> Iterator[Payload]:
-    """One that nothing may run while the test lasts."""
-    made = Payload(tmp_path / "it ran")
-    yield made
-    assert not made.marker.exists()
+    """Yield a payload; fail if the test has run it."""
+    payload = Payload(tmp_path / "it ran")
+    yield payload
+    assert not payload.marker.exists()

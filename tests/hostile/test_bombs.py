@@ -1,4 +1,4 @@
-"""Little that unfolds into much: refused by what it claims, or read no further than is honest."""
+"""Small inputs that expand: refused by their claimed size, or read only up to a limit."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ DOCUMENTS = {
     "deep": lambda: b'{"a":' * 10**6,
     "long number": lambda: b'{"a":' + b"9" * 10**6 + b"}",
     "large number": lambda: b'{"a": 1e999999999}',
-    "a name twice": lambda: b'{"format": "cskd-cache", "format": "cskd-dataset"}',
+    "duplicate name": lambda: b'{"format": "cskd-cache", "format": "cskd-dataset"}',
     "many lists": lambda: b"[" + b"[]," * (6 * 2**20) + b"[]]",
     "many objects": lambda: b"[" + b'{"a":{}},' * (2 * 2**20) + b"{}]",
     "many numbers": lambda: b"[" + b"1.5," * (6 * 2**20) + b"1]",
@@ -65,13 +65,14 @@ def test_a_json_bomb_is_refused(cache: Path, bounded: Bounded, kind: str) -> Non
     assert str(cache) in bounded("cache", "info", cache)
 
 
-def test_a_list_that_is_slow_to_compare_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of mixed kinds it cannot be sorted; comparing each with each would take hours."""
-    compared: list[int] = []
+def test_checking_a_mixed_list_for_duplicates_is_fast() -> None:
+    """Mixed types cannot be sorted, and comparing all pairs would take hours."""
+    comparisons = 0
 
     class Counted(str):
         def __eq__(self, other: object) -> bool:
-            compared.append(1)
+            nonlocal comparisons
+            comparisons += 1
             return super().__eq__(other)
 
         __hash__ = str.__hash__
@@ -79,10 +80,10 @@ def test_a_list_that_is_slow_to_compare_is_not(monkeypatch: pytest.MonkeyPatch) 
     mixed = [Counted(i) if i % 2 else i for i in range(20_000)]
     with pytest.raises(ManifestError):
         CacheManifest.from_json(manifest().to_json() | {"encodings": mixed})
-    assert len(compared) < 100_000
+    assert comparisons < 100_000
 
 
-# Manifests that imply much
+# Manifests that imply huge arrays
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_a_list_that_is_slow_to_compare_is_not(monkeypatch: pytest.MonkeyPatch) 
         {"classes": 2**31 - 1},
     ],
 )
-def test_a_manifest_that_implies_huge_chunks_is_refused_by_readers_and_writers(
+def test_readers_and_writers_refuse_a_manifest_that_implies_huge_chunks(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     document = manifest(encodings=("dense",)).to_json()
@@ -107,18 +108,18 @@ def test_a_manifest_that_implies_huge_chunks_is_refused_by_readers_and_writers(
     if "classes" in changes:
         document["dataset"] |= {"num_classes": changes["classes"], "class_names": None}
         document["teacher"]["num_classes"] = changes["classes"]
-    made = CacheManifest.from_json(document)
-    (tmp_path / "zarr.json").write_bytes(layout.manifest_document(made))
+    oversized = CacheManifest.from_json(document)
+    (tmp_path / "zarr.json").write_bytes(layout.manifest_document(oversized))
     for attempt in (
         lambda: open_cache(tmp_path),
-        lambda: CacheWriter.create(tmp_path / "new", made),
+        lambda: CacheWriter.create(tmp_path / "new", oversized),
     ):
         with pytest.raises(CacheError, match="chunks too large"):
             attempt()
     assert not (tmp_path / "new").exists()
 
 
-def test_a_manifest_of_too_many_units_is_refused() -> None:
+def test_a_manifest_with_too_many_units_is_refused() -> None:
     shards = [
         {**dataset().to_json()["shards"][0], "name": f"{n}.tar", "keys_sha256": f"{n:064x}"}
         for n in range(20)
@@ -129,9 +130,8 @@ def test_a_manifest_of_too_many_units_is_refused() -> None:
         CacheManifest.from_json(document)
 
 
-def test_what_is_missing_of_very_many_units_is_told_briefly(tmp_path: Path) -> None:
-    made = manifest(views=10**6, view_block=1, encodings=("envelope",))
-    CacheWriter.create(tmp_path, made)
+def test_millions_of_missing_units_are_reported_briefly(tmp_path: Path) -> None:
+    CacheWriter.create(tmp_path, manifest(views=10**6, view_block=1, encodings=("envelope",)))
     with pytest.raises(CacheError, match="3000000 of 3000000 units missing") as caught:
         open_cache(tmp_path).require_done()
     assert len(caught.value.problems) == 1000
@@ -141,12 +141,12 @@ def test_what_is_missing_of_very_many_units_is_told_briefly(tmp_path: Path) -> N
 
 
 def frame(values: bytes, claims: int | None) -> bytes:
-    """A zstd frame of ``values`` whose header claims another length, or none (RFC 8878, 3.1)."""
+    """Return a zstd frame whose header claims a false length, or none (RFC 8878, 3.1)."""
     plain = bytes(Zstd(level=3, checksum=True).encode(values))
     descriptor = plain[4]
-    assert descriptor >> 6 == 2  # four bytes of length, after a window where there is one
+    assert descriptor >> 6 == 2  # four bytes of length, after the window byte if any
     start = 5 + (0 if descriptor & 0x20 else 1)
-    if claims is None:  # then it has a window: of 128 MiB
+    if claims is None:  # a window of 128 MiB instead
         return plain[:4] + bytes([descriptor & 0x1F, 17 << 3]) + plain[start + 4 :]
     if claims < 2**32:
         return plain[:start] + struct.pack("<I", claims) + plain[start + 4 :]
@@ -161,57 +161,55 @@ def frame(values: bytes, claims: int | None) -> bytes:
         *((100_000, 20), (70_000, 2**63), (70_000, 2**31)),
     ],
 )
-def test_a_chunk_that_would_unfold_is_refused(
+def test_a_chunk_that_would_expand_is_refused(
     cache: Path, bounded: Bounded, length: int, claims: int | None
 ) -> None:
-    """``label`` of five samples is 20 bytes: claim others, or claim them and hold more."""
-    made = frame(bytes(length), claims)
-    (cache / "label/c/0/0").write_bytes(made)
-    (cache / "top1/c/0/0/0").write_bytes(made)
+    """``label`` of five samples is 20 bytes: claim another length, or contain more."""
+    bomb = frame(bytes(length), claims)
+    (cache / "label/c/0/0").write_bytes(bomb)
+    (cache / "top1/c/0/0/0").write_bytes(bomb)
     record_anew(cache)
     with pytest.raises(CacheError, match=r"not a zstd frame of 20|zstd: |more than"):
         open_cache(cache).labels(0)
     assert "array top1" in bounded("cache", "info", cache)
 
 
-def test_frames_behind_the_first_are_no_part_of_a_chunk(cache: Path) -> None:
-    whole = (cache / "label/c/0/0").read_bytes()
+def test_a_chunk_with_an_appended_frame_is_damaged(cache: Path) -> None:
+    intact = (cache / "label/c/0/0").read_bytes()
     bomb = Zstd(level=3, checksum=True).encode(bytes(50_000_000))
-    (cache / "label/c/0/0").write_bytes(whole + bytes(bomb)[:400])
+    (cache / "label/c/0/0").write_bytes(intact + bytes(bomb)[:400])
     record_anew(cache)
     with pytest.raises(CacheError, match="the cache is damaged"):
         open_cache(cache).labels(0)
 
 
-def test_rows_of_many_chunks_stay_within_bounds(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each chunk of a ragged array is small; all of them together need not be."""
+def test_rows_across_many_chunks_are_bounded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk of a ragged array is small; their sum may not be."""
     monkeypatch.setattr(slabs, "MAX_SLAB_BYTES", 1000)
     with pytest.raises(CacheError, match="more than 1000 bytes"):
         open_cache(cache).rows("envelope", 0, 0, [0])
 
 
 def indices(good: np.ndarray, length: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Shard indices that lie; (chunks, 2) start and length."""
+    """Yield false shard indices: (chunks, 2) start and length."""
     for name, entry in {
         "beyond the end": (length, 50),
         "far beyond": (2**62, 50),
         "no offset": (2**63, 50),
-        "negative, as some read it": (2**64 - 50, 50),
+        "negative if signed": (2**64 - 50, 50),
         "too long": (0, 2**40),
         "longer than memory": (0, 2**64 - 2),
         "into the index": (length - 30, 30),
         "empty": (0, 0),
-        "another's": tuple(good[1].tolist()),
+        "another chunk": tuple(good[1].tolist()),
     }.items():
         changed = good.copy()
         changed[0] = entry
         yield name, changed
 
 
-def test_an_index_that_leads_elsewhere_is_refused(cache: Path) -> None:
-    """Its checksum fits. A chunk that is another's is well formed: it is read, and harmless."""
+def test_an_index_with_a_false_offset_is_refused(cache: Path) -> None:
+    """Its checksum matches. Another chunk of the file is well formed: it is read, harmlessly."""
     array = layout.stored_arrays(manifest())["dense/global"]
     path = cache / array.key(0, 0)
     content = path.read_bytes()
@@ -230,14 +228,14 @@ def test_an_index_that_leads_elsewhere_is_refused(cache: Path) -> None:
         except CacheError as error:
             if "array dense/global" in str(error):
                 refused.add(name)
-    assert refused == set(names) - {"another's"}
+    assert refused == set(names) - {"another chunk"}
 
 
 # Images
 
 
 def animation(kind: str) -> bytes:
-    """Twenty frames in a small file."""
+    """Return a small file of twenty frames."""
     frames = [Image.new("RGB", (600, 600), (10 * n, 0, 0)) for n in range(20)]
     file = io.BytesIO()
     frames[0].save(file, kind, save_all=True, append_images=frames[1:], lossless=True)
@@ -258,7 +256,7 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("kind", IMAGES)
-def test_an_image_bomb_is_refused_with_its_sample(
+def test_an_image_bomb_is_refused_naming_its_sample(
     stages: Stages, tmp_path: Path, bounded: Bounded, kind: str
 ) -> None:
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
@@ -271,18 +269,20 @@ def test_an_image_bomb_is_refused_with_its_sample(
     assert "t.tar: key_7" in message
 
 
-def test_pixels_beyond_a_header_are_not_unfolded() -> None:
-    """4 bytes of pixels are claimed, 50 MB follow: the rest is never asked for."""
+def test_pixels_beyond_the_claimed_size_are_not_decompressed() -> None:
+    """The header claims 4 bytes of pixels; the 50 MB after them are never decompressed."""
     data = png(1, 1, 8, 2, bytes(50_000_000))
     tracemalloc.start()
-    decode(data, "here")
+    decode(data, "image")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5_000_000
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_an_animation_is_its_first_frame(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_frame_of_an_animation_is_read(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = animation(kind)
     assert Image.open(io.BytesIO(data)).n_frames == 20  # type: ignore[attr-defined]
     for plugin in (PngImagePlugin.PngImageFile, WebPImagePlugin.WebPImageFile):
@@ -301,8 +301,8 @@ def header(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0) -> bytes:
     return member.tobuf(tarfile.GNU_FORMAT)
 
 
-def summed(block: bytes) -> bytes:
-    """A header with the checksum that it ought to have (POSIX, ustar)."""
+def with_checksum(block: bytes) -> bytes:
+    """Return the header block with its correct checksum (POSIX, ustar)."""
     blank = block[:148] + b" " * 8 + block[156:]
     return block[:148] + b"%06o\0 " % sum(blank) + block[156:]
 
@@ -312,7 +312,7 @@ def padded(data: bytes) -> bytes:
 
 
 def record(name: str, value: str) -> bytes:
-    """A pax record, which begins with its own length (POSIX, pax interchange format)."""
+    """Return a pax record, which begins with its own length (POSIX, pax interchange format)."""
     length = len(f" {name}={value}\n")
     length += len(str(length + len(str(length))))
     return f"{length} {name}={value}\n".encode()
@@ -327,15 +327,15 @@ SPARSE_10 = extension(
 )
 TARS: dict[str, Callable[[], bytes]] = {
     "a member of 8 EB": lambda: header("a.jpg", size=2**62),
-    "names of names": lambda: extension(tarfile.GNUTYPE_LONGNAME, b"n" * 100) * 5000,
-    "records of records": lambda: extension(tarfile.XHDTYPE, record("a", "b")) * 5000,
+    "nested long names": lambda: extension(tarfile.GNUTYPE_LONGNAME, b"n" * 100) * 5000,
+    "nested records": lambda: extension(tarfile.XHDTYPE, record("a", "b")) * 5000,
     "global records": lambda: b"".join(
         extension(tarfile.XGLTYPE, record(f"k{n}", "v" * 60_000)) + header(f"d{n}", tarfile.DIRTYPE)
         for n in range(2000)
     ),
-    "a sparse map of records": lambda: SPARSE_10 + header("a.jpg", size=300 * 10**6)
+    "a sparse map in records": lambda: SPARSE_10 + header("a.jpg", size=300 * 10**6)
     + padded(b"300000000\n" + b"1\n" * 20_000_000),
-    "a sparse map of blocks": lambda: summed(
+    "a sparse map in blocks": lambda: with_checksum(
         header("a.jpg", tarfile.GNUTYPE_SPARSE)[:482] + b"\1" + bytes(29)
     ) + (b"00000000001\0" * 42 + b"\1" + bytes(7)) * 200_000,
     "pax sizes": lambda: extension(tarfile.XHDTYPE, record("size", "9" * 4000)) + header("a.jpg"),
@@ -349,14 +349,14 @@ TARS: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("kind", TARS)
 def test_a_tar_bomb_is_refused(tmp_path: Path, bounded: Bounded, kind: str) -> None:
-    """Whatever it claims or holds; the memory is that of its samples, and it has none."""
+    """Memory is bounded whatever it claims or contains."""
     (tmp_path / "t.tar").write_bytes(TARS[kind]() + bytes(10240))
     message = bounded("index", tmp_path / "t.tar", "--num-classes", 4, "--out", tmp_path / "m.json",
                       memory=60 * 10**6)  # fmt: skip
     assert "t.tar" in message
 
 
-def test_headers_that_lie_about_their_dialect_are_refused(tmp_path: Path) -> None:
+def test_sparse_records_without_a_sparse_version_are_refused(tmp_path: Path) -> None:
     for name in ("GNU.sparse.map", "GNU.sparse.offset", "GNU.sparse.size", "GNU.sparse.name"):
         content = extension(tarfile.XHDTYPE, record(name, "1,2,3,x")) + header("a.jpg")
         (tmp_path / "t.tar").write_bytes(content + bytes(10240))
@@ -367,8 +367,8 @@ def test_headers_that_lie_about_their_dialect_are_refused(tmp_path: Path) -> Non
 # Weights
 
 
-def test_weights_that_unfold_are_refused(tmp_path: Path) -> None:
-    """A zip that is compressed, that counts one entry twice, a tensor larger than its storage."""
+def test_weights_that_expand_are_refused(tmp_path: Path) -> None:
+    """A compressed zip, and a tensor larger than its storage."""
     torch.save({"a": torch.zeros(10**6)}, tmp_path / "plain.pth")
     with (
         zipfile.ZipFile(tmp_path / "plain.pth") as plain,
@@ -379,29 +379,29 @@ def test_weights_that_unfold_are_refused(tmp_path: Path) -> None:
     assert (tmp_path / "deflated.pth").stat().st_size < 10_000
     torch.save({"a": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "expanded.pth")
     load_state(tmp_path / "plain.pth")
-    for name, says in (("deflated", "compressed"), ("expanded", "claims more values")):
-        with pytest.raises(WeightsError, match=says):
+    for name, message in (("deflated", "compressed"), ("expanded", "claims more values")):
+        with pytest.raises(WeightsError, match=message):
             load_state(tmp_path / f"{name}.pth")
 
 
 @pytest.mark.parametrize(
     "kwargs", [{"embed_dim": 16384, "depth": 48}, {"depth": 65535}, {"patch_size": 1}], ids=str
 )
-def test_a_card_cannot_ask_for_a_model_larger_than_its_file(
+def test_a_header_cannot_demand_a_model_larger_than_its_file(
     stages: Stages, tmp_path: Path, bounded: Bounded, kwargs: dict[str, int]
 ) -> None:
-    """Of 600 GB, of 65,535 layers, of 3.6 billion tokens."""
-    card = StudentHeader(
+    """Of 600 GB, 65,535 layers or 3.6 billion tokens."""
+    claimed = StudentHeader(
         *("deit_tiny_distilled_patch16_224", 4, 60_000, ("cls", "dist"), "none"), kwargs=kwargs
     )
-    save_student(tmp_path / "s.safetensors", {"head.weight": torch.zeros(4, 192)}, card)
+    save_student(tmp_path / "s.safetensors", {"head.weight": torch.zeros(4, 192)}, claimed)
     words = ("evaluate", tmp_path / "s.safetensors", "--shards", stages.shards, "--device", "cpu")
     assert "larger than its tensors" in bounded(*words)
 
 
-def test_class_names_and_indices_are_bounded_documents_too(tmp_path: Path) -> None:
+def test_class_names_and_shard_lists_are_bounded_too(tmp_path: Path) -> None:
     for file in ("classes.json", "_info.json", "manifest.json"):
-        folder = tmp_path / f"beside {file.partition('.')[0]}"
+        folder = tmp_path / f"with {file.partition('.')[0]}"
         folder.mkdir()
         (folder / "t.tar").write_bytes(bytes(10240))
         (folder / file).write_bytes(DOCUMENTS["deep"]())
@@ -409,8 +409,8 @@ def test_class_names_and_indices_are_bounded_documents_too(tmp_path: Path) -> No
             load_dataset(folder / file if file == "manifest.json" else folder)
 
 
-def test_an_honest_manifest_of_many_shards_passes() -> None:
-    """The bounds are far above ImageNet-21k cut into 5,000 tars."""
+def test_a_legitimate_manifest_of_many_shards_passes() -> None:
+    """The limits are far above ImageNet-21k in 5,000 tars."""
     first = dataset().to_json()["shards"][0]
     document = dataset().to_json() | {"num_classes": 21_841, "class_names": None}
     document["shards"] = [

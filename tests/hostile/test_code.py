@@ -1,4 +1,4 @@
-"""Nothing that came from elsewhere is run: checkpoints, recipes, caches, lists of shards."""
+"""Untrusted files run no code: checkpoints, recipes, caches, shard lists."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def finished(small: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a short run."""
+    """Train a short run and return its folder."""
     out = tmp_path_factory.mktemp("finished") / "run"
     train(world.train_recipe(small.shards, small.cache, out, epochs=1))
     return out
@@ -38,7 +38,7 @@ def finished(small: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be spoilt."""
+    """Return a copy of the run to corrupt."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
@@ -46,7 +46,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_payload_in_a_training_state_is_not_run_by_resume(
+def test_resume_does_not_run_a_payload_in_a_training_state(
     stages: Stages, run: Path, refused: Refused, payload: Payload, zipped: bool
 ) -> None:
     state = {**load_state(run / "state.pt"), "extra": payload}
@@ -55,7 +55,7 @@ def test_a_payload_in_a_training_state_is_not_run_by_resume(
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pt", "safetensors"])
-def test_a_payload_in_a_teachers_weights_is_not_run(
+def test_a_payload_in_teacher_weights_is_not_run(
     stages: Stages, tmp_path: Path, refused: Refused, payload: Payload, suffix: str
 ) -> None:
     torch.save({"fc.weight": torch.zeros(2), "extra": payload}, tmp_path / f"evil.{suffix}")
@@ -87,7 +87,7 @@ def test_a_payload_in_a_teachers_weights_is_not_run(
         lambda state: {k: v for k, v in state.items() if k != "scaler"},
     ],
 )
-def test_a_training_state_of_odd_values_is_refused_before_a_step(
+def test_a_training_state_with_invalid_values_is_refused_before_a_step(
     small: World, run: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
     torch.save(change(load_state(run / "state.pt")), run / "state.pt")
@@ -97,20 +97,20 @@ def test_a_training_state_of_odd_values_is_refused_before_a_step(
     assert str(run / "state.pt") in str(caught.value)
 
 
-def with_card(run: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """The run's student, with another card."""
+def edit_header(run: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """Change the student header in place and return the file's path."""
     from safetensors import safe_open
 
     path = run / "last.safetensors"
     with safe_open(path, framework="pt") as file:
-        card = json.loads(file.metadata()["cskd"])
-    changed = change(card)
+        header = json.loads(file.metadata()["cskd"])
+    changed = change(header)
     text = changed if isinstance(changed, str) else json.dumps(changed)
     save_file(load_file(path), path, metadata={"cskd": text})
     return path
 
 
-CARDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "hub": (lambda c: {**c, "model": "hf-hub:stranger/model"}, "no hub is contacted"),
     "folder": (lambda c: {**c, "model": "local-dir:/tmp"}, "no hub is contacted"),
     "factory": (lambda c: {**c, "model": "os:system"}, "no model of this name"),
@@ -132,44 +132,45 @@ CARDS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("change", CARDS)
-def test_a_hostile_card_is_refused(small: World, run: Path, refused: Refused, change: str) -> None:
-    path = with_card(run, CARDS[change][0])
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_hostile_header_is_refused(small: World, run: Path, refused: Refused, kind: str) -> None:
+    change, message = HEADERS[kind]
+    path = edit_header(run, change)
     words = ("evaluate", path, "--shards", small.validation, "--workers", 0, "--device", "cpu")
-    assert CARDS[change][1] in refused(*words)
-    assert CARDS[change][1] in refused("export", path, "--out", run / "exported")
+    assert message in refused(*words)
+    assert message in refused("export", path, "--out", run / "exported")
     assert not (run / "exported").exists()
 
 
-FOREIGN = [*("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained"), "device"]
+LOADING = [*("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained"), "device"]
 
 
-@pytest.mark.parametrize("argument", FOREIGN)
-def test_a_card_or_recipe_cannot_name_files_to_open_as_a_models_arguments(
+@pytest.mark.parametrize("argument", LOADING)
+def test_model_arguments_in_a_header_or_recipe_cannot_name_files_to_open(
     stages: Stages, run: Path, tmp_path: Path, refused: Refused, payload: Payload, argument: str
 ) -> None:
     torch.save({"extra": payload}, tmp_path / "evil.pth")
-    path = with_card(run, lambda c: {**c, "kwargs": {argument: str(tmp_path / "evil.pth")}})
+    path = edit_header(run, lambda c: {**c, "kwargs": {argument: str(tmp_path / "evil.pth")}})
     words = ("evaluate", path, "--shards", stages.shards, "--workers", 0, "--device", "cpu")
     assert "may not load files or place tensors" in refused(*words)
     for section, command in (
         ("student", stages.train(tmp_path / "new", workers=0)),
         ("teacher", stages.dump(tmp_path / "cache", workers=0)),
     ):
-        own = next(n for n, word in enumerate(command) if f"{section}.kwargs=" in str(word))
+        at = next(n for n, word in enumerate(command) if f"{section}.kwargs=" in str(word))
         recipe = tmp_path / f"{section}.toml"
         recipe.write_text(f'[{section}.kwargs]\n{argument} = "{tmp_path}/evil.pth"\n')
-        words = (*command[: own - 1], *command[own + 1 :], "--recipe", recipe)
+        words = (*command[: at - 1], *command[at + 1 :], "--recipe", recipe)
         assert "may not load files or place tensors" in refused(*words)
 
 
 # Recipes
 
 
-def test_a_recipe_file_alone_cannot_have_a_factory_called(
+def test_a_recipe_file_alone_cannot_call_a_factory(
     stages: Stages, tmp_path: Path, refused: Refused, payload: Payload
 ) -> None:
-    """``subprocess:call`` is importable everywhere, and kwargs are the recipe's."""
+    """``subprocess:call`` is always importable, and the recipe chooses its kwargs."""
     recipe = tmp_path / "evil.toml"
     recipe.write_text(
         '[teacher]\nname = "subprocess:call"\nweights = "random"\n'
@@ -183,7 +184,7 @@ def test_a_recipe_file_alone_cannot_have_a_factory_called(
     assert "would run code of that module" in refused(*words)
 
 
-def test_a_factory_that_the_user_names_too_is_the_users(tmp_path: Path) -> None:
+def test_a_factory_also_named_on_the_command_line_is_accepted(tmp_path: Path) -> None:
     recipe = tmp_path / "own.toml"
     recipe.write_text('[teacher]\nname = "my.models:teacher"\n')
     for sets, flags in (
@@ -191,16 +192,16 @@ def test_a_factory_that_the_user_names_too_is_the_users(tmp_path: Path) -> None:
         (("teacher.name=my.models:teacher",), {}),
     ):
         assert load_recipe(DumpRecipe, recipe, sets, flags).teacher.name == "my.models:teacher"
-    for name in ("hf-hub:timm/resnet18.a1_in1k", "torchvision:resnet50"):  # fetch, run nothing
+    for name in ("hf-hub:timm/resnet18.a1_in1k", "torchvision:resnet50"):  # these run no code
         recipe.write_text(f'[teacher]\nname = "{name}"\n')
         assert load_recipe(DumpRecipe, recipe).teacher.name == name
 
 
-# Lists of shards
+# Shard lists
 
 
 def pipes(tmp_path: Path, payload: Payload) -> dict[str, Path | str]:
-    """Ways of saying that a program's output is a shard."""
+    """Return shard specifications that name a program's output."""
     pipe = f"pipe:touch '{payload.marker}'"
     info = tmp_path / "info"
     info.mkdir()
@@ -210,7 +211,7 @@ def pipes(tmp_path: Path, payload: Payload) -> dict[str, Path | str]:
     manifest |= {"class_names": None, "shards": [{**shard, "key_bytes": 1}]}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     return {
-        "itself": pipe,
+        "direct": pipe,
         "listed": f"a.tar,{pipe}",
         "braces": f"{pipe}{{0..3}}",
         "info": info,
@@ -218,11 +219,11 @@ def pipes(tmp_path: Path, payload: Payload) -> dict[str, Path | str]:
     }
 
 
-@pytest.mark.parametrize("where", ["itself", "listed", "braces", "info", "manifest"])
-def test_no_program_is_run_for_a_shard(
-    stages: Stages, tmp_path: Path, refused: Refused, payload: Payload, where: str
+@pytest.mark.parametrize("source", ["direct", "listed", "braces", "info", "manifest"])
+def test_a_shard_specification_runs_no_program(
+    stages: Stages, tmp_path: Path, refused: Refused, payload: Payload, source: str
 ) -> None:
-    spec = pipes(tmp_path, payload)[where]
+    spec = pipes(tmp_path, payload)[source]
     refused("index", spec, "--out", tmp_path / "out.json", "--num-classes", 4)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(f"[data]\nshards = {json.dumps(str(spec))}\n")
@@ -251,7 +252,7 @@ def test_no_program_is_run_for_a_shard(
         ("digest", {"fill_value": "gASVAAAA"}),
     ],
 )
-def test_arrays_of_objects_and_codecs_that_run_are_refused(
+def test_object_arrays_and_unknown_codecs_are_refused(
     tmp_path: Path, name: str, changes: dict[str, Any]
 ) -> None:
     make(tmp_path)
@@ -262,15 +263,15 @@ def test_arrays_of_objects_and_codecs_that_run_are_refused(
     assert f"{name}/zarr.json: {next(iter(changes))}" in str(caught.value)
 
 
-def test_a_pickle_in_the_place_of_a_chunk_is_damage(tmp_path: Path, payload: Payload) -> None:
+def test_a_pickle_as_a_chunk_is_damage(tmp_path: Path, payload: Payload) -> None:
     make(tmp_path)
     for name in ("key/c/0/0/0", "seed/c/0/0/0", "dense/spatial/c/0/0/0/0/0/0"):
         (tmp_path / name).write_bytes(pickle.dumps(payload) * 50)
     reader = open_cache(tmp_path)
-    for look in (
+    for read in (
         lambda: reader.keys(0),
         lambda: reader.seeds(0, 0),
         lambda: reader.rows("dense", 0, 0, [0]),
     ):
         with pytest.raises(CacheError, match="the cache is damaged"):
-            look()
+            read()

@@ -1,4 +1,4 @@
-"""What strangers write into names reaches terminals spelled out, and nobody reads markup in it."""
+"""Untrusted names reach terminals escaped, and markup in them is never interpreted."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from tests.images import sample
 from tests.pipeline import world
 
 Capture = pytest.CaptureFixture[str]
+Command = Callable[..., tuple[int, str]]
 EVIL = "\x1b]0;owned\x07\x1b[2J[bold red]x[/bold red] <script>alert(1)</script> \u202egpj\r\x9b31m"
-SPELLED = (
+ESCAPED = (
     r"\x1b]0;owned\x07\x1b[2J[bold red]x[/bold red] <script>alert(1)</script> \u202egpj\r\x9b31m"
 )
 
 
 @pytest.fixture
-def says(capsys: Capture) -> Callable[..., tuple[int, str]]:
-    """Runs a command; its exit code and all that it said, which moves no terminal's cursor."""
+def cli(capsys: Capture) -> Command:
+    """Return a function that runs a command and returns its exit code and control-free output."""
 
     def run(*arguments: object) -> tuple[int, str]:
         capsys.readouterr()
@@ -42,7 +43,7 @@ def says(capsys: Capture) -> Callable[..., tuple[int, str]]:
 
 
 def evil_shards(folder: Path, key: str = EVIL) -> Path:
-    """A tar of one picture whose key and class name are hostile."""
+    """Write a tar of one image whose key and class name are hostile."""
     folder.mkdir()
     with tarfile.open(folder / "t.tar", "w") as tar:
         for field, data in (("jpg", sample(0)[1]["jpg"]), ("cls", b"0")):
@@ -53,80 +54,69 @@ def evil_shards(folder: Path, key: str = EVIL) -> Path:
     return folder
 
 
-def test_cache_info_spells_out_all_free_text(
-    tmp_path: Path, says: Callable[..., tuple[int, str]]
-) -> None:
+def test_cache_info_escapes_all_free_text(tmp_path: Path, cli: Command) -> None:
     data = replace(dataset(), name=EVIL, class_names=(EVIL,) * dataset().num_classes)
-    who = teacher(name=EVIL, source=EVIL, kwargs={EVIL: EVIL})
+    evil_teacher = teacher(name=EVIL, source=EVIL, kwargs={EVIL: EVIL})
     versions = {"torch": EVIL, EVIL: EVIL}
     text = {"license": EVIL, "notes": EVIL}
-    make(tmp_path / "c", dataset=data, teacher=who, versions=versions, **text)
-    code, output = says("cache", "info", tmp_path / "c")
+    make(tmp_path / "c", dataset=data, teacher=evil_teacher, versions=versions, **text)
+    code, output = cli("cache", "info", tmp_path / "c")
     assert code == 0
-    assert output.count(SPELLED) >= 4  # data, teacher, license, notes
-    code, output = says("cache", "info", tmp_path / "c", "--json")
+    assert output.count(ESCAPED) >= 4  # data, teacher, license, notes
+    code, output = cli("cache", "info", tmp_path / "c", "--json")
     assert code == 0
     assert json.loads(output)["notes"] == EVIL
-    code, output = says("cache", "convert", tmp_path / "c", tmp_path / "d", "--encoding", "dense")
+    code, output = cli("cache", "convert", tmp_path / "c", tmp_path / "d", "--encoding", "dense")
     assert code == 0
-    code, output = says("cache", "info", tmp_path / "d")
-    assert output.count(SPELLED) >= 4
+    code, output = cli("cache", "info", tmp_path / "d")
+    assert output.count(ESCAPED) >= 4
 
 
-def test_merging_and_verifying_spell_names_out(
-    tmp_path: Path, says: Callable[..., tuple[int, str]]
-) -> None:
+def test_merge_and_verify_escape_names(tmp_path: Path, cli: Command) -> None:
     data = replace(dataset(), name=EVIL)
     data = replace(data, shards=(replace(data.shards[0], name="[bold red]x[/bold red].tar"),))
     make(tmp_path / "a", dataset=data, versions={"torch": EVIL})
     make(tmp_path / "b", dataset=data, teacher=teacher(name=EVIL))
-    code, output = says("cache", "merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / EVIL)
+    code, output = cli("cache", "merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / EVIL)
     assert code == 1
     assert r"teacher.name: resnet10t" in output
     assert r"\x1b]0;owned\x07" in output
     (tmp_path / "a/digest/c/0/0").unlink()
-    code, output = says("cache", "verify", tmp_path / "a")
+    code, output = cli("cache", "verify", tmp_path / "a")
     assert code == 1
     assert "shard 0 ([bold red]x[/bold red].tar)" in output
-    code, output = says("cache", "verify", tmp_path / "a", "--json")
+    code, output = cli("cache", "verify", tmp_path / "a", "--json")
     assert code == 1
     assert json.loads(output.splitlines()[0])["checks"]["units"]["problems"] == 1
 
 
-def test_indexing_and_its_manifest(tmp_path: Path, says: Callable[..., tuple[int, str]]) -> None:
+def test_index_escapes_names_but_not_in_its_manifest(tmp_path: Path, cli: Command) -> None:
     shards = evil_shards(tmp_path / "shards")
-    code, output = says("index", shards, "--name", EVIL, "--out", tmp_path / "m.json")
+    code, output = cli("index", shards, "--name", EVIL, "--out", tmp_path / "m.json")
     assert code == 0
-    assert SPELLED in output
+    assert ESCAPED in output
     names = json.loads((tmp_path / "m.json").read_text())["class_names"]
-    assert names == [
-        EVIL,
-        "<b>two</b>",
-        "3",
-        "4",
-    ]  # kept as they are: whoever shows them spells them out
+    assert names == [EVIL, "<b>two</b>", "3", "4"]  # unchanged: escaped only when shown
 
 
-def test_a_hostile_key_in_an_error(
-    stages: Stages, tmp_path: Path, says: Callable[..., tuple[int, str]]
-) -> None:
+def test_a_hostile_key_is_escaped_in_an_error(stages: Stages, tmp_path: Path, cli: Command) -> None:
     shards = evil_shards(tmp_path / "shards")
     cache = make_cache(tmp_path / "cache", load_dataset(shards))
     assert cache.keys(0)[0].startswith("\x1b]0;owned")
     words = ("--student", world.STUDENT, "--out", tmp_path / "run", "--epochs", 1)
-    code, output = says("train", "--shards", stages.shards, "--cache", cache.path, *words)
+    code, output = cli("train", "--shards", stages.shards, "--cache", cache.path, *words)
     assert code == 1
     assert r"\x1b]0;owned\x07" in output
     (shards / "t.tar").write_bytes(
         (shards / "t.tar").read_bytes().replace(b"\xff\xd8", b"\xff\xd9")
     )
-    code, output = says(*stages.dump(tmp_path / "c2"), "--shards", shards)
+    code, output = cli(*stages.dump(tmp_path / "c2"), "--shards", shards)
     assert code == 1
     assert r"\x1b]0;owned\x07" in output
 
 
 @pytest.mark.parametrize(
-    "where",
+    "source",
     [
         "recipe key",
         "recipe value",
@@ -139,8 +129,8 @@ def test_a_hostile_key_in_an_error(
         "checkpoint",
     ],
 )
-def test_a_hostile_word_in_an_error(
-    stages: Stages, tmp_path: Path, says: Callable[..., tuple[int, str]], where: str
+def test_a_hostile_word_is_escaped_in_an_error(
+    stages: Stages, tmp_path: Path, cli: Command, source: str
 ) -> None:
     (tmp_path / "r.toml").write_text(f"[{json.dumps(EVIL)}]\nx = {json.dumps(EVIL)}\n")
     (tmp_path / "v.toml").write_text(f"[distill]\nmethod = {json.dumps(EVIL)}\n")
@@ -155,14 +145,14 @@ def test_a_hostile_word_in_an_error(
         "encoding": ("cache", "convert", stages.cache, tmp_path / "x", "--encoding", EVIL),
         "checkpoint": ("evaluate", EVIL, "--shards", stages.shards),
     }
-    code, output = says(*words[where])
+    code, output = cli(*words[source])
     assert code in (1, 2)
     assert r"\x1b]0;owned\x07" in output
     assert "[bold red]x[/bold red]" in output
 
 
-def test_class_names_travel_through_a_run_untouched_and_unread(
-    stages: Stages, tmp_path: Path, says: Callable[..., tuple[int, str]]
+def test_class_names_pass_through_a_run_unchanged_and_uninterpreted(
+    stages: Stages, tmp_path: Path, cli: Command
 ) -> None:
     from cskd_pipeline.models.checkpoint import read_header
 
@@ -175,11 +165,11 @@ def test_class_names_travel_through_a_run_untouched_and_unread(
     words = ("--student", world.STUDENT, "--method", "none", "--epochs", 1, "--batch-size", 32)
     sets = world.as_flags([*world.VIEWS, *world.train_sets()])
     run = ("--out", tmp_path / "run", "--workers", 0, "--device", "cpu", *sets)
-    code, _ = says("train", "--shards", shards, "--val-shards", shards, *words, *run)
+    code, _ = cli("train", "--shards", shards, "--val-shards", shards, *words, *run)
     assert code == 0
-    code, _ = says("evaluate", tmp_path / "run", "--shards", shards, "--workers", 0)
+    code, _ = cli("evaluate", tmp_path / "run", "--shards", shards, "--workers", 0)
     assert code == 0
-    card = read_header(tmp_path / "run/last.safetensors")
-    assert card.class_names is None or list(card.class_names) == names
+    header = read_header(tmp_path / "run/last.safetensors")
+    assert header.class_names is None or list(header.class_names) == names
     for path in (tmp_path / "run").rglob("*.csv"):
         assert not CONTROL.search(path.read_text())

@@ -1,4 +1,4 @@
-"""Names that climb and links that lead away: nothing is read or written outside."""
+"""Path traversal by names and links: nothing is read or written outside the folder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.faults.commands import Stages
 from tests.images import sample
 
 Refused = Callable[..., str]
-CLIMBING = ["../secret.tar", "/etc/passwd", "a/../../secret.tar", "..", "a//b.tar", "c:\\x.tar"]
+TRAVERSALS = ["../secret.tar", "/etc/passwd", "a/../../secret.tar", "..", "a//b.tar", "c:\\x.tar"]
 
 
-@pytest.mark.parametrize("name", CLIMBING)
-def test_a_list_of_shards_cannot_lead_out_of_its_folder(
+@pytest.mark.parametrize("name", TRAVERSALS)
+def test_a_shard_list_cannot_name_files_outside_its_folder(
     stages: Stages, tmp_path: Path, refused: Refused, name: str
 ) -> None:
     (tmp_path / "secret.tar").write_bytes(next(stages.shards.glob("*.tar")).read_bytes())
@@ -43,8 +43,8 @@ def test_a_list_of_shards_cannot_lead_out_of_its_folder(
 
 
 @pytest.mark.parametrize("key", ["../../escaped", "/tmp/escaped", "..", "a/./b", "~/escaped"])
-def test_a_samples_key_is_never_a_path(tmp_path: Path, key: str) -> None:
-    """Members are read where they lie; their names are only names."""
+def test_a_sample_key_is_never_used_as_a_path(tmp_path: Path, key: str) -> None:
+    """Members are read in place, never extracted."""
     folder = tmp_path / "a/b/shards"
     folder.mkdir(parents=True)
     with tarfile.open(folder / "t.tar", "w") as tar:
@@ -52,15 +52,14 @@ def test_a_samples_key_is_never_a_path(tmp_path: Path, key: str) -> None:
             member = tarfile.TarInfo(f"{key}/x.{field}")
             member.size = len(data)
             tar.addfile(member, BytesIO(data))
-    found = index_shards(folder / "t.tar", num_classes=1)
-    assert found.samples == 1
+    assert index_shards(folder / "t.tar", num_classes=1).samples == 1
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["t.tar"]
 
 
-def test_links_among_a_caches_files_show_nothing_of_what_they_lead_to(tmp_path: Path) -> None:
-    """Links of files are followed, as in the hub's snapshots; what they lead to is compared."""
+def test_links_in_a_cache_reveal_nothing_of_their_targets(tmp_path: Path) -> None:
+    """Links to files are followed, as in Hub snapshots; the target's bytes are verified."""
     secret = tmp_path / "secret"
-    secret.write_text("root:x:0:0:do not tell\n" * 9)
+    secret.write_text("root:x:0:0:secret\n" * 9)
     cache = tmp_path / "cache"
     make(cache)
     for name, target in (
@@ -72,23 +71,23 @@ def test_links_among_a_caches_files_show_nothing_of_what_they_lead_to(tmp_path: 
         (cache / name).unlink()
         (cache / name).symlink_to(target)
     reader = open_cache(cache)
-    for look, says in (
+    for read, message in (
         (lambda: reader.labels(0), "altered, or a file of another unit"),
         (lambda: reader.labels(1), "not a regular file"),
         (lambda: reader.labels(2), "cannot be opened"),
         (lambda: reader.seeds(0, 0), "not a regular file"),
     ):
-        with pytest.raises(CacheError, match=says) as caught:
-            look()
+        with pytest.raises(CacheError, match=message) as caught:
+            read()
         assert "root" not in str(caught.value.found)
-    moved = tmp_path / "blob"
-    (cache / "image_crc32/c/0/0").rename(moved)
-    (cache / "image_crc32/c/0/0").symlink_to(moved)
+    blob = tmp_path / "blob"
+    (cache / "image_crc32/c/0/0").rename(blob)
+    (cache / "image_crc32/c/0/0").symlink_to(blob)
     assert len(reader.image_crc32(0)) == 5
 
 
 @pytest.mark.parametrize("document", ["zarr.json", "seed/zarr.json"])
-def test_a_document_that_never_ends_is_refused(tmp_path: Path, document: str) -> None:
+def test_an_endless_document_is_refused(tmp_path: Path, document: str) -> None:
     make(tmp_path)
     (tmp_path / document).unlink()
     (tmp_path / document).symlink_to("/dev/zero")
@@ -99,28 +98,28 @@ def test_a_document_that_never_ends_is_refused(tmp_path: Path, document: str) ->
 @pytest.mark.parametrize(
     "name", ["digest", "digest/c", "seed/c/0", "dense", "key/c", "envelope/lines"]
 )
-def test_nothing_is_written_through_a_link_for_a_folder(tmp_path: Path, name: str) -> None:
-    """Continuing a stranger's cache, or extending it, could write over anything."""
-    cache, away = tmp_path / "cache", tmp_path / "away"
+def test_nothing_is_written_through_a_linked_folder(tmp_path: Path, name: str) -> None:
+    """Continuing or extending an untrusted cache could otherwise overwrite any file."""
+    cache, outside = tmp_path / "cache", tmp_path / "outside"
     writer = CacheWriter.create(cache, manifest())
     fill(writer, writer.todo()[:1])
-    (cache / name).rename(away)
-    (cache / name).symlink_to(away)
-    (away / ".zarr.json.mine.partial").write_text("not the cache's")
-    (away / "thesis.tex").write_text("years of work")
-    before = tree(away)
+    (cache / name).rename(outside)
+    (cache / name).symlink_to(outside)
+    (outside / ".zarr.json.mine.partial").write_text("not part of the cache")
+    (outside / "thesis.tex").write_text("years of work")
+    before = tree(outside)
     with pytest.raises(OutputError, match="link that leads out"):
-        go_on(cache)
-    assert tree(away) == before
+        continue_and_extend(cache)
+    assert tree(outside) == before
 
 
-def go_on(cache: Path) -> None:
+def continue_and_extend(cache: Path) -> None:
     writer = CacheWriter.open(cache)
     fill(writer)
     writer.extend(8)
 
 
-def test_a_cache_that_is_itself_behind_a_link_is_written(tmp_path: Path) -> None:
+def test_a_cache_behind_a_link_is_written(tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     (tmp_path / "cache").symlink_to(tmp_path / "scratch")
     make(tmp_path / "cache")
@@ -130,7 +129,7 @@ def test_a_cache_that_is_itself_behind_a_link_is_written(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "name", ["-1", "1e0", "999", "9" * 200, "0.partial", "²", "a", " 0", "0\n", "..."]
 )
-def test_odd_names_among_the_finished_units_are_no_units(tmp_path: Path, name: str) -> None:
+def test_invalid_names_among_finished_units_are_ignored(tmp_path: Path, name: str) -> None:
     writer = CacheWriter.create(tmp_path, manifest())
     fill(writer, writer.todo()[:1])
     (tmp_path / "digest/c/0" / name).touch()

@@ -56,8 +56,7 @@ def console_messages(chrome: webdriver.Chrome) -> list[str]:
 
 
 def all_of(parent: Any, selector: str) -> list[Any]:
-    found: list[Any] = parent.find_elements(By.CSS_SELECTOR, selector)
-    return found
+    return list(parent.find_elements(By.CSS_SELECTOR, selector))
 
 
 def one(parent: Any, selector: str) -> Any:

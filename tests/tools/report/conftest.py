@@ -15,6 +15,6 @@ __all__ = ["chrome", "small"]
 
 @pytest.fixture(scope="session")
 def chrome() -> Iterator[webdriver.Chrome]:
-    started = browser.start()
-    yield started
-    started.quit()
+    driver = browser.start()
+    yield driver
+    driver.quit()

@@ -1,4 +1,4 @@
-"""Labels at every location and ratio, and their statistics, against plain numpy."""
+"""Labels at every location and ratio, and their statistics, compared with plain numpy."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def test_labels_of_other_encodings_match_the_logits(
 
 
 @pytest.mark.parametrize(
-    ("serves", "exact"), [(("hard", "soft"), True), (("hard",), False), (("soft",), False)]
+    ("kinds", "exact"), [(("hard", "soft"), True), (("hard",), False), (("soft",), False)]
 )
 def test_labels_of_a_registered_encoding_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serves: tuple[str, ...], exact: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, ...], exact: bool
 ) -> None:
     encoding = own.Negated()
-    encoding.serves, encoding.exact = serves, exact
+    encoding.serves, encoding.exact = kinds, exact
     monkeypatch.setitem(ENCODINGS, encoding.name, encoding)
     make(tmp_path / "c", encodings=("dense",))
     convert(tmp_path / "c", tmp_path / "own", Conversion([encoding.name]))
@@ -93,7 +93,7 @@ def test_labels_of_a_registered_encoding_alone(
         assert np.array_equal(labels.at(float(r)), fused(dense, ROWS, float(r)))
 
 
-def test_labels_of_sampled_are_its_first_draw(tmp_path: Path) -> None:
+def test_labels_of_a_sampled_cache_are_its_first_draw(tmp_path: Path) -> None:
     make(tmp_path / "dense", encodings=("dense",))
     conversion = Conversion(["sampled"], sampled_draws=2, sampled_temperature=3.0)
     convert(tmp_path / "dense", tmp_path / "c", conversion)
@@ -117,16 +117,16 @@ def test_planes_from_labels_at_some_ratios_reproduce_them() -> None:
 
 
 @pytest.fixture(scope="module")
-def found(small: World) -> Join:
+def joined(small: World) -> Join:
     return join(load_dataset(str(small.shards)), open_cache(small.cache))
 
 
-def test_statistics_count_every_location(found: Join) -> None:
-    cache = found.cache
+def test_statistics_count_every_location(joined: Join) -> None:
+    cache = joined.cache
     rows = draw_rows(cache, 10_000)
-    assert len(rows) == cache.views * found.samples.total  # below the limit of slabs
+    assert len(rows) == cache.views * joined.samples.total  # below the limit of slabs
     counted = read_labels(cache, rows)
-    pairing = found.renderer.pair(rows)
+    pairing = joined.renderer.pair(rows)
     own = np.array([cache.labels(s)[o] for _, s, o in rows.tolist()])
     partner = np.array([cache.labels(s)[o] for _, s, o in pairing.partner.tolist()])
     lam = np.array([mix.lam for mix in pairing.mixes])
@@ -141,21 +141,21 @@ def test_statistics_count_every_location(found: Join) -> None:
         assert both[index] == pytest.approx(either.mean(), abs=1e-3)
 
 
-def test_views_are_sampled_from_few_slabs(found: Join, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_are_sampled_from_few_slabs(joined: Join, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labels_module, "SLABS", 5)
-    rows = draw_rows(found.cache, 50)
+    rows = draw_rows(joined.cache, 50)
     assert len(np.unique(rows, axis=0)) == 50
     assert len(np.unique(rows[:, :2], axis=0)) == 5
 
 
-def test_views_dominated_by_one_image_come_first(found: Join) -> None:
-    own = ground_truth(found.cache, choose_views(found, 12)).share
+def test_views_dominated_by_one_image_come_first(joined: Join) -> None:
+    own = ground_truth(joined.cache, choose_views(joined, 12)).share
     shares = np.maximum(own, 1 - own)
     assert shares.tolist() == sorted(shares.tolist(), reverse=True)
     assert shares[0] > shares[-1]
 
 
-def test_imagenets_classes_have_words(tmp_path: Path) -> None:
+def test_imagenet_classes_are_named_in_words(tmp_path: Path) -> None:
     assert words_of(["n01443537", "n02012849", "n03126707", "n99999999", "disc"]) == [
         "goldfish", "crane (n02012849)", "crane (n03126707)", "n99999999", "disc",
     ]  # fmt: skip
@@ -175,19 +175,19 @@ def test_imagenet_keys_name_classes_when_shards_have_no_names() -> None:
     assert class_names(cache)[:2] == ["class 0", "class 1"]
 
 
-def test_views_are_what_the_network_saw(found: Join) -> None:
+def test_replayed_views_are_those_the_network_saw(joined: Join) -> None:
     import torch
 
     from cskd_pipeline.data.assemble import assemble
     from cskd_pipeline.data.batches import render_batch
 
-    rows = choose_views(found, 6)
-    views = replay_views(found, rows)
+    rows = choose_views(joined, 6)
+    views = replay_views(joined, rows)
     assert all(view.same and view.exact for view in views)
-    numbers = [(view.number, *found.cache.find([view.key])[0]) for view in views]
+    numbers = [(view.number, *joined.cache.find([view.key])[0]) for view in views]
     assert numbers == [tuple(row) for row in rows.tolist()]
-    batch = render_batch(found.renderer, rows)
-    seen = assemble(batch, found.cache.manifest.policy).permute(0, 2, 3, 1)
+    batch = render_batch(joined.renderer, rows)
+    seen = assemble(batch, joined.cache.manifest.policy).permute(0, 2, 3, 1)
     expected = torch.round(seen.clamp(0, 1) * 255).byte().numpy()
     assert np.array_equal(np.stack([view.pixels for view in views]), expected)
     kind, _, data = views[0].image.partition(",")

@@ -46,10 +46,10 @@ def hostile(small: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["dump-teacher", "--shards", index, "--teacher", world.TEACHER, "--weights", "random"]
     words += ["--cache", root / "c", "--workers", 0, "--device", "cpu", "-q"]
     assert world.cli(*words, *world.as_flags(world.dump_sets())) == 0
-    return shown(root / "c", index, root / "page", "--images", 3)
+    return show(root / "c", index, root / "page", "--images", 3)
 
 
-def shown(cache: Path, shards: Path, out: Path, *more: object) -> Path:
+def show(cache: Path, shards: Path, out: Path, *more: object) -> Path:
     assert world.cli("show", cache, "--shards", shards, "--out", out, "-q", *more) == 0
     return out / "index.html"
 
@@ -57,18 +57,18 @@ def shown(cache: Path, shards: Path, out: Path, *more: object) -> Path:
 @pytest.fixture(scope="module")
 def plain(small: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("page")
-    return shown(small.cache, small.shards, out, "--images", 5, "--epochs", 10)
+    return show(small.cache, small.shards, out, "--images", 5, "--epochs", 10)
 
 
 def labels(chrome: webdriver.Chrome) -> list[int]:
     """Return the labels of all locations, view by view."""
-    found: list[int] = chrome.execute_script(
+    values: list[int] = chrome.execute_script(
         "return [...document.querySelectorAll('.locations span')].map(s => Number(s.dataset.label))"
     )
-    return found
+    return values
 
 
-def test_it_opens_from_disk_without_messages(chrome: webdriver.Chrome, plain: Path) -> None:
+def test_it_opens_from_disk_with_a_clean_console(chrome: webdriver.Chrome, plain: Path) -> None:
     open_page(chrome, plain)
     assert console_messages(chrome) == []
     assert len(all_of(chrome, "figure[data-view]")) == 5
@@ -96,40 +96,40 @@ def test_the_slider_turns_local_labels_into_the_global_one(
     for _ in range(100):
         slider.send_keys(Keys.ARROW_RIGHT)
         seen.append(labels(chrome))
-    for step, found in enumerate(seen):
-        assert found == expected.at(1 - step / 100).ravel().tolist(), step
+    for step, shown in enumerate(seen):
+        assert shown == expected.at(1 - step / 100).ravel().tolist(), step
     assert one(chrome, "#status").text.startswith("r = 0.00: ")
-    assert len({tuple(found) for found in seen}) > 3  # labels change in between, too
+    assert len(set(map(tuple, seen))) > 3  # labels change in between, too
 
 
 def test_every_class_is_outlined_by_its_region_and_the_largest_are_named(
     chrome: webdriver.Chrome, plain: Path
 ) -> None:
-    """The view's own classes always, others from a sixteenth of the locations, all in words."""
+    """The view's own classes always; others if they cover a sixteenth of the locations."""
     open_page(chrome, plain)
     kinds, names = set(), sorted(world.CLASSES)
     for step in (0, 50, 100):
         chrome.execute_script("arguments[0].value = arguments[1]", one(chrome, "#at"), step)
         one(chrome, "#at").send_keys(Keys.ARROW_LEFT)
-        for view in drawn(chrome):
-            found = [int(label) for label in view["labels"]]
+        for view in outlines(chrome):
+            shown = [int(label) for label in view["labels"]]
             own = [int(k) for k in view["of"].split()]
-            expected = {k for k in found if k in own or found.count(k) * 16 >= len(found)}
-            regions = [[k == label for label in found] for k in expected]
+            expected = {k for k in shown if k in own or shown.count(k) * 16 >= len(shown)}
+            regions = [[k == label for label in shown] for k in expected]
             assert sorted(view["inside"]) == sorted(regions)
             named = {names[k] for k in expected}
             assert set(view["names"]) <= named
             assert view["names"]
-            shares = {f"{names[k]} {found.count(k)}" for k in expected}
-            rest = sum(k not in expected for k in found)
+            shares = {f"{names[k]} {shown.count(k)}" for k in expected}
+            rest = sum(k not in expected for k in shown)
             assert set(view["legend"]) == shares | ({f"other {rest}"} if rest else set())
             kinds |= set(view["kinds"])
     assert {"own", "partner", "other"} <= kinds
 
 
-def drawn(chrome: webdriver.Chrome) -> list[dict[str, Any]]:
+def outlines(chrome: webdriver.Chrome) -> list[dict[str, Any]]:
     """Return for each view its labels, the locations inside each outline, and its texts."""
-    found: list[dict[str, Any]] = chrome.execute_script("""
+    views: list[dict[str, Any]] = chrome.execute_script("""
         return [...document.querySelectorAll("#gallery [data-view]")].map((figure) => {
             const svg = figure.querySelector(".outlines svg");
             const paths = [...svg.querySelectorAll("path:not(.casing)")];
@@ -147,7 +147,7 @@ def drawn(chrome: webdriver.Chrome) -> list[dict[str, Any]]:
             };
         });
     """)
-    return found
+    return views
 
 
 def test_the_button_plays_to_the_end_and_stops(chrome: webdriver.Chrome, plain: Path) -> None:
@@ -161,7 +161,7 @@ def test_the_button_plays_to_the_end_and_stops(chrome: webdriver.Chrome, plain: 
     assert one(chrome, "#status").text.startswith("r = 0.00: ")
 
 
-def test_a_schedule_leads_through_its_epochs(chrome: webdriver.Chrome, plain: Path) -> None:
+def test_a_schedule_steps_through_its_epochs(chrome: webdriver.Chrome, plain: Path) -> None:
     open_page(chrome, plain)
     assert [option.text for option in all_of(chrome, "#drive option")] == [
         "r", "epochs, linear", "epochs, x2", "epochs, cos",
@@ -216,8 +216,8 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def contrast(one_: str, other: str) -> float:
-    low, high = sorted((luminance(one_), luminance(other)))
+def contrast(ground: str, ink: str) -> float:
+    low, high = sorted((luminance(ground), luminance(ink)))
     return (high + 0.05) / (low + 0.05)
 
 
@@ -262,10 +262,10 @@ def test_only_our_own_markup_is_unescaped() -> None:
     assert "autoescape" not in text
 
 
-def test_data_cannot_end_its_element() -> None:
+def test_data_cannot_close_its_script_element() -> None:
     scripts = ("locations.js",)
-    found = page.render("base.html", "t", data={"a": "</script><b>&"}, scripts=scripts)
-    inside = re.search(r'id="data">(.*?)</script>', found)
+    document = page.render("base.html", "t", data={"a": "</script><b>&"}, scripts=scripts)
+    inside = re.search(r'id="data">(.*?)</script>', document)
     assert inside is not None
     assert "<" not in inside[1]
     assert json.loads(inside[1]) == {"a": "</script><b>&"}
@@ -299,7 +299,7 @@ def test_the_page_of_an_unfinished_cache_lists_missing_shards(small: World, tmp_
     words += ["--weights", "random", "--cache", tmp_path / "c", "--workers", 0, "--device", "cpu"]
     words += world.as_flags(world.dump_sets())
     assert world.cli(*words, "--shard-range", "1:2") == 0
-    text = shown(tmp_path / "c", small.shards, tmp_path / "page").read_text()
+    text = show(tmp_path / "c", small.shards, tmp_path / "page").read_text()
     assert "2 of 6 units are finished" in text
     assert re.search(r">train-0+\.tar</td><td [^<]*>32</td><td [^<]*>0</td>", text)
 
@@ -309,12 +309,12 @@ def test_changed_images_have_a_warning(small: World, tmp_path: Path) -> None:
     world.draw_images(tmp_path / "images", per_class=24, seed=9)
     words = ["make-shards", tmp_path / "images", tmp_path / "shards", "--shard-size", 35, "-q"]
     assert world.cli(*words) == 0
-    text = shown(small.cache, tmp_path / "shards", tmp_path / "page", "--images", 4).read_text()
+    text = show(small.cache, tmp_path / "shards", tmp_path / "page", "--images", 4).read_text()
     assert text.count("Not from the image that the teacher saw.") == 4
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "says"),
+    ("words", "code", "expected"),
     [
         ((), 2, "--shards SHARDS"),
         (("--shards", "none-*.tar"), 1, "no file matches"),
@@ -322,12 +322,12 @@ def test_changed_images_have_a_warning(small: World, tmp_path: Path) -> None:
     ],
 )
 def test_invalid_arguments_are_refused_and_leave_no_file(
-    small: World, tmp_path: Path, capsys: Capture, words: tuple[str, ...], code: int, says: str
+    small: World, tmp_path: Path, capsys: Capture, words: tuple[str, ...], code: int, expected: str
 ) -> None:
     root = small.shards.parent
-    given = [root / word if (root / word).exists() else word for word in words]
-    assert world.cli("show", small.cache, *given, "--out", tmp_path / "page") == code
+    arguments = [root / word if (root / word).exists() else word for word in words]
+    assert world.cli("show", small.cache, *arguments, "--out", tmp_path / "page") == code
     message = capsys.readouterr().err
-    assert says in message
+    assert expected in message
     assert "Traceback" not in message
     assert not (tmp_path / "page").exists()

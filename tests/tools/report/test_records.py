@@ -19,10 +19,10 @@ from cskd_pipeline.tools.report.records import (
     read_runs,
     recipe_differences,
 )
-from tests.tools.report.making_runs import log_text, make_run, rows
+from tests.tools.report.fake_runs import log_text, make_run, rows
 
 
-def test_a_runs_numbers_are_those_of_its_log(tmp_path: Path) -> None:
+def test_a_run_has_the_numbers_of_its_log(tmp_path: Path) -> None:
     make_run(tmp_path / "one", epochs=5, shift=0.5)
     [run] = read_runs([tmp_path / "one"])
     expected = rows(5, shift=0.5)
@@ -34,7 +34,7 @@ def test_a_runs_numbers_are_those_of_its_log(tmp_path: Path) -> None:
     assert run.best() == {"top1": 36.75, "epoch": 5, "weights": "ema"}
 
 
-def test_the_best_is_the_first_of_the_highest_as_train_keeps_it(tmp_path: Path) -> None:
+def test_the_best_epoch_is_the_first_maximum_as_in_train(tmp_path: Path) -> None:
     make_run(tmp_path / "one")
     logged = rows(4)
     for row, top1, ema in zip(logged, (5.0, 9.0, 8.0, 9.0), (4.0, 9.0, 9.0, 3.0), strict=True):
@@ -44,7 +44,7 @@ def test_the_best_is_the_first_of_the_highest_as_train_keeps_it(tmp_path: Path) 
     assert run.best() == {"top1": 9.0, "epoch": 2, "weights": "last"}
 
 
-def test_epochs_without_evaluation_leave_no_point(tmp_path: Path) -> None:
+def test_epochs_without_evaluation_have_no_point(tmp_path: Path) -> None:
     make_run(tmp_path / "one")
     logged = rows(4)
     for row in (logged[0], logged[2]):
@@ -57,7 +57,7 @@ def test_epochs_without_evaluation_leave_no_point(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 9, 60])
-def test_a_line_that_is_still_being_written_is_left_out(tmp_path: Path, cut: int) -> None:
+def test_an_incomplete_last_line_is_ignored(tmp_path: Path, cut: int) -> None:
     path = make_run(tmp_path / "one") / "summary.csv"
     path.write_bytes(path.read_bytes()[:-cut])
     [run] = read_runs([tmp_path / "one"])
@@ -70,7 +70,7 @@ def test_a_run_in_its_first_epoch_has_no_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "named"),
+    ("old", "new", "expected"),
     [
         (b"epoch,loss", b"loss,epoch", "line 1"),
         (b"epoch,loss", b"epoch,base", "line 1"),  # base is repeated
@@ -90,7 +90,7 @@ def test_a_run_in_its_first_epoch_has_no_rows(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_log_is_refused_with_its_line(
-    tmp_path: Path, old: bytes, new: bytes, named: str
+    tmp_path: Path, old: bytes, new: bytes, expected: str
 ) -> None:
     path = make_run(tmp_path / "one") / "summary.csv"
     data = path.read_bytes()
@@ -98,7 +98,7 @@ def test_a_damaged_log_is_refused_with_its_line(
     path.write_bytes(data.replace(old, new))
     with pytest.raises(RunError, match="damaged") as caught:
         read_runs([tmp_path / "one"])
-    assert named in str(caught.value)
+    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize("data", [b"\n" * 60_000, b"," * 2**16, b"0" * (MAX_BYTES + 1)])
@@ -113,8 +113,8 @@ def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe/summary.csv")
     (tmp_path / "empty").mkdir()
     problems = {"empty": "no recipe.toml", "nowhere": "no such folder", "pipe": "not a regular"}
-    for name, found in problems.items():
-        with pytest.raises(RunError, match=found):
+    for name, problem in problems.items():
+        with pytest.raises(RunError, match=problem):
             read_runs([tmp_path / name])
     make_run(tmp_path / "other")
     (tmp_path / "other/recipe.toml").write_text("[distill]\nmethod = '<b>x</b>'\n")
@@ -133,12 +133,11 @@ def test_runs_have_distinct_names(tmp_path: Path) -> None:
         read_runs([tmp_path / str(n) for n in range(MAX_RUNS + 1)])
 
 
-def test_only_the_keys_in_which_recipes_differ(tmp_path: Path) -> None:
+def test_only_recipe_keys_that_differ_are_listed(tmp_path: Path) -> None:
     one = make_run(tmp_path / "one", sets=("run.ema=0.99996", "student.kwargs={depth=2}"))
     two = make_run(tmp_path / "two", sets=("run.ema=0.99995", "student.kwargs={width='<i>'}"))
     three = make_run(tmp_path / "three", method="none", sets=("run.ema=0.99996",))
-    found = recipe_differences(read_runs([one, two, three]))
-    assert found == {
+    assert recipe_differences(read_runs([one, two, three])) == {
         "data.cache": ["cache", "cache", "-"],
         "student.kwargs.depth": ["2", "-", "-"],
         "student.kwargs.width": ["-", "<i>", "-"],
@@ -156,18 +155,18 @@ def contenders(*folders: Path) -> list[Contender]:
     return sorted(rank(read_runs(folders)), key=lambda one: one.style)
 
 
-def test_curves_are_the_logs_numbers_in_the_runs_style(tmp_path: Path) -> None:
+def test_curves_show_the_logged_numbers_in_the_style_of_each_run(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "one"), make_run(tmp_path / "two", shift=1.0, epochs=3)]
     drawn = contenders(make_run(tmp_path / "plain", method="none"), *folders)
     logged = [rows(4, method="none"), rows(4), rows(3, shift=1.0)]
     seen = set()
     for group in curves.GROUPS.values():
         for curve in group:
-            found = {one.style: one for one in curves.series(drawn, curve)}
+            by_style = {one.style: one for one in curves.series(drawn, curve)}
             expected = {1, 2} if "none" not in curve.methods else {0, 1, 2}
             expected -= {0} if curve.column == "top1_dense" else set()
-            assert set(found) == expected, curve
-            for style, one in found.items():
+            assert set(by_style) == expected, curve
+            for style, one in by_style.items():
                 assert one.name == drawn[style].name == ("plain", "one", "two")[style]
                 assert list(one.x) == [row["epoch"] for row in logged[style]]
                 assert one.y == [row[curve.column] for row in logged[style]]
@@ -177,8 +176,8 @@ def test_curves_are_the_logs_numbers_in_the_runs_style(tmp_path: Path) -> None:
     assert {"top1", "top1_cls", "top1_dist", "top1_dense", "ema_top1"} < seen
 
 
-def test_seeds_are_one_curve_with_a_band(tmp_path: Path) -> None:
-    """Over the epochs that all have finished; over time only if all logged it."""
+def test_runs_of_several_seeds_are_one_curve_with_a_band(tmp_path: Path) -> None:
+    """It covers the epochs finished by all; a curve over time needs the times of all."""
     seeds = [
         make_run(tmp_path / f"cskd-{n}", shift=n, logged=4 - n, sets=(f"run.seed={n}",))
         for n in (0, 1)
@@ -193,22 +192,22 @@ def test_seeds_are_one_curve_with_a_band(tmp_path: Path) -> None:
     assert timed is not None
     assert (timed.x, timed.y) == ([11.5, 24.0, 37.5], curve.y)
     assert one.seconds == (50 + 39) / 2
-    again = contenders(*seeds, make_run(tmp_path / "again"))
-    assert [(each.name, len(each.runs)) for each in again] == [("cskd", 2), ("again", 1)]
+    grouped = contenders(*seeds, make_run(tmp_path / "again"))
+    assert [(each.name, len(each.runs)) for each in grouped] == [("cskd", 2), ("again", 1)]
     log = seeds[0] / "summary.csv"
     log.write_text(log.read_text().replace("seconds", "weeks", 1))
-    [without] = contenders(*seeds)
-    assert (without.seconds, without.curve("top1", timed=True)) == (None, None)
+    [untimed] = contenders(*seeds)
+    assert (untimed.seconds, untimed.curve("top1", timed=True)) == (None, None)
 
 
-def test_forks_of_several_seeds_are_one_curve_apart_from_whole_runs(tmp_path: Path) -> None:
-    whole = make_run(tmp_path / "cskd-1", sets=("run.seed=1",))
+def test_forks_of_several_seeds_are_one_curve_apart_from_full_runs(tmp_path: Path) -> None:
+    full = make_run(tmp_path / "cskd-1", sets=("run.seed=1",))
     forks = [
         make_run(tmp_path / f"fork-{n}", sets=(f"run.seed={n}", f"run.fork_from=cskd-{n}/state.pt"))
         for n in (1, 2)
     ]
-    found = [(each.name, len(each.runs)) for each in contenders(whole, *forks)]
-    assert found == [("cskd-1", 1), ("fork", 2)]
+    grouped = contenders(full, *forks)
+    assert [(each.name, len(each.runs)) for each in grouped] == [("cskd-1", 1), ("fork", 2)]
 
 
 def test_the_verdict_states_lead_cost_and_noise(tmp_path: Path) -> None:
@@ -270,7 +269,7 @@ def test_one_run_has_no_legend_and_an_unlogged_column_no_plot(tmp_path: Path) ->
 
 def test_many_long_names_do_not_shrink_the_axes(tmp_path: Path) -> None:
     """Long names keep their ends, where they differ."""
-    name = "a-name-that-says-everything-about-what-was-tried-in-run-{}"
+    name = "a-name-that-lists-every-setting-of-the-experiment-in-run-{}"
     figures = []
     for count in (2, 20):
         folders = [make_run(tmp_path / f"{count}/{name.format(i)}") for i in range(count)]

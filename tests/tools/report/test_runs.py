@@ -36,7 +36,7 @@ from cskd_pipeline.views.mixing import draw_mix, matching
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.tools.report.browser import all_of, console_messages, one, open_page
-from tests.tools.report.making_runs import log_text, make_run, rows
+from tests.tools.report.fake_runs import log_text, make_run, rows
 
 Capture = pytest.CaptureFixture[str]
 EVIL = '<img src=x onerror="window.hurt=1"> $x_1$ \u202e'
@@ -67,22 +67,22 @@ def shown(small: World, tmp_path_factory: pytest.TempPathFactory) -> Shown:
     )
     train(recipe)
     plain = make_run(root / EVIL.replace("/", "|"), method="none", sets=(f"run.wandb={EVIL}",))
-    found = show(root / "page", root / BOLD, plain, "--shards", small.shards, "--images", 5)
-    return Shown(root / BOLD, plain, root / "page/index.html", found)
+    report = show(root / "page", root / BOLD, plain, "--shards", small.shards, "--images", 5)
+    return Shown(root / BOLD, plain, root / "page/index.html", report)
 
 
 def show(out: Path, *words: object) -> dict[str, Any]:
     """Run the command and return its --json object."""
     with contextlib.redirect_stdout(io.StringIO()) as stdout:
         assert world.cli("show", *words, "--out", out, "--json", "-q") == 0
-    found: dict[str, Any] = json.loads(stdout.getvalue())
-    return found
+    report: dict[str, Any] = json.loads(stdout.getvalue())
+    return report
 
 
 # The browser
 
 
-def test_it_opens_from_disk_without_messages(chrome: webdriver.Chrome, shown: Shown) -> None:
+def test_it_opens_from_disk_with_a_clean_console(chrome: webdriver.Chrome, shown: Shown) -> None:
     open_page(chrome, shown.page)
     assert console_messages(chrome) == []
     titles = {title.text for title in all_of(chrome, ".plot h3")}
@@ -93,7 +93,7 @@ def test_it_opens_from_disk_without_messages(chrome: webdriver.Chrome, shown: Sh
     assert len(all_of(chrome, "figure[data-view]")) == 5
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", shown.page.read_text())
     ids = chrome.execute_script("return [...document.querySelectorAll('[id]')].map((e) => e.id)")
-    assert len(ids) == len(set(ids)) > len(titles)  # each plot points at shapes of its own
+    assert len(ids) == len(set(ids)) > len(titles)  # each plot refers to its own shapes
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -113,15 +113,15 @@ def test_names_and_recipes_stay_text(chrome: webdriver.Chrome, shown: Shown) -> 
     assert chrome.execute_script("return window.hurt") is None
     assert not all_of(chrome, "main img:not(.stage img), main [onerror], main b")
     cells = [cell.get_attribute("textContent") for cell in all_of(chrome, "#runs td")]
-    spelled = EVIL.replace("\u202e", r"\u202e")
-    assert cells.count(spelled) == 2  # the run's name, and a value of its recipe
+    escaped = EVIL.replace("\u202e", r"\u202e")
+    assert cells.count(escaped) == 2  # the run's name, and a value of its recipe
     assert r"""<img src=x onerror="window.hurt=1"> $x_1$""" in one(chrome, "#top1 .key").text
     assert "\u202e" not in shown.page.read_text()
 
 
 def painted(chrome: webdriver.Chrome) -> list[list[dict[str, Any]]]:
-    """Return the cells' labels and marks, for each view and then teacher and students."""
-    found: list[list[dict[str, Any]]] = chrome.execute_script("""
+    """Return labels and marks of all cells, by view, then by panel (teacher first)."""
+    panels: list[list[dict[str, Any]]] = chrome.execute_script("""
         return [...document.querySelectorAll("[data-view]")].map((figure) =>
             [...figure.querySelectorAll("[data-panel]")].map((panel) => {
                 const cells = [...panel.querySelectorAll(".locations span")];
@@ -132,7 +132,7 @@ def painted(chrome: webdriver.Chrome) -> list[list[dict[str, Any]]]:
                 };
             }));
     """)
-    return found
+    return panels
 
 
 def test_the_slider_updates_the_teacher_and_the_agreement(
@@ -167,7 +167,7 @@ def test_the_slider_updates_the_teacher_and_the_agreement(
         )
 
 
-def test_a_location_is_read_out_for_all(chrome: webdriver.Chrome, shown: Shown) -> None:
+def test_a_location_is_read_out_for_every_panel(chrome: webdriver.Chrome, shown: Shown) -> None:
     open_page(chrome, shown.page)
     figure = one(chrome, '[data-view="1"]')
     one(figure, '[data-panel="1"] .locations span').click()
@@ -181,19 +181,19 @@ def test_a_location_is_read_out_for_all(chrome: webdriver.Chrome, shown: Shown) 
 # Numbers
 
 
-def test_a_students_labels_are_those_of_its_patch_tokens(shown: Shown, small: World) -> None:
-    """Computed from the images' bytes without the page's code."""
-    compared, without = compare(
+def test_student_labels_are_those_of_its_patch_tokens(shown: Shown, small: World) -> None:
+    """Expected labels are computed from the image files without the page's code."""
+    compared, omitted = compare(
         read_runs([shown.cskd]),
         ClassGuard(),
         PageOptions(str(small.shards), images=6, samples=24),
     )
     assert compared is not None
-    assert without == {}
+    assert omitted == {}
     assert compared.counted == (24, 4, 4)
     assert all(view.same and view.exact for view in compared.views)
-    card = read_header(shown.cskd / "best.safetensors")
-    model: Any = timm.create_model(card.model, num_classes=card.num_classes, **card.kwargs)
+    header = read_header(shown.cskd / "best.safetensors")
+    model: Any = timm.create_model(header.model, num_classes=header.num_classes, **header.kwargs)
     model.load_state_dict(load_file(shown.cskd / "best.safetensors"))
     model.eval()
     mean, std = (np.array(model.default_cfg[name], np.float32) for name in ("mean", "std"))
@@ -233,7 +233,7 @@ def test_agreement_is_the_share_of_equal_labels(shown: Shown, small: World) -> N
     assert student.agreement.max() > student.agreement.min()
 
 
-def test_the_page_has_the_logs_numbers(
+def test_the_page_shows_the_logged_numbers(
     chrome: webdriver.Chrome, shown: Shown, small: World
 ) -> None:
     real, plain = shown.report["runs"].values()
@@ -308,7 +308,7 @@ def test_long_recipe_differences_are_cut(chrome: webdriver.Chrome, tmp_path: Pat
     assert "4800 more keys are listed by --json." in one(chrome, "#runs").text
 
 
-# Missing or unfitting students
+# Missing or incompatible students
 
 
 def test_without_a_dense_head_no_cache_is_needed(chrome: webdriver.Chrome, tmp_path: Path) -> None:
@@ -325,17 +325,17 @@ def test_a_student_of_another_cache_is_left_out_with_the_reason(
     shown: Shown, small: World, tmp_path: Path, field: str
 ) -> None:
     run = shutil.copytree(shown.cskd, tmp_path / "run")
-    card = replace(read_header(run / "best.safetensors"), class_names=None)
+    header = replace(read_header(run / "best.safetensors"), class_names=None)
     other: dict[str, Any] = {"grid": (2, 2), "size": 64, "num_classes": 7}
     state = load_file(run / "best.safetensors")
-    save_student(run / "best.safetensors", state, replace(card, **{field: other[field]}))
-    compared, without = compare(
+    save_student(run / "best.safetensors", state, replace(header, **{field: other[field]}))
+    compared, omitted = compare(
         read_runs([run]),
         ClassGuard(),
         PageOptions(str(small.shards), images=2, samples=2),
     )
     assert compared is None
-    assert str(other[field]) in without["run"]
+    assert str(other[field]) in omitted["run"]
 
 
 def test_a_damaged_student_is_refused(
@@ -380,10 +380,10 @@ def test_invalid_arguments_are_refused_and_leave_no_file(
         ((small.cache, "--shards", small.shards, "--cache", "c"), 2, "effect only for runs"),
         ((run, "--export", "pdf"), 2, "pdf"),
     ]
-    for words, code, says in cases:
+    for words, code, expected in cases:
         assert world.cli("show", *words, "--out", tmp_path / "out") == code, words
         message = capsys.readouterr().err
-        assert says in message
+        assert expected in message
         assert "Traceback" not in message
         assert not (tmp_path / "out").exists()
 

@@ -14,7 +14,7 @@ HEADS = ("cls", "dist", "dense")
 
 def rows(epochs: int, *, method: str = "cskd", shift: float = 0.0) -> list[dict[str, Any]]:
     """Return log rows as ``train`` writes them, distinct in every column, epoch and ``shift``."""
-    found = []
+    table = []
     for epoch in range(1, epochs + 1):
         row: dict[str, Any] = {
             "epoch": epoch,
@@ -33,8 +33,8 @@ def rows(epochs: int, *, method: str = "cskd", shift: float = 0.0) -> list[dict[
         for number, head in enumerate(HEADS if method == "cskd" else HEADS[:2], 1):
             row[f"top1_{head}"] = 30.5 + epoch + shift - number
         row |= {"ema_top1": 31.25 + epoch + shift, "ema_top5": 71.25 + epoch + shift}
-        found.append(row)
-    return found
+        table.append(row)
+    return table
 
 
 def log_text(logged: list[dict[str, Any]]) -> str:
