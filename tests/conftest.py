@@ -1,4 +1,4 @@
-"""Small shards and image folders; read-only, made once."""
+"""Small shards and image folders, created once and read only."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ COUNTS = (21, 8, 13, 1)
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Small tensors gain nothing from more, and the machine may be shared."""
+    """Small tensors gain nothing from more threads, and the machine may be shared."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _hangups_are_heard() -> None:
-    """Under ``nohup`` they are ignored, by the commands of tests, too."""
+def _default_hangup_handler() -> None:
+    """``nohup`` ignores SIGHUP, and the commands that tests start would inherit that."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
-def _nobody_listens() -> Iterator[None]:
-    """Whoever a test lets listen to progress and news is gone after it."""
+def _restore_reporting() -> Iterator[None]:
+    """Remove the listeners and log handlers that a test has added."""
     with restore_reporting():
         yield
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of four tars with 21, 8, 13 and 1 samples of five classes, in all image formats."""
+    """Write four tars with 21, 8, 13 and 1 samples of five classes, in all image formats."""
     folder = tmp_path_factory.mktemp("shards")
     write_shards(folder, COUNTS)
     return folder
@@ -50,5 +50,5 @@ def dataset(shards: Path) -> Dataset:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tree of 23 images in five class folders."""
+    """Write 23 images in five class folders."""
     return write_image_folder(tmp_path_factory.mktemp("images") / "train", 23)

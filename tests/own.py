@@ -1,4 +1,4 @@
-"""What a user registers: an encoding and a view policy of her own, at the top of a module."""
+"""A user-defined encoding and view policy, as a user's module registers them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cskd_pipeline.views.policy import ViewPolicy
 
 
 class Negated:
-    """The logits with their signs turned, for a difference that stored bytes show."""
+    """Logits with inverted signs, so that stored bytes differ from those of ``dense``."""
 
     name = "own-negated"
     serves: tuple[str, ...] = ("hard", "soft")
@@ -46,14 +46,14 @@ VERSION = "own-v1"
 
 
 def draw(seed: int, policy: ViewPolicy, width: int, height: int) -> ViewParams:
-    """A square somewhere, perhaps flipped; nothing erased."""
+    """Draw a random square crop and a flip; erase nothing."""
     bits, side = BitStream(seed), min(width, height)
     box = Box(bits.below(height - side + 1), bits.below(width - side + 1), side, side)
     return ViewParams(box, bits.chance(policy.flip), (), (), bits.uint64())
 
 
 def render(image: np.ndarray, params: ViewParams, policy: ViewPolicy) -> np.ndarray:
-    """Every n-th pixel of the square, upside down."""
+    """Return every n-th pixel of the square, upside down."""
     top, left, side, _ = params.crop
     at = np.arange(policy.size) * side // policy.size
     view = image[top + at[::-1, None], left + (at[::-1] if params.flip else at)]

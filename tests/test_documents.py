@@ -1,4 +1,4 @@
-"""README, docs/ and CONTRIBUTING: the commands, flags, recipes, keys and rooms they name exist.
+"""Commands, flags, recipes, keys and rooms named in README, docs/ and CONTRIBUTING exist.
 
 ``python -m tests.test_documents`` renews ``docs/recipe-keys.md`` from the recipes' models.
 """
@@ -35,7 +35,7 @@ def text_of(page: Path) -> str:
 
 
 def calls(text: str) -> Iterator[list[str]]:
-    """The words after the program's name, of every call in a block or a line of code."""
+    """Yield the words after the program's name, for every call in a code block or span."""
     code: list[str] = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     code += re.findall(r"`([^`\n]+)`", prose)
@@ -43,7 +43,7 @@ def calls(text: str) -> Iterator[list[str]]:
         for line in piece.replace("\\\n", " ").replace("\\|", "|").splitlines():
             if match := PROGRAM.search(line.partition(" #")[0]):
                 words = match[1]
-                if words.count("'") % 2:  # of a shell that is given the line in quotes
+                if words.count("'") % 2:  # the line is quoted for a shell
                     words = words.rstrip("'")
                 yield shlex.split(words)
 
@@ -58,14 +58,14 @@ def command_of(words: list[str]) -> tuple[str, Any] | None:
 
 
 def problems_of_calls(text: str) -> list[str]:
-    """Calls of commands that do not exist, or with flags that they do not take."""
+    """Return the calls of unknown commands or with unknown flags."""
     problems = []
     for words in calls(text):
-        found = command_of(words)
-        if found is None:
+        known = command_of(words)
+        if known is None:
             problems.append(f"no command: {' '.join(words[:2])}")
             continue
-        name, command = found
+        name, command = known
         flags = {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)}
         given = {
             word.strip("[]").partition("=")[0] for word in words if word.startswith(("-", "[-"))
@@ -91,17 +91,17 @@ def anchors(page: Path) -> set[str]:
 
 
 @each_page
-def test_calls_are_of_commands_and_flags_that_exist(page: Path) -> None:
+def test_calls_use_existing_commands_and_flags(page: Path) -> None:
     assert problems_of_calls(text_of(page)) == []
 
 
-def test_the_pages_call_every_command() -> None:
+def test_commands_md_calls_every_command() -> None:
     table = text_of(ROOT / "docs/commands.md")
-    found = [command_of(words) for words in calls(table)]
-    assert {name for name, _ in filter(None, found)} == set(commands())
+    called = [command_of(words) for words in calls(table)]
+    assert {name for name, _ in filter(None, called)} == set(commands())
 
 
-def test_a_call_that_cannot_be_made_is_noticed() -> None:
+def test_invalid_calls_are_reported() -> None:
     text = "`cskd-pipeline cache inform x`\n"
     text += "```\nx; cskd-pipeline train \\\n  --steps 3 --out o # --x\n```\n"
     assert problems_of_calls(text) == ["train has no --steps", "no command: cache inform"]
@@ -142,10 +142,10 @@ def test_the_readme_begins_with_the_first_command() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if page.name != "api.md"],  # whose blocks are signatures
+    [page for page in PAGES if page.name != "api.md"],  # its blocks are signatures
     ids=lambda path: path.name,
 )
-def test_python_compiles_and_names_what_is_public(page: Path) -> None:
+def test_python_blocks_compile_and_use_only_public_names(page: Path) -> None:
     for block in re.findall(r"```python\n(.*?)```", text_of(page), re.DOTALL):
         compile(block, page.name, "exec")
         assert set(re.findall(r"\bcskd\.(\w+)", block)) <= set(cskd_pipeline.PUBLIC)
@@ -154,19 +154,19 @@ def test_python_compiles_and_names_what_is_public(page: Path) -> None:
 
 
 @each_page
-def test_targets_of_make_exist(page: Path) -> None:
+def test_make_targets_exist(page: Path) -> None:
     targets = set(re.findall(r"^(\w+):", text_of(ROOT / "Makefile"), re.MULTILINE))
     blocks = re.findall(r"^make (\w+)", text_of(page), re.MULTILINE)
     assert {*blocks, *re.findall(r"`make (\w+)", text_of(page))} <= targets
 
 
-def test_the_map_has_the_rooms_in_the_order_of_their_imports() -> None:
+def test_the_map_lists_the_rooms_in_import_order() -> None:
     table = text_of(ROOT / "CONTRIBUTING.md").partition("## The map")[2].partition("\n## ")[0]
     rooms = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     assert [{room} for room in rooms] == [floor for floor in FLOORS if floor != {"__main__"}]
 
 
-def test_the_citation_has_the_packages_version_and_license() -> None:
+def test_the_citation_has_the_version_and_license() -> None:
     citation = text_of(ROOT / "CITATION.cff")
     assert f"\nversion: {cskd_pipeline.__version__}\n" in citation
     assert "\nlicense: Apache-2.0\n" in citation
@@ -196,7 +196,7 @@ def limits_of(kind: Any, metadata: list[Any]) -> str:
     return ", ".join(words)
 
 
-def shown(value: Any) -> str:
+def code_of(value: Any) -> str:
     return f"`{json.dumps(value)}`"
 
 
@@ -210,14 +210,14 @@ def section_of_keys(kind: Any, title: str) -> Iterator[str]:
             info = key_info(kind, name)
             mark = MARKS[info.json_schema_extra["mark"]]  # type: ignore[index,call-overload]
             limits = limits_of(type_, info.metadata)
-            cells = (f"`{name}`", shown(info.default), limits, str(info.description), mark)
+            cells = (f"`{name}`", code_of(info.default), limits, str(info.description), mark)
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
 def page_of_keys() -> str:
     dump = "".join(section_of_keys(DumpRecipe, "Stage one"))
     train = "".join(section_of_keys(TrainRecipe, "Stage two"))
-    views = "".join(f"| `views.{k}` | {shown(v)} |\n" for k, v in asdict(ViewPolicy()).items())
+    views = "".join(f"| `views.{k}` | {code_of(v)} |\n" for k, v in asdict(ViewPolicy()).items())
     return (
         f"{INTRODUCTION}{dump}{train}\n## views, in both stages\n\nDeiT's augmentation (arXiv "
         "2012.12877, table 9): lengths in pixels, areas and probabilities as fractions. Stage two "
@@ -225,7 +225,7 @@ def page_of_keys() -> str:
     )
 
 
-def test_the_reference_of_keys_is_that_of_the_recipes() -> None:
+def test_the_key_reference_is_current() -> None:
     assert text_of(KEYS) == page_of_keys(), "run: python -m tests.test_documents"
 
 

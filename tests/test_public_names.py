@@ -1,4 +1,4 @@
-"""The public names: one table, one stub, one page, imported only when used.
+"""The public names: table, stub and page agree, and names are imported on first use.
 
 ``python -m tests.test_public_names`` renews ``docs/api.md`` from their docstrings.
 """
@@ -25,31 +25,31 @@ from cskd_pipeline.distill.ckf import SCHEDULES
 
 def test_table_stub_and_all_agree() -> None:
     stub = ast.parse(Path(cskd_pipeline.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
-    stated = {
+    stubbed = {
         alias.asname: node.module
         for node in stub.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert stated == cskd_pipeline.PUBLIC
+    assert stubbed == cskd_pipeline.PUBLIC
     listed = next(
         ast.literal_eval(node.value)
         for node in stub.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     )
-    assert sorted(listed) == sorted(cskd_pipeline.__all__) == sorted({*stated, "__version__"})
+    assert sorted(listed) == sorted(cskd_pipeline.__all__) == sorted({*stubbed, "__version__"})
 
 
 @pytest.mark.parametrize("name", cskd_pipeline.PUBLIC)
 def test_every_name_resolves_and_is_documented(name: str) -> None:
     value = getattr(cskd_pipeline, name)
     assert value is getattr(importlib.import_module(cskd_pipeline.PUBLIC[name]), name)
-    assert value.__module__ == cskd_pipeline.PUBLIC[name]  # defined there, not passed on
+    assert value.__module__ == cskd_pipeline.PUBLIC[name]  # not re-exported
     assert inspect.getdoc(value)
     assert name in dir(cskd_pipeline)
 
 
-def test_other_names_are_refused() -> None:
+def test_unknown_names_are_refused() -> None:
     with pytest.raises(AttributeError, match="no attribute 'open_cash'"):
         cskd_pipeline.open_cash  # noqa: B018
 
@@ -90,7 +90,7 @@ for epoch in range(epochs):
 
 [plain_loop.py](examples/plain_loop.py) is a complete program.
 """
-PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
+CHAPTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Train from a cache": (
         "After a break out of `for batch in loader`, the next `for` resumes the epoch at the next "
         "batch; after a\ncomplete epoch, it starts the next one.",
@@ -130,7 +130,7 @@ PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "Errors": ("", ("CskdError",)),
 }
-"""Section -> its introduction and names, in the order of use."""
+"""Chapter -> its introduction and names, in order of use."""
 SPECIAL = ("__call__", "__len__", "__iter__")
 SECTIONS = {
     "Args:": "Arguments",
@@ -143,8 +143,8 @@ SECTIONS = {
 def page() -> str:
     """Return the text of docs/api.md."""
     parts = [INTRODUCTION]
-    for section, (introduction, names) in PLACES.items():
-        parts += [f"## {section}\n", *([f"{introduction}\n"] if introduction else [])]
+    for chapter, (introduction, names) in CHAPTERS.items():
+        parts += [f"## {chapter}\n", *([f"{introduction}\n"] if introduction else [])]
         for name in names:
             parts += entry(f"### {name}", name, getattr(cskd_pipeline, name))
     kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
@@ -158,12 +158,12 @@ def page() -> str:
 
 
 def entry(title: str, name: str, value: Any) -> Iterator[str]:
-    """Title, signature, docstring; then a class's own public methods."""
+    """Yield title, signature and docstring, then those of a class's public methods."""
     yield f"{title}\n"
     if isinstance(value, property):
         value = value.fget
         yield f"```python\n{name}: {inspect.signature(value).return_annotation}\n```\n"
-    elif is_made_by_users(value):
+    elif has_public_signature(value):
         yield f"```python\n{call(name, signature_of(value))}\n```\n"
     yield markdown(inspect.getdoc(value) or "")
     if inspect.isclass(value) and not issubclass(value, Exception):
@@ -176,8 +176,8 @@ def entry(title: str, name: str, value: Any) -> Iterator[str]:
                 yield from entry(f"#### {name}.{own}", own, member)
 
 
-def is_made_by_users(value: Any) -> bool:
-    """Functions, and classes with a constructor: no protocols, whose own takes anything."""
+def has_public_signature(value: Any) -> bool:
+    """Return whether ``value`` is a function or a class, not a protocol, with a constructor."""
     protocol = getattr(value, "_is_protocol", False)
     return not inspect.isclass(value) or (
         not protocol and ("__init__" in vars(value) or hasattr(value, "_fields"))
@@ -185,7 +185,7 @@ def is_made_by_users(value: Any) -> bool:
 
 
 def signature_of(value: Any) -> inspect.Signature:
-    """A recipe's section is given its own signature only when the first recipe is read."""
+    """Return the signature; a recipe section gets its own only when a recipe is first read."""
     if not dataclasses.is_dataclass(value) or not hasattr(value, "__pydantic_fields__"):
         return inspect.signature(value)
     fields = [(f.name, f.type, getattr(f.default, "default", f.default)) for f in
@@ -196,13 +196,13 @@ def signature_of(value: Any) -> inspect.Signature:
 
 
 def call(name: str, signature: inspect.Signature) -> str:
-    """One line, or one argument a line, without ``self`` and with defaults by their value."""
+    """Format a call without ``self``, on one line or with one argument a line."""
     parameters = [
-        p.replace(annotation=annotated(p.annotation), default=shown(p.default))
+        p.replace(annotation=annotation_of(p.annotation), default=default_of(p.default))
         for p in signature.parameters.values()
         if p.name != "self"
     ]
-    returns = annotated(signature.return_annotation)
+    returns = annotation_of(signature.return_annotation)
     line = f"{name}{signature.replace(parameters=parameters, return_annotation=returns)}"
     if len(line) <= 92:
         return line
@@ -214,31 +214,31 @@ def call(name: str, signature: inspect.Signature) -> str:
     return "\n".join([f"{name}(", *lines, f"){arrow}"])
 
 
-class Named:
-    """A default value or annotation that is shown by a name."""
+class Literal:
+    """A default value or annotation whose repr is the given text."""
 
-    def __init__(self, name: object) -> None:
-        self.name = str(name)
+    def __init__(self, text: object) -> None:
+        self.text = str(text)
 
     def __repr__(self) -> str:
-        return self.name
+        return self.text
 
 
-def annotated(annotation: Any) -> Any:
-    """An annotation as it is written."""
+def annotation_of(annotation: Any) -> Any:
+    """Return an annotation as it is written in the source."""
     if annotation is inspect.Parameter.empty:
         return annotation
-    return Named(getattr(annotation, "__forward_arg__", annotation))  # a named tuple's
+    return Literal(getattr(annotation, "__forward_arg__", annotation))  # of a named tuple
 
 
-def shown(default: Any) -> Any:
-    """A default value; a long one by its type."""
+def default_of(default: Any) -> Any:
+    """Return a default value, or its type if the value is long."""
     long = len(repr(default)) > 30 and default is not inspect.Parameter.empty
-    return Named(f"{type(default).__name__}()") if long else default
+    return Literal(f"{type(default).__name__}()") if long else default
 
 
 def markdown(doc: str) -> str:
-    """A docstring as Markdown: sections become lists, roles and double backticks become code."""
+    """Convert a docstring to Markdown: sections to lists, roles and double backticks to code."""
     lines: list[str] = []
     inside = False
     for line in doc.splitlines():
@@ -246,7 +246,7 @@ def markdown(doc: str) -> str:
             inside = True
             lines += [f"**{line.strip()}**", ""]
         elif inside and line.strip():
-            # An entry stands at four spaces; what goes on from it stands deeper.
+            # An entry is indented by four spaces, its continuation by more.
             deeper = line.startswith("     ") or (
                 lines[-1] and not re.match(r"    [\w, *]+:", line)
             )
@@ -259,16 +259,16 @@ def markdown(doc: str) -> str:
     return re.sub(r"``([^`]+)``", r"`\1`", text).replace("::\n", ":\n") + "\n"
 
 
-def test_the_page_is_what_the_docstrings_say() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "python -m tests.test_public_names renews it"
+def test_the_page_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m tests.test_public_names"
 
 
-def test_every_public_name_has_one_place_on_the_page() -> None:
-    placed = [name for _, names in PLACES.values() for name in names]
-    assert sorted(placed) == sorted(cskd_pipeline.PUBLIC)
+def test_every_public_name_is_on_the_page_once() -> None:
+    listed = [name for _, names in CHAPTERS.values() for name in names]
+    assert sorted(listed) == sorted(cskd_pipeline.PUBLIC)
 
 
-def test_the_first_loop_compiles_and_imports_what_is_public() -> None:
+def test_the_first_loop_uses_only_public_names() -> None:
     block = INTRODUCTION.partition("```python\n")[2].partition("```")[0]
     called = {n.func.id for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Call)
               and isinstance(n.func, ast.Name)}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The shape of the code: which room may import which, what stays light, what is written down."""
+"""The structure of the code: import order, light modules, declared dependencies, banned calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import cskd_pipeline
 PACKAGE = Path(cskd_pipeline.__file__).parent
 ROOT = PACKAGE.parent
 
-# Lower floors first. A module imports from floors below its own, and from its own room.
+# From the lowest floor up. A module imports only from its own room and from lower floors.
 FLOORS: list[set[str]] = [
     {"errors"},
     {"runtime"},
@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
     {"__main__"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-# Rooms, and modules of others, that import without torch.
+# Rooms and modules that import without torch.
 LIGHT = ["errors", "views", "config", "cache", "distill.encodings", "cli", "runtime.atomic",
          "runtime.classes", "runtime.console", "runtime.progress", "runtime.resources",
          "runtime.schemas", "runtime.signals", "tools.report.plot_files",
@@ -50,7 +50,7 @@ def name_of(path: Path) -> str:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Dotted names that a module imports anywhere, inside functions too."""
+    """Yield the dotted names that a module imports anywhere, including inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -61,13 +61,13 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def rooms_imported(path: Path) -> set[str]:
-    """The rooms of this package that the module at ``path`` imports from."""
-    found = set()
+    """Return the rooms of this package that the module at ``path`` imports from."""
+    rooms = set()
     for name in imports(ast.parse(path.read_text(encoding="utf-8"))):
         parts = name.split(".")
         if parts[0] == "cskd_pipeline" and len(parts) > 1 and parts[1] != "__version__":
-            found.add(cskd_pipeline.PUBLIC.get(parts[1], name).split(".")[1])
-    return found
+            rooms.add(cskd_pipeline.PUBLIC.get(parts[1], name).split(".")[1])
+    return rooms
 
 
 def test_every_module_has_a_floor_and_every_floor_a_module() -> None:
@@ -88,7 +88,7 @@ ROOMS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
 
 
 @pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.name)
-def test_every_module_stands_in_the_docstring_of_its_room(room: Path) -> None:
+def test_the_docstring_of_a_room_lists_all_its_modules(room: Path) -> None:
     tree = ast.parse((room / "__init__.py").read_text(encoding="utf-8"))
     named = set(re.findall(r"(?:``|\*\*)(\w+)(?:``|\*\*)", ast.get_docstring(tree) or ""))
     modules = {path.stem for path in room.glob("*.py")} - {"__init__"}
@@ -96,7 +96,7 @@ def test_every_module_stands_in_the_docstring_of_its_room(room: Path) -> None:
     assert modules - named == set()
 
 
-def test_the_tour_has_the_rooms_in_the_order_of_their_imports() -> None:
+def test_the_tour_lists_the_rooms_in_import_order() -> None:
     rooms = re.findall(r"^\d+\. \*\*(\w+)\*\*", cskd_pipeline.__doc__ or "", re.MULTILINE)
     assert [{room} for room in rooms] == [floor for floor in FLOORS if floor != {"__main__"}]
 
@@ -110,7 +110,7 @@ def test_the_stages_never_import_each_other() -> None:
     assert not any(name.startswith("cskd_pipeline.pipeline.dump") for name in used["train"])
 
 
-def test_an_import_that_points_up_would_be_seen(tmp_path: Path) -> None:
+def test_imports_of_every_form_are_detected(tmp_path: Path) -> None:
     path = tmp_path / "a.py"
     path.write_text(
         "from cskd_pipeline import dump\ndef f():\n    import cskd_pipeline.cache.reader\n"
@@ -121,19 +121,19 @@ def test_an_import_that_points_up_would_be_seen(tmp_path: Path) -> None:
 
 
 def test_light_modules_import_without_torch() -> None:
-    """All in one process: one that brought torch in would be named."""
+    """One process imports all of them and names the first that loads torch."""
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in MODULES
     ]
-    of = {
+    modules = {
         light: sorted(n for n in names if f"{n}.".startswith(f"cskd_pipeline.{light}."))
         for light in LIGHT
     }
-    assert all(of.values())
+    assert all(modules.values())
     code = (
         "import importlib, sys\n"
-        f"for name in {[name for modules in of.values() for name in modules]}:\n"
+        f"for name in {[name for group in modules.values() for name in group]}:\n"
         "    importlib.import_module(name)\n"
         "    assert not {'torch', 'timm'} & set(sys.modules), f'{name} imports torch'\n"
     )
@@ -149,7 +149,7 @@ DISTRIBUTIONS = {
 }
 
 
-def test_every_package_that_is_imported_is_declared_and_pinned() -> None:
+def test_every_imported_package_is_declared_and_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [(n, lines) for n, lines in project["optional-dependencies"].items() if n != "dev"]
     declared = {
@@ -162,13 +162,13 @@ def test_every_package_that_is_imported_is_declared_and_pinned() -> None:
         for name in imports(ast.parse(path.read_text(encoding="utf-8")))
     } - set(sys.stdlib_module_names)
     imported.remove("cskd_pipeline")
-    # torch.utils.tensorboard imports tensorboard, timm the torchvision of its torch; fsspec imports
-    # what reads a kind of URL.
+    # torch.utils.tensorboard imports tensorboard, timm imports torchvision, and fsspec imports the
+    # package for a URL scheme.
     indirect = {"tensorboard", "torchvision", "s3fs", "gcsfs", "huggingface-hub"}
-    indirect.add("onnxscript")  # torch's exporter imports it
+    indirect.add("onnxscript")  # imported by torch's exporter
     assert {DISTRIBUTIONS.get(name, name) for name in imported} | indirect == declared
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    declared.remove("gcsfs")  # not installed where tests run
+    declared.remove("gcsfs")  # not installed for tests
     assert declared <= {line.partition("==")[0].replace("_", "-") for line in pins}
 
 
@@ -178,19 +178,19 @@ UNSAFE = re.compile(
 )
 
 
-# Batches and errors on their way between processes of one run, through pipes that nobody else has.
-OWN_MESSAGES = {"handover.py", "workers.py"}
+# These send batches and errors between the processes of one run, through private pipes.
+PRIVATE_PIPES = {"handover.py", "workers.py"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_nothing_runs_other_peoples_code(path: Path) -> None:
-    """Words that could open a door stand nowhere but in comments and docstrings."""
+def test_no_module_can_run_untrusted_code(path: Path) -> None:
+    """Unsafe calls appear only in comments and docstrings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             node.value.value = ""
     found = {match[0] for match in UNSAFE.finditer(ast.unparse(tree))}
-    assert found <= ({"pickle"} if path.name in OWN_MESSAGES else set())
+    assert found <= ({"pickle"} if path.name in PRIVATE_PIPES else set())
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             assert "weights_only" in {keyword.arg for keyword in node.keywords}
@@ -203,7 +203,7 @@ GLOBAL_RANDOM = re.compile(
 
 
 def global_random_calls(tree: ast.AST) -> Iterator[str]:
-    """Calls that read or seed a global random state and do not put it back (``fork_rng``)."""
+    """Yield calls that use a global random state without restoring it (``fork_rng``)."""
     if isinstance(tree, ast.With) and any(
         "fork_rng" in ast.unparse(item.context_expr) for item in tree.items
     ):
@@ -215,14 +215,14 @@ def global_random_calls(tree: ast.AST) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_only_training_touches_a_global_random_state(path: Path) -> None:
-    """Randomness is a pure function of seeds; a student's start and dropout are torch's own."""
+def test_only_training_uses_a_global_random_state(path: Path) -> None:
+    """Randomness is a pure function of seeds, except in a student's initialization and dropout."""
     found = set(global_random_calls(ast.parse(path.read_text(encoding="utf-8"))))
     allowed = {"torch.manual_seed", "torch.cuda.manual_seed"}
     assert found <= (allowed if path.parent.name == "pipeline" else set())
 
 
-def test_a_global_random_call_would_be_seen() -> None:
+def test_global_random_calls_are_detected() -> None:
     tree = ast.parse(
         "torch.manual_seed(1)\nx = np.random.rand(3)\nrandom.random()\n"
         "with torch.random.fork_rng():\n    torch.manual_seed(2)\n"
@@ -235,7 +235,7 @@ def test_a_global_random_call_would_be_seen() -> None:
     ]
 
 
-def test_the_readme_and_ci_have_the_same_two_commands() -> None:
+def test_the_readme_commands_run_in_ci() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -245,13 +245,13 @@ def test_the_readme_and_ci_have_the_same_two_commands() -> None:
         assert f"\n{target}: $(STAMP)\n" in makefile
 
 
-def test_no_paths_of_one_machine_stand_in_the_tree() -> None:
-    listed = subprocess.run(
+def test_no_tracked_file_contains_a_path_of_one_machine() -> None:
+    tracked = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    if listed.returncode:
+    if tracked.returncode:
         pytest.skip("not a git checkout")
-    for name in filter(None, listed.stdout.split("\0")):
+    for name in filter(None, tracked.stdout.split("\0")):
         path = ROOT / name
         if path.suffix in (".py", ".toml", ".md", ".txt", ".json", "") and path.is_file():
             text = path.read_text(encoding="utf-8", errors="replace")
