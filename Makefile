@@ -1,12 +1,12 @@
-# make demo, make test, make check, make study: each sets up .venv first, once. make PYTHON=python3.12
-# picks a Python; PIP_ARGS reaches pip, say with the index of a smaller torch.
+# make demo, make test, make check, make study: each sets up .venv if needed. make PYTHON=python3.12
+# selects a Python; PIP_ARGS are passed to pip, for example the index of a smaller torch.
 
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 SHELL := /bin/sh
 
-# A new stamp for other requirements or another folder (an editable install points to its folder).
+# The stamp changes with the requirements and the folder, to which an editable install points.
 KEY := $(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d' ' -f1)
 STAMP := .venv/installed-$(KEY)
 BIN := .venv/bin
@@ -18,16 +18,15 @@ demo: $(STAMP)
 	rm -rf demo-out
 	$(BIN)/cskd-pipeline demo --out demo-out
 
-# A teacher, its cache, and students trained every way on pages of digits; see docs/study.md.
-# STUDY_ARGS reaches the command: --seeds 5, --shards and --val-shards of CIFAR-10. Run it again to
-# go on.
+# Train a teacher, its cache, and students with every method on pages of digits; see docs/study.md.
+# STUDY_ARGS are passed on: --seeds 5, --shards and --val-shards of CIFAR-10. Run it again to resume.
 STUDY_OUT ?= study-out
 STUDY_ARGS ?=
 
 study: $(STAMP)
 	$(BIN)/cskd-pipeline study --out '$(STUDY_OUT)' $(STUDY_ARGS)
 
-# One process more than two cores: many tests wait for processes, signals and deadlines of their own.
+# One more process than two cores, since many tests wait for processes, signals and deadlines.
 TEST_PROCESSES ?= 3
 
 test: $(STAMP)
@@ -49,8 +48,8 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The stamp comes last, so a set-up that was interrupted is gone through again; pip keeps what it had
-# finished, and a .venv without a working pip is made anew.
+# The stamp is written last, so an interrupted setup is repeated; pip keeps finished packages, and a
+# .venv without a working pip is recreated.
 $(STAMP):
 	@$(CHECK_PYTHON)
 	@echo "setting up .venv; with torch this takes minutes and some GB, once"
@@ -63,7 +62,7 @@ $(STAMP):
 CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo "$(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
 
-# A Python named on the command line replaces a .venv of another one.
+# A Python given on the command line replaces a .venv made with another.
 ifeq ($(origin PYTHON),command line)
 VERSION := -c 'import sys; print(sys.version)' 2>/dev/null
 ifneq ($(shell $(PYTHON) $(VERSION)),$(shell $(BIN)/python $(VERSION)))

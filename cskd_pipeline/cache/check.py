@@ -73,7 +73,7 @@ def _length_problems(store: CacheStore, name: str, key: str) -> list[Problem]:
     except DamageError as error:
         return [Problem("structure", key, str(error))]
     if length < least:
-        return [Problem("structure", key, f"cut short: {length} bytes, at least {least} expected")]
+        return [Problem("structure", key, f"truncated: {length} bytes, at least {least} expected")]
     return []
 
 

@@ -341,7 +341,7 @@ def _claim(out: Path, resume: bool) -> bool:
     """Refuse to overwrite existing files unless resuming the run that wrote them.
 
     Returns:
-        Whether to resume: if asked to, or if torchrun restarts the job that started the run.
+        Whether to resume: on request, or if torchrun restarts the job that started the run.
     """
     has_run, job_file = (out / RECIPE).exists(), out / JOB
     if torchrun_job_id() and job_file.is_file():

@@ -268,13 +268,13 @@ def _responses_check(found: Join, replayed: Replay, teacher: Teacher) -> Check:
     values = {name: np.concatenate(each) for name, each in parts.items() if each}
     means = {name: float(each.mean()) for name, each in values.items()}
     problems = [p for name, each in values.items() for p in _disagreeing(found, rows, name, each)]
-    return Check("answers", {"views": len(rows), **means}, problems)
+    return Check("logits", {"views": len(rows), **means}, problems)
 
 
 def _disagreeing(found: Join, rows: np.ndarray, name: str, values: np.ndarray) -> list[Problem]:
     problems = [
         Problem(
-            "answers",
+            "logits",
             found.images.where(shard, offset),
             f"{name}, view {view}: agreement {value:.3f}, expected at least {VIEW_AGREEMENT}",
         )
@@ -283,7 +283,7 @@ def _disagreeing(found: Join, rows: np.ndarray, name: str, values: np.ndarray) -
     ]
     if not problems and values.mean() < MEAN_AGREEMENT:
         mean = f"{name}: agreement {values.mean():.4f}, expected at least {MEAN_AGREEMENT}"
-        problems = [Problem("answers", "the mean of all views", mean)]
+        problems = [Problem("logits", "the mean of all views", mean)]
     return problems
 
 
@@ -331,7 +331,7 @@ ACTIONS = {
     "installed ones: --set data.drift=warn",
     "teacher": "pass the cache's teacher, as cache info shows it, by --teacher, --weights, --mean "
     "and --std",
-    "answers": "the teacher is the cache's but its logits are not: compare the library versions "
+    "logits": "the teacher is the cache's but its logits are not: compare the library versions "
     "that cache info shows, and the code of a factory; else copy the cache again",
 }
 

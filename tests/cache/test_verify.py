@@ -60,7 +60,7 @@ def test_every_file_that_is_gone_or_cut_is_named(cache: Path) -> None:
     found = {problem.where: problem.found for problem in structure(cache)}
     assert found.keys() == {*gone, *cut}
     assert all(found[name] == "the file is missing" for name in gone)
-    assert all("cut short: 12 bytes" in found[name] for name in cut)
+    assert all("truncated: 12 bytes" in found[name] for name in cut)
 
 
 def test_unfinished_units_are_not_checked(tmp_path: Path) -> None:

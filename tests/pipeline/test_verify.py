@@ -68,15 +68,15 @@ def test_a_good_cache_passes_every_depth(small: World, verify: Verify) -> None:
     checks = report["checks"]
     depths = [
         *("units", "structure", "bytes", "classes", "join", "images", "views"),
-        *("teacher", "answers"),
+        *("teacher", "logits"),
     ]
     assert list(checks) == depths
     names = [name for name in data_files(small.cache) if not name.startswith("digest/")]
     assert checks["structure"]["files"] == len(names)
     assert checks["bytes"]["views"] == 4 * 96
     assert checks["join"]["found"] == checks["images"]["equal"] == 96
-    assert checks["views"]["bit_exact"] == checks["answers"]["views"] == 96
-    assert checks["answers"]["dense"] == checks["answers"]["envelope"] == 1.0
+    assert checks["views"]["bit_exact"] == checks["logits"]["views"] == 96
+    assert checks["logits"]["dense"] == checks["logits"]["envelope"] == 1.0
 
 
 def test_the_depth_structure_decodes_nothing(copy: World, verify: Verify) -> None:
@@ -200,7 +200,7 @@ def test_the_teacher_runs_only_on_views_reproduced_bit_for_bit(
     _, report = verify(small.cache, "--shards", small.shards, *TEACHER)
     checks = report["checks"]
     assert 0 < checks["views"]["bit_exact"] < 96
-    assert checks["answers"]["views"] == checks["views"]["bit_exact"]
+    assert checks["logits"]["views"] == checks["views"]["bit_exact"]
     assert {problem["depth"] for problem in report["problems"]} == {"views"}
 
 
@@ -250,7 +250,7 @@ def test_mean_and_std_are_compared_before_any_logits(small: World, verify: Verif
     assert problem["found"] == (
         "mean is (0.5, 0.5, 0.5), in the cache's manifest (0.485, 0.456, 0.406)"
     )
-    assert "answers" not in report["checks"]
+    assert "logits" not in report["checks"]
     assert "--mean" in report["error"]["action"]
     flags = ("--mean", "0.485,0.456,0.406", *flags[2:])
     assert verify(small.cache, "--shards", small.shards, *TEACHER, *flags)[0] == 0
@@ -309,8 +309,8 @@ def test_views_with_another_partner_image_are_not_compared(
         )[offset]
         whole += not {starts[shard] + offset, starts[shard] + partner} & set(ALTERED)
     assert report["checks"]["views"]["bit_exact"] == 96 - len(ALTERED)
-    assert report["checks"]["answers"]["views"] == whole < 96 - len(ALTERED)
-    assert report["checks"]["answers"]["dense"] == 1.0
+    assert report["checks"]["logits"]["views"] == whole < 96 - len(ALTERED)
+    assert report["checks"]["logits"]["dense"] == 1.0
 
 
 def rolled(copy: World, names: tuple[str, ...], units: int) -> None:
@@ -333,11 +333,11 @@ def test_logits_of_another_teacher_are_detected(
     code, report = verify(copy.cache, "--shards", copy.shards, *TEACHER)
     assert code == (1 if wrong else 0)
     problems = report["problems"]
-    assert {problem["depth"] for problem in problems} == ({"answers"} if wrong else set())
+    assert {problem["depth"] for problem in problems} == ({"logits"} if wrong else set())
     assert abs(len(problems) - wrong) <= 1  # a unit is half of a shard's views
     assert all(problem["found"].startswith("dense, view ") for problem in problems)
-    assert report["checks"]["answers"]["envelope"] == 1.0
-    assert report["checks"]["answers"]["dense"] == pytest.approx(1 - len(problems) / 96)
+    assert report["checks"]["logits"]["envelope"] == 1.0
+    assert report["checks"]["logits"]["dense"] == pytest.approx(1 - len(problems) / 96)
 
 
 def test_agreement_is_the_share_of_equal_labels_or_the_overlap() -> None:

@@ -68,7 +68,7 @@ def show_cache(path: Path | str, out: Path, options: PageOptions) -> dict[str, A
         "labels_from": labels.encoding,
         "labels_exact": labels.exact,
         "agreement": {"r=1": agreement[-1], "r=0": agreement[0]},
-        "labels_a_place": mean_lines,
+        "labels_per_location": mean_lines,
     }
 
 

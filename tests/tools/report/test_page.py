@@ -284,8 +284,8 @@ def test_the_report_and_the_page_agree(small: World, tmp_path: Path, capsys: Cap
     # The smallest exact encoding is read; with ten classes that is dense.
     assert (report["labels_from"], report["labels_exact"]) == ("dense", True)
     text = (out / "index.html").read_text()
-    assert 1 < report["labels_a_place"] < 10
-    assert f"<dd>{report['labels_a_place']:.2f}</dd><dt>labels per location" in text
+    assert 1 < report["labels_per_location"] < 10
+    assert f"<dd>{report['labels_per_location']:.2f}</dd><dt>labels per location" in text
     inside = re.search(r'id="data">(.*?)</script>', text)
     assert inside is not None
     assert json.loads(inside[1])["agreement"][100] == pytest.approx(
