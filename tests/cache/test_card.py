@@ -53,7 +53,7 @@ def body(card: str) -> list[Any]:
     return [part for token in tokens for part in (token, *(token.children or ()))]
 
 
-def test_the_card_says_what_the_cache_is(written: Callable[..., str], tmp_path: Path) -> None:
+def test_the_card_describes_the_cache(written: Callable[..., str], tmp_path: Path) -> None:
     card = written()
     info = describe(open_cache(tmp_path / "cache"))
     shown = " ".join(token.content for token in body(card))
@@ -65,7 +65,7 @@ def test_the_card_says_what_the_cache_is(written: Callable[..., str], tmp_path: 
         assert f"{encoding['bytes_per_view']:,.4g}" in shown
 
 
-def test_its_front_matter_is_the_hubs(written: Callable[..., str]) -> None:
+def test_the_front_matter_follows_the_hubs_schema(written: Callable[..., str]) -> None:
     front = front_matter(written(license="CC-BY-4.0"))
     assert front["pretty_name"] == "Teacher cache: resnet10t on toy"
     assert front["license"] == "cc-by-4.0"
@@ -80,7 +80,7 @@ def test_other_licenses_keep_their_name(written: Callable[..., str]) -> None:
     assert front["license_name"] == "for research; ask us"
 
 
-def test_its_commands_can_be_run_as_they_stand(written: Callable[..., str]) -> None:
+def test_the_commands_of_the_card_parse(written: Callable[..., str]) -> None:
     card = written(location="s3://a lab/it's")
     fence = next(token.content for token in body(card) if token.type == "fence")
     group: Any = typer.main.get_command(app)
@@ -95,7 +95,7 @@ def test_its_commands_can_be_run_as_they_stand(written: Callable[..., str]) -> N
         command.make_context(name, words)
 
 
-def test_hostile_text_stays_text(written: Callable[..., str]) -> None:
+def test_hostile_text_is_escaped(written: Callable[..., str]) -> None:
     card = written(
         dataset=replace(dataset(), name=EVIL),
         teacher=teacher(name=EVIL, source=EVIL),
@@ -128,7 +128,7 @@ def test_hostile_text_stays_text(written: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     "value", [EVIL.splitlines()[0], "1. one", "- item", "---", "a_b*c*", "# h"]
 )
-def test_escaped_text_reads_as_it_was(value: str) -> None:
+def test_escaped_text_renders_as_the_original(value: str) -> None:
     tokens = MarkdownIt("commonmark").parse(escape(value))
     assert [token.type for token in tokens] == ["paragraph_open", "inline", "paragraph_close"]
     children = tokens[1].children or []
@@ -136,7 +136,7 @@ def test_escaped_text_reads_as_it_was(value: str) -> None:
     assert {child.type for child in children} <= {"text", "text_special"}
 
 
-def test_an_older_card_is_replaced_and_anything_else_kept(tmp_path: Path) -> None:
+def test_an_older_card_is_replaced_and_a_foreign_readme_is_kept(tmp_path: Path) -> None:
     make(tmp_path / "cache")
     readme = tmp_path / "cache/README.md"
     readme.write_text("my own words")

@@ -33,7 +33,7 @@ def left_by_another(root: Path, unit: Unit, **changes: Any) -> Path:
     return path
 
 
-def test_a_unit_is_claimed_by_one_until_it_is_released(tmp_path: Path) -> None:
+def test_a_unit_has_one_owner_until_it_is_released(tmp_path: Path) -> None:
     one, other = claims(tmp_path, 60), claims(tmp_path, 60)
     assert one.take(ONE)
     assert not other.take(ONE)
@@ -45,7 +45,7 @@ def test_a_unit_is_claimed_by_one_until_it_is_released(tmp_path: Path) -> None:
     one.drop_all()  # with no claims
 
 
-def test_processes_that_claim_at_once_never_claim_the_same(tmp_path: Path) -> None:
+def test_concurrent_processes_never_claim_the_same_unit(tmp_path: Path) -> None:
     units = [Unit(block, 0, range(1)) for block in range(100)]
     context = multiprocessing.get_context("fork")
     found, over = context.SimpleQueue(), context.Event()
@@ -68,7 +68,7 @@ def test_processes_that_claim_at_once_never_claim_the_same(tmp_path: Path) -> No
     assert all(after.take(unit) for unit in units)  # their owners have ended
 
 
-def test_a_claim_without_a_heartbeat_is_taken_over_after_a_while(tmp_path: Path) -> None:
+def test_a_claim_without_a_heartbeat_expires(tmp_path: Path) -> None:
     """Its process is alive, or on another machine."""
     for unit, changes in ((ONE, {}), (TWO, {"boot": "another", "pid": 2**22, "started": "1"})):
         path = left_by_another(tmp_path, unit, **changes)
@@ -95,7 +95,7 @@ def test_heartbeats_keep_a_claim(tmp_path: Path) -> None:
         time.sleep(PATIENCE / 20)
 
 
-def test_a_claim_that_was_taken_over_is_not_released_by_its_first_owner(tmp_path: Path) -> None:
+def test_a_claim_taken_over_is_not_released_by_its_first_owner(tmp_path: Path) -> None:
     one, other, third = (claims(tmp_path) for _ in range(3))
     assert one.take(ONE)
     assert not other.take(ONE)
@@ -105,7 +105,7 @@ def test_a_claim_that_was_taken_over_is_not_released_by_its_first_owner(tmp_path
     assert not third.take(ONE)
 
 
-def test_a_process_that_has_ended_is_known_by_more_than_its_number(tmp_path: Path) -> None:
+def test_an_ended_process_is_identified_by_more_than_its_pid(tmp_path: Path) -> None:
     own = identify(os.getpid())
     assert not has_ended(json.dumps(own))
     assert has_ended(json.dumps({**own, "started": "1"}))  # an earlier process with the same id
@@ -115,7 +115,7 @@ def test_a_process_that_has_ended_is_known_by_more_than_its_number(tmp_path: Pat
         assert not has_ended(text)
 
 
-def test_without_proc_silence_alone_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_proc_only_missing_heartbeats_end_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
     before = json.dumps({**identify(os.getpid()), "started": "1"})
 
     def no_such_file(self: Path) -> str:
@@ -126,7 +126,7 @@ def test_without_proc_silence_alone_decides(monkeypatch: pytest.MonkeyPatch) -> 
     assert not has_ended(json.dumps(identify(os.getpid())))
 
 
-def test_links_and_other_things_for_claims_do_no_harm(tmp_path: Path) -> None:
+def test_links_and_fifos_among_the_claims_are_harmless(tmp_path: Path) -> None:
     outside, cache = tmp_path / "outside", tmp_path / "cache"
     (cache / FOLDER).mkdir(parents=True)
     outside.write_text("mine")

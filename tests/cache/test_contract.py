@@ -49,7 +49,7 @@ def fill(writer: CacheWriter) -> None:
 
 
 @pytest.mark.parametrize("name", [*layout.stored_arrays(manifest(encodings=("dense",))), "auto"])
-def test_an_encoding_cannot_have_the_name_of_an_array(name: str) -> None:
+def test_an_encoding_cannot_be_named_like_an_array(name: str) -> None:
     mine = own.Negated()
     mine.name = name
     with pytest.raises(UsageError, match="cannot be registered"):
@@ -73,7 +73,7 @@ def test_an_encoding_cannot_have_the_name_of_an_array(name: str) -> None:
         ),
     ],
 )
-def test_unreadable_arrays_are_refused(
+def test_invalid_array_specs_are_refused(
     mine: own.Negated, monkeypatch: pytest.MonkeyPatch, change: Callable[[Specs], Specs], says: str
 ) -> None:
     arrays = mine.arrays(ResponseShape(CLASSES, HEIGHT, WIDTH))
@@ -92,7 +92,7 @@ def test_unreadable_arrays_are_refused(
         (lambda r: {**r, GLOBAL: r[GLOBAL] > 0}, f"{GLOBAL}: found bool"),
     ],
 )
-def test_rows_that_do_not_match_the_arrays_are_refused(
+def test_rows_that_do_not_match_the_array_specs_are_refused(
     mine: own.Negated,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,

@@ -38,7 +38,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 64])
-def test_new_encodings_are_those_of_the_logits(
+def test_converted_rows_equal_the_encoded_logits(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
     """The number of samples encoded at once does not matter, nor a smaller last batch."""
@@ -61,7 +61,7 @@ def test_new_encodings_are_those_of_the_logits(
                     assert np.array_equal(rows[array], values.numpy()), array
 
 
-def test_everything_else_comes_along(source: Path, tmp_path: Path) -> None:
+def test_metadata_is_copied_unchanged(source: Path, tmp_path: Path) -> None:
     converted(source, tmp_path / "c", "envelope")
     old, new = open_cache(source), open_cache(tmp_path / "c")
     for shard in range(len(COUNTS)):
@@ -96,7 +96,7 @@ def test_a_copy_in_the_same_encodings_has_the_same_bytes(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("views", "block"), [(1, 1), (2, BLOCK), (3, 3)])
-def test_a_part_of_the_views_and_shards(
+def test_a_subset_of_views_and_shards_is_converted(
     source: Path, tmp_path: Path, views: int, block: int
 ) -> None:
     converted(source, tmp_path / "c", "dense", views=views, shards=(1, 3))
@@ -123,7 +123,7 @@ def test_more_views_extend_a_converted_cache(source: Path, tmp_path: Path) -> No
         assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_conversion_that_was_stopped_goes_on(source: Path, tmp_path: Path) -> None:
+def test_an_interrupted_conversion_resumes(source: Path, tmp_path: Path) -> None:
     answers = iter([False, False, True])
     with pytest.raises(KeyboardInterrupt):
         converted(source, tmp_path / "c", "envelope", stopped=lambda: next(answers))
@@ -137,7 +137,7 @@ def test_a_conversion_that_was_stopped_goes_on(source: Path, tmp_path: Path) -> 
         assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_an_unfinished_cache_is_converted_as_far_as_it_goes(tmp_path: Path) -> None:
+def test_finished_units_of_an_unfinished_cache_are_converted(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "a", manifest(encodings=("dense",)))
     fill(writer, writer.todo(shards=[1]))
     found = converted(tmp_path / "a", tmp_path / "b", "envelope")
@@ -150,7 +150,7 @@ def test_an_unfinished_cache_is_converted_as_far_as_it_goes(tmp_path: Path) -> N
     assert found["complete"] is True
 
 
-def test_a_larger_block_waits_for_all_of_the_blocks_that_it_is_made_of(tmp_path: Path) -> None:
+def test_a_larger_block_waits_for_all_its_source_blocks(tmp_path: Path) -> None:
     """Three views in one block, of which the source has two in its first, and one in its second."""
     writer = CacheWriter.create(tmp_path / "a", manifest(encodings=("dense",)))
     fill(writer, [unit for unit in writer.todo() if unit.block == 0 or unit.shard == 1])
@@ -162,7 +162,7 @@ def test_a_larger_block_waits_for_all_of_the_blocks_that_it_is_made_of(tmp_path:
     assert (found["units_written"], found["complete"]) == (2, True)
 
 
-def test_an_encoding_without_logits_to_make_it_from_is_refused(tmp_path: Path) -> None:
+def test_converting_without_stored_logits_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "a", encodings=("envelope",))
     with pytest.raises(CacheError, match="cannot be converted to topk") as caught:
         converted(tmp_path / "a", tmp_path / "b", "envelope", "topk")
@@ -174,7 +174,7 @@ def test_an_encoding_without_logits_to_make_it_from_is_refused(tmp_path: Path) -
 @pytest.mark.parametrize(
     "options", [{"views": 5}, {"views": 0}, {"shards": (0, 4)}, {"shards": (2, 2)}]
 )
-def test_parts_that_are_not_there_are_refused(
+def test_nonexistent_views_and_shards_are_refused(
     source: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     with pytest.raises(UsageError, match="the cache"):
@@ -191,7 +191,7 @@ def test_a_cache_is_not_converted_into_itself(source: Path, tmp_path: Path) -> N
     assert tree(source) == before
 
 
-def test_a_target_of_another_making_is_refused(source: Path, tmp_path: Path) -> None:
+def test_a_target_with_a_different_manifest_is_refused(source: Path, tmp_path: Path) -> None:
     make(tmp_path / "c", encodings=("envelope",), root_seed=8)
     before = tree(tmp_path / "c")
     with pytest.raises(CacheError, match="another cache") as caught:
@@ -200,7 +200,7 @@ def test_a_target_of_another_making_is_refused(source: Path, tmp_path: Path) -> 
     assert tree(tmp_path / "c") == before
 
 
-def test_the_parent_survives_the_manifest_and_is_checked() -> None:
+def test_the_parent_round_trips_and_is_validated() -> None:
     parent = manifest().as_parent(None)
     made = manifest(parent=parent)
     assert CacheManifest.from_json(made.to_json()) == made

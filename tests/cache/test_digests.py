@@ -135,7 +135,7 @@ EXCHANGES: dict[str, Callable[[Path, Path], None]] = {
 
 
 @pytest.mark.parametrize("how", EXCHANGES)
-def test_replaced_files_are_refused_by_reader_and_verify(tmp_path: Path, how: str) -> None:
+def test_replaced_files_are_refused_by_the_reader_and_verify(tmp_path: Path, how: str) -> None:
     cache, other = tmp_path / "c", other_teacher(tmp_path / "other")
     make(cache)
     read_all(cache)
@@ -146,7 +146,7 @@ def test_replaced_files_are_refused_by_reader_and_verify(tmp_path: Path, how: st
     assert problems(cache) != []
 
 
-def test_labels_set_to_zero_are_refused(tmp_path: Path) -> None:
+def test_labels_replaced_with_zeros_are_refused(tmp_path: Path) -> None:
     """With valid checksums, and the same in every later unit."""
     make(tmp_path / "c")
     zeros = CacheWriter.create(tmp_path / "zeros", manifest())
@@ -161,7 +161,7 @@ def test_labels_set_to_zero_are_refused(tmp_path: Path) -> None:
     assert set(problems(tmp_path / "c")) == {"label/c/1/0"}
 
 
-def test_a_unit_with_other_keys_is_detected(tmp_path: Path) -> None:
+def test_a_unit_of_other_images_is_detected(tmp_path: Path) -> None:
     """The unit has its own record, but the tar shard's files match another unit's record."""
     a, b = tmp_path / "a", tmp_path / "b"
     make(a)
@@ -215,7 +215,7 @@ def test_digests_match_the_specification(tmp_path: Path) -> None:
     assert open_cache(tmp_path / "c").digest() == root.hexdigest()
 
 
-def test_the_root_digest_depends_on_contents_and_not_on_the_writers(tmp_path: Path) -> None:
+def test_the_root_digest_depends_only_on_content(tmp_path: Path) -> None:
     make(tmp_path / "a")
     root = open_cache(tmp_path / "a").digest()
     elsewhere = replace(dataset(), name="my copy")
@@ -295,7 +295,7 @@ def test_a_requested_digest_accepts_only_its_content(tmp_path: Path) -> None:
         open_cache(f"{tmp_path / 'forged'}@sha256:{root}")
 
 
-def test_an_unfinished_cache_has_no_digest(tmp_path: Path) -> None:
+def test_an_unfinished_cache_does_not_match_a_requested_digest(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest())
     fill(writer, writer.todo()[:2])
     with pytest.raises(CacheError, match="does not have the requested digest") as caught:
@@ -345,7 +345,7 @@ def test_convert_records_the_digest_of_its_source(tmp_path: Path) -> None:
 # When files are compared
 
 
-def test_a_file_is_hashed_once_however_many_processes_read_it(
+def test_a_file_is_hashed_once_across_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "c")

@@ -43,7 +43,7 @@ def stranger() -> Any:
     return module
 
 
-def test_the_pages_reader_recovers_hard_labels_at_any_ratio(cache: Path, stranger: Any) -> None:
+def test_the_specified_reader_recovers_hard_labels_at_any_ratio(cache: Path, stranger: Any) -> None:
     reader = open_cache(cache)
     crossing = 0.25  # a multiple of 1/65535 or half of one is the hard case
     ratios = [0.0, 1.0, 1e-9, crossing, 0.5, 0.123456, 32767.5 / 65535, 32768 / 65535]
@@ -57,7 +57,7 @@ def test_the_pages_reader_recovers_hard_labels_at_any_ratio(cache: Path, strange
                 assert np.array_equal(stranger.hard_labels(cache, view, shard, r), expected), r
 
 
-def test_the_pages_reader_finds_keys_and_refuses_unfinished_units(
+def test_the_specified_reader_reads_keys_and_refuses_unfinished_units(
     cache: Path, stranger: Any, tmp_path: Path
 ) -> None:
     reader = open_cache(cache)
@@ -68,7 +68,7 @@ def test_the_pages_reader_finds_keys_and_refuses_unfinished_units(
         stranger.hard_labels(tmp_path / "c", 0, 0, 1.0)
 
 
-def test_the_page_suffices_to_read_topk(tmp_path: Path) -> None:
+def test_the_specification_suffices_to_read_topk(tmp_path: Path) -> None:
     """In numpy, following only the page, against the targets of the losses."""
     encoding = ENCODINGS["topk"]
     generator = torch.Generator().manual_seed(0)
@@ -94,7 +94,7 @@ def test_the_page_suffices_to_read_topk(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_every_array_is_in_the_tables_with_its_type_and_shape() -> None:
+def test_the_tables_list_every_array_with_its_type_and_shape() -> None:
     arrays = layout.stored_arrays(
         manifest(
             encodings=tuple(ENCODINGS),
@@ -142,13 +142,13 @@ def test_every_array_is_in_the_tables_with_its_type_and_shape() -> None:
         assert rest[-1 if "/" in name else 0] == str(array.fill).replace("nan", "NaN"), name
 
 
-def test_the_pages_example_file_exists(cache: Path) -> None:
+def test_the_example_file_name_is_correct(cache: Path) -> None:
     example = layout.stored_arrays(manifest(views=6))["seed"].key(2 * 2, 5)
     assert example == "seed/c/2/5/0"
     assert f"`{example}`" in PAGE
 
 
-def test_the_pages_numbers_match_the_code() -> None:
+def test_the_numbers_in_the_specification_match_the_code() -> None:
     made = manifest(encodings=("envelope", "sampled"))
     for name in ("envelope/lines", "sampled/lines"):
         order = "(0, 1, 4, 3, 2, 5, 6)"

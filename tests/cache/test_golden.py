@@ -101,7 +101,7 @@ def test_the_pinned_cache_is_read_as_written(
                 assert np.array_equal(found[array], rows.numpy()), array
 
 
-def test_the_pinned_cache_is_reproduced_today(
+def test_the_pinned_cache_is_reproduced(
     tmp_path: Path, pinned: tuple[dict[str, bytes], str]
 ) -> None:
     files, version = pinned

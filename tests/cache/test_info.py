@@ -36,7 +36,7 @@ def test_a_finished_cache_is_described(tmp_path: Path) -> None:
     assert found["teacher_top1"] == 100 * correct / (4 * sum(COUNTS))
 
 
-def test_bytes_are_the_lengths_of_the_files(tmp_path: Path) -> None:
+def test_reported_bytes_equal_the_file_sizes(tmp_path: Path) -> None:
     path = tmp_path / "c"
     make(path)
     found, files = describe(open_cache(path)), tree(path)
@@ -50,7 +50,7 @@ def test_bytes_are_the_lengths_of_the_files(tmp_path: Path) -> None:
     assert found["encodings"]["envelope"]["serves"] == ["hard"]
 
 
-def test_an_unfinished_cache_says_what_is_done(tmp_path: Path) -> None:
+def test_progress_of_an_unfinished_cache_is_reported(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest(encodings=("envelope",)))
     found = describe(open_cache(tmp_path / "c"))
     assert found["teacher_top1"] is None
@@ -64,7 +64,7 @@ def test_an_unfinished_cache_says_what_is_done(tmp_path: Path) -> None:
     assert found["losses"] == {"deit": ["hard"], "cskd": ["hard"]}
 
 
-def test_it_says_how_to_cite_the_cache_and_the_method(tmp_path: Path) -> None:
+def test_citations_of_the_cache_and_the_method_are_given(tmp_path: Path) -> None:
     made = make(tmp_path / "c", dataset=replace(dataset(), name="to{y}\\x"))
     found = describe(open_cache(tmp_path / "c"))
     assert found["manifest_sha256"] == made.manifest.digest()
@@ -79,7 +79,7 @@ def test_it_says_how_to_cite_the_cache_and_the_method(tmp_path: Path) -> None:
     assert "year = {2026}" in bibtex
 
 
-def test_encodings_say_what_they_serve(tmp_path: Path) -> None:
+def test_supported_targets_of_each_encoding_are_reported(tmp_path: Path) -> None:
     CacheWriter.create(tmp_path / "c", manifest(encodings=tuple(ENCODINGS)))
     found = describe(open_cache(tmp_path / "c"))["encodings"]
     assert {name: e["exact"] for name, e in found.items()} == {
@@ -90,7 +90,7 @@ def test_encodings_say_what_they_serve(tmp_path: Path) -> None:
     assert found["dense-q8"]["serves"] == ["soft"]
 
 
-def test_a_summary_says_how_targets_are_served(tmp_path: Path) -> None:
+def test_the_summary_describes_the_targets_of_each_encoding(tmp_path: Path) -> None:
     made = manifest(encodings=tuple(ENCODINGS), sampled=Sampled(4, 1 / 3))
     CacheWriter.create(tmp_path / "c", made)
     found = summarise(describe(open_cache(tmp_path / "c")))["encodings"]
@@ -103,7 +103,7 @@ def test_a_summary_says_how_targets_are_served(tmp_path: Path) -> None:
     }
 
 
-def test_the_parent_of_a_converted_cache_is_named(tmp_path: Path) -> None:
+def test_the_parent_of_a_converted_cache_is_reported(tmp_path: Path) -> None:
     parent = manifest().as_parent("cd" * 32)
     CacheWriter.create(tmp_path / "c", manifest(parent=parent))
     found = describe(open_cache(tmp_path / "c"))
@@ -112,7 +112,7 @@ def test_the_parent_of_a_converted_cache_is_named(tmp_path: Path) -> None:
     assert f"converted from sha256:{'cd' * 32} (dense, envelope, 4 views" in text
 
 
-def test_a_finished_cache_fits_in_half_a_screen(tmp_path: Path) -> None:
+def test_the_summary_has_at_most_20_lines(tmp_path: Path) -> None:
     make(tmp_path / "c", license="CC-BY-4.0", notes="for tests")
     lines = dict(flatten(summarise(describe(open_cache(tmp_path / "c")))))
     assert len(lines) <= 20
@@ -137,7 +137,7 @@ def test_the_policy_is_summarised_by_its_non_default_values(tmp_path: Path) -> N
     assert text == "deit-v1, 32 px; non-default: crop_area 0.5/1, flip 0.0"
 
 
-def test_thousands_of_unfinished_shards_are_summed_up(tmp_path: Path) -> None:
+def test_unfinished_shards_are_abbreviated(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest(dataset=dataset((1,) * 1024)))
     found = describe(open_cache(tmp_path / "c"))
     assert len(found["shards"]) == 1024
@@ -153,7 +153,7 @@ def test_a_folder_without_a_cache_is_not_described(tmp_path: Path) -> None:
         describe(open_cache(tmp_path))
 
 
-def test_sizes_follow_links_and_end_where_these_lead_back_or_nowhere(tmp_path: Path) -> None:
+def test_sizes_follow_links_and_ignore_cycles_and_dangling_links(tmp_path: Path) -> None:
     make(tmp_path / "cache")
     before = describe(open_cache(tmp_path / "cache"))
     (tmp_path / "cache/dense").rename(tmp_path / "elsewhere")

@@ -53,7 +53,7 @@ def test_the_schemas_are_valid_json_schema(name: str) -> None:
     Draft202012Validator.check_schema(document)
 
 
-def test_a_manifest_survives_json() -> None:
+def test_manifests_round_trip_through_json() -> None:
     for made in (
         manifest(),
         manifest(other_versions=({"torch": "2.8"},), notes="ä\n", license="CC0"),
@@ -63,7 +63,7 @@ def test_a_manifest_survives_json() -> None:
         assert DatasetManifest.from_json(json.loads(json.dumps(data.to_json()))) == data
 
 
-def test_a_saved_dataset_manifest_loads(tmp_path: Path) -> None:
+def test_a_saved_dataset_manifest_can_be_loaded(tmp_path: Path) -> None:
     dataset().save(tmp_path / "manifest.json")
     assert DatasetManifest.load(tmp_path / "manifest.json") == dataset()
 
@@ -122,7 +122,7 @@ def test_an_invalid_field_is_named(path: str, value: object, expected: str) -> N
 
 
 @pytest.mark.parametrize("value", [None, 3, "text", [], [1, [2]], {"format": "cskd-cache"}])
-def test_any_json_is_refused_with_a_manifest_error(value: object) -> None:
+def test_json_that_is_not_a_manifest_is_refused(value: object) -> None:
     assert problems(value)
 
 
@@ -155,7 +155,7 @@ def test_problems_of_a_huge_document_are_bounded() -> None:
     assert len(found) == schemas.MAX_PROBLEMS
 
 
-def test_differences_that_forbid_continuing_are_named() -> None:
+def test_conflicting_fields_are_listed() -> None:
     last = ShardInfo.of("z.tar", ["k"], 9, "0" * 64)
     other = manifest(
         dataset=replace(dataset(), shards=(*dataset().shards[:2], last)),
@@ -210,7 +210,7 @@ def test_the_digest_does_not_depend_on_the_order_of_fields() -> None:
     )
 
 
-def test_present_versions_and_time_fit_the_schema() -> None:
+def test_current_versions_and_time_match_the_schema() -> None:
     made = manifest(versions=library_versions(), created=utc_now())
     assert CacheManifest.from_json(made.to_json()) == made
     assert {"python", "machine", "pillow", "numpy", "torch"} <= set(made.versions)

@@ -74,9 +74,7 @@ def without_manifest(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_parts_merge_into_what_one_writer_makes_of_their_units(
-    tmp_path: Path, seed: int
-) -> None:
+def test_merged_parts_equal_a_single_write_of_their_units(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     shares = [[unit for unit in UNITS if rng.random() < 0.5] for _ in range(3)]
     parts = [part(tmp_path / str(n), share) for n, share in enumerate(shares)]
@@ -90,7 +88,7 @@ def test_any_parts_merge_into_what_one_writer_makes_of_their_units(
     assert found["views_copied"] == BLOCK * sum(COUNTS[unit.shard] for unit in every)
 
 
-def test_files_are_copied_as_they_are_and_nothing_is_decoded(
+def test_files_are_copied_without_decoding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes]
 ) -> None:
     a = part(tmp_path / "a", UNITS)
@@ -99,7 +97,7 @@ def test_files_are_copied_as_they_are_and_nothing_is_decoded(
     assert without_manifest(tmp_path / "out") == whole
 
 
-def test_a_part_with_fewer_views_joins_one_with_more(
+def test_parts_with_different_numbers_of_views_merge(
     tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     parts = [part(tmp_path / "a", UNITS[:3], views=2), part(tmp_path / "b", UNITS[3:])]
@@ -110,7 +108,7 @@ def test_a_part_with_fewer_views_joins_one_with_more(
         assert without_manifest(out) == whole
 
 
-def test_the_same_again_changes_nothing(tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_merging_again_changes_nothing(tmp_path: Path, whole: dict[str, bytes]) -> None:
     parts = [part(tmp_path / "a", UNITS[:4]), part(tmp_path / "b", UNITS[3:])]
     merged(tmp_path / "out", *parts)
     before = tree(tmp_path / "out")
@@ -120,7 +118,7 @@ def test_the_same_again_changes_nothing(tmp_path: Path, whole: dict[str, bytes])
     assert without_manifest(tmp_path / "out") == whole
 
 
-def test_what_a_part_has_begun_and_not_finished_is_not_taken(tmp_path: Path) -> None:
+def test_unfinished_units_are_not_copied(tmp_path: Path) -> None:
     a = part(tmp_path / "a", UNITS[:2])
     os.unlink(a / "digest/c/0/1")
     assert merged(tmp_path / "out", a)["units_missing"] == 5
@@ -129,9 +127,7 @@ def test_what_a_part_has_begun_and_not_finished_is_not_taken(tmp_path: Path) -> 
     }
 
 
-def test_a_later_merge_brings_what_was_finished_since(
-    tmp_path: Path, whole: dict[str, bytes]
-) -> None:
+def test_a_later_merge_adds_newly_finished_units(tmp_path: Path, whole: dict[str, bytes]) -> None:
     a, b = part(tmp_path / "a", UNITS[:2]), part(tmp_path / "b", [], views=2)
     assert merged(tmp_path / "out", a, b)["units_missing"] == 4
     writer = CacheWriter.open(b)
@@ -141,7 +137,7 @@ def test_a_later_merge_brings_what_was_finished_since(
     assert without_manifest(tmp_path / "out") == whole
 
 
-def test_a_merged_cache_says_what_its_parts_say(tmp_path: Path) -> None:
+def test_license_notes_and_parent_are_merged(tmp_path: Path) -> None:
     parent = {**manifest().as_parent(None), "manifest_sha256": "0" * 64}
     changes: list[dict[str, Any]] = [
         {"license": "CC0", "notes": "one", "parent": parent},
@@ -169,7 +165,9 @@ def slice_of(path: Path, shards: slice, **changes: Any) -> Path:
     return path
 
 
-def test_slices_unite_in_the_order_given(tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_slices_are_concatenated_in_the_given_order(
+    tmp_path: Path, whole: dict[str, bytes]
+) -> None:
     """The longest tar shard is in the first slice: the others have files of another shape."""
     cuts = (slice(0, 1), slice(1, 2), slice(2, 3))
     parts = [slice_of(tmp_path / f"{cut.start}", cut) for cut in cuts]
@@ -182,7 +180,7 @@ def test_slices_unite_in_the_order_given(tmp_path: Path, whole: dict[str, bytes]
     assert np.array_equal(turned.seeds(1, 2), open_cache(tmp_path / "out").seeds(1, 0))
 
 
-def test_a_slice_is_compared_with_the_whole_value_by_value(tmp_path: Path) -> None:
+def test_a_slice_is_compared_with_the_full_cache_by_value(tmp_path: Path) -> None:
     make(tmp_path / "all")
     cut = slice_of(tmp_path / "cut", slice(1, 3))
     found = merged(tmp_path / "out", tmp_path / "all", cut)
@@ -206,7 +204,7 @@ def test_slices_of_another_data_set_are_refused(tmp_path: Path, field: str) -> N
     assert str(parts[1]) in line
 
 
-def test_classes_in_another_order_are_refused_unless_accepted(tmp_path: Path) -> None:
+def test_a_different_class_order_is_refused_unless_accepted(tmp_path: Path) -> None:
     """Also for caches of the same tar shards: their contents do not show which list is right."""
     names = tuple(f"c{k}" for k in range(CLASSES))
     parts = [
@@ -229,7 +227,7 @@ def test_classes_in_another_order_are_refused_unless_accepted(tmp_path: Path) ->
     assert open_cache(tmp_path / "out").manifest.dataset.class_names == names
 
 
-def test_a_target_whose_classes_have_another_order_is_refused(tmp_path: Path) -> None:
+def test_a_target_with_a_different_class_order_is_refused(tmp_path: Path) -> None:
     names = dataset().class_names
     assert names is not None
     turned = replace(dataset(), class_names=names[::-1])
@@ -239,7 +237,7 @@ def test_a_target_whose_classes_have_another_order_is_refused(tmp_path: Path) ->
     assert "dataset.class_names: the same" in caught.value.problems[0]
 
 
-def test_another_cut_of_the_same_samples_is_refused(tmp_path: Path) -> None:
+def test_the_same_samples_in_different_tar_shards_are_refused(tmp_path: Path) -> None:
     """Its tar shards have other names and contents, but training would repeat images."""
     here = ShardInfo.of("cut-0.tar", keys(0, 5)[::-1], 10240, "e" * 64)
     other = DatasetManifest("toy", CLASSES, (here,), dataset().class_names)
@@ -269,7 +267,7 @@ def test_another_cut_of_the_same_samples_is_refused(tmp_path: Path) -> None:
         ({"view_block": 4}, "view_block"),
     ],
 )
-def test_caches_of_another_making_are_refused_with_both_sides_named(
+def test_conflicting_manifests_are_refused_naming_both_caches(
     tmp_path: Path, changes: dict[str, Any], at: str
 ) -> None:
     a, b = part(tmp_path / "a", []), part(tmp_path / "b", [], **changes)
@@ -285,7 +283,7 @@ def test_caches_of_another_making_are_refused_with_both_sides_named(
 @pytest.mark.parametrize(
     ("field", "value"), [("sha256", "f" * 64), ("keys_sha256", "f" * 64), ("count", 6)]
 )
-def test_other_tar_shards_of_the_same_names_are_refused(
+def test_different_tar_shards_of_the_same_name_are_refused(
     tmp_path: Path, field: str, value: Any
 ) -> None:
     shards = list(dataset().shards)
@@ -299,7 +297,7 @@ def test_other_tar_shards_of_the_same_names_are_refused(
     assert f" in {a}, {value} in {b}" in line
 
 
-def test_a_tar_whose_sha256_one_part_does_not_state_is_the_others(tmp_path: Path) -> None:
+def test_a_missing_tar_sha256_is_taken_from_another_part(tmp_path: Path) -> None:
     shards = tuple(replace(shard, sha256=None) for shard in dataset().shards)
     unknown = replace(dataset(), shards=shards)
     a, b = part(tmp_path / "a", UNITS[:1], dataset=unknown), part(tmp_path / "b", UNITS[1:2])
@@ -308,7 +306,7 @@ def test_a_tar_whose_sha256_one_part_does_not_state_is_the_others(tmp_path: Path
     merged(tmp_path / "out", a)  # an unknown digest is no difference
 
 
-def test_a_target_of_another_making_is_refused(tmp_path: Path) -> None:
+def test_a_target_with_a_different_manifest_is_refused(tmp_path: Path) -> None:
     a, out = part(tmp_path / "a", UNITS[:1]), part(tmp_path / "out", [], root_seed=8)
     with pytest.raises(CacheError, match="contains another cache") as caught:
         merged(out, a)
@@ -344,7 +342,7 @@ def test_other_versions_are_refused_unless_accepted_and_then_recorded(tmp_path: 
 # Units of several caches
 
 
-def test_units_written_by_another_zstd_are_equal(
+def test_units_are_compared_by_value_and_not_by_compressed_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes]
 ) -> None:
     a = part(tmp_path / "a", UNITS)
@@ -375,7 +373,7 @@ def altered(unit: Unit, made: CacheManifest, name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_unit_that_differs_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_a_differing_unit_is_refused_and_located(tmp_path: Path, name: str) -> None:
     a = part(tmp_path / "a", UNITS)
     b = part(tmp_path / "b", UNITS[:4])
     unit = UNITS[4]  # views 2-3 of shard 1
@@ -396,7 +394,7 @@ def test_a_unit_that_differs_is_refused_by_name(tmp_path: Path, name: str) -> No
 
 @pytest.mark.parametrize("name", ["labels", "image_crc32"])
 @pytest.mark.parametrize("units", [UNITS[1:2], UNITS[4:5]], ids=["same unit", "other unit"])
-def test_labels_and_images_agree_in_all_units_of_a_tar_shard(
+def test_labels_and_images_must_agree_across_units_of_a_tar_shard(
     tmp_path: Path, name: str, units: list[Unit]
 ) -> None:
     a = part(tmp_path / "a", UNITS[1:2])
@@ -417,7 +415,7 @@ def test_labels_and_images_agree_in_all_units_of_a_tar_shard(
         merged(tmp_path / "kept", tmp_path / "b")
 
 
-def test_what_was_merged_before_is_compared_too(tmp_path: Path) -> None:
+def test_units_merged_earlier_are_compared_too(tmp_path: Path) -> None:
     merged(tmp_path / "out", part(tmp_path / "a", UNITS))
     before = tree(tmp_path / "out")
     writer = CacheWriter.create(tmp_path / "b", manifest())
@@ -453,7 +451,7 @@ def test_a_damaged_part_is_not_copied(tmp_path: Path, name: str, how: str) -> No
 
 @pytest.mark.parametrize("begun", [False, True], ids=["first", "compared"])
 @pytest.mark.parametrize("name", ["key", "label", "image_crc32"])
-def test_what_a_record_vouches_for_is_read_before_it_is_copied(
+def test_files_that_match_their_record_are_validated_before_copying(
     tmp_path: Path, name: str, begun: bool
 ) -> None:
     """Keys of another data set, or labels that are not zstd, in files that match their record."""
@@ -475,7 +473,9 @@ def test_what_a_record_vouches_for_is_read_before_it_is_copied(
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("first", [True, False], ids=["left before", "in another part"])
-def test_a_damaged_second_copy_is_found(tmp_path: Path, name: str, first: bool) -> None:
+def test_damage_in_either_copy_of_a_unit_is_detected(
+    tmp_path: Path, name: str, first: bool
+) -> None:
     a, b = (part(tmp_path / of, UNITS) for of in "ab")
     out = tmp_path / "out"
     if first:
@@ -489,7 +489,7 @@ def test_a_damaged_second_copy_is_found(tmp_path: Path, name: str, first: bool) 
     assert caught.value.where == path
 
 
-def test_a_merge_that_is_stopped_anywhere_goes_on(tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_an_interrupted_merge_resumes(tmp_path: Path, whole: dict[str, bytes]) -> None:
     parts = [part(tmp_path / "a", UNITS[:4]), part(tmp_path / "b", UNITS[2:])]
     for number in range(len(UNITS)):
         answers = iter([False] * number + [True])
@@ -500,9 +500,7 @@ def test_a_merge_that_is_stopped_anywhere_goes_on(tmp_path: Path, whole: dict[st
     assert without_manifest(tmp_path / "out") == whole
 
 
-def test_a_full_disk_leaves_what_the_same_command_finishes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_resumes_after_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a = part(tmp_path / "a", [Unit(0, 1, range(4))], view_block=4)
     template = tmp_path / "template"
     CacheWriter.create(template, manifest(view_block=4))
@@ -533,9 +531,7 @@ def merge_and_die(out: Path, parts: list[Path], moment: int) -> None:
     merged(out, *parts)
 
 
-def test_a_merge_killed_at_any_file_ends_as_an_uninterrupted_one(
-    tmp_path: Path, whole: dict[str, bytes]
-) -> None:
+def test_a_killed_merge_resumes_to_the_same_cache(tmp_path: Path, whole: dict[str, bytes]) -> None:
     parts = [part(tmp_path / "a", UNITS[:4]), part(tmp_path / "b", UNITS[3:])]
     moments = random.Random(0)
     for _ in range(12):
@@ -549,7 +545,7 @@ def test_a_merge_killed_at_any_file_ends_as_an_uninterrupted_one(
     assert without_manifest(tmp_path / "out") == whole  # and no partial files
 
 
-def test_files_are_synced_before_they_are_named_and_records_come_last(
+def test_files_are_synced_before_renaming_and_records_come_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a = part(tmp_path / "a", UNITS[:2])
@@ -578,7 +574,7 @@ def test_files_are_synced_before_they_are_named_and_records_come_last(
     assert folders <= synced
 
 
-def test_two_merges_at_once_and_a_writer_make_one_cache(
+def test_two_concurrent_merges_and_a_writer_produce_one_cache(
     tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     parts = [part(tmp_path / "a", UNITS[:4]), part(tmp_path / "b", UNITS[3:])]

@@ -27,7 +27,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_slices_list_their_own_and_what_is_merged_lists_all(source: Path, tmp_path: Path) -> None:
+def test_slices_and_merges_carry_their_part_of_the_list(source: Path, tmp_path: Path) -> None:
     slices = [tmp_path / "a", tmp_path / "b"]
     for path, shards in zip(slices, ((0, 1), (1, 3)), strict=True):
         convert(source, path, Conversion(shards=shards))
@@ -41,7 +41,7 @@ def test_slices_list_their_own_and_what_is_merged_lists_all(source: Path, tmp_pa
     assert (tmp_path / "whole" / LIST).read_text() == LISTED
 
 
-def test_the_list_of_a_published_cache_comes_along(
+def test_the_list_of_a_remote_cache_is_copied(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "copies"))
@@ -61,7 +61,7 @@ def test_the_list_of_a_published_cache_comes_along(
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n", f"{HEADER}corrupt,x,0,k\n", f"{HEADER}corrupt,0\n"])
-def test_a_list_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_malformed_list_is_refused(tmp_path: Path, text: str) -> None:
     CacheWriter.create(tmp_path / "c", manifest())
     (tmp_path / "c" / LIST).write_text(text)
     with pytest.raises(CacheError, match="left out cannot be read"):

@@ -58,7 +58,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 # --- the same cache -------------------------------------------------------------------------------
 
 
-def test_a_published_cache_is_the_cache_it_was(published: Published, finished: Path) -> None:
+def test_publishing_leaves_the_cache_unchanged(published: Published, finished: Path) -> None:
     before, after = tree(finished), tree(published.path)
     assert {name: after[name] for name in before} == before
     assert after.keys() - before.keys() == FILES
@@ -68,7 +68,7 @@ def test_a_published_cache_is_the_cache_it_was(published: Published, finished: P
     open_cache(f"{published.path}@sha256:{one['digest']}")
 
 
-def test_commands_on_caches_do_not_mind_the_files(
+def test_cache_commands_ignore_the_published_files(
     published: Published, tmp_path: Path, capsys: Capture
 ) -> None:
     path = str(published.path)
@@ -84,7 +84,7 @@ def test_commands_on_caches_do_not_mind_the_files(
     assert open_cache(tmp_path / "merged").digest() == published.report["digest"]
 
 
-def test_the_command_that_uploads_is_printed(copied: Path, capsys: Capture) -> None:
+def test_the_upload_command_is_printed(copied: Path, capsys: Capture) -> None:
     words = ["cache", "publish", str(copied), "--samples", "1", "--json"]
     assert main(words) == 0
     assert "upload" not in json.loads(capsys.readouterr().out)
@@ -93,7 +93,7 @@ def test_the_command_that_uploads_is_printed(copied: Path, capsys: Capture) -> N
     assert upload == f"hf upload lab/toy {copied} --repo-type dataset"
 
 
-def test_more_files_than_the_hub_recommends_are_warned_of(
+def test_exceeding_the_hubs_file_limit_is_warned_about(
     copied: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     publish(copied, replace(OPTIONS, samples=1))
@@ -107,7 +107,7 @@ def test_more_files_than_the_hub_recommends_are_warned_of(
 # --- the preview ----------------------------------------------------------------------------------
 
 
-def test_the_preview_is_what_the_cache_holds(published: Published) -> None:
+def test_the_preview_matches_the_cache(published: Published) -> None:
     cache, rows = open_cache(published.path), rows_of(published.path)
     assert len(rows) == published.report["views"] == 20
     policy, root_seed = cache.manifest.policy, cache.manifest.root_seed
@@ -133,7 +133,7 @@ def test_the_preview_is_what_the_cache_holds(published: Published) -> None:
         assert row["teacher_probability"] == pytest.approx(expected)
 
 
-def test_a_seed_draws_views_each_once(finished: Path) -> None:
+def test_preview_rows_are_drawn_by_seed_without_repetition(finished: Path) -> None:
     cache, total = open_cache(finished), VIEWS * sum(COUNTS)
     one, again, other = (draw_rows(cache, 20, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
@@ -144,7 +144,7 @@ def test_a_seed_draws_views_each_once(finished: Path) -> None:
     assert sorted({view for view, _, _ in one.tolist()}) == list(range(VIEWS))
 
 
-def test_only_what_is_done_and_known_is_shown(tmp_path: Path) -> None:
+def test_the_preview_of_an_unfinished_cache_omits_unknown_values(tmp_path: Path) -> None:
     unnamed = manifest(encodings=("envelope",), dataset=replace(dataset(), class_names=None))
     writer = CacheWriter.create(tmp_path / "cache", unnamed)
     with pytest.raises(CacheError, match="the cache has no finished unit"):
@@ -161,7 +161,7 @@ def test_only_what_is_done_and_known_is_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["topk", "sampled"])
-def test_labels_of_approximations_are_said_to_be_that(
+def test_approximate_labels_are_marked_as_such(
     encoding: str, finished: Path, tmp_path: Path
 ) -> None:
     words = [str(finished), str(tmp_path / "cache"), "--encoding", encoding, "--quiet"]
@@ -184,7 +184,7 @@ def test_labels_of_approximations_are_said_to_be_that(
     assert f"| {encoding} | soft targets, {kept[encoding]} |" in text
 
 
-def test_datasets_opens_the_preview(published: Published, tmp_path: Path) -> None:
+def test_the_datasets_library_opens_the_preview(published: Published, tmp_path: Path) -> None:
     import datasets
 
     found = datasets.load_dataset(str(published.path), cache_dir=str(tmp_path))
@@ -196,7 +196,7 @@ def test_datasets_opens_the_preview(published: Published, tmp_path: Path) -> Non
 # --- digests and Croissant ------------------------------------------------------------------------
 
 
-def test_the_sums_are_those_of_every_file_of_the_cache(published: Published) -> None:
+def test_every_cache_file_has_its_checksum(published: Published) -> None:
     files = tree(published.path)
     lines = files["SHA256SUMS"].decode().splitlines()
     expected = {
@@ -205,7 +205,7 @@ def test_the_sums_are_those_of_every_file_of_the_cache(published: Published) -> 
     assert lines == [f"{expected[name]}  {name}" for name in sorted(expected)]
 
 
-def test_the_sums_are_those_of_what_was_written_not_of_damage(copied: Path) -> None:
+def test_checksums_are_those_recorded_and_not_of_damaged_files(copied: Path) -> None:
     one = PublishOptions(samples=1)
     publish(copied, one)
     before = (copied / "SHA256SUMS").read_text()
@@ -216,7 +216,7 @@ def test_the_sums_are_those_of_what_was_written_not_of_damage(copied: Path) -> N
     assert (copied / "SHA256SUMS").read_text() == before
 
 
-def test_croissant_is_valid_and_gives_the_preview(published: Published) -> None:
+def test_the_croissant_metadata_is_valid_and_loads_the_preview(published: Published) -> None:
     import mlcroissant
 
     found = mlcroissant.Dataset(published.path / "croissant.json")
@@ -239,7 +239,7 @@ def test_croissant_is_valid_and_gives_the_preview(published: Published) -> None:
 # --- hostile text, foreign files ------------------------------------------------------------------
 
 
-def test_hostile_names_stay_text(tmp_path: Path) -> None:
+def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     names = tuple(f"{EVIL}{k}" for k in range(dataset().num_classes))
     cache = tmp_path / "cache"
     changed = replace(dataset(), name=EVIL, class_names=names)
@@ -254,7 +254,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         assert row["class_name"] == printable(names[row["label"]], 80)
 
 
-def test_files_of_others_are_kept(copied: Path) -> None:
+def test_foreign_files_are_kept(copied: Path) -> None:
     for name in FILES:
         (copied / name).write_text("mine")
         with pytest.raises(OutputError, match="not written by this command"):
@@ -264,7 +264,9 @@ def test_files_of_others_are_kept(copied: Path) -> None:
         (copied / name).unlink()
 
 
-def test_a_call_that_was_cut_off_is_repeated(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_publish_can_be_repeated(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for stop in range(1, len(FILES)):
         written: list[Path] = []
 
@@ -283,7 +285,9 @@ def test_a_call_that_was_cut_off_is_repeated(copied: Path, monkeypatch: pytest.M
     assert {p.name for p in copied.iterdir()} >= FILES
 
 
-def test_what_cannot_be_published_is_refused(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpublishable_locations_and_caches_are_refused(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for location in ("hf://lab/toy", "hf://datasets/lab", "hf://datasets/lab/toy/part", "hf:/x"):
         with pytest.raises(UsageError, match="not the location of a data set on the Hub"):
             publish(copied, PublishOptions(location))
@@ -296,14 +300,14 @@ def test_what_cannot_be_published_is_refused(copied: Path, monkeypatch: pytest.M
     assert not FILES & {p.name for p in copied.iterdir()}
 
 
-def test_a_license_is_stated_once(tmp_path: Path) -> None:
+def test_a_second_license_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "cache", license="MIT")
     with pytest.raises(UsageError, match="another license"):
         publish(tmp_path / "cache", OPTIONS)
     assert publish(tmp_path / "cache", PublishOptions(license="MIT"))["license"] == "MIT"
 
 
-def test_flags_of_thumbnails_go_together(copied: Path, capsys: Capture) -> None:
+def test_thumbnail_flags_must_be_combined(copied: Path, capsys: Capture) -> None:
     for flags in (["--thumbnails"], ["--shards", "x"], ["--thumbnails", "--split", "train"]):
         assert main(["cache", "publish", str(copied), *flags]) == 2
     assert "--shards SHARDS" in capsys.readouterr().err

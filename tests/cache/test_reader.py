@@ -145,7 +145,7 @@ def test_returned_arrays_are_writable(cache: Path) -> None:
         assert any((values != 0).any() for values in again.values())
 
 
-def test_a_copy_in_another_process_opens_its_own_files(cache: Path) -> None:
+def test_an_unpickled_reader_opens_its_own_files(cache: Path) -> None:
     reader = open_cache(cache, memory=12345)
     reader.rows("envelope", 0, 0, [0])
     reader.rows("dense", 0, 0, [0])
@@ -182,7 +182,7 @@ def test_a_kept_slab_is_not_read_again(cache: Path, monkeypatch: pytest.MonkeyPa
     reader.rows("envelope", 0, 0, [3])
 
 
-def test_the_least_recently_used_is_evicted_first() -> None:
+def test_the_least_recently_used_entry_is_evicted_first() -> None:
     kept: BytesLRU[str, int] = BytesLRU(10)
     kept.put("a", 1, 4)
     kept.put("b", 2, 4)
@@ -250,7 +250,7 @@ def rewrite_group(path: Path, document: object) -> None:
     (path / "zarr.json").write_bytes(layout.to_bytes(layout.group_document({"cskd": document})))
 
 
-def test_a_manifest_from_the_future_is_refused_with_the_versions(tmp_path: Path) -> None:
+def test_a_newer_format_version_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "c")
     document = manifest().to_json() | {"format_version": 3}
     rewrite_group(tmp_path / "c", {"manifest": document, "sha256": "0" * 64})
@@ -378,7 +378,7 @@ def test_keys_of_another_shard_are_refused(tmp_path: Path) -> None:
     assert caught.value.where == other
 
 
-def test_anything_but_a_regular_file_is_refused(tmp_path: Path) -> None:
+def test_irregular_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "c"
     make(path)
     for make_odd in (os.mkfifo, os.mkdir):
@@ -390,7 +390,7 @@ def test_anything_but_a_regular_file_is_refused(tmp_path: Path) -> None:
         (tmp_path / "aside").rename(path / "label/c/0/0")
 
 
-def test_an_unreadable_disk_is_reported(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_io_error_is_reported(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = open_cache(cache)
 
     def failing(*_: object) -> bytes:
@@ -427,7 +427,7 @@ def test_impossible_values_are_refused(tmp_path: Path) -> None:
 # Speed
 
 
-def test_opening_a_large_cache_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_a_large_cache_is_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads documents and lists folders, and opens no unit."""
     made = manifest(dataset=dataset((3,) * 1024), views=20, view_block=10)
     CacheWriter.create(tmp_path, made)
@@ -498,7 +498,7 @@ def test_a_reopened_reader_is_equal(cache: Path) -> None:
     np.testing.assert_array_equal(other.seeds(0, 1), reader.seeds(0, 1))
 
 
-def test_a_key_of_two_shards_is_refused(cache: Path) -> None:
+def test_a_key_in_two_shards_is_refused(cache: Path) -> None:
     reader = open_cache(cache)
     twice = KeyIndex([0, 1], lambda _shard: ["a", "b"], "here")
     with pytest.raises(CacheError, match="or not unique"):

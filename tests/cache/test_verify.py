@@ -37,7 +37,7 @@ def damage(cache: Path) -> list[Problem]:
     return check_bytes(reader, units(reader))
 
 
-def test_a_whole_cache_has_no_problem(cache: Path) -> None:
+def test_an_intact_cache_has_no_problems(cache: Path) -> None:
     assert structure(cache) == []
     assert damage(cache) == []
 
@@ -50,7 +50,7 @@ def test_every_data_file_is_checked(cache: Path) -> None:
     assert known == set(data_files(cache))
 
 
-def test_every_file_that_is_gone_or_cut_is_named(cache: Path) -> None:
+def test_every_missing_or_truncated_file_is_named(cache: Path) -> None:
     names = [name for name in data_files(cache) if not name.startswith("digest/")]
     gone, cut = names[::3], names[1::3]
     for name in gone:
@@ -70,7 +70,7 @@ def test_unfinished_units_are_not_checked(tmp_path: Path) -> None:
     assert damage(tmp_path / "cache") == []
 
 
-def test_a_flipped_bit_in_any_file_is_found_there_and_nowhere_else(cache: Path) -> None:
+def test_a_flipped_bit_is_reported_only_for_its_file(cache: Path) -> None:
     rng = random.Random(0)
     for name in data_files(cache):
         data = bytearray((cache / name).read_bytes())
@@ -93,7 +93,7 @@ def test_damage_in_many_files_is_reported_together(cache: Path) -> None:
     assert len(found) == len(set(found))
 
 
-def test_labels_that_no_class_has_are_found(tmp_path: Path) -> None:
+def test_labels_out_of_range_are_detected(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "cache", manifest())
     for unit in writer.todo():
         data = unit_data(unit, writer.manifest)
@@ -105,7 +105,7 @@ def test_labels_that_no_class_has_are_found(tmp_path: Path) -> None:
     assert problem.found == "1 labels out of range for 20 classes, first 20"
 
 
-def test_keys_of_other_samples_are_found(cache: Path) -> None:
+def test_keys_of_other_samples_are_detected(cache: Path) -> None:
     """The file is complete, but belongs to another tar shard."""
     (cache / "key/c/0/0/0").write_bytes(tree(cache)["key/c/2/0/0"])
     problems = damage(cache)

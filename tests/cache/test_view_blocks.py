@@ -53,7 +53,7 @@ def on_disk(path: Path) -> FileCounts:
         ((1,), 15, 1, ("envelope",)),  # the largest folder has one for each block
     ],
 )
-def test_the_files_that_are_counted_are_those_on_disk(
+def test_the_predicted_file_counts_match_the_disk(
     tmp_path: Path, counts: tuple[int, ...], views: int, block: int, encodings: tuple[str, ...]
 ) -> None:
     shape = {"views": views, "view_block": block, "encodings": encodings}
@@ -77,7 +77,7 @@ def test_the_files_that_are_counted_are_those_on_disk(
         ({"views": 1, "shards": 1, "longest": 1, "classes": 1, "encodings": ("dense",)}, 1),
     ],
 )
-def test_blocks_divide_the_views_fit_in_memory_and_make_few_files(
+def test_the_chosen_block_divides_the_views_and_fits_in_memory(
     changes: dict[str, Any], expected: int
 ) -> None:
     made = of_size(**{"views": IMAGENET, **changes})
@@ -131,7 +131,7 @@ def test_a_repacked_cache_has_the_same_responses(
                     assert np.array_equal(mine, theirs)
 
 
-def test_other_readers_of_zarr_see_the_same_arrays(both: Path) -> None:
+def test_zarr_reads_the_same_arrays_from_a_repacked_cache(both: Path) -> None:
     old, new = (zarr.open_group(both / name, mode="r") for name in ("old", "new"))
     for name in arrays_of(both / "old"):
         assert np.asarray(old[name][...]).tobytes() == np.asarray(new[name][...]).tobytes(), name
@@ -142,7 +142,9 @@ def arrays_of(path: Path) -> list[str]:
     return [name for name in stored_arrays(open_cache(path).manifest) if name != RECORD]
 
 
-def test_a_repacked_cache_is_verified_pinned_cut_and_merged(both: Path, tmp_path: Path) -> None:
+def test_a_repacked_cache_can_be_verified_pinned_sliced_and_merged(
+    both: Path, tmp_path: Path
+) -> None:
     digest = open_cache(both / "new").digest()
     new = open_cache(f"{both / 'new'}@sha256:{digest}")
     units = np.argwhere(new.done()).tolist()
@@ -156,14 +158,14 @@ def test_a_repacked_cache_is_verified_pinned_cut_and_merged(both: Path, tmp_path
         merge([both / "old", both / "new"], tmp_path / "mixed")
 
 
-def test_a_repacked_cache_goes_back_to_what_it_was(both: Path, tmp_path: Path) -> None:
+def test_repacking_can_be_reversed(both: Path, tmp_path: Path) -> None:
     convert(both / "new", tmp_path / "c", Conversion(view_block=BLOCK))
     old, new = tree(both / "old"), tree(tmp_path / "c")
     assert [name for name in old if old[name] != new[name]] == ["zarr.json"]
     assert open_cache(both / "old").digest() == open_cache(tmp_path / "c").digest()
 
 
-def test_an_unfinished_cache_is_repacked_as_far_as_it_goes(tmp_path: Path) -> None:
+def test_finished_units_of_an_unfinished_cache_are_repacked(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "a", manifest())
     fill(writer, [unit for unit in writer.todo() if unit.block == 0 or unit.shard == 1])
     found = convert(tmp_path / "a", tmp_path / "b", Conversion(view_block=VIEWS))
@@ -173,7 +175,7 @@ def test_an_unfinished_cache_is_repacked_as_far_as_it_goes(tmp_path: Path) -> No
     assert (found["units_written"], found["complete"]) == (2, True)
 
 
-def test_a_block_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_an_impossible_view_block_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "a")
     with pytest.raises(UsageError, match="does not divide the number of views"):
         convert(tmp_path / "a", tmp_path / "b", Conversion(view_block=3))
@@ -186,7 +188,7 @@ def test_a_block_that_cannot_be_is_refused(tmp_path: Path) -> None:
     assert convert(tmp_path / "a", tmp_path / "b")["units_written"] == 0
 
 
-def test_info_counts_the_files_and_says_how_to_have_fewer(tmp_path: Path) -> None:
+def test_info_counts_the_files_and_suggests_how_to_reduce_them(tmp_path: Path) -> None:
     make(tmp_path / "c")
     info = describe(open_cache(tmp_path / "c"))
     counts = on_disk(tmp_path / "c")

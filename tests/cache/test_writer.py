@@ -51,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 # Units
 
 
-def test_units_are_all_blocks_of_all_shards_until_they_are_done(tmp_path: Path) -> None:
+def test_todo_lists_all_unfinished_blocks_of_all_shards(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest())
     units = writer.todo()
     assert units == [Unit(b, s, range(2 * b, 2 * b + 2)) for b in range(2) for s in range(3)]
@@ -74,7 +74,7 @@ def test_units_that_do_not_exist_are_refused(
         writer.todo(**asked)
 
 
-def test_the_order_of_units_does_not_show_in_the_bytes(
+def test_the_bytes_do_not_depend_on_the_order_of_units(
     tmp_path: Path, finished: dict[str, bytes]
 ) -> None:
     for order in (1, 2):
@@ -82,7 +82,7 @@ def test_the_order_of_units_does_not_show_in_the_bytes(
         assert tree(tmp_path / str(order)) == finished
 
 
-def test_lines_that_nobody_uses_leave_no_trace(tmp_path: Path, finished: dict[str, bytes]) -> None:
+def test_unused_lines_are_not_stored(tmp_path: Path, finished: dict[str, bytes]) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest())
     for unit in writer.todo():
         data = unit_data(unit, writer.manifest)
@@ -95,7 +95,7 @@ def test_lines_that_nobody_uses_leave_no_trace(tmp_path: Path, finished: dict[st
     assert tree(tmp_path / "c") == finished
 
 
-def test_a_unit_that_is_done_is_left_alone(tmp_path: Path) -> None:
+def test_a_finished_unit_is_not_rewritten(tmp_path: Path) -> None:
     writer = make(tmp_path / "c")
     before = tree(tmp_path / "c")
     unit = Unit(0, 1, range(2))
@@ -104,7 +104,7 @@ def test_a_unit_that_is_done_is_left_alone(tmp_path: Path) -> None:
     assert tree(tmp_path / "c") == before
 
 
-def test_samples_that_are_not_the_manifests_are_refused(tmp_path: Path) -> None:
+def test_keys_that_do_not_match_the_manifest_are_refused(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest())
     unit = writer.todo()[0]
     data = unit_data(unit, writer.manifest)
@@ -133,7 +133,7 @@ def test_a_later_unit_must_agree_with_the_first(tmp_path: Path, name: str) -> No
 # Creating, continuing, extending
 
 
-def test_creating_again_goes_on(tmp_path: Path, finished: dict[str, bytes]) -> None:
+def test_creating_an_existing_cache_resumes_it(tmp_path: Path, finished: dict[str, bytes]) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest())
     fill(writer, writer.todo()[:2])
     again = CacheWriter.create(
@@ -144,7 +144,7 @@ def test_creating_again_goes_on(tmp_path: Path, finished: dict[str, bytes]) -> N
     assert tree(tmp_path / "c") == finished
 
 
-def test_another_making_is_refused_and_every_difference_told(tmp_path: Path) -> None:
+def test_a_different_manifest_is_refused_listing_every_difference(tmp_path: Path) -> None:
     make(tmp_path / "c")
     before = tree(tmp_path / "c")
     other = manifest(
@@ -177,7 +177,7 @@ def test_other_versions_are_refused_unless_accepted_and_then_recorded(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["notes.txt", ".hidden", "digest"])
-def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(OutputError, match="contains other files") as caught:
         CacheWriter.create(tmp_path, manifest())
@@ -185,7 +185,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path, name: str
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
-def test_a_group_that_is_no_cache_is_refused(tmp_path: Path) -> None:
+def test_a_zarr_group_without_a_cache_is_refused(tmp_path: Path) -> None:
     (tmp_path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
     for make_or_open in (CacheWriter.open, lambda p: CacheWriter.create(p, manifest())):
         with pytest.raises(CacheError, match="not a teacher cache"):
@@ -193,13 +193,13 @@ def test_a_group_that_is_no_cache_is_refused(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["zarr.json"]
 
 
-def test_a_file_as_the_folder_is_refused(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
         CacheWriter.create(tmp_path / "c", manifest())
 
 
-def test_creation_that_was_cut_off_is_completed(
+def test_an_interrupted_creation_is_completed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: dict[str, bytes]
 ) -> None:
     """Fail at the first, second, ... file of the creation, then create again."""
@@ -216,7 +216,7 @@ def test_creation_that_was_cut_off_is_completed(
         assert tree(path) == {name: finished[name] for name in documents}
 
 
-def test_a_cache_grows_by_whole_blocks(tmp_path: Path) -> None:
+def test_a_cache_is_extended_by_whole_blocks(tmp_path: Path) -> None:
     path = tmp_path / "c"
     make(path, views=2)
     early = open_cache(path)
@@ -239,7 +239,7 @@ def test_a_cache_grows_by_whole_blocks(tmp_path: Path) -> None:
     assert writer.manifest.views == open_cache(path).views == 4
 
 
-def test_extension_that_was_cut_off_harms_nobody_and_is_finished_later(
+def test_an_interrupted_extension_is_harmless_and_can_be_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(tmp_path / "whole")
@@ -259,7 +259,7 @@ def test_extension_that_was_cut_off_harms_nobody_and_is_finished_later(
         assert tree(path) == tree(tmp_path / "whole")
 
 
-def test_an_extension_that_ended_while_a_writer_opened_the_cache_is_kept(
+def test_an_extension_during_opening_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other was killed before it removed its marker; the manifest read first is the old one."""
@@ -294,7 +294,7 @@ def fail_at(patch: pytest.MonkeyPatch, number: int, code: int = errno.ENOSPC) ->
     patch.setattr(Path, "write_bytes", failing)
 
 
-def test_a_full_disk_leaves_the_unit_undone_wherever_it_strikes(
+def test_a_full_disk_at_any_file_leaves_the_unit_unfinished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template = tmp_path / "template"
@@ -319,7 +319,7 @@ def test_a_full_disk_leaves_the_unit_undone_wherever_it_strikes(
         assert tree(path) == whole
 
 
-def test_a_disk_that_is_really_full_is_reported(tmp_path: Path) -> None:
+def test_a_genuinely_full_disk_is_reported(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
@@ -336,7 +336,7 @@ def test_a_disk_that_is_really_full_is_reported(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_the_record_comes_after_every_file_and_folder_is_synced(
+def test_the_record_is_written_after_every_file_and_folder_is_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = CacheWriter.create(tmp_path, manifest())
@@ -369,7 +369,7 @@ def test_the_record_comes_after_every_file_and_folder_is_synced(
         assert folder == tmp_path or str(folder) in synced[len(before) :]
 
 
-def test_kill_at_random_moments_then_resume_equals_uninterrupted(
+def test_a_writer_killed_at_random_moments_resumes_to_the_same_cache(
     tmp_path: Path, finished: dict[str, bytes]
 ) -> None:
     path = tmp_path / "c"
@@ -412,7 +412,7 @@ def check_what_is_done(path: Path) -> None:
 
 
 @pytest.mark.parametrize("orders", [(1, 2, 3), (4, 4, 4)], ids=["different", "same"])
-def test_several_writers_of_one_cache_at_once(
+def test_concurrent_writers_produce_one_cache(
     tmp_path: Path, finished: dict[str, bytes], orders: tuple[int, ...]
 ) -> None:
     """Each creates the cache and writes every unit, in its own order or in a common one."""
@@ -427,7 +427,7 @@ def test_several_writers_of_one_cache_at_once(
 
 
 @pytest.mark.parametrize("name", ["key", "dense/spatial", layout.RECORD])
-def test_without_locks_two_writers_of_one_unit_leave_each_other_their_files(
+def test_two_writers_of_one_unit_do_not_conflict_without_locks(
     name: str, tmp_path: Path, finished: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second writes all of the unit while the first is at the file of ``name``."""
@@ -462,7 +462,7 @@ def create_or_say(path: Path, made: CacheManifest, answers: Any) -> None:
         answers.put(type(error).__name__)
 
 
-def test_of_two_creations_at_once_one_wins(tmp_path: Path) -> None:
+def test_one_of_two_concurrent_creations_wins(tmp_path: Path) -> None:
     for number in range(5):
         path, answers = tmp_path / str(number), processes.Queue()
         both = [
@@ -478,7 +478,7 @@ def test_of_two_creations_at_once_one_wins(tmp_path: Path) -> None:
         assert sorted(map(str, found)) == sorted([str(seed), "CacheError"])
 
 
-def test_a_stopped_writer_does_not_hold_the_others_up_for_ever(
+def test_a_stopped_writer_does_not_block_others_forever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = CacheWriter.create(tmp_path, manifest())

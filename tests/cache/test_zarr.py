@@ -69,7 +69,7 @@ def test_an_open_cache_returns_its_zarr_group_read_only(cache: Path) -> None:
         group["label"][0, 0] = 1
 
 
-def test_the_documents_equal_those_that_zarr_writes() -> None:
+def test_array_documents_equal_those_of_zarr() -> None:
     made = manifest(encodings=tuple(ENCODINGS))
     for name, array in layout.stored_arrays(made).items():
         content: dict[str, Any] = {}
@@ -95,7 +95,7 @@ def create(store: Any, array: StoredArray) -> Any:
     )
 
 
-def test_only_core_codecs_and_plain_numbers_are_used(cache: Path) -> None:
+def test_only_core_codecs_and_numeric_types_are_used(cache: Path) -> None:
     codecs, types = set(), set()
 
     def look(document: Any) -> None:
@@ -222,7 +222,7 @@ def test_reading_beyond_the_end_of_a_file_fails(tmp_path: Path) -> None:
             folder.read_part("f", start, length)
 
 
-def test_a_chunk_that_claims_a_different_size_is_not_decoded(tmp_path: Path) -> None:
+def test_a_chunk_with_the_wrong_declared_size_is_not_decoded(tmp_path: Path) -> None:
     """A decompression bomb is refused by its header."""
     from numcodecs.zstd import Zstd
 
