@@ -88,12 +88,12 @@ class _Handler(BaseHTTPRequestHandler):
     served: Served
 
     def do_HEAD(self) -> None:
-        self.answer(body=False)
+        self.respond(body=False)
 
     def do_GET(self) -> None:
-        self.answer(body=True)
+        self.respond(body=True)
 
-    def answer(self, body: bool) -> None:
+    def respond(self, body: bool) -> None:
         parts = urlsplit(self.path)
         path, requested = unquote(parts.path), self.headers.get("Range")
         self.served.requests.append((self.command, path, requested))
@@ -109,24 +109,24 @@ class _Handler(BaseHTTPRequestHandler):
         for end, reply in self.served.replies.items():
             if path.endswith(end):
                 return self.reply(*reply)
-        found = self.content(path, parse_qs(parts.query, keep_blank_values=True))
-        if found is None:
+        data = self.content(path, parse_qs(parts.query, keep_blank_values=True))
+        if data is None:
             return self.send(404, b"not found", body)
         start, status, headers = 0, 200, {"Accept-Ranges": "bytes"}
         if self.served.etags:
-            headers["ETag"] = _etag(found)
+            headers["ETag"] = _etag(data)
         else:
             headers["Last-Modified"] = formatdate((self.served.root / path[1:]).stat().st_mtime)
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", requested or "")
-        total = len(found)
+        total = len(data)
         if match and self.served.ranges:
             start = int(match[1])
             if start >= total:
                 return self.send(416, b"", body)
-            found = found[start : int(match[2]) + 1 if match[2] else None]
+            data = data[start : int(match[2]) + 1 if match[2] else None]
             status = 206
-            headers["Content-Range"] = f"bytes {start}-{start + len(found) - 1}/{total}"
-        return self.send(status, found, body, headers, fault)
+            headers["Content-Range"] = f"bytes {start}-{start + len(data) - 1}/{total}"
+        return self.send(status, data, body, headers, fault)
 
     def content(self, path: str, query: dict[str, list[str]]) -> bytes | None:
         file = self.served.root / path.lstrip("/")
@@ -206,10 +206,10 @@ class _S3Handler(_Handler):
             key = str(file.relative_to(self.served.root))
             if not key.startswith(prefix):
                 continue
-            inner, found, _ = (
+            inner, nested, _ = (
                 key[len(prefix) :].partition(delimiter) if delimiter else (key, "", "")
             )
-            if found:
+            if nested:
                 prefixes[prefix + inner + delimiter] = None
                 continue
             contents += (
@@ -235,15 +235,15 @@ class _HubHandler(_Handler):
         path = unquote(urlsplit(self.path).path)
         self.served.requests.append((self.command, path, None))
         self.served.headers.append({name.lower(): value for name, value in self.headers.items()})
-        _, _, what = path.partition(f"/api/datasets/{REPOSITORY}/")
-        if what.startswith("paths-info/"):
-            found = [self.entry(name) for name in parse_qs(sent.decode())["paths"]]
-            return self.send_document([entry for entry in found if entry is not None])
-        if what.startswith("preupload/"):
+        _, _, endpoint = path.partition(f"/api/datasets/{REPOSITORY}/")
+        if endpoint.startswith("paths-info/"):
+            entries = [self.entry(name) for name in parse_qs(sent.decode())["paths"]]
+            return self.send_document([entry for entry in entries if entry is not None])
+        if endpoint.startswith("preupload/"):
             files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
                      for f in json.loads(sent)["files"]]  # fmt: skip
             return self.send_document({"files": files})
-        if what.startswith("commit/"):
+        if endpoint.startswith("commit/"):
             for line in map(json.loads, sent.splitlines()):
                 if line["key"] == "file":
                     file = self.served.root / line["value"]["path"]
@@ -254,16 +254,16 @@ class _HubHandler(_Handler):
         return self.send_document({"url": f"{self.served.url}/datasets/{REPOSITORY}"})
 
     def content(self, path: str, query: dict[str, list[str]]) -> bytes | None:
-        _, _, what = path.partition(f"/api/datasets/{REPOSITORY}")
+        _, _, endpoint = path.partition(f"/api/datasets/{REPOSITORY}")
         if path.startswith(f"/datasets/{REPOSITORY}/resolve/main/"):
             return super().content(path.split("/resolve/main/", 1)[1], query)
-        if what.startswith("/tree/main"):
-            folder = self.served.root / what.removeprefix("/tree/main").strip("/")
+        if endpoint.startswith("/tree/main"):
+            folder = self.served.root / endpoint.removeprefix("/tree/main").strip("/")
             recursive = query.get("recursive", [""])[0] == "true"
             inner = folder.rglob("*") if recursive else folder.glob("*")
             names = sorted(str(p.relative_to(self.served.root)) for p in inner)
             return json.dumps([self.entry(name) for name in names]).encode() if names else None
-        if path.startswith("/api/datasets/") and (not what or what == "/revision/main"):
+        if path.startswith("/api/datasets/") and (not endpoint or endpoint == "/revision/main"):
             return json.dumps({"id": REPOSITORY, "sha": "0" * 40, "siblings": []}).encode()
         return None
 
@@ -273,18 +273,18 @@ class _HubHandler(_Handler):
             return {"type": "directory", "path": name, "oid": "0"}
         if file.is_file():
             size = file.stat().st_size
-            found = {"type": "file", "path": name, "size": size, "oid": "0"}
+            entry = {"type": "file", "path": name, "size": size, "oid": "0"}
             if file.suffix == ".tar":
                 oid = hashlib.sha256(file.read_bytes()).hexdigest()
-                found["lfs"] = {"oid": oid, "size": size, "pointerSize": 134}
-            return found
+                entry["lfs"] = {"oid": oid, "size": size, "pointerSize": 134}
+            return entry
         return None
 
     def send_document(self, document: object) -> None:
         self.send(200, json.dumps(document).encode(), True, {"Content-Type": "application/json"})
 
     def end_headers(self) -> None:
-        self.send_header("X-Error-Code", "EntryNotFound")  # looked at where the status is 404
+        self.send_header("X-Error-Code", "EntryNotFound")  # read if the status is 404
         super().end_headers()
 
 
@@ -326,10 +326,10 @@ def bucket_settings(url: str) -> dict[str, str]:
 @contextmanager
 def serving_bucket(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     """Serve ``root`` as ``s3://BUCKET``."""
-    with serving(root, "s3") as found:
-        for name, value in bucket_settings(found.url).items():
+    with serving(root, "s3") as served:
+        for name, value in bucket_settings(served.url).items():
             monkeypatch.setenv(name, value)
-        yield found
+        yield served
 
 
 def keep_copies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
