@@ -28,16 +28,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> World:
     world.draw_images(root / "more", per_class=4, seed=1)
     make_shards(root / "images", root / "shards", shard_size=35)
     make_shards(root / "more", root / "validation", split="validation")
-    found = World(root / "shards", root / "validation", root / "cache")
-    dump_teacher(world.dump_recipe(found.shards, found.cache))
-    return found
+    created = World(root / "shards", root / "validation", root / "cache")
+    dump_teacher(world.dump_recipe(created.shards, created.cache))
+    return created
 
 
 @pytest.fixture(scope="session")
 def alone(small: World, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
-    """Rows of the run that jobs of several ranks reproduce, trained by one process."""
+    """The loss curve of one process, for comparison with jobs of several ranks."""
     from tests.pipeline import test_distributed as ranks
 
     out = tmp_path_factory.mktemp("alone") / "run"
-    ranks.run_in(1, ranks.arguments(small, out))
+    ranks.run_in(1, ranks.train_args(small, out))
     return ranks.summary(out)

@@ -21,7 +21,7 @@ from cskd_pipeline.views.mixing import draw_mix, matching
 
 
 def teacher_of(manifest: CacheManifest, batch_size: int = 16) -> Teacher:
-    """The teacher of a cache that was dumped with random weights of seed 0."""
+    """Return the teacher of a cache that was dumped with random weights of seed 0."""
     info = manifest.teacher
     source = TeacherSource(
         info.name, "random", info.num_classes, info.kwargs, mean=info.mean, std=info.std

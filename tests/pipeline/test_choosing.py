@@ -1,4 +1,4 @@
-"""The encoding that a run reads its targets from."""
+"""The choice of the encoding that a run reads its targets from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cskd_pipeline.pipeline.from_recipe import make_loss
 SHAPE = ResponseShape(1000, 7, 7)  # ImageNet's: with few classes all encodings have similar sizes
 
 
-def a_cache(names: list[str]) -> Any:
+def make_cache(names: list[str]) -> Any:
     encodings = {name: ENCODINGS[name] for name in names}
     cache: Any = SimpleNamespace(path=Path("cache"), encodings=encodings, shape=SHAPE)
     cache.serving = partial(Cache.serving, cache)
@@ -28,32 +28,32 @@ def a_cache(names: list[str]) -> Any:
     return cache
 
 
-def chosen(names: list[str], sets: list[str]) -> str:
-    recipe = load_recipe(TrainRecipe, None, [f"distill.{one}" for one in sets])
+def choose(names: list[str], sets: list[str]) -> str:
+    recipe = load_recipe(TrainRecipe, None, [f"distill.{key}" for key in sets])
     loss, name = make_loss(recipe.distill), recipe.distill.encoding
     kinds, tau = set(loss.kinds.values()), loss.temperature
-    found = {a_cache(n).choose(kinds, tau, name) for n in (names, names[::-1])}
-    assert len(found) == 1, "the order in a manifest decides nothing"
-    return found.pop()
+    results = {make_cache(n).choose(kinds, tau, name) for n in (names, names[::-1])}
+    assert len(results) == 1, "the order in the manifest must not matter"
+    return results.pop()
 
 
 SOFT = ["global_kind=soft", "spatial_kind=soft"]
-EVERY = ["dense", "dense-q8", "topk", "envelope"]
+ALL = ["dense", "dense-q8", "topk", "envelope"]
 
 
 @pytest.mark.parametrize(
     ("names", "sets", "expected"),
     [
-        (EVERY, [], "envelope"),
+        (ALL, [], "envelope"),
         (["dense", "dense-q8", "topk"], [], "dense"),
-        (EVERY, SOFT, "dense"),
+        (ALL, SOFT, "dense"),
         (["dense-q8", "topk", "envelope"], SOFT, "dense-q8"),
         (["dense-q8", "topk"], [*SOFT, "temperature=4.0"], "dense-q8"),
         (["topk", "envelope"], SOFT, "topk"),
-        (EVERY, ["spatial_kind=soft"], "dense"),
-        (EVERY, ["global_kind=soft"], "dense"),
-        (EVERY, ["method=deit"], "envelope"),
-        (EVERY, ["method=deit", "spatial_kind=soft"], "envelope"),  # deit has no spatial term
+        (ALL, ["spatial_kind=soft"], "dense"),
+        (ALL, ["global_kind=soft"], "dense"),
+        (ALL, ["method=deit"], "envelope"),
+        (ALL, ["method=deit", "spatial_kind=soft"], "envelope"),  # deit has no spatial term
         (["dense-q8", "envelope"], ["method=deit", "global_kind=soft"], "dense-q8"),
         (["sampled", "envelope"], SOFT, "sampled"),
         (["sampled", "envelope"], [], "envelope"),
@@ -65,11 +65,11 @@ EVERY = ["dense", "dense-q8", "topk", "envelope"]
 def test_auto_is_the_smallest_exact_encoding_else_the_closest_approximation(
     names: list[str], sets: list[str], expected: str
 ) -> None:
-    assert chosen(names, sets) == expected
+    assert choose(names, sets) == expected
 
 
 @pytest.mark.parametrize(
-    ("names", "sets", "says"),
+    ("names", "sets", "message"),
     [
         (["dense-q8", "topk"], [], "does not support hard targets"),
         (["topk"], [*SOFT, "temperature=0.5"], "does not support soft targets at temperature 0.5"),
@@ -87,14 +87,14 @@ def test_auto_is_the_smallest_exact_encoding_else_the_closest_approximation(
     ],
 )
 def test_losses_that_no_encoding_of_the_cache_supports_are_refused(
-    names: list[str], sets: list[str], says: str
+    names: list[str], sets: list[str], message: str
 ) -> None:
-    with pytest.raises(CacheError, match=says):
-        chosen(names, sets)
+    with pytest.raises(CacheError, match=message):
+        choose(names, sets)
 
 
 def test_sampled_is_chosen_last_if_it_is_the_largest() -> None:
-    cache = a_cache(["sampled", "dense-q8", "topk"])
+    cache = make_cache(["sampled", "dense-q8", "topk"])
     cache.shape = ResponseShape(10, 4, 4)
     assert cache.serving({"soft"}) == ["topk", "dense-q8", "sampled"]
     cache.encodings["sampled"] = Sampled(2, 0.5)

@@ -1,4 +1,4 @@
-"""``cache convert`` of dense equals a dump in that encoding, and students learn from it."""
+"""``cache convert`` of dense equals a dump in that encoding, and students train from it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ def soft(small: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     return replace(small, cache=path)
 
 
-def test_a_converted_envelope_is_the_dumped_one(small: World, tmp_path: Path) -> None:
+def test_a_converted_envelope_equals_a_dumped_one(small: World, tmp_path: Path) -> None:
     assert world.cli("cache", "convert", small.cache, tmp_path / "a", "--encoding", "dense") == 0
     words = (tmp_path / "a", tmp_path / "b", "--encoding", "envelope")
     assert world.cli("cache", "convert", *words) == 0
-    dumped, made = tree(small.cache), tree(tmp_path / "b")
-    assert made.keys() == {name for name in dumped if not name.startswith("dense/")}
-    records = {name for name in made if name.startswith("digest/")}
-    assert {name for name in made if made[name] != dumped[name]} == {"zarr.json", *records}
+    dumped, converted = tree(small.cache), tree(tmp_path / "b")
+    assert converted.keys() == {name for name in dumped if not name.startswith("dense/")}
+    records = {name for name in converted if name.startswith("digest/")}
+    changed = {name for name in converted if converted[name] != dumped[name]}
+    assert changed == {"zarr.json", *records}
 
 
 @pytest.mark.parametrize("encoding", ["dense-q8", "topk"])
@@ -55,10 +56,11 @@ def test_soft_training_from_dumped_and_converted_draws_is_the_same(
     dump_teacher(world.dump_recipe(small.shards, path, sets, encodings='["sampled"]'))
     words = ("--encoding", "sampled", "--sampled-draws", 4, "--sampled-temperature", 2, "--quiet")
     assert world.cli("cache", "convert", small.cache, tmp_path / "converted", *words) == 0
-    dumped, made = tree(path), tree(tmp_path / "converted")
-    assert made.keys() == dumped.keys()
-    records = {name for name in made if name.startswith("digest/")}
-    assert {name for name in made if made[name] != dumped[name]} <= {"zarr.json", *records}
+    dumped, converted = tree(path), tree(tmp_path / "converted")
+    assert converted.keys() == dumped.keys()
+    records = {name for name in converted if name.startswith("digest/")}
+    changed = {name for name in converted if converted[name] != dumped[name]}
+    assert changed <= {"zarr.json", *records}
     sets = [*world.SOFT, "distill.scaling=mean", "distill.temperature=2.0"]
     curve = loss_curve(replace(small, cache=path), tmp_path, "cskd", sets)
     exact = loss_curve(small, tmp_path, "cskd", sets)
@@ -66,7 +68,7 @@ def test_soft_training_from_dumped_and_converted_draws_is_the_same(
     torch.testing.assert_close(curve[:, 1], exact[:, 1], atol=0.02, rtol=0)  # the labels' term
 
 
-def test_auto_takes_the_closest_approximation_and_says_so(
+def test_auto_picks_the_closest_approximation_and_logs_it(
     soft: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from cskd_pipeline.pipeline.training_data import open_training_data

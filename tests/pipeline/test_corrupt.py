@@ -37,34 +37,34 @@ CORRUPT = (3, 40, 41, 95)
 SKIP = ["data.corrupt=skip"]
 
 
-def spoiled(content: Sequence[Sample]) -> list[Sample]:
-    """The samples with truncated images, the last one empty."""
-    found = list(content)
+def with_corrupt(content: Sequence[Sample]) -> list[Sample]:
+    """Truncate the images of some samples, and empty the last one."""
+    damaged = list(content)
     for row in CORRUPT:
-        key, fields = found[row]
+        key, fields = damaged[row]
         size = 0 if row == CORRUPT[-1] else len(fields["jpg"]) // 2
-        found[row] = key, {**fields, "jpg": fields["jpg"][:size]}
-    return found
+        damaged[row] = key, {**fields, "jpg": fields["jpg"][:size]}
+    return damaged
 
 
-def kept(content: Sequence[Sample]) -> list[Sample]:
+def without_corrupt(content: Sequence[Sample]) -> list[Sample]:
     return [sample for row, sample in enumerate(content) if row not in CORRUPT]
 
 
 @pytest.fixture(scope="module")
-def broken(
+def worlds(
     small: World, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[World, World]:
     """The small world with corrupt images, and without them."""
-    root = tmp_path_factory.mktemp("broken")
-    ends = [len(kept(samples[: 32 * (number + 1)])) for number in range(3)]
-    whole = recut(small, root / "spoiled", spoiled(samples), 32)
+    root = tmp_path_factory.mktemp("worlds")
+    ends = [len(without_corrupt(samples[: 32 * (number + 1)])) for number in range(3)]
+    full = recut(small, root / "corrupt", with_corrupt(samples), 32)
     fewer = root / "fewer"
     fewer.mkdir()
     shutil.copy(small.shards / "classes.json", fewer)
     for number, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
-        write_shard(fewer / f"x-{number:02d}.tar", kept(samples)[first:last])
-    return whole, replace(small, shards=fewer)
+        write_shard(fewer / f"x-{number:02d}.tar", without_corrupt(samples)[first:last])
+    return full, replace(small, shards=fewer)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -84,18 +84,18 @@ def assert_same_content(one: Path, other: Path) -> None:
             assert np.array_equal(first.seeds(view, shard), second.seeds(view, shard))
             digests = [cache.view_digests(view, shard) for cache in (first, second)]
             assert np.array_equal(*digests)
-            places = np.array([(view, shard, offset) for offset in range(count)])
-            for name, values in first.gather("dense", places).items():
-                assert np.array_equal(values, second.gather("dense", places)[name])
+            locations = np.array([(view, shard, offset) for offset in range(count)])
+            for name, values in first.gather("dense", locations).items():
+                assert np.array_equal(values, second.gather("dense", locations)[name])
 
 
 def test_a_dump_without_corrupt_images_equals_one_of_shards_without_them(
-    broken: tuple[World, World], samples: list[Sample], tmp_path: Path
+    worlds: tuple[World, World], samples: list[Sample], tmp_path: Path
 ) -> None:
-    whole, fewer = broken
+    full, fewer = worlds
     dump_teacher(world.dump_recipe(fewer.shards, tmp_path / "fewer"))
-    describe(load_dataset(whole.shards, empty="pass")).save(whole.shards / "manifest.json")
-    for name, shards in (("cache", whole.shards), ("listed", whole.shards / "manifest.json")):
+    describe(load_dataset(full.shards, empty="pass")).save(full.shards / "manifest.json")
+    for name, shards in (("cache", full.shards), ("listed", full.shards / "manifest.json")):
         recipe = world.dump_recipe(shards, tmp_path / name, SKIP)
         recipe = replace(recipe, dump=replace(recipe.dump, workers=2))
         assert dump_teacher(recipe)["left_out"] == len(CORRUPT)
@@ -111,30 +111,30 @@ def test_a_dump_without_corrupt_images_equals_one_of_shards_without_them(
 
 
 def test_a_resumed_dump_does_not_decode_every_image_again(
-    broken: tuple[World, World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worlds: tuple[World, World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, fewer = broken
-    recipe = world.dump_recipe(whole.shards, tmp_path / "cache", SKIP, views=2)
+    full, fewer = worlds
+    recipe = world.dump_recipe(full.shards, tmp_path / "cache", SKIP, views=2)
     dump_teacher(recipe, shard_range=(0, 1))
     monkeypatch.setattr(corrupt, "find_corrupt", lambda *_, **__: pytest.fail("reads images"))
-    forgotten = replace(recipe, data=replace(recipe.data, corrupt="error"))
-    for shards in (whole.shards, fewer.shards):
-        other = replace(forgotten, data=replace(forgotten.data, shards=str(shards)))
+    strict = replace(recipe, data=replace(recipe.data, corrupt="error"))
+    for shards in (full.shards, fewer.shards):
+        other = replace(strict, data=replace(strict.data, shards=str(shards)))
         with pytest.raises(CskdError, match=r"0 bytes|was started with data") as caught:
             dump_teacher(other)
         assert "data.corrupt=skip" in str(caught.value)
     convert(tmp_path / "cache", tmp_path / "copy")
     for path in (tmp_path / "cache", tmp_path / "copy"):
-        assert dump_teacher(world.dump_recipe(whole.shards, path, SKIP, views=2))["complete"]
+        assert dump_teacher(world.dump_recipe(full.shards, path, SKIP, views=2))["complete"]
 
 
 def test_ranks_share_the_search_for_corrupt_images(
-    broken: tuple[World, World], tmp_path: Path
+    worlds: tuple[World, World], tmp_path: Path
 ) -> None:
-    whole, _ = broken
+    full, _ = worlds
     for ranks, name in ((1, "one"), (2, "two")):
         words = [
-            *("dump-teacher", "--shards", whole.shards, "--cache", tmp_path / name),
+            *("dump-teacher", "--shards", full.shards, "--cache", tmp_path / name),
             *("--teacher", world.TEACHER, "--weights", "random", "--workers", 0),
             *("--device", "cpu", *world.as_flags([*world.dump_sets(views=2), *SKIP])),
         ]
@@ -145,20 +145,20 @@ def test_ranks_share_the_search_for_corrupt_images(
 
 
 def test_by_default_both_stages_refuse_corrupt_images_with_an_action(
-    broken: tuple[World, World], small: World, samples: list[Sample], tmp_path: Path
+    worlds: tuple[World, World], small: World, samples: list[Sample], tmp_path: Path
 ) -> None:
-    whole, _ = broken
+    full, _ = worlds
     with pytest.raises(ImageError, match="an image has 0 bytes"):
-        dump_teacher(world.dump_recipe(whole.shards, tmp_path / "cache"))
-    cut = recut(small, tmp_path / "cut", spoiled(samples)[:-1], 32)
+        dump_teacher(world.dump_recipe(full.shards, tmp_path / "cache"))
+    cut = recut(small, tmp_path / "cut", with_corrupt(samples)[:-1], 32)
     plain = world.train_recipe(cut.shards, None, tmp_path / "run", "none", world.VIEWS, epochs=2)
-    tries: list[Callable[[], Any]] = [
+    stages: list[Callable[[], Any]] = [
         lambda: dump_teacher(world.dump_recipe(cut.shards, tmp_path / "cache")),
         lambda: train(plain),
     ]
-    for attempt in tries:
+    for stage in stages:
         with pytest.raises(ImageError, match="the image cannot be decoded") as caught:
-            attempt()
+            stage()
         message = str(caught.value)
         assert "x-0" in message
         assert any(samples[row][0] in message for row in CORRUPT)
@@ -166,29 +166,29 @@ def test_by_default_both_stages_refuse_corrupt_images_with_an_action(
         assert "--set data.corrupt=skip" in message
 
 
-def test_training_on_labels_without_them_equals_shards_without_them(
-    broken: tuple[World, World], tmp_path: Path
+def test_training_without_a_teacher_skips_corrupt_images(
+    worlds: tuple[World, World], tmp_path: Path
 ) -> None:
-    whole, fewer = broken
+    full, fewer = worlds
     expected = loss_curve(fewer, tmp_path, "none", world.VIEWS)
-    assert torch.equal(loss_curve(whole, tmp_path, "none", [*world.VIEWS, *SKIP]), expected)
+    assert torch.equal(loss_curve(full, tmp_path, "none", [*world.VIEWS, *SKIP]), expected)
 
 
 @pytest.mark.parametrize("drift", ["error", "skip"])
-def test_training_from_a_complete_cache_leaves_out_them_and_their_partners(
-    broken: tuple[World, World], samples: list[Sample], tmp_path: Path, drift: str
+def test_training_from_a_full_cache_leaves_out_corrupt_images_and_their_partners(
+    worlds: tuple[World, World], samples: list[Sample], tmp_path: Path, drift: str
 ) -> None:
-    whole, fewer = broken
+    full, fewer = worlds
     recipe = world.train_recipe(
-        whole.shards,
-        whole.cache,
+        full.shards,
+        full.cache,
         tmp_path / "run",
         sets=[*SKIP, f"data.drift={drift}"],
         epochs=1,
     )
     expected = loss_curve(fewer, tmp_path, "cskd", ["data.missing=skip"])
-    found = loss_curve(whole, tmp_path, "cskd", [*SKIP, f"data.drift={drift}"])
-    assert torch.equal(found, expected)
+    curve = loss_curve(full, tmp_path, "cskd", [*SKIP, f"data.drift={drift}"])
+    assert torch.equal(curve, expected)
     train(recipe)
     listed = [(row["reason"], row["key"]) for row in rows(tmp_path / "run/left_out.csv")]
     assert sorted(listed) == sorted(("corrupt", samples[row][0]) for row in CORRUPT)
@@ -196,11 +196,11 @@ def test_training_from_a_complete_cache_leaves_out_them_and_their_partners(
     assert sum(map(len, record["corrupt"].values())) == len(CORRUPT)
 
 
-def test_validation_images_are_left_out_too_and_listed_separately(
-    broken: tuple[World, World], small: World, tmp_path: Path
+def test_corrupt_validation_images_are_left_out_and_listed_separately(
+    worlds: tuple[World, World], small: World, tmp_path: Path
 ) -> None:
-    whole, _ = broken
-    sets = [*SKIP, f"data.val_shards={json.dumps(str(whole.shards))}"]
+    full, _ = worlds
+    sets = [*SKIP, f"data.val_shards={json.dumps(str(full.shards))}"]
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run", sets=sets, epochs=1)
     validation = open_training_data(recipe).validation
     assert validation is not None
@@ -221,16 +221,16 @@ def test_a_tar_of_only_corrupt_images_is_refused(
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_forecast_leaves_them_out_too(broken: tuple[World, World], tmp_path: Path) -> None:
-    whole, _ = broken
-    report = plan_dump(world.dump_recipe(whole.shards, tmp_path / "cache", SKIP))
+def test_a_forecast_leaves_out_corrupt_images(worlds: tuple[World, World], tmp_path: Path) -> None:
+    full, _ = worlds
+    report = plan_dump(world.dump_recipe(full.shards, tmp_path / "cache", SKIP))
     assert report["measured"]["samples"] == 96 - len(CORRUPT)
 
 
 def test_a_key_in_two_shards_is_refused_before_the_dump(
     small: World, samples: list[Sample], tmp_path: Path
 ) -> None:
-    other = recut(small, tmp_path / "twice", [*samples[:20], samples[3]], 10)
+    other = recut(small, tmp_path / "duplicate", [*samples[:20], samples[3]], 10)
     with pytest.raises(DataError, match="a key is not unique") as caught:
         dump_teacher(world.dump_recipe(other.shards, tmp_path / "cache"))
     assert caught.value.problems == [

@@ -34,7 +34,7 @@ EPOCHS = 3
 LOSSES = ("loss", "base", "global", "spatial")
 
 
-def arguments(small: World, out: Path, *more: object, method: str = "cskd") -> list[object]:
+def train_args(small: World, out: Path, *more: object, method: str = "cskd") -> list[object]:
     sets = [*world.train_sets(), "batch.batch_size=24", "run.seed=5", *map(str, more)]
     cache = () if method == "none" else ("--cache", small.cache)
     return [
@@ -62,7 +62,7 @@ def _counter(rank: int, ranks: int, port: int, folder: Path) -> None:
     (folder / str(rank)).write_text(" ".join(map(str, numbers)))
 
 
-def test_a_number_is_drawn_by_one_rank_alone(tmp_path: Path) -> None:
+def test_each_number_is_drawn_by_exactly_one_rank(tmp_path: Path) -> None:
     assert finish(start(3, tmp_path, target=_counter)) == [0] * 3
     drawn = [[*map(int, (tmp_path / str(rank)).read_text().split())] for rank in range(3)]
     assert all(numbers == sorted(numbers) for numbers in drawn)
@@ -73,9 +73,7 @@ def test_a_number_is_drawn_by_one_rank_alone(tmp_path: Path) -> None:
 def start(
     ranks: int, words: Any, missing: int = 0, target: Callable[..., None] = _rank
 ) -> list[Any]:
-    """Start the ranks' processes, without the last ``missing``; forked, so that they need not
-    import torch again.
-    """
+    """Start all ranks but the last ``missing``, forked to save importing torch again."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -112,14 +110,14 @@ def summary(out: Path) -> list[dict[str, float]]:
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
-def same_curve(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
-    assert len(found) == len(expected) == EPOCHS
-    for row, wanted in zip(found, expected, strict=True):
-        assert row.keys() == wanted.keys()
+def assert_same_curve(curve: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert len(curve) == len(expected) == EPOCHS
+    for row, reference in zip(curve, expected, strict=True):
+        assert row.keys() == reference.keys()
         for name in (*LOSSES, "lr", "ckf_ratio"):
-            np.testing.assert_allclose(row[name], wanted[name], rtol=2e-4, err_msg=name)
+            np.testing.assert_allclose(row[name], reference[name], rtol=2e-4, err_msg=name)
         # One image of 16 may flip, where two classes tie to the last bit.
-        assert abs(row["top1"] - wanted["top1"]) <= 100 / 16 + 1e-6
+        assert abs(row["top1"] - reference["top1"]) <= 100 / 16 + 1e-6
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -127,8 +125,8 @@ def test_ranks_reproduce_the_loss_curve_of_one_process(
     small: World, tmp_path: Path, alone: list[dict[str, float]], ranks: int
 ) -> None:
     out = tmp_path / "run"
-    run_in(ranks, arguments(small, out))
-    same_curve(summary(out), alone)
+    run_in(ranks, train_args(small, out))
+    assert_same_curve(summary(out), alone)
     written = {path.name for path in out.iterdir()}
     assert {"recipe.toml", "state.pt", "summary.csv", "last.safetensors"} <= written
     assert len(list((out / "tensorboard").iterdir())) == 1
@@ -137,14 +135,14 @@ def test_ranks_reproduce_the_loss_curve_of_one_process(
 def test_ranks_train_only_the_class_head_without_a_teacher(small: World, tmp_path: Path) -> None:
     """The distillation head then has no gradient, and ranks must not wait for one."""
     for ranks in (1, 2):
-        run_in(ranks, arguments(small, tmp_path / str(ranks), *world.VIEWS, method="none"))
-    same_curve(summary(tmp_path / "2"), summary(tmp_path / "1"))
+        run_in(ranks, train_args(small, tmp_path / str(ranks), *world.VIEWS, method="none"))
+    assert_same_curve(summary(tmp_path / "2"), summary(tmp_path / "1"))
 
 
 def test_only_one_rank_logs(
     small: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = [w for w in arguments(small, tmp_path / "run") if w != "--quiet"]
+    words = [w for w in train_args(small, tmp_path / "run") if w != "--quiet"]
     run_in(2, [*words, "--json", "--set", "schedule.warmup_epochs=3"])
     out, err = capfd.readouterr()
     assert world.last_json(out)["updates"] == 12
@@ -152,11 +150,11 @@ def test_only_one_rank_logs(
     assert sum(line.startswith("epoch 3/3") for line in err.splitlines()) == 1
 
 
-def test_accumulation_and_ranks_together_change_nothing(
+def test_accumulation_over_ranks_keeps_the_loss_curve(
     small: World, tmp_path: Path, alone: list[dict[str, float]]
 ) -> None:
-    run_in(2, arguments(small, tmp_path / "run", "batch.accumulation=2"))
-    same_curve(summary(tmp_path / "run"), alone)
+    run_in(2, train_args(small, tmp_path / "run", "batch.accumulation=2"))
+    assert_same_curve(summary(tmp_path / "run"), alone)
 
 
 def test_a_run_resumes_with_another_number_of_ranks(
@@ -168,9 +166,9 @@ def test_a_run_resumes_with_another_number_of_ranks(
     """Three ranks stop in the middle of the second epoch, two finish."""
     from cskd_pipeline.pipeline import train
 
-    words = arguments(small, tmp_path / "run")
+    words = train_args(small, tmp_path / "run")
     original = train._time_to_stop
-    # Forked ranks inherit the stand-in: only rank 1 gets the signal, all of them stop.
+    # Forked ranks inherit the patch: only rank 1 gets the signal, and all of them stop.
     with monkeypatch.context() as patch:
         patch.setattr(train, "EXCHANGE_EVERY", 1)
         patch.setattr(
@@ -185,7 +183,7 @@ def test_a_run_resumes_with_another_number_of_ranks(
     state = torch.load(tmp_path / "run/state.pt", weights_only=True)
     assert state["update"] == 6
     run_in(2, [*words, "--resume"])
-    same_curve(summary(tmp_path / "run"), alone)
+    assert_same_curve(summary(tmp_path / "run"), alone)
 
 
 def test_drifted_views_are_counted_over_all_ranks(
@@ -196,14 +194,14 @@ def test_drifted_views_are_counted_over_all_ranks(
 ) -> None:
     digest = apply.digest
     monkeypatch.setattr(apply, "digest", lambda pixels: digest(pixels) ^ 1)
-    run_in(2, arguments(small, tmp_path / "run", "data.drift=warn"))
+    run_in(2, train_args(small, tmp_path / "run", "data.drift=warn"))
     assert "epoch 1: 96 views differ from those the teacher saw" in capfd.readouterr().err
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused(
+def test_a_batch_size_that_the_ranks_do_not_divide_is_refused(
     small: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    codes = finish(start(2, arguments(small, tmp_path / "run", "batch.batch_size=25")))
+    codes = finish(start(2, train_args(small, tmp_path / "run", "batch.batch_size=25")))
     assert codes == [2, 2]
     message = capfd.readouterr().err
     assert "the batch cannot be cut into equal parts" in message
@@ -227,7 +225,7 @@ def test_a_rank_that_dies_ends_the_job(
         return original(self, batches)
 
     monkeypatch.setattr(Trainer, "step", step)
-    codes = finish(start(3, arguments(small, tmp_path / "run")), seconds=60)
+    codes = finish(start(3, train_args(small, tmp_path / "run")), seconds=60)
     assert codes[1] == 9
     assert codes[0] == codes[2] == 1
     message = capfd.readouterr().err
@@ -242,13 +240,13 @@ def test_an_error_on_one_rank_is_reported_and_ends_all(
     out = tmp_path / "run"
     out.mkdir()
     (out / "summary.csv").write_text("mine")
-    codes = finish(start(2, arguments(small, out)), seconds=60)
+    codes = finish(start(2, train_args(small, out)), seconds=60)
     assert codes == [1, 1]
     assert "summary.csv" in capfd.readouterr().err
     assert (out / "summary.csv").read_text() == "mine"
 
 
-def dump_words(small: World, cache: Path, views: int = 4) -> list[object]:
+def dump_args(small: World, cache: Path, views: int = 4) -> list[object]:
     return [
         *("dump-teacher", "--shards", small.shards, "--teacher", world.TEACHER),
         *("--weights", "random", "--cache", cache, "--workers", 0, "--device", "cpu"),
@@ -256,10 +254,10 @@ def dump_words(small: World, cache: Path, views: int = 4) -> list[object]:
     ]
 
 
-PATIENT = ["--set", "dump.rank_timeout=3"]
+SHORT_TIMEOUT = ["--set", "dump.rank_timeout=3"]
 
 
-def in_unit(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object]) -> None:
+def patch_unit(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object]) -> None:
     """Let one rank act instead of writing its first unit."""
     from cskd_pipeline.cache.writer import CacheWriter
 
@@ -273,7 +271,7 @@ def in_unit(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object
     monkeypatch.setattr(CacheWriter, "write_unit", write_unit)
 
 
-def in_step(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object]) -> None:
+def patch_step(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object]) -> None:
     """Let one rank act instead of running the fourth update."""
     from cskd_pipeline.pipeline.trainer import Trainer
 
@@ -287,12 +285,12 @@ def in_step(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object
     monkeypatch.setattr(Trainer, "step", step)
 
 
-def stop_myself() -> None:
+def suspend_self() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(1)  # the signal may stop another thread first; this one must not continue
 
 
-def ends_without(stopped: int, processes: list[Any], seconds: float = 90) -> list[int | None]:
+def finish_without(stopped: int, processes: list[Any], seconds: float = 90) -> list[int | None]:
     """Return the exit codes of all but the suspended process, which is killed at the end."""
     others = [process for number, process in enumerate(processes) if number != stopped]
     for process in others:
@@ -313,9 +311,9 @@ def test_a_suspended_rank_ends_training_and_is_named(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """The first rank also hosts the job's store, like torchrun's agent."""
-    in_step(monkeypatch, stopped, stop_myself)
-    processes = start(2, arguments(small, tmp_path / "run", "run.rank_timeout=5"))
-    assert ends_without(stopped, processes) == [1]
+    patch_step(monkeypatch, stopped, suspend_self)
+    processes = start(2, train_args(small, tmp_path / "run", "run.rank_timeout=5"))
+    assert finish_without(stopped, processes) == [1]
     message = capfd.readouterr().err
     assert f"error: rank {stopped} of this job cannot be reached" in message
     assert "Traceback" not in message
@@ -330,9 +328,9 @@ def test_a_suspended_rank_ends_the_finished_dump_and_is_named(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Even if it hosts the job's store, without which the other continues."""
-    in_unit(monkeypatch, stopped, stop_myself)
-    processes = start(2, [*dump_words(small, tmp_path / "c"), *PATIENT])
-    assert ends_without(stopped, processes) == [1]
+    patch_unit(monkeypatch, stopped, suspend_self)
+    processes = start(2, [*dump_args(small, tmp_path / "c"), *SHORT_TIMEOUT])
+    assert finish_without(stopped, processes) == [1]
     message = capfd.readouterr().err
     assert f"error: rank {stopped} of this job cannot be reached" in message
     assert ("no heartbeat for 3 s" if stopped else "does not respond") in message
@@ -343,8 +341,8 @@ def test_ranks_wait_for_a_slower_one(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The timeout limits silence, not work."""
-    in_unit(monkeypatch, 1, lambda: time.sleep(4))
-    words = [*dump_words(small, tmp_path / "c", views=2), "--set", "dump.rank_timeout=3"]
+    patch_unit(monkeypatch, 1, lambda: time.sleep(4))
+    words = [*dump_args(small, tmp_path / "c", views=2), *SHORT_TIMEOUT]
     run_in(2, words)
     assert open_cache(tmp_path / "c").done().all()
 
@@ -364,11 +362,11 @@ def test_one_ranks_error_ends_all_ranks_unchanged(
         raise error
 
     if stage == "train":
-        in_step(monkeypatch, failing, fail)
-        words = arguments(small, tmp_path / "run")
+        patch_step(monkeypatch, failing, fail)
+        words = train_args(small, tmp_path / "run")
     else:
-        in_unit(monkeypatch, failing, fail)
-        words = dump_words(small, tmp_path / "c")
+        patch_unit(monkeypatch, failing, fail)
+        words = dump_args(small, tmp_path / "c")
     assert finish(start(3, words), seconds=90) == [1] * 3
     message = capfd.readouterr().err
     expected = (
@@ -386,15 +384,15 @@ def test_a_bug_on_one_rank_is_named_by_the_others(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    in_step(monkeypatch, 1, lambda: 1 // 0)
-    codes = finish(start(2, arguments(small, tmp_path / "run")), seconds=90)
+    patch_step(monkeypatch, 1, lambda: 1 // 0)
+    codes = finish(start(2, train_args(small, tmp_path / "run")), seconds=90)
     assert codes == [1, 1]
     message = capfd.readouterr().err
     assert "error: rank 1 of this job ended with ZeroDivisionError(" in message
     assert message.count("Traceback") == 1
 
 
-WHOLE = {
+ENVIRONMENT = {
     "RANK": "1",
     "WORLD_SIZE": "2",
     "LOCAL_RANK": "0",
@@ -404,14 +402,14 @@ WHOLE = {
 
 
 def test_the_environment_of_a_rank_is_read() -> None:
-    assert ranks_from_env(WHOLE) == Ranks(1, 2, 0)
+    assert ranks_from_env(ENVIRONMENT) == Ranks(1, 2, 0)
     for alone in ({}, {"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}):
         assert ranks_from_env(alone) == Ranks()
     assert ranks_from_env({"MASTER_ADDR": "left over", "MASTER_PORT": "x"}) == Ranks()
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "variables"),
     [
         ({"LOCAL_RANK": None}, "no LOCAL_RANK"),
         ({"RANK": None}, "no RANK"),
@@ -427,23 +425,23 @@ def test_the_environment_of_a_rank_is_read() -> None:
     ],
 )
 def test_an_incomplete_environment_is_refused_on_every_rank(
-    change: dict[str, str | None], named: str
+    change: dict[str, str | None], variables: str
 ) -> None:
-    values = {name: value for name, value in {**WHOLE, **change}.items() if value is not None}
+    values = {name: value for name, value in {**ENVIRONMENT, **change}.items() if value is not None}
     with pytest.raises(UsageError, match="incomplete or contradictory") as caught:
         ranks_from_env(values)
-    assert named in str(caught.value.found)
+    assert variables in str(caught.value.found)
 
 
 @pytest.mark.parametrize("stage", ["train", "dump"])
-def test_a_rank_that_does_not_know_its_device_starts_nothing(
+def test_a_rank_without_a_local_rank_starts_nothing(
     stage: str, small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = {
-        "train": arguments(small, tmp_path / "x"),
-        "dump": dump_words(small, tmp_path / "x"),
+        "train": train_args(small, tmp_path / "x"),
+        "dump": dump_args(small, tmp_path / "x"),
     }
     assert world.cli(*words[stage]) == 2
     assert not (tmp_path / "x").exists()
@@ -454,7 +452,7 @@ def test_missing_ranks_are_an_error(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    words = arguments(small, tmp_path / "run", "run.rank_timeout=2")
+    words = train_args(small, tmp_path / "run", "run.rank_timeout=2")
     assert finish(start(2, words, missing=1), seconds=60) == [1]
     message = capfd.readouterr().err
     assert "error: not all ranks of this job have connected" in message
@@ -465,13 +463,13 @@ def test_missing_ranks_are_an_error(
 def test_ranks_dump_the_bytes_of_one_process(
     small: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run_in(3, [*dump_words(small, tmp_path / "many"), "--json"])
+    run_in(3, [*dump_args(small, tmp_path / "many"), "--json"])
     summary = world.last_json(capfd.readouterr().out)
     assert summary["complete"] is True
     assert (summary["units_written"], summary["views_written"]) == (6, 4 * 96)
     one, many = tree(small.cache), tree(tmp_path / "many")
     assert one.keys() == many.keys()
-    assert {name for name in one if one[name] != many[name]} <= {"zarr.json"}  # it states a time
+    assert {name for name in one if one[name] != many[name]} <= {"zarr.json"}  # has a timestamp
 
 
 def test_a_rank_that_dies_fails_the_dump_after_others_finish_its_units(
@@ -490,8 +488,8 @@ def test_a_rank_that_dies_fails_the_dump_after_others_finish_its_units(
         return original(self, *arguments)
 
     monkeypatch.setattr(CacheWriter, "write_unit", write_unit)
-    words = dump_words(small, tmp_path / "c")
-    assert finish(start(3, [*words, *PATIENT]), seconds=60) == [1, 9, 1]
+    words = dump_args(small, tmp_path / "c")
+    assert finish(start(3, [*words, *SHORT_TIMEOUT]), seconds=60) == [1, 9, 1]
     message = capfd.readouterr().err
     assert message.count("error: rank 1 of this job cannot be reached") == 2
     assert "Traceback" not in message

@@ -25,7 +25,7 @@ from tests.processes import server, until
 
 
 def data_files(cache: Path) -> dict[str, bytes]:
-    """Every file of a cache except the manifest, which states a time."""
+    """Return every file of a cache except the manifest, which has a timestamp."""
     return {
         str(path.relative_to(cache)): path.read_bytes()
         for path in sorted(cache.rglob("*"))
@@ -63,15 +63,15 @@ def send_at(
     monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, number: signal.Signals
 ) -> list[int]:
     """Send a signal at the n-th call of a function; the list counts the calls."""
-    real, calls = getattr(owner, name), [0]
+    original, calls = getattr(owner, name), [0]
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def patched(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
         if calls[0] == call:
             os.kill(os.getpid(), number)
-        return real(*args, **kwargs)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, watched)
+    monkeypatch.setattr(owner, name, patched)
     return calls
 
 
@@ -101,7 +101,7 @@ def test_a_failed_write_while_a_dump_stops_is_an_error(
 def test_a_schedulers_signal_does_not_wait_for_the_current_unit(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Units of 35 samples in two views are 5 batches of 16 or less: the 7th is in the second."""
+    """A unit of 35 samples in two views takes 5 batches: the 7th belongs to the second unit."""
     batches = send_at(monkeypatch, Teacher, "_respond", 7, signal.SIGTERM)
     with pytest.raises(Requeue, match="SIGTERM"):
         dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"))
@@ -139,15 +139,15 @@ def test_the_summary_has_the_views_written_and_the_teachers_top1(
     recipe = world.dump_recipe(small.shards, tmp_path / "cache", ["views.mix=0"])
     summary = dump_teacher(recipe)
     reader = open_cache(tmp_path / "cache")
-    right = total = 0
+    correct = total = 0
     for view in range(reader.views):
         for shard, count in enumerate(reader.counts):
             rows = reader.rows("dense", view, shard, np.arange(count))
-            right += int((rows["dense/global"].argmax(1) == reader.labels(shard)).sum())
+            correct += int((rows["dense/global"].argmax(1) == reader.labels(shard)).sum())
             total += count
     assert summary["views_written"] == total
     assert 0 < summary["data_wait"] < 1
-    assert summary["teacher_top1"] == pytest.approx(100 * right / total)
+    assert summary["teacher_top1"] == pytest.approx(100 * correct / total)
     files = (tmp_path / "cache" / "envelope").rglob("c/**/*")
     sizes = [path.stat().st_size for path in files if path.is_file()]
     assert summary["bytes_per_view"]["envelope"] == pytest.approx(sum(sizes) / total, abs=0.5)

@@ -1,4 +1,4 @@
-"""A dump whose processes come, go and stop: the bytes of one process, each unit computed once.
+"""A dump whose processes join, die and stop: one process's bytes, each unit computed once.
 
 Agents are torchrun's, ranks and jobs are real processes; all are forked, to save imports. Every
 unit takes a moment longer than necessary, so that other events fall in between.
@@ -36,15 +36,15 @@ FORK = multiprocessing.get_context("fork")
 MOMENT = 0.07  # seconds
 
 
-class Made(list[dict[str, Any]]):
+class Written(list[dict[str, Any]]):
     """The units written, and the process of each, as read from a file."""
 
     def __init__(self, path: Path) -> None:
         lines = path.read_text().splitlines() if path.exists() else []
         super().__init__(map(json.loads, lines))
 
-    def by(self, **who: object) -> list[dict[str, Any]]:
-        return [row for row in self if who.items() <= row.items()]
+    def by(self, **fields: object) -> list[dict[str, Any]]:
+        return [row for row in self if fields.items() <= row.items()]
 
 
 class Dump:
@@ -67,9 +67,9 @@ class Dump:
 
 
 def files(cache: Path) -> dict[str, bytes]:
-    found = tree(cache)
-    del found["zarr.json"]  # it states a time
-    return found
+    contents = tree(cache)
+    del contents["zarr.json"]  # has a timestamp
+    return contents
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,9 @@ def dump(tmp_path_factory: pytest.TempPathFactory) -> Dump:
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Made]:
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Written]:
     """Return the units written so far by processes that are forked after this."""
-    path, original = tmp_path / "made", UnitWriter._write
+    path, original = tmp_path / "written", UnitWriter._write
 
     def write(self: UnitWriter, unit: Unit, *data: Any) -> None:
         # A single node must still be working when the next one starts.
@@ -92,7 +92,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Made]:
             file.write(json.dumps(row) + "\n")
 
     monkeypatch.setattr(UnitWriter, "_write", write)
-    return lambda: Made(path)
+    return lambda: Written(path)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def children(pid: int) -> list[int]:
     return []
 
 
-def ended(*processes: Any) -> list[int | None]:
+def join(*processes: Any) -> list[int | None]:
     for process in processes:
         process.join(PATIENCE)
     return [process.exitcode for process in processes]
@@ -130,7 +130,7 @@ def command(words: list[object]) -> None:
     raise SystemExit(world.cli(*words))
 
 
-def _worker(words: list[object]) -> None:
+def _rank(words: list[object]) -> None:
     code = world.cli(*words)
     if code:
         os._exit(code)
@@ -140,10 +140,10 @@ def agent(words: list[object], port: int, nodes: str, processes: int, shared_sto
     """Run ``torchrun --nnodes NODES --nproc-per-node PROCESSES --max-restarts 3``."""
     logging.disable(logging.CRITICAL)  # torch imports its compiler to print a failure
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = str(int(not shared_store))
-    least, _, most = nodes.partition(":")
+    minimum, _, maximum = nodes.partition(":")
     config = LaunchConfig(
-        min_nodes=int(least),
-        max_nodes=int(most),
+        min_nodes=int(minimum),
+        max_nodes=int(maximum),
         nproc_per_node=processes,
         run_id="test",
         rdzv_endpoint=f"127.0.0.1:{port}",
@@ -153,74 +153,74 @@ def agent(words: list[object], port: int, nodes: str, processes: int, shared_sto
         start_method="fork",
         shutdown_timeout=20,
     )
-    elastic_launch(config, _worker)(words)
+    elastic_launch(config, _rank)(words)
 
 
-def once_each(made: Made) -> bool:
-    counts = Counter(tuple(row["unit"]) for row in made)
+def once_each(written: Written) -> bool:
+    counts = Counter(tuple(row["unit"]) for row in written)
     return len(counts) == 48 and set(counts.values()) == {1}
 
 
 def test_a_dump_survives_a_node_that_joins_and_is_lost(
-    dump: Dump, made: Callable[[], Made], start: Callable[..., Any], tmp_path: Path
+    dump: Dump, written: Callable[[], Written], start: Callable[..., Any], tmp_path: Path
 ) -> None:
     words, port = dump.words(tmp_path / "c", "dump.rank_timeout=2"), free_port()
     first = start(agent, words, port, "1:2", 1, False)
-    until(lambda: len(made()) >= 2)
+    until(lambda: len(written()) >= 2)
     second = start(agent, words, port, "1:2", 1, False)
-    until(lambda: len({row["RANK"] for row in made().by(WORLD_SIZE="2")}) == 2)
+    until(lambda: len({row["RANK"] for row in written().by(WORLD_SIZE="2")}) == 2)
     for pid in (second.pid, *children(second.pid)):
         os.kill(pid, signal.SIGKILL)
-    assert not once_each(made()), "killed too late to prove anything"
-    assert ended(first) == [0]
+    assert not once_each(written()), "killed too late for a meaningful test"
+    assert join(first) == [0]
     assert files(tmp_path / "c") == dump.bytes
-    assert once_each(made())
+    assert once_each(written())
 
 
 def test_a_killed_rank_is_restarted_and_its_unit_written(
-    dump: Dump, made: Callable[[], Made], start: Callable[..., Any], tmp_path: Path
+    dump: Dump, written: Callable[[], Written], start: Callable[..., Any], tmp_path: Path
 ) -> None:
     started = start(agent, dump.words(tmp_path / "c"), free_port(), "1:1", 2, True)
-    until(lambda: made().by(RANK="1"))
-    os.kill(made().by(RANK="1")[0]["pid"], signal.SIGKILL)
-    assert not once_each(made()), "killed too late to prove anything"
-    assert ended(started) == [0]
-    assert len({row["pid"] for row in made()}) == 4
+    until(lambda: written().by(RANK="1"))
+    os.kill(written().by(RANK="1")[0]["pid"], signal.SIGKILL)
+    assert not once_each(written()), "killed too late for a meaningful test"
+    assert join(started) == [0]
+    assert len({row["pid"] for row in written()}) == 4
     assert files(tmp_path / "c") == dump.bytes
-    assert once_each(made())
+    assert once_each(written())
 
 
 def test_others_take_over_the_units_of_a_suspended_rank(
-    dump: Dump, made: Callable[[], Made], tmp_path: Path
+    dump: Dump, written: Callable[[], Written], tmp_path: Path
 ) -> None:
     """When it continues, it has one unit in progress and one being written."""
     started = ranks.start(3, dump.words(tmp_path / "c"))
-    until(lambda: made().by(RANK="1"))
+    until(lambda: written().by(RANK="1"))
     os.kill(started[1].pid, signal.SIGSTOP)
-    before = len(made().by(RANK="1"))
-    until(lambda: len(made()) - len(made().by(RANK="1")) >= 48 - before - 2)
+    before = len(written().by(RANK="1"))
+    until(lambda: len(written()) - len(written().by(RANK="1")) >= 48 - before - 2)
     os.kill(started[1].pid, signal.SIGCONT)
     assert ranks.finish(started) == [0, 0, 0]
-    assert len(made().by(RANK="1")) <= before + 2
+    assert len(written().by(RANK="1")) <= before + 2
     assert files(tmp_path / "c") == dump.bytes
-    assert once_each(made())
+    assert once_each(written())
 
 
 def test_jobs_that_share_only_a_folder_compute_each_unit_once(
-    dump: Dump, made: Callable[[], Made], start: Callable[..., Any], tmp_path: Path
+    dump: Dump, written: Callable[[], Written], start: Callable[..., Any], tmp_path: Path
 ) -> None:
     """One is preempted by Slurm, one killed; a later one computes the remaining units."""
     words = dump.words(tmp_path / "c")
     preempted, killed = start(command, words), start(command, words)
     for process, number in ((preempted, signal.SIGUSR1), (killed, signal.SIGKILL)):
-        until(lambda pid=process.pid: made().by(pid=pid))
+        until(lambda pid=process.pid: written().by(pid=pid))
         os.kill(process.pid, number)
-    assert ended(preempted, killed) == [75, -9]
-    left = [path.read_text() for path in (tmp_path / "c" / FOLDER).iterdir()]
-    assert [json.loads(text)["pid"] for text in left] == [killed.pid] * len(left)
-    assert ended(start(command, words), start(command, words)) == [0, 0]
+    assert join(preempted, killed) == [75, -9]
+    claims = [path.read_text() for path in (tmp_path / "c" / FOLDER).iterdir()]
+    assert [json.loads(text)["pid"] for text in claims] == [killed.pid] * len(claims)
+    assert join(start(command, words), start(command, words)) == [0, 0]
     assert files(tmp_path / "c") == dump.bytes
-    assert once_each(made())
+    assert once_each(written())
 
 
 def test_training_restarted_by_torchrun_resumes_from_its_last_state(
@@ -243,9 +243,9 @@ def test_training_restarted_by_torchrun_resumes_from_its_last_state(
         return original(self, batches)
 
     monkeypatch.setattr(Trainer, "step", step)
-    words = ranks.arguments(small, tmp_path / "run")
-    assert ended(start(agent, words, free_port(), "1:1", 2, True)) == [0]
+    words = ranks.train_args(small, tmp_path / "run")
+    assert join(start(agent, words, free_port(), "1:1", 2, True)) == [0]
     assert (tmp_path / "updates 1").read_text().split() == [*map(str, [*range(6), *range(4, 12)])]
-    ranks.same_curve(ranks.summary(tmp_path / "run"), alone)
+    ranks.assert_same_curve(ranks.summary(tmp_path / "run"), alone)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
     assert world.cli(*words) == 1  # another job's run is not resumed

@@ -32,7 +32,7 @@ class Scripted(torch.nn.Module):
         return next(self.outputs)
 
 
-def measured(student: Any, batches: list[EvalBatch], heads: tuple[str, ...]) -> Metrics:
+def evaluate(student: Any, batches: list[EvalBatch], heads: tuple[str, ...]) -> Metrics:
     return measure(student, batches, heads, (2, 2))
 
 
@@ -53,14 +53,14 @@ def ranked(*orders: str) -> Tensor:
 def test_a_students_images_are_normalised_with_its_mean_and_std() -> None:
     batch = batch_of([0, 1])
     student = Scripted(Heads(torch.rand(2, K)))
-    measured(student, [batch], ("cls",))
+    evaluate(student, [batch], ("cls",))
     for channel in range(3):
         pixels = batch.pixels[..., channel].float() / 255
         expected = (pixels - student.mean[channel]) / student.std[channel]
         torch.testing.assert_close(student.shown[0][:, channel], expected)
 
 
-def test_each_trained_head_is_measured_and_the_mean_of_their_logits() -> None:
+def test_each_trained_head_and_the_mean_of_their_logits_are_evaluated() -> None:
     """With batches of unequal size: the last may be short."""
     cls = ranked("0123456", "5012346", "6543210")
     dist = ranked("1203456", "1234506", "5012346")
@@ -70,8 +70,8 @@ def test_each_trained_head_is_measured_and_the_mean_of_their_logits() -> None:
     labels = [[0, 5, 6], [0]]
 
     def top(names: tuple[str, ...]) -> dict[str, tuple[float, float]]:
-        found = measured(Scripted(heads, short), [batch_of(one) for one in labels], names)
-        return {name: (value["top1"], value["top5"]) for name, value in found.items()}
+        metrics = evaluate(Scripted(heads, short), [batch_of(row) for row in labels], names)
+        return {name: (value["top1"], value["top5"]) for name, value in metrics.items()}
 
     alone = {"cls": (100.0, 100.0), "dist": (25.0, 75.0), "dense": (75.0, 75.0)}
     assert top(("cls", "dist", "dense")) == {**alone, "mean": (75.0, 75.0)}
@@ -81,6 +81,6 @@ def test_each_trained_head_is_measured_and_the_mean_of_their_logits() -> None:
     assert top(("cls",)) == {"cls": alone["cls"], "mean": alone["cls"]}
 
 
-def test_no_samples_are_refused() -> None:
+def test_an_empty_data_set_is_refused() -> None:
     with pytest.raises(DataError, match="no samples"):
-        measured(Scripted(), [], ("cls",))
+        evaluate(Scripted(), [], ("cls",))

@@ -42,7 +42,7 @@ HEADS = {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
 
 
 def draw_colours(folder: Path, classes: int, per_class: int, seed: int) -> None:
-    """``folder/<class>/<n>.png``: noise in the class's hue."""
+    """Write ``folder/<class>/<n>.png``: noise in the class's hue."""
     rng = np.random.default_rng(seed)
     for number in range(classes):
         (folder / f"hue{number:02d}").mkdir(parents=True)
@@ -53,7 +53,7 @@ def draw_colours(folder: Path, classes: int, per_class: int, seed: int) -> None:
 
 
 def job_of(recipe: TrainRecipe) -> TrainJob:
-    """A run on the CPU before its first update."""
+    """Return a run on the CPU before its first update."""
     data = open_training_data(recipe)
     return TrainJob(recipe, data, Trainer(recipe, data.views, CPU))
 
@@ -66,18 +66,18 @@ class Transfer:
     shards: Path
 
     def recipe(
-        self, out: Path, init: Path | str = "", sets: tuple[str, ...] = (), **named: Any
+        self, out: Path, init: Path | str = "", sets: tuple[str, ...] = (), **options: Any
     ) -> TrainRecipe:
-        """Fine-tuning at 48 px."""
+        """Return a recipe for fine-tuning at 48 px."""
         source = str(init) or str(self.run)
-        given = [*world.VIEWS, "views.size=48", f"student.init_from={source}", *sets]
+        every = [*world.VIEWS, "views.size=48", f"student.init_from={source}", *sets]
         return world.train_recipe(
-            self.shards, None, out, "none", given, **({"kwargs": KWARGS} | named)
+            self.shards, None, out, "none", every, **({"kwargs": KWARGS} | options)
         )
 
-    def started(self, tmp_path: Path, init: Path | str = "", **named: Any) -> TrainJob:
+    def start(self, tmp_path: Path, init: Path | str = "", **options: Any) -> TrainJob:
         """Return a run with its initial weights, before any update."""
-        recipe = self.recipe(tmp_path / "out", init, **named)
+        recipe = self.recipe(tmp_path / "out", init, **options)
         job = job_of(recipe)
         job.start_from(recipe.student.init_from)
         return job
@@ -105,7 +105,7 @@ def test_only_heads_and_positions_differ_from_the_source_at_update_0(
     transfer: Transfer, tmp_path: Path
 ) -> None:
     source = load_file(transfer.run / "best.safetensors")
-    job = transfer.started(tmp_path)
+    job = transfer.start(tmp_path)
     state = job.trainer.student.model.state_dict()
     assert job.trainer.update == 0
     assert state.keys() == source.keys()
@@ -117,7 +117,7 @@ def test_only_heads_and_positions_differ_from_the_source_at_update_0(
 
 def test_positions_are_resampled_as_timm_does(transfer: Transfer, tmp_path: Path) -> None:
     source = load_file(transfer.run / "best.safetensors")
-    job = transfer.started(tmp_path)
+    job = transfer.start(tmp_path)
     model: Any = job.trainer.student.model
     positions = model.state_dict()["pos_embed"]
     assert source["pos_embed"].shape == (1, 2 + 4 * 4, 32)
@@ -126,8 +126,8 @@ def test_positions_are_resampled_as_timm_does(transfer: Transfer, tmp_path: Path
     assert torch.equal(positions[:, :2], source["pos_embed"][:, :2])  # class and distillation
 
 
-def test_new_heads_are_those_of_a_fresh_run(transfer: Transfer, tmp_path: Path) -> None:
-    job = transfer.started(tmp_path)
+def test_new_heads_equal_those_of_a_fresh_run(transfer: Transfer, tmp_path: Path) -> None:
+    job = transfer.start(tmp_path)
     fresh = job_of(job.recipe).trainer.student.model.state_dict()
     for name in HEADS:
         assert torch.equal(job.trainer.student.model.state_dict()[name], fresh[name]), name
@@ -170,8 +170,8 @@ def test_with_a_cache_the_same_classes_keep_their_heads(
     init = [f"student.init_from={tmp_path / 'plain'}"]
     recipe = world.train_recipe(shards, small.cache, tmp_path / "out", method, init, epochs=1)
     job = job_of(recipe)
-    started = job.start_from(recipe.student.init_from)
-    assert (started.new, started.resized) == ((), None)
+    loaded = job.start_from(recipe.student.init_from)
+    assert (loaded.new, loaded.resized) == ((), None)
     source = load_file(tmp_path / "plain/last.safetensors")
     assert_equal(dict(job.trainer.student.model.state_dict()), source)
     summary = train(recipe)
@@ -185,13 +185,13 @@ def test_the_same_number_of_other_classes_gets_new_heads(
     card = read_header(transfer.run / "best.safetensors")
     state = load_file(transfer.run / "best.safetensors")
     state = {k: v[:7] if k in HEADS else v for k, v in state.items()}
-    mine = tuple(f"hue{n:02d}" for n in range(7))
-    for names, new in ((mine, False), (("tone", *mine[1:]), True), (None, False)):
+    own = tuple(f"hue{n:02d}" for n in range(7))
+    for names, new_heads in ((own, False), (("tone", *own[1:]), True), (None, False)):
         changed = {**vars(card), "num_classes": 7, "class_names": names}
         save_student(tmp_path / "seven.safetensors", state, type(card)(**changed))
-        job = transfer.started(tmp_path, tmp_path / "seven.safetensors")
+        job = transfer.start(tmp_path, tmp_path / "seven.safetensors")
         kept = torch.equal(job.trainer.student.model.state_dict()["head.bias"], state["head.bias"])
-        assert kept != new, names
+        assert kept != new_heads, names
 
 
 def test_a_run_starts_from_a_model_in_timms_format(transfer: Transfer, tmp_path: Path) -> None:
@@ -201,11 +201,11 @@ def test_a_run_starts_from_a_model_in_timms_format(transfer: Transfer, tmp_path:
     save_for_hf(
         model, str(folder), model_args={**arguments, "img_size": 32}, safe_serialization=True
     )
-    job = transfer.started(tmp_path, folder)
+    job = transfer.start(tmp_path, folder)
     assert job.init == {"from": str(folder), "sha256": state_digest(model.state_dict())}
-    mine = job.trainer.student.model.state_dict()
+    loaded = job.trainer.student.model.state_dict()
     for name, tensor in model.state_dict().items():
-        assert name in HEADS | {"pos_embed"} or torch.equal(mine[name], tensor)
+        assert name in HEADS | {"pos_embed"} or torch.equal(loaded[name], tensor)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -215,8 +215,8 @@ def test_a_run_starts_from_a_pth_of_the_same_model(
     """As published by DeiT's authors, and as written by timm's training script."""
     source = load_file(transfer.run / "best.safetensors")
     torch.save({"model": source, "epoch": 3} if wrapped else source, tmp_path / "w.pth")
-    job = transfer.started(tmp_path, tmp_path / "w.pth")
-    expected = transfer.started(tmp_path).trainer.student.model.state_dict()
+    job = transfer.start(tmp_path, tmp_path / "w.pth")
+    expected = transfer.start(tmp_path).trainer.student.model.state_dict()
     assert_equal(dict(job.trainer.student.model.state_dict()), dict(expected))
     assert job.init == {"from": str(tmp_path / "w.pth"), "sha256": state_digest(source)}
 
@@ -233,7 +233,7 @@ def test_a_pth_that_describes_no_model_is_logged(
     assert "the file describes no model" in output
     torch.save({"blocks.0.norm1.weight": torch.ones(32)}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="do not fit") as caught:
-        transfer.started(tmp_path, tmp_path / "w.pth")
+        transfer.start(tmp_path, tmp_path / "w.pth")
     assert "missing (cls_token" in str(caught.value)
 
 
@@ -264,7 +264,7 @@ def test_positions_of_prefix_tokens_are_kept_unchanged(
     grid = torch.randn(1, 4 * 4, 32)
     before = torch.cat([torch.full((1, prefix, 32), 7.0), grid], dim=1)
     torch.save({**fresh.state_dict(), "pos_embed": before}, tmp_path / "w.pth")
-    job = transfer.started(tmp_path, tmp_path / "w.pth", student=student, kwargs=kwargs)
+    job = transfer.start(tmp_path, tmp_path / "w.pth", student=student, kwargs=kwargs)
     positions = job.trainer.student.model.state_dict()["pos_embed"]
     assert positions.shape == (1, prefix + 6 * 6, 32)
     assert torch.equal(positions[:, :prefix], before[:, :prefix])
@@ -274,7 +274,7 @@ def test_positions_of_prefix_tokens_are_kept_unchanged(
     torch.testing.assert_close(positions[:, prefix:], expected)
 
 
-def test_resolution_is_no_part_of_an_architectures_name(transfer: Transfer, tmp_path: Path) -> None:
+def test_resolution_does_not_distinguish_architectures(transfer: Transfer, tmp_path: Path) -> None:
     """``…_patch16_384`` in timm is ``…_patch16_224`` for larger images."""
     larger = "deit_base_distilled_patch16_384"
     smaller = "deit_base_distilled_patch16_224"
@@ -284,7 +284,7 @@ def test_resolution_is_no_part_of_an_architectures_name(transfer: Transfer, tmp_
         TrainRecipe, None, ["student.init_from="], {k: v for k, v in flat(recipe).items() if v}
     )
     train(recipe)
-    job = transfer.started(tmp_path, tmp_path / "a", student=larger, kwargs=kwargs)
+    job = transfer.start(tmp_path, tmp_path / "a", student=larger, kwargs=kwargs)
     source = load_file(tmp_path / "a/last.safetensors")
     assert_equal(dict(job.trainer.student.model.state_dict()), source)
 
@@ -299,49 +299,49 @@ def flat(recipe: TrainRecipe) -> dict[str, Any]:
 # Resuming
 
 
-def die_at(monkeypatch: pytest.MonkeyPatch, deadly: int) -> Callable[[], None]:
+def die_at(monkeypatch: pytest.MonkeyPatch, update: int) -> Callable[[], None]:
     step = stage_two.Trainer.step
 
-    def dying(trainer: Any, batches: Any) -> torch.Tensor:
-        if trainer.update == deadly:
+    def fatal_step(trainer: Any, batches: Any) -> torch.Tensor:
+        if trainer.update == update:
             raise DiedError
         return step(trainer, batches)
 
-    monkeypatch.setattr(stage_two.Trainer, "step", dying)
+    monkeypatch.setattr(stage_two.Trainer, "step", fatal_step)
     return lambda: monkeypatch.setattr(stage_two.Trainer, "step", step)
 
 
-@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("source_deleted", [False, True])
 def test_a_killed_run_resumes_exactly_without_its_source(
-    transfer: Transfer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+    transfer: Transfer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source_deleted: bool
 ) -> None:
     init = Path(shutil.copytree(transfer.run, tmp_path / "source"))
     sets = ("run.checkpoint_every=1",)
-    train(transfer.recipe(tmp_path / "whole", init, sets, epochs=2))
-    broken = transfer.recipe(tmp_path / "broken", init, sets, epochs=2)
-    heal = die_at(monkeypatch, 4)
+    train(transfer.recipe(tmp_path / "full", init, sets, epochs=2))
+    recipe = transfer.recipe(tmp_path / "resumed", init, sets, epochs=2)
+    restore = die_at(monkeypatch, 4)
     with pytest.raises(DiedError):
-        train(broken)
-    heal()
-    if gone:
+        train(recipe)
+    restore()
+    if source_deleted:
         shutil.rmtree(init)
-    train(broken, resume=True)
-    assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
-    one, other = (tmp_path / name / "last.safetensors" for name in ("whole", "broken"))
+    train(recipe, resume=True)
+    assert_equal(final_state(tmp_path / "full"), final_state(tmp_path / "resumed"))
+    one, other = (tmp_path / name / "last.safetensors" for name in ("full", "resumed"))
     assert one.read_bytes() == other.read_bytes()
 
 
 def test_a_run_killed_before_its_first_state_starts_from_the_weights_again(
     transfer: Transfer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = transfer.recipe(tmp_path / "broken", epochs=1)
-    heal = die_at(monkeypatch, 1)
+    recipe = transfer.recipe(tmp_path / "resumed", epochs=1)
+    restore = die_at(monkeypatch, 1)
     with pytest.raises(DiedError):
         train(recipe)
-    heal()
+    restore()
     train(recipe, resume=True)
-    train(transfer.recipe(tmp_path / "whole", epochs=1))
-    assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
+    train(transfer.recipe(tmp_path / "full", epochs=1))
+    assert_equal(final_state(tmp_path / "full"), final_state(tmp_path / "resumed"))
 
 
 def test_a_run_resumes_only_with_its_own_initial_weights(
@@ -354,18 +354,18 @@ def test_a_run_resumes_only_with_its_own_initial_weights(
     other = load_file(copy)
     other["norm.bias"] += 1
     save_student(tmp_path / "other.safetensors", other, read_header(copy))
-    refused = {
+    refusals = {
         tmp_path / "other.safetensors": (OutputError, "started from other weights"),
         tmp_path / "nothing": (WeightsError, "weights to start from do not exist"),
     }
-    for init, (kind, message) in refused.items():
+    for init, (kind, message) in refusals.items():
         with pytest.raises(kind, match=message):
             train(transfer.recipe(tmp_path / "out", init, epochs=1), resume=True)
-    without = world.load_recipe(
+    fresh = world.load_recipe(
         TrainRecipe, None, [], flat(transfer.recipe(tmp_path / "out", epochs=1))
     )
     with pytest.raises(OutputError, match="started from other weights"):
-        train(without, resume=True)
+        train(fresh, resume=True)
 
 
 def test_a_run_of_random_weights_does_not_resume_from_others(
@@ -381,7 +381,7 @@ def test_a_run_of_random_weights_does_not_resume_from_others(
 
 
 @pytest.mark.parametrize(
-    ("named", "parts"),
+    ("options", "parts"),
     [
         ({"student": "deit_tiny_patch16_224"}, ["another architecture", world.STUDENT]),
         ({"student": "resnet10t", "kwargs": "{}"}, ["another architecture", "resnet10t"]),
@@ -396,10 +396,10 @@ def test_a_run_of_random_weights_does_not_resume_from_others(
     ],
 )
 def test_another_model_is_refused_with_found_and_expected(
-    transfer: Transfer, tmp_path: Path, named: dict[str, Any], parts: list[str]
+    transfer: Transfer, tmp_path: Path, options: dict[str, Any], parts: list[str]
 ) -> None:
     with pytest.raises(WeightsError) as caught:
-        train(transfer.recipe(tmp_path / "out", **named))
+        train(transfer.recipe(tmp_path / "out", **options))
     for part in [*parts, str(transfer.run)]:
         assert part in str(caught.value)
 
@@ -416,28 +416,28 @@ def test_weights_with_another_normalisation_are_refused(transfer: Transfer, tmp_
         safe_serialization=True,
     )
     with pytest.raises(WeightsError, match="a model with other settings") as caught:
-        transfer.started(tmp_path, tmp_path / "timm")
+        transfer.start(tmp_path, tmp_path / "timm")
     assert "mean: found (0.5, 0.5, 0.5), expected (0.485, 0.456, 0.406)" in str(caught.value)
 
 
 def test_tensors_that_do_not_fit_are_named(transfer: Transfer, tmp_path: Path) -> None:
     card = read_header(transfer.run / "best.safetensors")
-    whole = load_file(transfer.run / "best.safetensors")
+    full = load_file(transfer.run / "best.safetensors")
     cases = {
-        "pos_embed (1, 17, 32) for (1, 38, 32)": whole | {"pos_embed": torch.zeros(1, 17, 32)},
-        "pos_embed (18,) for (1, 38, 32)": whole | {"pos_embed": torch.zeros(18)},
-        "pos_embed (1, 18, 8) for (1, 38, 32)": whole | {"pos_embed": torch.zeros(1, 18, 8)},
-        "1 missing (norm.bias)": {k: v for k, v in whole.items() if k != "norm.bias"},
-        "1 unexpected (extra)": whole | {"extra": torch.zeros(1)},
+        "pos_embed (1, 17, 32) for (1, 38, 32)": full | {"pos_embed": torch.zeros(1, 17, 32)},
+        "pos_embed (18,) for (1, 38, 32)": full | {"pos_embed": torch.zeros(18)},
+        "pos_embed (1, 18, 8) for (1, 38, 32)": full | {"pos_embed": torch.zeros(1, 18, 8)},
+        "1 missing (norm.bias)": {k: v for k, v in full.items() if k != "norm.bias"},
+        "1 unexpected (extra)": full | {"extra": torch.zeros(1)},
     }
     for message, state in cases.items():
         save_student(tmp_path / "odd.safetensors", state, card)
         with pytest.raises(WeightsError) as caught:
-            transfer.started(tmp_path, tmp_path / "odd.safetensors")
+            transfer.start(tmp_path, tmp_path / "odd.safetensors")
         assert message in str(caught.value)
 
 
-def test_files_that_are_no_students_are_refused(transfer: Transfer, tmp_path: Path) -> None:
+def test_paths_without_a_student_are_refused(transfer: Transfer, tmp_path: Path) -> None:
     empty, odd, oblong, text = (tmp_path / name for name in ("empty", "odd", "oblong", "text"))
     for folder in (empty, odd, oblong):
         folder.mkdir()

@@ -20,9 +20,9 @@ EPOCHS = 3
 
 
 def recipe_of(small: World, out: Path, *sets: str) -> TrainRecipe:
-    own = ["schedule.warmup_epochs=0", "data.check=0", "distill.schedule=spatial", *sets]
+    every = ["schedule.warmup_epochs=0", "data.check=0", "distill.schedule=spatial", *sets]
     return world.train_recipe(
-        small.shards, small.cache, out, sets=own, epochs=EPOCHS, batch_size=32
+        small.shards, small.cache, out, sets=every, epochs=EPOCHS, batch_size=32
     )
 
 
@@ -43,9 +43,9 @@ def test_states_are_kept_at_the_given_epochs(trunk: Path) -> None:
 
 def test_a_fork_without_changes_equals_its_trunk(trunk: Path, small: World, tmp_path: Path) -> None:
     stage_two.train(fork_of(trunk, small, tmp_path / "fork"))
-    expected, found = final_state(trunk), final_state(tmp_path / "fork")
+    expected, forked = final_state(trunk), final_state(tmp_path / "fork")
     for name in ("student", "ema", "optimizer", "update"):
-        assert_equal(found[name], expected[name])
+        assert_equal(forked[name], expected[name])
 
 
 def test_a_fork_has_its_own_loss_and_progress_and_its_trunks_history(
@@ -55,7 +55,7 @@ def test_a_fork_has_its_own_loss_and_progress_and_its_trunks_history(
     stage_two.train(fork_of(trunk, small, out, *sets))
     rows, before = read_log(out / "summary.csv"), read_log(trunk / "summary.csv")
     assert [row["loss"] for row in rows[:2]] == [row["loss"] for row in before[:2]]
-    # The last of three updates, which are one epoch: 1 - 2 / 3.
+    # The last of one epoch's three updates: 1 - 2 / 3.
     assert [row["ckf_ratio"] for row in rows] == pytest.approx([1.0, 1.0, 1 / 3], abs=1e-6)
     assert rows[2]["loss"] != before[2]["loss"]
     [schedule, step, fork] = read_header(out / "last.safetensors").recipe_changes
@@ -69,26 +69,25 @@ def test_a_stopped_fork_is_resumed_as_a_fork(
     trunk: Path, small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, sets = tmp_path / "fork", ("distill.spatial_weight=0.0", "run.checkpoint_every=1")
-    whole = fork_of(trunk, small, tmp_path / "whole", *sets)
-    stage_two.train(whole)
-    step, stopped = stage_two.Trainer.step, fork_of(trunk, small, out, *sets)
+    stage_two.train(fork_of(trunk, small, tmp_path / "full", *sets))
+    step, recipe = stage_two.Trainer.step, fork_of(trunk, small, out, *sets)
 
-    def once(self: stage_two.Trainer, batches: object) -> object:
+    def interrupted(self: stage_two.Trainer, batches: object) -> object:
         if self.update == 7:
             raise KeyboardInterrupt
         return step(self, batches)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stage_two.Trainer, "step", once)
+    monkeypatch.setattr(stage_two.Trainer, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        stage_two.train(stopped)
+        stage_two.train(recipe)
     monkeypatch.undo()
     other = tmp_path / "other.pt"
     shutil.copy(trunk / "state.pt", other)
     for start in ("", "run.fork_from=gone.pt", f"run.fork_from={other}"):
         with pytest.raises(OutputError, match="started with another --fork-from"):
             stage_two.train(recipe_of(small, out, *sets, *filter(None, [start])), resume=True)
-    stage_two.train(stopped, resume=True)
-    assert_equal(final_state(out)["student"], final_state(tmp_path / "whole")["student"])
+    stage_two.train(recipe, resume=True)
+    assert_equal(final_state(out)["student"], final_state(tmp_path / "full")["student"])
     assert final_state(out)["forked_at"] == 2
 
 
@@ -98,15 +97,15 @@ def test_a_fork_killed_before_its_first_update_starts_again(
     out = tmp_path / "fork"
     recipe = fork_of(trunk, small, out, "distill.schedule=linear")
 
-    def killed(*given: object, **named: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for last in ("to_toml", "write_changes", "RunLog"):
-        monkeypatch.setattr(stage_two, last, killed)
+    for name in ("to_toml", "write_changes", "RunLog"):
+        monkeypatch.setattr(stage_two, name, interrupt)
         with pytest.raises(KeyboardInterrupt):
             stage_two.train(recipe, resume=True)
         monkeypatch.undo()
-    monkeypatch.setattr(stage_two, "RunLog", killed)
+    monkeypatch.setattr(stage_two, "RunLog", interrupt)
     (out / "changes.jsonl").unlink()
     with pytest.raises(KeyboardInterrupt):
         stage_two.train(recipe, resume=True)

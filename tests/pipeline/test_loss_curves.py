@@ -1,4 +1,4 @@
-"""Claim 2 of the design: training from a cache is training with the teacher."""
+"""Claim 2 of the design: training from a cache equals training with the live teacher."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def loss_curve(
     sets: list[str],
     targets: Callable[[Batch], Targets] | None = None,
 ) -> torch.Tensor:
-    """(updates, 4) loss and parts of a whole run; ``targets`` replace the cache's targets."""
+    """Return (updates, 4) loss and terms of a full run; ``targets`` replace the cache's targets."""
     recipe = world.train_recipe(small.shards, small.cache, out, method, sets)
     trainer = Trainer(recipe, open_training_data(recipe).views, CPU, targets=targets)
     batches = trainer.micro_batches()
@@ -62,8 +62,8 @@ def test_soft_targets_of_dense_cache_and_live_teacher_give_the_same_loss_curve(
     assert torch.equal(dense, live)
 
 
-def test_every_key_of_the_recipe_about_the_loss_reaches_it(small: World, tmp_path: Path) -> None:
-    said = {
+def test_all_loss_settings_of_the_recipe_reach_the_loss(small: World, tmp_path: Path) -> None:
+    settings = {
         "global_kind": "soft",
         "spatial_kind": "soft",
         "alpha": 0.3,
@@ -71,17 +71,17 @@ def test_every_key_of_the_recipe_about_the_loss_reaches_it(small: World, tmp_pat
         "temperature": 2.5,
         "scaling": "mean",
     }
-    sets = [f"distill.{name}={value}" for name, value in said.items()]
+    sets = [f"distill.{name}={value}" for name, value in settings.items()]
     recipe = world.train_recipe(small.shards, small.cache, tmp_path, "cskd", sets)
     trainer = Trainer(recipe, open_training_data(recipe).views, CPU)
-    assert vars(trainer.loss) == {"method": "cskd", **said}
+    assert vars(trainer.loss) == {"method": "cskd", **settings}
 
 
 def test_accumulation_changes_a_loss_curve_by_rounding_only(small: World, tmp_path: Path) -> None:
-    whole = loss_curve(small, tmp_path, "cskd", [])
-    parts = loss_curve(small, tmp_path, "cskd", ["batch.accumulation=4"])
-    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(whole, parts)  # or accumulation did nothing
+    single = loss_curve(small, tmp_path, "cskd", [])
+    accumulated = loss_curve(small, tmp_path, "cskd", ["batch.accumulation=4"])
+    torch.testing.assert_close(single, accumulated, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(single, accumulated)  # else accumulation had no effect
 
 
 def _live_targets(small: World) -> Callable[[Batch], Targets]:

@@ -20,7 +20,7 @@ Capture = pytest.CaptureFixture[str]
 TASKS = [(shards, views) for shards in ("0:1", "1:3") for views in ("0:2", "2:4")]
 
 
-def dump(small: World, cache: Path, *more: object) -> list[object]:
+def dump_args(small: World, cache: Path, *more: object) -> list[object]:
     """Return the command that dumps the world's cache; ``more`` may select a part."""
     return [
         *("dump-teacher", "--shards", small.shards, "--cache", cache, "--quiet"),
@@ -30,11 +30,11 @@ def dump(small: World, cache: Path, *more: object) -> list[object]:
     ]
 
 
-def made(cache: Path) -> dict[str, bytes]:
-    """Every file except the manifest, which states a time."""
-    found = tree(cache)
-    del found["zarr.json"]
-    return found
+def data_files(cache: Path) -> dict[str, bytes]:
+    """Return every file except the manifest, which has a timestamp."""
+    contents = tree(cache)
+    del contents["zarr.json"]
+    return contents
 
 
 def test_concurrent_dumps_of_overlapping_parts_complete_one_cache(
@@ -42,20 +42,20 @@ def test_concurrent_dumps_of_overlapping_parts_complete_one_cache(
 ) -> None:
     parts = [("--shard-range", "0:2"), ("--shard-range", "1:3")]
     running = [
-        server().start(*dump(small, tmp_path / "cache", *part), log=tmp_path / f"log {number}")
+        server().start(*dump_args(small, tmp_path / "cache", *part), log=tmp_path / f"log {number}")
         for number, part in enumerate(parts)
     ]
     for process in running:
         ended = process.wait()
         assert ended.code == 0, ended.output
-    assert made(tmp_path / "cache") == made(small.cache)
+    assert data_files(tmp_path / "cache") == data_files(small.cache)
 
 
 def test_array_tasks_fill_one_cache(small: World, tmp_path: Path) -> None:
     for shards, views in reversed(TASKS):
         part = ("--shard-range", shards, "--view-range", views)
-        assert world.cli(*dump(small, tmp_path / "cache", *part)) == 0
-    assert made(tmp_path / "cache") == made(small.cache)
+        assert world.cli(*dump_args(small, tmp_path / "cache", *part)) == 0
+    assert data_files(tmp_path / "cache") == data_files(small.cache)
 
 
 def test_caches_of_array_tasks_merge_into_one_dump_byte_for_byte(
@@ -63,31 +63,31 @@ def test_caches_of_array_tasks_merge_into_one_dump_byte_for_byte(
 ) -> None:
     parts = [tmp_path / f"part {number}" for number in range(len(TASKS))]
     for part, (shards, views) in zip(parts, TASKS, strict=True):
-        words = dump(small, part, "--shard-range", shards, "--view-range", views)
+        words = dump_args(small, part, "--shard-range", shards, "--view-range", views)
         assert world.cli(*words) == 0
     capsys.readouterr()
-    assert world.cli("cache", "merge", *parts, "--out", tmp_path / "whole", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["units_copied"], found["units_compared"], found["units_missing"]) == (6, 0, 0)
-    assert found["complete"]
-    assert made(tmp_path / "whole") == made(small.cache)
-    open_cache(tmp_path / "whole").require_done()
+    assert world.cli("cache", "merge", *parts, "--out", tmp_path / "merged", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["units_copied"], report["units_compared"], report["units_missing"]) == (6, 0, 0)
+    assert report["complete"]
+    assert data_files(tmp_path / "merged") == data_files(small.cache)
+    open_cache(tmp_path / "merged").require_done()
 
 
 def test_slices_cut_by_convert_merge_into_their_source(small: World, tmp_path: Path) -> None:
     slices = [tmp_path / "a", tmp_path / "b"]
     for path, shards in zip(slices, ("0:2", "2:3"), strict=True):
         assert world.cli("cache", "convert", small.cache, path, "--shards", shards, "-q") == 0
-    assert world.cli("cache", "merge", *slices, "--out", tmp_path / "whole", "-q") == 0
-    assert made(tmp_path / "whole") == made(small.cache)
-    whole, original = open_cache(tmp_path / "whole"), open_cache(small.cache)
-    assert whole.manifest.dataset == original.manifest.dataset
+    assert world.cli("cache", "merge", *slices, "--out", tmp_path / "merged", "-q") == 0
+    assert data_files(tmp_path / "merged") == data_files(small.cache)
+    merged, original = open_cache(tmp_path / "merged"), open_cache(small.cache)
+    assert merged.manifest.dataset == original.manifest.dataset
 
 
 @pytest.mark.parametrize(
     ("views", "part", "block"), [(12, (4, 8), 4), (12, (0, 6), 6), (30, (10, 20), 10)]
 )
-def test_the_chosen_block_divides_the_part(
+def test_the_automatic_view_block_divides_the_part(
     small: World, tmp_path: Path, views: int, part: tuple[int, int], block: int
 ) -> None:
     sets = ["cache.view_block=0"]
@@ -102,7 +102,7 @@ def test_the_chosen_block_divides_the_part(
 
 
 @pytest.mark.parametrize(
-    ("part", "says"),
+    ("part", "facts"),
     [
         (("--view-range", "2:6"), ["exceeds the cache", "0:4", "--views"]),
         (
@@ -111,50 +111,50 @@ def test_the_chosen_block_divides_the_part(
         ),
     ],
 )
-def test_view_ranges_that_cannot_be_a_part_are_refused_and_leave_nothing(
-    small: World, tmp_path: Path, capsys: Capture, part: tuple[str, ...], says: list[str]
+def test_invalid_view_ranges_are_refused_and_nothing_is_written(
+    small: World, tmp_path: Path, capsys: Capture, part: tuple[str, ...], facts: list[str]
 ) -> None:
-    assert world.cli(*dump(small, tmp_path / "c", *part)) == 2
+    assert world.cli(*dump_args(small, tmp_path / "c", *part)) == 2
     message = capsys.readouterr().err
-    assert all(words in message for words in says), message
+    assert all(fact in message for fact in facts), message
     assert not (tmp_path / "c").exists()
 
 
 @pytest.fixture
-def newer(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Change the version of torch on this machine."""
+def fake_newer_torch(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a function that fakes a fake_newer_torch torch."""
     version = manifest_module.metadata.version
 
-    def other(name: str) -> str:
+    def faked(name: str) -> str:
         return "99.0" if name == "torch" else version(name)
 
-    return lambda: monkeypatch.setattr(manifest_module.metadata, "version", other)
+    return lambda: monkeypatch.setattr(manifest_module.metadata, "version", faked)
 
 
 def test_a_dump_with_other_versions_resumes_only_if_they_are_accepted(
-    small: World, tmp_path: Path, capsys: Capture, newer: Callable[[], None]
+    small: World, tmp_path: Path, capsys: Capture, fake_newer_torch: Callable[[], None]
 ) -> None:
     cache = tmp_path / "c"
-    assert world.cli(*dump(small, cache, "--shard-range", "2:3")) == 0
-    newer()
-    assert world.cli(*dump(small, cache)) == 1
+    assert world.cli(*dump_args(small, cache, "--shard-range", "2:3")) == 0
+    fake_newer_torch()
+    assert world.cli(*dump_args(small, cache)) == 1
     message = capsys.readouterr().err
     assert "--accept-versions" in message
     assert "and 99.0" in message
     assert open_cache(cache).done().sum() == 2
-    assert world.cli(*dump(small, cache, "--accept-versions")) == 0
+    assert world.cli(*dump_args(small, cache, "--accept-versions")) == 0
     [other] = open_cache(cache).manifest.other_versions
     assert other["torch"] == "99.0"
-    assert made(cache) == made(small.cache)
+    assert data_files(cache) == data_files(small.cache)
 
 
 def test_parts_of_other_versions_merge_only_if_they_are_accepted(
-    small: World, tmp_path: Path, capsys: Capture, newer: Callable[[], None]
+    small: World, tmp_path: Path, capsys: Capture, fake_newer_torch: Callable[[], None]
 ) -> None:
     parts = [tmp_path / "a", tmp_path / "b"]
-    assert world.cli(*dump(small, parts[0], "--view-range", "0:2")) == 0
-    newer()
-    assert world.cli(*dump(small, parts[1], "--view-range", "2:4")) == 0
+    assert world.cli(*dump_args(small, parts[0], "--view-range", "0:2")) == 0
+    fake_newer_torch()
+    assert world.cli(*dump_args(small, parts[1], "--view-range", "2:4")) == 0
     command = ["cache", "merge", *parts, "--out", tmp_path / "c", "-q"]
     assert world.cli(*command) == 1
     message = capsys.readouterr().err
@@ -164,4 +164,4 @@ def test_parts_of_other_versions_merge_only_if_they_are_accepted(
     assert world.cli(*command, "--accept-versions") == 0
     [other] = open_cache(tmp_path / "c").manifest.other_versions
     assert other["torch"] == "99.0"
-    assert made(tmp_path / "c") == made(small.cache)
+    assert data_files(tmp_path / "c") == data_files(small.cache)

@@ -1,4 +1,4 @@
-"""Bad input gets one clear message, exit code 1, and leaves nothing behind."""
+"""Bad input causes one clear message and exit code 1, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def refused(capsys: Capture) -> Callable[..., str]:
     return run
 
 
-def train(small: World, out: Path, *more: object, cache: Path | None = None) -> list[object]:
+def train_args(small: World, out: Path, *more: object, cache: Path | None = None) -> list[object]:
     return [
         *("train", "--shards", small.shards, "--cache", cache or small.cache, "--out", out),
         *("--student", world.STUDENT, "--method", "cskd", "--epochs", 4, "--batch-size", 16),
@@ -52,7 +52,7 @@ def train(small: World, out: Path, *more: object, cache: Path | None = None) -> 
     ]
 
 
-def dump(shards: object, cache: Path, *more: object) -> list[object]:
+def dump_args(shards: object, cache: Path, *more: object) -> list[object]:
     return [
         *("dump-teacher", "--shards", shards, "--cache", cache, "--teacher", world.TEACHER),
         *("--weights", "random", "--workers", 0, "--device", "cpu", "-q"),
@@ -62,7 +62,7 @@ def dump(shards: object, cache: Path, *more: object) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "facts"),
     [
         (["--set", "distil.method=cskd"], ["distil", "did you mean", "distill"]),
         (["--set", "distill.alpa=0.3"], ["distill.alpa", "alpha"]),
@@ -75,12 +75,12 @@ def dump(shards: object, cache: Path, *more: object) -> list[object]:
     ],
 )
 def test_mismatches_are_refused_before_anything_is_written(
-    small: World, tmp_path: Path, refused: Callable[..., str], more: list[str], says: list[str]
+    small: World, tmp_path: Path, refused: Callable[..., str], more: list[str], facts: list[str]
 ) -> None:
     out = tmp_path / "run"
-    message = refused(*train(small, out, *more))
-    for words in says:
-        assert words in message, message
+    message = refused(*train_args(small, out, *more))
+    for fact in facts:
+        assert fact in message, message
     assert not out.exists()
 
 
@@ -89,7 +89,8 @@ def test_a_student_coarser_than_the_teacher_is_refused(
 ) -> None:
     coarse = world.STUDENT_KWARGS.replace("patch_size=4", "patch_size=16")
     command = [
-        str(word).replace(world.STUDENT_KWARGS, coarse) for word in train(small, tmp_path / "run")
+        str(word).replace(world.STUDENT_KWARGS, coarse)
+        for word in train_args(small, tmp_path / "run")
     ]
     message = refused(*command)
     assert "coarser" in message
@@ -99,7 +100,7 @@ def test_a_student_coarser_than_the_teacher_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("sets", "says"),
+    ("sets", "facts"),
     [
         (
             [f"student.kwargs={world.STUDENT_KWARGS[:-1]}, patch_drop_rate=0.25}}"],
@@ -113,11 +114,11 @@ def test_a_student_coarser_than_the_teacher_is_refused(
     ],
 )
 def test_a_failing_first_step_is_refused_before_anything_is_written(
-    small: World, tmp_path: Path, refused: Callable[..., str], sets: list[str], says: list[str]
+    small: World, tmp_path: Path, refused: Callable[..., str], sets: list[str], facts: list[str]
 ) -> None:
-    message = refused(*train(small, tmp_path / "run", *world.as_flags(sets)))
-    for words in says:
-        assert words in message, message
+    message = refused(*train_args(small, tmp_path / "run", *world.as_flags(sets)))
+    for fact in facts:
+        assert fact in message, message
     assert not (tmp_path / "run").exists()
 
 
@@ -128,7 +129,7 @@ def test_the_trial_step_uses_micro_batches_of_the_real_size(
     kwargs = "student.kwargs={channels=[8, 8, 8, 8]}"
     words = ("--student", "resnet10t", "--method", "none", "--batch-size", 4, "--epochs", 1)
     sets = world.as_flags([kwargs, "batch.accumulation=4", *world.VIEWS])
-    message = refused(*train(small, tmp_path / "run", *words, *sets))
+    message = refused(*train_args(small, tmp_path / "run", *words, *sets))
     assert "more than one image in every micro-batch" in message
     assert not (tmp_path / "run").exists()
 
@@ -136,17 +137,17 @@ def test_the_trial_step_uses_micro_batches_of_the_real_size(
 @pytest.mark.parametrize("name", ["lamb", "lookahead_adamw"])
 def test_other_optimizers_of_timm_train(small: World, tmp_path: Path, name: str) -> None:
     flags = ("--epochs", 1, *world.as_flags([f"optim.name={name}"]))
-    assert world.cli(*train(small, tmp_path / "run", *flags)) == 0
+    assert world.cli(*train_args(small, tmp_path / "run", *flags)) == 0
 
 
 class Halving(torch.optim.SGD):
     """A user's own optimizer, in timm's registry during a test."""
 
-    made = 0
+    instances = 0
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        type(self).made += 1
+        type(self).instances += 1
 
 
 @pytest.fixture
@@ -159,35 +160,35 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("registered")
 def test_a_registered_optimizer_trains(small: World, tmp_path: Path) -> None:
     flags = ("--epochs", 1, *world.as_flags(["optim.name=halving"]))
-    before = Halving.made
-    assert world.cli(*train(small, tmp_path / "run", *flags)) == 0
-    assert Halving.made > before
+    before = Halving.instances
+    assert world.cli(*train_args(small, tmp_path / "run", *flags)) == 0
+    assert Halving.instances > before
 
 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "fact"),
     [
-        # timm would take what follows the last underscore: silently a different optimizer.
+        # timm would silently use the part after the last underscore, a different optimizer.
         ("my_halving", "register it as myhalving"),
         ("my_adamw", "no optimizer of this name"),
         ("lookahead_my_halving", "register it as myhalving"),
     ],
 )
 def test_an_optimizer_name_that_timm_would_truncate_is_refused(
-    small: World, tmp_path: Path, refused: Callable[..., str], name: str, says: str
+    small: World, tmp_path: Path, refused: Callable[..., str], name: str, fact: str
 ) -> None:
-    message = refused(*train(small, tmp_path / "run", *world.as_flags([f"optim.name={name}"])))
-    assert says in message
+    message = refused(*train_args(small, tmp_path / "run", *world.as_flags([f"optim.name={name}"])))
+    assert fact in message
     assert not (tmp_path / "run").exists()
 
 
 def test_compilation_without_a_compiler_is_refused_before_anything_is_written(
     small: World, tmp_path: Path
 ) -> None:
-    command = train(small, tmp_path / "run", *world.as_flags(["run.compile=true"]))
-    nothing = {"PATH": str(tmp_path), "CC": "", "CXX": ""}
-    ended = server().run(*command, log=tmp_path / "log", environment=nothing)
+    command = train_args(small, tmp_path / "run", *world.as_flags(["run.compile=true"]))
+    no_compiler = {"PATH": str(tmp_path), "CC": "", "CXX": ""}
+    ended = server().run(*command, log=tmp_path / "log", environment=no_compiler)
     assert ended.code == 1
     for words in ("torch.compile does not work", "compiler", "gcc", "run.compile=false"):
         assert words in ended.output
@@ -200,7 +201,8 @@ def test_a_student_of_another_input_size_is_refused(
 ) -> None:
     other = world.STUDENT_KWARGS.replace("img_size=32", "img_size=64")
     command = [
-        str(word).replace(world.STUDENT_KWARGS, other) for word in train(small, tmp_path / "run")
+        str(word).replace(world.STUDENT_KWARGS, other)
+        for word in train_args(small, tmp_path / "run")
     ]
     message = refused(*command)
     assert "img_size" in message
@@ -214,8 +216,8 @@ def test_soft_targets_from_an_envelope_cache_are_refused(
     cache = tmp_path / "cache"
     recipe = world.dump_recipe(small.shards, cache, views=2, encodings='["envelope"]')
     dump_teacher(recipe)
-    one = "distill.spatial_kind=soft"
-    message = refused(*train(small, tmp_path / "run", "--set", one, cache=cache))
+    soft = ("--set", "distill.spatial_kind=soft")
+    message = refused(*train_args(small, tmp_path / "run", *soft, cache=cache))
     assert "does not support hard targets and soft targets at temperature 1" in message
     assert "encodings envelope" in message
     assert "use --set distill.global_kind=hard --set distill.spatial_kind=hard, or" in message
@@ -223,12 +225,12 @@ def test_soft_targets_from_an_envelope_cache_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unfinished_cache_is_refused_with_what_is_missing_and_how_to_finish_it(
+def test_an_unfinished_cache_is_refused_with_the_missing_units_and_the_command(
     small: World, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     cache = tmp_path / "cache"
     dump_teacher(world.dump_recipe(small.shards, cache), shard_range=(0, 2))
-    message = refused(*train(small, tmp_path / "run", cache=cache))
+    message = refused(*train_args(small, tmp_path / "run", cache=cache))
     assert "2 of 6 units missing" in message
     assert "dump-teacher" in message
 
@@ -239,9 +241,10 @@ def test_shards_that_lack_samples_of_the_cache_are_refused_or_skipped(
     fewer = tmp_path / "shards"
     shutil.copytree(small.shards, fewer)
     (fewer / "_info.json").unlink()
-    lost = sorted(fewer.glob("*.tar"))[0]
-    lost.unlink()
-    command = [fewer if word == small.shards else word for word in train(small, tmp_path / "run")]
+    sorted(fewer.glob("*.tar"))[0].unlink()
+    command = [
+        fewer if word == small.shards else word for word in train_args(small, tmp_path / "run")
+    ]
     message = refused(*command)
     assert "32 of the cache's 96 samples are not in the shards" in message
     assert message.count("missing: ") > 1
@@ -250,7 +253,7 @@ def test_shards_that_lack_samples_of_the_cache_are_refused_or_skipped(
 
 
 @pytest.mark.parametrize(
-    ("spoil", "says"),
+    ("damage", "facts"),
     [
         (lambda tar: tar.write_bytes(b"no tar at all" * 99), ["tar"]),
         (lambda tar: tar.write_bytes(tar.read_bytes()[:-20_000]), ["truncated"]),
@@ -261,28 +264,28 @@ def test_damaged_shards_are_refused_by_both_stages(
     small: World,
     tmp_path: Path,
     refused: Callable[..., str],
-    spoil: Callable[[Path], object],
-    says: list[str],
+    damage: Callable[[Path], object],
+    facts: list[str],
 ) -> None:
     shards = tmp_path / "shards"
     shutil.copytree(small.shards, shards)
     tar = sorted(shards.glob("*.tar"))[1]
-    spoil(tar)
+    damage(tar)
     messages = [
-        refused(*dump(shards, tmp_path / "cache")),
-        refused(*[shards if w == small.shards else w for w in train(small, tmp_path / "run")]),
+        refused(*dump_args(shards, tmp_path / "cache")),
+        refused(*[shards if w == small.shards else w for w in train_args(small, tmp_path / "run")]),
     ]
     for message in messages:
         assert tar.name in message
-        assert any(words in message for words in says), message
+        assert any(fact in message for fact in facts), message
     assert not (tmp_path / "cache").exists()
     assert not (tmp_path / "run").exists()
 
 
 def _relabel(tar: Path, label: str) -> None:
-    """Give the first sample another label."""
-    spoiled = tar.with_suffix(".new")
-    with tarfile.open(tar) as old, tarfile.open(spoiled, "w") as new:
+    """Change the first sample's label."""
+    rewritten = tar.with_suffix(".new")
+    with tarfile.open(tar) as old, tarfile.open(rewritten, "w") as new:
         changed = False
         for member in old:
             data = old.extractfile(member)
@@ -292,7 +295,7 @@ def _relabel(tar: Path, label: str) -> None:
                 content, changed = label.encode(), True
                 member.size = len(content)
             new.addfile(member, io.BytesIO(content))
-    spoiled.replace(tar)
+    rewritten.replace(tar)
 
 
 @pytest.mark.parametrize("command", ["train", "dump"])
@@ -302,18 +305,18 @@ def test_an_output_folder_with_other_contents_is_left_alone(
     out = tmp_path / "out"
     out.mkdir()
     (out / "summary.csv").write_text("years of work")
-    arguments = train(small, out) if command == "train" else dump(small.shards, out)
+    arguments = train_args(small, out) if command == "train" else dump_args(small.shards, out)
     message = refused(*arguments)
     assert "contains other files" in message
     assert "summary.csv" in message
     assert [path.name for path in out.iterdir()] == ["summary.csv"]
 
 
-def test_a_cache_with_other_settings_is_not_resumed(
+def test_a_cache_of_another_teacher_is_not_resumed(
     small: World, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     before = open_cache(small.cache).manifest
-    message = refused(*dump(small.shards, small.cache, "--set", "teacher.seed=1"))
+    message = refused(*dump_args(small.shards, small.cache, "--set", "teacher.seed=1"))
     assert "contains another cache" in message
     assert "weights_sha256" in message
     assert open_cache(small.cache).manifest == before
@@ -344,19 +347,19 @@ def test_a_full_disk_stops_with_a_message_and_the_same_command_resumes(
 ) -> None:
     """The kernel reports the full disk only when the data is made durable."""
     target = tmp_path / "target"
-    command = train(small, target) if stage == "train" else dump(small.shards, target)
-    real, calls = os.fsync, 0
+    command = train_args(small, target) if stage == "train" else dump_args(small.shards, target)
+    original, calls = os.fsync, 0
 
     def fsync(descriptor: int) -> None:
         nonlocal calls
         calls += 1
         if calls > 12:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(descriptor)
+        original(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
     assert "no space left" in refused(*command)
-    monkeypatch.setattr(os, "fsync", real)
+    monkeypatch.setattr(os, "fsync", original)
     assert world.cli(*command, *(["--resume"] if stage == "train" else [])) == 0
 
 
@@ -364,7 +367,7 @@ def test_with_json_a_refusal_is_one_json_object_on_stdout(
     small: World, tmp_path: Path, capsys: Capture
 ) -> None:
     capsys.readouterr()
-    assert world.cli(*train(small, tmp_path / "run", "--set", "views.size=48", "--json")) == 1
+    assert world.cli(*train_args(small, tmp_path / "run", "--set", "views.size=48", "--json")) == 1
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["kind"] == "CacheError"
     assert error["exit_code"] == 1

@@ -1,4 +1,4 @@
-"""An encoding and a view policy that the package does not have, through both stages."""
+"""A registered encoding and a registered view policy, through both stages."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def cache(_registered: None, small: World, tmp_path: Path) -> Path:
     return path
 
 
-def test_training_from_ones_own_encoding_equals_training_from_dense(
+def test_training_from_a_registered_encoding_equals_training_from_dense(
     cache: Path, small: World, tmp_path: Path
 ) -> None:
     """In loader processes too; views' digests are compared, so the registered policy is used."""
     reader = open_cache(cache)
     assert reader.manifest.policy.version == own.VERSION
-    dense, mine = (reader.rows(n, 1, 0, range(5)) for n in ("dense", own.Negated.name))
-    np.testing.assert_array_equal(dense["dense/spatial"], -mine["own-negated/spatial"])
+    dense, negated = (reader.rows(n, 1, 0, range(5)) for n in ("dense", own.Negated.name))
+    np.testing.assert_array_equal(dense["dense/spatial"], -negated["own-negated/spatial"])
     weights = []
     for name, workers in (("dense", 0), (own.Negated.name, 2)):
         out = tmp_path / name
@@ -85,7 +85,7 @@ def test_a_cache_with_unregistered_names_is_refused_with_what_to_register(cache:
         open_cache(cache)
 
 
-def test_built_in_names_cannot_be_taken() -> None:
+def test_built_in_names_cannot_be_registered() -> None:
     with pytest.raises(CskdError, match="cannot be registered"):
         register_encoding(ENCODINGS["dense"])
     with pytest.raises(CskdError, match="cannot be registered"):
@@ -124,10 +124,9 @@ def test_a_policy_that_erases_outside_the_view_is_refused(box: tuple[int, int, i
 def test_an_encoding_with_unusable_array_names_is_refused(
     monkeypatch: pytest.MonkeyPatch, small: World, tmp_path: Path
 ) -> None:
-    mine = own.Negated()
-    arrays = ENCODINGS["dense"].arrays
-    monkeypatch.setattr(mine, "arrays", arrays)
-    register_encoding(mine)
+    encoding = own.Negated()
+    monkeypatch.setattr(encoding, "arrays", ENCODINGS["dense"].arrays)
+    register_encoding(encoding)
     recipe = world.dump_recipe(small.shards, tmp_path / "c", views=2, encodings='["own-negated"]')
     with pytest.raises(CskdError, match="invalid name"):
         dump_teacher(recipe)

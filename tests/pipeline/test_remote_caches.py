@@ -26,7 +26,7 @@ from tests.serving import REPOSITORY, keep_copies, serving, take_for_the_hub
 Capture = pytest.CaptureFixture[str]
 
 
-def command(cache: object, small: World, out: Path, *flags: object) -> list[object]:
+def train_args(cache: object, small: World, out: Path, *flags: object) -> list[object]:
     return [
         *("train", "--shards", small.shards, "--cache", cache, "--out", out),
         *("--student", world.STUDENT, "--method", "cskd", "--epochs", 2, "--batch-size", 16),
@@ -38,7 +38,7 @@ def command(cache: object, small: World, out: Path, *flags: object) -> list[obje
 def local(small: World, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The final state of a run from the folder."""
     out = tmp_path_factory.mktemp("local") / "run"
-    assert world.cli(*command(small.cache, small, out)) == 0
+    assert world.cli(*train_args(small.cache, small, out)) == 0
     return final_state(out)
 
 
@@ -50,7 +50,7 @@ def test_training_from_a_url_equals_training_from_the_folder(
     with serving(small.cache.parent) as served:
         served.faults = [("/c/1/0/0/0/0/0", "truncate"), ("/c/0/1/0", "reset")]
         url = f"{served.url}/{small.cache.name}"
-        assert world.cli(*command(url, small, tmp_path / "remote")) == 0
+        assert world.cli(*train_args(url, small, tmp_path / "remote")) == 0
         assert any("/c/" in path for _, path, _ in served.requests)
     assert_equal(local, final_state(tmp_path / "remote"))
 
@@ -63,13 +63,13 @@ def test_a_run_stopped_by_a_lost_server_can_be_resumed(
     with serving(small.cache.parent) as served:
         url = f"{served.url}/{small.cache.name}"
         served.always["dense/spatial/c/1/2/0/0/0/0"] = 503
-        assert world.cli(*command(url, small, out, "--set", "data.check=0")) == 1
+        assert world.cli(*train_args(url, small, out, "--set", "data.check=0")) == 1
         output = capsys.readouterr().err
         assert "the cache cannot be reached" in output
         assert "HTTP status 503" in output
         assert "Traceback" not in output
         served.always.clear()
-        again = command(url, small, out, "--set", "data.check=0", "--resume")
+        again = train_args(url, small, out, "--set", "data.check=0", "--resume")
         assert world.cli(*again) == 0
     assert_equal(local, final_state(out))
 
@@ -79,10 +79,8 @@ def test_a_cache_published_and_uploaded_to_the_hub_can_be_trained_from(
 ) -> None:
     """The printed command runs unchanged."""
     shutil.copytree(small.cache, tmp_path / "my cache")
-    location, images = (
-        f"hf://datasets/{REPOSITORY}",
-        ("--thumbnails", "--shards", small.shards, "--samples", 40),
-    )
+    location = f"hf://datasets/{REPOSITORY}"
+    images = ("--thumbnails", "--shards", small.shards, "--samples", 40)
     words = ("cache", "publish", tmp_path / "my cache", "--location", location, *images, "--json")
     assert world.cli(*words) == 0
     report = json.loads(capsys.readouterr().out)
@@ -99,7 +97,7 @@ def test_a_cache_published_and_uploaded_to_the_hub_can_be_trained_from(
         assert tree(on_hub) == tree(tmp_path / "my cache")
         keep_copies(tmp_path / "copies", monkeypatch)
         pinned = f"{location}@sha256:{report['digest']}"
-        assert world.cli(*command(pinned, small, tmp_path / "run")) == 0
+        assert world.cli(*train_args(pinned, small, tmp_path / "run")) == 0
     assert_equal(local, final_state(tmp_path / "run"))
 
 
@@ -120,8 +118,8 @@ def test_thumbnails_show_only_views_whose_images_both_match(
     )
     assert world.cli(*words) == 0
     rows = pq.read_table(tmp_path / "cache/preview.parquet").to_pylist()
-    there = {key.decode() for key in load_dataset(tar).shards[0].index.keys.tolist()}
-    assert {row["key"] for row in rows} <= there
+    keys = {key.decode() for key in load_dataset(tar).shards[0].index.keys.tolist()}
+    assert {row["key"] for row in rows} <= keys
     assert 0 < len(rows) < 60
     assert "the preview's thumbnails" in (tmp_path / "cache/README.md").read_text()
     before = tree(tmp_path / "cache")

@@ -45,7 +45,7 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def files(cache: Path) -> dict[str, bytes]:
-    """The bytes of a cache except the manifest, which states a time."""
+    """Return the bytes of a cache except the manifest, which has a timestamp."""
     return {
         str(path.relative_to(cache)): path.read_bytes()
         for path in sorted(cache.rglob("*"))
@@ -60,9 +60,9 @@ def test_a_dump_from_a_url_equals_one_from_disk(small: World, tmp_path: Path) ->
         served.faults = [("0001.tar", "truncate"), ("0002.tar", "reset")]
         dump_teacher(world.dump_recipe(f"{served.url}/shards/manifest.json", tmp_path / "cache"))
     assert files(tmp_path / "cache") == files(small.cache)
-    made, other = open_cache(tmp_path / "cache"), open_cache(small.cache)
-    assert made.manifest.dataset == other.manifest.dataset
-    assert made.digest() == other.digest()
+    remote, local = open_cache(tmp_path / "cache"), open_cache(small.cache)
+    assert remote.manifest.dataset == local.manifest.dataset
+    assert remote.digest() == local.digest()
 
 
 def dump_zeros(shards: str, cache: Path, seen: Callable[[], object] = lambda: None) -> UnitWriter:
@@ -83,15 +83,15 @@ def test_a_dump_from_a_url_starts_before_the_last_tar_is_requested(
     tars = write_shards(tmp_path / "served/set", (4,) * 8)
     size = max(path.stat().st_size for path in tars)
     monkeypatch.setenv("CSKD_CACHE_GB", str(5 * size / 1e9))
-    cache, begun = tmp_path / "cache", list[tuple[bool, bool]]()
+    cache, progress = tmp_path / "cache", list[tuple[bool, bool]]()
     with serving(tmp_path / "served") as served, caplog.at_level("INFO"):
         last = [path.name for path in tars][-1]
 
         def seen() -> None:
-            begun.append((bool(CacheWriter.open(cache).done().any()), None in served.gets(last)))
+            progress.append((bool(CacheWriter.open(cache).done().any()), None in served.gets(last)))
 
         dump_zeros(f"{served.url}/set/train-{{0000..0007}}.tar", cache, seen)
-        assert (True, False) in begun  # a unit is written before the last tar is requested
+        assert (True, False) in progress  # a unit is written before the last tar is requested
         assert [served.gets(path.name).count(None) for path in tars] == [1] * 8
         assert caplog.text.count("8 shards have no SHA-256") == 1
         index_shards(f"{served.url}/set/train-{{0000..0007}}.tar").save(tmp_path / "train.json")
@@ -106,8 +106,8 @@ def test_a_dump_resumed_from_a_url_requires_the_tars_of_its_manifest(tmp_path: P
     shutil.rmtree(tmp_path / "cache/digest/c")  # no unit is done
     data, at = tars[1].read_bytes(), int(TarShard(tars[1]).index.offset[0]) + 200
     tars[1].write_bytes(data[:at] + bytes(16) + data[at + 16 :])  # in an image
-    refused = pytest.raises(ShardError, match="wrong SHA-256")
-    with serving(tmp_path / "served") as served, refused:
+    refusal = pytest.raises(ShardError, match="wrong SHA-256")
+    with serving(tmp_path / "served") as served, refusal:
         dump_zeros(f"{served.url}/set/train-{{0000..0001}}.tar", tmp_path / "cache")
 
 
@@ -120,8 +120,8 @@ def test_labels_of_tars_without_sha256_are_compared_before_training(
         dump_teacher(world.dump_recipe(url, tmp_path / "cache"))
         index_shards(url).save(tmp_path / "train.json")
         cache = open_cache(tmp_path / "cache")
-        found = join(load_dataset(tmp_path / "train.json"), cache)
-        assert found.compared == found.samples.total
+        joined = join(load_dataset(tmp_path / "train.json"), cache)
+        assert joined.compared == joined.samples.total
 
 
 def test_before_training_few_tars_are_fetched_and_headers_are_read_in_parallel(
@@ -140,14 +140,14 @@ def test_before_training_few_tars_are_fetched_and_headers_are_read_in_parallel(
         shutil.rmtree(copies)  # another machine
         dataset = load_dataset(tmp_path / "train.json")
         readers.clear()
-        found = join(dataset, cache)
-        assert found.same_shards == 3
+        joined = join(dataset, cache)
+        assert joined.same_shards == 3
         assert readers
         assert threading.get_ident() not in readers  # only threads of a pool
-        rows = spread_views(found, 12, few=2)
-        assert len(rows) == len(spread_views(found, 12)) == 12
-        assert len(np.unique(found.images.locate(rows[:, 1:])[0])) == 2
-        assert replay(found, rows).exact.all()
+        rows = spread_views(joined, 12, few=2)
+        assert len(rows) == len(spread_views(joined, 12)) == 12
+        assert len(np.unique(joined.images.locate(rows[:, 1:])[0])) == 2
+        assert replay(joined, rows).exact.all()
         fetched = [path for _, path, part in served.requests if path.endswith(".tar") and not part]
         assert len(fetched) == 2
     local = join(load_dataset(small.shards), cache)
@@ -165,9 +165,9 @@ def train(shards: object, small: World, out: Path, *flags: object) -> int:
 def evaluate(run: Path, shards: object, capsys: Capture) -> dict[str, Any]:
     capsys.readouterr()
     assert world.cli("evaluate", run, "--shards", shards, "--workers", 2, "--json") == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    del found["seconds"]
-    return found
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    del report["seconds"]
+    return report
 
 
 def test_training_and_evaluation_from_urls_equal_those_from_disk(

@@ -1,4 +1,4 @@
-"""A run is never lost, and the advice it gives can be followed."""
+"""Interrupted and failed runs can be resumed, as their messages advise."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def test_a_signal_while_a_state_is_written_stays_a_signal(
 
 def recipe_of(small: World, out: Path, *sets: str, epochs: int = 2) -> TrainRecipe:
     """Return a recipe with three updates per epoch."""
-    own = ["schedule.warmup_epochs=0", "data.check=0", *sets]
+    every = ["schedule.warmup_epochs=0", "data.check=0", *sets]
     return world.train_recipe(
-        small.shards, small.cache, out, sets=own, epochs=epochs, batch_size=32
+        small.shards, small.cache, out, sets=every, epochs=epochs, batch_size=32
     )
 
 
@@ -78,10 +78,10 @@ def words(small: World, out: Path, *more: object) -> list[object]:
     ]
 
 
-# The state comes before the evaluation
+# The state is written before the evaluation
 
 
-def spoil(tar: Path) -> None:
+def damage(tar: Path) -> None:
     with tarfile.open(tar) as shard:
         image = next(m for m in shard if not m.name.endswith((".cls", ".json")))
     with open(tar, "r+b") as file:
@@ -95,38 +95,38 @@ def test_a_failed_evaluation_loses_no_update_and_is_repeated(
     shards = tmp_path / "validation"
     shutil.copytree(small.validation, shards)
     [tar] = shards.glob("*.tar")
-    whole = tar.read_bytes()
+    original = tar.read_bytes()
     sets = [f'data.val_shards="{shards}"']
-    run_to_end(recipe_of(small, tmp_path / "whole", *sets))
-    spoil(tar)
-    broken = recipe_of(small, tmp_path / "broken", *sets)
+    run_to_end(recipe_of(small, tmp_path / "full", *sets))
+    damage(tar)
+    recipe = recipe_of(small, tmp_path / "resumed", *sets)
     for epoch in (1, 2):
         with pytest.raises(ImageError):
-            run_to_end(broken, resume=epoch == 2)
+            run_to_end(recipe, resume=epoch == 2)
         assert f"epoch {epoch} is saved; --resume evaluates it" in capsys.readouterr().err
-        assert load_state(tmp_path / "broken/state.pt")["update"] == 3 * epoch
+        assert load_state(tmp_path / "resumed/state.pt")["update"] == 3 * epoch
         if epoch == 1:
-            tar.write_bytes(whole)
-            stopped_after_one_epoch(broken)
-            spoil(tar)
-    tar.write_bytes(whole)
-    run_to_end(broken, resume=True)
-    assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
+            tar.write_bytes(original)
+            interrupt_first_update(recipe)
+            damage(tar)
+    tar.write_bytes(original)
+    run_to_end(recipe, resume=True)
+    assert_equal(final_state(tmp_path / "full"), final_state(tmp_path / "resumed"))
     for name in ("last", "last_ema", "best"):
-        one, other = (tmp_path / run / f"{name}.safetensors" for run in ("whole", "broken"))
+        one, other = (tmp_path / run / f"{name}.safetensors" for run in ("full", "resumed"))
         assert one.read_bytes() == other.read_bytes()
 
 
-def stopped_after_one_epoch(recipe: TrainRecipe) -> None:
-    """Resume, and get SIGTERM in the first update."""
+def interrupt_first_update(recipe: TrainRecipe) -> None:
+    """Resume, and send SIGTERM during the first update."""
     step = Trainer.step
 
-    def stopping(trainer: Trainer, batches: Any) -> torch.Tensor:
+    def interrupted_step(trainer: Trainer, batches: Any) -> torch.Tensor:
         os.kill(os.getpid(), signal.SIGTERM)
         return step(trainer, batches)
 
     with Patch.context() as patch:
-        patch.setattr(Trainer, "step", stopping)
+        patch.setattr(Trainer, "step", interrupted_step)
         with pytest.raises(Requeue):
             run_to_end(recipe, resume=True)
 
@@ -135,24 +135,24 @@ def test_a_signal_in_an_evaluation_ends_it_at_once(
     small: World, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     sets = [f'data.val_shards="{small.validation}"', "run.eval_batch_size=4"]
-    run_to_end(recipe_of(small, tmp_path / "whole", *sets))
+    run_to_end(recipe_of(small, tmp_path / "full", *sets))
     count_images, batches = stage_two.count_images, 0
 
-    def watched(*args: Any) -> Any:
+    def interrupted_count(*args: Any) -> Any:
         nonlocal batches
         for batch in count_images(*args):
             batches += 1
             os.kill(os.getpid(), signal.SIGUSR1)
             yield batch
 
-    stopped = recipe_of(small, tmp_path / "stopped", *sets)
+    recipe = recipe_of(small, tmp_path / "stopped", *sets)
     with monkeypatch.context() as patch:
-        patch.setattr(stage_two, "count_images", watched)
+        patch.setattr(stage_two, "count_images", interrupted_count)
         with pytest.raises(Requeue):
-            run_to_end(stopped)
+            run_to_end(recipe)
     assert batches == 1
-    run_to_end(stopped, resume=True)
-    assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "stopped"))
+    run_to_end(recipe, resume=True)
+    assert_equal(final_state(tmp_path / "full"), final_state(tmp_path / "stopped"))
 
 
 def test_the_state_is_written_every_checkpoint_every_updates(
@@ -178,7 +178,7 @@ def test_a_diverged_run_keeps_its_last_good_state_and_resumes_as_advised(
     out = tmp_path / "run"
     step = Trainer.step
 
-    def poisoned(trainer: Trainer, batches: Any) -> torch.Tensor:
+    def diverging_step(trainer: Trainer, batches: Any) -> torch.Tensor:
         parts = step(trainer, batches)
         if trainer.update == 5:
             with torch.no_grad():
@@ -186,7 +186,7 @@ def test_a_diverged_run_keeps_its_last_good_state_and_resumes_as_advised(
         return parts
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", poisoned)
+        patch.setattr(Trainer, "step", diverging_step)
         with pytest.raises(TrainingError, match="the weights are not finite") as caught:
             run_to_end(recipe_of(small, out, "run.checkpoint_every=2"))
     assert str(caught.value.found).startswith("NaN or infinity in student.")
@@ -294,14 +294,14 @@ def test_a_run_may_end_earlier_but_not_in_the_past(small: World, tmp_path: Path)
 
     step = Trainer.step
 
-    def stopping(trainer: Trainer, batches: Any) -> torch.Tensor:
+    def interrupted_step(trainer: Trainer, batches: Any) -> torch.Tensor:
         parts = step(trainer, batches)
         if trainer.update == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return parts
 
     with Patch.context() as patch:
-        patch.setattr(Trainer, "step", stopping)
+        patch.setattr(Trainer, "step", interrupted_step)
         with pytest.raises(Requeue):
             run_to_end(recipe_of(small, tmp_path / "short", *sets, epochs=3))
     state = tmp_path / "short/state.pt"
@@ -314,7 +314,7 @@ def test_a_run_may_end_earlier_but_not_in_the_past(small: World, tmp_path: Path)
 # One run per folder, which may contain unrelated files
 
 
-HOLDS = """
+LOCK_HOLDER = """
 import sys
 from pathlib import Path
 from cskd_pipeline.runtime.atomic import sole_writer
@@ -325,9 +325,9 @@ with sole_writer(Path(sys.argv[1])):
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[subprocess.Popen[str]]:
+def hold_lock(folder: Path) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, str(folder)],
+        [sys.executable, "-c", LOCK_HOLDER, str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -350,7 +350,7 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_is_alive(
         line = words(small, out, "--resume")
     else:
         line = ["study", "--shards", tmp_path, "--val-shards", tmp_path, "--out", out]
-    with held(out) as process:
+    with hold_lock(out) as process:
         (out / ".state.pt.0.partial").write_bytes(b"being written by the first")
         assert world.cli(*line) == 1
         err = capsys.readouterr().err
@@ -363,14 +363,14 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_is_alive(
         assert not list(out.glob(".*"))
 
 
-def test_a_lock_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
-    precious = tmp_path / "precious"
-    precious.write_text("years of work")
+def test_a_lock_that_is_a_link_is_refused_and_its_target_kept(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("years of work")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / LOCK).symlink_to(precious)
+    (tmp_path / "out" / LOCK).symlink_to(target)
     with pytest.raises(OutputError, match="link"), sole_writer(tmp_path / "out"):
         pass
-    assert precious.read_text() == "years of work"
+    assert target.read_text() == "years of work"
 
 
 def test_a_run_starts_and_resumes_next_to_a_jobs_log(

@@ -50,9 +50,9 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     wandb.teardown()
 
 
-def recipe_of(small: World, out: Path, *sets: str, **named: Any) -> TrainRecipe:
+def recipe_of(small: World, out: Path, *sets: str, **extra: Any) -> TrainRecipe:
     return world.train_recipe(
-        small.shards, small.cache, out, sets=["run.wandb=trials", *sets], **({"epochs": 2} | named)
+        small.shards, small.cache, out, sets=["run.wandb=trials", *sets], **({"epochs": 2} | extra)
     )
 
 
@@ -60,9 +60,9 @@ def records(file: Path) -> Iterator[Any]:
     """Yield the package's records: LevelDB's log format, after a header of seven bytes."""
     data, position, record = file.read_bytes(), 7, b""
     while position + 7 <= len(data):
-        left = BLOCK - position % BLOCK
-        if left < 7:
-            position += left
+        remaining = BLOCK - position % BLOCK
+        if remaining < 7:
+            position += remaining
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
         record += data[position + 7 : position + 7 + length]
@@ -75,7 +75,7 @@ def records(file: Path) -> Iterator[Any]:
 
 
 @dataclass
-class Written:
+class RunFile:
     """One file of the package: the run's names, its configuration, and its points by update."""
 
     identity: str = ""
@@ -86,24 +86,24 @@ class Written:
     points: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
-def read(file: Path) -> Written:
-    found = Written()
+def read_run(file: Path) -> RunFile:
+    run_file = RunFile()
     for record in records(file):
         if record.HasField("run"):
-            found.identity, found.project = record.run.run_id, record.run.project
-            found.name = record.run.display_name
+            run_file.identity, run_file.project = record.run.run_id, record.run.project
+            run_file.name = record.run.display_name
             for item in record.run.config.update:
-                found.config[item.key] = json.loads(item.value_json)
+                run_file.config[item.key] = json.loads(item.value_json)
         elif record.HasField("exit"):
-            found.exit_code = record.exit.exit_code
+            run_file.exit_code = record.exit.exit_code
         elif record.HasField("history"):
             values = {
                 item.key or item.nested_key[0]: json.loads(item.value_json)
                 for item in record.history.item
             }
             step = record.history.step.num
-            found.points[step] = {k: v for k, v in values.items() if not k.startswith("_")}
-    return found
+            run_file.points[step] = {k: v for k, v in values.items() if not k.startswith("_")}
+    return run_file
 
 
 def files_of(out: Path) -> list[Path]:
@@ -149,16 +149,16 @@ def test_wandb_gets_tensorboards_scalars_and_the_recipe_as_config(
     recipe = recipe_of(small, tmp_path / "run", f'data.val_shards="{small.validation}"')
     train(recipe)
     [file] = files_of(tmp_path / "run")
-    found = read(file)
-    assert (found.project, found.name, found.exit_code) == ("trials", "run", 0)
-    assert found.config["optim"]["lr"] == recipe.optim.lr
-    assert found.config["student"]["name"] == world.STUDENT
-    assert found.config["recipe_sha256"] == result_digest(recipe)
+    run_file = read_run(file)
+    assert (run_file.project, run_file.name, run_file.exit_code) == ("trials", "run", 0)
+    assert run_file.config["optim"]["lr"] == recipe.optim.lr
+    assert run_file.config["student"]["name"] == world.STUDENT
+    assert run_file.config["recipe_sha256"] == result_digest(recipe)
     expected = tensorboard(tmp_path / "run")
-    assert found.points.keys() == expected.keys() == set(range(1, 13))
-    assert "epoch/top1" in found.points[12]
+    assert run_file.points.keys() == expected.keys() == set(range(1, 13))
+    assert "epoch/top1" in run_file.points[12]
     for update, values in expected.items():
-        assert found.points[update] == pytest.approx(values, rel=1e-6), update
+        assert run_file.points[update] == pytest.approx(values, rel=1e-6), update
 
 
 def test_curves_do_not_change_a_run(small: World, tmp_path: Path) -> None:
@@ -180,12 +180,12 @@ def test_a_resumed_run_continues_the_same_curves(
     recipe = recipe_of(small, tmp_path / "run")
     step = stage_two.Trainer.step
 
-    def dying(trainer: Any, batches: Any) -> Any:
+    def fatal_step(trainer: Any, batches: Any) -> Any:
         if trainer.update == 8:
             raise DiedError
         return step(trainer, batches)
 
-    monkeypatch.setattr(stage_two.Trainer, "step", dying)
+    monkeypatch.setattr(stage_two.Trainer, "step", fatal_step)
     with pytest.raises(DiedError):
         train(recipe)
     monkeypatch.setattr(stage_two.Trainer, "step", step)
@@ -194,13 +194,13 @@ def test_a_resumed_run_continues_the_same_curves(
     points = tensorboard(tmp_path / "run")
     assert all("train/loss" in points[update] for update in range(1, 13))
     assert [update for update in points if "epoch/loss" in points[update]] == [6, 12]
-    first, second = (read(file) for file in files_of(tmp_path / "run"))
+    first, second = (read_run(file) for file in files_of(tmp_path / "run"))
     assert first.identity == second.identity
     assert json.loads((tmp_path / "run/wandb.json").read_text()) == {"id": first.identity}
     assert (first.exit_code, second.exit_code) == (1, 0)
     assert set(first.points) == set(range(1, 9))
     assert set(second.points) == set(range(7, 13))  # since the last state
-    for update in (7, 8):  # sent once, computed twice
+    for update in (7, 8):  # computed twice, and equal
         assert first.points[update]["train/loss"] == second.points[update]["train/loss"]
 
 
@@ -219,10 +219,10 @@ def test_the_flag_names_the_project_and_one_rank_sends(small: World, tmp_path: P
         job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         processes.append(server().start(*command, log=tmp_path / rank, environment=job))
     ended = [process.wait() for process in processes]
-    assert [one.code for one in ended] == [0, 0], ended
-    assert ["Weights & Biases: offline" in one.output for one in ended] == [True, False]
+    assert [process.code for process in ended] == [0, 0], ended
+    assert ["Weights & Biases: offline" in process.output for process in ended] == [True, False]
     [file] = files_of(tmp_path / "run")
-    assert read(file).project == "trials"
+    assert read_run(file).project == "trials"
 
 
 def test_curves_are_complete_after_ctrl_c_to_the_process_group(
@@ -243,18 +243,18 @@ def test_curves_are_complete_after_ctrl_c_to_the_process_group(
     assert "Traceback" not in ended.output
     assert "--resume" in ended.output
     [file] = files_of(tmp_path / "run")
-    found = read(file)
-    assert found.exit_code == 1
+    run_file = read_run(file)
+    assert run_file.exit_code == 1
     state = stage_two.load_state(tmp_path / "run/state.pt")
-    assert set(range(1, state["update"] + 1)) == set(found.points)
+    assert set(range(1, state["update"] + 1)) == set(run_file.points)
 
 
 # Errors
 
 
-def warned(small: World, out: Path, capsys: pytest.CaptureFixture[str], **named: Any) -> str:
+def stderr_of(small: World, out: Path, capsys: pytest.CaptureFixture[str], **extra: Any) -> str:
     Terminal().attach()
-    summary = train(recipe_of(small, out, epochs=1), **named)
+    summary = train(recipe_of(small, out, epochs=1), **extra)
     assert summary["last"]["epoch"] == 1
     return capsys.readouterr().err.replace("\n", " ")
 
@@ -268,11 +268,11 @@ def test_without_a_login_curves_are_kept_with_the_run(
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "home/netrc"))
-    output = warned(small, tmp_path / "run", capsys)
+    output = stderr_of(small, tmp_path / "run", capsys)
     assert "No API key configured" in output
     assert "`wandb sync` sends them" in output
     [file] = files_of(tmp_path / "run")
-    assert "epoch/loss" in read(file).points[6]
+    assert "epoch/loss" in read_run(file).points[6]
 
 
 def test_an_unreachable_server_does_not_stop_a_run(
@@ -285,10 +285,10 @@ def test_an_unreachable_server_does_not_stop_a_run(
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # no server
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
-    output = warned(small, tmp_path / "run", capsys)
+    output = stderr_of(small, tmp_path / "run", capsys)
     assert "Weights & Biases cannot be used" in output
     [file] = files_of(tmp_path / "run")
-    assert len(read(file).points) == 6
+    assert len(read_run(file).points) == 6
 
 
 def test_wandbs_own_variable_disables_it(
@@ -298,7 +298,7 @@ def test_wandbs_own_variable_disables_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert "Weights & Biases: disabled" in warned(small, tmp_path / "run", capsys)
+    assert "Weights & Biases: disabled" in stderr_of(small, tmp_path / "run", capsys)
     assert not files_of(tmp_path / "run")
 
 
@@ -311,15 +311,15 @@ def test_an_error_while_sending_is_logged_once(
     method: str,
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise ConnectionResetError("the line is cut\nand more")
+        raise ConnectionResetError("connection lost\nand more")
 
     calls: list[int] = []
     fake: Any = SimpleNamespace(step=0, settings=SimpleNamespace(mode="offline"), url=None)
     fake.log, fake.finish = (lambda *a, **k: calls.append(k["step"])), (lambda *a, **k: None)
     setattr(fake, method, fail)
     monkeypatch.setattr(wandb, "init", lambda **arguments: fake)
-    output = warned(small, tmp_path / "run", capsys)
-    assert output.count("no more curves on Weights & Biases: the line is cut") == 1
+    output = stderr_of(small, tmp_path / "run", capsys)
+    assert output.count("no more curves on Weights & Biases: connection lost") == 1
     assert "and more" not in output
     assert len(calls) == (0 if method == "log" else 7)  # six updates and the epoch
 
@@ -334,7 +334,7 @@ def test_a_run_continues_if_wandb_never_starts(
         raise OSError(f"no {arguments['mode']}")
 
     monkeypatch.setattr(wandb, "init", fail)
-    output = warned(small, tmp_path / "run", capsys)
+    output = stderr_of(small, tmp_path / "run", capsys)
     assert "(no None)" in output
     assert "(no offline): no curves will be sent" in output
 

@@ -1,4 +1,4 @@
-"""``CACHE@sha256:DIGEST`` at every command that reads a cache: that content, or a refusal."""
+"""Every command that reads a cache checks ``CACHE@sha256:DIGEST``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_stated_digest_is_accepted_and_another_refused(
     assert world.cli(*words, "--quiet") == 0
 
 
-def test_a_run_and_its_student_name_the_contents_they_were_trained_on(
+def test_a_run_and_its_student_record_the_caches_digest(
     small: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     digest = open_cache(small.cache).digest()

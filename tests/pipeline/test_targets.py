@@ -1,4 +1,4 @@
-"""Claim 1 of the design: a cache's targets are the live teacher's."""
+"""Claim 1 of the design: a cache's targets equal the live teacher's."""
 
 from __future__ import annotations
 
@@ -60,14 +60,13 @@ def _argmax(response: LiveResponse, r: Fraction) -> tuple[np.ndarray, np.ndarray
 
     float16 logits are integers in units of 2**-24, so ``r = p/q`` makes the fused response an
     integer in units of 2**-24 / q. A label changes within half a quantum of r where the label at
-    its two ends differs; at r = 0 and r = 1 nothing may differ.
+    the interval's ends differs; at r = 0 and r = 1 nothing may differ.
     """
-    here = _labels(response, r)
+    exact = _labels(response, r)
     if r in (0, 1):
-        return here, np.zeros_like(here, bool)
-    ends = (_labels(response, r + step) for step in (-HALF_QUANTUM, HALF_QUANTUM))
-    low, high = ends
-    return here, (low != here) | (high != here)
+        return exact, np.zeros_like(exact, bool)
+    low, high = (_labels(response, r + step) for step in (-HALF_QUANTUM, HALF_QUANTUM))
+    return exact, (low != exact) | (high != exact)
 
 
 def _labels(response: LiveResponse, r: Fraction) -> np.ndarray:

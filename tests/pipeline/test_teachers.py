@@ -116,9 +116,7 @@ def own(name: str) -> list[str]:
             "teacher.mean=[0.5, 0.4, 0.3]", "teacher.std=[0.3, 0.2, 0.1]"]  # fmt: skip
 
 
-def test_rows_and_columns_keep_their_order_from_the_teacher_to_the_cache(
-    small: World, tmp_path: Path
-) -> None:
+def test_the_cache_keeps_the_teachers_rows_and_columns(small: World, tmp_path: Path) -> None:
     recipe = world.dump_recipe(small.shards, tmp_path / "cache", views=2)
     sets = [*world.dump_sets(views=2), *own("oblong"), "teacher.weights=random"]
     flags = {"data.shards": str(small.shards), "cache.path": str(tmp_path / "cache"),
@@ -134,7 +132,7 @@ def test_rows_and_columns_keep_their_order_from_the_teacher_to_the_cache(
         assert np.array_equal(stored["dense/spatial"], live.spatial)
 
 
-def test_a_grid_for_smaller_images_is_warned_of(
+def test_a_grid_for_smaller_images_causes_a_warning(
     small: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A network for at most 32 px, given 224."""

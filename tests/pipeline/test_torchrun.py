@@ -1,4 +1,4 @@
-"""A job that torchrun itself starts, on two nodes."""
+"""A job started by torchrun on two nodes."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def torchrun(words: list[object], log: Path, *flags: object) -> Iterator[subproc
 def test_two_nodes_reproduce_the_loss_curve_of_one_process(
     small: World, tmp_path: Path, alone: list[dict[str, float]]
 ) -> None:
-    words = test_ranks.arguments(small, tmp_path / "run")
+    words = test_ranks.train_args(small, tmp_path / "run")
     flags = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1"]
     flags += ["--master-port", free_port(), "--node-rank"]
     logs = [tmp_path / "node 0", tmp_path / "node 1"]
     with torchrun(words, logs[0], *flags, 0) as one, torchrun(words, logs[1], *flags, 1) as other:
         codes = [agent.wait(SECONDS) for agent in (one, other)]
     assert codes == [0, 0], [log.read_text() for log in logs]
-    test_ranks.same_curve(test_ranks.summary(tmp_path / "run"), alone)
+    test_ranks.assert_same_curve(test_ranks.summary(tmp_path / "run"), alone)

@@ -79,28 +79,27 @@ def test_a_run_killed_anywhere_resumes_exactly(
         "batch.accumulation=2",
         f'data.val_shards="{small.validation}"',
     ]
-    whole = world.train_recipe(small.shards, small.cache, tmp_path / "whole", sets=sets)
-    run_to_end(whole)
+    run_to_end(world.train_recipe(small.shards, small.cache, tmp_path / "full", sets=sets))
 
-    broken = world.train_recipe(small.shards, small.cache, tmp_path / "broken", sets=sets)
+    recipe = world.train_recipe(small.shards, small.cache, tmp_path / "resumed", sets=sets)
     step = stage_two.Trainer.step
-    for deadly in (3, 4, 9, 17):
+    for fatal in (3, 4, 9, 17):
 
-        def dying(trainer: Any, batches: Any, deadly: int = deadly) -> torch.Tensor:
-            if trainer.update == deadly:
+        def fatal_step(trainer: Any, batches: Any, fatal: int = fatal) -> torch.Tensor:
+            if trainer.update == fatal:
                 raise DiedError
             return step(trainer, batches)
 
-        monkeypatch.setattr(stage_two.Trainer, "step", dying)
+        monkeypatch.setattr(stage_two.Trainer, "step", fatal_step)
         with pytest.raises(DiedError):
-            run_to_end(broken, resume=deadly != 3)
+            run_to_end(recipe, resume=fatal != 3)
     monkeypatch.setattr(stage_two.Trainer, "step", step)
-    run_to_end(broken, resume=True)
-    assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
+    run_to_end(recipe, resume=True)
+    assert_equal(final_state(tmp_path / "full"), final_state(tmp_path / "resumed"))
     for name in ("last", "last_ema", "best"):
-        one, other = (tmp_path / run / f"{name}.safetensors" for run in ("whole", "broken"))
+        one, other = (tmp_path / run / f"{name}.safetensors" for run in ("full", "resumed"))
         assert one.read_bytes() == other.read_bytes()
-    rows = list(csv.DictReader((tmp_path / "broken" / "summary.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "resumed" / "summary.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
 
 
@@ -117,20 +116,20 @@ def test_a_run_stopped_by_sigint_prints_how_to_resume_and_resumes(
     command = [
         *("train", "--method", "cskd", "--student", world.STUDENT, "--shards", small.shards),
         *("--cache", small.cache, "--epochs", 8, "--batch-size", 8, "--workers", 1),
-        *("--device", "cpu", "--out", tmp_path / "broken"),
+        *("--device", "cpu", "--out", tmp_path / "resumed"),
         *world.as_flags([*world.train_sets(), *sets]),
     ]
     process = server().start(*command, log=tmp_path / "log")
-    _wait_for_progress(tmp_path / "broken" / "state.pt")
+    _wait_for_progress(tmp_path / "resumed" / "state.pt")
     process.send(signal.SIGINT)
     ended = process.wait()
     assert ended.code == 130
     assert "--resume" in ended.output
     assert "Traceback" not in ended.output
-    assert 0 < load_state(tmp_path / "broken" / "state.pt")["update"] < 8 * 12
-    run_to_end(recipe("broken"), resume=True)
-    run_to_end(recipe("whole"))
-    assert_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
+    assert 0 < load_state(tmp_path / "resumed" / "state.pt")["update"] < 8 * 12
+    run_to_end(recipe("resumed"), resume=True)
+    run_to_end(recipe("full"))
+    assert_equal(final_state(tmp_path / "full"), final_state(tmp_path / "resumed"))
 
 
 def _wait_for_progress(state: Path) -> None:
@@ -232,10 +231,10 @@ def test_runs_and_students_are_evaluated_with_the_recipes_preprocessing(
     run_to_end(world.train_recipe(small.shards, small.cache, out, "cskd", sets, epochs=2))
     assert seen == [(0.5, "nearest")] * 4  # last and EMA weights, two epochs
     words = ("evaluate", out, "--shards", small.validation, "--json", "--workers", 0)
-    for flags, wanted in (((), (0.5, "nearest")), (("--crop-pct", 1), (1.0, "nearest"))):
+    for flags, expected in (((), (0.5, "nearest")), (("--crop-pct", 1), (1.0, "nearest"))):
         assert world.cli(*words, *flags) == 0
-        found = world.last_json(capsys.readouterr().out)
-        assert (found["crop_pct"], found["interpolation"]) == seen.pop() == wanted
+        report = world.last_json(capsys.readouterr().out)
+        assert (report["crop_pct"], report["interpolation"]) == seen.pop() == expected
     assert world.cli("export", out, "--out", tmp_path / "exported") == 0
     config = json.loads((tmp_path / "exported" / "config.json").read_text())["pretrained_cfg"]
     assert (config["crop_pct"], config["interpolation"]) == (0.5, "nearest")
@@ -284,7 +283,7 @@ def test_drifted_views_are_refused_or_counted(
     assert f"epoch 1: {seen} views differ from those the teacher saw" in capsys.readouterr().err
 
 
-def test_a_warm_up_that_outlasts_the_run_is_warned_of(
+def test_a_warm_up_that_outlasts_the_run_causes_a_warning(
     small: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def warned(epochs: int) -> bool:
@@ -315,8 +314,8 @@ def test_an_epochs_line_names_the_limiting_side(
     [row] = csv.DictReader((tmp_path / "run/summary.csv").read_text().splitlines())
     assert int(wait[1]) == round(100 * float(row["data_wait"]))
     assert 0 < float(row["data_wait"]) < 1
-    took = float(row["seconds"]) * float(row["images_per_second"])
-    assert took == pytest.approx(images, rel=0.01)
+    images_seen = float(row["seconds"]) * float(row["images_per_second"])
+    assert images_seen == pytest.approx(images, rel=0.01)
 
 
 def test_training_loads_no_teacher_and_needs_no_network(small: World, tmp_path: Path) -> None:
@@ -324,19 +323,19 @@ def test_training_loads_no_teacher_and_needs_no_network(small: World, tmp_path: 
     script = f"""
 import socket, sys
 def refuse(*args, **kwargs):
-    raise OSError("no network here")
+    raise OSError("no network")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 import timm
-made = []
+created = []
 create = timm.create_model
 def create_model(name, *args, **kwargs):
-    made.append((name, kwargs.get("pretrained", False)))
+    created.append((name, kwargs.get("pretrained", False)))
     return create(name, *args, **kwargs)
 timm.create_model = create_model
 from cskd_pipeline.cli import main
 code = main(sys.argv[1:])
 assert code == 0, code
-assert made == [({world.STUDENT!r}, False)], made
+assert created == [({world.STUDENT!r}, False)], created
 loaded = sorted(m for m in sys.modules if "teacher" in m or m == "cskd_pipeline.pipeline.dump")
 assert loaded == [], loaded
 """

@@ -18,7 +18,7 @@ from tests.pipeline import world
 from tests.pipeline.conftest import World
 
 
-def started(small: World, *sets: str, ranks: Ranks = ALONE) -> tuple[Trainer, Iterator[Batch]]:
+def make_trainer(small: World, *sets: str, ranks: Ranks = ALONE) -> tuple[Trainer, Iterator[Batch]]:
     """Return a trainer of 12 updates, and its micro-batches."""
     recipe = world.train_recipe(small.shards, small.cache, Path(), sets=[*sets], epochs=2)
     views = open_training_data(recipe).views
@@ -29,44 +29,44 @@ def started(small: World, *sets: str, ranks: Ranks = ALONE) -> tuple[Trainer, It
 
 def test_randomness_in_an_update_depends_only_on_seed_update_and_rank(small: World) -> None:
     def seeds(seed: int, ranks: Ranks) -> list[int]:
-        trainer, batches = started(small, f"run.seed={seed}", "data.check=0", ranks=ranks)
-        found = []
+        trainer, batches = make_trainer(small, f"run.seed={seed}", "data.check=0", ranks=ranks)
+        result = []
         for _ in range(3):
             torch.manual_seed(17)
             trainer.step(batches)
-            found.append(torch.initial_seed())
-        return found
+            result.append(torch.initial_seed())
+        return result
 
     first, other = Ranks(0, 1), Ranks(1, 1)
-    every = [*seeds(0, first), *seeds(0, other), *seeds(1, first)]
-    assert len(set(every)) == 9
-    assert seeds(0, first) == every[:3]
+    distinct = [*seeds(0, first), *seeds(0, other), *seeds(1, first)]
+    assert len(set(distinct)) == 9
+    assert seeds(0, first) == distinct[:3]
 
 
 @pytest.mark.parametrize(
     ("step", "expected"),
     [("update", [1 - u / 12 for u in range(12)]), ("epoch", [1.0] * 6 + [0.5] * 6)],
 )
-def test_the_ckf_ratio_of_every_update(
+def test_every_update_uses_the_schedules_ckf_ratio(
     small: World, monkeypatch: pytest.MonkeyPatch, step: str, expected: list[float]
 ) -> None:
-    used = []
+    ratios = []
     loss = DistillationLoss.__call__
 
-    def watched(self: DistillationLoss, heads: Any, labels: Any, targets: Any, r: float, t: float):
-        used.append(r)
+    def recorder(self: DistillationLoss, heads: Any, labels: Any, targets: Any, r: float, t: float):
+        ratios.append(r)
         assert t == pytest.approx(1 - r)
         return loss(self, heads, labels, targets, r, t)
 
-    monkeypatch.setattr(DistillationLoss, "__call__", watched)
-    trainer, batches = started(small, f"distill.step={step}", "data.check=0")
+    monkeypatch.setattr(DistillationLoss, "__call__", recorder)
+    trainer, batches = make_trainer(small, f"distill.step={step}", "data.check=0")
     for _ in range(12):
         trainer.step(batches)
-    assert used == pytest.approx(expected)
+    assert ratios == pytest.approx(expected)
 
 
-def test_the_average_follows_every_parameter(small: World) -> None:
-    trainer, batches = started(small, "run.ema=0.75", "data.check=0")
+def test_the_weight_average_covers_every_parameter(small: World) -> None:
+    trainer, batches = make_trainer(small, "run.ema=0.75", "data.check=0")
     assert trainer.ema is not None
     before = {n: p.clone() for n, p in trainer.ema.module.named_parameters()}
     trainer.step(batches)
@@ -78,15 +78,15 @@ def test_the_average_follows_every_parameter(small: World) -> None:
 
 
 def test_accumulation_changes_no_update(small: World) -> None:
-    """With plain gradient descent: Adam would hide a gradient that is twice as long."""
+    """With plain gradient descent: Adam would hide a scaled gradient."""
 
     def weights(accumulation: int) -> list[torch.Tensor]:
         sets = ["optim.name=sgd", "optim.lr=100", "data.check=0", "schedule.warmup_epochs=0"]
-        trainer, batches = started(small, *sets, f"batch.accumulation={accumulation}")
+        trainer, batches = make_trainer(small, *sets, f"batch.accumulation={accumulation}")
         trainer.step(batches)
         return [p.detach() for p in trainer.student.parameters()]
 
-    whole, fresh = weights(1), list(started(small, "data.check=0")[0].student.parameters())
-    assert max((a - b).abs().max() for a, b in zip(whole, fresh, strict=True)) > 0.01
-    for one, other in zip(whole, weights(4), strict=True):
+    updated, fresh = weights(1), list(make_trainer(small, "data.check=0")[0].student.parameters())
+    assert max((a - b).abs().max() for a, b in zip(updated, fresh, strict=True)) > 0.01
+    for one, other in zip(updated, weights(4), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)

@@ -32,7 +32,7 @@ from tests.cache.factories import data_files, record_anew
 from tests.images import Sample
 from tests.pipeline import world
 from tests.pipeline.conftest import World
-from tests.pipeline.test_layouts import ALTERED, GONE, altered, recut, samples, theirs
+from tests.pipeline.test_layouts import ALTERED, REMOVED, modified, recompress, recut, samples
 
 __all__ = ["samples"]  # a fixture
 
@@ -43,7 +43,7 @@ TEACHER = ("--teacher", world.TEACHER, "--weights", "random", "--device", "cpu")
 
 @pytest.fixture
 def verify(capsys: Capture) -> Verify:
-    """``cache verify --json``: exit code and report."""
+    """Run ``cache verify --json``; return its exit code and report."""
 
     def run(*arguments: object) -> tuple[int, dict[str, Any]]:
         capsys.readouterr()
@@ -55,12 +55,12 @@ def verify(capsys: Capture) -> Verify:
 
 @pytest.fixture
 def copy(small: World, tmp_path: Path) -> World:
-    """The small world with a cache that may be altered."""
+    """The small world with a writable copy of its cache."""
     shutil.copytree(small.cache, tmp_path / "cache")
     return replace(small, cache=tmp_path / "cache")
 
 
-def test_a_good_cache_passes_every_depth(small: World, verify: Verify) -> None:
+def test_a_valid_cache_passes_every_depth(small: World, verify: Verify) -> None:
     code, report = verify(small.cache, "--shards", small.shards, *TEACHER)
     assert code == 0
     assert report["ok"] is True
@@ -79,7 +79,7 @@ def test_a_good_cache_passes_every_depth(small: World, verify: Verify) -> None:
     assert checks["logits"]["dense"] == checks["logits"]["envelope"] == 1.0
 
 
-def test_the_depth_structure_decodes_nothing(copy: World, verify: Verify) -> None:
+def test_depth_structure_decodes_nothing(copy: World, verify: Verify) -> None:
     name = next(n for n in data_files(copy.cache) if n.startswith("dense/spatial"))
     data = bytearray((copy.cache / name).read_bytes())
     data[len(data) // 3] ^= 1
@@ -110,12 +110,12 @@ def test_missing_units_are_a_problem_unless_partial(copy: World, verify: Verify)
 def test_other_images_are_detected(
     small: World, samples: list[Sample], tmp_path: Path, verify: Verify
 ) -> None:
-    other = recut(small, tmp_path / "theirs", theirs(samples))
+    other = recut(small, tmp_path / "modified", modified(samples))
     code, report = verify(small.cache, "--shards", other.shards)
     assert code == 1
     checks = report["checks"]
     assert checks["join"] == {
-        **{"samples": 96, "found": 93, "unused": 2, "shards_alike": 0, "problems": len(GONE)}
+        **{"samples": 96, "found": 93, "unused": 2, "shards_alike": 0, "problems": len(REMOVED)}
     }
     assert checks["images"] == {"compared": 93, "equal": 89, "problems": len(ALTERED)}
     assert checks["views"]["bit_exact"] == checks["views"]["replayed"] == 89
@@ -129,16 +129,16 @@ def test_other_images_are_detected(
 
 
 def test_a_smaller_sample_is_spread_over_shards_and_views(small: World) -> None:
-    found = join(load_dataset(small.shards), open_cache(small.cache))
-    rows = spread_views(found, 12)
+    joined = join(load_dataset(small.shards), open_cache(small.cache))
+    rows = spread_views(joined, 12)
     assert len(rows) == 12
     assert set(rows[:, 0]) == set(range(4))
     assert set(rows[:, 1]) == set(range(3))
-    assert replay(found, rows).exact.all()
-    assert len(spread_views(found, 1000)) == 96
+    assert replay(joined, rows).exact.all()
+    assert len(spread_views(joined, 1000)) == 96
 
 
-def shifted(monkeypatch: pytest.MonkeyPatch) -> None:
+def shift_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulate another release of an image library: some pixels differ by one."""
     render = apply.render
 
@@ -155,15 +155,15 @@ def shifted(monkeypatch: pytest.MonkeyPatch) -> None:
 def with_versions(cache: Path, **versions: str) -> None:
     """Let the manifest state these library versions."""
     manifest = open_cache(cache).manifest
-    said = replace(manifest, versions={**manifest.versions, **versions})
-    (cache / layout.GROUP).write_bytes(layout.manifest_document(said))
+    changed = replace(manifest, versions={**manifest.versions, **versions})
+    (cache / layout.GROUP).write_bytes(layout.manifest_document(changed))
 
 
 def test_pixels_that_differ_by_rounding_are_reported_with_the_versions(
     copy: World, verify: Verify, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_versions(copy.cache, pillow="9.9.9")
-    shifted(monkeypatch)
+    shift_pixels(monkeypatch)
     code, report = verify(copy.cache, "--shards", copy.shards)
     views = report["checks"]["views"]
     assert code == 1
@@ -180,10 +180,10 @@ def test_seeds_not_derived_from_the_root_seed_are_reported(
     """A cache whose manifest and records state another root seed than the one it used."""
     shutil.copytree(small.cache, tmp_path / "cache")
     manifest = open_cache(small.cache).manifest
-    said = replace(manifest, root_seed=manifest.root_seed + 1)
-    (tmp_path / "cache" / layout.GROUP).write_bytes(layout.manifest_document(said))
+    changed = replace(manifest, root_seed=manifest.root_seed + 1)
+    (tmp_path / "cache" / layout.GROUP).write_bytes(layout.manifest_document(changed))
     record_anew(tmp_path / "cache")
-    shifted(monkeypatch)
+    shift_pixels(monkeypatch)
     code, report = verify(tmp_path / "cache", "--shards", small.shards)
     assert code == 1
     views = report["checks"]["views"]
@@ -196,7 +196,7 @@ def test_the_teacher_runs_only_on_views_reproduced_bit_for_bit(
     small: World, verify: Verify, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other pixels give other logits, which is not an error of the cached ones."""
-    shifted(monkeypatch)
+    shift_pixels(monkeypatch)
     _, report = verify(small.cache, "--shards", small.shards, *TEACHER)
     checks = report["checks"]
     assert 0 < checks["views"]["bit_exact"] < 96
@@ -290,16 +290,16 @@ def test_views_with_another_partner_image_are_not_compared(
     small: World, samples: list[Sample], tmp_path: Path, verify: Verify
 ) -> None:
     """Their own pixels and digest are the cache's, but the mixed view is not."""
-    content = [altered(s) if i in ALTERED else s for i, s in enumerate(samples)]
+    content = [recompress(s) if i in ALTERED else s for i, s in enumerate(samples)]
     other = recut(small, tmp_path / "altered", content)
     code, report = verify(small.cache, "--shards", other.shards, *TEACHER)
     assert code == 1
     assert {problem["depth"] for problem in report["problems"]} == {"images"}
     cache = open_cache(small.cache)
-    found = join(load_dataset(small.shards), cache)
+    joined = join(load_dataset(small.shards), cache)
     starts = np.cumsum([0, *cache.counts])
-    whole = 0
-    for view, shard, offset in spread_views(found, 96).tolist():
+    compared = 0
+    for view, shard, offset in spread_views(joined, 96).tolist():
         partner = matching(
             cache.manifest.root_seed,
             cache.manifest.dataset.shard_ids[shard],
@@ -307,13 +307,13 @@ def test_views_with_another_partner_image_are_not_compared(
             view,
             cache.manifest.policy,
         )[offset]
-        whole += not {starts[shard] + offset, starts[shard] + partner} & set(ALTERED)
+        compared += not {starts[shard] + offset, starts[shard] + partner} & set(ALTERED)
     assert report["checks"]["views"]["bit_exact"] == 96 - len(ALTERED)
-    assert report["checks"]["logits"]["views"] == whole < 96 - len(ALTERED)
+    assert report["checks"]["logits"]["views"] == compared < 96 - len(ALTERED)
     assert report["checks"]["logits"]["dense"] == 1.0
 
 
-def rolled(copy: World, names: tuple[str, ...], units: int) -> None:
+def shift_classes(copy: World, names: tuple[str, ...], units: int) -> None:
     """Rewrite the first units, complete and with valid checksums, every class shifted by one."""
     shutil.move(copy.cache, old := copy.cache.with_name("old"))
     reader = open_cache(old)
@@ -329,7 +329,7 @@ def rolled(copy: World, names: tuple[str, ...], units: int) -> None:
 def test_logits_of_another_teacher_are_detected(
     copy: World, verify: Verify, units: int, wrong: int
 ) -> None:
-    rolled(copy, ("dense/spatial", "dense/global"), units)
+    shift_classes(copy, ("dense/spatial", "dense/global"), units)
     code, report = verify(copy.cache, "--shards", copy.shards, *TEACHER)
     assert code == (1 if wrong else 0)
     problems = report["problems"]
@@ -346,7 +346,7 @@ def test_agreement_is_the_share_of_equal_labels_or_the_overlap() -> None:
     global_ = torch.randn(5, 7, generator=generator).half()
     seeds = np.arange(5, dtype=np.uint64)
     dense, quantised = ENCODINGS["dense"], ENCODINGS["dense-q8"]
-    found = agreement(
+    shares = agreement(
         dense, dense.encode(spatial, global_, seeds), dense.encode(other, global_, seeds)
     )
     for b in range(5):
@@ -355,8 +355,8 @@ def test_agreement_is_the_share_of_equal_labels_or_the_overlap() -> None:
             (0.5 * d[b].float() + 0.5 * global_[b].float()[:, None, None]) for d in (spatial, other)
         ]
         at_half = (fused[0].argmax(0) == fused[1].argmax(0)).float().mean()
-        assert found[b] == pytest.approx(float(at_one + at_half + 1) / 3)
-    near = agreement(
+        assert shares[b] == pytest.approx(float(at_one + at_half + 1) / 3)
+    overlap = agreement(
         quantised,
         quantised.encode(spatial, global_, seeds),
         quantised.encode(other, global_, seeds),
@@ -369,10 +369,10 @@ def test_agreement_is_the_share_of_equal_labels_or_the_overlap() -> None:
                 for d in (spatial, other)
             )
             overlaps.append(float(1 - (p - q).abs().sum(0).mean() / 2))
-        assert near[b] == pytest.approx(sum(overlaps) / 3, abs=0.02)
+        assert overlap[b] == pytest.approx(sum(overlaps) / 3, abs=0.02)
 
 
-def test_a_teacher_needs_images_and_its_flags_a_teacher(small: World, capsys: Capture) -> None:
+def test_a_teacher_needs_shards_and_its_flags_a_teacher(small: World, capsys: Capture) -> None:
     for flag, value in (("--teacher", "resnet10t"), ("--samples", 5), ("--split", "train")):
         assert world.cli("cache", "verify", small.cache, flag, value) == 2
         assert "add --shards SHARDS" in capsys.readouterr().err
@@ -394,7 +394,7 @@ def test_without_json_a_table_and_the_problems_are_printed(copy: World, capsys: 
     assert "- structure: seed/c/0/0/0: the file is missing" in capsys.readouterr().err
 
 
-# --- train's own check of a sample ----------------------------------------------------------------
+# The check of a sample before training
 
 
 def test_training_starts_by_checking_a_sample(
@@ -404,16 +404,16 @@ def test_training_starts_by_checking_a_sample(
     Terminal().attach()
     open_training_data(recipe)
     assert "checked 64 views of the cache: 64 are reproduced bit for bit" in capsys.readouterr().err
-    none = world.train_recipe(small.shards, small.cache, tmp_path / "run", sets=["data.check=0"])
+    skip = world.train_recipe(small.shards, small.cache, tmp_path / "run", sets=["data.check=0"])
     Terminal().attach()
-    open_training_data(none)
+    open_training_data(skip)
     assert "checked" not in capsys.readouterr().err
 
 
 def test_different_views_stop_training_before_it_starts_or_are_reported(
     small: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    shifted(monkeypatch)
+    shift_pixels(monkeypatch)
     recipe = world.train_recipe(small.shards, small.cache, tmp_path / "run")
     Terminal().attach()
     with pytest.raises(ViewDriftError, match="not those the teacher saw"):
@@ -431,11 +431,11 @@ def test_different_views_stop_training_before_it_starts_or_are_reported(
 def test_another_image_in_the_sample_stops_training_before_it_starts(
     small: World, samples: list[Sample], tmp_path: Path
 ) -> None:
-    """One of the 64 views checked, of 96."""
+    """It is in one of the 64 checked views."""
     rows = spread_views(join(load_dataset(small.shards), open_cache(small.cache)), 64)
     starts = [0, 35, 70]
     number = starts[int(rows[5, 1])] + int(rows[5, 2])
-    content = [altered(s) if i == number else s for i, s in enumerate(samples)]
+    content = [recompress(s) if i == number else s for i, s in enumerate(samples)]
     other = recut(small, tmp_path / "one altered", content)
     recipe = world.train_recipe(other.shards, small.cache, tmp_path / "run")
     with pytest.raises(JoinError, match="not the one the cache was made from"):

@@ -26,7 +26,7 @@ TEACHER = TeacherInfo("mine", "file", "0" * 64, 5, POLICY.size, (0.5,) * 3, (0.2
 
 
 def network(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits that differ between views, and do not depend on the rest of the batch."""
+    """Return logits that differ between views, independent of the rest of the batch."""
     cells = torch.nn.functional.adaptive_max_pool2d(images, GRID)
     spatial = torch.stack([cells[:, 0] * (k + 1) - cells[:, 1] * k for k in range(5)], dim=1)
     return spatial, spatial.amax((2, 3))
@@ -36,7 +36,7 @@ def cache_of(path: Path, views: int = 4) -> CacheSection:
     return CacheSection(str(path), encodings=("dense", "envelope"), views=views, view_block=2)
 
 
-def opened(
+def writer(
     path: Path,
     dataset: Dataset,
     views: int = 4,
@@ -63,28 +63,28 @@ def fill(
     return out
 
 
-def filled(path: Path, dataset: Dataset, views: int = 4) -> UnitWriter:
-    return fill(opened(path, dataset, views))
+def write_all(path: Path, dataset: Dataset, views: int = 4) -> UnitWriter:
+    return fill(writer(path, dataset, views))
 
 
 @pytest.fixture
-def whole(dataset: Dataset, tmp_path: Path) -> dict[str, bytes]:
+def complete_files(dataset: Dataset, tmp_path: Path) -> dict[str, bytes]:
     """Every file except the manifest of a cache written without interruption."""
-    out = filled(tmp_path / "whole", dataset)
+    out = write_all(tmp_path / "full", dataset)
     assert out.views_written == out.views_total == 4 * dataset.samples
-    assert open_cache(tmp_path / "whole").done().all()
-    return files(tmp_path / "whole")
+    assert open_cache(tmp_path / "full").done().all()
+    return files(tmp_path / "full")
 
 
 def files(path: Path) -> dict[str, bytes]:
     return {name: data for name, data in tree(path).items() if name != "zarr.json"}
 
 
-def test_after_an_error_it_resumes_with_the_remaining_units(
-    dataset: Dataset, whole: dict[str, bytes], tmp_path: Path
+def test_a_writer_resumes_after_an_error_with_the_remaining_units(
+    dataset: Dataset, complete_files: dict[str, bytes], tmp_path: Path
 ) -> None:
     path, rounds = tmp_path / "cache", 0
-    while (out := opened(path, dataset)).units:
+    while (out := writer(path, dataset)).units:
         done = open_cache(path).done()
         assert len(out.units) == (~done).sum()
         counted = []
@@ -100,11 +100,11 @@ def test_after_an_error_it_resumes_with_the_remaining_units(
         assert open_cache(path).done().sum() == done.sum() + counted[-1]
         rounds += 1
     assert rounds > 3
-    assert files(path) == whole
+    assert files(path) == complete_files
 
 
 def test_leaving_the_loop_writes_the_complete_units(dataset: Dataset, tmp_path: Path) -> None:
-    out = fill(opened(tmp_path / "cache", dataset), stop=bool)
+    out = fill(writer(tmp_path / "cache", dataset), stop=bool)
     assert 0 < out.views_written < out.views_total
     assert open_cache(tmp_path / "cache").done().sum() == 1
 
@@ -124,28 +124,28 @@ def test_putting_logits_renews_the_claims(dataset: Dataset, tmp_path: Path) -> N
 
 
 def test_a_cache_is_extended_by_more_views_and_split_by_ranges(
-    dataset: Dataset, whole: dict[str, bytes], tmp_path: Path
+    dataset: Dataset, complete_files: dict[str, bytes], tmp_path: Path
 ) -> None:
-    filled(tmp_path / "extended", dataset, views=2)
-    filled(tmp_path / "extended", dataset, views=4)
-    assert files(tmp_path / "extended") == whole
+    write_all(tmp_path / "extended", dataset, views=2)
+    write_all(tmp_path / "extended", dataset, views=4)
+    assert files(tmp_path / "extended") == complete_files
     for part in (WriteOptions(view_range=(2, 4)), WriteOptions(shard_range=(1, 3))):
-        out = fill(opened(tmp_path / "shared", dataset, options=part))
+        out = fill(writer(tmp_path / "shared", dataset, options=part))
     assert {(unit.shard, unit.block) for unit in out.units} == {(1, 0), (2, 0)}
-    filled(tmp_path / "shared", dataset)
-    assert files(tmp_path / "shared") == whole
+    write_all(tmp_path / "shared", dataset)
+    assert files(tmp_path / "shared") == complete_files
 
 
 def test_logits_with_gradients_or_in_float16_are_accepted(
-    dataset: Dataset, whole: dict[str, bytes], tmp_path: Path
+    dataset: Dataset, complete_files: dict[str, bytes], tmp_path: Path
 ) -> None:
-    fill(opened(tmp_path / "a", dataset), lambda s, g: (s.requires_grad_(), g.requires_grad_()))
-    fill(opened(tmp_path / "b", dataset), lambda s, g: (s.half(), g.half()))
-    assert files(tmp_path / "a") == files(tmp_path / "b") == whole
+    fill(writer(tmp_path / "a", dataset), lambda s, g: (s.requires_grad_(), g.requires_grad_()))
+    fill(writer(tmp_path / "b", dataset), lambda s, g: (s.half(), g.half()))
+    assert files(tmp_path / "a") == files(tmp_path / "b") == complete_files
 
 
 @pytest.mark.parametrize(
-    ("spoiled", "found"),
+    ("change", "shapes"),
     [
         (lambda s, g: (s.mT, g), r"spatial \(16, 5, 3, 2\), global \(16, 5\)"),
         (lambda s, g: (s, g[:8]), r"spatial \(16, 5, 2, 3\), global \(8, 5\)"),
@@ -153,15 +153,15 @@ def test_logits_with_gradients_or_in_float16_are_accepted(
     ],
 )
 def test_logits_of_another_shape_are_refused(
-    dataset: Dataset, tmp_path: Path, spoiled: Callable[..., tuple[Tensor, Tensor]], found: str
+    dataset: Dataset, tmp_path: Path, change: Callable[..., tuple[Tensor, Tensor]], shapes: str
 ) -> None:
-    with pytest.raises(UsageError, match=found):
-        fill(opened(tmp_path / "cache", dataset), spoiled)
+    with pytest.raises(UsageError, match=shapes):
+        fill(writer(tmp_path / "cache", dataset), change)
 
 
 def test_logits_beyond_float16_are_refused(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="mine"):
-        fill(opened(tmp_path / "cache", dataset), lambda s, g: (s, g * 1e5))
+        fill(writer(tmp_path / "cache", dataset), lambda s, g: (s, g * 1e5))
     assert not open_cache(tmp_path / "cache").done().any()
 
 
@@ -169,8 +169,8 @@ def test_views_out_of_order_repeated_or_outside_the_block_are_refused(
     dataset: Dataset, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="inside the writer's with block"):
-        next(opened(tmp_path / "cache", dataset).views())
-    with opened(tmp_path / "cache", dataset) as out:
+        next(writer(tmp_path / "cache", dataset).views())
+    with writer(tmp_path / "cache", dataset) as out:
         one, two, three, *_ = out.views()
         out.put(one, *network(one.images))
         for other in (one, three):
@@ -183,11 +183,11 @@ def test_views_out_of_order_repeated_or_outside_the_block_are_refused(
 
 @NEEDS_GPU
 def test_logits_may_be_on_a_gpu_and_the_views_on_the_host(dataset: Dataset, tmp_path: Path) -> None:
-    fill(opened(tmp_path / "cache", dataset), lambda s, g: (s.cuda(), g.cuda()))
+    fill(writer(tmp_path / "cache", dataset), lambda s, g: (s.cuda(), g.cuda()))
     assert open_cache(tmp_path / "cache").done().all()
 
 
-def test_a_unit_that_cannot_be_written_is_an_error_of_the_block(
+def test_a_failed_write_is_raised_by_the_block(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> bool:
@@ -195,13 +195,13 @@ def test_a_unit_that_cannot_be_written_is_an_error_of_the_block(
 
     monkeypatch.setattr(CacheWriter, "write_unit", full)
     with pytest.raises(OutputError, match="no space left"):
-        filled(tmp_path / "cache", dataset)
+        write_all(tmp_path / "cache", dataset)
 
 
 def test_another_teacher_or_an_unknown_encoding_is_refused(
     dataset: Dataset, tmp_path: Path
 ) -> None:
-    filled(tmp_path / "cache", dataset, views=2)
+    write_all(tmp_path / "cache", dataset, views=2)
     settings, other = cache_of(tmp_path / "cache"), replace(TEACHER, weights_sha256="1" * 64)
     with pytest.raises(CacheError, match="weights_sha256"):
         write_cache(settings, dataset, other, POLICY)

@@ -145,6 +145,6 @@ SOFT = ["distill.global_kind=soft", "distill.spatial_kind=soft"]
 
 
 def last_json(text: str) -> dict[str, Any]:
-    found = json.loads(text)
-    assert isinstance(found, dict)
-    return found
+    parsed = json.loads(text)
+    assert isinstance(parsed, dict)
+    return parsed
