@@ -339,7 +339,7 @@ def keep_copies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def take_for_the_hub(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def redirect_hub(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Point the Hub's package to ``url``; it reads HF_ENDPOINT only when imported."""
     from huggingface_hub import constants
 

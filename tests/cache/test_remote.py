@@ -33,9 +33,9 @@ from tests.serving import (
     REPOSITORY,
     Served,
     keep_copies,
+    redirect_hub,
     serving,
     serving_bucket,
-    take_for_the_hub,
 )
 
 Capture = pytest.CaptureFixture[str]
@@ -109,7 +109,7 @@ def test_a_cache_on_the_hub_reads_as_its_folder(
 ) -> None:
     """Logged in, with one request per file, since the hub limits their rate."""
     with serving(folder, "hub") as served:
-        take_for_the_hub(served.url, monkeypatch)
+        redirect_hub(served.url, monkeypatch)
         assert_same(f"hf://datasets/{REPOSITORY}", folder)
     fetched = [path for _, path, _ in served.requests if "/resolve/main/" in path]
     assert len(set(fetched)) == len(fetched) > 50

@@ -43,9 +43,9 @@ from tests.serving import (
     REPOSITORY,
     Served,
     keep_copies,
+    redirect_hub,
     serving,
     serving_bucket,
-    take_for_the_hub,
 )
 
 
@@ -436,7 +436,7 @@ def test_shards_on_the_hub_read_as_their_folder_and_have_its_sha256(
 ) -> None:
     """Through its own file system; the manifest needs no byte of an image."""
     with serving(folder.parent, "hub") as served:
-        take_for_the_hub(served.url, monkeypatch)
+        redirect_hub(served.url, monkeypatch)
         manifest = index_shards(f"hf://datasets/{REPOSITORY}/{spec}")
         assert manifest.location == f"hf://datasets/{REPOSITORY}/set"
         assert manifest.shards == index_shards(folder).shards
@@ -451,7 +451,7 @@ def test_a_tar_with_another_sha256_on_the_hub_is_refused_at_once(
     folder: Path, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(folder.parent, "hub") as served:
-        take_for_the_hub(served.url, monkeypatch)
+        redirect_hub(served.url, monkeypatch)
         index_shards(f"hf://datasets/{REPOSITORY}/set").save(tmp_path / "train.json")
         change(folder / "train-0000.tar")
         fresh(copies)

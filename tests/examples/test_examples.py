@@ -99,11 +99,9 @@ def test_lightning_trains_and_resumes_in_mid_epoch(
     def fit(**options: Any) -> None:
         torch.manual_seed(0)
         curves.append([])
-        checkpoint = ModelCheckpoint(
-            tmp_path, filename="{step}", every_n_train_steps=9, save_top_k=-1
-        )
+        saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=9, save_top_k=-1)
         trainer = lightning.Trainer(
-            max_epochs=4, use_distributed_sampler=False, accelerator="cpu", callbacks=[checkpoint],
+            max_epochs=4, use_distributed_sampler=False, accelerator="cpu", callbacks=[saver],
             logger=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(module.Distillation(*digits, batch_size=16, lr=3e-3, **STUDENT), **options)

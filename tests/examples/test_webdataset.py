@@ -15,6 +15,7 @@ from cskd_pipeline import Cache, CskdError, open_cache, replay_view
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.distill.targets import LogitTargets
 from tests.examples.conftest import EXAMPLES, make_digits
+from tests.pipeline.live import teacher_of
 from tests.processes import server
 
 
@@ -63,8 +64,6 @@ def images(root: Path) -> dict[str, bytes]:
 
 
 def test_a_replayed_view_yields_the_cached_logits(root: Path) -> None:
-    from tests.pipeline.live import teacher_of
-
     cache = open_cache(root / "cache")
     teacher = teacher_of(cache.manifest)
     pairs = [(1, key) for key in cache.keys(1)[:8]]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cskd_pipeline.cache.reader import open_cache
@@ -99,8 +100,6 @@ def test_a_training_state_with_invalid_values_is_refused_before_a_step(
 
 def edit_header(run: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     """Change the student header in place and return the file's path."""
-    from safetensors import safe_open
-
     path = run / "last.safetensors"
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["cskd"])

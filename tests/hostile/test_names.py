@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cskd_pipeline.data.index import load_dataset
+from cskd_pipeline.models.checkpoint import read_header
 from tests.cache.factories import dataset, make, teacher
 from tests.data.factories import make_cache
 from tests.faults.commands import Stages
@@ -154,8 +155,6 @@ def test_a_hostile_word_is_escaped_in_an_error(
 def test_class_names_pass_through_a_run_unchanged_and_uninterpreted(
     stages: Stages, tmp_path: Path, cli: Command
 ) -> None:
-    from cskd_pipeline.models.checkpoint import read_header
-
     shards = tmp_path / "shards"
     shards.mkdir()
     for path in stages.shards.glob("*.tar"):

@@ -21,7 +21,7 @@ from tests.cache.factories import tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.pipeline.test_training import assert_equal, final_state
-from tests.serving import REPOSITORY, keep_copies, serving, take_for_the_hub
+from tests.serving import REPOSITORY, keep_copies, redirect_hub, serving
 
 Capture = pytest.CaptureFixture[str]
 
@@ -89,7 +89,7 @@ def test_a_cache_published_and_uploaded_to_the_hub_can_be_trained_from(
     on_hub = tmp_path / "hub"
     on_hub.mkdir()
     with serving(on_hub, "hub") as served:
-        take_for_the_hub(served.url, monkeypatch)
+        redirect_hub(served.url, monkeypatch)
         monkeypatch.setattr(sys, "argv", shlex.split(report["upload"]))
         with pytest.raises(SystemExit) as exit_:
             hf.main()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cskd_pipeline.cache.convert import Conversion, convert
 from cskd_pipeline.cache.reader import Cache, open_cache
+from cskd_pipeline.data.assemble import assemble
+from cskd_pipeline.data.batches import render_batch
 from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.data.join import Join, join
 from cskd_pipeline.distill.encodings import ENCODINGS
@@ -176,11 +181,6 @@ def test_imagenet_keys_name_classes_when_shards_have_no_names() -> None:
 
 
 def test_replayed_views_are_those_the_network_saw(joined: Join) -> None:
-    import torch
-
-    from cskd_pipeline.data.assemble import assemble
-    from cskd_pipeline.data.batches import render_batch
-
     rows = choose_views(joined, 6)
     views = replay_views(joined, rows)
     assert all(view.same and view.exact for view in views)
@@ -191,10 +191,5 @@ def test_replayed_views_are_those_the_network_saw(joined: Join) -> None:
     expected = torch.round(seen.clamp(0, 1) * 255).byte().numpy()
     assert np.array_equal(np.stack([view.pixels for view in views]), expected)
     kind, _, data = views[0].image.partition(",")
-    from base64 import b64decode
-    from io import BytesIO
-
-    from PIL import Image
-
     assert kind == "data:image/png;base64"
     assert np.array_equal(np.asarray(Image.open(BytesIO(b64decode(data)))), expected[0])

@@ -17,7 +17,11 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from cskd_pipeline.cache.manifest import DatasetManifest
 from cskd_pipeline.cache.reader import open_cache
+from cskd_pipeline.data.index import load_dataset
+from cskd_pipeline.data.join import join
 from cskd_pipeline.tools.report import page
+from cskd_pipeline.tools.report.gallery import choose_views
+from cskd_pipeline.tools.report.labels import read_labels
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.tools.report.browser import all_of, console_messages, one, open_page
@@ -85,10 +89,6 @@ def test_the_slider_turns_local_labels_into_the_global_one(
 ) -> None:
     open_page(chrome, plain)
     cache = open_cache(small.cache)
-    from cskd_pipeline.tools.report.gallery import choose_views
-    from cskd_pipeline.tools.report.labels import read_labels
-    from tests.tools.report.test_labels import join, load_dataset
-
     rows = choose_views(join(load_dataset(str(small.shards)), cache), 5)
     expected = read_labels(cache, rows)
     slider = one(chrome, "#at")
