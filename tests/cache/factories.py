@@ -1,4 +1,4 @@
-"""Small caches whose every value is a pure function of (view, tar shard), without a teacher."""
+"""Small caches without a teacher: every value is a pure function of (view, tar shard)."""
 
 from __future__ import annotations
 
@@ -68,11 +68,10 @@ def manifest(**changes: object) -> CacheManifest:
 
 
 def lines(rng: np.random.Generator, count: int, most: int = 10) -> np.ndarray:
-    """(count, L, 2, h, w) uint16: distinct classes, increasing crossings."""
+    """Return (count, L, 2, h, w) uint16: distinct classes, increasing crossings."""
     out = np.full((count, CLASSES, 2, HEIGHT, WIDTH), 65535, np.uint16)
-    for place in np.ndindex(count, HEIGHT, WIDTH):
+    for i, row, column in np.ndindex(count, HEIGHT, WIDTH):
         n = int(rng.integers(1, most + 1))
-        i, row, column = place
         out[i, :n, 0, row, column] = rng.permutation(CLASSES)[:n]
         out[i, : n - 1, 1, row, column] = np.sort(rng.choice(65535, n - 1, replace=False))
     used = (out != 65535).any(axis=(0, 2, 3, 4)).sum()
@@ -80,8 +79,8 @@ def lines(rng: np.random.Generator, count: int, most: int = 10) -> np.ndarray:
 
 
 @lru_cache
-def answers(view: int, shard: int, count: int) -> dict[str, np.ndarray]:
-    """Rows of one view of one tar shard, by array name."""
+def responses(view: int, shard: int, count: int) -> dict[str, np.ndarray]:
+    """Return the rows of one view of one tar shard, by array name."""
     rng = np.random.default_rng([view, shard])
     return {
         "dense/spatial": rng.normal(size=(count, CLASSES, HEIGHT, WIDTH)).astype(np.float16),
@@ -92,7 +91,7 @@ def answers(view: int, shard: int, count: int) -> dict[str, np.ndarray]:
 
 
 def padded(parts: list[np.ndarray]) -> np.ndarray:
-    """Ragged parts, stacked."""
+    """Stack ragged parts, padding with fill."""
     length = max(part.shape[1] for part in parts)
     out = np.full((len(parts), len(parts[0]), length, *parts[0].shape[2:]), 65535, np.uint16)
     for i, part in enumerate(parts):
@@ -100,14 +99,14 @@ def padded(parts: list[np.ndarray]) -> np.ndarray:
     return out
 
 
-def unit_data(unit: Unit, made: CacheManifest) -> UnitData:
-    shard, count = unit.shard, made.dataset.counts[unit.shard]
+def unit_data(unit: Unit, cache_manifest: CacheManifest) -> UnitData:
+    shard, count = unit.shard, cache_manifest.dataset.counts[unit.shard]
     rng = np.random.default_rng([1000 + unit.block, shard])
-    per_view = [answers(view, shard, count) for view in unit.views]
+    per_view = [responses(view, shard, count) for view in unit.views]
     arrays = {
         name: (padded if name == "envelope/lines" else np.stack)([part[name] for part in per_view])
         for name in per_view[0]
-        if name.split("/")[0] in made.encodings
+        if name.split("/")[0] in cache_manifest.encodings
     }
     shape = (len(unit.views), count)
     return UnitData(
@@ -127,7 +126,7 @@ def fill(writer: CacheWriter, units: Iterable[Unit] | None = None) -> None:
 
 
 def make(path: Path, **changes: object) -> CacheWriter:
-    """A finished cache."""
+    """Write a finished cache."""
     writer = CacheWriter.create(path, manifest(**changes))
     fill(writer)
     return writer
@@ -143,7 +142,7 @@ def write_all(path: Path, order: int = 0, started: Event | None = None) -> None:
     fill(writer, units)
 
 
-def record_anew(path: Path) -> None:
+def rewrite_records(path: Path) -> None:
     """Rewrite every finished unit's record to match its current files, like a forger."""
     store = CacheStore(path)
     array = store.arrays[layout.RECORD]

@@ -29,8 +29,8 @@ EVIL = (
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Callable[..., str]:
-    """The card of a cache whose manifest has these values."""
+def write_card(tmp_path: Path) -> Callable[..., str]:
+    """Publish a cache with the given manifest fields and return its card."""
 
     def write(location: str | None = None, **changes: Any) -> str:
         make(tmp_path / "cache", **changes)
@@ -42,19 +42,19 @@ def written(tmp_path: Path) -> Callable[..., str]:
 
 def front_matter(card: str) -> dict[str, Any]:
     _, front, _ = card.split("---\n", 2)
-    found: dict[str, Any] = yaml.safe_load(front)
-    return found
+    metadata: dict[str, Any] = yaml.safe_load(front)
+    return metadata
 
 
 def body(card: str) -> list[Any]:
-    """The tokens of its Markdown, inline ones too."""
+    """Return all tokens of the card's Markdown, including inline ones."""
     parser = MarkdownIt("gfm-like", {"linkify": False})
     tokens = parser.parse(card.split("---\n", 2)[2])
     return [part for token in tokens for part in (token, *(token.children or ()))]
 
 
-def test_the_card_describes_the_cache(written: Callable[..., str], tmp_path: Path) -> None:
-    card = written()
+def test_the_card_describes_the_cache(write_card: Callable[..., str], tmp_path: Path) -> None:
+    card = write_card()
     info = describe(open_cache(tmp_path / "cache"))
     shown = " ".join(token.content for token in body(card))
     assert info["manifest_sha256"] in shown
@@ -65,8 +65,8 @@ def test_the_card_describes_the_cache(written: Callable[..., str], tmp_path: Pat
         assert f"{encoding['bytes_per_view']:,.4g}" in shown
 
 
-def test_the_front_matter_follows_the_hubs_schema(written: Callable[..., str]) -> None:
-    front = front_matter(written(license="CC-BY-4.0"))
+def test_the_front_matter_follows_the_hubs_schema(write_card: Callable[..., str]) -> None:
+    front = front_matter(write_card(license="CC-BY-4.0"))
     assert front["pretty_name"] == "Teacher cache: resnet10t on toy"
     assert front["license"] == "cc-by-4.0"
     assert front["size_categories"] == ["n<1K"]
@@ -74,14 +74,14 @@ def test_the_front_matter_follows_the_hubs_schema(written: Callable[..., str]) -
     assert "license_name" not in front
 
 
-def test_other_licenses_keep_their_name(written: Callable[..., str]) -> None:
-    front = front_matter(written(license="for research; ask us"))
+def test_other_licenses_keep_their_name(write_card: Callable[..., str]) -> None:
+    front = front_matter(write_card(license="for research; ask us"))
     assert front["license"] == "other"
     assert front["license_name"] == "for research; ask us"
 
 
-def test_the_commands_of_the_card_parse(written: Callable[..., str]) -> None:
-    card = written(location="s3://a lab/it's")
+def test_the_commands_of_the_card_parse(write_card: Callable[..., str]) -> None:
+    card = write_card(location="s3://a lab/it's")
     fence = next(token.content for token in body(card) if token.type == "fence")
     group: Any = typer.main.get_command(app)
     for line in fence.splitlines():
@@ -95,8 +95,8 @@ def test_the_commands_of_the_card_parse(written: Callable[..., str]) -> None:
         command.make_context(name, words)
 
 
-def test_hostile_text_is_escaped(written: Callable[..., str]) -> None:
-    card = written(
+def test_hostile_text_is_escaped(write_card: Callable[..., str]) -> None:
+    card = write_card(
         dataset=replace(dataset(), name=EVIL),
         teacher=teacher(name=EVIL, source=EVIL),
         license=EVIL,

@@ -1,4 +1,4 @@
-"""Claims: one process computes a unit, and the claims of ended processes block nobody."""
+"""One process claims each unit, and the claims of ended processes expire."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def claims(root: Path, patience: float = PATIENCE) -> Claims:
     return Claims(root, patience)
 
 
-def left_by_another(root: Path, unit: Unit, **changes: Any) -> Path:
-    """The claim of a process without a heartbeat."""
+def foreign_claim(root: Path, unit: Unit, **changes: Any) -> Path:
+    """Write the claim of a process that sends no heartbeat."""
     path = root / FOLDER / f"{unit.block}.{unit.shard}"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({**identify(os.getpid()), "claim": "another", **changes}))
@@ -42,26 +42,26 @@ def test_a_unit_has_one_owner_until_it_is_released(tmp_path: Path) -> None:
     assert other.take(ONE)
     other.drop_all()
     assert not list(tmp_path.iterdir())
-    one.drop_all()  # with no claims
+    one.drop_all()  # harmless without claims
 
 
 def test_concurrent_processes_never_claim_the_same_unit(tmp_path: Path) -> None:
     units = [Unit(block, 0, range(1)) for block in range(100)]
     context = multiprocessing.get_context("fork")
-    found, over = context.SimpleQueue(), context.Event()
+    results, finished = context.SimpleQueue(), context.Event()
 
     def work() -> None:
         own = claims(tmp_path, 60)
-        found.put([unit.block for unit in units if own.take(unit)])
-        over.wait()
+        results.put([unit.block for unit in units if own.take(unit)])
+        finished.wait()
         os._exit(0)
 
     started = [context.Process(target=work) for _ in range(4)]
     for process in started:
         process.start()
-    taken = [block for _ in started for block in found.get()]
+    taken = [block for _ in started for block in results.get()]
     assert sorted(taken) == list(range(100))
-    over.set()
+    finished.set()
     for process in started:
         process.join()
     after = claims(tmp_path, 60)
@@ -69,9 +69,9 @@ def test_concurrent_processes_never_claim_the_same_unit(tmp_path: Path) -> None:
 
 
 def test_a_claim_without_a_heartbeat_expires(tmp_path: Path) -> None:
-    """Its process is alive, or on another machine."""
+    """The owning process is alive or on another machine."""
     for unit, changes in ((ONE, {}), (TWO, {"boot": "another", "pid": 2**22, "started": "1"})):
-        path = left_by_another(tmp_path, unit, **changes)
+        path = foreign_claim(tmp_path, unit, **changes)
         os.utime(path, (0, 0))  # clocks do not matter
         own = claims(tmp_path)
         assert not own.take(unit)
@@ -109,8 +109,8 @@ def test_an_ended_process_is_identified_by_more_than_its_pid(tmp_path: Path) -> 
     own = identify(os.getpid())
     assert not has_ended(json.dumps(own))
     assert has_ended(json.dumps({**own, "started": "1"}))  # an earlier process with the same id
-    for elsewhere in ("host", "boot", "namespace"):
-        assert not has_ended(json.dumps({**own, "started": "1", elsewhere: "another"}))
+    for field in ("host", "boot", "namespace"):
+        assert not has_ended(json.dumps({**own, "started": "1", field: "another"}))
     for text in ("", "{", "[1]", "[" * 100_000, json.dumps({**own, "pid": "x"}), '{"pid": 1e999}'):
         assert not has_ended(text)
 

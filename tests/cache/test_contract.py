@@ -26,18 +26,18 @@ from tests.cache.factories import CLASSES, HEIGHT, WIDTH, manifest, unit_data
 
 NAME = own.Negated.name
 SPATIAL, GLOBAL = f"{NAME}/spatial", f"{NAME}/global"
-Specs = tuple[ArraySpec, ...]
+Change = Callable[[tuple[ArraySpec, ...]], tuple[ArraySpec, ...]]
 
 
 @pytest.fixture
-def mine() -> Iterator[own.Negated]:
-    mine = own.Negated()
-    register_encoding(mine)
-    yield mine
+def encoding() -> Iterator[own.Negated]:
+    encoding = own.Negated()
+    register_encoding(encoding)
+    yield encoding
     ENCODINGS.pop(NAME, None)
 
 
-def mine_of(data: UnitData) -> UnitData:
+def negated(data: UnitData) -> UnitData:
     """Return the unit with the logits of ``dense`` in this encoding."""
     spatial, global_ = (data.arrays[name] for name in ("dense/spatial", "dense/global"))
     return replace(data, arrays={SPATIAL: -spatial, GLOBAL: -global_})
@@ -45,19 +45,19 @@ def mine_of(data: UnitData) -> UnitData:
 
 def fill(writer: CacheWriter) -> None:
     for unit in writer.todo():
-        writer.write_unit(unit, mine_of(unit_data(unit, manifest())))
+        writer.write_unit(unit, negated(unit_data(unit, manifest())))
 
 
 @pytest.mark.parametrize("name", [*layout.stored_arrays(manifest(encodings=("dense",))), "auto"])
 def test_an_encoding_cannot_be_named_like_an_array(name: str) -> None:
-    mine = own.Negated()
-    mine.name = name
+    encoding = own.Negated()
+    encoding.name = name
     with pytest.raises(UsageError, match="cannot be registered"):
-        register_encoding(mine)
+        register_encoding(encoding)
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (lambda a: (), "no arrays"),
         (lambda a: (a[0], a[0]), "two arrays have the same name"),
@@ -74,17 +74,17 @@ def test_an_encoding_cannot_be_named_like_an_array(name: str) -> None:
     ],
 )
 def test_invalid_array_specs_are_refused(
-    mine: own.Negated, monkeypatch: pytest.MonkeyPatch, change: Callable[[Specs], Specs], says: str
+    encoding: own.Negated, monkeypatch: pytest.MonkeyPatch, change: Change, message: str
 ) -> None:
-    arrays = mine.arrays(ResponseShape(CLASSES, HEIGHT, WIDTH))
+    arrays = encoding.arrays(ResponseShape(CLASSES, HEIGHT, WIDTH))
     layout.specs(manifest(encodings=(NAME,)))
-    monkeypatch.setattr(mine, "arrays", lambda _shape: change(arrays))
-    with pytest.raises(CacheError, match=f"encoding {NAME} are invalid[^$]*{says}"):
+    monkeypatch.setattr(encoding, "arrays", lambda _shape: change(arrays))
+    with pytest.raises(CacheError, match=f"encoding {NAME} are invalid[^$]*{message}"):
         layout.specs(manifest(encodings=(NAME,)))
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (lambda r: {**r, "dense/spatial": r[SPATIAL]}, "dense/spatial: not an array"),
         (lambda r: {SPATIAL: r[SPATIAL]}, f"{GLOBAL}: missing"),
@@ -93,32 +93,32 @@ def test_invalid_array_specs_are_refused(
     ],
 )
 def test_rows_that_do_not_match_the_array_specs_are_refused(
-    mine: own.Negated,
+    encoding: own.Negated,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     change: Callable[[dict[str, Any]], dict[str, Any]],
-    says: str,
+    message: str,
 ) -> None:
     """Both encoded and packed rows; the unit then stays unfinished."""
     writer = CacheWriter.create(tmp_path / "cache", manifest(encodings=(NAME,)))
     unit = writer.todo()[0]
-    data = mine_of(unit_data(unit, manifest()))
+    data = negated(unit_data(unit, manifest()))
     spatial, global_ = torch.zeros(2, CLASSES, HEIGHT, WIDTH).half(), torch.zeros(2, CLASSES).half()
     seeds = np.zeros(2, np.uint64)
-    assert set(encode_batch(mine, spatial, global_, seeds)) == {SPATIAL, GLOBAL}
-    monkeypatch.setattr(mine, "encode", lambda s, g, seeds: change({SPATIAL: s, GLOBAL: g}))
-    monkeypatch.setattr(mine, "pack", change)
-    with pytest.raises(CacheError, match=says):
-        encode_batch(mine, spatial, global_, seeds)
-    with pytest.raises(CacheError, match=says):
+    assert set(encode_batch(encoding, spatial, global_, seeds)) == {SPATIAL, GLOBAL}
+    monkeypatch.setattr(encoding, "encode", lambda s, g, seeds: change({SPATIAL: s, GLOBAL: g}))
+    monkeypatch.setattr(encoding, "pack", change)
+    with pytest.raises(CacheError, match=message):
+        encode_batch(encoding, spatial, global_, seeds)
+    with pytest.raises(CacheError, match=message):
         writer.write_unit(unit, data)
-    with pytest.raises(CacheError, match=says):
+    with pytest.raises(CacheError, match=message):
         writer.write_unit(unit, replace(data, arrays=change(dict(data.arrays))))
     assert not writer.done().any()
 
 
 def test_an_encoding_from_another_process_does_not_replace_a_registered_one(
-    mine: own.Negated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoding: own.Negated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = CacheWriter.create(tmp_path / "cache", manifest(encodings=(NAME,)))
     fill(writer)

@@ -1,4 +1,4 @@
-"""A converted cache equals a dump, and names its source."""
+"""A converted cache equals a dump in the same encodings and records its source."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cskd_pipeline.errors import CacheError, UsageError
 from tests.cache.factories import BLOCK, COUNTS, VIEWS, data_files, fill, make, manifest, tree
 
 
-def converted(
+def convert_to(
     source: Path | str,
     target: Path,
     *encodings: str,
@@ -41,13 +41,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_converted_rows_equal_the_encoded_logits(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    """The number of samples encoded at once does not matter, nor a smaller last batch."""
+    """The batch size of the encoding does not matter, nor a smaller last batch."""
     monkeypatch.setattr(converting, "_ROWS", rows)
     names = ("envelope", "topk", "dense-q8", "sampled")
-    found = converted(source, tmp_path / "c", *names)
-    assert found["complete"] is True
-    assert found["units_missing"] == 0
-    assert found["views_written"] == VIEWS * sum(COUNTS)
+    result = convert_to(source, tmp_path / "c", *names)
+    assert result["complete"] is True
+    assert result["units_missing"] == 0
+    assert result["views_written"] == VIEWS * sum(COUNTS)
     old, new = open_cache(source), open_cache(tmp_path / "c")
     assert tuple(new.encodings) == names
     for view in range(VIEWS):
@@ -62,7 +62,7 @@ def test_converted_rows_equal_the_encoded_logits(
 
 
 def test_metadata_is_copied_unchanged(source: Path, tmp_path: Path) -> None:
-    converted(source, tmp_path / "c", "envelope")
+    convert_to(source, tmp_path / "c", "envelope")
     old, new = open_cache(source), open_cache(tmp_path / "c")
     for shard in range(len(COUNTS)):
         assert new.keys(shard) == old.keys(shard)
@@ -89,7 +89,7 @@ def test_metadata_is_copied_unchanged(source: Path, tmp_path: Path) -> None:
 
 def test_a_copy_in_the_same_encodings_has_the_same_bytes(tmp_path: Path) -> None:
     make(tmp_path / "a")
-    converted(tmp_path / "a", tmp_path / "b")
+    convert_to(tmp_path / "a", tmp_path / "b")
     old, new = tree(tmp_path / "a"), tree(tmp_path / "b")
     assert old.keys() == new.keys()
     assert [name for name in old if old[name] != new[name]] == ["zarr.json"]
@@ -99,7 +99,7 @@ def test_a_copy_in_the_same_encodings_has_the_same_bytes(tmp_path: Path) -> None
 def test_a_subset_of_views_and_shards_is_converted(
     source: Path, tmp_path: Path, views: int, block: int
 ) -> None:
-    converted(source, tmp_path / "c", "dense", views=views, shards=(1, 3))
+    convert_to(source, tmp_path / "c", "dense", views=views, shards=(1, 3))
     old, new = open_cache(source), open_cache(tmp_path / "c")
     assert new.manifest.dataset.shards == old.manifest.dataset.shards[1:3]
     assert (new.views, new.manifest.view_block) == (views, block)
@@ -114,58 +114,58 @@ def test_a_subset_of_views_and_shards_is_converted(
 
 
 def test_more_views_extend_a_converted_cache(source: Path, tmp_path: Path) -> None:
-    converted(source, tmp_path / "c", "envelope", views=BLOCK)
-    found = converted(source, tmp_path / "c", "envelope")
-    assert (found["views"], found["complete"]) == (VIEWS, True)
-    assert found["views_written"] == (VIEWS - BLOCK) * sum(COUNTS)
-    converted(source, tmp_path / "whole", "envelope")
-    for name in data_files(tmp_path / "whole"):
-        assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    convert_to(source, tmp_path / "c", "envelope", views=BLOCK)
+    result = convert_to(source, tmp_path / "c", "envelope")
+    assert (result["views"], result["complete"]) == (VIEWS, True)
+    assert result["views_written"] == (VIEWS - BLOCK) * sum(COUNTS)
+    convert_to(source, tmp_path / "full", "envelope")
+    for name in data_files(tmp_path / "full"):
+        assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "full" / name).read_bytes()
 
 
 def test_an_interrupted_conversion_resumes(source: Path, tmp_path: Path) -> None:
-    answers = iter([False, False, True])
+    interruptions = iter([False, False, True])
     with pytest.raises(KeyboardInterrupt):
-        converted(source, tmp_path / "c", "envelope", stopped=lambda: next(answers))
+        convert_to(source, tmp_path / "c", "envelope", stopped=lambda: next(interruptions))
     assert open_cache(tmp_path / "c").done().sum() == 2
-    found = converted(source, tmp_path / "c", "envelope")
-    assert found["units_written"] == VIEWS // BLOCK * len(COUNTS) - 2
-    converted(source, tmp_path / "whole", "envelope")
-    files = data_files(tmp_path / "whole")
+    result = convert_to(source, tmp_path / "c", "envelope")
+    assert result["units_written"] == VIEWS // BLOCK * len(COUNTS) - 2
+    convert_to(source, tmp_path / "full", "envelope")
+    files = data_files(tmp_path / "full")
     assert files == data_files(tmp_path / "c")
     for name in files:
-        assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "full" / name).read_bytes()
 
 
 def test_finished_units_of_an_unfinished_cache_are_converted(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "a", manifest(encodings=("dense",)))
     fill(writer, writer.todo(shards=[1]))
-    found = converted(tmp_path / "a", tmp_path / "b", "envelope")
-    assert (found["units_written"], found["units_missing"]) == (2, 4)
-    assert found["complete"] is False
+    result = convert_to(tmp_path / "a", tmp_path / "b", "envelope")
+    assert (result["units_written"], result["units_missing"]) == (2, 4)
+    assert result["complete"] is False
     assert open_cache(tmp_path / "b").done().tolist() == [[False, True, False]] * 2
     fill(writer)
-    found = converted(tmp_path / "a", tmp_path / "b", "envelope")
-    assert (found["units_written"], found["units_missing"]) == (4, 0)
-    assert found["complete"] is True
+    result = convert_to(tmp_path / "a", tmp_path / "b", "envelope")
+    assert (result["units_written"], result["units_missing"]) == (4, 0)
+    assert result["complete"] is True
 
 
 def test_a_larger_block_waits_for_all_its_source_blocks(tmp_path: Path) -> None:
-    """Three views in one block, of which the source has two in its first, and one in its second."""
+    """A block of three views takes two from the source's first block and one from its second."""
     writer = CacheWriter.create(tmp_path / "a", manifest(encodings=("dense",)))
     fill(writer, [unit for unit in writer.todo() if unit.block == 0 or unit.shard == 1])
-    found = converted(tmp_path / "a", tmp_path / "b", "envelope", views=3)
-    assert (found["units_written"], found["units_missing"]) == (1, 2)
+    result = convert_to(tmp_path / "a", tmp_path / "b", "envelope", views=3)
+    assert (result["units_written"], result["units_missing"]) == (1, 2)
     assert open_cache(tmp_path / "b").done().tolist() == [[False, True, False]]
     fill(writer)
-    found = converted(tmp_path / "a", tmp_path / "b", "envelope", views=3)
-    assert (found["units_written"], found["complete"]) == (2, True)
+    result = convert_to(tmp_path / "a", tmp_path / "b", "envelope", views=3)
+    assert (result["units_written"], result["complete"]) == (2, True)
 
 
 def test_converting_without_stored_logits_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "a", encodings=("envelope",))
     with pytest.raises(CacheError, match="cannot be converted to topk") as caught:
-        converted(tmp_path / "a", tmp_path / "b", "envelope", "topk")
+        convert_to(tmp_path / "a", tmp_path / "b", "envelope", "topk")
     assert caught.value.expected is not None
     assert "dense" in caught.value.expected
     assert not (tmp_path / "b").exists()
@@ -178,7 +178,7 @@ def test_nonexistent_views_and_shards_are_refused(
     source: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     with pytest.raises(UsageError, match="the cache"):
-        converted(source, tmp_path / "c", "envelope", **options)
+        convert_to(source, tmp_path / "c", "envelope", **options)
     assert not (tmp_path / "c").exists()
 
 
@@ -187,7 +187,7 @@ def test_a_cache_is_not_converted_into_itself(source: Path, tmp_path: Path) -> N
     (tmp_path / "link").symlink_to(source)
     for target in (source, tmp_path / "link"):
         with pytest.raises(UsageError, match="into itself"):
-            converted(source, target, "envelope")
+            convert_to(source, target, "envelope")
     assert tree(source) == before
 
 
@@ -195,18 +195,18 @@ def test_a_target_with_a_different_manifest_is_refused(source: Path, tmp_path: P
     make(tmp_path / "c", encodings=("envelope",), root_seed=8)
     before = tree(tmp_path / "c")
     with pytest.raises(CacheError, match="another cache") as caught:
-        converted(source, tmp_path / "c", "envelope")
+        convert_to(source, tmp_path / "c", "envelope")
     assert any("root_seed" in problem for problem in caught.value.problems)
     assert tree(tmp_path / "c") == before
 
 
 def test_the_parent_round_trips_and_is_validated() -> None:
     parent = manifest().as_parent(None)
-    made = manifest(parent=parent)
-    assert CacheManifest.from_json(made.to_json()) == made
-    assert made.conflicts(manifest()) == []
+    child = manifest(parent=parent)
+    assert CacheManifest.from_json(child.to_json()) == child
+    assert child.conflicts(manifest()) == []
     assert "parent" not in manifest().to_json()
-    document = made.to_json()
+    document = child.to_json()
     document["parent"]["manifest_sha256"] = "x"
     with pytest.raises(Exception, match="manifest_sha256"):
         CacheManifest.from_json(document)

@@ -45,7 +45,7 @@ UNITS = VIEWS // 2 * len(COUNTS)
 
 
 def read_all(path: Path | str) -> None:
-    """Read everything that training reads from a cache."""
+    """Read from a cache everything that training does."""
     reader = open_cache(path)
     for shard, count in enumerate(COUNTS):
         reader.keys(shard), reader.labels(shard), reader.image_crc32(shard)
@@ -63,15 +63,15 @@ def problems(path: Path) -> list[str]:
     return [problem.where for problem in found or check_bytes(reader, units)]
 
 
-def swap(one: Path, other: Path) -> None:
-    aside = one.with_name("aside")
-    one.rename(aside)
-    other.rename(one)
+def swap(first: Path, other: Path) -> None:
+    aside = first.with_name("aside")
+    first.rename(aside)
+    other.rename(first)
     aside.rename(other)
 
 
 def other_teacher(path: Path) -> Path:
-    """A cache of the same data, views and shapes from another teacher."""
+    """Write a cache of the same data, views and shapes from another teacher."""
     writer = CacheWriter.create(path, manifest(teacher=teacher(weights_sha256="cd" * 32)))
     for unit in writer.todo():
         data = unit_data(unit, writer.manifest)
@@ -82,7 +82,7 @@ def other_teacher(path: Path) -> Path:
 
 
 def copy_over(source: Path, target: Path, names: Callable[[str], bool]) -> None:
-    """Copy the files ``names`` of one cache over another's, like a wrong rsync."""
+    """Copy the files ``names`` of one cache over another's, like a mistaken rsync."""
     for name, content in tree(source).items():
         if names(name):
             (target / name).write_bytes(content)
@@ -119,27 +119,27 @@ EXCHANGES: dict[str, Callable[[Path, Path], None]] = {
     "the manifest of another teacher": lambda c, other: copy_over(
         other, c, lambda name: name.endswith("zarr.json")
     ),
-    "a policy that was edited": lambda c, _: rewrite_manifest(
+    "an edited policy": lambda c, _: rewrite_manifest(
         c, lambda m: replace(m, policy=replace(m.policy, erase=0.5))
     ),
-    "a seed that was edited": lambda c, _: rewrite_manifest(c, lambda m: replace(m, root_seed=8)),
-    "class names that were edited": lambda c, _: rewrite_manifest(
+    "an edited seed": lambda c, _: rewrite_manifest(c, lambda m: replace(m, root_seed=8)),
+    "edited class names": lambda c, _: rewrite_manifest(
         c,
         lambda m: replace(
             m,
-            # This cache names its classes.
+            # The toy cache has class names.
             dataset=replace(m.dataset, class_names=m.dataset.class_names[::-1]),  # type: ignore[index]
         ),
     ),
 }
 
 
-@pytest.mark.parametrize("how", EXCHANGES)
-def test_replaced_files_are_refused_by_the_reader_and_verify(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_replaced_files_are_refused_by_the_reader_and_verify(tmp_path: Path, exchange: str) -> None:
     cache, other = tmp_path / "c", other_teacher(tmp_path / "other")
     make(cache)
     read_all(cache)
-    EXCHANGES[how](cache, other)
+    EXCHANGES[exchange](cache, other)
     with pytest.raises(CacheError, match="the cache is damaged") as caught:
         read_all(cache)
     assert str(caught.value.where).startswith(f"{cache}/")
@@ -147,7 +147,7 @@ def test_replaced_files_are_refused_by_the_reader_and_verify(tmp_path: Path, how
 
 
 def test_labels_replaced_with_zeros_are_refused(tmp_path: Path) -> None:
-    """With valid checksums, and the same in every later unit."""
+    """The checksums are valid, and later units have the same labels."""
     make(tmp_path / "c")
     zeros = CacheWriter.create(tmp_path / "zeros", manifest())
     for unit in zeros.todo():
@@ -178,10 +178,10 @@ def test_digests_match_the_specification(tmp_path: Path) -> None:
     """Computed from the specification with only zarr and hashlib."""
     make(tmp_path / "c")
     group = zarr.open_group(tmp_path / "c", mode="r")
-    # Attributes are any JSON to zarr; ours is an object.
+    # zarr types attributes as any JSON; ours is an object.
     document = dict(group.attrs["cskd"]["manifest"])  # type: ignore[arg-type, index, call-overload]
-    kept = ("format_version", "dataset", "teacher", "policy", "root_seed", "encodings")
-    document = {name: document[name] for name in (*kept, "view_block")}
+    fields = ("format_version", "dataset", "teacher", "policy", "root_seed", "encodings")
+    document = {name: document[name] for name in (*fields, "view_block")}
     for part, name in (("dataset", "name"), ("teacher", "source"), ("teacher", "top1")):
         del document[part][name]
     for shard in document["dataset"]["shards"]:
@@ -207,7 +207,7 @@ def test_digests_match_the_specification(tmp_path: Path) -> None:
             record = b"".join(
                 [bytes.fromhex(unit), bytes.fromhex(lineage), *(f.digest() for f in files.values())]
             )
-            # A group may hold groups; this one is an array.
+            # A group may contain groups; this member is an array.
             row = np.asarray(group["digest"][block]).reshape(len(COUNTS), -1)[shard]  # type: ignore[index]
             assert row.tobytes() == record
             units += bytes.fromhex(unit)
@@ -218,11 +218,11 @@ def test_digests_match_the_specification(tmp_path: Path) -> None:
 def test_the_root_digest_depends_only_on_content(tmp_path: Path) -> None:
     make(tmp_path / "a")
     root = open_cache(tmp_path / "a").digest()
-    elsewhere = replace(dataset(), name="my copy")
+    renamed = replace(dataset(), name="my copy")
     other = CacheWriter.create(
         tmp_path / "b",
         manifest(
-            dataset=elsewhere,
+            dataset=renamed,
             created="2027-01-01T00:00:00Z",
             versions={"python": "3.13"},
             license="MIT",
@@ -250,15 +250,15 @@ def test_the_root_digest_depends_only_on_content(tmp_path: Path) -> None:
 
 
 def test_merged_parts_have_the_digest_of_a_cache_written_in_one_run(tmp_path: Path) -> None:
-    make(tmp_path / "whole")
-    root = open_cache(tmp_path / "whole").digest()
+    make(tmp_path / "full")
+    root = open_cache(tmp_path / "full").digest()
     for name, chosen in (("a", slice(0, 3)), ("b", slice(2, None))):
         writer = CacheWriter.create(tmp_path / name, manifest())
         fill(writer, writer.todo()[chosen])
     merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     assert open_cache(tmp_path / "out").digest() == root
-    for name, shards in (("c", (0, 1)), ("d", (1, 3))):  # other lists of shards, other lineages
-        convert(tmp_path / "whole", tmp_path / name, Conversion(shards=shards))
+    for name, shards in (("c", (0, 1)), ("d", (1, 3))):  # different shards, so different lineages
+        convert(tmp_path / "full", tmp_path / name, Conversion(shards=shards))
     merge([tmp_path / "c", tmp_path / "d"], tmp_path / "again")
     assert open_cache(tmp_path / "again").digest() == root
 
@@ -269,8 +269,8 @@ def test_an_extended_cache_has_the_digest_of_one_written_in_one_run(tmp_path: Pa
     writer.extend(VIEWS)
     assert open_cache(tmp_path / "c").digest() is None
     fill(writer)
-    make(tmp_path / "whole")
-    assert open_cache(tmp_path / "c").digest() == open_cache(tmp_path / "whole").digest() != small
+    make(tmp_path / "full")
+    assert open_cache(tmp_path / "c").digest() == open_cache(tmp_path / "full").digest() != small
 
 
 # A requested digest
@@ -304,7 +304,7 @@ def test_an_unfinished_cache_does_not_match_a_requested_digest(tmp_path: Path) -
 
 
 def test_a_unit_replaced_after_opening_is_refused(tmp_path: Path) -> None:
-    """Together with its record, so that only the root digest detects it."""
+    """Its record is replaced too, so that only the root digest detects it."""
     make(tmp_path / "c")
     reader = open_cache(f"{tmp_path / 'c'}@sha256:{open_cache(tmp_path / 'c').digest()}")
     other = CacheWriter.create(tmp_path / "other", manifest())
@@ -342,7 +342,7 @@ def test_convert_records_the_digest_of_its_source(tmp_path: Path) -> None:
     assert parent["digest"] == root
 
 
-# When files are compared
+# When files are hashed
 
 
 def test_a_file_is_hashed_once_across_processes(
@@ -354,12 +354,12 @@ def test_a_file_is_hashed_once_across_processes(
     folder = type(reader.store.folder)
     hashed = folder.sha256
 
-    def noted(self: Any, key: str) -> bytes:
+    def logging_sha256(self: Any, key: str) -> bytes:
         with open(log, "a") as file:
             file.write(f"{key}\n")
         return hashed(self, key)
 
-    monkeypatch.setattr(folder, "sha256", noted)
+    monkeypatch.setattr(folder, "sha256", logging_sha256)
     for _ in range(3):
         pid = os.fork()
         if pid == 0:
@@ -378,7 +378,7 @@ def test_a_file_is_hashed_once_across_processes(
 
 
 def downgrade(path: Path) -> None:
-    """Turn a cache into one of version 1."""
+    """Turn a cache into format version 1."""
     document = json.loads((path / layout.GROUP).read_text())
     content = document["attributes"]["cskd"]
     content["manifest"]["format_version"] = 1
@@ -395,23 +395,23 @@ def test_a_cache_of_version_1_is_refused_with_the_upgrade_command(
     tmp_path: Path,
 ) -> None:
     make(tmp_path / "c")
-    whole = tree(tmp_path / "c")
+    original = tree(tmp_path / "c")
     downgrade(tmp_path / "c")
     for open_it in (open_cache, CacheWriter.open):
         with pytest.raises(CacheError, match="format version 1") as caught:
             open_it(tmp_path / "c")
         assert caught.value.action == f"cskd-pipeline cache upgrade {tmp_path / 'c'}"
     found = upgrade(tmp_path / "c")
-    assert tree(tmp_path / "c") == whole
+    assert tree(tmp_path / "c") == original
     assert found["units"] == UNITS
     assert found["digest"] == open_cache(tmp_path / "c").digest()
     assert upgrade(tmp_path / "c")["units"] == 0
-    assert tree(tmp_path / "c") == whole
+    assert tree(tmp_path / "c") == original
 
 
 def test_an_interrupted_upgrade_continues(tmp_path: Path) -> None:
     make(tmp_path / "c")
-    whole = tree(tmp_path / "c")
+    original = tree(tmp_path / "c")
     downgrade(tmp_path / "c")
     for number in range(UNITS):
         with pytest.raises(KeyboardInterrupt):
@@ -419,17 +419,17 @@ def test_an_interrupted_upgrade_continues(tmp_path: Path) -> None:
         with pytest.raises(CacheError, match="format version 1"):
             open_cache(tmp_path / "c")
     upgrade(tmp_path / "c")
-    assert tree(tmp_path / "c") == whole
+    assert tree(tmp_path / "c") == original
 
 
-@pytest.mark.parametrize("how", ["flipped", "gone"])
-def test_a_damaged_cache_is_not_upgraded(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("damage", ["flipped", "missing"])
+def test_a_damaged_cache_is_not_upgraded(tmp_path: Path, damage: str) -> None:
     make(tmp_path / "c")
     downgrade(tmp_path / "c")
     path = tmp_path / "c/seed/c/1/2/0"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    path.write_bytes(content) if how == "flipped" else path.unlink()
+    path.write_bytes(content) if damage == "flipped" else path.unlink()
     with pytest.raises(CacheError) as caught:
         upgrade(tmp_path / "c")
     assert "seed/c/1/2/0" in str(caught.value)

@@ -31,19 +31,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stranger() -> Any:
-    """The code in the specification."""
+def page_reader() -> Any:
+    """The reader in the specification, as a module."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) == {
         "math", "fractions", "numpy", "zarr",
     }  # fmt: skip
     assert len(code.splitlines()) <= 60
-    module = ModuleType("stranger")
+    module = ModuleType("page_reader")
     exec(compile(code, "cache-format.md", "exec"), module.__dict__)
     return module
 
 
-def test_the_specified_reader_recovers_hard_labels_at_any_ratio(cache: Path, stranger: Any) -> None:
+def test_the_page_reader_recovers_hard_labels(cache: Path, page_reader: Any) -> None:
     reader = open_cache(cache)
     crossing = 0.25  # a multiple of 1/65535 or half of one is the hard case
     ratios = [0.0, 1.0, 1e-9, crossing, 0.5, 0.123456, 32767.5 / 65535, 32768 / 65535]
@@ -54,22 +54,22 @@ def test_the_specified_reader_recovers_hard_labels_at_any_ratio(cache: Path, str
             q = planes[:, 1::2].flatten().tolist()
             for r in [*ratios, *((x + 0.5) / 65535 for x in q[:5] if x != 65535)]:
                 expected = envelope_labels(planes, r).numpy()
-                assert np.array_equal(stranger.hard_labels(cache, view, shard, r), expected), r
+                assert np.array_equal(page_reader.hard_labels(cache, view, shard, r), expected), r
 
 
-def test_the_specified_reader_reads_keys_and_refuses_unfinished_units(
-    cache: Path, stranger: Any, tmp_path: Path
+def test_the_page_reader_reads_keys_and_refuses_unfinished_units(
+    cache: Path, page_reader: Any, tmp_path: Path
 ) -> None:
     reader = open_cache(cache)
     for shard in range(len(COUNTS)):
-        assert stranger.keys(cache, shard) == reader.keys(shard)
+        assert page_reader.keys(cache, shard) == reader.keys(shard)
     CacheWriter.create(tmp_path / "c", manifest())
     with pytest.raises(ValueError, match="not finished"):
-        stranger.hard_labels(tmp_path / "c", 0, 0, 1.0)
+        page_reader.hard_labels(tmp_path / "c", 0, 0, 1.0)
 
 
 def test_the_specification_suffices_to_read_topk(tmp_path: Path) -> None:
-    """In numpy, following only the page, against the targets of the losses."""
+    """Decode in numpy by the page alone and compare with the targets of the losses."""
     encoding = ENCODINGS["topk"]
     generator = torch.Generator().manual_seed(0)
     d = (torch.randn(2, 60, 2, 3, generator=generator) * 3).half()
@@ -117,7 +117,7 @@ def test_the_tables_list_every_array_with_its_type_and_shape() -> None:
     }
     # At most N = 5 rows in a chunk.
     lengths |= {"L": arrays["key"].shape[2], "c": 8, "2048": 5}
-    files = 3 + 3 + (2 + 1) + (2 + 1 + 1) + 6 + 2 + 1  # of a tar shard, a unit, and the encodings
+    files = 3 + 3 + (2 + 1) + (2 + 1 + 1) + 6 + 2 + 1  # per tar shard, per unit, per encoding
     lengths |= {"R": 32 * (2 + files), "S · R": 3 * 32 * (2 + files)}
     lengths |= {"a": 5, "b": 5, "2a": 5, "2b": 5}
 
@@ -134,9 +134,9 @@ def test_the_tables_list_every_array_with_its_type_and_shape() -> None:
     for name, dtype, shape, file_shape, *rest in rows:
         array = arrays[name]
         assert (array.dtype, array.shape) == (dtype, numbers(shape)), name
-        whole = layout.round_up if array.chunk_shape else max
+        rounding = layout.round_up if array.chunk_shape else max
         chunk = array.chunk_shape or array.file_shape
-        assert array.file_shape == tuple(map(whole, numbers(file_shape), chunk)), name
+        assert array.file_shape == tuple(map(rounding, numbers(file_shape), chunk)), name
         if "/" in name:
             assert rest[0] == "the file" or array.chunk_shape == numbers(rest.pop(0)), name
         assert rest[-1 if "/" in name else 0] == str(array.fill).replace("nan", "NaN"), name
@@ -149,16 +149,16 @@ def test_the_example_file_name_is_correct(cache: Path) -> None:
 
 
 def test_the_numbers_in_the_specification_match_the_code() -> None:
-    made = manifest(encodings=("envelope", "sampled"))
+    cache_manifest = manifest(encodings=("envelope", "sampled"))
     for name in ("envelope/lines", "sampled/lines"):
         order = "(0, 1, 4, 3, 2, 5, 6)"
-        assert str(layout.stored_arrays(made)[name].order) == order
+        assert str(layout.stored_arrays(cache_manifest)[name].order) == order
         assert order in " ".join(PAGE.split())
     spatial = layout.specs(manifest())["dense/spatial"]
     assert spatial.rows == 16384 // (2 * CLASSES * 2 * 3)
-    made = layout.specs(manifest(encodings=tuple(ENCODINGS)))
-    assert made["dense-q8/spatial"].rows == 16384 // (CLASSES * 2 * 3)
-    assert made["dense-q8/global"].rows == 16384 // CLASSES
-    assert made["dense-q8/step"].rows == 2048
-    assert made["topk/classes"].tail == (min(CLASSES, 24),)
-    assert "topk/tail" not in made
+    cache_manifest = layout.specs(manifest(encodings=tuple(ENCODINGS)))
+    assert cache_manifest["dense-q8/spatial"].rows == 16384 // (CLASSES * 2 * 3)
+    assert cache_manifest["dense-q8/global"].rows == 16384 // CLASSES
+    assert cache_manifest["dense-q8/step"].rows == 2048
+    assert cache_manifest["topk/classes"].tail == (min(CLASSES, 24),)
+    assert "topk/tail" not in cache_manifest

@@ -27,8 +27,8 @@ PINNED = ("dense", "dense-q8", "topk", "envelope")  # sampled: test_sampled.py
 COUNT, CLASSES, GRID, VIEWS = 3, 30, (2, 2), 2
 
 
-def answer(view: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, K, h, w) and (B, K) float16, by arithmetic alone."""
+def logits(view: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (B, K, h, w) and (B, K) float16, by arithmetic alone."""
     i = torch.arange(COUNT * CLASSES * GRID[0] * GRID[1]) + 1000 * view
     spatial = (i * 37 % 101 - 50).reshape(COUNT, CLASSES, *GRID).half() / 8
     global_ = (i[: COUNT * CLASSES] * 61 % 89 - 44).reshape(COUNT, CLASSES).half() / 16
@@ -36,18 +36,18 @@ def answer(view: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def encoded(name: str, view: int) -> dict[str, torch.Tensor]:
-    return ENCODINGS[name].encode(*answer(view), np.zeros(COUNT, np.uint64))
+    return ENCODINGS[name].encode(*logits(view), np.zeros(COUNT, np.uint64))
 
 
 def write(path: Path) -> None:
     toy = dataset((COUNT,))
-    made = manifest(
+    pinned_manifest = manifest(
         dataset=replace(toy, num_classes=CLASSES, class_names=None),
         teacher=teacher(num_classes=CLASSES, grid=GRID),
         views=VIEWS,
         encodings=PINNED,
     )
-    writer = CacheWriter.create(path, made)
+    writer = CacheWriter.create(path, pinned_manifest)
     parts = [
         {array: rows for name in PINNED for array, rows in encoded(name, view).items()}
         for view in range(VIEWS)
@@ -74,7 +74,7 @@ def pinned(tmp_path: Path) -> tuple[dict[str, bytes], str]:
     ]
 
 
-def lay_out(files: dict[str, bytes], folder: Path) -> None:
+def write_files(files: dict[str, bytes], folder: Path) -> None:
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def lay_out(files: dict[str, bytes], folder: Path) -> None:
 def test_the_pinned_cache_is_read_as_written(
     tmp_path: Path, pinned: tuple[dict[str, bytes], str]
 ) -> None:
-    lay_out(pinned[0], tmp_path / "c")
+    write_files(pinned[0], tmp_path / "c")
     reader = open_cache(tmp_path / "c")
     assert reader.keys(0) == ["train/0-0", "train/0-é1", "train/0-éé2"]
     assert reader.labels(0).tolist() == [0, 1, 2]
@@ -118,7 +118,7 @@ def test_the_pinned_cache_is_reproduced(
 def test_plain_zarr_reads_the_pinned_rows(
     tmp_path: Path, pinned: tuple[dict[str, bytes], str]
 ) -> None:
-    lay_out(pinned[0], tmp_path / "c")
+    write_files(pinned[0], tmp_path / "c")
     group = zarr.open_group(tmp_path / "c", mode="r")
     for name in PINNED:
         for view in range(VIEWS):

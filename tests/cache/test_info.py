@@ -65,9 +65,9 @@ def test_progress_of_an_unfinished_cache_is_reported(tmp_path: Path) -> None:
 
 
 def test_citations_of_the_cache_and_the_method_are_given(tmp_path: Path) -> None:
-    made = make(tmp_path / "c", dataset=replace(dataset(), name="to{y}\\x"))
+    writer = make(tmp_path / "c", dataset=replace(dataset(), name="to{y}\\x"))
     found = describe(open_cache(tmp_path / "c"))
-    assert found["manifest_sha256"] == made.manifest.digest()
+    assert found["manifest_sha256"] == writer.manifest.digest()
     assert found["digest"] == open_cache(tmp_path / "c").digest()
     assert f"sha256:{found['digest']}" in found["cite"]["cache"]
     assert "resnet10t" in found["cite"]["cache"]
@@ -91,8 +91,8 @@ def test_supported_targets_of_each_encoding_are_reported(tmp_path: Path) -> None
 
 
 def test_the_summary_describes_the_targets_of_each_encoding(tmp_path: Path) -> None:
-    made = manifest(encodings=tuple(ENCODINGS), sampled=Sampled(4, 1 / 3))
-    CacheWriter.create(tmp_path / "c", made)
+    cache_manifest = manifest(encodings=tuple(ENCODINGS), sampled=Sampled(4, 1 / 3))
+    CacheWriter.create(tmp_path / "c", cache_manifest)
     found = summarise(describe(open_cache(tmp_path / "c")))["encodings"]
     assert {name: text.split("; ")[1] for name, text in found.items()} == {
         "dense": "hard and soft targets, exactly",
@@ -156,8 +156,8 @@ def test_a_folder_without_a_cache_is_not_described(tmp_path: Path) -> None:
 def test_sizes_follow_links_and_ignore_cycles_and_dangling_links(tmp_path: Path) -> None:
     make(tmp_path / "cache")
     before = describe(open_cache(tmp_path / "cache"))
-    (tmp_path / "cache/dense").rename(tmp_path / "elsewhere")
-    (tmp_path / "cache/dense").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "cache/dense").rename(tmp_path / "moved")
+    (tmp_path / "cache/dense").symlink_to(tmp_path / "moved")
     (tmp_path / "cache/seed/c/again").symlink_to(tmp_path / "cache")
     (tmp_path / "cache/seed/c/nothing").symlink_to(tmp_path / "nothing")
     assert describe(open_cache(tmp_path / "cache")) == before

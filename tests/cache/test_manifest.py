@@ -1,4 +1,4 @@
-"""Manifests: inverses, every problem at once, and no trust in a document."""
+"""Manifests round-trip, report every problem at once and refuse hostile documents."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def problems(document: object) -> list[str]:
 
 
 def changed(path: str, value: object) -> dict[str, Any]:
-    """The valid document with one field set; ``path`` is dotted, with list indices."""
+    """Return a valid document with one field set; ``path`` is dotted, with list indices."""
     document = cache_document()
     *folders, name = (int(part) if part.isdecimal() else part for part in path.split("."))
-    place: Any = document
+    parent: Any = document
     for folder in folders:
-        place = place[folder]
-    place[name] = value
+        parent = parent[folder]
+    parent[name] = value
     return document
 
 
@@ -54,11 +54,11 @@ def test_the_schemas_are_valid_json_schema(name: str) -> None:
 
 
 def test_manifests_round_trip_through_json() -> None:
-    for made in (
+    for original in (
         manifest(),
         manifest(other_versions=({"torch": "2.8"},), notes="ä\n", license="CC0"),
     ):
-        assert CacheManifest.from_json(json.loads(json.dumps(made.to_json()))) == made
+        assert CacheManifest.from_json(json.loads(json.dumps(original.to_json()))) == original
     for data in (dataset(), replace(dataset(), class_names=None)):
         assert DatasetManifest.from_json(json.loads(json.dumps(data.to_json()))) == data
 
@@ -130,7 +130,7 @@ def test_json_that_is_not_a_manifest_is_refused(value: object) -> None:
     "data",
     [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": NaN}', b"[1e999]", b"[-Infinity]",
      b"[" + b"9" * 5000 + b"]"],
-    ids=["empty", "cut", "not text", "deep", "nan", "overflow", "infinity", "long number"],
+    ids=["empty", "truncated", "not text", "deep", "nan", "overflow", "infinity", "long number"],
 )  # fmt: skip
 def test_invalid_json_is_refused(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
@@ -176,24 +176,24 @@ def test_conflicting_fields_are_listed() -> None:
 def test_fields_that_may_differ_are_ignored() -> None:
     other = manifest(
         views=8, view_block=4, notes="n", license="l", created="2030-01-01T00:00:00Z",
-        versions={"torch": "9"}, teacher=teacher(source="elsewhere", top1=0.8),
+        versions={"torch": "9"}, teacher=teacher(source="another", top1=0.8),
     )  # fmt: skip
     assert manifest().conflicts(other) == []
     shards = tuple(replace(shard, name=f"moved/{shard.name}") for shard in dataset().shards)
-    renamed = DatasetManifest("elsewhere", dataset().num_classes, shards)
+    renamed = DatasetManifest("another", dataset().num_classes, shards)
     assert manifest().conflicts(manifest(dataset=renamed)) == []
 
 
 def test_versions_that_determine_pixels_or_logits_are_compared() -> None:
-    made = manifest()
-    assert made.version_differences({**made.versions, "python": "3.14", "zarr": "9"}) == []
-    newer = {**made.versions, "pillow": "13.0.0"}
-    assert made.version_differences(newer) == ["pillow: 12.0.0 and 13.0.0"]
-    assert replace(made, other_versions=(newer,)).version_differences(newer) == []
+    original = manifest()
+    assert original.version_differences({**original.versions, "python": "3.14", "zarr": "9"}) == []
+    newer = {**original.versions, "pillow": "13.0.0"}
+    assert original.version_differences(newer) == ["pillow: 12.0.0 and 13.0.0"]
+    assert replace(original, other_versions=(newer,)).version_differences(newer) == []
 
 
 def test_keys_are_hashed_with_terminators() -> None:
-    # The definition in the schema, worked out here.
+    # The schema's definition, computed by hand.
     assert keys_sha256(["ab", "ü"]) == hashlib.sha256(b"ab\0\xc3\xbc\0").hexdigest()
     assert keys_sha256(["ab", "c"]) != keys_sha256(["a", "bc"])
     assert keys_sha256(["a", "b"]) != keys_sha256(["b", "a"])
@@ -211,6 +211,6 @@ def test_the_digest_does_not_depend_on_the_order_of_fields() -> None:
 
 
 def test_current_versions_and_time_match_the_schema() -> None:
-    made = manifest(versions=library_versions(), created=utc_now())
-    assert CacheManifest.from_json(made.to_json()) == made
-    assert {"python", "machine", "pillow", "numpy", "torch"} <= set(made.versions)
+    original = manifest(versions=library_versions(), created=utc_now())
+    assert CacheManifest.from_json(original.to_json()) == original
+    assert {"python", "machine", "pillow", "numpy", "torch"} <= set(original.versions)

@@ -1,4 +1,4 @@
-"""A merged cache equals that of a single dump; caches that do not fit together are refused."""
+"""A merged cache equals that of a single dump; incompatible caches are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.cache.factories import (
     keys,
     make,
     manifest,
-    record_anew,
+    rewrite_records,
     teacher,
     tree,
     unit_data,
@@ -47,7 +47,7 @@ UNITS = [
 ]
 
 
-def merged(out: Path, *parts: Path, **options: Any) -> dict[str, Any]:
+def merge_into(out: Path, *parts: Path, **options: Any) -> dict[str, Any]:
     return merge(parts, out, **options)
 
 
@@ -57,20 +57,20 @@ def part(path: Path, units: list[Unit], **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Every file of the finished cache except its manifest, which contains the creation time."""
-    path = tmp_path_factory.mktemp("whole") / "c"
+    path = tmp_path_factory.mktemp("full") / "c"
     make(path)
     return without_manifest(path)
 
 
 def without_manifest(path: Path) -> dict[str, bytes]:
-    found = tree(path)
-    del found["zarr.json"]
-    return found
+    result = tree(path)
+    del result["zarr.json"]
+    return result
 
 
-# Results
+# Merged content
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -78,63 +78,63 @@ def test_merged_parts_equal_a_single_write_of_their_units(tmp_path: Path, seed: 
     rng = random.Random(seed)
     shares = [[unit for unit in UNITS if rng.random() < 0.5] for _ in range(3)]
     parts = [part(tmp_path / str(n), share) for n, share in enumerate(shares)]
-    found = merged(tmp_path / "out", *parts)
-    every = sorted({unit for share in shares for unit in share})
-    part(tmp_path / "alone", every)
+    result = merge_into(tmp_path / "out", *parts)
+    units = sorted({unit for share in shares for unit in share})
+    part(tmp_path / "alone", units)
     assert without_manifest(tmp_path / "out") == without_manifest(tmp_path / "alone")
-    assert found["units_copied"] == len(every)
-    assert found["units_compared"] == sum(map(len, shares)) - len(every)
-    assert found["units_missing"] == len(UNITS) - len(every)
-    assert found["views_copied"] == BLOCK * sum(COUNTS[unit.shard] for unit in every)
+    assert result["units_copied"] == len(units)
+    assert result["units_compared"] == sum(map(len, shares)) - len(units)
+    assert result["units_missing"] == len(UNITS) - len(units)
+    assert result["views_copied"] == BLOCK * sum(COUNTS[unit.shard] for unit in units)
 
 
 def test_files_are_copied_without_decoding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: dict[str, bytes]
 ) -> None:
     a = part(tmp_path / "a", UNITS)
     monkeypatch.setattr(SlabReader, "rows", None)
-    merged(tmp_path / "out", a)
-    assert without_manifest(tmp_path / "out") == whole
+    merge_into(tmp_path / "out", a)
+    assert without_manifest(tmp_path / "out") == full
 
 
 def test_parts_with_different_numbers_of_views_merge(
-    tmp_path: Path, whole: dict[str, bytes]
+    tmp_path: Path, full: dict[str, bytes]
 ) -> None:
     parts = [part(tmp_path / "a", UNITS[:3], views=2), part(tmp_path / "b", UNITS[3:])]
     for order in (parts, parts[::-1]):
         out = tmp_path / order[0].name.upper()
-        assert merged(out, *order)["complete"]
+        assert merge_into(out, *order)["complete"]
         assert open_cache(out).views == 4
-        assert without_manifest(out) == whole
+        assert without_manifest(out) == full
 
 
-def test_merging_again_changes_nothing(tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_merging_again_changes_nothing(tmp_path: Path, full: dict[str, bytes]) -> None:
     parts = [part(tmp_path / "a", UNITS[:4]), part(tmp_path / "b", UNITS[3:])]
-    merged(tmp_path / "out", *parts)
+    merge_into(tmp_path / "out", *parts)
     before = tree(tmp_path / "out")
-    found = merged(tmp_path / "out", *parts, *parts)
-    assert (found["units_copied"], found["units_compared"]) == (0, 2 * 7)
+    result = merge_into(tmp_path / "out", *parts, *parts)
+    assert (result["units_copied"], result["units_compared"]) == (0, 2 * 7)
     assert tree(tmp_path / "out") == before
-    assert without_manifest(tmp_path / "out") == whole
+    assert without_manifest(tmp_path / "out") == full
 
 
 def test_unfinished_units_are_not_copied(tmp_path: Path) -> None:
     a = part(tmp_path / "a", UNITS[:2])
     os.unlink(a / "digest/c/0/1")
-    assert merged(tmp_path / "out", a)["units_missing"] == 5
+    assert merge_into(tmp_path / "out", a)["units_missing"] == 5
     assert {name for name in data_files(tmp_path / "out") if name.startswith("seed")} == {
         "seed/c/0/0/0"
     }
 
 
-def test_a_later_merge_adds_newly_finished_units(tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_a_later_merge_adds_newly_finished_units(tmp_path: Path, full: dict[str, bytes]) -> None:
     a, b = part(tmp_path / "a", UNITS[:2]), part(tmp_path / "b", [], views=2)
-    assert merged(tmp_path / "out", a, b)["units_missing"] == 4
+    assert merge_into(tmp_path / "out", a, b)["units_missing"] == 4
     writer = CacheWriter.open(b)
     writer.extend(4)
     fill(writer, UNITS[2:])
-    assert merged(tmp_path / "out", a, b)["units_copied"] == 4
-    assert without_manifest(tmp_path / "out") == whole
+    assert merge_into(tmp_path / "out", a, b)["units_copied"] == 4
+    assert without_manifest(tmp_path / "out") == full
 
 
 def test_license_notes_and_parent_are_merged(tmp_path: Path) -> None:
@@ -145,10 +145,10 @@ def test_license_notes_and_parent_are_merged(tmp_path: Path) -> None:
         {"license": "CC0", "notes": "one", "parent": parent},
     ]
     parts = [part(tmp_path / str(n), UNITS[n : n + 1], **c) for n, c in enumerate(changes)]
-    merged(tmp_path / "out", *parts)
-    found = open_cache(tmp_path / "out").manifest
-    assert (found.license, found.notes, found.parent) == ("CC0; MIT", "one\ntwo", parent)
-    merged(tmp_path / "other", parts[0], part(tmp_path / "none", []))
+    merge_into(tmp_path / "out", *parts)
+    result = open_cache(tmp_path / "out").manifest
+    assert (result.license, result.notes, result.parent) == ("CC0; MIT", "one\ntwo", parent)
+    merge_into(tmp_path / "other", parts[0], part(tmp_path / "none", []))
     assert open_cache(tmp_path / "other").manifest.parent is None
 
 
@@ -156,7 +156,7 @@ def test_license_notes_and_parent_are_merged(tmp_path: Path) -> None:
 
 
 def slice_of(path: Path, shards: slice, **changes: Any) -> Path:
-    """A cache of some tar shards, as ``cache convert --shards`` cuts it."""
+    """Write a cache of some tar shards, as ``cache convert --shards`` does."""
     from cskd_pipeline.cache.convert import Conversion, convert
 
     source = path.with_name(f"source of {path.name}")
@@ -165,28 +165,26 @@ def slice_of(path: Path, shards: slice, **changes: Any) -> Path:
     return path
 
 
-def test_slices_are_concatenated_in_the_given_order(
-    tmp_path: Path, whole: dict[str, bytes]
-) -> None:
+def test_slices_are_concatenated_in_the_given_order(tmp_path: Path, full: dict[str, bytes]) -> None:
     """The longest tar shard is in the first slice: the others have files of another shape."""
     cuts = (slice(0, 1), slice(1, 2), slice(2, 3))
     parts = [slice_of(tmp_path / f"{cut.start}", cut) for cut in cuts]
-    assert merged(tmp_path / "out", *parts)["complete"]
-    assert without_manifest(tmp_path / "out") == whole
+    assert merge_into(tmp_path / "out", *parts)["complete"]
+    assert without_manifest(tmp_path / "out") == full
     assert open_cache(tmp_path / "out").manifest.dataset == dataset()
-    merged(tmp_path / "turned", *parts[::-1])
-    turned = open_cache(tmp_path / "turned")
-    assert turned.shard_ids == dataset().shard_ids[::-1]
-    assert np.array_equal(turned.seeds(1, 2), open_cache(tmp_path / "out").seeds(1, 0))
+    merge_into(tmp_path / "turned", *parts[::-1])
+    reversed_ = open_cache(tmp_path / "turned")
+    assert reversed_.shard_ids == dataset().shard_ids[::-1]
+    assert np.array_equal(reversed_.seeds(1, 2), open_cache(tmp_path / "out").seeds(1, 0))
 
 
 def test_a_slice_is_compared_with_the_full_cache_by_value(tmp_path: Path) -> None:
     make(tmp_path / "all")
     cut = slice_of(tmp_path / "cut", slice(1, 3))
-    found = merged(tmp_path / "out", tmp_path / "all", cut)
-    assert (found["units_copied"], found["units_compared"]) == (6, 4)
+    result = merge_into(tmp_path / "out", tmp_path / "all", cut)
+    assert (result["units_copied"], result["units_compared"]) == (6, 4)
     one = part(tmp_path / "b", UNITS[:1])
-    assert merged(tmp_path / "also", cut, one)["units_missing"] == 1
+    assert merge_into(tmp_path / "also", cut, one)["units_missing"] == 1
 
 
 @pytest.mark.parametrize("field", ["name", "class_names"])
@@ -197,7 +195,7 @@ def test_slices_of_another_data_set_are_refused(tmp_path: Path, field: str) -> N
         slice_of(tmp_path / "b", slice(1, 3), dataset=replace(dataset(), **{field: other})),
     ]
     with pytest.raises(CacheError, match="do not belong together") as caught:
-        merged(tmp_path / "out", *parts)
+        merge_into(tmp_path / "out", *parts)
     [line] = caught.value.problems
     assert line.startswith(f"dataset.{field}: ")
     assert str(parts[0]) in line
@@ -212,15 +210,15 @@ def test_a_different_class_order_is_refused_unless_accepted(tmp_path: Path) -> N
         for n, (unit, own) in enumerate(zip(UNITS, (None, names, names[::-1]), strict=False))
     ]
     with pytest.raises(CacheError, match="do not belong together") as caught:
-        merged(tmp_path / "out", *parts, guard=ClassGuard(COMMAND_SWITCH))
+        merge_into(tmp_path / "out", *parts, guard=ClassGuard(COMMAND_SWITCH))
     [line] = caught.value.problems
     assert line.startswith(f"dataset.class_names: the same {CLASSES} names in another order (class")
     assert f'"{names[-1]}" in {parts[2]}, "c0" in {parts[1]}' in line
     assert line.endswith("--accept-classes accepts it")
     assert not (tmp_path / "out").exists()
     guard = ClassGuard(COMMAND_SWITCH, accept=True)
-    found = merged(tmp_path / "out", *parts, guard=guard)
-    assert len(found["accepted_classes"]) == 1
+    result = merge_into(tmp_path / "out", *parts, guard=guard)
+    assert len(result["accepted_classes"]) == 1
     assert guard.unknown == [
         f"no class names in {parts[0]}: class k is taken as class k of {parts[1]}"
     ]
@@ -230,30 +228,30 @@ def test_a_different_class_order_is_refused_unless_accepted(tmp_path: Path) -> N
 def test_a_target_with_a_different_class_order_is_refused(tmp_path: Path) -> None:
     names = dataset().class_names
     assert names is not None
-    turned = replace(dataset(), class_names=names[::-1])
-    a, out = part(tmp_path / "a", UNITS[:1]), part(tmp_path / "out", [], dataset=turned)
+    reversed_ = replace(dataset(), class_names=names[::-1])
+    a, out = part(tmp_path / "a", UNITS[:1]), part(tmp_path / "out", [], dataset=reversed_)
     with pytest.raises(CacheError, match="contains another cache") as caught:
-        merged(out, a)
+        merge_into(out, a)
     assert "dataset.class_names: the same" in caught.value.problems[0]
 
 
 def test_the_same_samples_in_different_tar_shards_are_refused(tmp_path: Path) -> None:
     """Its tar shards have other names and contents, but training would repeat images."""
-    here = ShardInfo.of("cut-0.tar", keys(0, 5)[::-1], 10240, "e" * 64)
-    other = DatasetManifest("toy", CLASSES, (here,), dataset().class_names)
+    shard = ShardInfo.of("cut-0.tar", keys(0, 5)[::-1], 10240, "e" * 64)
+    other = DatasetManifest("toy", CLASSES, (shard,), dataset().class_names)
     parts = [make(tmp_path / "a").path, tmp_path / "b"]
-    made = manifest(dataset=other)
-    writer = CacheWriter.create(parts[1], made)
+    cache_manifest = manifest(dataset=other)
+    writer = CacheWriter.create(parts[1], cache_manifest)
     for unit in writer.todo():
-        writer.write_unit(unit, replace(unit_data(unit, made), keys=keys(0, 5)[::-1]))
+        writer.write_unit(unit, replace(unit_data(unit, cache_manifest), keys=keys(0, 5)[::-1]))
     with pytest.raises(CacheError, match="the same samples in different tar shards") as caught:
-        merged(tmp_path / "out", *parts)
+        merge_into(tmp_path / "out", *parts)
     assert "5 keys more than once, for example train/0-0" in str(caught.value.found)
     assert f"train-0000.tar of {parts[0]} and cut-0.tar of {parts[1]}" in str(caught.value.where)
     assert not (tmp_path / "out").exists()
 
 
-# Caches that do not belong together
+# Incompatible caches
 
 
 @pytest.mark.parametrize(
@@ -272,7 +270,7 @@ def test_conflicting_manifests_are_refused_naming_both_caches(
 ) -> None:
     a, b = part(tmp_path / "a", []), part(tmp_path / "b", [], **changes)
     with pytest.raises(CacheError, match="do not belong together") as caught:
-        merged(tmp_path / "out", a, b)
+        merge_into(tmp_path / "out", a, b)
     [line] = caught.value.problems
     assert line.startswith(f"{at}: ")
     assert f" in {a}, " in line
@@ -291,7 +289,7 @@ def test_different_tar_shards_of_the_same_name_are_refused(
     other = replace(dataset(), shards=tuple(shards))
     a, b = part(tmp_path / "a", []), part(tmp_path / "b", [], dataset=other)
     with pytest.raises(CacheError, match="do not belong together") as caught:
-        merged(tmp_path / "out", a, b)
+        merge_into(tmp_path / "out", a, b)
     [line] = caught.value.problems
     assert line.startswith(f"tar shard train-0001.tar: {field}: ")
     assert f" in {a}, {value} in {b}" in line
@@ -301,49 +299,49 @@ def test_a_missing_tar_sha256_is_taken_from_another_part(tmp_path: Path) -> None
     shards = tuple(replace(shard, sha256=None) for shard in dataset().shards)
     unknown = replace(dataset(), shards=shards)
     a, b = part(tmp_path / "a", UNITS[:1], dataset=unknown), part(tmp_path / "b", UNITS[1:2])
-    merged(tmp_path / "out", a, b)
+    merge_into(tmp_path / "out", a, b)
     assert open_cache(tmp_path / "out").manifest.dataset == dataset()
-    merged(tmp_path / "out", a)  # an unknown digest is no difference
+    merge_into(tmp_path / "out", a)  # an unknown digest is not a difference
 
 
 def test_a_target_with_a_different_manifest_is_refused(tmp_path: Path) -> None:
     a, out = part(tmp_path / "a", UNITS[:1]), part(tmp_path / "out", [], root_seed=8)
     with pytest.raises(CacheError, match="contains another cache") as caught:
-        merged(out, a)
+        merge_into(out, a)
     assert caught.value.problems == ["root_seed: 8 and 7"]
 
 
 def test_a_cache_is_not_merged_into_itself(tmp_path: Path) -> None:
     a, b = part(tmp_path / "a", []), part(tmp_path / "b", [])
     with pytest.raises(UsageError, match="into itself"):
-        merged(tmp_path / "." / "a", b, a)
+        merge_into(tmp_path / "." / "a", b, a)
 
 
 def test_other_versions_are_refused_unless_accepted_and_then_recorded(tmp_path: Path) -> None:
     versions = [{**manifest().versions, "torch": v} for v in ("2.9.0", "3.0", "3.1")]
     parts = [part(tmp_path / str(n), UNITS[n : n + 1], versions=v) for n, v in enumerate(versions)]
     with pytest.raises(CacheError, match="different library versions") as caught:
-        merged(tmp_path / "out", *parts[:2])
+        merge_into(tmp_path / "out", *parts[:2])
     assert caught.value.problems == [f"{parts[1]}: torch: 2.9.0 and 3.0"]
     assert not (tmp_path / "out").exists()
-    merged(tmp_path / "out", *parts[:2], accept_versions=True)
+    merge_into(tmp_path / "out", *parts[:2], accept_versions=True)
     assert open_cache(tmp_path / "out").manifest.other_versions == (versions[1],)
     # A single part whose versions the target does not list.
     with pytest.raises(CacheError, match="other library versions"):
-        merged(tmp_path / "out", parts[2])
-    merged(tmp_path / "out", parts[0], parts[2], accept_versions=True)
+        merge_into(tmp_path / "out", parts[2])
+    merge_into(tmp_path / "out", parts[0], parts[2], accept_versions=True)
     assert open_cache(tmp_path / "out").manifest.other_versions == tuple(versions[1:])
     # Versions accepted when a part was written stay accepted.
     again = part(tmp_path / "3", [], other_versions=(versions[1],))
-    merged(tmp_path / "also", again, parts[1])
+    merge_into(tmp_path / "also", again, parts[1])
     assert open_cache(tmp_path / "also").manifest.other_versions == (versions[1],)
 
 
-# Units of several caches
+# Units in several caches
 
 
 def test_units_are_compared_by_value_and_not_by_compressed_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, bytes]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: dict[str, bytes]
 ) -> None:
     a = part(tmp_path / "a", UNITS)
     with monkeypatch.context() as patch:
@@ -351,17 +349,17 @@ def test_units_are_compared_by_value_and_not_by_compressed_bytes(
         b = part(tmp_path / "b", UNITS)
     differing = [name for name in data_files(a) if tree(a)[name] != tree(b)[name]]
     assert {name.split("/c/")[0] for name in differing} >= {"dense/spatial", "envelope/lines"}
-    assert merged(tmp_path / "out", a, b)["units_compared"] == 6
-    assert without_manifest(tmp_path / "out") == whole
+    assert merge_into(tmp_path / "out", a, b)["units_compared"] == 6
+    assert without_manifest(tmp_path / "out") == full
 
 
 NAMES = ["seed", "view_digest", "top1", "dense/spatial", "dense/global", "envelope/lines",
          "envelope/global_label"]  # fmt: skip
 
 
-def altered(unit: Unit, made: CacheManifest, name: str) -> Any:
-    """The unit's data with one value changed in its second view."""
-    data = unit_data(unit, made)
+def altered(unit: Unit, cache_manifest: CacheManifest, name: str) -> Any:
+    """Return the unit's data with one value changed in its second view."""
+    data = unit_data(unit, cache_manifest)
     fields = {"seed": "seeds", "view_digest": "view_digests", "top1": "top1"}
     if name in fields:
         values = getattr(data, fields[name]).copy()
@@ -380,11 +378,11 @@ def test_a_differing_unit_is_refused_and_located(tmp_path: Path, name: str) -> N
     writer = CacheWriter.open(b)
     writer.write_unit(unit, altered(unit, writer.manifest, name))
     with pytest.raises(CacheError, match="differ where they should be equal") as caught:
-        merged(tmp_path / "out", a, b)
-    found = str(caught.value.found)
-    assert f"array {name}, views 2-3 of shard 1 (train-0001.tar): " in found
+        merge_into(tmp_path / "out", a, b)
+    result = str(caught.value.found)
+    assert f"array {name}, views 2-3 of shard 1 (train-0001.tar): " in result
     if name != "top1":
-        assert f"1 of 3 samples differ, the first is {keys(1, 3)[name in NAMES[3:]]}" in found
+        assert f"1 of 3 samples differ, the first is {keys(1, 3)[name in NAMES[3:]]}" in result
     one, other = str(caught.value.where).split(" and ")
     assert one.startswith(f"{a}/{name}/c/")
     assert other == one.replace(str(a), str(b))
@@ -406,22 +404,22 @@ def test_labels_and_images_must_agree_across_units_of_a_tar_shard(
     array = name.removesuffix("s")
     for sources in ([a, tmp_path / "b"], [tmp_path / "b", a]):
         with pytest.raises(CacheError, match="differ where they should be equal") as caught:
-            merged(tmp_path / "out", *sources)
+            merge_into(tmp_path / "out", *sources)
         assert f"array {array}, shard 1 (train-0001.tar): 1 of 3" in str(caught.value.found)
         files_named = [f"{source}/{array}/c/1/0" for source in sources]
         assert str(caught.value.where) == " and ".join(files_named)
-    merged(tmp_path / "kept", a)
+    merge_into(tmp_path / "kept", a)
     with pytest.raises(CacheError, match="differ where they should be equal"):
-        merged(tmp_path / "kept", tmp_path / "b")
+        merge_into(tmp_path / "kept", tmp_path / "b")
 
 
 def test_units_merged_earlier_are_compared_too(tmp_path: Path) -> None:
-    merged(tmp_path / "out", part(tmp_path / "a", UNITS))
+    merge_into(tmp_path / "out", part(tmp_path / "a", UNITS))
     before = tree(tmp_path / "out")
     writer = CacheWriter.create(tmp_path / "b", manifest())
     writer.write_unit(UNITS[2], altered(UNITS[2], writer.manifest, "dense/spatial"))
     with pytest.raises(CacheError, match="differ where they should be equal") as caught:
-        merged(tmp_path / "out", tmp_path / "b")
+        merge_into(tmp_path / "out", tmp_path / "b")
     assert str(caught.value.where).startswith(f"{tmp_path / 'out'}/dense/spatial/c/1/2/")
     assert tree(tmp_path / "out") == before
 
@@ -430,7 +428,7 @@ def test_units_merged_earlier_are_compared_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*NAMES, "key", "label", "image_crc32", "digest"])
-@pytest.mark.parametrize("how", ["flipped", "gone"])
+@pytest.mark.parametrize("how", ["flipped", "missing"])
 def test_a_damaged_part_is_not_copied(tmp_path: Path, name: str, how: str) -> None:
     a = part(tmp_path / "a", UNITS)
     path = next(p for p in sorted((a / name / "c").rglob("*")) if p.is_file())
@@ -440,64 +438,64 @@ def test_a_damaged_part_is_not_copied(tmp_path: Path, name: str, how: str) -> No
         path.write_bytes(content)
     else:
         path.unlink()
-    if (name, how) == ("digest", "gone"):
-        assert merged(tmp_path / "out", a)["units_missing"] == 1
+    if (name, how) == ("digest", "missing"):
+        assert merge_into(tmp_path / "out", a)["units_missing"] == 1
         return
     with pytest.raises(CacheError, match="damaged") as caught:
-        merged(tmp_path / "out", a)
+        merge_into(tmp_path / "out", a)
     assert caught.value.where == path
     assert data_files(tmp_path / "out") == []  # so that other parts may still provide the labels
 
 
-@pytest.mark.parametrize("begun", [False, True], ids=["first", "compared"])
+@pytest.mark.parametrize("started", [False, True], ids=["first", "compared"])
 @pytest.mark.parametrize("name", ["key", "label", "image_crc32"])
 def test_files_that_match_their_record_are_validated_before_copying(
-    tmp_path: Path, name: str, begun: bool
+    tmp_path: Path, name: str, started: bool
 ) -> None:
-    """Keys of another data set, or labels that are not zstd, in files that match their record."""
+    """Keys of another data set or invalid zstd, in files that match their record."""
     a, out = part(tmp_path / "a", UNITS[:1]), tmp_path / "out"
-    if begun:  # an interrupted unit left its tar shard's files
-        merged(out, a)
+    if started:  # an interrupted unit left its tar shard's files
+        merge_into(out, a)
         os.unlink(out / "digest/c/0/0")
-    before = data_files(out) if begun else []
+    before = data_files(out) if started else []
     path = next(p for p in (a / name / "c").rglob("*") if p.is_file())
     array = layout.stored_arrays(manifest())["key"]
-    strange = layout.key_matrix(keys(0, 5)[::-1], array)
-    path.write_bytes(encode_file(array, strange[None]) if name == "key" else b"no zstd")
-    record_anew(a)
+    reversed_keys = layout.key_matrix(keys(0, 5)[::-1], array)
+    path.write_bytes(encode_file(array, reversed_keys[None]) if name == "key" else b"no zstd")
+    rewrite_records(a)
     with pytest.raises(CacheError, match="the cache is damaged") as caught:
-        merged(out, a)
+        merge_into(out, a)
     assert caught.value.where == path
     assert data_files(out) == before
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("first", [True, False], ids=["left before", "in another part"])
+@pytest.mark.parametrize("first", [True, False], ids=["in the target", "in another part"])
 def test_damage_in_either_copy_of_a_unit_is_detected(
     tmp_path: Path, name: str, first: bool
 ) -> None:
     a, b = (part(tmp_path / of, UNITS) for of in "ab")
     out = tmp_path / "out"
     if first:
-        merged(out, a)
+        merge_into(out, a)
     path = min(p for p in ((out if first else b) / name / "c").rglob("*") if p.is_file())
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 16
     path.write_bytes(content)
     with pytest.raises(CacheError, match="damaged") as caught:
-        merged(out, a, b)
+        merge_into(out, a, b)
     assert caught.value.where == path
 
 
-def test_an_interrupted_merge_resumes(tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_an_interrupted_merge_resumes(tmp_path: Path, full: dict[str, bytes]) -> None:
     parts = [part(tmp_path / "a", UNITS[:4]), part(tmp_path / "b", UNITS[2:])]
     for number in range(len(UNITS)):
-        answers = iter([False] * number + [True])
+        interruptions = iter([False] * number + [True])
         with pytest.raises(KeyboardInterrupt):
-            merged(tmp_path / "out", *parts, stopped=lambda a=answers: next(a))
+            merge_into(tmp_path / "out", *parts, stopped=lambda a=interruptions: next(a))
         assert open_cache(tmp_path / "out").done().sum() == number
-    assert merged(tmp_path / "out", *parts)["units_copied"] == 1
-    assert without_manifest(tmp_path / "out") == whole
+    assert merge_into(tmp_path / "out", *parts)["units_copied"] == 1
+    assert without_manifest(tmp_path / "out") == full
 
 
 def test_a_merge_resumes_after_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -511,27 +509,27 @@ def test_a_merge_resumes_after_a_full_disk(tmp_path: Path, monkeypatch: pytest.M
         with monkeypatch.context() as patch:
             fail_at(patch, number)
             with pytest.raises(OutputError, match="no space left"):
-                merged(out, a)
+                merge_into(out, a)
         assert open_cache(out).done().sum() == 0
-        assert merged(out, a)["units_copied"] == 1
+        assert merge_into(out, a)["units_copied"] == 1
         assert without_manifest(out) == without_manifest(a)
 
 
 def merge_and_die(out: Path, parts: list[Path], moment: int) -> None:
-    """Run in a subprocess, which exits abruptly when it renames file ``moment``."""
+    """Merge in this subprocess, and exit abruptly at the renaming of file ``moment``."""
     left, rename = [moment], os.replace
 
-    def deadly(source: Path, target: Path) -> None:
+    def dying_replace(source: Path, target: Path) -> None:
         left[0] -= 1
         if left[0] < 0:
             os._exit(9)
         rename(source, target)
 
-    os.replace = deadly  # type: ignore[assignment]  # fewer ways to call it
-    merged(out, *parts)
+    os.replace = dying_replace  # type: ignore[assignment]  # fewer ways to call it
+    merge_into(out, *parts)
 
 
-def test_a_killed_merge_resumes_to_the_same_cache(tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_a_killed_merge_resumes_to_the_same_cache(tmp_path: Path, full: dict[str, bytes]) -> None:
     parts = [part(tmp_path / "a", UNITS[:4]), part(tmp_path / "b", UNITS[3:])]
     moments = random.Random(0)
     for _ in range(12):
@@ -541,8 +539,8 @@ def test_a_killed_merge_resumes_to_the_same_cache(tmp_path: Path, whole: dict[st
         dying.start()
         dying.join(60)
         assert dying.exitcode == 9
-    assert 0 < merged(tmp_path / "out", *parts)["units_copied"] < len(UNITS)
-    assert without_manifest(tmp_path / "out") == whole  # and no partial files
+    assert 0 < merge_into(tmp_path / "out", *parts)["units_copied"] < len(UNITS)
+    assert without_manifest(tmp_path / "out") == full  # and no partial files
 
 
 def test_files_are_synced_before_renaming_and_records_come_last(
@@ -554,7 +552,7 @@ def test_files_are_synced_before_renaming_and_records_come_last(
     named: list[str] = []
     rename = os.replace
 
-    def watched(source: Path, target: Path) -> None:
+    def watched_replace(source: Path, target: Path) -> None:
         assert str(source) in synced
         named.append(os.path.relpath(target, tmp_path / "out"))
         rename(source, target)
@@ -563,8 +561,8 @@ def test_files_are_synced_before_renaming_and_records_come_last(
         synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
 
     monkeypatch.setattr(atomic.os, "fsync", sync)
-    monkeypatch.setattr(atomic.os, "replace", watched)
-    merged(tmp_path / "out", a)
+    monkeypatch.setattr(atomic.os, "replace", watched_replace)
+    merge_into(tmp_path / "out", a)
     assert sorted(named) == sorted(data_files(a))
     last = {name.split("/")[-1]: name for name in named if name.startswith("digest")}
     for shard in ("0", "1"):
@@ -575,17 +573,17 @@ def test_files_are_synced_before_renaming_and_records_come_last(
 
 
 def test_two_concurrent_merges_and_a_writer_produce_one_cache(
-    tmp_path: Path, whole: dict[str, bytes]
+    tmp_path: Path, full: dict[str, bytes]
 ) -> None:
     parts = [part(tmp_path / "a", UNITS[:4]), part(tmp_path / "b", UNITS[3:])]
-    everyone = [
-        processes.Process(target=merged, args=(tmp_path / "out", *order))
+    workers = [
+        processes.Process(target=merge_into, args=(tmp_path / "out", *order))
         for order in (parts, parts[::-1])
     ]
-    everyone.append(processes.Process(target=part, args=(tmp_path / "out", UNITS[1:5])))
-    for process in everyone:
+    workers.append(processes.Process(target=part, args=(tmp_path / "out", UNITS[1:5])))
+    for process in workers:
         process.start()
-    for process in everyone:
+    for process in workers:
         process.join(60)
         assert process.exitcode == 0
-    assert without_manifest(tmp_path / "out") == whole
+    assert without_manifest(tmp_path / "out") == full

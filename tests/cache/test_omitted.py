@@ -1,4 +1,4 @@
-"""The list of samples left out follows the cache's tar shards through convert and merge."""
+"""The list of omitted samples is kept by convert and merge, per tar shard."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_slices_and_merges_carry_their_part_of_the_list(source: Path, tmp_path: 
     slices = [tmp_path / "a", tmp_path / "b"]
     for path, shards in zip(slices, ((0, 1), (1, 3)), strict=True):
         convert(source, path, Conversion(shards=shards))
-    assert not any((path / CORRUPT).exists() for path in slices)  # of other tars
+    assert not any((path / CORRUPT).exists() for path in slices)  # it belongs to other tars
     assert (slices[0] / LIST).read_text() == f"{HEADER}corrupt,0,3,a\n"
     assert (slices[1] / LIST).read_text() == f'{HEADER}corrupt,0,0,"b,""c"\ncorrupt,1,7,é\n'
-    merge(slices, tmp_path / "whole")
-    assert (tmp_path / "whole" / LIST).read_text() == LISTED
+    merge(slices, tmp_path / "full")
+    assert (tmp_path / "full" / LIST).read_text() == LISTED
     (slices[0] / LIST).unlink()
-    merge(slices, tmp_path / "whole")  # merging again keeps the list
-    assert (tmp_path / "whole" / LIST).read_text() == LISTED
+    merge(slices, tmp_path / "full")  # merging again keeps the list
+    assert (tmp_path / "full" / LIST).read_text() == LISTED
 
 
 def test_the_list_of_a_remote_cache_is_copied(
@@ -52,7 +52,7 @@ def test_the_list_of_a_remote_cache_is_copied(
         (source / LIST).unlink()
         (source / CORRUPT).unlink()
         try:
-            monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "others"))
+            monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path / "fresh"))
             convert(served.url, tmp_path / "d")
         finally:
             (source / LIST).write_text(LISTED)

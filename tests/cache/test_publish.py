@@ -1,4 +1,4 @@
-"""Publishing leaves the cache unchanged and adds correct files for the Hub."""
+"""Publishing adds correct files for the Hub and leaves the cache unchanged."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-# --- the same cache -------------------------------------------------------------------------------
+# --- the unchanged cache --------------------------------------------------------------------------
 
 
 def test_publishing_leaves_the_cache_unchanged(published: Published, finished: Path) -> None:
@@ -79,8 +79,8 @@ def test_cache_commands_ignore_the_published_files(
         ["merge", path, "--out", str(tmp_path / "merged")],
     ):
         assert main(["cache", *words, "--quiet"]) == 0
-    for made in ("small", "merged"):
-        assert not FILES & {p.name for p in (tmp_path / made).iterdir()}
+    for name in ("small", "merged"):
+        assert not FILES & {p.name for p in (tmp_path / name).iterdir()}
     assert open_cache(tmp_path / "merged").digest() == published.report["digest"]
 
 
@@ -180,8 +180,8 @@ def test_approximate_labels_are_marked_as_such(
             assert row["teacher_probability"] == pytest.approx(float(top))
     text = (tmp_path / "cache/README.md").read_text()
     assert "labels are approximations" in text
-    kept = {"topk": "approximately", "sampled": "by unbiased draws, 1 per location"}
-    assert f"| {encoding} | soft targets, {kept[encoding]} |" in text
+    described = {"topk": "approximately", "sampled": "by unbiased draws, 1 per location"}
+    assert f"| {encoding} | soft targets, {described[encoding]} |" in text
 
 
 def test_the_datasets_library_opens_the_preview(published: Published, tmp_path: Path) -> None:
@@ -264,9 +264,7 @@ def test_foreign_files_are_kept(copied: Path) -> None:
         (copied / name).unlink()
 
 
-def test_an_interrupted_publish_can_be_repeated(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_publish_can_be_rerun(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for stop in range(1, len(FILES)):
         written: list[Path] = []
 
@@ -285,9 +283,7 @@ def test_an_interrupted_publish_can_be_repeated(
     assert {p.name for p in copied.iterdir()} >= FILES
 
 
-def test_unpublishable_locations_and_caches_are_refused(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unpublishable_caches_are_refused(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for location in ("hf://lab/toy", "hf://datasets/lab", "hf://datasets/lab/toy/part", "hf:/x"):
         with pytest.raises(UsageError, match="not the location of a data set on the Hub"):
             publish(copied, PublishOptions(location))

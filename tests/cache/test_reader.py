@@ -28,12 +28,12 @@ from tests.cache.factories import (
     BLOCK,
     COUNTS,
     VIEWS,
-    answers,
     data_files,
     dataset,
     fill,
     make,
     manifest,
+    responses,
     unit_data,
 )
 
@@ -58,7 +58,7 @@ def equal(found: np.ndarray, expected: np.ndarray, ragged: bool = False) -> bool
     return found.dtype == expected.dtype and np.array_equal(found, expected)
 
 
-def everything(path: Path) -> dict[str, object]:
+def read_everything(path: Path) -> dict[str, object]:
     """Return everything that a reader can read from a cache, as comparable values."""
     reader = open_cache(path)
     found: dict[str, object] = {
@@ -110,12 +110,12 @@ def test_everything_is_read_as_written(cache: Path) -> None:
 def test_gathered_rows_are_in_the_requested_order(cache: Path, encoding: str) -> None:
     reader = open_cache(cache)
     rng = np.random.default_rng(1)
-    everyone = [(v, s, o) for v in range(VIEWS) for s in range(3) for o in range(COUNTS[s])]
-    index = rng.permutation(np.array(everyone * 2))
+    rows = [(v, s, o) for v in range(VIEWS) for s in range(3) for o in range(COUNTS[s])]
+    index = rng.permutation(np.array(rows * 2))
     found = reader.gather(encoding, index)
     for name, values in found.items():
         for (view, shard, offset), value in zip(index.tolist(), values, strict=True):
-            expected = answers(view, shard, COUNTS[shard])[name][offset]
+            expected = responses(view, shard, COUNTS[shard])[name][offset]
             assert equal(value[None], expected[None], name == "envelope/lines")
 
 
@@ -124,7 +124,7 @@ def test_more_lines_than_a_chunk_contains_are_read(cache: Path) -> None:
         "envelope", np.array([(v, 0, o) for v in range(4) for o in range(5)])
     )
     lines = found["envelope/lines"]
-    assert lines.shape[1] > 8  # the chunk's; the toy data has up to 10
+    assert lines.shape[1] > 8  # lines per chunk; the toy data has up to 10
     assert (lines[:, -1] != 65535).any()  # and no unused line
 
 
@@ -167,8 +167,8 @@ def test_slabs_are_kept_within_the_memory_limit(cache: Path) -> None:
             reader.rows("envelope", view, shard, [0])
             kept = reader.slabs._slabs
             used.append(kept.used)
-            held = [a for rows, _ in kept._items.values() for a in rows.values()]
-            assert sum((a if a.base is None else a.base).nbytes for a in held) <= 4000
+            arrays = [a for rows, _ in kept._items.values() for a in rows.values()]
+            assert sum((a if a.base is None else a.base).nbytes for a in arrays) <= 4000
             with pytest.raises(ValueError, match="read-only"):
                 reader.seeds(view, shard)[0] = 1
     assert max(used) <= 4000
@@ -197,7 +197,7 @@ def test_the_least_recently_used_entry_is_evicted_first() -> None:
     assert (kept.get("d"), kept.used) == (None, 1)
 
 
-# Missing parts
+# Missing units
 
 
 def test_unfinished_units_cannot_be_read(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_altered_array_documents_are_refused_by_field(tmp_path: Path) -> None:
 
 
 def test_a_long_field_is_shown_near_the_difference(tmp_path: Path) -> None:
-    """As after adding a note to the group with zarr, behind a manifest of any length."""
+    """For example a note added to the group with zarr, after a manifest of any length."""
     make(tmp_path / "c")
     zarr.open_group(tmp_path / "c").attrs["note"] = 1
     with pytest.raises(CacheError, match="the manifest was altered") as caught:
@@ -320,8 +320,8 @@ def test_a_difference_outside_all_fields_is_located_by_byte(tmp_path: Path) -> N
 
 
 def test_an_unknown_encoding_is_refused(tmp_path: Path) -> None:
-    made = manifest(encodings=("dense", "holographic"))
-    tmp_path.joinpath("zarr.json").write_bytes(layout.manifest_document(made))
+    cache_manifest = manifest(encodings=("dense", "holographic"))
+    tmp_path.joinpath("zarr.json").write_bytes(layout.manifest_document(cache_manifest))
     with pytest.raises(CacheError, match="unknown encoding") as caught:
         open_cache(tmp_path)
     assert "holographic" in str(caught.value)
@@ -346,7 +346,7 @@ def test_a_file_truncated_at_any_length_is_detected(tmp_path: Path) -> None:
         for length in {1, 4, len(content) // 2, len(content) - 1}:
             (path / name).write_bytes(content[:length])
             with pytest.raises(CacheError):
-                everything(path)
+                read_everything(path)
         (path / name).write_bytes(content)
 
 
@@ -405,7 +405,7 @@ def test_an_io_error_is_reported(cache: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_impossible_values_are_refused(tmp_path: Path) -> None:
     """Well-formed untrusted chunks: classes that do not exist, crossings without a class."""
 
-    def spoilt(change: str) -> Rows:
+    def corrupted(change: str) -> Rows:
         data = unit_data(Unit(0, 0, range(2)), manifest(encodings=("envelope",)))
         lines = data.arrays["envelope/lines"]
         if change == "class":
@@ -418,7 +418,7 @@ def test_impossible_values_are_refused(tmp_path: Path) -> None:
 
     for change in ("class", "no class", "label"):
         writer = CacheWriter.create(tmp_path / change, manifest(encodings=("envelope",)))
-        writer.write_unit(writer.todo()[0], spoilt(change))
+        writer.write_unit(writer.todo()[0], corrupted(change))
         with pytest.raises(CacheError, match="damaged") as caught:
             open_cache(tmp_path / change).rows("envelope", 0, 0, [0])
         assert "of 20" in str(caught.value)
@@ -428,9 +428,9 @@ def test_impossible_values_are_refused(tmp_path: Path) -> None:
 
 
 def test_opening_a_large_cache_is_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reads documents and lists folders, and opens no unit."""
-    made = manifest(dataset=dataset((3,) * 1024), views=20, view_block=10)
-    CacheWriter.create(tmp_path, made)
+    """Only documents are read and folders listed; no unit is opened."""
+    cache_manifest = manifest(dataset=dataset((3,) * 1024), views=20, view_block=10)
+    CacheWriter.create(tmp_path, cache_manifest)
     for block in range(2):
         (tmp_path / f"digest/c/{block}").mkdir(parents=True)
         for shard in range(1024):
@@ -443,12 +443,12 @@ def test_opening_a_large_cache_is_fast(tmp_path: Path, monkeypatch: pytest.Monke
     reader = open_cache(tmp_path)
     seconds = time.process_time() - started
     assert reader.done().all()
-    assert len(opened) == len(layout.array_documents(made)) + 1
+    assert len(opened) == len(layout.array_documents(cache_manifest)) + 1
     assert seconds < 1.0
 
 
 def test_targets_are_read_by_view_and_key(cache: Path) -> None:
-    """The same rows as from :meth:`gather`, as tensors; smallest exact encoding first."""
+    """Targets equal the gathered rows; the smallest exact encoding is the default."""
     reader = open_cache(cache)
     pairs = [(2, reader.keys(1)[2]), (0, reader.keys(0)[0]), (2, reader.keys(2)[1])]
     index = np.array([(2, 1, 2), (0, 0, 0), (2, 2, 1)])
@@ -479,7 +479,7 @@ def test_missing_targets_are_refused(cache: Path) -> None:
 
 
 def test_small_arrays_are_read_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading views one by one, as :func:`replay_view` does, opens no file for each."""
+    """Reading views one by one, as :func:`replay_view` does, reopens no file."""
     reader = open_cache(cache)
     first = reader.image_crc32(1), reader.seeds(0, 1)
     monkeypatch.setattr(reader.store, "shard_chunk", None)
@@ -500,8 +500,8 @@ def test_a_reopened_reader_is_equal(cache: Path) -> None:
 
 def test_a_key_in_two_shards_is_refused(cache: Path) -> None:
     reader = open_cache(cache)
-    twice = KeyIndex([0, 1], lambda _shard: ["a", "b"], "here")
+    duplicated = KeyIndex([0, 1], lambda _shard: ["a", "b"], "cache")
     with pytest.raises(CacheError, match="or not unique"):
-        twice.find(["a"])
+        duplicated.find(["a"])
     with pytest.raises(CacheError, match="its 0 samples"):
-        KeyIndex([], reader.keys, "here").find(["a"])
+        KeyIndex([], reader.keys, "cache").find(["a"])

@@ -52,15 +52,15 @@ def test_every_data_file_is_checked(cache: Path) -> None:
 
 def test_every_missing_or_truncated_file_is_named(cache: Path) -> None:
     names = [name for name in data_files(cache) if not name.startswith("digest/")]
-    gone, cut = names[::3], names[1::3]
-    for name in gone:
+    missing, truncated = names[::3], names[1::3]
+    for name in missing:
         os.unlink(cache / name)
-    for name in cut:
+    for name in truncated:
         os.truncate(cache / name, 12)
     found = {problem.where: problem.found for problem in structure(cache)}
-    assert found.keys() == {*gone, *cut}
-    assert all(found[name] == "the file is missing" for name in gone)
-    assert all("truncated: 12 bytes" in found[name] for name in cut)
+    assert found.keys() == {*missing, *truncated}
+    assert all(found[name] == "the file is missing" for name in missing)
+    assert all("truncated: 12 bytes" in found[name] for name in truncated)
 
 
 def test_unfinished_units_are_not_checked(tmp_path: Path) -> None:
@@ -74,11 +74,11 @@ def test_a_flipped_bit_is_reported_only_for_its_file(cache: Path) -> None:
     rng = random.Random(0)
     for name in data_files(cache):
         data = bytearray((cache / name).read_bytes())
-        whole = bytes(data)
+        original = bytes(data)
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         (cache / name).write_bytes(data)
         assert {problem.where for problem in damage(cache)} == {name}, name
-        (cache / name).write_bytes(whole)
+        (cache / name).write_bytes(original)
     assert damage(cache) == []
 
 

@@ -1,4 +1,4 @@
-"""Files are counted in advance, and view blocks chosen to keep their number small."""
+"""File counts are predicted, and view blocks chosen to keep them small."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from tests.serving import serving
 IMAGENET, SHARDS, LONGEST = 300, 1024, 1252
 
 
-def of_size(
+def manifest_of_size(
     views: int, shards: int = SHARDS, longest: int = LONGEST, classes: int = 1000, **changes: Any
 ) -> CacheManifest:
-    """A manifest with realistic sizes only."""
+    """Return a manifest with realistic sizes; other fields are toy values."""
     infos = tuple(ShardInfo(f"{n}.tar", longest, 0, "", "", 24) for n in range(shards))
     data = replace(dataset(), num_classes=classes, shards=infos, class_names=None)
     grid = teacher(num_classes=classes, grid=(7, 7))
@@ -39,7 +39,7 @@ def of_size(
     return manifest(dataset=data, teacher=grid, views=views, **fields)
 
 
-def on_disk(path: Path) -> FileCounts:
+def count_on_disk(path: Path) -> FileCounts:
     folders = [path, *(p for p in path.rglob("*") if p.is_dir())]
     return FileCounts(len(tree(path)), max(len(list(folder.iterdir())) for folder in folders))
 
@@ -57,8 +57,8 @@ def test_the_predicted_file_counts_match_the_disk(
     tmp_path: Path, counts: tuple[int, ...], views: int, block: int, encodings: tuple[str, ...]
 ) -> None:
     shape = {"views": views, "view_block": block, "encodings": encodings}
-    made = make(tmp_path / "c", dataset=dataset(counts), **shape)
-    assert count_files(made.manifest) == on_disk(tmp_path / "c")
+    writer = make(tmp_path / "c", dataset=dataset(counts), **shape)
+    assert count_files(writer.manifest) == count_on_disk(tmp_path / "c")
 
 
 @pytest.mark.parametrize(
@@ -80,20 +80,20 @@ def test_the_predicted_file_counts_match_the_disk(
 def test_the_chosen_block_divides_the_views_and_fits_in_memory(
     changes: dict[str, Any], expected: int
 ) -> None:
-    made = of_size(**{"views": IMAGENET, **changes})
-    assert choose_view_block(made, made.views) == expected
+    cache_manifest = manifest_of_size(**{"views": IMAGENET, **changes})
+    assert choose_view_block(cache_manifest, cache_manifest.views) == expected
 
 
 def test_300_views_of_imagenet_are_within_the_hubs_limits() -> None:
-    made = of_size(IMAGENET)
-    today = count_files(replace(made, view_block=10))
-    assert today.files == 187_403
-    assert today.excess == "more than the 100,000 per repository that the Hub recommends"
-    few = count_files(replace(made, view_block=choose_view_block(made, IMAGENET)))
+    imagenet = manifest_of_size(IMAGENET)
+    current = count_files(replace(imagenet, view_block=10))
+    assert current.files == 187_403
+    assert current.excess == "more than the 100,000 per repository that the Hub recommends"
+    few = count_files(replace(imagenet, view_block=choose_view_block(imagenet, IMAGENET)))
     assert few.files < 40_000
     assert few.largest_folder < 5_000
     assert few.excess is None
-    dense = of_size(IMAGENET, encodings=("dense",))  # no block helps
+    dense = manifest_of_size(IMAGENET, encodings=("dense",))  # no block helps
     assert count_files(replace(dense, view_block=choose_view_block(dense, IMAGENET))).excess
     both = FileCounts(100_001, 10_001)
     assert (
@@ -115,7 +115,7 @@ def test_a_repacked_cache_has_the_same_responses(
     both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CSKD_CACHE_DIR", str(tmp_path))
-    assert on_disk(both / "new").files < on_disk(both / "old").files
+    assert count_on_disk(both / "new").files < count_on_disk(both / "old").files
     old = open_cache(both / "old")
     with serving(both) as served:
         for new in (open_cache(both / "new"), open_cache(f"{served.url}/new")):
@@ -123,7 +123,7 @@ def test_a_repacked_cache_has_the_same_responses(
             for view, shard in product(range(VIEWS), range(len(COUNTS))):
                 for name in old.encodings:
                     rows = (c.rows(name, view, shard, range(COUNTS[shard])) for c in (new, old))
-                    for mine, theirs in zip(*(found.items() for found in rows), strict=True):
+                    for mine, theirs in zip(*(result.items() for result in rows), strict=True):
                         assert mine[0] == theirs[0]
                         assert mine[1].tobytes() == theirs[1].tobytes()
                 for read in ("seeds", "view_digests", "top1_of"):
@@ -138,13 +138,11 @@ def test_zarr_reads_the_same_arrays_from_a_repacked_cache(both: Path) -> None:
 
 
 def arrays_of(path: Path) -> list[str]:
-    """The arrays that do not depend on the blocks."""
+    """Return the arrays that do not depend on the view block."""
     return [name for name in stored_arrays(open_cache(path).manifest) if name != RECORD]
 
 
-def test_a_repacked_cache_can_be_verified_pinned_sliced_and_merged(
-    both: Path, tmp_path: Path
-) -> None:
+def test_a_repacked_cache_is_verified_pinned_and_merged(both: Path, tmp_path: Path) -> None:
     digest = open_cache(both / "new").digest()
     new = open_cache(f"{both / 'new'}@sha256:{digest}")
     units = np.argwhere(new.done()).tolist()
@@ -152,8 +150,8 @@ def test_a_repacked_cache_can_be_verified_pinned_sliced_and_merged(
     slices = [tmp_path / "a", tmp_path / "b"]
     for path, shards in zip(slices, ((0, 1), (1, 3)), strict=True):
         convert(both / "new", path, Conversion(shards=shards))
-    merge(slices, tmp_path / "whole")
-    assert open_cache(tmp_path / "whole").digest() == digest
+    merge(slices, tmp_path / "full")
+    assert open_cache(tmp_path / "full").digest() == digest
     with pytest.raises(CacheError, match="do not belong together"):
         merge([both / "old", both / "new"], tmp_path / "mixed")
 
@@ -168,11 +166,11 @@ def test_repacking_can_be_reversed(both: Path, tmp_path: Path) -> None:
 def test_finished_units_of_an_unfinished_cache_are_repacked(tmp_path: Path) -> None:
     writer = CacheWriter.create(tmp_path / "a", manifest())
     fill(writer, [unit for unit in writer.todo() if unit.block == 0 or unit.shard == 1])
-    found = convert(tmp_path / "a", tmp_path / "b", Conversion(view_block=VIEWS))
-    assert (found["units_written"], found["units_missing"]) == (1, 2)
+    result = convert(tmp_path / "a", tmp_path / "b", Conversion(view_block=VIEWS))
+    assert (result["units_written"], result["units_missing"]) == (1, 2)
     fill(writer)
-    found = convert(tmp_path / "a", tmp_path / "b")
-    assert (found["units_written"], found["complete"]) == (2, True)
+    result = convert(tmp_path / "a", tmp_path / "b")
+    assert (result["units_written"], result["complete"]) == (2, True)
 
 
 def test_an_impossible_view_block_is_refused(tmp_path: Path) -> None:
@@ -191,11 +189,11 @@ def test_an_impossible_view_block_is_refused(tmp_path: Path) -> None:
 def test_info_counts_the_files_and_suggests_how_to_reduce_them(tmp_path: Path) -> None:
     make(tmp_path / "c")
     info = describe(open_cache(tmp_path / "c"))
-    counts = on_disk(tmp_path / "c")
+    counts = count_on_disk(tmp_path / "c")
     assert (info["files"], info["largest_folder"]) == counts
     assert summarise(info)["files"] == str(counts)
-    told = summarise({**info, "files": 187_403, "largest_folder": SHARDS})["files"]
-    assert told == (
+    files = summarise({**info, "files": 187_403, "largest_folder": SHARDS})["files"]
+    assert files == (
         "187,403 files, at most 1,024 in a folder, more than the 100,000 per repository that the "
         "Hub recommends: reduce them with cache convert --view-block 0 or, for dense and dense-q8, "
         "which have a file for each view and shard, with another --encoding"

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from cskd_pipeline.cache import durable, layout
-from cskd_pipeline.cache.manifest import CacheManifest
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.cache.writer import CacheWriter
@@ -36,7 +35,7 @@ from tests.cache.factories import (
     write_all,
 )
 
-# Processes with the modules already imported, that share no thread or lock with the test.
+# Processes with modules preloaded that share no thread or lock with the test.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["pytest", "jsonschema", "tests.cache.factories"])
 
@@ -62,16 +61,16 @@ def test_todo_lists_all_unfinished_blocks_of_all_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "found"),
+    ("selection", "message"),
     [({"views": [0]}, "views 0-0"), ({"views": range(4, 6)}, "views 4-5"),
      ({"views": [-2, -1]}, "views -2--1"), ({"shards": [3]}, "shards 3-3")],
 )  # fmt: skip
 def test_units_that_do_not_exist_are_refused(
-    tmp_path: Path, asked: dict[str, Any], found: str
+    tmp_path: Path, selection: dict[str, Any], message: str
 ) -> None:
     writer = CacheWriter.create(tmp_path / "c", manifest())
-    with pytest.raises(UsageError, match=found):
-        writer.todo(**asked)
+    with pytest.raises(UsageError, match=message):
+        writer.todo(**selection)
 
 
 def test_the_bytes_do_not_depend_on_the_order_of_units(
@@ -130,7 +129,7 @@ def test_a_later_unit_must_agree_with_the_first(tmp_path: Path, name: str) -> No
     assert writer.todo(shards=[1]) == units[1:]
 
 
-# Creating, continuing, extending
+# Creating, resuming, extending
 
 
 def test_creating_an_existing_cache_resumes_it(tmp_path: Path, finished: dict[str, bytes]) -> None:
@@ -173,7 +172,7 @@ def test_other_versions_are_refused_unless_accepted_and_then_recorded(tmp_path: 
         writer = CacheWriter.create(path, manifest(versions=newer), accept_versions=True)
         assert writer.manifest.other_versions == (newer,)
     assert open_cache(path).manifest.other_versions == (newer,)
-    CacheWriter.create(path, manifest(versions=newer))  # known by now
+    CacheWriter.create(path, manifest(versions=newer))  # now recorded
 
 
 @pytest.mark.parametrize("name", ["notes.txt", ".hidden", "digest"])
@@ -233,8 +232,8 @@ def test_a_cache_is_extended_by_whole_blocks(tmp_path: Path) -> None:
     assert early.views == 2  # an open reader is not affected
     assert early.seeds(1, 0).shape == (5,)
     fill(writer)
-    make(tmp_path / "whole")
-    assert tree(path) == tree(tmp_path / "whole")
+    make(tmp_path / "full")
+    assert tree(path) == tree(tmp_path / "full")
     writer.extend(2)  # never shrinks
     assert writer.manifest.views == open_cache(path).views == 4
 
@@ -242,8 +241,8 @@ def test_a_cache_is_extended_by_whole_blocks(tmp_path: Path) -> None:
 def test_an_interrupted_extension_is_harmless_and_can_be_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make(tmp_path / "whole")
-    documents = [n for n in tree(tmp_path / "whole") if n.endswith("zarr.json")]
+    make(tmp_path / "full")
+    documents = [n for n in tree(tmp_path / "full") if n.endswith("zarr.json")]
     for number in range(len(documents) + 1):  # the marker of the extension comes first
         path = tmp_path / str(number)
         writer = make(path, views=2)
@@ -256,13 +255,13 @@ def test_an_interrupted_extension_is_harmless_and_can_be_finished(
         assert writer.todo() == []
         writer.extend(4)
         fill(writer)
-        assert tree(path) == tree(tmp_path / "whole")
+        assert tree(path) == tree(tmp_path / "full")
 
 
 def test_an_extension_during_opening_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other was killed before it removed its marker; the manifest read first is the old one."""
+    """The extending writer was killed before it removed its marker; the first manifest is old."""
     writer = make(tmp_path / "c", views=2)
     real = durable.exclusive
 
@@ -277,7 +276,7 @@ def test_an_extension_during_opening_is_kept(
     assert open_cache(tmp_path / "c").views == 4
 
 
-# Kills, full disks, other writers
+# Kills, full disks, concurrent writers
 
 
 def fail_at(patch: pytest.MonkeyPatch, number: int, code: int = errno.ENOSPC) -> None:
@@ -301,10 +300,10 @@ def test_a_full_disk_at_any_file_leaves_the_unit_unfinished(
     writer = CacheWriter.create(template, manifest(view_block=4))
     unit = writer.todo()[0]
     data = unit_data(unit, writer.manifest)
-    shutil.copytree(template, tmp_path / "whole")
-    CacheWriter.open(tmp_path / "whole").write_unit(unit, data)
-    whole = tree(tmp_path / "whole")
-    count = len(whole) - len(tree(template))
+    shutil.copytree(template, tmp_path / "full")
+    CacheWriter.open(tmp_path / "full").write_unit(unit, data)
+    full = tree(tmp_path / "full")
+    count = len(full) - len(tree(template))
     assert count == 3 + 3 + 5 + 2 + 1  # tar shard, views, dense (a file per view), envelope, done
     for number in range(count):
         path = tmp_path / str(number)
@@ -316,7 +315,7 @@ def test_a_full_disk_at_any_file_leaves_the_unit_unfinished(
                 writer.write_unit(unit, data)
         assert unit in writer.todo()
         assert writer.write_unit(unit, data)
-        assert tree(path) == whole
+        assert tree(path) == full
 
 
 def test_a_genuinely_full_disk_is_reported(tmp_path: Path) -> None:
@@ -343,7 +342,7 @@ def test_the_record_is_written_after_every_file_and_folder_is_synced(
     unit = writer.todo()[0]
     data = unit_data(unit, writer.manifest)
     synced: list[str] = []
-    state: list[tuple[str, set[str]]] = []  # what each renamed file came after
+    state: list[tuple[str, set[str]]] = []  # the files synced before each rename
     fsync, replace_file = os.fsync, os.replace
 
     def watched_fsync(descriptor: int) -> None:
@@ -374,7 +373,7 @@ def test_a_writer_killed_at_random_moments_resumes_to_the_same_cache(
 ) -> None:
     path = tmp_path / "c"
     moments, pace = random.Random(20), 0.05
-    kills: list[int] = []  # files there were
+    kills: list[int] = []  # number of files at each kill
     while len(kills) < 20 or (len(set(kills)) < 8 and len(kills) < 200):
         started = processes.Event()
         process = processes.Process(target=write_all, args=(path, 0, started))
@@ -390,7 +389,7 @@ def test_a_writer_killed_at_random_moments_resumes_to_the_same_cache(
         else:
             assert process.exitcode == -9
             kills.append(len(tree(path)))
-            check_what_is_done(path)
+            check_finished_units(path)
             if kills[-1:] == kills[-2:-1]:  # killed before any progress
                 pace *= 1.2
     assert len(set(kills)) >= 8, "the kills came at too few different moments"
@@ -398,10 +397,10 @@ def test_a_writer_killed_at_random_moments_resumes_to_the_same_cache(
     assert tree(path) == finished
 
 
-def check_what_is_done(path: Path) -> None:
-    """Every finished unit is complete at any moment."""
+def check_finished_units(path: Path) -> None:
+    """Check that every finished unit is complete."""
     if not all((path / name / "zarr.json").exists() for name in ("digest", "dense", "envelope")):
-        return  # killed while it was created
+        return  # killed during creation
     reader = open_cache(path)
     for block, shard in np.argwhere(reader.done()).tolist():
         for view in range(2 * block, 2 * block + 2):
@@ -415,7 +414,7 @@ def check_what_is_done(path: Path) -> None:
 def test_concurrent_writers_produce_one_cache(
     tmp_path: Path, finished: dict[str, bytes], orders: tuple[int, ...]
 ) -> None:
-    """Each creates the cache and writes every unit, in its own order or in a common one."""
+    """Each creates the cache and writes every unit, in its own order or the same."""
     path = tmp_path / "c"
     writers = [processes.Process(target=write_all, args=(path, order)) for order in orders]
     for process in writers:
@@ -430,7 +429,7 @@ def test_concurrent_writers_produce_one_cache(
 def test_two_writers_of_one_unit_do_not_conflict_without_locks(
     name: str, tmp_path: Path, finished: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second writes all of the unit while the first is at the file of ``name``."""
+    """The second writes the whole unit while the first writes the file of ``name``."""
 
     def no_locks(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -455,23 +454,23 @@ def test_two_writers_of_one_unit_do_not_conflict_without_locks(
     assert tree(tmp_path).items() <= finished.items()
 
 
-def create_or_say(path: Path, made: CacheManifest, answers: Any) -> None:
+def create_or_report(path: Path, seed: int, results: Any) -> None:
     try:
-        answers.put(CacheWriter.create(path, made).manifest.root_seed)
+        results.put(CacheWriter.create(path, manifest(root_seed=seed)).manifest.root_seed)
     except CskdError as error:
-        answers.put(type(error).__name__)
+        results.put(type(error).__name__)
 
 
 def test_one_of_two_concurrent_creations_wins(tmp_path: Path) -> None:
     for number in range(5):
-        path, answers = tmp_path / str(number), processes.Queue()
+        path, results = tmp_path / str(number), processes.Queue()
         both = [
-            processes.Process(target=create_or_say, args=(path, manifest(root_seed=seed), answers))
+            processes.Process(target=create_or_report, args=(path, seed, results))
             for seed in (1, 2)
         ]
         for process in both:
             process.start()
-        found = [answers.get(timeout=60) for _ in both]
+        found = [results.get(timeout=60) for _ in both]
         for process in both:
             process.join(60)
         seed = open_cache(path).manifest.root_seed

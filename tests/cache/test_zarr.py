@@ -38,24 +38,24 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_plain_zarr_reads_every_array(cache: Path) -> None:
     group = zarr.open_group(cache, mode="r")
-    every = np.ones((VIEWS // BLOCK, len(COUNTS)), bool)
+    all_units = np.ones((VIEWS // BLOCK, len(COUNTS)), bool)
     assert group.attrs["cskd"]["manifest"] == manifest().to_json()
     records = group["digest"][:].reshape(VIEWS // BLOCK, len(COUNTS), -1, 32)
-    assert bytes(records[1, 2, 0]) == open_cache(cache).unit_digests(every)[1, 2].tobytes()
+    assert bytes(records[1, 2, 0]) == open_cache(cache).unit_digests(all_units)[1, 2].tobytes()
     for block in range(VIEWS // BLOCK):
         views = range(block * BLOCK, (block + 1) * BLOCK)
         for shard, count in enumerate(COUNTS):
             data = unit_data(Unit(block, shard, views), manifest())
-            seen = slice(views[0], views[-1] + 1), shard, slice(0, count)
-            assert np.array_equal(group["seed"][seen], data.seeds)
-            assert np.array_equal(group["view_digest"][seen], data.view_digests)
-            assert np.array_equal(group["top1"][seen[:2]], data.top1)
+            index = slice(views[0], views[-1] + 1), shard, slice(0, count)
+            assert np.array_equal(group["seed"][index], data.seeds)
+            assert np.array_equal(group["view_digest"][index], data.view_digests)
+            assert np.array_equal(group["top1"][index[:2]], data.top1)
             assert np.array_equal(group["label"][shard, :count], data.labels)
             assert np.array_equal(group["image_crc32"][shard, :count], data.image_crc32)
             assert layout.keys_of(group["key"][shard, :count]) == data.keys
             for name in ("dense/spatial", "dense/global", "envelope/global_label"):
-                assert np.array_equal(group[name][seen], data.arrays[name])
-            lines = group["envelope/lines"][seen]
+                assert np.array_equal(group[name][index], data.arrays[name])
+            lines = group["envelope/lines"][index]
             classes = data.arrays["envelope/lines"][:, :, :, 0]
             assert np.array_equal(lines[:, :, : classes.shape[2], 0], classes)
             assert (lines[:, :, classes.shape[2] :] == 65535).all()
@@ -70,12 +70,12 @@ def test_an_open_cache_returns_its_zarr_group_read_only(cache: Path) -> None:
 
 
 def test_array_documents_equal_those_of_zarr() -> None:
-    made = manifest(encodings=tuple(ENCODINGS))
-    for name, array in layout.stored_arrays(made).items():
+    cache_manifest = manifest(encodings=tuple(ENCODINGS))
+    for name, array in layout.stored_arrays(cache_manifest).items():
         content: dict[str, Any] = {}
         create(MemoryStore(store_dict=content), array)
         theirs = json.loads(content[f"{name}/zarr.json"].to_bytes())
-        ours = json.loads(layout.array_documents(made)[f"{name}/zarr.json"])
+        ours = json.loads(layout.array_documents(cache_manifest)[f"{name}/zarr.json"])
         assert ours == theirs, name
 
 
@@ -98,20 +98,20 @@ def create(store: Any, array: StoredArray) -> Any:
 def test_only_core_codecs_and_numeric_types_are_used(cache: Path) -> None:
     codecs, types = set(), set()
 
-    def look(document: Any) -> None:
+    def visit(document: Any) -> None:
         if isinstance(document, dict):
             if "name" in document and "data_type" not in document:
                 codecs.add(document["name"])
             if "data_type" in document:
                 types.add(document["data_type"])
             for value in document.values():
-                look(value)
+                visit(value)
         elif isinstance(document, list):
             for value in document:
-                look(value)
+                visit(value)
 
     for name in layout.array_documents(manifest()):
-        look(json.loads((cache / name).read_bytes()))
+        visit(json.loads((cache / name).read_bytes()))
     assert codecs == {
         "regular",
         "default",
@@ -125,8 +125,8 @@ def test_only_core_codecs_and_numeric_types_are_used(cache: Path) -> None:
 
 
 def test_no_two_units_share_a_file(cache: Path) -> None:
-    made = manifest()
-    arrays = layout.stored_arrays(made)
+    cache_manifest = manifest()
+    arrays = layout.stored_arrays(cache_manifest)
     owners: dict[str, tuple[int, int]] = {}
     for name, array in arrays.items():
         if name in layout.PER_SHARD:
@@ -167,21 +167,21 @@ def arrays_and_values(draw: st.DrawFn) -> tuple[StoredArray, np.ndarray]:
 @settings(max_examples=60, deadline=None)
 @given(arrays_and_values())
 def test_zarr_and_our_reader_return_the_same_values(
-    tmp_path_factory: pytest.TempPathFactory, made: tuple[StoredArray, np.ndarray]
+    tmp_path_factory: pytest.TempPathFactory, drawn: tuple[StoredArray, np.ndarray]
 ) -> None:
-    array, values = made
+    array, values = drawn
     root = tmp_path_factory.mktemp("alike")
     zeros = (0,) * len(array.shape)
     ours = root / "ours" / array.key(*zeros)
     ours.parent.mkdir(parents=True)
     ours.write_bytes(encode_file(array, values))
     (root / "ours/a/zarr.json").write_bytes(layout.to_bytes(array.document()))
-    seen = tuple(slice(0, n) for n in values.shape)
+    index = tuple(slice(0, n) for n in values.shape)
     read = zarr.open_array(root / "ours/a", mode="r")
-    assert np.array_equal(read[seen], values, equal_nan=array.dtype == "float16")
+    assert np.array_equal(read[index], values, equal_nan=array.dtype == "float16")
 
     with zarr.config.set({"array.write_empty_chunks": array.chunk_shape is None}):
-        create(LocalStore(root / "theirs"), array)[seen] = values
+        create(LocalStore(root / "theirs"), array)[index] = values
     for side in ("ours", "theirs"):
         reader = ChunkReader(Folder(root / side))
         step = array.chunk_shape or array.file_shape

@@ -31,7 +31,7 @@ from cskd_pipeline.models.checkpoint import StudentHeader, save_student
 from cskd_pipeline.models.weights import load_state
 from cskd_pipeline.runtime import schemas
 from cskd_pipeline.views.decode import decode
-from tests.cache.factories import dataset, make, manifest, record_anew
+from tests.cache.factories import dataset, make, manifest, rewrite_records
 from tests.faults.commands import Stages
 from tests.views.test_decode import chunk, png
 
@@ -168,7 +168,7 @@ def test_a_chunk_that_would_expand_is_refused(
     bomb = frame(bytes(length), claims)
     (cache / "label/c/0/0").write_bytes(bomb)
     (cache / "top1/c/0/0/0").write_bytes(bomb)
-    record_anew(cache)
+    rewrite_records(cache)
     with pytest.raises(CacheError, match=r"not a zstd frame of 20|zstd: |more than"):
         open_cache(cache).labels(0)
     assert "array top1" in bounded("cache", "info", cache)
@@ -178,7 +178,7 @@ def test_a_chunk_with_an_appended_frame_is_damaged(cache: Path) -> None:
     intact = (cache / "label/c/0/0").read_bytes()
     bomb = Zstd(level=3, checksum=True).encode(bytes(50_000_000))
     (cache / "label/c/0/0").write_bytes(intact + bytes(bomb)[:400])
-    record_anew(cache)
+    rewrite_records(cache)
     with pytest.raises(CacheError, match="the cache is damaged"):
         open_cache(cache).labels(0)
 
@@ -222,7 +222,7 @@ def test_an_index_with_a_false_offset_is_refused(cache: Path) -> None:
         checksum = google_crc32c.value(table).to_bytes(4, "little")
         path.write_bytes(content[: -size - 4] + table + checksum)
         names.append(name)
-        record_anew(cache)
+        rewrite_records(cache)
         try:
             open_cache(cache).rows("dense", 0, 0, [0])
         except CacheError as error:

@@ -28,7 +28,7 @@ from cskd_pipeline.tools import verify_cache
 from cskd_pipeline.tools.verify_cache import agreement
 from cskd_pipeline.views import apply
 from cskd_pipeline.views.mixing import matching
-from tests.cache.factories import data_files, record_anew
+from tests.cache.factories import data_files, rewrite_records
 from tests.images import Sample
 from tests.pipeline import world
 from tests.pipeline.conftest import World
@@ -182,7 +182,7 @@ def test_seeds_not_derived_from_the_root_seed_are_reported(
     manifest = open_cache(small.cache).manifest
     changed = replace(manifest, root_seed=manifest.root_seed + 1)
     (tmp_path / "cache" / layout.GROUP).write_bytes(layout.manifest_document(changed))
-    record_anew(tmp_path / "cache")
+    rewrite_records(tmp_path / "cache")
     shift_pixels(monkeypatch)
     code, report = verify(tmp_path / "cache", "--shards", small.shards)
     assert code == 1
