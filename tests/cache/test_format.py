@@ -18,16 +18,9 @@ from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.distill.ckf import envelope_labels
 from cskd_pipeline.distill.encodings import ENCODINGS, Sampled
 from cskd_pipeline.runtime import resources
-from tests.cache.factories import CLASSES, COUNTS, VIEWS, dataset, make, manifest, teacher
+from tests.cache.factories import CLASSES, COUNTS, VIEWS, dataset, manifest, teacher
 
 PAGE = (resources.manifests() / "cache-format.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("format") / "cache"
-    make(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +36,8 @@ def page_reader() -> Any:
     return module
 
 
-def test_the_page_reader_recovers_hard_labels(cache: Path, page_reader: Any) -> None:
-    reader = open_cache(cache)
+def test_the_page_reader_recovers_hard_labels(finished: Path, page_reader: Any) -> None:
+    reader = open_cache(finished)
     crossing = 0.25  # a multiple of 1/65535 or half of one is the hard case
     ratios = [0.0, 1.0, 1e-9, crossing, 0.5, 0.123456, 32767.5 / 65535, 32768 / 65535]
     for view in range(VIEWS):
@@ -54,15 +47,17 @@ def test_the_page_reader_recovers_hard_labels(cache: Path, page_reader: Any) -> 
             q = planes[:, 1::2].flatten().tolist()
             for r in [*ratios, *((x + 0.5) / 65535 for x in q[:5] if x != 65535)]:
                 expected = envelope_labels(planes, r).numpy()
-                assert np.array_equal(page_reader.hard_labels(cache, view, shard, r), expected), r
+                assert np.array_equal(
+                    page_reader.hard_labels(finished, view, shard, r), expected
+                ), r
 
 
 def test_the_page_reader_reads_keys_and_refuses_unfinished_units(
-    cache: Path, page_reader: Any, tmp_path: Path
+    finished: Path, page_reader: Any, tmp_path: Path
 ) -> None:
-    reader = open_cache(cache)
+    reader = open_cache(finished)
     for shard in range(len(COUNTS)):
-        assert page_reader.keys(cache, shard) == reader.keys(shard)
+        assert page_reader.keys(finished, shard) == reader.keys(shard)
     CacheWriter.create(tmp_path / "c", manifest())
     with pytest.raises(ValueError, match="not finished"):
         page_reader.hard_labels(tmp_path / "c", 0, 0, 1.0)
@@ -142,7 +137,7 @@ def test_the_tables_list_every_array_with_its_type_and_shape() -> None:
         assert rest[-1 if "/" in name else 0] == str(array.fill).replace("nan", "NaN"), name
 
 
-def test_the_example_file_name_is_correct(cache: Path) -> None:
+def test_the_example_file_name_is_correct(finished: Path) -> None:
     example = layout.stored_arrays(manifest(views=6))["seed"].key(2 * 2, 5)
     assert example == "seed/c/2/5/0"
     assert f"`{example}`" in PAGE

@@ -38,14 +38,6 @@ from tests.cache.factories import (
 )
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished cache, read-only."""
-    path = tmp_path_factory.mktemp("reader") / "cache"
-    make(path)
-    return path
-
-
 def equal(found: np.ndarray, expected: np.ndarray, ragged: bool = False) -> bool:
     if ragged:  # pad the shorter one with fill
         length = max(found.shape[1], expected.shape[1])
@@ -82,8 +74,8 @@ def read_everything(path: Path) -> dict[str, object]:
 # Values
 
 
-def test_everything_is_read_as_written(cache: Path) -> None:
-    reader = open_cache(cache)
+def test_everything_is_read_as_written(finished: Path) -> None:
+    reader = open_cache(finished)
     assert reader.views == VIEWS
     assert reader.counts == COUNTS
     assert reader.shard_ids == dataset().shard_ids
@@ -107,8 +99,8 @@ def test_everything_is_read_as_written(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["dense", "envelope"])
-def test_gathered_rows_are_in_the_requested_order(cache: Path, encoding: str) -> None:
-    reader = open_cache(cache)
+def test_gathered_rows_are_in_the_requested_order(finished: Path, encoding: str) -> None:
+    reader = open_cache(finished)
     rng = np.random.default_rng(1)
     rows = [(v, s, o) for v in range(VIEWS) for s in range(3) for o in range(COUNTS[s])]
     index = rng.permutation(np.array(rows * 2))
@@ -119,8 +111,8 @@ def test_gathered_rows_are_in_the_requested_order(cache: Path, encoding: str) ->
             assert equal(value[None], expected[None], name == "envelope/lines")
 
 
-def test_more_lines_than_a_chunk_contains_are_read(cache: Path) -> None:
-    found = open_cache(cache).gather(
+def test_more_lines_than_a_chunk_contains_are_read(finished: Path) -> None:
+    found = open_cache(finished).gather(
         "envelope", np.array([(v, 0, o) for v in range(4) for o in range(5)])
     )
     lines = found["envelope/lines"]
@@ -128,15 +120,15 @@ def test_more_lines_than_a_chunk_contains_are_read(cache: Path) -> None:
     assert (lines[:, -1] != 65535).any()  # and no unused line
 
 
-def test_an_empty_selection_of_rows_is_empty(cache: Path) -> None:
-    reader = open_cache(cache)
+def test_an_empty_selection_of_rows_is_empty(finished: Path) -> None:
+    reader = open_cache(finished)
     for encoding in reader.encodings:
         for name, rows in reader.rows(encoding, 0, 0, []).items():
             assert len(rows) == 0, name
 
 
-def test_returned_arrays_are_writable(cache: Path) -> None:
-    reader = open_cache(cache)
+def test_returned_arrays_are_writable(finished: Path) -> None:
+    reader = open_cache(finished)
     for encoding in reader.encodings:
         first = reader.rows(encoding, 1, 0, [0, 1])
         for values in first.values():
@@ -145,8 +137,8 @@ def test_returned_arrays_are_writable(cache: Path) -> None:
         assert any((values != 0).any() for values in again.values())
 
 
-def test_an_unpickled_reader_opens_its_own_files(cache: Path) -> None:
-    reader = open_cache(cache, memory=12345)
+def test_an_unpickled_reader_opens_its_own_files(finished: Path) -> None:
+    reader = open_cache(finished, memory=12345)
     reader.rows("envelope", 0, 0, [0])
     reader.rows("dense", 0, 0, [0])
     message = pickle.dumps(reader)
@@ -159,8 +151,8 @@ def test_an_unpickled_reader_opens_its_own_files(cache: Path) -> None:
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_slabs_are_kept_within_the_memory_limit(cache: Path) -> None:
-    reader = open_cache(cache, memory=4000)
+def test_slabs_are_kept_within_the_memory_limit(finished: Path) -> None:
+    reader = open_cache(finished, memory=4000)
     used = []
     for view in range(VIEWS):
         for shard in range(3):
@@ -175,8 +167,8 @@ def test_slabs_are_kept_within_the_memory_limit(cache: Path) -> None:
     assert used[-1] > 1000
 
 
-def test_a_kept_slab_is_not_read_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = open_cache(cache)
+def test_a_kept_slab_is_not_read_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = open_cache(finished)
     reader.rows("envelope", 0, 0, [0])
     monkeypatch.setattr(os, "open", None)
     reader.rows("envelope", 0, 0, [3])
@@ -390,8 +382,8 @@ def test_irregular_files_are_refused(tmp_path: Path) -> None:
         (tmp_path / "aside").rename(path / "label/c/0/0")
 
 
-def test_an_io_error_is_reported(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = open_cache(cache)
+def test_an_io_error_is_reported(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = open_cache(finished)
 
     def failing(*_: object) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -447,9 +439,9 @@ def test_opening_a_large_cache_is_fast(tmp_path: Path, monkeypatch: pytest.Monke
     assert seconds < 1.0
 
 
-def test_targets_are_read_by_view_and_key(cache: Path) -> None:
+def test_targets_are_read_by_view_and_key(finished: Path) -> None:
     """Targets equal the gathered rows; the smallest exact encoding is the default."""
-    reader = open_cache(cache)
+    reader = open_cache(finished)
     pairs = [(2, reader.keys(1)[2]), (0, reader.keys(0)[0]), (2, reader.keys(2)[1])]
     index = np.array([(2, 1, 2), (0, 0, 0), (2, 2, 1)])
     assert reader.find([key for _, key in pairs]).tolist() == index[:, 1:].tolist()
@@ -464,8 +456,8 @@ def test_targets_are_read_by_view_and_key(cache: Path) -> None:
     np.testing.assert_allclose(found, expected - np.logaddexp.reduce(expected, 1)[:, None], 1e-4)
 
 
-def test_missing_targets_are_refused(cache: Path) -> None:
-    reader = open_cache(cache)
+def test_missing_targets_are_refused(finished: Path) -> None:
+    reader = open_cache(finished)
     key = reader.keys(0)[0]
     with pytest.raises(CacheError, match=r"1 of 2 keys are missing from the cache[^$]*nobody"):
         reader.targets([(0, key), (0, "nobody")])
@@ -478,9 +470,9 @@ def test_missing_targets_are_refused(cache: Path) -> None:
     assert str(VIEWS) in repr(reader)
 
 
-def test_small_arrays_are_read_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_arrays_are_read_once(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading views one by one, as :func:`replay_view` does, reopens no file."""
-    reader = open_cache(cache)
+    reader = open_cache(finished)
     first = reader.image_crc32(1), reader.seeds(0, 1)
     monkeypatch.setattr(reader.store, "shard_chunk", None)
     monkeypatch.setattr(reader.store, "chunk", None)
@@ -489,8 +481,8 @@ def test_small_arrays_are_read_once(cache: Path, monkeypatch: pytest.MonkeyPatch
     assert not first[0].flags.writeable
 
 
-def test_a_reopened_reader_is_equal(cache: Path) -> None:
-    reader = open_cache(cache)
+def test_a_reopened_reader_is_equal(finished: Path) -> None:
+    reader = open_cache(finished)
     reader.digest()
     other = reader.reopened()
     assert other.store is not reader.store
@@ -498,8 +490,8 @@ def test_a_reopened_reader_is_equal(cache: Path) -> None:
     np.testing.assert_array_equal(other.seeds(0, 1), reader.seeds(0, 1))
 
 
-def test_a_key_in_two_shards_is_refused(cache: Path) -> None:
-    reader = open_cache(cache)
+def test_a_key_in_two_shards_is_refused(finished: Path) -> None:
+    reader = open_cache(finished)
     duplicated = KeyIndex([0, 1], lambda _shard: ["a", "b"], "cache")
     with pytest.raises(CacheError, match="or not unique"):
         duplicated.find(["a"])

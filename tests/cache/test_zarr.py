@@ -26,22 +26,15 @@ from cskd_pipeline.cache.folders import Folder
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.distill.encodings import ENCODINGS
-from tests.cache.factories import BLOCK, COUNTS, VIEWS, make, manifest, tree, unit_data
+from tests.cache.factories import BLOCK, COUNTS, VIEWS, manifest, tree, unit_data
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("zarr") / "cache"
-    make(path)
-    return path
-
-
-def test_plain_zarr_reads_every_array(cache: Path) -> None:
-    group = zarr.open_group(cache, mode="r")
+def test_plain_zarr_reads_every_array(finished: Path) -> None:
+    group = zarr.open_group(finished, mode="r")
     all_units = np.ones((VIEWS // BLOCK, len(COUNTS)), bool)
     assert group.attrs["cskd"]["manifest"] == manifest().to_json()
     records = group["digest"][:].reshape(VIEWS // BLOCK, len(COUNTS), -1, 32)
-    assert bytes(records[1, 2, 0]) == open_cache(cache).unit_digests(all_units)[1, 2].tobytes()
+    assert bytes(records[1, 2, 0]) == open_cache(finished).unit_digests(all_units)[1, 2].tobytes()
     for block in range(VIEWS // BLOCK):
         views = range(block * BLOCK, (block + 1) * BLOCK)
         for shard, count in enumerate(COUNTS):
@@ -61,8 +54,8 @@ def test_plain_zarr_reads_every_array(cache: Path) -> None:
             assert (lines[:, :, classes.shape[2] :] == 65535).all()
 
 
-def test_an_open_cache_returns_its_zarr_group_read_only(cache: Path) -> None:
-    reader = open_cache(cache)
+def test_an_open_cache_returns_its_zarr_group_read_only(finished: Path) -> None:
+    reader = open_cache(finished)
     group = reader.zarr()
     assert np.array_equal(group["label"][1, : COUNTS[1]], reader.labels(1))
     with pytest.raises(ValueError, match="read-only"):
@@ -95,7 +88,7 @@ def create(store: Any, array: StoredArray) -> Any:
     )
 
 
-def test_only_core_codecs_and_numeric_types_are_used(cache: Path) -> None:
+def test_only_core_codecs_and_numeric_types_are_used(finished: Path) -> None:
     codecs, types = set(), set()
 
     def visit(document: Any) -> None:
@@ -111,7 +104,7 @@ def test_only_core_codecs_and_numeric_types_are_used(cache: Path) -> None:
                 visit(value)
 
     for name in layout.array_documents(manifest()):
-        visit(json.loads((cache / name).read_bytes()))
+        visit(json.loads((finished / name).read_bytes()))
     assert codecs == {
         "regular",
         "default",
@@ -124,7 +117,7 @@ def test_only_core_codecs_and_numeric_types_are_used(cache: Path) -> None:
     assert types == {"uint8", "int32", "uint16", "uint32", "uint64", "float16"}
 
 
-def test_no_two_units_share_a_file(cache: Path) -> None:
+def test_no_two_units_share_a_file(finished: Path) -> None:
     cache_manifest = manifest()
     arrays = layout.stored_arrays(cache_manifest)
     owners: dict[str, tuple[int, int]] = {}
@@ -137,7 +130,7 @@ def test_no_two_units_share_a_file(cache: Path) -> None:
                 at = (unit[0], shard * array.file_shape[1]) if name == "digest" else (view, shard)
                 assert owners.setdefault(array.key(*at), unit) == unit
     per_shard = {arrays[name].key(shard) for name in layout.PER_SHARD for shard in range(3)}
-    assert owners.keys() | per_shard == {n for n in tree(cache) if not n.endswith("zarr.json")}
+    assert owners.keys() | per_shard == {n for n in tree(finished) if not n.endswith("zarr.json")}
 
 
 @st.composite
