@@ -21,7 +21,8 @@ from typing import Any
 from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.pipeline.unit_writer import UndoneUnits, UnitWriter
 from tests.pipeline import test_distributed as ranks
-from tests.pipeline.test_elastic import Dump, files
+from tests.pipeline import world
+from tests.pipeline.test_elastic import Dump
 
 UNIT, STOPPED = 0.25, 4.0  # seconds
 
@@ -57,7 +58,7 @@ def measure(dump: Dump, folder: Path, case: str) -> tuple[float, float, list[int
         os.kill(started[1].pid, signal.SIGSTOP)
         threading.Timer(STOPPED, os.kill, (started[1].pid, signal.SIGCONT)).start()
     assert ranks.finish(started, 600) == [0, 0, 0]
-    assert files(folder / "c") == dump.bytes
+    assert world.cache_files(folder / "c") == dump.bytes
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     first, last = min(at for _, at in rows), max(at for _, at in rows)
     others = max(at for rank, at in rows if rank != "1")

@@ -33,7 +33,7 @@ def teacher_of(manifest: CacheManifest, batch_size: int = 16) -> Teacher:
 
 @dataclass(frozen=True)
 class LiveResponse:
-    """``spatial`` (n, K, h, w) and ``global_`` (n, K), float16, of one view of one tar shard."""
+    """float16 logits of one view of a tar shard: ``spatial`` (n, K, h, w), ``global_`` (n, K)."""
 
     view: int
     shard: int

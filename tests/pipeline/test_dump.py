@@ -24,15 +24,6 @@ from tests.pipeline.conftest import World
 from tests.processes import server, until
 
 
-def data_files(cache: Path) -> dict[str, bytes]:
-    """Return every file of a cache except the manifest, which has a timestamp."""
-    return {
-        str(path.relative_to(cache)): path.read_bytes()
-        for path in sorted(cache.rglob("*"))
-        if path.is_file() and path != cache / "zarr.json"
-    }
-
-
 def dump_command(small: World, cache: Path, workers: int) -> list[str]:
     return [
         *("dump-teacher", "--shards", str(small.shards)),
@@ -109,7 +100,7 @@ def test_a_schedulers_signal_does_not_wait_for_the_current_unit(
     assert open_cache(tmp_path / "cache").done().sum() == 1
     monkeypatch.undo()
     dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache"))
-    assert data_files(tmp_path / "cache") == data_files(small.cache)
+    assert world.cache_files(tmp_path / "cache") == world.cache_files(small.cache)
 
 
 def test_extending_a_finished_cache_equals_dumping_all_views_at_once(
@@ -121,7 +112,7 @@ def test_extending_a_finished_cache_equals_dumping_all_views_at_once(
         summary = dump_teacher(recipe)
         assert summary["views"] == views
         assert summary["views_written"] == 2 * summary["samples"]
-    assert data_files(cache) == data_files(small.cache)
+    assert world.cache_files(cache) == world.cache_files(small.cache)
 
 
 def test_parts_dumped_separately_in_any_order_give_the_same_cache(
@@ -130,7 +121,7 @@ def test_parts_dumped_separately_in_any_order_give_the_same_cache(
     cache = tmp_path / "cache"
     for part in ((2, 3), (0, 2)):
         dump_teacher(world.dump_recipe(small.shards, cache), shard_range=part)
-    assert data_files(cache) == data_files(small.cache)
+    assert world.cache_files(cache) == world.cache_files(small.cache)
 
 
 def test_the_summary_has_the_views_written_and_the_teachers_top1(
@@ -183,11 +174,11 @@ def test_batches_span_units_so_that_only_the_last_is_short(
     sizes = []
     respond = Teacher._respond
 
-    def counting(teacher: Teacher, x: Tensor) -> Logits:
+    def record_size(teacher: Teacher, x: Tensor) -> Logits:
         sizes.append(len(x))
         return respond(teacher, x)
 
-    monkeypatch.setattr(Teacher, "_respond", counting)
+    monkeypatch.setattr(Teacher, "_respond", record_size)
     for size in (7, 1000):
         sizes.clear()
         sets = [*world.dump_sets(), "dump.workers=0", f"dump.batch_size={size}"]
@@ -207,4 +198,4 @@ def test_computing_ahead_of_encoding_changes_no_byte(
     monkeypatch.setattr(unit_writer, "batches_ahead", lambda device: ahead)
     sets = [*world.dump_sets(), "dump.workers=0"]
     dump_teacher(world.dump_recipe(small.shards, tmp_path / "cache", sets=sets))
-    assert data_files(tmp_path / "cache") == data_files(small.cache)
+    assert world.cache_files(tmp_path / "cache") == world.cache_files(small.cache)

@@ -25,11 +25,9 @@ from cskd_pipeline.cache.claims import FOLDER
 from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.pipeline.unit_writer import UnitWriter
 from cskd_pipeline.tools.make_shards import make_shards
-from tests.cache.factories import tree
 from tests.pipeline import test_distributed as ranks
 from tests.pipeline import world
 from tests.pipeline.conftest import World
-from tests.pipeline.test_torchrun import free_port
 from tests.processes import PATIENCE, until
 
 FORK = multiprocessing.get_context("fork")
@@ -55,7 +53,7 @@ class Dump:
         make_shards(root / "images", root / "shards", shard_size=4)
         self.shards = root / "shards"
         assert world.cli(*self.words(root / "alone")) == 0
-        self.bytes = files(root / "alone")
+        self.bytes = world.cache_files(root / "alone")
 
     def words(self, cache: Path, *more: str) -> list[object]:
         sets = [*world.dump_sets(views=8), "dump.threads=1", "dump.batch_size=8", *more]
@@ -64,12 +62,6 @@ class Dump:
             *("--weights", "random", "--cache", cache, "--workers", 0, "--device", "cpu"),
             *world.as_flags(sets),
         ]
-
-
-def files(cache: Path) -> dict[str, bytes]:
-    contents = tree(cache)
-    del contents["zarr.json"]  # has a timestamp
-    return contents
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +156,7 @@ def once_each(written: Written) -> bool:
 def test_a_dump_survives_a_node_that_joins_and_is_lost(
     dump: Dump, written: Callable[[], Written], start: Callable[..., Any], tmp_path: Path
 ) -> None:
-    words, port = dump.words(tmp_path / "c", "dump.rank_timeout=2"), free_port()
+    words, port = dump.words(tmp_path / "c", "dump.rank_timeout=2"), world.free_port()
     first = start(agent, words, port, "1:2", 1, False)
     until(lambda: len(written()) >= 2)
     second = start(agent, words, port, "1:2", 1, False)
@@ -173,20 +165,20 @@ def test_a_dump_survives_a_node_that_joins_and_is_lost(
         os.kill(pid, signal.SIGKILL)
     assert not once_each(written()), "killed too late for a meaningful test"
     assert join(first) == [0]
-    assert files(tmp_path / "c") == dump.bytes
+    assert world.cache_files(tmp_path / "c") == dump.bytes
     assert once_each(written())
 
 
 def test_a_killed_rank_is_restarted_and_its_unit_written(
     dump: Dump, written: Callable[[], Written], start: Callable[..., Any], tmp_path: Path
 ) -> None:
-    started = start(agent, dump.words(tmp_path / "c"), free_port(), "1:1", 2, True)
+    started = start(agent, dump.words(tmp_path / "c"), world.free_port(), "1:1", 2, True)
     until(lambda: written().by(RANK="1"))
     os.kill(written().by(RANK="1")[0]["pid"], signal.SIGKILL)
     assert not once_each(written()), "killed too late for a meaningful test"
     assert join(started) == [0]
     assert len({row["pid"] for row in written()}) == 4
-    assert files(tmp_path / "c") == dump.bytes
+    assert world.cache_files(tmp_path / "c") == dump.bytes
     assert once_each(written())
 
 
@@ -202,7 +194,7 @@ def test_others_take_over_the_units_of_a_suspended_rank(
     os.kill(started[1].pid, signal.SIGCONT)
     assert ranks.finish(started) == [0, 0, 0]
     assert len(written().by(RANK="1")) <= before + 2
-    assert files(tmp_path / "c") == dump.bytes
+    assert world.cache_files(tmp_path / "c") == dump.bytes
     assert once_each(written())
 
 
@@ -219,7 +211,7 @@ def test_jobs_that_share_only_a_folder_compute_each_unit_once(
     claims = [path.read_text() for path in (tmp_path / "c" / FOLDER).iterdir()]
     assert [json.loads(text)["pid"] for text in claims] == [killed.pid] * len(claims)
     assert join(start(command, words), start(command, words)) == [0, 0]
-    assert files(tmp_path / "c") == dump.bytes
+    assert world.cache_files(tmp_path / "c") == dump.bytes
     assert once_each(written())
 
 
@@ -244,7 +236,7 @@ def test_training_restarted_by_torchrun_resumes_from_its_last_state(
 
     monkeypatch.setattr(Trainer, "step", step)
     words = ranks.train_args(small, tmp_path / "run")
-    assert join(start(agent, words, free_port(), "1:1", 2, True)) == [0]
+    assert join(start(agent, words, world.free_port(), "1:1", 2, True)) == [0]
     assert (tmp_path / "updates 1").read_text().split() == [*map(str, [*range(6), *range(4, 12)])]
     ranks.assert_same_curve(ranks.summary(tmp_path / "run"), alone)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")

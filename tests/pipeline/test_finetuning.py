@@ -368,7 +368,7 @@ def test_a_run_resumes_only_with_its_own_initial_weights(
         train(fresh, resume=True)
 
 
-def test_a_run_of_random_weights_does_not_resume_from_others(
+def test_a_run_from_random_weights_does_not_resume_with_others(
     transfer: Transfer, tmp_path: Path
 ) -> None:
     recipe = transfer.recipe(tmp_path / "out", epochs=1)

@@ -161,7 +161,7 @@ def test_duplicate_samples_are_refused(
 def stopped(
     small: World, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
-    """A run with images left out, killed in its first epoch; return the recipe to resume it."""
+    """Kill a run with images left out in its first epoch; return its recipe by folder name."""
 
     class DiedError(Exception):
         pass

@@ -11,7 +11,6 @@ import pytest
 from cskd_pipeline.cache import manifest as manifest_module
 from cskd_pipeline.cache.reader import open_cache
 from cskd_pipeline.pipeline.dump import dump_teacher
-from tests.cache.factories import tree
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 from tests.processes import server
@@ -30,13 +29,6 @@ def dump_args(small: World, cache: Path, *more: object) -> list[object]:
     ]
 
 
-def data_files(cache: Path) -> dict[str, bytes]:
-    """Return every file except the manifest, which has a timestamp."""
-    contents = tree(cache)
-    del contents["zarr.json"]
-    return contents
-
-
 def test_concurrent_dumps_of_overlapping_parts_complete_one_cache(
     small: World, tmp_path: Path
 ) -> None:
@@ -48,17 +40,17 @@ def test_concurrent_dumps_of_overlapping_parts_complete_one_cache(
     for process in running:
         ended = process.wait()
         assert ended.code == 0, ended.output
-    assert data_files(tmp_path / "cache") == data_files(small.cache)
+    assert world.cache_files(tmp_path / "cache") == world.cache_files(small.cache)
 
 
 def test_array_tasks_fill_one_cache(small: World, tmp_path: Path) -> None:
     for shards, views in reversed(TASKS):
         part = ("--shard-range", shards, "--view-range", views)
         assert world.cli(*dump_args(small, tmp_path / "cache", *part)) == 0
-    assert data_files(tmp_path / "cache") == data_files(small.cache)
+    assert world.cache_files(tmp_path / "cache") == world.cache_files(small.cache)
 
 
-def test_caches_of_array_tasks_merge_into_one_dump_byte_for_byte(
+def test_caches_of_array_tasks_merge_into_the_bytes_of_one_dump(
     small: World, tmp_path: Path, capsys: Capture
 ) -> None:
     parts = [tmp_path / f"part {number}" for number in range(len(TASKS))]
@@ -70,7 +62,7 @@ def test_caches_of_array_tasks_merge_into_one_dump_byte_for_byte(
     report = json.loads(capsys.readouterr().out)
     assert (report["units_copied"], report["units_compared"], report["units_missing"]) == (6, 0, 0)
     assert report["complete"]
-    assert data_files(tmp_path / "merged") == data_files(small.cache)
+    assert world.cache_files(tmp_path / "merged") == world.cache_files(small.cache)
     open_cache(tmp_path / "merged").require_done()
 
 
@@ -79,7 +71,7 @@ def test_slices_cut_by_convert_merge_into_their_source(small: World, tmp_path: P
     for path, shards in zip(slices, ("0:2", "2:3"), strict=True):
         assert world.cli("cache", "convert", small.cache, path, "--shards", shards, "-q") == 0
     assert world.cli("cache", "merge", *slices, "--out", tmp_path / "merged", "-q") == 0
-    assert data_files(tmp_path / "merged") == data_files(small.cache)
+    assert world.cache_files(tmp_path / "merged") == world.cache_files(small.cache)
     merged, original = open_cache(tmp_path / "merged"), open_cache(small.cache)
     assert merged.manifest.dataset == original.manifest.dataset
 
@@ -145,7 +137,7 @@ def test_a_dump_with_other_versions_resumes_only_if_they_are_accepted(
     assert world.cli(*dump_args(small, cache, "--accept-versions")) == 0
     [other] = open_cache(cache).manifest.other_versions
     assert other["torch"] == "99.0"
-    assert data_files(cache) == data_files(small.cache)
+    assert world.cache_files(cache) == world.cache_files(small.cache)
 
 
 def test_parts_of_other_versions_merge_only_if_they_are_accepted(
@@ -164,4 +156,4 @@ def test_parts_of_other_versions_merge_only_if_they_are_accepted(
     assert world.cli(*command, "--accept-versions") == 0
     [other] = open_cache(tmp_path / "c").manifest.other_versions
     assert other["torch"] == "99.0"
-    assert data_files(tmp_path / "c") == data_files(small.cache)
+    assert world.cache_files(tmp_path / "c") == world.cache_files(small.cache)

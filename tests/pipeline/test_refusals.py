@@ -345,7 +345,7 @@ def test_a_full_disk_stops_with_a_message_and_the_same_command_resumes(
     monkeypatch: pytest.MonkeyPatch,
     stage: str,
 ) -> None:
-    """The kernel reports the full disk only when the data is made durable."""
+    """The kernel reports the full disk only at fsync."""
     target = tmp_path / "target"
     command = train_args(small, target) if stage == "train" else dump_args(small.shards, target)
     original, calls = os.fsync, 0

@@ -69,8 +69,8 @@ def test_a_run_stopped_by_a_lost_server_can_be_resumed(
         assert "HTTP status 503" in output
         assert "Traceback" not in output
         served.always.clear()
-        again = train_args(url, small, out, "--set", "data.check=0", "--resume")
-        assert world.cli(*again) == 0
+        resume = train_args(url, small, out, "--set", "data.check=0", "--resume")
+        assert world.cli(*resume) == 0
     assert_equal(local, final_state(out))
 
 

@@ -44,22 +44,13 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return keep_copies(tmp_path / "copies", monkeypatch)
 
 
-def files(cache: Path) -> dict[str, bytes]:
-    """Return the bytes of a cache except the manifest, which has a timestamp."""
-    return {
-        str(path.relative_to(cache)): path.read_bytes()
-        for path in sorted(cache.rglob("*"))
-        if path.is_file() and path.name != "zarr.json"
-    }
-
-
 def test_a_dump_from_a_url_equals_one_from_disk(small: World, tmp_path: Path) -> None:
     """With every tar's SHA-256, from a manifest next to the tars."""
     index_shards(small.shards).save(small.shards / "manifest.json")
     with serving(small.shards.parent) as served:
         served.faults = [("0001.tar", "truncate"), ("0002.tar", "reset")]
         dump_teacher(world.dump_recipe(f"{served.url}/shards/manifest.json", tmp_path / "cache"))
-    assert files(tmp_path / "cache") == files(small.cache)
+    assert world.cache_files(tmp_path / "cache") == world.cache_files(small.cache)
     remote, local = open_cache(tmp_path / "cache"), open_cache(small.cache)
     assert remote.manifest.dataset == local.manifest.dataset
     assert remote.digest() == local.digest()

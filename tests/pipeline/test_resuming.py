@@ -155,7 +155,7 @@ def test_a_signal_in_an_evaluation_ends_it_at_once(
     assert_equal(final_state(tmp_path / "full"), final_state(tmp_path / "stopped"))
 
 
-def test_the_state_is_written_every_checkpoint_every_updates(
+def test_checkpoint_every_is_the_interval_of_states(
     small: World, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     saved = []
@@ -283,7 +283,9 @@ def test_another_recipe_or_other_data_are_refused_with_all_differences(
     assert caught.value.problems == ["views: different root seed: was 0, now 9"]
 
 
-def test_a_run_may_end_earlier_but_not_in_the_past(small: World, tmp_path: Path) -> None:
+def test_a_run_can_be_shortened_but_not_below_its_current_epoch(
+    small: World, tmp_path: Path
+) -> None:
     """Its last epoch is evaluated, although it was not the last when it ended."""
     sets = [f'data.val_shards="{small.validation}"', "run.eval_every=9"]
     run_to_end(recipe_of(small, tmp_path / "run", *sets, "run.checkpoint_every=1", epochs=3))

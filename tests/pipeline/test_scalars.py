@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -39,7 +38,7 @@ BLOCK = 32768
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Ignore the machine's own settings, which the package reads once per process."""
+    """Ignore the machine's own settings, which wandb reads once per process."""
     wandb.teardown()
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
@@ -57,7 +56,7 @@ def recipe_of(small: World, out: Path, *sets: str, **extra: Any) -> TrainRecipe:
 
 
 def records(file: Path) -> Iterator[Any]:
-    """Yield the package's records: LevelDB's log format, after a header of seven bytes."""
+    """Yield wandb's records: LevelDB's log format, after a header of seven bytes."""
     data, position, record = file.read_bytes(), 7, b""
     while position + 7 <= len(data):
         remaining = BLOCK - position % BLOCK
@@ -76,7 +75,7 @@ def records(file: Path) -> Iterator[Any]:
 
 @dataclass
 class RunFile:
-    """One file of the package: the run's names, its configuration, and its points by update."""
+    """One wandb file: the run's names, its config, and its points by update."""
 
     identity: str = ""
     project: str = ""
@@ -107,7 +106,7 @@ def read_run(file: Path) -> RunFile:
 
 
 def files_of(out: Path) -> list[Path]:
-    """Return the files in order of creation, once the package's own process has ended."""
+    """Return the files in order of creation, once wandb's own process has ended."""
     wandb.teardown()
     return sorted(out.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
 
@@ -210,10 +209,7 @@ def test_the_flag_names_the_project_and_one_rank_sends(small: World, tmp_path: P
         *("--method", "cskd", "--epochs", 1, "--batch-size", 16, "--workers", 0, "--device", "cpu"),
         *("--out", tmp_path / "run", "--wandb", "trials", *world.as_flags(world.train_sets())),
     ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
+    port, processes = world.free_port(), []
     for rank in ("0", "1"):
         job = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
         job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -228,7 +224,7 @@ def test_the_flag_names_the_project_and_one_rank_sends(small: World, tmp_path: P
 def test_curves_are_complete_after_ctrl_c_to_the_process_group(
     small: World, tmp_path: Path
 ) -> None:
-    """As a terminal sends it: also to the package's own process."""
+    """As a terminal sends it: also to wandb's own process."""
     command = [
         *("train", "--shards", small.shards, "--cache", small.cache, "--student", world.STUDENT),
         *("--method", "cskd", "--epochs", 500, "--batch-size", 16, "--workers", 0),

@@ -29,7 +29,7 @@ COMMANDS: dict[str, Callable[[World, str, Path], list[object]]] = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_stated_digest_is_accepted_and_another_refused(
+def test_the_right_digest_is_accepted_and_another_refused(
     command: str, small: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     digest = open_cache(small.cache).digest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,15 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.pipeline import test_distributed as test_ranks
+from tests.pipeline import world
 from tests.pipeline.conftest import World
 
 SECONDS = 240  # far more than needed, even on a busy machine
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @contextmanager
@@ -49,7 +43,7 @@ def test_two_nodes_reproduce_the_loss_curve_of_one_process(
 ) -> None:
     words = test_ranks.train_args(small, tmp_path / "run")
     flags = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1"]
-    flags += ["--master-port", free_port(), "--node-rank"]
+    flags += ["--master-port", world.free_port(), "--node-rank"]
     logs = [tmp_path / "node 0", tmp_path / "node 1"]
     with torchrun(words, logs[0], *flags, 0) as one, torchrun(words, logs[1], *flags, 1) as other:
         codes = [agent.wait(SECONDS) for agent in (one, other)]

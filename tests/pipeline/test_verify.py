@@ -153,7 +153,7 @@ def shift_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_versions(cache: Path, **versions: str) -> None:
-    """Let the manifest state these library versions."""
+    """Write these library versions into the manifest."""
     manifest = open_cache(cache).manifest
     changed = replace(manifest, versions={**manifest.versions, **versions})
     (cache / layout.GROUP).write_bytes(layout.manifest_document(changed))
@@ -204,7 +204,7 @@ def test_the_teacher_runs_only_on_views_reproduced_bit_for_bit(
     assert {problem["depth"] for problem in report["problems"]} == {"views"}
 
 
-def test_a_damaged_cache_is_not_compared_and_an_unfinished_one_is(
+def test_a_damaged_cache_is_not_compared_with_the_shards(
     copy: World, verify: Verify, capsys: Capture
 ) -> None:
     (copy.cache / "seed/c/0/0/0").unlink()
@@ -241,7 +241,7 @@ def test_another_teacher_is_detected_by_its_weights(small: World, verify: Verify
 
 
 def test_mean_and_std_are_compared_before_any_logits(small: World, verify: Verify) -> None:
-    """With other pixels the same weights give other logits, which is no error of the weights."""
+    """Another normalisation changes the logits of the right weights."""
     flags = ("--mean", "0.5,0.5,0.5", "--std", "0.229,0.224,0.225")
     code, report = verify(small.cache, "--shards", small.shards, *TEACHER, *flags)
     assert code == 1

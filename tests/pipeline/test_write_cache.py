@@ -17,8 +17,8 @@ from cskd_pipeline.cache.writer import CacheWriter
 from cskd_pipeline.data.index import Dataset
 from cskd_pipeline.errors import CacheError, OutputError, TeacherError, UsageError
 from cskd_pipeline.pipeline.unit_writer import UnitWriter
-from tests.cache.factories import tree
 from tests.data.factories import POLICY
+from tests.pipeline.world import cache_files
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GRID = (2, 3)
@@ -73,11 +73,7 @@ def complete_files(dataset: Dataset, tmp_path: Path) -> dict[str, bytes]:
     out = write_all(tmp_path / "full", dataset)
     assert out.views_written == out.views_total == 4 * dataset.samples
     assert open_cache(tmp_path / "full").done().all()
-    return files(tmp_path / "full")
-
-
-def files(path: Path) -> dict[str, bytes]:
-    return {name: data for name, data in tree(path).items() if name != "zarr.json"}
+    return cache_files(tmp_path / "full")
 
 
 def test_a_writer_resumes_after_an_error_with_the_remaining_units(
@@ -100,7 +96,7 @@ def test_a_writer_resumes_after_an_error_with_the_remaining_units(
         assert open_cache(path).done().sum() == done.sum() + counted[-1]
         rounds += 1
     assert rounds > 3
-    assert files(path) == complete_files
+    assert cache_files(path) == complete_files
 
 
 def test_leaving_the_loop_writes_the_complete_units(dataset: Dataset, tmp_path: Path) -> None:
@@ -128,12 +124,12 @@ def test_a_cache_is_extended_by_more_views_and_split_by_ranges(
 ) -> None:
     write_all(tmp_path / "extended", dataset, views=2)
     write_all(tmp_path / "extended", dataset, views=4)
-    assert files(tmp_path / "extended") == complete_files
+    assert cache_files(tmp_path / "extended") == complete_files
     for part in (WriteOptions(view_range=(2, 4)), WriteOptions(shard_range=(1, 3))):
         out = fill(writer(tmp_path / "shared", dataset, options=part))
     assert {(unit.shard, unit.block) for unit in out.units} == {(1, 0), (2, 0)}
     write_all(tmp_path / "shared", dataset)
-    assert files(tmp_path / "shared") == complete_files
+    assert cache_files(tmp_path / "shared") == complete_files
 
 
 def test_logits_with_gradients_or_in_float16_are_accepted(
@@ -141,7 +137,7 @@ def test_logits_with_gradients_or_in_float16_are_accepted(
 ) -> None:
     fill(writer(tmp_path / "a", dataset), lambda s, g: (s.requires_grad_(), g.requires_grad_()))
     fill(writer(tmp_path / "b", dataset), lambda s, g: (s.half(), g.half()))
-    assert files(tmp_path / "a") == files(tmp_path / "b") == complete_files
+    assert cache_files(tmp_path / "a") == cache_files(tmp_path / "b") == complete_files
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw
 from cskd_pipeline.cli import main
 from cskd_pipeline.config.reading import load_recipe
 from cskd_pipeline.config.sections import DumpRecipe, TrainRecipe
+from tests.cache.factories import tree
 
 CLASSES = ("disc", "square", "bars", "cross")
 SIZE = 32
@@ -148,3 +150,14 @@ def last_json(text: str) -> dict[str, Any]:
     parsed = json.loads(text)
     assert isinstance(parsed, dict)
     return parsed
+
+
+def cache_files(cache: Path) -> dict[str, bytes]:
+    """Return every file of a cache except the manifest, which has a timestamp."""
+    return {name: data for name, data in tree(cache).items() if name != "zarr.json"}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
