@@ -131,14 +131,14 @@ def test_progress_shows_which_side_limits_the_rate() -> None:
             speech.clock.now += seconds
             yield number
 
-    told = []
+    shown = []
     for wait in (0.05, 0.25):
         with speech.terminal.show(100, "updates", f"waiting {wait}") as meter:
             for _ in meter.timed(batches(wait)):
                 speech.clock.now += 1
                 meter.advance()
-        told.append((meter.limit, round(meter.data_wait, 4), round(meter.waited, 6)))
-    assert told == [("device", 0.0476, 5), ("data", 0.2, 25)]
+        shown.append((meter.limit, round(meter.data_wait, 4), round(meter.waited, 6)))
+    assert shown == [("device", 0.0476, 5), ("data", 0.2, 25)]
     lines = speech.err.getvalue().splitlines()
     assert "limit: device" in lines[0]
     assert lines[-1] == (
@@ -260,11 +260,11 @@ def test_errors_are_printed_on_stderr_and_as_an_object() -> None:
     error = DataError("bad", where=Path("a"), found=3, expected="b", action="c", problems=["d"])
     speech = Speech()
     speech.terminal.error(error)
-    told = "error: bad\n  where:    a\n  found:    3\n  expected: b\n  to do:    c\n  - d\n"
-    assert speech.heard == ("", told)
+    message = "error: bad\n  where:    a\n  found:    3\n  expected: b\n  to do:    c\n  - d\n"
+    assert speech.heard == ("", message)
     machine = Speech(json=True)
     machine.terminal.error(error)
-    assert machine.err.getvalue() == told
+    assert machine.err.getvalue() == message
     assert json.loads(machine.out.getvalue()) == {
         "error": {
             "kind": "DataError",
