@@ -75,8 +75,9 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Wri
     path, original = tmp_path / "written", UnitWriter._write
 
     def write(self: UnitWriter, unit: Unit, *data: Any) -> None:
-        # A single node must still be working when the next one starts.
-        time.sleep(4 * MOMENT if os.environ.get("WORLD_SIZE") == "1" else MOMENT)
+        # The first node must still be working when the second one joins, however long that takes.
+        alone = os.environ.get("WORLD_SIZE") == "1" and not Written(path).by(WORLD_SIZE="2")
+        time.sleep(20 * MOMENT if alone else MOMENT)
         original(self, unit, *data)
         row = {"unit": [unit.block, unit.shard], "pid": os.getpid(), "at": time.time()}
         row |= {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
@@ -140,7 +141,7 @@ def agent(words: list[object], port: int, nodes: str, processes: int, shared_sto
         run_id="test",
         rdzv_endpoint=f"127.0.0.1:{port}",
         rdzv_backend="c10d",
-        rdzv_configs={"last_call_timeout": 1, "keep_alive_interval": 1},
+        rdzv_configs={"last_call_timeout": 3, "keep_alive_interval": 1},
         max_restarts=3,
         start_method="fork",
         shutdown_timeout=20,
