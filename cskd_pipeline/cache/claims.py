@@ -23,6 +23,7 @@ from cskd_pipeline.runtime.processes import has_ended, identify
 FOLDER = ".claims"
 _LONGEST = 1000  # maximum characters of a claim
 _BEATS = 10  # heartbeats within ``patience``
+_NAMELESS = 10.0  # seconds that a claim may be empty: its owner was killed, or writes it just now
 
 
 class Claims:
@@ -126,7 +127,7 @@ class Claims:
         if heartbeat != (owner, changed):
             self._seen[path] = (owner, changed), now
             return False
-        return now - since > self._patience
+        return now - since > (self._patience if owner else min(self._patience, _NAMELESS))
 
 
 def _read(path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cskd_pipeline.cache import claims as module
 from cskd_pipeline.cache.claims import FOLDER, Claims
 from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.errors import OutputError
@@ -83,6 +84,17 @@ def test_a_claim_without_a_heartbeat_expires(tmp_path: Path) -> None:
         time.sleep(PATIENCE)
         assert own.take(unit)
         assert '"another"' not in path.read_text()
+
+
+def test_a_claim_whose_owner_was_killed_before_naming_itself_expires_sooner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_NAMELESS", PATIENCE)
+    foreign_claim(tmp_path, ONE).write_text("")
+    own = claims(tmp_path, 60)
+    assert not own.take(ONE)  # it may be about to name itself
+    time.sleep(1.5 * PATIENCE)
+    assert own.take(ONE)
 
 
 def test_heartbeats_keep_a_claim(tmp_path: Path) -> None:
