@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,16 @@ def _one_thread() -> None:
 def _default_hangup_handler() -> None:
     """``nohup`` ignores SIGHUP, and the commands that tests start would inherit that."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freeze() -> None:
+    """Exclude objects of imports and earlier modules from garbage collection.
+
+    Scanning them takes more than a second in each forked process, which copies all their pages.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

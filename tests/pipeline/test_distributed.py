@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gc
 import itertools
 import multiprocessing
 import os
@@ -77,10 +76,8 @@ def start(
         context.Process(target=target, args=(rank, ranks, port, words))
         for rank in range(ranks - missing)
     ]
-    gc.freeze()  # so that no garbage collection in a rank scans it
     for process in processes:
         process.start()
-    gc.unfreeze()
     return processes
 
 

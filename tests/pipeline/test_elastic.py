@@ -6,7 +6,6 @@ unit takes a moment longer than necessary, so that other events fall in between.
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import multiprocessing
@@ -134,7 +133,6 @@ def _rank(words: list[object]) -> None:
 def agent(words: list[object], port: int, nodes: str, processes: int, shared_store: bool) -> None:
     """Run ``torchrun --nnodes NODES --nproc-per-node PROCESSES --max-restarts 3``."""
     logging.disable(logging.CRITICAL)  # torch imports its compiler to print a failure
-    gc.freeze()  # collecting all of pytest's objects takes seconds, in which no heartbeat is sent
     dynamic_rendezvous.get_method_name = str  # it reads the source of each of pytest's frames
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = str(int(not shared_store))
     minimum, _, maximum = nodes.partition(":")
