@@ -39,6 +39,11 @@ def _freeze() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Show Hypothesis's summary the referrers of objects: frozen ones are invisible."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _restore_reporting() -> Iterator[None]:
     """Remove the listeners and log handlers that a test has added."""
