@@ -23,7 +23,7 @@ from cskd_pipeline.runtime.processes import has_ended, identify
 FOLDER = ".claims"
 _LONGEST = 1000  # maximum characters of a claim
 _BEATS = 10  # heartbeats within ``patience``
-_NAMELESS = 10.0  # seconds that a claim may be empty: its owner was killed, or writes it just now
+_NAMELESS = 10.0  # seconds that a claim may be empty: its owner is about to write it, or dead
 
 
 class Claims:
@@ -32,7 +32,8 @@ class Claims:
     Args:
         patience: seconds without a heartbeat after which another process's claim is taken over,
             measured from the last change that this process saw: clocks are not compared. The claim
-            of a process of this machine that has ended is taken over at once.
+            of a process of this machine that has ended is taken over at once, and an empty claim
+            after at most 10 seconds.
     """
 
     def __init__(self, root: Path, patience: float) -> None:

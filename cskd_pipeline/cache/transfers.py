@@ -39,7 +39,7 @@ _DEFAULT_SECONDS = "300"
 TIMEOUT = 60.0  # seconds of silence after which an attempt fails
 SLOWEST = 1000  # bytes a second, averaged over CSKD_REMOTE_TIMEOUT
 MAX_REDIRECTS = 5
-PIECE = 2**20  # bytes; when a connection breaks, about twice as many unread ones are lost
+PIECE = 2**20  # bytes; a broken connection loses up to about twice as many that are unread
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _UNCOMPRESSED = ("", "identity")
 
