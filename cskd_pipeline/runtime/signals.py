@@ -8,6 +8,8 @@ with :class:`Requeue`, whose exit code says that the same command may be queued 
 from __future__ import annotations
 
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -78,6 +80,8 @@ def stop_requests() -> Iterator[Stop]:
     with _handled(STOPPING, stop._receive):
         try:
             _innermost = stop
+            if outer is not None:
+                stop.add(outer.signals)
             yield stop
         except KeyboardInterrupt:
             if stop.requeue:
@@ -88,6 +92,8 @@ def stop_requests() -> Iterator[Stop]:
 
 
 _innermost: Stop | None = None
+_SEND_AGAIN = 0.1
+"""Seconds; a signal during ``sys.unraisablehook`` would be lost again."""
 
 
 def pause(seconds: float) -> None:
@@ -107,17 +113,44 @@ def pause(seconds: float) -> None:
 
 @contextmanager
 def requeue_requests() -> Iterator[None]:
-    """Raise :class:`Requeue` at the first signal in ``REQUEUE``; ignore later ones."""
-    raised = False
+    """Raise :class:`Requeue` at the first signal in ``REQUEUE``; ignore later ones.
+
+    Where it is raised an exception may be lost: Python ignores those in finalizers, pydantic those
+    while it builds a model. A loss that Python reports (of Ctrl-C too) makes the signal be sent
+    again; after any other loss, the next :func:`stop_requests` inside starts with the signal.
+    """
+    global _innermost
+    stop, outer = Stop(), _innermost
+    report = sys.unraisablehook
+    timers: list[threading.Timer] = []
 
     def receive(signum: int, frame: FrameType | None) -> None:
-        nonlocal raised
-        if not raised:
-            raised = True
-            raise Requeue({signum})
+        if not stop.requested:
+            stop.add({signum})
+            raise Requeue(stop.signals)
+
+    def send_again(lost: sys.UnraisableHookArgs) -> None:
+        numbers: set[int]
+        if isinstance(lost.exc_value, Requeue):
+            numbers, stop.signals = stop.signals, set()
+        elif lost.exc_type is KeyboardInterrupt:
+            numbers = {signal.SIGINT}
+        else:
+            report(lost)
+            return
+        main = threading.main_thread().ident
+        for number in numbers:
+            timers.append(threading.Timer(_SEND_AGAIN, signal.pthread_kill, (main, number)))
+            timers[-1].start()
 
     with _handled(REQUEUE, receive):
-        yield
+        try:
+            _innermost, sys.unraisablehook = stop, send_again
+            yield
+        finally:
+            _innermost, sys.unraisablehook = outer, report
+            for timer in timers:
+                timer.cancel()
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
+import time
 
 import pytest
 
@@ -64,6 +67,54 @@ def test_a_second_ctrl_c_stops_at_once() -> None:
         send(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
+
+
+class Finalized:
+    """Receives a signal where Python ignores exceptions."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        send(self.number)
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_whose_exception_python_ignores_is_not_lost(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with requeue_requests():
+        Finalized(number)
+        with pytest.raises(Requeue if number in REQUEUE else KeyboardInterrupt):
+            time.sleep(60)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("number", REQUEUE)
+def test_work_that_ends_before_a_lost_signal_is_repeated_ends_well(number: signal.Signals) -> None:
+    with requeue_requests():
+        Finalized(number)
+    time.sleep(0.3)  # without handlers, the signal would end this process
+
+
+def test_another_ignored_exception_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: reported.append(lost.exc_value))
+    with requeue_requests():
+        Finalized(-1)
+    assert isinstance(reported[0], OSError)
+    assert len(reported) == 1
+
+
+@pytest.mark.parametrize("number", REQUEUE)
+def test_a_signal_whose_exception_a_library_swallows_stops_the_next_work(
+    number: signal.Signals,
+) -> None:
+    with requeue_requests():
+        with contextlib.suppress(BaseException):
+            send(number)
+        with pytest.raises(Requeue, match=number.name), stop_requests() as stop:
+            stop.check()
 
 
 @pytest.mark.parametrize("number", REQUEUE)

@@ -281,7 +281,8 @@ def _deadline(seconds: float | None) -> Iterator[None]:
         raise _TimeLimit
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds or 0)
+    limit = seconds or 0  # 0 sets no timer
+    signal.setitimer(signal.ITIMER_REAL, limit, limit)  # repeated: a library may lose the exception
     try:
         yield
     finally:
