@@ -19,11 +19,31 @@ from cskd_pipeline.runtime import processes
 from cskd_pipeline.runtime.processes import has_ended, identify
 
 ONE, TWO = Unit(0, 1, range(2)), Unit(3, 0, range(6, 8))
-PATIENCE = 0.2
+PATIENCE = 60.0
 
 
-def claims(root: Path, patience: float = PATIENCE) -> Claims:
-    return Claims(root, patience)
+class Clock:
+    """Replaces ``time`` in the claims; it stands still unless a test advances it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def claims(root: Path) -> Claims:
+    return Claims(root, PATIENCE)
 
 
 def foreign_claim(root: Path, unit: Unit, **changes: Any) -> Path:
@@ -35,7 +55,7 @@ def foreign_claim(root: Path, unit: Unit, **changes: Any) -> Path:
 
 
 def test_a_unit_has_one_owner_until_it_is_released(tmp_path: Path) -> None:
-    one, other = claims(tmp_path, 60), claims(tmp_path, 60)
+    one, other = claims(tmp_path), claims(tmp_path)
     assert one.take(ONE)
     assert not other.take(ONE)
     assert other.take(TWO)
@@ -52,7 +72,7 @@ def test_concurrent_processes_never_claim_the_same_unit(tmp_path: Path) -> None:
     results, finished = context.SimpleQueue(), context.Event()
 
     def work() -> None:
-        own = claims(tmp_path, 60)
+        own = claims(tmp_path)
         results.put([unit.block for unit in units if own.take(unit)])
         finished.wait()
         os._exit(0)
@@ -65,53 +85,56 @@ def test_concurrent_processes_never_claim_the_same_unit(tmp_path: Path) -> None:
     finished.set()
     for process in started:
         process.join()
-    after = claims(tmp_path, 60)
+    after = claims(tmp_path)
     assert all(after.take(unit) for unit in units)  # their owners have ended
 
 
-def test_a_claim_without_a_heartbeat_expires(tmp_path: Path) -> None:
+def test_a_claim_without_a_heartbeat_expires(tmp_path: Path, clock: Clock) -> None:
     """The owning process is alive or on another machine."""
     for unit, changes in ((ONE, {}), (TWO, {"boot": "another", "pid": 2**22, "started": "1"})):
         path = foreign_claim(tmp_path, unit, **changes)
         os.utime(path, (0, 0))  # clocks do not matter
         own = claims(tmp_path)
         assert not own.take(unit)
-        time.sleep(PATIENCE / 2)
+        clock.advance(PATIENCE)
         os.utime(path, (2**31, 2**31))  # a heartbeat
         assert not own.take(unit)
-        time.sleep(PATIENCE / 2)
+        clock.advance(PATIENCE)
         assert not own.take(unit)
-        time.sleep(PATIENCE)
+        clock.advance(1)
         assert own.take(unit)
         assert '"another"' not in path.read_text()
 
 
 def test_a_claim_whose_owner_was_killed_before_naming_itself_expires_sooner(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, clock: Clock
 ) -> None:
-    monkeypatch.setattr(module, "_NAMELESS", PATIENCE)
     foreign_claim(tmp_path, ONE).write_text("")
-    own = claims(tmp_path, 60)
+    own = claims(tmp_path)
     assert not own.take(ONE)  # it may be about to name itself
-    time.sleep(1.5 * PATIENCE)
+    clock.advance(10)
+    assert not own.take(ONE)
+    clock.advance(1)
     assert own.take(ONE)
 
 
-def test_heartbeats_keep_a_claim(tmp_path: Path) -> None:
+def test_heartbeats_keep_a_claim(tmp_path: Path, clock: Clock) -> None:
     one, other = claims(tmp_path), claims(tmp_path)
     assert one.take(ONE)
-    until = time.monotonic() + 3 * PATIENCE
-    while time.monotonic() < until:
+    for _ in range(60):
         assert not other.take(ONE)
+        clock.advance(PATIENCE / 20)
+        time.sleep(0.01)  # modification times are exact to a tick of the kernel
         one.renew()
-        time.sleep(PATIENCE / 20)
 
 
-def test_a_claim_taken_over_is_not_released_by_its_first_owner(tmp_path: Path) -> None:
+def test_a_claim_taken_over_is_not_released_by_its_first_owner(
+    tmp_path: Path, clock: Clock
+) -> None:
     one, other, third = (claims(tmp_path) for _ in range(3))
     assert one.take(ONE)
     assert not other.take(ONE)
-    time.sleep(1.5 * PATIENCE)
+    clock.advance(PATIENCE + 1)
     assert other.take(ONE)
     one.drop_all()
     assert not third.take(ONE)
@@ -138,15 +161,16 @@ def test_without_proc_only_missing_heartbeats_end_a_claim(monkeypatch: pytest.Mo
     assert not has_ended(json.dumps(identify(os.getpid())))
 
 
-def test_links_and_fifos_among_the_claims_are_harmless(tmp_path: Path) -> None:
+def test_links_and_fifos_among_the_claims_are_harmless(tmp_path: Path, clock: Clock) -> None:
     outside, cache = tmp_path / "outside", tmp_path / "cache"
     (cache / FOLDER).mkdir(parents=True)
     outside.write_text("mine")
     (cache / FOLDER / "0.1").symlink_to(outside)
     os.mkfifo(cache / FOLDER / "3.0")
-    own = claims(cache, 0.0)
+    own = claims(cache)
     for unit in (ONE, TWO):
         assert not own.take(unit)
+        clock.advance(PATIENCE + 1)
         assert own.take(unit)
     own.sweep()
     assert outside.read_text() == "mine"

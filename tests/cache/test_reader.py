@@ -7,7 +7,6 @@ import json
 import math
 import os
 import pickle
-import time
 from pathlib import Path
 
 import numpy as np
@@ -419,8 +418,10 @@ def test_impossible_values_are_refused(tmp_path: Path) -> None:
 # Speed
 
 
-def test_opening_a_large_cache_is_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only documents are read and folders listed; no unit is opened."""
+def test_opening_a_large_cache_opens_no_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only documents are read, and folders listed."""
     cache_manifest = manifest(dataset=dataset((3,) * 1024), views=20, view_block=10)
     CacheWriter.create(tmp_path, cache_manifest)
     for block in range(2):
@@ -431,12 +432,9 @@ def test_opening_a_large_cache_is_fast(tmp_path: Path, monkeypatch: pytest.Monke
     opened = []
     os_open = os.open
     monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(path) or os_open(path, *rest))
-    started = time.process_time()
     reader = open_cache(tmp_path)
-    seconds = time.process_time() - started
     assert reader.done().all()
     assert len(opened) == len(layout.array_documents(cache_manifest)) + 1
-    assert seconds < 1.0
 
 
 def test_targets_are_read_by_view_and_key(finished: Path) -> None:

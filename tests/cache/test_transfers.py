@@ -638,12 +638,12 @@ def test_a_process_blocked_by_a_stopped_one_fetches_its_own_copy(
 def test_a_process_keeps_waiting_for_a_copy_that_grows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirror, "STALLED", 0.2)
+    monkeypatch.setattr(mirror, "STALLED", 1.0)
     one = Mirror(tmp_path, "a cache", limit=1000)
     ready = threading.Event()
 
     def grow(file: BufferedRandom) -> None:
-        for _ in range(30):
+        for _ in range(50):
             file.write(b"x")
             file.flush()
             ready.set()
@@ -653,7 +653,7 @@ def test_a_process_keeps_waiting_for_a_copy_that_grows(
     other.start()
     ready.wait()
     one.keep("x", lambda file: file.write(b"another"))
-    assert (one.root / "x").stat().st_size == 30
+    assert (one.root / "x").stat().st_size == 50
     other.join()
 
 

@@ -31,6 +31,7 @@ from cskd_pipeline.errors import CacheError, DataError
 from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.runtime.progress import PACKAGE, listen, restore_reporting
 from cskd_pipeline.runtime.signals import REQUEUE
+from tests.processes import PATIENCE
 from tests.runtime.test_console import current_listener
 
 GROUP = typer.main.get_group(app)
@@ -509,7 +510,7 @@ def test_a_signal_ends_a_real_process_with_a_code_of_its_own(
     assert process.stderr is not None
     assert process.stderr.readline() == "ready\n"
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == code
     assert json.loads(out)["error"]["kind"] == kind
     action = "start again with: cskd-pipeline cache info c --json"
@@ -611,7 +612,7 @@ def test_a_closed_pipe_is_not_an_error(flags: list[str]) -> None:
     process.stdout.close()
     assert process.stderr is not None
     assert process.stderr.read() == b""
-    assert process.wait(timeout=30) == 1
+    assert process.wait(timeout=PATIENCE) == 1
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that Linux has")

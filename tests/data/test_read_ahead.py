@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from cskd_pipeline.data.read_ahead import ReadAhead, Use, uses_of
 from cskd_pipeline.data.remote_tar import RemoteTar
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.errors import RemoteError
+from tests.processes import until
 
 
 def tar(number: int, size: int = 100) -> RemoteTar:
@@ -39,14 +39,9 @@ class Fetched:
 
     def until(self, numbers: list[int]) -> None:
         """Wait until these tars were fetched, and no others."""
-        self._wait(lambda: len(self.numbers) >= len(numbers))
+        until(lambda: len(self.numbers) >= len(numbers))
         time.sleep(0.05)
         assert sorted(self.numbers) == sorted(numbers)
-
-    def _wait(self, done: Callable[[], bool]) -> None:
-        end = time.monotonic() + 10
-        while not done() and time.monotonic() < end:
-            time.sleep(0.005)
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ from cskd_pipeline.models.student import Preprocessing
 from cskd_pipeline.tools.make_shards import make_shards
 from cskd_pipeline.views.policy import ViewPolicy
 from tests.conftest import COUNTS
+from tests.processes import until
 from tests.serving import (
     BUCKET,
     REPOSITORY,
@@ -348,10 +349,7 @@ def test_tars_are_fetched_before_they_are_read(
     """An item uses at most two tars."""
     items = reader(load_dataset(pattern(served)))
     next(items)
-    end = time.monotonic() + 10
-    while len(tars(copies)) < 3 and time.monotonic() < end:
-        time.sleep(0.01)
-    assert len(tars(copies)) >= 3
+    until(lambda: len(tars(copies)) >= 3)
     items.close()  # type: ignore[attr-defined]  # of a generator
 
 
@@ -361,9 +359,7 @@ def test_a_dump_fetches_the_tars_of_the_next_units(served: Served, copies: Path)
     units = [(shard, range(1)) for shard in range(len(COUNTS))]
     batches = unit_batches(dataset, units, ViewPolicy(size=32), 0, Loading(batch_size=4))
     assert next(batches).index[0, 1] == 0
-    end = time.monotonic() + 10
-    while len(tars(copies)) < 1 + UNITS_AHEAD and time.monotonic() < end:
-        time.sleep(0.01)
+    until(lambda: len(tars(copies)) >= 1 + UNITS_AHEAD)
     assert len(tars(copies)) == 1 + UNITS_AHEAD < len(COUNTS)
     assert sum(len(batch) for batch in batches) == dataset.samples - 4
     batches.close()  # type: ignore[attr-defined]
@@ -380,9 +376,7 @@ def test_repeated_reading_leaks_no_descriptors_or_threads(
 
     def in_use() -> tuple[int, int]:
         """Count descriptors and threads once reading ahead has ended."""
-        end = time.monotonic() + 10
-        while any(t.name == THREAD for t in threading.enumerate()) and time.monotonic() < end:
-            time.sleep(0.01)
+        until(lambda: all(t.name != THREAD for t in threading.enumerate()))
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 
     found = []

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, get_worker_info
 from cskd_pipeline.data.workers import Loader
 from cskd_pipeline.errors import DataError, ImageError
 from cskd_pipeline.runtime import signals
-from tests.processes import until
+from tests.processes import PATIENCE, until
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -194,8 +194,8 @@ def test_ctrl_c_ends_all_processes_silently(tmp_path: Path, program: str) -> Non
     with started(program, tmp_path) as process:
         time.sleep(0.5 * (program is STARTING))  # its process is importing now
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        output, errors = process.communicate(timeout=30)
-        until(lambda: not any_alive(process.pid), seconds=10)
+        output, errors = process.communicate(timeout=PATIENCE)
+        until(lambda: not any_alive(process.pid))
     assert process.returncode == 130
     assert output.endswith("interrupted\n")
     assert errors == ""
@@ -214,7 +214,7 @@ def test_a_parent_that_continues_after_a_signal_keeps_its_processes(tmp_path: Pa
             os.killpg(process.pid, number)
             while f"stopped by {int(number)}" not in lines:
                 lines.append(process.stdout.readline().removesuffix("\n"))
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, errors) == (0, "")
     lines += output.splitlines()
     assert [line for line in lines if line.isdigit()] == list(map(str, range(3, 60)))

@@ -22,6 +22,7 @@ from cskd_pipeline.runtime.distributed import Ranks, join_job, ranks_from_env
 from cskd_pipeline.views import apply
 from tests.pipeline import world
 from tests.pipeline.conftest import World
+from tests.processes import PATIENCE
 
 # Whether a process may fork after a backward pass is decided at the first one, by the device types
 # registered then; importing torch's exporter registers more of them.
@@ -81,9 +82,9 @@ def start(
     return processes
 
 
-def finish(processes: list[Any], seconds: float = 120) -> list[int | None]:
+def finish(processes: list[Any]) -> list[int | None]:
     for process in processes:
-        process.join(seconds)
+        process.join(PATIENCE)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
@@ -217,7 +218,7 @@ def test_a_rank_that_dies_ends_the_job(
         return original(self, batches)
 
     monkeypatch.setattr(Trainer, "step", step)
-    codes = finish(start(3, train_args(small, tmp_path / "run")), seconds=60)
+    codes = finish(start(3, train_args(small, tmp_path / "run")))
     assert codes[1] == 9
     assert codes[0] == codes[2] == 1
     message = capfd.readouterr().err
@@ -232,7 +233,7 @@ def test_an_error_on_one_rank_is_reported_and_ends_all(
     out = tmp_path / "run"
     out.mkdir()
     (out / "summary.csv").write_text("mine")
-    codes = finish(start(2, train_args(small, out)), seconds=60)
+    codes = finish(start(2, train_args(small, out)))
     assert codes == [1, 1]
     assert "summary.csv" in capfd.readouterr().err
     assert (out / "summary.csv").read_text() == "mine"
@@ -282,11 +283,11 @@ def suspend_self() -> None:
     time.sleep(1)  # the signal may stop another thread first; this one must not continue
 
 
-def finish_without(stopped: int, processes: list[Any], seconds: float = 90) -> list[int | None]:
+def finish_without(stopped: int, processes: list[Any]) -> list[int | None]:
     """Return the exit codes of all but the suspended process, which is killed at the end."""
     others = [process for number, process in enumerate(processes) if number != stopped]
     for process in others:
-        process.join(seconds)
+        process.join(PATIENCE)
     codes = [process.exitcode for process in others]
     for process in processes:
         process.kill()
@@ -359,7 +360,7 @@ def test_one_ranks_error_ends_all_ranks_unchanged(
     else:
         patch_unit(monkeypatch, failing, fail)
         words = dump_args(small, tmp_path / "c")
-    assert finish(start(3, words), seconds=90) == [1] * 3
+    assert finish(start(3, words)) == [1] * 3
     message = capfd.readouterr().err
     expected = (
         f"error: an image is damaged\n  where:    rank {failing}, a.tar: k\n"
@@ -377,7 +378,7 @@ def test_a_bug_on_one_rank_is_reported_by_the_others(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     patch_step(monkeypatch, 1, lambda: 1 // 0)
-    codes = finish(start(2, train_args(small, tmp_path / "run")), seconds=90)
+    codes = finish(start(2, train_args(small, tmp_path / "run")))
     assert codes == [1, 1]
     message = capfd.readouterr().err
     assert "error: rank 1 of this job ended with ZeroDivisionError(" in message
@@ -445,7 +446,7 @@ def test_missing_ranks_are_an_error(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     words = train_args(small, tmp_path / "run", "run.rank_timeout=2")
-    assert finish(start(2, words, missing=1), seconds=60) == [1]
+    assert finish(start(2, words, missing=1)) == [1]
     message = capfd.readouterr().err
     assert "error: not all ranks of this job have connected" in message
     assert "1/2 clients" in message
@@ -479,7 +480,7 @@ def test_a_rank_that_dies_fails_the_dump_after_others_finish_its_units(
 
     monkeypatch.setattr(CacheWriter, "write_unit", write_unit)
     words = dump_args(small, tmp_path / "c")
-    assert finish(start(3, [*words, *SHORT_TIMEOUT]), seconds=60) == [1, 9, 1]
+    assert finish(start(3, [*words, *SHORT_TIMEOUT])) == [1, 9, 1]
     message = capfd.readouterr().err
     assert message.count("error: rank 1 of this job cannot be reached") == 2
     assert "Traceback" not in message

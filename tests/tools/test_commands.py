@@ -138,5 +138,5 @@ def test_a_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path: Pa
     assert next(running) == ("b", {})
     started = time.monotonic()
     running.close()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 50
     until(lambda: not alive(int(inner.read_text())), seconds=30)  # it sleeps for 60

