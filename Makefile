@@ -5,6 +5,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 SHELL := /bin/sh
+# The tests start hundreds of processes, each of which would compile this package.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The stamp changes with the requirements and the folder, to which an editable install points.
 KEY := $(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d' ' -f1)

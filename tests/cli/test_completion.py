@@ -20,17 +20,18 @@ ROOT = Path(cskd_pipeline.__file__).parents[1]
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """With the program on the path, as an installed one is."""
-    program = tmp_path / "bin/cskd-pipeline"
+    home = tmp_path_factory.mktemp("home")
+    program = home / "bin/cskd-pipeline"
     program.parent.mkdir()
     program.write_text(
         f"#!{sys.executable}\nimport sys\nfrom cskd_pipeline.cli import main\nsys.exit(main())\n"
     )
     program.chmod(0o755)
     path = os.pathsep.join([str(program.parent), os.environ["PATH"]])
-    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(home)}
 
 
 def run(
@@ -138,9 +139,11 @@ def test_an_unknown_shell_is_refused(environment: dict[str, str]) -> None:
 
 
 @needs_bash
-def test_installation_writes_to_the_users_files(environment: dict[str, str]) -> None:
+def test_installation_writes_to_the_users_files(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
     """Into a home of the test's own; bash then offers by what was installed."""
-    home = Path(environment["HOME"])
+    home, environment = tmp_path, environment | {"HOME": str(tmp_path)}
     variables = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     done = run(environment, "cskd-pipeline", "--install-completion", "bash", **variables)
     assert done.returncode == 0, done.stderr

@@ -110,12 +110,12 @@ def test_a_run_stopped_by_sigint_prints_how_to_resume_and_resumes(
 
     def recipe(out: str) -> TrainRecipe:
         return world.train_recipe(
-            small.shards, small.cache, tmp_path / out, sets=sets, epochs=8, batch_size=8
+            small.shards, small.cache, tmp_path / out, sets=sets, epochs=3, batch_size=8
         )
 
     command = [
         *("train", "--method", "cskd", "--student", world.STUDENT, "--shards", small.shards),
-        *("--cache", small.cache, "--epochs", 8, "--batch-size", 8, "--workers", 1),
+        *("--cache", small.cache, "--epochs", 3, "--batch-size", 8, "--workers", 1),
         *("--device", "cpu", "--out", tmp_path / "resumed"),
         *world.as_flags([*world.train_sets(), *sets]),
     ]
@@ -126,7 +126,7 @@ def test_a_run_stopped_by_sigint_prints_how_to_resume_and_resumes(
     assert ended.code == 130
     assert "--resume" in ended.output
     assert "Traceback" not in ended.output
-    assert 0 < load_state(tmp_path / "resumed" / "state.pt")["update"] < 8 * 12
+    assert 0 < load_state(tmp_path / "resumed" / "state.pt")["update"] < 3 * 12
     run_to_end(recipe("resumed"), resume=True)
     run_to_end(recipe("full"))
     assert_equal(final_state(tmp_path / "full"), final_state(tmp_path / "resumed"))

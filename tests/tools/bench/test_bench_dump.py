@@ -23,6 +23,7 @@ from tests.pipeline.conftest import World
 from tests.tools.bench.test_bench_join import FakeClock
 
 Capture = pytest.CaptureFixture[str]
+SETS = ["data.num_classes=4", f"teacher.kwargs={world.TEACHER_KWARGS}"]
 
 
 def recipe_of(small: World, *sets: str) -> DumpRecipe:
@@ -34,7 +35,7 @@ def recipe_of(small: World, *sets: str) -> DumpRecipe:
         "dump.device": "cpu",
         "dump.batch_size": 16,
     }
-    return load_recipe(DumpRecipe, None, [*world.VIEWS, "data.num_classes=4", *sets], flags)
+    return load_recipe(DumpRecipe, None, [*world.VIEWS, *SETS, *sets], flags)
 
 
 def test_each_side_has_its_rate_and_the_slower_of_loader_and_teacher_is_the_limit(
@@ -123,7 +124,7 @@ def test_too_few_images_for_a_batch_are_refused(small: World) -> None:
 def test_the_command_prints_rates_the_limit_and_variants(small: World, capsys: Capture) -> None:
     words: tuple[Any, ...] = ("--shards", small.shards, "--teacher", world.TEACHER)
     words += ("--weights", "random", "--images", 8, "--rounds", 3, "--batch-size", 16)
-    words += ("--workers", 1, "--device", "cpu", "--size", 32, "--set", "data.num_classes=4")
+    words += ("--workers", 1, "--device", "cpu", "--size", 32, *world.as_flags(SETS))
     assert world.cli("bench", "dump", *words, "--variants") == 0
     out, err = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()[2:7]] == [
