@@ -79,10 +79,10 @@ def is_safetensors(path: Path) -> bool:
 def load_plain(path: Path) -> object:
     """Load a ``torch.save`` file of tensors and plain values; run no code from it.
 
-    Reject compressed archives and wrong checksums, which torch itself accepts.
+    Reject archives with compressed or overlapping entries or wrong checksums: torch accepts them.
 
     Raises:
-        ValueError: a compressed or damaged archive.
+        ValueError: such an archive.
         Exception: whatever ``torch.load`` raises.
     """
     with open(path, "rb") as file:
@@ -90,10 +90,10 @@ def load_plain(path: Path) -> object:
     if is_archive:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            size = sum(entry.file_size for entry in entries)
-            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-            if not stored or size > path.stat().st_size:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise ValueError("a compressed archive, which torch never writes")
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise ValueError("an archive whose entries overlap, which torch never writes")
             damaged = archive.testzip()
             if damaged is not None:
                 raise ValueError(f"the CRC-32 of {damaged} does not match")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import struct
 import tarfile
 import tracemalloc
@@ -368,7 +369,7 @@ def test_sparse_records_without_a_sparse_version_are_refused(tmp_path: Path) -> 
 
 
 def test_weights_that_expand_are_refused(tmp_path: Path) -> None:
-    """A compressed zip, and a tensor larger than its storage."""
+    """A compressed zip, one that lists its entries again, and a tensor larger than its storage."""
     torch.save({"a": torch.zeros(10**6)}, tmp_path / "plain.pth")
     with (
         zipfile.ZipFile(tmp_path / "plain.pth") as plain,
@@ -377,9 +378,18 @@ def test_weights_that_expand_are_refused(tmp_path: Path) -> None:
         for entry in plain.namelist():
             deflated.writestr(entry, plain.read(entry))
     assert (tmp_path / "deflated.pth").stat().st_size < 10_000
+    shutil.copy(tmp_path / "plain.pth", tmp_path / "repeated.pth")
+    with zipfile.ZipFile(tmp_path / "repeated.pth", "a") as repeated:
+        repeated.filelist *= 100
+        repeated.writestr("more", "")
+    assert (tmp_path / "repeated.pth").stat().st_size < 4_200_000
     torch.save({"a": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "expanded.pth")
     load_state(tmp_path / "plain.pth")
-    for name, message in (("deflated", "compressed"), ("expanded", "claims more values")):
+    for name, message in (
+        ("deflated", "compressed"),
+        ("repeated", "entries overlap"),
+        ("expanded", "claims more values"),
+    ):
         with pytest.raises(WeightsError, match=message):
             load_state(tmp_path / f"{name}.pth")
 
