@@ -115,9 +115,9 @@ def pause(seconds: float) -> None:
 def requeue_requests() -> Iterator[None]:
     """Raise :class:`Requeue` at the first signal in ``REQUEUE``; ignore later ones.
 
-    Where it is raised an exception may be lost: Python ignores those in finalizers, pydantic those
-    while it builds a model. A loss that Python reports (of Ctrl-C too) makes the signal be sent
-    again; after any other loss, the next :func:`stop_requests` inside starts with the signal.
+    The exception may be lost where it is raised: Python ignores it in a finalizer, pydantic while
+    it builds a model. Python reports such a loss, and the signal (Ctrl-C too) is sent again. After
+    a loss without a report, the next :func:`stop_requests` inside starts with the signal.
     """
     global _innermost
     stop, outer = Stop(), _innermost
@@ -151,6 +151,7 @@ def requeue_requests() -> Iterator[None]:
             _innermost, sys.unraisablehook = outer, report
             for timer in timers:
                 timer.cancel()
+                timer.join()  # later, a signal could kill the process
 
 
 @contextmanager
