@@ -73,15 +73,14 @@ def stop_requests() -> Iterator[Stop]:
 
     The loop inside checks ``stop.requested`` wherever it can stop without loss, saves, and raises
     ``KeyboardInterrupt``, which leaves the block as :class:`Requeue` after a scheduler's signal.
-    Outside the main thread, where Python delivers no signals, ``requested`` stays False.
+    Outside the main thread, where Python delivers no signals, none is collected.
     """
     global _innermost
     stop, outer = Stop(), _innermost
+    stop.add(_received)
     with _handled(STOPPING, stop._receive):
         try:
             _innermost = stop
-            if outer is not None:
-                stop.add(outer.signals)
             yield stop
         except KeyboardInterrupt:
             if stop.requeue:
@@ -92,6 +91,8 @@ def stop_requests() -> Iterator[Stop]:
 
 
 _innermost: Stop | None = None
+_received: set[int] = set()
+"""The signals that :func:`requeue_requests` has received."""
 _SEND_AGAIN = 0.1
 """Seconds; a signal during ``sys.unraisablehook`` would be lost again."""
 
@@ -117,41 +118,48 @@ def requeue_requests() -> Iterator[None]:
 
     The exception may be lost where it is raised: Python ignores it in a finalizer, pydantic while
     it builds a model. Python reports such a loss, and the signal (Ctrl-C too) is sent again. After
-    a loss without a report, the next :func:`stop_requests` inside starts with the signal.
+    a loss without a report, the next :func:`stop_requests` inside starts with a scheduler's signal.
     """
-    global _innermost
-    stop, outer = Stop(), _innermost
-    report = sys.unraisablehook
+    global _received
+    outer, report = _received, sys.unraisablehook
+    received: set[int] = set()
+    raised = False
     timers: list[threading.Timer] = []
 
     def receive(signum: int, frame: FrameType | None) -> None:
-        if not stop.requested:
-            stop.add({signum})
-            raise Requeue(stop.signals)
+        nonlocal raised
+        received.add(signum)
+        if not raised:
+            raised = True
+            raise Requeue(received)
+
+    def send(number: int) -> None:
+        nonlocal raised
+        raised = False
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def send_again(lost: sys.UnraisableHookArgs) -> None:
-        numbers: set[int]
         if isinstance(lost.exc_value, Requeue):
-            numbers, stop.signals = stop.signals, set()
+            number = max(received)
         elif lost.exc_type is KeyboardInterrupt:
-            numbers = {signal.SIGINT}
+            number = signal.SIGINT
         else:
             report(lost)
             return
-        main = threading.main_thread().ident
-        for number in numbers:
-            timers.append(threading.Timer(_SEND_AGAIN, signal.pthread_kill, (main, number)))
-            timers[-1].start()
+        timer = threading.Timer(_SEND_AGAIN, send, (number,))
+        timer.start()
+        timers.append(timer)
 
     with _handled(REQUEUE, receive):
         try:
-            _innermost, sys.unraisablehook = stop, send_again
+            _received, sys.unraisablehook = received, send_again
             yield
         finally:
-            _innermost, sys.unraisablehook = outer, report
+            _received, sys.unraisablehook = outer, report
             for timer in timers:
                 timer.cancel()
-                timer.join()  # later, a signal could kill the process
+            for timer in timers:  # a signal after the handlers' removal would kill the process
+                timer.join()
 
 
 @contextmanager

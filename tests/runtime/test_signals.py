@@ -6,10 +6,13 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
+from cskd_pipeline.runtime import signals
 from cskd_pipeline.runtime.signals import (
     REQUEUE,
     STOPPING,
@@ -76,25 +79,53 @@ class Finalized:
         self.number = number
 
     def __del__(self) -> None:
-        send(self.number)
+        signal.raise_signal(self.number)
 
 
+class Unblocked:
+    """Receives all blocked signals at once where Python ignores exceptions."""
+
+    def __del__(self) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUEUE)
+
+
+@pytest.fixture
+def _ctrl_c_raises() -> Iterator[None]:
+    """Also if the tests run in the background, where shells ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_raises")
 @pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_whose_exception_python_ignores_is_not_lost(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with requeue_requests():
+    error = Requeue if number in REQUEUE else KeyboardInterrupt
+    with pytest.raises(error), requeue_requests():  # noqa: PT012
         Finalized(number)
-        with pytest.raises(Requeue if number in REQUEUE else KeyboardInterrupt):
-            time.sleep(60)
+        time.sleep(60)
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("number", REQUEUE)
-def test_work_that_ends_before_a_lost_signal_is_repeated_ends_well(number: signal.Signals) -> None:
+def test_no_signal_is_lost_with_another(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Requeue, match="SIGHUP, SIGTERM"), requeue_requests():  # noqa: PT012
+        signal.pthread_sigmask(signal.SIG_BLOCK, REQUEUE)
+        signal.raise_signal(signal.SIGHUP)  # to this thread, which blocks it
+        signal.raise_signal(signal.SIGTERM)
+        Unblocked()
+        time.sleep(60)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_signal_is_not_sent_again_after_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without handlers, it would end the process."""
+    monkeypatch.setattr(signals, "_SEND_AGAIN", 60)
     with requeue_requests():
-        Finalized(number)
-    time.sleep(0.3)  # without handlers, the signal would end this process
+        Finalized(signal.SIGTERM)
+        assert any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+    assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
 
 
 def test_another_ignored_exception_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,8 +281,7 @@ def _deadline(seconds: float | None) -> Iterator[None]:
         raise _TimeLimit
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    limit = seconds or 0  # 0 sets no timer
-    signal.setitimer(signal.ITIMER_REAL, limit, limit)  # repeated: a library may lose the exception
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0, 60)  # again if a library loses the exception
     try:
         yield
     finally:

@@ -181,8 +181,11 @@ def test_a_study_that_ignores_sigterm_is_killed_at_the_time_limit(
 ) -> None:
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 
+    studies: list[subprocess.Popen[bytes]] = []
+
     def start(words: list[str], log: Path, own_group: bool) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", code], start_new_session=own_group)
+        studies.append(subprocess.Popen([sys.executable, "-c", code], start_new_session=own_group))
+        return studies[0]
 
     monkeypatch.setattr(commands, "_start", start)
     monkeypatch.setattr(bench, "_measurements", lambda *_: {})
@@ -194,6 +197,7 @@ def test_a_study_that_ignores_sigterm_is_killed_at_the_time_limit(
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - started < 50
+    assert [study.poll() for study in studies] == [-signal.SIGKILL]
     assert "stopped after 1 s" in capsys.readouterr().err
 
 
