@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,28 +18,17 @@ from cskd_pipeline.cache.units import Unit
 from cskd_pipeline.errors import OutputError
 from cskd_pipeline.runtime import processes
 from cskd_pipeline.runtime.processes import has_ended, identify
+from tests.clock import FakeClock
 
 ONE, TWO = Unit(0, 1, range(2)), Unit(3, 0, range(6, 8))
 PATIENCE = 60.0
 
 
-class Clock:
-    """Replaces ``time`` in the claims; it stands still unless a test advances it."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """Replace the clock of all claims."""
+    clock = FakeClock()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock))
     return clock
 
 
@@ -89,7 +79,7 @@ def test_concurrent_processes_never_claim_the_same_unit(tmp_path: Path) -> None:
     assert all(after.take(unit) for unit in units)  # their owners have ended
 
 
-def test_a_claim_without_a_heartbeat_expires(tmp_path: Path, clock: Clock) -> None:
+def test_a_claim_without_a_heartbeat_expires(tmp_path: Path, clock: FakeClock) -> None:
     """The owning process is alive or on another machine."""
     for unit, changes in ((ONE, {}), (TWO, {"boot": "another", "pid": 2**22, "started": "1"})):
         path = foreign_claim(tmp_path, unit, **changes)
@@ -107,7 +97,7 @@ def test_a_claim_without_a_heartbeat_expires(tmp_path: Path, clock: Clock) -> No
 
 
 def test_a_claim_whose_owner_was_killed_before_naming_itself_expires_sooner(
-    tmp_path: Path, clock: Clock
+    tmp_path: Path, clock: FakeClock
 ) -> None:
     foreign_claim(tmp_path, ONE).write_text("")
     own = claims(tmp_path)
@@ -118,7 +108,7 @@ def test_a_claim_whose_owner_was_killed_before_naming_itself_expires_sooner(
     assert own.take(ONE)
 
 
-def test_heartbeats_keep_a_claim(tmp_path: Path, clock: Clock) -> None:
+def test_heartbeats_keep_a_claim(tmp_path: Path, clock: FakeClock) -> None:
     one, other = claims(tmp_path), claims(tmp_path)
     assert one.take(ONE)
     for _ in range(60):
@@ -129,7 +119,7 @@ def test_heartbeats_keep_a_claim(tmp_path: Path, clock: Clock) -> None:
 
 
 def test_a_claim_taken_over_is_not_released_by_its_first_owner(
-    tmp_path: Path, clock: Clock
+    tmp_path: Path, clock: FakeClock
 ) -> None:
     one, other, third = (claims(tmp_path) for _ in range(3))
     assert one.take(ONE)
@@ -161,7 +151,7 @@ def test_without_proc_only_missing_heartbeats_end_a_claim(monkeypatch: pytest.Mo
     assert not has_ended(json.dumps(identify(os.getpid())))
 
 
-def test_links_and_fifos_among_the_claims_are_harmless(tmp_path: Path, clock: Clock) -> None:
+def test_links_and_fifos_among_the_claims_are_harmless(tmp_path: Path, clock: FakeClock) -> None:
     outside, cache = tmp_path / "outside", tmp_path / "cache"
     (cache / FOLDER).mkdir(parents=True)
     outside.write_text("mine")

@@ -415,7 +415,7 @@ def test_impossible_values_are_refused(tmp_path: Path) -> None:
         assert "of 20" in str(caught.value)
 
 
-# Speed
+# Opening and reading
 
 
 def test_opening_a_large_cache_opens_no_unit(

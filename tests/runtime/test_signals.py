@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -89,6 +89,12 @@ class Unblocked:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUEUE)
 
 
+def in_a_command(receive: Callable[[], object]) -> None:
+    with requeue_requests():
+        receive()
+        time.sleep(60)
+
+
 @pytest.fixture
 def _ctrl_c_raises() -> Iterator[None]:
     """Also if the tests run in the background, where shells ignore it."""
@@ -103,19 +109,17 @@ def test_a_signal_whose_exception_python_ignores_is_not_lost(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = Requeue if number in REQUEUE else KeyboardInterrupt
-    with pytest.raises(error), requeue_requests():  # noqa: PT012
-        Finalized(number)
-        time.sleep(60)
+    with pytest.raises(error):
+        in_a_command(lambda: Finalized(number))
     assert capsys.readouterr().err == ""
 
 
 def test_no_signal_is_lost_with_another(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(Requeue, match="SIGHUP, SIGTERM"), requeue_requests():  # noqa: PT012
-        signal.pthread_sigmask(signal.SIG_BLOCK, REQUEUE)
-        signal.raise_signal(signal.SIGHUP)  # to this thread, which blocks it
-        signal.raise_signal(signal.SIGTERM)
-        Unblocked()
-        time.sleep(60)
+    signal.pthread_sigmask(signal.SIG_BLOCK, REQUEUE)
+    signal.raise_signal(signal.SIGHUP)  # to this thread, which blocks it
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Requeue, match="SIGHUP, SIGTERM"):
+        in_a_command(Unblocked)
     assert capsys.readouterr().err == ""
 
 

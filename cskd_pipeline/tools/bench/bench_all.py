@@ -271,6 +271,10 @@ def require_ok(report: Mapping[str, Any]) -> None:
         )
 
 
+_AGAIN = 60.0
+"""Seconds after which the time limit raises again, if a library has lost its exception."""
+
+
 class _TimeLimit(KeyboardInterrupt):
     """Interrupts like Ctrl-C."""
 
@@ -281,7 +285,7 @@ def _deadline(seconds: float | None) -> Iterator[None]:
         raise _TimeLimit
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds or 0, 60)  # again if a library loses the exception
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0, _AGAIN)
     try:
         yield
     finally:

@@ -18,9 +18,9 @@ from cskd_pipeline.pipeline import dump
 from cskd_pipeline.tools.bench import bench_dump as bench
 from cskd_pipeline.tools.bench import sampled_dump
 from cskd_pipeline.tools.bench.sampled_dump import SampledDump
+from tests.clock import FakeClock
 from tests.pipeline import world
 from tests.pipeline.conftest import World
-from tests.tools.bench.test_bench_join import FakeClock
 
 Capture = pytest.CaptureFixture[str]
 SETS = ["data.num_classes=4", f"teacher.kwargs={world.TEACHER_KWARGS}"]
@@ -45,7 +45,7 @@ def test_each_side_has_its_rate_and_the_slower_of_loader_and_teacher_is_the_limi
 
     def dumped(sampled: SampledDump, views: int) -> Iterator[int]:
         for _ in range(80):
-            clock.work(0.2)
+            clock.advance(0.2)
             yield 1
 
     real = sampled_dump.unit_batches
@@ -53,12 +53,12 @@ def test_each_side_has_its_rate_and_the_slower_of_loader_and_teacher_is_the_limi
 
     def slow(dataset: Any, units: Any, *arguments: Any) -> Any:
         for batch in real(dataset, units, *arguments):
-            clock.work(len(batch) * (0.05 if len(units[0][1]) == 10 else 0.1))
+            clock.advance(len(batch) * (0.05 if len(units[0][1]) == 10 else 0.1))
             yield batch
 
     monkeypatch.setattr(sampled_dump, "unit_batches", slow)
     monkeypatch.setattr(bench.timing, "clock", clock)
-    monkeypatch.setattr(bench.timing, "wait_for", lambda device: clock.work(16 * 0.1))
+    monkeypatch.setattr(bench.timing, "wait_for", lambda device: clock.advance(16 * 0.1))
     report = bench.bench_dump(recipe_of(small), images=8, rounds=3, with_variants=False)
     rates = {name: spread["median"] for name, spread in report["views_per_second"].items()}
     assert rates == pytest.approx(
@@ -97,7 +97,7 @@ def test_variants_are_teachers_with_other_settings_than_float32(
     clock = FakeClock()
 
     def ticking() -> float:
-        clock.work(0.5)
+        clock.advance(0.5)
         return clock()
 
     monkeypatch.setattr(bench.timing, "clock", ticking)

@@ -15,23 +15,11 @@ from cskd_pipeline.errors import UsageError
 from cskd_pipeline.tools.bench import bench_join as bench
 from cskd_pipeline.tools.bench import timing
 from cskd_pipeline.tools.bench.timing import ratio, spread
+from tests.clock import FakeClock
 from tests.pipeline import world
 from tests.pipeline.conftest import World
 
 Capture = pytest.CaptureFixture[str]
-
-
-class FakeClock:
-    """A clock that advances only by simulated work."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def work(self, seconds: float) -> None:
-        self.now += seconds
 
 
 def test_sides_take_turns_and_the_warm_up_round_is_discarded(
@@ -41,7 +29,7 @@ def test_sides_take_turns_and_the_warm_up_round_is_discarded(
 
     def work(side: str, number: int) -> None:
         order.append(f"{side}{number}")
-        clock.work({"a": 1, "b": 3}[side] + number)
+        clock.advance({"a": 1, "b": 3}[side] + number)
 
     monkeypatch.setattr(timing, "clock", clock)
     seconds = timing.time_turns("ab", work, 3, "working")
@@ -67,7 +55,7 @@ def test_both_sides_load_the_same_batches_and_only_one_has_targets(
     def recorded(self: TrainingViews, rows: np.ndarray) -> Any:
         batch = real(self, rows)
         loaded[bool(batch.targets)].append((rows.tolist(), batch))
-        clock.work(1.25 if batch.targets else 1.0)
+        clock.advance(1.25 if batch.targets else 1.0)
         return batch
 
     monkeypatch.setattr(TrainingViews, "__getitem__", recorded)

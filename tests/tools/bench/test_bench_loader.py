@@ -15,9 +15,9 @@ from cskd_pipeline.data.index import load_dataset
 from cskd_pipeline.errors import DataError
 from cskd_pipeline.tools.bench import bench_loader as bench
 from cskd_pipeline.views.policy import ViewPolicy
+from tests.clock import FakeClock
 from tests.pipeline import world
 from tests.pipeline.conftest import World
-from tests.tools.bench.test_bench_join import FakeClock
 
 Capture = pytest.CaptureFixture[str]
 
@@ -28,7 +28,7 @@ def test_ratios_are_speeds_relative_to_timm(small: World, monkeypatch: pytest.Mo
     def side(name: str, seconds: float) -> Any:
         def step(number: int) -> int:
             calls[name, number] += 1
-            clock.work(seconds)
+            clock.advance(seconds)
             return 16
 
         return step

@@ -26,8 +26,8 @@ from cskd_pipeline.models.teacher import TeacherSource, load_teacher
 from cskd_pipeline.pipeline.trainer import Trainer
 from cskd_pipeline.tools.bench import bench_step as bench
 from cskd_pipeline.views.policy import ViewPolicy
+from tests.clock import FakeClock
 from tests.pipeline import world
-from tests.tools.bench.test_bench_join import FakeClock
 
 Capture = pytest.CaptureFixture[str]
 
@@ -59,7 +59,7 @@ def test_ratios_are_step_times_relative_to_the_plain_step(monkeypatch: pytest.Mo
 
         def step(self, batches: Iterator[Batch]) -> Tensor:
             steps[self.name] += len(list(batches))
-            clock.work(seconds[self.name])
+            clock.advance(seconds[self.name])
             return torch.zeros(4)
 
     def named(*arguments: Any) -> Any:

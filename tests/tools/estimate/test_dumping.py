@@ -23,9 +23,9 @@ from cskd_pipeline.runtime.console import Terminal
 from cskd_pipeline.tools import estimate_dump
 from tests.cache.factories import CLASSES
 from tests.cache.factories import teacher as teacher_manifest
+from tests.clock import FakeClock
 from tests.pipeline import world
 from tests.pipeline.conftest import World
-from tests.tools.bench.test_bench_join import FakeClock
 from tests.tools.estimate import slow
 
 VIEWS = 6
@@ -148,7 +148,7 @@ def test_a_short_batch_takes_the_teacher_as_long_as_a_full_one(
     clock = FakeClock()
 
     def logits(batch: Any) -> Logits:
-        clock.work(8.0)  # however many views there are
+        clock.advance(8.0)  # however many views there are
         return Logits(torch.zeros(batch.count, 2, 1, 1), torch.zeros(batch.count, 2))
 
     monkeypatch.setattr(estimate_dump.time, "perf_counter", clock)
